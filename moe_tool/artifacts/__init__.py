@@ -1,0 +1,1 @@
+"""The frozen types that pass between the stages of the pipeline."""

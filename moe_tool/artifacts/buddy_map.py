@@ -1,0 +1,66 @@
+"""Who can stand in for whom: for every expert a ranked list of stand-ins with scale and price."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from moe_tool.artifacts.identity import HexDigest, ModelIdentity
+from moe_tool.artifacts.moe_shape import Count, Index
+from moe_tool.artifacts.schema import FrozenModel
+
+BUDDY_MAP_VERSION = 1
+Similarity = Literal["output", "cka", "cosine", "coactivation", "router"]
+SIMILARITIES: tuple[Similarity, ...] = ("output", "cka", "cosine", "coactivation", "router")
+
+
+class Buddy(FrozenModel):
+    """One stand-in."""
+
+    expert: Index
+    similarity: float
+    """By the map's own measure; higher is better"""
+    scale: float
+    """Factor on the stand-in's output, fitted in-sample"""
+    price: Annotated[float, Field(ge=0)]
+    """eps_buddy in-sample"""
+    price_held_out: Annotated[float, Field(ge=0)]
+    """eps of the same scale on held-out tokens"""
+
+
+class LayerBuddies(FrozenModel):
+    """One MoE layer's stand-ins."""
+
+    layer: Index
+    entropy_threshold: Annotated[float, Field(ge=0, le=1)]
+    """BuddyMoE's tau: 15th percentile of the token activating entropy in the profile"""
+    buddies: tuple[tuple[Buddy, ...], ...]
+    """[E] lists, best first"""
+    clusters: tuple[Index, ...]
+    """[E] cluster label of each expert (agglomerative, average linkage, on 1 - similarity)"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LayerBuddies":
+        n_experts = len(self.buddies)
+        if len(self.clusters) != n_experts:
+            raise ValueError("clusters and buddies differ in length")
+        for expert_id, candidates in enumerate(self.buddies):
+            named = [buddy.expert for buddy in candidates]
+            if expert_id in named or len(set(named)) != len(named):
+                raise ValueError(f"expert {expert_id} lists itself or one buddy twice")
+            if any(other >= n_experts for other in named):
+                raise ValueError(f"expert {expert_id} lists a buddy that does not exist")
+        return self
+
+
+class BuddyMap(FrozenModel):
+    """The artifact of `moe-tool buddies`."""
+
+    kind: Literal["buddies"] = "buddies"
+    format_version: Literal[1] = BUDDY_MAP_VERSION
+    tool_version: str
+    identity: ModelIdentity
+    profile_sha256: HexDigest
+    """The profile file that it was made from"""
+    by: Similarity
+    k: Count
+    layers: tuple[LayerBuddies, ...]

@@ -1,0 +1,122 @@
+"""The table of contents of a bundle: files, records, residency order, stand-ins, and what all of it was made from."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from moe_tool.artifacts.buddy_map import LayerBuddies, Similarity
+from moe_tool.artifacts.identity import HexDigest, ModelIdentity
+from moe_tool.artifacts.moe_shape import Index, MoeShape
+from moe_tool.artifacts.precision import Precision
+from moe_tool.artifacts.schema import FrozenModel
+
+BUNDLE_VERSION = 1
+RECORD_LAYOUT = "segments-1"
+"""Id of the record layout that formats/expert_record.py writes; another one is refused with the command that repacks."""
+ALIGNMENT_BYTES = 4096
+Basename = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
+SizeBytes = Annotated[int, Field(ge=0, le=2**50)]
+
+
+class BundleFile(FrozenModel):
+    """One file of the bundle."""
+
+    name: Basename
+    size_bytes: SizeBytes
+    sha256: HexDigest
+
+
+class ExpertRecord(FrozenModel):
+    """Where one expert lies."""
+
+    layer: Index
+    expert: Index
+    file: Basename
+    offset: SizeBytes
+    """From the start of the file, a multiple of ALIGNMENT_BYTES"""
+    xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    """xxh3-64 of the record's bytes"""
+
+
+class BundleBuddies(FrozenModel):
+    """The stand-ins compiled into the bundle."""
+
+    by: Similarity
+    layers: tuple[LayerBuddies, ...]
+
+
+class LayerHeat(FrozenModel):
+    """How often each expert of a layer is used."""
+
+    layer: Index
+    load: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    """[E]: share of in-sample tokens routed to each expert"""
+
+
+class BundleManifest(FrozenModel):
+    """The artifact of `moe-tool pack`, written last: no manifest, no bundle."""
+
+    kind: Literal["bundle"] = "bundle"
+    format_version: Literal[1] = BUNDLE_VERSION
+    tool_version: str
+    identity: ModelIdentity
+    shape: MoeShape
+    precision: Precision
+    record_layout: Literal["segments-1"] = RECORD_LAYOUT
+    record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
+    """The same for every record; a multiple of ALIGNMENT_BYTES"""
+    records: tuple[ExpertRecord, ...]
+    """In file order: layer by layer, hot experts first with those they are used with"""
+    files: tuple[BundleFile, ...]
+    """Every file but the manifest"""
+    profile_sha256: HexDigest | None
+    heat: tuple[LayerHeat, ...] | None
+    """From the profile; None where the bundle was packed without one"""
+    buddies: BundleBuddies | None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BundleManifest":
+        wanted = {(layer, e) for layer in self.shape.layers for e in range(self.shape.experts)}
+        found = [(record.layer, record.expert) for record in self.records]
+        if len(found) != len(wanted) or set(found) != wanted:
+            raise ValueError("the record table does not hold every expert exactly once")
+        names = [file.name for file in self.files]
+        if len(set(names)) != len(names):
+            raise ValueError("a file is listed twice")
+        if self.record_size_bytes % ALIGNMENT_BYTES:
+            raise ValueError("record_size_bytes is not aligned")
+        sizes = {file.name: file.size_bytes for file in self.files}
+        for record in self.records:
+            if record.file not in sizes:
+                raise ValueError(f"layer {record.layer} expert {record.expert} lies in an unlisted file")
+            if record.offset % ALIGNMENT_BYTES:
+                raise ValueError(f"layer {record.layer} expert {record.expert} is not aligned")
+            if record.offset + self.record_size_bytes > sizes[record.file]:
+                raise ValueError(
+                    f"layer {record.layer} expert {record.expert} ends beyond {record.file}"
+                )
+        self._check_overlap()
+        self._check_tables()
+        return self
+
+    def _check_overlap(self) -> None:
+        by_file: dict[str, list[int]] = {}
+        for record in self.records:
+            by_file.setdefault(record.file, []).append(record.offset)
+        for name, offsets in by_file.items():
+            offsets.sort()
+            for before, after in zip(offsets, offsets[1:], strict=False):
+                if after - before < self.record_size_bytes:
+                    raise ValueError(f"two records overlap in {name}")
+
+    def _check_tables(self) -> None:
+        for what, layers, lengths in (
+            ("heat", self.heat, lambda entry: len(entry.load)),
+            ("buddies", self.buddies and self.buddies.layers, lambda entry: len(entry.buddies)),
+        ):
+            if layers is None:
+                continue
+            if [entry.layer for entry in layers] != list(self.shape.layers) or any(
+                lengths(entry) != self.shape.experts for entry in layers
+            ):
+                raise ValueError(f"the {what} table does not fit the model's layers and experts")

@@ -1,0 +1,77 @@
+"""What one MoE layer's experts were measured to do: loads, outputs, and the price of every answer to a miss.
+
+A price is the expected squared error relative to the expert's own output energy, as a ratio of norms:
+eps = sqrt(E||E_i(x) - answer(x)||^2 / E||E_i(x)||^2), over tokens routed to i. 0 is perfect, 1 is as bad as nothing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PRICED_WIDTHS: tuple[int, ...] = (8, 4, 3, 2, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingCounts:
+    """Sums over tokens of one part of the trace (in-sample or held-out)."""
+
+    n_tokens: int
+    load: np.ndarray
+    """[E] int64: tokens routed to each expert"""
+    gate_sum: np.ndarray
+    """[E] float64: sum of gate weights over those tokens"""
+    coactivation: np.ndarray
+    """[E, E] int64: tokens whose top-k holds both; the diagonal is the load"""
+    domain_load: np.ndarray
+    """[D, E] int64: load by domain"""
+    same_as_previous: float
+    """Chance that an expert used by a token was used by the previous token of the same sequence"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeStatistics:
+    """All experts of a layer evaluated on one shared sample of tokens (of one part of the trace)."""
+
+    n_sampled: int
+    """Tokens in the shared sample"""
+    n_routed: np.ndarray
+    """[E] int64: sampled tokens routed to each expert: the count behind scale, eps_buddy and output_norm"""
+    fell_back: np.ndarray
+    """[E] bool: too few routed tokens, so all sampled tokens were used instead"""
+    output_norm: np.ndarray
+    """[E] float32: root mean square of ||E_i(x)||"""
+    output_ratio: np.ndarray
+    """[E] float32: root mean square of ||E_i(x)|| over that of the MoE layer's output on the same tokens"""
+    cosine: np.ndarray
+    """[E, E] float32: mean cosine of two experts' outputs on the same inputs"""
+    cka: np.ndarray
+    """[E, E] float32: linear CKA of centred outputs (Kornblith et al., arXiv:1905.00414)"""
+    scale: np.ndarray
+    """[E, E] float32: a[i, j] minimising ||E_i(x) - a E_j(x)|| over tokens routed to i"""
+    eps_buddy: np.ndarray
+    """[E, E] float32: price of a[i, j] E_j in place of E_i"""
+    eps_drop: np.ndarray
+    """[E] float32: price of nothing in place of E_i (1 by definition; 0 for an expert whose output is zero)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertStatistics:
+    """One MoE layer's measurements."""
+
+    in_sample: RoutingCounts
+    held_out: RoutingCounts
+    probe: ProbeStatistics
+    """On in-sample tokens"""
+    probe_held_out: ProbeStatistics
+    """On held-out tokens, scales refitted there; see `eps_buddy_transferred` for the honest price"""
+    eps_buddy_transferred: np.ndarray
+    """[E, E] float32: price on held-out tokens of the scales fitted in-sample"""
+    eps_bits: np.ndarray
+    """[E, 5] float32: price of round-to-nearest codes at PRICED_WIDTHS bits, group 64"""
+    eps_bits_n_tokens: np.ndarray
+    """[E] int64: tokens behind eps_bits (at most 256)"""
+    router_similarity: np.ndarray
+    """[E, E] float32: correlation of router logit columns over all in-sample tokens"""
+    sensitivity: float
+    """KL in nats added to the model's output per unit of squared relative error of this layer's output"""
+    sensitivity_n_tokens: int

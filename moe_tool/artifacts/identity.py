@@ -1,0 +1,51 @@
+"""Which model an artifact belongs to, with the sentence that refuses another one."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from moe_tool.artifacts.schema import FrozenModel
+from moe_tool.errors import WrongModelError
+
+HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelIdentity(FrozenModel):
+    """Tells two checkpoints apart, two fine-tunes of one model included, without reading all of either."""
+
+    name: str
+    """What the user called the model: an alias, a hub id or a folder's name. Never compared."""
+    model_type: str
+    """transformers' model type, e.g. "mixtral"."""
+    quick: HexDigest
+    """sha256 over the canonical config, every tensor's name, dtype and shape, and the bytes of routers and norms."""
+    full: HexDigest | None = None
+    """sha256 over every tensor's bytes, in name order; None until a stage has read them all."""
+
+    def matches(self, other: "ModelIdentity") -> bool:
+        """Return whether both name the same weights, by the full hash where both have one."""
+        if self.full is not None and other.full is not None:
+            return self.full == other.full
+        return self.quick == other.quick
+
+
+def require_same_model(
+    found: ModelIdentity, wanted: ModelIdentity, *, artifact: str, remedy: str
+) -> None:
+    """Refuse an artifact of another model by name.
+
+    Args:
+        found: the identity written in the artifact.
+        wanted: the identity of the model at hand.
+        artifact: what is refused, e.g. "the profile profiles/demo.h5".
+        remedy: the command that makes a matching one.
+
+    Raises:
+        WrongModelError: the identities differ.
+    """
+    if not found.matches(wanted):
+        raise WrongModelError(
+            f"{artifact} was made from {found.name} ({found.model_type}, {found.quick[:12]}), "
+            f"this is {wanted.name} ({wanted.model_type}, {wanted.quick[:12]})",
+            hint=remedy,
+        )

@@ -1,0 +1,42 @@
+"""Everything that happened while a model ran.
+
+An access is a unique (forward, layer, expert); a hit finds it resident when the layer is called. Prompt and decode are counted
+apart: `hit_rate` and `bytes_read_per_token` are of decode.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class PhaseCounters:
+    """Counters of one phase."""
+
+    forwards: int = 0
+    tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_seconds: float = 0.0
+    """Time in which the computation waited for a read"""
+    substitutions: int = 0
+    """(token, expert) slots answered by another expert"""
+    drops: int = 0
+    """(token, expert) slots answered by nothing"""
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over accesses; 1 when there were none."""
+        accesses = self.hits + self.misses
+        return self.hits / accesses if accesses else 1.0
+
+
+@dataclass(slots=True)
+class RunStats:
+    """Counters of a run."""
+
+    prompt: PhaseCounters = field(default_factory=PhaseCounters)
+    decode: PhaseCounters = field(default_factory=PhaseCounters)
+
+    def phase(self, name: str) -> PhaseCounters:
+        """Return the counters of "prompt" or "decode"."""
+        return self.prompt if name == "prompt" else self.decode
