@@ -1,0 +1,117 @@
+"""The text that every Python installation carries: its language reference and its standard library.
+
+Two domains: `docs`, the topics of `pydoc_data.topics`, and `code`, the .py files of the standard library. Each document belongs to
+one of two parts for good, by a hash of its name: about one in eight is held out (`eval`), the others are for training and
+calibration (`train`). Topics repeat each other ("compound" contains "for"), so a paragraph of a held-out topic is taken out of the
+train part wherever it occurs.
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from moe_tool.errors import DataSourceError
+
+BUILTIN_DOMAINS = ("docs", "code")
+Part = Literal["train", "eval"]
+
+_HELD_OUT_ONE_IN = 8
+_HASH_SALT = "moe-tool builtin 5 "  # of a few tried, the one that holds out near an eighth of both domains' characters
+_SHARED_PARAGRAPH_CHARACTERS = 24
+# Tests, other people's packages, generated tables, and the source trees of two applications that only Python itself needs.
+_SKIPPED_FOLDERS = frozenset(
+    "test tests site-packages dist-packages __pycache__ encodings ensurepip pydoc_data idlelib lib2to3 turtledemo".split()
+)
+_SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "__phello__")
+_SKIPPED_FILES = frozenset({"html/entities.py", "stringprep.py"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltinDocument:
+    """One topic or one source file."""
+
+    name: str
+    """Topic name, or path below the standard library with forward slashes."""
+    text: str
+    """The whole text, never empty."""
+
+
+def builtin_documents(domain: str, *, part: Part) -> list[BuiltinDocument]:
+    """Return the documents of one domain that belong to `part`, sorted by name.
+
+    Args:
+        domain: "docs" or "code".
+        part: "train" for training and calibration, "eval" for what neither may see.
+
+    Raises:
+        DataSourceError: this Python came without its topics or without the sources of its library.
+    """
+    if domain == "docs":
+        return _topic_documents(part)
+    if domain == "code":
+        return list(_library_documents(part))
+    raise AssertionError(f"not a built-in domain: {domain}")
+
+
+def is_held_out(name: str) -> bool:
+    """Return whether the document of this name belongs to the held-out part, now and on every other machine."""
+    digest = hashlib.sha256((_HASH_SALT + name).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
+
+
+def _topic_documents(part: Part) -> list[BuiltinDocument]:
+    try:
+        topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    except ImportError as error:
+        raise DataSourceError(
+            "built-in domain 'docs': this Python has no pydoc_data.topics",
+            hint="use --data builtin:code, or a text of your own: --data docs=./docs.txt",
+        ) from error
+    held_out = {name: text for name, text in sorted(topics.items()) if is_held_out(name)}
+    if part == "eval":
+        return [BuiltinDocument(name=name, text=text) for name, text in held_out.items()]
+    secret = {
+        paragraph.strip()
+        for text in held_out.values()
+        for paragraph in text.split("\n\n")
+        if len(paragraph.strip()) >= _SHARED_PARAGRAPH_CHARACTERS
+    }
+    train = []
+    for name, text in sorted(topics.items()):
+        kept = "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph.strip() not in secret)
+        if name not in held_out and kept.strip():
+            train.append(BuiltinDocument(name=name, text=kept))
+    return train
+
+
+def _library_documents(part: Part) -> Iterator[BuiltinDocument]:
+    library = Path(sysconfig.get_path("stdlib"))
+    names = sorted(_library_source_names(library))
+    if not names:
+        raise DataSourceError(
+            f"built-in domain 'code': no .py files of the standard library in {library}",
+            hint="use --data builtin:docs, or sources of your own: --data code=./src",
+        )
+    for name in names:
+        if is_held_out(name) != (part == "eval"):
+            continue
+        try:
+            text = (library / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataSourceError(f"built-in domain 'code': cannot read {library / name}: {error}") from error
+        if text.strip():
+            yield BuiltinDocument(name=name, text=text)
+
+
+def _library_source_names(library: Path) -> Iterator[str]:
+    for folder, subfolders, files in os.walk(library):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.startswith(_SKIPPED_PREFIXES)]
+        for file in files:
+            name = (Path(folder) / file).relative_to(library).as_posix()
+            if file.endswith(".py") and not file.startswith(_SKIPPED_PREFIXES) and name not in _SKIPPED_FILES:
+                yield name
