@@ -1,0 +1,127 @@
+"""How much memory is left for this process, and how much it has used."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+_MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_UNLIMITED_BYTES = 2**60
+"""cgroup v1 writes "no limit" as a number near 2**63"""
+
+
+def available_memory_bytes(
+    *,
+    meminfo: Path = _MEMINFO,
+    membership: Path = _MEMBERSHIP,
+    cgroup_root: Path = _CGROUP_ROOT,
+) -> int:
+    """Return the bytes that this process may still allocate without swapping or being killed.
+
+    The smallest of what the machine has available and what each enclosing memory cgroup (v1 and v2) has left under its
+    limit. Page cache that the kernel can drop counts as free. What the process holds already is not included.
+
+    Args:
+        meminfo: the machine's figures.
+        membership: the file that names the process's cgroups.
+        cgroup_root: where the cgroup file systems are mounted.
+    """
+    rooms = [_machine_available(meminfo)]
+    for folder, files in _memory_cgroups(membership, cgroup_root):
+        rooms.append(_cgroup_available(folder, files))
+    return max(0, min(rooms))
+
+
+def peak_rss_bytes(status: Path = _STATUS) -> int:
+    """Return the largest resident size that this process has had (VmHWM); 0 where the system does not say."""
+    return _kib_field(status, "VmHWM") or 0
+
+
+def current_rss_bytes(status: Path = _STATUS) -> int:
+    """Return the resident size of this process (VmRSS); 0 where the system does not say."""
+    return _kib_field(status, "VmRSS") or 0
+
+
+class _CgroupFiles(NamedTuple):
+    """Names of the files of one cgroup version."""
+
+    limit: str
+    usage: str
+    reclaimable: tuple[str, ...]
+
+
+_V1 = _CgroupFiles(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+)
+_V2 = _CgroupFiles("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+
+def _machine_available(meminfo: Path) -> int:
+    available = _kib_field(meminfo, "MemAvailable")
+    if available is not None:
+        return available
+    pages = os.sysconf("SC_AVPHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory_cgroups(membership: Path, root: Path) -> list[tuple[Path, _CgroupFiles]]:
+    """The process's memory cgroups and all their ancestors: each of them can be the one that binds."""
+    found = []
+    for line in _lines(membership):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            mounts, files = (root, root / "unified"), _V2
+        elif "memory" in controllers.split(","):
+            mounts, files = (root / "memory",), _V1
+        else:
+            continue
+        for mount in mounts:
+            folder = mount / path.lstrip("/")
+            found += [(level, files) for level in _upwards(folder, mount)]
+    return found
+
+
+def _upwards(folder: Path, mount: Path) -> list[Path]:
+    """`folder` and its parents up to `mount`.
+
+    Inside a container the path is often the host's and does not exist here; the container's own limit is then at the
+    mount.
+    """
+    levels = [folder, *folder.parents]
+    return [level for level in levels if level == mount or mount in level.parents]
+
+
+def _cgroup_available(folder: Path, files: _CgroupFiles) -> int:
+    limit = _number(folder / files.limit)
+    usage = _number(folder / files.usage)
+    if limit is None or usage is None or limit >= _UNLIMITED_BYTES:
+        return _UNLIMITED_BYTES
+    reclaimable = 0
+    for line in _lines(folder / "memory.stat"):
+        name, _, value = line.partition(" ")
+        if name in files.reclaimable and value.strip().isdigit():
+            reclaimable += int(value)
+    return limit - max(0, usage - reclaimable)
+
+
+def _number(path: Path) -> int | None:
+    lines = _lines(path)
+    return int(lines[0]) if lines and lines[0].strip().isdigit() else None
+
+
+def _kib_field(path: Path, name: str) -> int | None:
+    for line in _lines(path):
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
