@@ -1,0 +1,57 @@
+# make demo    install, then the whole pipeline on the embedded model
+# make test    install, then every test
+# PYTHON=... picks the interpreter (3.11 or later); it all goes into .venv and is done once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WORKERS ?= 2
+
+.PHONY: help demo test test-quick test-slow lint docs clean
+
+help:
+	@sed -n '/^#/!q;s/^# //p' Makefile
+
+demo: $(STAMPS)/tool
+	$(BIN)/moe-tool demo
+
+test: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+test-quick: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-slow: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(STAMPS)/tool
+	$(BIN)/python docs/make_reference.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "moe-tool needs Python 3.11 or later, $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+
+# torch is named with its version so that a CPU wheel is taken where pip knows one; a bare dependency may pull gigabytes of CUDA.
+$(STAMPS)/tool: pyproject.toml constraints.txt | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	$(PIP) torch==2.13.0 -e .
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/tool
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/tool
+	$(PIP) -e '.[lint]'
+	@touch $@
