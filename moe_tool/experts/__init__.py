@@ -1,0 +1,1 @@
+"""The forward pass of routed experts over weights as they lie in a record."""
