@@ -1,0 +1,105 @@
+"""No module imports one that stands above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moe_tool"
+
+LEAVES = {"errors", "byte_sizes", "progress", "available_memory", "artifact_folder"}
+# Room -> the rooms right below it; what those may import, it may too.
+BELOW = {
+    "artifacts": {"errors", "byte_sizes"},
+    "text": {"artifacts"},
+    "formats": {"artifacts"},
+    "quantization": {"artifacts"},
+    "policies": {"artifacts"},
+    "reports": {"artifacts"},
+    "buddies": {"artifacts", "formats"},
+    "models": {"formats"},
+    "store": {"formats"},
+    "experts": {"quantization"},
+    "profiling": {"models", "text", "quantization", "formats"},
+    "packing": {"models", "quantization", "formats"},
+    "runtime": {"models", "store", "experts", "policies"},
+    "evaluation": {"runtime", "text", "models"},
+}
+# A file that reads what another room writes, where the arrow between the rooms is not wanted.
+ALSO_ALLOWED = {
+    ("byte_sizes", "errors"),
+    ("formats", "quantization"),  # a record's integer weights are quantization's type
+    ("text", "formats"),  # asks formats.hub_probe before the network
+}
+EVERYTHING = {"cli", "demo", "__main__", "__init__"}
+
+
+def allowed_rooms(room: str) -> set[str]:
+    below: set[str] = set()
+    waiting = [room]
+    while waiting:
+        for lower in BELOW.get(waiting.pop(), set()):
+            if lower not in below:
+                below.add(lower)
+                waiting.append(lower)
+    leaves = set() if room in LEAVES or room == "artifacts" else LEAVES
+    return below | leaves | {room}
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(tree: ast.AST) -> list[tuple[int, str]]:
+    """Every module of the package that is imported anywhere in a file, lazily or for types alone too."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, name) for name in (names if module == "moe_tool" else [module])]
+    return [(line, name) for line, name in found if name.split(".")[0] == "moe_tool"]
+
+
+def upward_imports(package: Path) -> list[str]:
+    wrong = []
+    for path in sorted(package.rglob("*.py")):
+        module = "moe_tool." + ".".join(path.relative_to(package).with_suffix("").parts)
+        room = room_of(module)
+        if room in EVERYTHING:
+            continue
+        for line, imported in imports_of(ast.parse(path.read_text(encoding="utf-8"))):
+            target = room_of(imported)
+            if target not in allowed_rooms(room) and (room, target) not in ALSO_ALLOWED:
+                wrong.append(f"{path.relative_to(package)}:{line} imports {imported}")
+    return wrong
+
+
+def test_no_module_imports_what_stands_above_it() -> None:
+    assert upward_imports(PACKAGE) == []
+
+
+def test_every_folder_has_its_place() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders - set(BELOW) - EVERYTHING == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "wrong"),
+    [
+        ("formats/reader.py", "from moe_tool.runtime.session import Session\n", True),
+        ("errors.py", "from moe_tool import byte_sizes\n", True),
+        ("store/slots.py", "def f():\n    import moe_tool.policies.eviction\n", True),
+        ("store/slots.py", "from moe_tool.artifacts.identity import ModelIdentity\n", False),
+        ("runtime/session.py", "import torch\nfrom moe_tool.formats import bundle_reader\n", False),
+        ("cli/run.py", "from moe_tool.evaluation import evaluate\n", False),
+    ],
+)
+def test_an_upward_import_is_found(tmp_path: Path, file: str, text: str, wrong: bool) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert bool(upward_imports(tmp_path)) == wrong
