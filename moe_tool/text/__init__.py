@@ -1,1 +1,1 @@
-"""Text by domain, read from many places and packed into token sequences that depend on seed and sources alone."""
+"""Text by domain, packed into token sequences that depend on seed and sources alone."""

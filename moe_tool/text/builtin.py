@@ -1,9 +1,10 @@
 """The text that every Python installation carries: its language reference and its standard library.
 
-Two domains: `docs`, the topics of `pydoc_data.topics`, and `code`, the .py files of the standard library. Each document belongs to
-one of two parts for good, by a hash of its name: about one in eight is held out (`eval`), the others are for training and
-calibration (`train`). Topics repeat each other ("compound" contains "for"), so a paragraph of a held-out topic is taken out of the
-train part wherever it occurs.
+Two domains: `docs`, the topics of `pydoc_data.topics`, and `code`, the .py files of the standard
+library. Each document belongs to one of two parts for good, by a hash of its name: about one in
+eight is held out (`eval`), the others are for training and calibration (`train`). Topics repeat
+each other ("compound" contains "for"), so a paragraph of a held-out topic is taken out of the train
+part wherever it occurs.
 """
 
 import hashlib
@@ -21,11 +22,25 @@ BUILTIN_DOMAINS = ("docs", "code")
 Part = Literal["train", "eval"]
 
 _HELD_OUT_ONE_IN = 8
-_HASH_SALT = "moe-tool builtin 5 "  # of a few tried, the one that holds out near an eighth of both domains' characters
+# Of six salts tried, the one that holds out near an eighth of the characters of both domains.
+_HASH_SALT = "moe-tool builtin 5 "
 _SHARED_PARAGRAPH_CHARACTERS = 24
-# Tests, other people's packages, generated tables, and the source trees of two applications that only Python itself needs.
+# Tests, other people's packages, generated tables, and the source trees of two applications that
+# only Python itself needs.
 _SKIPPED_FOLDERS = frozenset(
-    "test tests site-packages dist-packages __pycache__ encodings ensurepip pydoc_data idlelib lib2to3 turtledemo".split()
+    {
+        "test",
+        "tests",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "encodings",
+        "ensurepip",
+        "pydoc_data",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+    }
 )
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "__phello__")
 _SKIPPED_FILES = frozenset({"html/entities.py", "stringprep.py"})
@@ -59,7 +74,7 @@ def builtin_documents(domain: str, *, part: Part) -> list[BuiltinDocument]:
 
 
 def is_held_out(name: str) -> bool:
-    """Return whether the document of this name belongs to the held-out part, now and on every other machine."""
+    """Return whether the document of this name is held out, today and on every other machine."""
     digest = hashlib.sha256((_HASH_SALT + name).encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
 
@@ -83,7 +98,9 @@ def _topic_documents(part: Part) -> list[BuiltinDocument]:
     }
     train = []
     for name, text in sorted(topics.items()):
-        kept = "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph.strip() not in secret)
+        kept = "\n\n".join(
+            paragraph for paragraph in text.split("\n\n") if paragraph.strip() not in secret
+        )
         if name not in held_out and kept.strip():
             train.append(BuiltinDocument(name=name, text=kept))
     return train
@@ -103,15 +120,25 @@ def _library_documents(part: Part) -> Iterator[BuiltinDocument]:
         try:
             text = (library / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataSourceError(f"built-in domain 'code': cannot read {library / name}: {error}") from error
+            raise DataSourceError(
+                f"built-in domain 'code': cannot read {library / name}: {error}"
+            ) from error
         if text.strip():
             yield BuiltinDocument(name=name, text=text)
 
 
 def _library_source_names(library: Path) -> Iterator[str]:
     for folder, subfolders, files in os.walk(library):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.startswith(_SKIPPED_PREFIXES)]
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in _SKIPPED_FOLDERS and not name.startswith(_SKIPPED_PREFIXES)
+        ]
         for file in files:
             name = (Path(folder) / file).relative_to(library).as_posix()
-            if file.endswith(".py") and not file.startswith(_SKIPPED_PREFIXES) and name not in _SKIPPED_FILES:
+            if (
+                file.endswith(".py")
+                and not file.startswith(_SKIPPED_PREFIXES)
+                and name not in _SKIPPED_FILES
+            ):
                 yield name

@@ -1,0 +1,170 @@
+"""Documents from data sets of the Hugging Face hub, streamed or from the local cache."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_tool.errors import DataSourceError, NotFoundError
+from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden, hub_is_reachable
+from moe_tool.text.json_lines import TEXT_FIELDS
+
+if TYPE_CHECKING:
+    import datasets
+
+_SPLITS = frozenset({"train", "validation", "test"})
+_SHUFFLE_BUFFER = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubDataset:
+    """One split of a data set of the hub."""
+
+    name: str
+    """org/name."""
+    config: str | None
+    """None: the data set's default."""
+    split: str
+
+
+def parse_hub_spec(spec: str) -> HubDataset:
+    """Return what `org/name[:config][:split]` names.
+
+    A single extra word is a split where it is train, validation or test, else a config.
+    """
+    name, *words = spec.split(":")
+    split = "train"
+    if len(words) == 2 or (words and words[-1] in _SPLITS):
+        split = words.pop()
+    return HubDataset(name=name, config=words[0] if words else None, split=split)
+
+
+def read_hub_documents(spec: str, *, domain: str, seed: int, offline: bool) -> Iterator[str]:
+    """Return the documents of a data set, streamed and shuffled by `seed` (shards, then a buffer of
+    1000 documents).
+
+    Without network the prepared data sets of the local cache are used. The hub is probed before
+    `datasets` is imported, which would retry for 24 s, so the refusal comes within about a second.
+
+    Raises:
+        NotFoundError: no network and not in the cache, or the hub has no such data set.
+        DataSourceError: the data set cannot be read or has no text field.
+    """
+    wanted = parse_hub_spec(spec)
+    online = not offline and hub_is_reachable()
+    if not online and not any(folder.is_dir() for folder in _cache_folders(wanted.name)):
+        raise _out_of_reach(wanted, domain=domain, offline=offline)
+    rows = _load(wanted, domain=domain, seed=seed, online=online, offline=offline)
+    return _texts(rows, wanted)
+
+
+def _cache_folders(name: str) -> list[Path]:
+    """Return where `datasets` and huggingface_hub would keep this data set."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    home = Path(os.environ.get("HF_HOME", cache_home))
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    downloaded = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    organisation, _, title = name.partition("/")
+    snake_case = re.sub(
+        r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", title)
+    ).lower()
+    folders = [
+        prepared / f"{organisation}___{snake_case}",
+        downloaded / f"datasets--{organisation}--{title}",
+    ]
+    return [folder.expanduser() for folder in folders]
+
+
+def _out_of_reach(wanted: HubDataset, *, domain: str, offline: bool) -> NotFoundError:
+    if offline:
+        reason = "--offline forbids the network"
+    elif hub_is_forbidden():
+        reason = "HF_HUB_OFFLINE forbids the network"
+    else:
+        reason = f"{hub_endpoint()} does not answer"
+    prepared, downloaded = _cache_folders(wanted.name)
+    return NotFoundError(
+        f"data set '{wanted.name}' (domain '{domain}'): {reason}, it is not in the cache"
+        f" ({prepared}, {downloaded}), and no local file or folder has that name",
+        hint=f"give a text of your own (--data {domain}=./{domain}.txt) or --data builtin,"
+        " which needs no network; or run this once on a machine with network",
+    )
+
+
+def _load(
+    wanted: HubDataset, *, domain: str, seed: int, online: bool, offline: bool
+) -> "datasets.IterableDataset | datasets.Dataset":
+    import datasets
+
+    try:
+        if online:
+            stream = datasets.load_dataset(
+                wanted.name, wanted.config, split=wanted.split, streaming=True
+            )
+            return stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        with _libraries_offline():
+            return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split).shuffle(
+                seed=seed
+            )
+    except (
+        ConnectionError,
+        FileNotFoundError,
+    ) as error:  # datasets' "not found" and "gated" are FileNotFoundErrors
+        if online:
+            raise NotFoundError(
+                f"data set '{wanted.name}' (domain '{domain}'): {error}",
+                hint="check its name at "
+                + hub_endpoint()
+                + "/datasets; a gated one needs `hf auth login`",
+            ) from error
+        raise _out_of_reach(wanted, domain=domain, offline=offline) from error
+    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
+        raise DataSourceError(
+            f"data set '{wanted.name}' (domain '{domain}'): {error}",
+            hint="write it as org/name:config:split",
+        ) from error
+
+
+def _texts(
+    rows: "datasets.IterableDataset | datasets.Dataset", wanted: HubDataset
+) -> Iterator[str]:
+    try:
+        for row in rows:
+            text = _text_of_row(row, wanted)
+            if text.strip():
+                yield text
+    except OSError as error:
+        raise DataSourceError(
+            f"data set '{wanted.name}': the connection broke ({error})", hint="run it again"
+        ) from error
+
+
+def _text_of_row(row: dict[str, Any], wanted: HubDataset) -> str:
+    for field in TEXT_FIELDS:
+        if isinstance(row.get(field), str):
+            return str(row[field])
+    raise DataSourceError(
+        f"data set '{wanted.name}': no text in the field {' or '.join(TEXT_FIELDS)};"
+        f" fields found: {', '.join(row)}",
+        hint="choose a data set with a text column, or export it to a .jsonl with a field 'text'",
+    )
+
+
+@contextmanager
+def _libraries_offline() -> Iterator[None]:
+    """Keep datasets and huggingface_hub off the network inside this block.
+
+    They read the environment only when they are imported, so their constants are set.
+    """
+    import datasets.config
+    import huggingface_hub.constants
+
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before

@@ -1,0 +1,78 @@
+"""Documents from a .jsonl file: a JSON object per line, its text in `text` or `content`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from moe_tool.errors import DataSourceError
+
+TEXT_FIELDS = ("text", "content")
+
+_BLOCK_BYTES = 65536
+_MAX_LINE_BYTES = 64 * 2**20
+
+
+def count_line_blocks(size_bytes: int) -> int:
+    """Return how many blocks of lines a file of this size has."""
+    return -(-size_bytes // _BLOCK_BYTES)
+
+
+def read_line_block(file: Path, block: int) -> Iterator[str]:
+    """Yield the texts of the lines that begin in block number `block`, bytes [block, block + 1) *
+    65536; blank lines are passed over.
+
+    Raises:
+        DataSourceError: a line that is no JSON object, has no text field, or is longer than 64 MiB;
+            file and line are named.
+    """
+    end = (block + 1) * _BLOCK_BYTES
+    with file.open("rb") as stream:
+        if block > 0:
+            stream.seek(block * _BLOCK_BYTES - 1)
+            if not stream.readline(_BLOCK_BYTES + 1).endswith(b"\n"):
+                return  # a line from before goes on through all of this block
+        while (start := stream.tell()) < end:
+            line = stream.readline(_MAX_LINE_BYTES)
+            if not line:
+                return
+            if line.strip():
+                yield _text_of_line(file, line, start)
+
+
+def _text_of_line(file: Path, line: bytes, start: int) -> str:
+    if len(line) == _MAX_LINE_BYTES:
+        raise DataSourceError(
+            f"{_place(file, start)}: the line is longer than 64 MiB", hint="is this a .jsonl file?"
+        )
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+        raise DataSourceError(
+            f"{_place(file, start)}: not JSON ({error})", hint="each line has to be one JSON object"
+        ) from error
+    if not isinstance(row, dict):
+        raise DataSourceError(
+            f"{_place(file, start)}: wanted a JSON object, found a {type(row).__name__}"
+        )
+    for field in TEXT_FIELDS:
+        if isinstance(row.get(field), str):
+            return str(row[field])
+    raise DataSourceError(
+        f"{_place(file, start)}: no text in the field {' or '.join(TEXT_FIELDS)};"
+        f" fields found: {', '.join(row) or 'none'}",
+        hint="rename the field that holds the text to 'text'",
+    )
+
+
+def _place(file: Path, start: int) -> str:
+    with file.open("rb") as stream:
+        return f"text source {file}, line {_count_line_ends(stream, start) + 1}"
+
+
+def _count_line_ends(stream: BinaryIO, before: int) -> int:
+    count = 0
+    while before > 0 and (chunk := stream.read(min(before, 2**20))):
+        count += chunk.count(b"\n")
+        before -= len(chunk)
+    return count

@@ -1,0 +1,261 @@
+"""Documents packed into token sequences of one length, with boundaries and a held-out part."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_tool.errors import DataSourceError, UsageError
+from moe_tool.text.sources import TextSource, read_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+
+_logger = logging.getLogger(__name__)
+_GUESSED_CHARACTERS_PER_TOKEN = 4
+_MAX_CHARACTERS_PER_BATCH = 4_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSequences:
+    """N sequences of S tokens, ordered by domain and, within one, as the documents were read."""
+
+    ids: np.ndarray
+    """[N, S] int32, token ids."""
+    domain: np.ndarray
+    """[N] int16, index into `domains`; a sequence never mixes two."""
+    document: np.ndarray
+    """[N, S] int32, running number of the document that each token belongs to; it never falls."""
+    held_out: np.ndarray
+    """[N] bool, true for the sequences kept back for checking."""
+    domains: tuple[str, ...]
+    """Labels, in the order of the sources."""
+    sources: tuple[str, ...]
+    """`domain=spec` of each source."""
+    seed: int
+    """What, with the sources and the tokenizer, decides every token and the held-out part."""
+
+
+def build_sequences(
+    sources: Sequence[TextSource],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    n_tokens: int,
+    seq_len: int,
+    holdout: float,
+    seed: int,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> TokenSequences:
+    """Return about `n_tokens` tokens of the sources as whole sequences, the domains in equal
+    shares.
+
+    Each document is encoded with the tokenizer's own special tokens and closed with its end-of-text
+    token if it has one; the documents of a domain are joined and cut every `seq_len` tokens, so a
+    document may go on in the next sequence. A domain whose text ends early gives what it has, and
+    the others make up for it.
+
+    Held out is one run of neighbouring sequences per domain, round(holdout * n) of them and at
+    least one of two, placed by `seed` where it shares as few documents as possible (one at most, if
+    a place at either end is taken) with the rest: single sequences picked at random would mostly be
+    the other half of a document that was not held out.
+
+    Args:
+        n_tokens: wanted; the result has the nearest number of whole sequences, at least one per
+            domain.
+        seq_len: S, tokens per sequence, at least 2.
+        holdout: share of each domain's sequences, 0 to below 1.
+        progress: called with (tokens so far, tokens wanted).
+
+    Raises:
+        UsageError: n_tokens, seq_len or holdout out of range.
+        DataSourceError: a source holds less than one sequence, or cannot be read.
+        NotFoundError: a source is missing or out of reach.
+    """
+    _check_arguments(n_tokens, seq_len, holdout)
+    n_sequences = max(round(n_tokens / seq_len), len(sources))
+    streams = [
+        _TokenStream(
+            source,
+            tokenizer,
+            seq_len=seq_len,
+            documents=read_documents(source, seed=seed, offline=offline),
+        )
+        for source in sources
+    ]
+    n_per_domain = _fill(streams, n_sequences, seq_len=seq_len, progress=progress)
+    n_found = sum(n_per_domain)
+    if n_found < n_sequences:
+        _logger.warning(
+            "the text sources hold %d of the %d tokens asked for",
+            n_found * seq_len,
+            n_sequences * seq_len,
+        )
+
+    rng = np.random.default_rng(seed)
+    ids, documents, held_out = [], [], []
+    first_document = 0
+    for stream, n in zip(streams, n_per_domain, strict=True):
+        domain_ids, domain_documents = stream.sequences(n)  # each [n, S]
+        ids.append(domain_ids)
+        documents.append(domain_documents + first_document)
+        held_out.append(_choose_held_out(domain_documents, holdout=holdout, rng=rng))
+        first_document = int(documents[-1][-1, -1]) + 1
+    return TokenSequences(
+        ids=np.concatenate(ids),
+        domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
+        document=np.concatenate(documents),
+        held_out=np.concatenate(held_out),
+        domains=tuple(source.domain for source in sources),
+        sources=tuple(f"{source.domain}={source.spec}" for source in sources),
+        seed=seed,
+    )
+
+
+def _check_arguments(n_tokens: int, seq_len: int, holdout: float) -> None:
+    if n_tokens < 1:
+        raise UsageError(f"--tokens {n_tokens}: at least 1 is needed")
+    if seq_len < 2:
+        raise UsageError(
+            f"--seq-len {seq_len}: at least 2 is needed, a token and the one it predicts"
+        )
+    if not 0 <= holdout < 1:
+        raise UsageError(f"--holdout {holdout}: it is a share, 0 up to but not including 1")
+
+
+class _TokenStream:
+    """The tokens of one source, read on as far as somebody wants them."""
+
+    def __init__(
+        self,
+        source: TextSource,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        seq_len: int,
+        documents: Iterator[str],
+    ) -> None:
+        self.source = source
+        self.n_tokens = 0
+        self.is_exhausted = False
+        self._seq_len = seq_len
+        self._tokenizer = tokenizer
+        self._documents = documents
+        self._encoded: list[np.ndarray] = []
+
+    def read_on(self, wanted: int) -> None:
+        """Read until there are `wanted` tokens or no more text."""
+        while self.n_tokens < wanted and not self.is_exhausted:
+            batch = self._next_batch((wanted - self.n_tokens) * _GUESSED_CHARACTERS_PER_TOKEN)
+            for ids in _encode(self._tokenizer, batch):
+                self._encoded.append(ids)
+                self.n_tokens += len(ids)
+
+    def sequences(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first n sequences: ids, and document numbers from 0, each [n, S] int32."""
+        lengths = [len(ids) for ids in self._encoded]
+        documents = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        shape = (n, self._seq_len)
+        n_used = n * self._seq_len
+        return np.concatenate(self._encoded)[:n_used].reshape(shape), documents[:n_used].reshape(
+            shape
+        )
+
+    def _next_batch(self, n_characters: int) -> list[str]:
+        batch: list[str] = []
+        size = 0
+        while size < min(n_characters, _MAX_CHARACTERS_PER_BATCH):
+            text = next(self._documents, None)
+            if text is None:
+                self.is_exhausted = True
+                break
+            batch.append(text)
+            size += len(text)
+        return batch
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[np.ndarray]:
+    """Return each text's ids, [t] int32, closed with the end-of-text token if there is one."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    end = tokenizer.eos_token_id
+    rows = []
+    for ids in encoded["input_ids"]:
+        is_closed = end is None or (len(ids) > 0 and ids[-1] == end)
+        rows.append(np.array(ids if is_closed else [*ids, end], np.int32))
+    return rows
+
+
+def _fill(
+    streams: list[_TokenStream], n_sequences: int, *, seq_len: int, progress: Progress | None
+) -> list[int]:
+    """Read the streams and return how many sequences each gives.
+
+    The shares are equal; where a source is short, the others make up for it.
+    """
+    wanted = [
+        n_sequences // len(streams) + (index < n_sequences % len(streams))
+        for index in range(len(streams))
+    ]
+    while True:
+        for index, stream in enumerate(streams):
+            stream.read_on(wanted[index] * seq_len)
+            available = stream.n_tokens // seq_len
+            if available == 0:
+                raise DataSourceError(
+                    f"text source {stream.source.domain}={stream.source.spec}:"
+                    f" {stream.n_tokens} tokens, fewer than one sequence of {seq_len}",
+                    hint="give more text or a smaller --seq-len",
+                )
+            if stream.is_exhausted:
+                wanted[index] = min(wanted[index], available)
+            if progress is not None:
+                progress(
+                    sum(min(s.n_tokens, n * seq_len) for s, n in zip(streams, wanted, strict=True)),
+                    n_sequences * seq_len,
+                )
+        missing = n_sequences - sum(wanted)
+        able = [
+            index
+            for index, stream in enumerate(streams)
+            if not stream.is_exhausted or stream.n_tokens // seq_len > wanted[index]
+        ]
+        if missing == 0 or not able:
+            return wanted
+        for position, index in enumerate(able):
+            wanted[index] += missing // len(able) + (position < missing % len(able))
+
+
+def _choose_held_out(
+    documents: np.ndarray, *, holdout: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Return which of a domain's sequences are held out, [n] bool.
+
+    Args:
+        documents: [n, S], the document of each token.
+    """
+    n = len(documents)
+    n_held = min(round(n * holdout), n - 1)
+    if holdout > 0 and n >= 2:
+        n_held = max(n_held, 1)
+    held_out = np.zeros(n, bool)
+    if n_held < 1:
+        return held_out
+    goes_on = np.concatenate(
+        [[False], documents[1:, 0] == documents[:-1, -1], [False]]
+    )  # [n + 1]: cut i splits a document
+    starts = np.arange(n - n_held + 1)
+    n_split = goes_on[starts].astype(int) + goes_on[starts + n_held]
+    start = int(rng.choice(starts[n_split == n_split.min()]))
+    held_out[start : start + n_held] = True
+    return held_out

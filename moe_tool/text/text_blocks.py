@@ -1,0 +1,58 @@
+"""Blocks of about 8 kB, cut where a paragraph ends, found without reading what lies before them."""
+
+import re
+from collections.abc import Callable
+
+BLOCK_BYTES = 8192
+
+_PARAGRAPH_END = re.compile(rb"\n[ \t\r]*\n")
+
+
+def count_blocks(size_bytes: int) -> int:
+    """Return how many blocks a text of this size has; some of them may turn out empty."""
+    return -(-size_bytes // BLOCK_BYTES)
+
+
+def block_range(
+    block: int, *, size_bytes: int, read: Callable[[int, int], bytes]
+) -> tuple[int, int]:
+    """Return where a block begins and ends (bytes); the blocks of a text follow each other without
+    gap or overlap.
+
+    Cut number i lies in [i, i + 1) * 8192: after the first blank line there, else after the first
+    line end, else at the first byte that begins a UTF-8 character. So every block can be found by
+    itself and none is longer than 16 kB.
+
+    Args:
+        read: returns the bytes of the text from an offset on, at most as many as asked for.
+    """
+    return _cut(block, size_bytes, read), _cut(block + 1, size_bytes, read)
+
+
+def split_text(text: str) -> list[str]:
+    """Return the blocks of a text in order, without those that hold only white space."""
+    content = text.encode()
+
+    def read(start: int, length: int) -> bytes:
+        return content[start : start + length]
+
+    ranges = (
+        block_range(block, size_bytes=len(content), read=read)
+        for block in range(count_blocks(len(content)))
+    )
+    blocks = [content[start:end].decode() for start, end in ranges]
+    return [block for block in blocks if block.strip()]
+
+
+def _cut(number: int, size_bytes: int, read: Callable[[int, int], bytes]) -> int:
+    start = number * BLOCK_BYTES
+    if number == 0 or start >= size_bytes:
+        return min(start, size_bytes)
+    window = read(start, BLOCK_BYTES)
+    match = _PARAGRAPH_END.search(window)
+    if match:
+        return start + match.end()
+    line_end = window.find(b"\n")
+    if line_end >= 0:
+        return start + line_end + 1
+    return start + next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
