@@ -12,7 +12,7 @@ from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TokensByExpert:
-    """Slots of a routing, sorted by expert; within an expert in the order of transformers' eager loop."""
+    """Slots of a routing, sorted by expert, within one as transformers' eager loop has them."""
 
     token: torch.Tensor
     """[n] int64"""
@@ -37,16 +37,16 @@ def run_experts(
 ) -> torch.Tensor:
     """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival.
 
-    Each expert is computed as it arrives, but outputs are added in ascending order of experts, token by token as
-    transformers' eager experts do; outputs that are early wait for their turn.
+    Each expert is computed as it arrives, but outputs are added in ascending order of experts,
+    token by token as transformers' eager experts do; outputs that are early wait for their turn.
 
     Args:
         module: an experts module of transformers (`num_experts` and what `expert_forward` uses).
         hidden: [T, H] float32.
         index: [T, K] int64; below 0 or from E on, the slot is skipped.
         weight: [T, K] gate weights.
-        supply: every expert named in `index`, once, each with its weights. They are not used any more
-            when the next one is asked for.
+        supply: every expert named in `index`, once, each with its weights. They are not used any
+            more when the next one is asked for.
 
     Returns:
         [T, H], in the dtype of `hidden`.
@@ -72,8 +72,8 @@ def run_experts(
 def _sort_by_expert(index: torch.Tensor, n_experts: int) -> _TokensByExpert:
     """Sort slots by expert in one pass.
 
-    The eager loop takes `torch.where` of a [K, T] mask per expert: slot by slot, tokens ascending. A stable
-    sort of the transposed index gives the same order.
+    The eager loop takes `torch.where` of a [K, T] mask per expert: slot by slot, tokens ascending.
+    A stable sort of the transposed index gives the same order.
     """
     n_tokens = index.shape[0]
     flat = index.T.reshape(-1)  # [K * T]

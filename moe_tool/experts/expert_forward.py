@@ -17,8 +17,8 @@ def expert_forward(
     Args:
         module: an experts module of transformers; its `has_gate`, `_apply_gate` or `act_fn`, and
             `has_post_expert_norm` are used, its parameters are not.
-        weights: the expert's tensors by the module's parameter names. Matrices are [out, in] whatever the
-            module's `is_transposed` says.
+        weights: the expert's tensors by the module's parameter names. Matrices are [out, in]
+            whatever the module's `is_transposed` says.
         x: [n, H] float32.
 
     Returns:

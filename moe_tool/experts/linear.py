@@ -1,12 +1,14 @@
-"""The product x @ weight.T over a weight as it lies in a record: floats of any width, or integer codes.
+"""The product x @ weight.T over a weight as it lies in a record.
 
-This is the definition that a native kernel with the same signature has to agree with. Weights that are not
-float32 are expanded in blocks of rows into one scratch block, so a layer needs no float32 copy of an expert.
+This is the definition that a native kernel with the same signature has to agree with. Weights that
+are not float32 are expanded in blocks of rows into one scratch block, so a layer needs no float32
+copy of an expert.
 
-Measured on a 2-core Xeon (AVX-512), one thread, [14336, 4096], one token, milliseconds: float32 15, bfloat16 30,
-8 bits 21, 4 bits 31. Of the ways to expand 4 bits, two planes of nibbles (31) beat a 256-row lookup table (36),
-int8 * float32 type promotion (39) and one small product per group (46). Blocks of 2**18 weights stay in
-the second-level cache; with four times that, the same code takes 41.
+Measured on a 2-core Xeon (AVX-512), one thread, [14336, 4096], one token, milliseconds: float32 15,
+bfloat16 30, 8 bits 21, 4 bits 31. Of the ways to expand 4 bits, two planes of nibbles (31) beat a
+256-row lookup table (36), int8 * float32 type promotion (39) and one small product per group (46).
+Blocks of 2**18 weights stay in the second-level cache; with four times that, the same code takes
+41.
 """
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 _FEW_TOKENS = 16
-"""Up to here a product is bound by expanding the weight, beyond by the arithmetic, which likes larger blocks."""
+"""Up to here expanding the weight takes the time, beyond the arithmetic, which likes large blocks."""
 _SMALL_BLOCK = 2**18
 _LARGE_BLOCK = 2**20
 
@@ -26,8 +28,8 @@ def linear(
 ) -> torch.Tensor:
     """Return x @ weight.T + bias in float32.
 
-    A float32 weight goes to `F.linear` as it is, so the result is that of the ordinary model bit for bit.
-    The result is a function of values, shapes and number of threads alone.
+    A float32 weight goes to `F.linear` as it is, so the result is that of the ordinary model bit
+    for bit. The result is a function of values, shapes and number of threads alone.
 
     Args:
         x: [n, in] float32.
@@ -80,8 +82,9 @@ def _linear_8_bits(x: torch.Tensor, weight: IntegerWeight) -> torch.Tensor:
 def _linear_4_bits(x: torch.Tensor, weight: IntegerWeight) -> torch.Tensor:
     """Expand low and high nibbles into two planes and reorder x instead of interleaving the weight.
 
-    Byte c of a row holds inputs 2c (low nibble) and 2c + 1 (high nibble), two's complement. As an int8 a nibble in the
-    high half is worth 16 times its code: the scale takes the 16 back, which is exact in float32.
+    Byte c of a row holds inputs 2c (low nibble) and 2c + 1 (high nibble), two's complement. As an
+    int8 a nibble in the high half is worth 16 times its code: the scale takes the 16 back, which is
+    exact in float32.
     """
     n_outputs, n_bytes = weight.codes.shape
     if weight.group % 2:
@@ -112,7 +115,7 @@ def _split_even_odd(x: torch.Tensor, n_bytes: int) -> torch.Tensor:
 
 
 def _scale_groups(expanded: torch.Tensor, scales: torch.Tensor, group: int) -> None:
-    """Multiply [..., in] by scales that broadcast to [..., G], in place; the last group may be short."""
+    """Multiply [..., in] by scales that broadcast to [..., G] in place; the last group may be short."""
     n_full = expanded.shape[-1] // group
     full = expanded[..., : n_full * group].unflatten(-1, (n_full, group))
     full.mul_(scales[..., :n_full, None])

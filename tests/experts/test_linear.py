@@ -11,7 +11,8 @@ from moe_tool.quantization.bit_packing import pack
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
-# A product of 300 terms in float32, summed in another order: 300 * 2**-24 relative to the sum of magnitudes.
+# A product of 300 terms in float32, summed in another order: 300 * 2**-24 relative to the sum of
+# magnitudes.
 RELATIVE = 300 * 2**-24
 
 
