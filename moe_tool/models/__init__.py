@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints and architectures; the only room that touches transformers' internals."""

@@ -1,0 +1,141 @@
+"""What a checkpoint is: shape, identity, and which tensors belong to what."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from transformers import PreTrainedModel
+
+from moe_tool.artifacts.identity import ModelIdentity
+from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName, MoeShape
+from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
+from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.checkpoint_identity import checkpoint_identity
+from moe_tool.models.expert_source import ExpertSource, is_transposed
+from moe_tool.models.locate import LocatedModel
+from moe_tool.models.meta_model import build_meta_model
+from moe_tool.models.moe_layers import (
+    MoeLayerModules,
+    decoder_layers,
+    expert_parameters,
+    find_moe_layers,
+    top_k,
+)
+from moe_tool.models.tensor_map import TensorMap
+
+_FLOAT_NAMES: dict[str, FloatName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedModel:
+    """A checkpoint, checked against its config, ready to be read."""
+
+    checkpoint: Checkpoint
+    """Open; the owner of this object closes it."""
+    identity: ModelIdentity
+    shape: MoeShape
+    skeleton_names: list[str]
+    """On-disk names of everything but the routed experts."""
+    experts: ExpertSource
+
+
+def open_model(model: LocatedModel) -> OpenedModel:
+    """Open a checkpoint and check all of its headers against config.json, before any weight is read.
+
+    Raises:
+        NotFoundError: there is no config.json or no checkpoint.
+        UnsupportedModelError: the architecture or the weight format is not known.
+        CorruptArtifactError: config, tensors or both are damaged or do not belong together.
+    """
+    meta = build_meta_model(model.folder)
+    checkpoint = Checkpoint.open_folder(model.folder)
+    try:
+        tensor_map = TensorMap(meta, checkpoint)
+        experts = ExpertSource(meta, checkpoint)
+        tensor_map.check_skeleton()
+        shape = read_shape(meta, checkpoint)
+        identity = checkpoint_identity(
+            model.folder,
+            checkpoint,
+            name=model.name,
+            model_type=shape.model_type,
+            hashed_tensors=identity_tensor_names(meta, checkpoint),
+        )
+    except BaseException:
+        checkpoint.close()
+        raise
+    return OpenedModel(
+        checkpoint=checkpoint,
+        identity=identity,
+        shape=shape,
+        skeleton_names=tensor_map.skeleton_names(),
+        experts=experts,
+    )
+
+
+def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
+    """Return the shape of a model, from its modules and the dtype of the experts on disk.
+
+    Args:
+        model: on the meta device, the experts' parameters still in it.
+        checkpoint: a whole checkpoint.
+
+    Raises:
+        UnsupportedModelError: the experts are not stored as floating-point numbers of one kind.
+        CorruptArtifactError: the checkpoint holds no experts.
+    """
+    modules = find_moe_layers(model)[0]
+    tensor_map = TensorMap(model, checkpoint)
+    names = [name for layer in tensor_map.moe_layers for name in tensor_map.expert_tensor_names(layer)]
+    if not names:
+        raise CorruptArtifactError(
+            "the checkpoint holds no experts", hint="download the checkpoint again"
+        )
+    dtypes = {checkpoint.tensors[name].dtype for name in names}
+    if len(dtypes) > 1 or not dtypes <= _FLOAT_NAMES.keys():
+        raise UnsupportedModelError(
+            f"experts stored as {', '.join(sorted(dtypes))} are not read",
+            hint="use a float32, bfloat16 or float16 version of the checkpoint",
+        )
+    return structure(model, modules, dtype=_FLOAT_NAMES[dtypes.pop()])
+
+
+def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatName) -> MoeShape:
+    """Return the shape of a model whose experts have the dtype `dtype` on disk, from one of its MoE layers."""
+    config = model.config.get_text_config()
+    return MoeShape(
+        model_type=model.config.model_type,
+        n_decoder_layers=len(decoder_layers(model)),
+        layers=tuple(found.layer for found in find_moe_layers(model)),
+        experts=cast(int, modules.experts.num_experts),
+        top_k=top_k(modules),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        dtype=dtype,
+        expert_tensors=_expert_tensors(modules),
+    )
+
+
+def identity_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
+    """Return the on-disk names of the small tensors that every fine-tune moves: routers and vectors outside experts.
+
+    Args:
+        model: on the meta device, the experts' parameters still in it.
+        checkpoint: a whole checkpoint, or one without routed experts.
+    """
+    tensor_map = TensorMap(model, checkpoint)
+    module_names = {module: name for name, module in model.named_modules()}
+    routers = tuple(f"{module_names[m.router]}." for m in tensor_map.moe_layers.values())
+    chosen = set()
+    for target, pieces in tensor_map.skeleton.items():
+        for piece in pieces:
+            if target.startswith(routers) or len(checkpoint.tensors[piece.name].shape) == 1:
+                chosen.add(piece.name)
+    return sorted(chosen)
+
+
+def _expert_tensors(modules: MoeLayerModules) -> tuple[ExpertTensor, ...]:
+    tensors = []
+    for name, shape in expert_parameters(modules).items():
+        own = shape[:0:-1] if is_transposed(modules) and len(shape) == 3 else shape[1:]
+        tensors.append(ExpertTensor(name=name, shape=own))
+    return tuple(tensors)

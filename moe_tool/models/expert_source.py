@@ -1,0 +1,72 @@
+"""One expert of a checkpoint in canonical form, whatever the layout on disk."""
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters
+from moe_tool.models.tensor_map import TensorMap
+
+
+class ExpertSource:
+    """Reads experts one at a time; every byte of the checkpoint is read by exactly one (layer, expert)."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        """Map the checkpoint and check it.
+
+        Args:
+            model: on the meta device, the experts' parameters still in it.
+            checkpoint: stays open and owned by the caller.
+
+        Raises:
+            CorruptArtifactError: an expert's tensor is missing or has another shape than the model's.
+        """
+        self._checkpoint = checkpoint
+        self._map = TensorMap(model, checkpoint)
+        self._map.check_experts()
+        self._parameters = {
+            layer: tuple(expert_parameters(modules))
+            for layer, modules in self._map.moe_layers.items()
+        }
+        self._transposed = {
+            layer: is_transposed(modules) for layer, modules in self._map.moe_layers.items()
+        }
+
+    def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """Return one expert's tensors, freshly read.
+
+        Args:
+            layer: decoder-layer index.
+            expert: 0 to E - 1.
+
+        Returns:
+            The experts module's parameter names -> contiguous tensors in the checkpoint's dtype: matrices
+            [out, in], biases [out]. Rows of gate_up_proj are in the module's own order.
+
+        Raises:
+            StorageError: the checkpoint cannot be read.
+        """
+        return {name: self._read(layer, name, expert) for name in self._parameters[layer]}
+
+    def tensor_names(self, layer: int) -> list[str]:
+        """Return the on-disk names, sorted, of all experts' tensors of one layer."""
+        return self._map.expert_tensor_names(layer)
+
+    def _read(self, layer: int, parameter: str, expert: int) -> torch.Tensor:
+        pieces, is_stacked = self._map.expert_pieces(layer, parameter, expert)
+        tensors = []
+        for piece in pieces:
+            if is_stacked:
+                row = self._checkpoint.read(piece.name, row=expert)
+                tensors.append(row if piece.pattern is None else row.unsqueeze(0))
+            else:
+                tensors.append(self._checkpoint.read(piece.name))
+        made = self._map.convert_expert(layer, parameter, pieces, tensors)
+        if self._transposed[layer] and made.ndim == 2:
+            made = made.T
+        return made.contiguous()
+
+
+def is_transposed(modules: MoeLayerModules) -> bool:
+    """Return whether this layer's module keeps its matrices as [in, out]."""
+    return bool(modules.experts.is_transposed)

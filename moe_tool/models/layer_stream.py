@@ -1,0 +1,250 @@
+"""Push batches through a model with one decoder layer in memory at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.architecture import read_shape
+from moe_tool.models.expert_source import ExpertSource
+from moe_tool.models.meta_model import build_meta_model
+from moe_tool.models.moe_layers import (
+    MoeLayerModules,
+    decoder,
+    decoder_layers,
+    decoder_prefix,
+    unsupported,
+)
+from moe_tool.models.skeleton import (
+    LayerCall,
+    hook_routers,
+    load_groups,
+    make_unsaved_buffers,
+    remove_experts,
+    set_experts_function,
+)
+from moe_tool.models.tensor_map import TensorMap
+
+
+@dataclass(frozen=True, slots=True)
+class _CallArguments:
+    """What a decoder layer is called with, besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedLayer:
+    """One decoder layer whose weights are in memory until the next one is asked for."""
+
+    layer: int
+    """Decoder-layer index."""
+    moe: MoeLayerModules | None
+    """None in a dense layer."""
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    """[B, S, H] hidden states before the layer -> after it; its experts are those of `set_experts_function`."""
+
+
+class LayerStream:
+    """Embeddings, head and all routers in memory, decoder layers one after the other.
+
+    A full pass of `layers`, with each expert read once from `experts`, reads every tensor that the model uses once.
+    Sequences are never padded: positions run from 0 and every token sees all before it (or its window).
+    """
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+        """Check the checkpoint against config.json, then load what lies outside the layers, and the routers.
+
+        Args:
+            folder: holds config.json.
+            checkpoint: a whole checkpoint; stays open and owned by the caller.
+            dtype: of the loaded parameters.
+
+        Raises:
+            NotFoundError, UnsupportedModelError: as `build_meta_model`.
+            CorruptArtifactError: a tensor is missing or has another shape; told before any is read.
+        """
+        self.model = build_meta_model(folder, dtype)
+        self._checkpoint = checkpoint
+        self._map = TensorMap(self.model, checkpoint)
+        self.moe_layers = tuple(self._map.moe_layers.values())
+        """The modules of every MoE layer; the routers stay loaded, see `MoeLayerModules.route`."""
+        missing = self._map.check_skeleton()
+        self.experts = ExpertSource(self.model, checkpoint)
+        self.shape: MoeShape = read_shape(self.model, checkpoint)
+        remove_experts(self.moe_layers)
+        self._layer_targets = self._targets_by_layer()
+        make_unsaved_buffers(self.model)
+        load_groups(self.model, self._map, checkpoint, self._layer_targets.pop(None, []))
+        self.model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        hook_routers(self.moe_layers)
+        self._arguments: dict[torch.Size, list[_CallArguments]] = {}
+
+    def set_experts_function(self, answer: Callable[[LayerCall], torch.Tensor]) -> None:
+        """Let `answer` compute the experts of every layer: LayerCall -> [T, H]."""
+        set_experts_function(self.moe_layers, answer)
+
+    @torch.no_grad()
+    def initial_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states before the first decoder layer.
+
+        Args:
+            tokens: [B, S] int64.
+
+        Returns:
+            [B, S, H].
+
+        Raises:
+            UnsupportedModelError: the layers of this model hand each other more than hidden states.
+        """
+        taps = [_Tap(layer) for layer in decoder_layers(self.model)]
+        with self._layers_replaced(taps):
+            decoder(self.model)(input_ids=tokens, use_cache=False)
+        hidden = taps[0].hidden
+        assert hidden is not None
+        for tap in taps:
+            self._require_plain(tap, hidden, tokens)
+        self._arguments.setdefault(
+            tokens.shape, [_CallArguments(tap.args, tap.kwargs) for tap in taps]
+        )
+        return hidden
+
+    def layers(self, start: int = 0) -> Iterator[StreamedLayer]:
+        """Yield the decoder layers from `start` on, each loaded when it is reached and dropped after.
+
+        Args:
+            start: decoder-layer index to begin with, e.g. on a resume.
+        """
+        for index, module in enumerate(decoder_layers(self.model)):
+            if index < start:
+                continue
+            loaded = load_groups(
+                self.model, self._map, self._checkpoint, self._layer_targets.get(index, [])
+            )
+            try:
+                yield StreamedLayer(
+                    layer=index,
+                    moe=self._map.moe_layers.get(index),
+                    forward=self._forward_of(index, module),
+                )
+            finally:
+                self._drop(loaded)
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of hidden states behind the last layer: final norm, head, and any scaling of the model.
+
+        Args:
+            hidden: [B, S, H].
+
+        Returns:
+            [B, S, V].
+        """
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        layers: list[nn.Module] = [_Tap(layer) for layer in decoder_layers(self.model)]
+        layers[-1] = _Feed(hidden, decoder_layers(self.model)[-1])
+        with self._layers_replaced(layers):
+            return self.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def _targets_by_layer(self) -> dict[int | None, list[str]]:
+        """Group what is to be loaded by decoder layer; None: outside them, or a router."""
+        prefix = decoder_prefix(self.model)
+        names = {module: name for name, module in self.model.named_modules()}
+        routers = tuple(f"{names[modules.router]}." for modules in self.moe_layers)
+        blocks = {names[modules.block] for modules in self.moe_layers}
+        targets: dict[int | None, list[str]] = {}
+        for target in self._map.skeleton:
+            layer = None
+            is_of_router = target.startswith(routers) or target.rpartition(".")[0] in blocks
+            if target.startswith(prefix) and not is_of_router:
+                layer = int(target.removeprefix(prefix).split(".")[0])
+            targets.setdefault(layer, []).append(target)
+        return targets
+
+    def _forward_of(
+        self, index: int, module: nn.Module
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        @torch.no_grad()
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            shape = hidden.shape[:2]
+            if shape not in self._arguments:
+                self.initial_hidden(torch.zeros(shape, dtype=torch.int64))
+            call = self._arguments[shape][index]
+            output = module(hidden, *call.args, **call.kwargs)
+            if not isinstance(output, tuple):
+                return output  # type: ignore[no-any-return]
+            if any(extra is not None for extra in output[1:]):
+                raise unsupported(self.shape.model_type, "its layers return more than hidden states")
+            return output[0]  # type: ignore[no-any-return]
+
+        return forward
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if leaf in module._buffers:
+                module._buffers[leaf] = module._buffers[leaf].to("meta")  # type: ignore[union-attr]
+            else:
+                meta = module._parameters[leaf].to("meta")  # type: ignore[union-attr]
+                module._parameters[leaf] = nn.Parameter(meta, requires_grad=False)
+
+    @contextmanager
+    def _layers_replaced(self, layers: list[Any]) -> Iterator[None]:
+        owner = decoder(self.model)
+        real = owner.layers
+        owner.layers = nn.ModuleList(layers)
+        try:
+            yield
+        finally:
+            owner.layers = real
+
+    def _require_plain(self, tap: "_Tap", hidden: torch.Tensor, tokens: torch.Tensor) -> None:
+        if tap.hidden is not hidden:
+            raise unsupported(self.shape.model_type, "the hidden states change between its layers")
+        for value in (*tap.args, *tap.kwargs.values()):
+            if value is tokens or isinstance(value, dict | list):
+                reason = "its layers hand each other more than hidden states"
+                raise unsupported(self.shape.model_type, reason)
+        tap.hidden = None
+
+
+class _Tap(nn.Module):
+    """Stands for a decoder layer: lets the hidden states through and keeps what it was called with."""
+
+    def __init__(self, real: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["real"] = real  # not as a submodule: its weights must not be seen here
+        self.hidden: torch.Tensor | None = None
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["real"], name)  # e.g. attention_type
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the hidden states as they came."""
+        self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
+        return hidden_states
+
+
+class _Feed(_Tap):
+    """Stands for the last decoder layer: gives out hidden states that were computed before."""
+
+    def __init__(self, hidden: torch.Tensor, real: nn.Module) -> None:
+        super().__init__(real)
+        self.__dict__["given"] = hidden
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the hidden states that were given."""
+        return self.__dict__["given"]  # type: ignore[no-any-return]

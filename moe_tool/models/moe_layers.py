@@ -1,0 +1,180 @@
+"""Where the experts and the router of every MoE layer are inside a transformers model."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_tool.errors import UnsupportedModelError
+
+SUPPORTED = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "phimoe",
+    "granitemoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "ernie4_5_moe",
+    "minimax_m2",
+    "hunyuan_v1_moe",
+    "gpt_oss",
+)
+"""The model types that are tested. Others work if they use transformers' experts interface as these do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """What a router answers."""
+
+    logits: torch.Tensor
+    """[T, E]"""
+    index: torch.Tensor
+    """[T, K] int64: the chosen experts."""
+    weight: torch.Tensor
+    """[T, K]: their gate weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeLayerModules:
+    """The modules of one MoE layer."""
+
+    layer: int
+    """Decoder-layer index."""
+    experts: nn.Module
+    """The experts module of transformers' interface."""
+    router: nn.Module
+    block: nn.Module
+    """What holds router and experts; some architectures keep the selection bias here."""
+    logits_position: int
+    """Position of the logits in the router's output."""
+
+    def route(self, hidden: torch.Tensor) -> Routed:
+        """Apply the router to any hidden states, this layer's or another's.
+
+        Args:
+            hidden: [T, H].
+        """
+        return self.read_output(self.router(hidden, **self._extra_arguments()))
+
+    def read_output(self, output: Sequence[torch.Tensor]) -> Routed:
+        """Tell logits, indices and weights of a router's output apart."""
+        logits = output[self.logits_position]
+        rest = [each for position, each in enumerate(output) if position != self.logits_position]
+        chosen = [each for each in rest if not each.is_floating_point()]
+        weights = [each for each in rest if each.is_floating_point()]
+        return Routed(logits=logits, index=chosen[0], weight=weights[0])
+
+    def _extra_arguments(self) -> dict[str, torch.Tensor]:
+        # minimax_m2 keeps the selection bias in the block, which passes it to the router by this name.
+        names = list(inspect.signature(self.router.forward).parameters)[1:]
+        found = {name: getattr(self.block, name, None) for name in names}
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers of a causal language model."""
+    return decoder(model).layers  # type: ignore[return-value]
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the module that owns the decoder layers.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    base = model.base_model
+    for candidate in (base, getattr(base, "model", None), getattr(base, "decoder", None)):
+        if isinstance(getattr(candidate, "layers", None), nn.ModuleList):
+            return candidate  # type: ignore[return-value]
+    raise unsupported(model.config.model_type, "its decoder layers are not where they are looked for")
+
+
+def decoder_prefix(model: PreTrainedModel) -> str:
+    """Return the name of the decoder layers in front of a layer's index, e.g. "model.layers."."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers) + "."
+
+
+def find_moe_layers(model: PreTrainedModel) -> tuple[MoeLayerModules, ...]:
+    """Return the MoE layers in ascending order.
+
+    Raises:
+        UnsupportedModelError: the model is dense, has other experts than those of transformers' interface, or its
+            MoE layers differ.
+    """
+    model_type = model.config.model_type
+    prefix = decoder_prefix(model)
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if not (hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")):
+            continue
+        index = name.removeprefix(prefix).split(".")[0]
+        if not name.startswith(prefix) or not index.isdigit():
+            raise unsupported(model_type, f"it has experts outside its decoder layers ({name})")
+        if int(index) in found:
+            raise unsupported(model_type, f"decoder layer {index} has two groups of experts")
+        found[int(index)] = name
+    if not found:
+        raise unsupported(model_type, "it has no experts that transformers' experts interface reaches")
+    layers = tuple(_modules(model, layer, found[layer]) for layer in sorted(found))
+    _require_uniform(model_type, layers)
+    return layers
+
+
+def expert_parameters(modules: MoeLayerModules) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of the stacked expert tensors of one layer, [E, ...], in the module's order."""
+    named = modules.experts.named_parameters(recurse=False)
+    return {name: tuple(parameter.shape) for name, parameter in named}
+
+
+def top_k(modules: MoeLayerModules) -> int:
+    """Return K, the number of experts that the router of this layer chooses."""
+    for owner in (modules.router, modules.block):
+        if isinstance(getattr(owner, "top_k", None), int):
+            return owner.top_k  # type: ignore[return-value]
+    return int(modules.experts.config.num_experts_per_tok)  # type: ignore[union-attr,arg-type]
+
+
+def unsupported(model_type: str, reason: str) -> UnsupportedModelError:
+    """Return the error that refuses an architecture by name, with the list of those that are known."""
+    return UnsupportedModelError(
+        f"{model_type!r} is not supported: {reason}",
+        hint=f"tested architectures: {', '.join(SUPPORTED)}",
+    )
+
+
+def _modules(model: PreTrainedModel, layer: int, experts_name: str) -> MoeLayerModules:
+    block_name = experts_name.rpartition(".")[0]
+    block = model.get_submodule(block_name)
+    experts = model.get_submodule(experts_name)
+    recorder = (getattr(decoder(model), "_can_record_outputs", None) or {}).get("router_logits")
+    if isinstance(recorder, list | tuple):
+        recorder = recorder[0] if len(recorder) == 1 else None
+    target = getattr(recorder, "target_class", recorder)
+    if not isinstance(target, type):
+        raise unsupported(model.config.model_type, "transformers does not say where its routers are")
+    routers = [module for module in block.modules() if isinstance(module, target)]
+    if len(routers) != 1 or any(module is experts for module in routers[0].modules()):
+        raise unsupported(model.config.model_type, f"layer {layer} has no router apart from its experts")
+    return MoeLayerModules(
+        layer=layer,
+        experts=experts,
+        router=routers[0],
+        block=block,
+        logits_position=getattr(recorder, "index", 0),
+    )
+
+
+def _require_uniform(model_type: str, layers: tuple[MoeLayerModules, ...]) -> None:
+    first = layers[0]
+    for other in layers[1:]:
+        same = expert_parameters(other) == expert_parameters(first)
+        if not same or other.experts.num_experts != first.experts.num_experts or top_k(other) != top_k(first):
+            reason = f"experts of layers {first.layer} and {other.layer} differ in number or shape"
+            raise unsupported(model_type, reason)

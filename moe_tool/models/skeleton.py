@@ -1,0 +1,234 @@
+"""The model without its experts, and the hook where our experts come in."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.errors import CorruptArtifactError, WrongModelError
+from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.architecture import read_shape, structure
+from moe_tool.models.meta_model import CALL_ATTRIBUTE, build_meta_model
+from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters, unsupported
+from moe_tool.models.tensor_map import TensorMap
+
+_ROUTED_ATTRIBUTE = "_moe_tool_router_logits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCall:
+    """What the model asks of the experts of one layer."""
+
+    layer: int
+    """Decoder-layer index."""
+    module: nn.Module
+    """The experts module; its parameters are gone, its activation and attributes are there."""
+    hidden: torch.Tensor
+    """[T, H]"""
+    index: torch.Tensor
+    """[T, K] int64; an entry of E or more means no expert."""
+    weight: torch.Tensor
+    """[T, K]"""
+    router_logits: torch.Tensor | None
+    """[T, E]; None when the router was not asked before its experts."""
+
+
+class Skeleton:
+    """A model ready to run as soon as its experts function is set."""
+
+    def __init__(
+        self, *, model: PreTrainedModel, shape: MoeShape, layers: tuple[MoeLayerModules, ...]
+    ) -> None:
+        """Hold what `load_skeleton` made."""
+        self.model = model
+        self.shape = shape
+        self.layers = layers
+
+    def set_experts_function(self, answer: Callable[[LayerCall], torch.Tensor]) -> None:
+        """Let `answer` compute the experts of every layer: LayerCall -> [T, H]."""
+        set_experts_function(self.layers, answer)
+
+
+def load_skeleton(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    shape: MoeShape | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Skeleton:
+    """Load everything but the routed experts, tensor by tensor.
+
+    Memory never exceeds the skeleton in `dtype` plus one tensor.
+
+    Args:
+        folder: holds config.json and, if there is one, generation_config.json.
+        checkpoint: a whole checkpoint, or one without its routed experts (a bundle's skeleton).
+        shape: what the owner of a checkpoint without experts knows of them; read from the checkpoint when None.
+        dtype: of the loaded parameters.
+
+    Raises:
+        NotFoundError, UnsupportedModelError: as `build_meta_model`.
+        CorruptArtifactError: a tensor is missing or has another shape; told before any is read.
+        WrongModelError: config.json describes another model than `shape`.
+    """
+    model = build_meta_model(folder, dtype)
+    tensor_map = TensorMap(model, checkpoint)
+    layers = tuple(tensor_map.moe_layers.values())
+    missing = tensor_map.check_skeleton()
+    found = read_shape(model, checkpoint) if shape is None else _require_shape(model, layers, shape)
+    remove_experts(layers)
+    make_unsaved_buffers(model)
+    load_groups(model, tensor_map, checkpoint, tensor_map.skeleton)
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+    _require_loaded(model)
+    _load_generation_config(model, folder)
+    hook_routers(layers)
+    return Skeleton(model=model, shape=found, layers=layers)
+
+
+def skeleton_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
+    """Return the on-disk names, sorted, of what a model (complete, on meta) needs besides its routed experts."""
+    return TensorMap(model, checkpoint).skeleton_names()
+
+
+def set_experts_function(
+    layers: Iterable[MoeLayerModules], answer: Callable[[LayerCall], torch.Tensor]
+) -> None:
+    """Let `answer` compute the experts of these layers."""
+    for modules in layers:
+        object.__setattr__(modules.experts, CALL_ATTRIBUTE, _caller(modules, answer))
+
+
+def remove_experts(layers: Iterable[MoeLayerModules]) -> None:
+    """Take the experts' parameters out of their modules."""
+    for modules in layers:
+        for name in expert_parameters(modules):
+            modules.experts._parameters.pop(name)
+        # transformers would initialize the parameters that are not there.
+        modules.experts._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def hook_routers(layers: Iterable[MoeLayerModules]) -> None:
+    """Keep the logits of a router until its experts are called."""
+    for modules in layers:
+        modules.router.register_forward_hook(_keep_logits(modules))
+
+
+def make_unsaved_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds, e.g. rotary frequencies; call it before anything is loaded."""
+    owners: dict[str, list[str]] = {}
+    for name, _ in model.named_non_persistent_buffers():
+        owner, _, buffer = name.rpartition(".")
+        owners.setdefault(owner, []).append(buffer)
+    for owner, buffers in owners.items():
+        module = model.get_submodule(owner)
+        for buffer in buffers:
+            module._buffers[buffer] = torch.empty_like(module._buffers[buffer], device="cpu")  # type: ignore[arg-type]
+        with torch.no_grad():
+            model._init_weights(module)
+
+
+def load_groups(
+    model: PreTrainedModel, tensor_map: TensorMap, checkpoint: Checkpoint, targets: Iterable[str]
+) -> list[str]:
+    """Read groups of tensors into their parameters, one group in memory beside the model.
+
+    Args:
+        model: changed in place.
+        tensor_map: of `model` and `checkpoint`.
+        checkpoint: is read.
+        targets: keys of `tensor_map.skeleton`.
+
+    Returns:
+        The names of the parameters and buffers that were set.
+    """
+    loaded = []
+    for target in targets:
+        pieces = tensor_map.skeleton[target]
+        tensors = [checkpoint.read(piece.name) for piece in pieces]
+        made = tensor_map.convert(target, pieces, tensors)
+        del tensors
+        for name in list(made):
+            _assign(model, name, made.pop(name))
+            loaded.append(name)
+    return loaded
+
+
+def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        old = module._buffers[leaf]
+        assert old is not None
+        module._buffers[leaf] = value.to(old.dtype)
+        return
+    parameter = module._parameters[leaf]
+    assert parameter is not None
+    loaded = nn.Parameter(value.to(parameter.dtype).contiguous(), requires_grad=False)
+    loaded._is_hf_initialized = True  # type: ignore[attr-defined]
+    module._parameters[leaf] = loaded
+
+
+def _caller(
+    modules: MoeLayerModules, answer: Callable[[LayerCall], torch.Tensor]
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    def call(hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = modules.router.__dict__.pop(_ROUTED_ATTRIBUTE, None)
+        return answer(
+            LayerCall(
+                layer=modules.layer,
+                module=modules.experts,
+                hidden=hidden,
+                index=index,
+                weight=weight,
+                router_logits=logits,
+            )
+        )
+
+    return call
+
+
+def _keep_logits(modules: MoeLayerModules) -> Callable[..., None]:
+    def keep(router: nn.Module, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        object.__setattr__(router, _ROUTED_ATTRIBUTE, output[modules.logits_position])
+
+    return keep
+
+
+def _require_shape(
+    model: PreTrainedModel, layers: tuple[MoeLayerModules, ...], wanted: MoeShape
+) -> MoeShape:
+    found = structure(model, layers[0], dtype=wanted.dtype)
+    if found != wanted:
+        fields = [name for name in MoeShape.model_fields if getattr(found, name) != getattr(wanted, name)]
+        name = fields[0]
+        raise WrongModelError(
+            f"config.json has {name} {getattr(found, name)}, the experts were made for {getattr(wanted, name)}",
+            hint="use the config.json that was packed with the experts",
+        )
+    return wanted
+
+
+def _require_loaded(model: PreTrainedModel) -> None:
+    for kind in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in kind:
+            if tensor.is_meta:
+                raise unsupported(model.config.model_type, f"{name} is in no checkpoint")
+
+
+def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # it refuses bad files with errors of many kinds
+        raise CorruptArtifactError(
+            f"{path} is damaged: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}",
+            hint="download the checkpoint again, or remove the file",
+        ) from error

@@ -1,0 +1,288 @@
+"""Which tensors of a checkpoint make up which parameter of the model, by transformers' own conversion rules."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
+from moe_tool.models.moe_layers import (
+    MoeLayerModules,
+    expert_parameters,
+    find_moe_layers,
+)
+
+_EXPERT_ID = re.compile(r"experts\.(\d{1,6})\.")
+_HINT = "download the checkpoint again; it must be the one that config.json describes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One tensor on disk, and the pattern of the conversion rule that takes it; None when it is only renamed."""
+
+    name: str
+    pattern: str | None
+
+
+class TensorMap:
+    """The map of one checkpoint; nothing but its headers is used."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        """Sort the checkpoint's tensors by the parameter that they belong to.
+
+        Args:
+            model: on the meta device, complete: the experts' parameters still in it.
+            checkpoint: a whole checkpoint, or what is left of it without the routed experts.
+        """
+        mapping = get_model_conversion_mapping(model)
+        self._model = model
+        self._checkpoint = checkpoint
+        self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        self._meta_state = model.state_dict()
+        self._full_names: dict[tuple[int, str], str] = {}
+        module_names = {module: name for name, module in model.named_modules()}
+        self.moe_layers: dict[int, MoeLayerModules] = {}
+        for modules in find_moe_layers(model):
+            self.moe_layers[modules.layer] = modules
+            for parameter in expert_parameters(modules):
+                full_name = f"{module_names[modules.experts]}.{parameter}"
+                self._full_names[modules.layer, parameter] = full_name
+        self._expert_names = frozenset(self._full_names.values())
+        self.skeleton: dict[str, list[Piece]] = {}
+        """First parameter that a group of tensors makes -> the group."""
+        self._experts: dict[str, dict[int | None, list[Piece]]] = {}
+        """Expert parameter -> expert (None: stacked on disk) -> its tensors."""
+        self._sort()
+        self._meta_state = {}
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the checkpoint holds any tensor of a routed expert."""
+        return bool(self._experts)
+
+    def skeleton_names(self) -> list[str]:
+        """Return the on-disk names, sorted, of what the model needs besides its routed experts."""
+        return sorted(piece.name for pieces in self.skeleton.values() for piece in pieces)
+
+    def expert_pieces(self, layer: int, parameter: str, expert: int) -> tuple[list[Piece], bool]:
+        """Return the tensors that hold one parameter of one expert, and whether they hold all experts' (stacked)."""
+        by_expert = self._experts[self._full_names[layer, parameter]]
+        if None in by_expert:
+            return by_expert[None], True
+        return by_expert[expert], False
+
+    def expert_tensor_names(self, layer: int) -> list[str]:
+        """Return the on-disk names, sorted, of all routed experts of one layer."""
+        names: set[str] = set()
+        for (of_layer, _), full_name in self._full_names.items():
+            if of_layer == layer:
+                groups = self._experts.get(full_name, {}).values()
+                names.update(piece.name for pieces in groups for piece in pieces)
+        return sorted(names)
+
+    def convert(
+        self, target: str, pieces: Sequence[Piece], tensors: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the parameters that a group of tensors makes, by full name.
+
+        Args:
+            target: the first of these parameters.
+            pieces: the group.
+            tensors: one per piece, as read; on the meta device to learn shapes only.
+        """
+        pattern = pieces[0].pattern
+        if pattern is None:
+            return {target: tensors[0]}
+        found = next(rule for rule in self._converters if pattern in rule.source_patterns)
+        rule = copy.deepcopy(found)  # it collects tensors in itself
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            rule.add_tensor(target, piece.name, piece.pattern, lambda tensor=tensor: tensor)
+        made = rule.convert(target, model=self._model, config=self._model.config)
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
+
+    def convert_expert(
+        self, layer: int, parameter: str, pieces: Sequence[Piece], tensors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return one expert's parameter, in the module's own orientation, from its tensors as read."""
+        if pieces[0].pattern is None:
+            return tensors[0]
+        target = self._full_names[layer, parameter]
+        made = self.convert(target, pieces, tensors)[target]
+        return made[0] if made.ndim > len(self._shapes[target]) - 1 else made
+
+    def check_skeleton(self) -> set[str]:
+        """Compare names and shapes with the model, everything but the routed experts.
+
+        Returns:
+            The parameters that the checkpoint lacks because they are tied to one that it has.
+
+        Raises:
+            CorruptArtifactError: a tensor is missing or has another shape; the first in the model's order is named.
+        """
+        made: set[str] = set()
+        for target, pieces in self.skeleton.items():
+            made.update(self._check_group(target, pieces))
+        missing = {n for n in self._shapes if n not in made and n not in self._expert_names}
+        tied = self._model.all_tied_weights_keys
+        excused = set()
+        for target, source in tied.items():
+            group = {target, source} | {t for t, s in tied.items() if s == source}
+            if group - missing:
+                excused |= group & missing
+        for name in self._shapes:
+            if name in missing - excused:
+                raise CorruptArtifactError(
+                    f"the checkpoint lacks a tensor for {name}, "
+                    f"wanted shape {list(self._shapes[name])}, found none",
+                    hint=_HINT,
+                )
+        return excused
+
+    def check_experts(self) -> None:
+        """Compare names and shapes of all routed experts with the model.
+
+        Raises:
+            CorruptArtifactError: a tensor is missing or has another shape; the first in the model's order is named.
+        """
+        for full_name in self._full_names.values():
+            by_expert = self._experts.get(full_name)
+            shape = self._shapes[full_name]
+            if not by_expert:
+                raise CorruptArtifactError(
+                    f"the checkpoint lacks a tensor for {full_name}, "
+                    f"wanted shape {list(shape)}, found none",
+                    hint=_HINT,
+                )
+            if None in by_expert:
+                self._check_stacked(full_name, by_expert)
+            else:
+                self._check_separate(full_name, by_expert)
+
+    def _sort(self) -> None:
+        for name in sorted(self._checkpoint.tensors, key=dot_natural_key):
+            target, pattern = self._rename(name)
+            piece = Piece(name=name, pattern=pattern)
+            if target in self._expert_names:
+                match = _EXPERT_ID.search(name) if pattern is not None else None
+                expert = int(match.group(1)) if match else None
+                self._experts.setdefault(target, {}).setdefault(expert, []).append(piece)
+            elif target in self._meta_state:
+                self.skeleton.setdefault(target, []).append(piece)
+            # Anything else the model has no use for, e.g. a multi-token prediction layer.
+
+    def _rename(self, name: str) -> tuple[str, str | None]:
+        base = self._model.base_model_prefix
+        rules = (self._renamings, self._converters)
+        target, pattern = rename_source_key(name, *rules, base, self._meta_state)
+        if target not in self._meta_state and name in self._meta_state:
+            return rename_source_key(name, [], [], base, self._meta_state)
+        return target, pattern
+
+    def _check_group(self, target: str, pieces: Sequence[Piece]) -> set[str]:
+        if pieces[0].pattern is None and len(pieces) > 1:
+            names = " and ".join(piece.name for piece in pieces)
+            raise CorruptArtifactError(f"{names} are the same tensor of the model", hint=_HINT)
+        made = self._convert_shapes(target, pieces, self._metas(pieces), self._shapes[target])
+        for name, shape in made.items():
+            self._require_shape(pieces, found=shape, wanted=self._shapes.get(name, shape))
+        return set(made)
+
+    def _check_stacked(
+        self, full_name: str, by_expert: Mapping[int | None, Sequence[Piece]]
+    ) -> None:
+        pieces = by_expert[None]
+        shape = self._shapes[full_name]
+        if len(by_expert) > 1:
+            raise CorruptArtifactError(
+                f"{pieces[0].name} holds all experts and others hold single ones", hint=_HINT
+            )
+        if pieces[0].pattern is None and len(pieces) > 1:
+            raise CorruptArtifactError(
+                f"{pieces[0].name} and {pieces[1].name} are the same tensor of the model",
+                hint=_HINT,
+            )
+        made = self._convert_shapes(full_name, pieces, self._metas(pieces), shape)
+        self._require_shape(pieces, found=made.get(full_name, ()), wanted=shape)
+
+    def _check_separate(
+        self, full_name: str, by_expert: Mapping[int | None, Sequence[Piece]]
+    ) -> None:
+        shape = self._shapes[full_name]
+        for expert in range(shape[0]):
+            if expert not in by_expert:
+                raise CorruptArtifactError(
+                    f"the checkpoint lacks expert {expert} of {full_name}, "
+                    f"wanted {shape[0]} experts, found {len(by_expert)}",
+                    hint=_HINT,
+                )
+        if len(by_expert) > shape[0]:
+            extra = sorted(set(by_expert) - set(range(shape[0])), key=str)[0]
+            raise CorruptArtifactError(
+                f"{by_expert[extra][0].name} is one expert too many, "
+                f"wanted {shape[0]}, found {len(by_expert)}",
+                hint=_HINT,
+            )
+        first = by_expert[0]
+        made = self._convert_shapes(full_name, first, self._metas(first), shape[1:])
+        found = made.get(full_name, ())
+        self._require_shape(first, found=found[1:], wanted=shape[1:])
+        for expert in range(1, shape[0]):
+            self._require_alike(first, by_expert[expert])
+
+    def _require_alike(self, first: Sequence[Piece], other: Sequence[Piece]) -> None:
+        if [piece.pattern for piece in other] != [piece.pattern for piece in first]:
+            raise CorruptArtifactError(
+                f"the expert of {other[0].name} has {len(other)} tensors, wanted {len(first)}",
+                hint=_HINT,
+            )
+        for piece, model_piece in zip(other, first, strict=True):
+            wanted = self._info(model_piece).shape
+            self._require_shape([piece], found=self._info(piece).shape, wanted=wanted)
+
+    def _require_shape(
+        self, pieces: Sequence[Piece], *, found: Sequence[int], wanted: Sequence[int]
+    ) -> None:
+        if tuple(found) != tuple(wanted):
+            names = " + ".join(piece.name for piece in pieces)
+            raise CorruptArtifactError(
+                f"{names} does not fit the model: wanted {list(wanted)}, found {list(found)}",
+                hint=_HINT,
+            )
+
+    def _convert_shapes(
+        self,
+        target: str,
+        pieces: Sequence[Piece],
+        metas: Sequence[torch.Tensor],
+        wanted: Sequence[int],
+    ) -> dict[str, tuple[int, ...]]:
+        try:
+            made = self.convert(target, pieces, metas)
+        except (RuntimeError, ValueError, IndexError, StopIteration) as error:
+            found = " + ".join(str(list(self._info(piece).shape)) for piece in pieces)
+            names = " + ".join(piece.name for piece in pieces)
+            raise CorruptArtifactError(
+                f"{names} does not fit the model: wanted {list(wanted)}, found {found}", hint=_HINT
+            ) from error
+        return {name: tuple(tensor.shape) for name, tensor in made.items()}
+
+    def _metas(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        return [torch.empty(self._info(piece).shape, device="meta") for piece in pieces]
+
+    def _info(self, piece: Piece) -> TensorInfo:
+        return self._checkpoint.tensors[piece.name]

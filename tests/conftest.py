@@ -1,0 +1,26 @@
+"""Fixtures that more than one room uses: tiny random checkpoints, each written once per test session."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_models import make_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return (arch, dtype="float32") -> folder of a tiny random checkpoint; never change what it holds."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(arch: str, dtype: str = "float32") -> Path:
+        key = (arch, dtype)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{arch}-{dtype}")
+            made[key] = make_tiny_checkpoint(arch, folder, dtype=dtype)
+        return made[key]
+
+    return make
