@@ -109,23 +109,14 @@ def _load(
             return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split).shuffle(
                 seed=seed
             )
-    except (
-        ConnectionError,
-        FileNotFoundError,
-    ) as error:  # datasets' "not found" and "gated" are FileNotFoundErrors
-        if online:
-            raise NotFoundError(
-                f"data set '{wanted.name}' (domain '{domain}'): {error}",
-                hint="check its name at "
-                + hub_endpoint()
-                + "/datasets; a gated one needs `hf auth login`",
-            ) from error
-        raise _out_of_reach(wanted, domain=domain, offline=offline) from error
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
-        raise DataSourceError(
-            f"data set '{wanted.name}' (domain '{domain}'): {error}",
-            hint="write it as org/name:config:split",
-        ) from error
+        if not online:
+            raise _out_of_reach(wanted, domain=domain, offline=offline) from error
+        message = f"data set '{wanted.name}' (domain '{domain}'): {error}"
+        if isinstance(error, (FileNotFoundError, ConnectionError)):  # missing, gated, or cut off
+            hint = f"check its name at {hub_endpoint()}/datasets; a gated one needs `hf auth login`"
+            raise NotFoundError(message, hint=hint) from error
+        raise DataSourceError(message, hint="write it as org/name:config:split") from error
 
 
 def _texts(
