@@ -1,0 +1,40 @@
+"""A missing expert is left out."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.policies.misses.gates import Gates, open_slots
+from moe_tool.policies.misses.protocol import keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """Leaves a slot empty; the remaining gate weights are not renormalised."""
+
+    gates: Gates
+    lossy: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+    needs_score: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Return one line for the announcement."""
+        return f"drop: a missing expert is left out, text may differ ({self.gates.describe()})"
+
+    def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
+        """Return the routing with expert -1 and weight 0 in open slots, heaviest slots first."""
+        slots = open_slots(self.gates, routing, resident)
+        if slots is None:
+            return keep(routing)
+        ranked = np.take_along_axis(slots.open, slots.order, axis=1)  # [T, K] by gate weight
+        ranked &= np.cumsum(ranked, axis=1) <= slots.limit
+        dropped = np.zeros_like(ranked)
+        np.put_along_axis(dropped, slots.order, ranked, axis=1)
+        return Answers(
+            expert=np.where(dropped, -1, routing.index),
+            weight=np.where(dropped, np.float32(0), routing.weight),
+            substituted=0,
+            dropped=int(dropped.sum()),
+        )

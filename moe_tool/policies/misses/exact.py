@@ -1,0 +1,26 @@
+"""Every expert that is wanted is fetched."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.policies.misses.protocol import keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exact:
+    """Answers no miss by anything but the expert itself."""
+
+    lossy: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+    needs_score: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Return one line for the announcement."""
+        return "exact: every missing expert is read from the bundle"
+
+    def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
+        """Return the routing unchanged."""
+        return keep(routing)

@@ -1,0 +1,81 @@
+"""When a miss may be answered by something else: BuddyMoE's gates, shared by all lossy policies."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.routing import Routing
+from moe_tool.policies.entropy import token_activating_entropy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gates:
+    """BuddyMoE's gates (arXiv:2511.10054): entropy tau, distribution beta, at most rho per token.
+
+    Deviation: the paper's share of missing experts is of the micro-batch. Ours is of a sequence, so
+    that what a sequence is answered does not depend on which others are in its batch. It counts
+    (token, expert) slots.
+    """
+
+    entropy_threshold: Mapping[int, float]
+    """tau by decoder layer, in 0..1: a token whose entropy is not above it is answered exactly"""
+    bypass_share: float = 0.6
+    """beta: a sequence of whose slots this share or more is missing is answered exactly"""
+    max_substitutions: int | None = None
+    """rho: slots per token that may be answered otherwise; None: ceil(K / 2)"""
+    enabled: bool = True
+    """False: every miss of a decode step may be answered otherwise"""
+
+    def describe(self) -> str:
+        """Return the gates in a few words."""
+        if not self.enabled:
+            return "gates off"
+        limit = "half of top-k" if self.max_substitutions is None else f"{self.max_substitutions}"
+        return f"gates: entropy, missing share below {self.bypass_share:g}, at most {limit} a token"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSlots:
+    """What the gates let through of one layer call."""
+
+    open: np.ndarray
+    """[T, K] bool: missing slots that may be answered by something else"""
+    order: np.ndarray
+    """[T, K] int64: each token's slots in descending gate weight, ties by position"""
+    limit: int
+    """Slots per token that may be answered otherwise"""
+
+
+def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlots | None:
+    """Return the slots that need not be fetched, None where there are none.
+
+    Args:
+        gates: the thresholds.
+        routing: one layer call; nothing is open in a prompt.
+        resident: [E] bool.
+    """
+    if routing.phase == "prompt" or resident.all():
+        return None
+    top_k = routing.index.shape[1]
+    missing = ~resident[routing.index]  # [T, K]
+    limit = top_k
+    if gates.enabled:
+        rho = gates.max_substitutions
+        limit = (top_k + 1) // 2 if rho is None else min(rho, top_k)
+        entropy = token_activating_entropy(routing.weight)  # [T]
+        willing = entropy > gates.entropy_threshold[routing.layer]
+        willing &= _missing_share(missing, routing.sequence) < gates.bypass_share
+        missing = missing & willing[:, None]
+    if limit <= 0 or not missing.any():
+        return None
+    order = np.argsort(-routing.weight, axis=1, kind="stable")
+    return OpenSlots(open=missing, order=order, limit=limit)
+
+
+def _missing_share(missing: np.ndarray, sequence: np.ndarray) -> np.ndarray:
+    """Return for each token the share of its sequence's slots that are missing, [T]."""
+    _, member = np.unique(sequence, return_inverse=True)
+    n_missing = np.bincount(member, weights=missing.sum(axis=1))
+    n_slots = np.bincount(member) * missing.shape[1]
+    return (n_missing / n_slots)[member]

@@ -1,0 +1,62 @@
+"""Fill open slots with other experts, slot by slot in descending gate weight.
+
+The paper's kernel claims stand-ins with atomics, so its result depends on the order of threads;
+slots in descending gate weight make it reproducible. Nothing loops over tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.policies.misses.gates import OpenSlots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pick:
+    """Stand-ins for one slot of n tokens."""
+
+    expert: np.ndarray
+    """[n] int64; -1 where none will do"""
+    scale: np.ndarray | None = None
+    """[n] float32 factor on the gate weight; None: 1"""
+
+
+Picker = Callable[[np.ndarray, np.ndarray, np.ndarray], Pick]
+"""(token [n], position [n], free [n, E] bool) -> Pick; free: resident, not in use by the token."""
+
+
+def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: Picker) -> Answers:
+    """Return the answers with stand-ins where `pick` finds one; the other slots stay as they are.
+
+    A stand-in keeps the gate weight of the expert that it replaces, times its scale. An expert that
+    the token wants itself is never its stand-in, and none is used twice by a token.
+
+    Args:
+        routing: one layer call.
+        resident: [E] bool.
+        slots: what the gates let through.
+        pick: chooses among free experts; called once for each of the K ranks of gate weight.
+    """
+    n_tokens, top_k = routing.index.shape
+    every = np.arange(n_tokens)
+    expert, weight = routing.index.copy(), routing.weight.copy()
+    used = np.zeros((n_tokens, resident.size), dtype=bool)
+    used[every[:, None], routing.index] = True
+    n_filled = np.zeros(n_tokens, dtype=np.int64)
+    for rank in range(top_k):
+        position = slots.order[:, rank]
+        token = np.flatnonzero(slots.open[every, position] & (n_filled < slots.limit))
+        if token.size == 0:
+            continue
+        picked = pick(token, position[token], resident & ~used[token])
+        found = picked.expert >= 0
+        token, chosen = token[found], picked.expert[found]
+        position = position[token]
+        expert[token, position] = chosen
+        if picked.scale is not None:
+            weight[token, position] *= picked.scale[found]
+        used[token, chosen] = True
+        n_filled[token] += 1
+    return Answers(expert=expert, weight=weight, substituted=int(n_filled.sum()), dropped=0)
