@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 _FEW_TOKENS = 16
-"""Up to here expanding the weight takes the time, beyond the arithmetic, which likes large blocks."""
+"""Up to here expanding the weight costs most, beyond it the product, which likes large blocks."""
 _SMALL_BLOCK = 2**18
 _LARGE_BLOCK = 2**20
 
@@ -115,7 +115,7 @@ def _split_even_odd(x: torch.Tensor, n_bytes: int) -> torch.Tensor:
 
 
 def _scale_groups(expanded: torch.Tensor, scales: torch.Tensor, group: int) -> None:
-    """Multiply [..., in] by scales that broadcast to [..., G] in place; the last group may be short."""
+    """Multiply [..., in] by scales [..., G] in place; the last group may be short."""
     n_full = expanded.shape[-1] // group
     full = expanded[..., : n_full * group].unflatten(-1, (n_full, group))
     full.mul_(scales[..., :n_full, None])
