@@ -203,37 +203,40 @@ def _fill(
 
     The shares are equal; where a source is short, the others make up for it.
     """
-    wanted = [
-        n_sequences // len(streams) + (index < n_sequences % len(streams))
-        for index in range(len(streams))
-    ]
+    limits = [n_sequences] * len(streams)
     while True:
+        shares = _fair_shares(n_sequences, limits)
         for index, stream in enumerate(streams):
-            stream.read_on(wanted[index] * seq_len)
-            available = stream.n_tokens // seq_len
-            if available == 0:
+            stream.read_on(shares[index] * seq_len)
+            limits[index] = stream.n_tokens // seq_len if stream.is_exhausted else n_sequences
+            if limits[index] == 0:
                 raise DataSourceError(
                     f"text source {stream.source.domain}={stream.source.spec}:"
                     f" {stream.n_tokens} tokens, fewer than one sequence of {seq_len}",
                     hint="give more text or a smaller --seq-len",
                 )
-            if stream.is_exhausted:
-                wanted[index] = min(wanted[index], available)
             if progress is not None:
-                progress(
-                    sum(min(s.n_tokens, n * seq_len) for s, n in zip(streams, wanted, strict=True)),
-                    n_sequences * seq_len,
-                )
-        missing = n_sequences - sum(wanted)
-        able = [
-            index
-            for index, stream in enumerate(streams)
-            if not stream.is_exhausted or stream.n_tokens // seq_len > wanted[index]
-        ]
-        if missing == 0 or not able:
-            return wanted
-        for position, index in enumerate(able):
-            wanted[index] += missing // len(able) + (position < missing % len(able))
+                pairs = zip(streams, shares, strict=True)
+                n_ready = sum(min(read.n_tokens, share * seq_len) for read, share in pairs)
+                progress(n_ready, n_sequences * seq_len)
+        if all(share <= limit for share, limit in zip(shares, limits, strict=True)):
+            return shares
+
+
+def _fair_shares(n_wanted: int, limits: list[int]) -> list[int]:
+    """Return shares that add up to `n_wanted`, or to all limits, none above its limit.
+
+    Those below their limit are equal, but for one more in the first ones.
+    """
+    shares = [0] * len(limits)
+    left = n_wanted
+    while left and (able := [i for i, limit in enumerate(limits) if shares[i] < limit]):
+        step = max(left // len(able), 1)
+        for index in able[:left]:
+            given = min(step, limits[index] - shares[index])
+            shares[index] += given
+            left -= given
+    return shares
 
 
 def _choose_held_out(
