@@ -1,14 +1,11 @@
 """Fixtures that more than one room uses: tiny random checkpoints, each written once per test session."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_models import make_tiny_checkpoint
+from tests.tiny_models import make_tiny_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,9 @@ def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
     """
     modules = find_moe_layers(model)[0]
     tensor_map = TensorMap(model, checkpoint)
-    names = [name for layer in tensor_map.moe_layers for name in tensor_map.expert_tensor_names(layer)]
+    names = [
+        name for layer in tensor_map.moe_layers for name in tensor_map.expert_tensor_names(layer)
+    ]
     if not names:
         raise CorruptArtifactError(
             "the checkpoint holds no experts", hint="download the checkpoint again"

@@ -59,7 +59,9 @@ class LayerStream:
     Sequences are never padded: positions run from 0 and every token sees all before it (or its window).
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Check the checkpoint against config.json, then load what lies outside the layers, and the routers.
 
         Args:
@@ -168,9 +170,7 @@ class LayerStream:
             targets.setdefault(layer, []).append(target)
         return targets
 
-    def _forward_of(
-        self, index: int, module: nn.Module
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _forward_of(self, index: int, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         @torch.no_grad()
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             shape = hidden.shape[:2]
@@ -181,7 +181,9 @@ class LayerStream:
             if not isinstance(output, tuple):
                 return output  # type: ignore[no-any-return]
             if any(extra is not None for extra in output[1:]):
-                raise unsupported(self.shape.model_type, "its layers return more than hidden states")
+                raise unsupported(
+                    self.shape.model_type, "its layers return more than hidden states"
+                )
             return output[0]  # type: ignore[no-any-return]
 
         return forward

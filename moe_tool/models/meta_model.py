@@ -77,7 +77,9 @@ def build_meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTra
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # any layer's constructor may fail on a value that fits the type only
+    except (
+        Exception
+    ) as error:  # any layer's constructor may fail on a value that fits the type only
         raise _bad_config(folder, error) from error
     model.eval()
     find_moe_layers(model)
@@ -121,7 +123,9 @@ def _refuse_quantized(model_type: str, raw: dict[str, Any]) -> None:
     quantization = raw.get("quantization_config")
     if quantization is None:
         return
-    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    method = (
+        quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    )
     raise UnsupportedModelError(
         f"this {model_type} checkpoint is stored in {str(method)[:32]} format, which is not read",
         hint="use a float32, bfloat16 or float16 version of the checkpoint",

@@ -92,7 +92,9 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     for candidate in (base, getattr(base, "model", None), getattr(base, "decoder", None)):
         if isinstance(getattr(candidate, "layers", None), nn.ModuleList):
             return candidate  # type: ignore[return-value]
-    raise unsupported(model.config.model_type, "its decoder layers are not where they are looked for")
+    raise unsupported(
+        model.config.model_type, "its decoder layers are not where they are looked for"
+    )
 
 
 def decoder_prefix(model: PreTrainedModel) -> str:
@@ -121,7 +123,9 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoeLayerModules, ...]:
             raise unsupported(model_type, f"decoder layer {index} has two groups of experts")
         found[int(index)] = name
     if not found:
-        raise unsupported(model_type, "it has no experts that transformers' experts interface reaches")
+        raise unsupported(
+            model_type, "it has no experts that transformers' experts interface reaches"
+        )
     layers = tuple(_modules(model, layer, found[layer]) for layer in sorted(found))
     _require_uniform(model_type, layers)
     return layers
@@ -158,10 +162,14 @@ def _modules(model: PreTrainedModel, layer: int, experts_name: str) -> MoeLayerM
         recorder = recorder[0] if len(recorder) == 1 else None
     target = getattr(recorder, "target_class", recorder)
     if not isinstance(target, type):
-        raise unsupported(model.config.model_type, "transformers does not say where its routers are")
+        raise unsupported(
+            model.config.model_type, "transformers does not say where its routers are"
+        )
     routers = [module for module in block.modules() if isinstance(module, target)]
     if len(routers) != 1 or any(module is experts for module in routers[0].modules()):
-        raise unsupported(model.config.model_type, f"layer {layer} has no router apart from its experts")
+        raise unsupported(
+            model.config.model_type, f"layer {layer} has no router apart from its experts"
+        )
     return MoeLayerModules(
         layer=layer,
         experts=experts,
@@ -175,6 +183,10 @@ def _require_uniform(model_type: str, layers: tuple[MoeLayerModules, ...]) -> No
     first = layers[0]
     for other in layers[1:]:
         same = expert_parameters(other) == expert_parameters(first)
-        if not same or other.experts.num_experts != first.experts.num_experts or top_k(other) != top_k(first):
+        if (
+            not same
+            or other.experts.num_experts != first.experts.num_experts
+            or top_k(other) != top_k(first)
+        ):
             reason = f"experts of layers {first.layer} and {other.layer} differ in number or shape"
             raise unsupported(model_type, reason)

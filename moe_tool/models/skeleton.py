@@ -205,7 +205,9 @@ def _require_shape(
 ) -> MoeShape:
     found = structure(model, layers[0], dtype=wanted.dtype)
     if found != wanted:
-        fields = [name for name in MoeShape.model_fields if getattr(found, name) != getattr(wanted, name)]
+        fields = [
+            name for name in MoeShape.model_fields if getattr(found, name) != getattr(wanted, name)
+        ]
         name = fields[0]
         raise WrongModelError(
             f"config.json has {name} {getattr(found, name)}, the experts were made for {getattr(wanted, name)}",

@@ -1,0 +1,198 @@
+"""The routers' arithmetic, restated: selection scores from logits, and gate weights for any chosen set of experts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from moe_tool.models.moe_layers import MoeLayerModules
+
+Scores = Callable[[torch.Tensor], torch.Tensor]
+Weights = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterRule:
+    """One layer's rule; biases are read from its modules at every call."""
+
+    selection_scores: Scores
+    """logits [T, E] -> [T, E] finite float32: the router chooses the K highest."""
+    weights: Weights
+    """(logits [T, E], index [T, K'] int64) -> [T, K'] float32: what the model would weight these experts with,
+    had it chosen them: renormalised among themselves where it renormalises."""
+    scores_differ: bool
+    """Whether selection can order experts otherwise than the logits do (a bias, or groups)."""
+
+
+def router_rule(modules: MoeLayerModules, config: PreTrainedConfig) -> RouterRule | None:
+    """Return the rule of one MoE layer, None for an architecture whose rule was not restated.
+
+    Args:
+        modules: of the layer; the router's tensors need not be loaded yet.
+        config: of the model.
+    """
+    make = _RULES.get(config.model_type)
+    return None if make is None else make(modules)
+
+
+def _softmax_normalized(modules: MoeLayerModules) -> RouterRule:
+    """The chosen experts' softmax, over the chosen: mixtral, granitemoe, gpt_oss, hunyuan_v1_moe."""
+    return _plain(_softmax_among_chosen)
+
+
+def _softmax_optionally_normalized(modules: MoeLayerModules) -> RouterRule:
+    """Softmax over all experts, renormalised only if the config says so: qwen2_moe, qwen3_moe, olmoe."""
+    is_normalized = bool(modules.router.norm_topk_prob)
+    return _plain(_softmax_among_chosen if is_normalized else _softmax_among_all)
+
+
+def _deepseek_v2(modules: MoeLayerModules) -> RouterRule:
+    """Softmax over all experts times a factor; experts of all but the best groups may be barred from selection."""
+    router: Any = modules.router
+    factor = float(router.routed_scaling_factor)
+
+    def weights(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return _softmax_among_all(logits, index) * factor
+
+    if router.topk_method != "group_limited_greedy":
+        return _plain(weights)
+
+    def scores(logits: torch.Tensor) -> torch.Tensor:
+        probability = logits.float().softmax(dim=-1)  # [T, E]
+        by_group = probability.unflatten(-1, (router.num_group, -1))  # [T, groups, E / groups]
+        return _bar_groups(probability, by_group.amax(dim=-1), router.topk_group)
+
+    return RouterRule(selection_scores=scores, weights=weights, scores_differ=True)
+
+
+def _sigmoid_groups(modules: MoeLayerModules) -> RouterRule:
+    """Sigmoids; a learned bias and groups decide on selection only: deepseek_v3, glm4_moe."""
+    router: Any = modules.router
+    factor = float(router.routed_scaling_factor)
+
+    def scores(logits: torch.Tensor) -> torch.Tensor:
+        biased = logits.float().sigmoid() + router.e_score_correction_bias  # [T, E]
+        by_group = biased.unflatten(-1, (router.num_group, -1))  # [T, groups, E / groups]
+        return _bar_groups(biased, by_group.topk(2, dim=-1)[0].sum(dim=-1), router.topk_group)
+
+    def weights(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        chosen = logits.float().sigmoid().gather(1, index)  # [T, K']
+        if router.norm_topk_prob:
+            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+        return chosen * factor
+
+    return RouterRule(selection_scores=scores, weights=weights, scores_differ=True)
+
+
+def _minimax_m2(modules: MoeLayerModules) -> RouterRule:
+    """Sigmoids, renormalised; the bias of the block decides on selection only."""
+    block: Any = modules.block
+
+    def scores(logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().sigmoid() + block.e_score_correction_bias  # [T, E]
+
+    def weights(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        chosen = logits.float().sigmoid().gather(1, index)  # [T, K']
+        return chosen / chosen.sum(dim=-1, keepdim=True)
+
+    return RouterRule(selection_scores=scores, weights=weights, scores_differ=True)
+
+
+def _ernie(modules: MoeLayerModules) -> RouterRule:
+    """Softmax, renormalised; a bias decides on selection only."""
+    router: Any = modules.router
+
+    def scores(logits: torch.Tensor) -> torch.Tensor:
+        bias = router.moe_statics.e_score_correction_bias.squeeze(0)  # [E]
+        return logits.float().softmax(dim=-1) + bias  # [T, E]
+
+    def weights(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        chosen = logits.float().softmax(dim=-1).gather(1, index)  # [T, K']
+        return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=router.norm_min)
+
+    return RouterRule(selection_scores=scores, weights=weights, scores_differ=True)
+
+
+def _phimoe(modules: MoeLayerModules) -> RouterRule:
+    """Sparsemixer (arXiv:2409.12136) at inference, see `_sparsemixer_weights`."""
+    tolerance = 2 * float(modules.router.router_jitter_noise)  # type: ignore[arg-type]
+
+    def weights(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return _sparsemixer_weights(logits.float(), index, tolerance)
+
+    return _plain(weights)
+
+
+def _sparsemixer_weights(
+    logits: torch.Tensor, index: torch.Tensor, tolerance: float
+) -> torch.Tensor:
+    """Return sparsemixer's weights for experts that it might not have chosen.
+
+    Its choice goes expert by expert: the highest logit m is taken, weighted by its softmax among all experts not yet
+    taken whose logit s is near, (m - s) / max(|s|, m) <= tolerance. For an arbitrary set the same is done in the
+    order of the set's logits, as if the experts that outrank the one being taken were not there: they are what was
+    passed over. The model's own choice passes over none, so for it this is the model's arithmetic.
+    """
+    ranked = logits.gather(1, index).argsort(dim=-1, descending=True, stable=True)  # [T, K']
+    taken = torch.zeros_like(logits, dtype=torch.bool)  # [T, E]
+    weights = torch.zeros(index.shape)
+    for rank in range(index.shape[1]):
+        position = ranked[:, rank : rank + 1]  # [T, 1]
+        expert = index.gather(1, position)  # [T, 1]
+        best = logits.gather(1, expert)  # [T, 1]
+        is_far = (best - logits) / logits.abs().clamp(min=best) > tolerance
+        absent = is_far | taken | (logits > best)
+        share = logits.masked_fill(absent, float("-inf")).softmax(dim=-1)  # [T, E]
+        weights.scatter_(1, position, share.gather(1, expert))
+        taken.scatter_(1, expert, True)
+    return weights
+
+
+def _plain(weights: Weights) -> RouterRule:
+    return RouterRule(
+        selection_scores=lambda logits: logits.float(), weights=weights, scores_differ=False
+    )
+
+
+def _softmax_among_chosen(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    # softmax over all, divided by the sum of the chosen, is the softmax over the chosen
+    return logits.float().gather(1, index).softmax(dim=-1)
+
+
+def _softmax_among_all(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return logits.float().softmax(dim=-1).gather(1, index)
+
+
+def _bar_groups(scores: torch.Tensor, group_scores: torch.Tensor, n_allowed: int) -> torch.Tensor:
+    """Put the experts of all but the best groups below every other: the model uses 0 or -inf, this stays finite.
+
+    Args:
+        scores: [T, E].
+        group_scores: [T, groups].
+        n_allowed: groups that may be chosen from.
+    """
+    n_groups = group_scores.shape[-1]
+    allowed = group_scores.topk(n_allowed, dim=-1)[1]  # [T, n_allowed]
+    is_allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, allowed, True)
+    per_expert = is_allowed.repeat_interleave(scores.shape[-1] // n_groups, dim=-1)  # [T, E]
+    floor = scores.amin(dim=-1, keepdim=True) - 1
+    return torch.where(per_expert, scores, floor)
+
+
+_RULES: dict[str, Callable[[MoeLayerModules], RouterRule]] = {
+    "mixtral": _softmax_normalized,
+    "granitemoe": _softmax_normalized,
+    "gpt_oss": _softmax_normalized,
+    "hunyuan_v1_moe": _softmax_normalized,
+    "qwen2_moe": _softmax_optionally_normalized,
+    "qwen3_moe": _softmax_optionally_normalized,
+    "olmoe": _softmax_optionally_normalized,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _sigmoid_groups,
+    "glm4_moe": _sigmoid_groups,
+    "minimax_m2": _minimax_m2,
+    "ernie4_5_moe": _ernie,
+    "phimoe": _phimoe,
+}
