@@ -1,0 +1,1 @@
+"""Where expert weights are, with the way they travel."""
