@@ -1,4 +1,4 @@
-"""Fixtures that more than one room uses: tiny random checkpoints, each written once per test session."""
+"""Fixtures of more than one room: tiny random checkpoints, each written once per session."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.tiny_models import make_tiny_checkpoint
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return (arch, dtype="float32") -> folder of a tiny random checkpoint; never change what it holds."""
+    """Return (arch, dtype="float32") -> folder of a tiny checkpoint; never change what it holds."""
     made: dict[tuple[str, str], Path] = {}
 
     def make(arch: str, dtype: str = "float32") -> Path:

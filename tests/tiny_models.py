@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every tested architecture, with all the irregularities that real ones have."""
+"""Tiny random checkpoints of every tested architecture, as irregular as the real ones."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -230,7 +230,7 @@ def make_tiny_checkpoint(
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per byte and three special tokens, VOCABULARY ids less one."""
+    """Return a tokenizer of one token per byte and three special ones, VOCABULARY - 1 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[])
@@ -243,7 +243,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _fill(model: PreTrainedModel, seed: int) -> None:
-    """Draw every tensor so that each matters: biases are not zero, routers are decided, norms are not one."""
+    """Draw every tensor so that each matters: no bias is zero, no norm is one."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [(name, tensor) for name, tensor in model.named_parameters()]
     stored = model.state_dict()

@@ -39,7 +39,7 @@ class OpenedModel:
 
 
 def open_model(model: LocatedModel) -> OpenedModel:
-    """Open a checkpoint and check all of its headers against config.json, before any weight is read.
+    """Open a checkpoint and check its headers against config.json before any weight is read.
 
     Raises:
         NotFoundError: there is no config.json or no checkpoint.
@@ -102,7 +102,7 @@ def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
 
 
 def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatName) -> MoeShape:
-    """Return the shape of a model whose experts have the dtype `dtype` on disk, from one of its MoE layers."""
+    """Return the shape of a model from one of its MoE layers; `dtype`: of the experts on disk."""
     config = model.config.get_text_config()
     return MoeShape(
         model_type=model.config.model_type,
@@ -118,7 +118,9 @@ def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatN
 
 
 def identity_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
-    """Return the on-disk names of the small tensors that every fine-tune moves: routers and vectors outside experts.
+    """Return the on-disk names of routers and of vectors outside experts.
+
+    They are small, and every fine-tune moves them.
 
     Args:
         model: on the meta device, the experts' parameters still in it.

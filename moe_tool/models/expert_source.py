@@ -9,7 +9,7 @@ from moe_tool.models.tensor_map import TensorMap
 
 
 class ExpertSource:
-    """Reads experts one at a time; every byte of the checkpoint is read by exactly one (layer, expert)."""
+    """Reads experts one at a time; no two of them read the same bytes."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         """Map the checkpoint and check it.
@@ -19,7 +19,7 @@ class ExpertSource:
             checkpoint: stays open and owned by the caller.
 
         Raises:
-            CorruptArtifactError: an expert's tensor is missing or has another shape than the model's.
+            CorruptArtifactError: an expert's tensor is missing or of another shape.
         """
         self._checkpoint = checkpoint
         self._map = TensorMap(model, checkpoint)
@@ -40,8 +40,8 @@ class ExpertSource:
             expert: 0 to E - 1.
 
         Returns:
-            The experts module's parameter names -> contiguous tensors in the checkpoint's dtype: matrices
-            [out, in], biases [out]. Rows of gate_up_proj are in the module's own order.
+            The experts module's parameter names -> contiguous tensors in the checkpoint's dtype:
+            matrices [out, in], biases [out]. Rows of gate_up_proj are in the module's own order.
 
         Raises:
             StorageError: the checkpoint cannot be read.

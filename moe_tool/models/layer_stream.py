@@ -49,20 +49,21 @@ class StreamedLayer:
     moe: MoeLayerModules | None
     """None in a dense layer."""
     forward: Callable[[torch.Tensor], torch.Tensor]
-    """[B, S, H] hidden states before the layer -> after it; its experts are those of `set_experts_function`."""
+    """[B, S, H] hidden states before the layer -> after it, by the experts function set."""
 
 
 class LayerStream:
     """Embeddings, head and all routers in memory, decoder layers one after the other.
 
-    A full pass of `layers`, with each expert read once from `experts`, reads every tensor that the model uses once.
-    Sequences are never padded: positions run from 0 and every token sees all before it (or its window).
+    A full pass of `layers`, with each expert read once from `experts`, reads every tensor that
+    the model uses once. Sequences are never padded: positions run from 0 and every token sees
+    all before it, or its window.
     """
 
     def __init__(
         self, folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Check the checkpoint against config.json, then load what lies outside the layers, and the routers.
+        """Check the checkpoint against config.json; load the routers and all outside the layers.
 
         Args:
             folder: holds config.json.
@@ -119,7 +120,7 @@ class LayerStream:
         return hidden
 
     def layers(self, start: int = 0) -> Iterator[StreamedLayer]:
-        """Yield the decoder layers from `start` on, each loaded when it is reached and dropped after.
+        """Yield the decoder layers from `start` on, each in memory until the next is asked for.
 
         Args:
             start: decoder-layer index to begin with, e.g. on a resume.
@@ -141,7 +142,7 @@ class LayerStream:
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits of hidden states behind the last layer: final norm, head, and any scaling of the model.
+        """Return the logits of hidden states behind the last layer: final norm, head, scaling.
 
         Args:
             hidden: [B, S, H].
@@ -219,7 +220,7 @@ class LayerStream:
 
 
 class _Tap(nn.Module):
-    """Stands for a decoder layer: lets the hidden states through and keeps what it was called with."""
+    """Stands for a decoder layer: lets hidden states through, keeps what it was called with."""
 
     def __init__(self, real: nn.Module) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
-"""From what the user typed to a folder: a local folder, an alias, or a hub id with its cached or downloaded snapshot."""
+"""From what the user typed (folder, alias, hub id) to a folder, cached or downloaded."""
 
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from moe_tool.byte_sizes import format_bytes
@@ -55,12 +56,12 @@ def _silent(_: str) -> None:
 def locate_model(
     model: str, *, offline: bool = False, announce: Callable[[str], None] = _silent
 ) -> LocatedModel:
-    """Find a model's folder, downloading it only if it is neither here nor in the Hugging Face cache.
+    """Find a model's folder; download it only if it is neither here nor in the cache.
 
     Args:
         model: a folder, an alias, or a hub id "owner/name".
         offline: never touch the network.
-        announce: is told in one sentence what will be downloaded and how large it is, before it begins.
+        announce: is told in one sentence what will be downloaded and how large it is.
 
     Raises:
         NotFoundError: it is in no place that was looked at, and cannot be fetched.
@@ -135,15 +136,16 @@ def _is_complete(folder: Path) -> bool:
 def _download(hub_id: str, announce: Callable[[str], None]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import filter_repo_objects
 
     try:
         files = HfApi().model_info(hub_id, files_metadata=True).siblings or []
-        # Some repositories keep a second copy of the weights in a folder; only the top is the checkpoint.
+        # Some repositories keep a second copy of the weights in a folder; it is not wanted.
         top = [file for file in files if "/" not in file.rfilename]
-        wanted = list(
-            filter_repo_objects(top, allow_patterns=_WANTED_FILES, key=lambda file: file.rfilename)
-        )
+        wanted = [
+            file
+            for file in top
+            if any(fnmatch(file.rfilename, pattern) for pattern in _WANTED_FILES)
+        ]
         if not any(file.rfilename.endswith(".safetensors") for file in wanted):
             raise UnsupportedModelError(
                 f"{hub_id} has no safetensors files", hint="only safetensors checkpoints are read"
@@ -156,7 +158,9 @@ def _download(hub_id: str, announce: Callable[[str], None]) -> Path:
         names = [file.rfilename for file in wanted]
         return Path(snapshot_download(hub_id, allow_patterns=names))
     except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise NotFoundError(
-            f"{hub_id} could not be downloaded: {str(error).splitlines()[0][:300] or type(error).__name__}",
-            hint="check the name, the network, and for gated models `hf auth login`; or give a local folder",
+            f"{hub_id} could not be downloaded: {reason}",
+            hint="check the name and the network, log in (hf auth login) if the model is gated, "
+            "or give a local folder",
         ) from error

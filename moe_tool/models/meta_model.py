@@ -1,6 +1,7 @@
 """A model without weights, built from config.json, whose experts are ours."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moe_tool.models.moe_layers import find_moe_layers, unsupported
 
 EXPERTS_IMPLEMENTATION = "moe_tool"
 CALL_ATTRIBUTE = "_moe_tool_call"
-"""Where an experts module keeps the callable that answers for it; a plain attribute, so that it is no submodule."""
+"""Where an experts module keeps the callable that answers for it: a plain attribute."""
 
 _MAX_CONFIG_BYTES = 4 * 2**20
 # Twenty times more than any model has; building modules for a damaged number would take hours.
@@ -29,7 +30,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         NotFoundError: the folder has no config.json.
         CorruptArtifactError: it is not the configuration of a model.
-        UnsupportedModelError: transformers has no causal language model of this type, or the weights are quantized.
+        UnsupportedModelError: transformers has no causal language model of this type, or the
+            weights are quantized.
     """
     raw = _read_json(folder / "config.json")
     model_type = raw.get("model_type")
@@ -50,7 +52,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     n_layers = raw.get("num_hidden_layers", 1)
     if not isinstance(n_layers, int) or not 1 <= n_layers <= _MAX_LAYERS:
         raise CorruptArtifactError(
-            f"{folder / 'config.json'}: num_hidden_layers is {n_layers!r}, wanted 1 to {_MAX_LAYERS}",
+            f"{folder / 'config.json'}: num_hidden_layers is {str(n_layers)[:32]}, "
+            f"wanted 1 to {_MAX_LAYERS}",
             hint="download the checkpoint again",
         )
     raw.pop("auto_map", None)
@@ -66,22 +69,23 @@ def build_meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTra
     Its experts call what is set on them (`CALL_ATTRIBUTE`).
 
     Raises:
-        NotFoundError, CorruptArtifactError, UnsupportedModelError: as `read_config` and `find_moe_layers`.
+        NotFoundError, CorruptArtifactError: as `read_config`.
+        UnsupportedModelError: as `read_config` and `find_moe_layers`.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _answer)
     config = read_config(folder)
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False  # the hooks of the router collect them already
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (
         Exception
     ) as error:  # any layer's constructor may fail on a value that fits the type only
         raise _bad_config(folder, error) from error
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     find_moe_layers(model)
     try:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
@@ -96,7 +100,7 @@ def _answer(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    call: Any = module.__dict__.get(CALL_ATTRIBUTE)
+    call: Callable[..., torch.Tensor] | None = module.__dict__.get(CALL_ATTRIBUTE)
     assert call is not None, "no experts function was set"
     return call(hidden_states, top_k_index, top_k_weights)
 

@@ -25,7 +25,7 @@ SUPPORTED = (
     "hunyuan_v1_moe",
     "gpt_oss",
 )
-"""The model types that are tested. Others work if they use transformers' experts interface as these do."""
+"""The model types that are tested; others work if they use transformers' interface as these do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class MoeLayerModules:
         return Routed(logits=logits, index=chosen[0], weight=weights[0])
 
     def _extra_arguments(self) -> dict[str, torch.Tensor]:
-        # minimax_m2 keeps the selection bias in the block, which passes it to the router by this name.
+        # minimax_m2 keeps the selection bias in the block, which passes it on by this name.
         names = list(inspect.signature(self.router.forward).parameters)[1:]
         found = {name: getattr(self.block, name, None) for name in names}
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
@@ -100,15 +100,16 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 def decoder_prefix(model: PreTrainedModel) -> str:
     """Return the name of the decoder layers in front of a layer's index, e.g. "model.layers."."""
     layers = decoder_layers(model)
-    return next(name for name, module in model.named_modules() if module is layers) + "."
+    name: str = next(name for name, module in model.named_modules() if module is layers)
+    return f"{name}."
 
 
 def find_moe_layers(model: PreTrainedModel) -> tuple[MoeLayerModules, ...]:
     """Return the MoE layers in ascending order.
 
     Raises:
-        UnsupportedModelError: the model is dense, has other experts than those of transformers' interface, or its
-            MoE layers differ.
+        UnsupportedModelError: the model is dense, its experts are not those of transformers'
+            interface, or its MoE layers differ.
     """
     model_type = model.config.model_type
     prefix = decoder_prefix(model)
@@ -132,7 +133,7 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoeLayerModules, ...]:
 
 
 def expert_parameters(modules: MoeLayerModules) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the stacked expert tensors of one layer, [E, ...], in the module's order."""
+    """Return names and shapes [E, ...] of one layer's stacked experts, in the module's order."""
     named = modules.experts.named_parameters(recurse=False)
     return {name: tuple(parameter.shape) for name, parameter in named}
 
@@ -146,7 +147,7 @@ def top_k(modules: MoeLayerModules) -> int:
 
 
 def unsupported(model_type: str, reason: str) -> UnsupportedModelError:
-    """Return the error that refuses an architecture by name, with the list of those that are known."""
+    """Return the error that refuses an architecture by name and lists those that are known."""
     return UnsupportedModelError(
         f"{model_type!r} is not supported: {reason}",
         hint=f"tested architectures: {', '.join(SUPPORTED)}",

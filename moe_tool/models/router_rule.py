@@ -1,4 +1,4 @@
-"""The routers' arithmetic, restated: selection scores from logits, and gate weights for any chosen set of experts."""
+"""The routers' arithmetic, restated, so that it can be applied to any chosen set of experts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class RouterRule:
     selection_scores: Scores
     """logits [T, E] -> [T, E] finite float32: the router chooses the K highest."""
     weights: Weights
-    """(logits [T, E], index [T, K'] int64) -> [T, K'] float32: what the model would weight these experts with,
-    had it chosen them: renormalised among themselves where it renormalises."""
+    """(logits [T, E], index [T, K'] int64) -> [T, K'] float32: what the model would weight these
+    experts with, had it chosen them; renormalised among themselves where it renormalises."""
     scores_differ: bool
     """Whether selection can order experts otherwise than the logits do (a bias, or groups)."""
 
@@ -38,18 +38,18 @@ def router_rule(modules: MoeLayerModules, config: PreTrainedConfig) -> RouterRul
 
 
 def _softmax_normalized(modules: MoeLayerModules) -> RouterRule:
-    """The chosen experts' softmax, over the chosen: mixtral, granitemoe, gpt_oss, hunyuan_v1_moe."""
+    """Softmax over the chosen: mixtral, granitemoe, gpt_oss, hunyuan_v1_moe."""
     return _plain(_softmax_among_chosen)
 
 
 def _softmax_optionally_normalized(modules: MoeLayerModules) -> RouterRule:
-    """Softmax over all experts, renormalised only if the config says so: qwen2_moe, qwen3_moe, olmoe."""
+    """Softmax over all, renormalised if the config says so: qwen2_moe, qwen3_moe, olmoe."""
     is_normalized = bool(modules.router.norm_topk_prob)
     return _plain(_softmax_among_chosen if is_normalized else _softmax_among_all)
 
 
 def _deepseek_v2(modules: MoeLayerModules) -> RouterRule:
-    """Softmax over all experts times a factor; experts of all but the best groups may be barred from selection."""
+    """Softmax over all experts times a factor; all but the best groups may be barred."""
     router: Any = modules.router
     factor = float(router.routed_scaling_factor)
 
@@ -61,7 +61,9 @@ def _deepseek_v2(modules: MoeLayerModules) -> RouterRule:
 
     def scores(logits: torch.Tensor) -> torch.Tensor:
         probability = logits.float().softmax(dim=-1)  # [T, E]
-        by_group = probability.unflatten(-1, (router.num_group, -1))  # [T, groups, E / groups]
+        by_group = probability.view(
+            len(probability), router.num_group, -1
+        )  # [T, groups, E / groups]
         return _bar_groups(probability, by_group.amax(dim=-1), router.topk_group)
 
     return RouterRule(selection_scores=scores, weights=weights, scores_differ=True)
@@ -73,8 +75,8 @@ def _sigmoid_groups(modules: MoeLayerModules) -> RouterRule:
     factor = float(router.routed_scaling_factor)
 
     def scores(logits: torch.Tensor) -> torch.Tensor:
-        biased = logits.float().sigmoid() + router.e_score_correction_bias  # [T, E]
-        by_group = biased.unflatten(-1, (router.num_group, -1))  # [T, groups, E / groups]
+        biased: torch.Tensor = logits.float().sigmoid() + router.e_score_correction_bias  # [T, E]
+        by_group = biased.view(len(biased), router.num_group, -1)  # [T, groups, E / groups]
         return _bar_groups(biased, by_group.topk(2, dim=-1)[0].sum(dim=-1), router.topk_group)
 
     def weights(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,8 @@ def _minimax_m2(modules: MoeLayerModules) -> RouterRule:
     block: Any = modules.block
 
     def scores(logits: torch.Tensor) -> torch.Tensor:
-        return logits.float().sigmoid() + block.e_score_correction_bias  # [T, E]
+        bias: torch.Tensor = block.e_score_correction_bias  # [E]
+        return logits.float().sigmoid() + bias  # [T, E]
 
     def weights(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         chosen = logits.float().sigmoid().gather(1, index)  # [T, K']
@@ -105,7 +108,7 @@ def _ernie(modules: MoeLayerModules) -> RouterRule:
     router: Any = modules.router
 
     def scores(logits: torch.Tensor) -> torch.Tensor:
-        bias = router.moe_statics.e_score_correction_bias.squeeze(0)  # [E]
+        bias: torch.Tensor = router.moe_statics.e_score_correction_bias.squeeze(0)  # [E]
         return logits.float().softmax(dim=-1) + bias  # [T, E]
 
     def weights(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -130,10 +133,11 @@ def _sparsemixer_weights(
 ) -> torch.Tensor:
     """Return sparsemixer's weights for experts that it might not have chosen.
 
-    Its choice goes expert by expert: the highest logit m is taken, weighted by its softmax among all experts not yet
-    taken whose logit s is near, (m - s) / max(|s|, m) <= tolerance. For an arbitrary set the same is done in the
-    order of the set's logits, as if the experts that outrank the one being taken were not there: they are what was
-    passed over. The model's own choice passes over none, so for it this is the model's arithmetic.
+    Its choice goes expert by expert: the highest logit m is taken, weighted by its softmax among
+    all experts not yet taken whose logit s is near, (m - s) / max(|s|, m) <= tolerance. For an
+    arbitrary set the same is done in the order of the set's logits, as if the experts that outrank
+    the one being taken were not there: they are what was passed over. The model's own choice passes
+    over none, so for it this is the model's arithmetic.
     """
     ranked = logits.gather(1, index).argsort(dim=-1, descending=True, stable=True)  # [T, K']
     taken = torch.zeros_like(logits, dtype=torch.bool)  # [T, E]
@@ -166,7 +170,7 @@ def _softmax_among_all(logits: torch.Tensor, index: torch.Tensor) -> torch.Tenso
 
 
 def _bar_groups(scores: torch.Tensor, group_scores: torch.Tensor, n_allowed: int) -> torch.Tensor:
-    """Put the experts of all but the best groups below every other: the model uses 0 or -inf, this stays finite.
+    """Put the experts of all but the best groups below every other, at a finite score.
 
     Args:
         scores: [T, E].

@@ -68,7 +68,7 @@ def load_skeleton(
     Args:
         folder: holds config.json and, if there is one, generation_config.json.
         checkpoint: a whole checkpoint, or one without its routed experts (a bundle's skeleton).
-        shape: what the owner of a checkpoint without experts knows of them; read from the checkpoint when None.
+        shape: of the model whose experts are kept elsewhere; read from the checkpoint when None.
         dtype: of the loaded parameters.
 
     Raises:
@@ -92,7 +92,7 @@ def load_skeleton(
 
 
 def skeleton_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
-    """Return the on-disk names, sorted, of what a model (complete, on meta) needs besides its routed experts."""
+    """Return the on-disk names, sorted, of what a model on meta needs besides its experts."""
     return TensorMap(model, checkpoint).skeleton_names()
 
 
@@ -120,7 +120,7 @@ def hook_routers(layers: Iterable[MoeLayerModules]) -> None:
 
 
 def make_unsaved_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint holds, e.g. rotary frequencies; call it before anything is loaded."""
+    """Compute the buffers that no checkpoint holds, e.g. rotary frequencies; before any load."""
     owners: dict[str, list[str]] = {}
     for name, _ in model.named_non_persistent_buffers():
         owner, _, buffer = name.rpartition(".")
@@ -130,7 +130,7 @@ def make_unsaved_buffers(model: PreTrainedModel) -> None:
         for buffer in buffers:
             module._buffers[buffer] = torch.empty_like(module._buffers[buffer], device="cpu")  # type: ignore[arg-type]
         with torch.no_grad():
-            model._init_weights(module)
+            model._init_weights(module)  # type: ignore[no-untyped-call]
 
 
 def load_groups(
@@ -210,7 +210,8 @@ def _require_shape(
         ]
         name = fields[0]
         raise WrongModelError(
-            f"config.json has {name} {getattr(found, name)}, the experts were made for {getattr(wanted, name)}",
+            f"config.json has {name} {getattr(found, name)}, "
+            f"the experts were made for {getattr(wanted, name)}",
             hint="use the config.json that was packed with the experts",
         )
     return wanted
@@ -230,7 +231,8 @@ def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
     try:
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # it refuses bad files with errors of many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CorruptArtifactError(
-            f"{path} is damaged: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}",
+            f"{path} is damaged: {reason}",
             hint="download the checkpoint again, or remove the file",
         ) from error

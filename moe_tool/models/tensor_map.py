@@ -1,9 +1,11 @@
-"""Which tensors of a checkpoint make up which parameter of the model, by transformers' own conversion rules."""
+"""Which tensors on disk make up which parameter, by transformers' own conversion rules."""
 
 import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +31,7 @@ _HINT = "download the checkpoint again; it must be the one that config.json desc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One tensor on disk, and the pattern of the conversion rule that takes it; None when it is only renamed."""
+    """A tensor on disk and the pattern of the rule that converts it, None if it is only renamed."""
 
     name: str
     pattern: str | None
@@ -78,7 +80,7 @@ class TensorMap:
         return sorted(piece.name for pieces in self.skeleton.values() for piece in pieces)
 
     def expert_pieces(self, layer: int, parameter: str, expert: int) -> tuple[list[Piece], bool]:
-        """Return the tensors that hold one parameter of one expert, and whether they hold all experts' (stacked)."""
+        """Return the tensors with one parameter of an expert, and whether they hold all experts."""
         by_expert = self._experts[self._full_names[layer, parameter]]
         if None in by_expert:
             return by_expert[None], True
@@ -109,7 +111,8 @@ class TensorMap:
         found = next(rule for rule in self._converters if pattern in rule.source_patterns)
         rule = copy.deepcopy(found)  # it collects tensors in itself
         for piece, tensor in zip(pieces, tensors, strict=True):
-            rule.add_tensor(target, piece.name, piece.pattern, lambda tensor=tensor: tensor)
+            read: Any = partial(_same, tensor)  # rules take callables where they may read late
+            rule.add_tensor(target, piece.name, str(piece.pattern), read)
         made = rule.convert(target, model=self._model, config=self._model.config)
         return {
             name: value[0] if isinstance(value, list) else value for name, value in made.items()
@@ -118,7 +121,7 @@ class TensorMap:
     def convert_expert(
         self, layer: int, parameter: str, pieces: Sequence[Piece], tensors: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Return one expert's parameter, in the module's own orientation, from its tensors as read."""
+        """Return one expert's parameter, oriented as the module has it, from tensors as read."""
         if pieces[0].pattern is None:
             return tensors[0]
         target = self._full_names[layer, parameter]
@@ -132,7 +135,7 @@ class TensorMap:
             The parameters that the checkpoint lacks because they are tied to one that it has.
 
         Raises:
-            CorruptArtifactError: a tensor is missing or has another shape; the first in the model's order is named.
+            CorruptArtifactError: a tensor is missing or has another shape; the first is named.
         """
         made: set[str] = set()
         for target, pieces in self.skeleton.items():
@@ -157,7 +160,7 @@ class TensorMap:
         """Compare names and shapes of all routed experts with the model.
 
         Raises:
-            CorruptArtifactError: a tensor is missing or has another shape; the first in the model's order is named.
+            CorruptArtifactError: a tensor is missing or has another shape; the first is named.
         """
         for full_name in self._full_names.values():
             by_expert = self._experts.get(full_name)
@@ -286,3 +289,7 @@ class TensorMap:
 
     def _info(self, piece: Piece) -> TensorInfo:
         return self._checkpoint.tensors[piece.name]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -1,4 +1,4 @@
-"""What is read from config.json and headers, and what is refused, by name and without a traceback."""
+"""What is read from config.json and headers, and what is refused by name."""
 
 import json
 import shutil

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import TINY, make_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from moe_tool.errors import CorruptArtifactError
@@ -15,6 +14,7 @@ from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.expert_source import ExpertSource
 from moe_tool.models.meta_model import build_meta_model
 from moe_tool.models.moe_layers import find_moe_layers
+from tests.tiny_models import TINY, make_tiny_checkpoint
 
 TRANSPOSED = {"gpt_oss"}
 

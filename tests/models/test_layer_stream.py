@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_models import TINY, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.layer_stream import LayerStream
 from tests.models.eager_experts import eager_experts, read_once
+from tests.tiny_models import TINY, VOCABULARY
 
 # Equal up to the order of a transposed product; logits spread over about 1.5.
 TOLERANCE = {"gpt_oss": 1e-5}

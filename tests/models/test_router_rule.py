@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_models import TINY
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_tool.models.moe_layers import MoeLayerModules, find_moe_layers
 from moe_tool.models.router_rule import RouterRule, router_rule
+from tests.tiny_models import TINY
 
 DIFFERS = {"deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2"}
 

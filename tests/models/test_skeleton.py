@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import TINY, VOCABULARY
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_tool.errors import CorruptArtifactError, WrongModelError
@@ -22,8 +21,9 @@ from moe_tool.models.skeleton import (
     skeleton_tensor_names,
 )
 from tests.models.eager_experts import eager_experts, read_once
+from tests.tiny_models import TINY, VOCABULARY
 
-# A transposed matrix is summed in another order than the model does: 1.7e-6 measured, where logits spread by 1.5.
+# A transposed matrix is summed in another order: 1.7e-6 measured, where logits spread by 1.5.
 TOLERANCE = {"gpt_oss": 5e-6}
 
 
