@@ -1,0 +1,1 @@
+"""The verbs: arguments in, one call, its result on the terminal."""

@@ -1,0 +1,190 @@
+"""What a verb says and where: results on stdout, the rest on stderr, bars only on a terminal."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, TextIO
+
+from moe_tool.available_memory import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress as RichBars
+    from rich.progress import TaskID
+
+    from moe_tool.progress import Progress
+
+_LINE_EVERY_S = 30.0
+_PIPED_WIDTH = 160
+"""Columns of a table that goes into a file or a pipe"""
+
+
+class Output:
+    """The two channels of one verb, and its clock."""
+
+    def __init__(self, *, as_json: bool, data: TextIO, people: TextIO) -> None:
+        """With `as_json`, nothing but one JSON object goes to `data`."""
+        self.as_json = as_json
+        self.progress: Progress = _Bars(people) if people.isatty() else _Lines(people)
+        self._data = data
+        self._people = people
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the verb began."""
+        return time.perf_counter() - self._start
+
+    def show(self, *what: "RenderableType") -> None:
+        """Print a result for people: on stdout, or on stderr where stdout is kept for JSON."""
+        _console(self._people if self.as_json else self._data).print(
+            *what, sep="\n", soft_wrap=True
+        )
+
+    def say(self, text: str) -> None:
+        """Print one line about the work on stderr."""
+        print(text, file=self._people, flush=True)
+
+    def stream(self, text: str) -> None:
+        """Print a piece of generated text on stdout; with JSON it is only in the result."""
+        if not self.as_json:
+            self._data.write(text)
+            self._data.flush()
+
+    def result(self, fields: Mapping[str, object]) -> None:
+        """Print the JSON object; `seconds` and `peak_rss_bytes` are added where they lack."""
+        if not self.as_json:
+            return
+        whole = {"seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()} | dict(fields)
+        write_json(whole, self._data)
+
+
+@contextmanager
+def open_output(*, as_json: bool) -> Iterator[Output]:
+    """Yield the channels; with JSON, what a library prints on stdout goes to stderr meanwhile."""
+    output = Output(as_json=as_json, data=sys.stdout, people=sys.stderr)
+    if not as_json:
+        yield output
+        return
+    with redirect_stdout(sys.stderr):
+        yield output
+
+
+def write_json(fields: Mapping[str, object], stream: TextIO) -> None:
+    """Write one JSON object on one line; a number that JSON cannot say becomes null."""
+    stream.write(json.dumps(_plain(fields), ensure_ascii=False, allow_nan=False) + "\n")
+    stream.flush()
+
+
+def _plain(value: object) -> object:
+    """JSON's own types; arrays as lists, paths by their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    as_list = getattr(value, "tolist", None)  # numpy's arrays and scalars
+    return _plain(as_list()) if callable(as_list) else str(value)
+
+
+def _console(stream: TextIO) -> "Console":
+    from rich.console import Console
+
+    width = None if stream.isatty() else _PIPED_WIDTH
+    return Console(file=stream, width=width, markup=False, emoji=False, highlight=False)
+
+
+class _Bars:
+    """Progress on a terminal: one bar with the time left, gone when the task ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bars: RichBars | None = None
+        self._task: TaskID | None = None
+
+    def begin(self, task: str, total: int | None, unit: str) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.end()
+        amounts = (
+            [DownloadColumn(binary_units=True)]
+            if unit == "bytes"
+            else [MofNCompleteColumn(), TextColumn(unit)]
+        )
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *amounts,
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=_console(self._stream),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._bars.add_task(task, total=total)
+        self._bars.start()
+
+    def advance(self, amount: int = 1) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task, amount)
+
+    def end(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = self._task = None
+
+    def note(self, text: str) -> None:
+        if self._bars is not None:
+            self._bars.console.print(text, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+class _Lines:
+    """Progress in a log: a plain line at most every 30 s."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._task = ""
+        self._unit = ""
+        self._total: int | None = None
+        self._done = 0
+        self._start = self._said = time.monotonic()
+
+    def begin(self, task: str, total: int | None, unit: str) -> None:
+        self._task, self._total, self._unit, self._done = task, total, unit, 0
+        self._start = time.monotonic()
+
+    def advance(self, amount: int = 1) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._said < _LINE_EVERY_S:
+            return
+        self._said = now
+        of = "" if self._total is None else f" of {self._total}"
+        left = ""
+        if self._total and self._done:
+            left_s = (now - self._start) * (self._total - self._done) / self._done
+            left = f", about {left_s:.0f} s left"
+        self.note(f"{self._task}: {self._done}{of} {self._unit}{left}")
+
+    def end(self) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)

@@ -1,0 +1,202 @@
+"""What a file or folder is, made from what: the facts that `inspect` shows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
+from moe_tool.artifacts.buddy_map import BuddyMap
+from moe_tool.artifacts.identity import ModelIdentity
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.precision import IntegerPrecision
+from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.progress import Progress
+
+_PARTIAL_BUNDLE = ".part"
+_PARTIAL_PROFILE = ".parts"
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """One artifact, described."""
+
+    kind: str
+    path: Path
+    is_intact: bool
+    """False for what was never finished; what is damaged is not described but refused"""
+    checked: str
+    """What `is_intact` rests on"""
+    facts: dict[str, object]
+    """In the order in which they are shown"""
+
+
+def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Description:
+    """Return what lies at `path`.
+
+    Args:
+        path: a profile, buddy map, bundle, half-written bundle or checkpoint.
+        verify: read everything and check every hash, not only headers and sizes.
+        progress: told about the reading.
+
+    Raises:
+        NotFoundError: nothing is there.
+        CorruptArtifactError: it is damaged, or nothing that this tool knows.
+        ArtifactVersionError: it is of another version.
+    """
+    if not path.exists():
+        raise NotFoundError(f"there is nothing at {path}", hint="ls profiles/ shows what there is")
+    if path.is_dir():
+        return _describe_folder(path, verify=verify, progress=progress)
+    with path.open("rb") as file:
+        is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
+    if is_hdf5 or path.name.endswith(PROFILE_SUFFIX):
+        return _describe_profile(path, verify=verify, progress=progress)
+    if path.name == "manifest.json":
+        return _describe_bundle(path.parent, verify=verify, progress=progress)
+    if path.name.endswith((BUDDIES_SUFFIX, ".json")):
+        return _describe_buddies(path)
+    raise _unknown(path)
+
+
+def _describe_folder(path: Path, *, verify: bool, progress: Progress) -> Description:
+    if path.name.endswith(_PARTIAL_BUNDLE):
+        return _unfinished(path, "half-written bundle", "the same moe-tool pack command")
+    if path.name.endswith(_PARTIAL_PROFILE):
+        return _unfinished(path, "half-written profile", "moe-tool profile ... --resume")
+    if (path / "manifest.json").exists() or any(path.glob("experts-*.safetensors")):
+        return _describe_bundle(path, verify=verify, progress=progress)
+    if (path / "config.json").exists():
+        return _describe_checkpoint(path)
+    raise _unknown(path)
+
+
+def _describe_profile(path: Path, *, verify: bool, progress: Progress) -> Description:
+    from moe_tool.formats.profile_hdf5 import ProfileReader
+
+    with ProfileReader.open(path) as reader:
+        header, tokens = reader.header, reader.tokens
+        if verify:
+            progress.begin("check layers", len(reader.layers), "layers")
+            for layer in reader.layers:
+                reader.trace(layer)
+                reader.statistics(layer)
+                progress.advance()
+            progress.end()
+        facts = (
+            _model_facts(header.identity)
+            | _shape_facts(header.shape)
+            | {
+                "tokens": int(tokens.ids.size),
+                "sequences": int(tokens.ids.shape[0]),
+                "held_out_sequences": int(tokens.held_out.sum()),
+                "domains": list(tokens.domains),
+                "sources": list(header.sources),
+                "seed": header.seed,
+                "tokenizer_sha256": header.tokenizer_sha256,
+                "tool_version": header.tool_version,
+                "sha256": reader.sha256,
+            }
+        )
+    checked = "every array" if verify else "structure"
+    return Description(kind="profile", path=path, is_intact=True, checked=checked, facts=facts)
+
+
+def _describe_buddies(path: Path) -> Description:
+    from moe_tool.formats.json_artifact import read_json_artifact
+
+    buddy_map = read_json_artifact(path, BuddyMap)
+    facts: dict[str, object] = _model_facts(buddy_map.identity) | {
+        "by": buddy_map.by,
+        "k": buddy_map.k,
+        "layers": len(buddy_map.layers),
+        "experts": len(buddy_map.layers[0].buddies) if buddy_map.layers else 0,
+        "profile_sha256": buddy_map.profile_sha256,
+        "tool_version": buddy_map.tool_version,
+    }
+    return Description(
+        kind="buddy map", path=path, is_intact=True, checked="every field", facts=facts
+    )
+
+
+def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Description:
+    from moe_tool.formats.bundle_reader import BundleReader
+
+    reader = BundleReader.open(path)
+    if verify:
+        reader.verify_all(progress)
+    manifest = reader.manifest
+    precision = manifest.precision
+    bits = str(precision.width_bits) if isinstance(precision, IntegerPrecision) else "native"
+    facts: dict[str, object] = (
+        _model_facts(manifest.identity)
+        | _shape_facts(manifest.shape)
+        | {
+            "bits": bits,
+            "bytes": sum(file.size_bytes for file in manifest.files),
+            "record_bytes": manifest.record_size_bytes,
+            "expert_bytes": manifest.record_size_bytes * len(manifest.records),
+            "record_layout": manifest.record_layout,
+            "profile_sha256": manifest.profile_sha256,
+            "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
+            "tool_version": manifest.tool_version,
+        }
+    )
+    checked = "every hash" if verify else "sizes and headers"
+    return Description(kind="bundle", path=path, is_intact=True, checked=checked, facts=facts)
+
+
+def _describe_checkpoint(path: Path) -> Description:
+    from moe_tool.models.architecture import open_model
+    from moe_tool.models.locate import LocatedModel
+
+    opened = open_model(LocatedModel(folder=path, name=path.resolve().name))
+    with opened.checkpoint:
+        facts: dict[str, object] = (
+            _model_facts(opened.identity)
+            | _shape_facts(opened.shape)
+            | {"bytes": opened.checkpoint.total_bytes, "tensors": len(opened.checkpoint.tensors)}
+        )
+    return Description(
+        kind="checkpoint",
+        path=path,
+        is_intact=True,
+        checked="headers; a checkpoint carries no hashes",
+        facts=facts,
+    )
+
+
+def _unfinished(path: Path, kind: str, remedy: str) -> Description:
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return Description(
+        kind=kind,
+        path=path,
+        is_intact=False,
+        checked=f"it was never finished: go on with {remedy}",
+        facts={"bytes": size},
+    )
+
+
+def _model_facts(identity: ModelIdentity) -> dict[str, object]:
+    return {
+        "model": identity.name,
+        "model_type": identity.model_type,
+        "identity": identity.quick,
+        "full_identity": identity.full,
+    }
+
+
+def _shape_facts(shape: MoeShape) -> dict[str, object]:
+    return {
+        "decoder_layers": shape.n_decoder_layers,
+        "layers": len(shape.layers),
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "dtype": shape.dtype,
+    }
+
+
+def _unknown(path: Path) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"{path} is no profile, buddy map, bundle or checkpoint",
+        hint="a checkpoint folder has a config.json, a bundle a manifest.json",
+    )

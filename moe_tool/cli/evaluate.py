@@ -1,0 +1,100 @@
+"""`moe-tool evaluate`: a bundle and a text in, what a policy costs out."""
+
+from typing import Annotated
+
+import typer
+
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.cli.console import open_output
+from moe_tool.cli.options import (
+    BundleArgument,
+    DataOption,
+    GatesOption,
+    JsonOption,
+    OfflineOption,
+    PolicyOption,
+    ResidencyOption,
+    RunMemoryOption,
+    SeedOption,
+    ThreadsOption,
+)
+
+
+def evaluate(
+    bundle: BundleArgument,
+    data: DataOption,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=1, help="Tokens of text, of all domains.")
+    ] = 4096,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
+    ] = 256,
+    memory: RunMemoryOption = "auto",
+    policy: PolicyOption = "exact",
+    residency: ResidencyOption = None,
+    gates: GatesOption = True,
+    controls: Annotated[
+        bool,
+        typer.Option("--controls", help="Also the policy's controls, in one table."),
+    ] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="Also compare with this checkpoint, not only with the bundle itself.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure perplexity, and the divergence from the same bundle under exact."""
+    with open_output(as_json=json) as output:
+        from moe_tool.models.locate import locate_model
+        from moe_tool.text.sources import parse_sources
+
+        sources = parse_sources(data)
+        located = None
+        if reference is not None:
+            located = locate_model(reference, offline=offline, announce=output.say)
+
+        from moe_tool.evaluation.evaluate import EvaluateOptions
+        from moe_tool.evaluation.evaluate import evaluate as measure
+        from moe_tool.reports.terminal import evaluation_table
+
+        report = measure(
+            bundle,
+            sources,
+            EvaluateOptions(
+                tokens=tokens,
+                seq_len=seq_len,
+                memory=memory,
+                policy=policy,
+                controls=controls,
+                residency=residency,
+                gates=gates,
+                seed=seed,
+                threads=threads,
+                offline=offline,
+            ),
+            reference=located,
+            progress=output.progress,
+        )
+        output.show(
+            f"{report.figures.tokens} predictions, {report.residency} residency",
+            evaluation_table([(row.policy, row.figures) for row in report.rows]),
+        )
+        if len(report.domains) > 1:
+            output.show(
+                f"{report.policy} by domain", evaluation_table(list(report.domains.items()))
+            )
+        output.say(
+            f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
+            f"of {format_bytes(report.memory_budget_bytes)}"
+        )
+        if not controls and report.policy != "exact":
+            output.say("next: the same with --controls shows what the policy is worth")
+        output.result(report.to_json())

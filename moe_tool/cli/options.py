@@ -1,0 +1,91 @@
+"""The arguments that several verbs share, each with one name, unit, default and sentence."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+PolicyName = Literal["exact", "buddy", "drop", "random", "next-ranked"]
+Residency = Literal["frozen", "cache"]
+
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON object on stdout, everything else on stderr."),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, an alias (demo, mixtral, qwen3-moe, ...) or a hub id.",
+        show_default=False,
+    ),
+]
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A folder that `pack` wrote.", show_default=False)
+]
+ProfilesOption = Annotated[
+    Path,
+    typer.Option("--profiles", metavar="DIR", help="The folder of profiles and buddy maps."),
+]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Take from the local cache or fail; never the network.")
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, help="Seed of every random choice.")
+]
+DataOption = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="[NAME=]SOURCE",
+        help="Text: builtin, a file or folder, wikitext, c4, or org/name[:config][:split]. "
+        "Repeat it for several domains; NAME labels them.",
+        show_default=False,
+    ),
+]
+RunMemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Budget of the whole process: 4GiB; 50% of the experts beside everything fixed; "
+        "min; or auto, what is free less a margin.",
+    ),
+]
+ProfileMemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Budget of the whole process: 4GiB, or auto, 80 % of what is free.",
+    ),
+]
+PolicyOption = Annotated[
+    PolicyName,
+    typer.Option(
+        "--policy",
+        help="Who answers when an expert is not in memory: the expert itself, read from disk "
+        "(exact), or something cheaper that changes the text.",
+    ),
+]
+ResidencyOption = Annotated[
+    Residency | None,
+    typer.Option(
+        "--residency",
+        help="What a lossy policy finds in memory: a fixed set of experts, or a cache.",
+        show_default="cache for exact, frozen otherwise",
+    ),
+]
+GatesOption = Annotated[
+    bool,
+    typer.Option(
+        "--gates/--no-gates",
+        help="Whether a lossy policy leaves sensitive tokens and too many misses to exact reads.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", min=1, help="Threads of computation.", show_default="all cores"
+    ),
+]

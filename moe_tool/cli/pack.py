@@ -1,0 +1,136 @@
+"""`moe-tool pack`: a checkpoint in, a bundle out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moe_tool.artifact_folder import (
+    BUDDIES_SUFFIX,
+    DEFAULT_FOLDER,
+    PROFILE_SUFFIX,
+    newest_artifact,
+)
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.options import JsonOption, ModelArgument, OfflineOption, ProfilesOption
+
+if TYPE_CHECKING:
+    from moe_tool.artifacts.identity import ModelIdentity
+
+
+def pack(
+    model: ModelArgument,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile",
+            metavar="FILE",
+            help="Order the experts by this profile.",
+            show_default="newest of this model, or none",
+        ),
+    ] = None,
+    buddies: Annotated[
+        Path | None,
+        typer.Option(
+            "--buddies",
+            metavar="FILE",
+            help="Take the stand-ins of this map along.",
+            show_default="newest of this model, or none",
+        ),
+    ] = None,
+    bits: Annotated[
+        Literal["native", "8", "4"],
+        typer.Option(
+            "--bits",
+            help="Bits of an expert's weights; native keeps the checkpoint's dtype, bit for bit.",
+        ),
+    ] = "native",
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
+    ] = Path("bundle"),
+    profiles: ProfilesOption = DEFAULT_FOLDER,
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Compile a checkpoint into a bundle that `run` reads expert by expert."""
+    with open_output(as_json=json) as output:
+        from moe_tool.models.locate import locate_model
+
+        located = locate_model(model, offline=offline, announce=output.say)
+
+        from moe_tool.models.architecture import open_model
+        from moe_tool.packing.pack_bundle import pack_bundle
+
+        if profile is None or buddies is None:
+            opened = open_model(located)
+            opened.checkpoint.close()
+            identity = opened.identity
+            profile = profile or _newest_profile(profiles, identity, output)
+            buddies = buddies or _newest_buddies(profiles, identity, output)
+        report = pack_bundle(
+            located, out=out, bits=bits, profile=profile, buddies=buddies, progress=output.progress
+        )
+        output.say(
+            f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
+            f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per weight "
+            f"and skeleton {format_bytes(report.skeleton_bytes)}; {report.seconds:.1f} s, "
+            f"peak memory {format_bytes(report.peak_rss_bytes)}"
+        )
+        output.say(f'next: moe-tool run {report.bundle}/ --prompt "The list"')
+        output.result(
+            {
+                "bundle": report.bundle,
+                "bytes": report.bytes,
+                "expert_bytes": report.expert_bytes,
+                "skeleton_bytes": report.skeleton_bytes,
+                "bits_per_weight": report.bits_per_weight,
+                "resumed_records": report.resumed_records,
+                "profile": profile,
+                "buddies": buddies,
+                "seconds": report.seconds,
+                "peak_rss_bytes": report.peak_rss_bytes,
+            }
+        )
+
+
+def _newest_profile(folder: Path, identity: "ModelIdentity", output: Output) -> Path | None:
+    from moe_tool.errors import MoeToolError
+    from moe_tool.formats.profile_hdf5 import ProfileReader
+
+    def fits(path: Path) -> bool:
+        try:
+            with ProfileReader.open(path) as reader:
+                return reader.header.identity.matches(identity)
+        except MoeToolError:
+            return False
+
+    found = newest_artifact(folder, PROFILE_SUFFIX, fits=fits)
+    _say_which("profile", found, folder, identity, output)
+    return found
+
+
+def _newest_buddies(folder: Path, identity: "ModelIdentity", output: Output) -> Path | None:
+    from moe_tool.artifacts.buddy_map import BuddyMap
+    from moe_tool.errors import MoeToolError
+    from moe_tool.formats.json_artifact import read_json_artifact
+
+    def fits(path: Path) -> bool:
+        try:
+            return read_json_artifact(path, BuddyMap).identity.matches(identity)
+        except MoeToolError:
+            return False
+
+    found = newest_artifact(folder, BUDDIES_SUFFIX, fits=fits)
+    _say_which("buddies", found, folder, identity, output)
+    return found
+
+
+def _say_which(
+    what: str, found: Path | None, folder: Path, identity: "ModelIdentity", output: Output
+) -> None:
+    if found is None:
+        output.say(f"{what}: none of {identity.name} in {folder}/, packing without")
+    else:
+        output.say(f"{what}: {found} (the newest of {identity.name} in {folder}/)")

@@ -1,0 +1,92 @@
+"""`moe-tool profile`: a model and text in, router traces and expert statistics out."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_tool.artifact_folder import DEFAULT_FOLDER, profile_path
+from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.cli.console import open_output
+from moe_tool.cli.options import (
+    DataOption,
+    JsonOption,
+    ModelArgument,
+    OfflineOption,
+    ProfileMemoryOption,
+    ProfilesOption,
+    SeedOption,
+)
+
+
+def profile(
+    model: ModelArgument,
+    data: DataOption,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to trace, of all domains.")
+    ] = 65536,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens of one sequence.")
+    ] = 512,
+    holdout: Annotated[
+        float,
+        typer.Option(
+            "--holdout",
+            metavar="SHARE",
+            min=0,
+            max=0.9,
+            help="Share of the sequences kept apart to check with.",
+        ),
+    ] = 0.25,
+    seed: SeedOption = 0,
+    memory: ProfileMemoryOption = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on at the layer where a profile was interrupted.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The profile.", show_default="profiles/NAME.h5"),
+    ] = None,
+    profiles: ProfilesOption = DEFAULT_FOLDER,
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure where a model's routers send text and what every expert does.
+
+    One decoder layer is in memory at a time.
+    """
+    with open_output(as_json=json) as output:
+        from moe_tool.models.locate import locate_model
+        from moe_tool.text.sources import parse_sources
+
+        memory_bytes = None if memory.strip().lower() == "auto" else parse_bytes(memory)
+        sources = parse_sources(data)
+        located = locate_model(model, offline=offline, announce=output.say)
+
+        from moe_tool.profiling.recorder import record_profile
+        from moe_tool.reports.terminal import coverage_tables
+
+        report = record_profile(
+            located,
+            sources,
+            out=out or profile_path(profiles, located.name),
+            tokens=tokens,
+            seq_len=seq_len,
+            holdout=holdout,
+            seed=seed,
+            memory_bytes=memory_bytes,
+            resume=resume,
+            offline=offline,
+            progress=output.progress,
+        )
+        output.show(*coverage_tables(report.coverage, report.domains))
+        output.say(
+            f"wrote {report.profile}: {format_bytes(report.profile_bytes)}; "
+            f"{report.tokens} tokens in {report.seconds:.1f} s "
+            f"({report.tokens_per_second:.0f} tokens/s), "
+            f"peak memory {format_bytes(report.peak_rss_bytes)} "
+            f"of {format_bytes(report.memory_budget_bytes)}"
+        )
+        output.say(f"next: moe-tool buddies {report.profile} --k 2")
+        output.result(asdict(report))

@@ -1,0 +1,143 @@
+"""`moe-tool run`: a bundle and a prompt in, text out."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.cli.console import open_output
+from moe_tool.cli.options import (
+    BundleArgument,
+    GatesOption,
+    JsonOption,
+    PolicyOption,
+    ResidencyOption,
+    RunMemoryOption,
+    SeedOption,
+    ThreadsOption,
+)
+from moe_tool.errors import DataSourceError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from moe_tool.runtime.generation import RunResult
+
+
+def run(
+    bundle: BundleArgument,
+    stdin: Annotated[
+        str | None,
+        typer.Argument(metavar="-", help="A dash reads the prompt from stdin.", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", help="The prompt.", show_default=False),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", metavar="FILE", help="A UTF-8 file.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to generate at most.")
+    ] = 128,
+    context: Annotated[
+        int,
+        typer.Option("--context", metavar="N", min=1, help="Tokens of prompt and text together."),
+    ] = 4096,
+    memory: RunMemoryOption = "auto",
+    policy: PolicyOption = "exact",
+    residency: ResidencyOption = None,
+    gates: GatesOption = True,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature", metavar="T", min=0, help="0 always takes the likeliest token."
+        ),
+    ] = 0.0,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The prompt as it is, without the model's chat template.")
+    ] = False,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Generate text from a bundle inside a memory budget."""
+    with open_output(as_json=json) as output:
+        text = _read_prompt(stdin, prompt, prompt_file)
+
+        from moe_tool.runtime.generation import GenerateOptions, run_prompt
+        from moe_tool.runtime.session import RunOptions
+
+        result = run_prompt(
+            bundle,
+            text,
+            options=RunOptions(
+                memory=memory,
+                policy=policy,
+                residency=residency,
+                gates=gates,
+                seed=seed,
+                threads=threads,
+                context=context,
+            ),
+            generation=GenerateOptions(
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+                raw=raw,
+                ignore_eos=ignore_eos,
+            ),
+            on_text=output.stream,
+            progress=output.progress,
+        )
+        output.stream("\n")
+        output.say(_footer(result))
+        output.result(asdict(result))
+        if result.interrupted:
+            raise typer.Exit(130)
+
+
+def _footer(result: "RunResult") -> str:
+    parts = [
+        f"{result.prompt_tokens} + {result.generated_tokens} tokens",
+        f"first after {result.seconds_to_first_token:.2f} s",
+        f"{result.tokens_per_second:.1f} tokens/s",
+        f"hit rate {result.hit_rate:.1%}",
+        f"{format_bytes(result.bytes_read_per_token)} read per token",
+        f"stalled {result.stall_seconds:.2f} s",
+        f"{result.substitutions} substitutions",
+        f"peak memory {format_bytes(result.peak_rss_bytes)} "
+        f"of {format_bytes(result.memory_budget_bytes)}",
+    ]
+    if result.drops:
+        parts.insert(-1, f"{result.drops} drops")
+    return "\n" + " · ".join(parts)
+
+
+def _read_prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str:
+    if stdin not in (None, "-"):
+        raise UsageError(
+            f"unexpected argument '{stdin}'",
+            hint=f"a prompt goes after --prompt: --prompt '{stdin}'",
+        )
+    if sum(given is not None for given in (stdin, prompt, prompt_file)) != 1:
+        raise UsageError(
+            "one prompt is needed", hint='--prompt "The list", --prompt-file FILE or - for stdin'
+        )
+    if prompt is not None:
+        return prompt
+    if prompt_file == Path("-"):
+        prompt_file = None
+    where = "stdin" if prompt_file is None else str(prompt_file)
+    try:
+        data = sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
+        return data.decode("utf-8")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no prompt file {where}") from error
+    except UnicodeDecodeError as error:
+        raise DataSourceError(f"the prompt in {where} is not UTF-8 text: {error}") from error

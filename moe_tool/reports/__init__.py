@@ -1,0 +1,1 @@
+"""Artifacts as people read them."""

@@ -1,0 +1,114 @@
+"""Tables for a terminal, drawn from what the stages report.
+
+The rows are told by their attributes alone, so that this file stands below the rooms that measure.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from rich import box
+from rich.table import Table
+
+from moe_tool.byte_sizes import format_bytes
+
+Interval = tuple[float, float] | None
+
+
+class EvaluationFigures(Protocol):
+    """What one policy cost on one text."""
+
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def perplexity_ci95(self) -> Interval: ...
+    @property
+    def kl_mean(self) -> float: ...
+    @property
+    def kl_mean_ci95(self) -> Interval: ...
+    @property
+    def kl_p99(self) -> float: ...
+    @property
+    def top1_agreement(self) -> float: ...
+    @property
+    def kl_source_mean(self) -> float | None: ...
+    @property
+    def kl_source_mean_ci95(self) -> Interval: ...
+    @property
+    def hit_rate(self) -> float: ...
+    @property
+    def bytes_read_per_token(self) -> float: ...
+    @property
+    def substitutions_per_token(self) -> float: ...
+    @property
+    def drops_per_token(self) -> float: ...
+
+
+def facts_table(facts: Mapping[str, object]) -> Table:
+    """Return two columns, name and value; a field whose name ends in `bytes` is shown as a size."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _fact(name, value))
+    return table
+
+
+def evaluation_table(rows: Sequence[tuple[str, EvaluationFigures]]) -> Table:
+    """Return one row per (label, figures): quality with its 95 % interval, then what it cost."""
+    has_source = any(figures.kl_source_mean is not None for _, figures in rows)
+    table = _table("", "perplexity", "KL(exact || it)", "99 %", "top-1")
+    if has_source:
+        table.add_column("KL(checkpoint || it)", justify="right")
+    for heading in ("hit rate", "read/token", "substituted", "dropped"):
+        table.add_column(heading, justify="right")
+    for label, figures in rows:
+        source = [_estimate(figures.kl_source_mean, figures.kl_source_mean_ci95, 4)]
+        table.add_row(
+            label,
+            _estimate(figures.perplexity, figures.perplexity_ci95, 3),
+            _estimate(figures.kl_mean, figures.kl_mean_ci95, 4),
+            f"{figures.kl_p99:.4f}",
+            f"{figures.top1_agreement:.1%}",
+            *(source if has_source else []),
+            f"{figures.hit_rate:.1%}",
+            format_bytes(figures.bytes_read_per_token),
+            f"{figures.substitutions_per_token:.2f}",
+            f"{figures.drops_per_token:.2f}",
+        )
+    return table
+
+
+def stages_table(rows: Sequence[tuple[str, str, float]]) -> Table:
+    """Return one row per (stage, what came out, seconds)."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("stage", "what happened"):
+        table.add_column(heading)
+    table.add_column("seconds", justify="right")
+    for stage, outcome, seconds in rows:
+        table.add_row(stage, outcome, f"{seconds:.1f}")
+    return table
+
+
+def _table(*headings: str) -> Table:
+    """A table whose first column is a label and whose others are numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if position == 0 else "right")
+    return table
+
+
+def _estimate(value: float | None, interval: Interval, digits: int) -> str:
+    if value is None:
+        return "-"
+    shown = f"{value:.{digits}f}"
+    if interval is not None:
+        shown += f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+    return shown
+
+
+def _fact(name: str, value: object) -> str:
+    if value is None:
+        return "none"
+    if name.endswith("bytes") and isinstance(value, int):
+        return f"{format_bytes(value)} ({value})"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(entry) for entry in value)
+    return str(value)

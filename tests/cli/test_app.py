@@ -1,0 +1,145 @@
+"""Every end of a command has its exit code and its words."""
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_tool.cli import inspect as inspect_verb
+from moe_tool.cli.app import run_command
+from moe_tool.errors import BudgetError, NotFoundError
+
+Fail = Callable[[BaseException], None]
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
+    """Make `inspect` end in an exception."""
+
+    def set_error(error: BaseException) -> None:
+        def broken(**_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(inspect_verb, "open_output", broken)
+
+    return set_error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (NotFoundError("no such thing", hint="make it"), 3, "NotFoundError"),
+        (BudgetError("too small", hint="--memory 2GiB"), 4, "BudgetError"),
+        (OSError(errno.ENOSPC, "No space left on device", "bundle/x"), 4, "DiskFullError"),
+        (OSError(errno.EIO, "Input/output error", "bundle/x"), 3, "StorageError"),
+        (PermissionError(errno.EACCES, "Permission denied", "bundle/x"), 3, "StorageError"),
+        (MemoryError(), 4, "MoeToolError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, "MoeToolError"),
+        (ValueError("our mistake"), 1, "ValueError"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+    ],
+)
+def test_every_error_has_its_exit_code(
+    error: BaseException,
+    code: int,
+    kind: str,
+    fail: Fail,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fail(error)
+    assert run_command(["inspect", "x", "--json"]) == code
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"]["type"] == kind
+    assert json.loads(out)["error"]["exit_code"] == code
+    assert ("Traceback" in err) == (code == 1)
+
+
+def test_an_error_is_a_sentence_a_blank_line_and_a_hint(
+    fail: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail(NotFoundError("there is no profile in profiles/", hint="moe-tool profile demo"))
+    assert run_command(["inspect", "x"]) == 3
+    assert capsys.readouterr() == (
+        "",
+        "error: there is no profile in profiles/\n\nhint: moe-tool profile demo\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["profile", "demo", "--data", "my text"],
+            "moe-tool profile demo --data 'my text' --resume",
+        ),
+        (["pack", "demo"], "moe-tool pack demo"),
+    ],
+)
+def test_an_interrupted_stage_says_how_to_go_on(
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"moe_tool.cli.{arguments[0]}.open_output", interrupt)
+    assert run_command(arguments) == 130
+    assert capsys.readouterr().err == (
+        f"interrupted; what is done is kept: resume with\n    {words}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["run"],
+        ["run", "bundle", "--max-tokens", "many"],
+        ["run", "bundle", "--policy", "magic"],
+        ["run", "bundle"],
+        ["run", "bundle", "--prompt", "a", "-"],
+        ["run", "bundle", "the prompt"],
+        ["profile", "demo"],
+        ["profile", "demo", "--data", "builtin", "--memory", "lots"],
+        [],
+    ],
+)
+def test_a_wrong_command_line_is_a_usage_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "hint: " in err or err.startswith("Usage: ")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["--version"]) == 0
+    assert capsys.readouterr().out.count(".") == 2
+
+
+def test_help_answers_at_once_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys, moe_tool.cli.app as a; a.run_command(['run', '--help']); print(*sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    loaded = set(done.stdout.splitlines()[-1].split())
+    heavy = {"torch", "transformers", "numpy", "datasets", "sklearn", "h5py", "rich"}
+    assert loaded & heavy == set()
+    assert seconds < 2  # 0.1 s on an idle machine; this only catches an import that slipped in
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m moe_tool run --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", "141")
