@@ -119,7 +119,7 @@ def _split_even_odd(x: torch.Tensor, n_bytes: int) -> torch.Tensor:
 def _scale_groups(expanded: torch.Tensor, scales: torch.Tensor, group: int) -> None:
     """Multiply [..., in] by scales [..., G] in place; the last group may be short."""
     n_full = expanded.shape[-1] // group
-    full = expanded[..., : n_full * group].unflatten(-1, (n_full, group))
+    full = expanded[..., : n_full * group].view(*expanded.shape[:-1], n_full, group)
     full.mul_(scales[..., :n_full, None])
     if n_full < scales.shape[-1]:
         expanded[..., n_full * group :].mul_(scales[..., n_full:])

@@ -98,4 +98,5 @@ def _relative_logits(routing: Routing, token: np.ndarray) -> np.ndarray:
     assert routing.logits is not None, "the policy asked for logits"
     logits = routing.logits[token].astype(np.float32)  # [n, E]
     low, high = logits.min(axis=1, keepdims=True), logits.max(axis=1, keepdims=True)
-    return (logits - low) / np.where(high > low, high - low, 1)
+    relative: np.ndarray = (logits - low) / np.where(high > low, high - low, 1)
+    return relative

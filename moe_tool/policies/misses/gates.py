@@ -78,4 +78,5 @@ def _missing_share(missing: np.ndarray, sequence: np.ndarray) -> np.ndarray:
     _, member = np.unique(sequence, return_inverse=True)
     n_missing = np.bincount(member, weights=missing.sum(axis=1))
     n_slots = np.bincount(member) * missing.shape[1]
-    return (n_missing / n_slots)[member]
+    share: np.ndarray = n_missing / n_slots  # by sequence
+    return share[member]
