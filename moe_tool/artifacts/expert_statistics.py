@@ -34,6 +34,8 @@ class ProbeStatistics:
 
     n_sampled: int
     """Tokens in the shared sample"""
+    n_cka: int
+    """Tokens behind `cka`, spread over the shared sample: at most 256, fewer where memory is short"""
     n_routed: np.ndarray
     """[E] int64: sampled tokens routed to each expert: the count behind scale, eps_buddy and output_norm"""
     fell_back: np.ndarray
