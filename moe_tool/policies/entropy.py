@@ -1,0 +1,25 @@
+"""BuddyMoE's token activating entropy: how evenly a token spreads over the experts it chose."""
+
+import numpy as np
+
+
+def token_activating_entropy(weights: np.ndarray) -> np.ndarray:
+    """Return the entropy of each token's gate weights over log K, [T] float64 in 0..1.
+
+    0 is one expert with all the weight, 1 is the same weight for all K. With K = 1 there is nothing
+    to spread over, and with no weight at all nothing to spread: both are 0.
+
+    Source: arXiv:2511.10054, TAE; without its optional temperature.
+
+    Args:
+        weights: [T, K] float, >= 0, the gate weights of the chosen experts; need not sum to 1.
+    """
+    n_tokens, top_k = weights.shape
+    if top_k == 1:
+        return np.zeros(n_tokens)
+    gates = np.maximum(weights.astype(np.float64), 0.0)
+    total = gates.sum(axis=1, keepdims=True)
+    share = np.divide(gates, total, out=np.zeros_like(gates), where=total > 0)
+    log_share = np.log(share, out=np.zeros_like(share), where=share > 0)
+    entropy = -(share * log_share).sum(axis=1) / np.log(top_k)
+    return np.clip(entropy, 0.0, 1.0)
