@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -139,11 +140,18 @@ def expert_parameters(modules: MoeLayerModules) -> dict[str, tuple[int, ...]]:
 
 
 def top_k(modules: MoeLayerModules) -> int:
-    """Return K, the number of experts that the router of this layer chooses."""
-    for owner in (modules.router, modules.block):
-        if isinstance(getattr(owner, "top_k", None), int):
-            return owner.top_k  # type: ignore[return-value]
-    return int(modules.experts.config.num_experts_per_tok)  # type: ignore[union-attr,arg-type]
+    """Return K, the number of experts that the router of this layer chooses.
+
+    Raises:
+        UnsupportedModelError: neither router nor config says so.
+    """
+    config: Any = modules.experts.config
+    places = ((modules.router, "top_k"), (modules.block, "top_k"), (config, "num_experts_per_tok"))
+    for owner, name in places:
+        value = getattr(owner, name, None)
+        if isinstance(value, int):
+            return value
+    raise unsupported(config.model_type, "how many experts its routers choose is not known")
 
 
 def unsupported(model_type: str, reason: str) -> UnsupportedModelError:
