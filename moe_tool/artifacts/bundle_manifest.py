@@ -69,6 +69,8 @@ class BundleManifest(FrozenModel):
     """In file order: layer by layer, hot experts first with those they are used with"""
     files: tuple[BundleFile, ...]
     """Every file but the manifest"""
+    made_from: dict[str, str]
+    """The options of `pack` and the hashes of its inputs: a resume or a repetition with others is refused"""
     profile_sha256: HexDigest | None
     heat: tuple[LayerHeat, ...] | None
     """From the profile; None where the bundle was packed without one"""

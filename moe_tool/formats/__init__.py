@@ -1,0 +1,1 @@
+"""Artifacts become files and back; every reader treats its file as hostile."""

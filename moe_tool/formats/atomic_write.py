@@ -1,0 +1,83 @@
+"""Files that appear whole or not at all: temporary file, fsync, rename."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.errors import DiskFullError, StorageError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that takes the name `path` when the block ends without an exception.
+
+    Otherwise it is removed, and what was at `path` stays as it was.
+
+    Raises:
+        DiskFullError: no space is left.
+        StorageError: the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def require_free_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuse work whose result would not fit on the disk of `folder` (or of its nearest parent that exists).
+
+    Raises:
+        DiskFullError: with needed and free bytes.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise DiskFullError(
+            f"{folder} needs {format_bytes(needed_bytes)} of disk ({needed_bytes} bytes), "
+            f"free are {format_bytes(free)} ({free} bytes)",
+            hint="free some space or write to another disk",
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about `path` into named ones."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"no space is left for {path}", hint="free some space and run the same command again"
+            ) from error
+        raise StorageError(f"{path}: {reason}", hint="check the path and its permissions") from error

@@ -1,0 +1,73 @@
+"""The safetensors files of a bundle: how records are spread over files, and the header that describes them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
+from moe_tool.formats.expert_record import RecordLayout
+
+MAX_FILE_BYTES = 4 * 2**30
+PART_SUFFIX = ".part"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFile:
+    """One file of records."""
+
+    name: str
+    header: bytes
+    """Length prefix, JSON, padding: the data start where it ends, on a multiple of ALIGNMENT_BYTES"""
+    records: tuple[tuple[int, int], ...]
+    """(layer, expert) in file order"""
+
+    def offset(self, position: int, layout: RecordLayout) -> int:
+        """Where the record at a position starts."""
+        return len(self.header) + position * layout.size_bytes
+
+
+def plan_expert_files(order: Sequence[tuple[int, int]], layout: RecordLayout) -> list[ExpertFile]:
+    """Spread records over files of at most MAX_FILE_BYTES (a larger record gets one to itself)."""
+    per_file = max(1, MAX_FILE_BYTES // layout.size_bytes)
+    files = []
+    for start in range(0, len(order), per_file):
+        records = tuple(order[start : start + per_file])
+        name = f"experts-{len(files) + 1:05d}.safetensors"
+        files.append(ExpertFile(name=name, header=_expert_header(records, layout), records=records))
+    return files
+
+
+def safetensors_header(tensors: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Return the header of a safetensors file, padded with spaces to ALIGNMENT_BYTES.
+
+    Args:
+        tensors: name, dtype, shape and size in bytes of each, in file order.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, size in tensors:
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _expert_header(records: Sequence[tuple[int, int]], layout: RecordLayout) -> bytes:
+    return safetensors_header(
+        [
+            (
+                f"layer.{layer}.expert.{expert}.{segment.name}",
+                "U8",
+                (segment.size_bytes,),
+                segment.size_bytes,
+            )
+            for layer, expert in records
+            for segment in layout.segments
+        ]
+    )

@@ -1,0 +1,217 @@
+"""Reads a bundle: the manifest against the files before anything else, then records one by one, each checked when it comes from the disk."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+import xxhash
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
+from moe_tool.errors import CorruptArtifactError, NotFoundError, StorageError
+from moe_tool.formats.bundle_files import MANIFEST, PART_SUFFIX
+from moe_tool.formats.expert_record import RecordLayout, record_layout, require_finite_scales
+from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.formats.safetensors_index import read_header
+from moe_tool.progress import SILENT, Progress
+
+_HASH_BLOCK_BYTES = 16 * 2**20
+_REPACK = "pack the bundle again with moe-tool pack"
+
+
+class BundleReader:
+    """An open bundle. Reading is safe from several threads."""
+
+    def __init__(self, folder: Path, manifest: BundleManifest, layout: RecordLayout) -> None:
+        """Use `open`."""
+        self.folder = folder
+        self.manifest = manifest
+        self.layout = layout
+        self._entries = {(record.layer, record.expert): record for record in manifest.records}
+        self._handles: dict[str, int] = {}
+        with _naming(folder):
+            for name in sorted({record.file for record in manifest.records}):
+                self._handles[name] = os.open(folder / name, os.O_RDONLY)
+
+    @classmethod
+    def open(cls, folder: Path) -> "BundleReader":
+        """Open a bundle after checking its manifest against names, sizes and headers of its files.
+
+        Raises:
+            NotFoundError: there is no such folder.
+            CorruptArtifactError: it is half-written, foreign or damaged.
+            ArtifactVersionError: its manifest has another schema version.
+            StorageError: it cannot be read.
+        """
+        manifest = _read_manifest(folder)
+        shape = manifest.shape
+        layout = record_layout(shape.expert_tensors, shape.dtype, manifest.precision)
+        if layout.size_bytes != manifest.record_size_bytes:
+            raise CorruptArtifactError(
+                f"{folder / MANIFEST} says a record has {manifest.record_size_bytes} bytes, "
+                f"its tensors need {layout.size_bytes}",
+                hint=_REPACK,
+            )
+        with _naming(folder):
+            _check_files(folder, manifest)
+        _check_headers(folder, manifest, layout)
+        return cls(folder, manifest, layout)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all records."""
+        return len(self.manifest.records) * self.layout.size_bytes
+
+    @property
+    def skeleton_files(self) -> list[Path]:
+        """The files with everything but the experts."""
+        return [
+            self.folder / file.name
+            for file in self.manifest.files
+            if file.name.startswith("skeleton-") and file.name.endswith(".safetensors")
+        ]
+
+    def record_entry(self, layer: int, expert: int) -> ExpertRecord:
+        """Return where a record lies."""
+        return self._entries[layer, expert]
+
+    def read_record_into(self, layer: int, expert: int, out: torch.Tensor) -> None:
+        """Read one record and check it.
+
+        Args:
+            out: uint8 [layout.size_bytes], overwritten.
+
+        Raises:
+            CorruptArtifactError: the bytes are not those that were packed; names layer, expert and file.
+            StorageError: the disk does not give them.
+        """
+        entry = self._entries[layer, expert]
+        where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
+        view = memoryview(out.numpy()).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._handles[entry.file], [view[done:]], entry.offset + done)
+                if count == 0:
+                    raise StorageError(
+                        f"{where}: the file ended after {done} of {len(view)} bytes", hint=_REPACK
+                    )
+                done += count
+        except OSError as error:
+            raise StorageError(f"{where}: {error.strerror or error}", hint="check the disk") from error
+        if xxhash.xxh3_64_hexdigest(view) != entry.xxh3:
+            raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=_REPACK)
+        try:
+            require_finite_scales(self.layout, out)
+        except CorruptArtifactError as error:
+            raise CorruptArtifactError(f"{where}: {error.message}", hint=_REPACK) from error
+
+    def verify_all(self, progress: Progress = SILENT) -> None:
+        """Check the sha256 of every file and the hash of every record.
+
+        Raises:
+            CorruptArtifactError: names the first file or record that differs.
+        """
+        total = sum(file.size_bytes for file in self.manifest.files)
+        progress.begin("verify", total + self.expert_bytes, "bytes")
+        for entry in self.manifest.files:
+            digest = hashlib.sha256()
+            with _naming(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
+                while block := file.read(_HASH_BLOCK_BYTES):
+                    digest.update(block)
+                    progress.advance(len(block))
+            if digest.hexdigest() != entry.sha256:
+                self._find_damaged_record(entry.name)
+                raise CorruptArtifactError(
+                    f"{self.folder / entry.name} is damaged: its sha256 does not fit", hint=_REPACK
+                )
+        out = torch.empty(self.layout.size_bytes, dtype=torch.uint8)
+        for record in self.manifest.records:
+            self.read_record_into(record.layer, record.expert, out)
+            progress.advance(self.layout.size_bytes)
+        progress.end()
+
+    def close(self) -> None:
+        """Close the files."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles = {}
+
+    def __enter__(self) -> "BundleReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _find_damaged_record(self, name: str) -> None:
+        out = torch.empty(self.layout.size_bytes, dtype=torch.uint8)
+        for record in self.manifest.records:
+            if record.file == name:
+                self.read_record_into(record.layer, record.expert, out)
+
+
+class _naming:
+    """Turns the operating system's errors about a path into named ones."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            name = error.filename or self._path
+            raise StorageError(f"{name}: {error.strerror or error}", hint="check the disk") from error
+
+
+def _read_manifest(folder: Path) -> BundleManifest:
+    half_written = folder.with_name(folder.name + PART_SUFFIX)
+    resume = "run the same moe-tool pack command again: it resumes"
+    if not folder.exists():
+        if half_written.is_dir():
+            raise CorruptArtifactError(
+                f"{folder} is half-written ({half_written} is there)", hint=resume
+            )
+        raise NotFoundError(f"{folder} does not exist", hint="make a bundle with moe-tool pack")
+    if not folder.is_dir():
+        raise CorruptArtifactError(f"{folder} is not a folder, so not a bundle", hint=_REPACK)
+    if not (folder / MANIFEST).is_file():
+        if folder.name.endswith(PART_SUFFIX) or (folder / "journal.jsonl").exists():
+            raise CorruptArtifactError(f"{folder} is a half-written bundle", hint=resume)
+        raise CorruptArtifactError(
+            f"{folder} is not a bundle: it has no {MANIFEST}",
+            hint="make a bundle of a checkpoint with moe-tool pack",
+        )
+    return read_json_artifact(folder / MANIFEST, BundleManifest)
+
+
+def _check_files(folder: Path, manifest: BundleManifest) -> None:
+    for file in manifest.files:
+        path = folder / file.name
+        if path.is_symlink():
+            raise CorruptArtifactError(f"{path} is a link, not a file of the bundle", hint=_REPACK)
+        if not path.is_file():
+            raise CorruptArtifactError(f"{path} is missing", hint=_REPACK)
+        found = path.stat().st_size
+        if found != file.size_bytes:
+            raise CorruptArtifactError(
+                f"{path} has {found} bytes, its manifest says {file.size_bytes}", hint=_REPACK
+            )
+
+
+def _check_headers(folder: Path, manifest: BundleManifest, layout: RecordLayout) -> None:
+    headers = {name: read_header(folder / name) for name in {r.file for r in manifest.records}}
+    for record in manifest.records:
+        for segment in layout.segments:
+            name = f"layer.{record.layer}.expert.{record.expert}.{segment.name}"
+            info = headers[record.file].get(name)
+            if (
+                info is None
+                or info.dtype != "U8"
+                or info.offset != record.offset + segment.offset
+                or info.size_bytes != segment.size_bytes
+            ):
+                raise CorruptArtifactError(
+                    f"{folder / record.file} does not hold {name} where {MANIFEST} says", hint=_REPACK
+                )

@@ -1,0 +1,172 @@
+"""How one expert lies in a bundle: named, aligned segments behind each other, so that the common case is one aligned read.
+
+A matrix in the checkpoint's floats is one segment of its name; an integer matrix is `NAME.codes` and `NAME.scales`; a vector is
+one segment in the checkpoint's dtype. Every segment is padded with zeros to ALIGNMENT_BYTES. Little-endian throughout.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
+from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName
+from moe_tool.artifacts.precision import IntegerPrecision, Precision
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.quantization.bit_packing import packed_row_bytes
+from moe_tool.quantization.round_to_nearest import quantize
+from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "uint8": torch.uint8,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One part of a record."""
+
+    name: str
+    offset: int
+    """From the start of the record, a multiple of ALIGNMENT_BYTES"""
+    size_bytes: int
+    """With padding, a multiple of ALIGNMENT_BYTES"""
+    n_bytes: int
+    """Without padding"""
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordLayout:
+    """The segments of every record of a bundle."""
+
+    segments: tuple[Segment, ...]
+    size_bytes: int
+    """Of a record, padding included"""
+
+
+def record_layout(
+    tensors: Sequence[ExpertTensor], dtype: FloatName, precision: Precision
+) -> RecordLayout:
+    """Return the layout that follows from an expert's tensors and their precision.
+
+    Args:
+        tensors: of one expert, canonical.
+        dtype: of the checkpoint.
+        precision: of matrices; vectors stay in `dtype`.
+    """
+    segments: list[Segment] = []
+    for name, kind, shape in _parts(tensors, dtype, precision):
+        n_bytes = _DTYPES[kind].itemsize
+        for extent in shape:
+            n_bytes *= extent
+        offset = segments[-1].offset + segments[-1].size_bytes if segments else 0
+        padded = -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        segments.append(
+            Segment(
+                name=name,
+                offset=offset,
+                size_bytes=padded,
+                n_bytes=n_bytes,
+                dtype=kind,
+                shape=shape,
+            )
+        )
+    return RecordLayout(
+        segments=tuple(segments), size_bytes=segments[-1].offset + segments[-1].size_bytes
+    )
+
+
+def encode_record(
+    layout: RecordLayout, weights: Mapping[str, torch.Tensor], precision: Precision
+) -> torch.Tensor:
+    """Return a record: uint8 [layout.size_bytes].
+
+    Args:
+        layout: of this expert's tensors and precision.
+        weights: the expert in canonical form, in the checkpoint's dtype.
+
+    Raises:
+        CorruptArtifactError: a weight to be quantized is NaN or infinite.
+    """
+    record = torch.zeros(layout.size_bytes, dtype=torch.uint8)
+    quantized: dict[str, IntegerWeight] = {}
+    for segment in layout.segments:
+        name, _, part = segment.name.partition(".")
+        if part and name not in quantized:
+            assert isinstance(precision, IntegerPrecision)
+            quantized[name] = quantize(weights[name], precision.width_bits, group=precision.group)
+        if part:
+            values = quantized[name].codes if part == "codes" else quantized[name].scales
+        else:
+            values = weights[name]
+        assert values.shape == segment.shape and values.dtype == _DTYPES[segment.dtype]
+        raw = values.contiguous().view(-1).view(torch.uint8)
+        record[segment.offset : segment.offset + segment.n_bytes] = raw
+    return record
+
+
+def decode_record(
+    layout: RecordLayout,
+    record: torch.Tensor,
+    precision: Precision,
+    tensors: Sequence[ExpertTensor],
+) -> dict[str, FloatWeight | IntegerWeight]:
+    """Return an expert whose weights are views into `record`; nothing is copied.
+
+    Args:
+        record: uint8 [layout.size_bytes].
+        tensors: the expert's tensors, in the order that the layout was made from.
+    """
+    views = {segment.name: _view(record, segment) for segment in layout.segments}
+    weights: dict[str, FloatWeight | IntegerWeight] = {}
+    for tensor in tensors:
+        if tensor.name in views:
+            weights[tensor.name] = FloatWeight(values=views[tensor.name])
+            continue
+        assert isinstance(precision, IntegerPrecision)
+        weights[tensor.name] = IntegerWeight(
+            codes=views[f"{tensor.name}.codes"],
+            scales=views[f"{tensor.name}.scales"],
+            width_bits=precision.width_bits,
+            group=precision.group,
+            n_inputs=tensor.shape[1],
+        )
+    return weights
+
+
+def require_finite_scales(layout: RecordLayout, record: torch.Tensor) -> None:
+    """Refuse a record with NaN or infinite scales: its hash can be right all the same.
+
+    Raises:
+        CorruptArtifactError: names the segment.
+    """
+    for segment in layout.segments:
+        if segment.name.endswith(".scales") and not torch.isfinite(_view(record, segment)).all():
+            raise CorruptArtifactError(
+                f"{segment.name} holds NaN or infinity", hint="pack the bundle again"
+            )
+
+
+def _parts(
+    tensors: Sequence[ExpertTensor], dtype: FloatName, precision: Precision
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    parts: list[tuple[str, str, tuple[int, ...]]] = []
+    for tensor in tensors:
+        if isinstance(precision, IntegerPrecision) and len(tensor.shape) == 2:
+            n_out, n_in = tensor.shape
+            row_bytes = packed_row_bytes(n_in, precision.width_bits)
+            parts.append((f"{tensor.name}.codes", "uint8", (n_out, row_bytes)))
+            parts.append((f"{tensor.name}.scales", "float16", (n_out, -(-n_in // precision.group))))
+        else:
+            parts.append((tensor.name, dtype, tensor.shape))
+    return parts
+
+
+def _view(record: torch.Tensor, segment: Segment) -> torch.Tensor:
+    raw = record[segment.offset : segment.offset + segment.n_bytes]
+    return raw.view(_DTYPES[segment.dtype]).view(segment.shape)

@@ -1,0 +1,333 @@
+"""safetensors files read as hostile input: the whole header is checked before any byte of a tensor is used.
+
+Bytes are read with pread into fresh tensors, not mapped: mapped pages count as resident memory, and a budget is a promise.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from moe_tool.errors import (
+    CorruptArtifactError,
+    NotFoundError,
+    StorageError,
+    UnsupportedModelError,
+)
+from moe_tool.formats.strict_json import parse_json_object
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit."""
+_MAX_INDEX_BYTES = 100_000_000
+_LENGTH_BYTES = 8
+_DROP_CACHE_BYTES = 2**20
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "C64": 8,
+    "F8_E8M0": 1,
+}
+_BASENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_AGAIN = "copy or download the file again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str
+    """safetensors' name: F32, BF16, F16, U8, ..."""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """From the start of the file"""
+    size_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of one safetensors file, by name.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CorruptArtifactError: it is no safetensors file, or truncated, or its header contradicts itself.
+        StorageError: it cannot be read.
+    """
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist", hint="check the path")
+    if not path.is_file():
+        raise CorruptArtifactError(f"{path} is not a file", hint=_AGAIN)
+    try:
+        with open(path, "rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(_LENGTH_BYTES)
+            if len(prefix) < _LENGTH_BYTES:
+                raise CorruptArtifactError(
+                    f"{path} has {file_bytes} bytes, a safetensors file has at least {_LENGTH_BYTES}",
+                    hint=_AGAIN,
+                )
+            header_bytes = int.from_bytes(prefix, "little")
+            if header_bytes > MAX_HEADER_BYTES or _LENGTH_BYTES + header_bytes > file_bytes:
+                raise CorruptArtifactError(
+                    f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
+                    "it is truncated or no safetensors file",
+                    hint=_AGAIN,
+                )
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}", hint="check the disk") from error
+    data_start = _LENGTH_BYTES + header_bytes
+    infos = _parse_header(path, text, data_start)
+    _require_tiling(path, infos, data_start=data_start, file_bytes=file_bytes)
+    return infos
+
+
+class Checkpoint:
+    """Tensors of one or several safetensors files, every header checked, read by name."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Use `open_folder` or `open_files`."""
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(sorted(tensors.items())))
+        self.total_bytes = sum(info.size_bytes for info in tensors.values())
+        self.bytes_read = 0
+        self._files: dict[Path, int] = {}
+
+    @classmethod
+    def open_folder(cls, folder: Path) -> "Checkpoint":
+        """Open model.safetensors, or the shards that model.safetensors.index.json names.
+
+        Raises:
+            NotFoundError: the folder holds neither.
+            UnsupportedModelError: it holds only a pickled checkpoint.
+            CorruptArtifactError: index and shards contradict each other, or a shard is damaged.
+        """
+        if not folder.is_dir():
+            raise NotFoundError(f"{folder} is not a folder", hint="give a checkpoint's folder")
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.exists():
+            return cls._open_sharded(folder, index)
+        if single.exists():
+            return cls(read_header(single))
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+            raise UnsupportedModelError(
+                f"{folder} holds only a pickled checkpoint, which is never read: pickles can run code",
+                hint="convert it to safetensors, e.g. with transformers' save_pretrained",
+            )
+        raise NotFoundError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
+            hint="download the checkpoint's safetensors files",
+        )
+
+    @classmethod
+    def open_files(cls, files: Sequence[Path]) -> "Checkpoint":
+        """Open the tensors of several files together; a name in two of them is refused."""
+        tensors: dict[str, TensorInfo] = {}
+        for path in files:
+            for name, info in read_header(path).items():
+                if name in tensors:
+                    raise CorruptArtifactError(
+                        f"tensor {name} lies in {tensors[name].file.name} and in {path.name}",
+                        hint=_AGAIN,
+                    )
+                tensors[name] = info
+        return cls(tensors)
+
+    @classmethod
+    def _open_sharded(cls, folder: Path, index: Path) -> "Checkpoint":
+        weight_map = _read_weight_map(index)
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if not (folder / shard).is_file():
+                raise CorruptArtifactError(
+                    f"{index} names the shard {shard}, which is not there",
+                    hint="download the missing shard",
+                )
+        checkpoint = cls.open_files([folder / shard for shard in shards])
+        for name, shard in weight_map.items():
+            found = checkpoint.tensors.get(name)
+            if found is None or found.file.name != shard:
+                where = "no shard" if found is None else found.file.name
+                raise CorruptArtifactError(
+                    f"{index} says that {name} lies in {shard}, it lies in {where}",
+                    hint="download index and shards again, all of the same version",
+                )
+        extra = sorted(checkpoint.tensors.keys() - weight_map.keys())
+        if extra:
+            raise CorruptArtifactError(
+                f"{checkpoint.tensors[extra[0]].file} holds {extra[0]}, which {index.name} does not name",
+                hint="download index and shards again, all of the same version",
+            )
+        return checkpoint
+
+    def read(self, name: str, *, row: int | None = None) -> torch.Tensor:
+        """Return one tensor, or one slice of it along the first dimension.
+
+        Raises:
+            CorruptArtifactError: the file became shorter.
+            UnsupportedModelError: torch has no such dtype.
+            StorageError: the disk does not answer.
+        """
+        info = self.tensors[name]
+        if info.dtype not in _DTYPES:
+            raise UnsupportedModelError(
+                f"{info.file}: tensor {name} is stored as {info.dtype}, which is not read",
+                hint="use a float32, bfloat16 or float16 version of the checkpoint",
+            )
+        shape, offset, size = info.shape, info.offset, info.size_bytes
+        if row is not None:
+            size //= shape[0]
+            shape, offset = shape[1:], offset + row * size
+        raw = torch.empty(size, dtype=torch.uint8)
+        self._read_into(info, raw.numpy(), offset)
+        return raw.view(_DTYPES[info.dtype]).view(shape)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of one tensor, whatever its dtype."""
+        info = self.tensors[name]
+        data = bytearray(info.size_bytes)
+        self._read_into(info, data, info.offset)
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        for file in self._files.values():
+            os.close(file)
+        self._files = {}
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_into(self, info: TensorInfo, target: Any, offset: int) -> None:
+        view = memoryview(target).cast("B")
+        done = 0
+        try:
+            if info.file not in self._files:
+                self._files[info.file] = os.open(info.file, os.O_RDONLY)
+            file = self._files[info.file]
+            while done < len(view):
+                count = os.preadv(file, [view[done:]], offset + done)
+                if count == 0:
+                    raise CorruptArtifactError(
+                        f"{info.file} ended while {info.name} was read: {done} of {len(view)} bytes",
+                        hint=_AGAIN,
+                    )
+                done += count
+            if len(view) >= _DROP_CACHE_BYTES:  # under a memory limit the page cache counts too
+                os.posix_fadvise(file, offset, len(view), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise StorageError(
+                f"{info.file}: {error.strerror or error} while {info.name} was read",
+                hint="check the disk",
+            ) from error
+        self.bytes_read += len(view)
+
+
+def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:
+    infos = {}
+    for name, entry in parse_json_object(path, text, remedy=_AGAIN).items():
+        if name == "__metadata__":
+            continue
+        infos[name] = _parse_entry(path, name, entry, data_start)
+    return infos
+
+
+def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    def refuse(reason: str) -> CorruptArtifactError:
+        return CorruptArtifactError(f"{path}: tensor {name[:200]!r} {reason}", hint=_AGAIN)
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise refuse(f"has the unknown dtype {str(dtype)[:40]!r}")
+    if not _is_counts(shape) or len(shape) > 16:
+        raise refuse("has a shape that is not a list of sizes")
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse("has offsets that are not a range")
+    n_items = 1
+    for extent in shape:
+        n_items *= extent
+    size = offsets[1] - offsets[0]
+    if n_items * _ITEM_BYTES[dtype] != size:
+        raise refuse(
+            f"of shape {shape} and dtype {dtype} needs {n_items * _ITEM_BYTES[dtype]} bytes, has {size}"
+        )
+    return TensorInfo(
+        name=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        file=path,
+        offset=data_start + offsets[0],
+        size_bytes=size,
+    )
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**56 for x in value
+    )
+
+
+def _require_tiling(
+    path: Path, infos: Mapping[str, TensorInfo], *, data_start: int, file_bytes: int
+) -> None:
+    """No holes, no overlaps, nothing behind the last tensor."""
+    position = data_start
+    for info in sorted(infos.values(), key=lambda i: (i.offset, i.size_bytes)):
+        if info.offset != position:
+            what = "overlaps the tensor before it" if info.offset < position else "lies behind a hole"
+            raise CorruptArtifactError(f"{path}: tensor {info.name!r} {what}", hint=_AGAIN)
+        position += info.size_bytes
+    if position != file_bytes:
+        what = "truncated" if file_bytes < position else "longer than its header says"
+        raise CorruptArtifactError(
+            f"{path} is {what}: wanted {position} bytes, found {file_bytes}", hint=_AGAIN
+        )
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        size = index.stat().st_size
+        if not index.is_file() or size > _MAX_INDEX_BYTES:
+            raise CorruptArtifactError(f"{index} is not an index of shards", hint=_AGAIN)
+        text = index.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{index}: {error.strerror or error}", hint="check the disk") from error
+    weight_map = parse_json_object(index, text, remedy=_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptArtifactError(f"{index} has no weight_map", hint=_AGAIN)
+    for name, shard in weight_map.items():
+        if (
+            not isinstance(shard, str)
+            or not _BASENAME.fullmatch(shard)
+            or not shard.endswith(".safetensors")
+        ):
+            raise CorruptArtifactError(
+                f"{index} puts {name[:200]!r} into {str(shard)[:100]!r}, "
+                "which is not the plain name of a safetensors file",
+                hint="use a checkpoint from a source that you trust",
+            )
+    return weight_map

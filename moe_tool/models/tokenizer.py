@@ -1,0 +1,46 @@
+"""The tokenizer that lies beside a checkpoint, read from the folder alone."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from moe_tool.errors import CorruptArtifactError, NotFoundError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the transformers tokenizer of a folder; nothing is downloaded and no code of the folder is run.
+
+    Raises:
+        NotFoundError: the folder holds no tokenizer.
+        CorruptArtifactError: it cannot be read.
+    """
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    if not any((folder / name).is_file() for name in _FILES[:3]):
+        raise NotFoundError(
+            f"{folder} holds no tokenizer ({', '.join(_FILES[:3])})",
+            hint="copy the tokenizer files of the checkpoint into the folder",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception, transformers half a dozen kinds
+        reason = (
+            str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        )
+        raise CorruptArtifactError(
+            f"the tokenizer in {folder} cannot be read: {reason}",
+            hint="copy the tokenizer files of the checkpoint again",
+        ) from error
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """Return one sha256 over the tokenizer's files, names included."""
+    digest = hashlib.sha256()
+    for name in _FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}\n".encode())
+            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()

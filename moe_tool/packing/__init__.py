@@ -1,0 +1,1 @@
+"""A checkpoint, a profile and a buddy map become one verified bundle."""

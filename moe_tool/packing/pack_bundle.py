@@ -1,0 +1,218 @@
+"""The story of `pack`: read an expert, quantize it, write its record; then the skeleton, the tokenizer and the manifest."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_tool.artifacts.buddy_map import BuddyMap
+from moe_tool.artifacts.bundle_manifest import BundleBuddies, LayerHeat
+from moe_tool.artifacts.identity import ModelIdentity, require_same_model
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.errors import CorruptArtifactError, UsageError
+from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.formats.expert_record import encode_record, record_layout
+from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.models.architecture import OpenedModel, open_model
+from moe_tool.models.locate import LocatedModel
+from moe_tool.packing.record_order import order_experts
+from moe_tool.progress import SILENT, Progress
+
+# Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's folder is copied.
+_COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_COMPANION_MAX_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackReport:
+    """What `pack` wrote."""
+
+    bundle: Path
+    bytes: int
+    """All files"""
+    expert_bytes: int
+    """Expert records, alignment included"""
+    skeleton_bytes: int
+    bits_per_weight: float
+    """Of the expert records, scales and alignment included"""
+    seconds: float
+    peak_rss_bytes: int
+    resumed_records: int
+    """Records found finished from an interrupted run"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    """What a profile adds to a bundle."""
+
+    sha256: str | None
+    heat: tuple[LayerHeat, ...] | None
+    order: list[tuple[int, int]]
+    """(layer, expert) in file order"""
+
+
+def pack_bundle(
+    model: LocatedModel,
+    *,
+    out: Path,
+    bits: str = "native",
+    profile: Path | None = None,
+    buddies: Path | None = None,
+    progress: Progress = SILENT,
+) -> PackReport:
+    """Compile a checkpoint into a bundle, one expert in memory at a time.
+
+    An interrupted run is resumed when called again with the same model and options.
+
+    Args:
+        model: where the checkpoint lies.
+        out: the bundle's folder; until it is finished its name ends in `.part`.
+        bits: "native", "8" or "4".
+        profile: HDF5 file of this model: gives record order and heat.
+        buddies: buddy map of this model.
+        progress: told about every record.
+
+    Raises:
+        UsageError: `out` holds something else, or `bits` is unknown.
+        WrongModelError: profile or buddy map belong to another model.
+        DiskFullError: the bundle would not fit on the disk.
+        CorruptArtifactError: an input is damaged.
+    """
+    start = time.perf_counter()
+    try:
+        precision = precision_from_bits(bits)
+    except ValueError:
+        raise UsageError(f"--bits {bits} is not known", hint="use native, 8 or 4") from None
+    opened = open_model(model)
+    shape = opened.shape
+    measured = _read_profile(profile, opened.identity, shape)
+    stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
+    layout = record_layout(shape.expert_tensors, shape.dtype, precision)
+    n_records = len(measured.order)
+    skeleton_bytes = sum(opened.checkpoint.tensors[n].size_bytes for n in opened.skeleton_names)
+    writer = BundleWriter.open(
+        out,
+        identity=opened.identity,
+        shape=shape,
+        precision=precision,
+        order=measured.order,
+        made_from={"bits": bits, "profile": measured.sha256 or "none", "buddies": buddies_sha},
+    )
+    with opened.checkpoint:
+        resumed = writer.n_written
+        if not writer.finished:
+            require_free_disk(
+                out.absolute().parent, (n_records - resumed) * layout.size_bytes + skeleton_bytes
+            )
+            try:
+                _write_records(writer, opened, measured.order[resumed:], progress)
+            finally:
+                writer.suspend()
+            infos = [opened.checkpoint.tensors[name] for name in opened.skeleton_names]
+            writer.write_skeleton(infos, opened.checkpoint.read_bytes)
+            for name, data in _companions(model.folder):
+                writer.add_file(name, data)
+        manifest = writer.finish(
+            heat=measured.heat, buddies=stand_ins, profile_sha256=measured.sha256
+        )
+    expert_bytes = n_records * layout.size_bytes
+    return PackReport(
+        bundle=out,
+        bytes=sum(file.size_bytes for file in manifest.files),
+        expert_bytes=expert_bytes,
+        skeleton_bytes=skeleton_bytes,
+        bits_per_weight=8 * expert_bytes / (n_records * shape.n_expert_weights),
+        seconds=time.perf_counter() - start,
+        peak_rss_bytes=peak_rss_bytes(),
+        resumed_records=resumed,
+    )
+
+
+def _write_records(
+    writer: BundleWriter,
+    opened: OpenedModel,
+    order: Sequence[tuple[int, int]],
+    progress: Progress,
+) -> None:
+    progress.begin("pack experts", writer.n_written + len(order), "experts")
+    progress.advance(writer.n_written)
+    for layer, expert in order:
+        weights = opened.experts.read(layer, expert)
+        try:
+            record = encode_record(writer.layout, weights, writer.precision)
+        except CorruptArtifactError as error:
+            raise CorruptArtifactError(
+                f"layer {layer} expert {expert} of {opened.identity.name}: {error.message}",
+                hint=error.hint,
+            ) from error
+        writer.write_record(layer, expert, record)
+        progress.advance()
+    progress.end()
+
+
+def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -> _Measured:
+    if path is None:
+        order = [(layer, expert) for layer in shape.layers for expert in range(shape.experts)]
+        return _Measured(sha256=None, heat=None, order=order)
+    with ProfileReader.open(path) as profile:
+        require_same_model(
+            profile.header.identity,
+            identity,
+            artifact=f"the profile {path}",
+            remedy=f"moe-tool profile {identity.name} --data builtin",
+        )
+        heat, order = [], []
+        for layer in shape.layers:
+            counts = profile.statistics(layer).in_sample
+            share = np.minimum(counts.load / max(counts.n_tokens, 1), 1.0)
+            heat.append(LayerHeat(layer=layer, load=tuple(float(x) for x in share)))
+            order += [(layer, e) for e in order_experts(counts.load, counts.coactivation)]
+        return _Measured(sha256=profile.sha256, heat=tuple(heat), order=order)
+
+
+def _read_buddies(
+    path: Path | None, identity: ModelIdentity, shape: MoeShape
+) -> tuple[BundleBuddies | None, str]:
+    if path is None:
+        return None, "none"
+    found = read_json_artifact(path, BuddyMap)
+    require_same_model(
+        found.identity,
+        identity,
+        artifact=f"the buddy map {path}",
+        remedy=f"moe-tool buddies on a profile of {identity.name}",
+    )
+    fits = [entry.layer for entry in found.layers] == list(shape.layers) and all(
+        len(entry.buddies) == shape.experts for entry in found.layers
+    )
+    if not fits:
+        raise CorruptArtifactError(
+            f"the buddy map {path} does not fit the model's {len(shape.layers)} layers of {shape.experts} experts",
+            hint="make it again with moe-tool buddies",
+        )
+    return BundleBuddies(by=found.by, layers=found.layers), f"{found.by}-{found.k}-{found.profile_sha256}"
+
+
+def _companions(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for name in _COMPANION_FILES:
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= _COMPANION_MAX_BYTES:
+            yield name, path.read_bytes()

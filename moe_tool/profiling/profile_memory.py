@@ -1,0 +1,99 @@
+"""How a profile divides its memory budget: the layer at hand, hidden states, one batch, one block of the probe."""
+
+from dataclasses import dataclass
+
+from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
+from moe_tool.available_memory import available_memory_bytes, current_rss_bytes
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.errors import BudgetError
+from moe_tool.models.architecture import OpenedModel
+
+DEFAULT_SHARE = 0.8
+"""Of what is free."""
+_HIDDEN_SHARE = 0.25
+_MARGIN_BYTES = 96 * 2**20
+"""Allocator slack and library pages first touched in the pass"""
+_BATCH_TOKENS = 4096
+"""Past this a larger batch buys nothing: matrix products are at full speed"""
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileMemory:
+    """The division."""
+
+    memory_bytes: int
+    hidden_in_memory: bool
+    batch_sequences: int
+    probe_bytes: int
+    """Room for one block of all experts' outputs"""
+
+
+def plan_profile_memory(
+    opened: OpenedModel, *, n_rows: int, n_tokens: int, seq_len: int, asked: int | None
+) -> ProfileMemory:
+    """Return how the budget is divided.
+
+    Args:
+        opened: the checkpoint; its non-layer tensors are counted as loaded already.
+        n_rows: rows of hidden states.
+        n_tokens: T, rows of a layer's trace.
+        seq_len: S; a batch holds at least one sequence.
+        asked: the budget in bytes; None: DEFAULT_SHARE of what is free, on top of what is in use.
+
+    Raises:
+        BudgetError: one layer, one sequence and the trace do not fit.
+    """
+    used = current_rss_bytes()
+    budget = asked if asked is not None else used + int(DEFAULT_SHARE * available_memory_bytes())
+    layer = _layer_bytes(opened)
+    trace = _trace_bytes(opened, n_tokens)
+    per_sequence = seq_len * _bytes_per_token(opened)
+    smallest = used + layer + trace + per_sequence + _MARGIN_BYTES
+    if budget < smallest:
+        nearest = -(-smallest // (16 * _MIB)) * 16 * _MIB
+        raise BudgetError(
+            f"profiling {opened.identity.name} needs {format_bytes(smallest)}, given {format_bytes(budget)}: "
+            f"process {format_bytes(used)}, one layer {format_bytes(layer)}, trace {format_bytes(trace)}, "
+            f"one sequence {format_bytes(per_sequence)}, margin {format_bytes(_MARGIN_BYTES)}",
+            hint=f"give --memory {nearest // _MIB}MiB or more",
+        )
+    hidden = n_rows * opened.shape.hidden * 4
+    room = budget - smallest
+    in_memory = hidden <= min(_HIDDEN_SHARE * budget, room)
+    if in_memory:
+        room -= hidden
+    most = max(1, _BATCH_TOKENS // seq_len)
+    batch = min(most, 1 + (room // 2) // per_sequence)
+    return ProfileMemory(
+        memory_bytes=budget,
+        hidden_in_memory=in_memory,
+        batch_sequences=int(batch),
+        probe_bytes=int(min(max(room // 4, 16 * _MIB), 512 * _MIB)),
+    )
+
+
+def _layer_bytes(opened: OpenedModel) -> int:
+    """All experts of a layer as stored, two of their matrices in float32 while they are priced, the rest in float32."""
+    shape = opened.shape
+    stored = shape.experts * shape.n_expert_weights * FLOAT_SIZE_BYTES[shape.dtype]
+    largest = max(tensor.n_weights for tensor in shape.expert_tensors)
+    skeleton = sum(
+        4 * opened.checkpoint.tensors[name].size_bytes // 2
+        for name in opened.skeleton_names
+        if len(opened.checkpoint.tensors[name].shape) > 1
+    )
+    return stored + 4 * 4 * largest + skeleton // shape.n_decoder_layers
+
+
+def _trace_bytes(opened: OpenedModel, n_tokens: int) -> int:
+    """Index, weight, logits, scores and next gates of one layer, and once more while they are written."""
+    shape = opened.shape
+    return 2 * n_tokens * (4 * shape.experts + 10 * shape.top_k)
+
+
+def _bytes_per_token(opened: OpenedModel) -> int:
+    """Activations of one token in one layer, float32: attention, all slots' inner and outer products, the copies between."""
+    shape = opened.shape
+    inner = max(tensor.shape[0] for tensor in shape.expert_tensors)
+    return 4 * (16 * shape.hidden + shape.top_k * (2 * inner + 3 * shape.hidden) + 4 * shape.experts)

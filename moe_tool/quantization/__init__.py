@@ -1,0 +1,1 @@
+"""Tensors become integer codes with scales, and back."""
