@@ -63,7 +63,7 @@ def _replay(calls, n_slots, pinned):
 KEYS = [(layer, expert) for layer in (0, 1) for expert in range(4)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=90, deadline=None)
 @given(data=st.data())
 def test_any_access_sequence_gives_right_bytes_and_the_hits_of_a_plain_replay(data):
     pinned = data.draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=3))
@@ -93,7 +93,7 @@ def test_any_access_sequence_gives_right_bytes_and_the_hits_of_a_plain_replay(da
         store.close()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_failures_and_abandoned_calls_leave_the_store_in_order(data):
     n_slots = data.draw(st.integers(1, 5))

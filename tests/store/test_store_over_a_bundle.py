@@ -1,0 +1,102 @@
+"""The store over a bundle on disk: the weights that were packed, and a damaged record."""
+
+import pytest
+import torch
+
+from moe_tool.artifacts.identity import ModelIdentity
+from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
+from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.artifacts.run_stats import PhaseCounters
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.formats.expert_record import encode_record
+from moe_tool.policies.eviction import Lru
+from moe_tool.quantization.round_to_nearest import dequantize, round_trip
+from moe_tool.quantization.weights import IntegerWeight
+from moe_tool.store.expert_store import ExpertStore
+
+LAYERS, EXPERTS = (1, 3), 4
+SHAPE = MoeShape(
+    model_type="mixtral",
+    n_decoder_layers=4,
+    layers=LAYERS,
+    experts=EXPERTS,
+    top_k=2,
+    hidden=72,
+    vocabulary=11,
+    dtype="bfloat16",
+    expert_tensors=(
+        ExpertTensor(name="gate_up_proj", shape=(10, 72)),
+        ExpertTensor(name="gate_up_proj_bias", shape=(10,)),
+        ExpertTensor(name="down_proj", shape=(72, 5)),
+    ),
+)
+
+
+def _expert(layer, expert):
+    generator = torch.Generator().manual_seed(100 * layer + expert)
+    return {
+        tensor.name: torch.randn(tensor.shape, generator=generator).to(torch.bfloat16)
+        for tensor in SHAPE.expert_tensors
+    }
+
+
+@pytest.fixture(params=["native", "8", "4"])
+def bundle(request, tmp_path):
+    precision = precision_from_bits(request.param)
+    order = [(layer, expert) for layer in LAYERS for expert in (2, 0, 3, 1)]
+    writer = BundleWriter.open(
+        tmp_path / "bundle",
+        identity=ModelIdentity(name="tiny", model_type="mixtral", quick="0" * 64),
+        shape=SHAPE,
+        precision=precision,
+        order=order,
+        made_from={},
+    )
+    for layer, expert in order:
+        record = encode_record(writer.layout, _expert(layer, expert), precision)
+        writer.write_record(layer, expert, record)
+    writer.finish(heat=None, buddies=None, profile_sha256=None)
+    with BundleReader.open(tmp_path / "bundle") as reader:
+        yield reader
+
+
+def _require_right(weights, layer, expert, precision):
+    for name, packed in _expert(layer, expert).items():
+        found = weights[name]
+        if isinstance(found, IntegerWeight):
+            expected = round_trip(packed.float(), precision.width_bits)
+            assert torch.equal(dequantize(found), expected)
+        else:
+            assert torch.equal(found.values, packed)
+
+
+@pytest.mark.parametrize("n_slots", [1, 3, 8])
+def test_every_expert_arrives_as_it_was_packed(bundle, n_slots):
+    store = ExpertStore(bundle, n_slots=n_slots, eviction=Lru())
+    counters = PhaseCounters()
+    for layer in (1, 3, 1):
+        for expert, weights in store.acquire(layer, range(EXPERTS), counters):
+            _require_right(weights, layer, expert, bundle.manifest.precision)
+    assert counters.hits == (4 if n_slots == 8 else 0)
+    assert counters.bytes_read == counters.misses * bundle.layout.size_bytes
+    store.close()
+
+
+def test_a_flipped_bit_is_named_and_the_other_experts_still_come(bundle):
+    entry = bundle.record_entry(3, 2)
+    with (bundle.folder / entry.file).open("r+b") as file:
+        file.seek(entry.offset + 17)
+        value = file.read(1)[0]
+        file.seek(entry.offset + 17)
+        file.write(bytes([value ^ 4]))
+    store = ExpertStore(bundle, n_slots=2, eviction=Lru())
+    with pytest.raises(CorruptArtifactError, match="layer 3 expert 2") as error:
+        for _ in store.acquire(3, range(EXPERTS), PhaseCounters()):
+            pass
+    assert entry.file in error.value.message
+    assert not store.resident(3)[2]
+    for expert, weights in store.acquire(3, [0, 1, 3], PhaseCounters()):
+        _require_right(weights, 3, expert, bundle.manifest.precision)
+    store.close()
