@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from moe_tool import __version__
 from moe_tool.cli import buddies, demo, evaluate, inspect, pack, profile, run
 from moe_tool.cli.console import write_json
 from moe_tool.errors import DiskFullError, MoeToolError, StorageError, UsageError
@@ -50,9 +51,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed_version
-
-        print(installed_version("moe-tool"))
+        print(__version__)
     elif context.invoked_subcommand is None:
         print(context.get_help(), file=sys.stderr)
         raise typer.Exit(UsageError.exit_code)

@@ -70,6 +70,11 @@ def run(
     with open_output(as_json=json) as output:
         text = _read_prompt(stdin, prompt, prompt_file)
 
+        from moe_tool.formats.bundle_reader import BundleReader
+
+        with BundleReader.open(bundle):
+            pass  # what is no bundle is told so, before anything in it is looked for
+
         from moe_tool.runtime.generation import GenerateOptions, run_prompt
         from moe_tool.runtime.session import RunOptions
 

@@ -1,0 +1,155 @@
+"""The verbs work one after the other, and their JSON fields are a contract."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.commands import Done, Pipeline, moe_tool
+
+pytestmark = pytest.mark.slow
+
+EVERY_VERB = {"seconds", "peak_rss_bytes"}
+PROFILE = {"profile", "tokens", "layers", "experts", "top_k", "bytes_read", "tokens_per_second"}
+BUDDIES = {"buddies", "k", "by", "price_in_sample", "price_held_out"}
+PACK = {"bundle", "bytes", "expert_bytes", "skeleton_bytes", "bits_per_weight"}
+RUN = {
+    "text",
+    "prompt_tokens",
+    "generated_tokens",
+    "seconds_to_first_token",
+    "tokens_per_second",
+    "hit_rate",
+    "hits",
+    "misses",
+    "bytes_read_per_token",
+    "stall_seconds",
+    "substitutions",
+    "memory_budget_bytes",
+    "policy",
+}
+EVALUATE = {
+    "tokens",
+    "perplexity",
+    "perplexity_exact",
+    "kl_mean",
+    "kl_p99",
+    "kl_source_mean",
+    "top1_agreement",
+    "bytes_read_per_token",
+    "hit_rate",
+    "perplexity_ci95",
+    "kl_mean_ci95",
+    "domains",
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "names"),
+    [
+        ("profile", PROFILE),
+        ("buddies", BUDDIES),
+        ("pack", PACK),
+        ("run", RUN),
+        ("evaluate", EVALUATE),
+    ],
+)
+def test_every_verb_answers_with_its_fields(pipeline: Pipeline, verb: str, names: set[str]) -> None:
+    done: Done = getattr(pipeline, verb)
+    assert names | EVERY_VERB <= done.fields.keys()
+    assert done.fields["seconds"] > 0
+    assert done.fields["peak_rss_bytes"] > 10 * 2**20
+
+
+def test_profile_reads_every_byte_of_the_checkpoint_once(pipeline: Pipeline) -> None:
+    size = (pipeline.model / "model.safetensors").stat().st_size
+    assert 0.9 * size < pipeline.profile.fields["bytes_read"] <= 1.02 * size
+
+
+def test_the_newest_artifacts_are_found_and_named(pipeline: Pipeline) -> None:
+    name = pipeline.model.name
+    assert f"profile: profiles/{name}.h5 (the newest in profiles/)" in pipeline.buddies.stderr
+    assert (
+        f"profile: profiles/{name}.h5 (the newest of {name} in profiles/)" in pipeline.pack.stderr
+    )
+    assert f"buddies: profiles/{name}.buddies.json (the newest" in pipeline.pack.stderr
+
+
+def test_the_controls_share_a_table_with_their_policy(pipeline: Pipeline) -> None:
+    rows = {row["policy"]: row["figures"] for row in pipeline.evaluate.fields["rows"]}
+    assert {"exact", "buddy", "drop", "random", "next-ranked"} == set(rows)
+    assert rows["exact"]["kl_mean"] == 0
+    assert rows["exact"]["top1_agreement"] == 1
+    assert rows["drop"]["substitutions_per_token"] == 0
+    assert pipeline.evaluate.fields["domains"].keys() == {"words"}
+
+
+def test_without_json_stdout_is_the_text_alone(pipeline: Pipeline) -> None:
+    done = moe_tool(
+        *("run", "bundle", "--prompt", "the list", "--max-tokens", "8", "--memory", "min"),
+        folder=pipeline.folder,
+    )
+    assert done.code == 0
+    assert done.stdout == pipeline.run.fields["text"] + "\n"
+    assert "tokens/s" in done.stderr and "hit rate" in done.stderr
+
+
+def test_a_prompt_from_stdin_or_a_file_is_the_same_prompt(pipeline: Pipeline) -> None:
+    (pipeline.folder / "prompt.txt").write_text("the list")
+    done = moe_tool(
+        *("run", "bundle", "--prompt-file", "prompt.txt"),
+        *("--max-tokens", "8", "--memory", "auto", "--json"),
+        folder=pipeline.folder,
+    )
+    assert done.fields["text"] == pipeline.run.fields["text"]
+    piped = moe_tool(
+        *("run", "bundle", "-", "--max-tokens", "8", "--json"),
+        folder=pipeline.folder,
+        stdin="the list",
+    )
+    assert piped.fields["text"] == pipeline.run.fields["text"]
+
+
+def test_a_lossy_policy_says_so_before_the_first_token(pipeline: Pipeline) -> None:
+    done = moe_tool(
+        *("run", "bundle", "--prompt", "the list", "--policy", "buddy"),
+        *("--max-tokens", "4", "--memory", "50%"),
+        folder=pipeline.folder,
+    )
+    assert done.code == 0
+    assert "lossy" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        ("profile", "profile"),
+        ("buddies", "buddy map"),
+        ("bundle", "bundle"),
+        ("model", "checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("verify", [False, True])
+def test_inspect_says_what_everything_is(
+    pipeline: Pipeline, what: str, kind: str, verify: bool
+) -> None:
+    path = {
+        "profile": pipeline.folder / pipeline.profile.fields["profile"],
+        "buddies": pipeline.folder / pipeline.buddies.fields["buddies"],
+        "bundle": pipeline.folder / "bundle",
+        "model": pipeline.model,
+    }[what]
+    flags = ("--verify",) if verify else ()
+    done = moe_tool("inspect", path, "--json", *flags, folder=pipeline.folder)
+    assert done.code == 0, done.stderr
+    assert done.fields["kind"] == kind
+    assert done.fields["intact"] is True
+    assert done.fields["model_type"] == "mixtral"
+
+
+def test_a_profile_packed_again_gives_the_same_bundle(pipeline: Pipeline, tmp_path: Path) -> None:
+    done = moe_tool(
+        "pack", pipeline.model, "--out", tmp_path / "b", "--json", folder=pipeline.folder
+    )
+    assert done.code == 0
+    for file in sorted((pipeline.folder / "bundle").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
