@@ -22,4 +22,5 @@ def token_activating_entropy(weights: np.ndarray) -> np.ndarray:
     share = np.divide(gates, total, out=np.zeros_like(gates), where=total > 0)
     log_share = np.log(share, out=np.zeros_like(share), where=share > 0)
     entropy = -(share * log_share).sum(axis=1) / np.log(top_k)
-    return np.clip(entropy, 0.0, 1.0)
+    clipped: np.ndarray = np.clip(entropy, 0.0, 1.0)  # rounding can exceed 1
+    return clipped
