@@ -87,6 +87,8 @@ def write_profile(
     tokens: TracedTokens,
     parts: Mapping[int, Path],
     sensitivities: Mapping[int, float],
+    *,
+    sensitivity_n_tokens: int,
 ) -> None:
     """Merge the layers' parts into one profile, whole or not at all.
 
@@ -96,6 +98,7 @@ def write_profile(
         tokens: its tokens.
         parts: layer -> file written by `write_layer_part`.
         sensitivities: layer -> KL per unit of squared relative error, known only once the last layer is through.
+        sensitivity_n_tokens: tokens behind them.
     """
     with _created(path) as file:
         file.attrs["kind"] = "profile"
@@ -108,6 +111,7 @@ def write_profile(
             with _opened(parts[layer]) as part:
                 part.copy(part[f"layers/{layer}"], file.require_group("layers"), name=str(layer))
             file[f"layers/{layer}/stats/sensitivity"][()] = sensitivities[layer]
+            file[f"layers/{layer}/stats/sensitivity_n_tokens"][()] = sensitivity_n_tokens
 
 
 class ProfileReader:

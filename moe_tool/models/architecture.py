@@ -36,6 +36,8 @@ class OpenedModel:
     skeleton_names: list[str]
     """On-disk names of everything but the routed experts."""
     experts: ExpertSource
+    max_positions: int
+    """Longest sequence that the model's positions allow"""
 
 
 def open_model(model: LocatedModel) -> OpenedModel:
@@ -69,7 +71,13 @@ def open_model(model: LocatedModel) -> OpenedModel:
         shape=shape,
         skeleton_names=tensor_map.skeleton_names(),
         experts=experts,
+        max_positions=max_positions(meta),
     )
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Return the longest sequence that a model's positions allow; a large number where it does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30)
 
 
 def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:

@@ -135,8 +135,14 @@ def record_profile(
         run = _Run(opened, model.folder, sequences, parts, memory_bytes, seed, progress)
         first_layer = run.record_layers(resume=resume)
         sensitivities = run.sensitivities()
-        tokens_file = _traced_tokens(sequences)
-        write_profile(out, header, tokens_file, parts.layer_files(opened.shape.layers), sensitivities)
+        write_profile(
+            out,
+            header,
+            _traced_tokens(sequences),
+            parts.layer_files(opened.shape.layers),
+            sensitivities,
+            sensitivity_n_tokens=run.n_watched,
+        )
         coverage = tuple(
             layer_coverage(layer, read_layer_part(parts.layer_file(layer), layer)[1])
             for layer in opened.shape.layers
@@ -210,6 +216,11 @@ class _Run:
                 seed=seed,
             ),
         )
+
+    @property
+    def n_watched(self) -> int:
+        """Tokens behind the sensitivities."""
+        return self._watched.size
 
     def record_layers(self, *, resume: bool) -> int:
         """Push everything through every layer; return the decoder layer that the pass began with."""

@@ -1,0 +1,168 @@
+"""One layer's statistics from its trace, its experts and its input on a sample of tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe_tool.artifacts.expert_statistics import (
+    PRICED_WIDTHS,
+    ExpertStatistics,
+    RoutingCounts,
+)
+from moe_tool.artifacts.router_trace import LayerTrace
+from moe_tool.experts.expert_forward import expert_forward
+from moe_tool.profiling.expert_probe import (
+    MIN_ROUTED_TOKENS,
+    ExpertProbe,
+    bits_price,
+    probe_blocks,
+)
+from moe_tool.profiling.routing_counts import count_routing
+from moe_tool.profiling.similarity import router_similarity
+from moe_tool.quantization.round_to_nearest import round_trip
+from moe_tool.quantization.weights import FloatWeight
+
+MAX_PRICED_TOKENS = 256
+"""Routed tokens behind eps_bits, per expert."""
+
+Experts = Mapping[int, Mapping[str, FloatWeight]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTokens:
+    """What is known of the T tokens of a trace, and the layer's input on n of them."""
+
+    domain: np.ndarray
+    """[T] int"""
+    sequence: np.ndarray
+    """[T] int"""
+    held_out: np.ndarray
+    """[T] bool"""
+    n_domains: int
+    sample_rows: np.ndarray
+    """[n] ascending rows of the sample"""
+    sample_input: torch.Tensor
+    """[n, H] float32"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """One part (in-sample or held-out) of the sample."""
+
+    inputs: torch.Tensor
+    """[n, H]"""
+    routed: np.ndarray
+    """[n, E] bool"""
+    gate: np.ndarray
+    """[n, E] float32, 0 where not chosen"""
+
+
+@torch.no_grad()
+def measure_layer(
+    module: nn.Module,
+    experts: Experts,
+    trace: LayerTrace,
+    tokens: MeasuredTokens,
+    *,
+    probe_bytes: int,
+) -> ExpertStatistics:
+    """Return a layer's statistics; its sensitivity is 0 until the last layer is through.
+
+    Args:
+        module: the layer's experts module.
+        experts: its experts in canonical form.
+        trace: of the layer.
+        tokens: whose routing it is.
+        probe_bytes: room for one block of all experts' outputs.
+
+    Raises:
+        CorruptArtifactError: a weight is not finite.
+    """
+    in_sample, held_out = (_part_of_sample(trace, tokens, part) for part in (False, True))
+    probe = _probe(module, experts, in_sample, probe_bytes)
+    probe_held_out = _probe(module, experts, held_out, probe_bytes)
+    statistics = probe.finish()
+    prices, n_priced = _price_bits(module, experts, in_sample)
+    return ExpertStatistics(
+        in_sample=_counts(trace, tokens, held_out=False),
+        held_out=_counts(trace, tokens, held_out=True),
+        probe=statistics,
+        probe_held_out=probe_held_out.finish(),
+        eps_buddy_transferred=probe_held_out.price_of_scales(statistics.scale),
+        eps_bits=prices,
+        eps_bits_n_tokens=n_priced,
+        router_similarity=router_similarity(trace.router_logits[~tokens.held_out]),
+        sensitivity=0.0,
+        sensitivity_n_tokens=0,
+    )
+
+
+def _counts(trace: LayerTrace, tokens: MeasuredTokens, *, held_out: bool) -> RoutingCounts:
+    rows = tokens.held_out if held_out else ~tokens.held_out
+    return count_routing(
+        top_k_index=trace.top_k_index[rows],
+        top_k_weight=trace.top_k_weight[rows],
+        domain_of_token=tokens.domain[rows],
+        sequence_of_token=tokens.sequence[rows],
+        n_experts=trace.router_logits.shape[1],
+        n_domains=tokens.n_domains,
+    )
+
+
+def _part_of_sample(trace: LayerTrace, tokens: MeasuredTokens, held_out: bool) -> _Sample:
+    chosen = tokens.held_out[tokens.sample_rows] == held_out
+    rows = tokens.sample_rows[chosen]
+    index = trace.top_k_index[rows].astype(np.int64)  # [n, K]
+    shape = (len(rows), trace.router_logits.shape[1])
+    routed, gate = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    np.put_along_axis(routed, index, True, axis=1)
+    np.put_along_axis(gate, index, trace.top_k_weight[rows].astype(np.float32), axis=1)
+    return _Sample(inputs=tokens.sample_input[torch.from_numpy(chosen)], routed=routed, gate=gate)
+
+
+def _probe(module: nn.Module, experts: Experts, sample: _Sample, probe_bytes: int) -> ExpertProbe:
+    n_tokens, hidden = sample.inputs.shape
+    probe = ExpertProbe(n_experts=len(experts))
+    for rows in probe_blocks(
+        n_tokens, n_experts=len(experts), hidden=hidden, memory_bytes=probe_bytes
+    ):
+        inputs = sample.inputs[rows].contiguous()
+        outputs = torch.stack(
+            [expert_forward(module, experts[expert], inputs) for expert in range(len(experts))]
+        )  # [E, b, H]
+        probe.add_block(outputs, routed=sample.routed[rows], gate=sample.gate[rows])
+    return probe
+
+
+def _price_bits(
+    module: nn.Module, experts: Experts, sample: _Sample
+) -> tuple[np.ndarray, np.ndarray]:
+    """[E, 5] prices and [E] tokens behind them."""
+    prices = np.zeros((len(experts), len(PRICED_WIDTHS)), np.float32)
+    n_priced = np.zeros(len(experts), np.int64)
+    for expert in range(len(experts)):
+        rows = np.flatnonzero(sample.routed[:, expert])
+        if len(rows) < MIN_ROUTED_TOKENS:
+            rows = np.arange(len(sample.inputs))
+        inputs = sample.inputs[torch.from_numpy(rows[:MAX_PRICED_TOKENS])]
+        exact = expert_forward(module, experts[expert], inputs)
+        approximations = {
+            width: expert_forward(module, _rounded(experts[expert], width), inputs)
+            for width in PRICED_WIDTHS
+        }
+        prices[expert] = bits_price(exact, approximations)
+        n_priced[expert] = len(inputs)
+    return prices, n_priced
+
+
+def _rounded(weights: Mapping[str, FloatWeight], width_bits: int) -> dict[str, FloatWeight]:
+    """Return an expert whose matrices went through codes of a width; its biases are as they were."""
+    return {
+        name: FloatWeight(values=round_trip(weight.values, width_bits))
+        if weight.values.ndim == 2
+        else weight
+        for name, weight in weights.items()
+    }
