@@ -1,4 +1,5 @@
-"""Confidence intervals by resampling whole sequences: tokens of one sequence are not independent, sequences are."""
+"""Confidence intervals by resampling whole sequences: tokens of one sequence are not independent,
+sequences are."""
 
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Return the 2.5th and 97.5th percentile of a statistic over resampled sequences.
 
-    Source: the block bootstrap with one sequence per block, percentile method (Efron and Tibshirani 1993, ch. 13).
+    Source: the block bootstrap with one sequence per block, percentile method (Efron and Tibshirani
+    1993, ch. 13).
 
     Args:
         values: [N, ...]: what was measured, one row per sequence.
@@ -25,7 +27,8 @@ def bootstrap_interval(
         n_resamples: how many times to draw.
 
     Returns:
-        (low, high), or None for fewer than two sequences, where nothing is known of the spread between them.
+        (low, high), or None for fewer than two sequences, where nothing is known of the spread
+        between them.
     """
     n_sequences = values.shape[0]
     if n_sequences < 2:

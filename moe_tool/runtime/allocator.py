@@ -9,11 +9,13 @@ _THRESHOLD_BYTES = 256 * 2**10
 
 
 def return_freed_memory() -> None:
-    """Make glibc give every freed block of 256 KiB or more back to the system; elsewhere do nothing.
+    """Make glibc give every freed block of 256 KiB or more back to the system; elsewhere do
+    nothing.
 
-    By default glibc raises its own threshold to the largest block ever freed (up to 32 MiB) and keeps freed blocks in one
-    heap per thread. A KV cache that grows by concatenation then leaves a trail of holes, each a little too small for the
-    next size, and the process holds far more than it uses: no memory plan could be kept. Changes the whole process.
+    By default glibc raises its own threshold to the largest block ever freed (up to 32 MiB) and
+    keeps freed blocks in one heap per thread. A KV cache that grows by concatenation then leaves a
+    trail of holes, each a little too small for the next size, and the process holds far more than
+    it uses: no memory plan could be kept. Changes the whole process.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -25,7 +27,8 @@ def return_freed_memory() -> None:
 
 
 def trim() -> None:
-    """Give what is free at the top of the heap back to the system; where the C library cannot, do nothing."""
+    """Give what is free at the top of the heap back to the system; where the C library cannot, do
+    nothing."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

@@ -10,7 +10,8 @@ from moe_tool.errors import BudgetError, UsageError
 
 _SUGGESTION_STEP_BYTES = 16 * 2**20
 _SUGGESTION_SLACK_BYTES = 16 * 2**20
-"""The process's own size differs by a few MiB from start to start; a suggested budget has to work when typed in."""
+"""The process's own size differs by a few MiB from start to start; a suggested budget has to work
+when typed in."""
 _AUTO_MARGIN_SHARE = 0.1
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
@@ -108,7 +109,8 @@ def plan_memory(
         available_bytes: what this process could grow to, what it holds already included.
 
     Raises:
-        BudgetError: the budget is below the minimum, or the machine has less free than the plan takes.
+        BudgetError: the budget is below the minimum, or the machine has less free than the plan
+        takes.
     """
     fixed_bytes = sum(line.size_bytes for line in fixed)
     needed = max(fixed_bytes + experts.n_slots_min * experts.record_bytes, loading_bytes)
@@ -133,7 +135,9 @@ def plan_memory(
 def describe_lines(lines: tuple[MemoryLine, ...]) -> str:
     """Return the account as indented text, one line per entry."""
     width = max(len(line.name) for line in lines)
-    return "\n".join(f"  {line.name:<{width}}  {format_bytes(line.size_bytes):>12}" for line in lines)
+    return "\n".join(
+        f"  {line.name:<{width}}  {format_bytes(line.size_bytes):>12}" for line in lines
+    )
 
 
 def suggested_budget(needed_bytes: int) -> str:

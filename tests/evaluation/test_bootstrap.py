@@ -22,7 +22,8 @@ def test_equal_sequences_have_an_interval_of_no_width() -> None:
 
 
 def test_two_sequences_resample_to_their_three_possible_means() -> None:
-    """Means 0, 1/2, 1 come with probability 1/4, 1/2, 1/4, so both 2.5 % tails lie on the extremes."""
+    """Means 0, 1/2, 1 come with probability 1/4, 1/2, 1/4, so both 2.5 % tails lie on the
+    extremes."""
     values = np.array([[0.0, 0.0], [1.0, 1.0]])
     assert bootstrap_interval(values, _mean, seed=3) == (0.0, 1.0)
 

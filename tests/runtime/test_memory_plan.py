@@ -1,4 +1,5 @@
-"""A budget buys a number of expert slots; a budget that is too small is refused with one that works."""
+"""A budget buys a number of expert slots; a budget that is too small is refused with one that
+works."""
 
 import re
 

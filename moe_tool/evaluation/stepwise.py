@@ -1,0 +1,138 @@
+"""Predictions one token per forward, as a run makes them, with residency in the loop.
+
+One wide forward over a text would hide what a lossy policy does: there, every token of a layer is
+answered at once, and no token reads a KV cache that earlier answers have already changed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from moe_tool.runtime.moe_layer import Decision
+from moe_tool.runtime.session import Session
+
+N_PROMPT_TOKENS = 1
+"""The first token of a sequence is its prompt, which every policy answers exactly; it is not
+scored."""
+_REFERENCE_CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCosts:
+    """What the policy did for each token of a batch of sequences, as if each sequence had run
+    alone.
+
+    An access is a (token, layer, expert), unlike in a run's own counters, where tokens of one
+    forward share it.
+    """
+
+    hits: np.ndarray
+    """[B, P] int64"""
+    accesses: np.ndarray
+    """[B, P] int64"""
+    bytes_read: np.ndarray
+    """[B, P] int64: records fetched, not those found in the cache by luck"""
+    substitutions: np.ndarray
+    """[B, P] int64"""
+    drops: np.ndarray
+    """[B, P] int64"""
+
+
+Visit = Callable[[int, torch.Tensor], None]
+"""(position, logits [B, V] at that position)"""
+
+
+def n_scored(seq_len: int) -> int:
+    """Return P, the scored predictions of a sequence: all but the prompt's, and the last has no
+    target."""
+    return seq_len - 1 - N_PROMPT_TOKENS
+
+
+@torch.inference_mode()
+def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCosts:
+    """Feed a batch token by token under the session's policy.
+
+    Args:
+        session: its policy and residency decide. More than one sequence at a time is meant for
+        frozen residency, where
+            a sequence's answers do not depend on what others have fetched.
+        ids: [B, S] int64.
+        visit: called for positions 1 to S - 2, in order.
+
+    Returns:
+        One column for each visited position.
+    """
+    n_sequences, seq_len = ids.shape
+    ledger = np.zeros((5, n_sequences, n_scored(seq_len)), dtype=np.int64)
+    position = 0
+
+    def account(decision: Decision) -> None:
+        wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
+        is_there = decision.resident[wanted]
+        is_answered = answer >= 0
+        is_fetched = is_answered & ~decision.resident[np.maximum(answer, 0)]
+        column = position - N_PROMPT_TOKENS
+        ledger[0, :, column] += is_there.sum(axis=1)
+        ledger[1, :, column] += wanted.shape[1]
+        ledger[2, :, column] += is_fetched.sum(axis=1) * session.manifest.record_size_bytes
+        ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
+        ledger[4, :, column] += (~is_answered).sum(axis=1)
+
+    cache = DynamicCache(config=session.model.config)
+    session.prompt_tokens = N_PROMPT_TOKENS
+    session.runner.on_decision = account
+    try:
+        for position in range(seq_len - 1):
+            output = session.model(
+                input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True
+            )
+            if position >= N_PROMPT_TOKENS:
+                visit(position, output.logits[:, -1])
+    finally:
+        session.runner.on_decision = None
+        session.prompt_tokens = None
+    return TokenCosts(
+        hits=ledger[0],
+        accesses=ledger[1],
+        bytes_read=ledger[2],
+        substitutions=ledger[3],
+        drops=ledger[4],
+    )
+
+
+@torch.inference_mode()
+def exact_logits(session: Session, ids: torch.Tensor) -> torch.Tensor:
+    """Return the bundle's own predictions with every expert fetched, whatever the session's policy.
+
+    Exact answers do not depend on the order of work, so many positions go through at once.
+
+    Args:
+        session: of the bundle.
+        ids: [B, S] int64.
+
+    Returns:
+        [B, S, V] float32.
+    """
+    n_sequences, seq_len = ids.shape
+    vocabulary = session.manifest.shape.vocabulary
+    logits = torch.empty(n_sequences, seq_len, vocabulary)
+    chunk = reference_chunk(vocabulary)
+    session.prompt_tokens = seq_len
+    try:
+        for row in range(n_sequences):
+            cache = DynamicCache(config=session.model.config)
+            for start in range(0, seq_len, chunk):
+                part = ids[row : row + 1, start : start + chunk]
+                output = session.model(input_ids=part, past_key_values=cache, use_cache=True)
+                logits[row, start : start + chunk] = output.logits[0]
+    finally:
+        session.prompt_tokens = None
+    return logits
+
+
+def reference_chunk(vocabulary: int) -> int:
+    """Return how many positions of one sequence `exact_logits` takes at once."""
+    return max(16, min(256, _REFERENCE_CHUNK_BYTES // (4 * vocabulary)))

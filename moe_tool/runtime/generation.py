@@ -1,0 +1,288 @@
+"""A prompt becomes text: transformers generates, the session's experts answer, everything is
+counted."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from moe_tool.artifacts.run_stats import RunStats
+from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.errors import UsageError
+from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.prompts import encode_prompt
+from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.text_stream import OnText, TextStream
+from moe_tool.runtime.working_set import prefill_chunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """How tokens are chosen."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the most probable token"""
+    seed: int = 0
+    """Of sampling"""
+    raw: bool = False
+    """Leave the model's chat template out"""
+    ignore_eos: bool = False
+    """Go on after an end-of-text token"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run produced, and what it cost. Rates are of decoding alone: the prompt is counted
+    apart."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Generated, an end-of-text token included"""
+    prompt_tokens: int
+    generated_tokens: int
+    seconds_to_first_token: float
+    """From the call to the choice of the first token; loading not included"""
+    tokens_per_second: float
+    """Of the tokens after the first; 0 where there are none"""
+    hit_rate: float
+    hits: int
+    misses: int
+    bytes_read_per_token: float
+    stall_seconds: float
+    substitutions: int
+    drops: int
+    prompt_hits: int
+    prompt_misses: int
+    prompt_bytes_read: int
+    prompt_stall_seconds: float
+    memory_budget_bytes: int
+    slots: int
+    """Expert records in memory"""
+    policy: str
+    residency: str
+    seconds: float
+    peak_rss_bytes: int
+    """Of the process, at the end"""
+    interrupted: bool
+    """Ended by Ctrl-C: the text is what there was by then"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """Token ids of a batch."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+    """One row per sequence, up to and with its end-of-text token"""
+    started_at: float
+    first_token_at: float | None
+    ended_at: float
+    interrupted: bool
+
+
+def run_prompt(
+    folder: Path,
+    prompt: str,
+    *,
+    options: RunOptions,
+    generation: GenerateOptions,
+    on_text: OnText | None = None,
+    progress: Progress = SILENT,
+) -> RunResult:
+    """Open a bundle for one prompt, generate, and close it again.
+
+    The KV cache is planned for this prompt and `max_tokens`, not for the whole context.
+
+    Raises:
+        UsageError: an empty prompt, or one that leaves no room in the context.
+        BudgetError: the memory budget does not suffice.
+        CorruptArtifactError: the bundle is damaged.
+    """
+    tokenizer = load_tokenizer(folder)
+    n_prompt = len(encode_prompt(tokenizer, prompt, raw=generation.raw))
+    if n_prompt < options.context:
+        context = min(options.context, n_prompt + generation.max_tokens)
+        options = replace(options, context=context, prompt=n_prompt)
+    with open_session(folder, options, tokenizer=tokenizer, progress=progress) as session:
+        return generate(session, prompt, generation, on_text=on_text)
+
+
+def generate(
+    session: Session, prompt: str, options: GenerateOptions, *, on_text: OnText | None = None
+) -> RunResult:
+    """Continue a prompt.
+
+    Args:
+        session: its counters start anew; what its expert cache holds stays.
+        prompt: the text.
+        options: how tokens are chosen.
+        on_text: called with every piece of text as it comes.
+
+    Raises:
+        UsageError: an empty prompt, or one that leaves no room in the context.
+        CorruptArtifactError, StorageError: an expert cannot be read.
+    """
+    ids = encode_prompt(session.tokenizer, prompt, raw=options.raw)
+    made = generate_ids(session, [ids], options, on_text=on_text)
+    text = session.tokenizer.decode(list(made.token_ids[0]), skip_special_tokens=True)
+    return _result(session, made, text=text, n_prompt=len(ids))
+
+
+def generate_ids(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    options: GenerateOptions,
+    *,
+    on_text: OnText | None = None,
+) -> Generated:
+    """Continue a batch of prompts, given and returned as token ids; shorter ones are padded on the
+    left.
+
+    Ctrl-C ends it with the tokens chosen by then.
+
+    Raises:
+        UsageError: no prompt, an empty one, too many, or one that leaves no room in the context.
+    """
+    _check(session, prompts, options)
+    width = max(len(prompt) for prompt in prompts)
+    pad = _pad_token(session)
+    ids = torch.full((len(prompts), width), pad)  # [B, S]
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    room = session.workload.positions - width
+    config = _generation_config(
+        session, options, max_new_tokens=min(options.max_tokens, room), pad=pad
+    )
+    session.runner.stats = RunStats()
+    session.prompt_tokens = width
+    stream = TextStream(session.tokenizer, on_text)
+    torch.manual_seed(options.seed)
+    interrupted = False
+    own_config, session.model.generation_config = session.model.generation_config, config
+    started_at = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            session.model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, generation_config=config, streamer=stream
+            )
+    except KeyboardInterrupt:
+        interrupted = True
+        stream.end()
+    finally:
+        session.prompt_tokens = None
+        session.model.generation_config = own_config
+    return Generated(
+        token_ids=tuple(_until_end(row, config) for row in stream.token_ids or [[]] * len(prompts)),
+        started_at=started_at,
+        first_token_at=stream.first_token_at,
+        ended_at=time.perf_counter(),
+        interrupted=interrupted,
+    )
+
+
+def _check(session: Session, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
+    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+        raise UsageError("the prompt has no tokens", hint="give --prompt some text")
+    if len(prompts) > session.workload.batch:
+        raise UsageError(
+            f"{len(prompts)} prompts at once, the session was opened for {session.workload.batch}"
+        )
+    if options.max_tokens < 1:
+        raise UsageError(f"--max-tokens {options.max_tokens}: at least 1 is needed")
+    if not options.temperature >= 0 or options.temperature == float("inf"):
+        raise UsageError(f"--temperature {options.temperature}: 0 or more is needed")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest >= session.workload.positions:
+        raise UsageError(
+            f"the prompt has {longest} tokens, which leaves no room in a context of "
+            f"{session.workload.positions}",
+            hint="a shorter prompt, or a larger --context where the model allows it",
+        )
+
+
+def _generation_config(
+    session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int
+) -> GenerationConfig:
+    """The model's own generation settings, with ours on top."""
+    config = copy.deepcopy(session.model.generation_config)
+    config.max_new_tokens = max_new_tokens
+    config.max_length = None
+    config.min_length = config.min_new_tokens = None
+    config.num_beams = config.num_return_sequences = 1
+    config.return_dict_in_generate = False
+    config.use_cache = True
+    config.cache_implementation = None
+    config.pad_token_id = pad
+    config.prefill_chunk_size = prefill_chunk(session.workload)
+    if options.ignore_eos:
+        config.eos_token_id = None
+    config.do_sample = options.temperature > 0
+    if config.do_sample:
+        config.temperature = options.temperature
+    else:
+        config.temperature = config.top_p = config.top_k = None
+    return config
+
+
+def _pad_token(session: Session) -> int:
+    config = session.model.generation_config
+    end = config.eos_token_id
+    candidates = (
+        session.tokenizer.pad_token_id,
+        config.pad_token_id,
+        end[0] if isinstance(end, list) else end,
+        0,
+    )
+    return next(int(token) for token in candidates if token is not None)
+
+
+def _until_end(row: list[int], config: GenerationConfig) -> tuple[int, ...]:
+    """A row without the padding that follows its end-of-text token."""
+    end: Any = config.eos_token_id
+    ends = set() if end is None else set(end) if isinstance(end, list) else {end}
+    for position, token in enumerate(row):
+        if token in ends:
+            return tuple(row[: position + 1])
+    return tuple(row)
+
+
+def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> RunResult:
+    prompt, decode = session.runner.stats.prompt, session.runner.stats.decode
+    n_generated = len(made.token_ids[0])
+    first = made.ended_at if made.first_token_at is None else made.first_token_at
+    n_after_first = max(0, n_generated - 1)
+    decode_seconds = made.ended_at - first
+    return RunResult(
+        text=text,
+        token_ids=made.token_ids[0],
+        prompt_tokens=n_prompt,
+        generated_tokens=n_generated,
+        seconds_to_first_token=first - made.started_at,
+        tokens_per_second=n_after_first / decode_seconds if decode_seconds > 0 else 0.0,
+        hit_rate=decode.hit_rate,
+        hits=decode.hits,
+        misses=decode.misses,
+        bytes_read_per_token=decode.bytes_read / decode.tokens if decode.tokens else 0.0,
+        stall_seconds=decode.stall_seconds,
+        substitutions=decode.substitutions,
+        drops=decode.drops,
+        prompt_hits=prompt.hits,
+        prompt_misses=prompt.misses,
+        prompt_bytes_read=prompt.bytes_read,
+        prompt_stall_seconds=prompt.stall_seconds,
+        memory_budget_bytes=session.plan.budget_bytes,
+        slots=session.plan.n_slots,
+        policy=session.runner.policy.name,
+        residency=session.runner.residency,
+        seconds=made.ended_at - made.started_at,
+        peak_rss_bytes=peak_rss_bytes(),
+        interrupted=made.interrupted,
+    )

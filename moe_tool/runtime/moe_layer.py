@@ -1,0 +1,119 @@
+"""What every MoE layer of a running model calls: decide, fetch, compute, account."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
+from moe_tool.experts.combine import run_experts
+from moe_tool.models.skeleton import LayerCall
+from moe_tool.runtime.policy_choice import ChosenPolicy
+from moe_tool.store.expert_store import ExpertStore
+
+Residency = Literal["frozen", "cache"]
+Phase = Literal["prompt", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One layer call of the decode phase, as the policy saw and answered it."""
+
+    routing: Routing
+    answers: Answers
+    resident: np.ndarray
+    """[E] bool: what the policy was told is in memory"""
+
+
+@dataclass(slots=True, kw_only=True)
+class MoeLayerRunner:
+    """The experts function of a session. Mutable: the session tells it which forward is under
+    way."""
+
+    store: ExpertStore
+    residency: Residency
+    policy: ChosenPolicy
+    """What answers misses while decoding"""
+    stats: RunStats = field(default_factory=RunStats)
+    phase: Phase = "prompt"
+    n_sequences: int = 1
+    """B of the forward under way; its T tokens are B runs of T / B"""
+    on_decision: Callable[[Decision], None] | None = None
+    """Told about every decode call"""
+
+    def __call__(self, call: LayerCall) -> torch.Tensor:
+        """Return the routed experts' output, [T, H]."""
+        is_plain = self.residency == "cache" and not self.policy.policy.lossy
+        if self.phase == "prompt" or (is_plain and self.on_decision is None):
+            return self._run(call, call.index, call.weight, self.stats.phase(self.phase))
+        return self._decide_and_run(call)
+
+    def _decide_and_run(self, call: LayerCall) -> torch.Tensor:
+        """Run a decode call by the policy's answers.
+
+        A wanted expert is a hit if the policy was told that it is there: under frozen residency
+        that is the pinned set alone, so that hits do not depend on what else lies in the cache by
+        luck.
+        """
+        if self.residency == "frozen":
+            resident = self.store.pinned_mask(call.layer)
+        else:
+            resident = self.store.resident(call.layer)
+        routing = self._routing(call)
+        answers = self.policy.policy.decide(routing, resident)
+        if self.on_decision is not None:
+            self.on_decision(Decision(routing=routing, answers=answers, resident=resident))
+        index, weight = call.index, call.weight
+        if answers.substituted or answers.dropped:
+            index = torch.from_numpy(answers.expert)
+            weight = torch.from_numpy(answers.weight)
+        moved = PhaseCounters()
+        output = self._run(call, index, weight, moved)
+        wanted = np.unique(routing.index)
+        hits = int(resident[wanted[wanted < len(resident)]].sum())
+        counters = self.stats.decode
+        counters.hits += hits
+        counters.misses += len(wanted) - hits
+        counters.bytes_read += moved.bytes_read
+        counters.stall_seconds += moved.stall_seconds
+        counters.substitutions += answers.substituted
+        counters.drops += answers.dropped
+        return output
+
+    def _run(
+        self, call: LayerCall, index: torch.Tensor, weight: torch.Tensor, counters: PhaseCounters
+    ) -> torch.Tensor:
+        n_experts = call.module.num_experts
+        wanted = [expert for expert in torch.unique(index).tolist() if 0 <= expert < n_experts]
+        supply = self.store.acquire(call.layer, wanted, counters)
+        return run_experts(call.module, call.hidden, index, weight, supply)
+
+    def _routing(self, call: LayerCall) -> Routing:
+        n_tokens = call.index.shape[0]
+        score = logits = None
+        policy = self.policy.policy
+        if policy.needs_logits or policy.needs_score:
+            assert call.router_logits is not None, "the router's hook did not answer"
+            logits = _narrow(call.router_logits)
+            if policy.needs_score:
+                rule = self.policy.rules[call.layer]
+                score = _narrow(rule.selection_scores(call.router_logits))
+        return Routing(
+            layer=call.layer,
+            index=call.index.numpy(),
+            weight=call.weight.to(torch.float32).numpy(),
+            score=score,
+            logits=logits,
+            phase=self.phase,
+            sequence=np.repeat(np.arange(self.n_sequences), n_tokens // self.n_sequences),
+        )
+
+
+def _narrow(scores: torch.Tensor) -> np.ndarray:
+    """Round to float16 as the trace of a profile does; what would overflow stays finite."""
+    limit = torch.finfo(torch.float16).max
+    rounded: np.ndarray = scores.clamp(-limit, limit).to(torch.float16).numpy()
+    return rounded

@@ -1,0 +1,49 @@
+"""Which experts a frozen residency keeps: the hottest of the profile, or some of every layer."""
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+
+
+def choose_resident_experts(manifest: BundleManifest, n_slots: int) -> tuple[tuple[int, int], ...]:
+    """Return the (layer, expert) pairs that stay in memory for a whole run.
+
+    The slots of one token's experts are left free, so that what is not resident can be fetched.
+    With room for everything nothing is left free. Without heat in the manifest the layers take
+    turns, each in file order.
+
+    Args:
+        manifest: of the bundle.
+        n_slots: slots of the pool.
+
+    Returns:
+        At most `n_slots` pairs, hottest first.
+    """
+    ranked = _by_heat(manifest) if manifest.heat is not None else _in_turns(manifest)
+    if n_slots >= len(ranked):
+        return tuple(ranked)
+    return tuple(ranked[: max(0, n_slots - n_slots_min(manifest))])
+
+
+def n_slots_min(manifest: BundleManifest) -> int:
+    """Return the slots that one token needs in one layer, and one to read ahead."""
+    n_experts = manifest.shape.experts * len(manifest.shape.layers)
+    return min(manifest.shape.top_k + 1, n_experts)
+
+
+def _by_heat(manifest: BundleManifest) -> list[tuple[int, int]]:
+    assert manifest.heat is not None
+    loads = {
+        (entry.layer, expert): load
+        for entry in manifest.heat
+        for expert, load in enumerate(entry.load)
+    }
+    return sorted(loads, key=lambda pair: (-loads[pair], pair))
+
+
+def _in_turns(manifest: BundleManifest) -> list[tuple[int, int]]:
+    seen: dict[int, int] = {}
+    turns: list[tuple[int, int, int]] = []
+    for record in manifest.records:
+        turn = seen.get(record.layer, 0)
+        seen[record.layer] = turn + 1
+        turns.append((turn, record.layer, record.expert))
+    return [(layer, expert) for _, layer, expert in sorted(turns, key=lambda entry: entry[:2])]

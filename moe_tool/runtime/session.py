@@ -1,0 +1,341 @@
+"""A bundle and a memory budget become a model that is ready to generate: the Python API of
+`run`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.available_memory import available_memory_bytes, current_rss_bytes
+from moe_tool.errors import UsageError
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.meta_model import read_config
+from moe_tool.models.skeleton import LayerCall, Skeleton, load_skeleton
+from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.eviction import EVICTION
+from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.allocator import return_freed_memory, trim
+from moe_tool.runtime.memory_plan import (
+    ExpertRoom,
+    MemoryLine,
+    MemoryPlan,
+    parse_memory,
+    plan_memory,
+)
+from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
+from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
+from moe_tool.runtime.residency import choose_resident_experts, n_slots_min
+from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
+from moe_tool.store.expert_store import ExpertStore
+
+_FIRST_USE_BYTES = 48 * 2**20
+"""What torch and transformers allocate when a model is first built and run; measured instead once
+that has happened"""
+_MARGIN_BYTES = 24 * 2**20
+"""Holes in the heap, reader threads, Python objects that come and go"""
+_N_READERS = 2
+_WARM_UP_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a session is opened."""
+
+    memory: str = "auto"
+    """Budget of the whole process: "4GiB", "50%" (of the experts), "min" or "auto" """
+    policy: str = EXACT
+    """What answers a miss while decoding"""
+    residency: Residency | None = None
+    """None: cache for exact, frozen for lossy policies"""
+    gates: bool = True
+    """Whether lossy policies keep BuddyMoE's gates"""
+    seed: int = 0
+    """Of policies that draw"""
+    threads: int | None = None
+    """Threads of torch; None leaves its default. Set for the whole process."""
+    context: int = 4096
+    """Positions per sequence, prompt included; capped at what the model was made for"""
+    prompt: int | None = None
+    """Longest prompt in tokens, where it is known"""
+    batch: int = 1
+    """Sequences at once"""
+    caller_bytes: int = 0
+    """What the caller will hold itself while the session runs"""
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """A loaded model whose experts come from a bundle. Close it, or use it as a context manager."""
+
+    options: RunOptions
+    bundle: BundleReader
+    skeleton: Skeleton
+    tokenizer: Any
+    plan: MemoryPlan
+    workload: Workload
+    runner: MoeLayerRunner
+    prompt_tokens: int | None = None
+    """Positions that count as prompt in the forwards to come; None: a forward of one token with a
+    cache is decoding"""
+    _hook: Any = field(default=None, repr=False)
+
+    @property
+    def model(self) -> transformers.PreTrainedModel:
+        """The transformers model; its `generate` and `forward` work as ever."""
+        return self.skeleton.model
+
+    @property
+    def manifest(self) -> BundleManifest:
+        """What the bundle says of itself."""
+        return self.bundle.manifest
+
+    def use_policy(self, policy: str, *, residency: Residency) -> None:
+        """Answer misses by another policy from now on; what the store holds stays, the pinned set
+        follows `residency`.
+
+        Raises:
+            UsageError: the bundle lacks what the policy needs.
+        """
+        chosen = choose_policy(
+            policy,
+            self.manifest,
+            self.skeleton,
+            gates=self.options.gates,
+            seed=self.options.seed,
+        )
+        if residency != self.runner.residency:
+            self.runner.store.close()
+            self.runner.store = _open_store(self.bundle, self.plan, residency)
+            self.runner.residency = residency
+        self.runner.policy = chosen
+
+    def empty_cache(self) -> None:
+        """Forget every expert that is not pinned."""
+        self.runner.store.close()
+        self.runner.store = _open_store(self.bundle, self.plan, self.runner.residency)
+
+    def close(self) -> None:
+        """Stop the reader threads and let go of the memory."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self.runner.store.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Tell the layers which phase the coming forward belongs to, and how many sequences it
+        carries."""
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        ids: torch.Tensor = next(value for value in given if value is not None)
+        n_sequences, n_new = ids.shape[:2]
+        cache = kwargs.get("past_key_values")
+        n_seen = 0 if cache is None else int(cache.get_seq_length())
+        if self.prompt_tokens is None:
+            is_prompt = n_seen == 0 or n_new > 1
+        else:
+            is_prompt = n_seen < self.prompt_tokens
+        self.runner.phase = "prompt" if is_prompt else "decode"
+        self.runner.n_sequences = n_sequences
+        counters = self.runner.stats.phase(self.runner.phase)
+        counters.forwards += 1
+        counters.tokens += n_sequences * n_new
+
+
+def open_session(
+    folder: Path,
+    options: RunOptions,
+    *,
+    tokenizer: Any = None,
+    progress: Progress = SILENT,
+) -> Session:
+    """Load a bundle into a memory budget.
+
+    What does not fit is refused before anything large is loaded. Sets torch's threads and the C
+    allocator's thresholds, and silences transformers' warnings, all for the whole process. Memory
+    that the process has let go of before is its own: the promise is that the session never makes it
+    larger than the budget.
+
+    Args:
+        folder: of the bundle.
+        options: budget, policy and what is going to be asked for.
+        tokenizer: the bundle's, where the caller has loaded it already.
+        progress: told about the loading, and that a policy is lossy.
+
+    Raises:
+        UsageError: options that contradict each other or the bundle.
+        BudgetError: the budget is below what the session needs.
+        CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
+    """
+    request = parse_memory(options.memory)
+    _check(options)
+    return_freed_memory()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    bundle = BundleReader.open(folder)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(folder)
+    config = read_config(folder).get_text_config()
+    workload = _workload(options, config)
+    rooms = ExpertRoom(
+        record_bytes=bundle.manifest.record_size_bytes,
+        n_experts=len(bundle.manifest.records),
+        n_slots_min=n_slots_min(bundle.manifest),
+    )
+
+    def plan(process_bytes: int) -> MemoryPlan:
+        return plan_memory(
+            request,
+            fixed=_fixed_lines(
+                process_bytes, weights.float32_bytes, config, bundle, workload, options
+            ),
+            loading_bytes=process_bytes + weights.float32_bytes + weights.largest_bytes,
+            experts=rooms,
+            available_bytes=current_rss_bytes() + available_memory_bytes(),
+        )
+
+    with Checkpoint.open_files(bundle.skeleton_files) as checkpoint:
+        weights = _measure(checkpoint)
+        plan(current_rss_bytes() + _FIRST_USE_BYTES)
+        progress.begin("load the skeleton", None, "")
+        skeleton = load_skeleton(folder, checkpoint, shape=bundle.manifest.shape)
+        progress.end()
+    _warm_up(skeleton)
+    memory = plan(max(0, current_rss_bytes() - weights.float32_bytes))
+    residency: Residency = options.residency or ("cache" if options.policy == EXACT else "frozen")
+    policy = choose_policy(
+        options.policy,
+        bundle.manifest,
+        skeleton,
+        gates=options.gates,
+        seed=options.seed,
+    )
+    if policy.policy.lossy:
+        progress.note(policy.policy.describe())
+    runner = MoeLayerRunner(
+        store=_open_store(bundle, memory, residency), residency=residency, policy=policy
+    )
+    skeleton.set_experts_function(runner)
+    session = Session(
+        options=options,
+        bundle=bundle,
+        skeleton=skeleton,
+        tokenizer=tokenizer,
+        plan=memory,
+        workload=workload,
+        runner=runner,
+    )
+    session._hook = skeleton.model.register_forward_pre_hook(
+        session._before_forward, with_kwargs=True
+    )
+    return session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SkeletonSize:
+    float32_bytes: int
+    """Once loaded"""
+    largest_bytes: int
+    """The largest tensor as stored, twice: what loading holds beside the rest while it converts"""
+
+
+def _measure(checkpoint: Checkpoint) -> _SkeletonSize:
+    n_weights = []
+    for info in checkpoint.tensors.values():
+        count = 1
+        for extent in info.shape:
+            count *= extent
+        n_weights.append((count, info.size_bytes))
+    return _SkeletonSize(
+        float32_bytes=sum(4 * count for count, _ in n_weights),
+        largest_bytes=max((2 * size for _, size in n_weights), default=0),
+    )
+
+
+def _fixed_lines(
+    process_bytes: int,
+    skeleton_bytes: int,
+    config: Any,
+    bundle: BundleReader,
+    workload: Workload,
+    options: RunOptions,
+) -> tuple[MemoryLine, ...]:
+    lines = [
+        MemoryLine(name="process and its libraries", size_bytes=process_bytes),
+        MemoryLine(name="skeleton in float32", size_bytes=skeleton_bytes),
+        MemoryLine(
+            name=f"KV cache, {workload.positions} positions x {workload.batch}",
+            size_bytes=kv_cache_bytes(config, workload),
+        ),
+        MemoryLine(
+            name="working buffers", size_bytes=buffer_bytes(config, bundle.manifest.shape, workload)
+        ),
+        MemoryLine(name="margin", size_bytes=_MARGIN_BYTES),
+    ]
+    if options.caller_bytes:
+        lines.append(MemoryLine(name="reference predictions", size_bytes=options.caller_bytes))
+    return tuple(lines)
+
+
+def _check(options: RunOptions) -> None:
+    require_policy(options.policy)
+    for name, value in (
+        ("--threads", options.threads),
+        ("--context", options.context),
+        ("batch", options.batch),
+        ("prompt", options.prompt),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: at least 1 is needed")
+
+
+def _workload(options: RunOptions, config: Any) -> Workload:
+    positions = min(
+        options.context, getattr(config, "max_position_embeddings", None) or options.context
+    )
+    prompt = positions if options.prompt is None else min(options.prompt, positions)
+    return Workload(batch=options.batch, positions=positions, prompt=prompt)
+
+
+def _open_store(bundle: BundleReader, plan: MemoryPlan, residency: Residency) -> ExpertStore:
+    pinned = () if residency == "cache" else choose_resident_experts(bundle.manifest, plan.n_slots)
+    return ExpertStore(
+        bundle,
+        n_slots=plan.n_slots,
+        pinned=pinned,
+        eviction=EVICTION["lru"](),
+        n_readers=_N_READERS,
+    )
+
+
+def _warm_up(skeleton: Skeleton) -> None:
+    """Run two tokens without experts, so that what torch allocates once is measured and not
+    guessed."""
+    skeleton.set_experts_function(_nothing)
+    ids = torch.zeros(1, _WARM_UP_TOKENS, dtype=torch.int64)
+    with torch.inference_mode():
+        output = skeleton.model(input_ids=ids, use_cache=True)
+        skeleton.model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True)
+    del output
+    trim()
+
+
+def _nothing(call: LayerCall) -> torch.Tensor:
+    return torch.zeros_like(call.hidden)

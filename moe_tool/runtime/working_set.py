@@ -1,0 +1,125 @@
+"""How much memory a model's forward passes take beside its weights, from its configuration
+alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moe_tool.artifacts.moe_shape import MoeShape
+
+PREFILL_CHUNK_TOKENS = 256
+"""Prompt tokens per forward, all sequences of a batch together: longer chunks read fewer experts
+twice, but take room."""
+_FLOAT_BYTES = 4
+_HIDDEN_COPIES = 12
+"""[T, H] tensors alive at once in a decoder layer: residual, normed, attention in and out, expert
+in, out, sum"""
+_LOGIT_COPIES = 10
+"""[B, V] tensors alive at once while a token is chosen: logits, scores, probabilities, sorted
+values and indices"""
+_UNFUSED_ATTENTION = frozenset({"gpt_oss"})
+"""Model types whose attention transformers computes step by step, score matrix included"""
+_ROW_BLOCK_BYTES = 16 * 2**20
+"""Scratch in which quantized or narrow weights are expanded, with what the matrix library keeps for
+itself"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a session is going to be asked for."""
+
+    batch: int
+    """B: sequences at once"""
+    positions: int
+    """Prompt and generated tokens of one sequence"""
+    prompt: int
+    """Prompt tokens of one sequence, at most `positions`"""
+
+
+def prefill_chunk(workload: Workload) -> int:
+    """Return the prompt tokens per sequence that one forward takes."""
+    share = max(16, PREFILL_CHUNK_TOKENS // workload.batch)
+    return max(1, min(share, workload.prompt))
+
+
+def kv_cache_bytes(config: Any, workload: Workload) -> int:
+    """Return the float32 KV cache at its largest, its growth included.
+
+    The cache grows by concatenation, one layer at a time: while a token is appended, the old and
+    the new keys (or values) of a layer exist together. Sliding windows are counted at full length.
+
+    Args:
+        config: transformers' configuration of the text model.
+        workload: what the session is asked for.
+    """
+    layer_bytes = workload.batch * workload.positions * _kv_floats(config) * _FLOAT_BYTES
+    return (int(config.num_hidden_layers) + 1) * layer_bytes
+
+
+def buffer_bytes(config: Any, shape: MoeShape, workload: Workload) -> int:
+    """Return what one forward holds at its largest beside weights and KV cache.
+
+    Args:
+        config: transformers' configuration of the text model.
+        shape: the model's experts.
+        workload: what the session is asked for.
+    """
+    n_tokens = workload.batch * prefill_chunk(workload)
+    per_token = _HIDDEN_COPIES * shape.hidden
+    per_token += 3 * _attention_floats(config) + 2 * _widest_expert_floats(shape)
+    per_token += 3 * (getattr(config, "intermediate_size", None) or 0)
+    per_token += 2 * shape.top_k * shape.hidden + 8 * shape.experts
+    activations = n_tokens * per_token * _FLOAT_BYTES
+    mask = n_tokens * workload.positions * 3 * _FLOAT_BYTES
+    n_logits = workload.batch * shape.vocabulary * _LOGIT_COPIES
+    return (
+        activations
+        + mask
+        + _attention_scratch_bytes(config, workload)
+        + n_logits * _FLOAT_BYTES
+        + _ROW_BLOCK_BYTES
+    )
+
+
+def _attention_scratch_bytes(config: Any, workload: Workload) -> int:
+    """Keys and values repeated for every query head, with the scores where no fused kernel takes
+    them."""
+    heads = int(config.num_attention_heads)
+    groups = max(1, heads // int(getattr(config, "num_key_value_heads", None) or heads))
+    n_floats = 0
+    if groups > 1:
+        n_floats += workload.batch * workload.positions * _kv_floats(config) * groups
+    if config.model_type in _UNFUSED_ATTENTION:
+        n_floats += 3 * workload.batch * heads * prefill_chunk(workload) * workload.positions
+    return n_floats * _FLOAT_BYTES
+
+
+def _kv_floats(config: Any) -> int:
+    """Scalars per position in one layer's keys and values."""
+    heads = int(config.num_attention_heads)
+    if getattr(config, "kv_lora_rank", None):
+        return heads * (_latent_head_dim(config) + int(config.v_head_dim))
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * kv_heads * _head_dim(config)
+
+
+def _attention_floats(config: Any) -> int:
+    """Scalars per token in queries, keys and values."""
+    heads = int(config.num_attention_heads)
+    if getattr(config, "kv_lora_rank", None):
+        return heads * _latent_head_dim(config) + _kv_floats(config)
+    return heads * _head_dim(config) + _kv_floats(config)
+
+
+def _head_dim(config: Any) -> int:
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def _latent_head_dim(config: Any) -> int:
+    """Width of a query or key where keys are made from a latent vector (DeepSeek)."""
+    return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
+
+
+def _widest_expert_floats(shape: MoeShape) -> int:
+    return 2 * max(tensor.shape[0] for tensor in shape.expert_tensors)

@@ -1,0 +1,28 @@
+"""Bundles of tiny models, each packed once per test session."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_tool.models.locate import LocatedModel
+from moe_tool.packing.pack_bundle import pack_bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Return (arch, bits="native", dtype="float32") -> folder of a bundle; never change it."""
+    made: dict[tuple[str, str, str], Path] = {}
+
+    def make(arch: str, bits: str = "native", dtype: str = "float32") -> Path:
+        key = (arch, bits, dtype)
+        if key not in made:
+            folder = tiny_checkpoint(arch, dtype=dtype)
+            out = tmp_path_factory.mktemp("bundles") / f"{arch}-{bits}-{dtype}"
+            pack_bundle(LocatedModel(folder=folder, name=arch), out=out, bits=bits)
+            made[key] = out
+        return made[key]
+
+    return make

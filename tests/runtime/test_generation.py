@@ -1,0 +1,154 @@
+"""From a prompt to a result: text, counters, limits, and what an interruption keeps."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moe_tool.errors import BudgetError, UsageError
+from moe_tool.runtime.generation import GenerateOptions, generate, generate_ids, run_prompt
+from moe_tool.runtime.session import RunOptions, Session, open_session
+
+TinyBundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def session(tiny_bundle: TinyBundle) -> Iterator[Session]:
+    with open_session(tiny_bundle("mixtral"), RunOptions(memory="50%", context=48)) as opened:
+        yield opened
+
+
+def test_the_pieces_of_text_add_up_to_the_result(session: Session) -> None:
+    pieces: list[str] = []
+    options = GenerateOptions(max_tokens=20, ignore_eos=True)
+    result = generate(session, "The list", options, on_text=pieces.append)
+    assert "".join(pieces) == result.text
+    assert result.prompt_tokens == 8
+    assert result.generated_tokens == len(result.token_ids) == 20
+    assert result.policy == "exact" and result.residency == "cache"
+    assert 0 < result.seconds_to_first_token < result.seconds
+    assert result.tokens_per_second > 0
+    assert result.bytes_read_per_token == (result.misses * session.manifest.record_size_bytes / 19)
+    assert result.prompt_hits + result.prompt_misses > 0
+    assert not result.interrupted
+
+
+def test_sampling_follows_its_seed(session: Session) -> None:
+    def tokens(seed: int) -> tuple[int, ...]:
+        options = GenerateOptions(max_tokens=12, temperature=1.0, seed=seed, ignore_eos=True)
+        return generate(session, "The", options).token_ids
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+
+
+def test_generation_ends_where_the_context_does(session: Session) -> None:
+    result = generate(session, "x" * 40, GenerateOptions(max_tokens=100, ignore_eos=True))
+    assert result.generated_tokens == 8
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers(session: Session) -> None:
+    with pytest.raises(UsageError, match="48 tokens.*context of 48"):
+        generate(session, "x" * 48, GenerateOptions())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GenerateOptions(max_tokens=0),
+        GenerateOptions(temperature=-1.0),
+        GenerateOptions(temperature=float("nan")),
+    ],
+)
+def test_options_out_of_range_are_refused(session: Session, options: GenerateOptions) -> None:
+    with pytest.raises(UsageError):
+        generate(session, "x", options)
+
+
+def test_an_empty_prompt_is_refused(session: Session) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        generate(session, "", GenerateOptions())
+    with pytest.raises(UsageError, match="no tokens"):
+        generate_ids(session, [[]], GenerateOptions())
+
+
+def test_more_prompts_than_planned_for_are_refused(session: Session) -> None:
+    with pytest.raises(UsageError, match="2 prompts"):
+        generate_ids(session, [[1], [2]], GenerateOptions())
+
+
+def test_an_end_of_text_token_ends_it(session: Session) -> None:
+    options = GenerateOptions(max_tokens=20, ignore_eos=True)
+    free = generate(session, "The list", options).token_ids
+    own = session.model.generation_config.eos_token_id
+    session.model.generation_config.eos_token_id = free[4]
+    try:
+        result = generate(session, "The list", GenerateOptions(max_tokens=20))
+        assert result.token_ids == free[: free.index(free[4]) + 1]
+        assert generate(session, "The list", options).token_ids == free
+    finally:
+        session.model.generation_config.eos_token_id = own
+
+
+def test_the_chat_template_is_used_unless_raw(session: Session) -> None:
+    session.tokenizer.chat_template = "<{{ messages[0]['content'] }}>"
+    try:
+        assert generate(session, "ab", GenerateOptions(max_tokens=1)).prompt_tokens == 4
+        assert generate(session, "ab", GenerateOptions(max_tokens=1, raw=True)).prompt_tokens == 2
+        session.tokenizer.chat_template = "{{ raise_exception('no') }}"
+        with pytest.raises(UsageError, match="chat template"):
+            generate(session, "ab", GenerateOptions(max_tokens=1))
+    finally:
+        session.tokenizer.chat_template = None
+
+
+def test_ctrl_c_keeps_what_was_generated(session: Session) -> None:
+    pieces: list[str] = []
+
+    def interrupt(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    options = GenerateOptions(max_tokens=20, ignore_eos=True)
+    whole = generate(session, "The list", options)
+    result = generate(session, "The list", options, on_text=interrupt)
+    assert result.interrupted
+    assert result.token_ids == whole.token_ids[: result.generated_tokens]
+    assert 3 <= result.generated_tokens < 20
+    assert generate(session, "The list", options).token_ids == whole.token_ids
+
+
+def test_long_prompts_go_through_in_chunks(tiny_bundle: TinyBundle) -> None:
+    """A session planned for short prompts takes long ones in pieces of that length."""
+    prompt = [256] + [65, 66, 67] * 20
+    greedy = GenerateOptions(max_tokens=16, ignore_eos=True)
+    found = []
+    for planned in (61, 16):
+        options = RunOptions(memory="50%", context=96, prompt=planned)
+        with open_session(tiny_bundle("gpt_oss"), options) as session:
+            found.append(generate_ids(session, [prompt], greedy).token_ids)
+            assert session.runner.stats.prompt.forwards == (1 if planned == 61 else 4)
+            assert session.runner.stats.prompt.tokens == 61
+    assert found[0] == found[1]
+
+
+def test_run_prompt_plans_for_this_prompt_alone(tiny_bundle: TinyBundle) -> None:
+    result = run_prompt(
+        tiny_bundle("mixtral"),
+        "The list",
+        options=RunOptions(memory="min"),
+        generation=GenerateOptions(max_tokens=5, ignore_eos=True),
+    )
+    assert result.generated_tokens == 5
+    assert result.slots == 3
+
+
+def test_too_small_a_budget_is_refused_with_one_that_works(tiny_bundle: TinyBundle) -> None:
+    bundle = tiny_bundle("mixtral")
+    with pytest.raises(BudgetError) as caught:
+        open_session(bundle, RunOptions(memory="100MiB", context=32))
+    assert caught.value.hint is not None
+    suggestion = caught.value.hint.split()[1].rstrip(",")
+    with open_session(bundle, RunOptions(memory=suggestion, context=32)) as session:
+        assert session.plan.n_slots >= 3
