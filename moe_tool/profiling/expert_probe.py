@@ -2,8 +2,8 @@
 
 The outputs of all experts on the whole sample can be larger than memory (128 experts, 1024 tokens,
 4096 wide: 2 GB), so they are fed in blocks of tokens. Nearly every statistic is a sum over tokens
-of inner products <E_i(x), E_j(x)>: those are kept, the outputs are not. Only CKA compares tokens with
-tokens; it is taken from the first block, which is spread over the sample.
+of inner products <E_i(x), E_j(x)>: those are kept, the outputs are not. Only CKA compares tokens
+with tokens; it is taken from the first block, which is spread over the sample.
 """
 
 from collections.abc import Mapping
