@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from what `--help` prints: `make docs`. A test fails when the page is stale."""
+"""Writes docs/reference.md from what `--help` prints: `make docs`. A test notices a stale page."""
 
 from pathlib import Path
 

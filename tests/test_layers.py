@@ -52,7 +52,7 @@ def room_of(module: str) -> str:
 
 
 def imports_of(tree: ast.AST) -> list[tuple[int, str]]:
-    """Every module of the package that is imported anywhere in a file, lazily or for types alone too."""
+    """Every module of the package that a file imports anywhere, lazily or for types alone too."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 PROMPT = "The list"
 _PROFILE_TOKENS = 16384
-_EVALUATION_TOKENS = 2048
+_EVALUATION_TOKENS = 1024
+_EVALUATION_SEQ_LEN = 128
 _SEQ_LEN = 256
 _GENERATED_TOKENS = 48
 _LOSSY_MEMORY = "50%"
@@ -176,7 +177,7 @@ class _Demo:
             parse_sources(["builtin:eval"]),
             EvaluateOptions(
                 tokens=_EVALUATION_TOKENS,
-                seq_len=_SEQ_LEN,
+                seq_len=_EVALUATION_SEQ_LEN,
                 memory=_LOSSY_MEMORY,
                 policy="buddy",
                 controls=True,

@@ -64,8 +64,9 @@ def profile(
         sources = parse_sources(data)
         located = locate_model(model, offline=offline, announce=output.say)
 
+        from moe_tool.profiling.coverage import pin_verdict
         from moe_tool.profiling.recorder import record_profile
-        from moe_tool.reports.terminal import coverage_tables
+        from moe_tool.reports.terminal import coverage_table
 
         report = record_profile(
             located,
@@ -80,7 +81,9 @@ def profile(
             offline=offline,
             progress=output.progress,
         )
-        output.show(*coverage_tables(report.coverage, report.domains))
+        verdicts = [pin_verdict(row) for row in report.coverage]
+        words = [verdict.split(":")[0] for verdict in verdicts]
+        output.show(coverage_table(report.coverage, report.domains, words))
         output.say(
             f"wrote {report.profile}: {format_bytes(report.profile_bytes)}; "
             f"{report.tokens} tokens in {report.seconds:.1f} s "

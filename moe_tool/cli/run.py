@@ -104,6 +104,7 @@ def run(
         output.say(_footer(result))
         output.result(asdict(result))
         if result.interrupted:
+            output.say("interrupted")
             raise typer.Exit(130)
 
 

@@ -14,6 +14,33 @@ from moe_tool.byte_sizes import format_bytes
 Interval = tuple[float, float] | None
 
 
+class CoverageRow(Protocol):
+    """How one MoE layer uses its experts."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def load_skew(self) -> float: ...
+    @property
+    def entropy(self) -> float: ...
+    @property
+    def never_used(self) -> int: ...
+    @property
+    def locality(self) -> float: ...
+    @property
+    def locality_by_chance(self) -> float: ...
+    @property
+    def coverage(self) -> float: ...
+    @property
+    def coverage_by_chance(self) -> float: ...
+    @property
+    def coverage_held_out(self) -> float | None: ...
+    @property
+    def domain_coverage(self) -> tuple[float | None, ...]: ...
+    @property
+    def domain_coverage_held_out(self) -> tuple[float | None, ...]: ...
+
+
 class EvaluationFigures(Protocol):
     """What one policy cost on one text."""
 
@@ -48,6 +75,42 @@ def facts_table(facts: Mapping[str, object]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _fact(name, value))
+    return table
+
+
+def coverage_table(
+    rows: Sequence[CoverageRow], domains: Sequence[str], verdicts: Sequence[str]
+) -> Table:
+    """Return one row per MoE layer.
+
+    Args:
+        rows: the layers.
+        domains: labels of the text, in the order of the rows' domain figures.
+        verdicts: per layer, whether its hottest quarter is worth keeping in memory.
+    """
+    chance = f"{rows[0].coverage_by_chance:.0%}" if rows else ""
+    table = _table(
+        "layer",
+        "load\nmax/mean",
+        "entropy",
+        "never\nused",
+        "as previous token\n(by chance)",
+        f"hottest quarter (even: {chance})\nin-sample -> held-out",
+        *(f"\n{domain}" for domain in domains),
+        "\nhot set",
+    )
+    for row, verdict in zip(rows, verdicts, strict=True):
+        by_domain = zip(row.domain_coverage, row.domain_coverage_held_out, strict=True)
+        table.add_row(
+            str(row.layer),
+            f"{row.load_skew:.2f}",
+            f"{row.entropy:.3f}",
+            str(row.never_used),
+            f"{row.locality:.1%} ({row.locality_by_chance:.1%})",
+            _then(row.coverage, row.coverage_held_out),
+            *(_then(inside, outside) for inside, outside in by_domain),
+            verdict,
+        )
     return table
 
 
@@ -93,6 +156,11 @@ def _table(*headings: str) -> Table:
     for position, heading in enumerate(headings):
         table.add_column(heading, justify="left" if position == 0 else "right")
     return table
+
+
+def _then(inside: float | None, outside: float | None) -> str:
+    """In-sample, then held-out."""
+    return " -> ".join("-" if share is None else f"{share:.1%}" for share in (inside, outside))
 
 
 def _estimate(value: float | None, interval: Interval, digits: int) -> str:
