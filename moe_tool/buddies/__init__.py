@@ -1,0 +1,1 @@
+"""Who can stand in for whom, from what a profile measured."""
