@@ -1,0 +1,106 @@
+"""The story of `buddies`: each layer's experts ranked as stand-ins for each other."""
+
+import numpy as np
+
+from moe_tool import __version__
+from moe_tool.artifacts.buddy_map import Buddy, BuddyMap, LayerBuddies, Similarity
+from moe_tool.artifacts.expert_statistics import ExpertStatistics
+from moe_tool.buddies.clusters import cluster_experts
+from moe_tool.buddies.coactivation import CUMULATIVE_MASS, frequent_companions
+from moe_tool.buddies.measures import MEASURES
+from moe_tool.errors import UsageError
+from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.policies.entropy import token_activating_entropy
+
+ENTROPY_PERCENTILE = 15.0
+"""BuddyMoE's p, of 10..20: tokens whose entropy is below it are answered exactly."""
+
+
+def build_buddy_map(
+    profile: ProfileReader, *, k: int, by: Similarity = "output", mass: float = CUMULATIVE_MASS
+) -> BuddyMap:
+    """Return for every expert its k best stand-ins by one measure, best first.
+
+    Whatever the measure, scale and price are those of the regression on the expert's output: the
+    measure only ranks. A scale may be negative, where a stand-in mostly puts out the opposite. By
+    `coactivation` a list may be shorter than k: it ends where BuddyMoE's does.
+
+    Args:
+        profile: open; its layers are read one at a time.
+        k: stand-ins per expert, 1..E-1.
+        by: the measure that ranks.
+        mass: of `coactivation`, the cumulative frequency at which a list ends, 0..1.
+
+    Raises:
+        UsageError: k is not in 1..E-1.
+        CorruptArtifactError, StorageError: the profile cannot be read.
+    """
+    n_experts = profile.header.shape.experts
+    if not 1 <= k <= n_experts - 1:
+        raise UsageError(
+            f"{k} stand-ins asked for, a layer of {profile.header.identity.name} has {n_experts} "
+            f"experts: {n_experts - 1} others",
+            hint=f"give --k 1 to {n_experts - 1}"
+            if n_experts > 1
+            else "a model with one expert per layer has no stand-ins",
+        )
+    tokens = profile.tokens
+    in_sample = np.repeat(~tokens.held_out, tokens.ids.shape[1])  # [T]
+    layers = []
+    for layer in profile.layers:
+        statistics = profile.statistics(layer)
+        weights = profile.trace(layer).top_k_weight[in_sample]
+        similarity = MEASURES[by](statistics)
+        layers.append(
+            LayerBuddies(
+                layer=layer,
+                entropy_threshold=entropy_threshold(weights),
+                buddies=tuple(
+                    tuple(
+                        _buddy(statistics, similarity, expert, other)
+                        for other in _ranked(similarity[expert], expert, k=k, by=by, mass=mass)
+                    )
+                    for expert in range(n_experts)
+                ),
+                clusters=cluster_experts(similarity),
+            )
+        )
+    return BuddyMap(
+        tool_version=__version__,
+        identity=profile.header.identity,
+        profile_sha256=profile.sha256,
+        by=by,
+        k=k,
+        layers=tuple(layers),
+    )
+
+
+def entropy_threshold(weights: np.ndarray) -> float:
+    """Return BuddyMoE's tau: the 15th percentile of the tokens' entropy, 0..1; 0 without tokens.
+
+    Args:
+        weights: [T, K], gate weights.
+    """
+    if len(weights) == 0:
+        return 0.0
+    return float(np.percentile(token_activating_entropy(weights), ENTROPY_PERCENTILE))
+
+
+def _ranked(
+    similarity: np.ndarray, expert: int, *, k: int, by: Similarity, mass: float
+) -> list[int]:
+    """Return the stand-ins of one expert from its [E] row of similarities, ties by lower id."""
+    if by == "coactivation":
+        return frequent_companions(similarity, k=k, mass=mass)
+    order = np.argsort(-similarity, kind="stable")
+    return [int(other) for other in order if other != expert][:k]
+
+
+def _buddy(statistics: ExpertStatistics, similarity: np.ndarray, expert: int, other: int) -> Buddy:
+    return Buddy(
+        expert=other,
+        similarity=float(similarity[expert, other]),
+        scale=float(statistics.probe.scale[expert, other]),
+        price=float(statistics.probe.eps_buddy[expert, other]),
+        price_held_out=float(statistics.eps_buddy_transferred[expert, other]),
+    )

@@ -1,0 +1,82 @@
+"""What a buddy map promises and what of it is left on held-out tokens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.buddy_map import BuddyMap, LayerBuddies
+from moe_tool.artifacts.expert_statistics import ExpertStatistics
+from moe_tool.formats.profile_hdf5 import ProfileReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBuddySummary:
+    """One layer's row. Prices are means over the experts that have a stand-in, 1 where none has."""
+
+    layer: int
+    price_in_sample: float
+    """Of each expert's first stand-in"""
+    price_held_out: float
+    """Of the same stand-ins at the same scales, on held-out tokens"""
+    price_best_held_out: float
+    """Of the best single stand-in, chosen and scaled in hindsight on the held-out tokens"""
+    price_drop: float
+    """Of nothing in place of the expert: 1, or less where experts put out zero"""
+    n_without: int
+    """Experts that have no stand-in"""
+    n_fell_back: int
+    """Experts priced on all sampled tokens, since too few were routed to them in-sample"""
+    n_sampled_held_out: int
+    """Tokens behind the held-out prices; without any they are 1"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuddySummary:
+    """All layers, with the plain means over them."""
+
+    layers: tuple[LayerBuddySummary, ...]
+    price_in_sample: float
+    price_held_out: float
+    price_best_held_out: float
+    price_drop: float
+
+
+def summarize_buddies(profile: ProfileReader, buddy_map: BuddyMap) -> BuddySummary:
+    """Return what the first stand-ins leave, in-sample and held-out, layer by layer.
+
+    Args:
+        profile: the one that the map was made from.
+        buddy_map: of `build_buddy_map`.
+    """
+    rows = tuple(
+        _layer_summary(layer, profile.statistics(layer.layer)) for layer in buddy_map.layers
+    )
+    return BuddySummary(
+        layers=rows,
+        price_in_sample=_mean([row.price_in_sample for row in rows]),
+        price_held_out=_mean([row.price_held_out for row in rows]),
+        price_best_held_out=_mean([row.price_best_held_out for row in rows]),
+        price_drop=_mean([row.price_drop for row in rows]),
+    )
+
+
+def _layer_summary(layer: LayerBuddies, statistics: ExpertStatistics) -> LayerBuddySummary:
+    with_one = [expert for expert, buddies in enumerate(layer.buddies) if buddies]
+    first = [layer.buddies[expert][0] for expert in with_one]
+    others = statistics.probe_held_out.eps_buddy.astype(np.float64)  # [E, E]
+    np.fill_diagonal(others, np.inf)
+    best = others.min(axis=1)
+    return LayerBuddySummary(
+        layer=layer.layer,
+        price_in_sample=_mean([buddy.price for buddy in first]),
+        price_held_out=_mean([buddy.price_held_out for buddy in first]),
+        price_best_held_out=_mean([float(best[expert]) for expert in with_one]),
+        price_drop=_mean([float(statistics.probe.eps_drop[expert]) for expert in with_one]),
+        n_without=len(layer.buddies) - len(with_one),
+        n_fell_back=int(statistics.probe.fell_back.sum()),
+        n_sampled_held_out=statistics.probe_held_out.n_sampled,
+    )
+
+
+def _mean(prices: list[float]) -> float:
+    return sum(prices) / len(prices) if prices else 1.0
