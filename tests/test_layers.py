@@ -12,7 +12,7 @@ LEAVES = {"errors", "byte_sizes", "progress", "available_memory", "artifact_fold
 BELOW = {
     "artifacts": {"errors", "byte_sizes"},
     "text": {"artifacts"},
-    "formats": {"artifacts"},
+    "formats": {"artifacts", "quantization"},
     "quantization": {"artifacts"},
     "policies": {"artifacts"},
     "reports": {"artifacts"},
@@ -20,7 +20,7 @@ BELOW = {
     "models": {"formats"},
     "store": {"formats"},
     "experts": {"quantization"},
-    "profiling": {"models", "text", "quantization", "formats"},
+    "profiling": {"models", "text", "experts", "quantization", "formats"},
     "packing": {"models", "quantization", "formats"},
     "runtime": {"models", "store", "experts", "policies"},
     "evaluation": {"runtime", "text", "models"},
@@ -28,7 +28,8 @@ BELOW = {
 # A file that reads what another room writes, where the arrow between the rooms is not wanted.
 ALSO_ALLOWED = {
     ("byte_sizes", "errors"),
-    ("formats", "quantization"),  # a record's integer weights are quantization's type
+    ("buddies", "policies"),  # a map carries the entropy that the gates compare with
+    ("store", "policies"),  # the protocol of the eviction policy that it is handed
     ("text", "formats"),  # asks formats.hub_probe before the network
 }
 EVERYTHING = {"cli", "demo", "__main__", "__init__"}
@@ -60,8 +61,11 @@ def imports_of(tree: ast.AST) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             module = node.module or ""
-            names = [f"{module}.{alias.name}" for alias in node.names]
-            found += [(node.lineno, name) for name in (names if module == "moe_tool" else [module])]
+            if module == "moe_tool":  # its rooms; what it defines itself is for everybody
+                names = [alias.name for alias in node.names if not alias.name.startswith("__")]
+                found += [(node.lineno, f"moe_tool.{name}") for name in names]
+            else:
+                found.append((node.lineno, module))
     return [(line, name) for line, name in found if name.split(".")[0] == "moe_tool"]
 
 

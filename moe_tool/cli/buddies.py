@@ -1,15 +1,38 @@
 """`moe-tool buddies`: a profile in, a map of stand-ins out."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_tool.artifact_folder import DEFAULT_FOLDER
+from moe_tool.artifact_folder import (
+    DEFAULT_FOLDER,
+    PROFILE_SUFFIX,
+    buddies_path,
+    newest_artifact,
+)
+from moe_tool.byte_sizes import format_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption, ProfilesOption
+from moe_tool.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from moe_tool.buddies.summary import BuddySummary
 
 By = Literal["output", "cka", "cosine", "coactivation", "router"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeBuddies:
+    """A written map and what it promises."""
+
+    path: Path
+    model: str
+    profile: Path
+    k: int
+    by: By
+    summary: "BuddySummary"
 
 
 def buddies(
@@ -37,29 +60,61 @@ def buddies(
 ) -> None:
     """Find for every expert the K best stand-ins, each with scale and price."""
     with open_output(as_json=json) as output:
-        _buddies(profile or _newest_profile(profiles, output), k, by, out, profiles, output)
+        profile = profile or _newest_profile(profiles, output)
+        out = out or buddies_path(profiles, profile)
+        made = make_buddies(profile, k=k, by=by, out=out)
+
+        from moe_tool.reports.terminal import buddies_table
+
+        output.show(
+            "what a stand-in leaves as error, relative to the expert's output (1: all of it)",
+            buddies_table(made.summary.layers, made.summary),
+        )
+        output.say(
+            f"wrote {made.path}: {format_bytes(made.path.stat().st_size)}; {k} stand-ins "
+            f"per expert by {by}, {output.seconds:.1f} s"
+        )
+        output.say(f"next: moe-tool pack {made.model} --out bundle/")
+        output.result(buddies_fields(made))
 
 
-def _buddies(
-    profile: Path, k: int, by: By, out: Path | None, profiles: Path, output: Output
-) -> None:
-    from moe_tool.artifact_folder import buddies_path
+def make_buddies(profile: Path, *, k: int, by: By, out: Path) -> MadeBuddies:
+    """Build the map of a profile and write it to `out`.
+
+    Raises:
+        NotFoundError, CorruptArtifactError: the profile.
+        UsageError: k is not below the number of experts.
+    """
     from moe_tool.buddies.build_buddy_map import build_buddy_map
+    from moe_tool.buddies.summary import summarize_buddies
     from moe_tool.formats.json_artifact import write_json_artifact
     from moe_tool.formats.profile_hdf5 import ProfileReader
 
-    out = out or buddies_path(profiles, profile)
     with ProfileReader.open(profile) as reader:
-        buddy_map, summary = build_buddy_map(reader, k=k, by=by)
-        model = reader.header.identity.name
+        buddy_map = build_buddy_map(reader, k=k, by=by)
+        summary = summarize_buddies(reader, buddy_map)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json_artifact(out, buddy_map)
+    return MadeBuddies(
+        path=out, model=buddy_map.identity.name, profile=profile, k=k, by=by, summary=summary
+    )
+
+
+def buddies_fields(made: MadeBuddies) -> dict[str, object]:
+    """Return the fields of `--json`."""
+    return {
+        "buddies": made.path,
+        "profile": made.profile,
+        "k": made.k,
+        "by": made.by,
+        "price_in_sample": made.summary.price_in_sample,
+        "price_held_out": made.summary.price_held_out,
+        "price_best_held_out": made.summary.price_best_held_out,
+        "price_drop": made.summary.price_drop,
+    }
 
 
 def _newest_profile(folder: Path, output: Output) -> Path:
-    from moe_tool.artifact_folder import PROFILE_SUFFIX, newest_artifact
-    from moe_tool.errors import NotFoundError
-
     found = newest_artifact(folder, PROFILE_SUFFIX)
     if found is None:
         raise NotFoundError(

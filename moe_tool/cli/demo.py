@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from moe_tool.artifact_folder import buddies_path, profile_path
 from moe_tool.byte_sizes import format_bytes
+from moe_tool.cli.buddies import buddies_fields, make_buddies
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption
 
@@ -96,7 +98,6 @@ class _Demo:
         self._fields[stage] = fields
 
     def _profile(self) -> Path:
-        from moe_tool.artifact_folder import profile_path
         from moe_tool.models.locate import locate_model
         from moe_tool.profiling.recorder import record_profile
         from moe_tool.text.sources import parse_sources
@@ -119,14 +120,13 @@ class _Demo:
         return report.profile
 
     def _buddies(self, profile: Path) -> Path:
-        from moe_tool.cli.buddies import make_buddies
-
-        made = make_buddies(profile, k=2, by="output", out=None, profiles=self._folder)
+        out = buddies_path(self._folder, profile)
+        made = make_buddies(profile, k=2, by="output", out=out)
         self._done(
             "buddies",
-            f"two stand-ins per expert; the best leaves {made.price_in_sample:.2f} of its output "
-            f"as error, {made.price_held_out:.2f} on held-out text",
-            made.fields(),
+            f"two stand-ins per expert; the best leaves {made.summary.price_in_sample:.2f} of the "
+            f"output as error, {made.summary.price_held_out:.2f} on held-out text",
+            buddies_fields(made),
         )
         return made.path
 

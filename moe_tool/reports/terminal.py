@@ -41,6 +41,30 @@ class CoverageRow(Protocol):
     def domain_coverage_held_out(self) -> tuple[float | None, ...]: ...
 
 
+class PriceRow(Protocol):
+    """What stand-ins leave as error, of one layer or of all."""
+
+    @property
+    def price_in_sample(self) -> float: ...
+    @property
+    def price_held_out(self) -> float: ...
+    @property
+    def price_best_held_out(self) -> float: ...
+    @property
+    def price_drop(self) -> float: ...
+
+
+class LayerPriceRow(PriceRow, Protocol):
+    """The same of one layer, with what it rests on."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def n_without(self) -> int: ...
+    @property
+    def n_fell_back(self) -> int: ...
+
+
 class EvaluationFigures(Protocol):
     """What one policy cost on one text."""
 
@@ -114,6 +138,24 @@ def coverage_table(
     return table
 
 
+def buddies_table(rows: Sequence[LayerPriceRow], mean: PriceRow) -> Table:
+    """Return one row per MoE layer, and their mean."""
+    table = _table(
+        "layer",
+        "in-sample",
+        "held-out",
+        "best possible",
+        "nothing instead",
+        "experts without\na stand-in",
+        "experts with\nfew tokens",
+    )
+    for row in rows:
+        table.add_row(str(row.layer), *_prices(row), str(row.n_without), str(row.n_fell_back))
+    table.add_section()
+    table.add_row("mean", *_prices(mean), "", "")
+    return table
+
+
 def evaluation_table(rows: Sequence[tuple[str, EvaluationFigures]]) -> Table:
     """Return one row per (label, figures): quality with its 95 % interval, then what it cost."""
     has_source = any(figures.kl_source_mean is not None for _, figures in rows)
@@ -156,6 +198,11 @@ def _table(*headings: str) -> Table:
     for position, heading in enumerate(headings):
         table.add_column(heading, justify="left" if position == 0 else "right")
     return table
+
+
+def _prices(row: PriceRow) -> list[str]:
+    prices = (row.price_in_sample, row.price_held_out, row.price_best_held_out, row.price_drop)
+    return [f"{price:.3f}" for price in prices]
 
 
 def _then(inside: float | None, outside: float | None) -> str:
