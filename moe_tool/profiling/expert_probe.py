@@ -19,7 +19,8 @@ MIN_ROUTED_TOKENS = 8
 """An expert with fewer routed tokens in the sample is measured on all sampled tokens instead."""
 CKA_TOKENS = 256
 """The kernels of 128 experts over so many tokens take 33 MB."""
-_GRAM_BYTES = 16 * 2**20
+_GRAM_BYTES = 4 * 2**20
+"""Inner products held at once; what is made of them takes about five times as much on top."""
 
 
 def probe_blocks(
