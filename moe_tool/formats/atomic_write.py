@@ -11,22 +11,24 @@ from typing import BinaryIO
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.errors import DiskFullError, StorageError
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the name `path` when the block ends without an exception.
 
-    Otherwise it is removed, and what was at `path` stays as it was.
+    Otherwise it is removed, and what was at `path` stays as it was. It can be read back too.
 
     Raises:
         DiskFullError: no space is left.
         StorageError: the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -43,15 +45,21 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def require_free_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuse work whose result would not fit on the disk of `folder` (or of its nearest parent that exists).
+    """Refuse work whose result would not fit on the disk of `folder`.
+
+    Args:
+        folder: may be missing; then its nearest parent that exists counts.
+        needed_bytes: of the result.
 
     Raises:
         DiskFullError: with needed and free bytes.
+        StorageError: the disk does not say what is free.
     """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    with storage_errors(folder):
+        existing = folder
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise DiskFullError(
             f"{folder} needs {format_bytes(needed_bytes)} of disk ({needed_bytes} bytes), "
@@ -75,9 +83,11 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _DISK_FULL:
             raise DiskFullError(
-                f"no space is left for {path}", hint="free some space and run the same command again"
+                f"no space is left for {path}",
+                hint="free some space and run the same command again",
             ) from error
-        raise StorageError(f"{path}: {reason}", hint="check the path and its permissions") from error
+        raise StorageError(
+            f"{path}: {error.strerror or error}", hint="check the path, its permissions, the disk"
+        ) from error

@@ -6,16 +6,12 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from moe_tool.artifacts.schema import FrozenModel
-from moe_tool.errors import (
-    ArtifactVersionError,
-    CorruptArtifactError,
-    NotFoundError,
-    StorageError,
-)
+from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
 from moe_tool.formats.atomic_write import atomic_write_bytes
+from moe_tool.formats.hostile_file import one_line, quoted, read_capped
 from moe_tool.formats.strict_json import parse_json_object
 
-MAX_BYTES = 512 * 2**20
+MAX_BYTES = 256 * 2**20
 _COMMANDS = {"buddies": "moe-tool buddies", "bundle": "moe-tool pack"}
 _LABELS = {"buddies": "buddy map", "bundle": "bundle manifest", "profile": "profile"}
 
@@ -42,35 +38,30 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
     """
     wanted = kind.model_fields["kind"].default
     remedy = f"make it again with {_COMMANDS[wanted]}"
-    parsed = parse_json_object(path, _read(path, remedy), remedy=remedy)
+    text = read_capped(path, limit_bytes=MAX_BYTES, remedy=remedy)
+    parsed = parse_json_object(path, text, remedy=remedy)
     _require_kind(path, parsed, wanted, remedy)
-    version = kind.model_fields["format_version"].default
-    if parsed.get("format_version") != version:
+    found, version = parsed.get("format_version"), kind.model_fields["format_version"].default
+    if type(found) is not int or found != version:
         raise ArtifactVersionError(
-            f"{path} has format version {str(parsed.get('format_version'))[:40]}, wanted {version}",
-            hint=remedy,
+            f"{path} has format version {quoted(found)}, wanted {version}", hint=remedy
         )
+    _require_experts_fit(path, parsed, remedy)
     try:
         # The JSON mode takes lists for tuples, which the strict Python mode would refuse.
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(text)
     except ValidationError as error:
-        raise CorruptArtifactError(f"{path} is damaged: {_first(error)}", hint=remedy) from error
+        raise CorruptArtifactError(
+            f"{path} is damaged: {first_complaint(error)}", hint=remedy
+        ) from error
 
 
-def _read(path: Path, remedy: str) -> bytes:
-    if not path.exists():
-        raise NotFoundError(f"{path} does not exist", hint=remedy)
-    if not path.is_file():
-        raise CorruptArtifactError(f"{path} is not a file", hint=remedy)
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise CorruptArtifactError(
-                f"{path} has {size} bytes, wanted at most {MAX_BYTES}", hint=remedy
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}", hint="check the disk") from error
+def first_complaint(error: ValidationError) -> str:
+    """Return where the first thing wrong is and what it is, on one line."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(step) for step in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return one_line(f"{where}: {message}" if where else message)
 
 
 def _require_kind(path: Path, parsed: dict[str, Any], wanted: str, remedy: str) -> None:
@@ -79,14 +70,23 @@ def _require_kind(path: Path, parsed: dict[str, Any], wanted: str, remedy: str) 
         return
     what = _LABELS.get(found) if isinstance(found, str) else None
     raise CorruptArtifactError(
-        f"{path} is {'a ' + what if what else 'not an artifact of moe-tool'}, not a {_LABELS[wanted]}",
+        f"{path} is {'a ' + what if what else 'not an artifact of moe-tool'}, "
+        f"not a {_LABELS[wanted]}",
         hint=remedy,
     )
 
 
-def _first(error: ValidationError) -> str:
-    """The first complaint: where it is and what it says, on one line."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(step) for step in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+def _require_experts_fit(path: Path, parsed: dict[str, Any], remedy: str) -> None:
+    """A record per expert, by numbers alone, before anything is counted out by them."""
+    shape, records = parsed.get("shape"), parsed.get("records")
+    if not isinstance(shape, dict) or not isinstance(records, list):
+        return
+    layers, experts = shape.get("layers"), shape.get("experts")
+    if not isinstance(layers, list) or not isinstance(experts, int):
+        return
+    if len(layers) * experts != len(records):
+        raise CorruptArtifactError(
+            f"{path} is damaged: it has {len(records)} records "
+            f"for {len(layers)} layers of {quoted(experts)} experts",
+            hint=remedy,
+        )

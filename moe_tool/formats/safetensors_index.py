@@ -1,8 +1,10 @@
-"""safetensors files read as hostile input: the whole header is checked before any byte of a tensor is used.
+"""safetensors files read as hostile input: the whole header is checked before any tensor is used.
 
-Bytes are read with pread into fresh tensors, not mapped: mapped pages count as resident memory, and a budget is a promise.
+Bytes are read with pread into fresh tensors, not mapped: mapped pages count as resident memory,
+and a budget is a promise.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from moe_tool.errors import (
     StorageError,
     UnsupportedModelError,
 )
+from moe_tool.formats.hostile_file import open_plain_file, quoted, read_capped, unreadable
 from moe_tool.formats.strict_json import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
@@ -46,7 +49,11 @@ _ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
     "U64": 8,
     "C64": 8,
     "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
 }
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _BASENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _AGAIN = "copy or download the file again"
 
@@ -70,20 +77,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises:
         NotFoundError: there is no such file.
-        CorruptArtifactError: it is no safetensors file, or truncated, or its header contradicts itself.
+        CorruptArtifactError: it is no safetensors file, truncated, or its header contradicts
+            itself.
         StorageError: it cannot be read.
     """
-    if not path.exists():
-        raise NotFoundError(f"{path} does not exist", hint="check the path")
-    if not path.is_file():
-        raise CorruptArtifactError(f"{path} is not a file", hint=_AGAIN)
     try:
-        with open(path, "rb") as file:
+        with open_plain_file(path, remedy=_AGAIN, missing="check the path") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
                 raise CorruptArtifactError(
-                    f"{path} has {file_bytes} bytes, a safetensors file has at least {_LENGTH_BYTES}",
+                    f"{path} has {file_bytes} bytes, "
+                    f"a safetensors file has at least {_LENGTH_BYTES}",
                     hint=_AGAIN,
                 )
             header_bytes = int.from_bytes(prefix, "little")
@@ -95,7 +100,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 )
             text = file.read(header_bytes)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}", hint="check the disk") from error
+        raise unreadable(path, error) from error
     data_start = _LENGTH_BYTES + header_bytes
     infos = _parse_header(path, text, data_start)
     _require_tiling(path, infos, data_start=data_start, file_bytes=file_bytes)
@@ -121,16 +126,22 @@ class Checkpoint:
             UnsupportedModelError: it holds only a pickled checkpoint.
             CorruptArtifactError: index and shards contradict each other, or a shard is damaged.
         """
-        if not folder.is_dir():
-            raise NotFoundError(f"{folder} is not a folder", hint="give a checkpoint's folder")
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.exists():
-            return cls._open_sharded(folder, index)
-        if single.exists():
-            return cls(read_header(single))
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        try:
+            names = {entry.name for entry in os.scandir(folder)}
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(
+                f"{folder} is not a folder", hint="give a checkpoint's folder"
+            ) from error
+        except OSError as error:
+            raise unreadable(folder, error) from error
+        if _SINGLE in names:  # before the index, as transformers has it
+            return cls(read_header(folder / _SINGLE))
+        if _INDEX in names:
+            return cls._open_sharded(folder, folder / _INDEX)
+        if any(name.endswith(_PICKLES) for name in names):
             raise UnsupportedModelError(
-                f"{folder} holds only a pickled checkpoint, which is never read: pickles can run code",
+                f"{folder} holds only a pickled checkpoint, which is never read: "
+                "pickles can run code",
                 hint="convert it to safetensors, e.g. with transformers' save_pretrained",
             )
         raise NotFoundError(
@@ -146,7 +157,7 @@ class Checkpoint:
             for name, info in read_header(path).items():
                 if name in tensors:
                     raise CorruptArtifactError(
-                        f"tensor {name} lies in {tensors[name].file.name} and in {path.name}",
+                        f"tensor {quoted(name)} lies in {tensors[name].file.name} and in {path}",
                         hint=_AGAIN,
                     )
                 tensors[name] = info
@@ -168,13 +179,14 @@ class Checkpoint:
             if found is None or found.file.name != shard:
                 where = "no shard" if found is None else found.file.name
                 raise CorruptArtifactError(
-                    f"{index} says that {name} lies in {shard}, it lies in {where}",
+                    f"{index} says that {quoted(name)} lies in {shard}, it lies in {where}",
                     hint="download index and shards again, all of the same version",
                 )
         extra = sorted(checkpoint.tensors.keys() - weight_map.keys())
         if extra:
             raise CorruptArtifactError(
-                f"{checkpoint.tensors[extra[0]].file} holds {extra[0]}, which {index.name} does not name",
+                f"{checkpoint.tensors[extra[0]].file} holds {quoted(extra[0])}, "
+                f"which {index.name} does not name",
                 hint="download index and shards again, all of the same version",
             )
         return checkpoint
@@ -190,7 +202,7 @@ class Checkpoint:
         info = self.tensors[name]
         if info.dtype not in _DTYPES:
             raise UnsupportedModelError(
-                f"{info.file}: tensor {name} is stored as {info.dtype}, which is not read",
+                f"{info.file}: tensor {quoted(name)} is stored as {info.dtype}, which is not read",
                 hint="use a float32, bfloat16 or float16 version of the checkpoint",
             )
         shape, offset, size = info.shape, info.offset, info.size_bytes
@@ -231,7 +243,8 @@ class Checkpoint:
                 count = os.preadv(file, [view[done:]], offset + done)
                 if count == 0:
                     raise CorruptArtifactError(
-                        f"{info.file} ended while {info.name} was read: {done} of {len(view)} bytes",
+                        f"{info.file} ended while {quoted(info.name)} was read: "
+                        f"{done} of {len(view)} bytes",
                         hint=_AGAIN,
                     )
                 done += count
@@ -239,7 +252,7 @@ class Checkpoint:
                 os.posix_fadvise(file, offset, len(view), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise StorageError(
-                f"{info.file}: {error.strerror or error} while {info.name} was read",
+                f"{info.file}: {error.strerror or error} while {quoted(info.name)} was read",
                 hint="check the disk",
             ) from error
         self.bytes_read += len(view)
@@ -249,6 +262,8 @@ def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorI
     infos = {}
     for name, entry in parse_json_object(path, text, remedy=_AGAIN).items():
         if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                raise CorruptArtifactError(f"{path}: its metadata are not strings", hint=_AGAIN)
             continue
         infos[name] = _parse_entry(path, name, entry, data_start)
     return infos
@@ -256,25 +271,20 @@ def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorI
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     def refuse(reason: str) -> CorruptArtifactError:
-        return CorruptArtifactError(f"{path}: tensor {name[:200]!r} {reason}", hint=_AGAIN)
+        return CorruptArtifactError(f"{path}: tensor {quoted(name)} {reason}", hint=_AGAIN)
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise refuse(f"has the unknown dtype {str(dtype)[:40]!r}")
+        raise refuse(f"has the unknown dtype {quoted(dtype)}")
     if not _is_counts(shape) or len(shape) > 16:
         raise refuse("has a shape that is not a list of sizes")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse("has offsets that are not a range")
-    n_items = 1
-    for extent in shape:
-        n_items *= extent
-    size = offsets[1] - offsets[0]
-    if n_items * _ITEM_BYTES[dtype] != size:
-        raise refuse(
-            f"of shape {shape} and dtype {dtype} needs {n_items * _ITEM_BYTES[dtype]} bytes, has {size}"
-        )
+    needed, size = math.prod(shape) * _ITEM_BYTES[dtype], offsets[1] - offsets[0]
+    if needed != size:
+        raise refuse(f"of shape {shape} and dtype {dtype} needs {needed} bytes, has {size}")
     return TensorInfo(
         name=name,
         dtype=dtype,
@@ -298,8 +308,9 @@ def _require_tiling(
     position = data_start
     for info in sorted(infos.values(), key=lambda i: (i.offset, i.size_bytes)):
         if info.offset != position:
-            what = "overlaps the tensor before it" if info.offset < position else "lies behind a hole"
-            raise CorruptArtifactError(f"{path}: tensor {info.name!r} {what}", hint=_AGAIN)
+            overlaps = info.offset < position
+            what = "overlaps the tensor before it" if overlaps else "lies behind a hole"
+            raise CorruptArtifactError(f"{path}: tensor {quoted(info.name)} {what}", hint=_AGAIN)
         position += info.size_bytes
     if position != file_bytes:
         what = "truncated" if file_bytes < position else "longer than its header says"
@@ -309,13 +320,7 @@ def _require_tiling(
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        size = index.stat().st_size
-        if not index.is_file() or size > _MAX_INDEX_BYTES:
-            raise CorruptArtifactError(f"{index} is not an index of shards", hint=_AGAIN)
-        text = index.read_bytes()
-    except OSError as error:
-        raise StorageError(f"{index}: {error.strerror or error}", hint="check the disk") from error
+    text = read_capped(index, limit_bytes=_MAX_INDEX_BYTES, remedy=_AGAIN)
     weight_map = parse_json_object(index, text, remedy=_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptArtifactError(f"{index} has no weight_map", hint=_AGAIN)
@@ -326,7 +331,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
             or not shard.endswith(".safetensors")
         ):
             raise CorruptArtifactError(
-                f"{index} puts {name[:200]!r} into {str(shard)[:100]!r}, "
+                f"{index} puts {quoted(name)} into {quoted(shard)}, "
                 "which is not the plain name of a safetensors file",
                 hint="use a checkpoint from a source that you trust",
             )

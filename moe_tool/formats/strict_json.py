@@ -1,10 +1,11 @@
-"""JSON objects from hostile files: no key twice, no NaN, no infinity, no bottomless nesting."""
+"""JSON objects from hostile files: UTF-8, no key twice, no NaN, no bottomless nesting."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.hostile_file import one_line, quoted
 
 
 def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]:
@@ -12,17 +13,24 @@ def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]
 
     Args:
         path: named in errors.
-        text: the file's bytes.
+        text: the object's bytes.
         remedy: the hint of the error.
 
     Raises:
         CorruptArtifactError: it is anything else than one JSON object.
     """
     try:
-        parsed = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CorruptArtifactError(f"{path} is damaged: {reason}", hint=remedy) from error
+        parsed = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
+    except (RecursionError, MemoryError) as error:
+        raise CorruptArtifactError(f"{path} is damaged: nested too deeply", hint=remedy) from error
+    except UnicodeError as error:
+        raise CorruptArtifactError(f"{path} is damaged: not text in UTF-8", hint=remedy) from error
+    except ValueError as error:
+        raise CorruptArtifactError(
+            f"{path} is damaged: {one_line(error)}", hint=remedy
+        ) from error
     if not isinstance(parsed, dict):
         raise CorruptArtifactError(f"{path} is damaged: its JSON is not an object", hint=remedy)
     return parsed
@@ -32,7 +40,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key[:200]!r} occurs twice")
+            raise ValueError(f"the key {quoted(key)} occurs twice")
+        key.encode("utf-8")  # an escaped lone surrogate is no text
         result[key] = value
     return result
 
