@@ -1,8 +1,9 @@
-"""The safetensors files of a bundle: how records are spread over files, and the header that describes them."""
+"""The files of a bundle: their names, how records are spread over them, their headers."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
 from moe_tool.formats.expert_record import RecordLayout
@@ -10,6 +11,7 @@ from moe_tool.formats.expert_record import RecordLayout
 MAX_FILE_BYTES = 4 * 2**30
 PART_SUFFIX = ".part"
 MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,7 @@ class ExpertFile:
 
     name: str
     header: bytes
-    """Length prefix, JSON, padding: the data start where it ends, on a multiple of ALIGNMENT_BYTES"""
+    """Length prefix, JSON, padding: where it ends, on a multiple of ALIGNMENT_BYTES, data start"""
     records: tuple[tuple[int, int], ...]
     """(layer, expert) in file order"""
 
@@ -27,10 +29,15 @@ class ExpertFile:
         return len(self.header) + position * layout.size_bytes
 
 
+def partial_folder(out: Path) -> Path:
+    """Where a bundle lies until it is finished."""
+    return out.parent / (out.name + PART_SUFFIX)
+
+
 def plan_expert_files(order: Sequence[tuple[int, int]], layout: RecordLayout) -> list[ExpertFile]:
     """Spread records over files of at most MAX_FILE_BYTES (a larger record gets one to itself)."""
     per_file = max(1, MAX_FILE_BYTES // layout.size_bytes)
-    files = []
+    files: list[ExpertFile] = []
     for start in range(0, len(order), per_file):
         records = tuple(order[start : start + per_file])
         name = f"experts-{len(files) + 1:05d}.safetensors"

@@ -1,7 +1,9 @@
-"""Reads a bundle: the manifest against the files before anything else, then records one by one, each checked when it comes from the disk."""
+"""Reads a bundle: first its manifest against its files, then records, each checked as it comes."""
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,13 +11,16 @@ import xxhash
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
 from moe_tool.errors import CorruptArtifactError, NotFoundError, StorageError
-from moe_tool.formats.bundle_files import MANIFEST, PART_SUFFIX
+from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
 from moe_tool.formats.expert_record import RecordLayout, record_layout, require_finite_scales
+from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.json_artifact import read_json_artifact
-from moe_tool.formats.safetensors_index import read_header
+from moe_tool.formats.safetensors_index import Checkpoint, read_header
 from moe_tool.progress import SILENT, Progress
 
 _HASH_BLOCK_BYTES = 16 * 2**20
+# What a loader of models or tokenizers may pick up by its name alone.
+_LOADABLE = (".json", ".jinja", ".model", ".safetensors", ".txt", ".py", ".bin", ".pt", ".pth")
 _REPACK = "pack the bundle again with moe-tool pack"
 
 
@@ -29,9 +34,13 @@ class BundleReader:
         self.layout = layout
         self._entries = {(record.layer, record.expert): record for record in manifest.records}
         self._handles: dict[str, int] = {}
-        with _naming(folder):
-            for name in sorted({record.file for record in manifest.records}):
-                self._handles[name] = os.open(folder / name, os.O_RDONLY)
+        try:
+            with _naming(folder):
+                for name in sorted({record.file for record in manifest.records}):
+                    self._handles[name] = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+        except StorageError:
+            self.close()
+            raise
 
     @classmethod
     def open(cls, folder: Path) -> "BundleReader":
@@ -43,7 +52,9 @@ class BundleReader:
             ArtifactVersionError: its manifest has another schema version.
             StorageError: it cannot be read.
         """
-        manifest = _read_manifest(folder)
+        with _naming(folder):
+            _require_finished(folder)
+        manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
         shape = manifest.shape
         layout = record_layout(shape.expert_tensors, shape.dtype, manifest.precision)
         if layout.size_bytes != manifest.record_size_bytes:
@@ -55,6 +66,7 @@ class BundleReader:
         with _naming(folder):
             _check_files(folder, manifest)
         _check_headers(folder, manifest, layout)
+        Checkpoint.open_files(_skeleton_files(folder, manifest))
         return cls(folder, manifest, layout)
 
     @property
@@ -65,11 +77,7 @@ class BundleReader:
     @property
     def skeleton_files(self) -> list[Path]:
         """The files with everything but the experts."""
-        return [
-            self.folder / file.name
-            for file in self.manifest.files
-            if file.name.startswith("skeleton-") and file.name.endswith(".safetensors")
-        ]
+        return _skeleton_files(self.folder, self.manifest)
 
     def record_entry(self, layer: int, expert: int) -> ExpertRecord:
         """Return where a record lies."""
@@ -82,12 +90,13 @@ class BundleReader:
             out: uint8 [layout.size_bytes], overwritten.
 
         Raises:
-            CorruptArtifactError: the bytes are not those that were packed; names layer, expert and file.
+            CorruptArtifactError: the bytes are not those that were packed; names layer, expert
+                and file.
             StorageError: the disk does not give them.
         """
         entry = self._entries[layer, expert]
         where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
-        view = memoryview(out.numpy()).cast("B")
+        view = memoryview(out.numpy().data).cast("B")
         done = 0
         try:
             while done < len(view):
@@ -98,7 +107,9 @@ class BundleReader:
                     )
                 done += count
         except OSError as error:
-            raise StorageError(f"{where}: {error.strerror or error}", hint="check the disk") from error
+            raise StorageError(
+                f"{where}: {error.strerror or error}", hint="check the disk"
+            ) from error
         if xxhash.xxh3_64_hexdigest(view) != entry.xxh3:
             raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=_REPACK)
         try:
@@ -150,53 +161,69 @@ class BundleReader:
                 self.read_record_into(record.layer, record.expert, out)
 
 
-class _naming:
-    """Turns the operating system's errors about a path into named ones."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            name = error.filename or self._path
-            raise StorageError(f"{name}: {error.strerror or error}", hint="check the disk") from error
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about a path into named ones."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(Path(error.filename or path), error) from error
 
 
-def _read_manifest(folder: Path) -> BundleManifest:
-    half_written = folder.with_name(folder.name + PART_SUFFIX)
+def _require_finished(folder: Path) -> None:
+    """Refuse what is no bundle, or not yet one."""
     resume = "run the same moe-tool pack command again: it resumes"
-    if not folder.exists():
-        if half_written.is_dir():
+    names = _names(folder)
+    if names is None:
+        if partial_folder(folder).is_dir():
             raise CorruptArtifactError(
-                f"{folder} is half-written ({half_written} is there)", hint=resume
+                f"{folder} is half-written ({partial_folder(folder)} is there)", hint=resume
             )
         raise NotFoundError(f"{folder} does not exist", hint="make a bundle with moe-tool pack")
-    if not folder.is_dir():
-        raise CorruptArtifactError(f"{folder} is not a folder, so not a bundle", hint=_REPACK)
-    if not (folder / MANIFEST).is_file():
-        if folder.name.endswith(PART_SUFFIX) or (folder / "journal.jsonl").exists():
-            raise CorruptArtifactError(f"{folder} is a half-written bundle", hint=resume)
+    if folder.name.endswith(PART_SUFFIX) or JOURNAL in names:
+        raise CorruptArtifactError(f"{folder} is a half-written bundle", hint=resume)
+    if MANIFEST not in names:
         raise CorruptArtifactError(
             f"{folder} is not a bundle: it has no {MANIFEST}",
             hint="make a bundle of a checkpoint with moe-tool pack",
         )
-    return read_json_artifact(folder / MANIFEST, BundleManifest)
+    if (folder / MANIFEST).is_symlink():
+        raise CorruptArtifactError(
+            f"{folder / MANIFEST} is a link, not a file of the bundle", hint=_REPACK
+        )
+
+
+def _names(folder: Path) -> set[str] | None:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError as error:
+        raise CorruptArtifactError(
+            f"{folder} is not a folder, so not a bundle", hint=_REPACK
+        ) from error
 
 
 def _check_files(folder: Path, manifest: BundleManifest) -> None:
+    """All that is listed is there in full; nothing else that could be loaded is."""
     for file in manifest.files:
         path = folder / file.name
+        if file.name == MANIFEST:
+            raise CorruptArtifactError(f"{path} lists itself", hint=_REPACK)
         if path.is_symlink():
             raise CorruptArtifactError(f"{path} is a link, not a file of the bundle", hint=_REPACK)
         if not path.is_file():
-            raise CorruptArtifactError(f"{path} is missing", hint=_REPACK)
+            raise CorruptArtifactError(f"{path} is missing or not a file", hint=_REPACK)
         found = path.stat().st_size
         if found != file.size_bytes:
             raise CorruptArtifactError(
                 f"{path} has {found} bytes, its manifest says {file.size_bytes}", hint=_REPACK
+            )
+    listed = {MANIFEST, *(file.name for file in manifest.files)}
+    for name in sorted(_names(folder) or ()):
+        if name not in listed and name.endswith(_LOADABLE) and not name.startswith("."):
+            raise CorruptArtifactError(
+                f"{folder / name} is not listed in {MANIFEST}", hint=f"remove it, or {_REPACK}"
             )
 
 
@@ -205,7 +232,7 @@ def _check_headers(folder: Path, manifest: BundleManifest, layout: RecordLayout)
     for record in manifest.records:
         for segment in layout.segments:
             name = f"layer.{record.layer}.expert.{record.expert}.{segment.name}"
-            info = headers[record.file].get(name)
+            info = headers[record.file].pop(name, None)
             if (
                 info is None
                 or info.dtype != "U8"
@@ -213,5 +240,21 @@ def _check_headers(folder: Path, manifest: BundleManifest, layout: RecordLayout)
                 or info.size_bytes != segment.size_bytes
             ):
                 raise CorruptArtifactError(
-                    f"{folder / record.file} does not hold {name} where {MANIFEST} says", hint=_REPACK
+                    f"{folder / record.file} does not hold {name} where {MANIFEST} says",
+                    hint=_REPACK,
                 )
+    for file, left in headers.items():
+        if left:
+            raise CorruptArtifactError(
+                f"{folder / file} holds {quoted(min(left))}, which is no part of a record",
+                hint=_REPACK,
+            )
+
+
+def _skeleton_files(folder: Path, manifest: BundleManifest) -> list[Path]:
+    names = [file.name for file in manifest.files]
+    return [
+        folder / name
+        for name in names
+        if name.startswith("skeleton-") and name.endswith(".safetensors")
+    ]

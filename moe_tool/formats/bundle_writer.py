@@ -1,13 +1,11 @@
-"""Writes a bundle so that it is whole or resumable: records in order, a journal of what is on the disk, the manifest last.
+"""Writes a bundle so that it is whole or resumable: records in order, the manifest last.
 
-Everything goes to `<out>.part/`, which becomes `<out>/` by one rename at the very end. The journal names records only after their
-bytes were fsynced, so that after a kill or a power cut all that it names is there; it is checked again on a resume.
+Everything goes to `<out>.part/`, which becomes `<out>/` by one rename at the very end. The journal
+there names records only once their bytes are on the disk; a resume checks them all the same.
 """
 
 import hashlib
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -23,24 +21,32 @@ from moe_tool.artifacts.bundle_manifest import (
     ExpertRecord,
     LayerHeat,
 )
-from moe_tool.artifacts.identity import ModelIdentity, require_same_model
+from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.precision import Precision
 from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
+    JOURNAL,
     MANIFEST,
     MAX_FILE_BYTES,
     PART_SUFFIX,
     ExpertFile,
+    partial_folder,
     plan_expert_files,
     safetensors_header,
 )
+from moe_tool.formats.bundle_journal import (
+    BundleOrder,
+    append_to_journal,
+    read_journal,
+    write_journal,
+)
+from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.expert_record import RecordLayout, record_layout
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.formats.safetensors_index import TensorInfo
 
-_JOURNAL = "journal.jsonl"
 _SYNC_BYTES = 256 * 2**20
 
 
@@ -59,11 +65,10 @@ class BundleWriter:
     ) -> None:
         """Use `open`."""
         self._out = out
-        self._folder = out.with_name(out.name + PART_SUFFIX)
-        self._identity = identity
+        self._folder = partial_folder(out)
+        self._asked = BundleOrder(identity, precision, made_from)
         self._shape = shape
         self.precision = precision
-        self._made_from = made_from
         self._layout: RecordLayout = record_layout(shape.expert_tensors, shape.dtype, precision)
         self._order = list(order)
         self._position = {key: position for position, key in enumerate(order)}
@@ -95,11 +100,12 @@ class BundleWriter:
             shape: of the model.
             precision: of the records.
             order: every (layer, expert) in file order.
-            made_from: options and input hashes; an interrupted or finished bundle with others is refused.
+            made_from: options and input hashes; a bundle or part of one with others is refused.
 
         Raises:
             UsageError: `out` holds something else, or was made with other options.
             WrongModelError: it was made from another model.
+            CorruptArtifactError: what is there is damaged.
             StorageError: the disk refuses.
         """
         writer = cls(
@@ -110,12 +116,12 @@ class BundleWriter:
             order=order,
             made_from=made_from,
         )
-        if out.exists():
-            writer._require_same_finished()
-            writer.finished = True
-            return writer
         with storage_errors(writer._folder):
-            writer._begin_or_resume()
+            if out.exists() or out.is_symlink():
+                writer._require_same_finished()
+                writer.finished = True
+            else:
+                writer._begin_or_resume()
         return writer
 
     @property
@@ -143,7 +149,7 @@ class BundleWriter:
         """
         assert self._order[self.n_written] == (layer, expert)
         file, position = self._place(self.n_written)
-        data = memoryview(record.numpy()).cast("B")
+        data = memoryview(record.numpy().data).cast("B")
         with storage_errors(self._folder / file.name):
             if position == 0:
                 self._start_file(file)
@@ -173,9 +179,7 @@ class BundleWriter:
                 os.close(self._file)
                 self._file = None
 
-    def write_skeleton(
-        self, tensors: Sequence[TensorInfo], read: Callable[[str], bytes]
-    ) -> None:
+    def write_skeleton(self, tensors: Sequence[TensorInfo], read: Callable[[str], bytes]) -> None:
         """Write everything but the experts, under its names in the checkpoint.
 
         Args:
@@ -214,22 +218,21 @@ class BundleWriter:
         ]
         manifest = BundleManifest(
             tool_version=__version__,
-            identity=self._identity,
+            identity=self._asked.identity,
             shape=self._shape,
             precision=self.precision,
             record_size_bytes=self._layout.size_bytes,
             records=tuple(self._records),
             files=(*experts, *self._others),
-            made_from=self._made_from,
+            made_from=self._asked.made_from,
             profile_sha256=profile_sha256,
             heat=heat,
             buddies=buddies,
         )
         with storage_errors(self._folder):
-            (self._folder / _JOURNAL).unlink()
             write_json_artifact(self._folder / MANIFEST, manifest)
-            os.rename(self._folder, self._out)
-            sync_folder(self._out.absolute().parent)
+            (self._folder / JOURNAL).unlink()
+            self._rename()
         return manifest
 
     def _require_same_finished(self) -> None:
@@ -237,65 +240,44 @@ class BundleWriter:
             raise UsageError(
                 f"{self._out} exists and is not a bundle", hint="choose another --out, or remove it"
             )
-        manifest = read_json_artifact(self._out / MANIFEST, BundleManifest)
-        require_same_model(
-            manifest.identity,
-            self._identity,
-            artifact=f"the bundle {self._out}",
-            remedy="choose another --out, or remove the bundle",
-        )
-        self._require_same_options(self._out, manifest.made_from)
-
-    def _require_same_options(self, folder: Path, found: dict[str, str]) -> None:
-        for key in sorted(found.keys() | self._made_from.keys()):
-            old, new = found.get(key, "none"), self._made_from.get(key, "none")
-            if old != new:
-                raise UsageError(
-                    f"{folder} was packed with {key} {old[:60]}, asked is {key} {new[:60]}",
-                    hint=f"repeat the command with the same options, choose another --out, or remove {folder}",
-                )
+        with BundleReader.open(self._out) as found:
+            self._asked.require_same_bundle(self._out, found.manifest)
 
     def _begin_or_resume(self) -> None:
-        journal = self._folder / _JOURNAL
-        if self._folder.exists() and not journal.is_file():
-            if any(self._folder.iterdir()):
-                raise UsageError(
-                    f"{self._folder} exists and is not an interrupted bundle",
-                    hint="choose another --out, or remove it",
-                )
-            shutil.rmtree(self._folder)
-        if not self._folder.exists():
-            self._folder.mkdir(parents=True)
-            head = {"identity": self._identity.model_dump(), "made_from": self._made_from}
-            _append(journal, [json.dumps(head)])
-            return
-        lines = journal.read_bytes().split(b"\n")
-        self._require_same_journal(lines[0])
-        self._adopt([line for line in lines[1:] if line])
-        text = [lines[0].decode(), *(record.model_dump_json() for record in self._records)]
-        journal.unlink()  # rewritten without what a kill tore
-        _append(journal, text)
-
-    def _require_same_journal(self, head: bytes) -> None:
-        try:
-            found = json.loads(head)
-            identity = ModelIdentity.model_validate(found["identity"])
-            made_from = dict(found["made_from"])
-        except (ValueError, KeyError, TypeError) as error:
+        if self._out.name.endswith(PART_SUFFIX):
             raise UsageError(
-                f"{self._folder} is not an interrupted bundle: its journal is damaged",
-                hint=f"remove {self._folder} and pack again",
-            ) from error
-        require_same_model(
-            identity,
-            self._identity,
-            artifact=f"the interrupted bundle {self._folder}",
-            remedy=f"choose another --out, or remove {self._folder}",
-        )
-        self._require_same_options(self._folder, made_from)
+                f"{self._out}: names ending in {PART_SUFFIX} are for half-written bundles",
+                hint="choose another --out",
+            )
+        folder = self._folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob(f".*{PART_SUFFIX}"):  # files that a kill left without their name
+            torn.unlink()
+        names = {path.name for path in folder.iterdir()}
+        if JOURNAL in names:
+            self._adopt(read_journal(folder, self._asked))
+            write_journal(folder, self._asked, self._records)  # without what a kill tore
+        elif MANIFEST in names:  # killed right before the rename
+            found = read_json_artifact(folder / MANIFEST, BundleManifest)
+            self._asked.require_same_bundle(folder, found)
+            self._rename()
+            self._require_same_finished()
+            self.finished = True
+        elif names:
+            raise UsageError(
+                f"{folder} exists and is not an interrupted bundle",
+                hint=f"choose another --out, or remove {folder}",
+            )
+        else:
+            write_journal(folder, self._asked, ())
+
+    def _rename(self) -> None:
+        sync_folder(self._folder)
+        os.rename(self._folder, self._out)
+        sync_folder(self._out.absolute().parent)
 
     def _adopt(self, lines: Sequence[bytes]) -> None:
-        """Take over the records that the journal names and whose bytes are right, up to the first that is not."""
+        """Take over the records that are as the journal says, up to the first that is not."""
         for count, line in enumerate(lines):
             if count >= len(self._order):
                 return
@@ -314,11 +296,11 @@ class BundleWriter:
             os.lseek(self._file, 0, os.SEEK_END)
 
     def _reopen(self, file: ExpertFile) -> None:
-        self._file = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT, 0o644)
-        found = os.pread(self._file, len(file.header), 0)
-        if found != file.header:
+        self._open(file, 0)
+        assert self._file is not None
+        if _read_all(self._file, len(file.header), 0) != file.header:
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, file.header, 0)
+            _write_all(self._file, memoryview(file.header))
         self._digest = hashlib.sha256(file.header)
 
     def _checked(self, line: bytes, file: ExpertFile, position: int) -> ExpertRecord | None:
@@ -330,8 +312,8 @@ class BundleWriter:
         if (record.layer, record.expert) != file.records[position] or record.offset != offset:
             return None
         assert self._file is not None
-        data = os.pread(self._file, self._layout.size_bytes, offset)
-        if len(data) < self._layout.size_bytes or xxhash.xxh3_64_hexdigest(data) != record.xxh3:
+        data = _read_all(self._file, self._layout.size_bytes, offset)
+        if xxhash.xxh3_64_hexdigest(data) != record.xxh3:
             return None
         self._digest.update(data)
         return record
@@ -342,10 +324,16 @@ class BundleWriter:
         return self._plan[count // per_file], count % per_file
 
     def _start_file(self, file: ExpertFile) -> None:
-        path = self._folder / file.name
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._open(file, os.O_TRUNC)
+        assert self._file is not None
         _write_all(self._file, memoryview(file.header))
         self._digest = hashlib.sha256(file.header)
+
+    def _open(self, file: ExpertFile, flag: int) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flag
+        self._file = os.open(self._folder / file.name, flags, 0o644)
 
     def _end_file(self, file: ExpertFile) -> None:
         assert self._file is not None
@@ -359,16 +347,15 @@ class BundleWriter:
             return
         os.fsync(self._file)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
-        _append(
-            self._folder / _JOURNAL, [record.model_dump_json() for record in self._unsynced]
-        )
+        append_to_journal(self._folder, self._unsynced)
         self._records += self._unsynced
         self._unsynced = []
 
     def _write_file(self, name: str, start: bytes, rest: Iterable[bytes]) -> None:
         digest, size = hashlib.sha256(), 0
         path = self._folder / name
-        with storage_errors(path), open(path, "wb") as file:
+        path.unlink(missing_ok=True)  # what a kill tore
+        with storage_errors(path), open(path, "xb") as file:
             for data in chain((start,), rest):
                 file.write(data)
                 digest.update(data)
@@ -376,18 +363,6 @@ class BundleWriter:
             file.flush()
             os.fsync(file.fileno())
         self._others.append(BundleFile(name=name, size_bytes=size, sha256=digest.hexdigest()))
-
-
-def _chain(start: bytes, rest: Iterable[bytes]):  # type: ignore[no-untyped-def]
-    yield start
-    yield from rest  # type: ignore[misc]
-
-
-def _append(path: Path, lines: Sequence[str]) -> None:
-    with open(path, "ab") as file:
-        file.write("".join(line + "\n" for line in lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _by_size(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
@@ -409,3 +384,14 @@ def _write_all(file: int, data: memoryview) -> None:
         if written <= 0:
             raise StorageError("the disk takes no more bytes")
         done += written
+
+
+def _read_all(file: int, size: int, offset: int) -> bytes:
+    """Up to `size` bytes, fewer only where the file ends."""
+    data = bytearray()
+    while len(data) < size:
+        block = os.pread(file, size - len(data), offset + len(data))
+        if not block:
+            break
+        data += block
+    return bytes(data)

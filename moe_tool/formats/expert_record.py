@@ -1,7 +1,8 @@
-"""How one expert lies in a bundle: named, aligned segments behind each other, so that the common case is one aligned read.
+"""How one expert lies in a bundle: named, aligned segments, so that it is one aligned read.
 
-A matrix in the checkpoint's floats is one segment of its name; an integer matrix is `NAME.codes` and `NAME.scales`; a vector is
-one segment in the checkpoint's dtype. Every segment is padded with zeros to ALIGNMENT_BYTES. Little-endian throughout.
+A matrix in the checkpoint's floats is one segment of its name; an integer matrix is `NAME.codes`
+and `NAME.scales`; a vector is one segment in the checkpoint's dtype. Every segment is padded with
+zeros to ALIGNMENT_BYTES. Little-endian throughout.
 """
 
 from collections.abc import Mapping, Sequence
