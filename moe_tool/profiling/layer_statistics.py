@@ -130,9 +130,9 @@ def _probe(module: nn.Module, experts: Experts, sample: _Sample, probe_bytes: in
         n_tokens, n_experts=len(experts), hidden=hidden, memory_bytes=probe_bytes
     ):
         inputs = sample.inputs[rows].contiguous()
-        outputs = torch.stack(
-            [expert_forward(module, experts[expert], inputs) for expert in range(len(experts))]
-        )  # [E, b, H]
+        outputs = torch.empty(len(experts), *inputs.shape)  # [E, b, H]
+        for expert in range(len(experts)):
+            outputs[expert] = expert_forward(module, experts[expert], inputs)
         probe.add_block(outputs, routed=sample.routed[rows], gate=sample.gate[rows])
     return probe
 
