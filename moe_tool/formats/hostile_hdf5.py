@@ -1,0 +1,169 @@
+"""HDF5 files with a seal at their end: what is damaged is refused before the HDF5 library sees it.
+
+The library reads past its own structures in damaged files. So behind the HDF5 data, where it does
+not look, lie SEAL_BYTES more: the sha256 of everything before them. Of a sealed file it opens only
+datasets that lie in it as they are: no links, no filters, no external or sparse storage.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+
+from moe_tool.errors import CorruptArtifactError, MoeToolError
+from moe_tool.formats.atomic_write import atomic_file
+from moe_tool.formats.hostile_file import one_line, open_plain_file, unreadable
+
+SEAL_BYTES = 32
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_BLOCK_BYTES = 2**20
+
+
+@contextmanager
+def created_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Yield a new HDF5 file that appears sealed at `path` when the block ends, or not at all.
+
+    Raises:
+        DiskFullError, StorageError: the disk refuses.
+    """
+    with atomic_file(path) as raw:
+        guarded = _Guarded(raw)
+        try:
+            # Through a Python file object: HDF5 then leaves no lock and no name of its own.
+            with h5py.File(guarded, "w", libver=("v110", "v110"), track_order=False) as file:
+                yield file
+        finally:
+            if guarded.error is not None:  # h5py's own error has lost what it was
+                raise guarded.error
+        raw.seek(0)
+        digest = hashlib.sha256()
+        while block := raw.read(_BLOCK_BYTES):
+            digest.update(block)
+        raw.write(digest.digest())
+
+
+def verified_sha256(path: Path, *, remedy: str) -> str:
+    """Return the sha256 of a whole HDF5 file after comparing it with its seal.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CorruptArtifactError: it is no HDF5 file, truncated or damaged.
+        StorageError: it cannot be read.
+    """
+    digest, held_back = hashlib.sha256(), b""
+    try:
+        with open_plain_file(path, remedy=remedy) as file:
+            start = file.read(len(_SIGNATURE))
+            if start != _SIGNATURE:
+                raise CorruptArtifactError(
+                    f"{path} is not an HDF5 file, so not a profile", hint=remedy
+                )
+            held_back = start
+            while block := file.read(_BLOCK_BYTES):
+                held_back += block
+                digest.update(held_back[:-SEAL_BYTES])
+                held_back = held_back[-SEAL_BYTES:]
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if digest.digest() != held_back:
+        raise damaged(path, "its content does not fit the hash at its end", remedy=remedy)
+    digest.update(held_back)
+    return digest.hexdigest()
+
+
+@contextmanager
+def opened_hdf5(path: Path, *, remedy: str) -> Iterator[h5py.File]:
+    """Yield a sealed file for reading; what the block raises goes through."""
+    with translated(path, remedy=remedy):
+        file = h5py.File(path, "r", locking=False)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+@contextmanager
+def translated(path: Path, *, remedy: str) -> Iterator[None]:
+    """Name the damage: h5py raises whatever comes to its mind."""
+    try:
+        yield
+    except MoeToolError:
+        raise
+    except (
+        *(OSError, ValueError, TypeError, AttributeError, RuntimeError),
+        *(LookupError, ArithmeticError, MemoryError, SystemError),
+    ) as error:
+        reason = one_line(error) or type(error).__name__
+        raise damaged(path, f"HDF5 says {reason}", remedy=remedy) from error
+
+
+def damaged(path: Path, reason: str, *, remedy: str) -> CorruptArtifactError:
+    """Return the error for a file that is not what it should be."""
+    return CorruptArtifactError(f"{path} is damaged: {reason}", hint=remedy)
+
+
+def child_group(parent: h5py.Group, name: str, path: Path) -> h5py.Group:
+    """Return the group of a slash-separated name, reached by hard links alone."""
+    found = _child(parent, name, path)
+    if not isinstance(found, h5py.Group):
+        raise _missing(name, path)
+    return found
+
+
+def child_dataset(parent: h5py.Group, name: str, path: Path) -> h5py.Dataset:
+    """Return a dataset stored in this very file, as it lies: its size is that of its bytes."""
+    found = _child(parent, name, path)
+    if not isinstance(found, h5py.Dataset):
+        raise _missing(name, path)
+    n_bytes = found.dtype.itemsize
+    for extent in found.shape:
+        n_bytes *= int(extent)
+    odd = found.external or found.is_virtual or found.chunks or found.dtype.kind == "O"
+    if odd or found.id.get_storage_size() != n_bytes:
+        raise CorruptArtifactError(
+            f"{path} is damaged: {name} is not stored plainly in the file", hint="record it again"
+        )
+    return found
+
+
+def _child(parent: h5py.Group, name: str, path: Path) -> Any:
+    found = parent
+    for step in name.split("/"):
+        if not isinstance(found, h5py.Group):
+            raise _missing(name, path)
+        links = found.id.links  # asked below h5py's own lookup, which would follow the link
+        if not links.exists(step.encode()):
+            raise _missing(name, path)
+        if links.get_info(step.encode()).type != h5py.h5l.TYPE_HARD:
+            raise CorruptArtifactError(
+                f"{path} is damaged: {name} is a link", hint="record it again"
+            )
+        found = found[step]
+    return found
+
+
+def _missing(name: str, path: Path) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"{path} is damaged: {name} is missing", hint="record it again with moe-tool profile"
+    )
+
+
+class _Guarded:
+    """A file that remembers the first error that the disk gave."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._raw.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
