@@ -1,7 +1,7 @@
 """Signed integer codes packed into bytes, row by row.
 
-8 bits: one two's-complement code per byte. 4 bits: codes plus 8, the code of the even input in the low nibble; a row of an odd
-number of inputs ends in a byte whose high nibble is 8 (code 0).
+8 bits: one two's-complement code per byte. 4 bits: codes plus 8, the code of the even input in the
+low nibble; a row of an odd number of inputs ends in a byte whose high nibble is 8 (code 0).
 """
 
 import torch

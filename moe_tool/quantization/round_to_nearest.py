@@ -1,8 +1,9 @@
-"""Round-to-nearest quantization: each weight to the nearest point of a grid that its row's group of inputs shares.
+"""Round-to-nearest: each weight to the nearest point of a grid that its row's group shares.
 
-The grid of b bits is {-2**(b-1), ..., 2**(b-1) - 1} * d with d chosen so that the weight of largest magnitude lies exactly on the
-outermost point: d = w_largest / -2**(b-1), which may be negative. So all 2**b points are used without storing a zero point.
-d is rounded to float16 before the codes are computed, so that codes and stored scale belong together. One bit: d = mean |w|, code = sign.
+The grid of b bits is {-2**(b-1), ..., 2**(b-1) - 1} * d with d chosen so that the weight of largest
+magnitude lies exactly on the outermost point: d = w_largest / -2**(b-1), which may be negative. So
+all 2**b points are used without storing a zero point. d is rounded to float16 before the codes are
+computed, so that codes and stored scale belong together. One bit: d = mean |w|, code = sign.
 """
 
 import torch
@@ -60,9 +61,7 @@ def round_trip(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> 
     return codes.mul_(scales.float()).flatten(1)[:, : weight.shape[1]]
 
 
-def _codes(
-    weight: torch.Tensor, width_bits: int, group: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _codes(weight: torch.Tensor, width_bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes as float32 [out, G, group] and scales as float16 [out, G, 1]."""
     n_out, n_in = weight.shape
     n_groups = -(-n_in // group)
@@ -83,6 +82,7 @@ def _codes(
     half_range = 2 ** (width_bits - 1)
     largest = torch.where(-lowest > highest, lowest, highest)
     scales = (largest / -half_range).clamp_(-_FLOAT16_MAX, _FLOAT16_MAX).half()
+    scales += 0.0  # a group of zeros has the scale 0, not -0: same numbers, same bytes
     exact = scales.float()
     inverse = torch.where(exact == 0, 0.0, 1.0 / exact)
     return (values * inverse).round_().clamp_(-half_range, half_range - 1), scales

@@ -1,4 +1,4 @@
-"""An expert's matrices as they lie in a record: floating-point values, or integer codes with scales."""
+"""An expert's matrices as a record holds them: floats, or integer codes with scales."""
 
 from dataclasses import dataclass
 
