@@ -144,6 +144,10 @@ def _read_prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None
         data = sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
         return data.decode("utf-8")
     except FileNotFoundError as error:
-        raise NotFoundError(f"there is no prompt file {where}") from error
+        raise NotFoundError(
+            f"there is no prompt file {where}", hint='--prompt "TEXT" takes the text itself'
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataSourceError(f"the prompt in {where} is not UTF-8 text: {error}") from error
+        raise DataSourceError(
+            f"the prompt in {where} is not UTF-8 text: {error}", hint="convert it with iconv"
+        ) from error
