@@ -6,6 +6,7 @@ datasets that lie in it as they are: no links, no filters, no external or sparse
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,9 +119,9 @@ def child_dataset(parent: h5py.Group, name: str, path: Path) -> h5py.Dataset:
     found = _child(parent, name, path)
     if not isinstance(found, h5py.Dataset):
         raise _missing(name, path)
-    n_bytes = found.dtype.itemsize
-    for extent in found.shape:
-        n_bytes *= int(extent)
+    if found.shape is None:
+        raise _missing(name, path)
+    n_bytes = math.prod(map(int, found.shape)) * found.dtype.itemsize
     odd = found.external or found.is_virtual or found.chunks or found.dtype.kind == "O"
     if odd or found.id.get_storage_size() != n_bytes:
         raise CorruptArtifactError(

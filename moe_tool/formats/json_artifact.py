@@ -59,7 +59,7 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
 def first_complaint(error: ValidationError) -> str:
     """Return where the first thing wrong is and what it is, on one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(step) for step in first["loc"])
+    where = ".".join(ascii(step).strip("'\"") for step in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     return one_line(f"{where}: {message}" if where else message)
 

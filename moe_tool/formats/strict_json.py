@@ -7,6 +7,8 @@ from typing import Any
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.hostile_file import one_line, quoted
 
+_MAX_DIGITS = 40
+
 
 def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]:
     """Parse the JSON object that a file holds.
@@ -21,7 +23,10 @@ def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]
     """
     try:
         parsed = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+            text.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_int=_bounded_integer,
+            parse_constant=_refuse_constant,
         )
     except (RecursionError, MemoryError) as error:
         raise CorruptArtifactError(f"{path} is damaged: nested too deeply", hint=remedy) from error
@@ -44,6 +49,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         key.encode("utf-8")  # an escaped lone surrogate is no text
         result[key] = value
     return result
+
+
+def _bounded_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def _refuse_constant(name: str) -> Any:
