@@ -7,7 +7,7 @@ and a budget is a promise.
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -115,6 +115,8 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(sorted(tensors.items())))
         self.total_bytes = sum(info.size_bytes for info in tensors.values())
         self.bytes_read = 0
+        self.on_read: Callable[[str, int | None, memoryview], None] | None = None
+        """Told the name, the row if only one was read, and the bytes of whatever is read"""
         self._files: dict[Path, int] = {}
 
     @classmethod
@@ -210,14 +212,14 @@ class Checkpoint:
             size //= shape[0]
             shape, offset = shape[1:], offset + row * size
         raw = torch.empty(size, dtype=torch.uint8)
-        self._read_into(info, raw.numpy(), offset)
+        self._read_into(info, raw.numpy(), offset, row)
         return raw.view(_DTYPES[info.dtype]).view(shape)
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of one tensor, whatever its dtype."""
         info = self.tensors[name]
         data = bytearray(info.size_bytes)
-        self._read_into(info, data, info.offset)
+        self._read_into(info, data, info.offset, None)
         return bytes(data)
 
     def close(self) -> None:
@@ -232,7 +234,7 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_into(self, info: TensorInfo, target: Any, offset: int) -> None:
+    def _read_into(self, info: TensorInfo, target: Any, offset: int, row: int | None) -> None:
         view = memoryview(target).cast("B")
         done = 0
         try:
@@ -256,6 +258,8 @@ class Checkpoint:
                 hint="check the disk",
             ) from error
         self.bytes_read += len(view)
+        if self.on_read is not None:
+            self.on_read(info.name, row, view)
 
 
 def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:

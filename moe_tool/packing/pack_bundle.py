@@ -67,6 +67,8 @@ class _Measured:
     heat: tuple[LayerHeat, ...] | None
     order: list[tuple[int, int]]
     """(layer, expert) in file order"""
+    full_hash: str | None
+    """Of the checkpoint: the profile read every tensor of it"""
 
 
 def pack_bundle(
@@ -110,7 +112,7 @@ def pack_bundle(
     skeleton_bytes = sum(opened.checkpoint.tensors[n].size_bytes for n in opened.skeleton_names)
     writer = BundleWriter.open(
         out,
-        identity=opened.identity,
+        identity=opened.identity.model_copy(update={"full": measured.full_hash}),
         shape=shape,
         precision=precision,
         order=measured.order,
@@ -171,7 +173,7 @@ def _write_records(
 def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -> _Measured:
     if path is None:
         order = [(layer, expert) for layer in shape.layers for expert in range(shape.experts)]
-        return _Measured(sha256=None, heat=None, order=order)
+        return _Measured(sha256=None, heat=None, order=order, full_hash=None)
     with ProfileReader.open(path) as profile:
         require_same_model(
             profile.header.identity,
@@ -185,7 +187,12 @@ def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -
             share = np.minimum(counts.load / max(counts.n_tokens, 1), 1.0)
             heat.append(LayerHeat(layer=layer, load=tuple(float(x) for x in share)))
             order += [(layer, e) for e in order_experts(counts.load, counts.coactivation)]
-        return _Measured(sha256=profile.sha256, heat=tuple(heat), order=order)
+        return _Measured(
+            sha256=profile.sha256,
+            heat=tuple(heat),
+            order=order,
+            full_hash=profile.header.identity.full,
+        )
 
 
 def _read_buddies(

@@ -25,6 +25,7 @@ from moe_tool.formats.profile_hdf5 import (
     write_profile,
 )
 from moe_tool.models.architecture import OpenedModel, open_model
+from moe_tool.models.full_hash import FullHash
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
@@ -135,9 +136,10 @@ def record_profile(
         run = _Run(opened, model.folder, sequences, parts, memory_bytes, seed, progress)
         first_layer = run.record_layers(resume=resume)
         sensitivities = run.sensitivities()
+        identity = opened.identity.model_copy(update={"full": run.full_hash.result()})
         write_profile(
             out,
-            header,
+            header.model_copy(update={"identity": identity}),
             _traced_tokens(sequences),
             parts.layer_files(opened.shape.layers),
             sensitivities,
@@ -185,6 +187,8 @@ class _Run:
         self._sequences = sequences
         self._parts = parts
         self._progress = progress
+        self.full_hash = FullHash(parts.digests())
+        opened.checkpoint.on_read = self.full_hash.add
         self._stream = LayerStream(folder, opened.checkpoint)
         self._watched = _watched_sequences(sequences, seed=seed)  # [b, s] int64
         n_tokens, n_watched = sequences.ids.size, self._watched.size
@@ -239,6 +243,7 @@ class _Run:
             )
             self._run_layer(layer)
             self._progress.end()
+            self._parts.keep_digests(self.full_hash.digests)
             self._states.commit(layer.layer + 1)
         return first
 
@@ -333,6 +338,18 @@ class _PartsFolder:
     def layer_files(self, layers: Sequence[int]) -> dict[int, Path]:
         """All of them."""
         return {layer: self.layer_file(layer) for layer in layers}
+
+    def keep_digests(self, digests: dict[str, str]) -> None:
+        """Keep what the full hash knows of the tensors read so far: a resume does not read them again."""
+        atomic_write_bytes(self.folder / "digests.json", json.dumps(digests).encode())
+
+    def digests(self) -> dict[str, str]:
+        """Return what was kept; nothing at the beginning."""
+        try:
+            kept = json.loads((self.folder / "digests.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return kept if isinstance(kept, dict) else {}
 
     def remove(self) -> None:
         """Delete the folder once the profile is written."""

@@ -1,0 +1,27 @@
+"""The full hash of a checkpoint, computed while something else reads every tensor of it anyway."""
+
+import hashlib
+from collections.abc import Mapping
+
+
+class FullHash:
+    """Collects one sha256 per tensor, or per row of a tensor that is read row by row, in any order."""
+
+    def __init__(self, digests: Mapping[str, str] | None = None) -> None:
+        """Begin, or go on with what `digests` returned in a run that was interrupted."""
+        self._digests: dict[str, str] = dict(digests or {})
+
+    def add(self, name: str, row: int | None, data: memoryview) -> None:
+        """Take note of a tensor's bytes, or of one row's; a listener for `Checkpoint.on_read`."""
+        key = name if row is None else f"{name} {row:06d}"
+        self._digests[key] = hashlib.sha256(data).hexdigest()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What was collected: hex digests by tensor name, or by tensor name and row."""
+        return dict(sorted(self._digests.items()))
+
+    def result(self) -> str:
+        """Return the sha256 over all names and digests, in the order of names and rows."""
+        lines = (f"{key} {digest}\n" for key, digest in self.digests.items())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
