@@ -1,5 +1,7 @@
 """JSON artifacts: pydantic models written atomically and read as hostile input."""
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +14,8 @@ from moe_tool.formats.hostile_file import one_line, quoted, read_capped
 from moe_tool.formats.strict_json import parse_json_object
 
 MAX_BYTES = 256 * 2**20
+_SEAL = b',\n "sha256": "%s"\n}\n'
+_SEALED = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _COMMANDS = {"buddies": "moe-tool buddies", "bundle": "moe-tool pack"}
 _LABELS = {"buddies": "buddy map", "bundle": "bundle manifest", "profile": "profile"}
 
@@ -19,8 +23,14 @@ Artifact = TypeVar("Artifact", bound=FrozenModel)
 
 
 def write_json_artifact(path: Path, artifact: FrozenModel) -> None:
-    """Write an artifact, whole or not at all; the same artifact gives the same bytes."""
-    atomic_write_bytes(path, (artifact.model_dump_json(indent=1) + "\n").encode())
+    """Write an artifact, whole or not at all; the same artifact gives the same bytes.
+
+    Its last key is `sha256`, over the file without that key: a digit that became another one
+    would else be as good as the right one.
+    """
+    text = artifact.model_dump_json(indent=1).encode()
+    body = text.removesuffix(b"\n}")
+    atomic_write_bytes(path, body + _SEAL % hashlib.sha256(text).hexdigest().encode())
 
 
 def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
@@ -38,7 +48,7 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
     """
     wanted = kind.model_fields["kind"].default
     remedy = f"make it again with {_COMMANDS[wanted]}"
-    text = read_capped(path, limit_bytes=MAX_BYTES, remedy=remedy)
+    text, seal = _unsealed(read_capped(path, limit_bytes=MAX_BYTES, remedy=remedy))
     parsed = parse_json_object(path, text, remedy=remedy)
     _require_kind(path, parsed, wanted, remedy)
     found, version = parsed.get("format_version"), kind.model_fields["format_version"].default
@@ -49,11 +59,24 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
     _require_experts_fit(path, parsed, remedy)
     try:
         # The JSON mode takes lists for tuples, which the strict Python mode would refuse.
-        return kind.model_validate_json(text)
+        artifact = kind.model_validate_json(text)
     except ValidationError as error:
         raise CorruptArtifactError(
             f"{path} is damaged: {first_complaint(error)}", hint=remedy
         ) from error
+    if seal is not None and hashlib.sha256(text).hexdigest().encode() != seal:
+        raise CorruptArtifactError(
+            f"{path} is damaged: its content does not fit its sha256", hint=remedy
+        )
+    return artifact
+
+
+def _unsealed(text: bytes) -> tuple[bytes, bytes | None]:
+    """The file without its last key, and that key; a file without it was written by hand."""
+    found = _SEALED.search(text)
+    if found is None:
+        return text, None
+    return text[: found.start()] + b"\n}", found[1]
 
 
 def first_complaint(error: ValidationError) -> str:

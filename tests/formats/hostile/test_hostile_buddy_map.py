@@ -64,6 +64,8 @@ def buddy(name, says, **changed):
         damage=replaced(b'"k": 1', b'"k": 1' + b"0" * 5000),
         says="digits",
     ),
+    Case(name="another digit", damage=replaced(b"0.25", b"0.26"), says="sha256"),
+    Case(name="another hash", damage=flip(-6), says="damaged"),
     top("k of 20 digits", "k:", k=10**20),
     top("k zero", "k:", k=0),
     top("k true", "k:", k=True),

@@ -212,6 +212,7 @@ def with_scale(value: float, *, rehash: bool) -> Callable[[Path], None]:
         if not rehash:
             return
         parsed = json.loads((folder / MANIFEST).read_bytes())
+        del parsed["sha256"]
         digest = xxhash.xxh3_64_hexdigest(bytes(data[entry.offset : entry.offset + size]))
         for found in parsed["records"]:
             if (found["layer"], found["expert"]) == (2, 0):
