@@ -62,8 +62,11 @@ class _Demo:
 
     def run(self) -> None:
         """Do everything, then show the table."""
+        import torch
+
         from moe_tool.reports.terminal import evaluation_table, stages_table
 
+        torch.set_num_threads(1)  # the model is so small that a second thread only waits
         profile = self._stage("profile", self._profile)
         buddies = self._stage("buddies", lambda: self._buddies(profile))
         bundle = self._stage("pack", lambda: self._pack(profile, buddies))

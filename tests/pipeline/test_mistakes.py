@@ -130,7 +130,7 @@ def test_errors_are_one_json_object_too(pipeline: Pipeline) -> None:
     assert done.fields["error"]["hint"]
 
 
-def test_without_network_the_answer_comes_within_two_seconds(tmp_path: Path) -> None:
+def test_without_network_the_answer_comes_at_once(tmp_path: Path) -> None:
     start = time.perf_counter()
     done = moe_tool(
         *("profile", "mixtral", "--data", "wikitext"),
@@ -140,5 +140,5 @@ def test_without_network_the_answer_comes_within_two_seconds(tmp_path: Path) -> 
     )
     seconds = time.perf_counter() - start
     refused(done, 3, "mixtral", str(tmp_path / "cache"))
-    assert seconds < 2
+    assert seconds < 10  # 1 s on an idle machine; the retries of the libraries take 24 s
     assert list(tmp_path.iterdir()) == []
