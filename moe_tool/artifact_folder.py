@@ -10,7 +10,7 @@ BUDDIES_SUFFIX = ".buddies.json"
 
 
 def profile_path(folder: Path, model_name: str) -> Path:
-    """Return where the profile of a model goes: `profiles/NAME.h5`, with a hub id's slash made harmless."""
+    """Return where the profile of a model goes: `profiles/NAME.h5`, any slash made harmless."""
     return folder / f"{_file_stem(model_name)}{PROFILE_SUFFIX}"
 
 
