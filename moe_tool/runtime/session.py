@@ -34,7 +34,7 @@ from moe_tool.runtime.residency import choose_resident_experts, n_slots_min
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 from moe_tool.store.expert_store import ExpertStore
 
-_FIRST_USE_BYTES = 48 * 2**20
+_FIRST_USE_BYTES = 32 * 2**20
 """What torch and transformers allocate when a model is first built and run; measured instead once
 that has happened"""
 _MARGIN_BYTES = 24 * 2**20
@@ -253,7 +253,7 @@ class _SkeletonSize:
     float32_bytes: int
     """Once loaded"""
     largest_bytes: int
-    """The largest tensor as stored, twice: what loading holds beside the rest while it converts"""
+    """The largest tensor as stored: what loading holds beside the rest"""
 
 
 def _measure(checkpoint: Checkpoint) -> _SkeletonSize:
@@ -265,7 +265,7 @@ def _measure(checkpoint: Checkpoint) -> _SkeletonSize:
         n_weights.append((count, info.size_bytes))
     return _SkeletonSize(
         float32_bytes=sum(4 * count for count, _ in n_weights),
-        largest_bytes=max((2 * size for _, size in n_weights), default=0),
+        largest_bytes=max((size for _, size in n_weights), default=0),
     )
 
 

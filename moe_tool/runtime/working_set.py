@@ -64,9 +64,8 @@ def buffer_bytes(config: Any, shape: MoeShape, workload: Workload) -> int:
         workload: what the session is asked for.
     """
     n_tokens = workload.batch * prefill_chunk(workload)
-    per_token = _HIDDEN_COPIES * shape.hidden
-    per_token += 3 * _attention_floats(config) + 2 * _widest_expert_floats(shape)
-    per_token += 3 * (getattr(config, "intermediate_size", None) or 0)
+    per_token = _HIDDEN_COPIES * shape.hidden + 3 * _attention_floats(config)
+    per_token += max(_expert_floats(shape), 3 * int(getattr(config, "intermediate_size", 0) or 0))
     per_token += 2 * shape.top_k * shape.hidden + 8 * shape.experts
     activations = n_tokens * per_token * _FLOAT_BYTES
     mask = n_tokens * workload.positions * 3 * _FLOAT_BYTES
@@ -81,32 +80,38 @@ def buffer_bytes(config: Any, shape: MoeShape, workload: Workload) -> int:
 
 
 def _attention_scratch_bytes(config: Any, workload: Workload) -> int:
-    """Keys and values repeated for every query head, with the scores where no fused kernel takes
+    """One layer's keys and values for every query head, with the scores where no fused kernel takes
     them."""
     heads = int(config.num_attention_heads)
-    groups = max(1, heads // int(getattr(config, "num_key_value_heads", None) or heads))
     n_floats = 0
-    if groups > 1:
-        n_floats += workload.batch * workload.positions * _kv_floats(config) * groups
+    if _expanded_floats(config) > _kv_floats(config):
+        n_floats += workload.batch * workload.positions * _expanded_floats(config)
     if config.model_type in _UNFUSED_ATTENTION:
         n_floats += 3 * workload.batch * heads * prefill_chunk(workload) * workload.positions
     return n_floats * _FLOAT_BYTES
 
 
 def _kv_floats(config: Any) -> int:
-    """Scalars per position in one layer's keys and values."""
+    """Scalars per position that one layer keeps: keys and values, or what they are made from."""
+    if getattr(config, "kv_lora_rank", None):
+        return int(config.kv_lora_rank + config.qk_rope_head_dim)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return 2 * kv_heads * _head_dim(config)
+
+
+def _expanded_floats(config: Any) -> int:
+    """Scalars per position in keys and values for every query head."""
     heads = int(config.num_attention_heads)
     if getattr(config, "kv_lora_rank", None):
         return heads * (_latent_head_dim(config) + int(config.v_head_dim))
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * kv_heads * _head_dim(config)
+    return 2 * heads * _head_dim(config)
 
 
 def _attention_floats(config: Any) -> int:
     """Scalars per token in queries, keys and values."""
     heads = int(config.num_attention_heads)
     if getattr(config, "kv_lora_rank", None):
-        return heads * _latent_head_dim(config) + _kv_floats(config)
+        return heads * _latent_head_dim(config) + _expanded_floats(config)
     return heads * _head_dim(config) + _kv_floats(config)
 
 
@@ -121,5 +126,6 @@ def _latent_head_dim(config: Any) -> int:
     return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
 
 
-def _widest_expert_floats(shape: MoeShape) -> int:
+def _expert_floats(shape: MoeShape) -> int:
+    """Scalars per token inside an expert: gate and up, the activated gate, and their product."""
     return 2 * max(tensor.shape[0] for tensor in shape.expert_tensors)
