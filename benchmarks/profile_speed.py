@@ -2,10 +2,11 @@
 
     python benchmarks/profile_speed.py MODEL --data wiki=wiki.txt [--tokens 65536] [--rounds 3]
 
-Each round profiles the model, then pushes the same token sequences through transformers' own model (float32, experts by the
-fastest implementation of a trial), the two interleaved in one process. Both times
-start with an open checkpoint folder and end with the last token; imports and the text's tokenization are in neither the plain
-forward's time nor, reported apart, in the profile's. Medians and all rows are printed as JSON.
+Each round profiles the model, then pushes the same token sequences through transformers' own model
+(float32, experts by the fastest implementation of a trial), the two interleaved in one process.
+Both times start with an open checkpoint folder and end with the last token; imports and the text's
+tokenization are in neither the plain forward's time nor, reported apart, in the profile's. Medians
+and all rows are printed as JSON.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from moe_tool.text.sources import TextSource, parse_sources
 _BATCH_TOKENS = 4096
 
 
-def profile_once(model: LocatedModel, sources: tuple[TextSource, ...], tokens: int) -> tuple[float, torch.Tensor]:
+def profile_once(
+    model: LocatedModel, sources: tuple[TextSource, ...], tokens: int
+) -> tuple[float, torch.Tensor]:
     """Return the seconds of one profile and the token sequences [N, S] that it used."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "profile.h5"
@@ -75,8 +78,10 @@ def main() -> None:
                 "threads": torch.get_num_threads(),
                 "experts_implementation": fastest,
                 "median_ratio": statistics.median(row["ratio"] for row in rows),
-                "profile_tokens_per_second": ids.numel() / statistics.median(r["profile_s"] for r in rows),
-                "forward_tokens_per_second": ids.numel() / statistics.median(r["forward_s"] for r in rows),
+                "profile_tokens_per_second": ids.numel()
+                / statistics.median(r["profile_s"] for r in rows),
+                "forward_tokens_per_second": ids.numel()
+                / statistics.median(r["forward_s"] for r in rows),
                 "rows": rows,
             },
             indent=1,

@@ -1,10 +1,12 @@
-"""Run Mixture-of-Experts language models on machines that are too small for them: measure, compile, serve.
+"""Run Mixture-of-Experts language models on machines that are too small for them: measure, compile,
+serve.
 
     profiling.recorder.record_profile     checkpoint + text -> router traces and expert statistics
     buddies.build_buddy_map               profile -> who can stand in for whom, at what price
     packing.pack_bundle                   checkpoint + profile + buddies -> bundle
     runtime.session.open_session          bundle + memory budget -> a model ready to generate
-    evaluation.evaluate                   bundle + text -> perplexity, and KL against the exact model
+    evaluation.evaluate                   bundle + text -> perplexity, and KL against the exact
+    model
 
 Each of these is a function from artifacts to an artifact; `moe-tool` is a thin skin over them.
 """

@@ -20,8 +20,9 @@ def available_memory_bytes(
 ) -> int:
     """Return the bytes that this process may still allocate without swapping or being killed.
 
-    The smallest of what the machine has available and what each enclosing memory cgroup (v1 and v2) has left under its
-    limit. Page cache that the kernel can drop counts as free. What the process holds already is not included.
+    The smallest of what the machine has available and what each enclosing memory cgroup (v1 and v2)
+    has left under its limit. Page cache that the kernel can drop counts as free. What the process
+    holds already is not included.
 
     Args:
         meminfo: the machine's figures.
@@ -35,7 +36,8 @@ def available_memory_bytes(
 
 
 def peak_rss_bytes(status: Path = _STATUS) -> int:
-    """Return the largest resident size that this process has had (VmHWM); 0 where the system does not say."""
+    """Return the largest resident size that this process has had (VmHWM); 0 where the system does
+    not say."""
     return _kib_field(status, "VmHWM") or 0
 
 
@@ -67,13 +69,15 @@ def _machine_available(meminfo: Path) -> int:
 
 
 def _memory_cgroups(membership: Path, root: Path) -> list[tuple[Path, _CgroupFiles]]:
-    """The process's memory cgroups and all their ancestors: each of them can be the one that binds."""
+    """The process's memory cgroups and all their ancestors: each of them can be the one that
+    binds."""
     found = []
     for line in _lines(membership):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers == "":
-            mounts, files = (root, root / "unified"), _V2
+            mounts: tuple[Path, ...] = (root, root / "unified")
+            files = _V2
         elif "memory" in controllers.split(","):
             mounts, files = (root / "memory",), _V1
         else:
@@ -87,8 +91,8 @@ def _memory_cgroups(membership: Path, root: Path) -> list[tuple[Path, _CgroupFil
 def _upwards(folder: Path, mount: Path) -> list[Path]:
     """`folder` and its parents up to `mount`.
 
-    Inside a container the path is often the host's and does not exist here; the container's own limit is then at the
-    mount.
+    Inside a container the path is often the host's and does not exist here; the container's own
+    limit is then at the mount.
     """
     levels = [folder, *folder.parents]
     return [level for level in levels if level == mount or mount in level.parents]

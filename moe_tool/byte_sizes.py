@@ -32,7 +32,9 @@ def parse_bytes(text: str) -> int:
     match = _PATTERN.fullmatch(text)
     factor = _UNITS.get(match[2].lower()) if match else None
     if match is None or factor is None:
-        raise UsageError(f"'{text}' is not a size", hint="write it as 4GiB, 1500MB or a number of bytes")
+        raise UsageError(
+            f"'{text}' is not a size", hint="write it as 4GiB, 1500MB or a number of bytes"
+        )
     return int(float(match[1]) * factor)
 
 

@@ -1,7 +1,8 @@
 """Every error that a user can meet, each with its remedy and its exit code.
 
-A message says what failed, in which file, layer or expert, with what was wanted and what was found; the hint is what to type next.
-Exit codes: 0 ok, 1 our bug (traceback), 2 usage, 3 bad input, 4 does not fit, 130 interrupted.
+A message says what failed, in which file, layer or expert, with what was wanted and what was found;
+the hint is what to type next. Exit codes: 0 ok, 1 our bug (traceback), 2 usage, 3 bad input, 4 does
+not fit, 130 interrupted.
 """
 
 

@@ -8,7 +8,7 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Count, Index
 from moe_tool.artifacts.schema import FrozenModel
 
-BUDDY_MAP_VERSION = 1
+BUDDY_MAP_VERSION: Literal[1] = 1
 Similarity = Literal["output", "cka", "cosine", "coactivation", "router"]
 SIMILARITIES: tuple[Similarity, ...] = ("output", "cka", "cosine", "coactivation", "router")
 

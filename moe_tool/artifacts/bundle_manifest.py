@@ -1,4 +1,5 @@
-"""The table of contents of a bundle: files, records, residency order, stand-ins, and what all of it was made from."""
+"""The table of contents of a bundle: files, records, residency order, stand-ins, and what all of it
+was made from."""
 
 from typing import Annotated, Literal
 
@@ -10,9 +11,10 @@ from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.precision import Precision
 from moe_tool.artifacts.schema import FrozenModel
 
-BUNDLE_VERSION = 1
-RECORD_LAYOUT = "segments-1"
-"""Id of the record layout that formats/expert_record.py writes; another one is refused with the command that repacks."""
+BUNDLE_VERSION: Literal[1] = 1
+RECORD_LAYOUT: Literal["segments-1"] = "segments-1"
+"""Id of the record layout that formats/expert_record.py writes; another one is refused with the
+command that repacks."""
 ALIGNMENT_BYTES = 4096
 Basename = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
 SizeBytes = Annotated[int, Field(ge=0, le=2**50)]
@@ -70,7 +72,8 @@ class BundleManifest(FrozenModel):
     files: tuple[BundleFile, ...]
     """Every file but the manifest"""
     made_from: dict[str, str]
-    """The options of `pack` and the hashes of its inputs: a resume or a repetition with others is refused"""
+    """The options of `pack` and the hashes of its inputs: a resume or a repetition with others is
+    refused"""
     profile_sha256: HexDigest | None
     heat: tuple[LayerHeat, ...] | None
     """From the profile; None where the bundle was packed without one"""
@@ -78,9 +81,14 @@ class BundleManifest(FrozenModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "BundleManifest":
-        wanted = {(layer, e) for layer in self.shape.layers for e in range(self.shape.experts)}
-        found = [(record.layer, record.expert) for record in self.records]
-        if len(found) != len(wanted) or set(found) != wanted:
+        layers, n_experts = set(self.shape.layers), self.shape.experts
+        found = {(record.layer, record.expert) for record in self.records}
+        # Counted first: a damaged number of experts must not become a set of that size.
+        if (
+            len(self.records) != len(layers) * n_experts
+            or len(found) != len(self.records)
+            or any(layer not in layers or expert >= n_experts for layer, expert in found)
+        ):
             raise ValueError("the record table does not hold every expert exactly once")
         names = [file.name for file in self.files]
         if len(set(names)) != len(names):
@@ -90,7 +98,9 @@ class BundleManifest(FrozenModel):
         sizes = {file.name: file.size_bytes for file in self.files}
         for record in self.records:
             if record.file not in sizes:
-                raise ValueError(f"layer {record.layer} expert {record.expert} lies in an unlisted file")
+                raise ValueError(
+                    f"layer {record.layer} expert {record.expert} lies in an unlisted file"
+                )
             if record.offset % ALIGNMENT_BYTES:
                 raise ValueError(f"layer {record.layer} expert {record.expert} is not aligned")
             if record.offset + self.record_size_bytes > sizes[record.file]:
@@ -112,13 +122,11 @@ class BundleManifest(FrozenModel):
                     raise ValueError(f"two records overlap in {name}")
 
     def _check_tables(self) -> None:
-        for what, layers, lengths in (
-            ("heat", self.heat, lambda entry: len(entry.load)),
-            ("buddies", self.buddies and self.buddies.layers, lambda entry: len(entry.buddies)),
-        ):
-            if layers is None:
-                continue
-            if [entry.layer for entry in layers] != list(self.shape.layers) or any(
-                lengths(entry) != self.shape.experts for entry in layers
-            ):
+        tables: dict[str, list[tuple[int, int]]] = {}
+        if self.heat is not None:
+            tables["heat"] = [(entry.layer, len(entry.load)) for entry in self.heat]
+        if self.buddies is not None:
+            tables["buddies"] = [(e.layer, len(e.buddies)) for e in self.buddies.layers]
+        for what, found in tables.items():
+            if found != [(layer, self.shape.experts) for layer in self.shape.layers]:
                 raise ValueError(f"the {what} table does not fit the model's layers and experts")

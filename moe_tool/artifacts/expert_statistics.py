@@ -1,7 +1,10 @@
-"""What one MoE layer's experts were measured to do: loads, outputs, and the price of every answer to a miss.
+"""What one MoE layer's experts were measured to do: loads, outputs, and the price of every answer
+to a miss.
 
-A price is the expected squared error relative to the expert's own output energy, as a ratio of norms:
-eps = sqrt(E||E_i(x) - answer(x)||^2 / E||E_i(x)||^2), over tokens routed to i. 0 is perfect, 1 is as bad as nothing.
+A price is the expected squared error relative to the expert's own output energy, as a ratio of
+norms:
+eps = sqrt(E||E_i(x) - answer(x)||^2 / E||E_i(x)||^2), over tokens routed to i. 0 is perfect, 1 is
+as bad as nothing.
 """
 
 from dataclasses import dataclass
@@ -30,20 +33,24 @@ class RoutingCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeStatistics:
-    """All experts of a layer evaluated on one shared sample of tokens (of one part of the trace)."""
+    """All experts of a layer evaluated on one shared sample of tokens (of one part of the
+    trace)."""
 
     n_sampled: int
     """Tokens in the shared sample"""
     n_cka: int
-    """Tokens behind `cka`, spread over the shared sample: at most 256, fewer where memory is short"""
+    """Tokens behind `cka`, spread over the shared sample: at most 256, fewer where memory is
+    short"""
     n_routed: np.ndarray
-    """[E] int64: sampled tokens routed to each expert: the count behind scale, eps_buddy and output_norm"""
+    """[E] int64: sampled tokens routed to each expert: the count behind scale, eps_buddy and
+    output_norm"""
     fell_back: np.ndarray
     """[E] bool: too few routed tokens, so all sampled tokens were used instead"""
     output_norm: np.ndarray
     """[E] float32: root mean square of ||E_i(x)||"""
     output_ratio: np.ndarray
-    """[E] float32: root mean square of ||E_i(x)|| over that of the MoE layer's output on the same tokens"""
+    """[E] float32: root mean square of ||E_i(x)|| over that of the MoE layer's output on the same
+    tokens"""
     cosine: np.ndarray
     """[E, E] float32: mean cosine of two experts' outputs on the same inputs"""
     cka: np.ndarray
@@ -53,7 +60,8 @@ class ProbeStatistics:
     eps_buddy: np.ndarray
     """[E, E] float32: price of a[i, j] E_j in place of E_i"""
     eps_drop: np.ndarray
-    """[E] float32: price of nothing in place of E_i (1 by definition; 0 for an expert whose output is zero)"""
+    """[E] float32: price of nothing in place of E_i (1 by definition; 0 for an expert whose output
+    is zero)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +73,8 @@ class ExpertStatistics:
     probe: ProbeStatistics
     """On in-sample tokens"""
     probe_held_out: ProbeStatistics
-    """On held-out tokens, scales refitted there; see `eps_buddy_transferred` for the honest price"""
+    """On held-out tokens, scales refitted there; see `eps_buddy_transferred` for the honest
+    price"""
     eps_buddy_transferred: np.ndarray
     """[E, E] float32: price on held-out tokens of the scales fitted in-sample"""
     eps_bits: np.ndarray
@@ -75,5 +84,6 @@ class ExpertStatistics:
     router_similarity: np.ndarray
     """[E, E] float32: correlation of router logit columns over all in-sample tokens"""
     sensitivity: float
-    """KL in nats added to the model's output per unit of squared relative error of this layer's output"""
+    """KL in nats added to the model's output per unit of squared relative error of this layer's
+    output"""
     sensitivity_n_tokens: int

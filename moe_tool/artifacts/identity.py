@@ -11,14 +11,16 @@ HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ModelIdentity(FrozenModel):
-    """Tells two checkpoints apart, two fine-tunes of one model included, without reading all of either."""
+    """Tells two checkpoints apart, two fine-tunes of one model included, without reading all of
+    either."""
 
     name: str
     """What the user called the model: an alias, a hub id or a folder's name. Never compared."""
     model_type: str
     """transformers' model type, e.g. "mixtral"."""
     quick: HexDigest
-    """sha256 over the canonical config, every tensor's name, dtype and shape, and the bytes of routers and norms."""
+    """sha256 over the canonical config, every tensor's name, dtype and shape, and the bytes of
+    routers and norms."""
     full: HexDigest | None = None
     """sha256 over every tensor's bytes, in name order; None until a stage has read them all."""
 

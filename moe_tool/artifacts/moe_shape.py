@@ -13,12 +13,15 @@ FLOAT_SIZE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ExpertTensor(FrozenModel):
-    """One tensor of one expert, in canonical form: matrices are [out, in] whatever the checkpoint does."""
+    """One tensor of one expert, in canonical form: matrices are [out, in] whatever the checkpoint
+    does."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
-    """The experts module's parameter name: gate_up_proj, up_proj, down_proj, gate_up_proj_bias, ..."""
+    """The experts module's parameter name: gate_up_proj, up_proj, down_proj, gate_up_proj_bias,
+    ..."""
     shape: tuple[Count, ...]
-    """[out, in] of a matrix, [out] of a bias. Rows of gate_up_proj are in the module's own order."""
+    """[out, in] of a matrix, [out] of a bias. Rows of gate_up_proj are in the module's own
+    order."""
 
     @property
     def n_weights(self) -> int:

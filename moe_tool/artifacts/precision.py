@@ -1,4 +1,5 @@
-"""How an expert's numbers are written: the checkpoint's own floats, or integer codes with scales."""
+"""How an expert's numbers are written: the checkpoint's own floats, or integer codes with
+scales."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +15,8 @@ class NativePrecision(FrozenModel):
 
 
 class IntegerPrecision(FrozenModel):
-    """Symmetric round-to-nearest codes of `width_bits`, one float16 scale per `group` inputs of a row.
+    """Symmetric round-to-nearest codes of `width_bits`, one float16 scale per `group` inputs of a
+    row.
 
     The last group of a row may be short. Vectors (biases) stay in the checkpoint's dtype.
     """

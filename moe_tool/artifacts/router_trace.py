@@ -1,4 +1,5 @@
-"""What the routers said: for every token of a profile and every MoE layer, the experts chosen and why."""
+"""What the routers said: for every token of a profile and every MoE layer, the experts chosen and
+why."""
 
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class TracedTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTrace:
-    """One MoE layer's routing of all T tokens, rows in the order of TracedTokens.ids.reshape(-1)."""
+    """One MoE layer's routing of all T tokens, rows in the order of
+    TracedTokens.ids.reshape(-1)."""
 
     top_k_index: np.ndarray
     """[T, K] uint16: the truth of routing, as the experts were called"""
@@ -32,6 +34,8 @@ class LayerTrace:
     router_logits: np.ndarray
     """[T, E] float16: raw logits of the router"""
     selection_score: np.ndarray | None
-    """[T, E] float16 where the model selects by something else than its logits (bias, groups), else None"""
+    """[T, E] float16 where the model selects by something else than its logits (bias, groups),
+    else None"""
     next_gate_index: np.ndarray
-    """[D, T, K] uint16: top-k of the routers of the next D = up to 3 MoE layers, applied to this layer's input"""
+    """[D, T, K] uint16: top-k of the routers of the next D = up to 3 MoE layers, applied to this
+    layer's input"""

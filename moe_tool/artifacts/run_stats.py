@@ -1,7 +1,7 @@
 """Everything that happened while a model ran.
 
-An access is a unique (forward, layer, expert); a hit finds it resident when the layer is called. Prompt and decode are counted
-apart: `hit_rate` and `bytes_read_per_token` are of decode.
+An access is a unique (forward, layer, expert); a hit finds it resident when the layer is called.
+Prompt and decode are counted apart: `hit_rate` and `bytes_read_per_token` are of decode.
 """
 
 from dataclasses import dataclass, field

@@ -4,6 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenModel(BaseModel):
-    """A value read from a hostile file: unknown keys, wrong types and non-finite numbers are refused."""
+    """A value read from a hostile file: unknown keys, wrong types and non-finite numbers are
+    refused."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)

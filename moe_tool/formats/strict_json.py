@@ -33,9 +33,7 @@ def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]
     except UnicodeError as error:
         raise CorruptArtifactError(f"{path} is damaged: not text in UTF-8", hint=remedy) from error
     except ValueError as error:
-        raise CorruptArtifactError(
-            f"{path} is damaged: {one_line(error)}", hint=remedy
-        ) from error
+        raise CorruptArtifactError(f"{path} is damaged: {one_line(error)}", hint=remedy) from error
     if not isinstance(parsed, dict):
         raise CorruptArtifactError(f"{path} is damaged: its JSON is not an object", hint=remedy)
     return parsed

@@ -76,7 +76,8 @@ def open_model(model: LocatedModel) -> OpenedModel:
 
 
 def max_positions(model: PreTrainedModel) -> int:
-    """Return the longest sequence that a model's positions allow; a large number where it does not say."""
+    """Return the longest sequence that a model's positions allow; a large number where it does not
+    say."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30)
 
 

@@ -1,4 +1,5 @@
-"""The identity of a checkpoint: cheap enough to compute at every start, sharp enough to tell two fine-tunes apart."""
+"""The identity of a checkpoint: cheap enough to compute at every start, sharp enough to tell two
+fine-tunes apart."""
 
 import hashlib
 import json
@@ -13,7 +14,12 @@ _VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_co
 
 
 def checkpoint_identity(
-    folder: Path, checkpoint: Checkpoint, *, name: str, model_type: str, hashed_tensors: Sequence[str]
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    model_type: str,
+    hashed_tensors: Sequence[str],
 ) -> ModelIdentity:
     """Return the quick identity of a checkpoint.
 
@@ -22,7 +28,8 @@ def checkpoint_identity(
         checkpoint: its tensors; only those in `hashed_tensors` are read.
         name: what the user calls the model.
         model_type: transformers' model type.
-        hashed_tensors: on-disk names of routers and norms, the small tensors that every fine-tune moves.
+        hashed_tensors: on-disk names of routers and norms, the small tensors that every fine-tune
+            moves.
 
     Raises:
         CorruptArtifactError: a tensor cannot be read.

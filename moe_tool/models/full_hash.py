@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 
 class FullHash:
-    """Collects one sha256 per tensor, or per row of a tensor that is read row by row, in any order."""
+    """Collects one sha256 per tensor, or per row of a tensor that is read row by row, in any
+    order."""
 
     def __init__(self, digests: Mapping[str, str] | None = None) -> None:
         """Begin, or go on with what `digests` returned in a run that was interrupted."""

@@ -10,15 +10,15 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "toke
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the transformers tokenizer of a folder; nothing is downloaded and no code of the folder is run.
+    """Return the transformers tokenizer of a folder; nothing is downloaded and no code of the
+    folder is run.
 
     Raises:
         NotFoundError: the folder holds no tokenizer.
         CorruptArtifactError: it cannot be read.
     """
-    from transformers import AutoTokenizer, logging
+    from transformers import AutoTokenizer
 
-    logging.set_verbosity_error()
     if not any((folder / name).is_file() for name in _FILES[:3]):
         raise NotFoundError(
             f"{folder} holds no tokenizer ({', '.join(_FILES[:3])})",

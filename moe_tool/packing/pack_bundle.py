@@ -1,4 +1,5 @@
-"""The story of `pack`: read an expert, quantize it, write its record; then the skeleton, the tokenizer and the manifest."""
+"""The story of `pack`: read an expert, quantize it, write its record; then the skeleton, the
+tokenizer and the manifest."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.record_order import order_experts
 from moe_tool.progress import SILENT, Progress
 
-# Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's folder is copied.
+# Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
+# folder is copied.
 _COMPANION_FILES = (
     "config.json",
     "generation_config.json",
@@ -212,10 +214,13 @@ def _read_buddies(
     )
     if not fits:
         raise CorruptArtifactError(
-            f"the buddy map {path} does not fit the model's {len(shape.layers)} layers of {shape.experts} experts",
+            f"the buddy map {path} does not fit the model's "
+            f"{len(shape.layers)} layers of {shape.experts} experts",
             hint="make it again with moe-tool buddies",
         )
-    return BundleBuddies(by=found.by, layers=found.layers), f"{found.by}-{found.k}-{found.profile_sha256}"
+    return BundleBuddies(
+        by=found.by, layers=found.layers
+    ), f"{found.by}-{found.k}-{found.profile_sha256}"
 
 
 def _companions(folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,5 @@
-"""The order in which expert records lie in a bundle: layer by layer, hot experts first, with those they are used with."""
+"""The order in which expert records lie in a bundle: layer by layer, hot experts first, with those
+they are used with."""
 
 import numpy as np
 
@@ -6,8 +7,9 @@ import numpy as np
 def order_experts(load: np.ndarray, coactivation: np.ndarray) -> list[int]:
     """Return one layer's experts in the order in which their records should lie.
 
-    Starts at the hottest expert and goes on greedily to the one that is used most often together with the last placed one;
-    so that what a token reads together lies together. Ties go to the hotter, then to the lower id.
+    Starts at the hottest expert and goes on greedily to the one that is used most often together
+    with the last placed one; so that what a token reads together lies together. Ties go to the
+    hotter, then to the lower id.
 
     Args:
         load: [E] tokens routed to each expert.

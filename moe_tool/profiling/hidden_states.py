@@ -1,11 +1,14 @@
-"""The hidden states of all batches at a layer boundary, in memory or in a file, and their copy on disk that a resume starts from.
+"""The hidden states of all batches at a layer boundary, in memory or in a file, and their copy on
+disk that a resume starts from.
 
-Two files are used in turn, so that one whole boundary is there at any moment. They are not fsynced: a killed process leaves its
-writes to the kernel, and what a power cut tears is found by its hash and computed again.
+Two files are used in turn, so that one whole boundary is there at any moment. They are not fsynced:
+a killed process leaves its writes to the kernel, and what a power cut tears is found by its hash
+and computed again.
 """
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +20,8 @@ _COPY_BYTES = 16 * 2**20
 
 
 class HiddenStates:
-    """[rows, H] float32: one row per token, batch after batch; read and written in blocks of rows."""
+    """[rows, H] float32: one row per token, batch after batch; read and written in blocks of
+    rows."""
 
     def __init__(self, folder: Path, *, n_rows: int, hidden: int, in_memory: bool) -> None:
         """Prepare the store; nothing is valid before the first `write` or `restore`.
@@ -26,7 +30,8 @@ class HiddenStates:
             folder: working folder of the profile.
             n_rows: tokens of all batches together.
             hidden: H.
-            in_memory: keep the rows in memory and copy them to the file at each commit; else work on the files themselves.
+            in_memory: keep the rows in memory and copy them to the file at each commit; else work
+                on the files themselves.
         """
         self._folder = folder
         self._n_rows = n_rows
@@ -50,7 +55,7 @@ class HiddenStates:
         if self._rows is not None:
             return self._rows[start:end].clone()
         rows = torch.empty(end - start, self._hidden)
-        view = memoryview(rows.numpy()).cast("B")
+        view = _bytes(rows)
         _transfer(os.preadv, self._files[self._side], view, start * self._row_bytes)
         return rows
 
@@ -59,15 +64,16 @@ class HiddenStates:
         if self._rows is not None:
             self._rows[start : start + len(rows)] = rows
             return
-        view = memoryview(rows.contiguous().numpy()).cast("B")
+        view = _bytes(rows.contiguous())
         _transfer(os.pwritev, self._files[1 - self._side], view, start * self._row_bytes)
 
     def commit(self, next_layer: int) -> None:
-        """Make what was written the current boundary, from which a resume starts at decoder layer `next_layer`."""
+        """Make what was written the current boundary, from which a resume starts at decoder layer
+        `next_layer`."""
         self._side = 1 - self._side
         digest = xxhash.xxh3_64()
         if self._rows is not None:
-            view = memoryview(self._rows.numpy()).cast("B")
+            view = _bytes(self._rows)
             digest.update(view)
             _transfer(os.pwritev, self._files[self._side], view, 0)
         else:
@@ -77,7 +83,8 @@ class HiddenStates:
         atomic_write_bytes(self._folder / "boundary.json", json.dumps(state).encode())
 
     def restore(self) -> int | None:
-        """Load the last whole boundary; return the decoder layer to go on with, None when there is none."""
+        """Load the last whole boundary; return the decoder layer to go on with, None when there is
+        none."""
         try:
             state = json.loads((self._folder / "boundary.json").read_text())
             next_layer, side, wanted = int(state["next_layer"]), int(state["side"]), state["xxh3"]
@@ -105,13 +112,19 @@ class HiddenStates:
     def _path(self, side: int) -> Path:
         return self._folder / f"hidden-{'ab'[side]}.bin"
 
-    def _blocks(self):  # type: ignore[no-untyped-def]
+    def _blocks(self) -> Iterator[bytes]:
         for offset in range(0, self.size_bytes, _COPY_BYTES):
             size = min(_COPY_BYTES, self.size_bytes - offset)
             yield os.pread(self._files[self._side], size, offset)
 
 
-def _transfer(call, file: int, view: memoryview, offset: int) -> None:  # type: ignore[no-untyped-def]
+def _bytes(rows: torch.Tensor) -> memoryview:
+    return rows.numpy().data.cast("B")
+
+
+def _transfer(
+    call: Callable[[int, list[memoryview], int], int], file: int, view: memoryview, offset: int
+) -> None:
     done = 0
     while done < len(view):
         moved = call(file, [view[done:]], offset + done)

@@ -1,11 +1,11 @@
-"""One layer while every batch goes through it: its experts in memory, its routing recorded, then all of it measured."""
+"""One layer while every batch goes through it: its experts in memory, its routing recorded, then
+all of it measured."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from moe_tool.profiling.layer_statistics import MeasuredTokens, measure_layer
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import LayerTrace
@@ -16,6 +16,7 @@ from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.profiling.layer_recording import LayerRecording
+from moe_tool.profiling.layer_statistics import MeasuredTokens, measure_layer
 from moe_tool.profiling.sensitivity import disturb
 from moe_tool.quantization.weights import FloatWeight
 
@@ -100,7 +101,9 @@ class LayerPass:
 
     def measure(self) -> tuple[LayerTrace, ExpertStatistics]:
         """Return the layer's trace and statistics, once all batches went through."""
-        assert self._layer is not None and self._layer.moe is not None and self._recording is not None
+        assert (
+            self._layer is not None and self._layer.moe is not None and self._recording is not None
+        )
         plan = self._plan
         trace = self._recording.trace()
         statistics = measure_layer(

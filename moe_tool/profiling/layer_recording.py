@@ -1,4 +1,5 @@
-"""The trace of one MoE layer while it is being recorded: rows filled batch by batch, then frozen."""
+"""The trace of one MoE layer while it is being recorded: rows filled batch by batch, then
+frozen."""
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ _FLOAT16_MAX = 65504.0
 
 
 class LayerRecording:
-    """Preallocated arrays for T tokens, plus the layer's input on the tokens that the probe will use."""
+    """Preallocated arrays for T tokens, plus the layer's input on the tokens that the probe will
+    use."""
 
     def __init__(
         self,
@@ -51,7 +53,8 @@ class LayerRecording:
         score: torch.Tensor | None,
         next_index: list[torch.Tensor],
     ) -> None:
-        """Record one call of the layer: hidden [T', H], index and weight [T', K], logits and score [T', E]."""
+        """Record one call of the layer: hidden [T', H], index and weight [T', K], logits and score
+        [T', E]."""
         rows = slice(first_row, first_row + len(hidden))
         self._index[rows] = index.numpy()
         self._weight[rows] = weight.numpy()

@@ -159,7 +159,8 @@ def _price_bits(
 
 
 def _rounded(weights: Mapping[str, FloatWeight], width_bits: int) -> dict[str, FloatWeight]:
-    """Return an expert whose matrices went through codes of a width; its biases are as they were."""
+    """Return an expert whose matrices went through codes of a width; its biases are as they
+    were."""
     return {
         name: FloatWeight(values=round_trip(weight.values, width_bits))
         if weight.values.ndim == 2

@@ -1,4 +1,5 @@
-"""How a profile divides its memory budget: the layer at hand, hidden states, one batch, one block of the probe."""
+"""How a profile divides its memory budget: the layer at hand, hidden states, one batch, one block
+of the probe."""
 
 from dataclasses import dataclass
 
@@ -53,8 +54,10 @@ def plan_profile_memory(
     if budget < smallest:
         nearest = -(-smallest // (16 * _MIB)) * 16 * _MIB
         raise BudgetError(
-            f"profiling {opened.identity.name} needs {format_bytes(smallest)}, given {format_bytes(budget)}: "
-            f"process {format_bytes(used)}, one layer {format_bytes(layer)}, trace {format_bytes(trace)}, "
+            f"profiling {opened.identity.name} needs {format_bytes(smallest)}, "
+            f"given {format_bytes(budget)}: "
+            f"process {format_bytes(used)}, one layer {format_bytes(layer)}, "
+            f"trace {format_bytes(trace)}, "
             f"one sequence {format_bytes(per_sequence)}, margin {format_bytes(_MARGIN_BYTES)}",
             hint=f"give --memory {nearest // _MIB}MiB or more",
         )
@@ -74,7 +77,8 @@ def plan_profile_memory(
 
 
 def _layer_bytes(opened: OpenedModel) -> int:
-    """All experts of a layer as stored, two of their matrices in float32 while they are priced, the rest in float32."""
+    """All experts of a layer as stored, two of their matrices in float32 while they are priced, the
+    rest in float32."""
     shape = opened.shape
     stored = shape.experts * shape.n_expert_weights * FLOAT_SIZE_BYTES[shape.dtype]
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)
@@ -87,13 +91,17 @@ def _layer_bytes(opened: OpenedModel) -> int:
 
 
 def _trace_bytes(opened: OpenedModel, n_tokens: int) -> int:
-    """Index, weight, logits, scores and next gates of one layer, and once more while they are written."""
+    """Index, weight, logits, scores and next gates of one layer, and once more while they are
+    written."""
     shape = opened.shape
     return 2 * n_tokens * (4 * shape.experts + 10 * shape.top_k)
 
 
 def _bytes_per_token(opened: OpenedModel) -> int:
-    """Activations of one token in one layer, float32: attention, all slots' inner and outer products, the copies between."""
+    """Activations of one token in one layer, float32: attention, all slots' inner and outer
+    products, the copies between."""
     shape = opened.shape
     inner = max(tensor.shape[0] for tensor in shape.expert_tensors)
-    return 4 * (16 * shape.hidden + shape.top_k * (2 * inner + 3 * shape.hidden) + 4 * shape.experts)
+    return 4 * (
+        16 * shape.hidden + shape.top_k * (2 * inner + 3 * shape.hidden) + 4 * shape.experts
+    )

@@ -1,4 +1,5 @@
-"""The story of `profile`: one decoder layer in memory, every batch through it, its experts measured, its part written, the next."""
+"""The story of `profile`: one decoder layer in memory, every batch through it, its experts
+measured, its part written, the next."""
 
 import hashlib
 import json
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
 
 from moe_tool import __version__
 from moe_tool.artifacts.router_trace import TracedTokens
@@ -29,6 +29,7 @@ from moe_tool.models.full_hash import FullHash
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
+from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
 from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_pass import LayerPass, PassPlan
 from moe_tool.profiling.profile_memory import plan_profile_memory
@@ -80,7 +81,8 @@ def record_profile(
     offline: bool = False,
     progress: Progress = SILENT,
 ) -> ProfileReport:
-    """Record router traces and expert statistics of a checkpoint, one decoder layer in memory at a time.
+    """Record router traces and expert statistics of a checkpoint, one decoder layer in memory at a
+    time.
 
     Args:
         model: where the checkpoint lies.
@@ -171,7 +173,8 @@ def record_profile(
 
 
 class _Run:
-    """One pass over the layers: batches, the sensitivity's sequences behind them, the store of hidden states."""
+    """One pass over the layers: batches, the sensitivity's sequences behind them, the store of
+    hidden states."""
 
     def __init__(
         self,
@@ -195,13 +198,21 @@ class _Run:
         shape = opened.shape
         n_rows = n_tokens + n_watched * (1 + len(shape.layers))
         self.plan = plan_profile_memory(
-            opened, n_rows=n_rows, n_tokens=n_tokens, seq_len=sequences.ids.shape[1], asked=memory_bytes
+            opened,
+            n_rows=n_rows,
+            n_tokens=n_tokens,
+            seq_len=sequences.ids.shape[1],
+            asked=memory_bytes,
         )
         hidden_bytes = n_rows * shape.hidden * 4
         require_free_disk(parts.folder, 2 * hidden_bytes)
         progress.note(
             f"hidden states: 2 x {format_bytes(hidden_bytes)} in {parts.folder}"
-            + ("" if self.plan.hidden_in_memory else ", worked on there: they exceed a quarter of the budget")
+            + (
+                ""
+                if self.plan.hidden_in_memory
+                else ", worked on there: they exceed a quarter of the budget"
+            )
         )
         self._states = HiddenStates(
             parts.folder, n_rows=n_rows, hidden=shape.hidden, in_memory=self.plan.hidden_in_memory
@@ -227,7 +238,8 @@ class _Run:
         return self._watched.size
 
     def record_layers(self, *, resume: bool) -> int:
-        """Push everything through every layer; return the decoder layer that the pass began with."""
+        """Push everything through every layer; return the decoder layer that the pass began
+        with."""
         first = self._states.restore() if resume else None
         shape = self._opened.shape
         if first is None or not all(
@@ -239,7 +251,9 @@ class _Run:
             self._progress.note(f"resuming at layer {first} of {shape.n_decoder_layers}")
         for layer in self._stream.layers(start=first):
             self._progress.begin(
-                f"layer {layer.layer + 1}/{shape.n_decoder_layers}", self._sequences.ids.size, "tokens"
+                f"layer {layer.layer + 1}/{shape.n_decoder_layers}",
+                self._sequences.ids.size,
+                "tokens",
             )
             self._run_layer(layer)
             self._progress.end()
@@ -249,7 +263,8 @@ class _Run:
 
     @torch.no_grad()
     def sensitivities(self) -> dict[int, float]:
-        """Return each MoE layer's sensitivity from the disturbed copies of the watched sequences."""
+        """Return each MoE layer's sensitivity from the disturbed copies of the watched
+        sequences."""
         shape, n_watched = self._opened.shape, self._watched.size
         base = self._sequences.ids.size
         exact = self._watched_logits(base)
@@ -290,7 +305,8 @@ class _Run:
             write_layer_part(self._parts.layer_file(layer.layer), layer.layer, trace, statistics)
 
     def _run_watched(self, layer: StreamedLayer, base: int) -> None:
-        """Carry the untouched and the already disturbed copies through, and disturb one more behind a MoE layer."""
+        """Carry the untouched and the already disturbed copies through, and disturb one more behind
+        a MoE layer."""
         n_watched = self._watched.size
         n_before = sum(before < layer.layer for before in self._opened.shape.layers)
         shape = (*self._watched.shape, -1)
@@ -306,7 +322,8 @@ class _Run:
 
     def _batches(self) -> list[torch.Tensor]:
         ids = torch.from_numpy(self._sequences.ids.astype(np.int64))
-        return list(ids.split(self.plan.batch_sequences))
+        size = self.plan.batch_sequences
+        return [ids[first : first + size] for first in range(0, len(ids), size)]
 
 
 class _PartsFolder:
@@ -323,7 +340,8 @@ class _PartsFolder:
             if journal.read_bytes() != wanted:
                 raise UsageError(
                     f"{self.folder} was begun with another model, text, seed or version",
-                    hint="repeat the interrupted command with --resume, or run it without to start anew",
+                    hint="repeat the interrupted command with --resume, "
+                    "or run it without to start anew",
                 )
             return
         if self.folder.exists():
@@ -340,7 +358,8 @@ class _PartsFolder:
         return {layer: self.layer_file(layer) for layer in layers}
 
     def keep_digests(self, digests: dict[str, str]) -> None:
-        """Keep what the full hash knows of the tensors read so far: a resume does not read them again."""
+        """Keep what the full hash knows of the tensors read so far: a resume does not read them
+        again."""
         atomic_write_bytes(self.folder / "digests.json", json.dumps(digests).encode())
 
     def digests(self) -> dict[str, str]:
@@ -381,7 +400,8 @@ def _traced_tokens(sequences: TokenSequences) -> TracedTokens:
 
 
 def _sample_rows(sequences: TokenSequences, *, seed: int) -> np.ndarray:
-    """Rows (tokens) of the probe, ascending: three quarters in-sample, one quarter held-out where there is one."""
+    """Rows (tokens) of the probe, ascending: three quarters in-sample, one quarter held-out where
+    there is one."""
     generator = np.random.default_rng([seed, 1])
     held_out = np.repeat(sequences.held_out, sequences.ids.shape[1])
     n_held_out = min(PROBE_TOKENS // 4, int(held_out.sum()))
@@ -393,7 +413,8 @@ def _sample_rows(sequences: TokenSequences, *, seed: int) -> np.ndarray:
 
 
 def _watched_sequences(sequences: TokenSequences, *, seed: int) -> np.ndarray:
-    """[b, s] int64: the beginnings of a few in-sample sequences, on which sensitivity is measured."""
+    """[b, s] int64: the beginnings of a few in-sample sequences, on which sensitivity is
+    measured."""
     generator = np.random.default_rng([seed, 2])
     candidates = np.flatnonzero(~sequences.held_out)
     count = min(SENSITIVITY_SEQUENCES, len(candidates))

@@ -1,4 +1,5 @@
-"""A bundle holds what the checkpoint held, in the order that the profile says, and resumes where it stopped."""
+"""A bundle holds what the checkpoint held, in the order that the profile says, and resumes where it
+stopped."""
 
 from collections.abc import Callable
 from pathlib import Path

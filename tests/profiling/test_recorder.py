@@ -1,4 +1,5 @@
-"""A profile says what the model did: routing, resumption, one read of everything, files or memory alike."""
+"""A profile says what the model did: routing, resumption, one read of everything, files or memory
+alike."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -33,7 +34,8 @@ def record(folder: Path, out: Path, **options: object) -> ProfileReport:
 
 
 def recomputed_routing(folder: Path, ids: np.ndarray) -> dict[int, list[torch.Tensor]]:
-    """What transformers' own forward of all sequences at once routes: layer -> [index, weight, logits]."""
+    """What transformers' own forward of all sequences at once routes: layer -> [index, weight,
+    logits]."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager"
     ).eval()
@@ -56,7 +58,9 @@ def test_recorded_routing_equals_recomputed_routing(
 ) -> None:
     folder = tiny_checkpoint(arch)
     report = record(folder, tmp_path / "p.h5")
-    assert report.bytes_read <= 1.02 * report.checkpoint_bytes + 2**14  # routers and norms, for the identity
+    assert (
+        report.bytes_read <= 1.02 * report.checkpoint_bytes + 2**14
+    )  # routers and norms, for the identity
     with ProfileReader.open(tmp_path / "p.h5") as profile:
         wanted = recomputed_routing(folder, profile.tokens.ids)
         assert set(wanted) == set(profile.layers)
@@ -64,7 +68,9 @@ def test_recorded_routing_equals_recomputed_routing(
             trace = profile.trace(layer)
             index, weight, logits = wanted[layer]
             assert np.array_equal(np.sort(trace.top_k_index, 1), np.sort(index.numpy(), 1))
-            assert np.abs(trace.router_logits - logits.numpy()).max() < 2e-3 * float(logits.abs().max())
+            assert np.abs(trace.router_logits - logits.numpy()).max() < 2e-3 * float(
+                logits.abs().max()
+            )
             order = np.argsort(trace.top_k_index, 1)
             same = np.argsort(index.numpy(), 1)
             recorded = np.take_along_axis(trace.top_k_weight.astype(np.float32), order, 1)
