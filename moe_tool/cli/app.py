@@ -59,6 +59,9 @@ def _root(
 
 def main() -> None:
     """Run the command line of this process and exit with its code."""
+    # Before torch is loaded: by default its threads spin for seconds while they wait for another;
+    # beside reader threads or other programs, two threads are then many times slower than one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     code = run_command(sys.argv[1:])
     try:
         sys.stdout.flush()

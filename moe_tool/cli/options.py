@@ -86,6 +86,10 @@ GatesOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", metavar="N", min=1, help="Threads of computation.", show_default="all cores"
+        "--threads",
+        metavar="N",
+        min=1,
+        help="Threads of computation.",
+        show_default="all cores but one",
     ),
 ]

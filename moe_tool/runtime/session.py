@@ -1,6 +1,7 @@
 """A bundle and a memory budget become a model that is ready to generate: the Python API of
 `run`."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +59,7 @@ class RunOptions:
     seed: int = 0
     """Of policies that draw"""
     threads: int | None = None
-    """Threads of torch; None leaves its default. Set for the whole process."""
+    """Threads of torch; None: all cores but one, which reads experts. Set for the whole process."""
     context: int = 4096
     """Positions per sequence, prompt included; capped at what the model was made for"""
     prompt: int | None = None
@@ -187,8 +188,7 @@ def open_session(
     request = parse_memory(options.memory)
     _check(options)
     return_freed_memory()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
     bundle = BundleReader.open(folder)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)
