@@ -54,9 +54,10 @@ def evaluate(
     """Measure perplexity, and the divergence from the same bundle under exact."""
     with open_output(as_json=json) as output:
         from moe_tool.models.locate import locate_model
-        from moe_tool.text.sources import parse_sources
+        from moe_tool.text.sources import parse_sources, require_sources
 
         sources = parse_sources(data)
+        require_sources(sources, offline=offline)
         located = None
         if reference is not None:
             located = locate_model(reference, offline=offline, announce=output.say)

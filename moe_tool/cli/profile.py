@@ -58,11 +58,12 @@ def profile(
     """
     with open_output(as_json=json) as output:
         from moe_tool.models.locate import locate_model
-        from moe_tool.text.sources import parse_sources
+        from moe_tool.text.sources import parse_sources, require_sources
 
         memory_bytes = None if memory.strip().lower() == "auto" else parse_bytes(memory)
         sources = parse_sources(data)
         located = locate_model(model, offline=offline, announce=output.say)
+        require_sources(sources, offline=offline)
 
         from moe_tool.profiling.coverage import pin_verdict
         from moe_tool.profiling.recorder import record_profile

@@ -42,6 +42,19 @@ def parse_hub_spec(spec: str) -> HubDataset:
     return HubDataset(name=name, config=words[0] if words else None, split=split)
 
 
+def require_hub_dataset(spec: str, *, domain: str, offline: bool) -> bool:
+    """Return whether a data set is asked of the network; False: it is in the local cache.
+
+    Raises:
+        NotFoundError: no network and not in the cache; told within about a second.
+    """
+    wanted = parse_hub_spec(spec)
+    online = not offline and hub_is_reachable()
+    if not online and not any(folder.is_dir() for folder in _cache_folders(wanted.name)):
+        raise _out_of_reach(wanted, domain=domain, offline=offline)
+    return online
+
+
 def read_hub_documents(spec: str, *, domain: str, seed: int, offline: bool) -> Iterator[str]:
     """Return the documents of a data set, streamed and shuffled by `seed` (shards, then a buffer of
     1000 documents).
@@ -54,9 +67,7 @@ def read_hub_documents(spec: str, *, domain: str, seed: int, offline: bool) -> I
         DataSourceError: the data set cannot be read or has no text field.
     """
     wanted = parse_hub_spec(spec)
-    online = not offline and hub_is_reachable()
-    if not online and not any(folder.is_dir() for folder in _cache_folders(wanted.name)):
-        raise _out_of_reach(wanted, domain=domain, offline=offline)
+    online = require_hub_dataset(spec, domain=domain, offline=offline)
     rows = _load(wanted, domain=domain, seed=seed, online=online, offline=offline)
     return _texts(rows, wanted)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_tool.errors import UsageError
+from moe_tool.errors import NotFoundError, UsageError
 from moe_tool.text.builtin import BUILTIN_DOMAINS, Part, builtin_documents
-from moe_tool.text.hub_datasets import read_hub_documents
+from moe_tool.text.hub_datasets import read_hub_documents, require_hub_dataset
 from moe_tool.text.interleave import interleave_blocks
 from moe_tool.text.local_files import SUPPORTED_SUFFIXES, read_local_documents
 from moe_tool.text.text_blocks import split_text
@@ -66,6 +66,23 @@ def parse_sources(arguments: Sequence[str]) -> tuple[TextSource, ...]:
             )
         seen[source.domain] = source.spec
     return tuple(sources)
+
+
+def require_sources(sources: Sequence[TextSource], *, offline: bool = False) -> None:
+    """Refuse sources that are out of reach, before anything slow begins.
+
+    Raises:
+        NotFoundError: no such file or folder, or the hub is out of reach.
+    """
+    for source in sources:
+        if source.spec.partition(":")[0] == "builtin":
+            continue
+        if not _is_local(source.spec):
+            require_hub_dataset(source.spec, domain=source.domain, offline=offline)
+        elif not (path := Path(source.spec).expanduser()).exists():
+            raise NotFoundError(
+                f"{path} does not exist", hint=f"check the path; {_WAYS_TO_NAME_TEXT}"
+            )
 
 
 def read_documents(source: TextSource, *, seed: int, offline: bool = False) -> Iterator[str]:

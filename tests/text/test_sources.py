@@ -11,7 +11,13 @@ from moe_tool.formats import hub_probe
 from moe_tool.text import hub_datasets
 from moe_tool.text.builtin import BUILTIN_DOMAINS, builtin_documents
 from moe_tool.text.hub_datasets import HubDataset, parse_hub_spec
-from moe_tool.text.sources import HUB_ALIASES, TextSource, parse_sources, read_documents
+from moe_tool.text.sources import (
+    HUB_ALIASES,
+    TextSource,
+    parse_sources,
+    read_documents,
+    require_sources,
+)
 
 
 def _read(spec: str | Path, *, seed: int = 0, offline: bool = False) -> list[str]:
@@ -231,7 +237,12 @@ def test_the_probe_gives_up_on_a_name_server_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _forget_environment(monkeypatch)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(5))
+
+    def hang(*arguments: object, **options: object) -> None:
+        time.sleep(5)
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", hang)
     started = time.monotonic()
     assert not hub_probe.hub_is_reachable(timeout_s=0.1)
     assert time.monotonic() - started < 1
@@ -254,3 +265,16 @@ def _forget_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_sources_out_of_reach_are_refused_before_anything_slow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _forget_environment(monkeypatch)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    require_sources(parse_sources(["builtin"]))
+    with pytest.raises(NotFoundError, match="nowhere.txt does not exist"):
+        require_sources(parse_sources([f"a={tmp_path}/nowhere.txt"]))
+    with pytest.raises(NotFoundError, match="Salesforce/wikitext"):
+        require_sources(parse_sources(["wikitext"]))
