@@ -21,7 +21,7 @@ from moe_tool.progress import SILENT, Progress
 _HASH_BLOCK_BYTES = 16 * 2**20
 # What a loader of models or tokenizers may pick up by its name alone.
 _LOADABLE = (".json", ".jinja", ".model", ".safetensors", ".txt", ".py", ".bin", ".pt", ".pth")
-_REPACK = "pack the bundle again with moe-tool pack"
+_REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
 
 class BundleReader:

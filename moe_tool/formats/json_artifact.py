@@ -16,7 +16,7 @@ from moe_tool.formats.strict_json import parse_json_object
 MAX_BYTES = 256 * 2**20
 _SEAL = b',\n "sha256": "%s"\n}\n'
 _SEALED = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
-_COMMANDS = {"buddies": "moe-tool buddies", "bundle": "moe-tool pack"}
+_COMMANDS = {"buddies": "moe-tool buddies", "bundle": "moe-tool pack, once its folder is removed"}
 _LABELS = {"buddies": "buddy map", "bundle": "bundle manifest", "profile": "profile"}
 
 Artifact = TypeVar("Artifact", bound=FrozenModel)
