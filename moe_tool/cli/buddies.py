@@ -74,8 +74,20 @@ def buddies(
             f"wrote {made.path}: {format_bytes(made.path.stat().st_size)}; {k} stand-ins "
             f"per expert by {by}, {output.seconds:.1f} s"
         )
-        output.say(f"next: moe-tool pack {made.model} --out bundle/")
+        output.say(
+            f"next: {_pack_command(made, is_default=out == buddies_path(profiles, profile))}"
+        )
         output.result(buddies_fields(made))
+
+
+def _pack_command(made: MadeBuddies, *, is_default: bool) -> str:
+    """Return what to type next. A map knows its model's name, not where the checkpoint lies."""
+    from moe_tool.models.locate import ALIASES
+
+    is_typable = made.model in ALIASES or "/" in made.model
+    model = made.model if is_typable else f"PATH/TO/{made.model}"
+    files = "" if is_default else f" --profile {made.profile} --buddies {made.path}"
+    return f"moe-tool pack {model}{files} --out bundle/"
 
 
 def make_buddies(profile: Path, *, k: int, by: By, out: Path) -> MadeBuddies:
