@@ -46,6 +46,16 @@ def current_rss_bytes(status: Path = _STATUS) -> int:
     return _kib_field(status, "VmRSS") or 0
 
 
+def anonymous_rss_bytes(status: Path = _STATUS) -> int:
+    """Return what of this process's resident size no file backs (RssAnon + RssShmem).
+
+    Added to `available_memory_bytes` it is the size that the process can reach: mapped library
+    pages are part of the resident size, and part of what the kernel can drop, so adding the whole
+    resident size would count them twice.
+    """
+    return (_kib_field(status, "RssAnon") or 0) + (_kib_field(status, "RssShmem") or 0)
+
+
 class _CgroupFiles(NamedTuple):
     """Names of the files of one cgroup version."""
 

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.available_memory import available_memory_bytes, current_rss_bytes, peak_rss_bytes
+from moe_tool.available_memory import (
+    anonymous_rss_bytes,
+    available_memory_bytes,
+    current_rss_bytes,
+    peak_rss_bytes,
+)
 
 MIB = 2**20
 
@@ -101,3 +106,10 @@ def test_peak_is_at_least_the_current_size() -> None:
     if current_rss_bytes() == 0:
         pytest.skip("no /proc here")
     assert peak_rss_bytes() >= current_rss_bytes() > MIB
+
+
+def test_pages_of_libraries_are_not_anonymous(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("VmRSS: 366 kB\nRssAnon: 260 kB\nRssFile: 98 kB\nRssShmem: 8 kB\n")
+    assert anonymous_rss_bytes(status) == 268 * 1024
+    assert 0 < anonymous_rss_bytes() < current_rss_bytes()

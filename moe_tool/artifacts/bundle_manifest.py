@@ -40,6 +40,14 @@ class ExpertRecord(FrozenModel):
     """xxh3-64 of the record's bytes"""
 
 
+class SkeletonTensor(FrozenModel):
+    """One tensor that is not an expert's."""
+
+    name: str
+    xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    """xxh3-64 of its bytes, checked whenever it is read"""
+
+
 class BundleBuddies(FrozenModel):
     """The stand-ins compiled into the bundle."""
 
@@ -69,6 +77,8 @@ class BundleManifest(FrozenModel):
     """The same for every record; a multiple of ALIGNMENT_BYTES"""
     records: tuple[ExpertRecord, ...]
     """In file order: layer by layer, hot experts first with those they are used with"""
+    skeleton: tuple[SkeletonTensor, ...]
+    """Every tensor of the skeleton files"""
     files: tuple[BundleFile, ...]
     """Every file but the manifest"""
     made_from: dict[str, str]

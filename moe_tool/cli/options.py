@@ -31,7 +31,8 @@ OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Take from the local cache or fail; never the network.")
 ]
 SeedOption = Annotated[
-    int, typer.Option("--seed", metavar="N", min=0, help="Seed of every random choice.")
+    int,
+    typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of every random choice."),
 ]
 DataOption = Annotated[
     list[str],
@@ -89,6 +90,7 @@ ThreadsOption = Annotated[
         "--threads",
         metavar="N",
         min=1,
+        max=1024,
         help="Threads of computation.",
         show_default="all cores but one",
     ),

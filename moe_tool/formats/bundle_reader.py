@@ -66,7 +66,12 @@ class BundleReader:
         with _naming(folder):
             _check_files(folder, manifest)
         _check_headers(folder, manifest, layout)
-        Checkpoint.open_files(_skeleton_files(folder, manifest))
+        found = Checkpoint.open_files(_skeleton_files(folder, manifest)).tensors.keys()
+        if found != {tensor.name for tensor in manifest.skeleton}:
+            raise CorruptArtifactError(
+                f"the skeleton files of {folder} do not hold the tensors that {MANIFEST} lists",
+                hint=_REPACK,
+            )
         return cls(folder, manifest, layout)
 
     @property
@@ -78,6 +83,24 @@ class BundleReader:
     def skeleton_files(self) -> list[Path]:
         """The files with everything but the experts."""
         return _skeleton_files(self.folder, self.manifest)
+
+    def open_skeleton(self) -> Checkpoint:
+        """Open everything but the experts; each tensor is checked when it is read, and one that is
+        not what was packed is a CorruptArtifactError that names it."""
+        checkpoint = Checkpoint.open_files(self.skeleton_files)
+        hashes = {tensor.name: tensor.xxh3 for tensor in self.manifest.skeleton}
+
+        def check(name: str, row: int | None, data: memoryview) -> None:
+            assert row is None
+            if xxhash.xxh3_64_hexdigest(data) != hashes[name]:
+                raise CorruptArtifactError(
+                    f"{checkpoint.tensors[name].file} is damaged: "
+                    f"the hash of {quoted(name)} does not fit",
+                    hint=_REPACK,
+                )
+
+        checkpoint.on_read = check
+        return checkpoint
 
     def record_entry(self, layer: int, expert: int) -> ExpertRecord:
         """Return where a record lies."""
@@ -219,6 +242,10 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
             raise CorruptArtifactError(
                 f"{path} has {found} bytes, its manifest says {file.size_bytes}", hint=_REPACK
             )
+        # A config changes the text as weights do, and is small enough to hash at every start.
+        is_small = not file.name.endswith(".safetensors")
+        if is_small and hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
+            raise CorruptArtifactError(f"{path} is damaged: its sha256 does not fit", hint=_REPACK)
     listed = {MANIFEST, *(file.name for file in manifest.files)}
     for name in sorted(_names(folder) or ()):
         if name not in listed and name.endswith(_LOADABLE) and not name.startswith("."):

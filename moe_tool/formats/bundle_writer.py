@@ -6,7 +6,7 @@ there names records only once their bytes are on the disk; a resume checks them 
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from moe_tool.artifacts.bundle_manifest import (
     BundleManifest,
     ExpertRecord,
     LayerHeat,
+    SkeletonTensor,
 )
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
@@ -79,6 +80,7 @@ class BundleWriter:
         self._file: int | None = None
         self._digest = hashlib.sha256()
         self._others: list[BundleFile] = []
+        self._skeleton: list[SkeletonTensor] = []
         self.finished = False
 
     @classmethod
@@ -191,7 +193,17 @@ class BundleWriter:
             header = safetensors_header(
                 [(info.name, info.dtype, info.shape, info.size_bytes) for info in group]
             )
-            self._write_file(name, header, (read(info.name) for info in group))
+            self._write_file(name, header, self._hashed(group, read))
+
+    def _hashed(
+        self, tensors: Sequence[TensorInfo], read: Callable[[str], bytes]
+    ) -> Iterator[bytes]:
+        for info in tensors:
+            data = read(info.name)
+            self._skeleton.append(
+                SkeletonTensor(name=info.name, xxh3=xxhash.xxh3_64_hexdigest(data))
+            )
+            yield data
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write a file of the tokenizer or a config."""
@@ -222,6 +234,7 @@ class BundleWriter:
             shape=self._shape,
             precision=self.precision,
             record_size_bytes=self._layout.size_bytes,
+            skeleton=tuple(self._skeleton),
             records=tuple(self._records),
             files=(*experts, *self._others),
             made_from=self._asked.made_from,

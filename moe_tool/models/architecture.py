@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import cast
 
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from moe_tool.artifacts.identity import ModelIdentity
@@ -22,6 +23,8 @@ from moe_tool.models.moe_layers import (
 )
 from moe_tool.models.tensor_map import TensorMap
 
+UNFUSED_ATTENTION = frozenset({"gpt_oss"})
+"""Model types whose attention transformers computes step by step, score matrix included"""
 _FLOAT_NAMES: dict[str, FloatName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -38,6 +41,8 @@ class OpenedModel:
     experts: ExpertSource
     max_positions: int
     """Longest sequence that the model's positions allow"""
+    unfused_attention_heads: int
+    """Query heads whose score matrices are in memory in full; 0 where a fused kernel takes them"""
 
 
 def open_model(model: LocatedModel) -> OpenedModel:
@@ -72,7 +77,13 @@ def open_model(model: LocatedModel) -> OpenedModel:
         skeleton_names=tensor_map.skeleton_names(),
         experts=experts,
         max_positions=max_positions(meta),
+        unfused_attention_heads=_unfused_attention_heads(meta),
     )
+
+
+def _unfused_attention_heads(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return int(config.num_attention_heads) if config.model_type in UNFUSED_ATTENTION else 0
 
 
 def max_positions(model: PreTrainedModel) -> int:
@@ -113,17 +124,26 @@ def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
 def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatName) -> MoeShape:
     """Return the shape of a model from one of its MoE layers; `dtype`: of the experts on disk."""
     config = model.config.get_text_config()
-    return MoeShape(
-        model_type=model.config.model_type,
-        n_decoder_layers=len(decoder_layers(model)),
-        layers=tuple(found.layer for found in find_moe_layers(model)),
-        experts=cast(int, modules.experts.num_experts),
-        top_k=top_k(modules),
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-        dtype=dtype,
-        expert_tensors=_expert_tensors(modules),
-    )
+    try:
+        return MoeShape(
+            model_type=model.config.model_type,
+            n_decoder_layers=len(decoder_layers(model)),
+            layers=tuple(found.layer for found in find_moe_layers(model)),
+            experts=cast(int, modules.experts.num_experts),
+            top_k=top_k(modules),
+            hidden=config.hidden_size,
+            vocabulary=config.vocab_size,
+            dtype=dtype,
+            expert_tensors=_expert_tensors(modules),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise CorruptArtifactError(
+            f"config.json describes no mixture of experts: {where + ': ' if where else ''}{reason}",
+            hint="download the checkpoint again",
+        ) from error
 
 
 def identity_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:

@@ -22,6 +22,15 @@ CALL_ATTRIBUTE = "_moe_tool_call"
 _MAX_CONFIG_BYTES = 4 * 2**20
 # Twenty times more than any model has; building modules for a damaged number would take hours.
 _MAX_LAYERS = 4096
+_COUNTS = (
+    "max_position_embeddings",
+    "sliding_window",
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_local_experts",
+)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -56,7 +65,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"wanted 1 to {_MAX_LAYERS}",
             hint="download the checkpoint again",
         )
-    raw.pop("auto_map", None)
+    _require_counts(folder / "config.json", raw)
+    for key in ("auto_map", "num_labels", "id2label", "label2id"):
+        raw.pop(key, None)  # code is never run, and labels are not for language models
     try:
         return CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # each configuration class refuses bad values with errors of its own
@@ -115,12 +126,30 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} has {size_bytes} bytes, wanted at most {_MAX_CONFIG_BYTES}", hint=hint
         )
     try:
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(f"{path} is not JSON: {error}", hint=hint) from error
     if not isinstance(raw, dict):
         raise CorruptArtifactError(f"{path} is not a JSON object", hint=hint)
     return raw
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _require_counts(path: Path, raw: dict[str, Any]) -> None:
+    """Refuse sizes that no model has before modules or masks are built from them."""
+    for key in _COUNTS:
+        value = raw.get(key)
+        is_unused = key == "sliding_window" and raw.get("use_sliding_window") is False
+        if value is None or is_unused:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise CorruptArtifactError(
+                f"{path}: {key} is {str(value)[:32]}, wanted a whole number from 1 on",
+                hint="download the checkpoint again",
+            )
 
 
 def _refuse_quantized(model_type: str, raw: dict[str, Any]) -> None:

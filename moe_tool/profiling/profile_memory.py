@@ -4,7 +4,11 @@ of the probe."""
 from dataclasses import dataclass
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
-from moe_tool.available_memory import available_memory_bytes, current_rss_bytes
+from moe_tool.available_memory import (
+    anonymous_rss_bytes,
+    available_memory_bytes,
+    current_rss_bytes,
+)
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.errors import BudgetError
 from moe_tool.models.architecture import OpenedModel
@@ -16,6 +20,10 @@ _MARGIN_BYTES = 96 * 2**20
 """Allocator slack and library pages first touched in the pass"""
 _BATCH_TOKENS = 4096
 """Past this a larger batch buys nothing: matrix products are at full speed"""
+LOGIT_ROWS = 16
+"""Tokens whose logits are in memory at once when sensitivities are computed"""
+_LOGIT_COPIES = 4
+"""Exact, disturbed, and what the head and a row in float64 take beside them"""
 _MIB = 2**20
 
 
@@ -40,17 +48,19 @@ def plan_profile_memory(
         n_rows: rows of hidden states.
         n_tokens: T, rows of a layer's trace.
         seq_len: S; a batch holds at least one sequence.
-        asked: the budget in bytes; None: DEFAULT_SHARE of what is free, on top of what is in use.
+        asked: the budget in bytes; None: DEFAULT_SHARE of what the process can reach.
 
     Raises:
         BudgetError: one layer, one sequence and the trace do not fit.
     """
     used = current_rss_bytes()
-    budget = asked if asked is not None else used + int(DEFAULT_SHARE * available_memory_bytes())
+    reachable = anonymous_rss_bytes() + available_memory_bytes()
+    budget = asked if asked is not None else int(DEFAULT_SHARE * reachable)
     layer = _layer_bytes(opened)
     trace = _trace_bytes(opened, n_tokens)
-    per_sequence = seq_len * _bytes_per_token(opened)
-    smallest = used + layer + trace + per_sequence + _MARGIN_BYTES
+    per_sequence = seq_len * _bytes_per_token(opened) + _score_bytes(opened, seq_len)
+    logits = LOGIT_ROWS * opened.shape.vocabulary * _LOGIT_COPIES * 4
+    smallest = used + max(layer + trace + per_sequence, logits) + _MARGIN_BYTES
     if budget < smallest:
         nearest = -(-smallest // (16 * _MIB)) * 16 * _MIB
         raise BudgetError(
@@ -58,7 +68,8 @@ def plan_profile_memory(
             f"given {format_bytes(budget)}: "
             f"process {format_bytes(used)}, one layer {format_bytes(layer)}, "
             f"trace {format_bytes(trace)}, "
-            f"one sequence {format_bytes(per_sequence)}, margin {format_bytes(_MARGIN_BYTES)}",
+            f"one sequence {format_bytes(per_sequence)}, "
+            f"logits at the end {format_bytes(logits)}, margin {format_bytes(_MARGIN_BYTES)}",
             hint=f"give --memory {nearest // _MIB}MiB or more",
         )
     hidden = n_rows * opened.shape.hidden * 4
@@ -88,6 +99,12 @@ def _layer_bytes(opened: OpenedModel) -> int:
         if len(opened.checkpoint.tensors[name].shape) > 1
     )
     return stored + 4 * 4 * largest + skeleton // shape.n_decoder_layers
+
+
+def _score_bytes(opened: OpenedModel, seq_len: int) -> int:
+    """Masks of one sequence, and its score matrices where no fused attention takes them."""
+    heads = opened.unfused_attention_heads
+    return 4 * (2 + 3 * heads) * seq_len * seq_len
 
 
 def _trace_bytes(opened: OpenedModel, n_tokens: int) -> int:

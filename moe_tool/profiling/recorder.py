@@ -32,8 +32,8 @@ from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
 from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
 from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_pass import LayerPass, PassPlan
-from moe_tool.profiling.profile_memory import plan_profile_memory
-from moe_tool.profiling.sensitivity import mean_divergence, sensitivity
+from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
+from moe_tool.profiling.sensitivity import sensitivity, total_divergence
 from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -105,6 +105,8 @@ def record_profile(
     """
     start = time.perf_counter()
     _check_arguments(tokens=tokens, seq_len=seq_len, holdout=holdout)
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", hint="name a file: --out profiles/NAME.h5")
     opened = open_model(model)
     with opened.checkpoint:
         tokenizer = load_tokenizer(model.folder)
@@ -265,20 +267,21 @@ class _Run:
     def sensitivities(self) -> dict[int, float]:
         """Return each MoE layer's sensitivity from the disturbed copies of the watched
         sequences."""
-        shape, n_watched = self._opened.shape, self._watched.size
+        layers, n_watched = self._opened.shape.layers, self._watched.size
         base = self._sequences.ids.size
-        exact = self._watched_logits(base)
-        result = {}
-        for position, layer in enumerate(shape.layers):
-            disturbed = self._watched_logits(base + (1 + position) * n_watched)
-            result[layer] = sensitivity(mean_divergence(exact, disturbed))
+        total = dict.fromkeys(layers, 0.0)
+        for first in range(0, n_watched, LOGIT_ROWS):
+            n_rows = min(LOGIT_ROWS, n_watched - first)
+            exact = self._logits(base + first, n_rows)  # [rows, V]
+            for position, layer in enumerate(layers):
+                row = base + (1 + position) * n_watched + first
+                total[layer] += total_divergence(exact, self._logits(row, n_rows))
         self._states.close()
-        return result
+        return {layer: sensitivity(total[layer] / n_watched) for layer in layers}
 
-    def _watched_logits(self, first_row: int) -> torch.Tensor:
-        rows = self._states.read(first_row, first_row + self._watched.size)
-        logits = self._stream.logits(rows.view(*self._watched.shape, -1))
-        return logits.reshape(self._watched.size, -1)
+    def _logits(self, first_row: int, n_rows: int) -> torch.Tensor:
+        hidden = self._states.read(first_row, first_row + n_rows)
+        return self._stream.logits(hidden[None])[0]
 
     def _embed(self) -> None:
         row = 0
@@ -344,10 +347,24 @@ class _PartsFolder:
                     "or run it without to start anew",
                 )
             return
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        self._remove_old()
         self.folder.mkdir(parents=True)
         atomic_write_bytes(journal, wanted)
+
+    def _remove_old(self) -> None:
+        """Make room for a new profile; what is not an interrupted one is not ours to delete."""
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise UsageError(
+                f"{self.folder} is in the way: it is not a folder", hint="choose another --out"
+            )
+        if not self.folder.exists():
+            return
+        if any(self.folder.iterdir()) and not (self.folder / "arguments.json").is_file():
+            raise UsageError(
+                f"{self.folder} is in the way: it holds something else than an interrupted profile",
+                hint="choose another --out, or remove it",
+            )
+        shutil.rmtree(self.folder)
 
     def layer_file(self, layer: int) -> Path:
         """Where a layer's part lies."""

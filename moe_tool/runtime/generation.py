@@ -21,6 +21,23 @@ from moe_tool.runtime.session import RunOptions, Session, open_session
 from moe_tool.runtime.text_stream import OnText, TextStream
 from moe_tool.runtime.working_set import prefill_chunk
 
+_KEPT_SETTINGS = (
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+)
+"""What of a model's generation_config.json is followed. The rest chooses other ways to decode,
+some of which need code of the model's own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
@@ -212,7 +229,11 @@ def _generation_config(
     session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int
 ) -> GenerationConfig:
     """The model's own generation settings, with ours on top."""
-    config = copy.deepcopy(session.model.generation_config)
+    config = GenerationConfig()  # type: ignore[no-untyped-call]
+    for name in _KEPT_SETTINGS:
+        value = getattr(session.model.generation_config, name, None)
+        if value is not None:
+            setattr(config, name, copy.deepcopy(value))
     config.max_new_tokens = max_new_tokens
     config.max_length = None
     config.min_length = config.min_new_tokens = None

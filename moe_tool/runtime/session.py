@@ -12,7 +12,11 @@ import transformers
 from torch import nn
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.available_memory import available_memory_bytes, current_rss_bytes
+from moe_tool.available_memory import (
+    anonymous_rss_bytes,
+    available_memory_bytes,
+    current_rss_bytes,
+)
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.safetensors_index import Checkpoint
@@ -208,10 +212,10 @@ def open_session(
             ),
             loading_bytes=process_bytes + weights.float32_bytes + weights.largest_bytes,
             experts=rooms,
-            available_bytes=current_rss_bytes() + available_memory_bytes(),
+            available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
         )
 
-    with Checkpoint.open_files(bundle.skeleton_files) as checkpoint:
+    with bundle.open_skeleton() as checkpoint:
         weights = _measure(checkpoint)
         plan(current_rss_bytes() + _FIRST_USE_BYTES)
         progress.begin("load the skeleton", None, "")

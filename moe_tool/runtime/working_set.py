@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.models.architecture import UNFUSED_ATTENTION
 
 PREFILL_CHUNK_TOKENS = 256
 """Prompt tokens per forward, all sequences of a batch together: longer chunks read fewer experts
@@ -16,8 +17,6 @@ in, out, sum"""
 _LOGIT_COPIES = 10
 """[B, V] tensors alive at once while a token is chosen: logits, scores, probabilities, sorted
 values and indices"""
-_UNFUSED_ATTENTION = frozenset({"gpt_oss"})
-"""Model types whose attention transformers computes step by step, score matrix included"""
 _ROW_BLOCK_BYTES = 16 * 2**20
 """Scratch in which quantized or narrow weights are expanded, with what the matrix library keeps for
 itself"""
@@ -86,7 +85,7 @@ def _attention_scratch_bytes(config: Any, workload: Workload) -> int:
     n_floats = 0
     if _expanded_floats(config) > _kv_floats(config):
         n_floats += workload.batch * workload.positions * _expanded_floats(config)
-    if config.model_type in _UNFUSED_ATTENTION:
+    if config.model_type in UNFUSED_ATTENTION:
         n_floats += 3 * workload.batch * heads * prefill_chunk(workload) * workload.positions
     return n_floats * _FLOAT_BYTES
 

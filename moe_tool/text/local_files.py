@@ -104,7 +104,7 @@ def _count_blocks(file: Path) -> int:
     if not file.exists():
         raise NotFoundError(
             f"text source {file}: there is no such file or folder"
-            f" (looked in {file.parent.resolve()})",
+            f" (looked in {file.parent.absolute()})",
             hint="check the path, or use --data builtin, which needs no file",
         )
     if not file.is_file():

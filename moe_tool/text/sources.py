@@ -118,7 +118,7 @@ def _parse_argument(argument: str) -> list[TextSource]:
         return [TextSource(domain=name or spec, spec=HUB_ALIASES[spec])]
     if _is_local(spec):
         path = Path(spec).expanduser()
-        return [TextSource(domain=name or path.resolve().stem, spec=spec)]
+        return [TextSource(domain=name or Path(os.path.abspath(path)).stem, spec=spec)]
     if _HUB_ID.fullmatch(spec):
         return [TextSource(domain=name or spec.split(":")[0].split("/")[1], spec=spec)]
     raise UsageError(

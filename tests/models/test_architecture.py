@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from moe_tool.errors import (
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import identity_tensor_names, open_model, read_shape
 from moe_tool.models.locate import LocatedModel
-from moe_tool.models.meta_model import build_meta_model
+from moe_tool.models.meta_model import build_meta_model, read_config
 from moe_tool.models.moe_layers import SUPPORTED
 from tests.tiny_models import TINY
 
@@ -255,6 +256,38 @@ def test_a_config_of_another_checkpoint_is_refused(
     assert isinstance(caught.value, CorruptArtifactError)
     assert "wanted" in caught.value.message
     assert "found" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_experts_per_tok", 0),
+        ("num_experts_per_tok", 99),
+        ("sliding_window", 0),
+        ("sliding_window", -1),
+        ("max_position_embeddings", -3),
+        ("max_position_embeddings", 0),
+        ("vocab_size", 10**12),
+        ("rms_norm_eps", float("nan")),
+    ],
+)
+def test_a_number_that_no_model_has_is_refused(
+    key: str, value: float, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint("mixtral"), tmp_path / "m")
+    write_config(tmp_path / "m", config_of(tmp_path / "m") | {key: value})
+    with pytest.raises(CorruptArtifactError, match=r"config\.json"):
+        open_model(LocatedModel(folder=tmp_path / "m", name="m"))
+
+
+def test_labels_of_a_config_are_never_made(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = config_of(tiny_checkpoint("mixtral")) | {"num_labels": 10**8}
+    write_config(tmp_path, config)
+    started = time.monotonic()
+    assert len(read_config(tmp_path).id2label) <= 2
+    assert time.monotonic() - started < 5
 
 
 def test_the_meta_model_takes_no_memory(tmp_path: Path) -> None:

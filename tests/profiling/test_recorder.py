@@ -216,6 +216,23 @@ def test_resume_with_another_seed_is_refused(
         record(folder, tmp_path / "p.h5", resume=True, seed=1)
 
 
+def test_a_foreign_folder_in_the_way_is_left_alone(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "p.h5.parts").mkdir()
+    (tmp_path / "p.h5.parts" / "thesis").write_text("mine")
+    with pytest.raises(UsageError, match="is in the way"):
+        record(tiny_checkpoint("mixtral"), tmp_path / "p.h5")
+    assert (tmp_path / "p.h5.parts" / "thesis").read_text() == "mine"
+
+
+def test_a_folder_as_the_profile_is_refused_before_the_pass(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="is a folder"):
+        record(tiny_checkpoint("mixtral"), tmp_path)
+
+
 def test_too_small_budget_is_refused_with_one_that_works(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

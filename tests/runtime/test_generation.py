@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.runtime.generation import GenerateOptions, generate, generate_ids, run_prompt
@@ -75,6 +76,18 @@ def test_an_empty_prompt_is_refused(session: Session) -> None:
 def test_more_prompts_than_planned_for_are_refused(session: Session) -> None:
     with pytest.raises(UsageError, match="2 prompts"):
         generate_ids(session, [[1], [2]], GenerateOptions())
+
+
+def test_settings_that_decode_in_other_ways_are_not_followed(session: Session) -> None:
+    plain = generate(session, "abc", GenerateOptions(max_tokens=6)).token_ids
+    kept = session.model.generation_config
+    session.model.generation_config = GenerationConfig(
+        eos_token_id=kept.eos_token_id, penalty_alpha=0.6, dola_layers="high", num_beams=4
+    )
+    try:
+        assert generate(session, "abc", GenerateOptions(max_tokens=6)).token_ids == plain
+    finally:
+        session.model.generation_config = kept
 
 
 def test_an_end_of_text_token_ends_it(session: Session) -> None:

@@ -278,3 +278,12 @@ def test_sources_out_of_reach_are_refused_before_anything_slow(
         require_sources(parse_sources([f"a={tmp_path}/nowhere.txt"]))
     with pytest.raises(NotFoundError, match="Salesforce/wikitext"):
         require_sources(parse_sources(["wikitext"]))
+
+
+def test_a_link_to_itself_is_a_source_that_is_not_there(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.txt"
+    loop.symlink_to(loop)
+    sources = parse_sources([str(loop)])
+    assert sources[0].domain == "loop"
+    with pytest.raises(NotFoundError, match="does not exist"):
+        require_sources(sources)

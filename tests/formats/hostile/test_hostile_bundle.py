@@ -245,7 +245,6 @@ def test_a_damaged_record(bundle: Path, case: Case, verify: bool) -> None:
 
 
 @cases(
-    file("a bit of the config", "config.json", replaced(b"{}", b"[]"), "config.json"),
     file("a bit of a skeleton tensor", SKELETON, flip(-1), SKELETON),
     listed("stale hash of a file", RECORDS, sha256="0" * 64),
 )
@@ -253,6 +252,24 @@ def test_what_only_the_full_check_finds(bundle: Path, case: Case) -> None:
     case.damage(bundle)
     read_records(bundle)
     require_refusal(case, bundle.parent, lambda: read_records(bundle, verify=True))
+
+
+@cases(file("same size, other text", "config.json", replaced(b"{}", b"[]"), "config.json"))
+def test_a_changed_config_is_found_at_open(bundle: Path, case: Case) -> None:
+    case.damage(bundle)
+    require_refusal(case, bundle.parent, lambda: read_records(bundle))
+
+
+@cases(file("a bit of a skeleton tensor", SKELETON, flip(-1), SKELETON))
+def test_a_changed_skeleton_tensor_is_found_when_it_is_read(bundle: Path, case: Case) -> None:
+    def load() -> None:
+        with BundleReader.open(bundle) as reader, reader.open_skeleton() as skeleton:
+            for name in skeleton.tensors:
+                skeleton.read(name)
+
+    load()
+    case.damage(bundle)
+    require_refusal(case, bundle.parent, load)
 
 
 def test_a_whole_bundle_passes_the_full_check(bundle: Path) -> None:
