@@ -2,6 +2,7 @@
 `run`."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.errors import UsageError
+from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.meta_model import read_config
@@ -217,7 +218,7 @@ def open_session(
 
     with bundle.open_skeleton() as checkpoint:
         weights = _measure(checkpoint)
-        plan(current_rss_bytes() + _FIRST_USE_BYTES)
+        _refuse_early(plan)
         progress.begin("load the skeleton", None, "")
         skeleton = load_skeleton(folder, checkpoint, shape=bundle.manifest.shape)
         progress.end()
@@ -250,6 +251,20 @@ def open_session(
         session._before_forward, with_kwargs=True
     )
     return session
+
+
+def _refuse_early(plan: Callable[[int], MemoryPlan]) -> None:
+    """Refuse before anything is loaded what cannot fit even if the first use took nothing.
+
+    The refusal names a budget that leaves room for the first use, so that it works when typed.
+    What lies between is decided by measurement, once the model has been run.
+    """
+    used = current_rss_bytes()
+    try:
+        plan(used)
+    except BudgetError:
+        plan(used + _FIRST_USE_BYTES)
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
