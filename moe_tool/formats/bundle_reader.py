@@ -15,6 +15,7 @@ from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partia
 from moe_tool.formats.expert_record import RecordLayout, record_layout, require_finite_scales
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.formats.record_files import RecordFiles
 from moe_tool.formats.safetensors_index import Checkpoint, read_header
 from moe_tool.progress import SILENT, Progress
 
@@ -33,14 +34,8 @@ class BundleReader:
         self.manifest = manifest
         self.layout = layout
         self._entries = {(record.layer, record.expert): record for record in manifest.records}
-        self._handles: dict[str, int] = {}
-        try:
-            with _naming(folder):
-                for name in sorted({record.file for record in manifest.records}):
-                    self._handles[name] = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW)
-        except StorageError:
-            self.close()
-            raise
+        with _naming(folder):
+            self._files = RecordFiles(folder, sorted({record.file for record in manifest.records}))
 
     @classmethod
     def open(cls, folder: Path) -> "BundleReader":
@@ -106,34 +101,49 @@ class BundleReader:
         """Return where a record lies."""
         return self._entries[layer, expert]
 
+    @property
+    def reads_directly(self) -> bool:
+        """Whether records are read past the page cache."""
+        return self._files.is_direct
+
+    def read_directly(self) -> str | None:
+        """Read records past the page cache from now on; return why not where that is refused.
+
+        Call it while no read is under way. It is asked of the file system once.
+        """
+        return self._files.read_directly()
+
     def read_record_into(self, layer: int, expert: int, out: torch.Tensor) -> None:
         """Read one record and check it.
 
         Args:
-            out: uint8 [layout.size_bytes], overwritten.
+            out: uint8 [layout.size_bytes], overwritten; 4096-aligned memory saves a copy.
 
         Raises:
-            CorruptArtifactError: the bytes are not those that were packed; names layer, expert
-                and file.
+            CorruptArtifactError: the bytes are not those that were packed, or the file is not the
+                one that was opened; names layer, expert and file.
             StorageError: the disk does not give them.
         """
         entry = self._entries[layer, expert]
         where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
-        view = memoryview(out.numpy().data).cast("B")
-        done = 0
         try:
-            while done < len(view):
-                count = os.preadv(self._handles[entry.file], [view[done:]], entry.offset + done)
-                if count == 0:
-                    raise StorageError(
-                        f"{where}: the file ended after {done} of {len(view)} bytes", hint=_REPACK
-                    )
-                done += count
+            count = self._files.read_into(entry.file, entry.offset, out)
+            has_changed = self._files.has_changed(entry.file)
         except OSError as error:
             raise StorageError(
                 f"{where}: {error.strerror or error}", hint="check the disk"
             ) from error
-        if xxhash.xxh3_64_hexdigest(view) != entry.xxh3:
+        if count < out.numel():
+            raise StorageError(
+                f"{where}: the file ended after {count} of {out.numel()} bytes", hint=_REPACK
+            )
+        if has_changed:
+            # Even where this record is whole: the manifest in memory may describe another bundle.
+            raise CorruptArtifactError(
+                f"{where}: the file was changed after the bundle was opened",
+                hint="run the command again, and leave the bundle alone while it runs",
+            )
+        if xxhash.xxh3_64_hexdigest(out.numpy().data) != entry.xxh3:
             raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=_REPACK)
         try:
             require_finite_scales(self.layout, out)
@@ -167,9 +177,7 @@ class BundleReader:
 
     def close(self) -> None:
         """Close the files."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles = {}
+        self._files.close()
 
     def __enter__(self) -> "BundleReader":
         return self

@@ -234,6 +234,9 @@ def open_session(
     )
     if policy.policy.lossy:
         progress.note(policy.policy.describe())
+    refusal = bundle.read_directly()
+    if refusal is not None:
+        progress.note(f"{refusal}: experts are read through it, slower")
     runner = MoeLayerRunner(
         store=_open_store(bundle, memory, residency), residency=residency, policy=policy
     )

@@ -1,5 +1,8 @@
 """The store over a bundle on disk: the weights that were packed, and a damaged record."""
 
+import os
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
 from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.artifacts.run_stats import PhaseCounters
-from moe_tool.errors import CorruptArtifactError
+from moe_tool.errors import CorruptArtifactError, StorageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.expert_record import encode_record
@@ -86,11 +89,14 @@ def test_every_expert_arrives_as_it_was_packed(bundle, n_slots):
 
 def test_a_flipped_bit_is_named_and_the_other_experts_still_come(bundle):
     entry = bundle.record_entry(3, 2)
-    with (bundle.folder / entry.file).open("r+b") as file:
+    path = bundle.folder / entry.file
+    before = path.stat()
+    with path.open("r+b") as file:
         file.seek(entry.offset + 17)
         value = file.read(1)[0]
         file.seek(entry.offset + 17)
         file.write(bytes([value ^ 4]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # a bit that fell over by itself
     store = ExpertStore(bundle, n_slots=2, eviction=Lru())
     with pytest.raises(CorruptArtifactError, match="layer 3 expert 2") as error:
         for _ in store.acquire(3, range(EXPERTS), PhaseCounters()):
@@ -99,4 +105,52 @@ def test_a_flipped_bit_is_named_and_the_other_experts_still_come(bundle):
     assert not store.resident(3)[2]
     for expert, weights in store.acquire(3, [0, 1, 3], PhaseCounters()):
         _require_right(weights, 3, expert, bundle.manifest.precision)
+    store.close()
+
+
+def test_a_file_written_to_while_the_store_is_open_is_named(bundle):
+    entry = bundle.record_entry(1, 3)
+    store = ExpertStore(bundle, n_slots=2, eviction=Lru())
+    os.utime(bundle.folder / entry.file, ns=(0, 1))
+    with pytest.raises(CorruptArtifactError, match="changed after the bundle was opened") as error:
+        list(store.acquire(1, [3], PhaseCounters()))
+    assert f"layer 1 expert 3 in {bundle.folder / entry.file}" in error.value.message
+    assert not store.resident(1).any()
+    store.close()
+
+
+def test_a_read_that_fails_reaches_the_caller_with_its_name(bundle, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    entry = bundle.record_entry(3, 0)
+    store = ExpertStore(bundle, n_slots=2, eviction=Lru())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", fail)
+        with pytest.raises(StorageError, match=r"layer 3 expert 0 .*Input/output error") as error:
+            list(store.acquire(3, [0], PhaseCounters()))
+    assert entry.file in error.value.message
+    assert [expert for expert, _ in store.acquire(3, [0], PhaseCounters())] == [0]
+    store.close()
+
+
+def test_slots_take_direct_reads_without_a_copy(bundle, monkeypatch):
+    refusal = bundle.read_directly()
+    if refusal is not None:
+        pytest.skip(refusal)
+    places, whole = [], os.preadv
+
+    def watch(handle, buffers, offset):
+        places.append((np.frombuffer(buffers[0], dtype=np.uint8).ctypes.data, len(buffers[0])))
+        return whole(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", watch)
+    store = ExpertStore(bundle, n_slots=1, eviction=Lru())
+    came = []
+    for expert, weights in store.acquire(1, [2, 0], PhaseCounters()):
+        _require_right(weights, 1, expert, bundle.manifest.precision)
+        came.append(expert)
+    slot = store._slots.view(0)
+    assert came == [2, 0]
+    assert places == [(slot.data_ptr(), slot.numel())] * 2  # one read per record
     store.close()

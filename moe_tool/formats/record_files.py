@@ -1,0 +1,138 @@
+"""The open record files of a bundle: one read per record, past the page cache where that works."""
+
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
+
+_Identity = tuple[int, int, int]
+"""(inode, size in bytes, time of the last change in ns)"""
+
+
+class RecordFiles:
+    """Files held open by name. Reading is safe from several threads, the rest is not."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        """Open the files; reads go through the page cache until `read_directly`.
+
+        Raises:
+            OSError: a file cannot be opened, or is a link.
+        """
+        self._folder = Path(os.path.abspath(folder))  # stays right when the process moves
+        self._handles: dict[str, int] = {}
+        self._opened_as: dict[str, _Identity] = {}
+        self._is_direct = False
+        try:
+            for name in names:
+                self._handles[name] = os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+                self._opened_as[name] = _identity(self._folder / name)
+        except OSError:
+            self.close()
+            raise
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether reads bypass the page cache."""
+        return self._is_direct
+
+    def read_directly(self) -> str | None:
+        """Bypass the page cache from now on, if every file can be opened so and a first block read.
+
+        Bytes that will lie in a slot anyway are then not copied, nor held a second time.
+
+        Returns:
+            Why not, in words that name the file system; None where it works.
+        """
+        if self._is_direct or not self._handles:
+            return None
+        direct: dict[str, int] = {}
+        try:
+            with mmap.mmap(-1, ALIGNMENT_BYTES) as block:
+                for name in self._handles:
+                    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECT
+                    direct[name] = os.open(self._folder / name, flags)
+                    # Some file systems take the flag and refuse the read.
+                    os.preadv(direct[name], [block], 0)
+        except OSError as error:
+            _close_all(direct)
+            return (
+                f"{_file_system(self._folder)} at {self._folder} refuses reads past the page "
+                f"cache (O_DIRECT: {error.strerror or error})"
+            )
+        _close_all(self._handles)
+        self._handles, self._is_direct = direct, True
+        return None
+
+    def read_into(self, name: str, offset: int, out: torch.Tensor) -> int:
+        """Fill `out` from a file; the number of bytes is less than its length at the file's end.
+
+        Args:
+            name: of the file.
+            offset: multiple of ALIGNMENT_BYTES.
+            out: uint8 [n], n a multiple of ALIGNMENT_BYTES; overwritten. Memory that is not aligned
+                costs a copy.
+
+        Raises:
+            OSError: the disk does not give them.
+        """
+        if self._is_direct and out.data_ptr() % ALIGNMENT_BYTES:
+            # An anonymous mapping begins at a page.
+            aligned = torch.frombuffer(mmap.mmap(-1, out.numel()), dtype=torch.uint8)
+            count = self._read(name, offset, aligned.numpy().data)
+            out.copy_(aligned)
+            return count
+        return self._read(name, offset, out.numpy().data)
+
+    def _read(self, name: str, offset: int, view: memoryview) -> int:
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._handles[name], [view[done:]], offset + done)
+            # A direct read goes on from whole blocks only; part of one is the file's end.
+            step = count // ALIGNMENT_BYTES * ALIGNMENT_BYTES if self._is_direct else count
+            if step == 0:
+                return done + count
+            done += step
+        return done
+
+    def has_changed(self, name: str) -> bool:
+        """Return whether a file is another one than was opened, or was written to since.
+
+        Raises:
+            OSError: its folder cannot be asked.
+        """
+        try:
+            return _identity(self._folder / name) != self._opened_as[name]
+        except FileNotFoundError:
+            return True
+
+    def close(self) -> None:
+        """Close the files."""
+        handles, self._handles = self._handles, {}
+        _close_all(handles)
+
+
+def _identity(path: Path) -> _Identity:
+    found = os.stat(path, follow_symlinks=False)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _close_all(handles: dict[str, int]) -> None:
+    for handle in handles.values():
+        os.close(handle)
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, e.g. "overlay"."""
+    try:
+        device = os.stat(folder).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+            fields = line.split()
+            if fields[2] == wanted:
+                return fields[fields.index("-") + 1]
+    except (OSError, ValueError, IndexError):
+        pass  # named without its kind
+    return "the file system"
