@@ -24,6 +24,7 @@ BELOW = {
     "packing": {"models", "quantization", "formats"},
     "runtime": {"models", "store", "experts", "policies"},
     "evaluation": {"runtime", "text", "models"},
+    "benchmarking": {"runtime", "text", "models"},
 }
 # A file that reads what another room writes, where the arrow between the rooms is not wanted.
 ALSO_ALLOWED = {

@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from moe_tool import __version__
-from moe_tool.cli import buddies, demo, evaluate, inspect, pack, profile, run
+from moe_tool.cli import bench, buddies, demo, evaluate, inspect, pack, profile, run
 from moe_tool.cli.console import write_json
 from moe_tool.errors import DiskFullError, MoeToolError, StorageError, UsageError
 
@@ -39,6 +39,7 @@ for _verb in (
     pack.pack,
     run.run,
     evaluate.evaluate,
+    bench.bench,
     inspect.inspect,
     demo.demo,
 ):

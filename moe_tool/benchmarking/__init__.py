@@ -1,0 +1,1 @@
+"""How fast a bundle runs: prompt and decode, at depths, budgets and policies."""

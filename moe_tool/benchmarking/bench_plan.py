@@ -1,0 +1,143 @@
+"""What `bench` is asked for, as the rows that it will have."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from moe_tool.errors import UsageError
+
+Kind = Literal["pp", "tg"]
+CacheState = Literal["cold", "warm"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """Lists are crossed with each other: every budget with every policy and so on."""
+
+    prompt_tokens: tuple[int, ...] = (512,)
+    """Rows ppN: N tokens of prompt at once; 0 leaves the row out"""
+    generate: tuple[int, ...] = (64,)
+    """Rows tgN: N tokens, one per forward; 0 leaves the row out"""
+    depth: tuple[int, ...] = (0,)
+    """Tokens that are in context before the clock starts"""
+    memory: tuple[str, ...] = ("auto",)
+    policy: tuple[str, ...] = ("exact",)
+    threads: tuple[int | None, ...] = (None,)
+    """None: all cores but one"""
+    repetitions: int = 3
+    cache: CacheState = "warm"
+    gates: bool = True
+    """Whether lossy policies keep BuddyMoE's gates"""
+    random: bool = False
+    """Random token ids instead of text"""
+    seed: int = 0
+    """Of the choice of text, of random ids, and of policies that draw"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedTest:
+    """What is timed."""
+
+    kind: Kind
+    n_tokens: int
+    depth: int
+
+    @property
+    def positions(self) -> int:
+        """Positions of context that it takes."""
+        return self.depth + self.n_tokens
+
+    @property
+    def label(self) -> str:
+        """Its name in the table, as llama-bench writes it: "tg64 @ d512"."""
+        return f"{self.kind}{self.n_tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What one session is opened with."""
+
+    memory: str
+    threads: int | None
+
+
+def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[SpeedTest, ...]:
+    """Return every test, at each depth prompts first.
+
+    Args:
+        options: what is asked for.
+        context_limit: positions that the model was made for; None where it does not say.
+
+    Raises:
+        UsageError: nothing is asked for, a number that means nothing, or a test that goes beyond
+            the model's context.
+    """
+    for name, numbers in (
+        ("--prompt-tokens", options.prompt_tokens),
+        ("--generate", options.generate),
+        ("--depth", options.depth),
+    ):
+        if any(number < 0 for number in numbers):
+            raise UsageError(f"{name} {min(numbers)}: 0 or more is needed")
+    if options.repetitions < 1:
+        raise UsageError(f"--repetitions {options.repetitions}: at least 1 is needed")
+    for n_threads in options.threads:
+        if n_threads is not None and n_threads < 1:
+            raise UsageError(f"--threads {n_threads}: at least 1 is needed")
+    kinds: tuple[tuple[Kind, tuple[int, ...]], ...] = (
+        ("pp", options.prompt_tokens),
+        ("tg", options.generate),
+    )
+    tests = tuple(
+        SpeedTest(kind=kind, n_tokens=n_tokens, depth=depth)
+        for depth in options.depth
+        for kind, counts in kinds
+        for n_tokens in counts
+        if n_tokens
+    )
+    if not tests or not (options.memory and options.policy and options.threads):
+        raise UsageError(
+            "nothing is left to measure", hint="--prompt-tokens 512 --generate 64 --depth 0"
+        )
+    longest = max(tests, key=lambda test: test.positions)
+    if context_limit is not None and longest.positions > context_limit:
+        raise UsageError(
+            f"{longest.label} takes {longest.positions} positions, "
+            f"the model was made for {context_limit}",
+            hint="a smaller --prompt-tokens, --generate or --depth",
+        )
+    return tests
+
+
+def list_settings(options: BenchOptions) -> tuple[Setting, ...]:
+    """Return what sessions have to be opened for."""
+    pairs = product(options.memory, options.threads)
+    return tuple(Setting(memory=memory, threads=threads) for memory, threads in pairs)
+
+
+def parse_numbers(text: str, *, option: str) -> tuple[int, ...]:
+    """Return the numbers of "512,1024".
+
+    Raises:
+        UsageError: something between the commas is no whole number.
+    """
+    try:
+        return tuple(int(word) for word in parse_words(text, option=option))
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text}: whole numbers with commas between them are needed",
+            hint=f"{option} 128,512",
+        ) from error
+
+
+def parse_words(text: str, *, option: str) -> tuple[str, ...]:
+    """Return the entries of a list by comma.
+
+    Raises:
+        UsageError: an entry is empty.
+    """
+    words: Sequence[str] = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UsageError(f"{option} '{text}': an entry of the list is empty")
+    return tuple(words)

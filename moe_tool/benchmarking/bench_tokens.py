@@ -1,0 +1,80 @@
+"""The tokens that `bench` feeds: text, so that routing is what text makes of it, or random ids."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_tool.errors import DataSourceError
+from moe_tool.progress import SILENT, Progress
+from moe_tool.text.sequences import build_sequences
+from moe_tool.text.sources import parse_sources
+
+SOURCE = "builtin:eval"
+"""Held out: a profile of the built-in text has not seen it"""
+_BLOCK_TOKENS = 128
+
+
+def bench_tokens(
+    tokenizer: Any,
+    *,
+    n_tokens: int,
+    vocabulary: int,
+    seed: int,
+    random: bool,
+    progress: Progress = SILENT,
+) -> tuple[torch.Tensor, str]:
+    """Return tokens to feed, and what they are: "text" or "random".
+
+    Text that ends early begins anew. Without a tokenizer, or with one whose ids the model does not
+    have, the ids are random, which is said once.
+
+    Args:
+        tokenizer: of transformers; None where the bundle has none.
+        n_tokens: how many.
+        vocabulary: V of the model.
+        seed: of the choice.
+        random: do not even try text.
+        progress: told about a fallback.
+
+    Returns:
+        [n_tokens] int64, each below `vocabulary`.
+    """
+    if not random:
+        try:
+            ids = _text_ids(tokenizer, n_tokens, seed)
+        except DataSourceError as error:
+            progress.note(f"random token ids instead of text: {error.message}")
+        else:
+            if ids is not None and ids.max() < vocabulary:
+                return torch.from_numpy(np.resize(ids, n_tokens)), "text"
+            why = "the bundle has no tokenizer" if ids is None else "its tokenizer has larger ids"
+            progress.note(f"random token ids instead of text: {why}")
+    # The first two ids of most vocabularies open and close a text.
+    low = min(2, vocabulary - 1)
+    drawn = np.random.default_rng(seed).integers(low, vocabulary, n_tokens)
+    return torch.from_numpy(drawn), "random"
+
+
+def _text_ids(tokenizer: Any, n_tokens: int, seed: int) -> np.ndarray | None:
+    if tokenizer is None:
+        return None
+    text = build_sequences(
+        parse_sources([SOURCE]),
+        tokenizer,
+        n_tokens=n_tokens,
+        seq_len=_BLOCK_TOKENS,
+        holdout=0.0,
+        seed=seed,
+    )
+    # The domains take turns block by block: a window of any place has both.
+    order = np.argsort(_rank_within(text.domain), kind="stable")
+    return text.ids[order].astype(np.int64).reshape(-1)
+
+
+def _rank_within(domain: np.ndarray) -> np.ndarray:
+    """The running number of each sequence inside its own domain, [N]."""
+    rank = np.zeros(len(domain), dtype=np.int64)
+    for label in np.unique(domain):
+        rank[domain == label] = np.arange((domain == label).sum())
+    return rank

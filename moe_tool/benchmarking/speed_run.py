@@ -1,0 +1,83 @@
+"""One test, timed once in an open session.
+
+Forward passes alone are timed, as llama-bench does: no token is chosen, none is decoded to text.
+"""
+
+import inspect
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
+from moe_tool.benchmarking.bench_plan import CacheState, SpeedTest
+from moe_tool.benchmarking.page_cache import drop_page_cache
+from moe_tool.runtime.session import Session
+from moe_tool.runtime.working_set import prefill_chunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What one run of a test took."""
+
+    seconds: float
+    counters: PhaseCounters
+    """Of the timed tokens alone; not changed afterwards"""
+
+
+@torch.inference_mode()
+def run_test(
+    session: Session, test: SpeedTest, ids: torch.Tensor, *, cache_state: CacheState
+) -> Sample:
+    """Fill the context up to the test's depth, then time its tokens.
+
+    Args:
+        session: its counters start anew, at the depth.
+        test: what to time.
+        ids: [depth + n_tokens] int64.
+        cache_state: cold empties the expert cache and the page cache of the bundle's files when the
+            depth is reached; warm leaves both as they are.
+
+    Raises:
+        CorruptArtifactError, StorageError: an expert cannot be read.
+    """
+    cache = DynamicCache(config=session.model.config)
+    is_prompt = test.kind == "pp"
+    # Positions before this one count as prompt, whose misses every policy reads.
+    session.prompt_tokens = test.positions if is_prompt else test.depth
+    try:
+        chunk = prefill_chunk(session.workload)
+        _feed(session, cache, ids[: test.depth], chunk)
+        if cache_state == "cold":
+            _make_cold(session)
+        session.runner.stats = RunStats()
+        start = time.perf_counter()
+        _feed(session, cache, ids[test.depth : test.positions], chunk if is_prompt else 1)
+        seconds = time.perf_counter() - start
+    finally:
+        session.prompt_tokens = None
+    return Sample(
+        seconds=seconds, counters=session.runner.stats.phase("prompt" if is_prompt else "decode")
+    )
+
+
+def _feed(session: Session, cache: DynamicCache, ids: torch.Tensor, chunk: int) -> None:
+    # Of a prompt only the last logits are of use, and the memory plan has no room for the others.
+    signature = inspect.signature(session.model.forward)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature.parameters else {}
+    for start in range(0, len(ids), chunk):
+        part = ids[None, start : start + chunk]  # [1, T]
+        session.model(input_ids=part, past_key_values=cache, use_cache=True, **last_only)
+
+
+def _make_cold(session: Session) -> None:
+    """Forget experts that are not pinned, and what the kernel holds of the bundle.
+
+    Pinned experts are no cache but part of opening a session: they are read before the clock
+    starts.
+    """
+    session.empty_cache()
+    session.runner.store.load_pinned()
+    folder = session.bundle.folder
+    drop_page_cache(folder / file.name for file in session.manifest.files)

@@ -1,0 +1,127 @@
+"""`moe-tool bench`: how fast a bundle runs, as a table."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.options import BundleArgument, GatesOption, JsonOption, SeedOption
+
+if TYPE_CHECKING:
+    from moe_tool.benchmarking.bench import BenchRow
+
+Format = Literal["md", "csv", "json", "jsonl"]
+
+
+def bench(
+    bundle: BundleArgument,
+    prompt_tokens: Annotated[
+        str,
+        typer.Option(
+            "--prompt-tokens", metavar="N,...", help="Rows ppN: a prompt of N tokens; 0: none."
+        ),
+    ] = "512",
+    generate: Annotated[
+        str,
+        typer.Option(
+            "--generate", metavar="N,...", help="Rows tgN: N tokens, one by one; 0: none."
+        ),
+    ] = "64",
+    depth: Annotated[
+        str,
+        typer.Option(
+            "--depth", metavar="N,...", help="Tokens that are in context before the clock starts."
+        ),
+    ] = "0",
+    memory: Annotated[
+        str,
+        typer.Option(
+            "--memory", metavar="SIZE,...", help="Budgets of the whole process: 50%,min,4GiB,auto."
+        ),
+    ] = "auto",
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy", metavar="NAME,...", help="exact, buddy, drop, random, next-ranked."
+        ),
+    ] = "exact",
+    gates: GatesOption = True,
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            "--threads",
+            metavar="N,...",
+            help="Threads of computation.",
+            show_default="all cores but one",
+        ),
+    ] = None,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", metavar="N", min=1, help="Timed runs of each row.")
+    ] = 3,
+    cache: Annotated[
+        Literal["warm", "cold"],
+        typer.Option(
+            "--cache",
+            help="warm: after a run that is not counted. cold: expert cache and page cache of the "
+            "bundle emptied before each run.",
+        ),
+    ] = "warm",
+    random: Annotated[
+        bool, typer.Option("--random", help="Random token ids instead of built-in text.")
+    ] = False,
+    seed: SeedOption = 0,
+    format: Annotated[  # noqa: A002
+        Format, typer.Option("--format", help="How the rows are printed on stdout.")
+    ] = "md",
+    json: JsonOption = False,
+) -> None:
+    """Measure tokens per second. Lists by comma are crossed: a row for every combination."""
+    with open_output(as_json=json) as output:
+        from moe_tool.benchmarking.bench_plan import BenchOptions, parse_numbers, parse_words
+
+        options = BenchOptions(
+            prompt_tokens=parse_numbers(prompt_tokens, option="--prompt-tokens"),
+            generate=parse_numbers(generate, option="--generate"),
+            depth=parse_numbers(depth, option="--depth"),
+            memory=parse_words(memory, option="--memory"),
+            policy=parse_words(policy, option="--policy"),
+            threads=(None,) if threads is None else parse_numbers(threads, option="--threads"),
+            repetitions=repetitions,
+            cache=cache,
+            gates=gates,
+            random=random,
+            seed=seed,
+        )
+
+        from moe_tool.benchmarking.bench import bench as measure
+        from moe_tool.reports.bench_formats import json_line
+
+        rows: list[BenchRow] = []
+
+        def take(row: "BenchRow") -> None:
+            rows.append(row)
+            if format == "jsonl":
+                output.stream(json_line(asdict(row)) + "\n")
+
+        try:
+            report = measure(bundle, options, on_row=take, progress=output.progress)
+        finally:  # what was measured before an error or Ctrl-C is not lost
+            if rows:
+                _print(output, rows, format)
+        output.say(
+            f"{report.seconds:.1f} s, load average before {report.load_average:.2f}, "
+            f"{'random tokens' if rows[0].tokens_from == 'random' else 'tokens of text'}"
+        )
+        output.result(report.to_json())
+
+
+def _print(output: Output, rows: "list[BenchRow]", format: Format) -> None:  # noqa: A002
+    from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
+
+    fields = [asdict(row) for row in rows]
+    if output.as_json:
+        output.say(markdown_rows(fields))
+    elif format != "jsonl":
+        formats = {"md": markdown_rows, "csv": csv_rows, "json": json_rows}
+        output.stream(formats[format](fields) + "\n")
