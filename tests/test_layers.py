@@ -19,10 +19,11 @@ BELOW = {
     "buddies": {"artifacts", "formats"},
     "models": {"formats"},
     "store": {"formats"},
-    "experts": {"quantization"},
+    "native": {"quantization"},
+    "experts": {"native", "quantization"},
     "profiling": {"models", "text", "experts", "quantization", "formats"},
     "packing": {"models", "quantization", "formats"},
-    "runtime": {"models", "store", "experts", "policies"},
+    "runtime": {"models", "store", "experts", "native", "policies"},
     "evaluation": {"runtime", "text", "models"},
     "benchmarking": {"runtime", "text", "models"},
 }

@@ -12,7 +12,7 @@ from moe_tool.artifacts.precision import Precision
 from moe_tool.artifacts.schema import FrozenModel
 
 BUNDLE_VERSION: Literal[1] = 1
-RECORD_LAYOUT: Literal["segments-1"] = "segments-1"
+RECORD_LAYOUT: Literal["planes-1"] = "planes-1"
 """Id of the record layout that formats/expert_record.py writes; another one is refused with the
 command that repacks."""
 ALIGNMENT_BYTES = 4096
@@ -72,7 +72,7 @@ class BundleManifest(FrozenModel):
     identity: ModelIdentity
     shape: MoeShape
     precision: Precision
-    record_layout: Literal["segments-1"] = RECORD_LAYOUT
+    record_layout: Literal["planes-1"] = RECORD_LAYOUT
     record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
     """The same for every record; a multiple of ALIGNMENT_BYTES"""
     records: tuple[ExpertRecord, ...]

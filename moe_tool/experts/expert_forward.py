@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from moe_tool.experts.linear import linear
+from moe_tool.experts.gate import gate_of
+from moe_tool.experts.linear import computes_natively, linear
+from moe_tool.native.kernels import native_expert
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 
@@ -24,20 +26,27 @@ def expert_forward(
     Returns:
         [n, H] float32.
     """
-    if module.has_gate:
-        inner = _project(weights, "gate_up_proj", x)  # [n, 2I]
-        inner = module._apply_gate(inner)  # [n, I]
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    gate = gate_of(module) if computes_natively(weights[first], x.shape[0]) else None
+    if gate is not None:
+        output = native_expert(
+            x,
+            weights[first],
+            _bias(weights, first),
+            gate,
+            weights["down_proj"],
+            _bias(weights, "down_proj"),
+        )  # [n, H], the inner product never leaves the kernel's scratch
     else:
-        inner = module.act_fn(_project(weights, "up_proj", x))  # [n, I]
-    output = _project(weights, "down_proj", inner)  # [n, H]
+        inner = linear(x, weights[first], _bias(weights, first))  # [n, 2I] or [n, I]
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # [n, I]
+        output = linear(inner, weights["down_proj"], _bias(weights, "down_proj"))  # [n, H]
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)
     return output
 
 
-def _project(
-    weights: Mapping[str, FloatWeight | IntegerWeight], name: str, x: torch.Tensor
-) -> torch.Tensor:
+def _bias(weights: Mapping[str, FloatWeight | IntegerWeight], name: str) -> FloatWeight | None:
     bias = weights.get(f"{name}_bias")
     assert bias is None or isinstance(bias, FloatWeight), f"{name}_bias is not a vector of floats"
-    return linear(x, weights[name], bias)
+    return bias

@@ -1,7 +1,8 @@
 """How one expert lies in a bundle: named, aligned segments, so that it is one aligned read.
 
-A matrix in the checkpoint's floats is one segment of its name; an integer matrix is `NAME.codes`
-and `NAME.scales`; a vector is one segment in the checkpoint's dtype. Every segment is padded with
+A matrix in the checkpoint's floats is one segment of its name; an integer matrix is `NAME.plane0`,
+`NAME.plane1` ... and `NAME.scales` (quantization/bit_packing.py); a vector is one segment in the
+checkpoint's dtype. Every segment is padded with
 zeros to ALIGNMENT_BYTES. Little-endian throughout.
 """
 
@@ -14,7 +15,7 @@ from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
 from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName
 from moe_tool.artifacts.precision import IntegerPrecision, Precision
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.quantization.bit_packing import packed_row_bytes
+from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, plane_bytes, plane_widths
 from moe_tool.quantization.round_to_nearest import quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
@@ -101,10 +102,7 @@ def encode_record(
         if part and name not in quantized:
             assert isinstance(precision, IntegerPrecision)
             quantized[name] = quantize(weights[name], precision.width_bits, group=precision.group)
-        if part:
-            values = quantized[name].codes if part == "codes" else quantized[name].scales
-        else:
-            values = weights[name]
+        values = _part(quantized[name], part) if part else weights[name]
         assert values.shape == segment.shape and values.dtype == _DTYPES[segment.dtype]
         raw = values.contiguous().view(-1).view(torch.uint8)
         record[segment.offset : segment.offset + segment.n_bytes] = raw
@@ -131,10 +129,14 @@ def decode_record(
             continue
         assert isinstance(precision, IntegerPrecision)
         weights[tensor.name] = IntegerWeight(
-            codes=views[f"{tensor.name}.codes"],
+            planes=tuple(
+                views[f"{tensor.name}.plane{index}"]
+                for index in range(len(plane_widths(precision.width_bits)))
+            ),
             scales=views[f"{tensor.name}.scales"],
             width_bits=precision.width_bits,
             group=precision.group,
+            n_outputs=tensor.shape[0],
             n_inputs=tensor.shape[1],
         )
     return weights
@@ -160,12 +162,19 @@ def _parts(
     for tensor in tensors:
         if isinstance(precision, IntegerPrecision) and len(tensor.shape) == 2:
             n_out, n_in = tensor.shape
-            row_bytes = packed_row_bytes(n_in, precision.width_bits)
-            parts.append((f"{tensor.name}.codes", "uint8", (n_out, row_bytes)))
-            parts.append((f"{tensor.name}.scales", "float16", (n_out, -(-n_in // precision.group))))
+            for index, bits in enumerate(plane_widths(precision.width_bits)):
+                n_bytes = plane_bytes(n_out, n_in, bits)
+                parts.append((f"{tensor.name}.plane{index}", "uint8", (n_bytes,)))
+            groups = -(-n_in // precision.group)
+            shape = (n_row_blocks(n_out), groups, ROWS)
+            parts.append((f"{tensor.name}.scales", "float16", shape))
         else:
             parts.append((tensor.name, dtype, tensor.shape))
     return parts
+
+
+def _part(weight: IntegerWeight, part: str) -> torch.Tensor:
+    return weight.scales if part == "scales" else weight.planes[int(part.removeprefix("plane"))]
 
 
 def _view(record: torch.Tensor, segment: Segment) -> torch.Tensor:

@@ -9,7 +9,7 @@ computed, so that codes and stored scale belong together. One bit: d = mean |w|,
 import torch
 
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.quantization.bit_packing import pack, unpack
+from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, pack, unpack
 from moe_tool.quantization.weights import IntegerWeight
 
 GROUP = 64
@@ -21,28 +21,50 @@ def quantize(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> In
 
     Args:
         weight: [out, in], any float dtype.
-        width_bits: 8 or 4.
-        group: inputs per scale; the last group of a row may be short.
+        width_bits: 1 to 8.
+        group: inputs per scale, a multiple of 32; the last group of a row may be short.
 
     Raises:
         CorruptArtifactError: the matrix holds NaN or infinity.
     """
     codes, scales = _codes(weight, width_bits, group)
     n_out, n_in = weight.shape
+    # -1 and 1 become 0 and 1, the others start at 0.
+    codes = codes.add_(1).div_(2) if width_bits == 1 else codes.add_(2 ** (width_bits - 1))
     return IntegerWeight(
-        codes=pack(codes.flatten(1)[:, :n_in].to(torch.int8), width_bits),
-        scales=scales.squeeze(-1),
+        planes=pack(codes.flatten(1)[:, :n_in].to(torch.uint8), width_bits),
+        scales=tile_rows(scales.squeeze(-1)),
         width_bits=width_bits,
         group=group,
+        n_outputs=n_out,
         n_inputs=n_in,
     )
 
 
 def dequantize(weight: IntegerWeight) -> torch.Tensor:
     """Return float32 [out, in]."""
-    codes = unpack(weight.codes, weight.width_bits, n_inputs=weight.n_inputs)
-    scales = weight.scales.float().repeat_interleave(weight.group, dim=1)[:, : weight.n_inputs]
-    return codes * scales
+    n_out, n_in = weight.shape
+    codes = unpack(weight.planes, weight.width_bits, n_outputs=n_out, n_inputs=n_in).float()
+    if weight.zeros is not None:
+        codes -= _per_input(weight.zeros, weight)
+    elif weight.width_bits == 1:
+        codes.mul_(2).sub_(1)
+    else:
+        codes -= 2 ** (weight.width_bits - 1)
+    return codes.mul_(_per_input(weight.scales, weight))
+
+
+def tile_rows(per_row: torch.Tensor) -> torch.Tensor:
+    """Return [out, G] as [row blocks, G, 16], filled up with zeros."""
+    n_out = per_row.shape[0]
+    padded = torch.nn.functional.pad(per_row, (0, 0, 0, n_row_blocks(n_out) * ROWS - n_out))
+    return padded.view(-1, ROWS, per_row.shape[1]).transpose(1, 2).contiguous()
+
+
+def _per_input(tiled: torch.Tensor, weight: IntegerWeight) -> torch.Tensor:
+    n_out, n_in = weight.shape
+    rows = tiled.float().transpose(1, 2).reshape(-1, tiled.shape[1])[:n_out]
+    return rows.repeat_interleave(weight.group, dim=1)[:, :n_in]
 
 
 def round_trip(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> torch.Tensor:

@@ -12,21 +12,34 @@ class FloatWeight:
     values: torch.Tensor
     """[out, in] or [out]"""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) or (out,)"""
+        return tuple(self.values.shape)
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class IntegerWeight:
-    """A matrix of signed codes; weight[o, i] = code[o, i] * scales[o, i // group]."""
+    """A matrix of unsigned codes.
 
-    codes: torch.Tensor
-    """uint8 [out, ceil(in * width_bits / 8)], see bit_packing"""
+    weight[o, i] = (code[o, i] - zero) * scale, with scale and zero of output o and of the group of
+    input i. Without zeros the zero is 2**(width_bits - 1); at one bit the weight is -scale or
+    scale.
+    """
+
+    planes: tuple[torch.Tensor, ...]
+    """uint8, see bit_packing"""
     scales: torch.Tensor
-    """float16 [out, ceil(in / group)]; may be negative"""
+    """float16 [row blocks, groups, 16]; may be negative"""
+    zeros: torch.Tensor | None = None
+    """float16 as `scales`, in units of codes; None: symmetric"""
     width_bits: int
     group: int
-    """Inputs that share a scale; the last group of a row may be short"""
+    """Inputs that share a scale, a multiple of 32; the last group of a row may be short"""
+    n_outputs: int
     n_inputs: int
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
-        return (self.codes.shape[0], self.n_inputs)
+        return (self.n_outputs, self.n_inputs)

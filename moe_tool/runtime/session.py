@@ -24,6 +24,7 @@ from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.meta_model import read_config
 from moe_tool.models.skeleton import LayerCall, Skeleton, load_skeleton
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.native.kernels import set_threads
 from moe_tool.policies.eviction import EVICTION
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
@@ -193,7 +194,9 @@ def open_session(
     request = parse_memory(options.memory)
     _check(options)
     return_freed_memory()
-    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    threads = options.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    torch.set_num_threads(threads)
+    set_threads(threads)
     bundle = BundleReader.open(folder)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from moe_tool.experts.linear import linear
 from moe_tool.quantization.bit_packing import pack
-from moe_tool.quantization.round_to_nearest import dequantize, quantize
+from moe_tool.quantization.round_to_nearest import dequantize, quantize, tile_rows
+from moe_tool.quantization.tokens import round_trip_tokens
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 # A product of 300 terms in float32, summed in another order: 300 * 2**-24 relative to the sum of
@@ -47,24 +48,32 @@ def test_narrow_floats_are_multiplied_in_float32(dtype, n_tokens):
 
 @pytest.mark.parametrize("width_bits", [8, 4])
 def test_integer_codes_by_hand(width_bits):
-    codes = torch.tensor([[-8, 7, 1, 0], [2, -3, 5, -1]], dtype=torch.int8)
+    codes = torch.tensor([[-8, 7, 1, 0], [2, -3, 5, -1]]) + 2 ** (width_bits - 1)
     weight = IntegerWeight(
-        codes=pack(codes, width_bits),
-        scales=torch.tensor([[0.5], [2.0]], dtype=torch.float16),
+        planes=pack(codes.to(torch.uint8), width_bits),
+        scales=tile_rows(torch.tensor([[0.5], [2.0]], dtype=torch.float16)),
         width_bits=width_bits,
         group=64,
+        n_outputs=2,
         n_inputs=4,
     )
-    x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 0.0, 0.0]])
-    # row 0: 0.5 * (-8 + 14 + 3 + 0); row 1: 2 * (2 - 6 + 15 - 4)
-    assert linear(x, weight).tolist() == [[4.5, 14.0], [-4.0, 4.0]]
+    # 127 is the largest, so the scale of the tokens is 1 and whole numbers stay what they are.
+    x = torch.tensor([[1.0, 2.0, 3.0, 127.0], [127.0, 0.0, 0.0, 0.0]])
+    # row 0: 0.5 * (-8 + 14 + 3 + 0); row 1: 2 * (2 - 6 + 15 - 127)
+    assert linear(x, weight).tolist() == [[4.5, -232.0], [-508.0, 508.0]]
+
+
+def plain_product(x, weight):
+    """Float64 over the tokens and the weight as they are rounded, and the size of its terms."""
+    tokens, plain = round_trip_tokens(x, weight.group).double(), dequantize(weight).double()
+    return F.linear(tokens, plain), F.linear(tokens.abs(), plain.abs())
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    width_bits=st.sampled_from([8, 4]),
+    width_bits=st.integers(1, 8),
     n_tokens=st.integers(0, 20),
-    n_outputs=st.integers(1, 9),
+    n_outputs=st.integers(1, 40),
     n_inputs=st.integers(1, 300),
     seed=st.integers(0, 2**20),
 )
@@ -74,10 +83,8 @@ def test_integer_weights_of_any_shape_agree_with_the_dequantized_product(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n_tokens, n_inputs, generator=generator)
     weight = quantize(torch.randn(n_outputs, n_inputs, generator=generator), width_bits)
-    plain = dequantize(weight).double()
-    expected = F.linear(x.double(), plain)
-    bound = RELATIVE * F.linear(x.double().abs(), plain.abs())
-    assert ((linear(x, weight) - expected).abs() <= bound).all()
+    expected, size = plain_product(x, weight)
+    assert ((linear(x, weight) - expected).abs() <= RELATIVE * size).all()
 
 
 @pytest.mark.parametrize("width_bits", [8, 4])
@@ -86,7 +93,6 @@ def test_several_blocks_of_rows_agree_with_the_dequantized_product(width_bits, n
     n_inputs = 2**12
     x = torch.randn(n_tokens, n_inputs)
     weight = quantize(torch.randn(600, n_inputs), width_bits)
-    plain = dequantize(weight).double()
-    bound = n_inputs * 2**-24 * F.linear(x.double().abs(), plain.abs())
-    assert ((linear(x, weight) - F.linear(x.double(), plain)).abs() <= bound).all()
+    expected, size = plain_product(x, weight)
+    assert ((linear(x, weight) - expected).abs() <= n_inputs * 2**-24 * size).all()
     assert torch.equal(linear(x, weight), linear(x, weight))

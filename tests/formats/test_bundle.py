@@ -131,7 +131,8 @@ def test_a_record_damaged_before_the_resume_is_written_again(tmp_path: Path) -> 
     writer.suspend()
     file = tmp_path / "torn.part" / "experts-00001.safetensors"
     data = bytearray(file.read_bytes())
-    data[4096 + 2 * writer.layout.size_bytes + 1] ^= 16
+    start = 8 + int.from_bytes(data[:8], "little")  # behind the header
+    data[start + 2 * writer.layout.size_bytes + 1] ^= 16
     file.write_bytes(data)
     resumed = open_writer(tmp_path / "torn")
     assert resumed.n_written == 2

@@ -40,23 +40,32 @@ def test_a_native_record_byte_by_byte() -> None:
     assert record.numpy().tobytes() == matrix + padded("803f 00c0")
 
 
+def placed(n_bytes: int, found: dict[int, int]) -> bytes:
+    data = bytearray(n_bytes)
+    for at, value in found.items():
+        data[at] = value
+    return bytes(data).ljust(PAGE, b"\0")
+
+
 def test_a_four_bit_record_byte_by_byte() -> None:
     precision = precision_from_bits("4")
     layout = record_layout(TENSORS, "bfloat16", precision)
     record = encode_record(layout, WEIGHTS, precision)
-    # Row 0: d = -8 / -8 = 1, codes -8 1 7, stored 0 9 15, then 8: bytes 90 8F.
-    # Row 1: d = 16 / -8 = -2, codes -8 2 0, stored 0 10 8, then 8: bytes A0 88.
-    codes = padded("90 8f a0 88")
+    # Row 0: d = -8 / -8 = 1, codes -8 1 7, stored 0 9 15. Row 1: d = 16 / -8 = -2, codes -8 2 0,
+    # stored 0 10 8. Rows 0 and 1 start at bytes 0 and 4 of a tile; 9 is 10 01, 10 is 10 10.
+    high = placed(128, {1: 0b10, 2: 0b11, 5: 0b10, 6: 0b10})
+    low = placed(128, {1: 0b01, 2: 0b11, 5: 0b10, 6: 0b00})
     scales = padded("003c 00c0")  # float16: 1 = 3C00, -2 = C000
-    assert record.numpy().tobytes() == codes + scales + padded("803f 00c0")
+    assert record.numpy().tobytes() == high + low + scales + padded("803f 00c0")
 
 
 def test_an_eight_bit_record_byte_by_byte() -> None:
     precision = precision_from_bits("8")
     layout = record_layout(TENSORS, "bfloat16", precision)
     record = encode_record(layout, WEIGHTS, precision)
-    # Row 0: d = -8 / -128 = 1/16, codes -128 16 112. Row 1: d = -1/8, codes -128 32 0.
-    codes = padded("80 10 70 80 20 00")
+    # Row 0: d = -8 / -128 = 1/16, codes -128 16 112, stored 0 144 240.
+    # Row 1: d = -1/8, codes -128 32 0, stored 0 160 128.
+    codes = placed(512, {1: 144, 2: 240, 5: 160, 6: 128})
     scales = padded("002c 00b0")  # float16: 1/16 = 2C00, -1/8 = B000
     assert record.numpy().tobytes() == codes + scales + padded("803f 00c0")
 
@@ -66,11 +75,13 @@ def test_the_segments_of_a_layout_are_named_aligned_and_contiguous() -> None:
     layout = record_layout(tensors, "float16", precision_from_bits("4"))
     found = [(s.name, s.offset, s.n_bytes, s.size_bytes, s.shape) for s in layout.segments]
     assert found == [
-        ("up_proj.codes", 0, 6500, 8192, (100, 65)),
-        ("up_proj.scales", 8192, 600, 4096, (100, 3)),
-        ("up_proj_bias", 12288, 4, 4096, (2,)),
+        # 7 x 5 tiles of 128 bytes, twice
+        ("up_proj.plane0", 0, 4480, 8192, (4480,)),
+        ("up_proj.plane1", 8192, 4480, 8192, (4480,)),
+        ("up_proj.scales", 16384, 672, 4096, (7, 3, 16)),
+        ("up_proj_bias", 20480, 4, 4096, (2,)),
     ]
-    assert layout.size_bytes == 16384
+    assert layout.size_bytes == 24576
 
 
 def test_decoded_weights_are_views_of_the_record() -> None:
@@ -81,7 +92,7 @@ def test_decoded_weights_are_views_of_the_record() -> None:
     matrix, bias = weights["up_proj"], weights["up_proj_bias"]
     assert isinstance(matrix, IntegerWeight) and isinstance(bias, FloatWeight)
     storage = record.untyped_storage().data_ptr()
-    for view in (matrix.codes, matrix.scales, bias.values):
+    for view in (*matrix.planes, matrix.scales, bias.values):
         assert view.untyped_storage().data_ptr() == storage
 
 
@@ -92,7 +103,8 @@ def test_a_record_with_scales_that_are_no_numbers_is_refused(bits: str, bad: str
     layout = record_layout(TENSORS, "bfloat16", precision)
     record = encode_record(layout, WEIGHTS, precision)
     require_finite_scales(layout, record)
-    record[PAGE + 2 : PAGE + 4] = torch.tensor(list(bytes.fromhex(bad)), dtype=torch.uint8)
+    start = next(s.offset for s in layout.segments if s.name == "up_proj.scales")
+    record[start + 2 : start + 4] = torch.tensor(list(bytes.fromhex(bad)), dtype=torch.uint8)
     with pytest.raises(CorruptArtifactError, match=r"up_proj\.scales") as error:
         require_finite_scales(layout, record)
     assert error.value.hint
@@ -102,7 +114,8 @@ def test_padding_is_no_part_of_the_scales() -> None:
     precision = precision_from_bits("4")
     layout = record_layout(TENSORS, "bfloat16", precision)
     record = encode_record(layout, WEIGHTS, precision)
-    record[PAGE + 4 : 2 * PAGE] = 0xFF
+    scales = next(s for s in layout.segments if s.name == "up_proj.scales")
+    record[scales.offset + scales.n_bytes : scales.offset + scales.size_bytes] = 0xFF
     require_finite_scales(layout, record)
 
 

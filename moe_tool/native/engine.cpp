@@ -1,0 +1,192 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+
+#include "thread_pool.h"
+
+namespace moe {
+namespace {
+
+// Leaked on purpose: its threads may outlive static destructors at exit.
+ThreadPool& pool() {
+  static ThreadPool* const only = new ThreadPool;
+  return *only;
+}
+
+#if defined(__x86_64__)
+bool has(const Kernels* kernels) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (kernels == &kAvx512Vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
+  if (kernels == &kAvx512) return avx512;
+  if (kernels == &kAvx2) return avx2;
+  return true;
+}
+const Kernels* const kBestFirst[] = {&kAvx512Vnni, &kAvx512, &kAvx2, &kScalar};
+#else
+bool has(const Kernels*) { return true; }
+const Kernels* const kBestFirst[] = {&kScalar};
+#endif
+
+const Kernels* best() {
+  return *std::find_if(std::begin(kBestFirst), std::end(kBestFirst), has);
+}
+const Kernels* in_use = best();
+
+// One job at a time uses the scratch memory; it only grows.
+std::mutex job;
+
+template <class T>
+class Scratch {
+ public:
+  T* of(size_t n) {
+    if (n > size_) {
+      memory_.reset();
+      memory_.reset(new T[n]);
+      size_ = n;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  size_t size_ = 0;
+};
+
+struct TokenScratch {
+  Scratch<int8_t> codes;
+  Scratch<float> scales;
+  Scratch<int32_t> sums;
+};
+TokenScratch input_scratch, inner_scratch;
+Scratch<float> product_scratch, inner_floats;
+thread_local Scratch<uint8_t> row_scratch;
+
+QuantizedTokens room_for(TokenScratch& scratch, const QuantizedMatrix& w, int n_tokens) {
+  QuantizedTokens x;
+  x.padded = w.input_blocks() * kInputs;
+  x.n_groups = w.n_groups();
+  x.codes = scratch.codes.of(size_t(n_tokens) * x.padded);
+  x.scales = scratch.scales.of(size_t(n_tokens) * x.n_groups);
+  x.sums = scratch.sums.of(size_t(n_tokens) * x.n_groups);
+  return x;
+}
+
+void quantize_tokens(const QuantizedMatrix& w, const float* x, int n_tokens,
+                     const QuantizedTokens& out) {
+  pool().each(n_tokens, [&](int t) {
+    in_use->quantize(x + size_t(t) * w.n_inputs, w.n_inputs, w.group, t, 0, out.n_groups, out);
+  });
+}
+
+void add_bias(const float* bias, int first, int last, int n_tokens, float* out, ptrdiff_t stride) {
+  if (!bias) return;
+  for (int t = 0; t < n_tokens; ++t)
+    for (int i = first; i < last; ++i) out[t * stride + i] += bias[i];
+}
+
+// About so many bytes of weights make a chunk: long beside the cost of taking one, short beside a
+// product.
+constexpr size_t kChunkBytes = 64 * 1024;
+
+void multiply(const Weight& weight, const QuantizedTokens& codes, const float* x, int n_tokens,
+              float* out) {
+  const int n_outputs = weight.n_outputs();
+  const ptrdiff_t stride = n_outputs;
+  if (!weight.is_quantized) {
+    const FloatMatrix& w = weight.floats;
+    const size_t row = size_t(w.n_inputs) * (w.kind == kFloat32 ? 4 : 2);
+    const int rows = std::max<int>(4, int(kChunkBytes / std::max<size_t>(1, row)) / 4 * 4);
+    pool().each((n_outputs + rows - 1) / rows, [&](int chunk) {
+      const int first = chunk * rows, last = std::min(n_outputs, first + rows);
+      in_use->float_rows(w, first, last, x, n_tokens, out, stride);
+      add_bias(weight.bias, first, last, n_tokens, out, stride);
+    });
+    return;
+  }
+  const QuantizedMatrix& w = weight.quantized;
+  const size_t block = size_t(codes.padded) * kRows * w.bits / 8;
+  const int blocks = std::max<int>(1, int(kChunkBytes / std::max<size_t>(1, block)));
+  const int n_blocks = w.row_blocks();
+  pool().each((n_blocks + blocks - 1) / blocks, [&](int chunk) {
+    uint8_t* const scratch = row_scratch.of(size_t(codes.padded) * kRows);
+    const int first = chunk * blocks, last = std::min(n_blocks, first + blocks);
+    for (int b = first; b < last; ++b)
+      in_use->quantized_rows(w, b, codes, n_tokens, out, stride, scratch);
+    add_bias(weight.bias, first * kRows, std::min(n_outputs, last * kRows), n_tokens, out, stride);
+  });
+}
+
+void product(const Weight& weight, TokenScratch& scratch, const float* x, int n_tokens,
+             float* out) {
+  QuantizedTokens codes{};
+  if (weight.is_quantized) {
+    codes = room_for(scratch, weight.quantized, n_tokens);
+    quantize_tokens(weight.quantized, x, n_tokens, codes);
+  }
+  multiply(weight, codes, x, n_tokens, out);
+}
+
+// The gate, and where the second matrix is quantized its input's codes, group by group.
+void activate(const Gate& gate, const Weight& second, const float* first_product, int n_product,
+              int n_tokens, float* inner, const QuantizedTokens& codes) {
+  const int n_inner = second.n_inputs();
+  const int group = second.is_quantized ? second.quantized.group : 64;
+  const int n_groups = (n_inner + group - 1) / group;
+  const int per_chunk = std::max(1, 1024 / group);
+  const int chunks = (n_groups + per_chunk - 1) / per_chunk;
+  pool().each(n_tokens * chunks, [&](int at) {
+    const int t = at / chunks, g = at % chunks * per_chunk;
+    const int last = std::min(n_groups, g + per_chunk);
+    float* const row = inner + size_t(t) * n_inner;
+    in_use->activate(gate, first_product + size_t(t) * n_product, n_inner, g * group,
+                     std::min(n_inner, last * group), row);
+    if (second.is_quantized) in_use->quantize(row, n_inner, group, t, g, last, codes);
+  });
+}
+
+}  // namespace
+
+void set_threads(int n_threads) {
+  std::lock_guard<std::mutex> lock(job);
+  pool().resize(n_threads);
+}
+
+bool use_kernels(const char* name) {
+  std::lock_guard<std::mutex> lock(job);
+  for (const Kernels* kernels : kBestFirst) {
+    if (!std::strcmp(name, kernels->name) && has(kernels)) {
+      in_use = kernels;
+      return true;
+    }
+  }
+  return false;
+}
+
+const char* kernels_in_use() { return in_use->name; }
+
+void linear(const Weight& weight, const float* x, int n_tokens, float* out) {
+  std::lock_guard<std::mutex> lock(job);
+  product(weight, input_scratch, x, n_tokens, out);
+}
+
+void expert(const Weight& first, const Gate& gate, const Weight& second, const float* x,
+            int n_tokens, float* out) {
+  std::lock_guard<std::mutex> lock(job);
+  const int n_product = first.n_outputs();
+  float* const first_product = product_scratch.of(size_t(n_tokens) * n_product);
+  product(first, input_scratch, x, n_tokens, first_product);
+  float* const inner = inner_floats.of(size_t(n_tokens) * second.n_inputs());
+  QuantizedTokens codes{};
+  if (second.is_quantized) codes = room_for(inner_scratch, second.quantized, n_tokens);
+  activate(gate, second, first_product, n_product, n_tokens, inner, codes);
+  multiply(second, codes, inner, n_tokens, out);
+}
+
+}  // namespace moe

@@ -1,0 +1,175 @@
+"""The compiled kernels, if they were built and this processor can run them.
+
+`MOE_TOOL_KERNELS` forces one implementation: avx512vnni, avx512, avx2, scalar, or torch for none.
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from moe_tool.errors import UsageError
+from moe_tool.quantization.bit_packing import INPUTS, plane_bytes, plane_widths
+from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+
+ENVIRONMENT = "MOE_TOOL_KERNELS"
+NAMES = ("avx512vnni", "avx512", "avx2", "scalar")
+"""Best first"""
+_TORCH = "torch"
+_FLOAT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "clamped_swiglu": 5}
+
+try:
+    from moe_tool.native import _kernels as _compiled  # type: ignore[attr-defined]
+except ImportError:  # no compiler when the tool was installed
+    _compiled = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """How an expert's first product becomes the input of its second."""
+
+    activation: str
+    """silu, gelu (erf), gelu_tanh, relu, relu2, or clamped_swiglu as gpt_oss has it"""
+    gated: bool
+    """act(gate) * up instead of act(up)"""
+    interleaved: bool = False
+    """Gate and up alternate instead of gate first, then up"""
+    alpha: float = 1.0
+    limit: float = 0.0
+
+    def packed(self) -> bytes:
+        """Return the description that the compiled side reads."""
+        code = _ACTIVATIONS[self.activation]
+        return struct.pack("=3i2f", code, self.gated, self.interleaved, self.alpha, self.limit)
+
+
+@cache
+def kernels_in_use() -> str:
+    """Return avx512vnni, avx512, avx2, scalar or torch: decided once for the process.
+
+    Raises:
+        UsageError: `MOE_TOOL_KERNELS` names what this installation or processor does not have.
+    """
+    wanted = os.environ.get(ENVIRONMENT, "")
+    if wanted == _TORCH or (not wanted and _compiled is None):
+        return _TORCH
+    if not wanted:
+        name: str = _compiled.in_use()
+        return name
+    if wanted not in NAMES:
+        raise UsageError(
+            f"{ENVIRONMENT}={wanted} is not known", hint=f"use {', '.join(NAMES)} or {_TORCH}"
+        )
+    if _compiled is None:
+        raise UsageError(
+            f"{ENVIRONMENT}={wanted}: the native kernels were not built",
+            hint="install moe-tool again where g++ is found",
+        )
+    if not _compiled.use(wanted):
+        raise UsageError(
+            f"{ENVIRONMENT}={wanted}: this processor lacks the instructions",
+            hint="leave it unset: the fastest that works is taken",
+        )
+    return wanted
+
+
+def is_native() -> bool:
+    """Return whether compiled kernels are used at all."""
+    return kernels_in_use() != _TORCH
+
+
+def set_threads(n_threads: int) -> None:
+    """Share every later product out over so many threads; nothing else changes."""
+    if _compiled is not None:
+        _compiled.set_threads(n_threads)
+
+
+def native_linear(
+    x: torch.Tensor, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None
+) -> torch.Tensor:
+    """Return x @ weight.T + bias in float32, [n, out]; x is [n, in] float32."""
+    described = _Described(weight, bias)
+    x = _checked(x, weight.shape[1])
+    out = torch.empty(x.shape[0], weight.shape[0])
+    if x.shape[0]:
+        _compiled.linear(described.packed, x.data_ptr(), x.shape[0], out.data_ptr())
+    return out
+
+
+def native_expert(
+    x: torch.Tensor,
+    first: FloatWeight | IntegerWeight,
+    first_bias: FloatWeight | None,
+    gate: Gate,
+    second: FloatWeight | IntegerWeight,
+    second_bias: FloatWeight | None,
+) -> torch.Tensor:
+    """Return a whole expert's output, float32 [n, H]; x is [n, H] float32."""
+    a, b = _Described(first, first_bias), _Described(second, second_bias)
+    x = _checked(x, first.shape[1])
+    out = torch.empty(x.shape[0], second.shape[0])
+    if x.shape[0]:
+        _compiled.expert(
+            a.packed, gate.packed(), b.packed, x.data_ptr(), x.shape[0], out.data_ptr()
+        )
+    return out
+
+
+def _checked(x: torch.Tensor, n_inputs: int) -> torch.Tensor:
+    if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != n_inputs:
+        raise ValueError(f"tokens are {x.dtype} {tuple(x.shape)}, wanted float32 [n, {n_inputs}]")
+    return x.contiguous()
+
+
+class _Described:
+    """A weight as the compiled side reads it; keeps what it points to alive."""
+
+    __slots__ = ("_bias", "packed")
+
+    def __init__(self, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None) -> None:
+        n_out, n_in = weight.shape
+        self._bias = None if bias is None else bias.values.to(torch.float32).contiguous()
+        bias_at = 0
+        if self._bias is not None:
+            if self._bias.shape != (n_out,):
+                raise ValueError(f"a bias of {tuple(self._bias.shape)} for {n_out} outputs")
+            bias_at = self._bias.data_ptr()
+        if isinstance(weight, IntegerWeight):
+            self.packed = _pack_integer(weight, bias_at)
+            return
+        values: Any = weight.values
+        if not values.is_contiguous():
+            raise ValueError("a weight is not contiguous")
+        kind = _FLOAT_KINDS[values.dtype]
+        self.packed = struct.pack(
+            "=8Q6i", 0, 0, 0, 0, 0, 0, values.data_ptr(), bias_at, n_out, n_in, 0, 0, kind, 0
+        )
+
+
+def _pack_integer(weight: IntegerWeight, bias_at: int) -> bytes:
+    n_out, n_in = weight.shape
+    widths = plane_widths(weight.width_bits)
+    if len(weight.planes) != len(widths) or weight.group % INPUTS:
+        raise ValueError("a weight's planes or group do not fit its width")
+    for plane, bits in zip(weight.planes, widths, strict=True):
+        if plane.numel() != plane_bytes(n_out, n_in, bits) or not plane.is_contiguous():
+            raise ValueError("a plane has the wrong size")
+    n_scales = -(-n_out // 16) * -(-n_in // weight.group) * 16
+    for factors in (weight.scales, weight.zeros):
+        if factors is not None and (
+            factors.numel() != n_scales
+            or factors.dtype != torch.float16
+            or not factors.is_contiguous()
+        ):
+            raise ValueError("scales or zeros have the wrong size")
+    planes = [plane.data_ptr() for plane in weight.planes] + [0] * (4 - len(widths))
+    zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
+    return struct.pack(
+        "=8Q6i",
+        *planes, weight.scales.data_ptr(), zeros, 0, bias_at,
+        n_out, n_in, weight.width_bits, weight.group, 0, 1,
+    )  # fmt: skip

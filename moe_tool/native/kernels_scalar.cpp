@@ -1,0 +1,114 @@
+// Plain C++, for every processor, and what the others are tested against.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include "matrix.h"
+namespace moe {
+namespace {
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t exponent = (h >> 10) & 31, fraction = h & 1023;
+  float size;
+  if (exponent == 31) {
+    size = fraction ? NAN : INFINITY;
+  } else {
+    size = exponent ? std::ldexp(float(1024 + fraction), int(exponent) - 25)
+                    : std::ldexp(float(fraction), -24);
+  }
+  return h >> 15 ? -size : size;
+}
+
+struct Scalar {
+  struct Bytes { uint8_t v[64]; };
+  struct Sums { int32_t v[16]; };
+  struct Floats { float v[16]; };
+
+  static Bytes load(const uint8_t* p) {
+    Bytes x;
+    memcpy(x.v, p, 64);
+    return x;
+  }
+  static void store_bytes(uint8_t* p, const Bytes& x) { memcpy(p, x.v, 64); }
+  static void prefetch(const uint8_t*) {}
+  template <int SHIFT, int MASK>
+  static Bytes low_bits(Bytes x) {
+    for (uint8_t& b : x.v) b = uint8_t((b >> SHIFT) & MASK);
+    return x;
+  }
+  template <int SHIFT>
+  static Bytes append(Bytes high, const Bytes& low) {
+    for (int i = 0; i < 64; ++i) high.v[i] = uint8_t((high.v[i] << SHIFT) | low.v[i]);
+    return high;
+  }
+
+  static Sums no_sums() { return {}; }
+  static Sums add(Sums x, const Sums& y) {
+    for (int i = 0; i < 16; ++i) x.v[i] += y.v[i];
+    return x;
+  }
+  template <int BITS>
+  static Sums dot(Sums sum, const Bytes& u, const int8_t* four) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j) sum.v[i] += int32_t(u.v[4 * i + j]) * four[j];
+    return sum;
+  }
+  static Sums scale_and_subtract(Sums x, int factor, int offset) {
+    for (int32_t& s : x.v) s = s * factor - offset;
+    return x;
+  }
+  static Floats to_float(const Sums& x) {
+    Floats f;
+    for (int i = 0; i < 16; ++i) f.v[i] = float(x.v[i]);
+    return f;
+  }
+
+  static Floats no_floats() { return {}; }
+  static Floats times(Floats x, float b) {
+    for (float& f : x.v) f *= b;
+    return x;
+  }
+  static Floats add_product(Floats sum, const Floats& x, const Floats& y) {
+    for (int i = 0; i < 16; ++i) sum.v[i] += x.v[i] * y.v[i];
+    return sum;
+  }
+  static Floats minus_product(Floats x, const Floats& y, float b) {
+    for (int i = 0; i < 16; ++i) x.v[i] -= y.v[i] * b;
+    return x;
+  }
+  static Floats load_floats(const float* p) {
+    Floats x;
+    memcpy(x.v, p, sizeof x.v);
+    return x;
+  }
+  static Floats load_half(const uint16_t* p) {
+    Floats x;
+    for (int i = 0; i < 16; ++i) x.v[i] = half_to_float(p[i]);
+    return x;
+  }
+  template <int KIND>
+  static Floats load_kind(const uint8_t* p) {
+    if (KIND == kFloat32) return load_floats(reinterpret_cast<const float*>(p));
+    uint16_t raw[16];
+    memcpy(raw, p, sizeof raw);
+    if (KIND == kFloat16) return load_half(raw);
+    Floats x;
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t bits = uint32_t(raw[i]) << 16;
+      memcpy(&x.v[i], &bits, 4);
+    }
+    return x;
+  }
+  static void store(float* p, const Floats& x) { memcpy(p, x.v, sizeof x.v); }
+  static float total(const Floats& x) {
+    float sum = 0;
+    for (float f : x.v) sum += f;
+    return sum;
+  }
+};
+
+}  // namespace
+}  // namespace moe
+#include "kernels.inc"
+namespace moe {
+const Kernels kScalar = kernels_named<Scalar>("scalar");
+}

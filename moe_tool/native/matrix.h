@@ -1,0 +1,77 @@
+// What the kernels work on. A quantized matrix is stored in tiles of 16 outputs and 32 inputs, so
+// that the 16 lanes of an accumulator are 16 outputs and no sum runs across lanes.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace moe {
+
+constexpr int kRows = 16;    // outputs of a tile
+constexpr int kInputs = 32;  // inputs of a tile
+constexpr int kMaxPlanes = 4;
+
+// Codes of 1 to 7 bits lie in planes of two bits, most significant first, the last of one bit where
+// the width is odd; 8 bits are one plane. A plane is [row blocks][input blocks][bytes of a tile]:
+//   two bits: 128 bytes; byte 64 h + 4 r + i, bits 2k and 2k + 1: output r, input 16 h + 4 k + i
+//   one bit:   64 bytes; byte 4 r + i, bit k:                     output r, input 4 k + i
+//   eight:    512 bytes; byte 64 k + 4 r + i:                     output r, input 4 k + i
+struct QuantizedMatrix {
+  const uint8_t* planes[kMaxPlanes];
+  const uint16_t* scales;  // float16 [row blocks][groups][16]
+  const uint16_t* zeros;   // float16, as scales, in units of codes; null: symmetric
+  int32_t n_outputs, n_inputs, bits, group;
+
+  int row_blocks() const { return (n_outputs + kRows - 1) / kRows; }
+  int input_blocks() const { return (n_inputs + kInputs - 1) / kInputs; }
+  int n_groups() const { return (n_inputs + group - 1) / group; }
+};
+
+enum FloatKind : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct FloatMatrix {
+  const void* values;  // [n_outputs][n_inputs]
+  int32_t n_outputs, n_inputs, kind;
+};
+
+// Tokens as int8 with one scale per group of inputs, each row padded with zeros to whole tiles.
+struct QuantizedTokens {
+  int8_t* codes;   // [tokens][padded]
+  float* scales;   // [tokens][groups]
+  int32_t* sums;   // [tokens][groups]: sum of the codes of a group
+  int32_t padded, n_groups;
+};
+
+enum Activation : int32_t {
+  kSilu = 0, kGeluTanh = 1, kGeluErf = 2, kRelu = 3, kReluSquared = 4, kClampedSwiglu = 5,
+};
+
+// How the first product becomes the input of the second.
+struct Gate {
+  int32_t activation;
+  int32_t gated;        // 0: act(up); 1: act(gate) * up
+  int32_t interleaved;  // gate and up alternate instead of gate first, then up
+  float alpha, limit;   // of kClampedSwiglu: gate * sigmoid(alpha gate) * (up + 1), both clamped
+};
+
+// One implementation per instruction set; every function handles part of a job and any two threads
+// may handle different parts at once.
+struct Kernels {
+  const char* name;
+  // Quantize groups [first, last) of one token's inputs; the padding belongs to the last group.
+  void (*quantize)(const float* x, int n_inputs, int group, int token, int first, int last,
+                   const QuantizedTokens& out);
+  // out[token * stride + output] for one block of 16 outputs and all tokens. `scratch` has room for
+  // a row block at 8 bits.
+  void (*quantized_rows)(const QuantizedMatrix& w, int row_block, const QuantizedTokens& x,
+                         int n_tokens, float* out, ptrdiff_t stride, uint8_t* scratch);
+  // The same for outputs [first, last) of a matrix of floats; x is [tokens][n_inputs].
+  void (*float_rows)(const FloatMatrix& w, int first, int last, const float* x, int n_tokens,
+                     float* out, ptrdiff_t stride);
+  // inner[first, last) of one token from its first product.
+  void (*activate)(const Gate& gate, const float* first_product, int n_inner, int first, int last,
+                   float* inner);
+};
+
+extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Vnni;
+
+}  // namespace moe

@@ -1,0 +1,134 @@
+// The Python side: addresses in, nothing owned. moe_tool/native/kernels.py checks shapes, dtypes
+// and sizes before it calls.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <cstring>
+#include <exception>
+
+#include "engine.h"
+
+namespace {
+
+// What kernels.py packs for a weight: native alignment, 88 bytes.
+struct PackedWeight {
+  uint64_t planes[4], scales, zeros, values, bias;
+  int32_t n_outputs, n_inputs, bits, group, kind, is_quantized;
+};
+struct PackedGate {
+  int32_t activation, gated, interleaved;
+  float alpha, limit;
+};
+
+template <class T>
+const T* pointer(uint64_t address) {
+  return reinterpret_cast<const T*>(static_cast<uintptr_t>(address));
+}
+
+bool read_weight(const char* data, Py_ssize_t size, moe::Weight* out) {
+  PackedWeight w;
+  if (size != Py_ssize_t(sizeof w)) {
+    PyErr_SetString(PyExc_ValueError, "a weight's description has the wrong size");
+    return false;
+  }
+  std::memcpy(&w, data, sizeof w);
+  out->is_quantized = w.is_quantized;
+  out->bias = pointer<float>(w.bias);
+  moe::QuantizedMatrix& q = out->quantized;
+  for (int p = 0; p < 4; ++p) q.planes[p] = pointer<uint8_t>(w.planes[p]);
+  q.scales = pointer<uint16_t>(w.scales);
+  q.zeros = pointer<uint16_t>(w.zeros);
+  q.n_outputs = w.n_outputs, q.n_inputs = w.n_inputs, q.bits = w.bits, q.group = w.group;
+  out->floats = {pointer<void>(w.values), w.n_outputs, w.n_inputs, w.kind};
+  const bool sound = w.n_outputs > 0 && w.n_inputs > 0 &&
+                     (w.is_quantized ? w.bits >= 1 && w.bits <= 8 && w.group > 0 &&
+                                           w.group % moe::kInputs == 0
+                                     : w.kind >= 0 && w.kind <= 2);
+  if (!sound) PyErr_SetString(PyExc_ValueError, "a weight's description is not sound");
+  return sound;
+}
+
+template <class F>
+PyObject* without_gil(F&& body) {
+  bool out_of_memory = false;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    body();
+  } catch (const std::exception&) {
+    out_of_memory = true;
+  }
+  Py_END_ALLOW_THREADS;
+  if (out_of_memory) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+PyObject* linear(PyObject*, PyObject* args) {
+  const char* data;
+  Py_ssize_t size;
+  unsigned long long x, out;
+  int n_tokens;
+  if (!PyArg_ParseTuple(args, "y#KiK", &data, &size, &x, &n_tokens, &out)) return nullptr;
+  moe::Weight weight;
+  if (!read_weight(data, size, &weight)) return nullptr;
+  return without_gil([&] {
+    moe::linear(weight, pointer<float>(x), n_tokens, const_cast<float*>(pointer<float>(out)));
+  });
+}
+
+PyObject* expert(PyObject*, PyObject* args) {
+  const char *first_data, *gate_data, *second_data;
+  Py_ssize_t first_size, gate_size, second_size;
+  unsigned long long x, out;
+  int n_tokens;
+  if (!PyArg_ParseTuple(args, "y#y#y#KiK", &first_data, &first_size, &gate_data, &gate_size,
+                        &second_data, &second_size, &x, &n_tokens, &out))
+    return nullptr;
+  moe::Weight first, second;
+  if (!read_weight(first_data, first_size, &first)) return nullptr;
+  if (!read_weight(second_data, second_size, &second)) return nullptr;
+  PackedGate g;
+  if (gate_size != Py_ssize_t(sizeof g)) {
+    PyErr_SetString(PyExc_ValueError, "a gate's description has the wrong size");
+    return nullptr;
+  }
+  std::memcpy(&g, gate_data, sizeof g);
+  const moe::Gate gate{g.activation, g.gated, g.interleaved, g.alpha, g.limit};
+  if (first.n_outputs() != (gate.gated ? 2 : 1) * second.n_inputs()) {
+    PyErr_SetString(PyExc_ValueError, "the two matrices of an expert do not fit together");
+    return nullptr;
+  }
+  return without_gil([&] {
+    moe::expert(first, gate, second, pointer<float>(x), n_tokens,
+                const_cast<float*>(pointer<float>(out)));
+  });
+}
+
+PyObject* set_threads(PyObject*, PyObject* args) {
+  int n_threads;
+  if (!PyArg_ParseTuple(args, "i", &n_threads)) return nullptr;
+  return without_gil([&] { moe::set_threads(n_threads); });
+}
+
+PyObject* use(PyObject*, PyObject* args) {
+  const char* name;
+  if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+  return PyBool_FromLong(moe::use_kernels(name));
+}
+
+PyObject* in_use(PyObject*, PyObject*) { return PyUnicode_FromString(moe::kernels_in_use()); }
+
+PyMethodDef methods[] = {
+    {"linear", linear, METH_VARARGS, "linear(weight, x, n_tokens, out)"},
+    {"expert", expert, METH_VARARGS, "expert(first, gate, second, x, n_tokens, out)"},
+    {"set_threads", set_threads, METH_VARARGS, "set_threads(n)"},
+    {"use", use, METH_VARARGS, "use(name): False where this processor cannot"},
+    {"in_use", in_use, METH_NOARGS, "in_use()"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__kernels() { return PyModule_Create(&definition); }
