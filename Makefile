@@ -43,7 +43,7 @@ $(BIN)/python:
 	"$(PYTHON)" -m venv $(VENV)
 
 # torch is named with its version so that a CPU wheel is taken where pip knows one; a bare dependency may pull gigabytes of CUDA.
-$(STAMPS)/tool: pyproject.toml constraints.txt | $(BIN)/python
+$(STAMPS)/tool: pyproject.toml constraints.txt $(wildcard moe_tool/native/*.cpp moe_tool/native/*.h moe_tool/native/*.inc) | $(BIN)/python
 	@mkdir -p $(STAMPS)
 	$(PIP) torch==2.13.0 -e .
 	@touch $@

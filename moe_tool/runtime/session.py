@@ -24,7 +24,7 @@ from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.meta_model import read_config
 from moe_tool.models.skeleton import LayerCall, Skeleton, load_skeleton
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.native.kernels import set_threads
+from moe_tool.native.kernels import is_native, set_threads
 from moe_tool.policies.eviction import EVICTION
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
@@ -237,6 +237,8 @@ def open_session(
     )
     if policy.policy.lossy:
         progress.note(policy.policy.describe())
+    if not is_native():
+        progress.note("the native kernels are not in use: torch computes the experts, slower")
     refusal = bundle.read_directly()
     if refusal is not None:
         progress.note(f"{refusal}: experts are read through it, slower")
