@@ -8,8 +8,9 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
+ROUNDS ?= 300
 
-.PHONY: help demo test test-quick test-slow lint docs clean
+.PHONY: help demo test test-quick test-slow lint fuzz docs clean
 
 help:
 	@sed -n '/^#/!q;s/^# //p' Makefile
@@ -29,6 +30,14 @@ test-slow: $(STAMPS)/test
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The compiled kernels on buffers of exactly the promised size, under sanitizers.
+fuzz:
+	@mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=alignment \
+	  -Imoe_tool/native tests/native/fuzz.cpp $(filter-out %/module.cpp,$(wildcard moe_tool/native/*.cpp)) \
+	  -pthread -o build/fuzz
+	build/fuzz $(ROUNDS)
 
 docs: $(STAMPS)/tool
 	$(BIN)/python docs/make_reference.py

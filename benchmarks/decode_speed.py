@@ -1,6 +1,6 @@
 """Decode seeded random token ids one at a time, and print one JSON line.
 
-    python benchmarks/decode_speed.py BUNDLE [--tokens 64] [--warmup 8] [--threads 2] [--memory 4GiB]
+    python benchmarks/decode_speed.py BUNDLE [--tokens 64] [--warmup 8] [--threads 2] [--memory X]
 
 Random ids are right for random weights alone, to measure beside another program that is fed the
 same ids; `moe-tool bench` takes text.

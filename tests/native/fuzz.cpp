@@ -1,0 +1,119 @@
+// Products of random shapes over buffers of exactly the promised size, for AddressSanitizer and
+// UndefinedBehaviorSanitizer (make fuzz): nothing is read or written beyond them, and every
+// implementation returns what the scalar one does.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "engine.h"
+
+namespace {
+
+std::mt19937 draw(20);
+int from_to(int low, int high) { return std::uniform_int_distribution<int>(low, high)(draw); }
+
+struct Matrix {
+  std::vector<std::vector<uint8_t>> planes;
+  std::vector<uint16_t> scales, zeros;
+  std::vector<uint8_t> values;
+  std::vector<float> bias;
+  moe::Weight weight{};
+};
+
+// Positive float16 of moderate size.
+uint16_t any_half() { return uint16_t(from_to(10, 17) << 10 | from_to(0, 1023)); }
+
+void quantized(Matrix& m, int n_out, int n_in, int bits, int group) {
+  moe::QuantizedMatrix& q = m.weight.quantized;
+  m.weight.is_quantized = 1;
+  q.n_outputs = n_out, q.n_inputs = n_in, q.bits = bits, q.group = group;
+  const int n_planes = bits == 8 ? 1 : (bits + 1) / 2;
+  for (int p = 0; p < n_planes; ++p) {
+    const int width = bits == 8 ? 8 : (bits - 2 * p >= 2 ? 2 : 1);
+    m.planes.emplace_back(size_t(q.row_blocks()) * q.input_blocks() * 64 * width);
+    for (uint8_t& byte : m.planes.back()) byte = uint8_t(from_to(0, 255));
+  }
+  for (int p = 0; p < n_planes; ++p) q.planes[p] = m.planes[p].data();
+  m.scales.resize(size_t(q.row_blocks()) * q.n_groups() * 16);
+  for (uint16_t& scale : m.scales) scale = any_half();
+  q.scales = m.scales.data();
+  if (from_to(0, 1)) {
+    m.zeros.resize(m.scales.size());
+    for (uint16_t& zero : m.zeros) zero = any_half();
+    q.zeros = m.zeros.data();
+  }
+}
+
+void floats(Matrix& m, int n_out, int n_in) {
+  const int kind = from_to(0, 2);
+  m.values.resize(size_t(n_out) * n_in * (kind == moe::kFloat32 ? 4 : 2));
+  for (size_t i = 0; i < size_t(n_out) * n_in; ++i) {
+    const float value = float(from_to(-100, 100)) / 64;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t brain = uint16_t(bits >> 16), half = any_half();
+    if (kind == moe::kFloat32) std::memcpy(&m.values[4 * i], &value, 4);
+    if (kind == moe::kBFloat16) std::memcpy(&m.values[2 * i], &brain, 2);
+    if (kind == moe::kFloat16) std::memcpy(&m.values[2 * i], &half, 2);
+  }
+  m.weight.floats = {m.values.data(), n_out, n_in, kind};
+}
+
+void fill(Matrix& m, int n_out, int n_in) {
+  const int groups[] = {32, 64, 128};
+  if (from_to(0, 3))
+    quantized(m, n_out, n_in, from_to(1, 8), groups[from_to(0, 2)]);
+  else
+    floats(m, n_out, n_in);
+  if (from_to(0, 1)) {
+    m.bias.assign(n_out, 0.5f);
+    m.weight.bias = m.bias.data();
+  }
+}
+
+bool agree(const std::vector<float>& a, const std::vector<float>& b, double tolerance) {
+  double largest = 1e-20, off = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (std::isnan(a[i]) != std::isnan(b[i])) return false;
+    if (!std::isfinite(a[i])) continue;
+    largest = std::max(largest, std::fabs(double(a[i])));
+    off = std::max(off, std::fabs(double(a[i]) - double(b[i])));
+  }
+  return off <= tolerance * largest;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
+  for (int round = 0; round < rounds; ++round) {
+    const int n_hidden = from_to(1, 200), n_inner = from_to(1, 200), n_tokens = from_to(1, 40);
+    const moe::Gate gate{from_to(0, 5), 1, from_to(0, 1), 1.7f, 7.0f};
+    Matrix first, second;
+    fill(first, 2 * n_inner, n_hidden);
+    fill(second, n_hidden, n_inner);
+    std::vector<float> x(size_t(n_tokens) * n_hidden);
+    for (float& value : x) value = float(from_to(-300, 300)) / 100;
+    if (!from_to(0, 9)) x[from_to(0, int(x.size()) - 1)] = NAN;
+    std::vector<float> product(size_t(n_tokens) * 2 * n_inner), out(x.size());
+    std::vector<float> wanted_product, wanted_out;
+    for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni"}) {
+      if (!moe::use_kernels(name)) continue;
+      moe::set_threads(from_to(1, 3));
+      moe::linear(first.weight, x.data(), n_tokens, product.data());
+      moe::expert(first.weight, gate, second.weight, x.data(), n_tokens, out.data());
+      if (wanted_product.empty()) wanted_product = product, wanted_out = out;
+      // A code of the inner tokens may differ by one where exp is rounded otherwise.
+      if (!agree(wanted_product, product, 1e-5) || !agree(wanted_out, out, 2e-2)) {
+        std::printf("%s differs in round %d: %d x %d, %d tokens\n", name, round, n_inner, n_hidden,
+                    n_tokens);
+        return 1;
+      }
+    }
+  }
+  std::printf("%d rounds, nothing to report\n", rounds);
+  return 0;
+}
