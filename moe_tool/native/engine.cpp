@@ -66,7 +66,8 @@ struct TokenScratch {
 };
 TokenScratch input_scratch, inner_scratch;
 Scratch<float> product_scratch, inner_floats;
-thread_local Scratch<uint8_t> row_scratch;
+thread_local Scratch<uint8_t> row_codes;
+thread_local Scratch<float> row_sums;
 
 QuantizedTokens room_for(TokenScratch& scratch, const QuantizedMatrix& w, int n_tokens) {
   QuantizedTokens x;
@@ -91,9 +92,15 @@ void add_bias(const float* bias, int first, int last, int n_tokens, float* out, 
     for (int i = first; i < last; ++i) out[t * stride + i] += bias[i];
 }
 
-// About so many bytes of weights make a chunk: long beside the cost of taking one, short beside a
-// product.
+// Rows that make a chunk: so many bytes at least, long beside the cost of taking one; and no more
+// chunks than balance needs, since a thread that reads on is ahead of one that starts anew.
 constexpr size_t kChunkBytes = 64 * 1024;
+constexpr int kChunksPerThread = 12;
+
+int rows_per_chunk(int n_rows, size_t row_bytes) {
+  const int for_bytes = int(kChunkBytes / std::max<size_t>(1, row_bytes));
+  return std::max({1, for_bytes, n_rows / (kChunksPerThread * pool().n_threads())});
+}
 
 void multiply(const Weight& weight, const QuantizedTokens& codes, const float* x, int n_tokens,
               float* out) {
@@ -102,7 +109,7 @@ void multiply(const Weight& weight, const QuantizedTokens& codes, const float* x
   if (!weight.is_quantized) {
     const FloatMatrix& w = weight.floats;
     const size_t row = size_t(w.n_inputs) * (w.kind == kFloat32 ? 4 : 2);
-    const int rows = std::max<int>(4, int(kChunkBytes / std::max<size_t>(1, row)) / 4 * 4);
+    const int rows = (rows_per_chunk(n_outputs, row) + 3) / 4 * 4;  // four are computed together
     pool().each((n_outputs + rows - 1) / rows, [&](int chunk) {
       const int first = chunk * rows, last = std::min(n_outputs, first + rows);
       in_use->float_rows(w, first, last, x, n_tokens, out, stride);
@@ -112,10 +119,10 @@ void multiply(const Weight& weight, const QuantizedTokens& codes, const float* x
   }
   const QuantizedMatrix& w = weight.quantized;
   const size_t block = size_t(codes.padded) * kRows * w.bits / 8;
-  const int blocks = std::max<int>(1, int(kChunkBytes / std::max<size_t>(1, block)));
-  const int n_blocks = w.row_blocks();
+  const int n_blocks = w.row_blocks(), blocks = rows_per_chunk(n_blocks, block);
   pool().each((n_blocks + blocks - 1) / blocks, [&](int chunk) {
-    uint8_t* const scratch = row_scratch.of(size_t(codes.padded) * kRows);
+    const RowScratch scratch{row_codes.of(size_t(kRows) * std::max(kExpandedInputs, w.group)),
+                             row_sums.of(size_t(n_tokens) * kRows)};
     const int first = chunk * blocks, last = std::min(n_blocks, first + blocks);
     for (int b = first; b < last; ++b)
       in_use->quantized_rows(w, b, codes, n_tokens, out, stride, scratch);

@@ -12,6 +12,7 @@ struct Avx2 {
   struct Bytes { __m256i a, b; };
   using Sums = Bytes;
   struct Floats { __m256 a, b; };
+  static constexpr int kTokens = 4, kChains = 1;
 
   static Bytes load(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
@@ -25,41 +26,62 @@ struct Avx2 {
     _mm_prefetch(reinterpret_cast<const char*>(p) + 2048, _MM_HINT_T0);
   }
   template <int SHIFT, int MASK>
-  static Bytes low_bits(Bytes x) {
-    const __m256i mask = _mm256_set1_epi8(MASK);
-    if (!SHIFT) return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
-    return {_mm256_and_si256(_mm256_srli_epi16(x.a, SHIFT), mask),
-            _mm256_and_si256(_mm256_srli_epi16(x.b, SHIFT), mask)};
+  static __m256i field_half(__m256i x) {
+    if constexpr (SHIFT > 0) x = _mm256_srli_epi16(x, SHIFT);
+    if constexpr (SHIFT < 0) x = _mm256_slli_epi16(x, -SHIFT);
+    return _mm256_and_si256(x, _mm256_set1_epi8(MASK));
   }
-  template <int SHIFT>
-  static Bytes append(Bytes high, Bytes low) {
-    return {_mm256_or_si256(_mm256_slli_epi16(high.a, SHIFT), low.a),
-            _mm256_or_si256(_mm256_slli_epi16(high.b, SHIFT), low.b)};
+  // (byte >> SHIFT) & MASK; what comes in from the neighbour is masked out.
+  template <int SHIFT, int MASK>
+  static Bytes field(Bytes x) {
+    return {field_half<SHIFT, MASK>(x.a), field_half<SHIFT, MASK>(x.b)};
+  }
+  template <int SHIFT, int MASK>
+  static Bytes add_field(Bytes u, Bytes x) {
+    return {_mm256_or_si256(u.a, field_half<SHIFT, MASK>(x.a)),
+            _mm256_or_si256(u.b, field_half<SHIFT, MASK>(x.b))};
   }
 
   static Sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-  static Sums add(Sums x, Sums y) {
-    return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+  // Sums of 16 bits: 8 times 2 * 15 * 127 fits. Wider codes are taken in two halves.
+  template <int BITS>
+  struct Partial {
+    __m256i a, b, high_a, high_b;
+  };
+  template <int BITS>
+  static Partial<BITS> no_partial() {
+    const __m256i zero = _mm256_setzero_si256();
+    return {zero, zero, zero, zero};
   }
   template <int BITS>
-  static __m256i dot_half(__m256i sum, __m256i u, __m256i a) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    if (BITS < 8)  // 2 * 127 * 127 fits into 16 bits
-      return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, a), ones));
-    const __m256i low = _mm256_and_si256(u, _mm256_set1_epi8(0x7F));
-    const __m256i top = _mm256_andnot_si256(_mm256_set1_epi8(0x7F), u);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(low, a), ones));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(top, a), ones));
-  }
-  template <int BITS>
-  static Sums dot(Sums sum, Bytes u, const int8_t* four) {
+  static void add_dot(Partial<BITS>& sum, Bytes u, const int8_t* four) {
     int32_t word;
     memcpy(&word, four, 4);
     const __m256i a = _mm256_set1_epi32(word);
-    return {dot_half<BITS>(sum.a, u.a, a), dot_half<BITS>(sum.b, u.b, a)};
+    if constexpr (BITS > 4) {
+      const Bytes high = field<4, 15>(u);
+      sum.high_a = _mm256_add_epi16(sum.high_a, _mm256_maddubs_epi16(high.a, a));
+      sum.high_b = _mm256_add_epi16(sum.high_b, _mm256_maddubs_epi16(high.b, a));
+      asm("" : "+x"(sum.high_a), "+x"(sum.high_b));
+      u = field<0, 15>(u);
+    }
+    sum.a = _mm256_add_epi16(sum.a, _mm256_maddubs_epi16(u.a, a));
+    sum.b = _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(u.b, a));
+    // Left alone, gcc makes a tree of the eight additions and keeps all products until its end.
+    asm("" : "+x"(sum.a), "+x"(sum.b));
+  }
+  template <int BITS>
+  static Sums add(Sums x, const Partial<BITS>& y) {
+    const __m256i one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
+    if constexpr (BITS > 4) {
+      x.a = _mm256_add_epi32(x.a, _mm256_madd_epi16(y.high_a, sixteen));
+      x.b = _mm256_add_epi32(x.b, _mm256_madd_epi16(y.high_b, sixteen));
+    }
+    return {_mm256_add_epi32(x.a, _mm256_madd_epi16(y.a, one)),
+            _mm256_add_epi32(x.b, _mm256_madd_epi16(y.b, one))};
   }
   static Sums scale_and_subtract(Sums x, int factor, int offset) {
-    if (factor == 2) x = add(x, x);
+    if (factor == 2) x = {_mm256_add_epi32(x.a, x.a), _mm256_add_epi32(x.b, x.b)};
     const __m256i o = _mm256_set1_epi32(offset);
     return {_mm256_sub_epi32(x.a, o), _mm256_sub_epi32(x.b, o)};
   }

@@ -22,6 +22,7 @@ struct Scalar {
   struct Bytes { uint8_t v[64]; };
   struct Sums { int32_t v[16]; };
   struct Floats { float v[16]; };
+  static constexpr int kTokens = 4, kChains = 1;
 
   static Bytes load(const uint8_t* p) {
     Bytes x;
@@ -31,26 +32,31 @@ struct Scalar {
   static void store_bytes(uint8_t* p, const Bytes& x) { memcpy(p, x.v, 64); }
   static void prefetch(const uint8_t*) {}
   template <int SHIFT, int MASK>
-  static Bytes low_bits(Bytes x) {
-    for (uint8_t& b : x.v) b = uint8_t((b >> SHIFT) & MASK);
+  static Bytes field(Bytes x) {
+    for (uint8_t& b : x.v) b = uint8_t((SHIFT < 0 ? b << (SHIFT < 0 ? -SHIFT : 0) : b >> (SHIFT < 0 ? 0 : SHIFT)) & MASK);
     return x;
   }
-  template <int SHIFT>
-  static Bytes append(Bytes high, const Bytes& low) {
-    for (int i = 0; i < 64; ++i) high.v[i] = uint8_t((high.v[i] << SHIFT) | low.v[i]);
-    return high;
+  template <int SHIFT, int MASK>
+  static Bytes add_field(Bytes u, const Bytes& x) {
+    const Bytes more = field<SHIFT, MASK>(x);
+    for (int i = 0; i < 64; ++i) u.v[i] |= more.v[i];
+    return u;
   }
 
   static Sums no_sums() { return {}; }
+  template <int BITS>
+  using Partial = Sums;
+  template <int BITS>
+  static Sums no_partial() { return {}; }
+  template <int BITS>
+  static void add_dot(Sums& sum, const Bytes& u, const int8_t* four) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j) sum.v[i] += int32_t(u.v[4 * i + j]) * four[j];
+  }
+  template <int BITS>
   static Sums add(Sums x, const Sums& y) {
     for (int i = 0; i < 16; ++i) x.v[i] += y.v[i];
     return x;
-  }
-  template <int BITS>
-  static Sums dot(Sums sum, const Bytes& u, const int8_t* four) {
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 4; ++j) sum.v[i] += int32_t(u.v[4 * i + j]) * four[j];
-    return sum;
   }
   static Sums scale_and_subtract(Sums x, int factor, int offset) {
     for (int32_t& s : x.v) s = s * factor - offset;

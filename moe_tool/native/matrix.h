@@ -53,6 +53,15 @@ struct Gate {
   float alpha, limit;   // of kClampedSwiglu: gate * sigmoid(alpha gate) * (up + 1), both clamped
 };
 
+// Inputs of a row block that are expanded to bytes at a time, or one group where that is longer.
+constexpr int kExpandedInputs = 1024;
+
+// What one thread needs for a row block.
+struct RowScratch {
+  uint8_t* codes;  // [kRows * max(kExpandedInputs, group)]
+  float* sums;     // [tokens][kRows]
+};
+
 // One implementation per instruction set; every function handles part of a job and any two threads
 // may handle different parts at once.
 struct Kernels {
@@ -60,10 +69,9 @@ struct Kernels {
   // Quantize groups [first, last) of one token's inputs; the padding belongs to the last group.
   void (*quantize)(const float* x, int n_inputs, int group, int token, int first, int last,
                    const QuantizedTokens& out);
-  // out[token * stride + output] for one block of 16 outputs and all tokens. `scratch` has room for
-  // a row block at 8 bits.
+  // out[token * stride + output] for one block of 16 outputs and all tokens.
   void (*quantized_rows)(const QuantizedMatrix& w, int row_block, const QuantizedTokens& x,
-                         int n_tokens, float* out, ptrdiff_t stride, uint8_t* scratch);
+                         int n_tokens, float* out, ptrdiff_t stride, const RowScratch& scratch);
   // The same for outputs [first, last) of a matrix of floats; x is [tokens][n_inputs].
   void (*float_rows)(const FloatMatrix& w, int first, int last, const float* x, int n_tokens,
                      float* out, ptrdiff_t stride);

@@ -15,6 +15,7 @@ class ThreadPool {
 
   // Threads in all, the caller's included. Not while a job runs.
   void resize(int n_threads);
+  int n_threads() const { return int(workers_.size()) + 1; }
 
   // Call run(context, chunk) for every chunk in [0, n_chunks); returns when all are done.
   void parallel(int n_chunks, void (*run)(void*, int), void* context);
