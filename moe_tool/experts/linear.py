@@ -15,7 +15,7 @@ from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.tokens import round_trip_tokens
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
-FEW_TOKENS = 16
+FEW_TOKENS = 32
 """Up to here reading the weight costs most, beyond it the product, which torch does best where the
 weight is of floats."""
 _SMALL_BLOCK = 2**18

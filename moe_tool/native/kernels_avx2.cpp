@@ -13,6 +13,7 @@ struct Avx2 {
   using Sums = Bytes;
   struct Floats { __m256 a, b; };
   static constexpr int kTokens = 4, kChains = 1;
+  static constexpr int kFloatRows = 2, kFloatTokens = 3;
 
   static Bytes load(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),

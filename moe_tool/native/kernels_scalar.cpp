@@ -23,6 +23,7 @@ struct Scalar {
   struct Sums { int32_t v[16]; };
   struct Floats { float v[16]; };
   static constexpr int kTokens = 4, kChains = 1;
+  static constexpr int kFloatRows = 4, kFloatTokens = 4;
 
   static Bytes load(const uint8_t* p) {
     Bytes x;
