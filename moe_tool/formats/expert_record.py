@@ -15,7 +15,7 @@ from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
 from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName
 from moe_tool.artifacts.precision import IntegerPrecision, Precision
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, plane_bytes, plane_widths
+from moe_tool.formats.integer_parts import integer_part, integer_parts, join_integer_parts
 from moe_tool.quantization.round_to_nearest import quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
@@ -102,7 +102,7 @@ def encode_record(
         if part and name not in quantized:
             assert isinstance(precision, IntegerPrecision)
             quantized[name] = quantize(weights[name], precision.width_bits, group=precision.group)
-        values = _part(quantized[name], part) if part else weights[name]
+        values = integer_part(quantized[name], part) if part else weights[name]
         assert values.shape == segment.shape and values.dtype == _DTYPES[segment.dtype]
         raw = values.contiguous().view(-1).view(torch.uint8)
         record[segment.offset : segment.offset + segment.n_bytes] = raw
@@ -128,16 +128,8 @@ def decode_record(
             weights[tensor.name] = FloatWeight(values=views[tensor.name])
             continue
         assert isinstance(precision, IntegerPrecision)
-        weights[tensor.name] = IntegerWeight(
-            planes=tuple(
-                views[f"{tensor.name}.plane{index}"]
-                for index in range(len(plane_widths(precision.width_bits)))
-            ),
-            scales=views[f"{tensor.name}.scales"],
-            width_bits=precision.width_bits,
-            group=precision.group,
-            n_outputs=tensor.shape[0],
-            n_inputs=tensor.shape[1],
+        weights[tensor.name] = join_integer_parts(
+            tensor.name, *tensor.shape, precision=precision, read=views.__getitem__
         )
     return weights
 
@@ -161,20 +153,11 @@ def _parts(
     parts: list[tuple[str, str, tuple[int, ...]]] = []
     for tensor in tensors:
         if isinstance(precision, IntegerPrecision) and len(tensor.shape) == 2:
-            n_out, n_in = tensor.shape
-            for index, bits in enumerate(plane_widths(precision.width_bits)):
-                n_bytes = plane_bytes(n_out, n_in, bits)
-                parts.append((f"{tensor.name}.plane{index}", "uint8", (n_bytes,)))
-            groups = -(-n_in // precision.group)
-            shape = (n_row_blocks(n_out), groups, ROWS)
-            parts.append((f"{tensor.name}.scales", "float16", shape))
+            found = integer_parts(tensor.name, *tensor.shape, precision=precision)
+            parts += [(part.name, part.dtype, part.shape) for part in found]
         else:
             parts.append((tensor.name, dtype, tensor.shape))
     return parts
-
-
-def _part(weight: IntegerWeight, part: str) -> torch.Tensor:
-    return weight.scales if part == "scales" else weight.planes[int(part.removeprefix("plane"))]
 
 
 def _view(record: torch.Tensor, segment: Segment) -> torch.Tensor:

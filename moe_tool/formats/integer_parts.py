@@ -1,0 +1,86 @@
+"""The tensors that a matrix of codes is stored as: NAME.plane0, NAME.plane1 ... and NAME.scales."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moe_tool.artifacts.precision import IntegerPrecision
+from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, plane_bytes, plane_widths
+from moe_tool.quantization.weights import IntegerWeight
+
+_SCALES = "scales"
+_PLANE = "plane"
+_DTYPES = {"uint8": torch.uint8, "float16": torch.float16}
+_SAFETENSORS = {"uint8": "U8", "float16": "F16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerPart:
+    """One of these tensors."""
+
+    name: str
+    dtype: str
+    """uint8 or float16"""
+    shape: tuple[int, ...]
+
+    @property
+    def safetensors_dtype(self) -> str:
+        """What a safetensors header calls the dtype."""
+        return _SAFETENSORS[self.dtype]
+
+    @property
+    def size_bytes(self) -> int:
+        """Without padding"""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+    @property
+    def is_scales(self) -> bool:
+        """Whether it holds scales, which have to be finite."""
+        return self.name.endswith(f".{_SCALES}")
+
+
+def integer_parts(
+    name: str, n_outputs: int, n_inputs: int, precision: IntegerPrecision
+) -> tuple[IntegerPart, ...]:
+    """Return the parts of a matrix [n_outputs, n_inputs], planes first."""
+    planes = [
+        IntegerPart(
+            name=f"{name}.{_PLANE}{index}",
+            dtype="uint8",
+            shape=(plane_bytes(n_outputs, n_inputs, bits),),
+        )
+        for index, bits in enumerate(plane_widths(precision.width_bits))
+    ]
+    shape = (n_row_blocks(n_outputs), -(-n_inputs // precision.group), ROWS)
+    return (*planes, IntegerPart(name=f"{name}.{_SCALES}", dtype="float16", shape=shape))
+
+
+def join_integer_parts(
+    name: str,
+    n_outputs: int,
+    n_inputs: int,
+    precision: IntegerPrecision,
+    read: Callable[[str], torch.Tensor],
+) -> IntegerWeight:
+    """Return the matrix over its parts as they are; nothing is copied.
+
+    Args:
+        read: returns a part by its name, with the dtype and shape of `integer_parts`.
+    """
+    *planes, scales = integer_parts(name, n_outputs, n_inputs, precision)
+    return IntegerWeight(
+        planes=tuple(read(plane.name) for plane in planes),
+        scales=read(scales.name),
+        width_bits=precision.width_bits,
+        group=precision.group,
+        n_outputs=n_outputs,
+        n_inputs=n_inputs,
+    )
+
+
+def integer_part(weight: IntegerWeight, name: str) -> torch.Tensor:
+    """Return the part of a matrix that is stored under this name."""
+    part = name.rpartition(".")[2]
+    return weight.scales if part == _SCALES else weight.planes[int(part.removeprefix(_PLANE))]
