@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 from moe_tool.artifacts.buddy_map import LayerBuddies, Similarity
 from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
-from moe_tool.artifacts.precision import Precision
+from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.artifacts.schema import FrozenModel
 
-BUNDLE_VERSION: Literal[1] = 1
+BUNDLE_VERSION: Literal[2] = 2
 RECORD_LAYOUT: Literal["planes-1"] = "planes-1"
 """Id of the record layout that formats/expert_record.py writes; another one is refused with the
 command that repacks."""
@@ -48,6 +48,16 @@ class SkeletonTensor(FrozenModel):
     """xxh3-64 of its bytes, checked whenever it is read"""
 
 
+class SkeletonLinear(FrozenModel):
+    """One matrix of the skeleton that is stored as codes, in the tensors `PARAMETER.plane0`, ...,
+    `PARAMETER.scales`."""
+
+    parameter: Annotated[str, Field(min_length=1, max_length=512)]
+    """Its name in transformers' model"""
+    n_outputs: Annotated[int, Field(ge=1, lt=2**31)]
+    n_inputs: Annotated[int, Field(ge=1, lt=2**31)]
+
+
 class BundleBuddies(FrozenModel):
     """The stand-ins compiled into the bundle."""
 
@@ -67,7 +77,7 @@ class BundleManifest(FrozenModel):
     """The artifact of `moe-tool pack`, written last: no manifest, no bundle."""
 
     kind: Literal["bundle"] = "bundle"
-    format_version: Literal[1] = BUNDLE_VERSION
+    format_version: Literal[2] = BUNDLE_VERSION
     tool_version: str
     identity: ModelIdentity
     shape: MoeShape
@@ -79,6 +89,10 @@ class BundleManifest(FrozenModel):
     """In file order: layer by layer, hot experts first with those they are used with"""
     skeleton: tuple[SkeletonTensor, ...]
     """Every tensor of the skeleton files"""
+    skeleton_precision: Precision
+    """Of the matrices in `skeleton_linears`; everything else keeps the checkpoint's dtype"""
+    skeleton_linears: tuple[SkeletonLinear, ...]
+    """Empty where `skeleton_precision` is native"""
     files: tuple[BundleFile, ...]
     """Every file but the manifest"""
     made_from: dict[str, str]
@@ -119,7 +133,16 @@ class BundleManifest(FrozenModel):
                 )
         self._check_overlap()
         self._check_tables()
+        self._check_skeleton()
         return self
+
+    def _check_skeleton(self) -> None:
+        names = [tensor.name for tensor in self.skeleton]
+        parameters = [linear.parameter for linear in self.skeleton_linears]
+        if len(set(names)) != len(names) or len(set(parameters)) != len(parameters):
+            raise ValueError("a tensor of the skeleton is listed twice")
+        if parameters and isinstance(self.skeleton_precision, NativePrecision):
+            raise ValueError("a native skeleton stores no matrix as codes")
 
     def _check_overlap(self) -> None:
         by_file: dict[str, list[int]] = {}

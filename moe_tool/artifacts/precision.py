@@ -36,3 +36,8 @@ def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:
     if bits in ("8", "4"):
         return IntegerPrecision(width_bits=8 if bits == "8" else 4)
     raise ValueError(bits)
+
+
+def bits_of(precision: NativePrecision | IntegerPrecision) -> str:
+    """Return what `precision_from_bits` takes: native, 8 or 4."""
+    return str(precision.width_bits) if isinstance(precision, IntegerPrecision) else "native"

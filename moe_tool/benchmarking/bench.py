@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moe_tool.artifacts.precision import bits_of
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.benchmarking.bench_plan import (
     BenchOptions,
@@ -43,9 +44,11 @@ class BenchRow:
     size_bytes: int
     """Of the bundle's files"""
     params: int
-    """Weights of the model, experts and skeleton"""
+    """Weights in the bundle, experts and skeleton; a tied head's own copy counts"""
     bits: str
     """Of the experts: native, 8, 4"""
+    skeleton_bits: str
+    """Of the matrices outside experts and routers: native, 8, 4"""
     budget: str
     """As it was asked for"""
     budget_bytes: int
@@ -268,17 +271,11 @@ def _figures(test: SpeedTest, samples: Sequence[Sample]) -> dict[str, Any]:
 
 def _describe(bundle: BundleReader) -> dict[str, Any]:
     manifest = bundle.manifest
-    with bundle.open_skeleton() as skeleton:
-        params = len(manifest.records) * manifest.shape.n_expert_weights
-        for tensor in skeleton.tensors.values():
-            count = 1
-            for extent in tensor.shape:
-                count *= extent
-            params += count
-    width = getattr(manifest.precision, "width_bits", None)
     return {
         "model": manifest.identity.name,
         "size_bytes": sum(file.size_bytes for file in manifest.files),
-        "params": params,
-        "bits": "native" if width is None else str(width),
+        "params": len(manifest.records) * manifest.shape.n_expert_weights
+        + bundle.n_skeleton_weights,
+        "bits": bits_of(manifest.precision),
+        "skeleton_bits": bits_of(manifest.skeleton_precision),
     }

@@ -7,7 +7,7 @@ from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import IntegerPrecision
+from moe_tool.artifacts.precision import bits_of
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.progress import Progress
 
@@ -125,13 +125,12 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
     if verify:
         reader.verify_all(progress)
     manifest = reader.manifest
-    precision = manifest.precision
-    bits = str(precision.width_bits) if isinstance(precision, IntegerPrecision) else "native"
     facts: dict[str, object] = (
         _model_facts(manifest.identity)
         | _shape_facts(manifest.shape)
         | {
-            "bits": bits,
+            "bits": bits_of(manifest.precision),
+            "skeleton_bits": bits_of(manifest.skeleton_precision),
             "bytes": sum(file.size_bytes for file in manifest.files),
             "record_bytes": manifest.record_size_bytes,
             "expert_bytes": manifest.record_size_bytes * len(manifest.records),

@@ -46,6 +46,16 @@ def pack(
             help="Bits of an expert's weights; native keeps the checkpoint's dtype, bit for bit.",
         ),
     ] = "native",
+    skeleton_bits: Annotated[
+        Literal["native", "8", "4"],
+        typer.Option(
+            "--skeleton-bits",
+            help="Bits of the matrices outside the experts: attention, shared experts, dense "
+            "layers, head. Routers, norms and the embedding keep the checkpoint's dtype; a head "
+            "tied to the embedding gets a copy of these bits. Below native it is a lossy choice "
+            "like --bits: evaluate --reference says what it costs.",
+        ),
+    ] = "native",
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
@@ -70,12 +80,20 @@ def pack(
             profile = profile or _newest_profile(profiles, identity, output)
             buddies = buddies or _newest_buddies(profiles, identity, output)
         report = pack_bundle(
-            located, out=out, bits=bits, profile=profile, buddies=buddies, progress=output.progress
+            located,
+            out=out,
+            bits=bits,
+            skeleton_bits=skeleton_bits,
+            profile=profile,
+            buddies=buddies,
+            progress=output.progress,
         )
+        skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
         output.say(
             f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
             f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per weight "
-            f"and skeleton {format_bytes(report.skeleton_bytes)}; {report.seconds:.1f} s, "
+            f"and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
+            f"{report.seconds:.1f} s, "
             f"peak memory {format_bytes(report.peak_rss_bytes)}"
         )
         output.say(f'next: moe-tool run {report.bundle}/ --prompt "The list"')
@@ -85,6 +103,7 @@ def pack(
                 "bytes": report.bytes,
                 "expert_bytes": report.expert_bytes,
                 "skeleton_bytes": report.skeleton_bytes,
+                "skeleton_bits": report.skeleton_bits,
                 "bits_per_weight": report.bits_per_weight,
                 "resumed_records": report.resumed_records,
                 "profile": profile,

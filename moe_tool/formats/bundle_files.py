@@ -29,6 +29,17 @@ class ExpertFile:
         return len(self.header) + position * layout.size_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkeletonEntry:
+    """One tensor to be written to the skeleton files."""
+
+    name: str
+    dtype: str
+    """safetensors' name: F32, BF16, F16, U8, ..."""
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
 def partial_folder(out: Path) -> Path:
     """Where a bundle lies until it is finished."""
     return out.parent / (out.name + PART_SUFFIX)

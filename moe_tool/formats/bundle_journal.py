@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
-from moe_tool.artifacts.precision import IntegerPrecision, Precision
+from moe_tool.artifacts.precision import Precision, bits_of
 from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes
 from moe_tool.formats.bundle_files import JOURNAL
@@ -111,5 +111,4 @@ def _line(record: ExpertRecord) -> bytes:
 
 
 def _options(precision: Precision, made_from: dict[str, str]) -> dict[str, str]:
-    width = precision.width_bits if isinstance(precision, IntegerPrecision) else "native"
-    return {"precision": str(width), **made_from}
+    return {"precision": bits_of(precision), **made_from}

@@ -1,8 +1,9 @@
 """Reads a bundle: first its manifest against its files, then records, each checked as it comes."""
 
 import hashlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import torch
 import xxhash
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
+from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.errors import CorruptArtifactError, NotFoundError, StorageError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
 from moe_tool.formats.expert_record import RecordLayout, record_layout, require_finite_scales
 from moe_tool.formats.hostile_file import quoted, unreadable
+from moe_tool.formats.integer_parts import IntegerPart, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.record_files import RecordFiles
-from moe_tool.formats.safetensors_index import Checkpoint, read_header
+from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 from moe_tool.progress import SILENT, Progress
 
 _HASH_BLOCK_BYTES = 16 * 2**20
@@ -28,11 +31,18 @@ _REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 class BundleReader:
     """An open bundle. Reading is safe from several threads."""
 
-    def __init__(self, folder: Path, manifest: BundleManifest, layout: RecordLayout) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: BundleManifest,
+        layout: RecordLayout,
+        skeleton: Mapping[str, TensorInfo],
+    ) -> None:
         """Use `open`."""
         self.folder = folder
         self.manifest = manifest
         self.layout = layout
+        self._skeleton = skeleton
         self._entries = {(record.layer, record.expert): record for record in manifest.records}
         with _naming(folder):
             self._files = RecordFiles(folder, sorted({record.file for record in manifest.records}))
@@ -61,18 +71,20 @@ class BundleReader:
         with _naming(folder):
             _check_files(folder, manifest)
         _check_headers(folder, manifest, layout)
-        found = Checkpoint.open_files(_skeleton_files(folder, manifest)).tensors.keys()
-        if found != {tensor.name for tensor in manifest.skeleton}:
-            raise CorruptArtifactError(
-                f"the skeleton files of {folder} do not hold the tensors that {MANIFEST} lists",
-                hint=_REPACK,
-            )
-        return cls(folder, manifest, layout)
+        return cls(folder, manifest, layout, _check_skeleton(folder, manifest))
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of all records."""
         return len(self.manifest.records) * self.layout.size_bytes
+
+    @property
+    def n_skeleton_weights(self) -> int:
+        """Numbers that the skeleton stands for, whatever they are stored as."""
+        parts = {part.name for part in _skeleton_parts(self.manifest)}
+        others = [info for name, info in self._skeleton.items() if name not in parts]
+        coded = sum(linear.n_outputs * linear.n_inputs for linear in self.manifest.skeleton_linears)
+        return coded + sum(math.prod(info.shape) for info in others)
 
     @property
     def skeleton_files(self) -> list[Path]:
@@ -82,16 +94,21 @@ class BundleReader:
     def open_skeleton(self) -> Checkpoint:
         """Open everything but the experts; each tensor is checked when it is read, and one that is
         not what was packed is a CorruptArtifactError that names it."""
-        checkpoint = Checkpoint.open_files(self.skeleton_files)
+        checkpoint = Checkpoint(self._skeleton)
         hashes = {tensor.name: tensor.xxh3 for tensor in self.manifest.skeleton}
+        scales = {part.name for part in _skeleton_parts(self.manifest) if part.is_scales}
 
         def check(name: str, row: int | None, data: memoryview) -> None:
             assert row is None
+            file = checkpoint.tensors[name].file
             if xxhash.xxh3_64_hexdigest(data) != hashes[name]:
                 raise CorruptArtifactError(
-                    f"{checkpoint.tensors[name].file} is damaged: "
-                    f"the hash of {quoted(name)} does not fit",
-                    hint=_REPACK,
+                    f"{file} is damaged: the hash of {quoted(name)} does not fit", hint=_REPACK
+                )
+            # The hash of a forgery can be right all the same.
+            if name in scales and not torch.frombuffer(data, dtype=torch.float16).isfinite().all():
+                raise CorruptArtifactError(
+                    f"{file}: {quoted(name)} holds NaN or infinity", hint=_REPACK
                 )
 
         checkpoint.on_read = check
@@ -284,6 +301,40 @@ def _check_headers(folder: Path, manifest: BundleManifest, layout: RecordLayout)
                 f"{folder / file} holds {quoted(min(left))}, which is no part of a record",
                 hint=_REPACK,
             )
+
+
+def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, TensorInfo]:
+    """The tensors of the skeleton files are those that are listed, and codes have their sizes."""
+    tensors = Checkpoint.open_files(_skeleton_files(folder, manifest)).tensors
+    if tensors.keys() != {tensor.name for tensor in manifest.skeleton}:
+        raise CorruptArtifactError(
+            f"the skeleton files of {folder} do not hold the tensors that {MANIFEST} lists",
+            hint=_REPACK,
+        )
+    for part in _skeleton_parts(manifest):
+        found = tensors.get(part.name)
+        if found is None:
+            raise CorruptArtifactError(
+                f"the skeleton of {folder} lacks {quoted(part.name)}", hint=_REPACK
+            )
+        if found.dtype != part.safetensors_dtype or found.shape != part.shape:
+            raise CorruptArtifactError(
+                f"{found.file}: {quoted(part.name)} is {found.dtype} {list(found.shape)}, "
+                f"wanted {part.safetensors_dtype} {list(part.shape)}",
+                hint=_REPACK,
+            )
+    return tensors
+
+
+def _skeleton_parts(manifest: BundleManifest) -> list[IntegerPart]:
+    precision = manifest.skeleton_precision
+    if not isinstance(precision, IntegerPrecision):
+        return []
+    return [
+        part
+        for linear in manifest.skeleton_linears
+        for part in integer_parts(linear.parameter, linear.n_outputs, linear.n_inputs, precision)
+    ]
 
 
 def _skeleton_files(folder: Path, manifest: BundleManifest) -> list[Path]:

@@ -20,11 +20,12 @@ from moe_tool.artifacts.bundle_manifest import (
     BundleManifest,
     ExpertRecord,
     LayerHeat,
+    SkeletonLinear,
     SkeletonTensor,
 )
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import Precision
+from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
@@ -33,6 +34,7 @@ from moe_tool.formats.bundle_files import (
     MAX_FILE_BYTES,
     PART_SUFFIX,
     ExpertFile,
+    SkeletonEntry,
     partial_folder,
     plan_expert_files,
     safetensors_header,
@@ -46,7 +48,6 @@ from moe_tool.formats.bundle_journal import (
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.expert_record import RecordLayout, record_layout
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
-from moe_tool.formats.safetensors_index import TensorInfo
 
 _SYNC_BYTES = 256 * 2**20
 
@@ -81,6 +82,8 @@ class BundleWriter:
         self._digest = hashlib.sha256()
         self._others: list[BundleFile] = []
         self._skeleton: list[SkeletonTensor] = []
+        self._skeleton_precision: Precision = NativePrecision()
+        self._skeleton_linears: tuple[SkeletonLinear, ...] = ()
         self.finished = False
 
     @classmethod
@@ -181,13 +184,23 @@ class BundleWriter:
                 os.close(self._file)
                 self._file = None
 
-    def write_skeleton(self, tensors: Sequence[TensorInfo], read: Callable[[str], bytes]) -> None:
-        """Write everything but the experts, under its names in the checkpoint.
+    def write_skeleton(
+        self,
+        tensors: Sequence[SkeletonEntry],
+        read: Callable[[str], bytes | memoryview],
+        *,
+        precision: Precision,
+        linears: tuple[SkeletonLinear, ...],
+    ) -> None:
+        """Write everything but the experts.
 
         Args:
             tensors: what to write, in order.
-            read: returns the bytes of one of them.
+            read: returns the bytes of one of them; asked in this order.
+            precision: of the matrices that are stored as codes.
+            linears: these matrices.
         """
+        self._skeleton_precision, self._skeleton_linears = precision, linears
         for number, group in enumerate(_by_size(tensors), start=1):
             name = f"skeleton-{number:05d}.safetensors"
             header = safetensors_header(
@@ -196,8 +209,8 @@ class BundleWriter:
             self._write_file(name, header, self._hashed(group, read))
 
     def _hashed(
-        self, tensors: Sequence[TensorInfo], read: Callable[[str], bytes]
-    ) -> Iterator[bytes]:
+        self, tensors: Sequence[SkeletonEntry], read: Callable[[str], bytes | memoryview]
+    ) -> Iterator[bytes | memoryview]:
         for info in tensors:
             data = read(info.name)
             self._skeleton.append(
@@ -235,6 +248,8 @@ class BundleWriter:
             precision=self.precision,
             record_size_bytes=self._layout.size_bytes,
             skeleton=tuple(self._skeleton),
+            skeleton_precision=self._skeleton_precision,
+            skeleton_linears=self._skeleton_linears,
             records=tuple(self._records),
             files=(*experts, *self._others),
             made_from=self._asked.made_from,
@@ -364,7 +379,7 @@ class BundleWriter:
         self._records += self._unsynced
         self._unsynced = []
 
-    def _write_file(self, name: str, start: bytes, rest: Iterable[bytes]) -> None:
+    def _write_file(self, name: str, start: bytes, rest: Iterable[bytes | memoryview]) -> None:
         digest, size = hashlib.sha256(), 0
         path = self._folder / name
         path.unlink(missing_ok=True)  # what a kill tore
@@ -378,8 +393,8 @@ class BundleWriter:
         self._others.append(BundleFile(name=name, size_bytes=size, sha256=digest.hexdigest()))
 
 
-def _by_size(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
-    groups: list[list[TensorInfo]] = [[]]
+def _by_size(tensors: Sequence[SkeletonEntry]) -> list[list[SkeletonEntry]]:
+    groups: list[list[SkeletonEntry]] = [[]]
     size = 0
     for info in tensors:
         if groups[-1] and size + info.size_bytes > MAX_FILE_BYTES:

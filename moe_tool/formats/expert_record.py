@@ -128,8 +128,9 @@ def decode_record(
             weights[tensor.name] = FloatWeight(values=views[tensor.name])
             continue
         assert isinstance(precision, IntegerPrecision)
+        n_outputs, n_inputs = tensor.shape
         weights[tensor.name] = join_integer_parts(
-            tensor.name, *tensor.shape, precision=precision, read=views.__getitem__
+            tensor.name, n_outputs, n_inputs, precision, views.__getitem__
         )
     return weights
 
@@ -153,7 +154,8 @@ def _parts(
     parts: list[tuple[str, str, tuple[int, ...]]] = []
     for tensor in tensors:
         if isinstance(precision, IntegerPrecision) and len(tensor.shape) == 2:
-            found = integer_parts(tensor.name, *tensor.shape, precision=precision)
+            n_outputs, n_inputs = tensor.shape
+            found = integer_parts(tensor.name, n_outputs, n_inputs, precision)
             parts += [(part.name, part.dtype, part.shape) for part in found]
         else:
             parts.append((tensor.name, dtype, tensor.shape))

@@ -21,6 +21,7 @@ from moe_tool.models.moe_layers import (
     find_moe_layers,
     top_k,
 )
+from moe_tool.models.skeleton_source import SkeletonSource
 from moe_tool.models.tensor_map import TensorMap
 
 UNFUSED_ATTENTION = frozenset({"gpt_oss"})
@@ -36,8 +37,8 @@ class OpenedModel:
     """Open; the owner of this object closes it."""
     identity: ModelIdentity
     shape: MoeShape
-    skeleton_names: list[str]
-    """On-disk names of everything but the routed experts."""
+    skeleton: SkeletonSource
+    """Everything but the routed experts."""
     experts: ExpertSource
     max_positions: int
     """Longest sequence that the model's positions allow"""
@@ -74,7 +75,7 @@ def open_model(model: LocatedModel) -> OpenedModel:
         checkpoint=checkpoint,
         identity=identity,
         shape=shape,
-        skeleton_names=tensor_map.skeleton_names(),
+        skeleton=SkeletonSource(meta, tensor_map, checkpoint),
         experts=experts,
         max_positions=max_positions(meta),
         unfused_attention_heads=_unfused_attention_heads(meta),

@@ -2,9 +2,10 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from moe_tool.models.moe_layers import (
 )
 
 _EXPERT_ID = re.compile(r"experts\.(\d{1,6})\.")
+_NOTHING: Mapping[str, Collection[str]] = MappingProxyType({})
 _HINT = "download the checkpoint again; it must be the one that config.json describes"
 
 
@@ -40,16 +42,25 @@ class Piece:
 class TensorMap:
     """The map of one checkpoint; nothing but its headers is used."""
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        *,
+        apart: Mapping[str, Collection[str]] = _NOTHING,
+    ) -> None:
         """Sort the checkpoint's tensors by the parameter that they belong to.
 
         Args:
             model: on the meta device, complete: the experts' parameters still in it.
             checkpoint: a whole checkpoint, or what is left of it without the routed experts.
+            apart: parameters that lie in it in a form of our own, with the names of their tensors;
+                they are neither sorted nor missed.
         """
         mapping = get_model_conversion_mapping(model)
         self._model = model
         self._checkpoint = checkpoint
+        self._apart = apart
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -140,13 +151,12 @@ class TensorMap:
         made: set[str] = set()
         for target, pieces in self.skeleton.items():
             made.update(self._check_group(target, pieces))
-        missing = {n for n in self._shapes if n not in made and n not in self._expert_names}
-        tied = self._model.all_tied_weights_keys
+        there = made | self._expert_names | self._apart.keys()
+        missing = {name for name in self._shapes if name not in there}
         excused = set()
-        for target, source in tied.items():
-            group = {target, source} | {t for t, s in tied.items() if s == source}
-            if group - missing:
-                excused |= group & missing
+        for group in tied_groups(self._model):
+            if made.intersection(group):
+                excused |= missing.intersection(group)
         for name in self._shapes:
             if name in missing - excused:
                 raise CorruptArtifactError(
@@ -155,6 +165,11 @@ class TensorMap:
                     hint=_HINT,
                 )
         return excused
+
+    def made_shapes(self, target: str) -> dict[str, tuple[int, ...]]:
+        """Return the parameters that a group of `skeleton` makes, with their shapes."""
+        pieces = self.skeleton[target]
+        return self._convert_shapes(target, pieces, self._metas(pieces), self._shapes[target])
 
     def check_experts(self) -> None:
         """Compare names and shapes of all routed experts with the model.
@@ -177,7 +192,8 @@ class TensorMap:
                 self._check_separate(full_name, by_expert)
 
     def _sort(self) -> None:
-        for name in sorted(self._checkpoint.tensors, key=dot_natural_key):
+        apart = {name for names in self._apart.values() for name in names}
+        for name in sorted(self._checkpoint.tensors.keys() - apart, key=dot_natural_key):
             target, pattern = self._rename(name)
             piece = Piece(name=name, pattern=pattern)
             if target in self._expert_names:
@@ -289,6 +305,14 @@ class TensorMap:
 
     def _info(self, piece: Piece) -> TensorInfo:
         return self._checkpoint.tensors[piece.name]
+
+
+def tied_groups(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """Return the parameters that are one: those that the others are tied to come first."""
+    groups: dict[str, list[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(target)
+    return [tuple(group) for group in groups.values()]
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,11 @@ from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.bundle_manifest import BundleBuddies, LayerHeat
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.artifacts.precision import (
+    IntegerPrecision,
+    NativePrecision,
+    precision_from_bits,
+)
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.atomic_write import require_free_disk
@@ -23,6 +27,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.record_order import order_experts
+from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
@@ -53,6 +58,8 @@ class PackReport:
     expert_bytes: int
     """Expert records, alignment included"""
     skeleton_bytes: int
+    skeleton_bits: str
+    """native, 8 or 4"""
     bits_per_weight: float
     """Of the expert records, scales and alignment included"""
     seconds: float
@@ -78,6 +85,7 @@ def pack_bundle(
     *,
     out: Path,
     bits: str = "native",
+    skeleton_bits: str = "native",
     profile: Path | None = None,
     buddies: Path | None = None,
     progress: Progress = SILENT,
@@ -89,49 +97,53 @@ def pack_bundle(
     Args:
         model: where the checkpoint lies.
         out: the bundle's folder; until it is finished its name ends in `.part`.
-        bits: "native", "8" or "4".
+        bits: of the experts: "native", "8" or "4".
+        skeleton_bits: of the matrices outside experts and routers, likewise.
         profile: HDF5 file of this model: gives record order and heat.
         buddies: buddy map of this model.
         progress: told about every record.
 
     Raises:
-        UsageError: `out` holds something else, or `bits` is unknown.
+        UsageError: `out` holds something else, or a number of bits is unknown.
         WrongModelError: profile or buddy map belong to another model.
         DiskFullError: the bundle would not fit on the disk.
         CorruptArtifactError: an input is damaged.
     """
     start = time.perf_counter()
-    try:
-        precision = precision_from_bits(bits)
-    except ValueError:
-        raise UsageError(f"--bits {bits} is not known", hint="use native, 8 or 4") from None
+    precision = _precision("--bits", bits)
+    skeleton_precision = _precision("--skeleton-bits", skeleton_bits)
     opened = open_model(model)
     shape = opened.shape
     measured = _read_profile(profile, opened.identity, shape)
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
     layout = record_layout(shape.expert_tensors, shape.dtype, precision)
     n_records = len(measured.order)
-    skeleton_bytes = sum(opened.checkpoint.tensors[n].size_bytes for n in opened.skeleton_names)
+    skeleton = SkeletonWork(opened, skeleton_precision)
     writer = BundleWriter.open(
         out,
         identity=opened.identity.model_copy(update={"full": measured.full_hash}),
         shape=shape,
         precision=precision,
         order=measured.order,
-        made_from={"bits": bits, "profile": measured.sha256 or "none", "buddies": buddies_sha},
+        made_from={
+            "bits": bits,
+            "skeleton_bits": skeleton_bits,
+            "profile": measured.sha256 or "none",
+            "buddies": buddies_sha,
+        },
     )
     with opened.checkpoint:
         resumed = writer.n_written
         if not writer.finished:
             require_free_disk(
-                out.absolute().parent, (n_records - resumed) * layout.size_bytes + skeleton_bytes
+                out.absolute().parent,
+                (n_records - resumed) * layout.size_bytes + skeleton.size_bytes,
             )
             try:
                 _write_records(writer, opened, measured.order[resumed:], progress)
             finally:
                 writer.suspend()
-            infos = [opened.checkpoint.tensors[name] for name in opened.skeleton_names]
-            writer.write_skeleton(infos, opened.checkpoint.read_bytes)
+            skeleton.write(writer, progress)
             for name, data in _companions(model.folder):
                 writer.add_file(name, data)
         manifest = writer.finish(
@@ -142,12 +154,20 @@ def pack_bundle(
         bundle=out,
         bytes=sum(file.size_bytes for file in manifest.files),
         expert_bytes=expert_bytes,
-        skeleton_bytes=skeleton_bytes,
+        skeleton_bytes=skeleton.size_bytes,
+        skeleton_bits=skeleton_bits,
         bits_per_weight=8 * expert_bytes / (n_records * shape.n_expert_weights),
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
     )
+
+
+def _precision(option: str, bits: str) -> NativePrecision | IntegerPrecision:
+    try:
+        return precision_from_bits(bits)
+    except ValueError:
+        raise UsageError(f"{option} {bits} is not known", hint="use native, 8 or 4") from None
 
 
 def _write_records(

@@ -95,7 +95,7 @@ def _layer_bytes(opened: OpenedModel) -> int:
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)
     skeleton = sum(
         4 * opened.checkpoint.tensors[name].size_bytes // 2
-        for name in opened.skeleton_names
+        for name in opened.skeleton.tensor_names
         if len(opened.checkpoint.tensors[name].shape) > 1
     )
     return stored + 4 * 4 * largest + skeleton // shape.n_decoder_layers

@@ -31,7 +31,8 @@ _TEXT_COLUMNS = ("model", "bits", "budget", "policy", "test", "cache")
 
 
 def markdown_rows(rows: Sequence[Row]) -> str:
-    """Return a table with padded columns, readable as it is and as markdown."""
+    """Return a table with padded columns, readable as it is and as markdown; its bits are those
+    of the experts / of the skeleton."""
     lines = [_COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
     rule = [
@@ -79,7 +80,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(row["model"]).replace("|", "\\|"),
         format_bytes(_number(row["size_bytes"])),
         _count(_number(row["params"])),
-        str(row["bits"]),
+        f"{row['bits']} / {row['skeleton_bits']}",
         budget,
         str(row["policy"]),
         str(row["threads"]),

@@ -13,9 +13,10 @@ from moe_tool.artifacts.buddy_map import Buddy, BuddyMap, LayerBuddies
 from moe_tool.artifacts.expert_statistics import ExpertStatistics, ProbeStatistics, RoutingCounts
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
-from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.artifacts.precision import NativePrecision, precision_from_bits
 from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
 from moe_tool.formats import bundle_files
+from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.expert_record import encode_record
 from moe_tool.formats.json_artifact import write_json_artifact
@@ -92,7 +93,13 @@ def write_bundle(out: Path, source: Path, **changed: Any) -> None:
             record = encode_record(writer.layout, expert(layer, expert_id), writer.precision)
             writer.write_record(layer, expert_id, record)
         with Checkpoint.open_folder(source) as checkpoint:
-            writer.write_skeleton(list(checkpoint.tensors.values()), checkpoint.read_bytes)
+            entries = [
+                SkeletonEntry(name=i.name, dtype=i.dtype, shape=i.shape, size_bytes=i.size_bytes)
+                for i in checkpoint.tensors.values()
+            ]
+            writer.write_skeleton(
+                entries, checkpoint.read_bytes, precision=NativePrecision(), linears=()
+            )
         writer.add_file("config.json", b"{}\n")
     writer.finish(heat=None, buddies=None, profile_sha256=None)
 

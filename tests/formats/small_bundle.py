@@ -7,10 +7,10 @@ import torch
 
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
-from moe_tool.artifacts.precision import Precision, precision_from_bits
+from moe_tool.artifacts.precision import NativePrecision, Precision, precision_from_bits
+from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.expert_record import encode_record
-from moe_tool.formats.safetensors_index import TensorInfo
 
 IDENTITY = ModelIdentity(name="tiny", model_type="mixtral", quick="1" * 64)
 SHAPE = MoeShape(
@@ -74,17 +74,17 @@ def write_rest(writer: BundleWriter) -> None:
             writer.write_record(layer, expert, encoded(writer, layer, expert))
         writer.suspend()
         infos = [
-            TensorInfo(
-                name=name,
-                dtype="F32",
-                shape=tuple(tensor.shape),
-                file=Path("source"),
-                offset=0,
-                size_bytes=tensor.nbytes,
+            SkeletonEntry(
+                name=name, dtype="F32", shape=tuple(tensor.shape), size_bytes=tensor.nbytes
             )
             for name, tensor in SKELETON.items()
         ]
-        writer.write_skeleton(infos, lambda name: SKELETON[name].numpy().tobytes())
+        writer.write_skeleton(
+            infos,
+            lambda name: SKELETON[name].numpy().tobytes(),
+            precision=NativePrecision(),
+            linears=(),
+        )
         writer.add_file("config.json", b'{"model_type": "mixtral"}')
     writer.finish(heat=None, buddies=None, profile_sha256=None)
 

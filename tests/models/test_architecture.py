@@ -124,8 +124,8 @@ def test_an_opened_model_has_experts_and_skeleton_apart(
         of_experts = {
             n for layer in opened.shape.layers for n in opened.experts.tensor_names(layer)
         }
-        assert not of_experts & set(opened.skeleton_names)
-        assert of_experts | set(opened.skeleton_names) == set(checkpoint.tensors)
+        assert not of_experts & set(opened.skeleton.tensor_names)
+        assert of_experts | set(opened.skeleton.tensor_names) == set(checkpoint.tensors)
         assert opened.identity.name == opened.identity.model_type == arch
 
 
@@ -139,7 +139,7 @@ def test_tensors_that_the_model_has_no_use_for_are_left_alone(
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     opened = open_model(LocatedModel(folder=tmp_path, name="glm"))
     with opened.checkpoint:
-        assert extra not in opened.skeleton_names
+        assert extra not in opened.skeleton.tensor_names
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, JetMoeConfig])

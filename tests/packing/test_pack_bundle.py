@@ -57,7 +57,7 @@ def test_native_bundle_keeps_every_bit(
                 assert weight.values.dtype == wanted.dtype
                 assert torch.equal(weight.values, wanted)
         skeleton = Checkpoint.open_files(bundle.skeleton_files)
-        for name in opened.skeleton_names:
+        for name in opened.skeleton.tensor_names:
             assert skeleton.read_bytes(name) == opened.checkpoint.read_bytes(name)
 
 

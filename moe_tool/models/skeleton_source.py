@@ -1,0 +1,108 @@
+"""Which matrices of a skeleton may be stored as codes, read one group of tensors at a time."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.moe_layers import MoeLayerModules
+from moe_tool.models.tensor_map import TensorMap, tied_groups
+
+_FLOATS = frozenset({"F32", "BF16", "F16"})
+_WEIGHT = "weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearGroup:
+    """Tensors on disk that make nothing but matrices which may be stored as codes."""
+
+    target: str
+    """Key of `TensorMap.skeleton`"""
+    made_as: Mapping[str, str]
+    """Such a matrix -> the parameter that the tensors make; another one where they are tied"""
+
+
+class SkeletonSource:
+    """Reads everything but the experts of one checkpoint."""
+
+    def __init__(
+        self, model: PreTrainedModel, tensor_map: TensorMap, checkpoint: Checkpoint
+    ) -> None:
+        """Sort the skeleton's tensors; nothing is read.
+
+        Args:
+            model: on the meta device.
+            tensor_map: of `model` and `checkpoint`, checked.
+            checkpoint: stays open and owned by the caller.
+        """
+        self._map = tensor_map
+        self._checkpoint = checkpoint
+        self.shapes = linear_shapes(model, tensor_map.moe_layers.values())
+        """Every matrix that may be stored as codes -> (out, in)"""
+        self.groups: list[LinearGroup] = []
+        """What makes these matrices, in the order of the model"""
+        self.tensor_names: list[str] = tensor_map.skeleton_names()
+        """On-disk names, sorted, of everything but the experts"""
+        self.other_names: list[str] = self._sort(model)
+        """Those of them that are still needed when `groups` are stored as codes"""
+
+    def read(self, group: LinearGroup) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read a group; yield its matrices by name, in the checkpoint's dtype."""
+        pieces = self._map.skeleton[group.target]
+        tensors = [self._checkpoint.read(piece.name) for piece in pieces]
+        made = self._map.convert(group.target, pieces, tensors)
+        del tensors
+        for parameter, source in group.made_as.items():
+            yield parameter, made[source]
+
+    def _sort(self, model: PreTrainedModel) -> list[str]:
+        makes = {target: self._map.made_shapes(target) for target in self._map.skeleton}
+        present = {name for made in makes.values() for name in made}
+        copies = _copies(model, present)
+        others: set[str] = set()
+        for target, made in makes.items():
+            pieces = self._map.skeleton[target]
+            wanted = {name: name for name in made}
+            wanted |= {name: source for name, source in copies.items() if source in made}
+            as_codes = {name: source for name, source in wanted.items() if name in self.shapes}
+            are_floats = all(self._checkpoint.tensors[p.name].dtype in _FLOATS for p in pieces)
+            is_needed = not are_floats or as_codes.keys() != wanted.keys()
+            if is_needed:
+                others.update(piece.name for piece in pieces)
+            # A head that is tied to the embedding gets codes of its own beside the table, from
+            # which rows are looked up; what else makes more than matrices stays whole.
+            if as_codes and are_floats and not (is_needed and self.shapes.keys() & made.keys()):
+                self.groups.append(LinearGroup(target=target, made_as=MappingProxyType(as_codes)))
+        return sorted(others)
+
+
+def linear_shapes(
+    model: PreTrainedModel, moe_layers: Iterable[MoeLayerModules]
+) -> dict[str, tuple[int, int]]:
+    """Return the weights of a model that may be stored as codes, with (out, in).
+
+    They are those of `nn.Linear` modules, and of no class made from it, outside routers and
+    experts. A module with one output is a gate: it decides like a router and is as small.
+    """
+    spared: set[nn.Module] = set()
+    for modules in moe_layers:
+        spared.update(modules.router.modules(), modules.experts.modules())
+    found = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module not in spared and module.out_features > 1:
+            found[f"{name}.{_WEIGHT}"] = (module.out_features, module.in_features)
+    return found
+
+
+def _copies(model: PreTrainedModel, present: set[str]) -> dict[str, str]:
+    """Parameters that no tensor makes -> the one that they are tied to."""
+    copies = {}
+    for group in tied_groups(model):
+        source = next((name for name in group if name in present), None)
+        if source is not None:
+            copies.update({name: source for name in group if name not in present})
+    return copies

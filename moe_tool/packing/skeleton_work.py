@@ -1,0 +1,129 @@
+"""Writes a skeleton: matrices as codes where that was asked for, the rest as the checkpoint has
+it."""
+
+import torch
+
+from moe_tool.artifacts.bundle_manifest import SkeletonLinear
+from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.bundle_files import SkeletonEntry
+from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.formats.integer_parts import IntegerPart, integer_part, integer_parts
+from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.skeleton_source import LinearGroup
+from moe_tool.progress import Progress
+from moe_tool.quantization.bit_packing import ROWS
+from moe_tool.quantization.round_to_nearest import quantize
+from moe_tool.quantization.weights import IntegerWeight
+
+_BLOCK_WEIGHTS = 2**22
+"""Expanded to float32 at once: the head of a large vocabulary would be gigabytes"""
+
+
+class SkeletonWork:
+    """What is to be written of one model, and how large it will be."""
+
+    def __init__(self, opened: OpenedModel, precision: NativePrecision | IntegerPrecision) -> None:
+        """Lay out the tensors; nothing is read.
+
+        Args:
+            opened: the model; its checkpoint stays open and owned by the caller.
+            precision: of the matrices outside experts and routers.
+        """
+        self._opened = opened
+        self._precision = precision
+        self._parts: dict[str, tuple[LinearGroup, IntegerPart]] = {}
+        """Tensor -> what it is made from"""
+        self._linears: list[SkeletonLinear] = []
+        source = opened.skeleton
+        names = source.tensor_names
+        if isinstance(precision, IntegerPrecision):
+            names = source.other_names
+            for group in source.groups:
+                self._plan_group(group, precision)
+        infos = [opened.checkpoint.tensors[name] for name in names]
+        self._entries = [
+            SkeletonEntry(name=i.name, dtype=i.dtype, shape=i.shape, size_bytes=i.size_bytes)
+            for i in infos
+        ]
+        self._entries += [
+            SkeletonEntry(
+                name=part.name,
+                dtype=part.safetensors_dtype,
+                shape=part.shape,
+                size_bytes=part.size_bytes,
+            )
+            for _, part in self._parts.values()
+        ]
+        self.size_bytes = sum(entry.size_bytes for entry in self._entries)
+        self._made: tuple[LinearGroup | None, dict[str, IntegerWeight]] = (None, {})
+        """The codes of the group that is being written"""
+
+    def write(self, writer: BundleWriter, progress: Progress) -> None:
+        """Write the skeleton, one group of tensors in memory at a time.
+
+        Raises:
+            CorruptArtifactError: a matrix to be quantized holds NaN or infinity.
+            StorageError: the checkpoint cannot be read, or the disk refuses.
+        """
+        progress.begin("pack the skeleton", self.size_bytes, "bytes")
+
+        def read(name: str) -> bytes | memoryview:
+            data = self._read(name)
+            progress.advance(len(data))
+            return data
+
+        writer.write_skeleton(
+            self._entries, read, precision=self._precision, linears=tuple(self._linears)
+        )
+        self._made = (None, {})
+        progress.end()
+
+    def _plan_group(self, group: LinearGroup, precision: IntegerPrecision) -> None:
+        for parameter in group.made_as:
+            n_outputs, n_inputs = self._opened.skeleton.shapes[parameter]
+            self._linears.append(
+                SkeletonLinear(parameter=parameter, n_outputs=n_outputs, n_inputs=n_inputs)
+            )
+            for part in integer_parts(parameter, n_outputs, n_inputs, precision):
+                self._parts[part.name] = (group, part)
+
+    def _read(self, name: str) -> bytes | memoryview:
+        if name not in self._parts:
+            return self._opened.checkpoint.read_bytes(name)
+        group, _ = self._parts[name]
+        if self._made[0] is not group:
+            self._made = (None, {})  # let go of one group before the next is made
+            self._made = (group, self._quantize_group(group))
+        weight = self._made[1][name.rpartition(".")[0]]
+        return memoryview(integer_part(weight, name).numpy().data).cast("B")
+
+    def _quantize_group(self, group: LinearGroup) -> dict[str, IntegerWeight]:
+        assert isinstance(self._precision, IntegerPrecision)
+        made = {}
+        for parameter, weight in self._opened.skeleton.read(group):
+            try:
+                made[parameter] = _quantize(weight, self._precision)
+            except CorruptArtifactError as error:
+                raise CorruptArtifactError(
+                    f"{parameter} of {self._opened.identity.name}: {error.message}",
+                    hint=error.hint,
+                ) from error
+        return made
+
+
+def _quantize(weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeight:
+    """Quantize a matrix some blocks of rows after the other: rows do not know each other."""
+    n_rows = max(1, _BLOCK_WEIGHTS // weight.shape[1] // ROWS) * ROWS
+    blocks = [
+        quantize(rows, precision.width_bits, group=precision.group)
+        for rows in torch.split(weight, n_rows)
+    ]
+    return IntegerWeight(
+        planes=tuple(torch.cat(planes) for planes in zip(*(b.planes for b in blocks), strict=True)),
+        scales=torch.cat([block.scales for block in blocks]),
+        width_bits=precision.width_bits,
+        group=precision.group,
+        n_outputs=weight.shape[0],
+        n_inputs=weight.shape[1],
+    )
