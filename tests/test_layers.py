@@ -17,7 +17,7 @@ BELOW = {
     "policies": {"artifacts"},
     "reports": {"artifacts"},
     "buddies": {"artifacts", "formats"},
-    "models": {"formats"},
+    "models": {"formats", "experts"},
     "store": {"formats"},
     "native": {"quantization"},
     "experts": {"native", "quantization"},

@@ -1,20 +1,17 @@
-"""The model without its experts, and the hook where our experts come in."""
+"""A model without its experts: how its parameters are filled, and the hook where our experts come
+in."""
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.errors import CorruptArtifactError, WrongModelError
 from moe_tool.formats.safetensors_index import Checkpoint
-from moe_tool.models.architecture import read_shape, structure
-from moe_tool.models.meta_model import CALL_ATTRIBUTE, build_meta_model
-from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters, unsupported
+from moe_tool.models.meta_model import CALL_ATTRIBUTE
+from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters
 from moe_tool.models.tensor_map import TensorMap
 
 _ROUTED_ATTRIBUTE = "_moe_tool_router_logits"
@@ -44,7 +41,7 @@ class Skeleton:
     def __init__(
         self, *, model: PreTrainedModel, shape: MoeShape, layers: tuple[MoeLayerModules, ...]
     ) -> None:
-        """Hold what `load_skeleton` made."""
+        """Hold what `SkeletonLoader` made."""
         self.model = model
         self.shape = shape
         self.layers = layers
@@ -52,43 +49,6 @@ class Skeleton:
     def set_experts_function(self, answer: Callable[[LayerCall], torch.Tensor]) -> None:
         """Let `answer` compute the experts of every layer: LayerCall -> [T, H]."""
         set_experts_function(self.layers, answer)
-
-
-def load_skeleton(
-    folder: Path,
-    checkpoint: Checkpoint,
-    *,
-    shape: MoeShape | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Skeleton:
-    """Load everything but the routed experts, tensor by tensor.
-
-    Memory never exceeds the skeleton in `dtype` plus one tensor.
-
-    Args:
-        folder: holds config.json and, if there is one, generation_config.json.
-        checkpoint: a whole checkpoint, or one without its routed experts (a bundle's skeleton).
-        shape: of the model whose experts are kept elsewhere; read from the checkpoint when None.
-        dtype: of the loaded parameters.
-
-    Raises:
-        NotFoundError, UnsupportedModelError: as `build_meta_model`.
-        CorruptArtifactError: a tensor is missing or has another shape; told before any is read.
-        WrongModelError: config.json describes another model than `shape`.
-    """
-    model = build_meta_model(folder, dtype)
-    tensor_map = TensorMap(model, checkpoint)
-    layers = tuple(tensor_map.moe_layers.values())
-    missing = tensor_map.check_skeleton()
-    found = read_shape(model, checkpoint) if shape is None else _require_shape(model, layers, shape)
-    remove_experts(layers)
-    make_unsaved_buffers(model)
-    load_groups(model, tensor_map, checkpoint, tensor_map.skeleton)
-    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
-    _require_loaded(model)
-    _load_generation_config(model, folder)
-    hook_routers(layers)
-    return Skeleton(model=model, shape=found, layers=layers)
 
 
 def skeleton_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
@@ -149,17 +109,23 @@ def load_groups(
     """
     loaded = []
     for target in targets:
-        pieces = tensor_map.skeleton[target]
-        tensors = [checkpoint.read(piece.name) for piece in pieces]
-        made = tensor_map.convert(target, pieces, tensors)
-        del tensors
+        made = read_group(tensor_map, checkpoint, target)
         for name in list(made):
-            _assign(model, name, made.pop(name))
+            assign(model, name, made.pop(name))
             loaded.append(name)
     return loaded
 
 
-def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+def read_group(
+    tensor_map: TensorMap, checkpoint: Checkpoint, target: str
+) -> dict[str, torch.Tensor]:
+    """Return the parameters that a group of tensors makes, in the dtype of the checkpoint."""
+    pieces = tensor_map.skeleton[target]
+    return tensor_map.convert(target, pieces, [checkpoint.read(piece.name) for piece in pieces])
+
+
+def assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+    """Make `value` a parameter or buffer of the model, in the dtype that the model has for it."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._buffers:
@@ -198,41 +164,3 @@ def _keep_logits(modules: MoeLayerModules) -> Callable[..., None]:
         object.__setattr__(router, _ROUTED_ATTRIBUTE, output[modules.logits_position])
 
     return keep
-
-
-def _require_shape(
-    model: PreTrainedModel, layers: tuple[MoeLayerModules, ...], wanted: MoeShape
-) -> MoeShape:
-    found = structure(model, layers[0], dtype=wanted.dtype)
-    if found != wanted:
-        fields = [
-            name for name in MoeShape.model_fields if getattr(found, name) != getattr(wanted, name)
-        ]
-        name = fields[0]
-        raise WrongModelError(
-            f"config.json has {name} {getattr(found, name)}, "
-            f"the experts were made for {getattr(wanted, name)}",
-            hint="use the config.json that was packed with the experts",
-        )
-    return wanted
-
-
-def _require_loaded(model: PreTrainedModel) -> None:
-    for kind in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in kind:
-            if tensor.is_meta:
-                raise unsupported(model.config.model_type, f"{name} is in no checkpoint")
-
-
-def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    path = folder / "generation_config.json"
-    if not os.path.lexists(path):
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # it refuses bad files with errors of many kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CorruptArtifactError(
-            f"{path} is damaged: {reason}",
-            hint="download the checkpoint again, or remove the file",
-        ) from error

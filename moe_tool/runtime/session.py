@@ -20,9 +20,9 @@ from moe_tool.available_memory import (
 )
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.meta_model import read_config
-from moe_tool.models.skeleton import LayerCall, Skeleton, load_skeleton
+from moe_tool.models.skeleton import LayerCall, Skeleton
+from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.native.kernels import is_native, set_threads
 from moe_tool.policies.eviction import EVICTION
@@ -211,22 +211,26 @@ def open_session(
     def plan(process_bytes: int) -> MemoryPlan:
         return plan_memory(
             request,
-            fixed=_fixed_lines(
-                process_bytes, weights.float32_bytes, config, bundle, workload, options
-            ),
-            loading_bytes=process_bytes + weights.float32_bytes + weights.largest_bytes,
+            fixed=_fixed_lines(process_bytes, loader.held_bytes, config, bundle, workload, options),
+            loading_bytes=process_bytes + loader.held_bytes + loader.largest_bytes,
             experts=rooms,
             available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
         )
 
     with bundle.open_skeleton() as checkpoint:
-        weights = _measure(checkpoint)
+        loader = SkeletonLoader(
+            folder,
+            checkpoint,
+            shape=bundle.manifest.shape,
+            precision=bundle.manifest.skeleton_precision,
+            linears=bundle.manifest.skeleton_linears,
+        )
         _refuse_early(plan)
         progress.begin("load the skeleton", None, "")
-        skeleton = load_skeleton(folder, checkpoint, shape=bundle.manifest.shape)
+        skeleton = loader.load()
         progress.end()
     _warm_up(skeleton)
-    memory = plan(max(0, current_rss_bytes() - weights.float32_bytes))
+    memory = plan(max(0, current_rss_bytes() - loader.held_bytes))
     residency: Residency = options.residency or ("cache" if options.policy == EXACT else "frozen")
     policy = choose_policy(
         options.policy,
@@ -275,27 +279,6 @@ def _refuse_early(plan: Callable[[int], MemoryPlan]) -> None:
         raise
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SkeletonSize:
-    float32_bytes: int
-    """Once loaded"""
-    largest_bytes: int
-    """The largest tensor as stored: what loading holds beside the rest"""
-
-
-def _measure(checkpoint: Checkpoint) -> _SkeletonSize:
-    n_weights = []
-    for info in checkpoint.tensors.values():
-        count = 1
-        for extent in info.shape:
-            count *= extent
-        n_weights.append((count, info.size_bytes))
-    return _SkeletonSize(
-        float32_bytes=sum(4 * count for count, _ in n_weights),
-        largest_bytes=max((size for _, size in n_weights), default=0),
-    )
-
-
 def _fixed_lines(
     process_bytes: int,
     skeleton_bytes: int,
@@ -306,7 +289,7 @@ def _fixed_lines(
 ) -> tuple[MemoryLine, ...]:
     lines = [
         MemoryLine(name="process and its libraries", size_bytes=process_bytes),
-        MemoryLine(name="skeleton in float32", size_bytes=skeleton_bytes),
+        MemoryLine(name="skeleton", size_bytes=skeleton_bytes),
         MemoryLine(
             name=f"KV cache, {workload.positions} positions x {workload.batch}",
             size_bytes=kv_cache_bytes(config, workload),

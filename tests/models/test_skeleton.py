@@ -17,9 +17,9 @@ from moe_tool.models.meta_model import build_meta_model
 from moe_tool.models.skeleton import (
     LayerCall,
     Skeleton,
-    load_skeleton,
     skeleton_tensor_names,
 )
+from moe_tool.models.skeleton_loader import load_skeleton
 from tests.models.eager_experts import eager_experts, read_once
 from tests.tiny_models import TINY, VOCABULARY
 

@@ -1,0 +1,281 @@
+"""Load everything but the routed experts: check, measure, then read, tensor by tensor."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from moe_tool.artifacts.bundle_manifest import SkeletonLinear
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision, Precision
+from moe_tool.errors import CorruptArtifactError, WrongModelError
+from moe_tool.formats.hostile_file import quoted
+from moe_tool.formats.integer_parts import integer_parts, join_integer_parts
+from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.architecture import read_shape, structure
+from moe_tool.models.meta_model import build_meta_model
+from moe_tool.models.moe_layers import MoeLayerModules, unsupported
+from moe_tool.models.skeleton import (
+    Skeleton,
+    assign,
+    hook_routers,
+    make_unsaved_buffers,
+    read_group,
+    remove_experts,
+)
+from moe_tool.models.skeleton_source import linear_shapes
+from moe_tool.models.stored_modules import StoredWeight, put_stored, stored_weight
+from moe_tool.models.tensor_map import TensorMap, tied_groups
+from moe_tool.quantization.weights import FloatWeight
+
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+_REPACK = "remove the folder and pack the bundle again with moe-tool pack"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What is read at once: a group of tensors, or the parts of a matrix of codes."""
+
+    target: str
+    is_codes: bool
+    names: tuple[str, ...]
+    """Of the tensors"""
+    held_bytes: int
+    """Once loaded"""
+
+
+class SkeletonLoader:
+    """A skeleton that was checked against its model and is not yet read.
+
+    Matrices of codes and of floats narrower than float32 stay as they are stored, the input
+    embedding too; everything else becomes float32.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        *,
+        shape: MoeShape | None = None,
+        precision: Precision = NativePrecision(),  # noqa: B008 (frozen)
+        linears: Sequence[SkeletonLinear] = (),
+    ) -> None:
+        """Check headers and config; no tensor is read.
+
+        Args:
+            folder: holds config.json and, if there is one, generation_config.json.
+            checkpoint: a whole checkpoint, or a bundle's skeleton; owned by the caller.
+            shape: of the model whose experts are kept elsewhere; read from the checkpoint when
+                None.
+            precision: of `linears`.
+            linears: matrices that are stored as codes.
+
+        Raises:
+            NotFoundError, UnsupportedModelError: as `build_meta_model`.
+            CorruptArtifactError: a tensor is missing or has another shape, or is none of the
+                model's.
+            WrongModelError: config.json describes another model than `shape`.
+        """
+        self._folder, self._checkpoint, self._precision = folder, checkpoint, precision
+        self._model = build_meta_model(folder)
+        self._linears = {linear.parameter: linear for linear in linears}
+        apart = {name: self._part_names(linear) for name, linear in self._linears.items()}
+        self._map = TensorMap(self._model, checkpoint, apart=apart)
+        self._layers = tuple(self._map.moe_layers.values())
+        self._shapes = linear_shapes(self._model, self._layers)
+        if linears:
+            self._require_fit()
+        self._missing = self._map.check_skeleton()
+        if shape is None:
+            self._shape = read_shape(self._model, checkpoint)
+        else:
+            self._shape = _require_shape(self._model, self._layers, shape)
+        self._kept = {*self._shapes, *_table(self._model)}
+        self._steps = sorted(self._plan(), key=self._position)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the loaded skeleton takes."""
+        return sum(step.held_bytes for step in self._steps)
+
+    @property
+    def largest_bytes(self) -> int:
+        """The largest group of tensors as stored: what loading holds beside the rest."""
+        sizes = [sum(self._checkpoint.tensors[n].size_bytes for n in s.names) for s in self._steps]
+        return max(sizes, default=0)
+
+    def load(self) -> Skeleton:
+        """Read the skeleton; call it once.
+
+        Memory never exceeds `held_bytes` and one group of tensors.
+
+        Raises:
+            CorruptArtifactError: a tensor is not what was packed.
+            StorageError: the disk does not give it.
+        """
+        model = self._model
+        remove_experts(self._layers)
+        make_unsaved_buffers(model)
+        for step in self._steps:
+            if step.is_codes:
+                self._load_codes(step.target)
+            else:
+                self._load_group(step.target)
+        self._tie()
+        _require_loaded(model)
+        _load_generation_config(model, self._folder)
+        hook_routers(self._layers)
+        return Skeleton(model=model, shape=self._shape, layers=self._layers)
+
+    def _part_names(self, linear: SkeletonLinear) -> tuple[str, ...]:
+        assert isinstance(self._precision, IntegerPrecision)
+        parts = integer_parts(linear.parameter, linear.n_outputs, linear.n_inputs, self._precision)
+        return tuple(part.name for part in parts)
+
+    def _require_fit(self) -> None:
+        """Refuse codes that are no matrix of the model, or a matrix that is stored twice."""
+        for name, linear in self._linears.items():
+            found, wanted = (linear.n_outputs, linear.n_inputs), self._shapes.get(name)
+            if wanted is None:
+                reason = "which this model does not have, or not as codes"
+            elif found != wanted:
+                reason = f"of shape {list(found)}, the model wants {list(wanted)}"
+            elif name in self._map.skeleton:
+                reason = "which it holds as floats too"
+            else:
+                continue
+            raise CorruptArtifactError(
+                f"the skeleton of {self._folder} holds codes of {quoted(name)}, {reason}",
+                hint=_REPACK,
+            )
+
+    def _plan(self) -> Iterator[_Step]:
+        for target, pieces in self._map.skeleton.items():
+            dtypes = {self._checkpoint.tensors[piece.name].dtype for piece in pieces}
+            held = 0
+            for name, shape in self._map.made_shapes(target).items():
+                held += torch.Size(shape).numel() * self._item_bytes(name, dtypes)
+            names = tuple(piece.name for piece in pieces)
+            yield _Step(target=target, is_codes=False, names=names, held_bytes=held)
+        for name, linear in self._linears.items():
+            names = self._part_names(linear)
+            held = sum(self._checkpoint.tensors[part].size_bytes for part in names)
+            yield _Step(target=name, is_codes=True, names=names, held_bytes=held)
+
+    def _item_bytes(self, name: str, dtypes: set[str]) -> int:
+        if name in self._kept and dtypes <= _NARROW.keys() and len(dtypes) == 1:
+            return 2
+        owner, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+        assert tensor is not None
+        return tensor.dtype.itemsize
+
+    def _position(self, step: _Step) -> tuple[str, int]:
+        """Where a step's first tensor lies: files are read from their start to their end."""
+        info = self._checkpoint.tensors[step.names[0]]
+        return str(info.file), info.offset
+
+    def _load_codes(self, name: str) -> None:
+        linear = self._linears[name]
+        assert isinstance(self._precision, IntegerPrecision)
+        weight = join_integer_parts(
+            name, linear.n_outputs, linear.n_inputs, self._precision, self._checkpoint.read
+        )
+        put_stored(self._model, name, weight)
+
+    def _load_group(self, target: str) -> None:
+        made = read_group(self._map, self._checkpoint, target)
+        for name in list(made):
+            value = made.pop(name)
+            if name in self._kept and value.dtype in _NARROW.values():
+                put_stored(self._model, name, FloatWeight(values=value.contiguous()))
+            else:
+                assign(self._model, name, value)
+
+    def _tie(self) -> None:
+        """Let parameters that are one be one, those too that are no parameters here."""
+        model = self._model
+        for group in tied_groups(model):
+            stored = {name: stored_weight(model, name) for name in group}
+            if all(weight is None for weight in stored.values()):
+                continue  # transformers ties them
+            for name in group[1:]:
+                model.all_tied_weights_keys.pop(name)
+            self._tie_stored([name for name in group if name not in self._linears])
+        model.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
+
+    def _tie_stored(self, group: Sequence[str]) -> None:
+        source = next(name for name in group if name not in self._missing)
+        weight = stored_weight(self._model, source)
+        for name in group:
+            if name in self._missing and weight is None:
+                owner, _, leaf = name.rpartition(".")
+                parameter = self._model.get_parameter(source)
+                self._model.get_submodule(owner)._parameters[leaf] = parameter
+            elif name in self._missing or _are_equal(weight, stored_weight(self._model, name)):
+                assert weight is not None
+                put_stored(self._model, name, weight)
+
+
+def load_skeleton(
+    folder: Path, checkpoint: Checkpoint, *, shape: MoeShape | None = None
+) -> Skeleton:
+    """Load everything but the experts of a native checkpoint; see `SkeletonLoader`."""
+    return SkeletonLoader(folder, checkpoint, shape=shape).load()
+
+
+def _are_equal(one: StoredWeight | None, other: StoredWeight | None) -> bool:
+    if not isinstance(one, FloatWeight) or not isinstance(other, FloatWeight):
+        return False
+    return one is not other and torch.equal(one.values, other.values)
+
+
+def _table(model: PreTrainedModel) -> list[str]:
+    """The input embedding's weight, where rows may be looked up by us."""
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        return []
+    return [f"{name}.weight" for name, module in model.named_modules() if module is embedding]
+
+
+def _require_shape(
+    model: PreTrainedModel, layers: tuple[MoeLayerModules, ...], wanted: MoeShape
+) -> MoeShape:
+    found = structure(model, layers[0], dtype=wanted.dtype)
+    if found != wanted:
+        fields = [
+            name for name in MoeShape.model_fields if getattr(found, name) != getattr(wanted, name)
+        ]
+        name = fields[0]
+        raise WrongModelError(
+            f"config.json has {name} {getattr(found, name)}, "
+            f"the experts were made for {getattr(wanted, name)}",
+            hint="use the config.json that was packed with the experts",
+        )
+    return wanted
+
+
+def _require_loaded(model: PreTrainedModel) -> None:
+    for kind in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in kind:
+            if tensor.is_meta:
+                raise unsupported(model.config.model_type, f"{name} is in no checkpoint")
+
+
+def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # it refuses bad files with errors of many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CorruptArtifactError(
+            f"{path} is damaged: {reason}",
+            hint="download the checkpoint again, or remove the file",
+        ) from error

@@ -1,0 +1,94 @@
+"""Modules that compute from a weight as it is stored, in float32 and without a float32 copy."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_tool.experts.linear import linear
+from moe_tool.quantization.round_to_nearest import dequantize
+from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+
+StoredWeight = FloatWeight | IntegerWeight
+
+
+class StoredLinear(nn.Module):
+    """An `nn.Linear` over floats narrower than float32, or over codes."""
+
+    def __init__(self, stored: StoredWeight, bias: nn.Parameter | None = None) -> None:
+        """Keep the weight as it is; it may be shared.
+
+        Args:
+            stored: [out, in].
+            bias: [out]; may be replaced later.
+        """
+        super().__init__()
+        self.stored = stored
+        self.out_features, self.in_features = stored.shape
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32 [out, in], made anew: for architectures that look at it themselves."""
+        return _expanded(self.stored)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return float32 [..., out] of [..., in]."""
+        bias = None if self.bias is None else FloatWeight(values=self.bias)
+        rows = x.reshape(-1, self.in_features).to(torch.float32)
+        return linear(rows, self.stored, bias).view(*x.shape[:-1], self.out_features)
+
+
+class StoredEmbedding(nn.Module):
+    """An `nn.Embedding` over floats narrower than float32."""
+
+    def __init__(self, stored: FloatWeight) -> None:
+        """Keep the table [n, H] as it is; it may be shared."""
+        super().__init__()
+        self.stored = stored
+        self.num_embeddings, self.embedding_dim = stored.shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32 [n, H], made anew: for architectures that look at it themselves."""
+        return _expanded(self.stored)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return float32 [..., H]: the rows of these ids, exactly."""
+        return F.embedding(ids, self.stored.values).to(torch.float32)
+
+
+def put_stored(model: PreTrainedModel, parameter: str, stored: StoredWeight) -> None:
+    """Let the module whose weight this is compute from `stored`; changes the model.
+
+    Args:
+        parameter: the weight of an `nn.Linear` or `nn.Embedding`, or of what stands for one.
+    """
+    name = parameter.rpartition(".")[0]
+    module = model.get_submodule(name)
+    if isinstance(module, StoredLinear):
+        module.stored = stored
+        return
+    made: nn.Module
+    if isinstance(module, nn.Embedding):
+        assert isinstance(stored, FloatWeight)
+        made = StoredEmbedding(stored)
+    else:
+        assert isinstance(module, nn.Linear)
+        made = StoredLinear(stored, module.bias)
+    made.train(module.training)
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, made)
+
+
+def stored_weight(model: PreTrainedModel, parameter: str) -> StoredWeight | None:
+    """Return what the module of this weight computes from; None where it is a parameter."""
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    return module.stored if isinstance(module, StoredLinear | StoredEmbedding) else None
+
+
+def _expanded(stored: StoredWeight) -> torch.Tensor:
+    if isinstance(stored, IntegerWeight):
+        return dequantize(stored)
+    return stored.values.to(torch.float32)
