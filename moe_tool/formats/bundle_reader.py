@@ -16,7 +16,7 @@ from moe_tool.errors import CorruptArtifactError, NotFoundError, StorageError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
 from moe_tool.formats.expert_record import RecordLayout, record_layout, require_finite_scales
 from moe_tool.formats.hostile_file import quoted, unreadable
-from moe_tool.formats.integer_parts import IntegerPart, integer_parts
+from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.record_files import RecordFiles
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
@@ -106,7 +106,7 @@ class BundleReader:
                     f"{file} is damaged: the hash of {quoted(name)} does not fit", hint=_REPACK
                 )
             # The hash of a forgery can be right all the same.
-            if name in scales and not torch.frombuffer(data, dtype=torch.float16).isfinite().all():
+            if name in scales and not are_finite(torch.frombuffer(data, dtype=torch.float16)):
                 raise CorruptArtifactError(
                     f"{file}: {quoted(name)} holds NaN or infinity", hint=_REPACK
                 )

@@ -15,7 +15,12 @@ from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
 from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName
 from moe_tool.artifacts.precision import IntegerPrecision, Precision
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.formats.integer_parts import integer_part, integer_parts, join_integer_parts
+from moe_tool.formats.integer_parts import (
+    are_finite,
+    integer_part,
+    integer_parts,
+    join_integer_parts,
+)
 from moe_tool.quantization.round_to_nearest import quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
@@ -142,7 +147,7 @@ def require_finite_scales(layout: RecordLayout, record: torch.Tensor) -> None:
         CorruptArtifactError: names the segment.
     """
     for segment in layout.segments:
-        if segment.name.endswith(".scales") and not torch.isfinite(_view(record, segment)).all():
+        if segment.name.endswith(".scales") and not are_finite(_view(record, segment)):
             raise CorruptArtifactError(
                 f"{segment.name} holds NaN or infinity", hint="pack the bundle again"
             )
