@@ -13,15 +13,19 @@ from moe_tool.packing.pack_bundle import pack_bundle
 def tiny_bundle(
     tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Return (arch, bits="native", dtype="float32") -> folder of a bundle; never change it."""
-    made: dict[tuple[str, str, str], Path] = {}
+    """Return (arch, bits="native", dtype="float32", skeleton_bits="native") -> folder of a bundle;
+    never change it."""
+    made: dict[tuple[str, ...], Path] = {}
 
-    def make(arch: str, bits: str = "native", dtype: str = "float32") -> Path:
-        key = (arch, bits, dtype)
+    def make(
+        arch: str, bits: str = "native", dtype: str = "float32", skeleton_bits: str = "native"
+    ) -> Path:
+        key = (arch, bits, dtype, skeleton_bits)
         if key not in made:
             folder = tiny_checkpoint(arch, dtype=dtype)
-            out = tmp_path_factory.mktemp("bundles") / f"{arch}-{bits}-{dtype}"
-            pack_bundle(LocatedModel(folder=folder, name=arch), out=out, bits=bits)
+            out = tmp_path_factory.mktemp("bundles") / "-".join(key)
+            model = LocatedModel(folder=folder, name=arch)
+            pack_bundle(model, out=out, bits=bits, skeleton_bits=skeleton_bits)
             made[key] = out
         return made[key]
 
