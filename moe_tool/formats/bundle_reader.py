@@ -168,7 +168,7 @@ class BundleReader:
             raise CorruptArtifactError(f"{where}: {error.message}", hint=_REPACK) from error
 
     def verify_all(self, progress: Progress = SILENT) -> None:
-        """Check the sha256 of every file and the hash of every record.
+        """Check the sha256 of every file, the hash of every record and the scales of the skeleton.
 
         Raises:
             CorruptArtifactError: names the first file or record that differs.
@@ -186,6 +186,10 @@ class BundleReader:
                 raise CorruptArtifactError(
                     f"{self.folder / entry.name} is damaged: its sha256 does not fit", hint=_REPACK
                 )
+        with self.open_skeleton() as skeleton:
+            for part in _skeleton_parts(self.manifest):
+                if part.is_scales:
+                    skeleton.read(part.name)
         out = torch.empty(self.layout.size_bytes, dtype=torch.uint8)
         for record in self.manifest.records:
             self.read_record_into(record.layer, record.expert, out)

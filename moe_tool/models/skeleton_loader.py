@@ -87,13 +87,12 @@ class SkeletonLoader:
         self._map = TensorMap(self._model, checkpoint, apart=apart)
         self._layers = tuple(self._map.moe_layers.values())
         self._shapes = linear_shapes(self._model, self._layers)
-        if linears:
-            self._require_fit()
-        self._missing = self._map.check_skeleton()
         if shape is None:
+            self._missing = self._map.check_skeleton()
             self._shape = read_shape(self._model, checkpoint)
         else:
             self._shape = _require_shape(self._model, self._layers, shape)
+            self._missing = self._check_bundle()
         self._kept = {*self._shapes, *_table(self._model)}
         self._steps = sorted(self._plan(), key=self._position)
 
@@ -135,6 +134,28 @@ class SkeletonLoader:
         assert isinstance(self._precision, IntegerPrecision)
         parts = integer_parts(linear.parameter, linear.n_outputs, linear.n_inputs, self._precision)
         return tuple(part.name for part in parts)
+
+    def _check_bundle(self) -> set[str]:
+        """Refuse a bundle's skeleton that is not this model's, neither more nor less.
+
+        Returns:
+            The parameters that it lacks because they are tied to one that it has.
+        """
+        self._require_fit()
+        parts = {part for linear in self._linears.values() for part in self._part_names(linear)}
+        extra = self._checkpoint.tensors.keys() - parts - set(self._map.skeleton_names())
+        if extra:
+            raise CorruptArtifactError(
+                f"the skeleton of {self._folder} holds {quoted(min(extra))}, "
+                "which this model has no use for",
+                hint=_REPACK,
+            )
+        try:
+            return self._map.check_skeleton()
+        except CorruptArtifactError as error:
+            raise CorruptArtifactError(
+                f"the skeleton of {self._folder}: {error.message}", hint=_REPACK
+            ) from error
 
     def _require_fit(self) -> None:
         """Refuse codes that are no matrix of the model, or a matrix that is stored twice."""

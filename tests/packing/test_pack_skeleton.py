@@ -1,4 +1,4 @@
-"""A skeleton below native holds exactly the codes of its matrices, and everything else as it was."""
+"""A skeleton below native holds the codes of its matrices, and everything else as it was."""
 
 import shutil
 from collections.abc import Callable
