@@ -2,6 +2,7 @@
 layer."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -99,9 +100,8 @@ class SourceModel:
 
     @torch.no_grad()
     def _answer(self, call: LayerCall) -> torch.Tensor:
-        wanted = [e for e in torch.unique(call.index).tolist() if 0 <= e < call.module.num_experts]
         return run_experts(
-            call.module, call.hidden, call.index, call.weight, self._supply(call.layer, wanted)
+            call.module, call.hidden, call.index, call.weight, partial(self._supply, call.layer)
         )
 
     def _supply(

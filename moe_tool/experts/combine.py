@@ -1,6 +1,6 @@
 """A layer's output from experts that arrive in any order."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,11 @@ import torch
 
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+
+Supplied = Iterator[tuple[int, Mapping[str, FloatWeight | IntegerWeight]]]
+Supply = Callable[[list[int]], Supplied]
+"""Distinct experts, ascending -> each of them once with its weights, in any order. They are not
+used any more when the next one is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,22 +23,15 @@ class _TokensByExpert:
     """[n] int64"""
     position: torch.Tensor
     """[n] int64: which of the token's K slots"""
-    starts: list[int]
-    """[E + 1]: expert e owns token[starts[e]:starts[e + 1]]"""
-
-    def wanted(self) -> list[int]:
-        """Return the experts that have tokens, ascending."""
-        pairs = zip(self.starts, self.starts[1:], strict=False)
-        return [expert for expert, (start, stop) in enumerate(pairs) if stop > start]
+    experts: list[int]
+    """Those that have tokens, ascending"""
+    counts: list[int]
+    """Slots of each of them"""
 
 
 @torch.no_grad()
 def run_experts(
-    module: Any,
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    supply: Iterator[tuple[int, Mapping[str, FloatWeight | IntegerWeight]]],
+    module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, supply: Supply
 ) -> torch.Tensor:
     """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival.
 
@@ -45,25 +43,54 @@ def run_experts(
         hidden: [T, H] float32.
         index: [T, K] int64; below 0 or from E on, the slot is skipped.
         weight: [T, K] gate weights.
-        supply: every expert named in `index`, once, each with its weights. They are not used any
-            more when the next one is asked for.
+        supply: called once, with the experts that `index` names.
 
     Returns:
         [T, H], in the dtype of `hidden`.
     """
+    if hidden.shape[0] == 1 and hidden.dtype == weight.dtype == torch.float32:
+        slots = index[0].tolist()
+        gate_of = dict(zip(slots, weight[0].tolist(), strict=True))
+        if len(gate_of) == len(slots):  # two equal rows may be rounded otherwise than one
+            n_experts = module.num_experts
+            wanted = sorted(expert for expert in slots if 0 <= expert < n_experts)
+            return _run_one_token(module, hidden, wanted, gate_of, supply)
+    return _run_tokens(module, hidden, index, weight, supply)
+
+
+def _run_one_token(
+    module: Any, hidden: torch.Tensor, wanted: list[int], gate_of: dict[int, float], supply: Supply
+) -> torch.Tensor:
+    """Do what `_run_tokens` does where nothing has to be gathered: the same products, the same
+    order of additions."""
+    early: dict[int, torch.Tensor] = {}
+    final = torch.zeros_like(hidden)
+    turn, n_wanted = 0, len(wanted)
+    for expert, weights in supply(wanted):
+        early[expert] = expert_forward(module, weights, hidden).mul_(gate_of[expert])  # [1, H]
+        while turn < n_wanted and wanted[turn] in early:
+            final.add_(early.pop(wanted[turn]))
+            turn += 1
+    assert turn == n_wanted and not early, "the supply and the routing name different experts"
+    return final
+
+
+def _run_tokens(
+    module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, supply: Supply
+) -> torch.Tensor:
     tokens = _sort_by_expert(index, module.num_experts)
-    turns = iter(tokens.wanted())
+    gates = weight[tokens.token, tokens.position, None]  # [n, 1]
+    rows = dict(zip(tokens.experts, tokens.token.split(tokens.counts), strict=True))
+    gates_of = dict(zip(tokens.experts, gates.split(tokens.counts), strict=True))
+    turns = iter(tokens.experts)
     turn = next(turns, None)
     early: dict[int, torch.Tensor] = {}
     final = torch.zeros_like(hidden)
-    for expert, weights in supply:
-        rows = slice(tokens.starts[expert], tokens.starts[expert + 1])
-        token = tokens.token[rows]
-        output = expert_forward(module, weights, hidden[token])  # [n, H]
-        early[expert] = output * weight[token, tokens.position[rows], None]
+    for expert, weights in supply(tokens.experts):
+        inputs = hidden.index_select(0, rows[expert])  # [n, H]
+        early[expert] = expert_forward(module, weights, inputs) * gates_of[expert]
         while turn is not None and turn in early:
-            rows = slice(tokens.starts[turn], tokens.starts[turn + 1])
-            final.index_add_(0, tokens.token[rows], early.pop(turn).to(final.dtype))
+            final.index_add_(0, rows[turn], early.pop(turn).to(final.dtype))
             turn = next(turns, None)
     assert turn is None and not early, "the supply and the routing name different experts"
     return final
@@ -75,13 +102,15 @@ def _sort_by_expert(index: torch.Tensor, n_experts: int) -> _TokensByExpert:
     The eager loop takes `torch.where` of a [K, T] mask per expert: slot by slot, tokens ascending.
     A stable sort of the transposed index gives the same order.
     """
-    n_tokens = index.shape[0]
+    n_tokens = max(index.shape[0], 1)
     flat = index.T.reshape(-1)  # [K * T]
     flat = torch.where((flat < 0) | (flat >= n_experts), n_experts, flat)
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=n_experts + 1)[:n_experts]
-    starts = [0, *counts.cumsum(0).tolist()]
-    order = order[: starts[-1]]
+    counts = torch.bincount(flat, minlength=n_experts + 1)[:n_experts].tolist()
+    order = order[: sum(counts)]
     return _TokensByExpert(
-        token=order % max(n_tokens, 1), position=order // max(n_tokens, 1), starts=starts
+        token=order % n_tokens,
+        position=order // n_tokens,
+        experts=[expert for expert, count in enumerate(counts) if count],
+        counts=[count for count in counts if count],
     )

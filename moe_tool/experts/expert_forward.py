@@ -7,8 +7,8 @@ import torch
 
 from moe_tool.experts.gate import gate_of
 from moe_tool.experts.linear import computes_natively, linear
-from moe_tool.native.kernels import native_expert
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.native.kernels import NativeExpert
+from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
 
 def expert_forward(
@@ -20,7 +20,7 @@ def expert_forward(
         module: an experts module of transformers; its `has_gate`, `_apply_gate` or `act_fn`, and
             `has_post_expert_norm` are used, its parameters are not.
         weights: the expert's tensors by the module's parameter names. Matrices are [out, in]
-            whatever the module's `is_transposed` says.
+            whatever the module's `is_transposed` says. An ExpertWeights is given its `prepared`.
         x: [n, H] float32.
 
     Returns:
@@ -29,14 +29,8 @@ def expert_forward(
     first = "gate_up_proj" if module.has_gate else "up_proj"
     gate = gate_of(module) if computes_natively(weights[first], x.shape[0]) else None
     if gate is not None:
-        output = native_expert(
-            x,
-            weights[first],
-            _bias(weights, first),
-            gate,
-            weights["down_proj"],
-            _bias(weights, "down_proj"),
-        )  # [n, H], the inner product never leaves the kernel's scratch
+        # the inner product never leaves the kernel's scratch
+        output = _described(weights, first).forward(x, gate)  # [n, H]
     else:
         inner = linear(x, weights[first], _bias(weights, first))  # [n, 2I] or [n, I]
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # [n, I]
@@ -44,6 +38,22 @@ def expert_forward(
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)
     return output
+
+
+def _described(weights: Mapping[str, FloatWeight | IntegerWeight], first: str) -> NativeExpert:
+    """Describe the weights to the kernels, or find it done for this memory before."""
+    if isinstance(weights, ExpertWeights) and weights.prepared is not None:
+        prepared: NativeExpert = weights.prepared
+        return prepared
+    prepared = NativeExpert(
+        weights[first],
+        _bias(weights, first),
+        weights["down_proj"],
+        _bias(weights, "down_proj"),
+    )
+    if isinstance(weights, ExpertWeights):
+        weights.prepared = prepared
+    return prepared
 
 
 def _bias(weights: Mapping[str, FloatWeight | IntegerWeight], name: str) -> FloatWeight | None:

@@ -22,7 +22,7 @@ from moe_tool.formats.integer_parts import (
     join_integer_parts,
 )
 from moe_tool.quantization.round_to_nearest import quantize
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
 _DTYPES = {
     "float32": torch.float32,
@@ -119,7 +119,7 @@ def decode_record(
     record: torch.Tensor,
     precision: Precision,
     tensors: Sequence[ExpertTensor],
-) -> dict[str, FloatWeight | IntegerWeight]:
+) -> ExpertWeights:
     """Return an expert whose weights are views into `record`; nothing is copied.
 
     Args:
@@ -127,7 +127,7 @@ def decode_record(
         tensors: the expert's tensors, in the order that the layout was made from.
     """
     views = {segment.name: _view(record, segment) for segment in layout.segments}
-    weights: dict[str, FloatWeight | IntegerWeight] = {}
+    weights = ExpertWeights()
     for tensor in tensors:
         if tensor.name in views:
             weights[tensor.name] = FloatWeight(values=views[tensor.name])

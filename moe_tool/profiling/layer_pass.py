@@ -123,9 +123,7 @@ class LayerPass:
         return trace, statistics
 
     def _answer(self, call: LayerCall) -> torch.Tensor:
-        output = run_experts(
-            call.module, call.hidden, call.index, call.weight, self._supply(call.index)
-        )
+        output = run_experts(call.module, call.hidden, call.index, call.weight, self._supply)
         if self._disturbed:
             seed = self._plan.seed * 1_000_003 + call.layer
             return disturb(output, generator=torch.Generator().manual_seed(seed))
@@ -133,10 +131,9 @@ class LayerPass:
             self._record(call, self._first_row)
         return output
 
-    def _supply(self, index: torch.Tensor) -> Iterator[tuple[int, Mapping[str, FloatWeight]]]:
-        for expert in torch.unique(index).tolist():
-            if 0 <= expert < self._opened.shape.experts:
-                yield expert, self._experts[expert]
+    def _supply(self, wanted: list[int]) -> Iterator[tuple[int, Mapping[str, FloatWeight]]]:
+        for expert in wanted:
+            yield expert, self._experts[expert]
 
     def _record(self, call: LayerCall, first_row: int) -> None:
         assert self._recording is not None and call.router_logits is not None

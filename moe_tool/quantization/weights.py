@@ -1,6 +1,7 @@
 """An expert's matrices as a record holds them: floats, or integer codes with scales."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,3 +44,18 @@ class IntegerWeight:
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
         return (self.n_outputs, self.n_inputs)
+
+
+class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
+    """An expert's tensors by name.
+
+    Where they are views of memory that is filled with one expert after the other, whoever computes
+    with them keeps in `prepared` what holds for all of these: addresses and shapes, no values.
+    """
+
+    __slots__ = ("prepared",)
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        super().__init__()
+        self.prepared: Any = None

@@ -1,6 +1,6 @@
 """What every MoE layer of a running model calls: decide, fetch, compute, account."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +12,7 @@ from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.runtime.policy_choice import ChosenPolicy
-from moe_tool.store.expert_store import ExpertStore
+from moe_tool.store.expert_store import ExpertStore, Weights
 
 Residency = Literal["frozen", "cache"]
 Phase = Literal["prompt", "decode"]
@@ -86,9 +86,9 @@ class MoeLayerRunner:
     def _run(
         self, call: LayerCall, index: torch.Tensor, weight: torch.Tensor, counters: PhaseCounters
     ) -> torch.Tensor:
-        n_experts = call.module.num_experts
-        wanted = [expert for expert in torch.unique(index).tolist() if 0 <= expert < n_experts]
-        supply = self.store.acquire(call.layer, wanted, counters)
+        def supply(wanted: list[int]) -> Iterator[tuple[int, Weights]]:
+            return self.store.acquire(call.layer, wanted, counters)
+
         return run_experts(call.module, call.hidden, index, weight, supply)
 
     def _routing(self, call: LayerCall) -> Routing:

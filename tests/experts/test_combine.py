@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moe_tool.experts.combine import run_experts
+from moe_tool.experts.combine import _run_tokens, run_experts
 from moe_tool.quantization.weights import FloatWeight
 
 N_EXPERTS, HIDDEN = 5, 16
@@ -31,8 +31,12 @@ def experts():
 
 
 def _supply(module, order):
-    for expert in order:
-        yield expert, {name: FloatWeight(p[expert]) for name, p in module.named_parameters()}
+    def supply(wanted):
+        assert wanted == sorted(wanted) and set(wanted) >= set(order)
+        for expert in order:
+            yield expert, {name: FloatWeight(p[expert]) for name, p in module.named_parameters()}
+
+    return supply
 
 
 def _wanted(index):
@@ -46,6 +50,24 @@ def test_every_order_of_arrival_gives_the_eager_bits(experts):
     for order in itertools.permutations(range(N_EXPERTS)):
         found = run_experts(experts, hidden, index, weight, _supply(experts, order))
         assert torch.equal(found, expected)
+
+
+def test_one_token_gets_the_bits_that_it_gets_among_many(experts):
+    hidden, weight = torch.randn(1, HIDDEN), torch.rand(1, 4)
+    index = torch.tensor([[3, N_EXPERTS, 0, 4]])  # the second slot is empty
+    expected = experts(hidden, index, weight)
+    for order in itertools.permutations((0, 3, 4)):
+        supply = _supply(experts, order)
+        assert torch.equal(run_experts(experts, hidden, index, weight, supply), expected)
+        assert torch.equal(_run_tokens(experts, hidden, index, weight, supply), expected)
+
+
+def test_a_token_that_names_an_expert_twice_gets_it_twice(experts):
+    hidden, weight = torch.randn(1, HIDDEN), torch.rand(1, 3)
+    index = torch.tensor([[2, 1, 2]])
+    expected = experts(hidden, index, weight)
+    found = run_experts(experts, hidden, index, weight, _supply(experts, [2, 1]))
+    assert torch.equal(found, expected)
 
 
 @settings(max_examples=80, deadline=None)
@@ -78,7 +100,7 @@ def test_weights_are_not_touched_after_the_next_expert_is_asked_for(experts):
     index = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 4], [4, 0], [0, 2]])
     expected = experts(hidden, index, weight)
 
-    def one_buffer():
+    def one_buffer(wanted):
         buffers = {name: torch.empty_like(p[0]) for name, p in experts.named_parameters()}
         for expert in (4, 2, 0, 3, 1):
             for name, parameter in experts.named_parameters():
@@ -87,10 +109,17 @@ def test_weights_are_not_touched_after_the_next_expert_is_asked_for(experts):
         for buffer in buffers.values():
             buffer.fill_(float("nan"))
 
-    assert torch.equal(run_experts(experts, hidden, index, weight, one_buffer()), expected)
+    assert torch.equal(run_experts(experts, hidden, index, weight, one_buffer), expected)
 
 
 def test_a_supply_that_lacks_an_expert_is_a_bug(experts):
     index = torch.tensor([[0, 1]])
-    with pytest.raises(AssertionError, match="different experts"):
-        run_experts(experts, torch.randn(1, HIDDEN), index, torch.rand(1, 2), _supply(experts, [0]))
+    for n_tokens in (1, 2):
+        with pytest.raises(AssertionError, match="different experts"):
+            run_experts(
+                experts,
+                torch.randn(n_tokens, HIDDEN),
+                index.expand(n_tokens, 2),
+                torch.rand(n_tokens, 2),
+                _supply(experts, [0]),
+            )

@@ -8,7 +8,11 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from moe_tool.artifacts.moe_shape import ExpertTensor
+from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.experts.expert_forward import expert_forward
+from moe_tool.formats.expert_record import decode_record, encode_record, record_layout
+from moe_tool.native.kernels import is_native
 from moe_tool.quantization.weights import FloatWeight
 
 
@@ -71,3 +75,30 @@ def test_an_ungated_expert_by_hand(has_norm):
     # up: [3 - 5, 6] -> relu [0, 6] -> 6
     output = expert_forward(module, weights, torch.tensor([[3.0, 5.0]]))
     assert output.tolist() == [[60.0 if has_norm else 6.0]]
+
+
+@pytest.mark.parametrize("bits", ["native", "4"])
+def test_what_is_prepared_of_a_slot_holds_for_every_expert_that_is_read_into_it(bits):
+    config = GptOssConfig(hidden_size=32, intermediate_size=64, num_local_experts=2)
+    module = _filled(GptOssExperts(config))
+    tensors = (
+        ExpertTensor(name="gate_up_proj", shape=(128, 32)),
+        ExpertTensor(name="gate_up_proj_bias", shape=(128,)),
+        ExpertTensor(name="down_proj", shape=(32, 64)),
+        ExpertTensor(name="down_proj_bias", shape=(32,)),
+    )
+    precision = precision_from_bits(bits)
+    layout = record_layout(tensors, "bfloat16", precision)
+    slot = torch.zeros(layout.size_bytes, dtype=torch.uint8)
+    kept = decode_record(layout, slot, precision, tensors)
+    x = torch.randn(1, 32)
+    outputs = []
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        values = {t.name: torch.randn(t.shape, generator=draw).bfloat16() for t in tensors}
+        slot.copy_(encode_record(layout, values, precision))
+        fresh = decode_record(layout, slot.clone(), precision, tensors)
+        outputs.append(expert_forward(module, kept, x))
+        assert torch.equal(outputs[-1], expert_forward(module, fresh, x))
+    assert (kept.prepared is not None) == is_native()
+    assert not torch.equal(outputs[0], outputs[1])
