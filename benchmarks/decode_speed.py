@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.available_memory import peak_rss_bytes
@@ -37,7 +36,7 @@ def main() -> None:
     with open_session(a.bundle, options, tokenizer=object()) as session:
         load_s = time.perf_counter() - start
         rng, latency = np.random.default_rng(1), []
-        cache = DynamicCache(config=session.model.config)
+        cache = session.new_cache()
         session.prompt_tokens = 0  # every position counts as decode
         for position in range(a.warmup + a.tokens):
             if position == a.warmup:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.experts.expert_forward import expert_forward
@@ -110,7 +110,7 @@ def _decode_s(session: Session, n_tokens: int, rounds: int, depth: int, *, no_op
     session.prompt_tokens = 0
     medians = []
     for _ in range(rounds):
-        cache = DynamicCache(config=session.model.config)
+        cache = session.new_cache()
         ids = torch.randint(0, _VOCABULARY, (1, depth + n_tokens))
         session.model(input_ids=ids[:, :depth], past_key_values=cache)
         times = []

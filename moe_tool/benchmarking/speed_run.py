@@ -42,7 +42,7 @@ def run_test(
     Raises:
         CorruptArtifactError, StorageError: an expert cannot be read.
     """
-    cache = DynamicCache(config=session.model.config)
+    cache = session.new_cache()
     is_prompt = test.kind == "pp"
     # Positions before this one count as prompt, whose misses every policy reads.
     session.prompt_tokens = test.positions if is_prompt else test.depth

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.session import Session
@@ -81,7 +80,7 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
         ledger[4, :, column] += (~is_answered).sum(axis=1)
 
-    cache = DynamicCache(config=session.model.config)
+    cache = session.new_cache()
     session.prompt_tokens = N_PROMPT_TOKENS
     session.runner.on_decision = account
     try:
@@ -123,7 +122,7 @@ def exact_logits(session: Session, ids: torch.Tensor) -> torch.Tensor:
     session.prompt_tokens = seq_len
     try:
         for row in range(n_sequences):
-            cache = DynamicCache(config=session.model.config)
+            cache = session.new_cache()
             for start in range(0, seq_len, chunk):
                 part = ids[row : row + 1, start : start + chunk]
                 output = session.model(input_ids=part, past_key_values=cache, use_cache=True)

@@ -188,7 +188,11 @@ def generate_ids(
     try:
         with torch.inference_mode():
             session.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config, streamer=stream
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=session.new_cache(),
+                generation_config=config,
+                streamer=stream,
             )
     except KeyboardInterrupt:
         interrupted = True

@@ -20,6 +20,7 @@ from moe_tool.available_memory import (
 )
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.kv_cache import new_kv_cache
 from moe_tool.models.meta_model import read_config
 from moe_tool.models.skeleton import LayerCall, Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
@@ -101,6 +102,11 @@ class Session:
     def manifest(self) -> BundleManifest:
         """What the bundle says of itself."""
         return self.bundle.manifest
+
+    def new_cache(self) -> transformers.DynamicCache:
+        """Return an empty KV cache with room for the planned positions."""
+        config = self.model.config
+        return new_kv_cache(config, n_positions=self.workload.positions)
 
     def use_policy(self, policy: str, *, residency: Residency) -> None:
         """Answer misses by another policy from now on; what the store holds stays, the pinned set

@@ -43,8 +43,9 @@ def prefill_chunk(workload: Workload) -> int:
 def kv_cache_bytes(config: Any, workload: Workload) -> int:
     """Return the float32 KV cache at its largest, its growth included.
 
-    The cache grows by concatenation, one layer at a time: while a token is appended, the old and
-    the new keys (or values) of a layer exist together. Sliding windows are counted at full length.
+    A cache that transformers makes itself, and any layer with a window, grows by concatenation, one
+    layer at a time: while a token is appended, the old and the new keys (or values) of a layer
+    exist together. Sliding windows are counted at full length.
 
     Args:
         config: transformers' configuration of the text model.
