@@ -50,7 +50,7 @@ def run_experts(
     """
     if hidden.shape[0] == 1 and hidden.dtype == weight.dtype == torch.float32:
         slots = index[0].tolist()
-        gate_of = dict(zip(slots, weight[0].tolist(), strict=True))
+        gate_of = dict(zip(slots, weight.reshape(-1, 1, 1).unbind(), strict=True))
         if len(gate_of) == len(slots):  # two equal rows may be rounded otherwise than one
             n_experts = module.num_experts
             wanted = sorted(expert for expert in slots if 0 <= expert < n_experts)
@@ -59,10 +59,14 @@ def run_experts(
 
 
 def _run_one_token(
-    module: Any, hidden: torch.Tensor, wanted: list[int], gate_of: dict[int, float], supply: Supply
+    module: Any,
+    hidden: torch.Tensor,
+    wanted: list[int],
+    gate_of: dict[int, torch.Tensor],
+    supply: Supply,
 ) -> torch.Tensor:
     """Do what `_run_tokens` does where nothing has to be gathered: the same products, the same
-    order of additions."""
+    order of additions. A gate is [1, 1]: a Python number would have to be made a tensor."""
     early: dict[int, torch.Tensor] = {}
     final = torch.zeros_like(hidden)
     turn, n_wanted = 0, len(wanted)
@@ -80,8 +84,8 @@ def _run_tokens(
 ) -> torch.Tensor:
     tokens = _sort_by_expert(index, module.num_experts)
     gates = weight[tokens.token, tokens.position, None]  # [n, 1]
-    rows = dict(zip(tokens.experts, tokens.token.split(tokens.counts), strict=True))
-    gates_of = dict(zip(tokens.experts, gates.split(tokens.counts), strict=True))
+    rows = dict(zip(tokens.experts, tokens.token.split_with_sizes(tokens.counts), strict=True))
+    gates_of = dict(zip(tokens.experts, gates.split_with_sizes(tokens.counts), strict=True))
     turns = iter(tokens.experts)
     turn = next(turns, None)
     early: dict[int, torch.Tensor] = {}
