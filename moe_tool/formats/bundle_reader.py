@@ -18,7 +18,7 @@ from moe_tool.formats.expert_record import RecordLayout, record_layout, require_
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
-from moe_tool.formats.record_files import RecordFiles
+from moe_tool.formats.record_files import GoOn, RecordFiles
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 from moe_tool.progress import SILENT, Progress
 
@@ -130,11 +130,14 @@ class BundleReader:
         """
         return self._files.read_directly()
 
-    def read_record_into(self, layer: int, expert: int, out: torch.Tensor) -> None:
+    def read_record_into(
+        self, layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None
+    ) -> None:
         """Read one record and check it.
 
         Args:
             out: uint8 [layout.size_bytes], overwritten; 4096-aligned memory saves a copy.
+            go_on: asked after each piece; where it gives the read up, `out` holds anything.
 
         Raises:
             CorruptArtifactError: the bytes are not those that were packed, or the file is not the
@@ -144,7 +147,9 @@ class BundleReader:
         entry = self._entries[layer, expert]
         where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
         try:
-            count = self._files.read_into(entry.file, entry.offset, out)
+            count = self._files.read_into(entry.file, entry.offset, out, go_on=go_on)
+            if count is None:
+                return
             has_changed = self._files.has_changed(entry.file)
         except OSError as error:
             raise StorageError(

@@ -2,12 +2,18 @@
 
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
 
+PIECE_BYTES = 4 * 2**20
+"""What is read at a time where a read may be given up: 2 ms of a disk of 2 GB/s, and 4 % slower
+than whole records of 26 MB"""
+GoOn = Callable[[int], bool]
+"""Told after every piece how many bytes it had; False gives the read up."""
 _Identity = tuple[int, int, int]
 """(inode, size in bytes, time of the last change in ns)"""
 
@@ -66,14 +72,22 @@ class RecordFiles:
         self._handles, self._is_direct = direct, True
         return None
 
-    def read_into(self, name: str, offset: int, out: torch.Tensor) -> int:
+    def read_into(
+        self, name: str, offset: int, out: torch.Tensor, *, go_on: GoOn | None = None
+    ) -> int | None:
         """Fill `out` from a file; the number of bytes is less than its length at the file's end.
+
+        It is one read, unless `go_on` is to be asked.
 
         Args:
             name: of the file.
             offset: multiple of ALIGNMENT_BYTES.
             out: uint8 [n], n a multiple of ALIGNMENT_BYTES; overwritten. Memory that is not aligned
                 costs a copy.
+            go_on: asked after each piece.
+
+        Returns:
+            None if `go_on` gave the read up; `out` then holds anything.
 
         Raises:
             OSError: the disk does not give them.
@@ -81,20 +95,23 @@ class RecordFiles:
         if self._is_direct and out.data_ptr() % ALIGNMENT_BYTES:
             # An anonymous mapping begins at a page.
             aligned = torch.frombuffer(mmap.mmap(-1, out.numel()), dtype=torch.uint8)
-            count = self._read(name, offset, aligned.numpy().data)
+            count = self._read(name, offset, aligned.numpy().data, go_on)
             out.copy_(aligned)
             return count
-        return self._read(name, offset, out.numpy().data)
+        return self._read(name, offset, out.numpy().data, go_on)
 
-    def _read(self, name: str, offset: int, view: memoryview) -> int:
+    def _read(self, name: str, offset: int, view: memoryview, go_on: GoOn | None) -> int | None:
         done = 0
         while done < len(view):
-            count = os.preadv(self._handles[name], [view[done:]], offset + done)
+            stop = len(view) if go_on is None else done + PIECE_BYTES
+            count = os.preadv(self._handles[name], [view[done:stop]], offset + done)
             # A direct read goes on from whole blocks only; part of one is the file's end.
             step = count // ALIGNMENT_BYTES * ALIGNMENT_BYTES if self._is_direct else count
             if step == 0:
                 return done + count
             done += step
+            if go_on is not None and not go_on(step):
+                return None
         return done
 
     def has_changed(self, name: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_tool.formats import record_files
 from moe_tool.formats.record_files import RecordFiles
 
 BLOCK = 4096
@@ -169,3 +170,38 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError) as error:
         RecordFiles(tmp_path, [NAME])
     assert error.value.errno == errno.ELOOP
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_read_that_may_be_given_up_comes_in_pieces(
+    files: RecordFiles, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if direct:
+        _be_direct(files)
+    monkeypatch.setattr(record_files, "PIECE_BYTES", 2 * BLOCK)
+    out, told = _memory(3 * BLOCK, shift=0), []
+
+    def go_on(n_bytes: int) -> bool:
+        told.append(n_bytes)
+        return True
+
+    assert files.read_into(NAME, 0, out, go_on=go_on) == 3 * BLOCK
+    assert bytes(out.numpy()) == CONTENT[: 3 * BLOCK]
+    assert told == [2 * BLOCK, BLOCK]
+
+
+def test_a_read_that_is_given_up_reads_no_other_piece(
+    files: RecordFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_files, "PIECE_BYTES", BLOCK)
+    out = _memory(3 * BLOCK, shift=0)
+    assert files.read_into(NAME, 0, out, go_on=lambda n_bytes: False) is None
+    assert bytes(out.numpy()) == CONTENT[:BLOCK] + bytes([0xEE]) * 2 * BLOCK
+
+
+def test_the_end_of_the_file_is_told_in_pieces_too(
+    files: RecordFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_files, "PIECE_BYTES", BLOCK)
+    out = _memory(3 * BLOCK, shift=0)
+    assert files.read_into(NAME, 2 * BLOCK, out, go_on=lambda n_bytes: True) == BLOCK + 3
