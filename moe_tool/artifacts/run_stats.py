@@ -16,6 +16,12 @@ class PhaseCounters:
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
+    """Prefetched ones included"""
+    prefetches: int = 0
+    """Experts that the store was told to expect"""
+    prefetch_hits: int = 0
+    """Those of them that the next layer wanted; they count as hits too"""
+    prefetched_bytes: int = 0
     stall_seconds: float = 0.0
     """Time in which the computation waited for a read"""
     substitutions: int = 0

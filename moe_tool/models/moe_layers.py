@@ -1,8 +1,9 @@
 """Where the experts and the router of every MoE layer are inside a transformers model."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,9 +74,14 @@ class MoeLayerModules:
 
     def _extra_arguments(self) -> dict[str, torch.Tensor]:
         # minimax_m2 keeps the selection bias in the block, which passes it on by this name.
-        names = list(inspect.signature(self.router.forward).parameters)[1:]
+        names = _argument_names(type(self.router).forward)[2:]
         found = {name: getattr(self.block, name, None) for name in names}
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+@cache
+def _argument_names(function: Callable[..., object]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -11,8 +11,10 @@ from moe_tool.artifacts.routing import Answers, Routing
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.skeleton import LayerCall
+from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.policy_choice import ChosenPolicy
-from moe_tool.store.expert_store import ExpertStore, Weights
+from moe_tool.runtime.prefetcher import Prefetcher
+from moe_tool.store.expert_store import ExpertStore
 
 Residency = Literal["frozen", "cache"]
 Phase = Literal["prompt", "decode"]
@@ -37,6 +39,8 @@ class MoeLayerRunner:
     residency: Residency
     policy: ChosenPolicy
     """What answers misses while decoding"""
+    prefetcher: Prefetcher | None = None
+    """Reads ahead while decoding: a prompt's tokens want nearly every expert of a layer anyway"""
     stats: RunStats = field(default_factory=RunStats)
     phase: Phase = "prompt"
     n_sequences: int = 1
@@ -78,6 +82,9 @@ class MoeLayerRunner:
         counters.hits += hits
         counters.misses += len(wanted) - hits
         counters.bytes_read += moved.bytes_read
+        counters.prefetches += moved.prefetches
+        counters.prefetch_hits += moved.prefetch_hits
+        counters.prefetched_bytes += moved.prefetched_bytes
         counters.stall_seconds += moved.stall_seconds
         counters.substitutions += answers.substituted
         counters.drops += answers.dropped
@@ -86,8 +93,11 @@ class MoeLayerRunner:
     def _run(
         self, call: LayerCall, index: torch.Tensor, weight: torch.Tensor, counters: PhaseCounters
     ) -> torch.Tensor:
-        def supply(wanted: list[int]) -> Iterator[tuple[int, Weights]]:
-            return self.store.acquire(call.layer, wanted, counters)
+        def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
+            supplied = self.store.acquire(call.layer, wanted, counters)
+            if self.prefetcher is not None and self.phase == "decode":
+                self.prefetcher.expect(call, self.store, counters)  # while the reads are under way
+            return supplied
 
         return run_experts(call.module, call.hidden, index, weight, supply)
 

@@ -38,6 +38,7 @@ from moe_tool.runtime.memory_plan import (
 )
 from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
 from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
+from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher, require_prefetch
 from moe_tool.runtime.residency import choose_resident_experts, n_slots_min
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 from moe_tool.store.expert_store import ExpertStore
@@ -61,6 +62,8 @@ class RunOptions:
     """What answers a miss while decoding"""
     residency: Residency | None = None
     """None: cache for exact, frozen for lossy policies"""
+    prefetch: str = NO_PREFETCH
+    """What is read while decoding before it is wanted"""
     gates: bool = True
     """Whether lossy policies keep BuddyMoE's gates"""
     seed: int = 0
@@ -115,6 +118,9 @@ class Session:
         Raises:
             UsageError: the bundle lacks what the policy needs.
         """
+        prefetcher = choose_prefetcher(
+            self.options.prefetch, self.skeleton.layers, residency=residency
+        )
         chosen = choose_policy(
             policy,
             self.manifest,
@@ -127,6 +133,7 @@ class Session:
             self.runner.store = _open_store(self.bundle, self.plan, residency)
             self.runner.residency = residency
         self.runner.policy = chosen
+        self.runner.prefetcher = prefetcher
 
     def empty_cache(self) -> None:
         """Forget every expert that is not pinned."""
@@ -238,6 +245,7 @@ def open_session(
     _warm_up(skeleton)
     memory = plan(max(0, current_rss_bytes() - loader.held_bytes))
     residency: Residency = options.residency or ("cache" if options.policy == EXACT else "frozen")
+    prefetcher = choose_prefetcher(options.prefetch, skeleton.layers, residency=residency)
     policy = choose_policy(
         options.policy,
         bundle.manifest,
@@ -253,7 +261,10 @@ def open_session(
     if refusal is not None:
         progress.note(f"{refusal}: experts are read through it, slower")
     runner = MoeLayerRunner(
-        store=_open_store(bundle, memory, residency), residency=residency, policy=policy
+        store=_open_store(bundle, memory, residency),
+        residency=residency,
+        policy=policy,
+        prefetcher=prefetcher,
     )
     skeleton.set_experts_function(runner)
     session = Session(
@@ -312,6 +323,7 @@ def _fixed_lines(
 
 def _check(options: RunOptions) -> None:
     require_policy(options.policy)
+    require_prefetch(options.prefetch)
     for name, value in (
         ("--threads", options.threads),
         ("--context", options.context),

@@ -12,11 +12,9 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.expert_record import decode_record
 from moe_tool.policies.eviction.protocol import Eviction
 from moe_tool.progress import SILENT, Progress
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.store.reader import ExpertKey, RecordReader
 from moe_tool.store.slots import SlotPool
-
-Weights = dict[str, FloatWeight | IntegerWeight]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +26,8 @@ class _Fetch:
     after: ExpertKey | None
     """The expert of the same call that has to be done with the slot before the read may start"""
     is_read: bool = False
+    is_prefetched: bool = False
+    """The read was begun by the call before"""
 
 
 class ExpertStore:
@@ -37,6 +37,11 @@ class ExpertStore:
     hits are touched, then each miss takes a free slot or the victim's. Which read arrives first
     changes nothing, so the content after a call is that of a plain replay. Where a call names more
     experts than there are slots, its later reads wait until its earlier experts were computed.
+
+    Between two calls stand prefetches: experts that the next call is expected to name. They take
+    their slots when they are asked for, and count as resident from then on, read or not. The next
+    call keeps those that it names, waiting where they are still to come, and strikes out the others
+    as if they had never been there: the content is a plain replay again.
 
     One consumer thread calls everything; the reader threads touch nothing but the slots they fill.
     """
@@ -81,9 +86,15 @@ class ExpertStore:
             n_slots=min(n_slots, n_all), slot_size_bytes=manifest.record_size_bytes
         )
         self._slot_of: dict[ExpertKey, int] = {}
-        self._decoded: dict[int, Weights] = {}  # views of a slot, whatever record lies in it
+        # Views of a slot, whatever record lies in it, with what a kernel prepares of them.
+        self._decoded: dict[int, ExpertWeights] = {}
         self._reader = RecordReader(bundle.read_record_into, n_readers=n_readers)
-        self._call: Iterator[tuple[int, Weights]] | None = None
+        self._is_pinned_read = not pinned_keys
+        self._call: Iterator[tuple[int, ExpertWeights]] | None = None
+        self._named: Sequence[ExpertKey] = ()  # by the call under way
+        self._fetches: dict[ExpertKey, _Fetch] = {}  # of the call under way
+        self._prefetches: dict[ExpertKey, int] = {}  # expert -> slot; for the call that comes next
+        self._is_prefetching = False
 
     def _empty_mask(self) -> np.ndarray:
         return np.zeros(self._bundle.manifest.shape.experts, dtype=bool)
@@ -111,34 +122,37 @@ class ExpertStore:
         wanted = [(record.layer, record.expert) for record in records]
         missing = [key for key in wanted if key in self._pinned and key not in self._slot_of]
         if not missing:
+            self._is_pinned_read = True
             return
         progress.begin("loading experts", len(missing), "experts")
         # Nothing else enters a slot before all of these have theirs.
-        fetches = {key: _Fetch(key=key, slot=self._slots.take(), after=None) for key in missing}
+        for key in missing:
+            self._fetches[key] = _Fetch(key=key, slot=self._slots.take(), after=None)
         try:
-            for fetch in fetches.values():
+            for fetch in self._fetches.values():
                 self._slot_of[fetch.key] = fetch.slot
-                self._reader.start(fetch.key, self._slots.view(fetch.slot))
+                self._start(fetch)
             while self._reader.n_under_way:
-                self._take_arrival(fetches)
+                self._take_arrival()
                 progress.advance()
+            self._is_pinned_read = True
         finally:
-            self._settle(fetches)
+            self._settle()
             progress.end()
 
     def acquire(
         self, layer: int, experts: Sequence[int], counters: PhaseCounters
-    ) -> Iterator[tuple[int, Weights]]:
+    ) -> Iterator[tuple[int, ExpertWeights]]:
         """Yield each expert with its weights: those in memory, then the others as they arrive.
 
-        Reads start with the first step of the iterator, before anything is yielded. Weights are
-        views of a slot, valid until the iterator's next step. A call that was left in the middle
-        ends when the next one starts.
+        Reads start at once, in the order of `experts`. Weights are views of a slot, valid until the
+        iterator's next step. A call that was left in the middle ends when the next one starts.
 
         Args:
             layer: decoder layer.
             experts: distinct experts of the layer.
-            counters: hits, misses, bytes_read and stall_seconds are added to.
+            counters: hits, misses, bytes_read, stall_seconds and the use of prefetches are added
+                to.
 
         Raises:
             CorruptArtifactError: a record does not have the bytes that the manifest promises. The
@@ -146,8 +160,59 @@ class ExpertStore:
             StorageError: the bundle cannot be read; likewise.
         """
         self._end_call()
-        self._call = self._supply([(layer, expert) for expert in experts], counters)
+        if not self._is_pinned_read:
+            self._read_pinned(SILENT)
+        wanted = [(layer, expert) for expert in experts]
+        assert len(set(experts)) == len(wanted), "an expert is named twice"
+        if self._is_prefetching:
+            self._judge_prefetches(wanted, counters)
+        slot_of = self._slot_of
+        present = {key: slot_of[key] for key in wanted if key in slot_of}
+        n_misses = len(wanted) - len(present)
+        counters.hits += len(present)
+        counters.misses += n_misses
+        self._touch(present)
+        self._named = wanted
+        if n_misses:
+            self._plan(wanted, present)
+            for fetch in self._fetches.values():
+                if fetch.after is None and not fetch.is_prefetched:
+                    self._start(fetch)
+        self._call = self._supply(present, counters)
         return self._call
+
+    def prefetch(
+        self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
+    ) -> None:
+        """Expect experts to be named by the next call, and read them when nothing else is to be.
+
+        Slots that others hold are taken as the eviction policy says, never from the call under way,
+        a pinned expert, another prefetch or one of `spare`; where none is left, the rest of
+        `experts` is not prefetched. The same calls prefetch the same, whatever the reads do.
+
+        Args:
+            layer: decoder layer of the next call.
+            experts: not resident; the most wanted first.
+            spare: experts of that layer that are to stay if they are resident.
+            counters: prefetches are counted here, their bytes by the calls that follow.
+        """
+        self._is_prefetching = True
+        held = {*self._named, *((layer, expert) for expert in (*spare, *experts))}
+        for expert in experts:
+            key = (layer, expert)
+            assert key not in self._slot_of, f"{key} is resident"
+            if not self._slots.n_free:
+                try:
+                    victim = self._eviction.victim(held)
+                except LookupError:
+                    return
+                self._slots.give(self._slot_of[victim])
+                self._forget(victim)
+            slot = self._slots.take()
+            self._enter(key, slot)
+            self._prefetches[key] = slot
+            self._reader.prefetch(key, self._slots.view(slot))
+            counters.prefetches += 1
 
     def close(self) -> None:
         """Stop reading, join the threads, give the memory back. Weights handed out are void."""
@@ -159,44 +224,64 @@ class ExpertStore:
         call, self._call = self._call, None
         if call is not None:
             call.close()  # type: ignore[attr-defined]  # a generator
+        if self._fetches:  # it was never asked for its first expert
+            self._settle()
+        self._named = ()
+
+    def _judge_prefetches(self, wanted: Sequence[ExpertKey], counters: PhaseCounters) -> None:
+        """Keep the prefetches that a call names, strike out the others."""
+        named = set(wanted)
+        prefetches, self._prefetches = self._prefetches, {}
+        for key, slot in prefetches.items():
+            if key not in named:
+                self._reader.drop(key)
+                self._forget(key)
+                self._slots.give(slot)
+                continue
+            counters.prefetch_hits += 1
+            if not self._reader.claim(key):
+                self._fetches[key] = _Fetch(key=key, slot=slot, after=None, is_prefetched=True)
+        self._count_prefetched(counters)
+
+    def _count_prefetched(self, counters: PhaseCounters) -> None:
+        n_bytes = self._reader.take_prefetched_bytes()
+        counters.prefetched_bytes += n_bytes
+        counters.bytes_read += n_bytes
 
     def _supply(
-        self, wanted: Sequence[ExpertKey], counters: PhaseCounters
-    ) -> Iterator[tuple[int, Weights]]:
-        assert len(set(wanted)) == len(wanted), "an expert is named twice"
-        if not self._pinned <= self._slot_of.keys():
-            self._read_pinned(SILENT)
-        present = {key: self._slot_of[key] for key in wanted if key in self._slot_of}
-        counters.hits += len(present)
-        counters.misses += len(wanted) - len(present)
-        fetches = self._plan(wanted, present)
+        self, present: dict[ExpertKey, int], counters: PhaseCounters
+    ) -> Iterator[tuple[int, ExpertWeights]]:
+        fetches = self._fetches
         waiting = {fetch.after: fetch for fetch in fetches.values() if fetch.after is not None}
         try:
-            for fetch in fetches.values():
-                if fetch.after is None:
-                    self._reader.start(fetch.key, self._slots.view(fetch.slot))
             for key, slot in present.items():
+                if key in fetches:
+                    continue  # prefetched, but not there yet
                 yield key[1], self._weights(slot)
-                self._start_after(key, waiting)
+                if waiting:
+                    self._start_after(key, waiting)
             while self._reader.n_under_way:
                 started = time.perf_counter()
-                fetch = self._take_arrival(fetches)
+                fetch = self._take_arrival()
                 counters.stall_seconds += time.perf_counter() - started
-                counters.bytes_read += self._bundle.manifest.record_size_bytes
+                if fetch.is_prefetched:
+                    self._count_prefetched(counters)
+                else:
+                    counters.bytes_read += self._bundle.manifest.record_size_bytes
                 yield fetch.key[1], self._weights(fetch.slot)
                 self._start_after(fetch.key, waiting)
         finally:
-            self._settle(fetches)
+            self._settle()
 
-    def _plan(
-        self, wanted: Sequence[ExpertKey], present: dict[ExpertKey, int]
-    ) -> dict[ExpertKey, _Fetch]:
-        """Settle which slot every miss takes, with the cache's books as they will be afterwards."""
+    def _touch(self, present: dict[ExpertKey, int]) -> None:
+        pinned, touch = self._pinned, self._eviction.touch
         for key in present:
-            if key not in self._pinned:
-                self._eviction.touch(key)
+            if key not in pinned:
+                touch(key)
+
+    def _plan(self, wanted: Sequence[ExpertKey], present: dict[ExpertKey, int]) -> None:
+        """Settle which slot every miss takes, with the cache's books as they will be afterwards."""
         named = set(wanted)
-        fetches: dict[ExpertKey, _Fetch] = {}
         for key in wanted:
             if key in present:
                 continue
@@ -207,11 +292,14 @@ class ExpertStore:
                 victim = self._eviction.victim(())
                 slot = self._slot_of[victim]
                 self._forget(victim)
-            self._eviction.add(key)
-            self._slot_of[key] = slot
-            self._masks[key[0]][key[1]] = True
-            fetches[key] = _Fetch(key=key, slot=slot, after=victim if victim in named else None)
-        return fetches
+            self._enter(key, slot)
+            after = victim if victim in named else None
+            self._fetches[key] = _Fetch(key=key, slot=slot, after=after)
+
+    def _enter(self, key: ExpertKey, slot: int) -> None:
+        self._eviction.add(key)
+        self._slot_of[key] = slot
+        self._masks[key[0]][key[1]] = True
 
     def _forget(self, key: ExpertKey) -> None:
         del self._slot_of[key]
@@ -219,29 +307,33 @@ class ExpertStore:
             self._eviction.remove(key)
             self._masks[key[0]][key[1]] = False
 
+    def _start(self, fetch: _Fetch) -> None:
+        self._reader.start(fetch.key, self._slots.view(fetch.slot))
+
     def _start_after(self, key: ExpertKey, waiting: dict[ExpertKey, _Fetch]) -> None:
         fetch = waiting.pop(key, None)
         if fetch is not None:
-            self._reader.start(fetch.key, self._slots.view(fetch.slot))
+            self._start(fetch)
 
-    def _take_arrival(self, fetches: dict[ExpertKey, _Fetch]) -> _Fetch:
+    def _take_arrival(self) -> _Fetch:
         arrival = self._reader.next_arrival()
         if arrival.error is not None:
             raise arrival.error
-        fetch = fetches[arrival.key]
+        fetch = self._fetches[arrival.key]
         fetch.is_read = True
         return fetch
 
-    def _settle(self, fetches: dict[ExpertKey, _Fetch]) -> None:
-        """Let no read run on, and strike from the books what was never read."""
+    def _settle(self) -> None:
+        """Let no demanded read run on, and strike from the books what was never read."""
+        fetches, self._fetches = self._fetches, {}
         for key in self._reader.stop():
             fetches[key].is_read = True
         for key, fetch in fetches.items():
-            if not fetch.is_read and key in self._slot_of:
+            if not fetch.is_read and self._slot_of.get(key) == fetch.slot:
                 self._forget(key)
                 self._slots.give(fetch.slot)
 
-    def _weights(self, slot: int) -> Weights:
+    def _weights(self, slot: int) -> ExpertWeights:
         weights = self._decoded.get(slot)
         if weights is None:
             manifest = self._bundle.manifest

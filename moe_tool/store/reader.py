@@ -1,16 +1,27 @@
-"""Worker threads that read records into slots."""
+"""Worker threads that read records into slots: what is needed first, what may be needed last."""
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Literal, Protocol
 
 import torch
 
-Read = Callable[[int, int, torch.Tensor], None]
-"""(layer, expert, out [record size] uint8): fills `out` or raises."""
+from moe_tool.formats.record_files import GoOn
+
 ExpertKey = tuple[int, int]
 """(layer, expert)"""
+
+
+class Read(Protocol):
+    """Fills memory with a record."""
+
+    def __call__(
+        self, layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None
+    ) -> object:
+        """Fill `out`, uint8 [record size], or raise; in one read unless `go_on` has to be asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,49 +33,167 @@ class Arrival:
     """What the read failed with; the memory then holds anything"""
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Job:
+    key: ExpertKey
+    out: torch.Tensor
+    is_prefetch: bool
+    arrivals: SimpleQueue["_Job"] | None
+    """Where its end is told; None: a prefetch that nobody waits for"""
+    state: Literal["queued", "running", "done"] = "queued"
+    is_dropped: bool = False
+    error: BaseException | None = None
+    end: threading.Event = field(default_factory=threading.Event)
+
+
 class RecordReader:
-    """Reads in the background; one consumer thread starts reads and takes arrivals."""
+    """Reads in the background; one consumer thread calls everything.
+
+    Demanded records are read in the order of the demands. A prefetch begins only while no demanded
+    one is queued or being read, one at a time, and piece by piece, so that one that turns out to be
+    of no use stops after the piece under way.
+    """
 
     def __init__(self, read: Read, *, n_readers: int) -> None:
         self._read = read
         self._threads = ThreadPoolExecutor(n_readers, thread_name_prefix="expert-reader")
-        self._arrivals: SimpleQueue[tuple[ExpertKey, Future[None]]] = SimpleQueue()
-        self._under_way: dict[ExpertKey, Future[None]] = {}
+        self._lock = threading.Lock()  # over the queues, the jobs' states, and the byte count
+        self._demanded: deque[_Job] = deque()
+        self._hoped_for: deque[_Job] = deque()
+        self._running: list[_Job] = []
+        self._prefetched_bytes = 0
+        # The consumer's alone:
+        self._arrivals: SimpleQueue[_Job] = SimpleQueue()
+        self._under_way: dict[ExpertKey, _Job] = {}
+        self._prefetches: dict[ExpertKey, _Job] = {}
 
     @property
     def n_under_way(self) -> int:
-        """Number of reads started whose arrival was not taken yet."""
+        """Number of demanded reads whose arrival was not taken yet."""
         return len(self._under_way)
 
     def start(self, key: ExpertKey, out: torch.Tensor) -> None:
         """Read a record into `out`, which has to be left alone until the read arrives."""
-        layer, expert = key
-        arrivals = self._arrivals  # `stop` puts a new one in its place: nothing stale arrives there
-        future = self._threads.submit(self._read, layer, expert, out)
-        self._under_way[key] = future
-        future.add_done_callback(lambda done: arrivals.put((key, done)))
+        job = _Job(key=key, out=out, is_prefetch=False, arrivals=self._arrivals)
+        self._under_way[key] = job
+        with self._lock:
+            self._demanded.append(job)
+        self._threads.submit(self._work)
+
+    def prefetch(self, key: ExpertKey, out: torch.Tensor) -> None:
+        """Read a record when there is nothing better to do, until `claim` or `drop`."""
+        job = _Job(key=key, out=out, is_prefetch=True, arrivals=None)
+        self._prefetches[key] = job
+        with self._lock:
+            self._hoped_for.append(job)
+        self._threads.submit(self._work)
+
+    def claim(self, key: ExpertKey) -> bool:
+        """Make a prefetch a demanded read, as one that was started earlier.
+
+        Returns:
+            Whether the record is there already. If not, it arrives as any other, which can be with
+            an error.
+        """
+        job = self._prefetches.pop(key)
+        with self._lock:
+            if job.state == "done" and job.error is None:
+                return True
+            job.arrivals = self._arrivals
+            if job.state == "queued":
+                self._hoped_for.remove(job)
+                self._demanded.append(job)
+            elif job.state == "done":
+                self._arrivals.put(job)
+        self._under_way[key] = job
+        self._threads.submit(self._work)
+        return False
+
+    def drop(self, key: ExpertKey) -> None:
+        """Give a prefetch up. Its memory may be read into at once: such a read waits for the piece
+        under way."""
+        job = self._prefetches.pop(key)
+        with self._lock:
+            job.is_dropped = True
+            if job.state == "queued":
+                self._hoped_for.remove(job)
+
+    def take_prefetched_bytes(self) -> int:
+        """Return how many bytes prefetches, claimed ones included, have read since this was last
+        asked."""
+        with self._lock:
+            count, self._prefetched_bytes = self._prefetched_bytes, 0
+        return count
 
     def next_arrival(self) -> Arrival:
-        """Return the next read that ends, in order of arrival; waits for it."""
+        """Return the next demanded read that ends, in order of arrival; waits for it."""
         assert self._under_way, "no read is under way"
-        key, future = self._arrivals.get()
-        del self._under_way[key]
-        return Arrival(key=key, error=future.exception())
+        job = self._arrivals.get()
+        del self._under_way[job.key]
+        return Arrival(key=job.key, error=job.error)
 
     def stop(self) -> list[ExpertKey]:
-        """Give up the reads not begun, wait for the others; return the keys that were read."""
+        """Give up the demanded reads not begun, wait for the others; return the keys that were
+        read."""
+        if not self._under_way:
+            return []
         under_way, self._under_way = self._under_way, {}
-        for future in under_way.values():
-            future.cancel()
-        wait(under_way.values())
+        with self._lock:
+            self._demanded.clear()
+            begun = [job for job in under_way.values() if job.state != "queued"]
+        for job in begun:
+            job.end.wait()
         self._arrivals = SimpleQueue()
-        return [
-            key
-            for key, future in under_way.items()
-            if not future.cancelled() and future.exception() is None
-        ]
+        return [job.key for job in begun if job.error is None]
 
     def close(self) -> None:
         """Stop all reads, then join the threads."""
+        for key in list(self._prefetches):
+            self.drop(key)
         self.stop()
         self._threads.shutdown(wait=True)
+
+    def _work(self) -> None:
+        """Read until nothing is left that may begin now."""
+        while (job := self._next_job()) is not None:
+            try:
+                self._run(job)
+            except BaseException as error:  # told with the arrival
+                job.error = error
+            with self._lock:
+                self._running.remove(job)
+                job.state = "done"
+                if job.arrivals is not None:
+                    job.arrivals.put(job)
+            job.end.set()
+
+    def _next_job(self) -> _Job | None:
+        with self._lock:
+            # What a dropped prefetch still reads into has to wait for its worker, which comes here.
+            busy = {each.out.data_ptr() for each in self._running if each.is_dropped}
+            job = next((job for job in self._demanded if job.out.data_ptr() not in busy), None)
+            if job is not None:
+                self._demanded.remove(job)
+            elif self._hoped_for and not self._running and not self._demanded:
+                job = self._hoped_for.popleft()
+            else:
+                return None
+            job.state = "running"
+            self._running.append(job)
+        return job
+
+    def _run(self, job: _Job) -> None:
+        if not job.is_prefetch:
+            self._read(*job.key, job.out)
+            return
+
+        def go_on(n_bytes: int) -> bool:
+            with self._lock:
+                self._prefetched_bytes += n_bytes
+                return not job.is_dropped
+
+        if job.arrivals is None:
+            self._read(*job.key, job.out, go_on=go_on)
+        else:  # claimed before it began: nothing gives it up any more
+            self._read(*job.key, job.out)
+            go_on(job.out.numel())

@@ -38,21 +38,28 @@ class FakeBundle:
         self.held_back = {}
         self.broken = set()
         self.started = []
+        self.given_up = []
         self.has_started = threading.Event()
 
     def hold_back(self, layer, expert):
         """Let reads of this expert wait for the event returned."""
         return self.held_back.setdefault((layer, expert), threading.Event())
 
-    def read_record_into(self, layer, expert, out):
+    def read_record_into(self, layer, expert, out, *, go_on=None):
         """Fill `out` in two halves with a pause between, so that a torn read shows."""
         self.started.append((layer, expert))
         self.has_started.set()
         values = out.view(torch.float32)
-        values[: values.numel() // 2] = tag(layer, expert)
+        half = values.numel() // 2
+        values[:half] = tag(layer, expert)
         if (layer, expert) in self.held_back:
             assert self.held_back[layer, expert].wait(10)
         time.sleep(self.delay_s.get((layer, expert), 0))
         if (layer, expert) in self.broken:
             raise CorruptArtifactError(f"layer {layer} expert {expert} is damaged")
-        values[values.numel() // 2 :] = tag(layer, expert)
+        if go_on is not None and not go_on(RECORD_BYTES // 2):
+            self.given_up.append((layer, expert))
+            return
+        values[half:] = tag(layer, expert)
+        if go_on is not None:
+            go_on(RECORD_BYTES // 2)

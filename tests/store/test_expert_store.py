@@ -138,6 +138,34 @@ def test_experts_in_memory_come_first_while_the_others_are_read(open_store):
     assert next(supply)[0] == 1
 
 
+def test_reads_begin_in_the_order_in_which_experts_are_named(open_store):
+    bundle = FakeBundle()
+    store = open_store(bundle, n_slots=4, n_readers=1)
+    _use(store, 0, [1])
+    assert _use(store, 0, [2, 0, 1, 3]) == [1, 2, 0, 3]
+    assert bundle.started == [(0, 1), (0, 2), (0, 0), (0, 3)]
+
+
+def test_reads_begin_before_the_first_expert_is_asked_for(open_store):
+    bundle = FakeBundle()
+    store = open_store(bundle, n_slots=4)
+    supply = store.acquire(0, [1], PhaseCounters())
+    assert bundle.has_started.wait(10)
+    assert next(supply)[0] == 1
+
+
+def test_reads_that_have_not_begun_are_given_up_with_their_call(open_store):
+    bundle = FakeBundle()
+    store = open_store(bundle, n_slots=4, n_readers=1)
+    late = bundle.hold_back(0, 0)
+    store.acquire(0, [0, 1, 2], PhaseCounters())
+    assert bundle.has_started.wait(10)
+    threading.Timer(0.02, late.set).start()
+    assert _use(store, 1, [3]) == [3]
+    assert bundle.started == [(0, 0), (1, 3)]
+    assert store.resident(0).tolist() == [True, False, False, False]
+
+
 def test_missing_experts_come_in_order_of_arrival(open_store):
     bundle = FakeBundle()
     store = open_store(bundle, n_slots=4, n_readers=2)

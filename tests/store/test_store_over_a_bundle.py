@@ -134,6 +134,43 @@ def test_a_read_that_fails_reaches_the_caller_with_its_name(bundle, monkeypatch)
     store.close()
 
 
+def test_a_file_that_ends_too_early_is_named(bundle, monkeypatch):
+    whole = os.preadv
+    entry = bundle.record_entry(3, 1)
+    end = entry.offset + 100
+
+    def end_early(handle, buffers, offset):
+        n_left = max(0, end - offset)
+        return whole(handle, [buffers[0][:n_left]], offset) if n_left else 0
+
+    store = ExpertStore(bundle, n_slots=2, eviction=Lru())
+    monkeypatch.setattr(os, "preadv", end_early)
+    with pytest.raises(StorageError, match="layer 3 expert 1 .*ended after 100 of") as error:
+        list(store.acquire(3, [1], PhaseCounters()))
+    assert entry.file in error.value.message
+    assert not store.resident(3).any()
+    store.close()
+
+
+def test_a_prefetch_that_fails_is_named_by_the_call_that_wants_it(bundle, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    store, counters = ExpertStore(bundle, n_slots=4, eviction=Lru()), PhaseCounters()
+    list(store.acquire(1, [0], counters))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", fail)
+        store.prefetch(3, [2], spare=[2], counters=counters)
+        with pytest.raises(StorageError, match=r"layer 3 expert 2 .*Input/output error"):
+            list(store.acquire(3, [2], counters))
+    assert not store.resident(3).any()
+    store.prefetch(3, [2], spare=[2], counters=counters)
+    for expert, weights in store.acquire(3, [2], counters):
+        _require_right(weights, 3, expert, bundle.manifest.precision)
+    assert counters.prefetched_bytes == bundle.layout.size_bytes
+    store.close()
+
+
 def test_slots_take_direct_reads_without_a_copy(bundle, monkeypatch):
     refusal = bundle.read_directly()
     if refusal is not None:

@@ -1,0 +1,83 @@
+"""What the next MoE layer will want, told to the store while this one is computed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_tool.artifacts.run_stats import PhaseCounters
+from moe_tool.errors import UsageError
+from moe_tool.models.moe_layers import MoeLayerModules
+from moe_tool.models.skeleton import LayerCall
+from moe_tool.policies.prefetch import PREFETCH, ChoosePrefetch
+from moe_tool.store.expert_store import ExpertStore
+
+NO_PREFETCH = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefetcher:
+    """Applies the next router to this layer's input: the residual stream changes little from one
+    layer to the next, so what that router will see is not far from what this one saw."""
+
+    choose: ChoosePrefetch
+    following: Mapping[int, MoeLayerModules]
+    """Decoder layer -> the MoE layer after it"""
+
+    @torch.no_grad()
+    def expect(self, call: LayerCall, store: ExpertStore, counters: PhaseCounters) -> None:
+        """Tell the store what the layer after this call will want.
+
+        Args:
+            call: its demanded reads have begun.
+            store: is changed.
+            counters: of prefetches.
+        """
+        modules = self.following.get(call.layer)
+        if modules is None:
+            return
+        routed = modules.route(call.hidden)
+        index = routed.index.numpy()  # [T, K]
+        resident = store.resident(modules.layer)  # [E]
+        experts = self.choose(index, routed.weight.numpy(), resident)
+        if experts:
+            spare = sorted(set(index.ravel().tolist()))
+            store.prefetch(modules.layer, experts, spare=spare, counters=counters)
+
+
+def choose_prefetcher(
+    name: str, layers: Sequence[MoeLayerModules], *, residency: str
+) -> Prefetcher | None:
+    """Return what `--prefetch` names, None for nothing.
+
+    Args:
+        name: a key of PREFETCH.
+        layers: every MoE layer, ascending.
+        residency: cache or frozen.
+
+    Raises:
+        UsageError: the name is unknown, or the resident experts are frozen.
+    """
+    require_prefetch(name)
+    choose = PREFETCH[name]
+    if choose is None:
+        return None
+    if residency == "frozen":
+        raise UsageError(
+            f"--prefetch {name}: the experts in memory are frozen, so none can be read ahead",
+            hint="--policy exact, or --residency cache",
+        )
+    following = {modules.layer: after for modules, after in zip(layers, layers[1:], strict=False)}
+    return Prefetcher(choose=choose, following=following)
+
+
+def require_prefetch(name: str) -> None:
+    """Refuse a name that is not in the table.
+
+    Raises:
+        UsageError: with the names that are.
+    """
+    if name not in PREFETCH:
+        raise UsageError(
+            f"--prefetch {name} is not known", hint=f"use one of {', '.join(PREFETCH)}"
+        )
