@@ -30,6 +30,7 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT, require_policy
+from moe_tool.runtime.prefetcher import require_prefetch
 from moe_tool.runtime.session import RunOptions, Session, open_session
 
 _NO_TOKENIZER = object()
@@ -56,6 +57,7 @@ class BenchRow:
     """Expert records in memory"""
     policy: str
     residency: str
+    prefetch: str
     threads: int
     test: str
     n_tokens: int
@@ -66,7 +68,12 @@ class BenchRow:
     tokens_per_second_all: tuple[float, ...]
     hit_rate: float
     bytes_per_token: float
-    """Read from the bundle"""
+    """Read from the bundle, prefetched bytes included"""
+    prefetches_per_token: float
+    """Experts that the store was told to expect"""
+    prefetch_hit_rate: float
+    """Share of them that the next layer wanted; 0 where there were none"""
+    prefetched_bytes_per_token: float
     stall_seconds: float
     """All repetitions together"""
     stall_share: float
@@ -131,6 +138,8 @@ def bench(
     load = os.getloadavg()[0]
     for policy in options.policy:
         require_policy(policy)
+    for prefetch in options.prefetch:
+        require_prefetch(prefetch)
     with BundleReader.open(folder) as bundle:
         limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
         tests = list_tests(options, context_limit=limit)
@@ -161,6 +170,7 @@ def bench(
                     slots=session.plan.n_slots,
                     policy=policy,
                     residency=residency,
+                    prefetch=setting.prefetch,
                     threads=torch.get_num_threads(),
                     test=test.label,
                     n_tokens=test.n_tokens,
@@ -204,6 +214,7 @@ def _open(
         gates=options.gates,
         seed=options.seed,
         threads=setting.threads,
+        prefetch=setting.prefetch,
         context=max(test.positions for test in tests),
         prompt=max(1, *(t.positions if t.kind == "pp" else t.depth for t in tests)),
     )
@@ -254,16 +265,21 @@ def _repeat(
 
 def _figures(test: SpeedTest, samples: Sequence[Sample]) -> dict[str, Any]:
     rates = [test.n_tokens / sample.seconds for sample in samples]
-    hits = sum(sample.counters.hits for sample in samples)
-    accesses = hits + sum(sample.counters.misses for sample in samples)
-    stalled = sum(sample.counters.stall_seconds for sample in samples)
+    counters = [sample.counters for sample in samples]
+    hits = sum(each.hits for each in counters)
+    accesses = hits + sum(each.misses for each in counters)
+    stalled = sum(each.stall_seconds for each in counters)
+    prefetches = sum(each.prefetches for each in counters)
+    n_tokens = test.n_tokens * len(samples)
     return {
         "tokens_per_second": statistics.mean(rates),
         "tokens_per_second_sd": statistics.stdev(rates) if len(rates) > 1 else 0.0,
         "tokens_per_second_all": tuple(rates),
         "hit_rate": hits / accesses if accesses else 1.0,
-        "bytes_per_token": sum(sample.counters.bytes_read for sample in samples)
-        / (test.n_tokens * len(samples)),
+        "bytes_per_token": sum(each.bytes_read for each in counters) / n_tokens,
+        "prefetches_per_token": prefetches / n_tokens,
+        "prefetch_hit_rate": sum(each.prefetch_hits for each in counters) / max(1, prefetches),
+        "prefetched_bytes_per_token": sum(each.prefetched_bytes for each in counters) / n_tokens,
         "stall_seconds": stalled,
         "stall_share": stalled / sum(sample.seconds for sample in samples),
     }

@@ -23,6 +23,7 @@ class BenchOptions:
     """Tokens that are in context before the clock starts"""
     memory: tuple[str, ...] = ("auto",)
     policy: tuple[str, ...] = ("exact",)
+    prefetch: tuple[str, ...] = ("none",)
     threads: tuple[int | None, ...] = (None,)
     """None: all cores but one"""
     repetitions: int = 3
@@ -60,6 +61,7 @@ class Setting:
 
     memory: str
     threads: int | None
+    prefetch: str
 
 
 def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[SpeedTest, ...]:
@@ -96,7 +98,7 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
         for n_tokens in counts
         if n_tokens
     )
-    if not tests or not (options.memory and options.policy and options.threads):
+    if not tests or not all((options.memory, options.policy, options.threads, options.prefetch)):
         raise UsageError(
             "nothing is left to measure", hint="--prompt-tokens 512 --generate 64 --depth 0"
         )
@@ -112,8 +114,11 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
 
 def list_settings(options: BenchOptions) -> tuple[Setting, ...]:
     """Return what sessions have to be opened for."""
-    pairs = product(options.memory, options.threads)
-    return tuple(Setting(memory=memory, threads=threads) for memory, threads in pairs)
+    wanted = product(options.memory, options.threads, options.prefetch)
+    return tuple(
+        Setting(memory=memory, threads=threads, prefetch=prefetch)
+        for memory, threads, prefetch in wanted
+    )
 
 
 def parse_numbers(text: str, *, option: str) -> tuple[int, ...]:

@@ -46,6 +46,9 @@ def bench(
             "--policy", metavar="NAME,...", help="exact, buddy, drop, random, next-ranked."
         ),
     ] = "exact",
+    prefetch: Annotated[
+        str, typer.Option("--prefetch", metavar="NAME,...", help="none, next-layer.")
+    ] = "none",
     gates: GatesOption = True,
     threads: Annotated[
         str | None,
@@ -86,6 +89,7 @@ def bench(
             depth=parse_numbers(depth, option="--depth"),
             memory=parse_words(memory, option="--memory"),
             policy=parse_words(policy, option="--policy"),
+            prefetch=parse_words(prefetch, option="--prefetch"),
             threads=(None,) if threads is None else parse_numbers(threads, option="--threads"),
             repetitions=repetitions,
             cache=cache,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 PolicyName = Literal["exact", "buddy", "drop", "random", "next-ranked"]
+PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
 
 JsonOption = Annotated[
@@ -75,6 +76,14 @@ ResidencyOption = Annotated[
         "--residency",
         help="What a lossy policy finds in memory: a fixed set of experts, or a cache.",
         show_default="cache for exact, frozen otherwise",
+    ),
+]
+PrefetchOption = Annotated[
+    PrefetchName,
+    typer.Option(
+        "--prefetch",
+        help="What is read before it is wanted: nothing, or what the next layer's router makes of "
+        "this layer's input. The text stays the same; a wrong guess costs bytes.",
     ),
 ]
 GatesOption = Annotated[

@@ -14,6 +14,7 @@ from moe_tool.cli.options import (
     GatesOption,
     JsonOption,
     PolicyOption,
+    PrefetchOption,
     ResidencyOption,
     RunMemoryOption,
     SeedOption,
@@ -49,6 +50,7 @@ def run(
     memory: RunMemoryOption = "auto",
     policy: PolicyOption = "exact",
     residency: ResidencyOption = None,
+    prefetch: PrefetchOption = "none",
     gates: GatesOption = True,
     temperature: Annotated[
         float,
@@ -85,6 +87,7 @@ def run(
                 memory=memory,
                 policy=policy,
                 residency=residency,
+                prefetch=prefetch,
                 gates=gates,
                 seed=seed,
                 threads=threads,
@@ -120,6 +123,9 @@ def _footer(result: "RunResult") -> str:
         f"peak memory {format_bytes(result.peak_rss_bytes)} "
         f"of {format_bytes(result.memory_budget_bytes)}",
     ]
+    if result.prefetches:
+        used = f"{result.prefetch_hits} used, {format_bytes(result.prefetched_bytes)}"
+        parts.insert(-1, f"{result.prefetches} prefetches ({used})")
     if result.drops:
         parts.insert(-1, f"{result.drops} drops")
     return "\n" + " · ".join(parts)

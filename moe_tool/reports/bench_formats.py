@@ -18,6 +18,7 @@ _COLUMNS = (
     "bits",
     "budget",
     "policy",
+    "prefetch",
     "threads",
     "test",
     "tokens/s",
@@ -27,7 +28,7 @@ _COLUMNS = (
     "peak RSS",
     "cache",
 )
-_TEXT_COLUMNS = ("model", "bits", "budget", "policy", "test", "cache")
+_TEXT_COLUMNS = ("model", "bits", "budget", "policy", "prefetch", "test", "cache")
 
 
 def markdown_rows(rows: Sequence[Row]) -> str:
@@ -83,6 +84,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row['bits']} / {row['skeleton_bits']}",
         budget,
         str(row["policy"]),
+        _prefetch(row),
         str(row["threads"]),
         str(row["test"]),
         f"{rate:.2f} ± {spread:.2f}",
@@ -92,6 +94,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         peak if row["peak_rss_of"] == "row" else f"{peak} (process)",
         str(row["cache"]),
     )
+
+
+def _prefetch(row: Row) -> str:
+    if not _number(row["prefetches_per_token"]):
+        return str(row["prefetch"])
+    used = f"{_number(row['prefetch_hit_rate']):.0%} used"
+    size = format_bytes(_number(row["prefetched_bytes_per_token"]))
+    return f"{row['prefetch']} ({used}, {size}/token)"
 
 
 def _number(value: object) -> float:

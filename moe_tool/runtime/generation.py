@@ -75,6 +75,12 @@ class RunResult:
     stall_seconds: float
     substitutions: int
     drops: int
+    prefetch: str
+    prefetches: int
+    """Experts that the store was told to expect while decoding"""
+    prefetch_hits: int
+    """Those of them that the next layer wanted"""
+    prefetched_bytes: int
     prompt_hits: int
     prompt_misses: int
     prompt_bytes_read: int
@@ -299,6 +305,10 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         stall_seconds=decode.stall_seconds,
         substitutions=decode.substitutions,
         drops=decode.drops,
+        prefetch=session.options.prefetch,
+        prefetches=decode.prefetches,
+        prefetch_hits=decode.prefetch_hits,
+        prefetched_bytes=decode.prefetched_bytes,
         prompt_hits=prompt.hits,
         prompt_misses=prompt.misses,
         prompt_bytes_read=prompt.bytes_read,

@@ -107,12 +107,43 @@ def test_every_format_says_the_same(report: BenchReport) -> None:
     assert len(table[0]["tokens_per_second_all"].split(";")) == 2
     head, rule, *lines = markdown_rows(rows).splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == (
-        ["model", "size", "params", "bits", "budget", "policy", "threads", "test", "tokens/s"]
-        + ["hit rate", "bytes/token", "stall share", "peak RSS", "cache"]
+        ["model", "size", "params", "bits", "budget", "policy", "prefetch", "threads", "test"]
+        + ["tokens/s", "hit rate", "bytes/token", "stall share", "peak RSS", "cache"]
     )
     assert len(lines) == len(rows)
     assert {len(line) for line in (head, rule, *lines)} == {len(head)}
     assert "±" in lines[0]
+
+
+def test_rows_with_and_without_prefetch_stand_side_by_side(bundle: Path) -> None:
+    options = BenchOptions(
+        prompt_tokens=(16,),
+        generate=(12,),
+        memory=("50%",),
+        prefetch=("none", "next-layer"),
+        threads=(1,),
+        repetitions=2,
+    )
+    rows = bench(bundle, options).rows
+    assert [(row.prefetch, row.test) for row in rows] == [
+        (prefetch, test) for prefetch in ("none", "next-layer") for test in ("pp16", "tg12")
+    ]
+    plain, ahead = rows[1], rows[3]
+    assert plain.prefetches_per_token == plain.prefetched_bytes_per_token == 0
+    assert rows[2].prefetches_per_token == 0  # a prompt
+    with BundleReader.open(bundle) as reader:
+        record = reader.manifest.record_size_bytes
+        accesses = len(reader.manifest.shape.layers) * reader.manifest.shape.top_k
+    # hits and misses are of the same 24 tokens
+    used = ahead.prefetches_per_token * ahead.prefetch_hit_rate
+    assert 0 < used <= ahead.prefetches_per_token
+    assert used * record <= ahead.prefetched_bytes_per_token
+    misses = (1 - ahead.hit_rate) * accesses
+    demanded = ahead.bytes_per_token - ahead.prefetched_bytes_per_token
+    assert demanded == pytest.approx(misses * record)
+    lines = markdown_rows([asdict(row) for row in rows]).splitlines()
+    assert "| none " in lines[3]
+    assert f"| next-layer ({ahead.prefetch_hit_rate:.0%} used, " in lines[5]
 
 
 def test_a_cold_run_reads_what_a_warm_one_has(bundle: Path) -> None:
@@ -175,6 +206,8 @@ def test_a_bundle_of_a_tiny_model_without_a_tokenizer_runs(
         (["--policy", "exact,magic"], 2, "magic"),
         (["--policy", "exact,buddy"], 2, "buddies"),
         (["--memory", "50%,"], 2, "empty"),
+        (["--prefetch", "none,magic"], 2, "--prefetch magic"),
+        (["--policy", "drop", "--no-gates", "--prefetch", "next-layer"], 2, "frozen"),
         (["--threads", "0"], 2, "--threads 0"),
     ],
 )

@@ -26,6 +26,10 @@ RUN = {
     "substitutions",
     "memory_budget_bytes",
     "policy",
+    "prefetch",
+    "prefetches",
+    "prefetch_hits",
+    "prefetched_bytes",
 }
 EVALUATE = {
     "tokens",
@@ -91,6 +95,17 @@ def test_without_json_stdout_is_the_text_alone(pipeline: Pipeline) -> None:
     assert done.code == 0
     assert done.stdout == pipeline.run.fields["text"] + "\n"
     assert "tokens/s" in done.stderr and "hit rate" in done.stderr
+
+
+def test_reading_ahead_changes_the_account_and_not_the_text(pipeline: Pipeline) -> None:
+    command = ("run", "bundle", "--prompt", "the list", "--max-tokens", "8", "--memory", "40%")
+    done = moe_tool(*command, "--prefetch", "next-layer", "--json", folder=pipeline.folder)
+    assert done.fields["text"] == pipeline.run.fields["text"]
+    assert done.fields["prefetch"] == "next-layer"
+    assert done.fields["prefetches"] >= done.fields["prefetch_hits"] > 0
+    used = f"{done.fields['prefetches']} prefetches ({done.fields['prefetch_hits']} used, "
+    assert used in done.stderr
+    assert pipeline.run.fields["prefetch"] == "none" and "prefetches" not in pipeline.run.stderr
 
 
 def test_a_prompt_from_stdin_or_a_file_is_the_same_prompt(pipeline: Pipeline) -> None:
