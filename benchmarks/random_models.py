@@ -6,6 +6,7 @@ that a benchmark is given.
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,9 @@ def exit_with_hint(message: str, hint: str) -> None:
 
 
 def _run(command: list[str]) -> None:
-    print("making:", " ".join(command), file=sys.stderr)
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        print(f"error: {command[1]} failed, see above", file=sys.stderr)
+    print("making:", shlex.join(command), file=sys.stderr)
+    # Threads that wait for each other over tensors this small take longer than one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if subprocess.run(command, stdout=sys.stderr, env=environment).returncode:
+        print(f"error: {shlex.join(command[1:4])} failed, see above", file=sys.stderr)
         raise SystemExit(3)
