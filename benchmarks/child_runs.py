@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_tool.errors import BudgetError
+
 _PEAK = re.compile(r"peak memory under limit \S+: (\d+) bytes")
 _SIGNAL_BASE = 128
 """A shell's exit code for a program that a signal ended is this plus the signal"""
@@ -72,6 +74,8 @@ def run_program(
         return Outcome(fields=json.loads(out.strip().splitlines()[-1]), peak_bytes=peak_bytes)
     if code in (-signal.SIGKILL, _SIGNAL_BASE + signal.SIGKILL):
         return Outcome(failure="killed", peak_bytes=peak_bytes)
+    if code == BudgetError.exit_code:
+        return Outcome(failure="does not fit", peak_bytes=peak_bytes)
     print("\n".join(err.strip().splitlines()[-_SHOWN_LINES:]), file=sys.stderr)
     return Outcome(failure=f"exit {code}", peak_bytes=peak_bytes)
 

@@ -11,6 +11,7 @@ same ids; `moe-tool bench` takes text. Tokens come one at a time, or --at-once o
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.errors import MoeToolError
 from moe_tool.runtime.session import RunOptions, Session, open_session
 
 _TOUCHING_TOKENS = 256
@@ -95,4 +97,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MoeToolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error

@@ -10,6 +10,7 @@ the chunk that `run` takes; others show what another size would give.
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.errors import MoeToolError
 from moe_tool.runtime.session import RunOptions, Session, open_session
 from moe_tool.runtime.working_set import prefill_chunk
 
@@ -67,4 +69,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MoeToolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error

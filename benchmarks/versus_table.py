@@ -113,9 +113,9 @@ def _stall(results: Results, name: str, run: str) -> list[str]:
     ratio = statistics.median(ratios) if ratios else None
     return [
         f"  stalled / missed bytes at the disk's speed ({run}), ms per token",
-        str(spread_of(stalls)) if stalls else "none finished",
+        str(spread_of(stalls)) if stalls else _cell(results, run, _rate),
         str(spread_of(floors)) if floors else "",
-        str(spread_of(ratios)) if ratios else "nothing missed",
+        str(spread_of(ratios)) if ratios else "nothing missed" if stalls else "",
         f"<= {_STALL_TARGET}",
         _met(ratio is not None and ratio <= _STALL_TARGET),
     ]
