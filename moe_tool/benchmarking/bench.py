@@ -171,7 +171,7 @@ def bench(
                     policy=policy,
                     residency=residency,
                     prefetch=setting.prefetch,
-                    threads=torch.get_num_threads(),
+                    threads=session.threads.n_threads,
                     test=test.label,
                     n_tokens=test.n_tokens,
                     depth=test.depth,

@@ -1,7 +1,6 @@
 """A bundle and a memory budget become a model that is ready to generate: the Python API of
 `run`."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +24,11 @@ from moe_tool.models.meta_model import read_config
 from moe_tool.models.skeleton import LayerCall, Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.native.kernels import is_native, set_threads
+from moe_tool.native.kernels import is_native
 from moe_tool.policies.eviction import EVICTION
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
+from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.memory_plan import (
     ExpertRoom,
     MemoryLine,
@@ -69,7 +69,8 @@ class RunOptions:
     seed: int = 0
     """Of policies that draw"""
     threads: int | None = None
-    """Threads of torch; None: all cores but one, which reads experts. Set for the whole process."""
+    """Threads of computation; None: all cores, or all but one where experts have to be read. Set
+    for the whole process."""
     context: int = 4096
     """Positions per sequence, prompt included; capped at what the model was made for"""
     prompt: int | None = None
@@ -90,6 +91,7 @@ class Session:
     tokenizer: Any
     plan: MemoryPlan
     workload: Workload
+    threads: ComputeThreads
     runner: MoeLayerRunner
     prompt_tokens: int | None = None
     """Positions that count as prompt in the forwards to come; None: a forward of one token with a
@@ -145,6 +147,7 @@ class Session:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        torch.set_num_threads(self.threads.n_threads)
         self.runner.store.close()
 
     def __enter__(self) -> "Session":
@@ -174,6 +177,7 @@ class Session:
             is_prompt = n_seen < self.prompt_tokens
         self.runner.phase = "prompt" if is_prompt else "decode"
         self.runner.n_sequences = n_sequences
+        self.threads.before_forward(n_sequences * n_new)
         counters = self.runner.stats.phase(self.runner.phase)
         counters.forwards += 1
         counters.tokens += n_sequences * n_new
@@ -207,10 +211,8 @@ def open_session(
     request = parse_memory(options.memory)
     _check(options)
     return_freed_memory()
-    threads = options.threads or max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(threads)
-    set_threads(threads)
     bundle = BundleReader.open(folder)
+    choose_threads(options.threads, bundle.manifest, n_slots=0).begin()
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)
     config = read_config(folder).get_text_config()
@@ -244,6 +246,8 @@ def open_session(
         progress.end()
     _warm_up(skeleton)
     memory = plan(max(0, current_rss_bytes() - loader.held_bytes))
+    threads = choose_threads(options.threads, bundle.manifest, n_slots=memory.n_slots)
+    threads.begin()
     residency: Residency = options.residency or ("cache" if options.policy == EXACT else "frozen")
     prefetcher = choose_prefetcher(options.prefetch, skeleton.layers, residency=residency)
     policy = choose_policy(
@@ -274,6 +278,7 @@ def open_session(
         tokenizer=tokenizer,
         plan=memory,
         workload=workload,
+        threads=threads,
         runner=runner,
     )
     session._hook = skeleton.model.register_forward_pre_hook(
