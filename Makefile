@@ -34,7 +34,7 @@ lint: $(STAMPS)/lint
 # The compiled kernels on buffers of exactly the promised size, under sanitizers.
 fuzz:
 	@mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=alignment \
+	$(CXX) -std=c++17 -O1 -g -w -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=alignment \
 	  -Imoe_tool/native tests/native/fuzz.cpp $(filter-out %/module.cpp,$(wildcard moe_tool/native/*.cpp)) \
 	  -pthread -o build/fuzz
 	build/fuzz $(ROUNDS)

@@ -25,7 +25,7 @@ class BenchOptions:
     policy: tuple[str, ...] = ("exact",)
     prefetch: tuple[str, ...] = ("none",)
     threads: tuple[int | None, ...] = (None,)
-    """None: all cores, or one less where experts have to be read"""
+    """None: as many as a session takes by itself"""
     repetitions: int = 3
     cache: CacheState = "warm"
     gates: bool = True

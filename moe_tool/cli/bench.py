@@ -56,7 +56,7 @@ def bench(
             "--threads",
             metavar="N,...",
             help="Threads of computation.",
-            show_default="all cores; one less where experts are read",
+            show_default="all cores; one less where torch computes",
         ),
     ] = None,
     repetitions: Annotated[

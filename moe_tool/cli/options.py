@@ -101,6 +101,6 @@ ThreadsOption = Annotated[
         min=1,
         max=1024,
         help="Threads of computation.",
-        show_default="all cores; one less where experts are read",
+        show_default="all cores; one less where torch computes",
     ),
 ]

@@ -38,17 +38,17 @@ class ComputeThreads:
             torch.set_num_threads(wanted)
 
 
-def choose_threads(asked: int | None, manifest: BundleManifest, *, n_slots: int) -> ComputeThreads:
-    """Return the threads of a session.
+def choose_threads(asked: int | None, manifest: BundleManifest) -> ComputeThreads:
+    """Return the threads of a session; the memory budget has no say, so that it cannot change a
+    result through them.
 
     Args:
-        asked: `--threads`. None: one for each core, less one that reads experts where not all of
-            them stay in memory.
+        asked: `--threads`. None: one for each core. Where torch computes the experts, whose threads
+            spin while they wait, one less: it is left to the readers.
         manifest: of the bundle.
-        n_slots: expert records in memory.
     """
     n_cores = len(os.sched_getaffinity(0))
-    n_free = n_cores if n_slots >= len(manifest.records) else max(1, n_cores - 1)
     # Matrices of float32 are torch's at any number of tokens.
     kernels_decode = is_native() and manifest.shape.dtype != "float32"
-    return ComputeThreads(n_threads=asked or n_free, kernels_decode=kernels_decode)
+    n_default = n_cores if kernels_decode else max(1, n_cores - 1)
+    return ComputeThreads(n_threads=asked or n_default, kernels_decode=kernels_decode)

@@ -69,8 +69,8 @@ class RunOptions:
     seed: int = 0
     """Of policies that draw"""
     threads: int | None = None
-    """Threads of computation; None: all cores, or all but one where experts have to be read. Set
-    for the whole process."""
+    """Threads of computation; None: all cores, or all but one where torch computes the experts.
+    Set for the whole process."""
     context: int = 4096
     """Positions per sequence, prompt included; capped at what the model was made for"""
     prompt: int | None = None
@@ -212,7 +212,8 @@ def open_session(
     _check(options)
     return_freed_memory()
     bundle = BundleReader.open(folder)
-    choose_threads(options.threads, bundle.manifest, n_slots=0).begin()
+    threads = choose_threads(options.threads, bundle.manifest)
+    threads.begin()
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)
     config = read_config(folder).get_text_config()
@@ -246,8 +247,6 @@ def open_session(
         progress.end()
     _warm_up(skeleton)
     memory = plan(max(0, current_rss_bytes() - loader.held_bytes))
-    threads = choose_threads(options.threads, bundle.manifest, n_slots=memory.n_slots)
-    threads.begin()
     residency: Residency = options.residency or ("cache" if options.policy == EXACT else "frozen")
     prefetcher = choose_prefetcher(options.prefetch, skeleton.layers, residency=residency)
     policy = choose_policy(

@@ -40,19 +40,20 @@ def test_torch_keeps_its_threads_where_it_computes_itself():
 
 def test_float32_matrices_and_missing_kernels_are_torchs(monkeypatch):
     monkeypatch.setattr(compute_threads, "is_native", lambda: True)
-    assert choose_threads(2, made_manifest("bfloat16"), n_slots=8).kernels_decode
-    assert not choose_threads(2, made_manifest("float32"), n_slots=8).kernels_decode
+    assert choose_threads(2, made_manifest("bfloat16")).kernels_decode
+    assert not choose_threads(2, made_manifest("float32")).kernels_decode
     monkeypatch.setattr(compute_threads, "is_native", lambda: False)
-    assert not choose_threads(2, made_manifest("bfloat16"), n_slots=8).kernels_decode
+    assert not choose_threads(2, made_manifest("bfloat16")).kernels_decode
 
 
-def test_a_core_is_left_to_the_readers_only_where_they_read(monkeypatch):
+def test_a_core_is_left_to_the_readers_where_torch_computes(monkeypatch):
+    monkeypatch.setattr(compute_threads, "is_native", lambda: True)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
-    assert choose_threads(None, made_manifest(), n_slots=7).n_threads == 5
-    assert choose_threads(None, made_manifest(), n_slots=8).n_threads == 6
-    assert choose_threads(4, made_manifest(), n_slots=7).n_threads == 4
+    assert choose_threads(None, made_manifest("bfloat16")).n_threads == 6
+    assert choose_threads(None, made_manifest("float32")).n_threads == 5
+    assert choose_threads(4, made_manifest("float32")).n_threads == 4
 
 
 def test_one_core_is_enough(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
-    assert choose_threads(None, made_manifest(), n_slots=1).n_threads == 1
+    assert choose_threads(None, made_manifest("float32")).n_threads == 1
