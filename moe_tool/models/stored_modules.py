@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_tool.experts.linear import linear
+from moe_tool.experts.linear import computes_natively, linear
+from moe_tool.native.kernels import NativeLinear
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
@@ -27,6 +28,8 @@ class StoredLinear(nn.Module):
         self.out_features, self.in_features = stored.shape
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
+        self._native: NativeLinear | None = None
+        self._native_of: tuple[StoredWeight, nn.Parameter | None] | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -35,9 +38,23 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return float32 [..., out] of [..., in]."""
-        bias = None if self.bias is None else FloatWeight(values=self.bias)
         rows = x.reshape(-1, self.in_features).to(torch.float32)
-        return linear(rows, self.stored, bias).view(*x.shape[:-1], self.out_features)
+        if computes_natively(self.stored, rows.shape[0]):
+            out = self._described().forward(rows)
+        else:
+            bias = None if self.bias is None else FloatWeight(values=self.bias)
+            out = linear(rows, self.stored, bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _described(self) -> NativeLinear:
+        """The weight as the kernels read it, made once: describing costs as much as a small
+        product."""
+        bias = self._parameters["bias"]
+        made, of = self._native, self._native_of
+        if made is None or of is None or of[0] is not self.stored or of[1] is not bias:
+            made = NativeLinear(self.stored, None if bias is None else FloatWeight(values=bias))
+            self._native, self._native_of = made, (self.stored, bias)
+        return made
 
 
 class StoredEmbedding(nn.Module):

@@ -95,12 +95,32 @@ def native_linear(
     x: torch.Tensor, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None
 ) -> torch.Tensor:
     """Return x @ weight.T + bias in float32, [n, out]; x is [n, in] float32."""
-    described = _Described(weight, bias)
-    x = _checked(x, weight.shape[1])
-    out = torch.empty(x.shape[0], weight.shape[0])
-    if x.shape[0]:
-        _compiled.linear(described.packed, x.data_ptr(), x.shape[0], out.data_ptr())
-    return out
+    return NativeLinear(weight, bias).forward(x)
+
+
+class NativeLinear:
+    """A weight described once for the compiled side, as `NativeExpert` describes two."""
+
+    __slots__ = ("_described", "_n_inputs", "_n_outputs")
+
+    def __init__(self, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None) -> None:
+        """Check and describe the weight.
+
+        Raises:
+            ValueError: its planes, scales or bias do not fit its shape.
+        """
+        self._described = _Described(weight, bias)
+        self._n_outputs, self._n_inputs = weight.shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ weight.T + bias in float32, [n, out]; x is [n, in] float32."""
+        x = _checked(x, self._n_inputs)
+        n_tokens = x.shape[0]
+        out = torch.empty(n_tokens, self._n_outputs)
+        if n_tokens:
+            self._described.refresh()
+            _compiled.linear(self._described.packed, x.data_ptr(), n_tokens, out.data_ptr())
+        return out
 
 
 def native_expert(

@@ -55,3 +55,16 @@ def test_a_weight_that_somebody_looks_at_is_expanded() -> None:
     table = drawn(11, 6).half()
     assert torch.equal(StoredEmbedding(FloatWeight(values=table)).weight, table.float())
     assert not list(StoredLinear(weight).parameters())
+
+
+def test_a_weight_or_bias_that_is_replaced_is_the_one_that_computes():
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    first, second = (
+        FloatWeight(values=torch.full((4, 32), value, dtype=torch.bfloat16)) for value in (1.0, 2.0)
+    )
+    module = StoredLinear(first)
+    once = module(x)
+    module.stored = second
+    assert torch.equal(module(x), 2 * once)
+    module.bias = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+    assert torch.equal(module(x), 2 * once + 1)
