@@ -18,7 +18,8 @@ def round_trip_tokens(x: torch.Tensor, group: int) -> torch.Tensor:
     n_groups = -(-n_inputs // group)
     groups = F.pad(x, (0, -n_inputs % group)).view(n_tokens, n_groups, group)
     largest = groups.abs().amax(dim=-1, keepdim=True)
-    inverse = 127.0 / largest
+    # A number over a tensor is the reciprocal times the number to torch, which rounds twice.
+    inverse = torch.full_like(largest, 127.0) / largest
     usable = torch.isfinite(largest) & torch.isfinite(inverse)
     codes = torch.where(usable, (groups * inverse).round(), 0.0)
     scales = torch.where(usable, largest / 127.0, 0.0)
