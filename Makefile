@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 WORKERS ?= 2
 ROUNDS ?= 300
 
-.PHONY: help demo test test-quick test-slow lint fuzz docs clean
+.PHONY: help demo test test-quick test-slow test-torch lint fuzz docs clean
 
 help:
 	@sed -n '/^#/!q;s/^# //p' Makefile
@@ -26,6 +26,10 @@ test-quick: $(STAMPS)/test
 
 test-slow: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+# Exactness must not hang on the compiled kernels: the same tests with torch's products.
+test-torch: $(STAMPS)/test
+	OMP_NUM_THREADS=1 MOE_TOOL_KERNELS=torch $(BIN)/python -m pytest -q -n $(WORKERS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
