@@ -30,7 +30,7 @@ def linear(
     """Return x @ weight.T + bias in float32.
 
     A float32 weight goes to `F.linear` as it is, so the result is that of the ordinary model bit
-    for bit. Products with integer weights do not depend on the number of threads or of tokens.
+    for bit. The kernels' products do not depend on the number of threads or of tokens; torch's may.
 
     Args:
         x: [n, in] float32.
