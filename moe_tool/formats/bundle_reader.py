@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,9 +18,12 @@ from moe_tool.formats.expert_record import RecordLayout, record_layout, require_
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
-from moe_tool.formats.record_files import GoOn, RecordFiles
+from moe_tool.formats.record_files import RecordFiles
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 from moe_tool.progress import SILENT, Progress
+
+GoOn = Callable[[int], bool]
+"""Told after every piece of a record how many bytes it had; False gives the read up."""
 
 _HASH_BLOCK_BYTES = 16 * 2**20
 # What a loader of models or tokenizers may pick up by its name alone.
@@ -146,8 +149,15 @@ class BundleReader:
         """
         entry = self._entries[layer, expert]
         where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
+        # Hashed piece by piece: while one reader does so, the disk works for another.
+        digest = xxhash.xxh3_64()
+
+        def look_at(piece: memoryview) -> bool:
+            digest.update(piece)
+            return go_on is None or go_on(len(piece))
+
         try:
-            count = self._files.read_into(entry.file, entry.offset, out, go_on=go_on)
+            count = self._files.read_into(entry.file, entry.offset, out, on_piece=look_at)
             if count is None:
                 return
             has_changed = self._files.has_changed(entry.file)
@@ -165,7 +175,7 @@ class BundleReader:
                 f"{where}: the file was changed after the bundle was opened",
                 hint="run the command again, and leave the bundle alone while it runs",
             )
-        if xxhash.xxh3_64_hexdigest(out.numpy().data) != entry.xxh3:
+        if digest.hexdigest() != entry.xxh3:
             raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=_REPACK)
         try:
             require_finite_scales(self.layout, out)

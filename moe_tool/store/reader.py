@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from moe_tool.formats.record_files import GoOn
+from moe_tool.formats.bundle_reader import GoOn
 
 ExpertKey = tuple[int, int]
 """(layer, expert)"""
@@ -21,7 +21,7 @@ class Read(Protocol):
     def __call__(
         self, layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None
     ) -> object:
-        """Fill `out`, uint8 [record size], or raise; in one read unless `go_on` has to be asked."""
+        """Fill `out`, uint8 [record size], or raise; `go_on` is asked after each piece."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

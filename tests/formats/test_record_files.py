@@ -173,7 +173,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_a_read_that_may_be_given_up_comes_in_pieces(
+def test_a_read_shows_its_pieces(
     files: RecordFiles, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if direct:
@@ -181,13 +181,13 @@ def test_a_read_that_may_be_given_up_comes_in_pieces(
     monkeypatch.setattr(record_files, "PIECE_BYTES", 2 * BLOCK)
     out, told = _memory(3 * BLOCK, shift=0), []
 
-    def go_on(n_bytes: int) -> bool:
-        told.append(n_bytes)
+    def on_piece(piece: memoryview) -> bool:
+        told.append(bytes(piece))
         return True
 
-    assert files.read_into(NAME, 0, out, go_on=go_on) == 3 * BLOCK
+    assert files.read_into(NAME, 0, out, on_piece=on_piece) == 3 * BLOCK
     assert bytes(out.numpy()) == CONTENT[: 3 * BLOCK]
-    assert told == [2 * BLOCK, BLOCK]
+    assert told == [CONTENT[: 2 * BLOCK], CONTENT[2 * BLOCK : 3 * BLOCK]]
 
 
 def test_a_read_that_is_given_up_reads_no_other_piece(
@@ -195,13 +195,13 @@ def test_a_read_that_is_given_up_reads_no_other_piece(
 ) -> None:
     monkeypatch.setattr(record_files, "PIECE_BYTES", BLOCK)
     out = _memory(3 * BLOCK, shift=0)
-    assert files.read_into(NAME, 0, out, go_on=lambda n_bytes: False) is None
+    assert files.read_into(NAME, 0, out, on_piece=lambda piece: False) is None
     assert bytes(out.numpy()) == CONTENT[:BLOCK] + bytes([0xEE]) * 2 * BLOCK
 
 
-def test_the_end_of_the_file_is_told_in_pieces_too(
+def test_the_end_of_the_file_is_found_in_pieces_too(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record_files, "PIECE_BYTES", BLOCK)
     out = _memory(3 * BLOCK, shift=0)
-    assert files.read_into(NAME, 2 * BLOCK, out, go_on=lambda n_bytes: True) == BLOCK + 3
+    assert files.read_into(NAME, 2 * BLOCK, out, on_piece=lambda piece: True) == BLOCK + 3
