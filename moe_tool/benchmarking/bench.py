@@ -25,7 +25,7 @@ from moe_tool.benchmarking.peak_memory import reset_peak_rss
 from moe_tool.benchmarking.speed_run import Sample, run_test
 from moe_tool.errors import NotFoundError
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.models.meta_model import read_config
+from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency

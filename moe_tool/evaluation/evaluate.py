@@ -30,7 +30,7 @@ from moe_tool.evaluation.stepwise import (
 )
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
-from moe_tool.models.meta_model import read_config
+from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency

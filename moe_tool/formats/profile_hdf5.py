@@ -22,6 +22,7 @@ from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
 from moe_tool.artifacts.schema import FrozenModel
+from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.hostile_hdf5 import (
@@ -71,6 +72,8 @@ class ProfileHeader(FrozenModel):
     seq_len: int
     holdout: float
     tool_version: str
+    skeleton: SkeletonFacts | None = None
+    """None in profiles that were recorded before there were any"""
 
 
 def write_layer_part(

@@ -59,6 +59,10 @@ class SkeletonSource:
         for parameter, source in group.made_as.items():
             yield parameter, made[source]
 
+    def group_names(self, group: LinearGroup) -> list[str]:
+        """Return the on-disk names of the tensors that make a group."""
+        return [piece.name for piece in self._map.skeleton[group.target]]
+
     def _sort(self, model: PreTrainedModel) -> list[str]:
         makes = {target: self._map.made_shapes(target) for target in self._map.skeleton}
         present = {name for made in makes.values() for name in made}

@@ -28,6 +28,7 @@ from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.full_hash import FullHash
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.locate import LocatedModel
+from moe_tool.models.skeleton_facts import skeleton_facts
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
 from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
 from moe_tool.profiling.hidden_states import HiddenStates
@@ -134,6 +135,7 @@ def record_profile(
             seq_len=sequences.ids.shape[1],
             holdout=holdout,
             tool_version=__version__,
+            skeleton=skeleton_facts(opened, model.folder),
         )
         parts = _PartsFolder(out)
         parts.open(header, sequences, resume=resume)

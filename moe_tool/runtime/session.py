@@ -20,7 +20,7 @@ from moe_tool.available_memory import (
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.kv_cache import new_kv_cache
-from moe_tool.models.meta_model import read_config
+from moe_tool.models.model_config import read_config
 from moe_tool.models.skeleton import LayerCall, Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer

@@ -1,6 +1,7 @@
 """Profiles: what was measured comes back, the same input gives the same bytes."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import h5py
@@ -9,9 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moe_tool.artifacts.skeleton_facts import LinearCount, SkeletonFacts
 from moe_tool.errors import CorruptArtifactError, DiskFullError
-from moe_tool.formats.profile_hdf5 import ProfileReader, read_layer_part, write_layer_part
+from moe_tool.formats.profile_hdf5 import (
+    ProfileReader,
+    read_layer_part,
+    write_layer_part,
+    write_profile,
+)
 from tests.formats import samples
+from tests.formats.hostile.damage import hdf5_changed
 
 
 def same(found, wanted) -> bool:
@@ -115,3 +123,40 @@ def test_a_part_of_another_layer_is_refused(tmp_path: Path) -> None:
     write_layer_part(tmp_path / "part.h5", 5, samples.trace(1), samples.statistics())
     with pytest.raises(CorruptArtifactError, match="layers/6 is missing"):
         read_layer_part(tmp_path / "part.h5", 6)
+
+
+def test_a_profile_from_before_there_were_skeleton_facts_opens(tmp_path: Path) -> None:
+    path = samples.make_profile(tmp_path / "p.h5")
+
+    def forget(file: h5py.File) -> None:
+        header = json.loads(file.attrs["header"])
+        assert header.pop("skeleton") is None
+        file.attrs["header"] = json.dumps(header)
+
+    hdf5_changed(forget)(path)
+    with ProfileReader.open(path) as reader:
+        assert reader.header == samples.header()
+
+
+def test_skeleton_facts_come_back_with_the_longest_config_there_may_be(tmp_path: Path) -> None:
+    """A header of a megabyte: far beyond what HDF5 keeps beside an object."""
+    facts = SkeletonFacts(
+        native_bytes=100,
+        linear_native_bytes=64,
+        largest_tensor_bytes=64,
+        linears=(LinearCount(n_outputs=4, n_inputs=4, count=2),),
+        tied_head_weights=16,
+        config_json='"' * 2**20,
+    )
+    header = samples.header().model_copy(update={"skeleton": facts})
+    parts = {}
+    for position, layer in enumerate(samples.LAYERS):
+        parts[layer] = tmp_path / f"{layer}.part.h5"
+        trace = samples.trace(len(samples.LAYERS) - 1 - position, layer)
+        write_layer_part(parts[layer], layer, trace, samples.statistics(layer))
+    sensitivities = dict.fromkeys(samples.LAYERS, 0.5)
+    write_profile(
+        tmp_path / "p.h5", header, samples.tokens(), parts, sensitivities, sensitivity_n_tokens=8
+    )
+    with ProfileReader.open(tmp_path / "p.h5") as reader:
+        assert reader.header.skeleton == facts

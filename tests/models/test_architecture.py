@@ -22,7 +22,8 @@ from moe_tool.errors import (
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import identity_tensor_names, open_model, read_shape
 from moe_tool.models.locate import LocatedModel
-from moe_tool.models.meta_model import build_meta_model, read_config
+from moe_tool.models.meta_model import build_meta_model
+from moe_tool.models.model_config import read_config
 from moe_tool.models.moe_layers import SUPPORTED
 from tests.tiny_models import TINY
 

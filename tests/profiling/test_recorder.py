@@ -1,6 +1,7 @@
 """A profile says what the model did: routing, resumption, one read of everything, files or memory
 alike."""
 
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel
+from moe_tool.models.model_config import config_from_json, read_config
 from moe_tool.models.moe_layers import find_moe_layers
 from moe_tool.profiling import recorder
 from moe_tool.profiling.hidden_states import HiddenStates
@@ -243,3 +246,20 @@ def test_too_small_budget_is_refused_with_one_that_works(
     assert refused.value.hint is not None
     nearest = int(refused.value.hint.split("--memory ")[1].split("MiB")[0])
     record(folder, tmp_path / "p.h5", memory_bytes=nearest * 2**20)
+
+
+def test_the_header_says_what_the_skeleton_is(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("granitemoe")
+    record(folder, tmp_path / "p.h5")
+    with ProfileReader.open(tmp_path / "p.h5") as reader:
+        facts = reader.header.skeleton
+    assert facts is not None
+    stored = load_file(folder / "model.safetensors")
+    # Its experts are stacked under block_sparse_moe.input_linear and output_linear.
+    native = [
+        tensor.nbytes for name, tensor in stored.items() if not re.search(r"(in|out)put_lin", name)
+    ]
+    assert facts.native_bytes == sum(native)
+    assert config_from_json(facts.config_json).to_dict() == read_config(folder).to_dict()

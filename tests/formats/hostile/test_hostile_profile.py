@@ -1,5 +1,6 @@
 """Damaged and forged profiles are refused by name, and left alone."""
 
+import json
 from pathlib import Path
 
 import h5py
@@ -43,6 +44,21 @@ def put(name, value, **how):
 def set_attribute(name, value):
     def change(file: h5py.File) -> None:
         file.attrs[name] = value
+
+    return change
+
+
+def skeleton_of(linear_native_bytes):
+    def change(file: h5py.File) -> None:
+        facts = {
+            "native_bytes": 10,
+            "linear_native_bytes": linear_native_bytes,
+            "largest_tensor_bytes": 1,
+            "linears": [],
+            "tied_head_weights": 0,
+            "config_json": "{}",
+        }
+        file.attrs["header"] = json.dumps(json.loads(file.attrs["header"]) | {"skeleton": facts})
 
     return change
 
@@ -138,6 +154,8 @@ def read_everything(path: Path) -> None:
     forged("header no JSON", set_attribute("header", "{"), "damaged"),
     forged("header nested", set_attribute("header", "[" * 30000), "nest"),
     forged("header of another shape", set_attribute("header", '{"seed": 0}'), "header: identity"),
+    forged("a part of the skeleton above all of it", skeleton_of(10**9), "skeleton: a part"),
+    forged("a skeleton below zero", skeleton_of(-1), "linear_native_bytes"),
     forged("header with a key twice", set_attribute("header", '{"a":1,"a":2}'), "twice"),
     forged("domains no list", set_attribute("domains", '"words"'), "domains"),
     forged("domains of a third party", set_attribute("domains", '["a","b"]'), "domain_load"),

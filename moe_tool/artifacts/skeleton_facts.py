@@ -1,0 +1,84 @@
+"""What a planner has to know of a model beside its experts, without the checkpoint at hand."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from moe_tool.artifacts.moe_shape import Count
+from moe_tool.artifacts.schema import FrozenModel
+
+_SizeBytes = Annotated[int, Field(ge=0, le=2**50)]
+_MAX_CONFIG_CHARACTERS = 2**20
+# A matrix of codes is stored in whole tiles: quantization/bit_packing.py.
+_TILE_OUTPUTS = 16
+_TILE_INPUTS = 32
+_SCALE_BYTES = 2
+_WIDTH_BITS = {"8": 8, "4": 4}
+
+
+class LinearCount(FrozenModel):
+    """Matrices of one shape."""
+
+    n_outputs: Count
+    n_inputs: Count
+    count: Count
+    """How many there are"""
+
+    @property
+    def n_weights(self) -> int:
+        """Scalars in all of them."""
+        return self.count * self.n_outputs * self.n_inputs
+
+    def stored_bytes(self, width_bits: int, group: int) -> int:
+        """Return what all of them take as codes, with a float16 scale per group and row."""
+        n_outputs = _up_to(self.n_outputs, _TILE_OUTPUTS)
+        code_bytes = n_outputs * _up_to(self.n_inputs, _TILE_INPUTS) * width_bits // 8
+        scale_bytes = n_outputs * -(-self.n_inputs // group) * _SCALE_BYTES
+        return self.count * (code_bytes + scale_bytes)
+
+
+class SkeletonFacts(FrozenModel):
+    """The skeleton of one checkpoint in numbers."""
+
+    native_bytes: _SizeBytes
+    """Every tensor that is not a routed expert's, as the checkpoint stores it"""
+    linear_native_bytes: _SizeBytes
+    """Those of them that are not stored any more where matrices are stored as codes"""
+    largest_tensor_bytes: _SizeBytes
+    """The largest of all of them"""
+    linears: Annotated[tuple[LinearCount, ...], Field(max_length=2**16)]
+    """Every matrix that may be stored as codes, by shape, ascending"""
+    tied_head_weights: _SizeBytes
+    """Scalars of those among them whose floats stay: a head that is tied to the embedding gets
+    codes beside the table"""
+    config_json: Annotated[str, Field(max_length=_MAX_CONFIG_CHARACTERS)]
+    """config.json on one line, for models.model_config.config_from_json; mere data until then"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SkeletonFacts":
+        if max(self.linear_native_bytes, self.largest_tensor_bytes) > self.native_bytes:
+            raise ValueError("a part of the skeleton is larger than all of it")
+        if self.tied_head_weights > sum(linear.n_weights for linear in self.linears):
+            raise ValueError("the tied head is larger than all matrices")
+        return self
+
+    @property
+    def linear_weights(self) -> int:
+        """Scalars of the matrices that codes stand in for, the copy of a tied head not counted."""
+        return sum(linear.n_weights for linear in self.linears) - self.tied_head_weights
+
+    def stored_bytes(self, bits: Literal["native", "8", "4"], group: int = 64) -> int:
+        """Return the bytes of the skeleton's tensors in a bundle of `pack --skeleton-bits`.
+
+        Args:
+            bits: of the matrices in `linears`; everything else keeps the checkpoint's dtype.
+            group: inputs of a row that share a scale.
+        """
+        if bits == "native":
+            return self.native_bytes
+        codes = sum(linear.stored_bytes(_WIDTH_BITS[bits], group) for linear in self.linears)
+        return self.native_bytes - self.linear_native_bytes + codes
+
+
+def _up_to(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

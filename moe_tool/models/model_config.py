@@ -1,0 +1,166 @@
+"""A configuration of a model, from config.json or from a copy of it in an artifact."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
+from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.models.moe_layers import unsupported
+
+_MAX_CONFIG_BYTES = 4 * 2**20
+# Twenty times more than any model has; building modules for a damaged number would take hours.
+_MAX_LAYERS = 4096
+_COUNTS = (
+    "max_position_embeddings",
+    "sliding_window",
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_local_experts",
+)
+_NEVER_USED = ("auto_map", "num_labels", "id2label", "label2id")
+"""Code is never run, and labels are not for language models"""
+_HINT = "download the checkpoint again"
+_RECORD_AGAIN = "record the profile again with moe-tool profile"
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Read config.json of a causal language model; code that it names is never executed.
+
+    Raises:
+        NotFoundError: the folder has no config.json.
+        CorruptArtifactError: it is not the configuration of a model.
+        UnsupportedModelError: transformers has no causal language model of this type, or the
+            weights are quantized.
+    """
+    path = folder / "config.json"
+    return _config_of(path, _read_json(path), _HINT)
+
+
+def read_config_text(folder: Path) -> str:
+    """Return what config.json says as one line of JSON, for `config_from_json`.
+
+    Labels and the names of a model's own Python code are left out: neither is ever used.
+
+    Raises:
+        NotFoundError, CorruptArtifactError: as `read_config`.
+    """
+    path = folder / "config.json"
+    raw = _read_json(path)
+    for key in _NEVER_USED:
+        raw.pop(key, None)
+    try:
+        return json.dumps(raw, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:  # 1e999 is read as infinity
+        raise CorruptArtifactError(f"{path}: {error}", hint=_HINT) from error
+
+
+def config_from_json(text: str, source: Path = Path("config.json")) -> PreTrainedConfig:
+    """Return `read_config(folder).get_text_config()` from what `read_config_text(folder)` gave.
+
+    Args:
+        text: from an artifact, as hostile as the file was; code that it names is never executed.
+        source: the artifact, named in errors.
+
+    Raises:
+        CorruptArtifactError, UnsupportedModelError: as `read_config`.
+    """
+    raw = parse_json_object(source, text.encode(errors="replace"), remedy=_RECORD_AGAIN)
+    config = _config_of(source, raw, _RECORD_AGAIN)
+    try:
+        text_config: PreTrainedConfig = config.get_text_config()
+    except Exception as error:  # whatever a damaged part of it runs into
+        raise bad_config(source, error, _RECORD_AGAIN) from error
+    return text_config
+
+
+def bad_config(path: Path, error: Exception, hint: str = _HINT) -> CorruptArtifactError:
+    """Return the error for a configuration that transformers cannot use."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:2])[:300] or type(error).__name__
+    return CorruptArtifactError(f"{path} does not describe a model: {reason}", hint=hint)
+
+
+def _config_of(path: Path, raw: dict[str, Any], hint: str) -> PreTrainedConfig:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise CorruptArtifactError(
+            f"{path} names no model_type",
+            hint="use the folder of a checkpoint in Hugging Face format",
+        )
+    model_type = model_type[:64]
+    if model_type not in CONFIG_MAPPING:
+        reason = "transformers does not know it"
+        if "auto_map" in raw:
+            reason = "it needs Python code of its own, which is never executed"
+        raise unsupported(model_type, reason)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise unsupported(model_type, "it is not a causal language model")
+    _refuse_quantized(model_type, raw)
+    n_layers = raw.get("num_hidden_layers", 1)
+    if not isinstance(n_layers, int) or not 1 <= n_layers <= _MAX_LAYERS:
+        raise CorruptArtifactError(
+            f"{path}: num_hidden_layers is {str(n_layers)[:32]}, wanted 1 to {_MAX_LAYERS}",
+            hint=hint,
+        )
+    _require_counts(path, raw, hint)
+    for key in _NEVER_USED:
+        raw.pop(key, None)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(raw)
+    except Exception as error:  # each configuration class refuses bad values with errors of its own
+        raise bad_config(path, error, hint) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    hint = "use the folder of a checkpoint in Hugging Face format"
+    if not path.is_file():
+        raise NotFoundError(f"{path.parent} has no config.json", hint=hint)
+    size_bytes = path.stat().st_size
+    if size_bytes > _MAX_CONFIG_BYTES:
+        raise CorruptArtifactError(
+            f"{path} has {size_bytes} bytes, wanted at most {_MAX_CONFIG_BYTES}", hint=hint
+        )
+    try:
+        raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptArtifactError(f"{path} is not JSON: {error}", hint=hint) from error
+    if not isinstance(raw, dict):
+        raise CorruptArtifactError(f"{path} is not a JSON object", hint=hint)
+    return raw
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
+    """Refuse sizes that no model has before modules or masks are built from them."""
+    for key in _COUNTS:
+        value = raw.get(key)
+        is_unused = key == "sliding_window" and raw.get("use_sliding_window") is False
+        if value is None or is_unused:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise CorruptArtifactError(
+                f"{path}: {key} is {str(value)[:32]}, wanted a whole number from 1 on",
+                hint=hint,
+            )
+
+
+def _refuse_quantized(model_type: str, raw: dict[str, Any]) -> None:
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return
+    method = (
+        quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    )
+    raise UnsupportedModelError(
+        f"this {model_type} checkpoint is stored in {str(method)[:32]} format, which is not read",
+        hint="use a float32, bfloat16 or float16 version of the checkpoint",
+    )

@@ -1,0 +1,52 @@
+"""The skeleton of an opened checkpoint in numbers, from its headers alone."""
+
+from collections import Counter
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moe_tool.artifacts.skeleton_facts import LinearCount, SkeletonFacts
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.json_artifact import first_complaint
+from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.model_config import read_config_text
+
+
+def skeleton_facts(opened: OpenedModel, folder: Path) -> SkeletonFacts:
+    """Return the facts of a model; no tensor is read.
+
+    Args:
+        opened: the model.
+        folder: holds its config.json.
+
+    Raises:
+        NotFoundError, CorruptArtifactError: config.json went, or is too large to be one.
+    """
+    tensors, source = opened.checkpoint.tensors, opened.skeleton
+    sizes = {name: tensors[name].size_bytes for name in source.tensor_names}
+    kept = set(source.other_names)
+    found: Counter[tuple[int, int]] = Counter()
+    tied_weights = 0
+    for group in source.groups:
+        stays = any(name in kept for name in source.group_names(group))
+        for parameter in group.made_as:
+            n_outputs, n_inputs = source.shapes[parameter]
+            found[n_outputs, n_inputs] += 1
+            tied_weights += n_outputs * n_inputs if stays else 0
+    try:
+        return SkeletonFacts(
+            native_bytes=sum(sizes.values()),
+            linear_native_bytes=sum(size for name, size in sizes.items() if name not in kept),
+            largest_tensor_bytes=max(sizes.values(), default=0),
+            linears=tuple(
+                LinearCount(n_outputs=n_outputs, n_inputs=n_inputs, count=count)
+                for (n_outputs, n_inputs), count in sorted(found.items())
+            ),
+            tied_head_weights=tied_weights,
+            config_json=read_config_text(folder),
+        )
+    except ValidationError as error:
+        raise CorruptArtifactError(
+            f"{folder / 'config.json'} does not describe a model: {first_complaint(error)}",
+            hint="download the checkpoint again",
+        ) from error
