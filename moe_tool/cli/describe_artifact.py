@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.artifacts.buddy_map import BuddyMap
@@ -10,6 +11,10 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.precision import bits_of
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.progress import Progress
+
+if TYPE_CHECKING:
+    from moe_tool.artifacts.routing_report import RoutingReport
+    from moe_tool.profiling.coverage import LayerCoverage
 
 _PARTIAL_BUNDLE = ".part"
 _PARTIAL_PROFILE = ".parts"
@@ -28,6 +33,10 @@ class Description:
     """What `is_intact` rests on"""
     facts: dict[str, object]
     """In the order in which they are shown"""
+    coverage: tuple["LayerCoverage", ...] = ()
+    """Of a profile, by layer"""
+    routing: "RoutingReport | None" = None
+    """Of a profile"""
 
 
 def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Description:
@@ -50,7 +59,7 @@ def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Descri
     with path.open("rb") as file:
         is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
     if is_hdf5 or path.name.endswith(PROFILE_SUFFIX):
-        return _describe_profile(path, verify=verify, progress=progress)
+        return _describe_profile(path, progress)
     if path.name == "manifest.json":
         return _describe_bundle(path.parent, verify=verify, progress=progress)
     if path.name.endswith((BUDDIES_SUFFIX, ".json")):
@@ -70,18 +79,16 @@ def _describe_folder(path: Path, *, verify: bool, progress: Progress) -> Descrip
     raise _unknown(path)
 
 
-def _describe_profile(path: Path, *, verify: bool, progress: Progress) -> Description:
+def _describe_profile(path: Path, progress: Progress) -> Description:
+    """Its report reads every array, so there is nothing left to verify."""
     from moe_tool.formats.profile_hdf5 import ProfileReader
+    from moe_tool.profiling.coverage import layer_coverages
+    from moe_tool.profiling.routing_report import report_routing
 
     with ProfileReader.open(path) as reader:
         header, tokens = reader.header, reader.tokens
-        if verify:
-            progress.begin("check layers", len(reader.layers), "layers")
-            for layer in reader.layers:
-                reader.trace(layer)
-                reader.statistics(layer)
-                progress.advance()
-            progress.end()
+        coverage = layer_coverages(reader)
+        routing = report_routing(reader, progress)
         facts = (
             _model_facts(header.identity)
             | _shape_facts(header.shape)
@@ -97,8 +104,15 @@ def _describe_profile(path: Path, *, verify: bool, progress: Progress) -> Descri
                 "sha256": reader.sha256,
             }
         )
-    checked = "every array" if verify else "structure"
-    return Description(kind="profile", path=path, is_intact=True, checked=checked, facts=facts)
+    return Description(
+        kind="profile",
+        path=path,
+        is_intact=True,
+        checked="every array",
+        facts=facts,
+        coverage=coverage,
+        routing=routing,
+    )
 
 
 def _describe_buddies(path: Path) -> Description:

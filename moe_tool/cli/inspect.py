@@ -1,5 +1,6 @@
 """`moe-tool inspect`: what a file or folder is, made from what, and whether it is intact."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,15 @@ def inspect(
         output.show(
             f"{found.path}: a {found.kind}, {state} ({found.checked})", facts_table(found.facts)
         )
+        measured: dict[str, object] = {}
+        if found.routing is not None:
+            from moe_tool.cli.show_routing import show_routing
+
+            show_routing(output, found.coverage, found.routing)
+            measured = {
+                "coverage": [asdict(row) for row in found.coverage],
+                "routing": asdict(found.routing),
+            }
         output.result(
             {
                 "kind": found.kind,
@@ -41,6 +51,7 @@ def inspect(
                 "intact": found.is_intact,
                 "checked": found.checked,
                 **found.facts,
+                **measured,
             }
         )
         if not found.is_intact:

@@ -65,9 +65,8 @@ def profile(
         located = locate_model(model, offline=offline, announce=output.say)
         require_sources(sources, offline=offline)
 
-        from moe_tool.profiling.coverage import pin_verdict
+        from moe_tool.cli.show_routing import show_routing
         from moe_tool.profiling.recorder import record_profile
-        from moe_tool.reports.terminal import coverage_table
 
         report = record_profile(
             located,
@@ -82,9 +81,7 @@ def profile(
             offline=offline,
             progress=output.progress,
         )
-        verdicts = [pin_verdict(row) for row in report.coverage]
-        words = [verdict.split(":")[0] for verdict in verdicts]
-        output.show(coverage_table(report.coverage, report.domains, words))
+        show_routing(output, report.coverage, report.routing)
         output.say(
             f"wrote {report.profile}: {format_bytes(report.profile_bytes)}; "
             f"{report.tokens} tokens in {report.seconds:.1f} s "

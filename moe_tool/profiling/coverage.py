@@ -5,13 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics, RoutingCounts
+from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.profiling.hot_set import hottest, share_answered
 
 HOT_SHARE = 0.25
 """The hot set is the hottest quarter of the experts."""
-MIN_GAIN = 0.05
-"""A hot set that answers less than this above what even use would give is not worth a pin."""
-MIN_KEPT = 0.8
-"""A hot set holds up where this share of its gain over even use is there on held-out tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +51,15 @@ class LayerCoverage:
         return self.n_hot / self.n_experts
 
 
+def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
+    """Return the rows of an open profile, one layer's statistics in memory at a time.
+
+    Raises:
+        CorruptArtifactError: a number in it is out of range.
+    """
+    return tuple(layer_coverage(layer, profile.statistics(layer)) for layer in profile.layers)
+
+
 def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
     """Return the row of one layer.
 
@@ -64,7 +71,7 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
     n_experts = len(inside.load)
     hot = hottest(inside.load, n_hot=max(1, int(n_experts * HOT_SHARE)))
     own = hottest(outside.load, n_hot=len(hot))
-    coverage = _share(inside.load, hot)
+    coverage = share_answered(inside.load, hot)
     return LayerCoverage(
         layer=layer,
         n_experts=n_experts,
@@ -77,40 +84,11 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         locality=inside.same_as_previous,
         locality_by_chance=_locality_by_chance(inside),
         coverage=0.0 if coverage is None else coverage,
-        coverage_held_out=_share(outside.load, hot),
-        coverage_held_out_best=_share(outside.load, own),
-        domain_coverage=tuple(_share(load, hot) for load in inside.domain_load),
-        domain_coverage_held_out=tuple(_share(load, hot) for load in outside.domain_load),
+        coverage_held_out=share_answered(outside.load, hot),
+        coverage_held_out_best=share_answered(outside.load, own),
+        domain_coverage=tuple(share_answered(load, hot) for load in inside.domain_load),
+        domain_coverage_held_out=tuple(share_answered(load, hot) for load in outside.domain_load),
         domain_distance=_largest_total_variation(inside.domain_load),
-    )
-
-
-def hottest(load: np.ndarray, *, n_hot: int) -> np.ndarray:
-    """Return the ids of the most used experts, hottest first, ties by lower id.
-
-    Args:
-        load: [E] int64.
-        n_hot: how many, at most E.
-    """
-    return np.argsort(-load, kind="stable")[:n_hot]
-
-
-def pin_verdict(coverage: LayerCoverage) -> str:
-    """Return in one line whether the in-sample hot set is worth pinning, with its figures."""
-    even = coverage.coverage_by_chance
-    held_out = coverage.coverage_held_out
-    if held_out is None:
-        return f"unknown: {coverage.coverage:.1%} in-sample, nothing held out"
-    gain, kept = coverage.coverage - even, held_out - even
-    if gain < MIN_GAIN:
-        verdict = "nothing to pin"
-    elif kept >= MIN_KEPT * gain:
-        verdict = "pin"
-    else:
-        verdict = "do not pin"
-    return (
-        f"{verdict}: hottest {coverage.n_hot} of {coverage.n_experts} answer {held_out:.1%} "
-        f"held-out, {coverage.coverage:.1%} in-sample, {even:.1%} if even"
     )
 
 
@@ -134,12 +112,6 @@ def _locality_by_chance(counts: RoutingCounts) -> float:
         return 0.0
     load = counts.load.astype(np.float64)
     return float((load * load).sum() / uses / counts.n_tokens)
-
-
-def _share(load: np.ndarray, chosen: np.ndarray) -> float | None:
-    """Return the share of [E] loads that falls on the chosen experts, None without loads."""
-    total = load.sum()
-    return float(load[chosen].sum() / total) if total else None
 
 
 def _largest_total_variation(domain_load: np.ndarray) -> float:

@@ -14,13 +14,14 @@ import torch
 
 from moe_tool import __version__
 from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.artifacts.routing_report import RoutingReport
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes, require_free_disk
 from moe_tool.formats.profile_hdf5 import (
     ProfileHeader,
-    read_layer_part,
+    ProfileReader,
     write_layer_part,
     write_profile,
 )
@@ -30,10 +31,11 @@ from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton_facts import skeleton_facts
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
-from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
+from moe_tool.profiling.coverage import LayerCoverage, layer_coverages
 from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_pass import LayerPass, PassPlan
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
+from moe_tool.profiling.routing_report import report_routing
 from moe_tool.profiling.sensitivity import sensitivity, total_divergence
 from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sequences import TokenSequences, build_sequences
@@ -66,6 +68,7 @@ class ProfileReport:
     resumed_at_layer: int | None
     domains: tuple[str, ...]
     coverage: tuple[LayerCoverage, ...]
+    routing: RoutingReport
 
 
 def record_profile(
@@ -151,11 +154,10 @@ def record_profile(
             sensitivities,
             sensitivity_n_tokens=run.n_watched,
         )
-        coverage = tuple(
-            layer_coverage(layer, read_layer_part(parts.layer_file(layer), layer)[1])
-            for layer in opened.shape.layers
-        )
         parts.remove()
+    with ProfileReader.open(out) as profile:
+        coverage = layer_coverages(profile)
+        routing = report_routing(profile, progress)
     seconds = time.perf_counter() - start
     return ProfileReport(
         profile=out,
@@ -173,6 +175,7 @@ def record_profile(
         resumed_at_layer=first_layer or None,
         domains=sequences.domains,
         coverage=coverage,
+        routing=routing,
     )
 
 

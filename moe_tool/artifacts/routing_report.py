@@ -1,0 +1,146 @@
+"""What a profile's traces say of caching and reading ahead: results, by layer and for the model.
+
+A use is a (token, expert) choice. A share is of uses, 0..1, and None where there were no tokens to
+measure it on. Figures of the whole model are means over its MoE layers, unless they say otherwise.
+"""
+
+from dataclasses import dataclass
+
+Shares = tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainPair:
+    """A hot set of one domain, asked of another one."""
+
+    hot_in: str
+    """Whose in-sample loads chose the set"""
+    asked_of: str
+    """Whose held-out uses it has to answer"""
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainTransfer:
+    """How well each domain's hot set answers every domain's held-out uses."""
+
+    shares: tuple[Shares, ...]
+    """[D, D]: the set that is hot in the row's domain, on the uses of the column's"""
+    same_domain: float | None
+    """Mean of the diagonal"""
+    other_domain: float | None
+    """Mean beside the diagonal"""
+    worst: DomainPair | None
+    """The lowest beside the diagonal"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HotSetCoverage:
+    """What the hottest experts in-sample answer."""
+
+    percent: int
+    """Size of the set, of a layer's experts"""
+    n_hot: int
+    """The same in experts, rounded down, at least one"""
+    by_chance: float
+    """Share that a set of this size answers where all experts are used evenly"""
+    in_sample: float | None
+    held_out: float | None
+    """Of the same set"""
+    best_per_sequence: float | None
+    """Mean over held-out sequences of what each one's own best set of this size answers: nothing
+    that is chosen once for a whole prompt does better"""
+    domains: DomainTransfer | None
+    """None with fewer than two domains"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatePrediction:
+    """How well the experts named beforehand are those chosen, on one part of the tokens."""
+
+    n_tokens: int
+    share: float
+    """Of the uses, those whose expert was among the K named"""
+    by_chance: float
+    """What it would be if names and choices were independent draws with the loads they have"""
+    top_1: float
+    """Share of the tokens whose expert with the largest gate weight was among the K named"""
+    top_1_by_chance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextGate:
+    """A layer's router applied to the input of the MoE layer that is `depth` before it."""
+
+    depth: int
+    from_layer: int | None
+    """Decoder-layer index of that earlier layer; None in a mean over layers"""
+    in_sample: GatePrediction | None
+    held_out: GatePrediction | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnionGrowth:
+    """Distinct experts that n consecutive tokens of a sequence touch in a layer, over K."""
+
+    n_tokens: tuple[int, ...]
+    """n"""
+    measured: Shares
+    """By n, mean over all windows of all sequences; not a share: 1..n. None where no sequence has n
+    tokens"""
+    by_chance: tuple[float, ...]
+    """By n, if every token drew its K experts uniformly and on its own"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReuseBin:
+    """Uses whose reuse distance lies from `low` to `high`."""
+
+    low: int
+    high: int
+    uses: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReuseHistogram:
+    """Distinct other experts between two uses of the same one, in the order of decoding.
+
+    An expert cache of c slots that drops the least recently used one answers the uses at a distance
+    below c.
+    """
+
+    uses: int
+    """All of them"""
+    first_uses: int
+    bins: tuple[ReuseBin, ...]
+    """0, 1, 2-3, 4-7, ... up to what the number of experts allows"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRouting:
+    """One MoE layer."""
+
+    layer: int
+    """Decoder-layer index"""
+    hot_sets: tuple[HotSetCoverage, ...]
+    """By size"""
+    next_gate: tuple[NextGate, ...]
+    """By depth: how this layer's choices were foreseen; empty in the first MoE layer"""
+    union_growth: UnionGrowth
+    reuse: ReuseHistogram
+    """Of held-out uses, other experts of this layer counted alone"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingReport:
+    """One profile."""
+
+    domains: tuple[str, ...]
+    hot_sets: tuple[HotSetCoverage, ...]
+    next_gate: tuple[NextGate, ...]
+    union_growth: UnionGrowth
+    reuse: ReuseHistogram
+    """Of held-out uses: one sequence of them through all layers, experts of all layers counted"""
+    reuse_within_layer: ReuseHistogram
+    """Sum over the layers'"""
+    layers: tuple[LayerRouting, ...]

@@ -1,0 +1,71 @@
+"""How well a router that is asked too early names the experts that it chooses in time."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_tool.artifacts.routing_report import GatePrediction, NextGate
+
+
+def gate_prediction(
+    named: np.ndarray, chosen: np.ndarray, weight: np.ndarray, *, n_experts: int
+) -> GatePrediction | None:
+    """Return how well names fit choices, None without tokens.
+
+    Args:
+        named: [T, K] integers below `n_experts`, distinct in each row: named beforehand.
+        chosen: [T, K] likewise: called in the end.
+        weight: [T, K] float, gate weights of `chosen`.
+        n_experts: E.
+    """
+    n_tokens, top_k = chosen.shape
+    if n_tokens == 0:
+        return None
+    first = chosen[np.arange(n_tokens), weight.argmax(axis=1)]  # [T]
+    hits = sum(int(_are_among(chosen[:, slot], named).sum()) for slot in range(top_k))
+    # Chance that an expert is among the names of a token that it has nothing to do with.
+    named_share = np.bincount(named.reshape(-1), minlength=n_experts) / n_tokens  # [E]
+    return GatePrediction(
+        n_tokens=n_tokens,
+        share=hits / chosen.size,
+        by_chance=float(named_share[chosen].mean()),
+        top_1=float(_are_among(first, named).mean()),
+        top_1_by_chance=float(named_share[first].mean()),
+    )
+
+
+def mean_next_gates(layers: Sequence[Sequence[NextGate]]) -> tuple[NextGate, ...]:
+    """Return the mean over layers, by depth; layers that were not foreseen at a depth lack it."""
+    depths = sorted({row.depth for rows in layers for row in rows})
+    means = []
+    for depth in depths:
+        rows = [row for of_layer in layers for row in of_layer if row.depth == depth]
+        means.append(
+            NextGate(
+                depth=depth,
+                from_layer=None,
+                in_sample=_mean([row.in_sample for row in rows]),
+                held_out=_mean([row.held_out for row in rows]),
+            )
+        )
+    return tuple(means)
+
+
+def _are_among(expert: np.ndarray, named: np.ndarray) -> np.ndarray:
+    """[T] bool: whether each token's expert is in its row of [T, K]."""
+    found: np.ndarray = (named == expert[:, None]).any(axis=1)
+    return found
+
+
+def _mean(predictions: Sequence[GatePrediction | None]) -> GatePrediction | None:
+    known = [prediction for prediction in predictions if prediction is not None]
+    if not known:
+        return None
+    count = len(known)
+    return GatePrediction(
+        n_tokens=known[0].n_tokens,
+        share=sum(one.share for one in known) / count,
+        by_chance=sum(one.by_chance for one in known) / count,
+        top_1=sum(one.top_1 for one in known) / count,
+        top_1_by_chance=sum(one.top_1_by_chance for one in known) / count,
+    )

@@ -1,0 +1,116 @@
+"""How many other experts are used before one is used again (Mattson et al. 1970, IBM Systems J.
+9(2): stack distances).
+
+The distance of a use i whose expert was last used at p is the number of j < i that follow no use of
+their expert after p: those with prev(j) < prev(i), less the p + 1 uses up to p, which all have it.
+So it is a count of smaller values to the left, done by splitting positions bit by bit: n log n.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moe_tool.artifacts.routing_report import ReuseBin, ReuseHistogram
+
+_BLOCK_USES = 2**17
+"""Worked on at once: a few arrays that stay in the processor's cache"""
+
+
+def reuse_histogram(uses: np.ndarray, *, n_experts: int) -> ReuseHistogram:
+    """Return the histogram of the reuse distances.
+
+    Args:
+        uses: [U] integers below `n_experts`, in the order in which they happen; U may be 0.
+        n_experts: different experts that there are.
+    """
+    n_bins = int(n_experts - 1).bit_length() + 1
+    counts = np.zeros(n_bins, np.int64)
+    first_uses = 0
+    for distance in _distances_by_block(uses, n_experts):
+        again = distance[distance >= 0]
+        first_uses += len(distance) - len(again)
+        counts += np.bincount(np.frexp(again)[1], minlength=n_bins)  # the bits that it takes
+    return _histogram(first_uses, counts.tolist())
+
+
+def merged(histograms: Sequence[ReuseHistogram]) -> ReuseHistogram:
+    """Return the sum of histograms over the same bins, at least one."""
+    columns = zip(*(histogram.bins for histogram in histograms), strict=True)
+    return _histogram(
+        sum(histogram.first_uses for histogram in histograms),
+        [sum(one.uses for one in column) for column in columns],
+    )
+
+
+def reuse_distances(uses: np.ndarray, *, n_experts: int) -> np.ndarray:
+    """Return [U] int32: distinct other experts since each use's last one, -1 for a first use."""
+    blocks = list(_distances_by_block(uses, n_experts))
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
+
+
+def _histogram(first_uses: int, counts: Sequence[int]) -> ReuseHistogram:
+    bins = tuple(
+        ReuseBin(low=2 ** (bits - 1) if bits else 0, high=2**bits - 1, uses=count)
+        for bits, count in enumerate(counts)
+    )
+    return ReuseHistogram(uses=first_uses + sum(counts), first_uses=first_uses, bins=bins)
+
+
+def _distances_by_block(uses: np.ndarray, n_experts: int) -> Iterator[np.ndarray]:
+    """Of the past, a block has to know only in which order experts were last used: they are put
+    before it in that order."""
+    size = _up_to_power_of_two(max(_BLOCK_USES, 4 * n_experts))
+    recent = uses[:0]  # the least recently used first
+    start = 0
+    while start < len(uses):
+        block = np.concatenate([recent, uses[start : start + size - len(recent)]])
+        yield _distances(block)[len(recent) :]
+        start += len(block) - len(recent)
+        last_use = np.full(n_experts, -1)
+        last_use[block] = np.arange(len(block))  # of a repeated index, the last value stays
+        recent = np.argsort(last_use)[int((last_use < 0).sum()) :].astype(uses.dtype)
+
+
+def _distances(uses: np.ndarray) -> np.ndarray:
+    """[U] int32, -1 for a first use."""
+    count = len(uses)
+    order = np.argsort(uses, kind="stable")
+    same = np.flatnonzero(uses[order[1:]] == uses[order[:-1]])
+    earlier, later = order[same], order[same + 1]  # neighbouring uses of one expert
+    previous = np.full(count, -1)
+    previous[later] = earlier
+    following = np.full(count, -1)
+    following[earlier] = later
+    by_previous = [
+        np.flatnonzero(previous < 0),
+        following[following >= 0],
+        np.arange(count, _up_to_power_of_two(count)),
+    ]
+    smaller = _smaller_before(np.concatenate(by_previous))[:count]
+    return np.where(previous < 0, -1, smaller - previous - 1).astype(np.int32)
+
+
+def _smaller_before(order: np.ndarray) -> np.ndarray:
+    """Return for every position how many positions before it have a smaller value.
+
+    Args:
+        order: [n] positions 0 to n - 1 by ascending value, n a power of two.
+    """
+    smaller = np.zeros(len(order), np.int64)
+    half = len(order) // 2
+    while half:
+        # `order` consists of runs over 2 * half neighbouring positions; the late half of a run's
+        # positions come after its early half.
+        is_late = (order & half) != 0
+        where = np.flatnonzero(is_late)
+        late = order[where]
+        n_late_before = np.arange(len(where)) & (half - 1)
+        smaller[late] += (where & (2 * half - 1)) - n_late_before
+        halves = (order[~is_late].reshape(-1, half), late.reshape(-1, half))
+        order = np.stack(halves, axis=1).reshape(-1)
+        half //= 2
+    return smaller
+
+
+def _up_to_power_of_two(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()

@@ -1,0 +1,179 @@
+"""Tables of what a profile says of caching and reading ahead."""
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.table import Table
+
+from moe_tool.artifacts.routing_report import (
+    GatePrediction,
+    HotSetCoverage,
+    NextGate,
+    ReuseHistogram,
+    RoutingReport,
+)
+
+_MATRIX_PERCENT = 25
+_BAR_CELLS = 24
+
+
+def routing_tables(report: RoutingReport) -> Iterator[Table]:
+    """Yield the tables of a whole model; what there is by layer is left to JSON."""
+    yield _hot_sets_table(report.hot_sets)
+    for hot_set in report.hot_sets:
+        if hot_set.domains is not None and hot_set.percent == _MATRIX_PERCENT:
+            yield _domains_table(hot_set, report.domains)
+    if report.next_gate:
+        yield _next_gate_table(report)
+    yield _union_table(report)
+    if report.reuse.uses:
+        yield _reuse_table(report.reuse, report.reuse_within_layer)
+
+
+def _hot_sets_table(rows: Sequence[HotSetCoverage]) -> Table:
+    has_domains = any(row.domains is not None for row in rows)
+    table = _table(
+        "uses that the hottest experts answer, mean over layers",
+        "hottest",
+        "experts",
+        "even",
+        "in-sample",
+        "held-out",
+        "best set of\neach sequence",
+    )
+    if has_domains:
+        for heading in ("same\ndomain", "other\ndomains"):
+            table.add_column(heading, justify="right")
+        table.add_column("worst pair")
+    for row in rows:
+        cells = [_percent(row.by_chance), _percent(row.in_sample), _percent(row.held_out)]
+        cells.append(_percent(row.best_per_sequence))
+        if row.domains is not None:
+            worst = row.domains.worst
+            cells += [_percent(row.domains.same_domain), _percent(row.domains.other_domain)]
+            cells.append(
+                f"{_percent(worst.share)} ({worst.hot_in} on {worst.asked_of})" if worst else "-"
+            )
+        table.add_row(f"{row.percent} %", str(row.n_hot), *cells)
+    return table
+
+
+def _domains_table(row: HotSetCoverage, domains: Sequence[str]) -> Table:
+    table = _table(
+        f"hottest {row.percent} % of a domain (row) on held-out text of another (column)",
+        "hot in",
+        *domains,
+    )
+    assert row.domains is not None
+    for domain, shares in zip(domains, row.domains.shares, strict=True):
+        table.add_row(domain, *(_percent(share) for share in shares))
+    return table
+
+
+def _next_gate_table(report: RoutingReport) -> Table:
+    table = _table(
+        "choices that a router names on the input of an earlier MoE layer",
+        "layers\nahead",
+        "in-sample",
+        "held-out",
+        "by chance",
+        "largest gate weight\n(by chance)",
+        "worst layer",
+        "best layer",
+    )
+    for row in report.next_gate:
+        prediction = row.held_out or row.in_sample
+        by_layer = [
+            (found.share, one.layer)
+            for one in report.layers
+            for found in (_at_depth(one.next_gate, row.depth),)
+            if found is not None
+        ]
+        if prediction is None or not by_layer:
+            continue
+        table.add_row(
+            str(row.depth),
+            _percent(None if row.in_sample is None else row.in_sample.share),
+            _percent(None if row.held_out is None else row.held_out.share),
+            _percent(prediction.by_chance),
+            f"{_percent(prediction.top_1)} ({_percent(prediction.top_1_by_chance)})",
+            *(
+                f"{_percent(share)} (layer {layer})"
+                for share, layer in (min(by_layer), max(by_layer))
+            ),
+        )
+    return table
+
+
+def _at_depth(rows: Sequence[NextGate], depth: int) -> GatePrediction | None:
+    found = [row.held_out or row.in_sample for row in rows if row.depth == depth]
+    return found[0] if found else None
+
+
+def _union_table(report: RoutingReport) -> Table:
+    growth = report.union_growth
+    table = _table(
+        "different experts that tokens in a row touch in a layer, in units of one token's",
+        "tokens in a row",
+        *(str(n_tokens) for n_tokens in growth.n_tokens),
+    )
+    table.add_row("mean over layers", *(_times(value) for value in growth.measured))
+    by_length = [
+        [value for value in values if value is not None]
+        for values in zip(*(one.union_growth.measured for one in report.layers), strict=True)
+    ]
+    table.add_row("lowest layer", *(_times(min(values, default=None)) for values in by_length))
+    table.add_row("highest layer", *(_times(max(values, default=None)) for values in by_length))
+    table.add_row("independent, uniform", *(_times(value) for value in growth.by_chance))
+    return table
+
+
+def _reuse_table(model: ReuseHistogram, within_layer: ReuseHistogram) -> Table:
+    table = _table(
+        "other experts used between two uses of the same one, held-out; "
+        "a cache of so many answers so much",
+        "in between",
+    )
+    for heading in ("all layers", "cache of all", "within the layer", "cache per layer"):
+        table.add_column(heading, justify="left" if "cache" not in heading else "right")
+    n_rows = max(len(model.bins), len(within_layer.bins))
+    columns = [list(_reuse_cells(histogram, n_rows)) for histogram in (model, within_layer)]
+    for row in range(n_rows):
+        one = model.bins[row] if row < len(model.bins) else within_layer.bins[row]
+        label = str(one.low) if one.low == one.high else f"{one.low}-{one.high}"
+        table.add_row(label, *columns[0][row], *columns[1][row])
+    firsts = (_bar(one.first_uses, one.uses) for one in (model, within_layer))
+    table.add_row("first use", next(firsts), "", next(firsts), "")
+    return table
+
+
+def _reuse_cells(histogram: ReuseHistogram, n_rows: int) -> Iterator[tuple[str, str]]:
+    """Bar of each bin, and what a least-recently-used cache that ends with it answers."""
+    answered = 0
+    for one in histogram.bins:
+        answered += one.uses
+        share = answered / histogram.uses if histogram.uses else 0.0
+        yield _bar(one.uses, histogram.uses), f"{one.high + 1}: {share:.1%}"
+    for _ in range(n_rows - len(histogram.bins)):
+        yield "", ""
+
+
+def _bar(count: int, of: int) -> str:
+    share = count / of if of else 0.0
+    return f"{share:6.1%} {'#' * round(share * _BAR_CELLS)}"
+
+
+def _table(title: str, *headings: str) -> Table:
+    """A table whose first column is a label and whose others are numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if position == 0 else "right")
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
