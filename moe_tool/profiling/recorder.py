@@ -22,6 +22,7 @@ from moe_tool.formats.atomic_write import atomic_write_bytes, require_free_disk
 from moe_tool.formats.profile_hdf5 import (
     ProfileHeader,
     ProfileReader,
+    read_layer_part,
     write_layer_part,
     write_profile,
 )
@@ -31,7 +32,7 @@ from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton_facts import skeleton_facts
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
-from moe_tool.profiling.coverage import LayerCoverage, layer_coverages
+from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
 from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_pass import LayerPass, PassPlan
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
@@ -154,9 +155,12 @@ def record_profile(
             sensitivities,
             sensitivity_n_tokens=run.n_watched,
         )
+        coverage = tuple(
+            layer_coverage(layer, read_layer_part(parts.layer_file(layer), layer)[1])
+            for layer in opened.shape.layers
+        )
         parts.remove()
     with ProfileReader.open(out) as profile:
-        coverage = layer_coverages(profile)
         routing = report_routing(profile, progress)
     seconds = time.perf_counter() - start
     return ProfileReport(

@@ -161,6 +161,19 @@ def test_inspect_says_what_everything_is(
     assert done.fields["model_type"] == "mixtral"
 
 
+def test_inspect_reports_on_a_profile_what_profile_did(pipeline: Pipeline) -> None:
+    profile = pipeline.profile.fields
+    path = pipeline.folder / profile["profile"]
+    done = moe_tool("inspect", path, "--json", folder=pipeline.folder)
+    assert done.fields["routing"] == profile["routing"]
+    assert done.fields["coverage"] == profile["coverage"]
+    assert [row["percent"] for row in profile["routing"]["hot_sets"]] == [10, 25, 50]
+    assert profile["routing"]["reuse"]["uses"] > 0
+    shown = moe_tool("inspect", path, folder=pipeline.folder).stdout
+    for words in ("hottest", "earlier MoE layer", "tokens in a row", "between two uses"):
+        assert words in shown
+
+
 def test_a_profile_packed_again_gives_the_same_bundle(pipeline: Pipeline, tmp_path: Path) -> None:
     done = moe_tool(
         "pack", pipeline.model, "--out", tmp_path / "b", "--json", folder=pipeline.folder
