@@ -16,8 +16,17 @@ from moe_tool.formats.strict_json import parse_json_object
 MAX_BYTES = 256 * 2**20
 _SEAL = b',\n "sha256": "%s"\n}\n'
 _SEALED = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
-_COMMANDS = {"buddies": "moe-tool buddies", "bundle": "moe-tool pack, once its folder is removed"}
-_LABELS = {"buddies": "buddy map", "bundle": "bundle manifest", "profile": "profile"}
+_COMMANDS = {
+    "buddies": "moe-tool buddies",
+    "bundle": "moe-tool pack, once its folder is removed",
+    "hardware": "moe-tool hardware",
+}
+_LABELS = {
+    "buddies": "buddy map",
+    "bundle": "bundle manifest",
+    "hardware": "hardware profile",
+    "profile": "profile",
+}
 
 Artifact = TypeVar("Artifact", bound=FrozenModel)
 
@@ -69,6 +78,18 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
             f"{path} is damaged: its content does not fit its sha256", hint=remedy
         )
     return artifact
+
+
+def json_artifact_kind(path: Path) -> str | None:
+    """Return the kind that a JSON file says it is, None where it does not; nothing else is checked.
+
+    Raises:
+        NotFoundError, CorruptArtifactError, StorageError: it is no JSON object that can be read.
+    """
+    remedy = "make it again with the command that wrote it"
+    text, _ = _unsealed(read_capped(path, limit_bytes=MAX_BYTES, remedy=remedy))
+    kind = parse_json_object(path, text, remedy=remedy).get("kind")
+    return kind if isinstance(kind, str) else None
 
 
 def _unsealed(text: bytes) -> tuple[bytes, bytes | None]:
