@@ -1,0 +1,175 @@
+"""How fast the disk gives whole records, past the page cache, in order or in none."""
+
+import mmap
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from moe_tool.artifacts.hardware_profile import DiskSpeed
+from moe_tool.errors import NotFoundError, StorageError
+from moe_tool.formats.atomic_write import require_free_disk, storage_errors
+from moe_tool.formats.record_files import RecordFiles
+from moe_tool.progress import SILENT, Progress
+
+READERS = (1, 2, 4)
+RANDOM_BYTES = (256 * 2**10, 4 * 2**20, 24 * 2**20)
+SEQUENTIAL_BYTES = 4 * 2**20
+_WRITE_BYTES = 4 * 2**20
+_ROOM_BYTES = 2**28
+"""Left free on the disk beside the test file: other programs write there too"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TestFile:
+    """A file without a name: it is gone as soon as nobody has it open, however we end."""
+
+    files: RecordFiles
+    name: str
+    handle: int
+    """Of the page cache's side"""
+
+
+def measure_disk(
+    folder: Path,
+    *,
+    file_bytes: int,
+    pass_s: float,
+    repetitions: int = 3,
+    random_bytes: Sequence[int] = RANDOM_BYTES,
+    sequential_bytes: int = SEQUENTIAL_BYTES,
+    progress: Progress = SILENT,
+) -> tuple[DiskSpeed, ...]:
+    """Write a test file and read it as a store reads records; nothing is left behind.
+
+    Past the page cache where the file system allows it; else the cache forgets the file before
+    each reading. A disk that remembers by itself, or the host of a virtual one, is not fooled.
+
+    Args:
+        folder: on the disk in question.
+        file_bytes: of the test file, a multiple of 4 MiB, at least one of the largest read.
+        pass_s: no reader begins another read after so long.
+        repetitions: readings of each kind; the median counts.
+        random_bytes: sizes of reads in random order, multiples of 4096.
+        sequential_bytes: size of reads in order.
+
+    Raises:
+        NotFoundError: the folder does not exist.
+        DiskFullError: it has no room for the test file.
+        StorageError: the disk fails.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(
+            f"{folder} is not a folder", hint="name one on the disk that bundles will lie on"
+        )
+    require_free_disk(folder, file_bytes + _ROOM_BYTES)
+    kinds: list[tuple[Literal["sequential", "random"], int]] = [
+        ("sequential", sequential_bytes),
+        *(("random", size) for size in random_bytes),
+    ]
+    order = np.random.default_rng(0)
+    rows = []
+    with storage_errors(folder), _test_file(folder, file_bytes, progress) as file:
+        progress.begin("read the test file", len(kinds) * len(READERS) * repetitions, "readings")
+        for pattern, size in kinds:
+            buffers = [_buffer(size) for _ in range(max(READERS))]
+            for readers in READERS:
+                rates = []
+                for _ in range(repetitions):
+                    reads = np.arange(file_bytes // size)
+                    if pattern == "random":
+                        order.shuffle(reads)
+                    rates.append(_read(file, reads * size, buffers[:readers], pass_s))
+                    progress.advance()
+                rows.append(
+                    DiskSpeed(
+                        pattern=pattern,
+                        read_bytes=size,
+                        readers=readers,
+                        bytes_per_s=statistics.median(rates),
+                    )
+                )
+        progress.end()
+    return tuple(rows)
+
+
+@contextmanager
+def _test_file(folder: Path, size_bytes: int, progress: Progress) -> Iterator[_TestFile]:
+    with ExitStack() as opened:
+        handle, path = tempfile.mkstemp(prefix=".moe-tool-disk-", suffix=".part", dir=folder)
+        opened.callback(os.close, handle)
+        name = Path(path).name
+        try:
+            # The first block alone, so that a file system that refuses direct reads can say so.
+            os.pwrite(handle, bytes(mmap.PAGESIZE), 0)
+            files = RecordFiles(folder, [name])
+            opened.callback(files.close)
+            refusal = files.read_directly()
+        finally:
+            os.unlink(path)
+        if refusal is not None:
+            progress.note(f"{refusal}: it is measured through it")
+        _fill(handle, size_bytes, progress)
+        yield _TestFile(files=files, name=name, handle=handle)
+
+
+def _fill(handle: int, size_bytes: int, progress: Progress) -> None:
+    """Write random bytes, which no file system can compress."""
+    progress.begin("write a test file", size_bytes, "bytes")
+    os.posix_fallocate(handle, 0, size_bytes)
+    draw = np.random.default_rng(0)
+    for offset in range(0, size_bytes, _WRITE_BYTES):
+        piece = memoryview(draw.bytes(min(_WRITE_BYTES, size_bytes - offset)))
+        while piece:
+            count = os.pwrite(handle, piece, offset)
+            piece, offset = piece[count:], offset + count
+        progress.advance(_WRITE_BYTES)
+    os.fsync(handle)
+    progress.end()
+
+
+def _buffer(size_bytes: int) -> torch.Tensor:
+    """Memory that begins at a page; written to, so that faults belong to nobody's time."""
+    return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8).zero_()
+
+
+def _read(
+    file: _TestFile, offsets: Sequence[int] | np.ndarray, buffers: list[torch.Tensor], pass_s: float
+) -> float:
+    """Return bytes per second; the readers take the next record in turn."""
+    if not file.files.is_direct:
+        os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    turns = iter(offsets)
+    lock = threading.Lock()
+    end = time.perf_counter() + pass_s
+
+    def work(buffer: torch.Tensor) -> int:
+        n_bytes = 0
+        while n_bytes == 0 or time.perf_counter() < end:
+            with lock:
+                offset = next(turns, None)
+            if offset is None:
+                break
+            count = file.files.read_into(file.name, int(offset), buffer)
+            if count != len(buffer):
+                raise StorageError(
+                    f"the disk gave {count} of {len(buffer)} bytes of its test file",
+                    hint="check the disk",
+                )
+            n_bytes += count
+        return n_bytes
+
+    with ThreadPoolExecutor(len(buffers)) as pool:
+        start = time.perf_counter()
+        n_bytes = sum(pool.map(work, buffers))
+        return n_bytes / (time.perf_counter() - start)

@@ -1,0 +1,118 @@
+"""How long one expert call takes, by width, tokens and threads."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from moe_tool.artifacts.hardware_profile import BITS, Bits, ExpertSpeed
+from moe_tool.experts.expert_forward import expert_forward
+from moe_tool.experts.linear import FEW_TOKENS
+from moe_tool.hardware.synthetic_records import cut_records, record_bytes
+from moe_tool.hardware.timing import median_seconds
+from moe_tool.native.kernels import is_native, set_threads
+from moe_tool.progress import SILENT, Progress
+
+Shape = tuple[int, int]
+"""(H, I)"""
+SHAPES: tuple[Shape, Shape] = ((1024, 1024), (2048, 4096))
+_LEAST_S = 1e-9
+
+
+class SiluGatedModule:
+    """What `expert_forward` asks an experts module of transformers."""
+
+    has_gate = True
+    has_post_expert_norm = False
+
+    def _apply_gate(self, product: torch.Tensor) -> torch.Tensor:
+        gate, up = product.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def measure_experts(
+    block: torch.Tensor,
+    *,
+    threads: Sequence[int],
+    tokens: Sequence[int],
+    repetitions: int,
+    budget_s: float,
+    shapes: tuple[Shape, Shape] = SHAPES,
+    progress: Progress = SILENT,
+) -> tuple[ExpertSpeed, ...]:
+    """Time experts whose weights come from memory; sets the kernels' threads and torch's.
+
+    Args:
+        block: of `make_block`; several times the last-level cache.
+        threads: numbers of threads to compute with.
+        tokens: numbers of tokens to give at once.
+        repetitions: at most, of each call.
+        budget_s: after which no other repetition of a call begins.
+        shapes: two sizes of expert, the smaller first, that the fit goes through.
+    """
+    rows = []
+    progress.begin("compute experts", len(BITS) * len(threads) * len(tokens), "kinds of call")
+    with torch.inference_mode():
+        for bits in BITS:
+            sizes = [record_bytes(bits, *shape) for shape in shapes]
+            calls = [_calls(block, bits, shape) for shape in shapes]
+            for n_threads, n_tokens in itertools.product(threads, tokens):
+                use_threads(n_threads, n_tokens)
+                seconds = [
+                    median_seconds(call(n_tokens), repetitions=repetitions, budget_s=budget_s)
+                    for call in calls
+                ]
+                fixed_s, bytes_per_s = fit_two(sizes, seconds)
+                rows.append(
+                    ExpertSpeed(
+                        bits=bits,
+                        tokens=n_tokens,
+                        threads=n_threads,
+                        fixed_s=fixed_s,
+                        bytes_per_s=bytes_per_s,
+                    )
+                )
+                progress.advance()
+    progress.end()
+    return tuple(rows)
+
+
+def use_threads(n_threads: int, n_tokens: int) -> None:
+    """Share the threads out as a session does: where the kernels compute, torch has one."""
+    set_threads(n_threads)
+    torch.set_num_threads(1 if is_native() and n_tokens <= FEW_TOKENS else n_threads)
+
+
+def fit_two(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Return (fixed seconds, bytes per second) of the line through two points.
+
+    Where noise would have made the fixed part negative, it is 0 and the line goes through the
+    larger point; where it made the larger one faster, likewise.
+
+    Args:
+        sizes: bytes, the smaller first.
+        seconds: of each.
+    """
+    (small, large), (fast, slow) = sizes, seconds
+    slow = max(slow, _LEAST_S)
+    if slow - fast > _LEAST_S:
+        bytes_per_s = (large - small) / (slow - fast)
+        fixed_s = fast - small / bytes_per_s
+        if fixed_s >= 0:
+            return fixed_s, bytes_per_s
+    return 0.0, large / slow
+
+
+def _calls(
+    block: torch.Tensor, bits: Bits, shape: Shape
+) -> Callable[[int], Callable[[], torch.Tensor]]:
+    """A function that makes calls with so many tokens; each takes the next record."""
+    module = SiluGatedModule()
+    turns = itertools.cycle(cut_records(block, bits, *shape))
+
+    def make(n_tokens: int) -> Callable[[], torch.Tensor]:
+        x = torch.randn(n_tokens, shape[0], generator=torch.Generator().manual_seed(0))
+        return lambda: expert_forward(module, next(turns), x)
+
+    return make

@@ -1,0 +1,185 @@
+"""The machine, measured once: disk, memory, experts, decoder layers, GPU."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_tool import __version__
+from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.available_memory import available_memory_bytes
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.errors import BudgetError
+from moe_tool.hardware.disk import measure_disk
+from moe_tool.hardware.experts import SHAPES, Shape, measure_experts
+from moe_tool.hardware.gpu import measure_gpu
+from moe_tool.hardware.layers import LayerShape, measure_layers
+from moe_tool.hardware.memory import measure_memory
+from moe_tool.hardware.synthetic_records import make_block
+from moe_tool.native.kernels import kernels_in_use, set_threads
+from moe_tool.progress import SILENT, Progress
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+_CACHES_TO_FILL = 4
+_ROOM_BYTES = 2**29
+"""What torch and transformers take beside the measured buffers"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much of everything is done."""
+
+    disk_bytes: int
+    """Of the test file"""
+    disk_pass_s: float
+    memory_bytes: int
+    """Of the buffer that is read"""
+    block_bytes: int
+    """Of the experts, at least"""
+    repetitions: int
+    tokens: tuple[int, ...]
+    """That experts are given at once"""
+    expert_s: float
+    """Of the repetitions of one kind of call"""
+    decoded_tokens: int
+    decode_s: float
+    expert_shapes: tuple[Shape, Shape] = SHAPES
+    layer_shape: LayerShape = LayerShape()
+
+
+FULL = Effort(
+    disk_bytes=2**30,
+    disk_pass_s=0.5,
+    memory_bytes=2**29,
+    block_bytes=2**28,
+    repetitions=7,
+    tokens=(1, 4, 16, 64),
+    expert_s=0.25,
+    decoded_tokens=40,
+    decode_s=6.0,
+)
+QUICK = Effort(
+    disk_bytes=2**28,
+    disk_pass_s=0.12,
+    memory_bytes=2**28,
+    block_bytes=2**28,
+    repetitions=3,
+    tokens=(1, 16),
+    expert_s=0.05,
+    decoded_tokens=10,
+    decode_s=1.5,
+)
+
+
+def measure_hardware(
+    disk_folder: Path, *, quick: bool = False, progress: Progress = SILENT
+) -> HardwareProfile:
+    """Measure everything in turn. Nothing else should run meanwhile.
+
+    Sets the threads of the kernels and of torch; gives both back all cores at the end.
+
+    Args:
+        disk_folder: on the disk that bundles lie on; a test file is written there and removed.
+        quick: fewer repetitions, fewer kinds of call, a smaller test file.
+        progress: told about each measurement.
+
+    Raises:
+        NotFoundError, DiskFullError, StorageError: the disk, see `measure_disk`.
+        BudgetError: there is not enough memory to measure beyond the caches.
+        UsageError: `MOE_TOOL_KERNELS` names kernels that are not there.
+    """
+    effort = QUICK if quick else FULL
+    kernels = kernels_in_use()
+    cores = len(os.sched_getaffinity(0))
+    threads = _thread_counts(cores)
+    block_bytes = max(effort.block_bytes, _CACHES_TO_FILL * _last_level_cache_bytes())
+    _require_memory(max(effort.memory_bytes, block_bytes) + _ROOM_BYTES)
+    torch_threads = torch.get_num_threads()
+    try:
+        disk = measure_disk(
+            disk_folder,
+            file_bytes=effort.disk_bytes,
+            pass_s=effort.disk_pass_s,
+            progress=progress,
+        )
+        memory = measure_memory(
+            threads,
+            size_bytes=effort.memory_bytes,
+            repetitions=effort.repetitions,
+            progress=progress,
+        )
+        block = make_block(block_bytes)
+        experts = measure_experts(
+            block,
+            threads=sorted({1, cores}),
+            tokens=effort.tokens,
+            repetitions=effort.repetitions,
+            budget_s=effort.expert_s,
+            shapes=effort.expert_shapes,
+            progress=progress,
+        )
+        layer = measure_layers(
+            block,
+            n_threads=cores,
+            n_tokens=effort.decoded_tokens,
+            budget_s=effort.decode_s,
+            shape=effort.layer_shape,
+            progress=progress,
+        )
+    finally:
+        torch.set_num_threads(torch_threads)
+        set_threads(cores)
+    return HardwareProfile(
+        tool_version=__version__,
+        name=f"{cores} x {_processor()}"[:256],
+        source="measured",
+        cores=cores,
+        ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        kernels=kernels,
+        disk=disk,
+        memory=memory,
+        experts=experts,
+        layer_warm_s=layer.warm_s,
+        layer_cold_s=layer.cold_s,
+        cold_bytes=layer.cold_bytes,
+        gpu=measure_gpu(progress=progress),
+    )
+
+
+def _thread_counts(cores: int) -> list[int]:
+    """1, 2, 4, ... and all cores."""
+    return sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores})
+
+
+def _require_memory(needed_bytes: int) -> None:
+    available = available_memory_bytes()
+    if available < needed_bytes:
+        raise BudgetError(
+            f"measuring beyond the caches takes {format_bytes(needed_bytes)} of memory "
+            f"({needed_bytes} bytes), available are {format_bytes(available)} ({available} bytes)",
+            hint="end other programs, or take a data sheet's figures: moe-tool hardware --list",
+        )
+
+
+def _last_level_cache_bytes() -> int:
+    """0 where the system does not say."""
+    sizes = [0]
+    for path in _CACHES.glob("index*/size"):
+        try:
+            text = path.read_text().strip()
+            sizes.append(int(text.rstrip("KMG")) * _UNITS.get(text[-1:], 1))
+        except (OSError, ValueError):
+            continue
+    return max(sizes)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.machine() or "unknown processor"

@@ -1,0 +1,61 @@
+"""How fast memory can be read, by the fastest of several ways."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from moe_tool.artifacts.hardware_profile import MemorySpeed
+from moe_tool.hardware.timing import median_seconds
+from moe_tool.progress import SILENT, Progress
+
+_ROW_FLOATS = 4096
+
+
+def measure_memory(
+    threads: Sequence[int],
+    *,
+    size_bytes: int,
+    repetitions: int,
+    progress: Progress = SILENT,
+) -> tuple[MemorySpeed, ...]:
+    """Read a buffer again and again; sets torch's threads.
+
+    Args:
+        threads: numbers of threads to read with.
+        size_bytes: of the buffer, a multiple of 16 KiB; beyond any cache.
+        repetitions: of each way; the median counts.
+    """
+    buffer = torch.full((size_bytes // 4 // _ROW_FLOATS, _ROW_FLOATS), 0.5)
+    rows = []
+    progress.begin("read memory", len(threads), "numbers of threads")
+    for n_threads in threads:
+        torch.set_num_threads(n_threads)
+        seconds = min(
+            median_seconds(way, repetitions=repetitions, budget_s=1.0)
+            for way in _ways(buffer, n_threads)
+        )
+        rows.append(
+            MemorySpeed(threads=n_threads, bytes_per_s=buffer.numel() * 4 / max(seconds, 1e-9))
+        )
+        progress.advance()
+    progress.end()
+    return tuple(rows)
+
+
+def _ways(buffer: torch.Tensor, n_threads: int) -> list[Callable[[], object]]:
+    """A sum and a product in torch, a sum of integers in numpy, which lets go of the interpreter
+    meanwhile."""
+    vector = torch.full((_ROW_FLOATS,), 0.5)
+    parts = np.array_split(buffer.numpy().reshape(-1).view(np.int64), n_threads)
+    return [buffer.sum, lambda: torch.mv(buffer, vector), lambda: _sum_parts(parts)]
+
+
+def _sum_parts(parts: list[np.ndarray]) -> None:
+    others = [threading.Thread(target=part.sum) for part in parts[1:]]
+    for thread in others:
+        thread.start()
+    parts[0].sum()
+    for thread in others:
+        thread.join()
