@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from moe_tool import __version__
-from moe_tool.cli import bench, buddies, demo, evaluate, inspect, pack, profile, run
+from moe_tool.cli import bench, buddies, demo, evaluate, hardware, inspect, pack, profile, run
 from moe_tool.cli.console import write_json
 from moe_tool.errors import DiskFullError, MoeToolError, StorageError, UsageError
 
@@ -40,6 +40,7 @@ for _verb in (
     run.run,
     evaluate.evaluate,
     bench.bench,
+    hardware.hardware,
     inspect.inspect,
     demo.demo,
 ):

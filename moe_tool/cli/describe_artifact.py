@@ -43,7 +43,7 @@ def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Descri
     """Return what lies at `path`.
 
     Args:
-        path: a profile, buddy map, bundle, half-written bundle or checkpoint.
+        path: a profile, buddy map, hardware profile, bundle, half-written bundle or checkpoint.
         verify: read everything and check every hash, not only headers and sizes.
         progress: told about the reading.
 
@@ -63,7 +63,7 @@ def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Descri
     if path.name == "manifest.json":
         return _describe_bundle(path.parent, verify=verify, progress=progress)
     if path.name.endswith((BUDDIES_SUFFIX, ".json")):
-        return _describe_buddies(path)
+        return _describe_json(path)
     raise _unknown(path)
 
 
@@ -112,6 +112,33 @@ def _describe_profile(path: Path, progress: Progress) -> Description:
         facts=facts,
         coverage=coverage,
         routing=routing,
+    )
+
+
+def _describe_json(path: Path) -> Description:
+    from moe_tool.formats.json_artifact import json_artifact_kind
+
+    if not path.name.endswith(BUDDIES_SUFFIX) and json_artifact_kind(path) == "hardware":
+        return _describe_hardware(path)
+    return _describe_buddies(path)
+
+
+def _describe_hardware(path: Path) -> Description:
+    from moe_tool.artifacts.hardware_profile import HardwareProfile
+    from moe_tool.formats.json_artifact import read_json_artifact
+
+    profile = read_json_artifact(path, HardwareProfile)
+    facts: dict[str, object] = {
+        "name": profile.name,
+        "source": profile.source,
+        "cores": profile.cores,
+        "ram_bytes": profile.ram_bytes,
+        "kernels": profile.kernels,
+        "gpu": None if profile.gpu is None else profile.gpu.name,
+        "tool_version": profile.tool_version,
+    }
+    return Description(
+        kind="hardware profile", path=path, is_intact=True, checked="every field", facts=facts
     )
 
 
@@ -210,6 +237,6 @@ def _shape_facts(shape: MoeShape) -> dict[str, object]:
 
 def _unknown(path: Path) -> CorruptArtifactError:
     return CorruptArtifactError(
-        f"{path} is no profile, buddy map, bundle or checkpoint",
+        f"{path} is no profile, buddy map, hardware profile, bundle or checkpoint",
         hint="a checkpoint folder has a config.json, a bundle a manifest.json",
     )

@@ -16,7 +16,7 @@ def inspect(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A profile, a buddy map, a bundle or a checkpoint.",
+            help="A profile, a buddy map, a hardware profile, a bundle or a checkpoint.",
             show_default=False,
         ),
     ],

@@ -1,0 +1,106 @@
+"""`moe-tool hardware`: what this machine can do, measured once, or a usual machine's data sheet."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_tool.artifact_folder import DEFAULT_FOLDER
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.options import JsonOption
+from moe_tool.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_tool.artifacts.hardware_profile import HardwareProfile
+
+_OUT = DEFAULT_FOLDER / "hardware.json"
+
+
+def hardware(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The profile.")] = _OUT,
+    disk: Annotated[
+        Path | None,
+        typer.Option(
+            "--disk",
+            metavar="DIR",
+            help="A folder on the disk that bundles will lie on: a test file of 1 GiB is written "
+            "there, read and removed.",
+            show_default=".",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="In a quarter of the time: a test file of 256 MiB, fewer repetitions."
+        ),
+    ] = False,
+    shipped: Annotated[
+        str | None,
+        typer.Option(
+            "--shipped",
+            metavar="NAME",
+            help="Measure nothing; write the profile of a usual machine, from data sheets.",
+            show_default=False,
+        ),
+    ] = None,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Name the shipped profiles, and do nothing else.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure how fast this machine reads, computes and copies; takes a minute."""
+    with open_output(as_json=json) as output:
+        if shipped is not None and (disk is not None or quick):
+            raise UsageError(
+                "--shipped measures nothing: --disk and --quick do not go with it",
+                hint="leave out --shipped to measure this machine",
+            )
+        if show_list:
+            _list_shipped(output)
+            return
+        if shipped is not None:
+            from moe_tool.hardware.shipped import shipped_profile
+
+            profile = shipped_profile(shipped)
+        else:
+            from moe_tool.hardware.measure import measure_hardware
+
+            profile = measure_hardware(disk or Path(), quick=quick, progress=output.progress)
+
+        from moe_tool.formats.json_artifact import write_json_artifact
+
+        write_json_artifact(out, profile)
+        _show(profile, output)
+        how = (
+            f"measured in {output.seconds:.0f} s; other programs that ran meanwhile are part of it"
+            if profile.source == "measured"
+            else "data-sheet figures, nothing was measured"
+        )
+        output.say(f"wrote {out}: {format_bytes(out.stat().st_size)}; {how}")
+        output.say(f"next: moe-tool inspect {out}")
+        output.result({"hardware": out, **profile.model_dump()})
+
+
+def _show(profile: "HardwareProfile", output: Output) -> None:
+    from moe_tool.reports.hardware_table import experts_table, origin_of, speeds_table
+
+    threads = " and ".join(str(n) for n in sorted({row.threads for row in profile.experts}))
+    output.show(
+        origin_of(profile),
+        speeds_table(profile),
+        f"one call of an expert, computed by {profile.kernels} kernels with --threads {threads}: "
+        "its record at this rate + a fixed time",
+        experts_table(profile),
+    )
+
+
+def _list_shipped(output: Output) -> None:
+    from moe_tool.hardware.shipped import SHEETS
+    from moe_tool.reports.terminal import facts_table
+
+    output.show(
+        "from data sheets, not measured; take one with --shipped NAME",
+        facts_table({name: sheet.about for name, sheet in SHEETS.items()}),
+    )
+    output.result({"shipped": {name: sheet.about for name, sheet in SHEETS.items()}})

@@ -1,0 +1,75 @@
+"""A hardware profile as tables for a terminal."""
+
+from rich import box
+from rich.table import Table
+
+from moe_tool.artifacts.hardware_profile import BITS, HardwareProfile
+from moe_tool.byte_sizes import format_bytes
+
+
+def origin_of(profile: HardwareProfile) -> str:
+    """Return one line: which machine, and whether anybody measured it."""
+    how = (
+        f"measured with {profile.kernels} kernels"
+        if profile.source == "measured"
+        else f"NOT measured: from data sheets, for {profile.kernels} kernels"
+    )
+    return f"{profile.name}, {format_bytes(profile.ram_bytes)} of memory, {how}"
+
+
+def speeds_table(profile: HardwareProfile) -> Table:
+    """Return disk, memory, decoder layer and GPU, a line each."""
+    table = _table("what", "how", "speed", n_words=2)
+    for disk in profile.disk:
+        how = f"{disk.pattern}, {format_bytes(disk.read_bytes)}, {_many(disk.readers, 'reader')}"
+        table.add_row("disk", how, _rate(disk.bytes_per_s))
+    table.add_section()
+    for memory in profile.memory:
+        how = _many(memory.threads, "thread")
+        table.add_row("memory", how, _rate(memory.bytes_per_s))
+    table.add_section()
+    what = "layer beside its matrices"
+    table.add_row(what, "caches warm", f"{1e3 * profile.layer_warm_s:.2f} ms")
+    how = f"beside {format_bytes(profile.cold_bytes)} of experts"
+    table.add_row(what, how, f"{1e3 * profile.layer_cold_s:.2f} ms")
+    if profile.gpu is not None:
+        gpu = profile.gpu
+        table.add_section()
+        name = f"{gpu.name}, {format_bytes(gpu.memory_bytes)}"
+        table.add_row(name, "its memory", _rate(gpu.memory_bytes_per_s))
+        table.add_row(name, "from the host", _rate(gpu.link_bytes_per_s))
+    return table
+
+
+def experts_table(profile: HardwareProfile) -> Table:
+    """Return a row per width and number of threads, a column per number of tokens: what one call
+    takes for its size, and beside it."""
+    tokens = sorted({row.tokens for row in profile.experts})
+    table = _table("bits", "threads", *(f"{_many(n, 'token')} at once" for n in tokens), n_words=1)
+    found = {(row.bits, row.threads, row.tokens): row for row in profile.experts}
+    for bits in BITS:
+        for threads in sorted({row.threads for row in profile.experts if row.bits == bits}):
+            cells = []
+            for n_tokens in tokens:
+                row = found.get((bits, threads, n_tokens))
+                cells.append(
+                    "-" if row is None else f"{_rate(row.bytes_per_s)} + {1e6 * row.fixed_s:.0f} us"
+                )
+            table.add_row(bits, str(threads), *cells)
+    return table
+
+
+def _table(*headings: str, n_words: int) -> Table:
+    """A table whose first columns are words and whose others are numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if position < n_words else "right")
+    return table
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.2f} GB/s"
