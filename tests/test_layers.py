@@ -25,7 +25,7 @@ BELOW = {
     "packing": {"models", "quantization", "formats"},
     "runtime": {"models", "store", "experts", "native", "policies"},
     "evaluation": {"runtime", "text", "models"},
-    "hardware": {"models", "experts", "native", "quantization", "formats"},
+    "hardware": {"models", "store", "experts", "native", "quantization", "formats"},
     "benchmarking": {"runtime", "text", "models"},
 }
 # A file that reads what another room writes, where the arrow between the rooms is not wanted.

@@ -24,6 +24,7 @@ from moe_tool.progress import SILENT, Progress
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 _CACHES_TO_FILL = 4
+_BUSY_LOAD = 0.5
 _ROOM_BYTES = 2**29
 """What torch and transformers take beside the measured buffers"""
 
@@ -97,6 +98,12 @@ def measure_hardware(
     threads = _thread_counts(cores)
     block_bytes = max(effort.block_bytes, _CACHES_TO_FILL * _last_level_cache_bytes())
     _require_memory(max(effort.memory_bytes, block_bytes) + _ROOM_BYTES)
+    load = os.getloadavg()[0]
+    if load > _BUSY_LOAD:
+        progress.note(
+            f"the load was {load:.2f} over the last minute: what other programs take is missing "
+            f"from the figures; measure again when it is below {_BUSY_LOAD}"
+        )
     torch_threads = torch.get_num_threads()
     try:
         disk = measure_disk(

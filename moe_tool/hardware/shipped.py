@@ -41,18 +41,19 @@ _SHARE: dict[Bits, float] = {
 }
 _CALL_S = 20e-6
 """What a call takes beside its weights, as measured on an EPYC of 2021"""
-# Many tokens are bound by the cores. Multiply-adds per second of one core at 3.5 GHz, from the same
-# machine; AVX-512 is not counted on.
-_PRODUCTS_PER_S = 6e10
-_PRODUCTS_AT_GHZ = 3.5
+# Many tokens are bound by the cores. Multiply-adds per second of one core of that machine, whose
+# boost clock is 3.5 GHz, with 64 tokens; AVX-512 is not counted on.
+_CODE_PRODUCTS_PER_S = 7.5e10
+_FLOAT_PRODUCTS_PER_S = 2.5e10
+_MEASURED_GHZ = 3.5
 _TOKENS = (1, 4, 16, 64)
 # A decoder layer beside its matrices is one thread of Python and torch: the times of that machine,
 # by the clock.
 _LAYER_WARM_S = 0.6e-3
 _LAYER_COLD_S = 1.2e-3
 _COLD_BYTES = 2 * 23 * 10**6
+# Codes with a float16 scale for 64 of them.
 _STORED_BITS: dict[Bits, float] = {
-    # Codes with a float16 scale for 64 of them.
     "native": 16.0,
     "8": 8.25,
     "4": 4.25,
@@ -168,8 +169,8 @@ def shipped_profile(name: str) -> HardwareProfile:
             for threads in (1, sheet.cores)
             for tokens in _TOKENS
         ),
-        layer_warm_s=_LAYER_WARM_S * _PRODUCTS_AT_GHZ / sheet.ghz,
-        layer_cold_s=_LAYER_COLD_S * _PRODUCTS_AT_GHZ / sheet.ghz,
+        layer_warm_s=_LAYER_WARM_S * _MEASURED_GHZ / sheet.ghz,
+        layer_cold_s=_LAYER_COLD_S * _MEASURED_GHZ / sheet.ghz,
         cold_bytes=_COLD_BYTES,
         gpu=sheet.gpu,
     )
@@ -203,8 +204,9 @@ def _memory(sheet: DataSheet, threads: int) -> float:
 
 def _expert(sheet: DataSheet, bits: Bits, tokens: int, threads: int) -> ExpertSpeed:
     from_memory = _SHARE[bits] * _memory(sheet, threads)
-    products = threads * _PRODUCTS_PER_S * sheet.ghz / _PRODUCTS_AT_GHZ
-    from_cores = products / tokens * _STORED_BITS[bits] / 8
+    of_a_core = _FLOAT_PRODUCTS_PER_S if bits == "native" else _CODE_PRODUCTS_PER_S
+    products_per_s = threads * of_a_core * sheet.ghz / _MEASURED_GHZ
+    from_cores = products_per_s / tokens * _STORED_BITS[bits] / 8
     return ExpertSpeed(
         bits=bits,
         tokens=tokens,

@@ -78,6 +78,23 @@ def test_too_little_memory_is_refused_before_the_disk_is_touched(
         measure_hardware(tmp_path)
 
 
+@pytest.mark.parametrize(("load", "is_told"), [(0.4, False), (3.25, True)])
+def test_a_busy_machine_is_told_of(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: float, is_told: bool
+) -> None:
+    notes: list[str] = []
+    told = SimpleNamespace(note=notes.append)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(measure, "measure_disk", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure_hardware(tmp_path, progress=told)
+    assert [("3.25" in note) for note in notes] == ([True] if is_told else [])
+
+
 @pytest.mark.parametrize(
     ("cores", "wanted"),
     [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])],
