@@ -16,7 +16,9 @@ from moe_tool.progress import SILENT, Progress
 
 Shape = tuple[int, int]
 """(H, I)"""
-SHAPES: tuple[Shape, Shape] = ((1024, 1024), (2048, 4096))
+_SHAPES: tuple[Shape, Shape] = ((1024, 1024), (2048, 4096))
+_TORCH_SHAPES: tuple[Shape, Shape] = ((512, 512), (1024, 2048))
+"""A quarter: torch takes a second for some calls of the others"""
 _LEAST_S = 1e-9
 
 
@@ -38,7 +40,7 @@ def measure_experts(
     tokens: Sequence[int],
     repetitions: int,
     budget_s: float,
-    shapes: tuple[Shape, Shape] = SHAPES,
+    shapes: tuple[Shape, Shape] | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ExpertSpeed, ...]:
     """Time experts whose weights come from memory; sets the kernels' threads and torch's.
@@ -49,8 +51,10 @@ def measure_experts(
         tokens: numbers of tokens to give at once.
         repetitions: at most, of each call.
         budget_s: after which no other repetition of a call begins.
-        shapes: two sizes of expert, the smaller first, that the fit goes through.
+        shapes: two sizes of expert, the smaller first, that the fit goes through; None: usual ones,
+            smaller where torch computes.
     """
+    shapes = shapes or (_SHAPES if is_native() else _TORCH_SHAPES)
     rows = []
     progress.begin("compute experts", len(BITS) * len(threads) * len(tokens), "kinds of call")
     with torch.inference_mode():
@@ -59,10 +63,11 @@ def measure_experts(
             calls = [_calls(block, bits, shape) for shape in shapes]
             for n_threads, n_tokens in itertools.product(threads, tokens):
                 use_threads(n_threads, n_tokens)
-                seconds = [
-                    median_seconds(call(n_tokens), repetitions=repetitions, budget_s=budget_s)
-                    for call in calls
-                ]
+                seconds = median_seconds(
+                    [call(n_tokens) for call in calls],
+                    repetitions=repetitions,
+                    budget_s=2 * budget_s,
+                )
                 fixed_s, bytes_per_s = fit_two(sizes, seconds)
                 rows.append(
                     ExpertSpeed(

@@ -13,7 +13,7 @@ from moe_tool.available_memory import available_memory_bytes
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.errors import BudgetError
 from moe_tool.hardware.disk import measure_disk
-from moe_tool.hardware.experts import SHAPES, Shape, measure_experts
+from moe_tool.hardware.experts import Shape, measure_experts
 from moe_tool.hardware.gpu import measure_gpu
 from moe_tool.hardware.layers import LayerShape, measure_layers
 from moe_tool.hardware.memory import measure_memory
@@ -47,7 +47,8 @@ class Effort:
     """Of the repetitions of one kind of call"""
     decoded_tokens: int
     decode_s: float
-    expert_shapes: tuple[Shape, Shape] = SHAPES
+    expert_shapes: tuple[Shape, Shape] | None = None
+    """None: the usual ones"""
     layer_shape: LayerShape = LayerShape()
 
 

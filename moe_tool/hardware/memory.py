@@ -11,6 +11,7 @@ from moe_tool.hardware.timing import median_seconds
 from moe_tool.progress import SILENT, Progress
 
 _ROW_FLOATS = 4096
+_BUDGET_S = 3.0
 
 
 def measure_memory(
@@ -32,10 +33,8 @@ def measure_memory(
     progress.begin("read memory", len(threads), "numbers of threads")
     for n_threads in threads:
         torch.set_num_threads(n_threads)
-        seconds = min(
-            median_seconds(way, repetitions=repetitions, budget_s=1.0)
-            for way in _ways(buffer, n_threads)
-        )
+        ways = _ways(buffer, n_threads)
+        seconds = min(median_seconds(ways, repetitions=repetitions, budget_s=_BUDGET_S))
         rows.append(
             MemorySpeed(threads=n_threads, bytes_per_s=buffer.numel() * 4 / max(seconds, 1e-9))
         )

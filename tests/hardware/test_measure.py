@@ -116,10 +116,12 @@ def test_the_largest_cache_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_memory_is_what_the_fastest_way_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_tool.hardware import memory
 
-    seconds = iter([4.0, 2.0, 8.0, 1.0, 5.0, 5.0])
+    seconds = iter([[4.0, 2.0, 8.0], [1.0, 5.0, 5.0]])
 
-    def timed(call, **_: object) -> float:
-        call()
+    def timed(calls, **_: object) -> list[float]:
+        assert len(calls) == 3
+        for call in calls:
+            call()
         return next(seconds)
 
     monkeypatch.setattr(memory, "median_seconds", timed)
@@ -127,29 +129,36 @@ def test_memory_is_what_the_fastest_way_gives(monkeypatch: pytest.MonkeyPatch) -
     assert [(row.threads, row.bytes_per_s) for row in rows] == [(1, 2**15), (2, 2**16)]
 
 
-def test_the_median_leaves_the_first_call_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def timed_calls(monkeypatch: pytest.MonkeyPatch, *lasts: list[float], **more) -> list[float]:
+    """What `median_seconds` says of calls that last so long, one after the other."""
     from moe_tool.hardware import timing
 
-    now, lasts = [0.0], iter([100.0, 3.0, 1.0, 7.0, 2.0])
+    now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
-    def call() -> None:
-        now[0] += next(lasts)
+    def call_of(left: list[float]):
+        def call() -> None:
+            now[0] += left.pop(0)
 
-    assert median_seconds(call, repetitions=3, budget_s=60.0) == 3.0
-    assert list(lasts) == [2.0]
+        return call
+
+    return median_seconds([call_of(left) for left in lasts], **more)
 
 
-def test_two_repetitions_are_made_whatever_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_tool.hardware import timing
+def test_medians_leave_the_first_call_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = [100.0, 3.0, 1.0, 7.0, 2.0], [0.0, 8.0, 9.0, 5.0]
+    found = timed_calls(monkeypatch, one, other, repetitions=3, budget_s=60.0)
+    assert found == [3.0, 8.0]
+    assert (one, other) == ([2.0], [])
 
-    now, lasts = [0.0], iter([1.0, 2.0, 4.0, 99.0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
-    def call() -> None:
-        now[0] += next(lasts)
-
-    assert median_seconds(call, repetitions=9, budget_s=0.0) == 3.0
+def test_two_turns_are_made_whatever_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [1.0, 2.0, 4.0, 99.0]
+    assert timed_calls(monkeypatch, left, repetitions=9, budget_s=0.0) == [3.0]
+    assert left == [99.0]
+    left = [1.0, 2.0, 2.0, 4.0, 99.0]  # 4 s are below the budget, 8 s are not
+    assert timed_calls(monkeypatch, left, repetitions=9, budget_s=5.0) == [2.0]
+    assert left == [99.0]
 
 
 def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
