@@ -141,8 +141,8 @@ def _fill(handle: int, size_bytes: int, progress: Progress) -> None:
 
 
 def _buffers(size_bytes: int) -> list[torch.Tensor]:
-    """Memory to read into, as a store's: on large pages, without which reads took three times as
-    long. Written to, so that faults belong to nobody's time."""
+    """Memory to read into, as a store's: on large pages, without which large reads took up to three
+    times as long. Written to, so that faults belong to nobody's time."""
     pool = SlotPool(n_slots=max(READERS), slot_size_bytes=size_bytes)
     return [pool.view(slot).zero_() for slot in range(pool.n_slots)]
 

@@ -9,6 +9,7 @@ import torch
 from moe_tool.artifacts.hardware_profile import MemorySpeed
 from moe_tool.hardware.timing import median_seconds
 from moe_tool.progress import SILENT, Progress
+from moe_tool.store.slots import SlotPool
 
 _ROW_FLOATS = 4096
 _BUDGET_S = 3.0
@@ -28,7 +29,8 @@ def measure_memory(
         size_bytes: of the buffer, a multiple of 16 KiB; beyond any cache.
         repetitions: of each way; the median counts.
     """
-    buffer = torch.full((size_bytes // 4 // _ROW_FLOATS, _ROW_FLOATS), 0.5)
+    memory = SlotPool(n_slots=1, slot_size_bytes=size_bytes).view(0)  # on large pages
+    buffer = memory.view(torch.float32).view(-1, _ROW_FLOATS).fill_(0.5)
     rows = []
     progress.begin("read memory", len(threads), "numbers of threads")
     for n_threads in threads:

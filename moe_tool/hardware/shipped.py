@@ -39,8 +39,8 @@ _SHARE: dict[Bits, float] = {
     "2": 0.60,
     "1": 0.48,
 }
-_CALL_S = 20e-6
-"""What a call takes beside its weights, as measured on an EPYC of 2021"""
+_CALL_S = 60e-6
+"""What a call takes beside its weights, as measured on a 2 vCPU EPYC of 2021"""
 # Many tokens are bound by the cores. Multiply-adds per second of one core of that machine, whose
 # boost clock is 3.5 GHz, with 64 tokens; AVX-512 is not counted on.
 _CODE_PRODUCTS_PER_S = 7.5e10
@@ -50,7 +50,7 @@ _TOKENS = (1, 4, 16, 64)
 # A decoder layer beside its matrices is one thread of Python and torch: the times of that machine,
 # by the clock.
 _LAYER_WARM_S = 0.6e-3
-_LAYER_COLD_S = 1.2e-3
+_LAYER_COLD_S = 1.1e-3
 _COLD_BYTES = 2 * 23 * 10**6
 # Codes with a float16 scale for 64 of them.
 _STORED_BITS: dict[Bits, float] = {

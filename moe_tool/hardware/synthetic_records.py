@@ -8,6 +8,7 @@ from moe_tool.artifacts.hardware_profile import Bits
 from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, plane_bytes, plane_widths
 from moe_tool.quantization.round_to_nearest import GROUP
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.store.slots import SlotPool
 
 _PATTERN_NUMBERS = 2**21
 _LOWEST, _BEYOND = 0x3B80, 0x3E00
@@ -16,12 +17,16 @@ block can be weights, codes or scales, and nothing in it is NaN, infinite or den
 
 
 def make_block(size_bytes: int) -> torch.Tensor:
-    """Return memory that records can be cut from, uint8 [at least size_bytes]."""
+    """Return memory that records can be cut from, uint8 [at least size_bytes]; on large pages, as a
+    store's slots are."""
     draw = torch.Generator().manual_seed(0)
     pattern = torch.randint(
         _LOWEST, _BEYOND, (_PATTERN_NUMBERS,), dtype=torch.int16, generator=draw
     )
-    return pattern.repeat(-(-size_bytes // (2 * _PATTERN_NUMBERS))).view(torch.uint8)
+    n_repeats = -(-size_bytes // (2 * _PATTERN_NUMBERS))
+    block = SlotPool(n_slots=1, slot_size_bytes=2 * _PATTERN_NUMBERS * n_repeats).view(0)
+    block.view(torch.int16).view(n_repeats, -1).copy_(pattern)
+    return block
 
 
 def matrix_bytes(bits: Bits, n_outputs: int, n_inputs: int) -> int:
