@@ -80,6 +80,11 @@ def kernels_in_use() -> str:
     return wanted
 
 
+def is_built() -> bool:
+    """Return whether this installation has a compiled side at all."""
+    return _compiled is not None
+
+
 def is_native() -> bool:
     """Return whether compiled kernels are used at all."""
     return kernels_in_use() != _TORCH

@@ -8,6 +8,7 @@
 #include <exception>
 
 #include "engine.h"
+#include "replay.h"
 
 namespace {
 
@@ -118,12 +119,83 @@ PyObject* use(PyObject*, PyObject* args) {
 
 PyObject* in_use(PyObject*, PyObject*) { return PyUnicode_FromString(moe::kernels_in_use()); }
 
+// What compiled_replay.py packs for the calls: native alignment.
+struct PackedCalls {
+  int64_t n_calls;
+  int32_t n_layers, n_experts;
+  uint64_t layer, start, keys, scores, guess_start, guesses;
+};
+
+bool read_calls(const char* data, Py_ssize_t size, moe::Calls* out) {
+  PackedCalls c;
+  if (size != Py_ssize_t(sizeof c)) {
+    PyErr_SetString(PyExc_ValueError, "the calls' description has the wrong size");
+    return false;
+  }
+  std::memcpy(&c, data, sizeof c);
+  *out = {c.n_calls,
+          c.n_layers,
+          c.n_experts,
+          pointer<int32_t>(c.layer),
+          pointer<int64_t>(c.start),
+          pointer<int32_t>(c.keys),
+          pointer<uint16_t>(c.scores),
+          pointer<int64_t>(c.guess_start),
+          pointer<int32_t>(c.guesses)};
+  return true;
+}
+
+PyObject* replay(PyObject*, PyObject* args) {
+  const char *calls_data, *parameters;
+  Py_ssize_t calls_size, parameters_size;
+  int eviction, depth, per_layer;
+  long long capacity;
+  unsigned long long pinned, hits, prefetches, prefetch_hits;
+  if (!PyArg_ParseTuple(args, "y#iy#LpiKKKK", &calls_data, &calls_size, &eviction, &parameters,
+                        &parameters_size, &capacity, &per_layer, &depth, &pinned, &hits, &prefetches,
+                        &prefetch_hits))
+    return nullptr;
+  moe::Calls calls;
+  if (!read_calls(calls_data, calls_size, &calls)) return nullptr;
+  moe::Replay how{};
+  if (eviction < 0 || eviction > int(moe::EvictionCode::kS3Fifo) ||
+      parameters_size != Py_ssize_t(sizeof how.parameters)) {
+    PyErr_SetString(PyExc_ValueError, "the eviction policy's description is not sound");
+    return nullptr;
+  }
+  how.eviction = moe::EvictionCode(eviction);
+  std::memcpy(how.parameters, parameters, sizeof how.parameters);
+  how.capacity = capacity, how.per_layer = per_layer, how.pinned = pointer<uint8_t>(pinned), how.prefetch_depth = depth;
+  const auto counts = [](unsigned long long at) {
+    return const_cast<uint16_t*>(pointer<uint16_t>(at));
+  };
+  return without_gil([&] {
+    moe::replay(calls, how, {counts(hits), counts(prefetches), counts(prefetch_hits)});
+  });
+}
+
+PyObject* stack_depths(PyObject*, PyObject* args) {
+  const char* data;
+  Py_ssize_t size;
+  unsigned long long next_use, depths;
+  if (!PyArg_ParseTuple(args, "y#KK", &data, &size, &next_use, &depths)) return nullptr;
+  moe::Calls calls;
+  if (!read_calls(data, size, &calls)) return nullptr;
+  return without_gil([&] {
+    moe::stack_depths(calls, pointer<int64_t>(next_use),
+                      const_cast<int32_t*>(pointer<int32_t>(depths)));
+  });
+}
+
 PyMethodDef methods[] = {
     {"linear", linear, METH_VARARGS, "linear(weight, x, n_tokens, out)"},
     {"expert", expert, METH_VARARGS, "expert(first, gate, second, x, n_tokens, out)"},
     {"set_threads", set_threads, METH_VARARGS, "set_threads(n)"},
     {"use", use, METH_VARARGS, "use(name): False where this processor cannot"},
     {"in_use", in_use, METH_NOARGS, "in_use()"},
+    {"replay", replay, METH_VARARGS,
+     "replay(calls, eviction, parameters, capacity, per_layer, depth, pinned, hits, ...)"},
+    {"stack_depths", stack_depths, METH_VARARGS, "stack_depths(calls, next_use, depths)"},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods,

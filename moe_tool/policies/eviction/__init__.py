@@ -1,11 +1,22 @@
 """Which expert leaves the cache when another one needs its slot."""
 
-from collections.abc import Callable
-
+from moe_tool.policies.eviction.belady import Belady
+from moe_tool.policies.eviction.choice import EVICTION, EvictionChoice, parse_eviction
+from moe_tool.policies.eviction.expert_cache import Entry, ExpertCache, MakeEviction
 from moe_tool.policies.eviction.lru import Lru
-from moe_tool.policies.eviction.protocol import Eviction, ExpertKey
+from moe_tool.policies.eviction.protocol import CacheShape, Eviction
+from moe_tool.policies.eviction.smoe import gate_scores
 
-EVICTION: dict[str, Callable[[], Eviction]] = {"lru": Lru}
-"""Every eviction policy by the name that `--eviction` takes."""
-
-__all__ = ["EVICTION", "Eviction", "ExpertKey", "Lru"]
+__all__ = [
+    "EVICTION",
+    "Belady",
+    "CacheShape",
+    "Entry",
+    "Eviction",
+    "EvictionChoice",
+    "ExpertCache",
+    "Lru",
+    "MakeEviction",
+    "gate_scores",
+    "parse_eviction",
+]

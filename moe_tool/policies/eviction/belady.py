@@ -1,0 +1,43 @@
+"""The expert whose next use lies farthest ahead leaves first: the bound, for who knows the future.
+
+L. A. Belady, A study of replacement algorithms for a virtual-storage computer, 1966.
+"""
+
+from collections.abc import Collection, Sequence
+
+from moe_tool.policies.eviction.protocol import CacheShape
+from moe_tool.policies.eviction.ranked import Ranked
+
+
+class Belady(Ranked):
+    """Fewest misses of all policies that fetch what is missing and nothing else, where records are
+    of one size and none is pinned."""
+
+    def __init__(self, shape: CacheShape, *, calls: Sequence[Collection[int]]) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            shape: of the cache.
+            calls: the keys of every layer call to come, in order.
+        """
+        super().__init__(shape)
+        n_calls = len(calls)
+        self._call = -1
+        self._next_use: list[dict[int, int]] = [{} for _ in calls]
+        upcoming: dict[int, int] = {}
+        for number in range(n_calls - 1, -1, -1):
+            for key in calls[number]:
+                # Of two that are never used again the lower key leaves first.
+                self._next_use[number][key] = upcoming.get(key, n_calls)
+                upcoming[key] = number
+
+    def begin_call(self, layer: int) -> None:
+        """See `Eviction`."""
+        super().begin_call(layer)
+        self._call += 1
+
+    def touch(self, key: int) -> None:
+        """See `Eviction`."""
+        self.rank(key, -self._next_use[self._call][key])
+
+    add = touch

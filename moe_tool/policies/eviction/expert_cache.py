@@ -1,0 +1,142 @@
+"""Which experts are cached, call by call: what the store and the simulator both ask."""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.policies.eviction.protocol import CacheShape, Eviction, Hint
+
+MakeEviction = Callable[[CacheShape], Eviction]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One expert that enters the cache."""
+
+    key: int
+    victim: int | None
+    """Who leaves for it; None where there was room"""
+
+
+class ExpertCache:
+    """The content of a cache of experts, with no expert in it.
+
+    A layer call names its experts at once. Those in the cache when it begins are its hits. Then, in
+    the order in which they are named, hits are used and the others enter, each for the policy's
+    victim if there is no room; an expert of the call is a victim only if nothing else is cached.
+    """
+
+    def __init__(
+        self,
+        make: MakeEviction,
+        *,
+        n_layers: int,
+        n_experts: int,
+        capacity: int,
+        per_layer: bool = False,
+        pinned: Collection[int] = (),
+    ) -> None:
+        """Begin with nothing but the pinned experts.
+
+        Args:
+            make: the policy.
+            n_layers: MoE layers; keys are those of `CacheShape`.
+            n_experts: of a layer.
+            capacity: experts in the cache at most, pinned ones not counted; 0 only where all are
+                pinned, and no less than `n_layers` with `per_layer`.
+            per_layer: every layer has its own equal part of the capacity, and its own policy.
+            pinned: experts that are always there.
+        """
+        self.n_experts = n_experts
+        self._pinned = frozenset(pinned)
+        self._cached: set[int] = set()
+        n_parts = n_layers if per_layer else 1
+        rooms = [capacity // n_parts + (part < capacity % n_parts) for part in range(n_parts)]
+        self._room = rooms
+        self._policies = [
+            make(CacheShape(n_layers=n_layers, n_experts=n_experts, capacity=room))
+            for room in rooms
+        ]
+        self._per_layer = per_layer
+
+    @property
+    def hints(self) -> frozenset[Hint]:
+        """What the policy wants to be told beside the accesses."""
+        return self._policies[0].hints
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._cached or key in self._pinned
+
+    def begin_call(self, layer: int, scores: np.ndarray | None = None) -> None:
+        """Take note that a layer is called, before its accesses.
+
+        Args:
+            layer: its position among the MoE layers.
+            scores: [E], where `hints` has "scores".
+        """
+        policy = self._policies[layer if self._per_layer else 0]
+        policy.begin_call(layer)
+        if scores is not None and "scores" in policy.hints:
+            policy.observe(layer, scores)
+
+    def access(self, keys: Sequence[int]) -> list[Entry]:
+        """Use the experts that a call names, distinct ones; return those that were missing."""
+        entries = []
+        named = set(keys)
+        hits = named & self._cached
+        for key in keys:
+            if key in hits:
+                if key in self._cached:  # or an expert of the same call took its place
+                    self._policy(key).touch(key)
+            elif key not in self._pinned:
+                try:
+                    victim = self._make_room(key, named)
+                except LookupError:
+                    victim = self._make_room(key, ())
+                self._policy(key).add(key)
+                self._cached.add(key)
+                entries.append(Entry(key=key, victim=victim))
+        return entries
+
+    def prefetch(self, keys: Sequence[int], held: Collection[int]) -> list[Entry]:
+        """Let experts enter before they are named, as long as others than `held` can leave."""
+        entries = []
+        for key in keys:
+            try:
+                victim = self._make_room(key, held)
+            except LookupError:
+                break
+            self._policy(key).add(key)
+            self._cached.add(key)
+            entries.append(Entry(key=key, victim=victim))
+        return entries
+
+    def expect(self, keys: Iterable[int], *, ahead: int) -> None:
+        """Take note of the experts that the layer `ahead` calls from now is predicted to name."""
+        by_policy: dict[int, list[int]] = {}
+        for key in keys:
+            by_policy.setdefault(self._part(key), []).append(key)
+        for part, named in by_policy.items():
+            self._policies[part].expect(named, ahead=1 if self._per_layer else ahead)
+
+    def discard(self, key: int) -> None:
+        """Take a cached expert out."""
+        self._room[self._part(key)] += 1
+        self._policy(key).discard(key)
+        self._cached.discard(key)
+
+    def _make_room(self, key: int, held: Collection[int]) -> int | None:
+        part = self._part(key)
+        if self._room[part] > 0:
+            self._room[part] -= 1
+            return None
+        victim = self._policies[part].evict(held)
+        self._cached.discard(victim)
+        return victim
+
+    def _part(self, key: int) -> int:
+        return key // self.n_experts if self._per_layer else 0
+
+    def _policy(self, key: int) -> Eviction:
+        return self._policies[self._part(key)]

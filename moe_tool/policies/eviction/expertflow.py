@@ -1,0 +1,68 @@
+"""Recency in two tiers, where what was just used or is predicted leaves last: arXiv:2510.26730."""
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.ranked import Ranked
+
+_HIGH = 2**60
+
+
+class Expertflow(Ranked):
+    """The high tier holds what was used within the last `window` layer calls or is predicted for
+    one of the next; the low tier goes first, each in the order of its last uses."""
+
+    hints: ClassVar[frozenset[Hint]] = frozenset({"predictions"})
+
+    def __init__(self, shape: CacheShape, *, window: int = 2) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            shape: of the cache.
+            window: layer calls that are looked back and ahead.
+        """
+        super().__init__(shape)
+        self._window = window
+        self._call = 0
+        self._uses = 0
+        self._order = np.zeros(shape.n_keys, dtype=np.int64)
+        self._high_until = np.full(shape.n_keys, -1, dtype=np.int64)  # number of a call
+
+    def begin_call(self, layer: int) -> None:
+        """See `Eviction`."""
+        super().begin_call(layer)
+        self._call += 1
+
+    def touch(self, key: int) -> None:
+        """See `Eviction`."""
+        self._uses += 1
+        self._order[key] = self._uses
+        self._raise(key, self._call + self._window)
+        self.rank(key, self._uses)
+
+    add = touch
+
+    def expect(self, keys: Sequence[int], *, ahead: int) -> None:
+        """See `Eviction`."""
+        if ahead <= self._window:
+            for key in keys:
+                self._raise(key, self._call + ahead)
+
+    def evict(self, protected: Collection[int]) -> int:
+        """See `Eviction`."""
+        high = np.flatnonzero(self._high_until >= self._call).tolist()
+        cached = [key for key in high if self.is_cached(key)]
+        for key in cached:
+            self.rank(key, _HIGH + int(self._order[key]))
+        try:
+            return super().evict(protected)
+        finally:
+            for key in cached:
+                if self.is_cached(key):
+                    self.rank(key, int(self._order[key]))
+
+    def _raise(self, key: int, call: int) -> None:
+        self._high_until[key] = max(self._high_until[key], call)

@@ -1,0 +1,17 @@
+"""The expert that came first leaves first, used since or not."""
+
+from moe_tool.policies.eviction.ranked import Ranked
+
+
+class Fifo(Ranked):
+    """One order of arrival over the experts of all layers."""
+
+    _arrivals = 0
+
+    def add(self, key: int) -> None:
+        """See `Eviction`."""
+        self._arrivals += 1
+        self.rank(key, self._arrivals)
+
+    def touch(self, key: int) -> None:
+        """A use changes nothing."""

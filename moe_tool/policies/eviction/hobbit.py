@@ -1,0 +1,44 @@
+"""A weighted mix of recency, frequency and layer distance: arXiv:2411.01433, section 4.3."""
+
+import numpy as np
+
+from moe_tool.policies.eviction.protocol import CacheShape
+from moe_tool.policies.eviction.ranked import Ranked
+
+
+class Hobbit(Ranked):
+    """The least priority w_lru R/T + w_lfu F/T + w_lhu H/T + w_fld (1 - d/L) leaves first.
+
+    R is the token of an expert's last use, F the number of its uses, H that of its uses at high
+    precision, T the token under way, L the number of layers. Here every use is one at high
+    precision. d counts the layer calls until an expert's layer has its turn again; the printed
+    formula counts those since its turn, which gives up first what is wanted next (docs/simulate.md
+    has both). All of it times T L, in integers. Records are kept from one sequence to the next.
+    """
+
+    def __init__(
+        self, shape: CacheShape, *, lru: int = 25, lfu: int = 25, lhu: int = 25, fld: int = 25
+    ) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            shape: of the cache.
+            lru, lfu, lhu, fld: the weights, in percent.
+        """
+        super().__init__(shape)
+        self._of_last, self._of_uses, self._of_distance = lru, lfu + lhu, fld
+        self._uses = np.zeros(shape.n_keys, dtype=np.int64)
+
+    def touch(self, key: int) -> None:
+        """See `Eviction`."""
+        self._uses[key] += 1
+        mixed = self._of_last * self.forward + self._of_uses * int(self._uses[key])
+        self.rank(key, self.shape.n_layers * mixed)
+
+    add = touch
+
+    def begin_call(self, layer: int) -> None:
+        """See `Eviction`."""
+        super().begin_call(layer)
+        nearness = self.shape.n_layers - self.turns_until() + 1
+        self.layer_ranks = self.forward * self._of_distance * nearness

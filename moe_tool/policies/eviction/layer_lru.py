@@ -1,0 +1,34 @@
+"""The expert whose next use is expected last leaves first: recency, with the layers' turns."""
+
+from moe_tool.policies.eviction.protocol import CacheShape
+from moe_tool.policies.eviction.ranked import Ranked
+
+
+class LayerLru(Ranked):
+    """An expert's next use is expected at its layer's next turn, and later by a share of a forward
+    for every forward that it was not used in.
+
+    The layers are called in a circle, so that plain recency gives up what is wanted next as soon as
+    the cache holds less than one token's experts. Here the layer that has just been has to give.
+    """
+
+    def __init__(self, shape: CacheShape, *, age: int = 25) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            shape: of the cache.
+            age: what a forward without use adds, in percent of a forward.
+        """
+        super().__init__(shape)
+        self._age = age
+
+    def touch(self, key: int) -> None:
+        """See `Eviction`."""
+        self.rank(key, self._age * self.shape.n_layers * self.forward)
+
+    add = touch
+
+    def begin_call(self, layer: int) -> None:
+        """See `Eviction`."""
+        super().begin_call(layer)
+        self.layer_ranks = -100 * self.turns_until()

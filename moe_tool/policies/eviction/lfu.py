@@ -1,0 +1,48 @@
+"""The least used expert leaves first, where old uses count less."""
+
+import numpy as np
+
+from moe_tool.policies.eviction.protocol import CacheShape
+from moe_tool.policies.eviction.ranked import Ranked
+
+_USES_BITS = 40
+_MAX_COUNT = 2**20
+
+
+class Lfu(Ranked):
+    """Uses of every expert, cached or not, halved from time to time; equal ones by last use."""
+
+    def __init__(self, shape: CacheShape, *, halve_every: int = 64) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            shape: of the cache.
+            halve_every: forwards after which all counts are halved.
+        """
+        super().__init__(shape)
+        self._halve_every = halve_every
+        self._counts = np.zeros(shape.n_keys, dtype=np.int64)
+        self._last_use = np.zeros(shape.n_keys, dtype=np.int64)
+        self._uses = 0
+
+    def begin_call(self, layer: int) -> None:
+        """See `Eviction`."""
+        before = self.forward
+        super().begin_call(layer)
+        if self.forward != before and self.forward % self._halve_every == 0:
+            self._counts >>= 1
+            for key in range(self.shape.n_keys):
+                if self.is_cached(key):
+                    self._rank(key)
+
+    def touch(self, key: int) -> None:
+        """See `Eviction`."""
+        self._uses += 1
+        self._counts[key] = min(self._counts[key] + 1, _MAX_COUNT)
+        self._last_use[key] = self._uses
+        self._rank(key)
+
+    add = touch
+
+    def _rank(self, key: int) -> None:
+        self.rank(key, (int(self._counts[key]) << _USES_BITS) + int(self._last_use[key]))

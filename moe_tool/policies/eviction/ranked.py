@@ -1,0 +1,81 @@
+"""Cached experts that are given up in the order of an integer each has."""
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.policies.eviction.protocol import CacheShape, Hint
+
+_ABSENT = 2**62
+
+
+class Ranked:
+    """The least rank leaves first; equal ones by lower key. A layer may have a rank that is added
+    to those of its experts."""
+
+    hints: ClassVar[frozenset[Hint]] = frozenset()
+
+    def __init__(self, shape: CacheShape) -> None:
+        """Begin with an empty cache."""
+        self.shape = shape
+        self.layer = shape.n_layers
+        """Position of the layer under way"""
+        self.forward = 0
+        """Number of the forward under way, from 1"""
+        self._ranks = np.full((shape.n_layers, shape.n_experts), _ABSENT, dtype=np.int64)
+        self._flat = self._ranks.reshape(-1)
+        self.layer_ranks: np.ndarray | None = None
+        """[L] int64"""
+
+    def begin_call(self, layer: int) -> None:
+        """Count forwards: each visits the layers ascending."""
+        if layer <= self.layer:
+            self.forward += 1
+        self.layer = layer
+
+    def rank(self, key: int, rank: int) -> None:
+        """Give an expert its place; from now on it is cached."""
+        self._flat[key] = rank
+
+    def rank_layer(self, layer: int, ranks: np.ndarray) -> None:
+        """Give the cached experts of a layer new places, [E] int64; the others are passed over."""
+        row = self._ranks[layer]
+        np.copyto(row, ranks, where=row != _ABSENT)
+
+    def is_cached(self, key: int) -> bool:
+        """Return whether an expert has a place."""
+        return bool(self._flat[key] != _ABSENT)
+
+    def evict(self, protected: Collection[int]) -> int:
+        """See `Eviction`."""
+        held = [(key, self._flat[key]) for key in protected]
+        for key, _ in held:
+            self._flat[key] = _ABSENT
+        ranks = self._ranks
+        if self.layer_ranks is not None:
+            ranks = ranks + self.layer_ranks[:, None]
+        victim = int(np.argmin(ranks))
+        is_cached = self.is_cached(victim)
+        for key, rank in held:
+            self._flat[key] = rank
+        if not is_cached:
+            raise LookupError("every cached expert is protected")
+        self._flat[victim] = _ABSENT
+        return victim
+
+    def discard(self, key: int) -> None:
+        """See `Eviction`."""
+        self._flat[key] = _ABSENT
+
+    def observe(self, layer: int, scores: np.ndarray) -> None:
+        """Nothing follows from scores."""
+
+    def expect(self, keys: Sequence[int], *, ahead: int) -> None:
+        """Nothing follows from predictions."""
+
+    def turns_until(self) -> np.ndarray:
+        """Return how many layer calls from now each layer's turn is, [L] int64 of 1..L; L for the
+        layer under way."""
+        n_layers = self.shape.n_layers
+        return (np.arange(n_layers) - self.layer - 1) % n_layers + 1

@@ -1,0 +1,62 @@
+"""The expert that the routers thought least of lately leaves first: arXiv:2508.18983, SMoE."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.ranked import Ranked
+
+SCORE_ONE = 2**15
+"""The score of certainty"""
+_MEAN_BITS = 8
+
+
+class Smoe(Ranked):
+    """The mean of each expert's gate score over its layer's last calls, chosen or not."""
+
+    hints: ClassVar[frozenset[Hint]] = frozenset({"scores"})
+
+    def __init__(self, shape: CacheShape, *, window: int = 16) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            shape: of the cache.
+            window: calls of a layer that are averaged over.
+        """
+        super().__init__(shape)
+        self._window = window
+        self._scores = np.zeros((shape.n_layers, window, shape.n_experts), dtype=np.int64)
+        self._calls = np.zeros(shape.n_layers, dtype=np.int64)
+        self._means = np.zeros((shape.n_layers, shape.n_experts), dtype=np.int64)
+
+    def observe(self, layer: int, scores: np.ndarray) -> None:
+        """See `Eviction`."""
+        self._scores[layer, self._calls[layer] % self._window] = scores
+        self._calls[layer] += 1
+        n_seen = min(int(self._calls[layer]), self._window)
+        self._means[layer] = (self._scores[layer].sum(axis=0) << _MEAN_BITS) // n_seen
+        self.rank_layer(layer, self._means[layer])
+
+    def touch(self, key: int) -> None:
+        """See `Eviction`."""
+        self.rank(key, int(self._means.reshape(-1)[key]))
+
+    add = touch
+
+
+def gate_scores(logits: np.ndarray) -> np.ndarray:
+    """Return what `Smoe` is told of a call: the mean over its tokens of the softmax of the router
+    logits.
+
+    Args:
+        logits: [T, E] float16, as a profile or a run records them.
+
+    Returns:
+        [E] uint16 of 0..SCORE_ONE.
+    """
+    wide = logits.astype(np.float64)
+    odds = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    shares = odds / odds.sum(axis=-1, keepdims=True)
+    scores: np.ndarray = np.rint(shares.mean(axis=-2) * SCORE_ONE).astype(np.uint16)
+    return scores

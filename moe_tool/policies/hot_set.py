@@ -1,0 +1,27 @@
+"""Which experts are worth keeping for good: the hottest of a profile, all layers together."""
+
+from collections.abc import Mapping, Sequence
+
+ExpertKey = tuple[int, int]
+"""(layer, expert)"""
+
+
+def hottest_first(loads: Mapping[int, Sequence[float]]) -> list[ExpertKey]:
+    """Return all experts, the most used first, equal ones by layer and number.
+
+    Args:
+        loads: decoder layer -> [E] share of tokens routed to each expert.
+    """
+    flat = {(layer, e): load for layer, row in loads.items() for e, load in enumerate(row)}
+    return sorted(flat, key=lambda key: (-flat[key], key))
+
+
+def n_pinned(share: float, *, n_slots: int, n_slots_min: int, n_experts: int) -> int:
+    """Return how many experts a policy pins that pins this share of the slots.
+
+    The slots of one token's experts are left free, so that what is missing can be fetched; with
+    room for everything nothing is.
+    """
+    if n_slots >= n_experts:
+        return int(share * n_experts)
+    return max(0, min(int(share * n_slots), n_slots - n_slots_min))

@@ -1,0 +1,1 @@
+"""What a memory budget and an eviction policy would cost, from a recorded trace."""

@@ -1,0 +1,85 @@
+"""A trace through the engine's own cache, call by call: the definition of what a replay counts."""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from moe_tool.policies.eviction import ExpertCache, MakeEviction
+from moe_tool.simulator.access_trace import AccessTrace
+from moe_tool.simulator.counts import CallCounts
+
+
+def naive_replay(
+    trace: AccessTrace,
+    make: MakeEviction,
+    *,
+    capacity: int,
+    per_layer: bool = False,
+    pinned: Collection[int] = (),
+    prefetch_depth: int = 0,
+) -> CallCounts:
+    """Return what every call of a trace finds in a cache that begins empty.
+
+    Args:
+        trace: the calls.
+        make: the eviction policy.
+        capacity: experts beside the pinned ones.
+        per_layer: whether every layer has its own part of it.
+        pinned: keys that are always there.
+        prefetch_depth: 1 reads what the next layer is predicted to name while this one computes; n
+            looks at up to n layers, past one only if all that it is predicted to name is there.
+    """
+    cache = ExpertCache(
+        make,
+        n_layers=trace.n_layers,
+        n_experts=trace.n_experts,
+        capacity=capacity,
+        per_layer=per_layer,
+        pinned=pinned,
+    )
+    counts = CallCounts.zeros(trace.n_calls)
+    pending: dict[int, list[int]] = {}  # layer -> prefetched for its next call
+    guesses = _guesses(trace)
+    for number, (layer, named) in enumerate(zip(trace.layer.tolist(), trace.calls(), strict=True)):
+        expected = pending.pop(layer, [])
+        for key in expected:
+            if key in named:
+                counts.prefetch_hits[number] += 1
+            else:
+                cache.discard(key)
+        cache.begin_call(layer, None if trace.scores is None else trace.scores[number])
+        counts.hits[number] = sum(key in cache for key in named)
+        for entry in cache.access(named):
+            _leave(pending, entry.victim, trace.n_experts)
+        if guesses is None:
+            continue
+        by_layer: dict[int, list[int]] = {}
+        for key in guesses[number]:
+            by_layer.setdefault(key // trace.n_experts, []).append(key)
+        for target, keys in by_layer.items():
+            cache.expect(keys, ahead=target - layer)
+        held = set(named)
+        for ahead in range(1, prefetch_depth + 1):
+            keys = by_layer.get(layer + ahead, [])
+            absent = [key for key in keys if key not in cache]
+            held |= set(keys)
+            entries = cache.prefetch(absent, held)
+            for entry in entries:
+                _leave(pending, entry.victim, trace.n_experts)
+                pending.setdefault(layer + ahead, []).append(entry.key)
+            counts.prefetches[number] += len(entries)
+            if absent:
+                break
+    return counts
+
+
+def _leave(pending: dict[int, list[int]], victim: int | None, n_experts: int) -> None:
+    """A prefetch that had to leave before its turn is none any more."""
+    if victim is not None and victim in pending.get(victim // n_experts, ()):
+        pending[victim // n_experts].remove(victim)
+
+
+def _guesses(trace: AccessTrace) -> list[list[int]] | None:
+    if trace.guesses is None or trace.guess_start is None:
+        return None
+    return [part.tolist() for part in np.split(trace.guesses, trace.guess_start[1:-1])]

@@ -1,0 +1,120 @@
+"""A trace through a cache of some capacity, compiled where that was built."""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from moe_tool.native.replay import (
+    Calls,
+    compiled_replay,
+    compiled_stack_depths,
+    is_built,
+)
+from moe_tool.policies.eviction import Belady, CacheShape, Eviction, EvictionChoice
+from moe_tool.simulator.access_trace import AccessTrace
+from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.naive_replay import naive_replay
+
+_PINNING = ("static-hot", "pinned+lru")
+
+
+class Replayer:
+    """One trace, prepared once for any number of policies and capacities."""
+
+    def __init__(self, trace: AccessTrace) -> None:
+        """Describe the trace to the compiled side.
+
+        Raises:
+            ValueError: its arrays do not fit together.
+        """
+        self.trace = trace
+        self._calls = (
+            Calls(
+                n_layers=trace.n_layers,
+                n_experts=trace.n_experts,
+                layer=trace.layer,
+                start=trace.start,
+                keys=trace.keys,
+                scores=trace.scores,
+                guess_start=trace.guess_start,
+                guesses=trace.guesses,
+            )
+            if is_built()
+            else None
+        )
+        self._largest_call = int(trace.sizes.max()) if trace.n_calls else 0
+        self._depths: dict[str, np.ndarray] = {}
+
+    def replay(
+        self,
+        choice: EvictionChoice,
+        *,
+        capacity: int,
+        pinned: Collection[int] = (),
+        prefetch_depth: int = 0,
+    ) -> CallCounts:
+        """Return what every call finds under a policy; see `naive_replay`."""
+        if self._calls is None:
+            return naive_replay(
+                self.trace,
+                choice.make,
+                capacity=capacity,
+                per_layer=choice.per_layer,
+                pinned=pinned,
+                prefetch_depth=prefetch_depth,
+            )
+        is_plain_lru = choice.kind == "lru" and not (choice.per_layer or pinned or prefetch_depth)
+        if is_plain_lru and capacity >= self._largest_call:
+            return self._by_depth("lru", capacity)
+        mask = None
+        if pinned:
+            mask = np.zeros(self.trace.n_keys, np.uint8)
+            mask[list(pinned)] = 1
+        hits, prefetches, prefetch_hits = compiled_replay(
+            self._calls,
+            "lru" if choice.kind in _PINNING else choice.kind,
+            list(choice.parameters.values()),
+            capacity=capacity,
+            per_layer=choice.per_layer,
+            pinned=mask,
+            prefetch_depth=prefetch_depth,
+        )
+        return CallCounts(hits=hits, prefetches=prefetches, prefetch_hits=prefetch_hits)
+
+    def belady(self, capacity: int) -> CallCounts:
+        """Return what every call finds under the optimal policy."""
+        if self._calls is None or capacity < self._largest_call:
+            return self._naive_belady(capacity)
+        return self._by_depth("belady", capacity)
+
+    def _naive_belady(self, capacity: int) -> CallCounts:
+        calls = self.trace.calls()
+
+        def make(shape: CacheShape) -> Eviction:
+            return Belady(shape, calls=calls)
+
+        return naive_replay(self.trace, make, capacity=capacity)
+
+    def _by_depth(self, kind: str, capacity: int) -> CallCounts:
+        """Both are stack algorithms: one pass over the trace answers for every capacity that holds
+        any call (Mattson et al., IBM Systems Journal 9(2), 1970)."""
+        assert self._calls is not None
+        depths = self._depths.get(kind)
+        if depths is None:
+            upcoming = next_uses(self.trace) if kind == "belady" else None
+            depths = self._depths[kind] = compiled_stack_depths(self._calls, upcoming)
+        counts = CallCounts.zeros(self.trace.n_calls)
+        is_hit = (depths > 0) & (depths <= capacity)
+        sums = np.concatenate([[0], np.cumsum(is_hit)])
+        np.copyto(counts.hits, sums[self.trace.start[1:]] - sums[self.trace.start[:-1]], casting="unsafe")
+        return counts
+
+
+def next_uses(trace: AccessTrace) -> np.ndarray:
+    """Return which call names each access's expert next, [A] int64; the number of calls: none."""
+    call = np.repeat(np.arange(trace.n_calls), trace.sizes)  # [A]
+    order = np.lexsort((call, trace.keys))
+    upcoming = np.full(len(trace.keys), trace.n_calls, dtype=np.int64)
+    same = trace.keys[order][1:] == trace.keys[order][:-1]
+    upcoming[order[:-1][same]] = call[order[1:][same]]
+    return upcoming
