@@ -10,7 +10,8 @@ from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.expert_record import decode_record
-from moe_tool.policies.eviction.protocol import Eviction
+from moe_tool.policies.eviction import Entry, ExpertCache, MakeEviction
+from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.store.reader import ExpertKey, RecordReader
@@ -33,8 +34,7 @@ class _Fetch:
 class ExpertStore:
     """A cache of experts in one pool of slots for all layers.
 
-    What a layer call evicts is settled when it starts, in the order in which it names its experts:
-    hits are touched, then each miss takes a free slot or the victim's. Which read arrives first
+    What a layer call evicts is settled when it starts, by an `ExpertCache`: which read arrives first
     changes nothing, so the content after a call is that of a plain replay. Where a call names more
     experts than there are slots, its later reads wait until its earlier experts were computed.
 
@@ -52,7 +52,8 @@ class ExpertStore:
         *,
         n_slots: int,
         pinned: Sequence[ExpertKey] = (),
-        eviction: Eviction,
+        eviction: MakeEviction,
+        per_layer: bool = False,
         n_readers: int = 2,
     ) -> None:
         """Reserve the slots and start the readers; nothing is read yet.
@@ -61,11 +62,13 @@ class ExpertStore:
             bundle: stays open as long as the store; belongs to the caller.
             n_slots: records that memory holds at once, pinned ones included.
             pinned: experts that never leave; read by `load_pinned`, at the latest with the first
-                call. eviction: a fresh policy; belongs to the store from now on. n_readers: worker
-                threads.
+                call.
+            eviction: makes the policy of what is not pinned.
+            per_layer: every layer has its own equal part of the slots that are not pinned.
+            n_readers: worker threads.
 
         Raises:
-            BudgetError: the slots cannot hold the pinned experts and one more.
+            BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.
         """
         manifest = bundle.manifest
         n_all = len(manifest.records)
@@ -75,15 +78,33 @@ class ExpertStore:
                 f"{n_slots} expert slots cannot hold {len(pinned_keys)} pinned ones and one more",
                 hint="give more --memory",
             )
+        shape = manifest.shape
+        n_slots = min(n_slots, n_all)
+        capacity = n_slots - len(pinned_keys)
+        if per_layer and 0 < capacity < len(shape.layers):
+            raise BudgetError(
+                f"{capacity} expert slots are not one for each of {len(shape.layers)} layers",
+                hint="give more --memory, or leave per-layer out of --eviction",
+            )
         self._bundle = bundle
         self._pinned = pinned_keys
+        self._first_key = {layer: at * shape.experts for at, layer in enumerate(shape.layers)}
+        self._position = {layer: at for at, layer in enumerate(shape.layers)}
+        self._expert_of = [(layer, expert) for layer in shape.layers for expert in range(shape.experts)]
+        self._cache = ExpertCache(
+            eviction,
+            n_layers=len(shape.layers),
+            n_experts=shape.experts,
+            capacity=capacity,
+            per_layer=per_layer,
+            pinned=[self._key(key) for key in pinned_keys],
+        )
         self._pinned_masks = {layer: self._empty_mask() for layer in manifest.shape.layers}
         for layer, expert in pinned_keys:
             self._pinned_masks[layer][expert] = True
         self._masks = {layer: mask.copy() for layer, mask in self._pinned_masks.items()}
-        self._eviction = eviction
         self._slots = SlotPool(
-            n_slots=min(n_slots, n_all), slot_size_bytes=manifest.record_size_bytes
+            n_slots=n_slots, slot_size_bytes=manifest.record_size_bytes
         )
         self._slot_of: dict[ExpertKey, int] = {}
         # Views of a slot, whatever record lies in it, with what a kernel prepares of them.
@@ -96,6 +117,10 @@ class ExpertStore:
         self._prefetches: dict[ExpertKey, int] = {}  # expert -> slot; for the call that comes next
         self._is_prefetching = False
 
+    def _key(self, key: ExpertKey) -> int:
+        """As the cache numbers experts."""
+        return self._first_key[key[0]] + key[1]
+
     def _empty_mask(self) -> np.ndarray:
         return np.zeros(self._bundle.manifest.shape.experts, dtype=bool)
 
@@ -106,6 +131,11 @@ class ExpertStore:
     def pinned_mask(self, layer: int) -> np.ndarray:
         """Return which experts of a layer never leave, [E] bool."""
         return self._pinned_masks[layer].copy()
+
+    @property
+    def hints(self) -> frozenset[Hint]:
+        """What the eviction policy wants to be told beside the accesses."""
+        return self._cache.hints
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
         """Read the pinned experts that are not in memory yet, in file order, counted nowhere.
@@ -141,7 +171,12 @@ class ExpertStore:
             progress.end()
 
     def acquire(
-        self, layer: int, experts: Sequence[int], counters: PhaseCounters
+        self,
+        layer: int,
+        experts: Sequence[int],
+        counters: PhaseCounters,
+        *,
+        scores: np.ndarray | None = None,
     ) -> Iterator[tuple[int, ExpertWeights]]:
         """Yield each expert with its weights: those in memory, then the others as they arrive.
 
@@ -153,6 +188,7 @@ class ExpertStore:
             experts: distinct experts of the layer.
             counters: hits, misses, bytes_read, stall_seconds and the use of prefetches are added
                 to.
+            scores: [E], `gate_scores` of the call, where `hints` has "scores".
 
         Raises:
             CorruptArtifactError: a record does not have the bytes that the manifest promises. The
@@ -171,10 +207,11 @@ class ExpertStore:
         n_misses = len(wanted) - len(present)
         counters.hits += len(present)
         counters.misses += n_misses
-        self._touch(present)
+        self._cache.begin_call(self._position[layer], scores)
+        entries = self._cache.access([self._key(key) for key in wanted])
         self._named = wanted
-        if n_misses:
-            self._plan(wanted, present)
+        if entries:
+            self._plan(entries, named=set(wanted))
             for fetch in self._fetches.values():
                 if fetch.after is None and not fetch.is_prefetched:
                     self._start(fetch)
@@ -197,22 +234,26 @@ class ExpertStore:
             counters: prefetches are counted here, their bytes by the calls that follow.
         """
         self._is_prefetching = True
-        held = {*self._named, *((layer, expert) for expert in (*spare, *experts))}
-        for expert in experts:
-            key = (layer, expert)
-            assert key not in self._slot_of, f"{key} is resident"
-            if not self._slots.n_free:
-                try:
-                    victim = self._eviction.victim(held)
-                except LookupError:
-                    return
-                self._slots.give(self._slot_of[victim])
-                self._forget(victim)
-            slot = self._slots.take()
-            self._enter(key, slot)
+        first = self._first_key[layer]
+        held = {self._key(key) for key in self._named}
+        held.update(first + expert for expert in (*spare, *experts))
+        assert not any((layer, expert) in self._slot_of for expert in experts), "one is resident"
+        for entry in self._cache.prefetch([first + expert for expert in experts], held):
+            key, slot = self._enter(entry)
             self._prefetches[key] = slot
             self._reader.prefetch(key, self._slots.view(slot))
             counters.prefetches += 1
+
+    def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
+        """Tell the eviction policy what a call to come is predicted to name, once the reads of the
+        call under way have begun.
+
+        Args:
+            layer: decoder layer of the call to come.
+            experts: of that layer.
+            ahead: 1 for the next call.
+        """
+        self._cache.expect([self._first_key[layer] + expert for expert in experts], ahead=ahead)
 
     def close(self) -> None:
         """Stop reading, join the threads, give the memory back. Weights handed out are void."""
@@ -235,8 +276,7 @@ class ExpertStore:
         for key, slot in prefetches.items():
             if key not in named:
                 self._reader.drop(key)
-                self._forget(key)
-                self._slots.give(slot)
+                self._strike_out(key)
                 continue
             counters.prefetch_hits += 1
             if not self._reader.claim(key):
@@ -273,38 +313,32 @@ class ExpertStore:
         finally:
             self._settle()
 
-    def _touch(self, present: dict[ExpertKey, int]) -> None:
-        pinned, touch = self._pinned, self._eviction.touch
-        for key in present:
-            if key not in pinned:
-                touch(key)
-
-    def _plan(self, wanted: Sequence[ExpertKey], present: dict[ExpertKey, int]) -> None:
-        """Settle which slot every miss takes, with the cache's books as they will be afterwards."""
-        named = set(wanted)
-        for key in wanted:
-            if key in present:
-                continue
-            victim = None
-            if self._slots.n_free:
-                slot = self._slots.take()
-            else:
-                victim = self._eviction.victim(())
-                slot = self._slot_of[victim]
-                self._forget(victim)
-            self._enter(key, slot)
+    def _plan(self, entries: Sequence[Entry], *, named: set[ExpertKey]) -> None:
+        """Give every miss its slot, with the books as they will be afterwards."""
+        for entry in entries:
+            victim = None if entry.victim is None else self._expert_of[entry.victim]
+            key, slot = self._enter(entry)
             after = victim if victim in named else None
             self._fetches[key] = _Fetch(key=key, slot=slot, after=after)
 
-    def _enter(self, key: ExpertKey, slot: int) -> None:
-        self._eviction.add(key)
+    def _enter(self, entry: Entry) -> tuple[ExpertKey, int]:
+        key = self._expert_of[entry.key]
+        if entry.victim is None:
+            slot = self._slots.take()
+        else:
+            victim = self._expert_of[entry.victim]
+            slot = self._slot_of.pop(victim)
+            self._prefetches.pop(victim, None)
+            self._masks[victim[0]][victim[1]] = False
         self._slot_of[key] = slot
         self._masks[key[0]][key[1]] = True
+        return key, slot
 
-    def _forget(self, key: ExpertKey) -> None:
-        del self._slot_of[key]
+    def _strike_out(self, key: ExpertKey) -> None:
+        """Forget an expert whose record did not come."""
+        self._slots.give(self._slot_of.pop(key))
         if key not in self._pinned:
-            self._eviction.remove(key)
+            self._cache.discard(self._key(key))
             self._masks[key[0]][key[1]] = False
 
     def _start(self, fetch: _Fetch) -> None:
@@ -330,8 +364,7 @@ class ExpertStore:
             fetches[key].is_read = True
         for key, fetch in fetches.items():
             if not fetch.is_read and self._slot_of.get(key) == fetch.slot:
-                self._forget(key)
-                self._slots.give(fetch.slot)
+                self._strike_out(key)
 
     def _weights(self, slot: int) -> ExpertWeights:
         weights = self._decoded.get(slot)

@@ -1,70 +1,127 @@
 """What every eviction policy has to keep to, run over all of them."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_tool.policies.eviction import EVICTION
+from moe_tool.errors import UsageError
+from moe_tool.policies.eviction import EVICTION, CacheShape, ExpertCache, parse_eviction
 
-KEYS = [(layer, expert) for layer in (0, 3) for expert in range(5)]
+N_LAYERS, N_EXPERTS = 3, 4
+SHAPE = CacheShape(n_layers=N_LAYERS, n_experts=N_EXPERTS, capacity=4)
 
 
 @pytest.fixture(params=sorted(EVICTION))
-def build(request):
-    return EVICTION[request.param]
+def policy(request):
+    made = parse_eviction(request.param).make(SHAPE)
+    made.begin_call(0)
+    return made
 
 
-def _replay(policy, steps):
-    """Run a cache of at most 4 experts and return its victims."""
+CALLS = st.lists(
+    st.tuples(
+        st.integers(0, N_LAYERS - 1),
+        st.lists(st.integers(0, N_EXPERTS - 1), unique=True, max_size=N_EXPERTS),
+        st.lists(st.integers(0, N_EXPERTS - 1), unique=True, max_size=2),  # read ahead
+        st.integers(0, 2**32 - 1),  # seed of the scores
+    ),
+    max_size=25,
+)
+
+
+def _replay(choice, calls, capacity, pinned):
+    """Keep the books beside the cache, complain of what breaks them; return all victims."""
+    cache = ExpertCache(
+        choice.make,
+        n_layers=N_LAYERS,
+        n_experts=N_EXPERTS,
+        capacity=capacity,
+        per_layer=choice.per_layer,
+        pinned=pinned,
+    )
     cached, victims = set(), []
-    for key, pinned in steps:
-        if key in cached:
-            policy.touch(key)
-            continue
-        if len(cached) == 4:
-            held = set(pinned[:3])
-            victim = policy.victim(held)
-            assert victim in cached and victim not in held
-            policy.remove(victim)
-            cached.remove(victim)
-            victims.append(victim)
-        policy.add(key)
-        cached.add(key)
+
+    def enter(entries, held):
+        for entry in entries:
+            if entry.victim is None:
+                assert len(cached) < capacity
+            else:
+                assert entry.victim in cached and entry.victim not in pinned
+                assert entry.victim not in held
+                cached.remove(entry.victim)
+                victims.append(entry.victim)
+            assert entry.key not in cached
+            cached.add(entry.key)
+
+    for layer, experts, ahead, seed in calls:
+        keys = [layer * N_EXPERTS + expert for expert in experts]
+        scores = np.random.default_rng(seed).integers(0, 2**15, N_EXPERTS).astype(np.uint16)
+        cache.begin_call(layer, scores)
+        wanted = [key for key in keys if key not in cached and key not in pinned]
+        entries = cache.access(keys)
+        assert [entry.key for entry in entries] == wanted
+        # Experts of the call itself leave only where nothing else is left to.
+        room = capacity // N_LAYERS if choice.per_layer else capacity
+        enter(entries, set(keys) if len(keys) <= room else set())
+        following = (layer + 1) % N_LAYERS
+        guesses = [following * N_EXPERTS + expert for expert in ahead]
+        cache.expect(guesses, ahead=1)
+        held = {*keys, *guesses}
+        enter(cache.prefetch([g for g in guesses if g not in cache], held), held)
+        for guess in guesses:
+            if guess in cached and seed % 2:
+                cache.discard(guess)
+                cached.remove(guess)
+        assert len(cached) <= capacity
+        for key in range(N_LAYERS * N_EXPERTS):
+            assert (key in cache) == (key in cached or key in pinned)
     return victims
 
 
-STEPS = st.lists(st.tuples(st.sampled_from(KEYS), st.lists(st.sampled_from(KEYS), max_size=3)))
-
-
-@settings(max_examples=100)
-@given(steps=STEPS)
+@settings(max_examples=60, deadline=None)
+@given(calls=CALLS, data=st.data())
+@pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("name", sorted(EVICTION))
-def test_a_victim_is_cached_unpinned_and_the_same_each_time(name, steps):
-    assert _replay(EVICTION[name](), steps) == _replay(EVICTION[name](), steps)
+def test_capacity_pins_and_the_call_under_way_are_kept_and_victims_repeat(
+    name, per_layer, calls, data
+):
+    choice = parse_eviction(name + ":per-layer" * per_layer)
+    capacity = data.draw(st.integers(N_LAYERS if per_layer else 1, 9))
+    pinned = frozenset(data.draw(st.lists(st.integers(0, 11), unique=True, max_size=3)))
+    once = _replay(choice, calls, capacity, pinned)
+    assert once == _replay(choice, calls, capacity, pinned)
 
 
-def test_the_victim_stays_until_it_is_removed(build):
-    policy = build()
-    policy.add((0, 1))
-    policy.add((0, 2))
-    assert policy.victim(()) == policy.victim(())
-    policy.remove(policy.victim(()))
-    last = policy.victim(())
-    policy.remove(last)
+def test_there_is_no_victim_where_all_are_protected(policy):
+    policy.add(1)
     with pytest.raises(LookupError):
-        policy.victim(())
-
-
-def test_there_is_no_victim_where_all_are_pinned(build):
-    policy = build()
-    policy.add((0, 1))
+        policy.evict({1})
+    assert policy.evict(()) == 1
     with pytest.raises(LookupError):
-        policy.victim({(0, 1)})
+        policy.evict(())
 
 
-def test_a_removed_expert_can_come_back(build):
-    policy = build()
-    policy.add((0, 1))
-    policy.remove((0, 1))
-    policy.add((0, 1))
-    assert policy.victim(()) == (0, 1)
+def test_an_expert_that_left_can_come_back(policy):
+    policy.add(1)
+    policy.discard(1)
+    policy.add(1)
+    assert policy.evict(()) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["mru", "", "lru:age=3", "lfu:halve-every", "lfu:halve-every=0", "lfu:halve-every=-1",
+     "lfu:halve-every=x", "smoe:window=5000", "hobbit:lru=1e3", "lru:per-layer=1", "lru:,",
+     "lfu:halve-every=\u0663", "belady"],
+)  # fmt: skip
+def test_what_is_no_policy_is_refused_with_those_that_are(text):
+    with pytest.raises(UsageError) as error:
+        parse_eviction(text)
+    assert error.value.hint
+
+
+def test_names_are_what_they_were_made_from():
+    for name in (*EVICTION, "lru:per-layer", "lfu:halve-every=9,per-layer", "hobbit:fld=70"):
+        assert parse_eviction(name).name == name
+    assert parse_eviction("lfu:halve-every=64").name == "lfu"

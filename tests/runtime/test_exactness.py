@@ -80,15 +80,17 @@ def _replay(calls: list[tuple[int, list[int]]], n_slots: int) -> list[tuple[int,
     cache: OrderedDict[tuple[int, int], None] = OrderedDict()
     counts = []
     for layer, experts in calls:
-        hits = [e for e in experts if (layer, e) in cache]
-        misses = [e for e in experts if (layer, e) not in cache]
-        for expert in hits:
-            cache.move_to_end((layer, expert))
-        for expert in misses:
-            if len(cache) == n_slots:
-                cache.popitem(last=False)
-            cache[layer, expert] = None
-        counts.append((len(hits), len(misses)))
+        named = [(layer, expert) for expert in experts]
+        hits = [key for key in named if key in cache]
+        for key in named:
+            if key in cache:
+                cache.move_to_end(key)
+            elif key not in hits:
+                if len(cache) == n_slots:
+                    others = [held for held in cache if held not in named]
+                    del cache[(others or list(cache))[0]]
+                cache[key] = None
+        counts.append((len(hits), len(named) - len(hits)))
     return counts
 
 

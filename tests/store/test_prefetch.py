@@ -27,7 +27,7 @@ def open_store(bundle):
     stores = []
 
     def build(**options):
-        stores.append(ExpertStore(bundle, eviction=Lru(), **options))
+        stores.append(ExpertStore(bundle, eviction=Lru, **options))
         return stores[-1]
 
     yield build
@@ -78,14 +78,16 @@ class _Replay:
             else:
                 self.cached.remove(key)
         self.expected = []
-        present = [key for key in keys if key in self.cached or key in self.pinned]
-        self.hits += len(present)
-        for key in present:
+        hits = [key for key in keys if key in self.cached or key in self.pinned]
+        self.hits += len(hits)
+        for key in keys:
             if key in self.cached:
                 self.cached.append(self.cached.pop(self.cached.index(key)))
-        for key in keys:
-            if key not in present:
-                self.cached = [*self.cached, key][-self.room :]
+            elif key not in hits:
+                if len(self.cached) == self.room:
+                    others = [held for held in self.cached if held not in keys]
+                    self.cached.remove((others or self.cached)[0])
+                self.cached.append(key)
         return keys
 
     def expect(self, named, layer, experts):
@@ -118,7 +120,7 @@ def test_any_calls_and_guesses_give_right_bytes_and_the_counts_of_a_plain_replay
     bundle, replay, counters = FakeBundle(), _Replay(n_slots, pinned), PhaseCounters()
     bundle.delay_s = {key: data.draw(st.sampled_from((0, 0.0005, 0.001))) for key in KEYS}
     n_readers = data.draw(st.integers(1, 3))
-    store = ExpertStore(bundle, n_slots=n_slots, pinned=pinned, eviction=Lru(), n_readers=n_readers)
+    store = ExpertStore(bundle, n_slots=n_slots, pinned=pinned, eviction=Lru, n_readers=n_readers)
     try:
         n_wanted = 0
         for layer, experts, expected in data.draw(CALLS):
@@ -144,7 +146,7 @@ def test_any_calls_and_guesses_give_right_bytes_and_the_counts_of_a_plain_replay
 def test_failures_and_abandoned_calls_between_guesses_leave_the_store_in_order(data):
     n_slots = data.draw(st.integers(1, 5))
     bundle = FakeBundle()
-    store = ExpertStore(bundle, n_slots=n_slots, eviction=Lru(), n_readers=2)
+    store = ExpertStore(bundle, n_slots=n_slots, eviction=Lru, n_readers=2)
     steps = st.tuples(
         st.sampled_from((0, 1)),
         EXPERTS,
@@ -296,7 +298,7 @@ def test_a_damaged_record_is_named_when_it_is_wanted_and_not_before(bundle, open
 
 def test_closing_joins_the_threads_in_the_middle_of_a_prefetch(bundle):
     before = threading.active_count()
-    store = ExpertStore(bundle, n_slots=6, eviction=Lru())
+    store = ExpertStore(bundle, n_slots=6, eviction=Lru)
     bundle.delay_s[1, 2] = 0.02
     _use(store, 0, [0], expected=(1, [2, 3]))
     store.close()

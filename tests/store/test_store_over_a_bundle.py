@@ -77,7 +77,7 @@ def _require_right(weights, layer, expert, precision):
 
 @pytest.mark.parametrize("n_slots", [1, 3, 8])
 def test_every_expert_arrives_as_it_was_packed(bundle, n_slots):
-    store = ExpertStore(bundle, n_slots=n_slots, eviction=Lru())
+    store = ExpertStore(bundle, n_slots=n_slots, eviction=Lru)
     counters = PhaseCounters()
     for layer in (1, 3, 1):
         for expert, weights in store.acquire(layer, range(EXPERTS), counters):
@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_named_and_the_other_experts_still_come(bundle):
         file.seek(entry.offset + 17)
         file.write(bytes([value ^ 4]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # a bit that fell over by itself
-    store = ExpertStore(bundle, n_slots=2, eviction=Lru())
+    store = ExpertStore(bundle, n_slots=2, eviction=Lru)
     with pytest.raises(CorruptArtifactError, match="layer 3 expert 2") as error:
         for _ in store.acquire(3, range(EXPERTS), PhaseCounters()):
             pass
@@ -110,7 +110,7 @@ def test_a_flipped_bit_is_named_and_the_other_experts_still_come(bundle):
 
 def test_a_file_written_to_while_the_store_is_open_is_named(bundle):
     entry = bundle.record_entry(1, 3)
-    store = ExpertStore(bundle, n_slots=2, eviction=Lru())
+    store = ExpertStore(bundle, n_slots=2, eviction=Lru)
     os.utime(bundle.folder / entry.file, ns=(0, 1))
     with pytest.raises(CorruptArtifactError, match="changed after the bundle was opened") as error:
         list(store.acquire(1, [3], PhaseCounters()))
@@ -124,7 +124,7 @@ def test_a_read_that_fails_reaches_the_caller_with_its_name(bundle, monkeypatch)
         raise OSError(5, "Input/output error")
 
     entry = bundle.record_entry(3, 0)
-    store = ExpertStore(bundle, n_slots=2, eviction=Lru())
+    store = ExpertStore(bundle, n_slots=2, eviction=Lru)
     with monkeypatch.context() as patched:
         patched.setattr(os, "preadv", fail)
         with pytest.raises(StorageError, match=r"layer 3 expert 0 .*Input/output error") as error:
@@ -143,7 +143,7 @@ def test_a_file_that_ends_too_early_is_named(bundle, monkeypatch):
         n_left = max(0, end - offset)
         return whole(handle, [buffers[0][:n_left]], offset) if n_left else 0
 
-    store = ExpertStore(bundle, n_slots=2, eviction=Lru())
+    store = ExpertStore(bundle, n_slots=2, eviction=Lru)
     monkeypatch.setattr(os, "preadv", end_early)
     with pytest.raises(StorageError, match="layer 3 expert 1 .*ended after 100 of") as error:
         list(store.acquire(3, [1], PhaseCounters()))
@@ -156,7 +156,7 @@ def test_a_prefetch_that_fails_is_named_by_the_call_that_wants_it(bundle, monkey
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    store, counters = ExpertStore(bundle, n_slots=4, eviction=Lru()), PhaseCounters()
+    store, counters = ExpertStore(bundle, n_slots=4, eviction=Lru), PhaseCounters()
     list(store.acquire(1, [0], counters))
     with monkeypatch.context() as patched:
         patched.setattr(os, "preadv", fail)
@@ -182,7 +182,7 @@ def test_slots_take_direct_reads_without_a_copy(bundle, monkeypatch):
         return whole(handle, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", watch)
-    store = ExpertStore(bundle, n_slots=1, eviction=Lru())
+    store = ExpertStore(bundle, n_slots=1, eviction=Lru)
     came = []
     for expert, weights in store.acquire(1, [2, 0], PhaseCounters()):
         _require_right(weights, 1, expert, bundle.manifest.precision)
