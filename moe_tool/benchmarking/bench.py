@@ -27,6 +27,7 @@ from moe_tool.errors import NotFoundError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT, require_policy
@@ -57,6 +58,7 @@ class BenchRow:
     """Expert records in memory"""
     policy: str
     residency: str
+    eviction: str
     prefetch: str
     threads: int
     test: str
@@ -140,6 +142,8 @@ def bench(
         require_policy(policy)
     for prefetch in options.prefetch:
         require_prefetch(prefetch)
+    for eviction in options.eviction:
+        parse_eviction(eviction)
     with BundleReader.open(folder) as bundle:
         limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
         tests = list_tests(options, context_limit=limit)
@@ -170,6 +174,7 @@ def bench(
                     slots=session.plan.n_slots,
                     policy=policy,
                     residency=residency,
+                    eviction=session.eviction.name,
                     prefetch=setting.prefetch,
                     threads=session.threads.n_threads,
                     test=test.label,
@@ -214,6 +219,7 @@ def _open(
         gates=options.gates,
         seed=options.seed,
         threads=setting.threads,
+        eviction=setting.eviction,
         prefetch=setting.prefetch,
         context=max(test.positions for test in tests),
         prompt=max(1, *(t.positions if t.kind == "pp" else t.depth for t in tests)),

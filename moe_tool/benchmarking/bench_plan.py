@@ -23,6 +23,7 @@ class BenchOptions:
     """Tokens that are in context before the clock starts"""
     memory: tuple[str, ...] = ("auto",)
     policy: tuple[str, ...] = ("exact",)
+    eviction: tuple[str, ...] = ("lru",)
     prefetch: tuple[str, ...] = ("none",)
     threads: tuple[int | None, ...] = (None,)
     """None: as many as a session takes by itself"""
@@ -61,6 +62,7 @@ class Setting:
 
     memory: str
     threads: int | None
+    eviction: str
     prefetch: str
 
 
@@ -98,7 +100,9 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
         for n_tokens in counts
         if n_tokens
     )
-    if not tests or not all((options.memory, options.policy, options.threads, options.prefetch)):
+    if not tests or not all(
+        (options.memory, options.policy, options.threads, options.eviction, options.prefetch)
+    ):
         raise UsageError(
             "nothing is left to measure", hint="--prompt-tokens 512 --generate 64 --depth 0"
         )
@@ -114,10 +118,10 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
 
 def list_settings(options: BenchOptions) -> tuple[Setting, ...]:
     """Return what sessions have to be opened for."""
-    wanted = product(options.memory, options.threads, options.prefetch)
+    wanted = product(options.memory, options.threads, options.eviction, options.prefetch)
     return tuple(
-        Setting(memory=memory, threads=threads, prefetch=prefetch)
-        for memory, threads, prefetch in wanted
+        Setting(memory=memory, threads=threads, eviction=eviction, prefetch=prefetch)
+        for memory, threads, eviction, prefetch in wanted
     )
 
 

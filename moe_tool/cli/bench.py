@@ -46,6 +46,15 @@ def bench(
             "--policy", metavar="NAME,...", help="exact, buddy, drop, random, next-ranked."
         ),
     ] = "exact",
+    eviction: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eviction",
+            metavar="NAME[:KEY=N,...]",
+            help="Who leaves the expert cache; repeat it for several.",
+            show_default="lru",
+        ),
+    ] = None,
     prefetch: Annotated[
         str, typer.Option("--prefetch", metavar="NAME,...", help="none, next-layer.")
     ] = "none",
@@ -89,6 +98,7 @@ def bench(
             depth=parse_numbers(depth, option="--depth"),
             memory=parse_words(memory, option="--memory"),
             policy=parse_words(policy, option="--policy"),
+            eviction=tuple(eviction or ["lru"]),
             prefetch=parse_words(prefetch, option="--prefetch"),
             threads=(None,) if threads is None else parse_numbers(threads, option="--threads"),
             repetitions=repetitions,

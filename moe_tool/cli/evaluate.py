@@ -9,6 +9,7 @@ from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     BundleArgument,
     DataOption,
+    EvictionOption,
     GatesOption,
     JsonOption,
     OfflineOption,
@@ -32,6 +33,7 @@ def evaluate(
     memory: RunMemoryOption = "auto",
     policy: PolicyOption = "exact",
     residency: ResidencyOption = None,
+    eviction: EvictionOption = "lru",
     gates: GatesOption = True,
     controls: Annotated[
         bool,
@@ -76,6 +78,7 @@ def evaluate(
                 policy=policy,
                 controls=controls,
                 residency=residency,
+                eviction=eviction,
                 gates=gates,
                 seed=seed,
                 threads=threads,

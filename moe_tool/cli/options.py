@@ -86,6 +86,16 @@ PrefetchOption = Annotated[
         "this layer's input. The text stays the same; a wrong guess costs bytes.",
     ),
 ]
+EvictionOption = Annotated[
+    str,
+    typer.Option(
+        "--eviction",
+        metavar="NAME[:KEY=N,...]",
+        help="Who leaves the expert cache: lru, lfu, fifo, s3-fifo, static-hot, pinned+lru, "
+        "hobbit, smoe, expertflow or layer-lru; `:per-layer` gives every layer its own part. The "
+        "text stays the same.",
+    ),
+]
 GatesOption = Annotated[
     bool,
     typer.Option(

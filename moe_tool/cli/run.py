@@ -11,6 +11,7 @@ from moe_tool.byte_sizes import format_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     BundleArgument,
+    EvictionOption,
     GatesOption,
     JsonOption,
     PolicyOption,
@@ -50,6 +51,7 @@ def run(
     memory: RunMemoryOption = "auto",
     policy: PolicyOption = "exact",
     residency: ResidencyOption = None,
+    eviction: EvictionOption = "lru",
     prefetch: PrefetchOption = "none",
     gates: GatesOption = True,
     temperature: Annotated[
@@ -60,6 +62,15 @@ def run(
     ] = 0.0,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
+    record_trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--record-trace",
+            metavar="FILE",
+            help="Write which experts every layer called, for `simulate`.",
+            show_default=False,
+        ),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="The prompt as it is, without the model's chat template.")
     ] = False,
@@ -87,6 +98,7 @@ def run(
                 memory=memory,
                 policy=policy,
                 residency=residency,
+                eviction=eviction,
                 prefetch=prefetch,
                 gates=gates,
                 seed=seed,
@@ -101,10 +113,13 @@ def run(
                 ignore_eos=ignore_eos,
             ),
             on_text=output.stream,
+            trace_path=record_trace,
             progress=output.progress,
         )
         output.stream("\n")
         output.say(_footer(result))
+        if record_trace is not None:
+            output.say(f"wrote {record_trace}; next: moe-tool simulate {record_trace}")
         output.result(asdict(result))
         if result.interrupted:
             output.say("interrupted")

@@ -35,7 +35,7 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT, require_policy
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.session import DEFAULT_EVICTION, RunOptions, Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
 
@@ -60,6 +60,7 @@ class EvaluateOptions:
     """Also measure the policy's controls, under the same residency"""
     residency: Residency | None = None
     """None: frozen for lossy policies and tables, cache for exact alone"""
+    eviction: str = DEFAULT_EVICTION
     gates: bool = True
     seed: int = 0
     """Of the choice of text, of policies that draw, and of the bootstrap"""
@@ -227,6 +228,7 @@ def _open(
         memory=options.memory,
         policy=EXACT,
         residency=residency,
+        eviction=options.eviction,
         gates=options.gates,
         seed=options.seed,
         threads=options.threads,

@@ -18,6 +18,7 @@ _COLUMNS = (
     "bits",
     "budget",
     "policy",
+    "eviction",
     "prefetch",
     "threads",
     "test",
@@ -28,7 +29,7 @@ _COLUMNS = (
     "peak RSS",
     "cache",
 )
-_TEXT_COLUMNS = ("model", "bits", "budget", "policy", "prefetch", "test", "cache")
+_TEXT_COLUMNS = ("model", "bits", "budget", "policy", "eviction", "prefetch", "test", "cache")
 
 
 def markdown_rows(rows: Sequence[Row]) -> str:
@@ -84,6 +85,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row['bits']} / {row['skeleton_bits']}",
         budget,
         str(row["policy"]),
+        str(row["eviction"]),
         _prefetch(row),
         str(row["threads"]),
         str(row["test"]),

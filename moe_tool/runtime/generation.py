@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from moe_tool import __version__
 from moe_tool.artifacts.run_stats import RunStats
+from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import UsageError
+from moe_tool.formats.run_trace_hdf5 import write_run_trace
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.prompts import encode_prompt
@@ -75,6 +78,7 @@ class RunResult:
     stall_seconds: float
     substitutions: int
     drops: int
+    eviction: str
     prefetch: str
     prefetches: int
     """Experts that the store was told to expect while decoding"""
@@ -116,11 +120,13 @@ def run_prompt(
     options: RunOptions,
     generation: GenerateOptions,
     on_text: OnText | None = None,
+    trace_path: Path | None = None,
     progress: Progress = SILENT,
 ) -> RunResult:
     """Open a bundle for one prompt, generate, and close it again.
 
-    The KV cache is planned for this prompt and `max_tokens`, not for the whole context.
+    The KV cache is planned for this prompt and `max_tokens`, not for the whole context. A trace of
+    the run is written to `trace_path`.
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the context.
@@ -132,8 +138,58 @@ def run_prompt(
     if n_prompt < options.context:
         context = min(options.context, n_prompt + generation.max_tokens)
         options = replace(options, context=context, prompt=n_prompt)
+    options = replace(options, record_trace=options.record_trace or trace_path is not None)
     with open_session(folder, options, tokenizer=tokenizer, progress=progress) as session:
-        return generate(session, prompt, generation, on_text=on_text)
+        result = generate(session, prompt, generation, on_text=on_text)
+        if trace_path is not None:
+            write_trace(session, trace_path, decode_seconds=_decode_seconds(result))
+        return result
+
+
+def _decode_seconds(result: RunResult) -> float:
+    rate = result.tokens_per_second
+    return (result.generated_tokens - 1) / rate if rate > 0 else 0.0
+
+
+def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
+    """Write what a session with `record_trace` has run since it was opened.
+
+    Args:
+        session: its cache was empty, or pinned experts alone, when it began.
+        path: of the trace.
+        decode_seconds: that its decoding took.
+    """
+    assert session.runner.recorder is not None, "the session records no trace"
+    store, manifest = session.runner.store, session.manifest
+    prompt, decode = session.runner.stats.prompt, session.runner.stats.decode
+    pinned = [
+        (layer, int(expert))
+        for layer in manifest.shape.layers
+        for expert in store.pinned_mask(layer).nonzero()[0]
+    ]
+    header = RunTraceHeader(
+        identity=manifest.identity,
+        shape=manifest.shape,
+        precision=manifest.precision,
+        record_size_bytes=manifest.record_size_bytes,
+        n_slots=session.plan.n_slots,
+        pinned=tuple(pinned),
+        eviction=session.eviction.name,
+        prefetch=session.options.prefetch,
+        prompt_tokens=prompt.tokens,
+        decode_tokens=decode.tokens,
+        decode_seconds=decode_seconds,
+        hits=decode.hits,
+        misses=decode.misses,
+        prefetches=decode.prefetches,
+        prefetch_hits=decode.prefetch_hits,
+        prompt_hits=prompt.hits,
+        prompt_misses=prompt.misses,
+        stall_seconds=decode.stall_seconds,
+        tool_version=__version__,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_run_trace(path, header, session.runner.recorder.recorded())
 
 
 def generate(
@@ -305,6 +361,7 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         stall_seconds=decode.stall_seconds,
         substitutions=decode.substitutions,
         drops=decode.drops,
+        eviction=session.eviction.name,
         prefetch=session.options.prefetch,
         prefetches=decode.prefetches,
         prefetch_hits=decode.prefetch_hits,

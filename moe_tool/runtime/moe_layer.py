@@ -11,7 +11,10 @@ from moe_tool.artifacts.routing import Answers, Routing
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.skeleton import LayerCall
+from moe_tool.policies.eviction import gate_scores
 from moe_tool.quantization.weights import ExpertWeights
+from moe_tool.runtime.call_recorder import CallRecorder
+from moe_tool.runtime.foresight import Foresight, Guess
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.store.expert_store import ExpertStore
@@ -41,6 +44,10 @@ class MoeLayerRunner:
     """What answers misses while decoding"""
     prefetcher: Prefetcher | None = None
     """Reads ahead while decoding: a prompt's tokens want nearly every expert of a layer anyway"""
+    foresight: Foresight | None = None
+    """What the eviction policy is told of the layers to come while decoding"""
+    recorder: CallRecorder | None = None
+    """Told about every call"""
     stats: RunStats = field(default_factory=RunStats)
     phase: Phase = "prompt"
     n_sequences: int = 1
@@ -94,12 +101,34 @@ class MoeLayerRunner:
         self, call: LayerCall, index: torch.Tensor, weight: torch.Tensor, counters: PhaseCounters
     ) -> torch.Tensor:
         def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
-            supplied = self.store.acquire(call.layer, wanted, counters)
-            if self.prefetcher is not None and self.phase == "decode":
-                self.prefetcher.expect(call, self.store, counters)  # while the reads are under way
+            scores = self._scores(call)
+            supplied = self.store.acquire(call.layer, wanted, counters, scores=scores)
+            guesses: list[Guess] = []
+            if self.phase == "decode":  # while the reads are under way
+                if self.foresight is not None:
+                    guesses = self.foresight.look(call)
+                    for guess in guesses:
+                        self.store.expect(guess.layer, guess.experts, ahead=guess.ahead)
+                if self.prefetcher is not None:
+                    self.prefetcher.expect(call, self.store, counters)
+            if self.recorder is not None:
+                self.recorder.record(
+                    call.layer,
+                    wanted,
+                    is_decode=self.phase == "decode",
+                    scores=scores,
+                    guesses=[(guess.layer, e) for guess in guesses for e in guess.experts],
+                )
             return supplied
 
         return run_experts(call.module, call.hidden, index, weight, supply)
+
+    def _scores(self, call: LayerCall) -> np.ndarray | None:
+        """What the router says of all experts, where somebody asks and it was heard."""
+        is_asked = "scores" in self.store.hints or self.recorder is not None
+        if not is_asked or call.router_logits is None:
+            return None
+        return gate_scores(_narrow(call.router_logits))
 
     def _routing(self, call: LayerCall) -> Routing:
         n_tokens = call.index.shape[0]

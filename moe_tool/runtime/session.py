@@ -25,10 +25,12 @@ from moe_tool.models.skeleton import LayerCall, Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.native.kernels import is_native
-from moe_tool.policies.eviction import EVICTION
+from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
+from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
+from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.memory_plan import (
     ExpertRoom,
     MemoryLine,
@@ -49,6 +51,7 @@ that has happened"""
 _MARGIN_BYTES = 24 * 2**20
 """Holes in the heap, reader threads, Python objects that come and go"""
 _N_READERS = 2
+DEFAULT_EVICTION = "lru"
 _WARM_UP_TOKENS = 2
 
 
@@ -62,6 +65,10 @@ class RunOptions:
     """What answers a miss while decoding"""
     residency: Residency | None = None
     """None: cache for exact, frozen for lossy policies"""
+    eviction: str = DEFAULT_EVICTION
+    """Who leaves the expert cache, e.g. "lru", "lfu:halve-every=128" or "lru:per-layer" """
+    record_trace: bool = False
+    """Keep what every layer call names, for `Session.recorded`"""
     prefetch: str = NO_PREFETCH
     """What is read while decoding before it is wanted"""
     gates: bool = True
@@ -92,6 +99,7 @@ class Session:
     plan: MemoryPlan
     workload: Workload
     threads: ComputeThreads
+    eviction: EvictionChoice
     runner: MoeLayerRunner
     prompt_tokens: int | None = None
     """Positions that count as prompt in the forwards to come; None: a forward of one token with a
@@ -132,7 +140,7 @@ class Session:
         )
         if residency != self.runner.residency:
             self.runner.store.close()
-            self.runner.store = _open_store(self.bundle, self.plan, residency)
+            self.runner.store = _open_store(self.bundle, self.plan, residency, self.eviction)
             self.runner.residency = residency
         self.runner.policy = chosen
         self.runner.prefetcher = prefetcher
@@ -140,7 +148,9 @@ class Session:
     def empty_cache(self) -> None:
         """Forget every expert that is not pinned."""
         self.runner.store.close()
-        self.runner.store = _open_store(self.bundle, self.plan, self.runner.residency)
+        self.runner.store = _open_store(
+            self.bundle, self.plan, self.runner.residency, self.eviction
+        )
 
     def close(self) -> None:
         """Stop the reader threads and let go of the memory."""
@@ -210,6 +220,7 @@ def open_session(
     """
     request = parse_memory(options.memory)
     _check(options)
+    eviction = parse_eviction(options.eviction)
     return_freed_memory()
     bundle = BundleReader.open(folder)
     threads = choose_threads(options.threads, bundle.manifest)
@@ -264,10 +275,12 @@ def open_session(
     if refusal is not None:
         progress.note(f"{refusal}: experts are read through it, slower")
     runner = MoeLayerRunner(
-        store=_open_store(bundle, memory, residency),
+        store=_open_store(bundle, memory, residency, eviction),
         residency=residency,
         policy=policy,
         prefetcher=prefetcher,
+        foresight=_foresight(skeleton, eviction, options),
+        recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
     )
     skeleton.set_experts_function(runner)
     session = Session(
@@ -278,6 +291,7 @@ def open_session(
         plan=memory,
         workload=workload,
         threads=threads,
+        eviction=eviction,
         runner=runner,
     )
     session._hook = skeleton.model.register_forward_pre_hook(
@@ -328,6 +342,17 @@ def _fixed_lines(
 def _check(options: RunOptions) -> None:
     require_policy(options.policy)
     require_prefetch(options.prefetch)
+    is_frozen = (options.residency or ("cache" if options.policy == EXACT else "frozen")) != "cache"
+    if is_frozen and options.eviction != DEFAULT_EVICTION:
+        raise UsageError(
+            f"--eviction {options.eviction}: the experts in memory are frozen, so none is evicted",
+            hint="--policy exact, or --residency cache",
+        )
+    if options.record_trace and (is_frozen or options.policy != EXACT):
+        raise UsageError(
+            "--record-trace: what a lossy run asks for is not what the model wants",
+            hint="--policy exact",
+        )
     for name, value in (
         ("--threads", options.threads),
         ("--context", options.context),
@@ -346,15 +371,30 @@ def _workload(options: RunOptions, config: Any) -> Workload:
     return Workload(batch=options.batch, positions=positions, prompt=prompt)
 
 
-def _open_store(bundle: BundleReader, plan: MemoryPlan, residency: Residency) -> ExpertStore:
-    pinned = () if residency == "cache" else choose_resident_experts(bundle.manifest, plan.n_slots)
+def _open_store(
+    bundle: BundleReader, plan: MemoryPlan, residency: Residency, eviction: EvictionChoice
+) -> ExpertStore:
+    share = 1.0 if residency == "frozen" else eviction.pinned_share
+    pinned = choose_resident_experts(bundle.manifest, plan.n_slots, share=share) if share else ()
     return ExpertStore(
         bundle,
         n_slots=plan.n_slots,
         pinned=pinned,
-        eviction=EVICTION["lru"](),
+        eviction=eviction.make,
+        per_layer=eviction.per_layer,
         n_readers=_N_READERS,
     )
+
+
+def _foresight(
+    skeleton: Skeleton, eviction: EvictionChoice, options: RunOptions
+) -> Foresight | None:
+    """Where the eviction policy looks ahead, or a trace is to say what a prefetch saw."""
+    if "predictions" in eviction.hints:
+        return foresee(skeleton.layers, depth=eviction.parameters["window"])
+    if options.record_trace and options.prefetch != NO_PREFETCH:
+        return foresee(skeleton.layers, depth=1)
+    return None
 
 
 def _warm_up(skeleton: Skeleton) -> None:

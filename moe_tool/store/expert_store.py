@@ -90,7 +90,9 @@ class ExpertStore:
         self._pinned = pinned_keys
         self._first_key = {layer: at * shape.experts for at, layer in enumerate(shape.layers)}
         self._position = {layer: at for at, layer in enumerate(shape.layers)}
-        self._expert_of = [(layer, expert) for layer in shape.layers for expert in range(shape.experts)]
+        self._expert_of = [
+            (layer, expert) for layer in shape.layers for expert in range(shape.experts)
+        ]
         self._cache = ExpertCache(
             eviction,
             n_layers=len(shape.layers),
@@ -103,9 +105,7 @@ class ExpertStore:
         for layer, expert in pinned_keys:
             self._pinned_masks[layer][expert] = True
         self._masks = {layer: mask.copy() for layer, mask in self._pinned_masks.items()}
-        self._slots = SlotPool(
-            n_slots=n_slots, slot_size_bytes=manifest.record_size_bytes
-        )
+        self._slots = SlotPool(n_slots=n_slots, slot_size_bytes=manifest.record_size_bytes)
         self._slot_of: dict[ExpertKey, int] = {}
         # Views of a slot, whatever record lies in it, with what a kernel prepares of them.
         self._decoded: dict[int, ExpertWeights] = {}

@@ -56,6 +56,4 @@ def random_trace(rng, *, n_layers=3, n_experts=6, n_forwards=30, top_k=2, skew=1
                     experts[-1] = int(rng.integers(n_experts))
                 named += [target * n_experts + e for e in dict.fromkeys(experts)]
             guesses.append(named)
-    return trace_of(
-        calls, n_layers=n_layers, n_experts=n_experts, scores=scores, guesses=guesses
-    )
+    return trace_of(calls, n_layers=n_layers, n_experts=n_experts, scores=scores, guesses=guesses)

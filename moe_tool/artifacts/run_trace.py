@@ -1,0 +1,63 @@
+"""What a run named, call by call, and what it counted: `run --record-trace`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from moe_tool.artifacts.identity import ModelIdentity
+from moe_tool.artifacts.moe_shape import Count, MoeShape
+from moe_tool.artifacts.precision import Precision
+from moe_tool.artifacts.schema import FrozenModel
+
+_Seconds = Annotated[float, Field(ge=0)]
+_Number = Annotated[int, Field(ge=0, le=2**50)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedCalls:
+    """C layer calls with A accesses. A key is a layer's position among the MoE layers times the
+    experts of a layer, plus the expert's number."""
+
+    layer: np.ndarray
+    """[C] int32: position of the layer"""
+    is_decode: np.ndarray
+    """[C] bool"""
+    start: np.ndarray
+    """[C + 1] int64: where a call's keys begin"""
+    keys: np.ndarray
+    """[A] int32, ascending within a call"""
+    guess_start: np.ndarray
+    """[C + 1] int64"""
+    guesses: np.ndarray
+    """int32: keys that later layers were predicted to name; none where nothing asked for them"""
+    scores: np.ndarray | None
+    """[C, E] uint16: what the router said; None where it was not heard"""
+
+
+class RunTraceHeader(FrozenModel):
+    """How the run was made and what it counted."""
+
+    identity: ModelIdentity
+    shape: MoeShape
+    precision: Precision
+    record_size_bytes: Count
+    n_slots: Count
+    """Expert records in memory, pinned ones included"""
+    pinned: tuple[tuple[int, int], ...]
+    """(layer, expert)"""
+    eviction: str
+    prefetch: str
+    prompt_tokens: _Number
+    decode_tokens: _Number
+    decode_seconds: _Seconds
+    hits: _Number
+    misses: _Number
+    prefetches: _Number
+    prefetch_hits: _Number
+    prompt_hits: _Number
+    prompt_misses: _Number
+    stall_seconds: _Seconds
+    """While decoding"""
+    tool_version: str

@@ -1,0 +1,124 @@
+"""Traces of runs as HDF5 files."""
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
+from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
+from moe_tool.formats.hostile_file import quoted
+from moe_tool.formats.hostile_hdf5 import (
+    child_dataset,
+    created_hdf5,
+    damaged,
+    opened_hdf5,
+    translated,
+    verified_sha256,
+)
+from moe_tool.formats.json_artifact import first_complaint
+from moe_tool.formats.strict_json import parse_json_object
+
+RUN_TRACE_VERSION = 1
+_REMEDY = "record it again with moe-tool run --record-trace"
+_DTYPES: dict[str, type[np.generic]] = {
+    "layer": np.int32,
+    "is_decode": np.bool_,
+    "start": np.int64,
+    "keys": np.int32,
+    "guess_start": np.int64,
+    "guesses": np.int32,
+    "scores": np.uint16,
+}
+
+
+def write_run_trace(path: Path, header: RunTraceHeader, calls: RecordedCalls) -> None:
+    """Write a trace, whole or not at all."""
+    with created_hdf5(path) as file:
+        file.attrs["kind"] = "run-trace"
+        file.attrs["format_version"] = RUN_TRACE_VERSION
+        file.attrs["header"] = header.model_dump_json()
+        for name, dtype in _DTYPES.items():
+            values = getattr(calls, name)
+            if values is not None:
+                file.create_dataset(name, data=np.asarray(values, dtype), track_times=False)
+
+
+def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
+    """Return a trace whose arrays fit together and name what there is.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CorruptArtifactError: it is no trace of a run, truncated or damaged.
+        ArtifactVersionError: it has another version.
+        StorageError: it cannot be read.
+    """
+    verified_sha256(path, remedy=_REMEDY)
+    with opened_hdf5(path, remedy=_REMEDY) as file, translated(path, remedy=_REMEDY):
+        if file.attrs.get("kind") != "run-trace":
+            raise CorruptArtifactError(f"{path} is not the trace of a run", hint=_REMEDY)
+        version = file.attrs.get("format_version")
+        if not isinstance(version, np.integer) or version != RUN_TRACE_VERSION:
+            raise ArtifactVersionError(
+                f"{path} has format version {quoted(version)}, wanted {RUN_TRACE_VERSION}",
+                hint=_REMEDY,
+            )
+        text = file.attrs.get("header")
+        if not isinstance(text, str):
+            raise damaged(path, "it has no header", remedy=_REMEDY)
+        parse_json_object(path, text.encode(), remedy=_REMEDY)
+        try:
+            header = RunTraceHeader.model_validate_json(text)
+        except ValidationError as error:
+            raise damaged(path, f"header: {first_complaint(error)}", remedy=_REMEDY) from error
+        arrays = {}
+        for name, dtype in _DTYPES.items():
+            if name == "scores" and name not in file:
+                arrays[name] = None
+                continue
+            values = child_dataset(file, name, path)[()]
+            if values.dtype != dtype:
+                raise damaged(path, f"{name} holds {values.dtype}", remedy=_REMEDY)
+            arrays[name] = values
+    calls = RecordedCalls(**arrays)
+    complaint = _complaint(header, calls)
+    if complaint is not None:
+        raise damaged(path, complaint, remedy=_REMEDY)
+    return header, calls
+
+
+def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
+    """What does not fit, None where all does."""
+    n_calls, n_layers, n_experts = len(calls.layer), len(header.shape.layers), header.shape.experts
+    n_keys = n_layers * n_experts
+    if calls.layer.ndim != 1 or calls.is_decode.shape != (n_calls,):
+        return "its calls have no layer or no phase"
+    if not _is_within(calls.layer, n_layers):
+        return "a layer does not exist"
+    for start, keys in ((calls.start, calls.keys), (calls.guess_start, calls.guesses)):
+        if start.shape != (n_calls + 1,) or keys.ndim != 1:
+            return "a list of experts has no beginnings"
+        if start[0] != 0 or start[-1] != len(keys) or (np.diff(start) < 0).any():
+            return "its lists of experts do not add up"
+        if not _is_within(keys, n_keys):
+            return "an expert does not exist"
+    owner = np.repeat(calls.layer, np.diff(calls.start))
+    if (calls.keys // n_experts != owner).any():
+        return "a call names an expert of another layer"
+    first = np.zeros(len(calls.keys), bool)
+    first[calls.start[:-1][np.diff(calls.start) > 0]] = True
+    if (np.diff(calls.keys, prepend=-1)[~first] <= 0).any():
+        return "a call names an expert twice"
+    guesser = np.repeat(calls.layer, np.diff(calls.guess_start))
+    if (calls.guesses // n_experts <= guesser).any():
+        return "a guess is not about a later layer"
+    if calls.scores is not None and calls.scores.shape != (n_calls, n_experts):
+        return "its scores have another shape"
+    known = set(header.shape.layers)
+    if any(layer not in known or not 0 <= e < n_experts for layer, e in header.pinned):
+        return "a pinned expert does not exist"
+    return None
+
+
+def _is_within(values: np.ndarray, limit: int) -> bool:
+    return not len(values) or 0 <= int(values.min()) <= int(values.max()) < limit

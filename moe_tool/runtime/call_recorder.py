@@ -1,0 +1,74 @@
+"""Keeps what every layer call of a run named, for the simulator."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.run_trace import RecordedCalls
+
+
+@dataclass(slots=True, kw_only=True)
+class CallRecorder:
+    """Mutable: grows by every call."""
+
+    shape: MoeShape
+    _layer: list[int] = field(default_factory=list)
+    _is_decode: list[bool] = field(default_factory=list)
+    _keys: list[list[int]] = field(default_factory=list)
+    _guesses: list[list[int]] = field(default_factory=list)
+    _scores: list[np.ndarray | None] = field(default_factory=list)
+
+    def record(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        is_decode: bool,
+        scores: np.ndarray | None,
+        guesses: Sequence[tuple[int, int]],
+    ) -> None:
+        """Take note of one call.
+
+        Args:
+            layer: decoder layer.
+            experts: that the store was asked for, ascending.
+            is_decode: False in the prompt.
+            scores: [E], `gate_scores` of the call.
+            guesses: (layer, expert) that the next layers are predicted to name.
+        """
+        self._layer.append(self.shape.layers.index(layer))
+        self._is_decode.append(is_decode)
+        self._keys.append([self._key(layer, expert) for expert in experts])
+        self._guesses.append([self._key(*guess) for guess in guesses])
+        self._scores.append(scores)
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        for entries in (self._layer, self._is_decode, self._keys, self._guesses, self._scores):
+            entries.clear()
+
+    def recorded(self) -> RecordedCalls:
+        """Return the calls so far."""
+        known = [scores for scores in self._scores if scores is not None]
+        return RecordedCalls(
+            layer=np.array(self._layer, np.int32),
+            is_decode=np.array(self._is_decode, np.bool_),
+            start=_starts(self._keys),
+            keys=_flat(self._keys),
+            guess_start=_starts(self._guesses),
+            guesses=_flat(self._guesses),
+            scores=np.stack(known) if known and len(known) == len(self._scores) else None,
+        )
+
+    def _key(self, layer: int, expert: int) -> int:
+        return self.shape.layers.index(layer) * self.shape.experts + expert
+
+
+def _starts(rows: list[list[int]]) -> np.ndarray:
+    return np.cumsum([0, *map(len, rows)]).astype(np.int64)
+
+
+def _flat(rows: list[list[int]]) -> np.ndarray:
+    return np.array([key for row in rows for key in row], np.int32)

@@ -1,0 +1,57 @@
+"""What the routers of the next layers make of this layer's input."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_tool.models.moe_layers import MoeLayerModules
+from moe_tool.models.skeleton import LayerCall
+from moe_tool.policies.prefetch import fetch_predicted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guess:
+    """What one layer to come is predicted to name."""
+
+    layer: int
+    """Decoder layer"""
+    ahead: int
+    """Layer calls until then"""
+    experts: list[int]
+    """The most wanted first"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foresight:
+    """Applies the routers of the next layers, each to the same hidden states: the residual stream
+    changes little from layer to layer."""
+
+    following: Mapping[int, Sequence[MoeLayerModules]]
+    """Decoder layer -> the MoE layers after it that are looked at"""
+
+    @torch.no_grad()
+    def look(self, call: LayerCall) -> list[Guess]:
+        """Return the guesses of one call, the next layer first."""
+        guesses = []
+        for ahead, modules in enumerate(self.following[call.layer], start=1):
+            routed = modules.route(call.hidden)
+            nobody = np.zeros(modules.experts.num_experts, dtype=bool)
+            experts = fetch_predicted(routed.index.numpy(), routed.weight.numpy(), nobody)
+            guesses.append(Guess(layer=modules.layer, ahead=ahead, experts=experts))
+        return guesses
+
+
+def foresee(layers: Sequence[MoeLayerModules], *, depth: int) -> Foresight:
+    """Return the foresight over so many layers.
+
+    Args:
+        layers: every MoE layer, ascending.
+        depth: 1 is the next layer alone.
+    """
+    return Foresight(
+        following={
+            modules.layer: layers[at + 1 : at + 1 + depth] for at, modules in enumerate(layers)
+        }
+    )
