@@ -1,6 +1,7 @@
 """Traces of runs as HDF5 files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -71,7 +72,7 @@ def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
             header = RunTraceHeader.model_validate_json(text)
         except ValidationError as error:
             raise damaged(path, f"header: {first_complaint(error)}", remedy=_REMEDY) from error
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, dtype in _DTYPES.items():
             if name == "scores" and name not in file:
                 arrays[name] = None

@@ -116,7 +116,7 @@ def compiled_stack_depths(calls: Calls, next_use: np.ndarray | None) -> np.ndarr
         calls: the trace.
         next_use: [A] int64, the call that names the same expert next; None replaces by last use.
     """
-    from moe_tool.native import _kernels
+    from moe_tool.native import _kernels  # type: ignore[attr-defined]
 
     _require(next_use is None or len(next_use) == calls.n_accesses, "the next uses do not fit")
     depths = np.zeros(calls.n_accesses, np.int32)

@@ -37,7 +37,7 @@ class Foresight:
         guesses = []
         for ahead, modules in enumerate(self.following[call.layer], start=1):
             routed = modules.route(call.hidden)
-            nobody = np.zeros(modules.experts.num_experts, dtype=bool)
+            nobody = np.zeros(int(modules.experts.num_experts), np.bool_)  # type: ignore[arg-type]
             experts = fetch_predicted(routed.index.numpy(), routed.weight.numpy(), nobody)
             guesses.append(Guess(layer=modules.layer, ahead=ahead, experts=experts))
         return guesses

@@ -106,9 +106,8 @@ class Replayer:
         counts = CallCounts.zeros(self.trace.n_calls)
         is_hit = (depths > 0) & (depths <= capacity)
         sums = np.concatenate([[0], np.cumsum(is_hit)])
-        np.copyto(
-            counts.hits, sums[self.trace.start[1:]] - sums[self.trace.start[:-1]], casting="unsafe"
-        )
+        start = self.trace.start
+        np.copyto(counts.hits, sums[start[1:]] - sums[start[:-1]], casting="unsafe")
         return counts
 
 

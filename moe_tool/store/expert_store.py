@@ -34,9 +34,9 @@ class _Fetch:
 class ExpertStore:
     """A cache of experts in one pool of slots for all layers.
 
-    What a layer call evicts is settled when it starts, by an `ExpertCache`: which read arrives first
-    changes nothing, so the content after a call is that of a plain replay. Where a call names more
-    experts than there are slots, its later reads wait until its earlier experts were computed.
+    What a layer call evicts is settled when it starts, by an `ExpertCache`: which read arrives
+    first changes nothing, so the content after a call is that of a plain replay. Where a call names
+    more experts than there are slots, its later reads wait until its earlier experts were computed.
 
     Between two calls stand prefetches: experts that the next call is expected to name. They take
     their slots when they are asked for, and count as resident from then on, read or not. The next

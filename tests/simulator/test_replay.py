@@ -62,7 +62,9 @@ def test_one_pass_answers_for_every_capacity(union):
         replayer, calls = Replayer(trace), trace.calls()
         for capacity in range(1, trace.n_keys + 1):
             lru = naive_replay(trace, parse_eviction("lru").make, capacity=capacity)
-            best = naive_replay(trace, lambda s: Belady(s, calls=calls), capacity=capacity)
+            best = naive_replay(
+                trace, lambda s, calls=calls: Belady(s, calls=calls), capacity=capacity
+            )
             found = replayer.replay(parse_eviction("lru"), capacity=capacity)
             assert (found.hits == lru.hits).all()
             bound = replayer.belady(capacity)
