@@ -21,7 +21,8 @@ import torch
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import MoeToolError
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 
 _TOUCHING_TOKENS = 256
 """So many random ones use every expert of a layer, as good as certainly"""

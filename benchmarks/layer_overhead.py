@@ -31,7 +31,8 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.native import kernels
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 
 Weight = FloatWeight | IntegerWeight
 

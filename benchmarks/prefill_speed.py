@@ -20,7 +20,8 @@ from transformers import DynamicCache
 
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import MoeToolError
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.working_set import prefill_chunk
 
 

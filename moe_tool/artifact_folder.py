@@ -7,6 +7,7 @@ from pathlib import Path
 DEFAULT_FOLDER = Path("profiles")
 PROFILE_SUFFIX = ".h5"
 BUDDIES_SUFFIX = ".buddies.json"
+PLAN_SUFFIX = ".plan.json"
 
 
 def profile_path(folder: Path, model_name: str) -> Path:
@@ -17,6 +18,11 @@ def profile_path(folder: Path, model_name: str) -> Path:
 def buddies_path(folder: Path, profile: Path) -> Path:
     """Return where the buddy map made from `profile` goes: `profiles/NAME.buddies.json`."""
     return folder / f"{profile.name.removesuffix(PROFILE_SUFFIX)}{BUDDIES_SUFFIX}"
+
+
+def plan_path(folder: Path, profile: Path) -> Path:
+    """Return where the plan made from `profile` goes: `profiles/NAME.plan.json`."""
+    return folder / f"{profile.name.removesuffix(PROFILE_SUFFIX)}{PLAN_SUFFIX}"
 
 
 def newest_artifact(

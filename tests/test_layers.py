@@ -24,6 +24,8 @@ BELOW = {
     "profiling": {"models", "text", "experts", "quantization", "formats"},
     "packing": {"models", "quantization", "formats"},
     "runtime": {"models", "store", "experts", "native", "policies"},
+    "simulator": {"formats", "policies", "native"},
+    "planning": {"simulator", "runtime", "models"},
     "evaluation": {"runtime", "text", "models"},
     "hardware": {"models", "store", "experts", "native", "quantization", "formats"},
     "benchmarking": {"runtime", "text", "models"},
@@ -32,7 +34,8 @@ BELOW = {
 ALSO_ALLOWED = {
     ("byte_sizes", "errors"),
     ("buddies", "policies"),  # a map carries the entropy that the gates compare with
-    ("store", "policies"),  # the protocol of the eviction policy that it is handed
+    ("store", "policies"),  # the cache that says what is resident
+    ("packing", "policies"),  # whether a plan's eviction policy pins
     ("text", "formats"),  # asks formats.hub_probe before the network
 }
 EVERYTHING = {"cli", "demo", "__main__", "__init__"}

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from moe_tool.artifacts.buddy_map import LayerBuddies, Similarity
 from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
+from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.artifacts.schema import FrozenModel
 
@@ -102,6 +103,8 @@ class BundleManifest(FrozenModel):
     heat: tuple[LayerHeat, ...] | None
     """From the profile; None where the bundle was packed without one"""
     buddies: BundleBuddies | None
+    plan: PackPlan | None = None
+    """What `run` follows where nothing else is asked for"""
 
     @model_validator(mode="after")
     def _consistent(self) -> "BundleManifest":

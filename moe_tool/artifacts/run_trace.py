@@ -43,6 +43,10 @@ class RunTraceHeader(FrozenModel):
     shape: MoeShape
     precision: Precision
     record_size_bytes: Count
+    skeleton_precision: Precision
+    matrix_bytes: _Number
+    """That a forward reads of the skeleton"""
+    threads: Count
     n_slots: Count
     """Expert records in memory, pinned ones included"""
     pinned: tuple[tuple[int, int], ...]

@@ -32,7 +32,8 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT, require_policy
 from moe_tool.runtime.prefetcher import require_prefetch
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 
 _NO_TOKENIZER = object()
 """Keeps `open_session` from looking for one: nothing here turns tokens into text"""
@@ -174,7 +175,7 @@ def bench(
                     slots=session.plan.n_slots,
                     policy=policy,
                     residency=residency,
-                    eviction=session.eviction.name,
+                    eviction=session.setting.eviction.name,
                     prefetch=setting.prefetch,
                     threads=session.threads.n_threads,
                     test=test.label,

@@ -16,7 +16,19 @@ import typer
 from typer.exceptions import TyperException
 
 from moe_tool import __version__
-from moe_tool.cli import bench, buddies, demo, evaluate, hardware, inspect, pack, profile, run
+from moe_tool.cli import (
+    bench,
+    buddies,
+    demo,
+    evaluate,
+    hardware,
+    inspect,
+    pack,
+    plan,
+    profile,
+    run,
+    simulate,
+)
 from moe_tool.cli.console import write_json
 from moe_tool.errors import DiskFullError, MoeToolError, StorageError, UsageError
 
@@ -36,6 +48,8 @@ app = typer.Typer(
 for _verb in (
     profile.profile,
     buddies.buddies,
+    simulate.simulate,
+    plan.plan,
     pack.pack,
     run.run,
     evaluate.evaluate,

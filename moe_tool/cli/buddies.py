@@ -8,14 +8,12 @@ import typer
 
 from moe_tool.artifact_folder import (
     DEFAULT_FOLDER,
-    PROFILE_SUFFIX,
     buddies_path,
-    newest_artifact,
 )
 from moe_tool.byte_sizes import format_bytes
-from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.console import open_output
+from moe_tool.cli.newest_profile import newest_profile
 from moe_tool.cli.options import JsonOption, ProfilesOption
-from moe_tool.errors import NotFoundError
 
 if TYPE_CHECKING:
     from moe_tool.buddies.summary import BuddySummary
@@ -60,7 +58,7 @@ def buddies(
 ) -> None:
     """Find for every expert the K best stand-ins, each with scale and price."""
     with open_output(as_json=json) as output:
-        profile = profile or _newest_profile(profiles, output)
+        profile = profile or newest_profile(profiles, output)
         out = out or buddies_path(profiles, profile)
         made = make_buddies(profile, k=k, by=by, out=out)
 
@@ -124,14 +122,3 @@ def buddies_fields(made: MadeBuddies) -> dict[str, object]:
         "price_best_held_out": made.summary.price_best_held_out,
         "price_drop": made.summary.price_drop,
     }
-
-
-def _newest_profile(folder: Path, output: Output) -> Path:
-    found = newest_artifact(folder, PROFILE_SUFFIX)
-    if found is None:
-        raise NotFoundError(
-            f"there is no profile in {folder}/",
-            hint="make one first: moe-tool profile demo --data builtin",
-        )
-    output.say(f"profile: {found} (the newest in {folder}/)")
-    return found

@@ -154,7 +154,7 @@ class _Demo:
 
     def _run(self, bundle: Path, memory: str) -> "RunResult":
         from moe_tool.runtime.generation import GenerateOptions, run_prompt
-        from moe_tool.runtime.session import RunOptions
+        from moe_tool.runtime.run_options import RunOptions
 
         result = run_prompt(
             bundle,

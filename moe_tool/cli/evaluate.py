@@ -30,10 +30,10 @@ def evaluate(
     seq_len: Annotated[
         int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
     ] = 256,
-    memory: RunMemoryOption = "auto",
+    memory: RunMemoryOption = None,
     policy: PolicyOption = "exact",
     residency: ResidencyOption = None,
-    eviction: EvictionOption = "lru",
+    eviction: EvictionOption = None,
     gates: GatesOption = True,
     controls: Annotated[
         bool,

@@ -46,12 +46,13 @@ DataOption = Annotated[
     ),
 ]
 RunMemoryOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--memory",
         metavar="SIZE",
         help="Budget of the whole process: 4GiB; 50% of the experts beside everything fixed; "
         "min; or auto, what is free less a margin.",
+        show_default="the plan's, or auto",
     ),
 ]
 ProfileMemoryOption = Annotated[
@@ -79,21 +80,32 @@ ResidencyOption = Annotated[
     ),
 ]
 PrefetchOption = Annotated[
-    PrefetchName,
+    PrefetchName | None,
     typer.Option(
         "--prefetch",
         help="What is read before it is wanted: nothing, or what the next layer's router makes of "
         "this layer's input. The text stays the same; a wrong guess costs bytes.",
+        show_default="the plan's, or none",
     ),
 ]
 EvictionOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--eviction",
         metavar="NAME[:KEY=N,...]",
         help="Who leaves the expert cache: lru, lfu, fifo, s3-fifo, static-hot, pinned+lru, "
         "hobbit, smoe, expertflow or layer-lru; `:per-layer` gives every layer its own part. The "
         "text stays the same.",
+        show_default="the plan's, or lru",
+    ),
+]
+HardwareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        metavar="FILE|NAME",
+        help="A profile of `hardware`, or the name of a shipped one.",
+        show_default="profiles/hardware.json",
     ),
 ]
 GatesOption = Annotated[

@@ -17,6 +17,7 @@ from moe_tool.cli.options import JsonOption, ModelArgument, OfflineOption, Profi
 
 if TYPE_CHECKING:
     from moe_tool.artifacts.identity import ModelIdentity
+    from moe_tool.artifacts.pack_plan import PackPlan
 
 
 def pack(
@@ -39,23 +40,34 @@ def pack(
             show_default="newest of this model, or none",
         ),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            help="Compile this plan of `plan`: its bits, and what `run` follows by itself.",
+            show_default=False,
+        ),
+    ] = None,
     bits: Annotated[
-        Literal["native", "8", "4"],
+        Literal["native", "8", "4"] | None,
         typer.Option(
             "--bits",
             help="Bits of an expert's weights; native keeps the checkpoint's dtype, bit for bit.",
+            show_default="native, or the plan's",
         ),
-    ] = "native",
+    ] = None,
     skeleton_bits: Annotated[
-        Literal["native", "8", "4"],
+        Literal["native", "8", "4"] | None,
         typer.Option(
             "--skeleton-bits",
             help="Bits of the matrices outside the experts: attention, shared experts, dense "
             "layers, head. Routers, norms and the embedding keep the checkpoint's dtype; a head "
             "tied to the embedding gets a copy of these bits. Below native it is a lossy choice "
             "like --bits: evaluate --reference says what it costs.",
+            show_default="native, or the plan's",
         ),
-    ] = "native",
+    ] = None,
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
@@ -66,6 +78,10 @@ def pack(
 ) -> None:
     """Compile a checkpoint into a bundle that `run` reads expert by expert."""
     with open_output(as_json=json) as output:
+        followed = None if plan is None else _read_plan(plan)
+        bits = bits or ("native" if followed is None else followed.bits)
+        skeleton_bits = skeleton_bits or ("native" if followed is None else followed.skeleton_bits)
+
         from moe_tool.models.locate import locate_model
 
         located = locate_model(model, offline=offline, announce=output.say)
@@ -86,6 +102,7 @@ def pack(
             skeleton_bits=skeleton_bits,
             profile=profile,
             buddies=buddies,
+            plan=followed,
             progress=output.progress,
         )
         skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
@@ -108,10 +125,18 @@ def pack(
                 "resumed_records": report.resumed_records,
                 "profile": profile,
                 "buddies": buddies,
+                "plan": plan,
                 "seconds": report.seconds,
                 "peak_rss_bytes": report.peak_rss_bytes,
             }
         )
+
+
+def _read_plan(path: Path) -> "PackPlan":
+    from moe_tool.artifacts.pack_plan import PackPlan
+    from moe_tool.formats.json_artifact import read_json_artifact
+
+    return read_json_artifact(path, PackPlan)
 
 
 def _newest_profile(folder: Path, identity: "ModelIdentity", output: Output) -> Path | None:

@@ -48,11 +48,11 @@ def run(
         int,
         typer.Option("--context", metavar="N", min=1, help="Tokens of prompt and text together."),
     ] = 4096,
-    memory: RunMemoryOption = "auto",
+    memory: RunMemoryOption = None,
     policy: PolicyOption = "exact",
     residency: ResidencyOption = None,
-    eviction: EvictionOption = "lru",
-    prefetch: PrefetchOption = "none",
+    eviction: EvictionOption = None,
+    prefetch: PrefetchOption = None,
     gates: GatesOption = True,
     temperature: Annotated[
         float,
@@ -89,7 +89,7 @@ def run(
             pass  # what is no bundle is told so, before anything in it is looked for
 
         from moe_tool.runtime.generation import GenerateOptions, run_prompt
-        from moe_tool.runtime.session import RunOptions
+        from moe_tool.runtime.run_options import RunOptions
 
         result = run_prompt(
             bundle,

@@ -35,7 +35,8 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT, require_policy
-from moe_tool.runtime.session import DEFAULT_EVICTION, RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
 
@@ -54,13 +55,13 @@ class EvaluateOptions:
     """Of text, all domains together; the first two of each sequence are not scored"""
     seq_len: int = 256
     """Capped at what the model was made for"""
-    memory: str = "auto"
+    memory: str | None = None
     policy: str = EXACT
     controls: bool = False
     """Also measure the policy's controls, under the same residency"""
     residency: Residency | None = None
     """None: frozen for lossy policies and tables, cache for exact alone"""
-    eviction: str = DEFAULT_EVICTION
+    eviction: str | None = None
     gates: bool = True
     seed: int = 0
     """Of the choice of text, of policies that draw, and of the bootstrap"""

@@ -90,6 +90,15 @@ class BundleReader:
         return coded + sum(math.prod(info.shape) for info in others)
 
     @property
+    def matrix_bytes(self) -> int:
+        """What a forward reads of the skeleton: all but the embedding, of which it reads a row,
+        unless the head is the same table."""
+        sizes = {name: info.size_bytes for name, info in self._skeleton.items()}
+        embeddings = sum(size for name, size in sizes.items() if "embed" in name)
+        is_tied = not any("lm_head" in name for name in sizes)
+        return sum(sizes.values()) - (0 if is_tied else embeddings)
+
+    @property
     def skeleton_files(self) -> list[Path]:
         """The files with everything but the experts."""
         return _skeleton_files(self.folder, self.manifest)

@@ -25,6 +25,7 @@ from moe_tool.artifacts.bundle_manifest import (
 )
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
@@ -227,6 +228,7 @@ class BundleWriter:
         *,
         heat: tuple[LayerHeat, ...] | None,
         buddies: BundleBuddies | None,
+        plan: PackPlan | None = None,
         profile_sha256: str | None,
     ) -> BundleManifest:
         """Write the manifest and give the bundle its name."""
@@ -256,6 +258,7 @@ class BundleWriter:
             profile_sha256=profile_sha256,
             heat=heat,
             buddies=buddies,
+            plan=plan,
         )
         with storage_errors(self._folder):
             write_json_artifact(self._folder / MANIFEST, manifest)

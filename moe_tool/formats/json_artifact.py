@@ -20,11 +20,13 @@ _COMMANDS = {
     "buddies": "moe-tool buddies",
     "bundle": "moe-tool pack, once its folder is removed",
     "hardware": "moe-tool hardware",
+    "plan": "moe-tool plan",
 }
 _LABELS = {
     "buddies": "buddy map",
     "bundle": "bundle manifest",
     "hardware": "hardware profile",
+    "plan": "plan",
     "profile": "profile",
 }
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -209,6 +209,31 @@ class ProfileReader:
         if trace.selection_score is not None and np.isnan(trace.selection_score).any():
             raise self._damaged(f"layers/{layer}/selection_score holds NaN")
         return trace
+
+    def indices(self, layer: int, name: Literal["top_k_index", "next_gate_index"]) -> np.ndarray:
+        """Return one array of a layer's trace alone, as `trace` has it.
+
+        Raises:
+            CorruptArtifactError: an index names no expert.
+        """
+        where = f"layers/{layer}/{name}"
+        with translated(self.path, remedy=_REMEDY):
+            found: np.ndarray = child_dataset(self._file, where, self.path)[()]
+        self._require_below(where, found, self.header.shape.experts)
+        return found
+
+    def router_logits(self, layer: int) -> np.ndarray:
+        """Return one layer's raw logits alone, [T, E] float16.
+
+        Raises:
+            CorruptArtifactError: a number is not finite.
+        """
+        where = f"layers/{layer}/router_logits"
+        with translated(self.path, remedy=_REMEDY):
+            found: np.ndarray = child_dataset(self._file, where, self.path)[()]
+        if not np.isfinite(found).all():
+            raise self._damaged(f"{where} holds NaN or infinity")
+        return found
 
     def statistics(self, layer: int) -> ExpertStatistics:
         """Return one layer's statistics.

@@ -45,6 +45,17 @@ def write_run_trace(path: Path, header: RunTraceHeader, calls: RecordedCalls) ->
                 file.create_dataset(name, data=np.asarray(values, dtype), track_times=False)
 
 
+def is_run_trace(path: Path) -> bool:
+    """Return whether an HDF5 file is the trace of a run.
+
+    Raises:
+        NotFoundError, CorruptArtifactError, StorageError: it is no intact HDF5 file.
+    """
+    verified_sha256(path, remedy=_REMEDY)
+    with opened_hdf5(path, remedy=_REMEDY) as file, translated(path, remedy=_REMEDY):
+        return bool(file.attrs.get("kind") == "run-trace")
+
+
 def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
     """Return a trace whose arrays fit together and name what there is.
 

@@ -1,6 +1,7 @@
 """The story of `pack`: read an expert, quantize it, write its record; then the skeleton, the
 tokenizer and the manifest."""
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.bundle_manifest import BundleBuddies, LayerHeat
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import (
     IntegerPrecision,
     NativePrecision,
@@ -28,6 +30,7 @@ from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.record_order import order_experts
 from moe_tool.packing.skeleton_work import SkeletonWork
+from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
@@ -88,6 +91,7 @@ def pack_bundle(
     skeleton_bits: str = "native",
     profile: Path | None = None,
     buddies: Path | None = None,
+    plan: PackPlan | None = None,
     progress: Progress = SILENT,
 ) -> PackReport:
     """Compile a checkpoint into a bundle, one expert in memory at a time.
@@ -101,6 +105,7 @@ def pack_bundle(
         skeleton_bits: of the matrices outside experts and routers, likewise.
         profile: HDF5 file of this model: gives record order and heat.
         buddies: buddy map of this model.
+        plan: goes into the manifest, for `run` to follow; of this model and these bits.
         progress: told about every record.
 
     Raises:
@@ -115,6 +120,8 @@ def pack_bundle(
     opened = open_model(model)
     shape = opened.shape
     measured = _read_profile(profile, opened.identity, shape)
+    if plan is not None:
+        _require_plan_fits(plan, opened.identity, bits, skeleton_bits, has_heat=profile is not None)
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
     layout = record_layout(shape.expert_tensors, shape.dtype, precision)
     n_records = len(measured.order)
@@ -130,6 +137,7 @@ def pack_bundle(
             "skeleton_bits": skeleton_bits,
             "profile": measured.sha256 or "none",
             "buddies": buddies_sha,
+            **({} if plan is None else {"plan": _sha256_of(plan)}),
         },
     )
     with opened.checkpoint:
@@ -147,7 +155,10 @@ def pack_bundle(
             for name, data in _companions(model.folder):
                 writer.add_file(name, data)
         manifest = writer.finish(
-            heat=measured.heat, buddies=stand_ins, profile_sha256=measured.sha256
+            heat=measured.heat,
+            buddies=stand_ins,
+            plan=plan,
+            profile_sha256=measured.sha256,
         )
     expert_bytes = n_records * layout.size_bytes
     return PackReport(
@@ -161,6 +172,33 @@ def pack_bundle(
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
     )
+
+
+def _require_plan_fits(
+    plan: PackPlan, identity: ModelIdentity, bits: str, skeleton_bits: str, *, has_heat: bool
+) -> None:
+    require_same_model(
+        plan.identity,
+        identity,
+        artifact="the plan",
+        remedy=f"moe-tool plan on a profile of {identity.name}",
+    )
+    if (bits, skeleton_bits) != (plan.bits, plan.skeleton_bits):
+        raise UsageError(
+            f"the plan is for --bits {plan.bits} --skeleton-bits {plan.skeleton_bits}, not for "
+            f"{bits} and {skeleton_bits}",
+            hint="leave the bits to the plan, or plan again with these",
+        )
+    if parse_eviction(plan.eviction).pinned_share and not has_heat:
+        raise UsageError(
+            f"the plan's {plan.eviction} keeps the experts that a profile found hot, and there is "
+            "none",
+            hint="--profile FILE, the one that the plan was made from",
+        )
+
+
+def _sha256_of(plan: PackPlan) -> str:
+    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
 
 
 def _precision(option: str, bits: str) -> NativePrecision | IntegerPrecision:

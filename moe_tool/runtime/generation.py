@@ -20,7 +20,8 @@ from moe_tool.formats.run_trace_hdf5 import write_run_trace
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.prompts import encode_prompt
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.text_stream import OnText, TextStream
 from moe_tool.runtime.working_set import prefill_chunk
 
@@ -172,10 +173,13 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
         shape=manifest.shape,
         precision=manifest.precision,
         record_size_bytes=manifest.record_size_bytes,
+        skeleton_precision=manifest.skeleton_precision,
+        matrix_bytes=session.bundle.matrix_bytes,
+        threads=session.threads.n_threads,
         n_slots=session.plan.n_slots,
         pinned=tuple(pinned),
-        eviction=session.eviction.name,
-        prefetch=session.options.prefetch,
+        eviction=session.setting.eviction.name,
+        prefetch=session.setting.prefetch,
         prompt_tokens=prompt.tokens,
         decode_tokens=decode.tokens,
         decode_seconds=decode_seconds,
@@ -361,8 +365,8 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         stall_seconds=decode.stall_seconds,
         substitutions=decode.substitutions,
         drops=decode.drops,
-        eviction=session.eviction.name,
-        prefetch=session.options.prefetch,
+        eviction=session.setting.eviction.name,
+        prefetch=session.setting.prefetch,
         prefetches=decode.prefetches,
         prefetch_hits=decode.prefetch_hits,
         prefetched_bytes=decode.prefetched_bytes,

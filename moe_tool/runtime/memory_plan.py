@@ -8,6 +8,8 @@ from typing import Literal
 from moe_tool.byte_sizes import format_bytes, parse_bytes
 from moe_tool.errors import BudgetError, UsageError
 
+MARGIN_BYTES = 24 * 2**20
+"""Holes in the heap, reader threads, Python objects that come and go"""
 _SUGGESTION_STEP_BYTES = 16 * 2**20
 _SUGGESTION_SLACK_BYTES = 16 * 2**20
 """The process's own size differs by a few MiB from start to start; a suggested budget has to work

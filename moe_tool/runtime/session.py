@@ -32,6 +32,7 @@ from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.memory_plan import (
+    MARGIN_BYTES,
     ExpertRoom,
     MemoryLine,
     MemoryPlan,
@@ -42,50 +43,21 @@ from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
 from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher, require_prefetch
 from moe_tool.runtime.residency import choose_resident_experts, n_slots_min
+from moe_tool.runtime.run_options import (
+    DEFAULT_EVICTION,
+    RunOptions,
+    Setting,
+    default_residency,
+    follow_plan,
+)
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 from moe_tool.store.expert_store import ExpertStore
 
 _FIRST_USE_BYTES = 32 * 2**20
 """What torch and transformers allocate when a model is first built and run; measured instead once
 that has happened"""
-_MARGIN_BYTES = 24 * 2**20
-"""Holes in the heap, reader threads, Python objects that come and go"""
 _N_READERS = 2
-DEFAULT_EVICTION = "lru"
 _WARM_UP_TOKENS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """How a session is opened."""
-
-    memory: str = "auto"
-    """Budget of the whole process: "4GiB", "50%" (of the experts), "min" or "auto" """
-    policy: str = EXACT
-    """What answers a miss while decoding"""
-    residency: Residency | None = None
-    """None: cache for exact, frozen for lossy policies"""
-    eviction: str = DEFAULT_EVICTION
-    """Who leaves the expert cache, e.g. "lru", "lfu:halve-every=128" or "lru:per-layer" """
-    record_trace: bool = False
-    """Keep what every layer call names, for `Session.recorded`"""
-    prefetch: str = NO_PREFETCH
-    """What is read while decoding before it is wanted"""
-    gates: bool = True
-    """Whether lossy policies keep BuddyMoE's gates"""
-    seed: int = 0
-    """Of policies that draw"""
-    threads: int | None = None
-    """Threads of computation; None: all cores, or all but one where torch computes the experts.
-    Set for the whole process."""
-    context: int = 4096
-    """Positions per sequence, prompt included; capped at what the model was made for"""
-    prompt: int | None = None
-    """Longest prompt in tokens, where it is known"""
-    batch: int = 1
-    """Sequences at once"""
-    caller_bytes: int = 0
-    """What the caller will hold itself while the session runs"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,7 +71,8 @@ class Session:
     plan: MemoryPlan
     workload: Workload
     threads: ComputeThreads
-    eviction: EvictionChoice
+    setting: Setting
+    """What the options leave open is the plan's"""
     runner: MoeLayerRunner
     prompt_tokens: int | None = None
     """Positions that count as prompt in the forwards to come; None: a forward of one token with a
@@ -129,7 +102,7 @@ class Session:
             UsageError: the bundle lacks what the policy needs.
         """
         prefetcher = choose_prefetcher(
-            self.options.prefetch, self.skeleton.layers, residency=residency
+            self.setting.prefetch, self.skeleton.layers, residency=residency
         )
         chosen = choose_policy(
             policy,
@@ -140,7 +113,9 @@ class Session:
         )
         if residency != self.runner.residency:
             self.runner.store.close()
-            self.runner.store = _open_store(self.bundle, self.plan, residency, self.eviction)
+            self.runner.store = _open_store(
+                self.bundle, self.plan, residency, self.setting.eviction
+            )
             self.runner.residency = residency
         self.runner.policy = chosen
         self.runner.prefetcher = prefetcher
@@ -149,7 +124,7 @@ class Session:
         """Forget every expert that is not pinned."""
         self.runner.store.close()
         self.runner.store = _open_store(
-            self.bundle, self.plan, self.runner.residency, self.eviction
+            self.bundle, self.plan, self.runner.residency, self.setting.eviction
         )
 
     def close(self) -> None:
@@ -218,11 +193,11 @@ def open_session(
         BudgetError: the budget is below what the session needs.
         CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
     """
-    request = parse_memory(options.memory)
     _check(options)
-    eviction = parse_eviction(options.eviction)
     return_freed_memory()
     bundle = BundleReader.open(folder)
+    setting = follow_plan(options, bundle.manifest.plan)
+    request = parse_memory(setting.memory)
     threads = choose_threads(options.threads, bundle.manifest)
     threads.begin()
     if tokenizer is None:
@@ -258,8 +233,8 @@ def open_session(
         progress.end()
     _warm_up(skeleton)
     memory = plan(max(0, current_rss_bytes() - loader.held_bytes))
-    residency: Residency = options.residency or ("cache" if options.policy == EXACT else "frozen")
-    prefetcher = choose_prefetcher(options.prefetch, skeleton.layers, residency=residency)
+    residency = default_residency(options)
+    prefetcher = choose_prefetcher(setting.prefetch, skeleton.layers, residency=residency)
     policy = choose_policy(
         options.policy,
         bundle.manifest,
@@ -267,6 +242,8 @@ def open_session(
         gates=options.gates,
         seed=options.seed,
     )
+    if setting.note is not None:
+        progress.note(setting.note)
     if policy.policy.lossy:
         progress.note(policy.policy.describe())
     if not is_native():
@@ -275,11 +252,11 @@ def open_session(
     if refusal is not None:
         progress.note(f"{refusal}: experts are read through it, slower")
     runner = MoeLayerRunner(
-        store=_open_store(bundle, memory, residency, eviction),
+        store=_open_store(bundle, memory, residency, setting.eviction),
         residency=residency,
         policy=policy,
         prefetcher=prefetcher,
-        foresight=_foresight(skeleton, eviction, options),
+        foresight=_foresight(skeleton, setting, options),
         recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
     )
     skeleton.set_experts_function(runner)
@@ -291,7 +268,7 @@ def open_session(
         plan=memory,
         workload=workload,
         threads=threads,
-        eviction=eviction,
+        setting=setting,
         runner=runner,
     )
     session._hook = skeleton.model.register_forward_pre_hook(
@@ -332,7 +309,7 @@ def _fixed_lines(
         MemoryLine(
             name="working buffers", size_bytes=buffer_bytes(config, bundle.manifest.shape, workload)
         ),
-        MemoryLine(name="margin", size_bytes=_MARGIN_BYTES),
+        MemoryLine(name="margin", size_bytes=MARGIN_BYTES),
     ]
     if options.caller_bytes:
         lines.append(MemoryLine(name="reference predictions", size_bytes=options.caller_bytes))
@@ -341,13 +318,17 @@ def _fixed_lines(
 
 def _check(options: RunOptions) -> None:
     require_policy(options.policy)
-    require_prefetch(options.prefetch)
-    is_frozen = (options.residency or ("cache" if options.policy == EXACT else "frozen")) != "cache"
-    if is_frozen and options.eviction != DEFAULT_EVICTION:
-        raise UsageError(
-            f"--eviction {options.eviction}: the experts in memory are frozen, so none is evicted",
-            hint="--policy exact, or --residency cache",
-        )
+    if options.prefetch is not None:
+        require_prefetch(options.prefetch)
+    is_frozen = default_residency(options) == "frozen"
+    if options.eviction is not None:
+        parse_eviction(options.eviction)
+        if is_frozen and options.eviction != DEFAULT_EVICTION:
+            raise UsageError(
+                f"--eviction {options.eviction}: the experts in memory are frozen, so none is "
+                "evicted",
+                hint="--policy exact, or --residency cache",
+            )
     if options.record_trace and (is_frozen or options.policy != EXACT):
         raise UsageError(
             "--record-trace: what a lossy run asks for is not what the model wants",
@@ -386,13 +367,12 @@ def _open_store(
     )
 
 
-def _foresight(
-    skeleton: Skeleton, eviction: EvictionChoice, options: RunOptions
-) -> Foresight | None:
+def _foresight(skeleton: Skeleton, setting: Setting, options: RunOptions) -> Foresight | None:
     """Where the eviction policy looks ahead, or a trace is to say what a prefetch saw."""
+    eviction = setting.eviction
     if "predictions" in eviction.hints:
         return foresee(skeleton.layers, depth=eviction.parameters["window"])
-    if options.record_trace and options.prefetch != NO_PREFETCH:
+    if options.record_trace and setting.prefetch != NO_PREFETCH:
         return foresee(skeleton.layers, depth=1)
     return None
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moe_tool.progress import SILENT
-from moe_tool.runtime.session import RunOptions, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import open_session
 
 
 class _Notes:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 from tests.tiny_models import TINY
 
 N_TOKENS = 32

@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.runtime.generation import GenerateOptions, generate, generate_ids, run_prompt
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 
 TinyBundle = Callable[..., Path]
 

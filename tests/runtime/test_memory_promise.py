@@ -18,7 +18,7 @@ _RUN = """
 import dataclasses, json, sys
 from pathlib import Path
 from moe_tool.runtime.generation import GenerateOptions, run_prompt
-from moe_tool.runtime.session import RunOptions
+from moe_tool.runtime.run_options import RunOptions
 folder, memory, n_prompt, max_tokens = sys.argv[1:]
 result = run_prompt(
     Path(folder),

@@ -15,7 +15,8 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 GREEDY = GenerateOptions(max_tokens=24, ignore_eos=True)

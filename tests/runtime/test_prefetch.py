@@ -10,7 +10,8 @@ import torch
 from moe_tool.errors import UsageError
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 from tests.tiny_models import TINY
 
 PROMPTS = ([256, 84, 104, 101, 32, 108, 105], [256, 10, 20])

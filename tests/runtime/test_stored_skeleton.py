@@ -18,7 +18,8 @@ from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.tokens import round_trip_tokens
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.session import RunOptions, Session, open_session
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
 from tests.tiny_models import TINY
 
 OPTIONS = RunOptions(memory="min", context=64, threads=1)

@@ -1,0 +1,64 @@
+"""How a model is to be packed and run inside one memory budget, and what that is predicted to
+give."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_tool.artifacts.identity import HexDigest, ModelIdentity
+from moe_tool.artifacts.moe_shape import Count
+from moe_tool.artifacts.schema import FrozenModel
+
+PLAN_VERSION: Literal[1] = 1
+Bits = Literal["native", "8", "4"]
+SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
+Positive = Annotated[float, Field(ge=0, le=1e12)]
+_Word = Annotated[str, Field(pattern=r"^[a-z0-9+:=,\-]{1,128}$")]
+
+
+class PlanLine(FrozenModel):
+    """One entry of the memory account."""
+
+    name: Annotated[str, Field(max_length=256)]
+    size_bytes: SizeBytes
+
+
+class PlanPrediction(FrozenModel):
+    """What a run is predicted to do, from the profile's held-out tokens."""
+
+    tokens_per_second: Positive
+    error: Annotated[float, Field(ge=0, le=10)]
+    """Relative; what the prediction was found to be off by on the models that it was tried on"""
+    hit_rate: Annotated[float, Field(ge=0, le=1)]
+    bytes_per_token: Positive
+    to_belady: Positive | None
+    """Misses over those of the best possible order; None where that has none"""
+    seconds_to_first_token: Positive
+    prompt_tokens: Count
+    """Of the prompt that this is for"""
+    expert_slots: Count
+    loss: Positive | None
+    """Added perplexity as a share, by the profile's prices of these bits; None where it has none"""
+
+
+class PackPlan(FrozenModel):
+    """The artifact of `moe-tool plan`: followed by `pack --plan`, then by `run`."""
+
+    kind: Literal["plan"] = "plan"
+    format_version: Literal[1] = PLAN_VERSION
+    tool_version: str
+    identity: ModelIdentity
+    profile_sha256: HexDigest
+    hardware: Annotated[str, Field(max_length=256)]
+    """Of which machine the speeds are"""
+    memory_bytes: SizeBytes
+    """Budget of the whole process"""
+    context: Count
+    """Positions that the budget has room for"""
+    bits: Bits
+    skeleton_bits: Bits
+    eviction: _Word
+    prefetch: Literal["none", "next-layer"]
+    prediction: PlanPrediction
+    lines: Annotated[tuple[PlanLine, ...], Field(max_length=64)]
+    """Of the memory account"""

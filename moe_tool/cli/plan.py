@@ -1,0 +1,193 @@
+"""`moe-tool plan`: a profile, a machine and a memory budget in, the best plan out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from moe_tool.artifact_folder import DEFAULT_FOLDER, plan_path
+from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.cli.chosen_hardware import chosen_hardware
+from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.newest_profile import newest_profile
+from moe_tool.cli.options import HardwareOption, JsonOption, ProfilesOption
+from moe_tool.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_tool.artifacts.hardware_profile import HardwareProfile
+    from moe_tool.artifacts.pack_plan import Bits
+    from moe_tool.errors import BudgetError
+    from moe_tool.planning.build_plan import PlanReport
+
+BitsChoice = Literal["auto", "native", "8", "4"]
+
+
+def plan(
+    memory: Annotated[
+        list[str],
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Budget of the whole process: 8GiB, or 50% of the experts beside the rest; repeat "
+            "it to see the curve.",
+            show_default=False,
+        ),
+    ],
+    profile: Annotated[
+        Path | None,
+        typer.Argument(metavar="PROFILE", help="A profile.", show_default="newest in profiles/"),
+    ] = None,
+    hardware: HardwareOption = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk",
+            metavar="RATE",
+            help="What the disk gives per second, e.g. 3GB, instead of the machine's own.",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Annotated[
+        BitsChoice,
+        typer.Option("--bits", help="Bits of the experts; auto: the fastest within --max-loss."),
+    ] = "auto",
+    skeleton_bits: Annotated[
+        Literal["native", "8", "4"],
+        typer.Option("--skeleton-bits", help="Bits of the other matrices."),
+    ] = "native",
+    max_loss: Annotated[
+        str,
+        typer.Option(
+            "--max-loss",
+            metavar="SHARE",
+            help="Perplexity that --bits auto may be predicted to add: 1%.",
+        ),
+    ] = "1%",
+    context: Annotated[
+        int, typer.Option("--context", metavar="N", min=1, help="Tokens of prompt and text.")
+    ] = 4096,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The plan.", show_default="profiles/NAME.plan.json"
+        ),
+    ] = None,
+    profiles: ProfilesOption = DEFAULT_FOLDER,
+    json: JsonOption = False,
+) -> None:
+    """Choose how to pack and run a model in a memory budget; writes nothing but the plan."""
+    with open_output(as_json=json) as output:
+        loss = _share(max_loss)
+        machine = chosen_hardware(hardware, profiles, output)
+        if disk is not None:
+            machine = _with_disk(machine, disk)
+        profile = profile or newest_profile(profiles, output)
+
+        from moe_tool.formats.json_artifact import write_json_artifact
+        from moe_tool.formats.profile_hdf5 import ProfileReader
+        from moe_tool.planning.build_plan import PlanRequest, build_plan, plan_curve, read_sources
+
+        chosen: Bits | None = None if bits == "auto" else bits
+        request = PlanRequest(
+            memory=memory[0],
+            bits=chosen,
+            skeleton_bits=skeleton_bits,
+            max_loss=loss,
+            context=context,
+        )
+        with ProfileReader.open(profile) as reader:
+            sources = read_sources(reader)
+
+            def build(text: str) -> "PlanReport":
+                return build_plan(
+                    sources, machine, replace(request, memory=text), progress=output.progress
+                )
+
+            if len(memory) > 1:
+                _show_curve(*plan_curve(build, memory), output)
+                return
+            report = build(memory[0])
+        out = out or plan_path(profiles, profile)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_artifact(out, report.plan)
+        _show(report, output)
+        output.say(f"wrote {out}; next: moe-tool pack MODEL --plan {out} --out bundle/")
+        output.result({"plan_file": out, **_fields(report)})
+
+
+def _show(report: "PlanReport", output: Output) -> None:
+    from moe_tool.reports.plan_table import lines_table
+    from moe_tool.reports.simulation_table import details_table
+
+    plan, prediction = report.plan, report.plan.prediction
+    output.show(
+        f"{plan.identity.name} in {format_bytes(plan.memory_bytes)} on {plan.hardware}: experts at "
+        f"{plan.bits}, others at {plan.skeleton_bits}, eviction {plan.eviction}, prefetch "
+        f"{plan.prefetch}",
+        f"predicted: {prediction.tokens_per_second:.2f} tokens/s (+-{prediction.error:.0%}), "
+        f"{format_bytes(prediction.bytes_per_token)} read per token, "
+        f"{prediction.hit_rate:.1%} hits, {prediction.seconds_to_first_token:.1f} s to the first "
+        f"token of a prompt of {prediction.prompt_tokens}",
+        "",
+        "the best three, what plain lru gives, and the bound",
+        details_table([*report.best, report.lru, report.bound]),
+        "",
+        f"memory, {format_bytes(plan.memory_bytes)}",
+        lines_table(plan.lines),
+        "",
+    )
+    for each in report.neighbours:
+        output.show(
+            f"at {format_bytes(each.memory_bytes)}: {each.ratio:.2f} x "
+            f"({each.tokens_per_second:.2f} tokens/s)"
+        )
+    for note in report.notes:
+        output.say(note)
+
+
+def _show_curve(
+    reports: "Sequence[PlanReport]",
+    refused: "Sequence[tuple[str, BudgetError]]",
+    output: Output,
+) -> None:
+    from moe_tool.reports.plan_table import curve_table
+
+    for memory, error in refused:
+        output.say(f"{memory}: {error.message.splitlines()[0]}")
+    if not reports:
+        raise refused[-1][1]
+    output.show(curve_table([report.plan for report in reports]))
+    output.say("no plan was written: give one --memory for that")
+    output.result(
+        {
+            "plans": [_fields(report) for report in reports],
+            "refused": {memory: error.message for memory, error in refused},
+        }
+    )
+
+
+def _fields(report: "PlanReport") -> dict[str, Any]:
+    fields = asdict(report)
+    fields["plan"] = report.plan.model_dump(mode="json")
+    return fields
+
+
+def _share(text: str) -> float:
+    word = text.strip()
+    try:
+        value = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+    except ValueError as error:
+        raise UsageError(f"--max-loss {text} is no share", hint="--max-loss 1%") from error
+    if not 0 <= value < 100:
+        raise UsageError(f"--max-loss {text} is no share", hint="--max-loss 1%")
+    return value
+
+
+def _with_disk(machine: "HardwareProfile", text: str) -> "HardwareProfile":
+    rate = parse_bytes(text.strip().removesuffix("/s"))
+    if rate < 1:
+        raise UsageError(f"--disk {text}: no data ever comes", hint="--disk 3GB")
+    disk = tuple(row.model_copy(update={"bytes_per_s": float(rate)}) for row in machine.disk)
+    return machine.model_copy(update={"disk": disk, "name": f"{machine.name}, disk {text}"[:256]})

@@ -1,0 +1,143 @@
+"""A recorded run against what the simulator makes of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.precision import Precision, bits_of
+from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
+from moe_tool.planning.model_costs import costs_of_bytes
+from moe_tool.policies.eviction import Belady, CacheShape, Eviction, EvictionChoice
+from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.naive_replay import naive_replay
+from moe_tool.simulator.run_trace import recorded_trace, replay_run
+from moe_tool.simulator.time_model import call_times, forward_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyHits:
+    """The run's calls under one policy."""
+
+    eviction: str
+    hit_rate: float
+    """Of decoding"""
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunComparison:
+    """Counted by the run, and predicted from its calls. Of decoding, unless it says prompt."""
+
+    hits: int
+    predicted_hits: int
+    prompt_hits: int
+    predicted_prompt_hits: int
+    prefetch_hits: int
+    predicted_prefetch_hits: int
+    tokens_per_second: float
+    predicted_tokens_per_second: float
+    stall_ms: float
+    """Per token"""
+    predicted_stall_ms: float
+    policies: tuple[PolicyHits, ...]
+    """The bound last"""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every count is that of the run."""
+        return (self.hits, self.prompt_hits, self.prefetch_hits) == (
+            self.predicted_hits,
+            self.predicted_prompt_hits,
+            self.predicted_prefetch_hits,
+        )
+
+
+def compare_run(
+    header: RunTraceHeader,
+    calls: RecordedCalls,
+    hardware: HardwareProfile,
+    choices: Sequence[EvictionChoice] = (),
+) -> RunComparison:
+    """Return the comparison, with the run's calls under other policies.
+
+    Args:
+        header: of the run.
+        calls: of the run.
+        hardware: the machine that it ran on.
+        choices: other policies; those that need more than was recorded are left out.
+    """
+    trace, counts = recorded_trace(header, calls), replay_run(header, calls)
+    costs = costs_of_bytes(
+        header.shape,
+        hardware,
+        record_bytes=header.record_size_bytes,
+        matrix_bytes=header.matrix_bytes,
+        bits=_bits(header.precision),
+        skeleton_bits=_bits(header.skeleton_precision),
+        threads=header.threads,
+    ).calls
+    times = call_times(trace, counts, costs)
+    seconds = forward_seconds(trace, times, costs)
+    decodes = calls.is_decode
+    # Of a forward all calls are of one phase.
+    is_decode = np.zeros(trace.n_forwards, bool)
+    is_decode[trace.forward[decodes]] = True
+    n_tokens = max(1, header.decode_tokens)
+    predicted_s = float(seconds[is_decode].sum())
+    return RunComparison(
+        hits=header.hits,
+        predicted_hits=int(counts.hits[decodes].sum()),
+        prompt_hits=header.prompt_hits,
+        predicted_prompt_hits=int(counts.hits[~decodes].sum()),
+        prefetch_hits=header.prefetch_hits,
+        predicted_prefetch_hits=int(counts.prefetch_hits[decodes].sum()),
+        tokens_per_second=header.decode_tokens / max(1e-9, header.decode_seconds),
+        predicted_tokens_per_second=header.decode_tokens / max(1e-9, predicted_s),
+        stall_ms=1e3 * header.stall_seconds / n_tokens,
+        predicted_stall_ms=1e3 * float(times.stall[decodes].sum()) / n_tokens,
+        policies=tuple(_policies(header, calls, choices)),
+    )
+
+
+def _policies(
+    header: RunTraceHeader, calls: RecordedCalls, choices: Sequence[EvictionChoice]
+) -> list[PolicyHits]:
+    trace, rows = recorded_trace(header, calls), []
+    for choice in choices:
+        lacks_scores = "scores" in choice.hints and calls.scores is None
+        lacks_guesses = "predictions" in choice.hints and not len(calls.guesses)
+        capacity = header.n_slots - len(header.pinned)
+        is_too_small = choice.per_layer and capacity < len(header.shape.layers)
+        if not (lacks_scores or lacks_guesses or is_too_small or choice.pinned_share):
+            counts = replay_run(header, calls, eviction=choice)
+            rows.append(_hits(choice.name, counts, header, calls))
+    named = trace.calls()
+
+    def make(shape: CacheShape) -> Eviction:
+        return Belady(shape, calls=named)
+
+    if not header.pinned:
+        bound = naive_replay(trace, make, capacity=header.n_slots)
+        rows.append(_hits("belady", bound, header, calls))
+    return rows
+
+
+def _hits(
+    name: str, counts: CallCounts, header: RunTraceHeader, calls: RecordedCalls
+) -> PolicyHits:
+    decodes = calls.is_decode
+    n = int(np.diff(calls.start)[decodes].sum())
+    hits = int(counts.hits[decodes].sum())
+    return PolicyHits(
+        eviction=name,
+        hit_rate=hits / max(1, n),
+        bytes_per_token=(n - hits) * header.record_size_bytes / max(1, header.decode_tokens),
+    )
+
+
+def _bits(precision: Precision) -> Bits:
+    found: dict[str, Bits] = {"native": "native", "8": "8", "4": "4"}
+    return found[bits_of(precision)]

@@ -1,0 +1,97 @@
+"""What one model costs on one machine: bytes of a record, seconds of a layer call."""
+
+from dataclasses import dataclass
+
+from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
+from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.artifacts.skeleton_facts import SkeletonFacts
+from moe_tool.formats.expert_record import record_layout
+from moe_tool.simulator.time_model import CallCosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCosts:
+    """At one precision."""
+
+    record_bytes: int
+    matrix_bytes: int
+    """That a forward reads of the skeleton; 0 where the profile does not say"""
+    calls: CallCosts
+
+
+def record_size(shape: MoeShape, bits: Bits) -> int:
+    """Return the bytes of an expert's record in a bundle of `pack --bits`."""
+    return record_layout(shape.expert_tensors, shape.dtype, precision_from_bits(bits)).size_bytes
+
+
+def model_costs(
+    shape: MoeShape,
+    skeleton: SkeletonFacts | None,
+    hardware: HardwareProfile,
+    *,
+    bits: Bits,
+    skeleton_bits: Bits,
+    threads: int | None = None,
+) -> ModelCosts:
+    """Return what a layer call costs at one token.
+
+    Args:
+        shape: of the model.
+        skeleton: of the same model; None for a profile that lacks it.
+        hardware: speeds.
+        bits: of the experts.
+        skeleton_bits: of the other matrices.
+        threads: of computation; all cores of the machine where None.
+    """
+    return costs_of_bytes(
+        shape,
+        hardware,
+        record_bytes=record_size(shape, bits),
+        matrix_bytes=_matrix_bytes(shape, skeleton, skeleton_bits),
+        bits=bits,
+        skeleton_bits=skeleton_bits,
+        threads=threads,
+    )
+
+
+def costs_of_bytes(
+    shape: MoeShape,
+    hardware: HardwareProfile,
+    *,
+    record_bytes: int,
+    matrix_bytes: int,
+    bits: Bits,
+    skeleton_bits: Bits,
+    threads: int | None = None,
+) -> ModelCosts:
+    """Return what a layer call costs where the sizes are known; see `model_costs`."""
+    n_threads = threads or hardware.cores
+    touched = shape.top_k * record_bytes + matrix_bytes // shape.n_decoder_layers
+    # A matrix of the skeleton has its fixed part in the time of its layer.
+    matrix_s = hardware.expert_seconds(skeleton_bits, matrix_bytes, 1, n_threads)
+    matrix_s -= hardware.expert_seconds(skeleton_bits, 0, 1, n_threads)
+    n_other_layers = shape.n_decoder_layers - len(shape.layers)
+    layer_s = hardware.layer_seconds(touched)
+    return ModelCosts(
+        record_bytes=record_bytes,
+        matrix_bytes=matrix_bytes,
+        calls=CallCosts(
+            forward_s=matrix_s + n_other_layers * layer_s,
+            layer_s=layer_s,
+            expert_s=hardware.expert_seconds(bits, record_bytes, 1, n_threads),
+            read_one_s=record_bytes / hardware.disk_bytes_per_s(record_bytes, 1),
+            read_s=record_bytes / hardware.disk_bytes_per_s(record_bytes, 2),
+        ),
+    )
+
+
+def _matrix_bytes(shape: MoeShape, skeleton: SkeletonFacts | None, bits: Bits) -> int:
+    """All matrices with the head; of an embedding a row is read, which is nothing."""
+    if skeleton is None:
+        return 0
+    if bits == "native":
+        size = FLOAT_SIZE_BYTES[shape.dtype]
+        return sum(linear.n_weights for linear in skeleton.linears) * size
+    return skeleton.stored_bytes(bits) - skeleton.native_bytes + skeleton.linear_native_bytes

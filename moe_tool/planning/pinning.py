@@ -1,0 +1,86 @@
+"""Whether the hottest experts of a profile are hot elsewhere too, before any is pinned."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.expert_statistics import ExpertStatistics
+from moe_tool.policies.hot_set import hottest_first
+
+MIN_KEPT = 0.8
+MAX_DOMAIN_RATIO = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinCheck:
+    """What a pinned set answers."""
+
+    n_pinned: int
+    in_sample: float
+    """Share of the uses that the set answers"""
+    held_out: float | None
+    """None where nothing is held out"""
+    domain_ratio: float | None
+    """The domain that it answers best over the one that it answers worst; None for one domain"""
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the set is not to be pinned; None where it holds up."""
+        if self.held_out is None:
+            return "nothing is held out to check a pinned set with"
+        if self.held_out < MIN_KEPT * self.in_sample:
+            return (
+                f"the {self.n_pinned} hottest experts answer {self.in_sample:.0%} of the uses "
+                f"in-sample, but {self.held_out:.0%} held-out"
+            )
+        if self.domain_ratio is not None and self.domain_ratio > MAX_DOMAIN_RATIO:
+            return (
+                f"the {self.n_pinned} hottest experts answer {self.domain_ratio:.1f} times as "
+                "much of one domain as of another"
+            )
+        return None
+
+
+def rank_experts(statistics: dict[int, ExpertStatistics]) -> list[tuple[int, int]]:
+    """Return (layer, expert), the most used in-sample first, as a bundle's heat ranks them."""
+    loads = {}
+    for layer, each in statistics.items():
+        counts = each.in_sample
+        share = np.minimum(counts.load / max(counts.n_tokens, 1), 1.0)
+        loads[layer] = share.tolist()
+    return hottest_first(loads)
+
+
+def check_pins(
+    statistics: dict[int, ExpertStatistics], ranked: list[tuple[int, int]], n_pinned: int
+) -> PinCheck:
+    """Return what the hottest experts answer, in-sample and held-out, and by domain.
+
+    Args:
+        statistics: by decoder layer.
+        ranked: of `rank_experts`.
+        n_pinned: how many are to be pinned, at least 1.
+    """
+    inside = outside = inside_all = outside_all = 0.0
+    n_domains = len(next(iter(statistics.values())).held_out.domain_load)
+    answered, uses = np.zeros(n_domains), np.zeros(n_domains)
+    for layer, expert in ranked[:n_pinned]:
+        each = statistics[layer]
+        inside += float(each.in_sample.load[expert])
+        outside += float(each.held_out.load[expert])
+        answered += each.held_out.domain_load[:, expert]
+    for each in statistics.values():
+        inside_all += float(each.in_sample.load.sum())
+        outside_all += float(each.held_out.load.sum())
+        uses += each.held_out.domain_load.sum(axis=1)
+    known = uses > 0
+    shares = answered[known] / uses[known]
+    ratio = None
+    if len(shares) > 1:
+        ratio = float(shares.max() / shares.min()) if shares.min() > 0 else float("inf")
+    return PinCheck(
+        n_pinned=n_pinned,
+        in_sample=inside / inside_all if inside_all else 0.0,
+        held_out=outside / outside_all if outside_all else None,
+        domain_ratio=ratio,
+    )

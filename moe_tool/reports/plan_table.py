@@ -1,0 +1,40 @@
+"""Plans as tables for people."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from moe_tool.artifacts.pack_plan import PackPlan, PlanLine
+from moe_tool.byte_sizes import format_bytes
+
+
+def lines_table(lines: Sequence[PlanLine]) -> Table:
+    """Return the memory account."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for line in lines:
+        table.add_row(line.name, format_bytes(line.size_bytes))
+    return table
+
+
+def curve_table(plans: Sequence[PackPlan]) -> Table:
+    """Return the plans of several budgets, one a line."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("memory", "bits", "eviction"):
+        table.add_column(heading)
+    for heading in ("slots", "hits", "read/token", "tokens/s", "first token s"):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        found = plan.prediction
+        table.add_row(
+            format_bytes(plan.memory_bytes),
+            plan.bits,
+            plan.eviction,
+            str(found.expert_slots),
+            f"{found.hit_rate:.1%}",
+            format_bytes(found.bytes_per_token),
+            f"{found.tokens_per_second:.2f}",
+            f"{found.seconds_to_first_token:.1f}",
+        )
+    return table

@@ -1,0 +1,100 @@
+"""Hit rate and tokens per second against the budget, as a picture or a page with one."""
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moe_tool.errors import UsageError
+from moe_tool.formats.atomic_write import atomic_write_bytes
+from moe_tool.reports.simulation_table import Row
+
+_BOUND = "belady"
+_STYLES = ("-", "--", "-.", ":")
+_GIB, _MIB = 2**30, 2**20
+_FLAT = 0.8
+"""Curves that end so near to their top are drawn without the zero"""
+
+
+def require_plot_path(path: Path) -> None:
+    """Refuse what is neither a picture nor a page.
+
+    Raises:
+        UsageError: another ending than .png, .svg or .html.
+    """
+    if path.suffix.lower() not in (".png", ".svg", ".html"):
+        raise UsageError(
+            f"--plot {path}: the ending says no format", hint="use .png, .svg or .html"
+        )
+
+
+def write_plot(
+    path: Path, rows: Mapping[str, Sequence[Row]], *, title: str, cliff_bytes: int
+) -> None:
+    """Draw both curves, one line a policy, the bound marked as such.
+
+    Args:
+        path: .png, .svg or .html.
+        rows: policy -> its budgets, ascending.
+        title: what was replayed, and on which machine.
+        cliff_bytes: one token's experts.
+    """
+    require_plot_path(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    largest = max(row.expert_bytes for each in rows.values() for row in each)
+    unit, unit_bytes = ("GiB", _GIB) if largest >= _GIB else ("MiB", _MIB)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.6), sharex=True)
+    for number, (policy, each) in enumerate(rows.items()):
+        x = [row.expert_bytes / unit_bytes for row in each]
+        curves = ([100 * row.hit_rate for row in each], [row.tokens_per_second for row in each])
+        for axis, y in zip(axes, curves, strict=True):
+            if policy == _BOUND:
+                axis.plot(x, y, color="black", linewidth=2.5, label="belady (bound)", zorder=5)
+            else:
+                color = matplotlib.colormaps["tab10"](number % 10)
+                style = _STYLES[number // 10 % len(_STYLES)]
+                axis.plot(x, y, style, color=color, linewidth=1.4, marker=".", label=policy)
+    for axis, label in zip(axes, ("hits, % of expert uses", "tokens per second"), strict=True):
+        axis.set_xlabel(f"memory for experts, {unit}")
+        axis.set_ylabel(label)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.axvline(cliff_bytes / unit_bytes, color="grey", linestyle=":", linewidth=1)
+        axis.annotate(
+            "one token's experts",
+            (cliff_bytes / unit_bytes, 0.99),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            va="top",
+            ha="right",
+            fontsize=8,
+            color="grey",
+        )
+    axes[0].set_ylim(bottom=0, top=102)
+    speeds = [row.tokens_per_second for each in rows.values() for row in each]
+    if min(speeds) < _FLAT * max(speeds):
+        axes[1].set_ylim(bottom=0)
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    stream = io.BytesIO()
+    kind = "svg" if path.suffix.lower() == ".html" else path.suffix.lower().lstrip(".")
+    figure.savefig(stream, format=kind, dpi=130)
+    pyplot.close(figure)
+    data = stream.getvalue()
+    if path.suffix.lower() == ".html":
+        picture = data[data.index(b"<svg") :].decode()
+        data = _PAGE.format(title=html.escape(title), picture=picture).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, data)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>body{{font-family:sans-serif;margin:2em}}svg{{max-width:100%;height:auto}}</style></head>
+<body>{picture}</body></html>
+"""

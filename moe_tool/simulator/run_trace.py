@@ -1,0 +1,53 @@
+"""A recorded run as layer calls, with the cache that it ran under."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
+from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.simulator.access_trace import AccessTrace
+from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.replay import Replayer
+
+_PREFETCH_DEPTHS = {"none": 0, "next-layer": 1}
+
+
+def recorded_trace(header: RunTraceHeader, calls: RecordedCalls) -> AccessTrace:
+    """Return a run's calls, prompt and decoding."""
+    n_layers = len(header.shape.layers)
+    begins = np.diff(calls.layer, prepend=n_layers) <= 0
+    has_guesses = len(calls.guesses) > 0
+    return AccessTrace(
+        n_layers=n_layers,
+        n_experts=header.shape.experts,
+        layer=calls.layer,
+        start=calls.start,
+        keys=calls.keys,
+        forward=(np.cumsum(begins) - 1).astype(np.int32),
+        scores=calls.scores,
+        guess_start=calls.guess_start if has_guesses else None,
+        guesses=calls.guesses if has_guesses else None,
+    )
+
+
+def replay_run(
+    header: RunTraceHeader, calls: RecordedCalls, *, eviction: EvictionChoice | None = None
+) -> CallCounts:
+    """Return what every call of a run finds, under its own policy or another one.
+
+    Under its own these are the run's own counts.
+    """
+    choice = eviction or parse_eviction(header.eviction)
+    positions = {layer: at for at, layer in enumerate(header.shape.layers)}
+    pinned = [positions[layer] * header.shape.experts + expert for layer, expert in header.pinned]
+    trace = recorded_trace(header, calls)
+    depth = _PREFETCH_DEPTHS[header.prefetch]
+    if "predictions" not in choice.hints and not depth:
+        trace = replace(trace, guess_start=None, guesses=None)
+    return Replayer(trace).replay(
+        choice,
+        capacity=header.n_slots - len(pinned),
+        pinned=pinned,
+        prefetch_depth=depth,
+    )

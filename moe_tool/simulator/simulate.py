@@ -1,0 +1,296 @@
+"""Every budget under every policy: what a trace would have cost."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.policies.eviction import EVICTION, EvictionChoice
+from moe_tool.policies.hot_set import n_pinned
+from moe_tool.progress import SILENT, Progress
+from moe_tool.simulator.access_trace import AccessTrace
+from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.replay import Replayer
+from moe_tool.simulator.time_model import CallCosts, call_times, forward_seconds
+
+BELADY = "belady"
+_CLOSE_TO_BELADY = 1.25
+_MISSES_ANYWAY = 0.3
+_SLOWER = 0.98
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How many experts memory holds."""
+
+    label: str
+    """As it was asked for"""
+    n_slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedRow:
+    """One budget under one policy."""
+
+    memory: str
+    slots: int
+    expert_bytes: int
+    """What the slots take"""
+    eviction: str
+    hit_rate: float
+    bytes_per_token: float
+    """Read from disk, prefetched bytes included"""
+    stall_ms: float
+    """Per token, on average"""
+    tokens_per_second: float
+    p50_ms: float
+    p99_ms: float
+    belady_hit_rate: float
+    """Of the bound at this budget"""
+    to_belady: float | None
+    """Misses over those of the bound; None where the bound misses nothing"""
+    limited_by: str
+    """budget, policy, working set or -"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchRow:
+    """What reading ahead would change at one budget."""
+
+    memory: str
+    eviction: str
+    depth: int
+    accuracy: float
+    """Share of what was read ahead that was wanted"""
+    bytes_per_saved_byte: float | None
+    """Bytes read ahead per byte that was then not demanded; None where none was saved"""
+    stall_saved_ms: float
+    """Per token; below zero where it costs more than it saves"""
+    pays: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRow:
+    """What a prompt's tokens cost at one budget under one policy."""
+
+    memory: str
+    eviction: str
+    hit_rate: float
+    belady_hit_rate: float
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cliff:
+    """Where a cache that keeps what was used last begins to work at all."""
+
+    experts: float
+    """That one token calls, all layers together"""
+    bytes: int
+    """What their slots take"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a replay needs to know beside the trace."""
+
+    record_bytes: int
+    n_slots_min: int
+    """Slots that a run cannot do without"""
+    costs: CallCosts
+    hottest: Sequence[int]
+    """Keys, the most used of the profile first"""
+
+
+def simulate_decoding(
+    trace: AccessTrace,
+    choices: Sequence[EvictionChoice],
+    budgets: Sequence[Budget],
+    machine: Machine,
+    *,
+    progress: Progress = SILENT,
+) -> tuple[list[SimulatedRow], float]:
+    """Return the rows, budget by budget with the bound last, and the accesses per second.
+
+    Args:
+        trace: one token per forward.
+        choices: policies.
+        budgets: ascending.
+        machine: the model's records and the machine's speeds.
+        progress: told about the rows.
+    """
+    replayer, rows = Replayer(trace), []
+    n_replayed, began = 0, time.perf_counter()
+    progress.begin("simulate", len(budgets) * (len(choices) + 1), "replays")
+    for budget in budgets:
+        bound = replayer.belady(budget.n_slots)
+        for choice in (*choices, None):
+            counts = bound if choice is None else replay_choice(replayer, choice, budget, machine)
+            if counts is not None:
+                name = BELADY if choice is None else choice.name
+                rows.append(_row(trace, counts, bound, budget, name, machine))
+                n_replayed += len(trace.keys)
+            progress.advance()
+    progress.end()
+    return rows, n_replayed / max(1e-9, time.perf_counter() - began)
+
+
+def replay_choice(
+    replayer: Replayer,
+    choice: EvictionChoice,
+    budget: Budget,
+    machine: Machine,
+    *,
+    prefetch_depth: int = 0,
+) -> CallCounts | None:
+    """Return the counts of one policy at one budget; None where it cannot have it."""
+    trace = replayer.trace
+    pinned: Sequence[int] = ()
+    if choice.pinned_share:
+        count = n_pinned(
+            choice.pinned_share,
+            n_slots=budget.n_slots,
+            n_slots_min=machine.n_slots_min,
+            n_experts=trace.n_keys,
+        )
+        pinned = machine.hottest[:count]
+    capacity = min(budget.n_slots, trace.n_keys) - len(pinned)
+    if choice.per_layer and 0 < capacity < trace.n_layers:
+        return None
+    if "scores" in choice.hints and trace.scores is None:
+        return None
+    return replayer.replay(choice, capacity=capacity, pinned=pinned, prefetch_depth=prefetch_depth)
+
+
+def simulate_prompts(
+    trace: AccessTrace,
+    n_tokens: int,
+    choices: Sequence[EvictionChoice],
+    budgets: Sequence[Budget],
+    machine: Machine,
+) -> list[PromptRow]:
+    """Return what prompts in chunks cost; the cache goes on from one to the next."""
+    replayer, rows = Replayer(trace), []
+    for budget in budgets:
+        bound = int(replayer.belady(budget.n_slots).hits.sum())
+        for choice in choices:
+            counts = replay_choice(replayer, choice, budget, machine)
+            if counts is None:
+                continue
+            hits, n = int(counts.hits.sum()), len(trace.keys)
+            rows.append(
+                PromptRow(
+                    memory=budget.label,
+                    eviction=choice.name,
+                    hit_rate=hits / max(1, n),
+                    belady_hit_rate=bound / max(1, n),
+                    bytes_per_token=(n - hits) * machine.record_bytes / max(1, n_tokens),
+                )
+            )
+    return rows
+
+
+def simulate_prefetch(
+    trace: AccessTrace, choice: EvictionChoice, budget: Budget, machine: Machine, *, depth: int
+) -> PrefetchRow:
+    """Return what reading ahead over so many layers would change."""
+    replayer = Replayer(trace)
+    without = replay_choice(replayer, choice, budget, machine)
+    ahead = replay_choice(replayer, choice, budget, machine, prefetch_depth=depth)
+    assert without is not None and ahead is not None
+    times, plain = (call_times(trace, counts, machine.costs) for counts in (ahead, without))
+    n_read, n_used = int(ahead.prefetches.sum()), int(ahead.prefetch_hits.sum())
+    n_saved = int(ahead.hits.sum()) - int(without.hits.sum())
+    saved_s = float(plain.stall.sum() - times.stall.sum())
+    return PrefetchRow(
+        memory=budget.label,
+        eviction=choice.name,
+        depth=depth,
+        accuracy=n_used / max(1, n_read),
+        bytes_per_saved_byte=float(times.prefetched.sum()) / n_saved if n_saved > 0 else None,
+        stall_saved_ms=1e3 * saved_s / max(1, trace.n_forwards),
+        pays=saved_s > 0.02 * float(plain.total.sum()),
+    )
+
+
+def find_cliff(trace: AccessTrace, record_bytes: int) -> Cliff:
+    """Return one token's cycle."""
+    return Cliff(experts=trace.cycle, bytes=round(trace.cycle * record_bytes))
+
+
+def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
+    """Return a sentence for every policy and budget that is slower than a smaller budget."""
+    sentences, fastest = [], dict[str, SimulatedRow]()
+    for row in sorted(rows, key=lambda row: row.slots):
+        best = fastest.get(row.eviction)
+        if best is not None and row.tokens_per_second < _SLOWER * best.tokens_per_second:
+            sentences.append(
+                f"{row.eviction} is slower at {row.memory} ({row.tokens_per_second:.2f} tokens/s) "
+                f"than at {best.memory} ({best.tokens_per_second:.2f})"
+            )
+        if best is None or row.tokens_per_second > best.tokens_per_second:
+            fastest[row.eviction] = row
+    return sentences
+
+
+def best_policy(rows: Sequence[SimulatedRow], memory: str) -> SimulatedRow:
+    """Return the fastest row of a budget, the bound left out; the first of equal ones."""
+    at_budget = [row for row in rows if row.memory == memory and row.eviction != BELADY]
+    return max(at_budget, key=lambda row: row.tokens_per_second)
+
+
+def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
+    """Return every policy, and the plain ones with a part of the cache for each layer."""
+    return [parse(name) for name in (*EVICTION, "lru:per-layer", "lfu:per-layer")]
+
+
+def _row(
+    trace: AccessTrace,
+    counts: CallCounts,
+    bound: CallCounts,
+    budget: Budget,
+    name: str,
+    machine: Machine,
+) -> SimulatedRow:
+    times = call_times(trace, counts, machine.costs)
+    seconds = forward_seconds(trace, times, machine.costs)
+    n, n_tokens = max(1, len(trace.keys)), max(1, trace.n_forwards)
+    misses = n - int(counts.hits.sum())
+    bound_misses = n - int(bound.hits.sum())
+    median, slow = np.percentile(seconds, [50, 99]) if len(seconds) else (0.0, 0.0)
+    return SimulatedRow(
+        memory=budget.label,
+        slots=budget.n_slots,
+        expert_bytes=budget.n_slots * machine.record_bytes,
+        eviction=name,
+        hit_rate=1 - misses / n,
+        bytes_per_token=misses * machine.record_bytes / n_tokens,
+        stall_ms=1e3 * float(times.stall.sum()) / n_tokens,
+        tokens_per_second=len(seconds) / float(seconds.sum()) if len(seconds) else 0.0,
+        p50_ms=1e3 * float(median),
+        p99_ms=1e3 * float(slow),
+        belady_hit_rate=1 - bound_misses / n,
+        to_belady=misses / bound_misses if bound_misses else None,
+        limited_by=_limit(misses / n, bound_misses / n, budget.n_slots < trace.cycle),
+    )
+
+
+def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
+    """Who is to blame: the policy, where another order would miss clearly less; else the budget
+    below one token's cycle, or the working set, where nobody could do much better."""
+    if is_below_cycle and miss_rate > 0.95:
+        return "budget"
+    if miss_rate > _CLOSE_TO_BELADY * bound and miss_rate - bound > 0.02:
+        return "policy"
+    if bound > _MISSES_ANYWAY:
+        return "budget" if is_below_cycle else "working set"
+    return "-"
+
+
+def rows_by_policy(rows: Sequence[SimulatedRow]) -> Mapping[str, list[SimulatedRow]]:
+    """Return each policy's rows, by budget; the bound last."""
+    grouped: dict[str, list[SimulatedRow]] = {}
+    for row in sorted(rows, key=lambda row: (row.eviction == BELADY, row.slots)):
+        grouped.setdefault(row.eviction, []).append(row)
+    return grouped
