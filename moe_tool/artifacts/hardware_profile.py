@@ -26,6 +26,7 @@ class DiskSpeed(FrozenModel):
     """What the disk gives to one way of reading."""
 
     pattern: Literal["sequential", "random"]
+    """random: as many records as there are readers at once, all waited for before the next ones"""
     read_bytes: SizeBytes
     """Of one read"""
     readers: Annotated[int, Field(ge=1, le=4)]

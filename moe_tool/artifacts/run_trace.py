@@ -46,6 +46,8 @@ class RunTraceHeader(FrozenModel):
     skeleton_precision: Precision
     matrix_bytes: _Number
     """That a forward reads of the skeleton"""
+    n_matrices: _Number
+    """Of the skeleton, routers not counted"""
     threads: Count
     n_slots: Count
     """Expert records in memory, pinned ones included"""
@@ -53,6 +55,8 @@ class RunTraceHeader(FrozenModel):
     """(layer, expert)"""
     eviction: str
     prefetch: str
+    n_calls_before: _Number
+    """Calls at the beginning that are not counted here: they filled the cache"""
     prompt_tokens: _Number
     decode_tokens: _Number
     decode_seconds: _Seconds

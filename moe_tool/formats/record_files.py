@@ -84,7 +84,7 @@ class RecordFiles:
             out: uint8 [n], n a multiple of ALIGNMENT_BYTES; overwritten. Memory that is not aligned
                 costs a copy.
             on_piece: shown each piece of PIECE_BYTES at most, but not what an early end leaves of
-                one.
+                one. None: it is one read.
 
         Returns:
             None if `on_piece` gave the read up; `out` then holds anything.
@@ -104,8 +104,9 @@ class RecordFiles:
         self, name: str, offset: int, view: memoryview, on_piece: OnPiece | None
     ) -> int | None:
         done = 0
+        piece_bytes = len(view) if on_piece is None else PIECE_BYTES
         while done < len(view):
-            piece = view[done : done + PIECE_BYTES]
+            piece = view[done : done + piece_bytes]
             count = os.preadv(self._handles[name], [piece], offset + done)
             # A direct read goes on from whole blocks only; part of one is the file's end.
             step = count // ALIGNMENT_BYTES * ALIGNMENT_BYTES if self._is_direct else count

@@ -126,6 +126,8 @@ def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
         return "a guess is not about a later layer"
     if calls.scores is not None and calls.scores.shape != (n_calls, n_experts):
         return "its scores have another shape"
+    if header.n_calls_before > n_calls:
+        return "it counts calls that it does not have"
     known = set(header.shape.layers)
     if any(layer not in known or not 0 <= e < n_experts for layer, e in header.pinned):
         return "a pinned expert does not exist"

@@ -19,13 +19,18 @@ import torch
 from moe_tool.artifacts.hardware_profile import DiskSpeed
 from moe_tool.errors import NotFoundError, StorageError
 from moe_tool.formats.atomic_write import require_free_disk, storage_errors
+from moe_tool.formats.bundle_reader import GoOn
 from moe_tool.formats.record_files import RecordFiles
 from moe_tool.progress import SILENT, Progress
+from moe_tool.store.reader import RecordReader
 from moe_tool.store.slots import SlotPool
 
 READERS = (1, 2, 4)
 RANDOM_BYTES = (256 * 2**10, 4 * 2**20, 24 * 2**20)
 SEQUENTIAL_BYTES = 4 * 2**20
+_REST_S = 1e-3
+"""Between two bursts: what a layer takes beside its reads"""
+_MAX_BURSTS = 64
 _WRITE_BYTES = 4 * 2**20
 _ROOM_BYTES = 2**28
 """Left free on the disk beside the test file: other programs write there too"""
@@ -91,7 +96,9 @@ def measure_disk(
                     reads = np.arange(file_bytes // size)
                     if pattern == "random":
                         order.shuffle(reads)
-                    rates.append(_read(file, reads * size, targets[:readers], pass_s))
+                        rates.append(_read_bursts(file, reads, targets[:readers], pass_s))
+                    else:
+                        rates.append(_read(file, reads * size, targets[:readers], pass_s))
                     progress.advance()
                 rows.append(
                     DiskSpeed(
@@ -145,6 +152,39 @@ def _buffers(size_bytes: int) -> list[torch.Tensor]:
     times as long. Written to, so that faults belong to nobody's time."""
     pool = SlotPool(n_slots=max(READERS), slot_size_bytes=size_bytes)
     return [pool.view(slot).zero_() for slot in range(pool.n_slots)]
+
+
+def _read_bursts(
+    file: _TestFile, reads: np.ndarray, buffers: list[torch.Tensor], pass_s: float
+) -> float:
+    """Return bytes per second where as many records as there are readers are wanted at once and
+    waited for, as a layer waits for its misses. Disk, readers and their cores rest in between, and
+    have to be woken."""
+    if not file.files.is_direct:
+        os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read(layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None) -> object:
+        return file.files.read_into(file.name, expert * len(out), out)
+
+    reader, n_bytes, seconds = RecordReader(read, n_readers=len(buffers)), 0, 0.0
+    try:
+        for first in range(0, min(len(reads), _MAX_BURSTS * len(buffers)), len(buffers)):
+            time.sleep(_REST_S)
+            began = time.perf_counter()
+            burst = reads[first : first + len(buffers)].tolist()
+            for record, buffer in zip(burst, buffers, strict=False):
+                reader.start((0, record), buffer)
+            for _ in burst:
+                arrival = reader.next_arrival()
+                if arrival.error is not None:
+                    raise arrival.error
+                n_bytes += len(buffers[0])
+            seconds += time.perf_counter() - began
+            if seconds > pass_s:
+                break
+        return n_bytes / seconds
+    finally:
+        reader.close()
 
 
 def _read(

@@ -75,13 +75,15 @@ def compare_run(
         hardware,
         record_bytes=header.record_size_bytes,
         matrix_bytes=header.matrix_bytes,
+        n_matrices=header.n_matrices,
         bits=_bits(header.precision),
         skeleton_bits=_bits(header.skeleton_precision),
         threads=header.threads,
     ).calls
     times = call_times(trace, counts, costs)
     seconds = forward_seconds(trace, times, costs)
-    decodes = calls.is_decode
+    is_counted = np.arange(trace.n_calls) >= header.n_calls_before
+    decodes, prompts = calls.is_decode & is_counted, ~calls.is_decode & is_counted
     # Of a forward all calls are of one phase.
     is_decode = np.zeros(trace.n_forwards, bool)
     is_decode[trace.forward[decodes]] = True
@@ -91,7 +93,7 @@ def compare_run(
         hits=header.hits,
         predicted_hits=int(counts.hits[decodes].sum()),
         prompt_hits=header.prompt_hits,
-        predicted_prompt_hits=int(counts.hits[~decodes].sum()),
+        predicted_prompt_hits=int(counts.hits[prompts].sum()),
         prefetch_hits=header.prefetch_hits,
         predicted_prefetch_hits=int(counts.prefetch_hits[decodes].sum()),
         tokens_per_second=header.decode_tokens / max(1e-9, header.decode_seconds),
@@ -128,7 +130,7 @@ def _policies(
 def _hits(
     name: str, counts: CallCounts, header: RunTraceHeader, calls: RecordedCalls
 ) -> PolicyHits:
-    decodes = calls.is_decode
+    decodes = calls.is_decode & (np.arange(len(calls.layer)) >= header.n_calls_before)
     n = int(np.diff(calls.start)[decodes].sum())
     hits = int(counts.hits[decodes].sum())
     return PolicyHits(

@@ -15,7 +15,7 @@ from moe_tool.runtime.memory_plan import (
 )
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 
-PROCESS_BYTES = 576 * 2**20
+PROCESS_BYTES = 424 * 2**20
 """Python, torch and transformers with a model of theirs run once; a run measures it instead"""
 _NO_LIMIT_BYTES = 2**62
 

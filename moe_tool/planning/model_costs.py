@@ -50,6 +50,7 @@ def model_costs(
         hardware,
         record_bytes=record_size(shape, bits),
         matrix_bytes=_matrix_bytes(shape, skeleton, skeleton_bits),
+        n_matrices=0 if skeleton is None else sum(each.count for each in skeleton.linears),
         bits=bits,
         skeleton_bits=skeleton_bits,
         threads=threads,
@@ -62,6 +63,7 @@ def costs_of_bytes(
     *,
     record_bytes: int,
     matrix_bytes: int,
+    n_matrices: int,
     bits: Bits,
     skeleton_bits: Bits,
     threads: int | None = None,
@@ -69,9 +71,10 @@ def costs_of_bytes(
     """Return what a layer call costs where the sizes are known; see `model_costs`."""
     n_threads = threads or hardware.cores
     touched = shape.top_k * record_bytes + matrix_bytes // shape.n_decoder_layers
-    # A matrix of the skeleton has its fixed part in the time of its layer.
-    matrix_s = hardware.expert_seconds(skeleton_bits, matrix_bytes, 1, n_threads)
-    matrix_s -= hardware.expert_seconds(skeleton_bits, 0, 1, n_threads)
+    # An expert call is two products: each matrix has half of its fixed part.
+    fixed_s = hardware.expert_seconds(skeleton_bits, 0, 1, n_threads)
+    matrix_s = hardware.expert_seconds(skeleton_bits, matrix_bytes, 1, n_threads) - fixed_s
+    matrix_s += n_matrices * fixed_s / 2
     n_other_layers = shape.n_decoder_layers - len(shape.layers)
     layer_s = hardware.layer_seconds(touched)
     return ModelCosts(

@@ -14,6 +14,8 @@ class CallRecorder:
     """Mutable: grows by every call."""
 
     shape: MoeShape
+    n_calls_before: int = 0
+    """Before the run under way"""
     _layer: list[int] = field(default_factory=list)
     _is_decode: list[bool] = field(default_factory=list)
     _keys: list[list[int]] = field(default_factory=list)
@@ -44,10 +46,9 @@ class CallRecorder:
         self._guesses.append([self._key(*guess) for guess in guesses])
         self._scores.append(scores)
 
-    def clear(self) -> None:
-        """Forget all calls."""
-        for entries in (self._layer, self._is_decode, self._keys, self._guesses, self._scores):
-            entries.clear()
+    def begin_run(self) -> None:
+        """Take note that counters start anew."""
+        self.n_calls_before = len(self._layer)
 
     def recorded(self) -> RecordedCalls:
         """Return the calls so far."""

@@ -17,6 +17,7 @@ from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import UsageError
 from moe_tool.formats.run_trace_hdf5 import write_run_trace
+from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.prompts import encode_prompt
@@ -153,10 +154,11 @@ def _decode_seconds(result: RunResult) -> float:
 
 
 def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
-    """Write what a session with `record_trace` has run since it was opened.
+    """Write what a session with `record_trace` has run since it was opened; counts are those of
+    its last run.
 
     Args:
-        session: its cache was empty, or pinned experts alone, when it began.
+        session: nothing but its runs has changed what its cache holds.
         path: of the trace.
         decode_seconds: that its decoding took.
     """
@@ -175,11 +177,13 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
         record_size_bytes=manifest.record_size_bytes,
         skeleton_precision=manifest.skeleton_precision,
         matrix_bytes=session.bundle.matrix_bytes,
+        n_matrices=_n_matrices(session),
         threads=session.threads.n_threads,
         n_slots=session.plan.n_slots,
         pinned=tuple(pinned),
         eviction=session.setting.eviction.name,
         prefetch=session.setting.prefetch,
+        n_calls_before=session.runner.recorder.n_calls_before,
         prompt_tokens=prompt.tokens,
         decode_tokens=decode.tokens,
         decode_seconds=decode_seconds,
@@ -245,6 +249,8 @@ def generate_ids(
         session, options, max_new_tokens=min(options.max_tokens, room), pad=pad
     )
     session.runner.stats = RunStats()
+    if session.runner.recorder is not None:
+        session.runner.recorder.begin_run()
     session.prompt_tokens = width
     stream = TextStream(session.tokenizer, on_text)
     torch.manual_seed(options.seed)
@@ -273,6 +279,11 @@ def generate_ids(
         ended_at=time.perf_counter(),
         interrupted=interrupted,
     )
+
+
+def _n_matrices(session: Session) -> int:
+    stored = (StoredLinear, torch.nn.Linear)
+    return sum(isinstance(module, stored) for module in session.model.modules())
 
 
 def _check(session: Session, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
