@@ -4,8 +4,9 @@
         [--rounds 3] [--eviction lru] [--hardware FILE] [--out rows.jsonl]
 
 In every round each bundle runs at each budget, once to fill the cache and once that counts, and
-records its trace; in between, the machine is measured (`hardware --quick`, on the disk of the bundle), since a shared one changes from minute
-to minute. Each run is predicted from the measurement of its round; medians over the rounds.
+records its trace. Before each bundle the machine is measured (`hardware --quick`, on the disk of
+the bundle), since a shared one changes from minute to minute; each run is predicted from that.
+Medians over the rounds.
 """
 
 import argparse

@@ -19,6 +19,7 @@ Rate = Annotated[float, Field(ge=1, le=1e15)]
 Seconds = Annotated[float, Field(ge=0, le=1e4)]
 
 _NATIVE_BITS = 16
+REST_S = 0.01
 Row = TypeVar("Row")
 
 
@@ -94,6 +95,9 @@ class HardwareProfile(FrozenModel):
     layer_cold_s: Annotated[float, Field(gt=0, le=1e4)]
     """The same where every layer streams `cold_bytes` of expert weights through the caches"""
     cold_bytes: SizeBytes
+    layer_rested_s: Annotated[float, Field(gt=0, le=1e4)]
+    """As `layer_cold_s`, where every layer waits REST_S before its experts, as for the disk: cores
+    fall asleep meanwhile, and what comes after takes longer. The wait itself is not in it"""
     gpu: GpuSpeed | None = None
 
     @model_validator(mode="after")
@@ -146,6 +150,11 @@ class HardwareProfile(FrozenModel):
         """
         share = min(1.0, touched_bytes / self.cold_bytes)
         return self.layer_warm_s + (self.layer_cold_s - self.layer_warm_s) * share
+
+    @property
+    def waking_s(self) -> float:
+        """What a wait of REST_S or more adds to the layer that waited."""
+        return max(0.0, self.layer_rested_s - self.layer_cold_s)
 
 
 def _width(bits: Bits) -> int:

@@ -1,5 +1,6 @@
 """How fast the disk gives whole records, past the page cache, in order or in none."""
 
+import itertools
 import mmap
 import os
 import statistics
@@ -28,9 +29,11 @@ from moe_tool.store.slots import SlotPool
 READERS = (1, 2, 4)
 RANDOM_BYTES = (256 * 2**10, 4 * 2**20, 24 * 2**20)
 SEQUENTIAL_BYTES = 4 * 2**20
-_REST_S = 1e-3
+_REST_S = 4e-3
 """Between two bursts: what a layer takes beside its reads"""
 _MAX_BURSTS = 64
+_N_BUFFERS = 12
+"""Larger together than a cache, into which the disk's data would else go faster than into memory"""
 _WRITE_BYTES = 4 * 2**20
 _ROOM_BYTES = 2**28
 """Left free on the disk beside the test file: other programs write there too"""
@@ -96,7 +99,7 @@ def measure_disk(
                     reads = np.arange(file_bytes // size)
                     if pattern == "random":
                         order.shuffle(reads)
-                        rates.append(_read_bursts(file, reads, targets[:readers], pass_s))
+                        rates.append(_read_bursts(file, reads, targets, readers, pass_s))
                     else:
                         rates.append(_read(file, reads * size, targets[:readers], pass_s))
                     progress.advance()
@@ -150,12 +153,12 @@ def _fill(handle: int, size_bytes: int, progress: Progress) -> None:
 def _buffers(size_bytes: int) -> list[torch.Tensor]:
     """Memory to read into, as a store's: on large pages, without which large reads took up to three
     times as long. Written to, so that faults belong to nobody's time."""
-    pool = SlotPool(n_slots=max(READERS), slot_size_bytes=size_bytes)
+    pool = SlotPool(n_slots=_N_BUFFERS, slot_size_bytes=size_bytes)
     return [pool.view(slot).zero_() for slot in range(pool.n_slots)]
 
 
 def _read_bursts(
-    file: _TestFile, reads: np.ndarray, buffers: list[torch.Tensor], pass_s: float
+    file: _TestFile, reads: np.ndarray, buffers: list[torch.Tensor], readers: int, pass_s: float
 ) -> float:
     """Return bytes per second where as many records as there are readers are wanted at once and
     waited for, as a layer waits for its misses. Disk, readers and their cores rest in between, and
@@ -166,14 +169,15 @@ def _read_bursts(
     def read(layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None) -> object:
         return file.files.read_into(file.name, expert * len(out), out)
 
-    reader, n_bytes, seconds = RecordReader(read, n_readers=len(buffers)), 0, 0.0
+    reader, n_bytes, seconds = RecordReader(read, n_readers=readers), 0, 0.0
+    turns = itertools.cycle(buffers)
     try:
-        for first in range(0, min(len(reads), _MAX_BURSTS * len(buffers)), len(buffers)):
+        for first in range(0, min(len(reads), _MAX_BURSTS * readers), readers):
             time.sleep(_REST_S)
             began = time.perf_counter()
-            burst = reads[first : first + len(buffers)].tolist()
-            for record, buffer in zip(burst, buffers, strict=False):
-                reader.start((0, record), buffer)
+            burst = reads[first : first + readers].tolist()
+            for record in burst:
+                reader.start((0, record), next(turns))
             for _ in burst:
                 arrival = reader.next_arrival()
                 if arrival.error is not None:

@@ -1,4 +1,5 @@
-"""What a decoder layer costs at one token beside its matrices, with warm caches and with cold ones.
+"""What a decoder layer costs at one token beside its matrices: with warm and cold caches, and after
+a wait.
 
 A random Mixtral of usual width is decoded token by token, and what its matrices take by themselves
 is taken off. What is left is Python, attention, norms and router. Beside expert weights that stream
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, PreTrainedModel
 
-from moe_tool.artifacts.hardware_profile import Bits
+from moe_tool.artifacts.hardware_profile import REST_S, Bits
 from moe_tool.experts.combine import run_experts
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.experts.linear import computes_natively, linear
@@ -69,6 +70,8 @@ class LayerTimes:
     """At least `warm_s`"""
     cold_bytes: int
     """Of expert weights per layer, in the cold figure"""
+    rested_s: float
+    """At least `cold_s`"""
 
 
 def measure_layers(
@@ -106,6 +109,14 @@ def measure_layers(
     def run(call: LayerCall) -> torch.Tensor:
         return run_experts(call.module, call.hidden, call.index, call.weight, next_records)
 
+    slept: list[float] = []
+
+    def run_rested(call: LayerCall) -> torch.Tensor:
+        start = time.perf_counter()
+        time.sleep(REST_S)
+        slept.append(time.perf_counter() - start)
+        return run(call)
+
     matrices = _matrices(model)
     x = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))
     module = SiluGatedModule()
@@ -117,10 +128,10 @@ def measure_layers(
     with_experts: list[Call] = []
     for start in range(0, len(matrices), per_layer):
         with_experts += [*matrices[start : start + per_layer], *[one_expert] * _TOP_K]
-    progress.begin("decode layer by layer", 2 * n_tokens, "tokens")
-    warm, cold = (
-        _beside(model, layers, answer, alone, n_tokens, budget_s, progress) / shape.n_layers
-        for answer, alone in ((_nothing, matrices), (run, with_experts))
+    progress.begin("decode layer by layer", 3 * n_tokens, "tokens")
+    warm, cold, rested = (
+        _beside(model, layers, answer, alone, n_tokens, budget_s, slept, progress) / shape.n_layers
+        for answer, alone in ((_nothing, matrices), (run, with_experts), (run_rested, with_experts))
     )
     progress.end()
     warm = max(warm, _LEAST_S)
@@ -128,6 +139,7 @@ def measure_layers(
         warm_s=warm,
         cold_s=max(warm, cold),
         cold_bytes=_TOP_K * record_bytes(bits, shape.hidden, inner),
+        rested_s=max(warm, cold, rested),
     )
 
 
@@ -201,9 +213,10 @@ def _beside(
     alone: list[Call],
     n_tokens: int,
     budget_s: float,
+    slept: list[float],
     progress: Progress,
 ) -> float:
-    """Seconds of one token beside the calls that it consists of."""
+    """Seconds of one token beside the calls that it consists of and the time that it slept."""
     draw = torch.Generator().manual_seed(0)
     n_positions = _DEPTH + _WARM_UP_TOKENS + n_tokens
     ids = torch.randint(0, _VOCABULARY, (1, n_positions), generator=draw)
@@ -215,13 +228,14 @@ def _beside(
     differences: list[float] = []
     end = time.perf_counter() + budget_s
     for position in range(_DEPTH, n_positions):
+        slept.clear()
         start = time.perf_counter()
         model(input_ids=ids[:, position : position + 1], past_key_values=cache)
         middle = time.perf_counter()
         for call in alone:
             call()
         if position >= _DEPTH + _WARM_UP_TOKENS:
-            differences.append(2 * middle - start - time.perf_counter())
+            differences.append(2 * middle - start - time.perf_counter() - sum(slept))
             progress.advance()
         if len(differences) >= 3 and time.perf_counter() > end:
             break

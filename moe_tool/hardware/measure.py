@@ -152,6 +152,7 @@ def measure_hardware(
         experts=experts,
         layer_warm_s=layer.warm_s,
         layer_cold_s=layer.cold_s,
+        layer_rested_s=layer.rested_s,
         cold_bytes=layer.cold_bytes,
         gpu=measure_gpu(progress=progress),
     )

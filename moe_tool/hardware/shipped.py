@@ -51,6 +51,7 @@ _TOKENS = (1, 4, 16, 64)
 # by the clock.
 _LAYER_WARM_S = 0.6e-3
 _LAYER_COLD_S = 1.1e-3
+_LAYER_RESTED_S = 2.0e-3
 _COLD_BYTES = 2 * 23 * 10**6
 # Codes with a float16 scale for 64 of them.
 _STORED_BITS: dict[Bits, float] = {
@@ -171,6 +172,7 @@ def shipped_profile(name: str) -> HardwareProfile:
         ),
         layer_warm_s=_LAYER_WARM_S * _MEASURED_GHZ / sheet.ghz,
         layer_cold_s=_LAYER_COLD_S * _MEASURED_GHZ / sheet.ghz,
+        layer_rested_s=_LAYER_RESTED_S * _MEASURED_GHZ / sheet.ghz,
         cold_bytes=_COLD_BYTES,
         gpu=sheet.gpu,
     )

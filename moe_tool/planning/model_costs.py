@@ -11,6 +11,10 @@ from moe_tool.formats.expert_record import record_layout
 from moe_tool.simulator.time_model import CallCosts
 
 
+_ASLEEP_S = 0.003
+"""Cores that wait are asleep after so long"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCosts:
     """At one precision."""
@@ -86,6 +90,8 @@ def costs_of_bytes(
             expert_s=hardware.expert_seconds(bits, record_bytes, 1, n_threads),
             read_one_s=record_bytes / hardware.disk_bytes_per_s(record_bytes, 1),
             read_s=record_bytes / hardware.disk_bytes_per_s(record_bytes, 2),
+            waking_s=hardware.waking_s,
+            wait_s=_ASLEEP_S,
         ),
     )
 

@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from moe_tool.artifacts.hardware_profile import BITS, HardwareProfile
+from moe_tool.artifacts.hardware_profile import BITS, REST_S, HardwareProfile
 from moe_tool.byte_sizes import format_bytes
 
 
@@ -32,6 +32,9 @@ def speeds_table(profile: HardwareProfile) -> Table:
     table.add_row(what, "caches warm", f"{1e3 * profile.layer_warm_s:.2f} ms")
     how = f"beside {format_bytes(profile.cold_bytes)} of experts"
     table.add_row(what, how, f"{1e3 * profile.layer_cold_s:.2f} ms")
+    table.add_row(
+        what, f"after a wait of {1e3 * REST_S:.0f} ms too", f"{1e3 * profile.layer_rested_s:.2f} ms"
+    )
     if profile.gpu is not None:
         gpu = profile.gpu
         table.add_section()

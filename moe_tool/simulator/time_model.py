@@ -24,6 +24,9 @@ class CallCosts:
     """Per record while nothing else is read"""
     read_s: float
     """Per record while several are"""
+    waking_s: float
+    """Added to a call that waits for `wait_s` or more, in part to one that waits less"""
+    wait_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,8 @@ def call_times(trace: AccessTrace, counts: CallCounts, costs: CallCosts) -> Call
     pairs, which = np.unique(np.stack([hits, misses]), axis=1, return_inverse=True)
     table = np.array([_stall(int(h), int(m), costs) for h, m in pairs.T])
     stall = table[which.reshape(-1)] if len(table) else np.zeros(0)
-    compute = costs.layer_s + trace.sizes * costs.expert_s
+    waking = costs.waking_s * np.minimum(1.0, stall / costs.wait_s)
+    compute = costs.layer_s + trace.sizes * costs.expert_s + waking
     prefetches = counts.prefetches.astype(np.float64)
     # Time in which the disk is free: the call's, less what its own records take.
     idle = np.maximum(0.0, compute + stall - misses * costs.read_s)

@@ -37,6 +37,7 @@ def made_profile(**changed: object) -> HardwareProfile:
         ),
         "layer_warm_s": 0.25,
         "layer_cold_s": 0.75,
+        "layer_rested_s": 1.25,
         "cold_bytes": 1000,
         "gpu": GpuSpeed(
             name="G", memory_bytes=2**33, memory_bytes_per_s=1e12, link_bytes_per_s=2.5e10
