@@ -10,7 +10,6 @@ from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.formats.expert_record import record_layout
 from moe_tool.simulator.time_model import CallCosts
 
-
 _ASLEEP_S = 0.003
 """Cores that wait are asleep after so long"""
 
