@@ -1,0 +1,126 @@
+"""Every eviction policy in the engine: the same text, and the hits that the simulator counts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_tool.errors import BudgetError, UsageError
+from moe_tool.formats.run_trace_hdf5 import is_run_trace, read_run_trace
+from moe_tool.hardware.shipped import shipped_profile
+from moe_tool.planning.compare_run import compare_run
+from moe_tool.policies.eviction import EVICTION, parse_eviction
+from moe_tool.runtime.generation import GenerateOptions, generate_ids, write_trace
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import open_session
+from moe_tool.simulator.naive_replay import naive_replay
+from moe_tool.simulator.run_trace import recorded_trace, replay_run
+
+TinyBundle = Callable[..., Path]
+PROMPT = list(range(3, 14))
+NAMES = [*EVICTION, "lru:per-layer", "lfu:halve-every=5,per-layer", "smoe:per-layer"]
+OPTIONS = RunOptions(context=64, record_trace=True)
+GENERATION = GenerateOptions(max_tokens=16, ignore_eos=True)
+
+
+def _run(bundle: Path, trace: Path, options: RunOptions) -> tuple[int, ...]:
+    with open_session(bundle, options) as session:
+        made = generate_ids(session, [PROMPT], GENERATION)
+        write_trace(session, trace, decode_seconds=1.0)
+    return made.token_ids[0]
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_is_the_same_and_predicted_hits_are_those_counted(
+    tiny_bundle: TinyBundle, tmp_path: Path, arch: str, name: str
+) -> None:
+    bundle, trace = tiny_bundle(arch), tmp_path / "run.h5"
+    resident = _run(bundle, trace, replace(OPTIONS, memory="100%"))
+    for memory in ("40%", "60%", "80%"):
+        options = replace(OPTIONS, memory=memory, eviction=name)
+        assert _run(bundle, trace, options) == resident
+        header, calls = read_run_trace(trace)
+        report = compare_run(header, calls, shipped_profile("laptop-16gb"))
+        assert report.is_equal
+        assert header.hits + header.misses == np.diff(calls.start)[calls.is_decode].sum()
+        assert header.misses > 0 and header.eviction == name
+        # ... and so does the cache itself, replayed without anything compiled.
+        choice = parse_eviction(name)
+        positions = {layer: at for at, layer in enumerate(header.shape.layers)}
+        pinned = [positions[layer] * header.shape.experts + e for layer, e in header.pinned]
+        slow = naive_replay(
+            recorded_trace(header, calls),
+            choice.make,
+            capacity=header.n_slots - len(pinned),
+            per_layer=choice.per_layer,
+            pinned=pinned,
+        )
+        assert (slow.hits == replay_run(header, calls).hits).all()
+
+
+@pytest.mark.parametrize("name", ["lru", "hobbit", "expertflow", "s3-fifo"])
+def test_what_is_read_ahead_is_predicted_too(
+    tiny_bundle: TinyBundle, tmp_path: Path, name: str
+) -> None:
+    trace = tmp_path / "run.h5"
+    options = replace(OPTIONS, memory="60%", eviction=name, prefetch="next-layer")
+    _run(tiny_bundle("mixtral"), trace, options)
+    header, calls = read_run_trace(trace)
+    report = compare_run(header, calls, shipped_profile("laptop-16gb"))
+    assert report.is_equal and header.prefetches > 0 and header.prefetch_hits > 0
+    counts = replay_run(header, calls)
+    assert int(counts.prefetches[calls.is_decode].sum()) == header.prefetches
+
+
+def test_a_second_run_of_a_session_counts_from_the_cache_that_the_first_left(
+    tiny_bundle: TinyBundle, tmp_path: Path
+) -> None:
+    trace = tmp_path / "run.h5"
+    with open_session(tiny_bundle("mixtral"), replace(OPTIONS, memory="60%")) as session:
+        for _ in range(2):
+            generate_ids(session, [PROMPT], GENERATION)
+        write_trace(session, trace, decode_seconds=1.0)
+    header, calls = read_run_trace(trace)
+    assert header.n_calls_before * 2 == len(calls.layer)
+    report = compare_run(header, calls, shipped_profile("laptop-16gb"), [parse_eviction("fifo")])
+    assert report.is_equal and report.prompt_hits > 0
+    assert [row.eviction for row in report.policies] == ["fifo", "belady"]
+    own = (report.hits) / (header.hits + header.misses)
+    assert report.policies[-1].hit_rate >= own
+
+
+def test_what_cannot_be_is_refused(tiny_bundle: TinyBundle) -> None:
+    bundle = tiny_bundle("mixtral")
+    refused: tuple[tuple[RunOptions, type[Exception], str], ...] = (
+        (RunOptions(eviction="mru"), UsageError, "mru"),
+        (RunOptions(eviction="lfu", residency="frozen"), UsageError, "frozen"),
+        (RunOptions(eviction="lfu", policy="drop"), UsageError, "frozen"),
+        (RunOptions(record_trace=True, policy="drop", residency="cache"), UsageError, "lossy"),
+        (RunOptions(eviction="lru:per-layer", memory="min", context=64), BudgetError, "layers"),
+    )
+    for options, error, words in refused:
+        if "layers" in words and tiny_layers(bundle) <= 3:
+            continue  # the least that works is a slot for each of them
+        with pytest.raises(error, match=words):
+            open_session(bundle, options)
+
+
+def tiny_layers(bundle: Path) -> int:
+    with open_session(bundle, RunOptions(context=64)) as session:
+        return len(session.manifest.shape.layers)
+
+
+def test_the_trace_is_what_it_says(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
+    trace = tmp_path / "run.h5"
+    _run(tiny_bundle("mixtral"), trace, replace(OPTIONS, memory="50%"))
+    assert is_run_trace(trace)
+    header, calls = read_run_trace(trace)
+    assert header.prompt_tokens == len(PROMPT) and header.decode_tokens == 15
+    assert calls.scores is not None and calls.scores.dtype == np.uint16
+    shares = calls.scores[calls.is_decode].sum(axis=1) / 2**15
+    assert np.abs(shares - 1).max() < 1e-3
+    assert torch.is_inference_mode_enabled() is False
