@@ -287,12 +287,15 @@ def _draw(
     title: str,
     output: Output,
 ) -> None:
-    from moe_tool.reports.simulation_plot import write_plot
+    from moe_tool.formats.atomic_write import atomic_write_bytes
+    from moe_tool.reports.simulation_plot import drawn_plot
     from moe_tool.simulator.simulate import rows_by_policy
 
     shape = profile.header.shape
     cliff_bytes = len(shape.layers) * shape.top_k * machine.record_bytes
-    write_plot(path, rows_by_policy(rows), title=title, cliff_bytes=cliff_bytes)
+    data = drawn_plot(path, rows_by_policy(rows), title=title, cliff_bytes=cliff_bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, data)
     output.say(f"wrote {path}")
 
 

@@ -166,8 +166,8 @@ def _read_bursts(
     if not file.files.is_direct:
         os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def read(layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None) -> object:
-        return file.files.read_into(file.name, expert * len(out), out)
+    def read(layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None) -> None:
+        _read_whole(file, expert * len(out), out)
 
     reader, n_bytes, seconds = RecordReader(read, n_readers=readers), 0, 0.0
     turns = itertools.cycle(buffers)
@@ -208,16 +208,19 @@ def _read(
                 offset = next(turns, None)
             if offset is None:
                 break
-            count = file.files.read_into(file.name, int(offset), buffer)
-            if count != len(buffer):
-                raise StorageError(
-                    f"the disk gave {count} of {len(buffer)} bytes of its test file",
-                    hint="check the disk",
-                )
-            n_bytes += count
+            _read_whole(file, int(offset), buffer)
+            n_bytes += len(buffer)
         return n_bytes
 
     with ThreadPoolExecutor(len(buffers)) as pool:
         start = time.perf_counter()
         n_bytes = sum(pool.map(work, buffers))
         return n_bytes / (time.perf_counter() - start)
+
+
+def _read_whole(file: _TestFile, offset: int, out: torch.Tensor) -> None:
+    count = file.files.read_into(file.name, offset, out)
+    if count != len(out):
+        raise StorageError(
+            f"the disk gave {count} of {len(out)} bytes of its test file", hint="check the disk"
+        )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_tool.errors import UsageError
-from moe_tool.formats.atomic_write import atomic_write_bytes
 from moe_tool.reports.simulation_table import Row
 
 _BOUND = "belady"
@@ -28,13 +27,13 @@ def require_plot_path(path: Path) -> None:
         )
 
 
-def write_plot(
+def drawn_plot(
     path: Path, rows: Mapping[str, Sequence[Row]], *, title: str, cliff_bytes: int
-) -> None:
-    """Draw both curves, one line a policy, the bound marked as such.
+) -> bytes:
+    """Return a file with both curves, one line a policy, the bound marked as such.
 
     Args:
-        path: .png, .svg or .html.
+        path: says the format: .png, .svg or .html.
         rows: policy -> its budgets, ascending.
         title: what was replayed, and on which machine.
         cliff_bytes: one token's experts.
@@ -89,8 +88,7 @@ def write_plot(
     if path.suffix.lower() == ".html":
         picture = data[data.index(b"<svg") :].decode()
         data = _PAGE.format(title=html.escape(title), picture=picture).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, data)
+    return data
 
 
 _PAGE = """<!doctype html>

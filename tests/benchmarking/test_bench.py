@@ -108,8 +108,8 @@ def test_every_format_says_the_same(report: BenchReport) -> None:
     assert len(table[0]["tokens_per_second_all"].split(";")) == 2
     head, rule, *lines = markdown_rows(rows).splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == (
-        ["model", "size", "params", "bits", "budget", "policy", "prefetch", "threads", "test"]
-        + ["tokens/s", "hit rate", "bytes/token", "stall share", "peak RSS", "cache"]
+        ["model", "size", "params", "bits", "budget", "policy", "eviction", "prefetch", "threads"]
+        + ["test", "tokens/s", "hit rate", "bytes/token", "stall share", "peak RSS", "cache"]
     )
     assert len(lines) == len(rows)
     assert {len(line) for line in (head, rule, *lines)} == {len(head)}

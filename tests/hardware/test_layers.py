@@ -70,9 +70,23 @@ def test_what_is_left_is_the_forward_less_its_parts(
         now[0] += 1.0
 
     model.config = layers._build_model(block, BITS, SHAPE)[0].config
-    left = layers._beside(model, (), lambda call: call.hidden, [part] * 3, 4, 1e9, layers.SILENT)
+    left = layers._beside(
+        model, (), lambda call: call.hidden, [part] * 3, 4, 1e9, [], layers.SILENT
+    )
     assert left == 5.0 - 3 * 1.0
     assert tokens == [16, 1, 1, 1, 1, 1, 1]  # the prompt, two to warm up, four
     tokens.clear()
-    layers._beside(model, (), lambda call: call.hidden, [part] * 3, 40, 0.0, layers.SILENT)
+    slept = []
+
+    def waiting(*, input_ids, past_key_values):
+        slept.append(2.0)
+        model(input_ids=input_ids, past_key_values=past_key_values)
+
+    waiting.config = model.config
+    rested = layers._beside(
+        waiting, (), lambda call: call.hidden, [part] * 3, 4, 1e9, slept, layers.SILENT
+    )
+    assert rested == 5.0 - 3 * 1.0 - 2.0
+    tokens.clear()
+    layers._beside(model, (), lambda call: call.hidden, [part] * 3, 40, 0.0, [], layers.SILENT)
     assert len(tokens) == 1 + 2 + 3
