@@ -7,6 +7,7 @@ is the disk's own limit.
 """
 
 import argparse
+import itertools
 import json
 import mmap
 import os
@@ -22,6 +23,7 @@ from moe_tool.byte_sizes import parse_bytes
 from moe_tool.formats.bundle_reader import BundleReader
 
 THREADS = (1, 2)
+_N_BUFFERS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +83,17 @@ def measure_disk(bundle: Path, *, max_bytes: int) -> DiskBandwidth:
 
 def _read(blocks: list[_Block], size_bytes: int, n_threads: int) -> float:
     """Return the seconds that reading takes; the threads take the next block in turn."""
-    buffers = [_aligned_buffer(size_bytes) for _ in range(n_threads)]
+    # As many as are larger together than a cache: a store's slots do not lie in one either.
+    buffers = [_aligned_buffer(size_bytes) for _ in range(_N_BUFFERS)]
+    turns = itertools.cycle(buffers)
     left = iter(blocks)
     lock = threading.Lock()
     failures: list[OSError] = []
 
-    def work(buffer: mmap.mmap) -> None:
+    def work() -> None:
         while True:
             with lock:
-                block = next(left, None)
+                block, buffer = next(left, None), next(turns)
             if block is None:
                 return
             try:
@@ -100,7 +104,7 @@ def _read(blocks: list[_Block], size_bytes: int, n_threads: int) -> float:
                 failures.append(error)
                 return
 
-    threads = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
+    threads = [threading.Thread(target=work) for _ in range(n_threads)]
     start = time.perf_counter()
     for thread in threads:
         thread.start()
