@@ -204,8 +204,12 @@ def build_plan(
     chosen = next(
         option for option in options if option.rows[0].tokens_per_second >= _AS_FAST * fastest
     )
-    notes = [*_bit_notes(request, losses, options, refusal), *chosen.notes]
     best = chosen.rows[0]
+    notes = [
+        *_bit_notes(request, losses, options, refusal),
+        *chosen.notes,
+        _why(chosen),
+    ]
     prefetch = _try_prefetch(sources, chosen, best)
     if prefetch is not None:
         notes.append(_prefetch_note(prefetch))
@@ -220,6 +224,24 @@ def build_plan(
         notes=tuple(notes),
         seconds=time.perf_counter() - began,
     )
+
+
+def _why(option: _Option) -> str:
+    """What speaks for the policy that was taken."""
+    best, lru, bound = option.rows[0], option.lru, option.bound
+    if not lru.bytes_per_token:
+        return f"eviction {best.eviction}: nothing is read once the cache is full"
+    share = 1 - best.bytes_per_token / lru.bytes_per_token
+    less = "as much as lru" if abs(share) < 0.005 else f"{share:.0%} less than lru"
+    over = ""
+    if bound.bytes_per_token:
+        over = f", {best.bytes_per_token / bound.bytes_per_token:.2f} times the bound"
+    behind = "; ".join(
+        f"{row.eviction} {row.bytes_per_token / best.bytes_per_token:.2f} times as much"
+        for row in option.rows[1:3]
+        if best.bytes_per_token
+    )
+    return f"eviction {best.eviction}: reads {less}{over}" + (f"; {behind}" if behind else "")
 
 
 def _all_bits(request: PlanRequest) -> tuple[Bits, ...]:

@@ -50,9 +50,10 @@ def call_times(trace: AccessTrace, counts: CallCounts, costs: CallCosts) -> Call
     """
     hits = counts.hits.astype(np.int64)
     misses = trace.sizes - hits
-    pairs, which = np.unique(np.stack([hits, misses]), axis=1, return_inverse=True)
-    table = np.array([_stall(int(h), int(m), costs) for h, m in pairs.T])
-    stall = table[which.reshape(-1)] if len(table) else np.zeros(0)
+    width = int(trace.sizes.max()) + 1 if len(hits) else 1
+    pairs, which = np.unique(hits * width + misses, return_inverse=True)
+    table = np.array([_stall(*divmod(int(pair), width), costs) for pair in pairs])
+    stall = table[which] if len(table) else np.zeros(0)
     waking = costs.waking_s * np.minimum(1.0, stall / costs.wait_s)
     compute = costs.layer_s + trace.sizes * costs.expert_s + waking
     prefetches = counts.prefetches.astype(np.float64)
