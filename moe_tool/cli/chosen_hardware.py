@@ -1,14 +1,17 @@
 """The machine that a prediction is for."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.cli.console import Output
+
+if TYPE_CHECKING:
+    from moe_tool.artifacts.hardware_profile import HardwareProfile
 
 _FALLBACK = "laptop-16gb"
 
 
-def chosen_hardware(named: str | None, profiles: Path, output: Output) -> HardwareProfile:
+def chosen_hardware(named: str | None, profiles: Path, output: Output) -> "HardwareProfile":
     """Return what `--hardware` names, this machine's profile where it names nothing, and say which.
 
     Without either a data sheet's: hit rates and bytes do not depend on it.
@@ -17,6 +20,7 @@ def chosen_hardware(named: str | None, profiles: Path, output: Output) -> Hardwa
         UsageError: no file and no shipped profile has this name.
         CorruptArtifactError: the file is damaged, or something else.
     """
+    from moe_tool.artifacts.hardware_profile import HardwareProfile
     from moe_tool.formats.json_artifact import read_json_artifact
     from moe_tool.hardware.shipped import SHEETS, shipped_profile
 
