@@ -198,6 +198,7 @@ def _simulate_profile(
         prompt_table,
     )
     from moe_tool.simulator.profile_trace import decode_trace, part_to_replay, prompt_trace
+    from moe_tool.simulator.replay import Replayer
     from moe_tool.simulator.simulate import (
         best_policy,
         find_cliff,
@@ -215,7 +216,8 @@ def _simulate_profile(
     )
     if not trace.n_forwards:
         raise UsageError(f"{profile.path} has no tokens to replay")
-    rows, rate = simulate_decoding(trace, choices, budgets, machine, progress=output.progress)
+    replayer = Replayer(trace)
+    rows, rate = simulate_decoding(replayer, choices, budgets, machine, progress=output.progress)
     cliff = find_cliff(trace, machine.record_bytes)
     n_experts = trace.n_keys
     output.show(
@@ -239,7 +241,7 @@ def _simulate_profile(
         prompt_table(prompt_rows),
     )  # fmt: skip
     prefetch_rows = [
-        simulate_prefetch(trace, choice, budget, machine, depth=depth)
+        simulate_prefetch(replayer, choice, budget, machine, depth=depth)
         for budget, row in _some(list(zip(budgets, best, strict=True)))
         if row.hit_rate < 1
         for choice in choices

@@ -38,8 +38,8 @@ from moe_tool.simulator.simulate import (
 PREDICTION_ERROR = 0.15
 """Relative, of tokens per second: benchmarks/prediction_error.py holds it to that"""
 _FIRST_PROMPT_TOKENS = 512
-_MAX_ACCESSES = 1_500_000
-_MAX_SEARCH_ACCESSES = 300_000
+_MAX_ACCESSES = 500_000
+_MAX_SEARCH_ACCESSES = 200_000
 _SIMPLE_FIRST = 0.99
 """A policy has to read so much less than one named before it"""
 _AS_FAST = 0.98
@@ -108,8 +108,8 @@ class _Sources:
     skeleton: SkeletonFacts
     statistics: dict[int, ExpertStatistics]
     ranked: list[tuple[int, int]]
-    replayed: AccessTrace
-    searched: AccessTrace
+    replayed: Replayer
+    searched: Replayer
     prompts: tuple[AccessTrace, int]
 
 
@@ -151,11 +151,13 @@ def read_sources(profile: ProfileReader) -> _Sources:
         skeleton=skeleton,
         statistics=statistics,
         ranked=rank_experts(statistics),
-        replayed=decode_trace(
-            profile, part, max_tokens=max(1, _MAX_ACCESSES // per_token), with_guesses=True
+        replayed=Replayer(
+            decode_trace(
+                profile, part, max_tokens=max(1, _MAX_ACCESSES // per_token), with_guesses=True
+            )
         ),
-        searched=decode_trace(
-            profile, "in-sample", max_tokens=max(1, _MAX_SEARCH_ACCESSES // per_token)
+        searched=Replayer(
+            decode_trace(profile, "in-sample", max_tokens=max(1, _MAX_SEARCH_ACCESSES // per_token))
         ),
         prompts=prompt_trace(profile, part),
     )
@@ -329,10 +331,9 @@ def _choices(
 
 def _best_hobbit(sources: _Sources, machine: Machine, budget: Budget) -> str:
     """Its weights as the paper has it: those that miss least on the calibration trace."""
-    replayer = Replayer(sources.searched)
 
     def hits(mix: tuple[int, int, int]) -> int:
-        counts = replay_choice(replayer, parse_eviction(_hobbit(mix)), budget, machine)
+        counts = replay_choice(sources.searched, parse_eviction(_hobbit(mix)), budget, machine)
         return 0 if counts is None else int(counts.hits.sum())
 
     return _hobbit(max(_HOBBIT_MIXES, key=hits))
@@ -363,7 +364,7 @@ def _bit_notes(
 
 
 def _try_prefetch(sources: _Sources, option: _Option, best: SimulatedRow) -> PrefetchRow | None:
-    if best.hit_rate >= 1 or sources.replayed.n_layers < 2:
+    if best.hit_rate >= 1 or sources.replayed.trace.n_layers < 2:
         return None
     budget = Budget(label=best.memory, n_slots=best.slots)
     choice = parse_eviction(best.eviction)

@@ -104,7 +104,7 @@ class Machine:
 
 
 def simulate_decoding(
-    trace: AccessTrace,
+    replayer: Replayer,
     choices: Sequence[EvictionChoice],
     budgets: Sequence[Budget],
     machine: Machine,
@@ -114,13 +114,13 @@ def simulate_decoding(
     """Return the rows, budget by budget with the bound last, and the accesses per second.
 
     Args:
-        trace: one token per forward.
+        replayer: of a trace with one token per forward.
         choices: policies.
         budgets: ascending.
         machine: the model's records and the machine's speeds.
         progress: told about the rows.
     """
-    replayer, rows = Replayer(trace), []
+    trace, rows = replayer.trace, []
     n_replayed, began = 0, time.perf_counter()
     progress.begin("simulate", len(budgets) * (len(choices) + 1), "replays")
     for budget in budgets:
@@ -156,8 +156,8 @@ def replay_choice(
         )
         pinned = machine.hottest[:count]
     capacity = min(budget.n_slots, trace.n_keys) - len(pinned)
-    if choice.per_layer and 0 < capacity < trace.n_layers:
-        return None
+    if choice.per_layer and capacity < trace.n_layers * (machine.n_slots_min - 1):
+        return None  # a layer could not hold one token's experts
     if "scores" in choice.hints and trace.scores is None:
         return None
     return replayer.replay(choice, capacity=capacity, pinned=pinned, prefetch_depth=prefetch_depth)
@@ -192,10 +192,10 @@ def simulate_prompts(
 
 
 def simulate_prefetch(
-    trace: AccessTrace, choice: EvictionChoice, budget: Budget, machine: Machine, *, depth: int
+    replayer: Replayer, choice: EvictionChoice, budget: Budget, machine: Machine, *, depth: int
 ) -> PrefetchRow:
     """Return what reading ahead over so many layers would change."""
-    replayer = Replayer(trace)
+    trace = replayer.trace
     without = replay_choice(replayer, choice, budget, machine)
     ahead = replay_choice(replayer, choice, budget, machine, prefetch_depth=depth)
     assert without is not None and ahead is not None

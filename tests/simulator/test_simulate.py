@@ -8,6 +8,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.simulator.budget_list import parse_budgets
 from moe_tool.simulator.profile_trace import decode_trace, part_to_replay, prompt_trace
+from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.simulate import (
     BELADY,
     Budget,
@@ -46,7 +47,7 @@ def test_below_the_cycle_the_budget_is_to_blame_and_the_policy_where_another_ord
     trace = trace_of(calls, n_layers=4, n_experts=4)
     budgets = [Budget(label="6", n_slots=6), Budget(label="8", n_slots=8)]
     choices = [parse_eviction("lru"), parse_eviction("layer-lru")]
-    rows, rate = simulate_decoding(trace, choices, budgets, _machine())
+    rows, rate = simulate_decoding(Replayer(trace), choices, budgets, _machine())
     found = {(row.memory, row.eviction): row for row in rows}
     assert found["6", "lru"].hit_rate == 0 and found["6", "lru"].limited_by == "budget"
     assert found["6", "layer-lru"].hit_rate > 0.4
@@ -61,14 +62,14 @@ def test_a_wide_working_set_and_a_bad_order_are_told_apart():
     rng = np.random.default_rng(0)
     wide = random_trace(rng, n_layers=2, n_experts=40, n_forwards=200, top_k=2, skew=0.01)
     rows, _ = simulate_decoding(
-        wide, [parse_eviction("lru")], [Budget(label="b", n_slots=6)], _machine()
+        Replayer(wide), [parse_eviction("lru")], [Budget(label="b", n_slots=6)], _machine()
     )
     assert rows[1].belady_hit_rate < 0.5 and rows[0].limited_by in ("working set", "policy")
     # One expert in every forward, the others in turn: fifo gives the good one up.
     calls = [(0, [0, 1 + number % 5]) for number in range(300)]
     trace = trace_of(calls, n_layers=1, n_experts=6)
     rows, _ = simulate_decoding(
-        trace, [parse_eviction("fifo")], [Budget(label="b", n_slots=4)], _machine()
+        Replayer(trace), [parse_eviction("fifo")], [Budget(label="b", n_slots=4)], _machine()
     )
     assert rows[0].limited_by == "policy"
 
@@ -105,7 +106,7 @@ def test_right_guesses_pay_where_the_disk_has_time_and_wrong_ones_do_not():
             for layer in range(4)
         ]
         trace = trace_of(calls, n_layers=4, n_experts=n_experts, guesses=guesses)
-        return simulate_prefetch(trace, choice, budget, machine, depth=1)
+        return simulate_prefetch(Replayer(trace), choice, budget, machine, depth=1)
 
     right, wrong = paying(lambda expert: expert), paying(lambda expert: (expert + 1) % n_experts)
     assert right.pays and right.accuracy == 1 and right.stall_saved_ms > 0
