@@ -21,7 +21,7 @@ from moe_tool.formats.json_artifact import first_complaint
 from moe_tool.formats.strict_json import parse_json_object
 
 RUN_TRACE_VERSION = 1
-_REMEDY = "record it again with moe-tool run --record-trace"
+_REMEDY = "record it again with moe-tool profile or run --record-trace"
 _DTYPES: dict[str, type[np.generic]] = {
     "layer": np.int32,
     "is_decode": np.bool_,
