@@ -22,7 +22,7 @@ BELOW = {
     "native": {"quantization"},
     "experts": {"native", "quantization"},
     "profiling": {"models", "text", "experts", "quantization", "formats"},
-    "packing": {"models", "quantization", "formats"},
+    "packing": {"models", "experts", "quantization", "formats"},
     "runtime": {"models", "store", "experts", "native", "policies"},
     "simulator": {"formats", "policies", "native"},
     "planning": {"simulator", "runtime", "models"},

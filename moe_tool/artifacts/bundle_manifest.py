@@ -9,7 +9,7 @@ from moe_tool.artifacts.buddy_map import LayerBuddies, Similarity
 from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.artifacts.precision import NativePrecision, Precision
+from moe_tool.artifacts.precision import NativePrecision, Precision, ReplicaPrecision
 from moe_tool.artifacts.schema import FrozenModel
 
 BUNDLE_VERSION: Literal[2] = 2
@@ -74,6 +74,55 @@ class LayerHeat(FrozenModel):
     """[E]: share of in-sample tokens routed to each expert"""
 
 
+Price = Annotated[float, Field(ge=0, le=1e30)]
+
+
+N_QUANTILES = 21
+Quantiles = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], ...],
+    Field(min_length=N_QUANTILES, max_length=N_QUANTILES),
+]
+"""0 %, 5 %, ... 100 %"""
+
+
+class ReplicaLayer(FrozenModel):
+    """What the replicas of one layer were measured to be worth."""
+
+    layer: Index
+    eps: tuple[Price, ...]
+    """[E]: error of the replica's output relative to the expert's own, on held-out tokens"""
+
+
+class ReplicaTable(FrozenModel):
+    """Cheaper forms of experts, all written in one way, that may answer in an expert's place."""
+
+    precision: ReplicaPrecision
+    record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
+    """The same for every record of the table; a multiple of ALIGNMENT_BYTES"""
+    records: tuple[ExpertRecord, ...]
+    """In file order; of any experts, each at most once"""
+    prices: tuple[ReplicaLayer, ...]
+    """One entry per layer"""
+
+
+class LayerPrices(FrozenModel):
+    """What it costs to leave experts of one layer out, from the profile.
+
+    An answer with error eps in a slot of gate weight g adds nats * (g * eps)^2 to the divergence
+    of the model's output, in expectation: see artifacts/expert_statistics.
+    """
+
+    layer: Index
+    nats: tuple[Price, ...]
+    """[E]: sensitivity of the layer times the squared ratio of the expert's output to its own"""
+    use: tuple[Price, ...]
+    """[E]: mean over all tokens of the squared gate weight; 0 where the expert is not wanted"""
+    unimportance: Quantiles
+    """Of the share of a token's gate weight that is above a slot, over all slots"""
+    ratio: Quantiles
+    """Of a slot's gate weight over the token's largest, over all slots but the heaviest"""
+
+
 class BundleManifest(FrozenModel):
     """The artifact of `moe-tool pack`, written last: no manifest, no bundle."""
 
@@ -103,6 +152,10 @@ class BundleManifest(FrozenModel):
     heat: tuple[LayerHeat, ...] | None
     """From the profile; None where the bundle was packed without one"""
     buddies: BundleBuddies | None
+    replicas: tuple[ReplicaTable, ...] = ()
+    """The dearest first"""
+    prices: tuple[LayerPrices, ...] | None = None
+    """None where the bundle was packed without a profile"""
     plan: PackPlan | None = None
     """What `run` follows where nothing else is asked for"""
 
@@ -120,21 +173,8 @@ class BundleManifest(FrozenModel):
         names = [file.name for file in self.files]
         if len(set(names)) != len(names):
             raise ValueError("a file is listed twice")
-        if self.record_size_bytes % ALIGNMENT_BYTES:
-            raise ValueError("record_size_bytes is not aligned")
-        sizes = {file.name: file.size_bytes for file in self.files}
-        for record in self.records:
-            if record.file not in sizes:
-                raise ValueError(
-                    f"layer {record.layer} expert {record.expert} lies in an unlisted file"
-                )
-            if record.offset % ALIGNMENT_BYTES:
-                raise ValueError(f"layer {record.layer} expert {record.expert} is not aligned")
-            if record.offset + self.record_size_bytes > sizes[record.file]:
-                raise ValueError(
-                    f"layer {record.layer} expert {record.expert} ends beyond {record.file}"
-                )
-        self._check_overlap()
+        self._check_places(self.records, self.record_size_bytes)
+        self._check_replicas()
         self._check_tables()
         self._check_skeleton()
         return self
@@ -147,15 +187,40 @@ class BundleManifest(FrozenModel):
         if parameters and isinstance(self.skeleton_precision, NativePrecision):
             raise ValueError("a native skeleton stores no matrix as codes")
 
-    def _check_overlap(self) -> None:
+    def _check_places(self, records: tuple[ExpertRecord, ...], size_bytes: int) -> None:
+        if size_bytes % ALIGNMENT_BYTES:
+            raise ValueError("record_size_bytes is not aligned")
+        sizes = {file.name: file.size_bytes for file in self.files}
         by_file: dict[str, list[int]] = {}
-        for record in self.records:
+        for record in records:
+            what = f"layer {record.layer} expert {record.expert}"
+            if record.file not in sizes:
+                raise ValueError(f"{what} lies in an unlisted file")
+            if record.offset % ALIGNMENT_BYTES:
+                raise ValueError(f"{what} is not aligned")
+            if record.offset + size_bytes > sizes[record.file]:
+                raise ValueError(f"{what} ends beyond {record.file}")
             by_file.setdefault(record.file, []).append(record.offset)
         for name, offsets in by_file.items():
             offsets.sort()
             for before, after in zip(offsets, offsets[1:], strict=False):
-                if after - before < self.record_size_bytes:
+                if after - before < size_bytes:
                     raise ValueError(f"two records overlap in {name}")
+
+    def _check_replicas(self) -> None:
+        layers, n_experts = set(self.shape.layers), self.shape.experts
+        taken = {record.file for record in self.records}
+        for table in self.replicas:
+            found = {(record.layer, record.expert) for record in table.records}
+            if len(found) != len(table.records) or any(
+                layer not in layers or expert >= n_experts for layer, expert in found
+            ):
+                raise ValueError("a replica is listed twice, or is of no expert of the model")
+            files = {record.file for record in table.records}
+            if files & taken:
+                raise ValueError("a file holds records of two forms")
+            taken |= files
+            self._check_places(table.records, table.record_size_bytes)
 
     def _check_tables(self) -> None:
         tables: dict[str, list[tuple[int, int]]] = {}
@@ -163,6 +228,11 @@ class BundleManifest(FrozenModel):
             tables["heat"] = [(entry.layer, len(entry.load)) for entry in self.heat]
         if self.buddies is not None:
             tables["buddies"] = [(e.layer, len(e.buddies)) for e in self.buddies.layers]
+        if self.prices is not None:
+            tables["nats"] = [(entry.layer, len(entry.nats)) for entry in self.prices]
+            tables["use"] = [(entry.layer, len(entry.use)) for entry in self.prices]
+        for number, table in enumerate(self.replicas):
+            tables[f"replicas {number}"] = [(e.layer, len(e.eps)) for e in table.prices]
         for what, found in tables.items():
             if found != [(layer, self.shape.experts) for layer in self.shape.layers]:
                 raise ValueError(f"the {what} table does not fit the model's layers and experts")

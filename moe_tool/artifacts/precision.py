@@ -1,5 +1,5 @@
-"""How an expert's numbers are written: the checkpoint's own floats, or integer codes with
-scales."""
+"""How an expert's numbers are written: the checkpoint's own floats, integer codes with scales, or a
+low-rank map in its place."""
 
 from typing import Annotated, Literal
 
@@ -22,11 +22,20 @@ class IntegerPrecision(FrozenModel):
     """
 
     kind: Literal["integer"] = "integer"
-    width_bits: Literal[8, 4]
-    group: Literal[64] = 64
+    width_bits: Literal[8, 4, 3, 2, 1]
+    group: Literal[32, 64, 128] = 64
+
+
+class LowRankPrecision(FrozenModel):
+    """Not the expert's weights but a linear map of low rank that was fitted to its output, with an
+    offset: float16 throughout."""
+
+    kind: Literal["low-rank"] = "low-rank"
+    rank: Annotated[int, Field(ge=1, le=1024)]
 
 
 Precision = Annotated[NativePrecision | IntegerPrecision, Field(discriminator="kind")]
+ReplicaPrecision = Annotated[IntegerPrecision | LowRankPrecision, Field(discriminator="kind")]
 
 
 def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:
@@ -41,3 +50,34 @@ def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:
 def bits_of(precision: NativePrecision | IntegerPrecision) -> str:
     """Return what `precision_from_bits` takes: native, 8 or 4."""
     return str(precision.width_bits) if isinstance(precision, IntegerPrecision) else "native"
+
+
+def replica_precisions(text: str) -> tuple[IntegerPrecision | LowRankPrecision, ...]:
+    """Return what `--replicas` names, the dearest first: "3,2:128,rank16" is 3 bits, 2 bits with
+    groups of 128 inputs, and a map of rank 16; a ValueError for anything else."""
+    found: list[IntegerPrecision | LowRankPrecision] = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        rank = word.removeprefix("rank")
+        if rank != word:
+            found.append(LowRankPrecision.model_validate({"rank": int(rank)}))
+            continue
+        width, _, group = word.partition(":")
+        fields = {"width_bits": int(width), "group": int(group or 64)}
+        found.append(IntegerPrecision.model_validate(fields))
+    if len(set(map(describe_precision, found))) < len(found):
+        raise ValueError(text)
+    integers = [each for each in found if isinstance(each, IntegerPrecision)]
+    maps = [each for each in found if isinstance(each, LowRankPrecision)]
+    integers.sort(key=lambda each: (-each.width_bits, each.group))
+    maps.sort(key=lambda each: -each.rank)
+    return (*integers, *maps)
+
+
+def describe_precision(precision: NativePrecision | IntegerPrecision | LowRankPrecision) -> str:
+    """Return a name for tables, as `--replicas` takes it: native, 4, 2:128, rank16."""
+    if isinstance(precision, LowRankPrecision):
+        return f"rank{precision.rank}"
+    if isinstance(precision, NativePrecision):
+        return "native"
+    group = "" if precision.group == 64 else f":{precision.group}"
+    return f"{precision.width_bits}{group}"

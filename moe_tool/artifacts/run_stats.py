@@ -26,6 +26,8 @@ class PhaseCounters:
     """Time in which the computation waited for a read"""
     substitutions: int = 0
     """(token, expert) slots answered by another expert"""
+    lowered: int = 0
+    """(token, expert) slots answered by a replica of the expert"""
     drops: int = 0
     """(token, expert) slots answered by nothing"""
 

@@ -68,6 +68,17 @@ def pack(
             show_default="native, or the plan's",
         ),
     ] = None,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            "--replicas",
+            metavar="LIST",
+            help="Cheaper forms of every expert beside itself, for lossy policies to answer with: "
+            "bits (8, 4, 3, 2, 1; 2:128 shares a scale among 128 inputs instead of 64) and "
+            "low-rank maps, e.g. 3,2:128,rank16. Fitted and priced on the profile's tokens.",
+            show_default="none",
+        ),
+    ] = "",
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
@@ -100,6 +111,7 @@ def pack(
             out=out,
             bits=bits,
             skeleton_bits=skeleton_bits,
+            replicas=replicas,
             profile=profile,
             buddies=buddies,
             plan=followed,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moe_tool.artifacts.routing import FULL
 from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.session import Session
 
@@ -36,6 +37,8 @@ class TokenCosts:
     """[B, P] int64: records fetched, not those found in the cache by luck"""
     substitutions: np.ndarray
     """[B, P] int64"""
+    lowered: np.ndarray
+    """[B, P] int64: slots answered by a replica"""
     drops: np.ndarray
     """[B, P] int64"""
 
@@ -65,20 +68,24 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         One column for each visited position.
     """
     n_sequences, seq_len = ids.shape
-    ledger = np.zeros((5, n_sequences, n_scored(seq_len)), dtype=np.int64)
+    ledger = np.zeros((6, n_sequences, n_scored(seq_len)), dtype=np.int64)
     position = 0
+    sizes = np.array([level.record_size_bytes for level in session.bundle.levels])
 
     def account(decision: Decision) -> None:
         wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
-        is_there = decision.resident[wanted]
+        level = decision.answers.level
+        level = np.full(answer.shape, FULL) if level is None else level
+        is_there = decision.resident[FULL][wanted]
         is_answered = answer >= 0
-        is_fetched = is_answered & ~decision.resident[np.maximum(answer, 0)]
+        is_fetched = is_answered & ~decision.resident[level, np.maximum(answer, 0)]
         column = position - N_PROMPT_TOKENS
         ledger[0, :, column] += is_there.sum(axis=1)
         ledger[1, :, column] += wanted.shape[1]
-        ledger[2, :, column] += is_fetched.sum(axis=1) * session.manifest.record_size_bytes
+        ledger[2, :, column] += (is_fetched * sizes[level]).sum(axis=1)
         ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
         ledger[4, :, column] += (~is_answered).sum(axis=1)
+        ledger[5, :, column] += (is_answered & (level != FULL)).sum(axis=1)
 
     cache = session.new_cache()
     session.prompt_tokens = N_PROMPT_TOKENS
@@ -99,6 +106,7 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         bytes_read=ledger[2],
         substitutions=ledger[3],
         drops=ledger[4],
+        lowered=ledger[5],
     )
 
 

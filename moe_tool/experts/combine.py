@@ -30,7 +30,13 @@ class _TokensByExpert:
 
 
 def run_experts(
-    module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, supply: Supply
+    module: Any,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    supply: Supply,
+    *,
+    n_experts: int | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival.
 
@@ -43,21 +49,22 @@ def run_experts(
         index: [T, K] int64; below 0 or from E on, the slot is skipped.
         weight: [T, K] gate weights.
         supply: called once, with the experts that `index` names.
+        n_experts: E, where `index` numbers more than the module's own: each form of an expert.
 
     Returns:
         [T, H], in the dtype of `hidden`.
     """
     if torch.is_grad_enabled():
         with torch.no_grad():  # 4 us, spared where the caller has done so
-            return run_experts(module, hidden, index, weight, supply)
+            return run_experts(module, hidden, index, weight, supply, n_experts=n_experts)
+    n_experts = module.num_experts if n_experts is None else n_experts
     if hidden.shape[0] == 1 and hidden.dtype == weight.dtype == torch.float32:
         slots = index.tolist()[0]
         gate_of = dict(zip(slots, weight.reshape(-1, 1, 1).unbind(), strict=True))
         if len(gate_of) == len(slots):  # two equal rows may be rounded otherwise than one
-            n_experts = module.num_experts
             wanted = sorted(expert for expert in slots if 0 <= expert < n_experts)
             return _run_one_token(module, hidden, wanted, gate_of, supply)
-    return _run_tokens(module, hidden, index, weight, supply)
+    return _run_tokens(module, hidden, index, weight, supply, n_experts)
 
 
 def _run_one_token(
@@ -82,9 +89,14 @@ def _run_one_token(
 
 
 def _run_tokens(
-    module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, supply: Supply
+    module: Any,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    supply: Supply,
+    n_experts: int,
 ) -> torch.Tensor:
-    tokens = _sort_by_expert(index, module.num_experts)
+    tokens = _sort_by_expert(index, n_experts)
     gates = weight[tokens.token, tokens.position, None]  # [n, 1]
     rows = dict(zip(tokens.experts, tokens.token.split_with_sizes(tokens.counts), strict=True))
     gates_of = dict(zip(tokens.experts, gates.split_with_sizes(tokens.counts), strict=True))

@@ -21,11 +21,17 @@ def expert_forward(
             `has_post_expert_norm` are used, its parameters are not.
         weights: the expert's tensors by the module's parameter names. Matrices are [out, in]
             whatever the module's `is_transposed` says. An ExpertWeights is given its `prepared`.
+            Or those of a low-rank map in its place.
         x: [n, H] float32.
 
     Returns:
         [n, H] float32.
     """
+    if "low_rank_in" in weights:
+        inner = linear(x, weights["low_rank_in"])  # [n, rank]
+        offset = weights["low_rank_offset"]
+        assert isinstance(offset, FloatWeight)
+        return linear(inner, weights["low_rank_out"], offset)
     first = "gate_up_proj" if module.has_gate else "up_proj"
     gate = gate_of(module) if computes_natively(weights[first], x.shape[0]) else None
     if gate is not None:

@@ -23,10 +23,11 @@ class ExpertFile:
     """Length prefix, JSON, padding: where it ends, on a multiple of ALIGNMENT_BYTES, data start"""
     records: tuple[tuple[int, int], ...]
     """(layer, expert) in file order"""
+    record_size_bytes: int
 
-    def offset(self, position: int, layout: RecordLayout) -> int:
+    def offset(self, position: int) -> int:
         """Where the record at a position starts."""
-        return len(self.header) + position * layout.size_bytes
+        return len(self.header) + position * self.record_size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +46,22 @@ def partial_folder(out: Path) -> Path:
     return out.parent / (out.name + PART_SUFFIX)
 
 
-def plan_expert_files(order: Sequence[tuple[int, int]], layout: RecordLayout) -> list[ExpertFile]:
+def plan_expert_files(
+    order: Sequence[tuple[int, int]], layout: RecordLayout, *, stem: str = "experts"
+) -> list[ExpertFile]:
     """Spread records over files of at most MAX_FILE_BYTES (a larger record gets one to itself)."""
     per_file = max(1, MAX_FILE_BYTES // layout.size_bytes)
     files: list[ExpertFile] = []
     for start in range(0, len(order), per_file):
         records = tuple(order[start : start + per_file])
-        name = f"experts-{len(files) + 1:05d}.safetensors"
-        files.append(ExpertFile(name=name, header=_expert_header(records, layout), records=records))
+        files.append(
+            ExpertFile(
+                name=f"{stem}-{len(files) + 1:05d}.safetensors",
+                header=_expert_header(records, layout),
+                records=records,
+                record_size_bytes=layout.size_bytes,
+            )
+        )
     return files
 
 

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,9 +13,11 @@ import xxhash
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
 from moe_tool.artifacts.precision import IntegerPrecision
+from moe_tool.artifacts.routing import FULL
 from moe_tool.errors import CorruptArtifactError, NotFoundError, StorageError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
-from moe_tool.formats.expert_record import RecordLayout, record_layout, require_finite_scales
+from moe_tool.formats.expert_form import ExpertForm, full_form, replica_form, require_finite
+from moe_tool.formats.expert_record import RecordLayout
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
@@ -31,6 +34,25 @@ _LOADABLE = (".json", ".jinja", ".model", ".safetensors", ".txt", ".py", ".bin",
 _REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleLevel:
+    """One form in which a bundle holds experts."""
+
+    form: ExpertForm
+    records: tuple[ExpertRecord, ...]
+    """In file order"""
+
+    @property
+    def record_size_bytes(self) -> int:
+        """The same for every record."""
+        return self.form.layout.size_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all records."""
+        return len(self.records) * self.record_size_bytes
+
+
 class BundleReader:
     """An open bundle. Reading is safe from several threads."""
 
@@ -38,18 +60,24 @@ class BundleReader:
         self,
         folder: Path,
         manifest: BundleManifest,
-        layout: RecordLayout,
+        levels: tuple[BundleLevel, ...],
         skeleton: Mapping[str, TensorInfo],
     ) -> None:
         """Use `open`."""
         self.folder = folder
         self.manifest = manifest
-        self.layout = layout
+        self.levels = levels
+        """FULL first, then the replicas"""
         self._skeleton = skeleton
-        self._verified: set[tuple[int, int]] = set()  # records that were read and found right
-        self._entries = {(record.layer, record.expert): record for record in manifest.records}
+        self._verified: set[tuple[int, int, int]] = set()  # records that were read and found right
+        self._entries = {
+            (level, record.layer, record.expert): record
+            for level, each in enumerate(levels)
+            for record in each.records
+        }
+        names = sorted({record.file for record in self._entries.values()})
         with _naming(folder):
-            self._files = RecordFiles(folder, sorted({record.file for record in manifest.records}))
+            self._files = RecordFiles(folder, names)
 
     @classmethod
     def open(cls, folder: Path) -> "BundleReader":
@@ -64,23 +92,22 @@ class BundleReader:
         with _naming(folder):
             _require_finished(folder)
         manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
-        shape = manifest.shape
-        layout = record_layout(shape.expert_tensors, shape.dtype, manifest.precision)
-        if layout.size_bytes != manifest.record_size_bytes:
-            raise CorruptArtifactError(
-                f"{folder / MANIFEST} says a record has {manifest.record_size_bytes} bytes, "
-                f"its tensors need {layout.size_bytes}",
-                hint=_REPACK,
-            )
+        levels = _levels(folder, manifest)
         with _naming(folder):
             _check_files(folder, manifest)
-        _check_headers(folder, manifest, layout)
-        return cls(folder, manifest, layout, _check_skeleton(folder, manifest))
+        for level in levels:
+            _check_headers(folder, level)
+        return cls(folder, manifest, levels, _check_skeleton(folder, manifest))
+
+    @property
+    def layout(self) -> RecordLayout:
+        """Of the experts' own records."""
+        return self.levels[FULL].form.layout
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all records."""
-        return len(self.manifest.records) * self.layout.size_bytes
+        """Bytes of the experts' own records."""
+        return self.levels[FULL].size_bytes
 
     @property
     def n_skeleton_weights(self) -> int:
@@ -127,9 +154,9 @@ class BundleReader:
         checkpoint.on_read = check
         return checkpoint
 
-    def record_entry(self, layer: int, expert: int) -> ExpertRecord:
+    def record_entry(self, layer: int, expert: int, *, level: int = FULL) -> ExpertRecord:
         """Return where a record lies."""
-        return self._entries[layer, expert]
+        return self._entries[level, layer, expert]
 
     @property
     def reads_directly(self) -> bool:
@@ -144,7 +171,13 @@ class BundleReader:
         return self._files.read_directly()
 
     def read_record_into(
-        self, layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None
+        self,
+        layer: int,
+        expert: int,
+        out: torch.Tensor,
+        *,
+        level: int = FULL,
+        go_on: GoOn | None = None,
     ) -> None:
         """Read one record and check it.
 
@@ -152,7 +185,10 @@ class BundleReader:
         still the one that was opened and nobody wrote to it.
 
         Args:
-            out: uint8 [layout.size_bytes], overwritten; 4096-aligned memory saves a copy.
+            layer: decoder layer.
+            expert: of the layer.
+            out: uint8 [record_size_bytes], overwritten; 4096-aligned memory saves a copy.
+            level: the form in which the expert is wanted.
             go_on: asked after each piece; where it gives the read up, `out` holds anything.
 
         Raises:
@@ -160,9 +196,9 @@ class BundleReader:
                 one that was opened; names layer, expert and file.
             StorageError: the disk does not give them.
         """
-        entry = self._entries[layer, expert]
+        entry = self._entries[level, layer, expert]
         where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
-        is_known = (layer, expert) in self._verified
+        is_known = (level, layer, expert) in self._verified
         digest = xxhash.xxh3_64()
 
         def look_at(piece: memoryview) -> bool:
@@ -195,10 +231,10 @@ class BundleReader:
         if digest.hexdigest() != entry.xxh3:
             raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=_REPACK)
         try:
-            require_finite_scales(self.layout, out)
+            require_finite(self.levels[level].form, out)
         except CorruptArtifactError as error:
             raise CorruptArtifactError(f"{where}: {error.message}", hint=_REPACK) from error
-        self._verified.add((layer, expert))
+        self._verified.add((level, layer, expert))
 
     def verify_all(self, progress: Progress = SILENT) -> None:
         """Check the sha256 of every file, the hash of every record and the scales of the skeleton.
@@ -207,7 +243,7 @@ class BundleReader:
             CorruptArtifactError: names the first file or record that differs.
         """
         total = sum(file.size_bytes for file in self.manifest.files)
-        progress.begin("verify", total + self.expert_bytes, "bytes")
+        progress.begin("verify", total + sum(level.size_bytes for level in self.levels), "bytes")
         for entry in self.manifest.files:
             digest = hashlib.sha256()
             with _naming(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
@@ -223,11 +259,12 @@ class BundleReader:
             for part in _skeleton_parts(self.manifest):
                 if part.is_scales:
                     skeleton.read(part.name)
-        out = torch.empty(self.layout.size_bytes, dtype=torch.uint8)
         self._verified.clear()
-        for record in self.manifest.records:
-            self.read_record_into(record.layer, record.expert, out)
-            progress.advance(self.layout.size_bytes)
+        for level, each in enumerate(self.levels):
+            out = torch.empty(each.record_size_bytes, dtype=torch.uint8)
+            for record in each.records:
+                self.read_record_into(record.layer, record.expert, out, level=level)
+                progress.advance(each.record_size_bytes)
         progress.end()
 
     def close(self) -> None:
@@ -241,10 +278,11 @@ class BundleReader:
         self.close()
 
     def _find_damaged_record(self, name: str) -> None:
-        out = torch.empty(self.layout.size_bytes, dtype=torch.uint8)
-        for record in self.manifest.records:
-            if record.file == name:
-                self.read_record_into(record.layer, record.expert, out)
+        for level, each in enumerate(self.levels):
+            out = torch.empty(each.record_size_bytes, dtype=torch.uint8)
+            for record in each.records:
+                if record.file == name:
+                    self.read_record_into(record.layer, record.expert, out, level=level)
 
 
 @contextmanager
@@ -317,10 +355,27 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
             )
 
 
-def _check_headers(folder: Path, manifest: BundleManifest, layout: RecordLayout) -> None:
-    headers = {name: read_header(folder / name) for name in {r.file for r in manifest.records}}
-    for record in manifest.records:
-        for segment in layout.segments:
+def _levels(folder: Path, manifest: BundleManifest) -> tuple[BundleLevel, ...]:
+    """The forms that the manifest names, with the sizes that follow from them."""
+    shape = manifest.shape
+    forms = [(full_form(shape, manifest.precision), manifest.record_size_bytes, manifest.records)]
+    for table in manifest.replicas:
+        form = replica_form(shape, table.precision)
+        forms.append((form, table.record_size_bytes, table.records))
+    for form, size_bytes, _ in forms:
+        if form.layout.size_bytes != size_bytes:
+            raise CorruptArtifactError(
+                f"{folder / MANIFEST} says a record has {size_bytes} bytes, "
+                f"its tensors need {form.layout.size_bytes}",
+                hint=_REPACK,
+            )
+    return tuple(BundleLevel(form=form, records=records) for form, _, records in forms)
+
+
+def _check_headers(folder: Path, level: BundleLevel) -> None:
+    headers = {name: read_header(folder / name) for name in {r.file for r in level.records}}
+    for record in level.records:
+        for segment in level.form.layout.segments:
             name = f"layer.{record.layer}.expert.{record.expert}.{segment.name}"
             info = headers[record.file].pop(name, None)
             if (

@@ -6,9 +6,12 @@ there names records only once their bytes are on the disk; a resume checks them 
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -20,13 +23,17 @@ from moe_tool.artifacts.bundle_manifest import (
     BundleManifest,
     ExpertRecord,
     LayerHeat,
+    LayerPrices,
+    ReplicaLayer,
+    ReplicaTable,
     SkeletonLinear,
     SkeletonTensor,
 )
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.artifacts.precision import NativePrecision, Precision
+from moe_tool.artifacts.precision import NativePrecision, Precision, ReplicaPrecision
+from moe_tool.artifacts.routing import FULL
 from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
@@ -47,10 +54,18 @@ from moe_tool.formats.bundle_journal import (
     write_journal,
 )
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.formats.expert_record import RecordLayout, record_layout
+from moe_tool.formats.expert_form import ExpertForm, full_form, replica_form
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 
 _SYNC_BYTES = 256 * 2**20
+
+
+@dataclass(slots=True, kw_only=True)
+class _OpenFile:
+    """A file of records while it is being written."""
+
+    handle: int
+    digest: Any = field(default_factory=hashlib.sha256)
 
 
 class BundleWriter:
@@ -64,6 +79,7 @@ class BundleWriter:
         shape: MoeShape,
         precision: Precision,
         order: Sequence[tuple[int, int]],
+        replicas: Sequence[ReplicaPrecision] = (),
         made_from: dict[str, str],
     ) -> None:
         """Use `open`."""
@@ -72,15 +88,22 @@ class BundleWriter:
         self._asked = BundleOrder(identity, precision, made_from)
         self._shape = shape
         self.precision = precision
-        self._layout: RecordLayout = record_layout(shape.expert_tensors, shape.dtype, precision)
-        self._order = list(order)
-        self._position = {key: position for position, key in enumerate(order)}
-        self._plan: list[ExpertFile] = plan_expert_files(order, self._layout)
+        self.forms: tuple[ExpertForm, ...] = (
+            full_form(shape, precision),
+            *(replica_form(shape, each) for each in replicas),
+        )
+        """By level"""
+        self._replicas = tuple(replicas)
+        self._order = [(level, *key) for key in order for level in range(len(self.forms))]
+        self._plan: list[list[ExpertFile]] = [
+            plan_expert_files(order, form.layout, stem=form.stem) for form in self.forms
+        ]
+        self._places = _places(self._order, self._plan)
         self._records: list[ExpertRecord] = []
         self._unsynced: list[ExpertRecord] = []
+        self._unsynced_bytes = 0
         self._digests: dict[str, str] = {}
-        self._file: int | None = None
-        self._digest = hashlib.sha256()
+        self._open_files: dict[str, _OpenFile] = {}
         self._others: list[BundleFile] = []
         self._skeleton: list[SkeletonTensor] = []
         self._skeleton_precision: Precision = NativePrecision()
@@ -96,6 +119,7 @@ class BundleWriter:
         shape: MoeShape,
         precision: Precision,
         order: Sequence[tuple[int, int]],
+        replicas: Sequence[ReplicaPrecision] = (),
         made_from: dict[str, str],
     ) -> "BundleWriter":
         """Begin a bundle, go on with an interrupted one, or find it finished.
@@ -106,6 +130,7 @@ class BundleWriter:
             shape: of the model.
             precision: of the records.
             order: every (layer, expert) in file order.
+            replicas: how the cheaper forms of every expert are written, the dearest first.
             made_from: options and input hashes; a bundle or part of one with others is refused.
 
         Raises:
@@ -120,6 +145,7 @@ class BundleWriter:
             shape=shape,
             precision=precision,
             order=order,
+            replicas=replicas,
             made_from=made_from,
         )
         with storage_errors(writer._folder):
@@ -131,59 +157,56 @@ class BundleWriter:
         return writer
 
     @property
-    def layout(self) -> RecordLayout:
-        """Of every record."""
-        return self._layout
-
-    def has_record(self, layer: int, expert: int) -> bool:
-        """Return whether the record is written already; records are written in order."""
-        return self.finished or self._position[layer, expert] < self.n_written
-
-    @property
     def n_written(self) -> int:
-        """Records written so far."""
+        """Records written so far, replicas included."""
         return len(self._order) if self.finished else len(self._records) + len(self._unsynced)
 
-    def write_record(self, layer: int, expert: int, record: torch.Tensor) -> None:
+    @property
+    def to_write(self) -> Sequence[tuple[int, int, int]]:
+        """(level, layer, expert) of the records that are still to be written, in order: all forms
+        of an expert, then the next expert."""
+        return self._order[self.n_written :]
+
+    def write_record(self, level: int, layer: int, expert: int, record: torch.Tensor) -> None:
         """Append the next record of the order.
 
         Args:
-            record: uint8 [layout.size_bytes].
+            record: uint8 [form's layout.size_bytes].
 
         Raises:
             DiskFullError, StorageError: the disk refuses; what was written stays for a resume.
         """
-        assert self._order[self.n_written] == (layer, expert)
-        file, position = self._place(self.n_written)
+        assert self._order[self.n_written] == (level, layer, expert)
+        file, position = self._places[self.n_written]
         data = memoryview(record.numpy().data).cast("B")
         with storage_errors(self._folder / file.name):
             if position == 0:
                 self._start_file(file)
-            assert self._file is not None
-            _write_all(self._file, data)
-            self._digest.update(data)
+            opened = self._open_files[file.name]
+            _write_all(opened.handle, data)
+            opened.digest.update(data)
             self._unsynced.append(
                 ExpertRecord(
                     layer=layer,
                     expert=expert,
                     file=file.name,
-                    offset=file.offset(position, self._layout),
+                    offset=file.offset(position),
                     xxh3=xxhash.xxh3_64_hexdigest(data),
                 )
             )
+            self._unsynced_bytes += len(data)
             if position == len(file.records) - 1:
                 self._sync()
                 self._end_file(file)
-            elif len(self._unsynced) * self._layout.size_bytes >= _SYNC_BYTES:
+            elif self._unsynced_bytes >= _SYNC_BYTES:
                 self._sync()
 
     def suspend(self) -> None:
         """Make what was written durable and leave it for a resume."""
         with storage_errors(self._folder):
             self._sync()
-            if self._file is not None:
-                os.close(self._file)
-                self._file = None
+            while self._open_files:
+                os.close(self._open_files.popitem()[1].handle)
 
     def write_skeleton(
         self,
@@ -228,36 +251,64 @@ class BundleWriter:
         *,
         heat: tuple[LayerHeat, ...] | None,
         buddies: BundleBuddies | None,
+        prices: tuple[LayerPrices, ...] | None = None,
+        replica_prices: Sequence[tuple[ReplicaLayer, ...]] = (),
         plan: PackPlan | None = None,
         profile_sha256: str | None,
     ) -> BundleManifest:
-        """Write the manifest and give the bundle its name."""
+        """Write the manifest and give the bundle its name.
+
+        Args:
+            heat: how often experts are used.
+            buddies: stand-ins.
+            prices: of leaving an expert out.
+            replica_prices: for each level of replicas.
+            plan: for `run` to follow.
+            profile_sha256: where heat and prices come from.
+        """
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
         assert self.n_written == len(self._order)
         experts = [
             BundleFile(
                 name=file.name,
-                size_bytes=file.offset(len(file.records), self._layout),
+                size_bytes=file.offset(len(file.records)),
                 sha256=self._digests[file.name],
             )
-            for file in self._plan
+            for files in self._plan
+            for file in files
         ]
+        by_level: list[list[ExpertRecord]] = [[] for _ in self.forms]
+        for (level, _, _), record in zip(self._order, self._records, strict=True):
+            by_level[level].append(record)
+        tables = tuple(
+            ReplicaTable(
+                precision=precision,
+                record_size_bytes=form.layout.size_bytes,
+                records=tuple(records),
+                prices=found,
+            )
+            for precision, form, records, found in zip(
+                self._replicas, self.forms[1:], by_level[1:], replica_prices, strict=True
+            )
+        )
         manifest = BundleManifest(
             tool_version=__version__,
             identity=self._asked.identity,
             shape=self._shape,
             precision=self.precision,
-            record_size_bytes=self._layout.size_bytes,
+            record_size_bytes=self.forms[FULL].layout.size_bytes,
             skeleton=tuple(self._skeleton),
             skeleton_precision=self._skeleton_precision,
             skeleton_linears=self._skeleton_linears,
-            records=tuple(self._records),
+            records=tuple(by_level[FULL]),
             files=(*experts, *self._others),
             made_from=self._asked.made_from,
             profile_sha256=profile_sha256,
             heat=heat,
             buddies=buddies,
+            replicas=tables,
+            prices=prices,
             plan=plan,
         )
         with storage_errors(self._folder):
@@ -312,7 +363,7 @@ class BundleWriter:
         for count, line in enumerate(lines):
             if count >= len(self._order):
                 return
-            file, position = self._place(count)
+            file, position = self._places[count]
             if position == 0:
                 self._reopen(file)
             record = self._checked(line, file, position)
@@ -321,66 +372,63 @@ class BundleWriter:
             self._records.append(record)
             if position == len(file.records) - 1:
                 self._end_file(file)
-        if self._file is not None:
-            file, position = self._place(self.n_written)
-            os.ftruncate(self._file, file.offset(position, self._layout))
-            os.lseek(self._file, 0, os.SEEK_END)
+        held = Counter(record.file for record in self._records)
+        for files in self._plan:
+            for file in files:
+                if file.name in self._open_files:
+                    handle = self._open_files[file.name].handle
+                    os.ftruncate(handle, file.offset(held[file.name]))
+                    os.lseek(handle, 0, os.SEEK_END)
 
     def _reopen(self, file: ExpertFile) -> None:
-        self._open(file, 0)
-        assert self._file is not None
-        if _read_all(self._file, len(file.header), 0) != file.header:
-            os.ftruncate(self._file, 0)
-            _write_all(self._file, memoryview(file.header))
-        self._digest = hashlib.sha256(file.header)
+        handle = self._open(file, 0).handle
+        if _read_all(handle, len(file.header), 0) != file.header:
+            os.ftruncate(handle, 0)
+            _write_all(handle, memoryview(file.header))
 
     def _checked(self, line: bytes, file: ExpertFile, position: int) -> ExpertRecord | None:
         try:
             record = ExpertRecord.model_validate_json(line)
         except ValueError:
             return None
-        offset = file.offset(position, self._layout)
+        offset = file.offset(position)
         if (record.layer, record.expert) != file.records[position] or record.offset != offset:
             return None
-        assert self._file is not None
-        data = _read_all(self._file, self._layout.size_bytes, offset)
+        if record.file != file.name:
+            return None
+        opened = self._open_files[file.name]
+        data = _read_all(opened.handle, file.record_size_bytes, offset)
         if xxhash.xxh3_64_hexdigest(data) != record.xxh3:
             return None
-        self._digest.update(data)
+        opened.digest.update(data)
         return record
 
-    def _place(self, count: int) -> tuple[ExpertFile, int]:
-        """The file of the record number `count`, and its position there."""
-        per_file = len(self._plan[0].records)
-        return self._plan[count // per_file], count % per_file
-
     def _start_file(self, file: ExpertFile) -> None:
-        self._open(file, os.O_TRUNC)
-        assert self._file is not None
-        _write_all(self._file, memoryview(file.header))
-        self._digest = hashlib.sha256(file.header)
+        _write_all(self._open(file, os.O_TRUNC).handle, memoryview(file.header))
 
-    def _open(self, file: ExpertFile, flag: int) -> None:
-        if self._file is not None:
-            os.close(self._file)
+    def _open(self, file: ExpertFile, flag: int) -> _OpenFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flag
-        self._file = os.open(self._folder / file.name, flags, 0o644)
+        opened = _OpenFile(handle=os.open(self._folder / file.name, flags, 0o644))
+        opened.digest.update(file.header)
+        self._open_files[file.name] = opened
+        return opened
 
     def _end_file(self, file: ExpertFile) -> None:
-        assert self._file is not None
-        os.close(self._file)
-        self._file = None
-        self._digests[file.name] = self._digest.hexdigest()
+        opened = self._open_files.pop(file.name)
+        os.close(opened.handle)
+        self._digests[file.name] = opened.digest.hexdigest()
 
     def _sync(self) -> None:
         """Data first, then the lines that name them."""
-        if self._file is None or not self._unsynced:
+        if not self._unsynced:
             return
-        os.fsync(self._file)
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+        for name in {record.file for record in self._unsynced}:
+            handle = self._open_files[name].handle
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         append_to_journal(self._folder, self._unsynced)
         self._records += self._unsynced
-        self._unsynced = []
+        self._unsynced, self._unsynced_bytes = [], 0
 
     def _write_file(self, name: str, start: bytes, rest: Iterable[bytes | memoryview]) -> None:
         digest, size = hashlib.sha256(), 0
@@ -394,6 +442,19 @@ class BundleWriter:
             file.flush()
             os.fsync(file.fileno())
         self._others.append(BundleFile(name=name, size_bytes=size, sha256=digest.hexdigest()))
+
+
+def _places(
+    order: Sequence[tuple[int, int, int]], plan: Sequence[Sequence[ExpertFile]]
+) -> list[tuple[ExpertFile, int]]:
+    """The file of every record, and its position there."""
+    places, counts = [], [0] * len(plan)
+    for level, _, _ in order:
+        per_file = len(plan[level][0].records)
+        number, position = divmod(counts[level], per_file)
+        places.append((plan[level][number], position))
+        counts[level] += 1
+    return places
 
 
 def _by_size(tensors: Sequence[SkeletonEntry]) -> list[list[SkeletonEntry]]:

@@ -6,7 +6,7 @@ checkpoint's dtype. Every segment is padded with
 zeros to ALIGNMENT_BYTES. Little-endian throughout.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,14 +140,22 @@ def decode_record(
     return weights
 
 
-def require_finite_scales(layout: RecordLayout, record: torch.Tensor) -> None:
-    """Refuse a record with NaN or infinite scales: its hash can be right all the same.
+def require_finite_segments(
+    layout: RecordLayout, record: torch.Tensor, *, names: Callable[[str], bool]
+) -> None:
+    """Refuse a record with float16 numbers that are NaN or infinite: its hash can be right all the
+    same.
+
+    Args:
+        layout: of the record.
+        record: uint8 [layout.size_bytes].
+        names: which segments are looked at.
 
     Raises:
         CorruptArtifactError: names the segment.
     """
     for segment in layout.segments:
-        if segment.name.endswith(".scales") and not are_finite(_view(record, segment)):
+        if names(segment.name) and not are_finite(_view(record, segment)):
             raise CorruptArtifactError(
                 f"{segment.name} holds NaN or infinity", hint="pack the bundle again"
             )

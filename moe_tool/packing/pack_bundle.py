@@ -3,32 +3,46 @@ tokenizer and the manifest."""
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import BuddyMap
-from moe_tool.artifacts.bundle_manifest import BundleBuddies, LayerHeat
+from moe_tool.artifacts.bundle_manifest import (
+    BundleBuddies,
+    LayerHeat,
+    LayerPrices,
+    ReplicaLayer,
+)
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import (
     IntegerPrecision,
     NativePrecision,
+    ReplicaPrecision,
+    describe_precision,
     precision_from_bits,
+    replica_precisions,
 )
+from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.artifacts.routing import FULL
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.expert_record import encode_record, record_layout
+from moe_tool.formats.expert_form import full_form, replica_form
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
+from moe_tool.packing.calibrated_layers import calibrated_layers
+from moe_tool.packing.prices import layer_prices
 from moe_tool.packing.record_order import order_experts
+from moe_tool.packing.replicas import MEASURED_TOKENS, make_replicas
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
@@ -59,7 +73,8 @@ class PackReport:
     bytes: int
     """All files"""
     expert_bytes: int
-    """Expert records, alignment included"""
+    """Expert records, alignment included, without replicas"""
+    replica_bytes: int
     skeleton_bytes: int
     skeleton_bits: str
     """native, 8 or 4"""
@@ -81,6 +96,8 @@ class _Measured:
     """(layer, expert) in file order"""
     full_hash: str | None
     """Of the checkpoint: the profile read every tensor of it"""
+    prices: tuple[LayerPrices, ...] | None
+    tokens: TracedTokens | None
 
 
 def pack_bundle(
@@ -89,6 +106,7 @@ def pack_bundle(
     out: Path,
     bits: str = "native",
     skeleton_bits: str = "native",
+    replicas: str = "",
     profile: Path | None = None,
     buddies: Path | None = None,
     plan: PackPlan | None = None,
@@ -103,7 +121,10 @@ def pack_bundle(
         out: the bundle's folder; until it is finished its name ends in `.part`.
         bits: of the experts: "native", "8" or "4".
         skeleton_bits: of the matrices outside experts and routers, likewise.
-        profile: HDF5 file of this model: gives record order and heat.
+        replicas: cheaper forms of every expert, for lossy policies: "3,2:128,rank16", see
+            `replica_precisions`.
+        profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
+            replicas are fitted to and measured on.
         buddies: buddy map of this model.
         plan: goes into the manifest, for `run` to follow; of this model and these bits.
         progress: told about every record.
@@ -123,7 +144,8 @@ def pack_bundle(
     if plan is not None:
         _require_plan_fits(plan, opened.identity, bits, skeleton_bits, has_heat=profile is not None)
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
-    layout = record_layout(shape.expert_tensors, shape.dtype, precision)
+    cheaper = _replicas(replicas, shape, measured)
+    forms = [full_form(shape, precision), *(replica_form(shape, each) for each in cheaper)]
     n_records = len(measured.order)
     skeleton = SkeletonWork(opened, skeleton_precision)
     writer = BundleWriter.open(
@@ -132,23 +154,32 @@ def pack_bundle(
         shape=shape,
         precision=precision,
         order=measured.order,
+        replicas=cheaper,
         made_from={
             "bits": bits,
             "skeleton_bits": skeleton_bits,
             "profile": measured.sha256 or "none",
             "buddies": buddies_sha,
+            **({"replicas": ",".join(map(describe_precision, cheaper))} if cheaper else {}),
             **({} if plan is None else {"plan": _sha256_of(plan)}),
         },
     )
     with opened.checkpoint:
         resumed = writer.n_written
+        replica_prices: list[tuple[ReplicaLayer, ...]] = []
         if not writer.finished:
             require_free_disk(
                 out.absolute().parent,
-                (n_records - resumed) * layout.size_bytes + skeleton.size_bytes,
+                sum(forms[level].layout.size_bytes for level, _, _ in writer.to_write)
+                + skeleton.size_bytes,
             )
             try:
-                _write_records(writer, opened, measured.order[resumed:], progress)
+                if cheaper:
+                    replica_prices = _write_calibrated(
+                        writer, opened, model.folder, measured, progress
+                    )
+                else:
+                    _write_records(writer, opened, progress)
             finally:
                 writer.suspend()
             skeleton.write(writer, progress)
@@ -157,14 +188,17 @@ def pack_bundle(
         manifest = writer.finish(
             heat=measured.heat,
             buddies=stand_ins,
+            prices=measured.prices,
+            replica_prices=replica_prices,
             plan=plan,
             profile_sha256=measured.sha256,
         )
-    expert_bytes = n_records * layout.size_bytes
+    expert_bytes = n_records * forms[FULL].layout.size_bytes
     return PackReport(
         bundle=out,
         bytes=sum(file.size_bytes for file in manifest.files),
         expert_bytes=expert_bytes,
+        replica_bytes=n_records * sum(form.layout.size_bytes for form in forms[1:]),
         skeleton_bytes=skeleton.size_bytes,
         skeleton_bits=skeleton_bits,
         bits_per_weight=8 * expert_bytes / (n_records * shape.n_expert_weights),
@@ -208,32 +242,92 @@ def _precision(option: str, bits: str) -> NativePrecision | IntegerPrecision:
         raise UsageError(f"{option} {bits} is not known", hint="use native, 8 or 4") from None
 
 
-def _write_records(
-    writer: BundleWriter,
-    opened: OpenedModel,
-    order: Sequence[tuple[int, int]],
-    progress: Progress,
-) -> None:
-    progress.begin("pack experts", writer.n_written + len(order), "experts")
+def _replicas(text: str, shape: MoeShape, measured: _Measured) -> tuple[ReplicaPrecision, ...]:
+    try:
+        found = replica_precisions(text)
+    except ValueError:
+        raise UsageError(
+            f"--replicas {text} is not known",
+            hint="name widths of 8, 4, 3, 2 or 1 bits, and ranks: --replicas 3,2:128,rank16",
+        ) from None
+    if found and measured.tokens is None:
+        raise UsageError(
+            "--replicas are fitted to a profile's tokens and priced on them, and there is none",
+            hint="--profile FILE, of moe-tool profile",
+        )
+    too_wide = [f.rank for f in found if not isinstance(f, IntegerPrecision)]
+    if too_wide and max(too_wide) > shape.hidden:
+        raise UsageError(
+            f"--replicas rank{max(too_wide)}: the model is {shape.hidden} wide",
+            hint="a rank that saves something is a small part of the width",
+        )
+    return found
+
+
+def _write_records(writer: BundleWriter, opened: OpenedModel, progress: Progress) -> None:
+    progress.begin("pack experts", writer.n_written + len(writer.to_write), "experts")
     progress.advance(writer.n_written)
-    for layer, expert in order:
+    for level, layer, expert in list(writer.to_write):
         weights = opened.experts.read(layer, expert)
-        try:
-            record = encode_record(writer.layout, weights, writer.precision)
-        except CorruptArtifactError as error:
-            raise CorruptArtifactError(
-                f"layer {layer} expert {expert} of {opened.identity.name}: {error.message}",
-                hint=error.hint,
-            ) from error
-        writer.write_record(layer, expert, record)
+        with _naming(opened, layer, expert):
+            record = writer.forms[level].encode(weights)
+        writer.write_record(level, layer, expert, record)
         progress.advance()
     progress.end()
+
+
+def _write_calibrated(
+    writer: BundleWriter,
+    opened: OpenedModel,
+    folder: Path,
+    measured: _Measured,
+    progress: Progress,
+) -> list[tuple[ReplicaLayer, ...]]:
+    """Write experts and replicas, and return what the replicas of each level are worth.
+
+    A resume measures again what it need not write: the prices are part of the manifest.
+    """
+    assert measured.tokens is not None
+    missing = set(writer.to_write)
+    prices: list[list[ReplicaLayer]] = [[] for _ in writer.forms[1:]]
+    progress.begin("pack experts and replicas", len(measured.order), "experts")
+    for layer in calibrated_layers(folder, opened, measured.tokens):
+        eps = np.zeros((len(prices), opened.shape.experts))
+        for _, expert in (key for key in measured.order if key[0] == layer.layer):
+            sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
+            with _naming(opened, layer.layer, expert):
+                replicas = make_replicas(sample, writer.forms[1:])
+                if (FULL, layer.layer, expert) in missing:
+                    record = writer.forms[FULL].encode(sample.tensors)
+                    writer.write_record(FULL, layer.layer, expert, record)
+            for level, replica in enumerate(replicas, start=1):
+                eps[level - 1, expert] = replica.eps
+                if (level, layer.layer, expert) in missing:
+                    writer.write_record(level, layer.layer, expert, replica.record)
+            progress.advance()
+        for level, row in enumerate(eps):
+            prices[level].append(ReplicaLayer(layer=layer.layer, eps=tuple(row.tolist())))
+    progress.end()
+    return [tuple(each) for each in prices]
+
+
+@contextmanager
+def _naming(opened: OpenedModel, layer: int, expert: int) -> Iterator[None]:
+    try:
+        yield
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(
+            f"layer {layer} expert {expert} of {opened.identity.name}: {error.message}",
+            hint=error.hint,
+        ) from error
 
 
 def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -> _Measured:
     if path is None:
         order = [(layer, expert) for layer in shape.layers for expert in range(shape.experts)]
-        return _Measured(sha256=None, heat=None, order=order, full_hash=None)
+        return _Measured(
+            sha256=None, heat=None, order=order, full_hash=None, prices=None, tokens=None
+        )
     with ProfileReader.open(path) as profile:
         require_same_model(
             profile.header.identity,
@@ -241,9 +335,11 @@ def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -
             artifact=f"the profile {path}",
             remedy=f"moe-tool profile {identity.name} --data builtin",
         )
-        heat, order = [], []
+        heat, order, prices = [], [], []
         for layer in shape.layers:
-            counts = profile.statistics(layer).in_sample
+            statistics = profile.statistics(layer)
+            prices.append(layer_prices(layer, statistics, profile.trace(layer)))
+            counts = statistics.in_sample
             share = np.minimum(counts.load / max(counts.n_tokens, 1), 1.0)
             heat.append(LayerHeat(layer=layer, load=tuple(float(x) for x in share)))
             order += [(layer, e) for e in order_experts(counts.load, counts.coactivation)]
@@ -252,6 +348,8 @@ def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -
             heat=tuple(heat),
             order=order,
             full_hash=profile.header.identity.full,
+            prices=tuple(prices),
+            tokens=profile.tokens,
         )
 
 

@@ -168,7 +168,7 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
     pinned = [
         (layer, int(expert))
         for layer in manifest.shape.layers
-        for expert in store.pinned_mask(layer).nonzero()[0]
+        for expert in store.full.pinned_mask(layer).nonzero()[0]
     ]
     header = RunTraceHeader(
         identity=manifest.identity,

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.artifacts.routing import FULL, Answers, Routing
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.skeleton import LayerCall
@@ -17,7 +17,8 @@ from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
-from moe_tool.store.expert_store import ExpertStore
+from moe_tool.runtime.residency import LevelRoom
+from moe_tool.store.expert_levels import ExpertLevels
 
 Residency = Literal["frozen", "cache"]
 Phase = Literal["prompt", "decode"]
@@ -30,7 +31,7 @@ class Decision:
     routing: Routing
     answers: Answers
     resident: np.ndarray
-    """[E] bool: what the policy was told is in memory"""
+    """[L, E] bool: what the policy was told is in memory"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +39,9 @@ class MoeLayerRunner:
     """The experts function of a session. Mutable: the session tells it which forward is under
     way."""
 
-    store: ExpertStore
+    store: ExpertLevels
+    rooms: tuple[LevelRoom, ...]
+    """What the store was made for"""
     residency: Residency
     policy: ChosenPolicy
     """What answers misses while decoding"""
@@ -78,13 +81,13 @@ class MoeLayerRunner:
         if self.on_decision is not None:
             self.on_decision(Decision(routing=routing, answers=answers, resident=resident))
         index, weight = call.index, call.weight
-        if answers.substituted or answers.dropped:
-            index = torch.from_numpy(answers.expert)
+        if answers.substituted or answers.dropped or answers.lowered:
+            index = torch.from_numpy(_numbers(answers, n_experts=resident.shape[1]))
             weight = torch.from_numpy(answers.weight)
         moved = PhaseCounters()
         output = self._run(call, index, weight, moved)
         wanted = np.unique(routing.index)
-        hits = int(resident[wanted[wanted < len(resident)]].sum())
+        hits = int(resident[FULL, wanted[wanted < resident.shape[1]]].sum())
         counters = self.stats.decode
         counters.hits += hits
         counters.misses += len(wanted) - hits
@@ -94,6 +97,7 @@ class MoeLayerRunner:
         counters.prefetched_bytes += moved.prefetched_bytes
         counters.stall_seconds += moved.stall_seconds
         counters.substitutions += answers.substituted
+        counters.lowered += answers.lowered
         counters.drops += answers.dropped
         return output
 
@@ -108,9 +112,9 @@ class MoeLayerRunner:
                 if self.foresight is not None:
                     guesses = self.foresight.look(call)
                     for guess in guesses:
-                        self.store.expect(guess.layer, guess.experts, ahead=guess.ahead)
+                        self.store.full.expect(guess.layer, guess.experts, ahead=guess.ahead)
                 if self.prefetcher is not None:
-                    self.prefetcher.expect(call, self.store, counters)
+                    self.prefetcher.expect(call, self.store.full, counters)
             if self.recorder is not None:
                 self.recorder.record(
                     call.layer,
@@ -121,7 +125,9 @@ class MoeLayerRunner:
                 )
             return supplied
 
-        return run_experts(call.module, call.hidden, index, weight, supply)
+        return run_experts(
+            call.module, call.hidden, index, weight, supply, n_experts=self.store.n_numbers
+        )
 
     def _scores(self, call: LayerCall) -> np.ndarray | None:
         """What the router says of all experts, where somebody asks and it was heard."""
@@ -149,6 +155,15 @@ class MoeLayerRunner:
             phase=self.phase,
             sequence=np.repeat(np.arange(self.n_sequences), n_tokens // self.n_sequences),
         )
+
+
+def _numbers(answers: Answers, *, n_experts: int) -> np.ndarray:
+    """Number experts as `ExpertLevels` does, [T, K']; -1 stays where a slot is empty."""
+    if answers.level is None:
+        return answers.expert
+    numbered = answers.level * n_experts + answers.expert
+    result: np.ndarray = np.where(answers.expert < 0, -1, numbered)
+    return result
 
 
 def _narrow(scores: torch.Tensor) -> np.ndarray:

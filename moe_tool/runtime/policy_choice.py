@@ -8,10 +8,19 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.errors import UsageError
+from moe_tool.artifacts.precision import describe_precision
 from moe_tool.models.router_rule import RouterRule, router_rule
 from moe_tool.models.skeleton import Skeleton
-from moe_tool.policies.misses import MISS_POLICIES, Gates, MissPolicy, PolicyInputs, Reweigh
+from moe_tool.policies.misses import (
+    Gates,
+    MissChoice,
+    MissPolicy,
+    PolicyInputs,
+    PriceBook,
+    Reweigh,
+    parse_miss_policy,
+)
+from moe_tool.runtime.price_list import price_book
 
 EXACT = "exact"
 
@@ -20,10 +29,17 @@ EXACT = "exact"
 class ChosenPolicy:
     """A miss policy, and what the runtime needs to serve it."""
 
-    name: str
+    choice: MissChoice
     policy: MissPolicy
+    prices: PriceBook | None
+    """Of the bundle's answers; None where it was packed without a profile"""
     rules: Mapping[int, RouterRule]
     """By decoder layer; empty where the policy looks at no selection scores"""
+
+    @property
+    def name(self) -> str:
+        """As `--policy` takes it."""
+        return self.choice.name
 
 
 def choose_policy(
@@ -32,7 +48,7 @@ def choose_policy(
     """Return the policy that `--policy` names.
 
     Args:
-        name: a key of MISS_POLICIES.
+        name: what `parse_miss_policy` takes.
         manifest: of the bundle; its stand-ins and thresholds are used.
         skeleton: the loaded model; its routers' rules are used.
         gates: whether lossy policies keep BuddyMoE's gates.
@@ -41,7 +57,7 @@ def choose_policy(
     Raises:
         UsageError: the name is unknown, or the bundle lacks what the policy needs.
     """
-    require_policy(name)
+    choice = parse_miss_policy(name)
     buddies = None if manifest.buddies is None else manifest.buddies.layers
     thresholds: Gates | None = None
     if not gates:
@@ -51,26 +67,32 @@ def choose_policy(
             entropy_threshold={entry.layer: entry.entropy_threshold for entry in buddies}
         )
     rules = _rules(skeleton)
+    prices = price_book(manifest)
+    entries = manifest.prices or ()
     inputs = PolicyInputs(
         gates=thresholds,
         buddies=buddies,
         reweigh=None if rules is None else {layer: _reweigh(rule) for layer, rule in rules.items()},
         seed=seed,
+        prices=prices,
+        unimportance={entry.layer: np.array(entry.unimportance) for entry in entries},
+        ratios={entry.layer: np.array(entry.ratio) for entry in entries},
+        levels=tuple(
+            describe_precision(each)
+            for each in (manifest.precision, *(table.precision for table in manifest.replicas))
+        ),
     )
-    policy = MISS_POLICIES[name](inputs)
-    return ChosenPolicy(name=name, policy=policy, rules=rules or {})
+    policy = choice.make(inputs)
+    return ChosenPolicy(choice=choice, policy=policy, rules=rules or {}, prices=prices)
 
 
 def require_policy(name: str) -> None:
-    """Refuse a name that is not in the table.
+    """Refuse a policy that is not known.
 
     Raises:
-        UsageError: with the names that are.
+        UsageError: with those that are.
     """
-    if name not in MISS_POLICIES:
-        raise UsageError(
-            f"--policy {name} is not known", hint=f"use one of {', '.join(MISS_POLICIES)}"
-        )
+    parse_miss_policy(name)
 
 
 def _rules(skeleton: Skeleton) -> dict[int, RouterRule] | None:

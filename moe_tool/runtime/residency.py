@@ -1,12 +1,63 @@
-"""Which experts stay for a whole run: the hottest of the profile, or some of every layer."""
+"""Which experts stay for a whole run, and in which form: the hottest of the profile, some of every
+layer, or what makes misses cheapest."""
+
+from dataclasses import dataclass
+
+import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.policies.hot_set import hottest_first, n_pinned
+from moe_tool.artifacts.routing import FULL
+from moe_tool.policies.cheapest_residents import cheapest_residents
+from moe_tool.policies.hot_set import ExpertKey, hottest_first, n_pinned
+from moe_tool.policies.misses import MissChoice
+from moe_tool.runtime.price_list import price_book
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelRoom:
+    """One level's part of the memory."""
+
+    n_slots: int
+    pinned: tuple[ExpertKey, ...]
+
+
+def frozen_rooms(
+    manifest: BundleManifest, n_slots: int, choice: MissChoice
+) -> tuple[LevelRoom, ...]:
+    """Return who is in memory for a whole run under a policy, by level.
+
+    Args:
+        manifest: of the bundle.
+        n_slots: that the budget has for records of full experts; cheaper forms share their bytes.
+        choice: of the policy.
+    """
+    full = (LevelRoom(n_slots=n_slots, pinned=choose_resident_experts(manifest, n_slots)),)
+    nothing = LevelRoom(n_slots=0, pinned=())
+    n_levels = 1 + len(manifest.replicas)
+    if n_slots >= len(manifest.records) or choice.residents == "hottest":
+        return full + (nothing,) * (n_levels - 1)
+    if choice.residents == "two-precisions":
+        return _two_precisions(manifest, n_slots, choice)
+    return _cheapest(manifest, n_slots) or full + (nothing,) * (n_levels - 1)
+
+
+def cache_rooms(
+    manifest: BundleManifest, n_slots: int, choice: MissChoice, *, pinned_share: float
+) -> tuple[LevelRoom, ...]:
+    """Return each level's slots where what is in memory changes, see `frozen_rooms`."""
+    nothing = LevelRoom(n_slots=0, pinned=())
+    if choice.residents == "two-precisions" and n_slots < len(manifest.records):
+        rooms = _two_precisions(manifest, n_slots, choice)
+        return tuple(LevelRoom(n_slots=room.n_slots, pinned=()) for room in rooms)
+    pinned: tuple[ExpertKey, ...] = ()
+    if pinned_share:
+        pinned = choose_resident_experts(manifest, n_slots, share=pinned_share)
+    return (LevelRoom(n_slots=n_slots, pinned=pinned),) + (nothing,) * len(manifest.replicas)
 
 
 def choose_resident_experts(
     manifest: BundleManifest, n_slots: int, *, share: float = 1.0
-) -> tuple[tuple[int, int], ...]:
+) -> tuple[ExpertKey, ...]:
     """Return the (layer, expert) pairs that stay in memory for a whole run.
 
     The slots of one token's experts are left free, so that what is not resident can be fetched.
@@ -21,10 +72,7 @@ def choose_resident_experts(
     Returns:
         At most `n_slots` pairs, hottest first.
     """
-    if manifest.heat is None:
-        ranked = _in_turns(manifest)
-    else:
-        ranked = hottest_first({entry.layer: entry.load for entry in manifest.heat})
+    ranked = _ranked(manifest)
     count = n_pinned(
         share, n_slots=n_slots, n_slots_min=n_slots_min(manifest), n_experts=len(ranked)
     )
@@ -37,7 +85,57 @@ def n_slots_min(manifest: BundleManifest) -> int:
     return min(manifest.shape.top_k + 1, n_experts)
 
 
-def _in_turns(manifest: BundleManifest) -> list[tuple[int, int]]:
+def _cheapest(manifest: BundleManifest, n_slots: int) -> tuple[LevelRoom, ...] | None:
+    """One token's slots of full experts stay free, and one slot of every cheaper form."""
+    book = price_book(manifest)
+    if book is None or manifest.prices is None:
+        return None
+    free = n_slots_min(manifest)
+    room = (n_slots - free) * manifest.record_size_bytes - sum(book.record_bytes[1:])
+    if room <= 0:
+        return None
+    use = {entry.layer: np.array(entry.use) for entry in manifest.prices}
+    chosen = cheapest_residents(book, use, room_bytes=room)
+    full, *cheaper = chosen.by_level
+    return (
+        LevelRoom(n_slots=len(full) + free, pinned=full),
+        *(LevelRoom(n_slots=len(keys) + 1, pinned=keys) for keys in cheaper),
+    )
+
+
+def _two_precisions(
+    manifest: BundleManifest, n_slots: int, choice: MissChoice
+) -> tuple[LevelRoom, ...]:
+    """The hottest experts in full, and in a part of the memory those that follow in a cheaper
+    form."""
+    level = int(choice.values["level"])
+    free = n_slots_min(manifest)
+    rooms = [LevelRoom(n_slots=n_slots, pinned=choose_resident_experts(manifest, n_slots))]
+    rooms += [LevelRoom(n_slots=0, pinned=()) for _ in manifest.replicas]
+    if level > len(manifest.replicas):
+        return tuple(rooms)
+    low_bytes = manifest.replicas[level - 1].record_size_bytes
+    part = int(choice.values["part"] * n_slots * manifest.record_size_bytes)
+    n_low = max(free, part // low_bytes)
+    taken = -(-n_low * low_bytes // manifest.record_size_bytes)
+    n_high = n_slots - taken
+    if n_high < free:
+        return tuple(rooms)
+    high = choose_resident_experts(manifest, n_high)
+    following = [key for key in _ranked(manifest) if key not in set(high)]
+    low = tuple(following[: max(0, n_low - free)])
+    rooms[FULL] = LevelRoom(n_slots=n_high, pinned=high)
+    rooms[level] = LevelRoom(n_slots=n_low, pinned=low)
+    return tuple(rooms)
+
+
+def _ranked(manifest: BundleManifest) -> list[ExpertKey]:
+    if manifest.heat is None:
+        return _in_turns(manifest)
+    return hottest_first({entry.layer: entry.load for entry in manifest.heat})
+
+
+def _in_turns(manifest: BundleManifest) -> list[ExpertKey]:
     seen: dict[int, int] = {}
     turns: list[tuple[int, int, int]] = []
     for record in manifest.records:

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.routing import FULL
 from moe_tool.available_memory import (
     anonymous_rss_bytes,
     available_memory_bytes,
@@ -26,6 +27,8 @@ from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.native.kernels import is_native
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.eviction.lru import Lru
+from moe_tool.policies.misses import MissChoice
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
@@ -42,7 +45,7 @@ from moe_tool.runtime.memory_plan import (
 from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
 from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher, require_prefetch
-from moe_tool.runtime.residency import choose_resident_experts, n_slots_min
+from moe_tool.runtime.residency import LevelRoom, cache_rooms, frozen_rooms, n_slots_min
 from moe_tool.runtime.run_options import (
     DEFAULT_EVICTION,
     RunOptions,
@@ -51,6 +54,7 @@ from moe_tool.runtime.run_options import (
     follow_plan,
 )
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
+from moe_tool.store.expert_levels import ExpertLevels
 from moe_tool.store.expert_store import ExpertStore
 
 _FIRST_USE_BYTES = 32 * 2**20
@@ -111,21 +115,18 @@ class Session:
             gates=self.options.gates,
             seed=self.options.seed,
         )
-        if residency != self.runner.residency:
+        rooms = _rooms(self.bundle, self.plan, residency, self.setting.eviction, chosen.choice)
+        if (residency, rooms) != (self.runner.residency, self.runner.rooms):
             self.runner.store.close()
-            self.runner.store = _open_store(
-                self.bundle, self.plan, residency, self.setting.eviction
-            )
-            self.runner.residency = residency
+            self.runner.store = _open_stores(self.bundle, rooms, self.setting.eviction)
+            self.runner.residency, self.runner.rooms = residency, rooms
         self.runner.policy = chosen
         self.runner.prefetcher = prefetcher
 
     def empty_cache(self) -> None:
         """Forget every expert that is not pinned."""
         self.runner.store.close()
-        self.runner.store = _open_store(
-            self.bundle, self.plan, self.runner.residency, self.setting.eviction
-        )
+        self.runner.store = _open_stores(self.bundle, self.runner.rooms, self.setting.eviction)
 
     def close(self) -> None:
         """Stop the reader threads and let go of the memory."""
@@ -251,8 +252,10 @@ def open_session(
     refusal = bundle.read_directly()
     if refusal is not None:
         progress.note(f"{refusal}: experts are read through it, slower")
+    rooms_by_level = _rooms(bundle, memory, residency, setting.eviction, policy.choice)
     runner = MoeLayerRunner(
-        store=_open_store(bundle, memory, residency, setting.eviction),
+        store=_open_stores(bundle, rooms_by_level, setting.eviction),
+        rooms=rooms_by_level,
         residency=residency,
         policy=policy,
         prefetcher=prefetcher,
@@ -352,19 +355,37 @@ def _workload(options: RunOptions, config: Any) -> Workload:
     return Workload(batch=options.batch, positions=positions, prompt=prompt)
 
 
-def _open_store(
-    bundle: BundleReader, plan: MemoryPlan, residency: Residency, eviction: EvictionChoice
-) -> ExpertStore:
-    share = 1.0 if residency == "frozen" else eviction.pinned_share
-    pinned = choose_resident_experts(bundle.manifest, plan.n_slots, share=share) if share else ()
-    return ExpertStore(
-        bundle,
-        n_slots=plan.n_slots,
-        pinned=pinned,
-        eviction=eviction.make,
-        per_layer=eviction.per_layer,
-        n_readers=_N_READERS,
-    )
+def _rooms(
+    bundle: BundleReader,
+    plan: MemoryPlan,
+    residency: Residency,
+    eviction: EvictionChoice,
+    choice: MissChoice,
+) -> tuple[LevelRoom, ...]:
+    if residency == "frozen":
+        return frozen_rooms(bundle.manifest, plan.n_slots, choice)
+    return cache_rooms(bundle.manifest, plan.n_slots, choice, pinned_share=eviction.pinned_share)
+
+
+def _open_stores(
+    bundle: BundleReader, rooms: tuple[LevelRoom, ...], eviction: EvictionChoice
+) -> ExpertLevels:
+    """One store for each form of which there is to be anything in memory."""
+    stores = [
+        ExpertStore(
+            bundle,
+            level=level,
+            n_slots=room.n_slots,
+            pinned=room.pinned,
+            eviction=eviction.make if level == FULL else Lru,
+            per_layer=eviction.per_layer and level == FULL,
+            n_readers=_N_READERS,
+        )
+        if room.n_slots
+        else None
+        for level, room in enumerate(rooms)
+    ]
+    return ExpertLevels(stores, n_experts=bundle.manifest.shape.experts)
 
 
 def _foresight(skeleton: Skeleton, setting: Setting, options: RunOptions) -> Foresight | None:

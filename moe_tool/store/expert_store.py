@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from moe_tool.artifacts.routing import FULL
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.formats.expert_record import decode_record
 from moe_tool.policies.eviction import Entry, ExpertCache, MakeEviction
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
@@ -50,6 +51,7 @@ class ExpertStore:
         self,
         bundle: BundleReader,
         *,
+        level: int = FULL,
         n_slots: int,
         pinned: Sequence[ExpertKey] = (),
         eviction: MakeEviction,
@@ -60,6 +62,7 @@ class ExpertStore:
 
         Args:
             bundle: stays open as long as the store; belongs to the caller.
+            level: the form in which the store holds experts.
             n_slots: records that memory holds at once, pinned ones included.
             pinned: experts that never leave; read by `load_pinned`, at the latest with the first
                 call.
@@ -70,15 +73,15 @@ class ExpertStore:
         Raises:
             BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.
         """
-        manifest = bundle.manifest
-        n_all = len(manifest.records)
+        held = bundle.levels[level]
+        n_all = len(held.records)
         pinned_keys = frozenset(pinned)
         if n_slots < min(len(pinned_keys) + 1, n_all) or n_slots < 1:
             raise BudgetError(
                 f"{n_slots} expert slots cannot hold {len(pinned_keys)} pinned ones and one more",
                 hint="give more --memory",
             )
-        shape = manifest.shape
+        shape = bundle.manifest.shape
         n_slots = min(n_slots, n_all)
         capacity = n_slots - len(pinned_keys)
         if per_layer and 0 < capacity < len(shape.layers):
@@ -86,7 +89,8 @@ class ExpertStore:
                 f"{capacity} expert slots are not one for each of {len(shape.layers)} layers",
                 hint="give more --memory, or leave per-layer out of --eviction",
             )
-        self._bundle = bundle
+        self._shape = shape
+        self._level = held
         self._pinned = pinned_keys
         self._first_key = {layer: at * shape.experts for at, layer in enumerate(shape.layers)}
         self._position = {layer: at for at, layer in enumerate(shape.layers)}
@@ -101,15 +105,17 @@ class ExpertStore:
             per_layer=per_layer,
             pinned=[self._key(key) for key in pinned_keys],
         )
-        self._pinned_masks = {layer: self._empty_mask() for layer in manifest.shape.layers}
+        self._pinned_masks = {layer: self._empty_mask() for layer in shape.layers}
         for layer, expert in pinned_keys:
             self._pinned_masks[layer][expert] = True
         self._masks = {layer: mask.copy() for layer, mask in self._pinned_masks.items()}
-        self._slots = SlotPool(n_slots=n_slots, slot_size_bytes=manifest.record_size_bytes)
+        self._slots = SlotPool(n_slots=n_slots, slot_size_bytes=held.record_size_bytes)
         self._slot_of: dict[ExpertKey, int] = {}
         # Views of a slot, whatever record lies in it, with what a kernel prepares of them.
         self._decoded: dict[int, ExpertWeights] = {}
-        self._reader = RecordReader(bundle.read_record_into, n_readers=n_readers)
+        self._reader = RecordReader(
+            partial(bundle.read_record_into, level=level), n_readers=n_readers
+        )
         self._is_pinned_read = not pinned_keys
         self._call: Iterator[tuple[int, ExpertWeights]] | None = None
         self._named: Sequence[ExpertKey] = ()  # by the call under way
@@ -122,7 +128,7 @@ class ExpertStore:
         return self._first_key[key[0]] + key[1]
 
     def _empty_mask(self) -> np.ndarray:
-        return np.zeros(self._bundle.manifest.shape.experts, dtype=bool)
+        return np.zeros(self._shape.experts, dtype=bool)
 
     def resident(self, layer: int) -> np.ndarray:
         """Return which experts of a layer are in memory now, [E] bool; pinned ones always are."""
@@ -148,8 +154,7 @@ class ExpertStore:
         self._read_pinned(progress)
 
     def _read_pinned(self, progress: Progress) -> None:
-        records = self._bundle.manifest.records
-        wanted = [(record.layer, record.expert) for record in records]
+        wanted = [(record.layer, record.expert) for record in self._level.records]
         missing = [key for key in wanted if key in self._pinned and key not in self._slot_of]
         if not missing:
             self._is_pinned_read = True
@@ -307,7 +312,7 @@ class ExpertStore:
                 if fetch.is_prefetched:
                     self._count_prefetched(counters)
                 else:
-                    counters.bytes_read += self._bundle.manifest.record_size_bytes
+                    counters.bytes_read += self._level.record_size_bytes
                 yield fetch.key[1], self._weights(fetch.slot)
                 self._start_after(fetch.key, waiting)
         finally:
@@ -369,12 +374,6 @@ class ExpertStore:
     def _weights(self, slot: int) -> ExpertWeights:
         weights = self._decoded.get(slot)
         if weights is None:
-            manifest = self._bundle.manifest
-            weights = decode_record(
-                self._bundle.layout,
-                self._slots.view(slot),
-                manifest.precision,
-                manifest.shape.expert_tensors,
-            )
+            weights = self._level.form.decode(self._slots.view(slot))
             self._decoded[slot] = weights
         return weights

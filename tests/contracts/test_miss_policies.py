@@ -10,10 +10,31 @@ from hypothesis import strategies as st
 
 from moe_tool.artifacts.buddy_map import Buddy, LayerBuddies
 from moe_tool.artifacts.routing import Routing
-from moe_tool.policies.misses import MISS_POLICIES, Gates, PolicyInputs
+from moe_tool.policies.misses import (
+    MISS_POLICIES,
+    Gates,
+    LayerBook,
+    PolicyInputs,
+    PriceBook,
+    parse_miss_policy,
+)
+from moe_tool.policies.misses.buddy import buddy_tables
 
 N_EXPERTS, TOP_K, LAYER = 8, 3, 2
 LOSSY = sorted(set(MISS_POLICIES) - {"exact"})
+GATED = ["buddy", "drop", "next-ranked", "random"]
+INERT = {
+    "buddy": "rho=0",
+    "drop": "rho=0",
+    "next-ranked": "rho=0",
+    "random": "rho=0",
+    "near-tie": "alpha=0",
+    "replica": "high=1",
+    "prune": "share=0",
+    "priced": "nats-per-mb=0",
+}
+FIRES = {"near-tie": "alpha=1", "replica": "high=0.3,low=0.5", "prune": "share=0.8"}
+"""What makes a policy act on the cases below, beside its defaults"""
 
 
 def _softmax_weights(logits, index):
@@ -40,9 +61,23 @@ def _build(name, gates):
         ),
         clusters=(0,) * N_EXPERTS,
     )
-    return MISS_POLICIES[name](
+    rng = np.random.default_rng(3)
+    book = LayerBook(
+        nats=rng.uniform(0.1, 1, N_EXPERTS),
+        eps=np.stack([np.zeros(N_EXPERTS), rng.uniform(0.05, 0.9, N_EXPERTS)]),
+        buddy=buddy_tables((buddies,))[LAYER].expert,
+        buddy_scale=buddy_tables((buddies,))[LAYER].scale.astype(np.float64),
+        buddy_eps=np.full((N_EXPERTS, 3), 0.5),
+    )
+    return parse_miss_policy(name).make(
         PolicyInputs(
-            gates=gates, buddies=(buddies,), reweigh={LAYER: _softmax_weights}, logit_weight=0.5
+            gates=gates,
+            buddies=(buddies,),
+            reweigh={LAYER: _softmax_weights},
+            prices=PriceBook(layers={LAYER: book}, record_bytes=(8192, 4096)),
+            unimportance={LAYER: np.linspace(0, 1, 21)},
+            ratios={LAYER: np.linspace(0, 1, 21)},
+            levels=("native", "2"),
         )
     )
 
@@ -72,7 +107,9 @@ GATES = st.builds(
 CASES = {
     "seed": st.integers(0, 2**20),
     "n_tokens": st.integers(0, 7),
-    "resident": st.lists(st.booleans(), min_size=N_EXPERTS, max_size=N_EXPERTS).map(np.array),
+    "resident": st.lists(st.booleans(), min_size=2 * N_EXPERTS, max_size=2 * N_EXPERTS).map(
+        lambda row: np.array(row).reshape(2, N_EXPERTS)
+    ),
     "gates": GATES,
 }
 
@@ -87,14 +124,20 @@ def test_answers_are_distinct_resident_within_the_cap_and_counted(
     before, mask = copy.deepcopy(routing), resident.copy()
     answers = _build(name, gates).decide(routing, resident)
     changed = answers.expert != routing.index
-    cap = TOP_K if not gates.enabled else gates.max_substitutions
+    cap = gates.max_substitutions if gates.enabled and name in GATED else TOP_K
     assert (changed.sum(axis=1) <= (2 if cap is None else cap)).all()
     for row, wanted in zip(answers.expert, routing.index, strict=True):
         kept = row[row >= 0]
         assert len(set(kept)) == len(kept)
         stand_ins = set(kept) - set(wanted)
-        assert all(resident[expert] for expert in stand_ins)
-    assert not changed[resident[routing.index]].any()  # only misses are answered otherwise
+        assert all(resident[0, expert] for expert in stand_ins)
+    if name != "prune":
+        assert not changed[resident[0][routing.index]].any()  # only misses are answered otherwise
+    if answers.level is not None:
+        is_low = answers.level > 0
+        assert (answers.expert == routing.index)[is_low].all()
+        assert answers.lowered == is_low.sum()
+        assert name != "priced" or resident[1][answers.expert[is_low]].all()  # nothing is read
     assert answers.dropped == (answers.expert < 0).sum()
     assert answers.substituted == changed.sum() - answers.dropped
     assert (answers.weight[answers.expert < 0] == 0).all()
@@ -122,18 +165,29 @@ def _is_exact(answers, routing):
 
 
 FIRING = Gates(entropy_threshold={LAYER: 0.0}, bypass_share=1.1, max_substitutions=3)
-SOME = np.arange(N_EXPERTS) % 2 == 0
+SOME = np.stack([np.arange(N_EXPERTS) % 2 == 0, np.arange(N_EXPERTS) % 4 == 1])
 
 
 @pytest.mark.parametrize("name", LOSSY)
-def test_open_gates_fire(name):
+def test_at_strength_it_fires_and_is_counted(name):
     routing = _routing(0, 20)
-    answers = _build(name, FIRING).decide(routing, SOME)
-    assert answers.substituted + answers.dropped > 0
-    assert not _is_exact(answers, routing)
+    spec = f"{name}:{FIRES[name]}" if name in FIRES else name
+    answers = _build(spec, FIRING).decide(routing, SOME)
+    assert answers.substituted + answers.dropped + answers.lowered > 0
+    is_low = answers.level is not None and (answers.level > 0).any()
+    assert is_low or not _is_exact(answers, routing)
 
 
-@pytest.mark.parametrize("name", sorted(MISS_POLICIES))
+@pytest.mark.parametrize("name", LOSSY)
+def test_at_zero_strength_it_is_inert(name):
+    routing = _routing(0, 20)
+    answers = _build(f"{name}:{INERT[name]}", FIRING).decide(routing, SOME)
+    assert _is_exact(answers, routing)
+    assert answers.level is None or not answers.level.any()
+    assert answers.substituted == answers.dropped == answers.lowered == 0
+
+
+@pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -148,11 +202,11 @@ def test_each_closed_gate_alone_makes_a_policy_exact(name, changes):
     assert _is_exact(_build(name, replace(FIRING, **changes)).decide(routing, SOME), routing)
 
 
-@pytest.mark.parametrize("name", sorted(MISS_POLICIES))
+@pytest.mark.parametrize("name", sorted(set(MISS_POLICIES) - {"prune"}))
 def test_everything_resident_is_exact(name):
     routing = _routing(0, 20)
     policy = _build(name, replace(FIRING, enabled=False))
-    assert _is_exact(policy.decide(routing, np.ones(N_EXPERTS, dtype=bool)), routing)
+    assert _is_exact(policy.decide(routing, np.ones((2, N_EXPERTS), dtype=bool)), routing)
 
 
 @pytest.mark.parametrize("name", sorted(MISS_POLICIES))
@@ -162,7 +216,7 @@ def test_prompts_are_exact(name):
     assert _is_exact(policy.decide(routing, SOME), routing)
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", GATED)
 def test_a_smaller_cap_substitutes_less(name):
     routing = _routing(0, 40)
     found = []

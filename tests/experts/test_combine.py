@@ -59,7 +59,7 @@ def test_one_token_gets_the_bits_that_it_gets_among_many(experts):
     for order in itertools.permutations((0, 3, 4)):
         supply = _supply(experts, order)
         assert torch.equal(run_experts(experts, hidden, index, weight, supply), expected)
-        assert torch.equal(_run_tokens(experts, hidden, index, weight, supply), expected)
+        assert torch.equal(_run_tokens(experts, hidden, index, weight, supply, N_EXPERTS), expected)
 
 
 def test_a_token_that_names_an_expert_twice_gets_it_twice(experts):

@@ -18,7 +18,6 @@ from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
 from moe_tool.formats import bundle_files
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.expert_record import encode_record
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileHeader, write_layer_part, write_profile
 from moe_tool.formats.safetensors_index import Checkpoint
@@ -90,8 +89,8 @@ def write_bundle(out: Path, source: Path, **changed: Any) -> None:
     writer = open_writer(out, **changed)
     if not writer.finished:
         for layer, expert_id in ORDER[writer.n_written :]:
-            record = encode_record(writer.layout, expert(layer, expert_id), writer.precision)
-            writer.write_record(layer, expert_id, record)
+            record = writer.forms[0].encode(expert(layer, expert_id))
+            writer.write_record(0, layer, expert_id, record)
         with Checkpoint.open_folder(source) as checkpoint:
             entries = [
                 SkeletonEntry(name=i.name, dtype=i.dtype, shape=i.shape, size_bytes=i.size_bytes)

@@ -7,10 +7,9 @@ import torch
 
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
-from moe_tool.artifacts.precision import NativePrecision, Precision, precision_from_bits
+from moe_tool.artifacts.precision import NativePrecision, precision_from_bits
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.expert_record import encode_record
 
 IDENTITY = ModelIdentity(name="tiny", model_type="mixtral", quick="1" * 64)
 SHAPE = MoeShape(
@@ -63,15 +62,14 @@ def open_writer(
 
 def encoded(writer: BundleWriter, layer: int, expert: int) -> torch.Tensor:
     """Return the record of one expert."""
-    precision: Precision = writer.precision
-    return encode_record(writer.layout, expert_weights(layer, expert), precision)
+    return writer.forms[0].encode(expert_weights(layer, expert))
 
 
 def write_rest(writer: BundleWriter) -> None:
     """Write what is missing and finish."""
     if not writer.finished:
         for layer, expert in ORDER[writer.n_written :]:
-            writer.write_record(layer, expert, encoded(writer, layer, expert))
+            writer.write_record(0, layer, expert, encoded(writer, layer, expert))
         writer.suspend()
         infos = [
             SkeletonEntry(

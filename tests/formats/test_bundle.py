@@ -76,7 +76,7 @@ def test_records_lie_aligned_in_the_order_asked_for(tmp_path: Path) -> None:
 def test_records_are_spread_over_files_that_are_not_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = open_writer(tmp_path / "unused").layout.size_bytes
+    size = open_writer(tmp_path / "unused").forms[0].layout.size_bytes
     monkeypatch.setattr(bundle_files, "MAX_FILE_BYTES", 3 * size)
     monkeypatch.setattr(bundle_writer, "MAX_FILE_BYTES", 100)
     folder = write_bundle(tmp_path / "bundle")
@@ -96,16 +96,16 @@ def test_records_are_spread_over_files_that_are_not_too_large(
 def test_an_interrupted_bundle_becomes_the_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int, n_files: int
 ) -> None:
-    size = open_writer(tmp_path / "unused").layout.size_bytes
+    size = open_writer(tmp_path / "unused").forms[0].layout.size_bytes
     monkeypatch.setattr(bundle_files, "MAX_FILE_BYTES", -(-8 // n_files) * size)
     whole = write_bundle(tmp_path / "whole")
     writer = open_writer(tmp_path / "resumed")
     for layer, expert in ORDER[:n_before]:
-        writer.write_record(layer, expert, encoded(writer, layer, expert))
+        writer.write_record(0, layer, expert, encoded(writer, layer, expert))
     writer.suspend()
     resumed = open_writer(tmp_path / "resumed")
     assert resumed.n_written == n_before
-    assert [resumed.has_record(*key) for key in ORDER] == [i < n_before for i in range(8)]
+    assert list(resumed.to_write) == [(0, *key) for key in ORDER[n_before:]]
     write_rest(resumed)
     assert folder_bytes(tmp_path / "resumed") == folder_bytes(whole)
 
@@ -115,7 +115,7 @@ def test_a_torn_end_of_the_records_is_written_again(tmp_path: Path, cut: int) ->
     whole = write_bundle(tmp_path / "whole")
     writer = open_writer(tmp_path / "torn")
     for layer, expert in ORDER[:5]:
-        writer.write_record(layer, expert, encoded(writer, layer, expert))
+        writer.write_record(0, layer, expert, encoded(writer, layer, expert))
     writer.suspend()
     file = tmp_path / "torn.part" / "experts-00001.safetensors"
     file.write_bytes(file.read_bytes()[: cut or None][: None if cut <= 0 else cut])
@@ -127,12 +127,12 @@ def test_a_record_damaged_before_the_resume_is_written_again(tmp_path: Path) -> 
     whole = write_bundle(tmp_path / "whole")
     writer = open_writer(tmp_path / "torn")
     for layer, expert in ORDER[:5]:
-        writer.write_record(layer, expert, encoded(writer, layer, expert))
+        writer.write_record(0, layer, expert, encoded(writer, layer, expert))
     writer.suspend()
     file = tmp_path / "torn.part" / "experts-00001.safetensors"
     data = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")  # behind the header
-    data[start + 2 * writer.layout.size_bytes + 1] ^= 16
+    data[start + 2 * writer.forms[0].layout.size_bytes + 1] ^= 16
     file.write_bytes(data)
     resumed = open_writer(tmp_path / "torn")
     assert resumed.n_written == 2
@@ -145,7 +145,7 @@ def test_a_torn_line_of_the_journal_costs_only_what_it_names(tmp_path: Path, lin
     whole = write_bundle(tmp_path / "whole")
     writer = open_writer(tmp_path / "torn")
     for layer, expert in ORDER[:5]:
-        writer.write_record(layer, expert, encoded(writer, layer, expert))
+        writer.write_record(0, layer, expert, encoded(writer, layer, expert))
     writer.suspend()
     journal = tmp_path / "torn.part" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -222,7 +222,7 @@ def test_a_finished_bundle_is_found_finished_and_left_alone(tmp_path: Path) -> N
     folder = write_bundle(tmp_path / "bundle")
     before = folder_bytes(folder)
     writer = open_writer(tmp_path / "bundle")
-    assert writer.finished and writer.n_written == 8 and writer.has_record(*ORDER[-1])
+    assert writer.finished and writer.n_written == 8 and not writer.to_write
     manifest = writer.finish(heat=None, buddies=None, profile_sha256=None)
     assert len(manifest.records) == 8
     assert folder_bytes(folder) == before
@@ -274,7 +274,7 @@ def test_a_full_disk_keeps_what_was_written(
     whole = write_bundle(tmp_path / "whole")
     writer = open_writer(tmp_path / "full")
     for layer, expert in ORDER[:3]:
-        writer.write_record(layer, expert, encoded(writer, layer, expert))
+        writer.write_record(0, layer, expert, encoded(writer, layer, expert))
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
@@ -282,7 +282,7 @@ def test_a_full_disk_keeps_what_was_written(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(DiskFullError, match="full") as caught:
-            writer.write_record(*ORDER[3], encoded(writer, *ORDER[3]))
+            writer.write_record(0, *ORDER[3], encoded(writer, *ORDER[3]))
     assert caught.value.exit_code == 4
     writer.suspend()
     resumed = open_writer(tmp_path / "full")

@@ -12,7 +12,7 @@ from moe_tool.formats.expert_record import (
     decode_record,
     encode_record,
     record_layout,
-    require_finite_scales,
+    require_finite_segments,
 )
 from moe_tool.quantization.round_to_nearest import dequantize, round_trip
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
@@ -30,6 +30,10 @@ PAGE = 4096
 
 def padded(text: str) -> bytes:
     return bytes.fromhex(text).ljust(PAGE, b"\0")
+
+
+def _are_scales(name):
+    return name.endswith(".scales")
 
 
 def test_a_native_record_byte_by_byte() -> None:
@@ -102,11 +106,11 @@ def test_a_record_with_scales_that_are_no_numbers_is_refused(bits: str, bad: str
     precision = precision_from_bits(bits)
     layout = record_layout(TENSORS, "bfloat16", precision)
     record = encode_record(layout, WEIGHTS, precision)
-    require_finite_scales(layout, record)
+    require_finite_segments(layout, record, names=_are_scales)
     start = next(s.offset for s in layout.segments if s.name == "up_proj.scales")
     record[start + 2 : start + 4] = torch.tensor(list(bytes.fromhex(bad)), dtype=torch.uint8)
     with pytest.raises(CorruptArtifactError, match=r"up_proj\.scales") as error:
-        require_finite_scales(layout, record)
+        require_finite_segments(layout, record, names=_are_scales)
     assert error.value.hint
 
 
@@ -116,7 +120,7 @@ def test_padding_is_no_part_of_the_scales() -> None:
     record = encode_record(layout, WEIGHTS, precision)
     scales = next(s for s in layout.segments if s.name == "up_proj.scales")
     record[scales.offset + scales.n_bytes : scales.offset + scales.size_bytes] = 0xFF
-    require_finite_scales(layout, record)
+    require_finite_segments(layout, record, names=_are_scales)
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])

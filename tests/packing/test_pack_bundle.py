@@ -139,10 +139,12 @@ def test_interrupted_pack_resumes_to_the_same_bytes(
     pack_bundle(located(folder), out=tmp_path / "whole", bits="4")
     write = BundleWriter.write_record
 
-    def killing(self: BundleWriter, layer: int, expert: int, record: torch.Tensor) -> None:
+    def killing(
+        self: BundleWriter, level: int, layer: int, expert: int, record: torch.Tensor
+    ) -> None:
         if self.n_written == after:
             raise Killed
-        write(self, layer, expert, record)
+        write(self, level, layer, expert, record)
 
     monkeypatch.setattr(BundleWriter, "write_record", killing)
     with pytest.raises(Killed):

@@ -6,7 +6,7 @@ import pytest
 from moe_tool.artifacts.routing import Routing
 from moe_tool.policies.misses.gates import Gates, open_slots
 
-RESIDENT = np.array([True, True, False, False])
+RESIDENT = np.array([[True, True, False, False]])
 
 
 def _routing(index, weight, *, phase="decode", sequence=None):

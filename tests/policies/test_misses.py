@@ -7,7 +7,7 @@ from moe_tool.artifacts.buddy_map import Buddy as BuddyEntry
 from moe_tool.artifacts.buddy_map import LayerBuddies
 from moe_tool.artifacts.routing import Routing
 from moe_tool.errors import UsageError
-from moe_tool.policies.misses import MISS_POLICIES, Gates, PolicyInputs
+from moe_tool.policies.misses import Gates, PolicyInputs, parse_miss_policy
 
 OFF = Gates(entropy_threshold={}, enabled=False)
 
@@ -33,7 +33,7 @@ BUDDIES = (
 
 
 def _build(name, gates=OFF, **inputs):
-    return MISS_POLICIES[name](
+    return parse_miss_policy(name).make(
         PolicyInputs(gates=gates, buddies=BUDDIES, reweigh={5: _share_of_logits}, **inputs)
     )
 
@@ -57,8 +57,8 @@ def _routing(index, weight, *, logits=None, score=None):
 
 
 def _resident(*experts):
-    mask = np.zeros(6, dtype=bool)
-    mask[list(experts)] = True
+    mask = np.zeros((1, 6), dtype=bool)
+    mask[0, list(experts)] = True
     return mask
 
 
@@ -100,11 +100,11 @@ def test_a_positive_logit_weight_prefers_the_buddy_that_the_router_likes():
     routing = _routing([[0, 4]], [[0.75, 0.25]], logits=[[0, -2, 6, 0, 0, 0]])
     resident = _resident(1, 2, 4)
     chosen = {
-        eta: _build("buddy", logit_weight=eta).decide(routing, resident).expert[0, 0]
+        eta: _build(f"buddy:eta={eta}").decide(routing, resident).expert[0, 0]
         for eta in (0.0, 1.0, 1.25)
     }
     assert chosen == {0.0: 1, 1.0: 1, 1.25: 2}
-    assert _build("buddy", logit_weight=1.0).needs_logits
+    assert _build("buddy:eta=1").needs_logits
     assert not _build("buddy").needs_logits
 
 
@@ -125,7 +125,7 @@ def test_random_takes_the_only_free_resident_and_keeps_the_weight():
 
 
 def test_random_is_uniform_over_residents_and_follows_its_seed():
-    weight = np.random.default_rng(0).dirichlet([1, 1], size=6000)
+    weight = np.random.default_rng(0).random((6000, 2))
     routing = _routing(np.tile([0, 4], (6000, 1)), weight)
     resident = _resident(1, 2, 3, 4)
     first = _build("random", seed=1).decide(routing, resident).expert
@@ -191,5 +191,5 @@ def test_next_ranked_leaves_the_weights_of_other_tokens_to_the_bit():
 def test_a_policy_that_cannot_be_made_is_refused_by_name(name, missing, words):
     inputs = {"gates": OFF, "buddies": BUDDIES, "reweigh": {5: _share_of_logits}, **missing}
     with pytest.raises(UsageError, match=words) as refusal:
-        MISS_POLICIES[name](PolicyInputs(**inputs))
+        parse_miss_policy(name).make(PolicyInputs(**inputs))
     assert name in refusal.value.message and refusal.value.hint

@@ -14,13 +14,24 @@ from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES
+from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
+from moe_tool.text.sources import parse_sources
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 GREEDY = GenerateOptions(max_tokens=24, ignore_eos=True)
 LOSSY = [name for name in MISS_POLICIES if name != "exact"]
+ARCHITECTURES = ("qwen3_moe", "mixtral", "gpt_oss")
+FIRES = {"near-tie": "near-tie:alpha=1", "replica": "replica:high=0.2,low=0.5"}
+"""What makes a policy act on a tiny random model, beside its defaults"""
+INERT = {
+    "near-tie": "near-tie:alpha=0",
+    "replica": "replica:high=1",
+    "prune": "prune:share=0",
+    "priced": "priced:nats-per-mb=0",
+}
 
 
 def _buddy_map(manifest: BundleManifest) -> BuddyMap:
@@ -52,20 +63,40 @@ def _buddy_map(manifest: BundleManifest) -> BuddyMap:
 
 
 @pytest.fixture(scope="module")
-def bundle(
+def bundles(
     tiny_checkpoint: Callable[..., Path],
     tiny_bundle: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    folder = tmp_path_factory.mktemp("with-buddies")
-    manifest = BundleReader.open(tiny_bundle("qwen3_moe")).manifest
-    write_json_artifact(folder / "tiny.buddies.json", _buddy_map(manifest))
-    pack_bundle(
-        LocatedModel(folder=tiny_checkpoint("qwen3_moe"), name="qwen3_moe"),
-        out=folder / "bundle",
-        buddies=folder / "tiny.buddies.json",
-    )
-    return folder / "bundle"
+) -> dict[str, Path]:
+    """Bundles with stand-ins, replicas and prices, by architecture."""
+    made = {}
+    for arch in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp(arch)
+        model = LocatedModel(folder=tiny_checkpoint(arch), name=arch)
+        manifest = BundleReader.open(tiny_bundle(arch)).manifest
+        write_json_artifact(folder / "tiny.buddies.json", _buddy_map(manifest))
+        record_profile(
+            model,
+            parse_sources(["builtin"]),
+            out=folder / "tiny.h5",
+            tokens=512,
+            seq_len=32,
+            memory_bytes=8 * 2**30,
+        )
+        pack_bundle(
+            model,
+            out=folder / "bundle",
+            profile=folder / "tiny.h5",
+            buddies=folder / "tiny.buddies.json",
+            replicas="2,rank4",
+        )
+        made[arch] = folder / "bundle"
+    return made
+
+
+@pytest.fixture
+def bundle(bundles: dict[str, Path]) -> Path:
+    return bundles["qwen3_moe"]
 
 
 def _open(bundle: Path, policy: str, memory: str, **options: object) -> Session:
@@ -78,13 +109,15 @@ def _open(bundle: Path, policy: str, memory: str, **options: object) -> Session:
 @pytest.mark.parametrize("policy", LOSSY)
 def test_the_same_run_twice_gives_the_same_tokens(policy: str, bundle: Path) -> None:
     made = []
-    for _ in range(2):
-        with _open(bundle, policy, "50%", seed=3, gates=False) as session:
+    for threads in (1, 2):
+        spec = FIRES.get(policy, policy)
+        with _open(bundle, spec, "50%", seed=3, gates=False, threads=threads) as session:
             made.append(generate_ids(session, [PROMPT], GREEDY).token_ids)
             made.append(generate_ids(session, [PROMPT], GREEDY).token_ids)  # a warm cache
             stats = session.runner.stats
-            assert stats.decode.substitutions + stats.decode.drops > 0
-            assert stats.prompt.substitutions + stats.prompt.drops == 0
+            counters = stats.decode
+            assert counters.substitutions + counters.drops + counters.lowered > 0
+            assert stats.prompt.substitutions + stats.prompt.drops + stats.prompt.lowered == 0
             assert stats.decode.misses > 0
     assert made[0] == made[1] == made[2] == made[3]
 
@@ -101,18 +134,35 @@ def _logits(session: Session) -> torch.Tensor:
     return torch.cat(logits)
 
 
-@pytest.mark.parametrize("policy", LOSSY)
-@pytest.mark.parametrize("gates", [True, False])
+@pytest.mark.parametrize("policy", [name for name in LOSSY if name != "prune"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_with_everything_resident_it_is_exact_bit_for_bit(
-    policy: str, gates: bool, bundle: Path
+    policy: str, arch: str, bundles: dict[str, Path]
 ) -> None:
-    with _open(bundle, "exact", "min") as session:
+    with _open(bundles[arch], "exact", "min") as session:
         exact = _logits(session)
-    with _open(bundle, policy, "100%", gates=gates) as session:
+    with _open(bundles[arch], policy, "100%", gates=False) as session:
         assert torch.equal(_logits(session), exact)
         assert session.runner.stats.decode.hit_rate == 1.0
-    with _open(bundle, policy, "80%", gates=gates) as session:
+
+
+@pytest.mark.parametrize("policy", LOSSY)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_at_zero_strength_it_is_inert_and_at_strength_it_fires(
+    policy: str, arch: str, bundles: dict[str, Path]
+) -> None:
+    with _open(bundles[arch], "exact", "min") as session:
+        exact = _logits(session)
+    inert = INERT.get(policy, f"{policy}:rho=0")
+    with _open(bundles[arch], inert, "50%") as session:
+        assert torch.equal(_logits(session), exact)
+        stats = session.runner.stats.decode
+        assert stats.misses > 0
+        assert stats.substitutions == stats.drops == stats.lowered == 0
+    with _open(bundles[arch], FIRES.get(policy, policy), "50%", gates=False) as session:
         assert not torch.equal(_logits(session), exact)
+        stats = session.runner.stats.decode
+        assert stats.substitutions + stats.drops + stats.lowered > 0
 
 
 def test_sequences_of_a_batch_are_answered_as_if_alone(bundle: Path) -> None:

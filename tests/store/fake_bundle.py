@@ -9,6 +9,8 @@ import torch
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import NativePrecision
 from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.bundle_reader import BundleLevel
+from moe_tool.formats.expert_form import ExpertForm
 from moe_tool.formats.expert_record import record_layout
 
 SIDE = 32
@@ -33,7 +35,13 @@ class FakeBundle:
             records=tuple(SimpleNamespace(layer=layer, expert=expert) for layer, expert in order),
             record_size_bytes=RECORD_BYTES,
         )
-        self.layout = record_layout(tensors, "float32", NativePrecision())
+        form = ExpertForm(
+            precision=NativePrecision(),
+            tensors=tensors,
+            layout=record_layout(tensors, "float32", NativePrecision()),
+            stem="experts",
+        )
+        self.levels = (BundleLevel(form=form, records=self.manifest.records),)
         self.delay_s = {}
         self.held_back = {}
         self.broken = set()
@@ -45,7 +53,7 @@ class FakeBundle:
         """Let reads of this expert wait for the event returned."""
         return self.held_back.setdefault((layer, expert), threading.Event())
 
-    def read_record_into(self, layer, expert, out, *, go_on=None):
+    def read_record_into(self, layer, expert, out, *, level=0, go_on=None):
         """Fill `out` in two halves with a pause between, so that a torn read shows."""
         self.started.append((layer, expert))
         self.has_started.set()

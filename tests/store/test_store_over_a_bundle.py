@@ -13,7 +13,6 @@ from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import CorruptArtifactError, StorageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.expert_record import encode_record
 from moe_tool.policies.eviction import Lru
 from moe_tool.quantization.round_to_nearest import dequantize, round_trip
 from moe_tool.quantization.weights import IntegerWeight
@@ -58,8 +57,8 @@ def bundle(request, tmp_path):
         made_from={},
     )
     for layer, expert in order:
-        record = encode_record(writer.layout, _expert(layer, expert), precision)
-        writer.write_record(layer, expert, record)
+        record = writer.forms[0].encode(_expert(layer, expert))
+        writer.write_record(0, layer, expert, record)
     writer.finish(heat=None, buddies=None, profile_sha256=None)
     with BundleReader.open(tmp_path / "bundle") as reader:
         yield reader

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Routing
+from moe_tool.artifacts.routing import FULL, Routing
 from moe_tool.policies.entropy import token_activating_entropy
 
 
@@ -53,12 +53,12 @@ def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlot
     Args:
         gates: the thresholds.
         routing: one layer call; nothing is open in a prompt.
-        resident: [E] bool.
+        resident: [L, E] bool.
     """
-    if routing.phase == "prompt" or resident.all():
+    if routing.phase == "prompt" or resident[FULL].all():
         return None
     top_k = routing.index.shape[1]
-    missing = ~resident[routing.index]  # [T, K]
+    missing = ~resident[FULL][routing.index]  # [T, K]
     limit = top_k
     if gates.enabled:
         rho = gates.max_substitutions

@@ -1,7 +1,7 @@
 """What the runtime asks of a miss policy, with what one is made from."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from moe_tool.artifacts.buddy_map import LayerBuddies
 from moe_tool.artifacts.routing import Answers, Routing
 from moe_tool.policies.misses.gates import Gates
+from moe_tool.policies.misses.price_book import PriceBook
 
 Reweigh = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(logits [T, E], index [T, K]) -> [T, K]: the gate weights that the model's rule gives a set."""
@@ -43,7 +44,8 @@ class MissPolicy(Protocol):
 
         Args:
             routing: one layer call.
-            resident: [E] bool.
+            resident: [L, E] bool: which forms of which experts are in memory; row FULL is the
+                experts themselves.
         """
 
 
@@ -54,13 +56,34 @@ class PolicyInputs:
     gates: Gates | None = None
     """None: nothing is known of the thresholds, and no gated policy can be built"""
     buddies: tuple[LayerBuddies, ...] | None = None
-    logit_weight: float = 0.0
-    """BuddyMoE's eta: how much this token's own router logits move its choice among the buddies"""
     reweigh: Mapping[int, Reweigh] | None = None
     """By decoder layer; None where the model's weight rule is not known"""
+    prices: PriceBook | None = None
+    """None where the bundle was packed without a profile"""
+    unimportance: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """By decoder layer: quantiles of `replica.unimportance` in the profile"""
+    ratios: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """By decoder layer: quantiles of `prune.ratio_to_heaviest` of the slots after the heaviest"""
+    levels: tuple[str, ...] = ("native",)
+    """What each level is called"""
     seed: int = 0
 
 
 def keep(routing: Routing) -> Answers:
     """Return the answers that change nothing."""
     return Answers(expert=routing.index, weight=routing.weight, substituted=0, dropped=0)
+
+
+def positive_scores(score: np.ndarray) -> np.ndarray:
+    """Return selection scores that can be compared as ratios, [T, E] float64: their softmax where
+    some are negative.
+
+    Args:
+        score: [T, E]; -inf outside a token's expert groups.
+    """
+    wide = score.astype(np.float64)
+    if (wide[np.isfinite(wide)] >= 0).all():
+        return np.where(np.isfinite(wide), wide, 0.0)
+    raised = np.exp(wide - wide.max(axis=1, keepdims=True))
+    result: np.ndarray = raised / raised.sum(axis=1, keepdims=True)
+    return result

@@ -17,8 +17,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 class RandomResident:
     """Replaces a missing expert by a uniformly random one of those resident and free.
 
-    The draw is a hash of seed, layer, the token's own routing (experts and gate weights, to the
-    bit) and the slot. It needs no state: the same prompt gets the same draws whatever else is in
+    The draw is a hash of seed, layer, the token's own routing (experts, and gate weights to three
+    digits) and the slot. It needs no state: the same prompt gets the same draws whatever else is in
     the batch.
     """
 
@@ -56,10 +56,11 @@ class RandomResident:
 def _hash_routing(routing: Routing, seed: int) -> np.ndarray:
     """Return one 64-bit key for each token, [T] uint64."""
     key = np.full(routing.index.shape[0], (seed << 20 ^ routing.layer) % 2**64, dtype=np.uint64)
-    bits = np.ascontiguousarray(routing.weight, dtype=np.float32).view(np.uint32)
+    # Rounded: the last bits differ with the number of threads.
+    bits = np.round(routing.weight.astype(np.float64) * 1024).astype(np.int64).astype(np.uint64)
     for position in range(routing.index.shape[1]):
         key = _mix(key ^ routing.index[:, position].astype(np.uint64))
-        key = _mix(key ^ bits[:, position].astype(np.uint64))
+        key = _mix(key ^ bits[:, position])
     return key
 
 

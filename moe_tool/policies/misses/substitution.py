@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.artifacts.routing import FULL, Answers, Routing
 from moe_tool.policies.misses.gates import OpenSlots
 
 
@@ -35,14 +35,14 @@ def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: P
 
     Args:
         routing: one layer call.
-        resident: [E] bool.
+        resident: [L, E] bool.
         slots: what the gates let through.
         pick: chooses among free experts; called once for each of the K ranks of gate weight.
     """
     n_tokens, top_k = routing.index.shape
     every = np.arange(n_tokens)
     expert, weight = routing.index.copy(), routing.weight.copy()
-    used = np.zeros((n_tokens, resident.size), dtype=bool)
+    used = np.zeros((n_tokens, resident.shape[1]), dtype=bool)
     used[every[:, None], routing.index] = True
     n_filled = np.zeros(n_tokens, dtype=np.int64)
     for rank in range(top_k):
@@ -50,7 +50,7 @@ def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: P
         token = np.flatnonzero(slots.open[every, position] & (n_filled < slots.limit))
         if token.size == 0:
             continue
-        picked = pick(token, position[token], resident & ~used[token])
+        picked = pick(token, position[token], resident[FULL] & ~used[token])
         found = picked.expert >= 0
         token, chosen = token[found], picked.expert[found]
         position = position[token]

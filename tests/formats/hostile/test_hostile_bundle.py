@@ -120,7 +120,7 @@ def bundle(whole: Path, tmp_path: Path) -> Path:
     manifest("two experts swapped", two_experts_swapped, "does not hold layer.0.expert.0"),
     manifest("another record size", lambda p: p.update(record_size_bytes=4096), "4096 bytes"),
     manifest("absurd record size", lambda p: p.update(record_size_bytes=2**60), "record_size"),
-    manifest("another width", lambda p: p["precision"].update(width_bits=3), "width_bits"),
+    manifest("another width", lambda p: p["precision"].update(width_bits=5), "width_bits"),
     manifest("native for integers", lambda p: p.update(precision={"kind": "native"}), "record"),
     manifest("a file twice", lambda p: p["files"].append(p["files"][0]), "listed twice"),
     manifest(

@@ -1,0 +1,99 @@
+"""The forms in which a bundle holds an expert: as it is, or as a cheaper replica."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName, MoeShape
+from moe_tool.artifacts.precision import (
+    IntegerPrecision,
+    LowRankPrecision,
+    NativePrecision,
+    Precision,
+    ReplicaPrecision,
+    describe_precision,
+)
+from moe_tool.formats.expert_record import (
+    RecordLayout,
+    decode_record,
+    encode_record,
+    record_layout,
+    require_finite_segments,
+)
+from moe_tool.quantization.low_rank import LOW_RANK_TENSORS
+from moe_tool.quantization.weights import ExpertWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertForm:
+    """How the records of one level are written."""
+
+    precision: Precision | LowRankPrecision
+    tensors: tuple[ExpertTensor, ...]
+    layout: RecordLayout
+    stem: str
+    """Of the names of its files"""
+
+    @property
+    def stored_precision(self) -> Precision:
+        """Of the record's tensors: those of a low-rank map are floats as they are."""
+        return NativePrecision() if isinstance(self.precision, LowRankPrecision) else self.precision
+
+    @property
+    def name(self) -> str:
+        """For tables: native, 4, 2:128, rank16"""
+        return describe_precision(self.precision)
+
+    def encode(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return a record, uint8 [layout.size_bytes]; see `encode_record`."""
+        return encode_record(self.layout, weights, self.stored_precision)
+
+    def decode(self, record: torch.Tensor) -> ExpertWeights:
+        """Return an expert whose weights are views into `record`, uint8 [layout.size_bytes]."""
+        return decode_record(self.layout, record, self.stored_precision, self.tensors)
+
+
+def require_finite(form: ExpertForm, record: torch.Tensor) -> None:
+    """Refuse a record whose scales, or whose map, hold NaN or infinity.
+
+    Raises:
+        CorruptArtifactError: names the segment.
+    """
+    is_map = isinstance(form.precision, LowRankPrecision)
+    require_finite_segments(
+        form.layout, record, names=lambda name: is_map or name.endswith(".scales")
+    )
+
+
+def full_form(shape: MoeShape, precision: Precision) -> ExpertForm:
+    """Return the form of the experts themselves."""
+    return _form(shape.expert_tensors, shape.dtype, precision, precision, "experts")
+
+
+def replica_form(shape: MoeShape, precision: ReplicaPrecision) -> ExpertForm:
+    """Return the form of a cheaper answer in an expert's place."""
+    stem = "replicas-" + describe_precision(precision).replace(":", "x")
+    if isinstance(precision, IntegerPrecision):
+        return _form(shape.expert_tensors, shape.dtype, precision, precision, stem)
+    sizes = {"rank": precision.rank, "hidden": shape.hidden}
+    tensors = tuple(
+        ExpertTensor(name=name, shape=tuple(sizes[extent] for extent in extents))
+        for name, extents in LOW_RANK_TENSORS.items()
+    )
+    return _form(tensors, "float16", NativePrecision(), precision, stem)
+
+
+def _form(
+    tensors: tuple[ExpertTensor, ...],
+    dtype: FloatName,
+    stored: Precision,
+    precision: Precision | LowRankPrecision,
+    stem: str,
+) -> ExpertForm:
+    return ExpertForm(
+        precision=precision,
+        tensors=tensors,
+        layout=record_layout(tensors, dtype, stored),
+        stem=stem,
+    )

@@ -1,0 +1,130 @@
+"""Who is to be in memory, and in which form, so that misses cost least: facility location with
+costs, greedily by the price saved per byte."""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.routing import FULL
+from moe_tool.policies.hot_set import ExpertKey
+from moe_tool.policies.misses.price_book import PriceBook
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentChoice:
+    """What is in memory."""
+
+    by_level: tuple[tuple[ExpertKey, ...], ...]
+    """The experts held in each form, in the order in which they were chosen; each in one at most"""
+    size_bytes: int
+    nats_per_token: float
+    """Expected price of all misses, each answered by the cheapest that needs no read"""
+
+
+class _Layer:
+    """The answers that one layer's experts have so far."""
+
+    def __init__(
+        self, use: np.ndarray, nats: np.ndarray, eps: np.ndarray, stand_in: np.ndarray
+    ) -> None:
+        self.eps_squared = np.minimum(eps, 1.0) ** 2  # [L, E]
+        self.weight = use * nats  # [E]
+        self.held = np.full(len(use), -1)  # level, -1: none
+        self._stand_in = stand_in**2  # [E, E]: of column j for row i, where j is held in full
+        self._own = np.ones(len(use))
+        self._other = np.ones(len(use))
+
+    @property
+    def total(self) -> float:
+        return float((self.weight * np.minimum(self._own, self._other)).sum())
+
+    def gain(self, expert: int, level: int) -> float:
+        best = np.minimum(self._own, self._other)
+        own = min(self.eps_squared[level, expert], self._other[expert])
+        saved = self.weight[expert] * (best[expert] - own)
+        if level == FULL:
+            others = np.maximum(best - self._stand_in[:, expert], 0.0) * self.weight
+            saved += others.sum() - others[expert]
+        return float(saved)
+
+    def hold(self, expert: int, level: int) -> None:
+        self.held[expert] = level
+        self._own[expert] = self.eps_squared[level, expert]
+        if level == FULL:
+            np.minimum(self._other, self._stand_in[:, expert], out=self._other)
+
+
+def cheapest_residents(
+    book: PriceBook, use: Mapping[int, np.ndarray], *, room_bytes: int
+) -> ResidentChoice:
+    """Return the residents that make the expected price of misses least, as a greedy search finds
+    them.
+
+    A step holds one more expert in some form, or one in a dearer form than before, whichever saves
+    most per byte that it adds. What a step saves only falls while others are taken, so that gains
+    are worked out anew for the best candidate alone.
+
+    Args:
+        book: prices.
+        use: decoder layer -> [E] mean squared gate weight of each expert over all tokens.
+        room_bytes: that the residents may take.
+    """
+    layers = {
+        number: _Layer(use[number], each.nats, each.eps, _stand_ins(each.buddy, each.buddy_eps))
+        for number, each in book.layers.items()
+    }
+    sizes = book.record_bytes
+    left = room_bytes
+
+    def candidate(number: int, expert: int, level: int) -> tuple[float, int, int, int, int] | None:
+        layer = layers[number]
+        before = layer.held[expert]
+        added = sizes[level] - (sizes[before] if before >= 0 else 0)
+        if added <= 0 or not np.isfinite(book.layers[number].eps[level, expert]):
+            return None
+        return (-layer.gain(expert, level) / added, number, expert, level, added)
+
+    heap = [
+        found
+        for number, layer in layers.items()
+        for expert in range(len(layer.weight))
+        for level in range(len(sizes))
+        if (found := candidate(number, expert, level)) is not None
+    ]
+    heapq.heapify(heap)
+    order: dict[tuple[int, int], int] = {}
+    while heap:
+        ratio, number, expert, level, added = heapq.heappop(heap)
+        now = candidate(number, expert, level)
+        if now is None or now[4] > left:
+            continue
+        if (now[0], now[4]) != (ratio, added):
+            heapq.heappush(heap, now)
+            continue
+        layers[number].hold(expert, level)
+        left -= added
+        order.pop((number, expert), None)
+        order[number, expert] = level
+        for other in range(len(sizes)):  # a dearer form adds fewer bytes now
+            again = candidate(number, expert, other)
+            if again is not None:
+                heapq.heappush(heap, again)
+    by_level: list[list[ExpertKey]] = [[] for _ in sizes]
+    for key, level in order.items():
+        by_level[level].append(key)
+    return ResidentChoice(
+        by_level=tuple(tuple(keys) for keys in by_level),
+        size_bytes=room_bytes - left,
+        nats_per_token=sum(layer.total for layer in layers.values()),
+    )
+
+
+def _stand_ins(buddy: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    """[E, E]: relative error of column j in place of row i, 1 where it is not listed."""
+    n_experts = len(buddy)
+    table = np.ones((n_experts, n_experts))
+    row, column = np.nonzero(buddy >= 0)
+    table[row, buddy[row, column]] = np.minimum(eps[row, column], 1.0)
+    return table

@@ -1,0 +1,258 @@
+"""A miss policy by name, with its parameters: what `--policy` takes."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from moe_tool.errors import UsageError
+from moe_tool.policies.misses.buddy import Buddy, buddy_tables
+from moe_tool.policies.misses.drop import Drop
+from moe_tool.policies.misses.exact import Exact
+from moe_tool.policies.misses.gates import Gates
+from moe_tool.policies.misses.near_tie import NearTie
+from moe_tool.policies.misses.next_ranked import NextRanked
+from moe_tool.policies.misses.price_book import PriceBook
+from moe_tool.policies.misses.priced import Priced
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, Reweigh
+from moe_tool.policies.misses.prune import Prune
+from moe_tool.policies.misses.random_resident import RandomResident
+from moe_tool.policies.misses.replica import Replica
+
+Values = Mapping[str, float]
+Residents = Literal["hottest", "two-precisions", "cheapest"]
+"""Who is in memory under frozen residency: the experts used most; those and, in a part of the
+memory, the cheaper forms of those used most; or what makes the expected price least."""
+
+
+def _exact(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    return Exact()
+
+
+def _drop(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    return Drop(gates=_gates(inputs, "drop", values))
+
+
+def _buddy(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    if inputs.buddies is None:
+        raise UsageError(
+            "--policy buddy: this bundle has no buddies", hint="pack it again with --buddies FILE"
+        )
+    return Buddy(
+        gates=_gates(inputs, "buddy", values),
+        tables=buddy_tables(inputs.buddies),
+        logit_weight=values["eta"],
+    )
+
+
+def _random(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    return RandomResident(gates=_gates(inputs, "random", values), seed=inputs.seed)
+
+
+def _next_ranked(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    return NextRanked(
+        gates=_gates(inputs, "next-ranked", values), reweigh=_reweigh(inputs, "next-ranked")
+    )
+
+
+def _near_tie(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    return NearTie(alpha=values["alpha"], reweigh=_reweigh(inputs, "near-tie"))
+
+
+def _replica(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    n_levels = len(inputs.levels)
+    if n_levels < 2:
+        raise UsageError(
+            "--policy replica: this bundle has no replicas", hint="pack it again with --replicas 2"
+        )
+    level = int(values["level"])
+    if level >= n_levels:
+        raise UsageError(
+            f"--policy replica: there is no level {level}",
+            hint=f"the bundle has replicas 1 to {n_levels - 1}: {', '.join(inputs.levels[1:])}",
+        )
+    found = np.mean(list(inputs.unimportance.values()), axis=0) if inputs.unimportance else None
+    t1, t2 = (
+        _quantile(found, share)
+        for share in (values["high"], min(1.0, values["high"] + values["low"]))
+    )
+    return Replica(t1=t1, t2=t2, level=level)
+
+
+def _prune(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    if not inputs.ratios:
+        raise UsageError(
+            "--policy prune: this bundle was packed without a profile",
+            hint="pack it again with --profile FILE",
+        )
+    share = values["share"]
+    limit = {layer: _quantile(found, share) for layer, found in inputs.ratios.items()}
+    if share == 0:
+        limit = dict.fromkeys(limit, 0.0)
+    return Prune(limit=limit, share=share)
+
+
+def _priced(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    return Priced(book=_book(inputs, "priced"), nats_per_mb=values["nats-per-mb"])
+
+
+def _book(inputs: PolicyInputs, name: str) -> PriceBook:
+    if inputs.prices is None:
+        raise UsageError(
+            f"--policy {name}: this bundle was packed without a profile, so it has no prices",
+            hint="pack it again with --profile FILE",
+        )
+    return inputs.prices
+
+
+def _reweigh(inputs: PolicyInputs, name: str) -> Mapping[int, Reweigh]:
+    if inputs.reweigh is None:
+        raise UsageError(
+            f"--policy {name}: the rule by which this model weighs its experts is not known",
+            hint="take --policy buddy, random, drop or exact",
+        )
+    return inputs.reweigh
+
+
+def _gates(inputs: PolicyInputs, name: str, values: Values) -> Gates:
+    if inputs.gates is None:
+        raise UsageError(
+            f"--policy {name}: this bundle has no buddies, so the gates' thresholds are not known",
+            hint="pack it again with --buddies FILE, or add --no-gates",
+        )
+    gates = inputs.gates
+    if values["beta"] != _BUDDY_GATES["beta"].default:
+        gates = replace(gates, bypass_share=values["beta"])
+    if values["rho"] >= 0:
+        gates = replace(gates, max_substitutions=int(values["rho"]))
+    return gates
+
+
+def _quantile(table: np.ndarray | None, share: float) -> float:
+    """Read a table of equally spaced quantiles."""
+    if table is None:
+        return share
+    return float(np.interp(share, np.linspace(0, 1, len(table)), table))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Range:
+    default: float
+    least: float = 0
+    most: float = 1
+    whole: bool = False
+
+
+_BUDDY_GATES = {
+    "rho": _Range(default=-1, least=-1, most=1024, whole=True),
+    "beta": _Range(default=0.6, least=0, most=2),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    make: Callable[[PolicyInputs, Values], MissPolicy]
+    """Raises UsageError where the policy cannot be made from the inputs"""
+    parameters: Mapping[str, _Range] = field(default_factory=dict)
+    residents: Residents = "hottest"
+
+
+MISS_POLICIES: Mapping[str, _Kind] = {
+    "exact": _Kind(make=_exact),
+    "buddy": _Kind(
+        make=_buddy, parameters={**_BUDDY_GATES, "eta": _Range(default=0, least=0, most=100)}
+    ),
+    "drop": _Kind(make=_drop, parameters=_BUDDY_GATES),
+    "random": _Kind(make=_random, parameters=_BUDDY_GATES),
+    "next-ranked": _Kind(make=_next_ranked, parameters=_BUDDY_GATES),
+    "near-tie": _Kind(make=_near_tie, parameters={"alpha": _Range(default=0.3)}),
+    "replica": _Kind(
+        make=_replica,
+        parameters={
+            "high": _Range(default=0.67),
+            "low": _Range(default=0.3),
+            "level": _Range(default=1, least=1, most=64, whole=True),
+            "part": _Range(default=0.2),
+        },
+        residents="two-precisions",
+    ),
+    "prune": _Kind(make=_prune, parameters={"share": _Range(default=0.5)}),
+    "priced": _Kind(
+        make=_priced,
+        parameters={"nats-per-mb": _Range(default=math.inf, least=0, most=math.inf)},
+        residents="cheapest",
+    ),
+}
+"""Every miss policy by the name that `--policy` takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissChoice:
+    """A policy and its parameters."""
+
+    kind: str
+    """Key of MISS_POLICIES"""
+    values: Values
+    """All of the kind's parameters"""
+
+    @property
+    def name(self) -> str:
+        """What `parse_miss_policy` makes this choice from; defaults left out."""
+        ranges = MISS_POLICIES[self.kind].parameters
+        words = [f"{key}={v:g}" for key, v in self.values.items() if v != ranges[key].default]
+        return self.kind + (":" + ",".join(words) if words else "")
+
+    @property
+    def residents(self) -> Residents:
+        """Who is in memory under frozen residency."""
+        return MISS_POLICIES[self.kind].residents
+
+    def make(self, inputs: PolicyInputs) -> MissPolicy:
+        """Return the policy.
+
+        Raises:
+            UsageError: the inputs lack what it needs.
+        """
+        return MISS_POLICIES[self.kind].make(inputs, self.values)
+
+
+def parse_miss_policy(text: str) -> MissChoice:
+    """Return what a word like "exact", "buddy:rho=1" or "priced:nats-per-mb=0.01" means.
+
+    Raises:
+        UsageError: the policy or a parameter is unknown, or its value is no number it can have.
+    """
+    kind, _, rest = text.strip().partition(":")
+    if kind not in MISS_POLICIES:
+        raise UsageError(
+            f"--policy {kind} is not known", hint=f"use one of {', '.join(MISS_POLICIES)}"
+        )
+    ranges = MISS_POLICIES[kind].parameters
+    values = {key: each.default for key, each in ranges.items()}
+    for word in rest.split(",") if rest else ():
+        key, _, number = word.partition("=")
+        if key not in ranges:
+            known = ", ".join(f"{name}={value:g}" for name, value in values.items())
+            raise UsageError(
+                f"--policy {text}: {word!r} is not known",
+                hint=f"it takes {known}" if known else f"{kind} takes no parameter",
+            )
+        values[key] = _number(text, word, number, ranges[key])
+    return MissChoice(kind=kind, values=values)
+
+
+def _number(text: str, word: str, number: str, allowed: _Range) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    is_whole = not allowed.whole or value == math.floor(value) if math.isfinite(value) else True
+    if not allowed.least <= value <= allowed.most or not is_whole:
+        kind = "a whole number" if allowed.whole else "a number"
+        raise UsageError(
+            f"--policy {text}: {word!r} is out of range",
+            hint=f"{kind} from {allowed.least:g} to {allowed.most:g} is possible",
+        )
+    return value

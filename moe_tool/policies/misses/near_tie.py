@@ -1,0 +1,67 @@
+"""A wanted expert that hardly outscored the rest gives way to a resident one that hardly lost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.artifacts.routing import FULL, Answers, Routing, answers_of
+from moe_tool.policies.misses.protocol import Reweigh, keep, positive_scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearTie:
+    """SMoE's router (arXiv:2508.18983): bands around S, the best score that was not chosen.
+
+    Chosen experts scoring below (1 + alpha) S are low, the others are kept whatever it takes. Low
+    ones that are missing give way to resident experts from (1 - alpha) S to S, the best first; what
+    finds none is read. The gate weights of the whole set are computed anew by the model's own rule.
+    Deviation: experts that another token of the batch brings in are no candidates, so that an
+    answer does not depend on the company it is in.
+    """
+
+    alpha: float
+    reweigh: Mapping[int, Reweigh]
+    """By decoder layer"""
+    lossy: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
+    needs_score: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Return one line for the announcement."""
+        return (
+            "near-tie: an expert in memory that scored nearly as high answers a missing one, "
+            f"text may differ (within {self.alpha:.0%} of the best score not chosen)"
+        )
+
+    def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
+        """Return the routing with near-ties swapped."""
+        n_experts = resident.shape[1]
+        top_k = routing.index.shape[1]
+        if routing.phase == "prompt" or self.alpha <= 0 or n_experts <= top_k:
+            return keep(routing)
+        assert routing.score is not None and routing.logits is not None, "the policy asked for them"
+        score = positive_scores(routing.score)  # [T, E]
+        every = np.arange(len(score))[:, None]
+        is_chosen = np.zeros(score.shape, dtype=bool)
+        is_chosen[every, routing.index] = True
+        limit = np.where(is_chosen, -np.inf, score).max(axis=1, keepdims=True)  # [T, 1]
+        own = score[every, routing.index]  # [T, K]
+        gives_way = (own < (1 + self.alpha) * limit) & ~resident[FULL][routing.index]
+        may_come = ~is_chosen & resident[FULL] & (score > (1 - self.alpha) * limit)
+        ranked = np.argsort(np.where(may_come, -score, np.inf), axis=1, kind="stable")
+        n_coming = may_come.sum(axis=1)
+        expert = routing.index.copy()
+        order = np.argsort(np.where(gives_way, own, np.inf), axis=1, kind="stable")
+        for place in range(top_k):  # the lowest of those that give way first
+            position = order[:, place]
+            moves = gives_way[every[:, 0], position] & (place < n_coming)
+            token = np.flatnonzero(moves)
+            expert[token, position[token]] = ranked[token, place]
+        moved = np.flatnonzero((expert != routing.index).any(axis=1))
+        if not moved.size:
+            return keep(routing)
+        weight = routing.weight.astype(np.float32)
+        weight[moved] = self.reweigh[routing.layer](routing.logits[moved], expert[moved])
+        return answers_of(routing, expert, weight)

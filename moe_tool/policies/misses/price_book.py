@@ -1,0 +1,100 @@
+"""What every answer to a miss costs, as arrays: the one currency in which answers are compared.
+
+Prices are nats that a slot's answer is expected to add to the divergence of the model's output:
+nats[i] * w^2 * eps^2 for an answer with relative error eps in a slot of gate weight w.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.routing import FULL, Answers, Routing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBook:
+    """One layer's prices. E experts, L levels, B listed stand-ins."""
+
+    nats: np.ndarray
+    """[E] float64: of a slot with gate weight 1 that is answered by nothing"""
+    eps: np.ndarray
+    """[L, E] float64: relative error of each form; 0 at FULL, infinite where it is not stored"""
+    buddy: np.ndarray
+    """[E, B] int64: listed stand-ins; -1 where there is none"""
+    buddy_scale: np.ndarray
+    """[E, B] float64"""
+    buddy_eps: np.ndarray
+    """[E, B] float64: relative error at that scale; infinite where there is none"""
+
+    def stand_in_cost(
+        self, wanted: np.ndarray, weight: np.ndarray, used: np.ndarray, used_weight: np.ndarray
+    ) -> np.ndarray:
+        """Return what slots cost that another expert answers with any weight, [n] float64.
+
+        With E_i = a E_j + rest, ||rest|| = eps ||E_i||, the error of w' E_j for w E_i is that of
+        the rest, and of what w' differs from a w. A stand-in that is not listed is taken to have
+        nothing in common with the expert.
+
+        Args:
+            wanted: [n] experts.
+            weight: [n] their gate weights.
+            used: [n] experts that answer.
+            used_weight: [n] the weights they answer with.
+        """
+        listed = self.buddy[wanted] == used[:, None]  # [n, B]
+        is_listed = listed.any(axis=1)
+        column = listed.argmax(axis=1)
+        row = np.arange(len(wanted))
+        if self.buddy.shape[1]:
+            scale = self.buddy_scale[wanted][row, column]
+            squared = np.minimum(self.buddy_eps[wanted][row, column] ** 2, 1.0)
+        else:
+            scale, squared = np.zeros(len(wanted)), np.ones(len(wanted))
+        is_listed &= scale != 0
+        # ||E_j||^2 / ||E_i||^2 on the tokens of i
+        size = np.divide(1 - squared, scale**2, out=np.zeros_like(scale), where=is_listed)
+        close = weight**2 * squared + (weight * scale - used_weight) ** 2 * size
+        nats, other = self.nats[wanted], self.nats[used]
+        far = nats * weight**2 + other * used_weight**2
+        cost: np.ndarray = np.where(is_listed, nats * close, far)
+        return cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceBook:
+    """All that the planner, the policies and the account know of prices."""
+
+    layers: Mapping[int, LayerBook]
+    """By decoder layer"""
+    record_bytes: tuple[int, ...]
+    """By level"""
+
+    def spent(self, routing: Routing, answers: Answers) -> np.ndarray:
+        """Return what the answers are expected to add to the divergence, [T] float64 nats.
+
+        Errors of slots are added up as if they had nothing in common.
+
+        Args:
+            routing: one layer call.
+            answers: to it.
+        """
+        book = self.layers[routing.layer]
+        n_tokens, top_k = routing.index.shape
+        wanted = routing.index.reshape(-1)
+        weight = routing.weight.reshape(-1).astype(np.float64)
+        used = answers.expert[:, :top_k].reshape(-1)
+        used_weight = answers.weight[:, :top_k].reshape(-1).astype(np.float64)
+        level = np.full(len(used), FULL)
+        if answers.level is not None:
+            level = answers.level[:, :top_k].reshape(-1)
+        outside = wanted >= len(book.nats)  # an identity expert
+        wanted, used = np.where(outside, 0, wanted), np.where(outside, -1, used)
+        eps = book.eps[level, np.maximum(used, 0)]
+        same = book.nats[wanted] * ((weight - used_weight) ** 2 + (used_weight * eps) ** 2)
+        other = book.stand_in_cost(wanted, weight, np.maximum(used, 0), used_weight)
+        dropped = book.nats[wanted] * weight**2
+        cost = np.where(used == wanted, same, np.where(used < 0, dropped, other))
+        cost = np.where(outside, 0.0, cost)
+        total: np.ndarray = cost.reshape(n_tokens, top_k).sum(axis=1)
+        return total

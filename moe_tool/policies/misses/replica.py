@@ -1,0 +1,70 @@
+"""A missing expert is read in full, read cheaply or left out, by how much it matters here."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.artifacts.routing import FULL, Answers, Routing, answers_of
+from moe_tool.policies.misses.protocol import keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """HOBBIT's scorer (arXiv:2411.01433): the unimportance s of a slot is the normalised gate
+    weight of all slots above it, 0 for the heaviest.
+
+    A missing expert with s <= t1 is fetched in full, with s <= t2 in its cheaper form, else it is
+    left out. What is in memory in full is used. The heaviest slot is always answered in full.
+    """
+
+    t1: float
+    t2: float
+    level: int
+    """Of the cheaper form"""
+    lossy: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+    needs_score: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Return one line for the announcement."""
+        return (
+            "replica: a missing expert that matters less is answered by its cheaper form or left "
+            f"out, text may differ (T1 {self.t1:.3g}, T2 {self.t2:.3g})"
+        )
+
+    def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
+        """Return the routing with the level of every slot."""
+        if routing.phase == "prompt" or resident[FULL].all():
+            return keep(routing)
+        s = unimportance(routing.weight)
+        missing = ~resident[FULL][routing.index]
+        is_low = missing & (s > self.t1) & (s <= self.t2)
+        is_left_out = missing & (s > self.t1) & (s > self.t2)
+        if not (is_low | is_left_out).any():
+            return keep(routing)
+        return answers_of(
+            routing,
+            np.where(is_left_out, -1, routing.index),
+            np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
+            np.where(is_low, self.level, FULL),
+        )
+
+
+def unimportance(weight: np.ndarray) -> np.ndarray:
+    """Return for every slot the share of the token's gate weight that heavier slots have.
+
+    Args:
+        weight: [T, K] gate weights.
+
+    Returns:
+        [T, K] float64 in 0..1; 0 for the heaviest slot.
+    """
+    order = np.argsort(-weight, axis=1, kind="stable")
+    ranked = np.take_along_axis(weight.astype(np.float64), order, axis=1)
+    total = ranked.sum(axis=1, keepdims=True)
+    before = np.cumsum(ranked, axis=1) - ranked
+    share = np.divide(before, total, out=np.zeros_like(before), where=total > 0)
+    result: np.ndarray = np.empty_like(share)
+    np.put_along_axis(result, order, share, axis=1)
+    return result
