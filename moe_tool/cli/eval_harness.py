@@ -93,11 +93,8 @@ def eval_harness(
         if not names:
             raise UsageError("--tasks names no task", hint="--tasks arc_easy,./mine.yaml")
 
-        from moe_tool.evaluation.eval_harness import (
-            HarnessOptions,
-            require_lm_eval,
-            run_harness,
-        )
+        from moe_tool.evaluation.eval_harness import require_lm_eval, run_harness
+        from moe_tool.evaluation.harness_tasks import HarnessOptions
 
         require_lm_eval()
 

@@ -1,11 +1,10 @@
-"""The story of `eval-harness`: tasks of lm_eval are found, loaded, and answered by a bundle."""
+"""The story of `eval-harness`: tasks of lm_eval are loaded, and answered by a bundle."""
 
-import difflib
 import importlib.util
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_tool.available_memory import peak_rss_bytes
-from moe_tool.errors import DataSourceError, MoeToolError, NotFoundError, UsageError
-from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden, hub_is_reachable
+from moe_tool.errors import DataSourceError, UsageError
+from moe_tool.evaluation.harness_tasks import (
+    HarnessOptions,
+    load_tasks,
+    no_downloaded_metrics,
+    set_up_tasks,
+)
+from moe_tool.formats.hub_probe import hub_is_reachable
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.text.hub_datasets import libraries_offline
@@ -23,28 +28,9 @@ from moe_tool.text.hub_datasets import libraries_offline
 if TYPE_CHECKING:
     from moe_tool.evaluation.lm_eval_model import BundleLM
 
-_FEWSHOT_SEED = 1234
-"""lm_eval's own, so that a task has the examples that it has elsewhere"""
 _N_BOOTSTRAP = 1000
 """Of the few metrics whose error has no formula; lm_eval's own 100000 are made by a pool of forked
 processes, outside of the memory budget"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HarnessOptions:
-    """Which tasks are run, and how much of them."""
-
-    tasks: tuple[str, ...]
-    """Names that lm_eval or a folder of `include` knows, or paths of YAML files and folders"""
-    include: tuple[Path, ...] = ()
-    """Folders with more tasks"""
-    limit: int | None = None
-    """Documents per task"""
-    num_fewshot: int | None = None
-    """None: as the task has it"""
-    decode_context: bool = False
-    """Whether the policy answers in the context of a log-likelihood too"""
-    offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,13 +133,13 @@ def run_harness(
         BundleLM(folder, run, decode_context=options.decode_context, progress=progress) as model,
         ExitStack() as stack,
     ):
-        refused = stack.enter_context(_no_downloaded_metrics())
+        refused = stack.enter_context(no_downloaded_metrics())
         stack.enter_context(_no_forks())
         online = not options.offline and hub_is_reachable()
         if not online:
             stack.enter_context(libraries_offline())
-        loaded = _load_tasks(options, refused, is_online=online)
-        _set_up(loaded["tasks"], options.num_fewshot, progress)
+        loaded = load_tasks(options, refused, is_online=online)
+        set_up_tasks(loaded["tasks"], options.num_fewshot, progress)
         random.seed(run.seed)
         np.random.seed(run.seed % 2**32)
         torch.manual_seed(run.seed)
@@ -248,160 +234,6 @@ def _report(
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
     )
-
-
-def _load_tasks(
-    options: HarnessOptions, refused: list[str], *, is_online: bool
-) -> dict[str, dict[str, Any]]:
-    """Tasks, groups and group_map, as lm_eval's own `load` returns them."""
-    manager, names = _find_tasks(options)
-    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name in names:
-        try:
-            found = manager.load([name])
-        except MoeToolError:
-            raise
-        except Exception as error:  # a task is a program of its author: it may fail in any way
-            raise _cannot_load(name, error, options, is_online=is_online) from error
-        if refused:
-            raise _downloaded_metric(refused[0])
-        for part in loaded:
-            loaded[part] |= found.get(part, {})
-    return loaded
-
-
-def _find_tasks(options: HarnessOptions) -> tuple[Any, list[str]]:
-    """The index of lm_eval that knows the tasks, and their names or paths in it.
-
-    lm_eval's own tasks take 10 s to list, so they are left out where the local ones suffice.
-    """
-    from lm_eval.tasks import TaskManager
-
-    for folder in options.include:
-        if not folder.is_dir():
-            raise NotFoundError(
-                f"--include {folder}: there is no such folder", hint="name a folder of .yaml tasks"
-            )
-    folders, names, is_local = list(options.include), [], True
-    for task in options.tasks:
-        path = Path(task).expanduser()
-        if not (os.sep in task or path.suffix in (".yaml", ".yml")):
-            names.append(task)
-        elif path.is_dir():
-            folders.append(path)
-            names += _tasks_of_folder(path)
-        elif path.is_file():
-            names.append(str(path))
-            is_local = is_local and "\ngroup:" not in f"\n{path.read_text(encoding='utf-8')}"
-        else:
-            raise NotFoundError(
-                f"there is no task file {task}",
-                hint="a name without a slash is looked for among lm_eval's own tasks",
-            )
-    local = TaskManager(include_path=folders, include_defaults=False)
-    wanted = [name for name in names if not Path(name).is_file()]
-    if is_local and set(wanted) <= set(local.all_subtasks):
-        return local, names
-    manager = TaskManager(include_path=folders)
-    for name in wanted:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            raise UsageError(
-                f"task '{name}' is not known to lm_eval",
-                hint=f"did you mean {', '.join(near)}?"
-                if near
-                else "`lm_eval ls tasks` lists them; a file of your own is named by its path, "
-                "./mine.yaml",
-            )
-    return manager, names
-
-
-def _tasks_of_folder(folder: Path) -> list[str]:
-    from lm_eval.tasks import TaskManager
-
-    names = TaskManager(include_path=[folder], include_defaults=False).all_subtasks
-    if not names:
-        raise DataSourceError(
-            f"{folder} holds no task", hint="a task is a .yaml file with `task: NAME` in it"
-        )
-    return list(names)
-
-
-def _set_up(tasks: dict[str, Any], num_fewshot: int | None, progress: Progress) -> None:
-    """What lm_eval's `simple_evaluate` does with the tasks; one that is made for zero shots stays
-    so."""
-    for name, task in tasks.items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise UsageError(
-                f"task '{name}' runs the code that the model writes, which is not done here",
-                hint="choose another task",
-            )
-        if getattr(task, "MULTIMODAL", False):
-            raise UsageError(f"task '{name}' is not of text alone", hint="choose another task")
-        own = task.get_config("num_fewshot")
-        if own != 0 and (num_fewshot is not None or own is None):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        elif num_fewshot:
-            progress.note(f"task '{name}' is made for no examples: --num-fewshot is not followed")
-        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-
-
-def _cannot_load(
-    name: str, error: Exception, options: HarnessOptions, *, is_online: bool
-) -> MoeToolError:
-    import datasets
-
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-    reason = reason or type(error).__name__
-    is_missing = isinstance(error, (ConnectionError, datasets.exceptions.DatasetNotFoundError))
-    if is_missing and not is_online:
-        return NotFoundError(
-            f"task '{name}': {_why_offline(options)}, and its data is not in the local cache "
-            f"({reason})",
-            hint="run it once on a machine with network, or give a task of your own whose data "
-            "lies on this machine",
-        )
-    kind = NotFoundError if is_missing else DataSourceError
-    return kind(
-        f"task '{name}' cannot be loaded: {reason}",
-        hint="`lm_eval validate --tasks NAME` looks closer",
-    )
-
-
-def _why_offline(options: HarnessOptions) -> str:
-    if options.offline:
-        return "--offline forbids the network"
-    if hub_is_forbidden():
-        return "HF_HUB_OFFLINE forbids the network"
-    return f"{hub_endpoint()} does not answer"
-
-
-def _downloaded_metric(name: str) -> UsageError:
-    return UsageError(
-        f"the task's metric '{name}' is not lm_eval's own: its code would be downloaded and run, "
-        "which is not done here",
-        hint="choose a task with lm_eval's own metrics",
-    )
-
-
-@contextmanager
-def _no_downloaded_metrics() -> Iterator[list[str]]:
-    """Refuse metrics whose code the `evaluate` library would download; yields the names of those
-    that were asked for, since lm_eval swallows the refusal."""
-    import evaluate
-
-    refused: list[str] = []
-
-    def refuse(name: str, *_: object, **__: object) -> None:
-        refused.append(name)
-        raise _downloaded_metric(name)
-
-    load: Callable[..., Any] = evaluate.load
-    evaluate.load = refuse
-    try:
-        yield refused
-    finally:
-        evaluate.load = load
 
 
 @contextmanager

@@ -8,12 +8,12 @@ import pytest
 
 from moe_tool.errors import DataSourceError, NotFoundError, UsageError
 from moe_tool.evaluation.eval_harness import (
-    HarnessOptions,
     HarnessReport,
     metric_rows,
     require_lm_eval,
     run_harness,
 )
+from moe_tool.evaluation.harness_tasks import HarnessOptions
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.runtime.run_options import RunOptions
