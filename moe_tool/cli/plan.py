@@ -77,7 +77,7 @@ def plan(
     profiles: ProfilesOption = DEFAULT_FOLDER,
     json: JsonOption = False,
 ) -> None:
-    """Choose how to pack and run a model in a memory budget; writes nothing but the plan."""
+    """Choose how to pack and run a model in a memory budget; writes only the plan."""
     with open_output(as_json=json) as output:
         loss = _share(max_loss)
         machine = chosen_hardware(hardware, profiles, output)

@@ -116,7 +116,7 @@ def _load(
                 wanted.name, wanted.config, split=wanted.split, streaming=True
             )
             return stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        with _libraries_offline():
+        with libraries_offline():
             return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split).shuffle(
                 seed=seed
             )
@@ -156,7 +156,7 @@ def _text_of_row(row: dict[str, Any], wanted: HubDataset) -> str:
 
 
 @contextmanager
-def _libraries_offline() -> Iterator[None]:
+def libraries_offline() -> Iterator[None]:
     """Keep datasets and huggingface_hub off the network inside this block.
 
     They read the environment only when they are imported, so their constants are set.

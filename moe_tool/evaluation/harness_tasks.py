@@ -1,0 +1,201 @@
+"""Tasks of lm_eval, found by name or path and loaded without running code of the network."""
+
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_tool.errors import DataSourceError, MoeToolError, NotFoundError, UsageError
+from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden
+from moe_tool.progress import Progress
+
+_FEWSHOT_SEED = 1234
+"""lm_eval's own, so that a task has the examples that it has elsewhere"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessOptions:
+    """Which tasks are run, and how much of them."""
+
+    tasks: tuple[str, ...]
+    """Names that lm_eval or a folder of `include` knows, or paths of YAML files and folders"""
+    include: tuple[Path, ...] = ()
+    """Folders with more tasks"""
+    limit: int | None = None
+    """Documents per task"""
+    num_fewshot: int | None = None
+    """None: as the task has it"""
+    decode_context: bool = False
+    """Whether the policy answers in the context of a log-likelihood too"""
+    offline: bool = False
+
+
+def load_tasks(
+    options: HarnessOptions, refused: list[str], *, is_online: bool
+) -> dict[str, dict[str, Any]]:
+    """Return tasks, groups and group_map, as lm_eval's own `load` does.
+
+    Args:
+        options: which tasks.
+        refused: as `no_downloaded_metrics` yields it.
+        is_online: whether the hub may be asked.
+
+    Raises:
+        UsageError: a task is not known, or wants a metric whose code would be downloaded.
+        NotFoundError, DataSourceError: a file or the data of a task.
+    """
+    manager, names = _find_tasks(options)
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in names:
+        try:
+            found = manager.load([name])
+        except MoeToolError:
+            raise
+        except Exception as error:  # a task is a program of its author: it may fail in any way
+            raise _cannot_load(name, error, options, is_online=is_online) from error
+        if refused:
+            raise _downloaded_metric(refused[0])
+        for part in loaded:
+            loaded[part] |= found.get(part, {})
+    return loaded
+
+
+def _find_tasks(options: HarnessOptions) -> tuple[Any, list[str]]:
+    """The index of lm_eval that knows the tasks, and their names or paths in it.
+
+    lm_eval's own tasks take 10 s to list, so they are left out where the local ones suffice.
+    """
+    from lm_eval.tasks import TaskManager
+
+    for folder in options.include:
+        if not folder.is_dir():
+            raise NotFoundError(
+                f"--include {folder}: there is no such folder", hint="name a folder of .yaml tasks"
+            )
+    folders, names, is_local = list(options.include), [], True
+    for task in options.tasks:
+        path = Path(task).expanduser()
+        if not (os.sep in task or path.suffix in (".yaml", ".yml")):
+            names.append(task)
+        elif path.is_dir():
+            folders.append(path)
+            names += _tasks_of_folder(path)
+        elif path.is_file():
+            names.append(str(path))
+            is_local = is_local and "\ngroup:" not in f"\n{path.read_text(encoding='utf-8')}"
+        else:
+            raise NotFoundError(
+                f"there is no task file {task}",
+                hint="a name without a slash is looked for among lm_eval's own tasks",
+            )
+    local = TaskManager(include_path=folders, include_defaults=False)
+    wanted = [name for name in names if not Path(name).is_file()]
+    if is_local and set(wanted) <= set(local.all_subtasks):
+        return local, names
+    manager = TaskManager(include_path=folders)
+    for name in wanted:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise UsageError(
+                f"task '{name}' is not known to lm_eval",
+                hint=f"did you mean {', '.join(near)}?"
+                if near
+                else "`lm_eval ls tasks` lists them; a file of your own is named by its path, "
+                "./mine.yaml",
+            )
+    return manager, names
+
+
+def _tasks_of_folder(folder: Path) -> list[str]:
+    from lm_eval.tasks import TaskManager
+
+    names = TaskManager(include_path=[folder], include_defaults=False).all_subtasks
+    if not names:
+        raise DataSourceError(
+            f"{folder} holds no task", hint="a task is a .yaml file with `task: NAME` in it"
+        )
+    return list(names)
+
+
+def set_up_tasks(tasks: dict[str, Any], num_fewshot: int | None, progress: Progress) -> None:
+    """Set shots and seed, as lm_eval's `simple_evaluate` does: a task that is made for zero shots
+    stays so.
+
+    Raises:
+        UsageError: a task cannot be asked of a bundle.
+    """
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UsageError(
+                f"task '{name}' runs the code that the model writes, which is not done here",
+                hint="choose another task",
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise UsageError(f"task '{name}' is not of text alone", hint="choose another task")
+        own = task.get_config("num_fewshot")
+        if own != 0 and (num_fewshot is not None or own is None):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        elif num_fewshot:
+            progress.note(f"task '{name}' is made for no examples: --num-fewshot is not followed")
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+
+def _cannot_load(
+    name: str, error: Exception, options: HarnessOptions, *, is_online: bool
+) -> MoeToolError:
+    import datasets
+
+    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    reason = reason or type(error).__name__
+    is_missing = isinstance(error, (ConnectionError, datasets.exceptions.DatasetNotFoundError))
+    if is_missing and not is_online:
+        return NotFoundError(
+            f"task '{name}': {_why_offline(options)}, and its data is not in the local cache "
+            f"({reason})",
+            hint="run it once on a machine with network, or give a task of your own whose data "
+            "lies on this machine",
+        )
+    kind = NotFoundError if is_missing else DataSourceError
+    return kind(
+        f"task '{name}' cannot be loaded: {reason}",
+        hint="`lm_eval validate --tasks NAME` looks closer",
+    )
+
+
+def _why_offline(options: HarnessOptions) -> str:
+    if options.offline:
+        return "--offline forbids the network"
+    if hub_is_forbidden():
+        return "HF_HUB_OFFLINE forbids the network"
+    return f"{hub_endpoint()} does not answer"
+
+
+def _downloaded_metric(name: str) -> UsageError:
+    return UsageError(
+        f"the task's metric '{name}' is not lm_eval's own: its code would be downloaded and run, "
+        "which is not done here",
+        hint="choose a task with lm_eval's own metrics",
+    )
+
+
+@contextmanager
+def no_downloaded_metrics() -> Iterator[list[str]]:
+    """Refuse metrics whose code the `evaluate` library would download; yields the names of those
+    that were asked for, since lm_eval swallows the refusal."""
+    import evaluate
+
+    refused: list[str] = []
+
+    def refuse(name: str, *_: object, **__: object) -> None:
+        refused.append(name)
+        raise _downloaded_metric(name)
+
+    load: Callable[..., Any] = evaluate.load
+    evaluate.load = refuse
+    try:
+        yield refused
+    finally:
+        evaluate.load = load

@@ -1,0 +1,379 @@
+"""A bundle as a model of EleutherAI's lm-evaluation-harness, with the misses in the loop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from inspect import signature
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
+from moe_tool.errors import DataSourceError, UsageError
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
+from moe_tool.runtime.working_set import prefill_chunk
+
+_MAX_GENERATED_TOKENS = 256
+"""Where a task does not say; lm_eval's own default"""
+_UNUSED_WHEN_GREEDY = frozenset({"top_k", "top_p", "min_p"})
+
+
+@dataclass(slots=True)
+class _ReadContext:
+    """A context that has been read, for the next answer to the same question."""
+
+    ids: list[int]
+    cache: DynamicCache
+    logits: torch.Tensor
+    """[V], of the token that comes next"""
+
+
+class BundleLM(TemplateLM):
+    """Answers lm_eval's requests one at a time, through the runtime that `run` uses.
+
+    A context is the prompt, which every policy answers exactly. The tokens behind it are fed one
+    per forward under the session's policy: one wide forward would hide what a lossy policy does
+    (see `stepwise`). So the first token of an answer is always predicted exactly, as in a run, and
+    an answer of one token says nothing about a policy; `decode_context` lets the policy act from
+    the second token of the context on. Under a lossy policy with residency `cache` every request
+    starts with an empty cache, so that the order of requests does not matter.
+
+    The session is opened at the first request: by then lm_eval has built all of them, so that the
+    memory they take is part of the account.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: RunOptions,
+        *,
+        decode_context: bool = False,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Check the bundle; its weights are loaded later.
+
+        Args:
+            folder: of the bundle.
+            options: of the session; its context is the longest that a request may have.
+            decode_context: whether log-likelihoods feed the context token by token too.
+            progress: told about requests, and that a policy is lossy.
+
+        Raises:
+            CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
+        """
+        super().__init__()
+        with BundleReader.open(folder):
+            pass
+        self.tokenizer = load_tokenizer(folder)
+        self.stats = RunStats()
+        """Of all requests so far"""
+        self.n_cut_contexts = 0
+        """Requests whose context was too long"""
+        self._folder, self._options = folder, options
+        self._decode_context = decode_context
+        self._progress = progress
+        self._session: Session | None = None
+        self._last_only: dict[str, int] = {}
+        self._context: _ReadContext | None = None
+
+    @property
+    def session(self) -> Session:
+        """The session, opened at first use.
+
+        Raises:
+            UsageError, BudgetError, CorruptArtifactError: as `open_session`.
+        """
+        if self._session is None:
+            self._session = open_session(
+                self._folder, self._options, tokenizer=self.tokenizer, progress=self._progress
+            )
+            if "logits_to_keep" in signature(self._session.model.forward).parameters:
+                self._last_only = {"logits_to_keep": 1}
+        return self._session
+
+    def close(self) -> None:
+        """Close the session."""
+        self._context = None
+        if self._session is not None:
+            self._session.close()
+
+    def __enter__(self) -> "BundleLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def max_length(self) -> int:
+        """Positions of a request, answer included."""
+        return self.session.workload.positions
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token, or the first token of a text where there is none."""
+        return self._special_token("eos_token_id", "bos_token_id")
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: its first token, or the end of another
+        text."""
+        return self._special_token("bos_token_id", "eos_token_id")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Return token ids; with None the tokenizer decides on special tokens, but a text that
+        begins with its first token gets no other."""
+        if add_special_tokens is None:
+            first = getattr(self.tokenizer, "bos_token", None)
+            add_special_tokens = not (first and string.startswith(first))
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether greedy decoding gives it) of every answer.
+
+        Args:
+            requests: Instances of (context, answer). A context that is too long loses its
+                beginning.
+            disable_tqdm: unused; progress goes to the progress callback.
+
+        Raises:
+            DataSourceError: an answer without tokens, or one that is longer than the context.
+        """
+        scored = []
+        self._progress.begin("loglikelihood", len(requests), "requests")
+        for request in requests:  # one by one, so that no more than one is held as token ids
+            scored += super().loglikelihood([request], disable_tqdm=True)
+            self._progress.advance()
+        self._progress.end()
+        return scored
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-likelihood of whole texts, each token predicted once.
+
+        A text starts behind `prefix_token_id`; one that is too long is cut into windows of the
+        whole context, of which the last overlaps.
+
+        Args:
+            requests: Instances of (text,).
+            disable_tqdm: unused; progress goes to the progress callback.
+        """
+        sums = []
+        self._progress.begin("loglikelihood_rolling", len(requests), "requests")
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs = [make_disjoint_window(window) for window in windows]
+            sums.append(sum(self._score(context, answer)[0] for context, answer in pairs))
+            self._progress.advance()
+        self._progress.end()
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return what follows each context, up to the first stop sequence.
+
+        Args:
+            requests: Instances of (context, generation arguments). A context that is too long
+                loses its beginning. Sampling is seeded by the place in the list.
+            disable_tqdm: unused; progress goes to the progress callback.
+
+        Raises:
+            UsageError: arguments that this model does not follow, or no room for the answer.
+        """
+        texts = []
+        self._progress.begin("generate_until", len(requests), "requests")
+        for index, request in enumerate(requests):
+            context, arguments = request.args
+            texts.append(self._generate(context, arguments, seed=self._options.seed + index))
+            self._progress.advance()
+        self._progress.end()
+        return texts
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        return [self._score(context, answer) for _, context, answer in requests]
+
+    @torch.inference_mode()
+    def _score(self, context: list[int], answer: list[int]) -> tuple[float, bool]:
+        """Log-likelihood of the answer, and whether every token of it is the likeliest."""
+        session = self.session
+        room = self.max_length + 1 - len(answer)  # the last token of the answer is not fed
+        if not answer or room < 1:
+            raise DataSourceError(
+                f"an answer of {len(answer)} tokens cannot be scored in a context of "
+                f"{self.max_length}",
+                hint="another task, or a larger --context where the model allows it",
+            )
+        self.n_cut_contexts += len(context) > room
+        total, is_greedy = 0.0, True
+        try:
+            read = self._read(context[-room:])
+            logits = read.logits  # [V]
+            for position, token in enumerate(answer):
+                total += float(torch.log_softmax(logits.float(), dim=-1)[token])
+                is_greedy = is_greedy and int(logits.argmax()) == token
+                if position + 1 < len(answer):
+                    logits = self._feed(read.cache, [token])
+        finally:
+            session.prompt_tokens = None
+            self._collect()
+        return total, is_greedy
+
+    def _read(self, ids: list[int]) -> _ReadContext:
+        """Feed a context, or take back what followed it when it was fed last."""
+        self.session.prompt_tokens = 1 if self._decode_context else len(ids)
+        self._start_request()
+        last = self._context
+        if last is not None and last.ids == ids:
+            n_behind = last.cache.get_seq_length() - len(ids)
+            if n_behind:
+                last.cache.crop(-n_behind)  # by a count
+            return last
+        self._context = last = None  # before there is another
+        chunk = prefill_chunk(self.session.workload)
+        edges = [0, *range(1, len(ids))] if self._decode_context else [*range(0, len(ids), chunk)]
+        cache = self.session.new_cache()
+        for start, end in zip(edges, [*edges[1:], len(ids)], strict=True):
+            logits = self._feed(cache, ids[start:end])
+        read = _ReadContext(ids=ids, cache=cache, logits=logits)
+        if not self._is_cache_lossy and _can_be_cut(cache):
+            self._context = read
+        return read
+
+    def _feed(self, cache: DynamicCache, ids: list[int]) -> torch.Tensor:
+        """Run one forward; returns [V], the logits behind the last token."""
+        output = self.session.model(
+            input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, **self._last_only
+        )
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def _generate(self, context: str, arguments: Mapping[str, Any], *, seed: int) -> str:
+        wanted: dict[str, Any] = dict(
+            normalize_gen_kwargs(dict(arguments), default_max_gen_toks=_MAX_GENERATED_TOKENS)
+        )
+        end = self.tokenizer.decode([self.eot_token_id])
+        until = handle_stop_sequences(wanted.pop("until"), eos=end)
+        n_tokens = wanted.pop("max_gen_toks")
+        temperature = float(wanted.pop("temperature", 0.0))
+        if not wanted.pop("do_sample"):
+            temperature = 0.0
+        _require_known(wanted, is_greedy=temperature == 0)
+        room = self.max_length - n_tokens
+        if room < 1:
+            raise UsageError(
+                f"the task asks for {n_tokens} generated tokens, which leaves no room in a context "
+                f"of {self.max_length}",
+                hint="a larger --context where the model allows it, or a task with a smaller "
+                "max_gen_toks",
+            )
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        self.n_cut_contexts += len(ids) > room
+        ids = ids[-room:]
+        self._context = None  # generation has a cache of its own
+        self._start_request()
+        options = GenerateOptions(max_tokens=n_tokens, temperature=temperature, seed=seed)
+        text = _TextUntil(until)
+        try:
+            if generate_ids(self.session, [ids], options, on_text=text.add).interrupted:
+                raise KeyboardInterrupt
+        except _StopFound:
+            pass
+        finally:
+            self._collect()
+        return str(postprocess_generated_text(text.text, until, None))
+
+    @property
+    def _is_cache_lossy(self) -> bool:
+        """Whether an answer depends on what the expert cache holds."""
+        runner = self.session.runner
+        return runner.policy.policy.lossy and runner.residency == "cache"
+
+    def _start_request(self) -> None:
+        if self._is_cache_lossy:
+            self.session.empty_cache()
+        self.session.runner.stats = RunStats()
+
+    def _collect(self) -> None:
+        """Add what the session has counted since the request began."""
+        for phase in ("prompt", "decode"):
+            _add(self.stats.phase(phase), self.session.runner.stats.phase(phase))
+        self.session.runner.stats = RunStats()
+
+    def _special_token(self, *names: str) -> int:
+        for name in names:
+            token = getattr(self.tokenizer, name, None)
+            if token is not None:
+                return int(token)
+        raise UsageError("the bundle's tokenizer has neither a first nor an end-of-text token")
+
+
+class _StopFound(Exception):
+    """The text holds a stop sequence: nothing behind it is wanted."""
+
+
+class _TextUntil:
+    """Text that grows until it holds a stop sequence."""
+
+    def __init__(self, until: Sequence[str]) -> None:
+        self.text = ""
+        self._until = [word for word in until if word]
+
+    def add(self, piece: str) -> None:
+        self.text += piece
+        if any(word in self.text for word in self._until):
+            raise _StopFound
+
+
+def _can_be_cut(cache: DynamicCache) -> bool:
+    """Whether positions can be taken off its end: not where a layer keeps a window or a state."""
+    return all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
+
+
+def _require_known(wanted: Mapping[str, Any], *, is_greedy: bool) -> None:
+    unknown = sorted(wanted.keys() - (_UNUSED_WHEN_GREEDY if is_greedy else frozenset()))
+    unknown = [name for name in unknown if wanted[name] is not None]
+    if unknown:
+        raise UsageError(
+            f"the task generates with {', '.join(unknown)}, which is not followed here",
+            hint="a task that leaves it out: until, max_gen_toks, do_sample and temperature are "
+            "followed",
+        )
+
+
+def _add(total: PhaseCounters, part: PhaseCounters) -> None:
+    for counter in fields(PhaseCounters):
+        setattr(total, counter.name, getattr(total, counter.name) + getattr(part, counter.name))
