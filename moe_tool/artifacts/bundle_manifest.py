@@ -105,6 +105,32 @@ class ReplicaTable(FrozenModel):
     """One entry per layer"""
 
 
+class QualityFigure(FrozenModel):
+    """A measured divergence, nats per token."""
+
+    kl: Price
+    kl_ci95: tuple[Price, Price]
+    tokens: Annotated[int, Field(ge=1, le=2**40)]
+
+
+class Calibration(FrozenModel):
+    """What `moe-tool calibrate` found: the policy that `run` follows, and what it costs."""
+
+    policy: Annotated[str, Field(pattern=r"^[a-z0-9:=,.+\-]{1,200}$")]
+    """As `--policy` takes it"""
+    max_kl: Price
+    """What the upper end of the interval was to keep"""
+    quality: QualityFigure
+    """KL(exact || policy), each token predicted after the policy's own ones"""
+    domains: dict[Annotated[str, Field(max_length=128)], QualityFigure]
+    sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
+    """Where the text came from"""
+    expert_slots: Annotated[int, Field(ge=1, le=2**31)]
+    """Of full experts that the memory budget had room for: with fewer it does not hold"""
+    nats_per_price: Price
+    """Measured divergence per predicted one"""
+
+
 class LayerPrices(FrozenModel):
     """What it costs to leave experts of one layer out, from the profile.
 
@@ -156,6 +182,8 @@ class BundleManifest(FrozenModel):
     """The dearest first"""
     prices: tuple[LayerPrices, ...] | None = None
     """None where the bundle was packed without a profile"""
+    calibration: Calibration | None = None
+    """The lossy policy that `run` follows where nothing else is asked for; None: exact"""
     plan: PackPlan | None = None
     """What `run` follows where nothing else is asked for"""
 

@@ -19,6 +19,7 @@ from moe_tool import __version__
 from moe_tool.cli import (
     bench,
     buddies,
+    calibrate,
     demo,
     eval_harness,
     evaluate,
@@ -54,6 +55,7 @@ for _verb in (
     pack.pack,
     run.run,
     evaluate.evaluate,
+    calibrate.calibrate,
     eval_harness.eval_harness,
     bench.bench,
     hardware.hardware,

@@ -42,9 +42,7 @@ def bench(
     ] = "auto",
     policy: Annotated[
         str,
-        typer.Option(
-            "--policy", metavar="NAME,...", help="exact, buddy, drop, random, next-ranked."
-        ),
+        typer.Option("--policy", metavar="NAME,...", help="As run takes them."),
     ] = "exact",
     eviction: Annotated[
         list[str] | None,

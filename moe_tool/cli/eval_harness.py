@@ -78,7 +78,7 @@ def eval_harness(
         ),
     ] = False,
     memory: RunMemoryOption = None,
-    policy: PolicyOption = "exact",
+    policy: PolicyOption = None,
     residency: ResidencyOption = None,
     eviction: EvictionOption = None,
     gates: GatesOption = True,

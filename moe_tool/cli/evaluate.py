@@ -31,7 +31,7 @@ def evaluate(
         int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
     ] = 256,
     memory: RunMemoryOption = None,
-    policy: PolicyOption = "exact",
+    policy: PolicyOption = None,
     residency: ResidencyOption = None,
     eviction: EvictionOption = None,
     gates: GatesOption = True,

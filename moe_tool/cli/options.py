@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-PolicyName = Literal["exact", "buddy", "drop", "random", "next-ranked"]
 PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
 
@@ -64,11 +63,14 @@ ProfileMemoryOption = Annotated[
     ),
 ]
 PolicyOption = Annotated[
-    PolicyName,
+    str | None,
     typer.Option(
         "--policy",
+        metavar="NAME[:KEY=N,...]",
         help="Who answers when an expert is not in memory: the expert itself, read from disk "
-        "(exact), or something cheaper that changes the text.",
+        "(exact), or something cheaper that changes the text: priced, replica, buddy, near-tie, "
+        "next-ranked, prune, drop, random.",
+        show_default="what the bundle was calibrated for, or exact",
     ),
 ]
 ResidencyOption = Annotated[

@@ -49,11 +49,21 @@ def run(
         typer.Option("--context", metavar="N", min=1, help="Tokens of prompt and text together."),
     ] = 4096,
     memory: RunMemoryOption = None,
-    policy: PolicyOption = "exact",
+    policy: PolicyOption = None,
     residency: ResidencyOption = None,
     eviction: EvictionOption = None,
     prefetch: PrefetchOption = None,
     gates: GatesOption = True,
+    shadow: Annotated[
+        int,
+        typer.Option(
+            "--shadow",
+            metavar="N",
+            min=0,
+            help="Compute every Nth token also exactly and measure what the policy lost in that "
+            "step; 0: none.",
+        ),
+    ] = 0,
     temperature: Annotated[
         float,
         typer.Option(
@@ -101,6 +111,7 @@ def run(
                 eviction=eviction,
                 prefetch=prefetch,
                 gates=gates,
+                shadow=shadow,
                 seed=seed,
                 threads=threads,
                 context=context,
@@ -141,9 +152,28 @@ def _footer(result: "RunResult") -> str:
     if result.prefetches:
         used = f"{result.prefetch_hits} used, {format_bytes(result.prefetched_bytes)}"
         parts.insert(-1, f"{result.prefetches} prefetches ({used})")
+    if result.lowered:
+        parts.insert(-1, f"{result.lowered} by replicas")
     if result.drops:
         parts.insert(-1, f"{result.drops} drops")
+    if result.expected_kl:
+        parts.insert(-1, _quality(result))
     return "\n" + " · ".join(parts)
+
+
+def _quality(result: "RunResult") -> str:
+    """What the answers are expected to have cost, beside what was measured of it."""
+    parts = [f"expected KL {result.expected_kl:.4f} per token"]
+    if result.expected_kl_limit is not None:
+        parts[0] += f" of {result.expected_kl_limit:g}"
+    if result.retreated_tokens:
+        parts.append(f"{result.retreated_tokens} tokens answered exactly to keep it")
+    if result.shadow_kl is not None:
+        parts.append(
+            f"measured {result.shadow_kl:.4f} a step on {result.shadow_tokens} of them "
+            f"({result.shadow_seconds:.1f} s)"
+        )
+    return ", ".join(parts)
 
 
 def _read_prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str:

@@ -35,6 +35,7 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT, require_policy
+from moe_tool.runtime.quality_account import QualityAccount
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
@@ -56,7 +57,12 @@ class EvaluateOptions:
     seq_len: int = 256
     """Capped at what the model was made for"""
     memory: str | None = None
-    policy: str = EXACT
+    policy: str | None = None
+    """None: what the bundle was calibrated for, or exact"""
+    also: tuple[str, ...] = ()
+    """Further policies of the table"""
+    retreats: bool = True
+    """Whether a calibrated policy answers exactly where it would leave its limit"""
     controls: bool = False
     """Also measure the policy's controls, under the same residency"""
     residency: Residency | None = None
@@ -150,8 +156,10 @@ def evaluate(
         CorruptArtifactError: the bundle or the checkpoint is damaged.
     """
     start = time.perf_counter()
-    require_policy(options.policy)
+    require_policy(options.policy or EXACT)
     bundle = BundleReader.open(folder)
+    calibration = bundle.manifest.calibration
+    policy = options.policy or (EXACT if calibration is None else calibration.policy)
     tokenizer = load_tokenizer(folder)
     longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     seq_len = min(options.seq_len, longest or options.seq_len)
@@ -171,21 +179,24 @@ def evaluate(
     try:
         if reference is not None:
             source = SourceModel(reference, bundle.manifest, ids, progress=progress)
-        is_table = options.controls or options.policy != EXACT
+        is_table = options.controls or policy != EXACT
         residency: Residency = options.residency or ("frozen" if is_table else "cache")
-        names = policies_to_run(options.policy, controls=options.controls)
+        names = policies_to_run(policy, controls=options.controls)
+        names = tuple(dict.fromkeys((*names, *options.also)))
         with _open(folder, options, ids, residency, tokenizer, source, bundle, progress) as session:
-            names, skipped = _runnable(session, names, options.policy, residency, progress)
-            rows = _measure(session, names, residency, ids, source, progress)
+            names, skipped = _runnable(session, names, policy, residency, progress)
+            rows = _measure(
+                session, names, residency, ids, source, progress, retreats=options.retreats
+            )
             plan = session.plan
     finally:
         if source is not None:
             source.close()
     table = tuple(_row(name, measured, text, options.seed) for name, measured in rows.items())
-    main = next(row for row in table if row.policy == options.policy)
+    main = next(row for row in table if row.policy == policy)
     return EvaluationReport(
         bundle=str(folder),
-        policy=options.policy,
+        policy=policy,
         residency=residency,
         gates=options.gates,
         seed=options.seed,
@@ -281,6 +292,8 @@ def _measure(
     ids: torch.Tensor,
     source: SourceModel | None,
     progress: Progress,
+    *,
+    retreats: bool,
 ) -> dict[str, Measured]:
     """Run every policy on every batch; the exact predictions of one batch at a time are kept."""
     n_sequences, seq_len = ids.shape
@@ -307,6 +320,8 @@ def _measure(
                 ).kl
         for name in names:
             session.use_policy(name, residency=residency)
+            if not retreats:
+                session.runner.account = QualityAccount()
             if residency == "cache":
                 session.empty_cache()
             _run_policy(session, tallies[name], rows, batch, exact, truth)
@@ -342,7 +357,7 @@ def _run_policy(
 
 
 def _empty_tally(shape: tuple[int, int]) -> _Tally:
-    counts = {name: np.zeros(shape, dtype=np.int64) for name in TokenCosts.__dataclass_fields__}
+    counts = {name: np.zeros(shape) for name in TokenCosts.__dataclass_fields__}
     return _Tally(
         kl=np.zeros(shape),
         agrees=np.zeros(shape, dtype=bool),

@@ -62,7 +62,12 @@ class Figures:
     bytes_read_per_token: float
     bytes_read_per_token_ci95: Interval
     substitutions_per_token: float
+    lowered_per_token: float
     drops_per_token: float
+    expected_kl: float | None
+    """What the price list expects, nats per token; None where the bundle has none"""
+    retreated_share: float
+    """Tokens that were answered exactly to keep a calibrated limit"""
 
 
 def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
@@ -114,6 +119,9 @@ def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
         bytes_read_per_token=n_bytes,
         bytes_read_per_token_ci95=n_bytes_ci,
         substitutions_per_token=float(costs.substitutions[rows].mean()),
+        lowered_per_token=float(costs.lowered[rows].mean()),
+        expected_kl=None if np.isnan(costs.expected).any() else _mean(costs.expected[rows]),
+        retreated_share=float(costs.retreated[rows].mean()),
         drops_per_token=float(costs.drops[rows].mean()),
     )
 

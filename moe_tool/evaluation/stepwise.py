@@ -30,17 +30,21 @@ class TokenCosts:
     """
 
     hits: np.ndarray
-    """[B, P] int64"""
+    """[B, P]"""
     accesses: np.ndarray
-    """[B, P] int64"""
+    """[B, P]"""
     bytes_read: np.ndarray
-    """[B, P] int64: records fetched, not those found in the cache by luck"""
+    """[B, P]: records fetched, not those found in the cache by luck"""
     substitutions: np.ndarray
-    """[B, P] int64"""
+    """[B, P]"""
     lowered: np.ndarray
-    """[B, P] int64: slots answered by a replica"""
+    """[B, P]: slots answered by a replica"""
     drops: np.ndarray
-    """[B, P] int64"""
+    """[B, P]"""
+    expected: np.ndarray
+    """[B, P]: nats that the price list expects the answers to cost; NaN without prices"""
+    retreated: np.ndarray
+    """[B, P]: 1 where the token was answered exactly to keep a calibrated limit"""
 
 
 Visit = Callable[[int, torch.Tensor], None]
@@ -68,8 +72,9 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         One column for each visited position.
     """
     n_sequences, seq_len = ids.shape
-    ledger = np.zeros((6, n_sequences, n_scored(seq_len)), dtype=np.int64)
+    ledger = np.zeros((8, n_sequences, n_scored(seq_len)))
     position = 0
+    prices = session.runner.policy.prices
     sizes = np.array([level.record_size_bytes for level in session.bundle.levels])
 
     def account(decision: Decision) -> None:
@@ -86,6 +91,13 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
         ledger[4, :, column] += (~is_answered).sum(axis=1)
         ledger[5, :, column] += (is_answered & (level != FULL)).sum(axis=1)
+        if prices is None:
+            ledger[6] = np.nan
+        else:
+            spent = prices.spent(decision.routing, decision.answers)  # [B]
+            ledger[6, :, column] += session.runner.account.nats_per_price * spent
+        if session.runner.answered_exactly is not None:
+            ledger[7, :, column] = session.runner.answered_exactly
 
     cache = session.new_cache()
     session.prompt_tokens = N_PROMPT_TOKENS
@@ -107,6 +119,8 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         substitutions=ledger[3],
         drops=ledger[4],
         lowered=ledger[5],
+        expected=ledger[6],
+        retreated=ledger[7],
     )
 
 

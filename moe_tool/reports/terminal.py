@@ -91,6 +91,8 @@ class EvaluationFigures(Protocol):
     @property
     def substitutions_per_token(self) -> float: ...
     @property
+    def lowered_per_token(self) -> float: ...
+    @property
     def drops_per_token(self) -> float: ...
 
 
@@ -162,7 +164,7 @@ def evaluation_table(rows: Sequence[tuple[str, EvaluationFigures]]) -> Table:
     table = _table("", "perplexity", "KL(exact || it)", "99 %", "top-1")
     if has_source:
         table.add_column("KL(checkpoint || it)", justify="right")
-    for heading in ("hit rate", "read/token", "substituted", "dropped"):
+    for heading in ("hit rate", "read/token", "substituted", "lowered", "dropped"):
         table.add_column(heading, justify="right")
     for label, figures in rows:
         source = [_estimate(figures.kl_source_mean, figures.kl_source_mean_ci95, 4)]
@@ -176,6 +178,7 @@ def evaluation_table(rows: Sequence[tuple[str, EvaluationFigures]]) -> Table:
             f"{figures.hit_rate:.1%}",
             format_bytes(figures.bytes_read_per_token),
             f"{figures.substitutions_per_token:.2f}",
+            f"{figures.lowered_per_token:.2f}",
             f"{figures.drops_per_token:.2f}",
         )
     return table

@@ -79,7 +79,19 @@ class RunResult:
     bytes_read_per_token: float
     stall_seconds: float
     substitutions: int
+    lowered: int
+    """Slots answered by a replica of the expert"""
     drops: int
+    expected_kl: float | None
+    """Nats per decoded token that the answers are expected to have cost; None where the bundle has
+    no prices"""
+    expected_kl_limit: float | None
+    retreated_tokens: int
+    """Answered exactly to keep the limit"""
+    shadow_tokens: int
+    shadow_kl: float | None
+    """Nats per token: the loss of one step, measured on those tokens"""
+    shadow_seconds: float
     eviction: str
     prefetch: str
     prefetches: int
@@ -358,6 +370,7 @@ def _until_end(row: list[int], config: GenerationConfig) -> tuple[int, ...]:
 
 def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> RunResult:
     prompt, decode = session.runner.stats.prompt, session.runner.stats.decode
+    account, shadow = session.runner.account, session.shadow
     n_generated = len(made.token_ids[0])
     first = made.ended_at if made.first_token_at is None else made.first_token_at
     n_after_first = max(0, n_generated - 1)
@@ -375,7 +388,14 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         bytes_read_per_token=decode.bytes_read / decode.tokens if decode.tokens else 0.0,
         stall_seconds=decode.stall_seconds,
         substitutions=decode.substitutions,
+        lowered=decode.lowered,
         drops=decode.drops,
+        expected_kl=None if session.runner.policy.prices is None else account.nats_per_token,
+        expected_kl_limit=account.limit,
+        retreated_tokens=account.exact_tokens,
+        shadow_tokens=0 if shadow is None else shadow.tokens,
+        shadow_kl=None if shadow is None else shadow.nats_per_token,
+        shadow_seconds=0.0 if shadow is None else shadow.seconds,
         eviction=session.setting.eviction.name,
         prefetch=session.setting.prefetch,
         prefetches=decode.prefetches,

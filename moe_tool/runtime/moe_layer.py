@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing
+from moe_tool.artifacts.routing import FULL, Answers, Routing, answer_exactly
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.skeleton import LayerCall
@@ -17,6 +17,7 @@ from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
+from moe_tool.runtime.quality_account import QualityAccount
 from moe_tool.runtime.residency import LevelRoom
 from moe_tool.store.expert_levels import ExpertLevels
 
@@ -52,6 +53,11 @@ class MoeLayerRunner:
     recorder: CallRecorder | None = None
     """Told about every call"""
     stats: RunStats = field(default_factory=RunStats)
+    account: QualityAccount = field(default_factory=QualityAccount)
+    answered_exactly: np.ndarray | None = None
+    """[B] bool: sequences of the forward under way that the account has retreat"""
+    is_shadow: bool = False
+    """The forward under way is exact, and counted nowhere"""
     phase: Phase = "prompt"
     n_sequences: int = 1
     """B of the forward under way; its T tokens are B runs of T / B"""
@@ -60,6 +66,8 @@ class MoeLayerRunner:
 
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
+        if self.is_shadow:
+            return self._run(call, call.index, call.weight, PhaseCounters())
         is_plain = self.residency == "cache" and not self.policy.policy.lossy
         if self.phase == "prompt" or (is_plain and self.on_decision is None):
             return self._run(call, call.index, call.weight, self.stats.phase(self.phase))
@@ -77,7 +85,7 @@ class MoeLayerRunner:
         else:
             resident = self.store.resident(call.layer)
         routing = self._routing(call)
-        answers = self.policy.policy.decide(routing, resident)
+        answers = self._answers(routing, resident)
         if self.on_decision is not None:
             self.on_decision(Decision(routing=routing, answers=answers, resident=resident))
         index, weight = call.index, call.weight
@@ -100,6 +108,16 @@ class MoeLayerRunner:
         counters.lowered += answers.lowered
         counters.drops += answers.dropped
         return output
+
+    def _answers(self, routing: Routing, resident: np.ndarray) -> Answers:
+        answers = self.policy.policy.decide(routing, resident)
+        exact, prices = self.answered_exactly, self.policy.prices
+        if exact is not None and exact.any():
+            answers = answer_exactly(routing, answers, exact[routing.sequence])
+        if prices is not None and self.policy.policy.lossy:
+            spent = prices.spent(routing, answers)  # [T]
+            self.account.add(np.bincount(routing.sequence, spent, minlength=self.n_sequences))
+        return answers
 
     def _run(
         self, call: LayerCall, index: torch.Tensor, weight: torch.Tensor, counters: PhaseCounters

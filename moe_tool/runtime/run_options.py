@@ -1,7 +1,8 @@
 """How a session is opened, and what of it a bundle's plan decides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from moe_tool.artifacts.bundle_manifest import Calibration
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
@@ -20,8 +21,8 @@ class RunOptions:
     memory: str | None = None
     """Budget of the whole process: "4GiB", "50%" (of the experts), "min" or "auto"; None: that of
     the bundle's plan, or auto"""
-    policy: str = EXACT
-    """What answers a miss while decoding"""
+    policy: str | None = None
+    """What answers a miss while decoding; None: what the bundle was calibrated for, or exact"""
     residency: Residency | None = None
     """None: cache for exact, frozen for lossy policies"""
     eviction: str | None = None
@@ -31,6 +32,9 @@ class RunOptions:
     """Keep what every layer call names, for `Session.recorded`"""
     prefetch: str | None = None
     """What is read while decoding before it is wanted; None: as the plan has it, or nothing"""
+    shadow: int = 0
+    """Every so many decoded tokens one is also computed exactly, and the step's loss measured; 0:
+    none"""
     gates: bool = True
     """Whether lossy policies keep BuddyMoE's gates"""
     seed: int = 0
@@ -61,7 +65,16 @@ class Setting:
 
 def default_residency(options: RunOptions) -> Residency:
     """Return the residency that was asked for, or that fits the policy."""
-    return options.residency or ("cache" if options.policy == EXACT else "frozen")
+    is_exact = options.policy is None or options.policy == EXACT
+    return options.residency or ("cache" if is_exact else "frozen")
+
+
+def follow_calibration(options: RunOptions, calibration: Calibration | None) -> RunOptions:
+    """Return the options with a policy: what was asked for, else the bundle's, else exact."""
+    if options.policy is not None:
+        return options
+    policy = EXACT if calibration is None else calibration.policy
+    return replace(options, policy=policy)
 
 
 def follow_plan(options: RunOptions, plan: PackPlan | None) -> Setting:

@@ -45,14 +45,17 @@ from moe_tool.runtime.memory_plan import (
 from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
 from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher, require_prefetch
+from moe_tool.runtime.quality_promise import open_account, quality_note
 from moe_tool.runtime.residency import LevelRoom, cache_rooms, frozen_rooms, n_slots_min
 from moe_tool.runtime.run_options import (
     DEFAULT_EVICTION,
     RunOptions,
     Setting,
     default_residency,
+    follow_calibration,
     follow_plan,
 )
+from moe_tool.runtime.shadow import Shadow
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 from moe_tool.store.expert_levels import ExpertLevels
 from moe_tool.store.expert_store import ExpertStore
@@ -81,7 +84,8 @@ class Session:
     prompt_tokens: int | None = None
     """Positions that count as prompt in the forwards to come; None: a forward of one token with a
     cache is decoding"""
-    _hook: Any = field(default=None, repr=False)
+    shadow: Shadow | None = None
+    _hooks: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def model(self) -> transformers.PreTrainedModel:
@@ -121,6 +125,7 @@ class Session:
             self.runner.store = _open_stores(self.bundle, rooms, self.setting.eviction)
             self.runner.residency, self.runner.rooms = residency, rooms
         self.runner.policy = chosen
+        self.runner.account = open_account(self.manifest.calibration, chosen)
         self.runner.prefetcher = prefetcher
 
     def empty_cache(self) -> None:
@@ -130,9 +135,8 @@ class Session:
 
     def close(self) -> None:
         """Stop the reader threads and let go of the memory."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        while self._hooks:
+            self._hooks.pop().remove()
         torch.set_num_threads(self.threads.n_threads)
         self.runner.store.close()
 
@@ -164,9 +168,28 @@ class Session:
         self.runner.phase = "prompt" if is_prompt else "decode"
         self.runner.n_sequences = n_sequences
         self.threads.before_forward(n_sequences * n_new)
+        if self.runner.is_shadow:
+            return
+        if n_seen == 0:
+            self.runner.account.begin_sequences(n_sequences)
+        if not is_prompt:
+            if self.shadow is not None and self.shadow.is_due():
+                self._compute_exactly(self.shadow, kwargs)
+            self.runner.answered_exactly = self.runner.account.begin_token()
         counters = self.runner.stats.phase(self.runner.phase)
         counters.forwards += 1
         counters.tokens += n_sequences * n_new
+
+    def _compute_exactly(self, shadow: Shadow, kwargs: dict[str, Any]) -> None:
+        self.runner.is_shadow = True
+        try:
+            shadow.compute_exactly(self.model, kwargs)
+        finally:
+            self.runner.is_shadow = False
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.shadow is not None and not self.runner.is_shadow:
+            self.shadow.compare(output.logits[:, -1])
 
 
 def open_session(
@@ -194,9 +217,11 @@ def open_session(
         BudgetError: the budget is below what the session needs.
         CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
     """
-    _check(options)
     return_freed_memory()
     bundle = BundleReader.open(folder)
+    calibration = bundle.manifest.calibration
+    options = follow_calibration(options, calibration)
+    _check(options)
     setting = follow_plan(options, bundle.manifest.plan)
     request = parse_memory(setting.memory)
     threads = choose_threads(options.threads, bundle.manifest)
@@ -236,6 +261,7 @@ def open_session(
     memory = plan(max(0, current_rss_bytes() - loader.held_bytes))
     residency = default_residency(options)
     prefetcher = choose_prefetcher(setting.prefetch, skeleton.layers, residency=residency)
+    assert options.policy is not None
     policy = choose_policy(
         options.policy,
         bundle.manifest,
@@ -247,6 +273,10 @@ def open_session(
         progress.note(setting.note)
     if policy.policy.lossy:
         progress.note(policy.policy.describe())
+    account = open_account(calibration, policy)
+    note = quality_note(calibration, policy, n_slots=memory.n_slots)
+    if note is not None:
+        progress.note(note)
     if not is_native():
         progress.note("the native kernels are not in use: torch computes the experts, slower")
     refusal = bundle.read_directly()
@@ -256,12 +286,14 @@ def open_session(
     runner = MoeLayerRunner(
         store=_open_stores(bundle, rooms_by_level, setting.eviction),
         rooms=rooms_by_level,
+        account=account,
         residency=residency,
         policy=policy,
         prefetcher=prefetcher,
         foresight=_foresight(skeleton, setting, options),
         recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
     )
+    shadow = Shadow(every=options.shadow) if options.shadow and policy.policy.lossy else None
     skeleton.set_experts_function(runner)
     session = Session(
         options=options,
@@ -273,10 +305,13 @@ def open_session(
         threads=threads,
         setting=setting,
         runner=runner,
+        shadow=shadow,
     )
-    session._hook = skeleton.model.register_forward_pre_hook(
-        session._before_forward, with_kwargs=True
-    )
+    session._hooks = [
+        skeleton.model.register_forward_pre_hook(session._before_forward, with_kwargs=True)
+    ]
+    if shadow is not None:
+        session._hooks.append(skeleton.model.register_forward_hook(session._after_forward))
     return session
 
 
@@ -320,7 +355,7 @@ def _fixed_lines(
 
 
 def _check(options: RunOptions) -> None:
-    require_policy(options.policy)
+    require_policy(options.policy or EXACT)
     if options.prefetch is not None:
         require_prefetch(options.prefetch)
     is_frozen = default_residency(options) == "frozen"
@@ -342,6 +377,7 @@ def _check(options: RunOptions) -> None:
         ("--context", options.context),
         ("batch", options.batch),
         ("prompt", options.prompt),
+        ("--shadow", options.shadow or None),
     ):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: at least 1 is needed")

@@ -201,13 +201,18 @@ class MissChoice:
     def name(self) -> str:
         """What `parse_miss_policy` makes this choice from; defaults left out."""
         ranges = MISS_POLICIES[self.kind].parameters
-        words = [f"{key}={v:g}" for key, v in self.values.items() if v != ranges[key].default]
+        words = [f"{key}={_word(v)}" for key, v in self.values.items() if v != ranges[key].default]
         return self.kind + (":" + ",".join(words) if words else "")
 
     @property
     def residents(self) -> Residents:
         """Who is in memory under frozen residency."""
         return MISS_POLICIES[self.kind].residents
+
+    def with_value(self, parameter: str, value: float) -> "MissChoice":
+        """Return the policy with another value of one of its parameters."""
+        assert parameter in self.values
+        return parse_miss_policy(replace(self, values={**self.values, parameter: value}).name)
 
     def make(self, inputs: PolicyInputs) -> MissPolicy:
         """Return the policy.
@@ -241,6 +246,12 @@ def parse_miss_policy(text: str) -> MissChoice:
             )
         values[key] = _number(text, word, number, ranges[key])
     return MissChoice(kind=kind, values=values)
+
+
+def _word(value: float) -> str:
+    """The shortest text that is read as the same number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _number(text: str, word: str, number: str, allowed: _Range) -> float:

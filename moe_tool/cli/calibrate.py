@@ -1,0 +1,90 @@
+"""`moe-tool calibrate`: a bundle and a limit in, the policy that keeps it out."""
+
+from typing import Annotated
+
+import typer
+
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.cli.console import open_output
+from moe_tool.cli.options import (
+    BundleArgument,
+    DataOption,
+    JsonOption,
+    OfflineOption,
+    RunMemoryOption,
+    SeedOption,
+    ThreadsOption,
+)
+
+
+def calibrate(
+    bundle: BundleArgument,
+    data: DataOption,
+    max_kl: Annotated[
+        float,
+        typer.Option(
+            "--max-kl",
+            metavar="NATS",
+            help="KL(exact || policy) per token that the upper end of the 95 % interval keeps.",
+            show_default=False,
+        ),
+    ],
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            metavar="NAME[:KEY=N,...]",
+            help="Whose strength is searched: priced, replica, near-tie or prune.",
+        ),
+    ] = "priced",
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=3, help="Of text, all domains together.")
+    ] = 8192,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of a sequence.")
+    ] = 256,
+    memory: RunMemoryOption = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Find how far a lossy policy may go, and let `run` follow it."""
+    with open_output(as_json=json) as output:
+        from moe_tool.text.sources import parse_sources, require_sources
+
+        sources = parse_sources(data)
+        require_sources(sources, offline=offline)
+
+        from moe_tool.evaluation.calibrate import CalibrateOptions
+        from moe_tool.evaluation.calibrate import calibrate as find
+        from moe_tool.reports.terminal import evaluation_table
+
+        report = find(
+            bundle,
+            sources,
+            CalibrateOptions(
+                max_kl=max_kl,
+                policy=policy,
+                tokens=tokens,
+                seq_len=seq_len,
+                memory=memory,
+                seed=seed,
+                threads=threads,
+                offline=offline,
+            ),
+            progress=output.progress,
+        )
+        found = report.calibration
+        output.show(
+            "settings tried, the strongest first",
+            evaluation_table([(trial.policy, trial.figures) for trial in report.trials]),
+        )
+        low, high = found.quality.kl_ci95
+        output.say(
+            f"{found.policy} keeps {found.max_kl:g}: KL {found.quality.kl:.4f} "
+            f"[{low:.4f}, {high:.4f}], {format_bytes(report.bytes_read_per_token)} read per token; "
+            f"written to {bundle}/, {report.seconds:.0f} s"
+        )
+        output.say(f'next: moe-tool run {bundle}/ --prompt "The list" follows it')
+        output.result(report.to_json())
