@@ -2,7 +2,7 @@
 
 from moe_tool.runtime.policy_choice import EXACT
 
-CONTROLS = (EXACT, "buddy", "drop", "random", "next-ranked")
+CONTROLS = (EXACT, "priced", "replica", "near-tie", "buddy", "next-ranked", "random", "drop")
 
 
 def policies_to_run(policy: str, *, controls: bool) -> tuple[str, ...]:

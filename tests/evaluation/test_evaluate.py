@@ -47,8 +47,14 @@ def test_the_table_has_every_policy_that_the_bundle_can_run(
     bundle: Path, sources: tuple[TextSource, ...]
 ) -> None:
     report = evaluate(bundle, sources, _options(policy="drop", controls=True))
-    assert [row.policy for row in report.rows] == ["exact", "drop", "random", "next-ranked"]
-    assert list(report.skipped) == ["buddy"]
+    assert [row.policy for row in report.rows] == [
+        "exact",
+        "drop",
+        "near-tie",
+        "next-ranked",
+        "random",
+    ]
+    assert list(report.skipped) == ["priced", "replica", "buddy"]
     assert report.residency == "frozen"
     rows = {row.policy: row.figures for row in report.rows}
     exact, drop = rows["exact"], rows["drop"]

@@ -44,9 +44,9 @@ class LayerBook:
         """
         listed = self.buddy[wanted] == used[:, None]  # [n, B]
         is_listed = listed.any(axis=1)
-        column = listed.argmax(axis=1)
         row = np.arange(len(wanted))
         if self.buddy.shape[1]:
+            column = listed.argmax(axis=1)
             scale = self.buddy_scale[wanted][row, column]
             squared = np.minimum(self.buddy_eps[wanted][row, column] ** 2, 1.0)
         else:

@@ -1,0 +1,168 @@
+"""Replicas in a bundle: what they hold, what they are worth, a resume, refusals."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_tool.errors import CorruptArtifactError, UsageError
+from moe_tool.experts.expert_forward import expert_forward
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.models.architecture import open_model
+from moe_tool.models.layer_stream import LayerStream
+from moe_tool.models.locate import LocatedModel
+from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.profiling.recorder import record_profile
+from moe_tool.quantization.round_to_nearest import dequantize, round_trip
+from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.text.sources import parse_sources
+
+LIST = "4,2:128,1,rank8,rank2"
+
+
+class Killed(BaseException):
+    """What a test interrupts with."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[..., Path]) -> LocatedModel:
+    return LocatedModel(folder=tiny_checkpoint("mixtral"), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def profile(model: LocatedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("profile") / "p.h5"
+    record_profile(model, parse_sources(["builtin"]), out=out, tokens=1024, seq_len=32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(model: LocatedModel, profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "b"
+    report = pack_bundle(model, out=out, replicas=LIST, profile=profile)
+    assert report.replica_bytes > 0
+    return out
+
+
+def test_every_form_of_every_expert_is_there_and_verified(
+    bundle: Path, model: LocatedModel
+) -> None:
+    opened = open_model(model)
+    with opened.checkpoint, BundleReader.open(bundle) as reader:
+        assert [level.form.name for level in reader.levels] == [
+            "native",
+            "4",
+            "2:128",
+            "1",
+            "rank8",
+            "rank2",
+        ]
+        reader.verify_all()
+        for level, width, group in ((1, 4, 64), (2, 2, 128), (3, 1, 64)):
+            held = reader.levels[level]
+            record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
+            layer, expert = held.records[5].layer, held.records[5].expert
+            reader.read_record_into(layer, expert, record, level=level)
+            found = held.form.decode(record)["down_proj"]
+            assert isinstance(found, IntegerWeight)
+            wanted = round_trip(opened.experts.read(layer, expert)["down_proj"], width, group=group)
+            assert torch.equal(dequantize(found), wanted)
+
+
+def test_prices_are_those_of_the_records_on_tokens_that_they_were_not_made_from(
+    bundle: Path, model: LocatedModel
+) -> None:
+    """Bits are ordered as widths are, and a price is what the form does to inputs like those."""
+    opened = open_model(model)
+    with opened.checkpoint, BundleReader.open(bundle) as reader:
+        tables = reader.manifest.replicas
+        means = [np.mean([entry.eps for entry in table.prices]) for table in tables]
+        assert means[0] < means[1] < means[2]
+        assert means[3] < means[4] <= 1.05
+        layer = reader.manifest.shape.layers[0]
+        stream = LayerStream(model.folder, opened.checkpoint)
+        module = next(each.experts for each in stream.moe_layers if each.layer == layer)
+        exact = opened.experts.read(layer, 0)
+        x = torch.randn(64, reader.manifest.shape.hidden, generator=torch.manual_seed(0))
+        truth = expert_forward(
+            module, {name: FloatWeight(values=value) for name, value in exact.items()}, x
+        )
+        for level in (1, 2):
+            held = reader.levels[level]
+            record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
+            reader.read_record_into(layer, 0, record, level=level)
+            answer = expert_forward(module, held.form.decode(record), x)
+            error = float((truth - answer).norm() / truth.norm())
+            assert tables[level - 1].prices[0].eps[0] == pytest.approx(error, rel=0.5)
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 30])
+def test_an_interrupted_pack_resumes_to_the_same_bytes(
+    after: int,
+    bundle: Path,
+    model: LocatedModel,
+    profile: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = BundleWriter.write_record
+
+    def killing(
+        self: BundleWriter, level: int, layer: int, expert: int, record: torch.Tensor
+    ) -> None:
+        if self.n_written == after:
+            raise Killed
+        write(self, level, layer, expert, record)
+
+    monkeypatch.setattr(BundleWriter, "write_record", killing)
+    with pytest.raises(Killed):
+        pack_bundle(model, out=tmp_path / "b", replicas=LIST, profile=profile)
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="replicas"):
+        pack_bundle(model, out=tmp_path / "b", profile=profile)
+    pack_bundle(model, out=tmp_path / "b", replicas=LIST, profile=profile)
+    for path in sorted(bundle.iterdir()):
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("5", "not known"),
+        ("2:100", "not known"),
+        ("rank0", "not known"),
+        ("2,2", "not known"),
+        ("rank16,rank16", "not known"),
+        ("rank" + "9" * 5000, "not known"),
+        ("rank1000", "wide"),
+    ],
+)
+def test_replicas_that_are_none_are_refused(
+    text: str, says: str, model: LocatedModel, profile: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        pack_bundle(model, out=tmp_path / "b", replicas=text, profile=profile)
+
+
+def test_replicas_need_a_profile(model: LocatedModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is none"):
+        pack_bundle(model, out=tmp_path / "b", replicas="2")
+
+
+def test_a_damaged_replica_is_named(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "b"
+    copy.mkdir()
+    for path in bundle.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    with BundleReader.open(copy) as reader:
+        entry = reader.levels[4].records[3]
+    data = bytearray((copy / entry.file).read_bytes())
+    data[entry.offset + 17] ^= 64
+    (copy / entry.file).write_bytes(data)
+    with BundleReader.open(copy) as reader:
+        out = torch.empty(reader.levels[4].record_size_bytes, dtype=torch.uint8)
+        with pytest.raises(CorruptArtifactError, match=entry.file):
+            reader.read_record_into(entry.layer, entry.expert, out, level=4)

@@ -1,0 +1,194 @@
+"""Prices, and the policies that choose a form or a stand-in by them, on hand-made cases."""
+
+import math
+
+import numpy as np
+import pytest
+
+from moe_tool.artifacts.routing import Routing, answer_exactly, answers_of
+from moe_tool.errors import UsageError
+from moe_tool.policies.misses import LayerBook, PolicyInputs, PriceBook, parse_miss_policy
+from moe_tool.policies.misses.priced import Priced
+from moe_tool.policies.misses.replica import unimportance
+
+LAYER = 7
+BOOK = PriceBook(
+    layers={
+        LAYER: LayerBook(
+            nats=np.array([1.0, 1.0, 2.0, 1.0, 1.0, 1.0]),
+            eps=np.array([[0.0] * 6, [0.1, 0.1, 0.1, 0.1, np.inf, 0.1], [0.5] * 6]),
+            buddy=np.array([[1, 2], [-1, -1], [3, -1], [-1, -1], [-1, -1], [-1, -1]]),
+            buddy_scale=np.array([[2.0, 0.5], [0, 0], [1.0, 0], [0, 0], [0, 0], [0, 0]]),
+            buddy_eps=np.array([[0.3, 0.2], *[[np.inf, np.inf]] * 5]),
+        )
+    },
+    record_bytes=(4_000_000, 1_000_000, 500_000),
+)
+
+
+def _routing(index, weight, *, logits=None):
+    logits = None if logits is None else np.array(logits, dtype=np.float16)
+    return Routing(
+        layer=LAYER,
+        index=np.array(index, dtype=np.int64),
+        weight=np.array(weight, dtype=np.float32),
+        score=logits,
+        logits=logits,
+        phase="decode",
+        sequence=np.arange(len(index)),
+    )
+
+
+def _resident(full=(), first=(), second=()):
+    mask = np.zeros((3, 6), dtype=bool)
+    for row, experts in enumerate((full, first, second)):
+        mask[row, list(experts)] = True
+    return mask
+
+
+def _decide(routing, resident, nats_per_mb=math.inf):
+    answers = Priced(book=BOOK, nats_per_mb=nats_per_mb).decide(routing, resident)
+    return answers.expert.tolist(), answers.level.tolist(), answers.weight.tolist()
+
+
+def test_the_form_with_the_least_error_that_is_there_answers():
+    routing = _routing([[0, 4]], [[0.5, 0.5]])
+    assert _decide(routing, _resident(full=[4], first=[0], second=[0])) == (
+        [[0, 4]],
+        [[1, 0]],
+        [[0.5, 0.5]],
+    )
+    assert _decide(routing, _resident(full=[4], second=[0]))[1] == [[2, 0]]
+
+
+def test_a_listed_stand_in_answers_with_its_scale_and_nothing_where_there_is_none():
+    resident = _resident(full=[1, 2])
+    assert _decide(_routing([[0, 5]], [[0.75, 0.25]]), resident) == (
+        [[2, -1]],
+        [[0, 0]],
+        [[0.375, 0.0]],
+    )
+    # 2 is the better stand-in for 0, but the token wants it itself
+    assert _decide(_routing([[0, 2]], [[0.75, 0.25]]), resident)[0] == [[1, 2]]
+
+
+def test_reading_costs_patience_and_a_heavier_slot_is_worth_more_of_it():
+    # Left out, slot 0 costs 0.64 and slot 1 0.04; a read of 4 MB costs 0.1 * 4.
+    routing = _routing([[3, 5]], [[0.8, 0.2]])
+    assert _decide(routing, _resident(full=[0]), 0.1) == (
+        [[3, -1]],
+        [[1, 0]],
+        [[pytest.approx(0.8), 0.0]],
+    )  # the cheaper form of 3: 0.1 + 0.0064, is read
+    assert _decide(routing, _resident(full=[0]), 0.001)[1] == [[0, 1]]
+    assert _decide(routing, _resident(full=[0]), 1e-6)[1] == [[0, 0]]
+    with_nothing = Priced(book=BOOK, nats_per_mb=0.0).decide(routing, _resident(full=[0]))
+    assert with_nothing.expert.tolist() == [[3, 5]] and with_nothing.level is None
+
+
+def test_spent_is_the_square_of_weight_and_error_times_the_nats():
+    routing = _routing([[0, 2]], [[0.5, 0.5]])
+
+    def spent(expert, weight, level):
+        answers = answers_of(
+            routing, np.array([expert]), np.array([weight], np.float32), np.array([level])
+        )
+        return float(BOOK.spent(routing, answers)[0])
+
+    assert spent([0, 2], [0.5, 0.5], [0, 0]) == 0
+    assert spent([0, 2], [0.5, 0.5], [1, 2]) == pytest.approx(0.25 * 0.01 + 2 * 0.25 * 0.25)
+    assert spent([-1, 2], [0, 0.5], [0, 0]) == pytest.approx(0.25)
+    assert spent([1, 2], [1.0, 0.5], [0, 0]) == pytest.approx(0.25 * 0.09)  # at its own scale
+    # at weight 0 a stand-in is as bad as nothing
+    assert spent([1, 2], [0.0, 0.5], [0, 0]) == pytest.approx(0.25)
+    # one that is not listed adds its own output to the error
+    assert spent([3, 2], [0.5, 0.5], [0, 0]) == pytest.approx(0.25 + 0.25)
+
+
+def test_tokens_that_are_to_be_exact_are():
+    routing = _routing([[0, 4], [0, 4]], [[0.5, 0.5], [0.5, 0.5]])
+    answers = Priced(book=BOOK, nats_per_mb=math.inf).decide(routing, _resident(full=[4]))
+    assert answers.dropped == 2
+    kept = answer_exactly(routing, answers, np.array([False, True]))
+    assert kept.expert.tolist() == [[-1, 4], [0, 4]] and kept.dropped == 1
+    assert kept.weight[1].tolist() == [0.5, 0.5]
+
+
+SCORES = [[np.log(p) for p in (0.40, 0.21, 0.20, 0.12, 0.05, 0.02)]]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "full", "expected"),
+    [
+        (0.0, [0, 2], [0, 1]),  # no band
+        (0.1, [0, 2], [0, 2]),  # 0.21 < 1.1 * 0.20, and 0.20 is there
+        (0.1, [0, 3], [0, 1]),  # 0.12 is below 0.9 * 0.20: it is read
+        (0.5, [0, 3], [0, 3]),
+        (0.5, [0, 1, 2], [0, 1]),  # what is there stays
+        (0.9, [1, 2, 3], [0, 1]),  # 0.40 is not below 1.9 * 0.20: it is kept whatever it takes
+    ],
+)
+def test_near_ties_are_swapped_within_the_bands(alpha, full, expected):
+    def reweigh(logits, index):
+        chosen = np.exp(np.take_along_axis(logits.astype(np.float32), index, axis=1))
+        return chosen / chosen.sum(axis=1, keepdims=True)
+
+    policy = parse_miss_policy(f"near-tie:alpha={alpha}").make(
+        PolicyInputs(reweigh={LAYER: reweigh})
+    )
+    routing = _routing([[0, 1]], [[0.66, 0.34]], logits=SCORES)
+    answers = policy.decide(routing, _resident(full=full))
+    assert answers.expert.tolist() == [expected]
+    if expected != [0, 1]:
+        share = np.exp(SCORES[0][expected[1]]) / (0.40 + np.exp(SCORES[0][expected[1]]))
+        assert answers.weight[0, 1] == pytest.approx(share, rel=1e-2)
+
+
+def test_unimportance_is_the_weight_above_and_the_heaviest_is_always_whole():
+    assert unimportance(np.array([[0.2, 0.5, 0.3]])).tolist() == [
+        [pytest.approx(0.8), 0.0, pytest.approx(0.5)]
+    ]
+    policy = parse_miss_policy("replica:high=0.4,low=0.3").make(
+        PolicyInputs(levels=("native", "4", "2"))
+    )  # without a profile the shares are the thresholds: 0.4 and 0.7
+    routing = _routing([[1, 2, 3]], [[0.2, 0.5, 0.3]])
+    answers = policy.decide(routing, _resident())
+    assert answers.expert.tolist() == [[-1, 2, 3]] and answers.level.tolist() == [[0, 0, 1]]
+    there = policy.decide(routing, _resident(full=[1, 3]))
+    assert there.expert.tolist() == [[1, 2, 3]]
+
+
+def test_pruning_leaves_out_light_slots_that_are_there_and_never_the_heaviest():
+    policy = parse_miss_policy("prune:share=0.5").make(
+        PolicyInputs(ratios={LAYER: np.linspace(0, 1, 21)})
+    )
+    routing = _routing([[1, 2], [1, 2], [3, 0]], [[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]])
+    answers = policy.decide(routing, np.ones((3, 6), dtype=bool))
+    assert answers.expert.tolist() == [[1, -1], [1, 2], [-1, 0]]
+    assert answers.weight[0].tolist() == [pytest.approx(0.7), 0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("nobody", "not known"),
+        ("exact:rho=1", "takes no parameter"),
+        ("priced:lambda=1", "it takes nats-per-mb"),
+        ("priced:nats-per-mb=-1", "out of range"),
+        ("priced:nats-per-mb=nan", "out of range"),
+        ("priced:nats-per-mb=", "out of range"),
+        ("buddy:rho=1.5", "whole number"),
+        ("near-tie:alpha=1.1", "from 0 to 1"),
+        ("replica:level=" + "9" * 400, "out of range"),
+    ],
+)
+def test_a_policy_that_is_not_one_is_refused(spec, says):
+    with pytest.raises(UsageError) as caught:
+        parse_miss_policy(spec)
+    assert says in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_a_choice_is_named_as_it_is_written():
+    for spec in ("exact", "buddy:rho=1", "priced:nats-per-mb=0.0123456789", "replica:high=0.5"):
+        assert parse_miss_policy(spec).name == spec
+    assert parse_miss_policy("priced:nats-per-mb=inf").name == "priced"
