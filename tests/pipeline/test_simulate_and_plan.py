@@ -95,6 +95,12 @@ def test_a_plan_is_written_packed_and_followed(pipeline: Pipeline, tmp_path: Pat
     assert run.fields["memory_budget_bytes"] == fields["plan"]["memory_bytes"]
     replayed = moe_tool("simulate", trace, *SHIPPED, "--json", folder=pipeline.folder)
     assert replayed.fields["hits"] == replayed.fields["predicted_hits"] == run.fields["hits"]
+    of_plan = moe_tool("inspect", plan, "--json", folder=pipeline.folder).fields
+    assert of_plan["kind"] == "plan" and of_plan["intact"] is True
+    assert (of_plan["bits"], of_plan["eviction"]) == ("4", best["eviction"])
+    of_trace = moe_tool("inspect", trace, "--json", folder=pipeline.folder).fields
+    assert of_trace["kind"] == "trace of a run" and of_trace["model_type"] == "mixtral"
+    assert of_trace["hits"] == run.fields["hits"]
 
     other = moe_tool(
         *("pack", pipeline.model, "--plan", plan, "--bits", "8", "--out", tmp_path / "c"),
