@@ -69,7 +69,9 @@ def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Descri
     if is_hdf5:
         from moe_tool.formats.run_trace_hdf5 import is_run_trace
 
-        return _describe_run_trace(path) if is_run_trace(path) else _describe_profile(path, progress)
+        if is_run_trace(path):
+            return _describe_run_trace(path)
+        return _describe_profile(path, progress)
     if path.name.endswith(PROFILE_SUFFIX):
         return _describe_profile(path, progress)
     if path.name == "manifest.json":
