@@ -151,4 +151,5 @@ def test_no_verb_is_cut_in_the_middle_at_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     assert run_command(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "simulate" in shown and "..." not in shown
+    verbs = shown.split("Commands:")[1]
+    assert "simulate" in verbs and "..." not in verbs
