@@ -36,6 +36,7 @@ ALSO_ALLOWED = {
     ("buddies", "policies"),  # a map carries the entropy that the gates compare with
     ("store", "policies"),  # the cache that says what is resident
     ("packing", "policies"),  # whether a plan's eviction policy pins
+    ("profiling", "policies"),  # the rule of what is pinned, which plan follows too
     ("text", "formats"),  # asks formats.hub_probe before the network
 }
 EVERYTHING = {"cli", "demo", "__main__", "__init__"}

@@ -45,7 +45,8 @@ class MemorySpeed(FrozenModel):
 
 
 class ExpertSpeed(FrozenModel):
-    """What one expert call takes: fixed_s + record_bytes / bytes_per_s, fitted to two sizes."""
+    """What one expert call takes: fixed_s + record_bytes / bytes_per_s, fitted to two sizes; below
+    the smaller one a straight line from there to a call with hardly any weights."""
 
     bits: Bits
     """Of the matrices; native is bfloat16"""
@@ -55,10 +56,23 @@ class ExpertSpeed(FrozenModel):
     fixed_s: Seconds
     bytes_per_s: Rate
     """Of the record"""
+    fitted_from_bytes: SizeBytes | None = None
+    """The smaller of the two sizes; None where nothing below it was measured"""
+    tiny_s: Seconds | None = None
+    """What a call takes whose weights are next to nothing; None where it was not measured"""
 
-    def seconds(self, record_bytes: int) -> float:
+    def seconds(self, record_bytes: float) -> float:
         """Return what a call takes with a record of so many bytes."""
-        return self.fixed_s + record_bytes / self.bytes_per_s
+        if (
+            self.tiny_s is None
+            or self.fitted_from_bytes is None
+            or record_bytes >= self.fitted_from_bytes
+        ):
+            return self.fixed_s + record_bytes / self.bytes_per_s
+        # Carried on below the fitted sizes, the line would end in what noise made of `fixed_s`.
+        at_fitted = self.fixed_s + self.fitted_from_bytes / self.bytes_per_s
+        tiny = min(self.tiny_s, at_fitted)
+        return tiny + (at_fitted - tiny) * record_bytes / self.fitted_from_bytes
 
 
 class GpuSpeed(FrozenModel):
@@ -122,7 +136,7 @@ class HardwareProfile(FrozenModel):
         """Return the rate at the nearest measured number of threads."""
         return _nearest(self.memory, lambda row: row.threads, threads)[0].bytes_per_s
 
-    def expert_seconds(self, bits: Bits, record_bytes: int, tokens: int, threads: int) -> float:
+    def expert_seconds(self, bits: Bits, record_bytes: float, tokens: int, threads: int) -> float:
         """Return what one call of an expert takes.
 
         Of the nearest measured width (as a ratio) and number of threads. Between measured numbers

@@ -111,7 +111,9 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
         raise UsageError(
             f"{longest.label} takes {longest.positions} positions, "
             f"the model was made for {context_limit}",
-            hint="a smaller --prompt-tokens, --generate or --depth",
+            hint=f"--depth {context_limit - longest.n_tokens} or less"
+            if longest.n_tokens <= context_limit
+            else "a smaller --prompt-tokens or --generate",
         )
     return tests
 

@@ -40,8 +40,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 app = typer.Typer(
     name="moe-tool",
     help="Profile, pack and run mixture-of-experts models that are larger than memory.",
-    epilog="In the order of a session: profile, buddies, pack, run, evaluate. `moe-tool demo` does "
-    "all of it in a minute or two.",
+    epilog="In the order of a session: profile, buddies, hardware, simulate, plan, pack, run, "
+    "evaluate. `moe-tool demo` does profile, buddies, pack, run and evaluate in a minute or two.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -50,6 +50,7 @@ app = typer.Typer(
 for _verb in (
     profile.profile,
     buddies.buddies,
+    hardware.hardware,
     simulate.simulate,
     plan.plan,
     pack.pack,
@@ -58,7 +59,6 @@ for _verb in (
     calibrate.calibrate,
     eval_harness.eval_harness,
     bench.bench,
-    hardware.hardware,
     inspect.inspect,
     demo.demo,
 ):

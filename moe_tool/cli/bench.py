@@ -1,16 +1,20 @@
 """`moe-tool bench`: how fast a bundle runs, as a table."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import BundleArgument, GatesOption, JsonOption, SeedOption
+from moe_tool.errors import MoeToolError
 
 if TYPE_CHECKING:
     from moe_tool.benchmarking.bench import BenchRow
+    from moe_tool.benchmarking.bench_plan import BenchOptions
 
+_MAX_CONFIG_BYTES = 4 * 2**20
 Format = Literal["md", "csv", "json", "jsonl"]
 
 
@@ -106,6 +110,8 @@ def bench(
             seed=seed,
         )
 
+        _refuse_too_long(bundle, options)
+
         from moe_tool.benchmarking.bench import bench as measure
         from moe_tool.reports.bench_formats import json_line
 
@@ -126,6 +132,27 @@ def bench(
             f"{'random tokens' if rows[0].tokens_from == 'random' else 'tokens of text'}"
         )
         output.result(report.to_json())
+
+
+def _refuse_too_long(bundle: Path, options: "BenchOptions") -> None:
+    """Refuse tests beyond the model's context before torch is loaded, which takes seconds.
+
+    A bundle that is missing or damaged is left to the run, which says what is wrong with it.
+
+    Raises:
+        UsageError: a test goes beyond the context, or options that mean nothing.
+    """
+    from moe_tool.benchmarking.bench_plan import list_tests
+    from moe_tool.formats.hostile_file import read_capped
+    from moe_tool.formats.strict_json import parse_json_object
+
+    path = bundle / "config.json"
+    try:
+        text = read_capped(path, limit_bytes=_MAX_CONFIG_BYTES, remedy="")
+        limit = parse_json_object(path, text, remedy="").get("max_position_embeddings")
+    except MoeToolError:
+        return
+    list_tests(options, context_limit=limit if type(limit) is int else None)
 
 
 def _print(output: Output, rows: "list[BenchRow]", format: Format) -> None:  # noqa: A002

@@ -56,7 +56,7 @@ def buddies(
     profiles: ProfilesOption = DEFAULT_FOLDER,
     json: JsonOption = False,
 ) -> None:
-    """Find for every expert the K best stand-ins, each with scale and price."""
+    """Find the K best stand-ins of every expert. Each has a scale and a price."""
     with open_output(as_json=json) as output:
         profile = profile or newest_profile(profiles, output)
         out = out or buddies_path(profiles, profile)
@@ -79,13 +79,10 @@ def buddies(
 
 
 def _pack_command(made: MadeBuddies, *, is_default: bool) -> str:
-    """Return what to type next. A map knows its model's name, not where the checkpoint lies."""
-    from moe_tool.models.locate import ALIASES
+    from moe_tool.models.locate import model_to_type
 
-    is_typable = made.model in ALIASES or "/" in made.model
-    model = made.model if is_typable else f"PATH/TO/{made.model}"
     files = "" if is_default else f" --profile {made.profile} --buddies {made.path}"
-    return f"moe-tool pack {model}{files} --out bundle/"
+    return f"moe-tool pack {model_to_type(made.model)}{files} --out bundle/"
 
 
 def make_buddies(profile: Path, *, k: int, by: By, out: Path) -> MadeBuddies:

@@ -39,7 +39,7 @@ def demo(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Profile, find buddies, pack, run and evaluate the embedded model on built-in text."""
+    """Do all of a session on the embedded model and built-in text."""
     with open_output(as_json=json) as output:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """What a file or folder is, made from what: the facts that `inspect` shows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,14 @@ from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.progress import Progress
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from moe_tool.artifacts.routing_report import RoutingReport
     from moe_tool.profiling.coverage import LayerCoverage
 
 _PARTIAL_BUNDLE = ".part"
 _PARTIAL_PROFILE = ".parts"
+_LAYER_FIELDS = ("layer_warm_s", "layer_cold_s", "layer_rested_s", "cold_bytes")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
@@ -35,6 +38,10 @@ class Description:
     """In the order in which they are shown"""
     coverage: tuple["LayerCoverage", ...] = ()
     """Of a profile, by layer"""
+    tables: "tuple[Table, ...]" = ()
+    """For people, below the facts"""
+    details: dict[str, object] = field(default_factory=dict)
+    """What the tables show, for `--json`"""
     routing: "RoutingReport | None" = None
     """Of a profile"""
 
@@ -43,7 +50,8 @@ def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Descri
     """Return what lies at `path`.
 
     Args:
-        path: a profile, buddy map, hardware profile, bundle, half-written bundle or checkpoint.
+        path: a profile, buddy map, plan, hardware profile, trace of a run, bundle, half-written
+            bundle or checkpoint.
         verify: read everything and check every hash, not only headers and sizes.
         progress: told about the reading.
 
@@ -58,7 +66,13 @@ def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Descri
         return _describe_folder(path, verify=verify, progress=progress)
     with path.open("rb") as file:
         is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
-    if is_hdf5 or path.name.endswith(PROFILE_SUFFIX):
+    if is_hdf5:
+        from moe_tool.formats.run_trace_hdf5 import is_run_trace
+
+        if is_run_trace(path):
+            return _describe_run_trace(path)
+        return _describe_profile(path, progress)
+    if path.name.endswith(PROFILE_SUFFIX):
         return _describe_profile(path, progress)
     if path.name == "manifest.json":
         return _describe_bundle(path.parent, verify=verify, progress=progress)
@@ -118,14 +132,22 @@ def _describe_profile(path: Path, progress: Progress) -> Description:
 def _describe_json(path: Path) -> Description:
     from moe_tool.formats.json_artifact import json_artifact_kind
 
-    if not path.name.endswith(BUDDIES_SUFFIX) and json_artifact_kind(path) == "hardware":
-        return _describe_hardware(path)
-    return _describe_buddies(path)
+    describe = {
+        "buddies": _describe_buddies,
+        "hardware": _describe_hardware,
+        "plan": _describe_plan,
+    }.get(json_artifact_kind(path) or "")
+    if describe is not None:
+        return describe(path)
+    if path.name.endswith(BUDDIES_SUFFIX):
+        return _describe_buddies(path)  # refuses it, with what a buddy map should be
+    raise _unknown(path)
 
 
 def _describe_hardware(path: Path) -> Description:
     from moe_tool.artifacts.hardware_profile import HardwareProfile
     from moe_tool.formats.json_artifact import read_json_artifact
+    from moe_tool.reports.hardware_table import experts_table, speeds_table
 
     profile = read_json_artifact(path, HardwareProfile)
     facts: dict[str, object] = {
@@ -138,7 +160,77 @@ def _describe_hardware(path: Path) -> Description:
         "tool_version": profile.tool_version,
     }
     return Description(
-        kind="hardware profile", path=path, is_intact=True, checked="every field", facts=facts
+        kind="hardware profile",
+        path=path,
+        is_intact=True,
+        checked="every field",
+        facts=facts,
+        tables=(speeds_table(profile), experts_table(profile)),
+        details=profile.model_dump(mode="json", include={"disk", "memory", "experts"})
+        | {name: getattr(profile, name) for name in _LAYER_FIELDS},
+    )
+
+
+def _describe_plan(path: Path) -> Description:
+    from moe_tool.artifacts.pack_plan import PackPlan
+    from moe_tool.formats.json_artifact import read_json_artifact
+    from moe_tool.reports.plan_table import lines_table
+
+    plan = read_json_artifact(path, PackPlan)
+    found = plan.prediction
+    facts: dict[str, object] = _model_facts(plan.identity) | {
+        "memory_bytes": plan.memory_bytes,
+        "context": plan.context,
+        "bits": plan.bits,
+        "skeleton_bits": plan.skeleton_bits,
+        "eviction": plan.eviction,
+        "prefetch": plan.prefetch,
+        "expert_slots": found.expert_slots,
+        "predicted": f"{found.tokens_per_second:.2f} tokens/s (+-{found.error:.0%}), "
+        f"{found.hit_rate:.1%} hits",
+        "hardware": plan.hardware,
+        "profile_sha256": plan.profile_sha256,
+        "tool_version": plan.tool_version,
+    }
+    return Description(
+        kind="plan",
+        path=path,
+        is_intact=True,
+        checked="every field",
+        facts=facts,
+        tables=(lines_table(plan.lines),),
+        details=plan.model_dump(mode="json", include={"prediction", "lines"}),
+    )
+
+
+def _describe_run_trace(path: Path) -> Description:
+    """Its reader checks every array against the others."""
+    from moe_tool.formats.run_trace_hdf5 import read_run_trace
+
+    header, calls = read_run_trace(path)
+    facts: dict[str, object] = (
+        _model_facts(header.identity)
+        | _shape_facts(header.shape)
+        | {
+            "bits": bits_of(header.precision),
+            "skeleton_bits": bits_of(header.skeleton_precision),
+            "threads": header.threads,
+            "expert_slots": header.n_slots,
+            "pinned": len(header.pinned),
+            "eviction": header.eviction,
+            "prefetch": header.prefetch,
+            "layer_calls": len(calls.layer),
+            "router_scores": "recorded" if calls.scores is not None else "not recorded",
+            "prompt_tokens": header.prompt_tokens,
+            "decode_tokens": header.decode_tokens,
+            "decode_seconds": round(header.decode_seconds, 3),
+            "hits": header.hits,
+            "misses": header.misses,
+            "tool_version": header.tool_version,
+        }
+    )
+    return Description(
+        kind="trace of a run", path=path, is_intact=True, checked="every array", facts=facts
     )
 
 
@@ -237,6 +329,7 @@ def _shape_facts(shape: MoeShape) -> dict[str, object]:
 
 def _unknown(path: Path) -> CorruptArtifactError:
     return CorruptArtifactError(
-        f"{path} is no profile, buddy map, hardware profile, bundle or checkpoint",
+        f"{path} is no profile, buddy map, plan, hardware profile, trace of a run, bundle or "
+        "checkpoint",
         hint="a checkpoint folder has a config.json, a bundle a manifest.json",
     )

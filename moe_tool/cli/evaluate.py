@@ -53,7 +53,7 @@ def evaluate(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity, and the divergence from the same bundle under exact."""
+    """Measure perplexity, and how far a policy is from exact."""
     with open_output(as_json=json) as output:
         from moe_tool.models.locate import locate_model
         from moe_tool.text.sources import parse_sources, require_sources

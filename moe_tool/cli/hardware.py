@@ -49,7 +49,7 @@ def hardware(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure how fast this machine reads, computes and copies; takes a minute."""
+    """Measure how fast this machine reads and computes. Takes a minute or two."""
     with open_output(as_json=json) as output:
         if shipped is not None and (disk is not None or quick):
             raise UsageError(

@@ -16,7 +16,8 @@ def inspect(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A profile, a buddy map, a hardware profile, a bundle or a checkpoint.",
+            help="A profile, a buddy map, a plan, a hardware profile, the trace of a run, a "
+            "bundle or a checkpoint.",
             show_default=False,
         ),
     ],
@@ -25,7 +26,7 @@ def inspect(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a file or folder is, what it was made from, and whether it is intact."""
+    """Say what a file or folder is, from what, and if it is intact."""
     with open_output(as_json=json) as output:
         from moe_tool.cli.describe_artifact import describe_artifact
         from moe_tool.reports.terminal import facts_table
@@ -35,12 +36,14 @@ def inspect(
         output.show(
             f"{found.path}: a {found.kind}, {state} ({found.checked})", facts_table(found.facts)
         )
-        measured: dict[str, object] = {}
+        if found.tables:
+            output.show(*found.tables)
+        measured = dict(found.details)
         if found.routing is not None:
             from moe_tool.cli.show_routing import show_routing
 
             show_routing(output, found.coverage, found.routing)
-            measured = {
+            measured |= {
                 "coverage": [asdict(row) for row in found.coverage],
                 "routing": asdict(found.routing),
             }

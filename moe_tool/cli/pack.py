@@ -87,7 +87,7 @@ def pack(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Compile a checkpoint into a bundle that `run` reads expert by expert."""
+    """Compile a checkpoint into a bundle. `run` reads it expert by expert."""
     with open_output(as_json=json) as output:
         followed = None if plan is None else _read_plan(plan)
         bits = bits or ("native" if followed is None else followed.bits)

@@ -52,7 +52,7 @@ def profile(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure where a model's routers send text and what every expert does.
+    """Measure where routers send text and what every expert does.
 
     One decoder layer is in memory at a time.
     """

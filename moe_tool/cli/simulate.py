@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_tool.simulator.simulate import Budget, Machine, SimulatedRow
 
 Bits = Literal["native", "8", "4"]
+_DEFAULT_BITS: Bits = "4"
 
 
 def simulate(
@@ -53,7 +54,10 @@ def simulate(
             show_default="all",
         ),
     ] = None,
-    bits: Annotated[Bits, typer.Option("--bits", help="Bits of the experts.")] = "4",
+    bits: Annotated[
+        Bits | None,
+        typer.Option("--bits", help="Bits of the experts.", show_default="4"),
+    ] = None,
     skeleton_bits: Annotated[
         Bits, typer.Option("--skeleton-bits", help="Bits of the other matrices.")
     ] = "native",
@@ -79,7 +83,7 @@ def simulate(
     profiles: ProfilesOption = DEFAULT_FOLDER,
     json: JsonOption = False,
 ) -> None:
-    """Replay a recorded trace under every budget and eviction policy, without the model."""
+    """Replay a trace under every budget and eviction policy. Needs no model."""
     with open_output(as_json=json) as output:
         from moe_tool.policies.eviction import parse_eviction
         from moe_tool.simulator.simulate import default_choices
@@ -107,15 +111,23 @@ def simulate(
         from moe_tool.formats.profile_hdf5 import ProfileReader
 
         with ProfileReader.open(source) as profile:
+            of_bits = f"experts at {_words(bits or _DEFAULT_BITS)}"
+            if bits is None:
+                of_bits += "; --bits native or 8 for others"
+            bits = bits or _DEFAULT_BITS
             machine = _machine(profile, machine_profile, bits, skeleton_bits, output)
             budgets = _budgets(memory or ["10%..100%"], profile, bits, skeleton_bits, context)
-            rows = _simulate_profile(profile, machine, choices, budgets, details, output)
+            rows = _simulate_profile(profile, machine, choices, budgets, details, of_bits, output)
             if plot is not None:
                 title = (
-                    f"{profile.header.identity.name}, {bits} bits, decoding on "
+                    f"{profile.header.identity.name}, {_words(bits)}, decoding on "
                     f"{machine_profile.name}"
                 )
                 _draw(plot, rows, profile, machine, title, output)
+
+
+def _words(bits: Bits) -> str:
+    return "native precision" if bits == "native" else f"{bits} bits"
 
 
 def _is_run_trace(path: Path) -> bool:
@@ -189,6 +201,7 @@ def _simulate_profile(
     choices: "Sequence[EvictionChoice]",
     budgets: "Sequence[Budget]",
     details: bool,
+    of_bits: str,
     output: Output,
 ) -> "list[SimulatedRow]":
     from moe_tool.reports.simulation_table import (
@@ -221,9 +234,12 @@ def _simulate_profile(
     cliff = find_cliff(trace, machine.record_bytes)
     n_experts = trace.n_keys
     output.show(
-        f"decoding {trace.n_forwards} {part} tokens, one at a time: hits and tokens/s",
+        f"decoding {trace.n_forwards} {part} tokens, one at a time, {of_bits}: hits and tokens/s",
         hit_rate_table(rows_by_policy(rows)),
     )
+    missing = _missing_rows(choices, budgets, rows)
+    if missing:
+        output.say(missing)
     best = [best_policy(rows, budget.label) for budget in budgets]
     output.show("", "the best policy of each budget", details_table(rows if details else best))
     output.say(
@@ -240,6 +256,12 @@ def _simulate_profile(
         "", "prompts in chunks of 256 tokens: hits and bytes read per token",
         prompt_table(prompt_rows),
     )  # fmt: skip
+    # A chunk may name more experts than there are slots; a part per layer can then beat Belady's.
+    unheard = [choice.name for choice in choices if "scores" in choice.hints]
+    output.say(
+        "no belady here, which bounds nothing where a chunk names more experts than fit"
+        + (f"; no {', '.join(unheard)}, whose scores are per token" if unheard else "")
+    )
     prefetch_rows = [
         simulate_prefetch(replayer, choice, budget, machine, depth=depth)
         for budget, row in _some(list(zip(budgets, best, strict=True)))
@@ -272,6 +294,25 @@ def _simulate_profile(
         }
     )
     return rows
+
+
+def _missing_rows(
+    choices: "Sequence[EvictionChoice]",
+    budgets: "Sequence[Budget]",
+    rows: "Sequence[SimulatedRow]",
+) -> str:
+    """Why there are dashes; empty where there are none."""
+    there = {(row.memory, row.eviction) for row in rows}
+    gaps = [
+        (budget.label, choice.name)
+        for budget in budgets
+        for choice in choices
+        if choice.per_layer and (budget.label, choice.name) not in there
+    ]
+    if not gaps:
+        return ""
+    labels, names = (", ".join(dict.fromkeys(words)) for words in zip(*gaps, strict=True))
+    return f"-: at {labels} a layer's part of {names} would not hold one token's experts"
 
 
 def _some(pairs: "list[tuple[Budget, SimulatedRow]]") -> "list[tuple[Budget, SimulatedRow]]":

@@ -298,7 +298,7 @@ def _measure(
     """Run every policy on every batch; the exact predictions of one batch at a time are kept."""
     n_sequences, seq_len = ids.shape
     shape = (n_sequences, n_scored(seq_len))
-    nll_exact, kl_source_exact = np.zeros(shape), np.zeros(shape)
+    nll_exact, kl_source_exact, nll_source = (np.zeros(shape) for _ in range(3))
     tallies = {name: _empty_tally(shape) for name in names}
     scored = slice(N_PROMPT_TOKENS, seq_len - 1)
     progress.begin("evaluate", n_sequences * len(names), "sequences")
@@ -315,6 +315,7 @@ def _measure(
             targets = batch[row, scored.start + 1 : scored.stop + 1]
             nll_exact[first + row] = negative_log_likelihood(exact[row, scored], targets)
             if truth is not None:
+                nll_source[first + row] = negative_log_likelihood(truth[row, scored], targets)
                 kl_source_exact[first + row] = compare_logits(
                     truth[row, scored], exact[row, scored]
                 ).kl
@@ -329,7 +330,13 @@ def _measure(
         del exact, truth
     progress.end()
     return {
-        name: _measured(tally, name, nll_exact, None if source is None else kl_source_exact)
+        name: _measured(
+            tally,
+            name,
+            nll_exact,
+            None if source is None else kl_source_exact,
+            None if source is None else nll_source,
+        )
         for name, tally in tallies.items()
     }
 
@@ -368,7 +375,11 @@ def _empty_tally(shape: tuple[int, int]) -> _Tally:
 
 
 def _measured(
-    tally: _Tally, name: str, nll_exact: np.ndarray, kl_source_exact: np.ndarray | None
+    tally: _Tally,
+    name: str,
+    nll_exact: np.ndarray,
+    kl_source_exact: np.ndarray | None,
+    nll_source: np.ndarray | None,
 ) -> Measured:
     """Exact is exact by definition: what differs between one wide forward and many small ones is
     rounding."""
@@ -381,6 +392,7 @@ def _measured(
         nll_exact=nll_exact,
         kl_source=(kl_source_exact if is_exact else tally.kl_source) if has_source else None,
         kl_source_exact=kl_source_exact,
+        nll_source=nll_source,
         costs=tally.costs,
     )
 

@@ -30,6 +30,8 @@ class Measured:
     """[N, P] float64: KL(checkpoint || policy); None without a reference"""
     kl_source_exact: np.ndarray | None
     """[N, P] float64: KL(checkpoint || exact); None without a reference"""
+    nll_source: np.ndarray | None
+    """[N, P] float64: nats that the text costs under the checkpoint; None without a reference"""
     costs: TokenCosts
     """[N, P] each"""
 
@@ -44,6 +46,9 @@ class Figures:
     perplexity_ci95: Interval
     perplexity_exact: float
     perplexity_exact_ci95: Interval
+    perplexity_source: float | None
+    """Of the checkpoint itself; None without a reference"""
+    perplexity_source_ci95: Interval
     kl_mean: float
     """KL(exact || policy), nats per token"""
     kl_mean_ci95: Interval
@@ -85,11 +90,14 @@ def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
     ) -> tuple[float, Interval]:
         return statistic(values), bootstrap_interval(values, statistic, seed=seed)
 
-    def optional(values: np.ndarray | None) -> tuple[float | None, Interval]:
-        return (None, None) if values is None else estimate(values[rows], _mean)
+    def optional(
+        values: np.ndarray | None, statistic: Callable[[np.ndarray], float] = _mean
+    ) -> tuple[float | None, Interval]:
+        return (None, None) if values is None else estimate(values[rows], statistic)
 
     ppl, ppl_ci = estimate(measured.nll[rows], perplexity)
     ppl_exact, ppl_exact_ci = estimate(measured.nll_exact[rows], perplexity)
+    ppl_source, ppl_source_ci = optional(measured.nll_source, perplexity)
     kl, kl_ci = estimate(measured.kl[rows], _mean)
     p99, p99_ci = estimate(measured.kl[rows], _p99)
     top1, top1_ci = estimate(measured.agrees[rows], _mean)
@@ -104,6 +112,8 @@ def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
         perplexity_ci95=ppl_ci,
         perplexity_exact=ppl_exact,
         perplexity_exact_ci95=ppl_exact_ci,
+        perplexity_source=ppl_source,
+        perplexity_source_ci95=ppl_source_ci,
         kl_mean=kl,
         kl_mean_ci95=kl_ci,
         kl_p99=p99,

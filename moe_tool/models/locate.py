@@ -49,6 +49,12 @@ class LocatedModel:
     """What the user typed: alias or hub id; a folder's own name."""
 
 
+def model_to_type(name: str) -> str:
+    """Return what to type as MODEL for a model that an artifact names. It knows a folder's name,
+    not where the folder lies."""
+    return name if name in ALIASES or "/" in name else f"PATH/TO/{name}"
+
+
 def _silent(_: str) -> None:
     pass
 

@@ -74,10 +74,13 @@ def costs_of_bytes(
     """Return what a layer call costs where the sizes are known; see `model_costs`."""
     n_threads = threads or hardware.cores
     touched = shape.top_k * record_bytes + matrix_bytes // shape.n_decoder_layers
-    # An expert call is two products: each matrix has half of its fixed part.
-    fixed_s = hardware.expert_seconds(skeleton_bits, 0, 1, n_threads)
-    matrix_s = hardware.expert_seconds(skeleton_bits, matrix_bytes, 1, n_threads) - fixed_s
-    matrix_s += n_matrices * fixed_s / 2
+    # An expert call is two products: two matrices take as long as an expert of their size.
+    n_calls = n_matrices / 2
+    matrix_s = 0.0
+    if n_matrices:
+        matrix_s = n_calls * hardware.expert_seconds(
+            skeleton_bits, matrix_bytes / n_calls, 1, n_threads
+        )
     n_other_layers = shape.n_decoder_layers - len(shape.layers)
     layer_s = hardware.layer_seconds(touched)
     return ModelCosts(

@@ -6,9 +6,7 @@ import numpy as np
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.policies.hot_set import hottest_first
-
-MIN_KEPT = 0.8
-MAX_DOMAIN_RATIO = 1.5
+from moe_tool.policies.pin_rule import judge_pins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,29 +14,27 @@ class PinCheck:
     """What a pinned set answers."""
 
     n_pinned: int
+    even: float
+    """Share of the uses that it would answer if all experts were used alike"""
     in_sample: float
     """Share of the uses that the set answers"""
     held_out: float | None
     """None where nothing is held out"""
-    domain_ratio: float | None
-    """The domain that it answers best over the one that it answers worst; None for one domain"""
+    by_domain: tuple[float | None, ...]
+    """Of the held-out uses of each domain; None for one without"""
 
     @property
     def refusal(self) -> str | None:
         """Why the set is not to be pinned; None where it holds up."""
-        if self.held_out is None:
-            return "nothing is held out to check a pinned set with"
-        if self.held_out < MIN_KEPT * self.in_sample:
-            return (
-                f"the {self.n_pinned} hottest experts answer {self.in_sample:.0%} of the uses "
-                f"in-sample, but {self.held_out:.0%} held-out"
-            )
-        if self.domain_ratio is not None and self.domain_ratio > MAX_DOMAIN_RATIO:
-            return (
-                f"the {self.n_pinned} hottest experts answer {self.domain_ratio:.1f} times as "
-                "much of one domain as of another"
-            )
-        return None
+        ruling = judge_pins(
+            even=self.even,
+            in_sample=self.in_sample,
+            held_out=self.held_out,
+            by_domain=self.by_domain,
+        )
+        if ruling.verdict == "pin":
+            return None
+        return f"the {self.n_pinned} hottest experts {ruling.reason}"
 
 
 def rank_experts(statistics: dict[int, ExpertStatistics]) -> list[tuple[int, int]]:
@@ -73,14 +69,13 @@ def check_pins(
         inside_all += float(each.in_sample.load.sum())
         outside_all += float(each.held_out.load.sum())
         uses += each.held_out.domain_load.sum(axis=1)
-    known = uses > 0
-    shares = answered[known] / uses[known]
-    ratio = None
-    if len(shares) > 1:
-        ratio = float(shares.max() / shares.min()) if shares.min() > 0 else float("inf")
     return PinCheck(
         n_pinned=n_pinned,
+        even=n_pinned / len(ranked),
         in_sample=inside / inside_all if inside_all else 0.0,
         held_out=outside / outside_all if outside_all else None,
-        domain_ratio=ratio,
+        by_domain=tuple(
+            float(part / whole) if whole else None
+            for part, whole in zip(answered, uses, strict=True)
+        ),
     )

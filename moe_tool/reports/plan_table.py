@@ -1,11 +1,31 @@
 """Plans as tables for people."""
 
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from rich.table import Table
 
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine
 from moe_tool.byte_sizes import format_bytes
+
+
+class RankedRow(Protocol):
+    """A way of running that was replayed."""
+
+    @property
+    def eviction(self) -> str: ...
+
+
+Ranked = TypeVar("Ranked", bound=RankedRow)
+
+
+def rows_to_show(best: Sequence[Ranked], lru: Ranked, bound: Ranked) -> list[Ranked]:
+    """Return the best ones, plain lru where it is not among them, and the bound where there was a
+    choice."""
+    if len(best) == 1:
+        return list(best)
+    is_there = any(row.eviction == lru.eviction for row in best)
+    return [*best, *([] if is_there else [lru]), bound]
 
 
 def lines_table(lines: Sequence[PlanLine]) -> Table:

@@ -11,8 +11,6 @@ from moe_tool.reports.simulation_table import Row
 _BOUND = "belady"
 _STYLES = ("-", "--", "-.", ":")
 _GIB, _MIB = 2**30, 2**20
-_FLAT = 0.8
-"""Curves that end so near to their top are drawn without the zero"""
 
 
 def require_plot_path(path: Path) -> None:
@@ -74,9 +72,7 @@ def drawn_plot(
             color="grey",
         )
     axes[0].set_ylim(bottom=0, top=102)
-    speeds = [row.tokens_per_second for each in rows.values() for row in each]
-    if min(speeds) < _FLAT * max(speeds):
-        axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(bottom=0)
     axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.suptitle(title)
     figure.tight_layout()

@@ -73,6 +73,10 @@ class EvaluationFigures(Protocol):
     @property
     def perplexity_ci95(self) -> Interval: ...
     @property
+    def perplexity_source(self) -> float | None: ...
+    @property
+    def perplexity_source_ci95(self) -> Interval: ...
+    @property
     def kl_mean(self) -> float: ...
     @property
     def kl_mean_ci95(self) -> Interval: ...
@@ -161,16 +165,22 @@ def buddies_table(rows: Sequence[LayerPriceRow], mean: PriceRow) -> Table:
 def evaluation_table(rows: Sequence[tuple[str, EvaluationFigures]]) -> Table:
     """Return one row per (label, figures): quality with its 95 % interval, then what it cost."""
     has_source = any(figures.kl_source_mean is not None for _, figures in rows)
-    table = _table("", "perplexity", "KL(exact || it)", "99 %", "top-1")
+    table = _table("", "perplexity")
+    if has_source:
+        table.add_column("checkpoint's", justify="right")
+    for heading in ("KL(exact || it)", "99 %", "top-1"):
+        table.add_column(heading, justify="right")
     if has_source:
         table.add_column("KL(checkpoint || it)", justify="right")
     for heading in ("hit rate", "read/token", "substituted", "lowered", "dropped"):
         table.add_column(heading, justify="right")
     for label, figures in rows:
         source = [_estimate(figures.kl_source_mean, figures.kl_source_mean_ci95, 4)]
+        own = [_estimate(figures.perplexity_source, figures.perplexity_source_ci95, 3)]
         table.add_row(
             label,
             _estimate(figures.perplexity, figures.perplexity_ci95, 3),
+            *(own if has_source else []),
             _estimate(figures.kl_mean, figures.kl_mean_ci95, 4),
             f"{figures.kl_p99:.4f}",
             f"{figures.top1_agreement:.1%}",

@@ -49,7 +49,8 @@ class SimulatedRow:
     belady_hit_rate: float
     """Of the bound at this budget"""
     to_belady: float | None
-    """Misses over those of the bound; None where the bound misses nothing"""
+    """Misses over those of the bound; None where the bound misses nothing, and for what misses
+    less, since what it pinned was in memory before the first token"""
     limited_by: str
     """budget, policy, working set or -"""
 
@@ -271,21 +272,20 @@ def _row(
         p50_ms=1e3 * float(median),
         p99_ms=1e3 * float(slow),
         belady_hit_rate=1 - bound_misses / n,
-        to_belady=misses / bound_misses if bound_misses else None,
+        # Pinned experts are there before the first token: below the bound they say nothing of it.
+        to_belady=misses / bound_misses if bound_misses and misses >= bound_misses else None,
         limited_by=_limit(misses / n, bound_misses / n, budget.n_slots < trace.cycle),
     )
 
 
 def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
-    """Who is to blame: the policy, where another order would miss clearly less; else the budget
-    below one token's cycle, or the working set, where nobody could do much better."""
-    if is_below_cycle and miss_rate > 0.95:
+    """Who is to blame: the budget below one token's cycle; else the policy, where another order
+    would miss clearly less, or the working set, where nobody could do much better."""
+    if is_below_cycle:
         return "budget"
     if miss_rate > _CLOSE_TO_BELADY * bound and miss_rate - bound > 0.02:
         return "policy"
-    if bound > _MISSES_ANYWAY:
-        return "budget" if is_below_cycle else "working set"
-    return "-"
+    return "working set" if bound > _MISSES_ANYWAY else "-"
 
 
 def rows_by_policy(rows: Sequence[SimulatedRow]) -> Mapping[str, list[SimulatedRow]]:

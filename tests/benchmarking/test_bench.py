@@ -197,6 +197,14 @@ def test_a_bundle_of_a_tiny_model_without_a_tokenizer_runs(
     assert [(row.test, row.tokens_from) for row in rows] == [("pp4", "random"), ("tg2", "random")]
 
 
+def test_a_depth_beyond_the_model_is_refused_before_anything_is_loaded(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((bundle / "config.json").read_text())
+    assert run_command(["bench", str(tmp_path), *SMALL, "--depth", "2000"]) == 2
+    assert "positions" in capsys.readouterr().err  # and not that this is no bundle
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

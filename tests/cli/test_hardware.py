@@ -116,6 +116,8 @@ def test_inspect_knows_one(
     assert run_command(["inspect", "x.json", "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)
     assert fields["kind"] == "hardware profile" and fields["source"] == "data-sheet"
-    assert fields["gpu"] == "GeForce RTX 4090"
+    assert fields["gpu"] == "GeForce RTX 4090" and fields["disk"] and fields["layer_warm_s"] > 0
+    assert run_command(["inspect", "x.json"]) == 0
+    assert "GB/s" in capsys.readouterr().out
     Path("x.json").write_bytes(Path("x.json").read_bytes()[:-9])
     assert run_command(["inspect", "x.json"]) == 3

@@ -138,6 +138,10 @@ def test_a_native_bundle_is_its_checkpoint(
     figures = report.figures
     assert figures.kl_source_exact_mean == pytest.approx(0.0, abs=1e-6)
     assert figures.kl_source_mean == pytest.approx(figures.kl_mean, rel=1e-2)
+    assert figures.perplexity_source == pytest.approx(figures.perplexity_exact, rel=1e-5)
+    assert report.to_json()["perplexity_source"] == figures.perplexity_source
+    alone = evaluate(bundle, sources, _options(policy="drop"))
+    assert alone.figures.perplexity_source is None
 
 
 def test_a_reference_of_another_model_is_refused(

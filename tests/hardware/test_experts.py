@@ -110,6 +110,7 @@ def test_every_kind_of_call_has_a_row(block: torch.Tensor) -> None:
     )
     wanted = [(bits, n, t) for bits in BITS for n in (1, 2) for t in (1, 40)]
     assert [(row.bits, row.threads, row.tokens) for row in rows] == wanted
+    assert all(row.tiny_s and row.fitted_from_bytes for row in rows)
 
 
 def test_records_are_taken_in_turn(block: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

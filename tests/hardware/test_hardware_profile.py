@@ -82,6 +82,22 @@ def test_time_does_not_fall_beyond_the_most_tokens_measured() -> None:
 
 
 @pytest.mark.parametrize(
+    ("record_bytes", "wanted"),
+    [(0, 0.5), (500, 2.0), (1000, 3.5), (2000, 4.5)],  # 0.5 to 3.5 s, then the fitted line
+)
+def test_below_the_fitted_sizes_a_call_costs_what_a_tiny_one_does(
+    record_bytes: int, wanted: float
+) -> None:
+    row = ExpertSpeed(
+        bits="4", tokens=1, threads=1, fixed_s=2.5, bytes_per_s=1000.0,
+        fitted_from_bytes=1000, tiny_s=0.5,
+    )  # fmt: skip
+    assert row.seconds(record_bytes) == wanted
+    assert row.model_copy(update={"tiny_s": None}).seconds(0) == 2.5
+    assert row.model_copy(update={"tiny_s": 9.0}).seconds(0) == 3.5  # noise: never above the line
+
+
+@pytest.mark.parametrize(
     ("touched", "wanted"), [(0, 0.25), (500, 0.5), (1000, 0.75), (10**9, 0.75)]
 )
 def test_a_layer_gets_colder_until_the_caches_are(touched: int, wanted: float) -> None:

@@ -22,6 +22,7 @@ def test_simulate_answers_for_every_budget_and_policy(pipeline: Pipeline, tmp_pa
             continue  # what is pinned was read before the first token
         assert row["hit_rate"] <= found[memory, "belady"]["hit_rate"] + 1e-12
     assert found["100%", "static-hot"]["hit_rate"] == 1
+    assert found["100%", "static-hot"]["to_belady"] is None
     assert done.fields["part"] == "held-out" and done.fields["cliff"]["experts"] > 0
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -34,6 +35,7 @@ def test_simulate_draws_a_page_and_reads_chosen_rows(pipeline: Pipeline, tmp_pat
     )
     assert done.code == 0, done.stderr
     assert "belady" in done.stdout and "wrote" in done.stderr
+    assert "experts at 4 bits; --bits" in done.stdout
     text = page.read_text()
     assert text.startswith("<!doctype html>") and "belady (bound)" in text
 
@@ -73,6 +75,9 @@ def test_a_plan_is_written_packed_and_followed(pipeline: Pipeline, tmp_path: Pat
     assert made.code == 0, made.stderr
     fields = made.fields
     best, lru = fields["best"][0], fields["lru"]
+    # bundle/ is there, of other bits: another folder is proposed
+    assert f"--plan {plan} --out planned/" in made.stderr
+    assert f"pack PATH/TO/{pipeline.model.name} " in made.stderr
     assert best["bytes_per_token"] <= lru["bytes_per_token"]
     assert json.loads(plan.read_text())["eviction"] == best["eviction"]
     total = sum(line["size_bytes"] for line in fields["plan"]["lines"])
@@ -95,6 +100,12 @@ def test_a_plan_is_written_packed_and_followed(pipeline: Pipeline, tmp_path: Pat
     assert run.fields["memory_budget_bytes"] == fields["plan"]["memory_bytes"]
     replayed = moe_tool("simulate", trace, *SHIPPED, "--json", folder=pipeline.folder)
     assert replayed.fields["hits"] == replayed.fields["predicted_hits"] == run.fields["hits"]
+    of_plan = moe_tool("inspect", plan, "--json", folder=pipeline.folder).fields
+    assert of_plan["kind"] == "plan" and of_plan["intact"] is True
+    assert (of_plan["bits"], of_plan["eviction"]) == ("4", best["eviction"])
+    of_trace = moe_tool("inspect", trace, "--json", folder=pipeline.folder).fields
+    assert of_trace["kind"] == "trace of a run" and of_trace["model_type"] == "mixtral"
+    assert of_trace["hits"] == run.fields["hits"]
 
     other = moe_tool(
         *("pack", pipeline.model, "--plan", plan, "--bits", "8", "--out", tmp_path / "c"),
@@ -129,4 +140,8 @@ def test_several_budgets_are_a_curve_and_write_nothing(pipeline: Pipeline, tmp_p
     assert done.code == 0, done.stderr
     speeds = [each["plan"]["prediction"]["tokens_per_second"] for each in done.fields["plans"]]
     assert len(speeds) == 2 and speeds[0] <= speeds[1]
+    everything = done.fields["plans"][1]
+    assert [row["eviction"] for row in everything["best"]] == ["lru"]
+    assert everything["plan"]["prediction"]["bytes_per_token"] == 0
+    assert everything["plan"]["prediction"]["hit_rate"] == 1
     assert list(done.fields["refused"]) == ["1MiB"] and not out.exists()

@@ -41,13 +41,14 @@ def test_a_pinned_set_has_to_hold_up_held_out_and_in_every_domain():
     good = {0: _statistics([80, 10, 10], [75, 15, 10], [[38, 7, 5], [37, 8, 5]])}
     check = check_pins(good, ranked, 1)
     assert (check.in_sample, check.held_out) == (0.8, 0.75)
-    assert check.domain_ratio == pytest.approx(38 / 37) and check.refusal is None
+    assert check.even == pytest.approx(1 / 3) and check.by_domain == (0.76, 0.74)
+    assert check.refusal is None
     moved = {0: _statistics([80, 10, 10], [60, 30, 10], [[30, 15, 5], [30, 15, 5]])}
     assert "60% held-out" in str(check_pins(moved, ranked, 1).refusal)
-    split = {0: _statistics([80, 10, 10], [70, 20, 10], [[45, 3, 2], [25, 17, 8]])}
+    split = {0: _statistics([80, 10, 10], [75, 15, 10], [[48, 1, 1], [27, 14, 9]])}
     assert "1.8 times" in str(check_pins(split, ranked, 1).refusal)
     alone = {0: _statistics([80, 10, 10], [0, 0, 0], [[0, 0, 0]])}
-    assert "nothing is held out" in str(check_pins(alone, ranked, 1).refusal)
+    assert "nothing held out" in str(check_pins(alone, ranked, 1).refusal)
     absent = {0: _statistics([80, 10, 10], [50, 40, 10], [[50, 0, 0], [0, 40, 10]])}
     assert check_pins(absent, ranked, 1).refusal is not None
 

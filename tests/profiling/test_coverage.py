@@ -123,6 +123,30 @@ def test_a_hot_set_is_pinned_where_most_of_its_gain_holds_up(
     assert pin_verdict(row).startswith(verdict)
 
 
+@pytest.mark.parametrize(
+    ("held_out", "verdict"),
+    [
+        ([[60, 20, 10, 10], [60, 20, 10, 10]], "pin: "),
+        ([[85, 5, 5, 5], [55, 15, 15, 15]], "do not pin: "),  # 1.55 times as much of one domain
+        ([[85, 5, 5, 5], [57, 15, 15, 13]], "pin: "),  # 1.49 times
+    ],
+)
+def test_a_hot_set_of_one_domain_alone_is_not_pinned(
+    held_out: list[list[int]], verdict: str
+) -> None:
+    row = coverage_of(counts([[65, 15, 10, 10], [65, 15, 10, 10]]), counts(held_out))
+    assert pin_verdict(row).startswith(verdict)
+
+
+def test_a_hot_set_that_is_no_better_than_any_in_one_domain_is_not_pinned() -> None:
+    # 31 % in-sample; any other expert answers 25 %.
+    inside = [[36, 22, 21, 21], [26, 25, 25, 24]]
+    row = coverage_of(counts(inside), counts([[34, 22, 22, 22], [26, 24, 25, 25]]))
+    assert pin_verdict(row).startswith("pin: ")
+    row = coverage_of(counts(inside), counts([[36, 22, 21, 21], [25, 25, 25, 25]]))
+    assert pin_verdict(row).startswith("do not pin: ")
+
+
 def test_an_even_layer_has_nothing_to_pin() -> None:
     row = coverage_of(counts([[27, 25, 24, 24]]), counts([[27, 25, 24, 24]]))
     assert pin_verdict(row).startswith("nothing to pin: hottest 1 of 4 answer 27.0% held-out")

@@ -51,11 +51,23 @@ def test_below_the_cycle_the_budget_is_to_blame_and_the_policy_where_another_ord
     found = {(row.memory, row.eviction): row for row in rows}
     assert found["6", "lru"].hit_rate == 0 and found["6", "lru"].limited_by == "budget"
     assert found["6", "layer-lru"].hit_rate > 0.4
+    assert {row.limited_by for row in rows if row.memory == "6"} == {"budget"}
     assert found["8", "lru"].limited_by == "-"
     assert found["6", BELADY].to_belady == 1
     assert found["8", "lru"].bytes_per_token == pytest.approx(8 * 1000 / 30)
     assert best_policy(rows, "6").eviction == "layer-lru" and rate > 0
     assert find_cliff(trace, 1000).experts == 8 and find_cliff(trace, 1000).bytes == 8000
+
+
+def test_what_was_pinned_before_the_first_token_is_not_held_against_the_bound():
+    calls = [(layer, [number % 2, 2 + number % 2]) for number in range(8) for layer in range(4)]
+    trace = trace_of(calls, n_layers=4, n_experts=4)
+    choices = [parse_eviction("static-hot"), parse_eviction("lru")]
+    budget = Budget(label="all", n_slots=16)
+    rows, _ = simulate_decoding(Replayer(trace), choices, [budget], _machine())
+    found = {row.eviction: row for row in rows}
+    assert found["static-hot"].hit_rate == 1 and found["static-hot"].to_belady is None
+    assert found["lru"].to_belady == 1 == found[BELADY].to_belady
 
 
 def test_a_wide_working_set_and_a_bad_order_are_told_apart():
