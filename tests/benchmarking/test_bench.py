@@ -210,6 +210,7 @@ def test_a_bundle_of_a_tiny_model_without_a_tokenizer_runs(
         (["--prefetch", "none,magic"], 2, "--prefetch magic"),
         (["--policy", "drop", "--no-gates", "--prefetch", "next-layer"], 2, "frozen"),
         (["--threads", "0"], 2, "--threads 0"),
+        (["--threads", "9" * 20], 2, "1 to 1024"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

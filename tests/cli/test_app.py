@@ -143,3 +143,24 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.strip() in ("0", "141")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "--memory", "1GiB", "--context", "9" * 20],
+        ["simulate", "--context", "9" * 20],
+        ["simulate", "--eviction", f"lfu:halve-every={'9' * 5000}"],
+        ["run", "bundle", "--prompt", "x", "--context", "9" * 20],
+        ["plan", "--memory", "1GiB", "--disk", "9" * 400],
+    ],
+)
+def test_a_number_beyond_all_sense_is_a_usage_error(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(arguments) == 2
+    assert "hint: " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moe_tool.errors import UsageError
 from moe_tool.policies.eviction import CacheShape, gate_scores, parse_eviction
 
 
@@ -138,3 +139,13 @@ def test_gate_scores_are_shares_of_the_softmax():
     logits = np.array([[0.0, 0.0], [np.log(3), 0.0]], np.float16)
     assert gate_scores(logits) == pytest.approx([2**15 * 0.625, 2**15 * 0.375], abs=12)
     assert gate_scores(np.array([[60000.0, -60000.0]], np.float16)).tolist() == [2**15, 0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lfu:halve-every=0", "lfu:halve-every=1000001", f"lfu:halve-every={'9' * 5000}", "lfu:x=1"],
+)
+def test_a_parameter_that_a_policy_cannot_have_is_refused(text):
+    with pytest.raises(UsageError) as error:
+        parse_eviction(text)
+    assert error.value.hint
