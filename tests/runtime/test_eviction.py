@@ -70,8 +70,12 @@ def test_what_is_read_ahead_is_predicted_too(
     options = replace(OPTIONS, memory="60%", eviction=name, prefetch="next-layer")
     _run(tiny_bundle("mixtral"), trace, options)
     header, calls = read_run_trace(trace)
-    report = compare_run(header, calls, shipped_profile("laptop-16gb"))
+    report = compare_run(header, calls, shipped_profile("laptop-16gb"), [parse_eviction(name)])
     assert report.is_equal and header.prefetches > 0 and header.prefetch_hits > 0
+    own, bound = report.policies
+    read = (header.misses + header.prefetches) * header.record_size_bytes
+    assert own.bytes_per_token == pytest.approx(read / header.decode_tokens)
+    assert bound.eviction == "belady, without prefetch"
     counts = replay_run(header, calls)
     assert int(counts.prefetches[calls.is_decode].sum()) == header.prefetches
 
