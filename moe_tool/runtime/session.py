@@ -213,7 +213,10 @@ def open_session(
     def plan(process_bytes: int) -> MemoryPlan:
         return plan_memory(
             request,
-            fixed=_fixed_lines(process_bytes, loader.held_bytes, config, bundle, workload, options),
+            fixed=(
+                *_fixed_lines(process_bytes, loader.held_bytes, config, bundle, workload, options),
+                *_notes_line(setting.eviction, bundle.manifest),
+            ),
             loading_bytes=process_bytes + loader.held_bytes + loader.largest_bytes,
             experts=rooms,
             available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
@@ -314,6 +317,13 @@ def _fixed_lines(
     if options.caller_bytes:
         lines.append(MemoryLine(name="reference predictions", size_bytes=options.caller_bytes))
     return tuple(lines)
+
+
+def _notes_line(eviction: EvictionChoice, manifest: BundleManifest) -> tuple[MemoryLine, ...]:
+    shape = manifest.shape
+    size_bytes = eviction.notes_bytes(n_layers=len(shape.layers), n_experts=shape.experts)
+    line = MemoryLine(name=f"notes of eviction {eviction.kind}", size_bytes=size_bytes)
+    return (line,) if size_bytes else ()
 
 
 def _check(options: RunOptions) -> None:

@@ -1,5 +1,7 @@
 """Each eviction policy's victims, by hand."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -119,6 +121,22 @@ def test_smoe_gives_up_the_least_mean_score_of_the_window():
     policy.begin_call(0)
     policy.observe(0, np.array([0, 40, 0, 0], np.uint16))  # the 100 is out of the window
     assert policy.evict(()) == 0
+
+
+@pytest.mark.parametrize("window", [1, 64])
+def test_smoe_remembers_no_more_than_it_says(window):
+    n_layers, n_experts = 4, 256
+    said = parse_eviction(f"smoe:window={window}").notes_bytes(n_layers=4, n_experts=256)
+    assert said == 2 * window * n_layers * n_experts
+    policy = _policy(f"smoe:window={window}", n_layers=n_layers, n_experts=n_experts)
+    tracemalloc.start()
+    for _ in range(window + 1):
+        for layer in range(n_layers):
+            policy.observe(layer, np.full(n_experts, 2**15, np.uint16))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held <= said + 4096
+    assert parse_eviction("lru").notes_bytes(n_layers=4, n_experts=256) == 0
 
 
 def test_expertflow_keeps_what_is_predicted_within_its_window():

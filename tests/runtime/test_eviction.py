@@ -118,6 +118,18 @@ def tiny_layers(bundle: Path) -> int:
         return len(session.manifest.shape.layers)
 
 
+def test_what_smoe_remembers_is_in_the_memory_account(tiny_bundle: TinyBundle) -> None:
+    def lines(eviction: str) -> dict[str, int]:
+        options = RunOptions(eviction=eviction, memory="100%", context=64)
+        with open_session(tiny_bundle("mixtral"), options) as session:
+            return {line.name: line.size_bytes for line in session.plan.lines}
+
+    with open_session(tiny_bundle("mixtral"), RunOptions(context=64)) as session:
+        n_experts = len(session.manifest.records)
+    assert lines("smoe:window=1024")["notes of eviction smoe"] == 2048 * n_experts
+    assert "notes" not in " ".join(lines("lru"))
+
+
 def test_the_trace_is_what_it_says(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
     trace = tmp_path / "run.h5"
     _run(tiny_bundle("mixtral"), trace, replace(OPTIONS, memory="50%"))

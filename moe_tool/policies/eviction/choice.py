@@ -76,6 +76,11 @@ class EvictionChoice:
         hints: frozenset[Hint] = made.hints
         return hints
 
+    def notes_bytes(self, *, n_layers: int, n_experts: int) -> int:
+        """Return what the policy remembers beyond a few numbers per expert: what `smoe` was told
+        of a layer's `n_experts` experts in its window, in uint16."""
+        return 2 * n_layers * n_experts * self.parameters["window"] if self.kind == "smoe" else 0
+
     def make(self, shape: CacheShape) -> Eviction:
         """Return a fresh policy."""
         named = {key.replace("-", "_"): value for key, value in self.parameters.items()}
