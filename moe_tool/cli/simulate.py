@@ -40,7 +40,7 @@ def simulate(
             "--memory",
             metavar="SIZE,...",
             help="Budgets: 10%..100% of the experts in steps of 10, single shares, or bytes of "
-            "the whole process (4GiB).",
+            "the whole process (4GiB, or min: the least that works).",
             show_default="10%..100%",
         ),
     ] = None,
