@@ -20,6 +20,8 @@ _UNITS = {
     "gb": 10**9,
     "tb": 10**12,
 }
+MAX_BYTES = 2**60
+"""More than any machine has, and what every artifact can hold"""
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -27,7 +29,7 @@ def parse_bytes(text: str) -> int:
     """Return the number of bytes that `text` names: "4GiB", "4G" (binary), "4GB" (decimal), "123".
 
     Raises:
-        UsageError: the text is not a size.
+        UsageError: the text is not a size, or one beyond MAX_BYTES.
     """
     match = _PATTERN.fullmatch(text)
     factor = _UNITS.get(match[2].lower()) if match else None
@@ -35,7 +37,12 @@ def parse_bytes(text: str) -> int:
         raise UsageError(
             f"'{text}' is not a size", hint="write it as 4GiB, 1500MB or a number of bytes"
         )
-    return int(float(match[1]) * factor)
+    size_bytes = float(match[1]) * factor
+    if size_bytes > MAX_BYTES:
+        raise UsageError(
+            f"'{text}' is beyond any memory or disk", hint=f"{MAX_BYTES // 2**40}TiB is the most"
+        )
+    return int(size_bytes)
 
 
 def format_bytes(size_bytes: int | float) -> str:

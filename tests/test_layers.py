@@ -33,6 +33,7 @@ BELOW = {
 # A file that reads what another room writes, where the arrow between the rooms is not wanted.
 ALSO_ALLOWED = {
     ("byte_sizes", "errors"),
+    ("artifacts", "policies"),  # a plan and a trace name an eviction policy that there is
     ("buddies", "policies"),  # a map carries the entropy that the gates compare with
     ("store", "policies"),  # the cache that says what is resident
     ("packing", "policies"),  # whether a plan's eviction policy pins

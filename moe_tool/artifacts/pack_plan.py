@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moe_tool.artifacts.eviction_name import EvictionName
 from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Count
 from moe_tool.artifacts.schema import FrozenModel
@@ -13,7 +14,6 @@ PLAN_VERSION: Literal[1] = 1
 Bits = Literal["native", "8", "4"]
 SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
 Positive = Annotated[float, Field(ge=0, le=1e12)]
-_Word = Annotated[str, Field(pattern=r"^[a-z0-9+:=,\-]{1,128}$")]
 
 
 class PlanLine(FrozenModel):
@@ -57,7 +57,7 @@ class PackPlan(FrozenModel):
     """Positions that the budget has room for"""
     bits: Bits
     skeleton_bits: Bits
-    eviction: _Word
+    eviction: EvictionName
     prefetch: Literal["none", "next-layer"]
     prediction: PlanPrediction
     lines: Annotated[tuple[PlanLine, ...], Field(max_length=64)]

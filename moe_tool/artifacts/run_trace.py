@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from moe_tool.artifacts.eviction_name import EvictionName
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import Count, MoeShape
 from moe_tool.artifacts.precision import Precision
 from moe_tool.artifacts.schema import FrozenModel
+from moe_tool.policies.eviction import parse_eviction
 
-_Seconds = Annotated[float, Field(ge=0)]
+MAX_LAYERS = 512
+"""With experts; four times those of the deepest models"""
+_Seconds = Annotated[float, Field(ge=0, le=1e9)]
 _Number = Annotated[int, Field(ge=0, le=2**50)]
 
 
@@ -48,13 +52,13 @@ class RunTraceHeader(FrozenModel):
     """That a forward reads of the skeleton"""
     n_matrices: _Number
     """Of the skeleton, routers not counted"""
-    threads: Count
+    threads: Annotated[int, Field(ge=1, le=4096)]
     n_slots: Count
     """Expert records in memory, pinned ones included"""
     pinned: tuple[tuple[int, int], ...]
     """(layer, expert)"""
-    eviction: str
-    prefetch: str
+    eviction: EvictionName
+    prefetch: Annotated[str, Field(pattern="^(none|next-layer)$")]
     n_calls_before: _Number
     """Calls at the beginning that are not counted here: they filled the cache"""
     prompt_tokens: _Number
@@ -69,3 +73,23 @@ class RunTraceHeader(FrozenModel):
     stall_seconds: _Seconds
     """While decoding"""
     tool_version: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunTraceHeader":
+        n_layers, known = len(self.shape.layers), set(self.shape.layers)
+        if n_layers > MAX_LAYERS:
+            raise ValueError(f"{n_layers} layers are more than {MAX_LAYERS}")
+        n_experts = n_layers * self.shape.experts
+        if not min(self.shape.top_k + 1, n_experts) <= self.n_slots <= n_experts:
+            raise ValueError(f"{n_experts} experts do not run in {self.n_slots} slots")
+        if any(at not in known or not 0 <= e < self.shape.experts for at, e in self.pinned):
+            raise ValueError("a pinned expert does not exist")
+        n_pinned = len(self.pinned)
+        if len(set(self.pinned)) != n_pinned:
+            raise ValueError("an expert is pinned twice")
+        n_left = self.n_slots - n_pinned
+        if n_left < 1 and n_pinned != n_experts:
+            raise ValueError(f"{n_pinned} pinned experts leave none of {self.n_slots} slots free")
+        if 0 < n_left < n_layers and parse_eviction(self.eviction).per_layer:
+            raise ValueError(f"{n_left} slots are not one for each of {n_layers} layers")
+        return self

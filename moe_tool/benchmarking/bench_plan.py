@@ -8,6 +8,7 @@ from typing import Literal
 from moe_tool.errors import UsageError
 
 Kind = Literal["pp", "tg"]
+_MAX_THREADS = 1024
 CacheState = Literal["cold", "warm"]
 
 
@@ -87,8 +88,8 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
     if options.repetitions < 1:
         raise UsageError(f"--repetitions {options.repetitions}: at least 1 is needed")
     for n_threads in options.threads:
-        if n_threads is not None and n_threads < 1:
-            raise UsageError(f"--threads {n_threads}: at least 1 is needed")
+        if n_threads is not None and not 1 <= n_threads <= _MAX_THREADS:
+            raise UsageError(f"--threads {n_threads}: 1 to {_MAX_THREADS} are possible")
     kinds: tuple[tuple[Kind, tuple[int, ...]], ...] = (
         ("pp", options.prompt_tokens),
         ("tg", options.generate),

@@ -9,7 +9,7 @@ from moe_tool.artifact_folder import DEFAULT_FOLDER
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption
-from moe_tool.errors import UsageError
+from moe_tool.errors import MoeToolError, UsageError
 
 if TYPE_CHECKING:
     from moe_tool.artifacts.hardware_profile import HardwareProfile
@@ -18,7 +18,10 @@ _OUT = DEFAULT_FOLDER / "hardware.json"
 
 
 def hardware(
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The profile.")] = _OUT,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The profile.", show_default=str(_OUT)),
+    ] = None,
     disk: Annotated[
         Path | None,
         typer.Option(
@@ -40,7 +43,8 @@ def hardware(
         typer.Option(
             "--shipped",
             metavar="NAME",
-            help="Measure nothing; write the profile of a usual machine, from data sheets.",
+            help="Measure nothing; write the profile of a usual machine, from data sheets. A "
+            "measured profile is replaced only where --out names it.",
             show_default=False,
         ),
     ] = None,
@@ -63,6 +67,8 @@ def hardware(
             from moe_tool.hardware.shipped import shipped_profile
 
             profile = shipped_profile(shipped)
+            if out is None:
+                _refuse_to_lose_measured(_OUT, shipped)
         else:
             from moe_tool.hardware.measure import measure_hardware
 
@@ -70,6 +76,7 @@ def hardware(
 
         from moe_tool.formats.json_artifact import write_json_artifact
 
+        out = out or _OUT
         write_json_artifact(out, profile)
         _show(profile, output)
         how = (
@@ -80,6 +87,23 @@ def hardware(
         output.say(f"wrote {out}: {format_bytes(out.stat().st_size)}; {how}")
         output.say(f"next: moe-tool inspect {out}")
         output.result({"hardware": out, **profile.model_dump()})
+
+
+def _refuse_to_lose_measured(path: Path, shipped: str) -> None:
+    """A minute of measuring an idle machine is not given up for figures that have a name."""
+    from moe_tool.artifacts.hardware_profile import HardwareProfile
+    from moe_tool.formats.json_artifact import read_json_artifact
+
+    try:
+        is_measured = read_json_artifact(path, HardwareProfile).source == "measured"
+    except MoeToolError:
+        return  # there is none, or none that is of use
+    if is_measured:
+        raise UsageError(
+            f"{path} was measured: --shipped does not replace it by itself",
+            hint=f"--hardware {shipped} takes the data sheet without a file; --out {path} "
+            "replaces the measured profile",
+        )
 
 
 def _show(profile: "HardwareProfile", output: Output) -> None:

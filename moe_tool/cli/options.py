@@ -8,6 +8,9 @@ import typer
 PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
 
+MAX_CONTEXT = 2**31
+"""What a plan can hold"""
+
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="One JSON object on stdout, everything else on stderr."),

@@ -12,7 +12,7 @@ from moe_tool.byte_sizes import format_bytes, parse_bytes
 from moe_tool.cli.chosen_hardware import chosen_hardware
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.newest_profile import newest_profile
-from moe_tool.cli.options import HardwareOption, JsonOption, ProfilesOption
+from moe_tool.cli.options import MAX_CONTEXT, HardwareOption, JsonOption, ProfilesOption
 from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def plan(
         ),
     ] = "1%",
     context: Annotated[
-        int, typer.Option("--context", metavar="N", min=1, help="Tokens of prompt and text.")
+        int,
+        typer.Option(
+            "--context", metavar="N", min=1, max=MAX_CONTEXT, help="Tokens of prompt and text."
+        ),
     ] = 4096,
     out: Annotated[
         Path | None,

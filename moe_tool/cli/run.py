@@ -10,6 +10,7 @@ import typer
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
+    MAX_CONTEXT,
     BundleArgument,
     EvictionOption,
     GatesOption,
@@ -46,7 +47,13 @@ def run(
     ] = 128,
     context: Annotated[
         int,
-        typer.Option("--context", metavar="N", min=1, help="Tokens of prompt and text together."),
+        typer.Option(
+            "--context",
+            metavar="N",
+            min=1,
+            max=MAX_CONTEXT,
+            help="Tokens of prompt and text together.",
+        ),
     ] = 4096,
     memory: RunMemoryOption = None,
     policy: PolicyOption = None,

@@ -13,7 +13,7 @@ from moe_tool.byte_sizes import format_bytes
 from moe_tool.cli.chosen_hardware import chosen_hardware
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.newest_profile import newest_profile
-from moe_tool.cli.options import HardwareOption, JsonOption, ProfilesOption
+from moe_tool.cli.options import MAX_CONTEXT, HardwareOption, JsonOption, ProfilesOption
 from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def simulate(
             "--memory",
             metavar="SIZE,...",
             help="Budgets: 10%..100% of the experts in steps of 10, single shares, or bytes of "
-            "the whole process (4GiB).",
+            "the whole process (4GiB, or min: the least that works).",
             show_default="10%..100%",
         ),
     ] = None,
@@ -64,7 +64,11 @@ def simulate(
     context: Annotated[
         int,
         typer.Option(
-            "--context", metavar="N", min=1, help="Positions that budgets in bytes have room for."
+            "--context",
+            metavar="N",
+            min=1,
+            max=MAX_CONTEXT,
+            help="Positions that budgets in bytes have room for.",
         ),
     ] = 4096,
     hardware: HardwareOption = None,

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
+from moe_tool.formats.expert_record import record_layout
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.hostile_hdf5 import (
     child_dataset,
@@ -22,6 +23,9 @@ from moe_tool.formats.strict_json import parse_json_object
 
 RUN_TRACE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
+_MAX_UNSCORED_EXPERTS = 2**16
+"""Of all layers, where no scores in the file show that they exist; twice those of the largest
+models"""
 _DTYPES: dict[str, type[np.generic]] = {
     "layer": np.int32,
     "is_decode": np.bool_,
@@ -83,6 +87,10 @@ def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
             header = RunTraceHeader.model_validate_json(text)
         except ValidationError as error:
             raise damaged(path, f"header: {first_complaint(error)}", remedy=_REMEDY) from error
+        n_scores = child_dataset(file, "scores", path).size if "scores" in file else 0
+        complaint = _size_complaint(header, n_scores)
+        if complaint is not None:
+            raise damaged(path, complaint, remedy=_REMEDY)
         arrays: dict[str, Any] = {}
         for name, dtype in _DTYPES.items():
             if name == "scores" and name not in file:
@@ -128,9 +136,18 @@ def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
         return "its scores have another shape"
     if header.n_calls_before > n_calls:
         return "it counts calls that it does not have"
-    known = set(header.shape.layers)
-    if any(layer not in known or not 0 <= e < n_experts for layer, e in header.pinned):
-        return "a pinned expert does not exist"
+    return None
+
+
+def _size_complaint(header: RunTraceHeader, n_scores: int) -> str | None:
+    """What of the numbers that memory is laid out by does not fit the file, None where all does."""
+    shape = header.shape
+    n_experts = len(shape.layers) * shape.experts
+    if n_experts > max(_MAX_UNSCORED_EXPERTS, n_scores):
+        return f"it does not hold what {n_experts} experts would leave in it"
+    layout = record_layout(shape.expert_tensors, shape.dtype, header.precision)
+    if layout.size_bytes != header.record_size_bytes:
+        return f"a record has {header.record_size_bytes} bytes, its shape makes {layout.size_bytes}"
     return None
 
 

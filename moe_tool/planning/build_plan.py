@@ -38,6 +38,7 @@ from moe_tool.simulator.simulate import (
 PREDICTION_ERROR = 0.4
 """Relative, of tokens per second: what benchmarks/prediction_error.py found on a shared machine"""
 _FIRST_PROMPT_TOKENS = 512
+_MAX_CONTEXT = 2**31
 _MAX_ACCESSES = 500_000
 _MAX_SEARCH_ACCESSES = 200_000
 _SIMPLE_FIRST = 0.99
@@ -184,7 +185,7 @@ def build_plan(
         UsageError: a number that means nothing.
     """
     began = time.perf_counter()
-    if not 0 <= request.max_loss < 100 or request.context < 1:
+    if not 0 <= request.max_loss < 100 or not 1 <= request.context <= _MAX_CONTEXT:
         raise UsageError(
             f"--max-loss {request.max_loss:.4g}, --context {request.context}: not possible",
             hint="--max-loss 1% --context 4096",

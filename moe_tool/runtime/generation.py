@@ -43,6 +43,8 @@ _KEPT_SETTINGS = (
 """What of a model's generation_config.json is followed. The rest chooses other ways to decode,
 some of which need code of the model's own."""
 
+_MIN_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
@@ -309,6 +311,11 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
         raise UsageError(f"--max-tokens {options.max_tokens}: at least 1 is needed")
     if not options.temperature >= 0 or options.temperature == float("inf"):
         raise UsageError(f"--temperature {options.temperature}: 0 or more is needed")
+    if 0 < options.temperature < _MIN_TEMPERATURE:
+        raise UsageError(
+            f"--temperature {options.temperature}: logits divided by it overflow",
+            hint="--temperature 0 takes the likeliest token",
+        )
     longest = max(len(prompt) for prompt in prompts)
     if longest >= session.workload.positions:
         raise UsageError(

@@ -60,9 +60,9 @@ from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 from moe_tool.store.expert_levels import ExpertLevels
 from moe_tool.store.expert_store import ExpertStore
 
-_FIRST_USE_BYTES = 32 * 2**20
-"""What torch and transformers allocate when a model is first built and run; measured instead once
-that has happened"""
+_FIRST_USE_BYTES = 16 * 2**20
+"""What torch and transformers allocate when a model is first built and run: 8 to 10 MiB from tiny
+models to 16 layers of width 2048, and as much to spare; measured instead once that has happened"""
 _N_READERS = 2
 _WARM_UP_TOKENS = 2
 
@@ -239,7 +239,10 @@ def open_session(
     def plan(process_bytes: int) -> MemoryPlan:
         return plan_memory(
             request,
-            fixed=_fixed_lines(process_bytes, loader.held_bytes, config, bundle, workload, options),
+            fixed=(
+                *_fixed_lines(process_bytes, loader.held_bytes, config, bundle, workload, options),
+                *_notes_line(setting.eviction, bundle.manifest),
+            ),
             loading_bytes=process_bytes + loader.held_bytes + loader.largest_bytes,
             experts=rooms,
             available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
@@ -352,6 +355,13 @@ def _fixed_lines(
     if options.caller_bytes:
         lines.append(MemoryLine(name="reference predictions", size_bytes=options.caller_bytes))
     return tuple(lines)
+
+
+def _notes_line(eviction: EvictionChoice, manifest: BundleManifest) -> tuple[MemoryLine, ...]:
+    shape = manifest.shape
+    size_bytes = eviction.notes_bytes(n_layers=len(shape.layers), n_experts=shape.experts)
+    line = MemoryLine(name=f"notes of eviction {eviction.kind}", size_bytes=size_bytes)
+    return (line,) if size_bytes else ()
 
 
 def _check(options: RunOptions) -> None:

@@ -11,10 +11,10 @@ _STEP = 10
 
 
 def parse_budgets(texts: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Return (label, share of the experts) of each budget, the share None for one in bytes.
+    """Return (label, share of the experts) of each budget, the share None for one in bytes or "min".
 
     Args:
-        texts: each a list by comma of "50%", "4GiB" or "10%..100%", the last in steps of 10.
+        texts: each a list by comma of "50%", "4GiB", "min" or "10%..100%", the last in steps of 10.
 
     Raises:
         UsageError: one of them is no budget.
@@ -32,12 +32,14 @@ def parse_budgets(texts: Sequence[str]) -> list[tuple[str, float | None]]:
                 value += _STEP
         elif _SHARE.fullmatch(word):
             found[f"{_percent(word, word):g}%"] = _percent(word, word) / 100
+        elif word.lower() == "min":
+            found["min"] = None
         else:
             try:
                 parse_bytes(word)
             except UsageError as error:
                 raise UsageError(
-                    f"'{word}' is not a memory budget", hint="write 10%..100%, 50% or 4GiB"
+                    f"'{word}' is not a memory budget", hint="write 10%..100%, 50%, 4GiB or min"
                 ) from error
             found[word] = None
     return list(found.items())

@@ -218,6 +218,7 @@ def test_a_depth_beyond_the_model_is_refused_before_anything_is_loaded(
         (["--prefetch", "none,magic"], 2, "--prefetch magic"),
         (["--policy", "drop", "--no-gates", "--prefetch", "next-layer"], 2, "frozen"),
         (["--threads", "0"], 2, "--threads 0"),
+        (["--threads", "9" * 20], 2, "1 to 1024"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

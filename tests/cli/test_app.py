@@ -153,3 +153,24 @@ def test_no_verb_is_cut_in_the_middle_at_80_columns(
     shown = capsys.readouterr().out
     verbs = shown.split("Commands:")[1]
     assert "simulate" in verbs and "..." not in verbs
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "--memory", "1GiB", "--context", "9" * 20],
+        ["simulate", "--context", "9" * 20],
+        ["simulate", "--eviction", f"lfu:halve-every={'9' * 5000}"],
+        ["run", "bundle", "--prompt", "x", "--context", "9" * 20],
+        ["plan", "--memory", "1GiB", "--disk", "9" * 400],
+    ],
+)
+def test_a_number_beyond_all_sense_is_a_usage_error(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(arguments) == 2
+    assert "hint: " in capsys.readouterr().err

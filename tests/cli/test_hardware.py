@@ -66,6 +66,23 @@ def test_a_shipped_profile_is_written_and_marked(
     assert written == shipped_profile(name)
 
 
+def test_a_measured_profile_is_replaced_by_a_data_sheet_only_where_it_is_named(
+    asked: list[tuple[Path, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("profiles/hardware.json")
+    assert run_command(["hardware"]) == 0
+    capsys.readouterr()
+    assert run_command(["hardware", "--shipped", "laptop-16gb"]) == 2
+    err = capsys.readouterr().err
+    assert "profiles/hardware.json was measured" in err and "--hardware laptop-16gb" in err
+    assert read_json_artifact(path, HardwareProfile) == made_profile()
+    assert run_command(["hardware", "--shipped", "laptop-16gb", "--out", str(path)]) == 0
+    assert run_command(["hardware", "--shipped", "rtx4090-64gb"]) == 0  # replaces a data sheet
+    assert read_json_artifact(path, HardwareProfile) == shipped_profile("rtx4090-64gb")
+    assert run_command(["hardware"]) == 0  # measuring again is what it says
+    assert read_json_artifact(path, HardwareProfile) == made_profile()
+
+
 def test_an_unknown_name_is_a_usage_error_that_lists_the_known(
     asked: list[tuple[Path, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,11 @@
 """Each eviction policy's victims, by hand."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from moe_tool.errors import UsageError
 from moe_tool.policies.eviction import CacheShape, gate_scores, parse_eviction
 
 
@@ -120,6 +123,22 @@ def test_smoe_gives_up_the_least_mean_score_of_the_window():
     assert policy.evict(()) == 0
 
 
+@pytest.mark.parametrize("window", [1, 64])
+def test_smoe_remembers_no_more_than_it_says(window):
+    n_layers, n_experts = 4, 256
+    said = parse_eviction(f"smoe:window={window}").notes_bytes(n_layers=4, n_experts=256)
+    assert said == 2 * window * n_layers * n_experts
+    policy = _policy(f"smoe:window={window}", n_layers=n_layers, n_experts=n_experts)
+    tracemalloc.start()
+    for _ in range(window + 1):
+        for layer in range(n_layers):
+            policy.observe(layer, np.full(n_experts, 2**15, np.uint16))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held <= said + 4096
+    assert parse_eviction("lru").notes_bytes(n_layers=4, n_experts=256) == 0
+
+
 def test_expertflow_keeps_what_is_predicted_within_its_window():
     policy = _policy("expertflow:window=1", n_layers=8)
     _call(policy, 0, 0)
@@ -138,3 +157,13 @@ def test_gate_scores_are_shares_of_the_softmax():
     logits = np.array([[0.0, 0.0], [np.log(3), 0.0]], np.float16)
     assert gate_scores(logits) == pytest.approx([2**15 * 0.625, 2**15 * 0.375], abs=12)
     assert gate_scores(np.array([[60000.0, -60000.0]], np.float16)).tolist() == [2**15, 0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lfu:halve-every=0", "lfu:halve-every=1000001", f"lfu:halve-every={'9' * 5000}", "lfu:x=1"],
+)
+def test_a_parameter_that_a_policy_cannot_have_is_refused(text):
+    with pytest.raises(UsageError) as error:
+        parse_eviction(text)
+    assert error.value.hint

@@ -70,8 +70,12 @@ def test_what_is_read_ahead_is_predicted_too(
     options = replace(OPTIONS, memory="60%", eviction=name, prefetch="next-layer")
     _run(tiny_bundle("mixtral"), trace, options)
     header, calls = read_run_trace(trace)
-    report = compare_run(header, calls, shipped_profile("laptop-16gb"))
+    report = compare_run(header, calls, shipped_profile("laptop-16gb"), [parse_eviction(name)])
     assert report.is_equal and header.prefetches > 0 and header.prefetch_hits > 0
+    own, bound = report.policies
+    read = (header.misses + header.prefetches) * header.record_size_bytes
+    assert own.bytes_per_token == pytest.approx(read / header.decode_tokens)
+    assert bound.eviction == "belady, without prefetch"
     counts = replay_run(header, calls)
     assert int(counts.prefetches[calls.is_decode].sum()) == header.prefetches
 
@@ -112,6 +116,18 @@ def test_what_cannot_be_is_refused(tiny_bundle: TinyBundle) -> None:
 def tiny_layers(bundle: Path) -> int:
     with open_session(bundle, RunOptions(context=64)) as session:
         return len(session.manifest.shape.layers)
+
+
+def test_what_smoe_remembers_is_in_the_memory_account(tiny_bundle: TinyBundle) -> None:
+    def lines(eviction: str) -> dict[str, int]:
+        options = RunOptions(eviction=eviction, memory="100%", context=64)
+        with open_session(tiny_bundle("mixtral"), options) as session:
+            return {line.name: line.size_bytes for line in session.plan.lines}
+
+    with open_session(tiny_bundle("mixtral"), RunOptions(context=64)) as session:
+        n_experts = len(session.manifest.records)
+    assert lines("smoe:window=1024")["notes of eviction smoe"] == 2048 * n_experts
+    assert "notes" not in " ".join(lines("lru"))
 
 
 def test_the_trace_is_what_it_says(tiny_bundle: TinyBundle, tmp_path: Path) -> None:

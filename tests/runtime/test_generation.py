@@ -60,6 +60,7 @@ def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers(session: S
         GenerateOptions(max_tokens=0),
         GenerateOptions(temperature=-1.0),
         GenerateOptions(temperature=float("nan")),
+        GenerateOptions(temperature=1e-320),
     ],
 )
 def test_options_out_of_range_are_refused(session: Session, options: GenerateOptions) -> None:

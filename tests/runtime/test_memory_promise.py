@@ -1,6 +1,7 @@
 """The process never grows beyond the budget that it was given."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,3 +78,18 @@ def test_the_peak_stays_within_the_budget(
 def test_it_holds_for_a_tiny_model_too(tiny_bundle: Callable[..., Path]) -> None:
     result = _run(tiny_bundle("deepseek_v3"), "min", n_prompt=100, max_tokens=100)
     assert result["peak_rss_bytes"] <= result["memory_budget_bytes"]
+
+
+@pytest.mark.slow
+def test_what_a_far_too_small_budget_is_told_is_near_the_least_that_works(
+    tiny_bundle: Callable[..., Path],
+) -> None:
+    bundle = tiny_bundle("mixtral")
+    least = _run(bundle, "min", n_prompt=20, max_tokens=2)["memory_budget_bytes"]
+    command = [sys.executable, "-c", _RUN, str(bundle), "1MiB", "20", "2"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    (needed,) = re.findall(r"at least .* \((\d+) bytes\) are needed", refused.stderr)
+    assert least <= int(needed) + 2 * 2**20  # processes differ a little from start to start
+    assert int(needed) <= least + 12 * 2**20
+    (hint,) = re.findall(r"hint: --memory (\d+MiB)", refused.stderr)
+    assert _run(bundle, hint, n_prompt=20, max_tokens=2)["generated_tokens"] == 2

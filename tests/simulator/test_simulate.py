@@ -157,6 +157,7 @@ def test_a_profiles_tokens_are_replayed_one_by_one_and_in_chunks(tmp_path):
         (["10%..30%"], [("10%", 0.1), ("20%", 0.2), ("30%", 0.3)]),
         (["50%,4GiB", "50%"], [("50%", 0.5), ("4GiB", None)]),
         (["12.5%"], [("12.5%", 0.125)]),
+        (["min, 50%"], [("min", None), ("50%", 0.5)]),
     ],
 )
 def test_budgets_are_shares_or_bytes(texts, expected):

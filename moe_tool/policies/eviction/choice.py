@@ -1,5 +1,6 @@
 """An eviction policy by name, with its parameters: what `--eviction` takes."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from moe_tool.policies.eviction.smoe import Smoe
 
 PER_LAYER = "per-layer"
 _MAX_PARAMETER = 10**6
+_DIGITS = re.compile(r"[0-9]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,11 @@ class EvictionChoice:
         hints: frozenset[Hint] = made.hints
         return hints
 
+    def notes_bytes(self, *, n_layers: int, n_experts: int) -> int:
+        """Return what the policy remembers beyond a few numbers per expert: what `smoe` was told
+        of a layer's `n_experts` experts in its window, in uint16."""
+        return 2 * n_layers * n_experts * self.parameters["window"] if self.kind == "smoe" else 0
+
     def make(self, shape: CacheShape) -> Eviction:
         """Return a fresh policy."""
         named = {key.replace("-", "_"): value for key, value in self.parameters.items()}
@@ -98,10 +105,11 @@ def parse_eviction(text: str) -> EvictionChoice:
             per_layer = True
             continue
         known = ", ".join([*(f"{name}={n}" for name, n in parameters.items()), PER_LAYER])
-        if key not in parameters or not value.isascii() or not value.isdigit():
+        if key not in parameters or not _DIGITS.fullmatch(value):
             raise UsageError(f"--eviction {text}: {word!r} is not known", hint=f"it takes {known}")
         least = 0 if kind == "hobbit" else 1
-        if not least <= int(value) <= _MAX_PARAMETER:
+        # By its length first: int() refuses thousands of digits.
+        if len(value) > 9 or not least <= int(value) <= _MAX_PARAMETER:
             raise UsageError(
                 f"--eviction {text}: {word!r} is out of range",
                 hint=f"{least} to {_MAX_PARAMETER} are possible",

@@ -26,16 +26,22 @@ class Smoe(Ranked):
         """
         super().__init__(shape)
         self._window = window
-        self._scores = np.zeros((shape.n_layers, window, shape.n_experts), dtype=np.int64)
+        self._scores: dict[int, np.ndarray] = {}
+        """Layer -> [window, E] uint16, of those that were called: with `per-layer` a policy sees
+        but one"""
         self._calls = np.zeros(shape.n_layers, dtype=np.int64)
         self._means = np.zeros((shape.n_layers, shape.n_experts), dtype=np.int64)
 
     def observe(self, layer: int, scores: np.ndarray) -> None:
         """See `Eviction`."""
-        self._scores[layer, self._calls[layer] % self._window] = scores
+        seen = self._scores.get(layer)
+        if seen is None:
+            seen = np.zeros((self._window, self.shape.n_experts), dtype=np.uint16)
+            self._scores[layer] = seen
+        seen[self._calls[layer] % self._window] = scores
         self._calls[layer] += 1
         n_seen = min(int(self._calls[layer]), self._window)
-        self._means[layer] = (self._scores[layer].sum(axis=0) << _MEAN_BITS) // n_seen
+        self._means[layer] = (seen.sum(axis=0, dtype=np.int64) << _MEAN_BITS) // n_seen
         self.rank_layer(layer, self._means[layer])
 
     def touch(self, key: int) -> None:

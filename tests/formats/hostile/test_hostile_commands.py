@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.cli.app import run_command
+from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from tests.formats import samples
 from tests.formats.hostile.damage import Damage, content, cut, flip, in_file
+from tests.planning.made_plan import made_plan
 
 RECORDS = "experts-00001.safetensors"
 
@@ -117,3 +120,17 @@ def test_pack_refuses_a_damaged_checkpoint(
     damage(folder / "model" / name)
     monkeypatch.chdir(folder)
     require_refused(capsys, folder, ["pack", "model", "--out", "new"], name)
+
+
+def test_an_eviction_that_a_plan_cannot_have_is_the_plans_fault(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = made_plan().model_copy(update={"eviction": "evil"})
+    write_json_artifact(folder / "evil.plan.json", evil)
+    monkeypatch.chdir(folder)
+    require_refused(capsys, folder, ["inspect", "evil.plan.json"], "evil.plan.json")
+    require_refused(capsys, folder, ["pack", "demo", "--plan", "evil.plan.json"], "evil.plan.json")
+    path = folder / "bundle/manifest.json"
+    manifest = read_json_artifact(path, BundleManifest)
+    write_json_artifact(path, manifest.model_copy(update={"plan": evil}))
+    require_refused(capsys, folder, ["run", "bundle", "--prompt", "a"], "bundle/manifest.json")

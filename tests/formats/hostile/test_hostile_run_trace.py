@@ -1,5 +1,7 @@
 """Damaged and forged traces of runs are refused by name."""
 
+import tracemalloc
+
 import h5py
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from moe_tool.artifacts.precision import NativePrecision
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, MoeToolError
+from moe_tool.formats.expert_record import record_layout
 from moe_tool.formats.run_trace_hdf5 import read_run_trace, write_run_trace
 from tests.formats import samples
 from tests.formats.hostile.damage import hdf5_changed
@@ -15,7 +18,9 @@ HEADER = RunTraceHeader(
     identity=samples.IDENTITY,
     shape=samples.SHAPE,
     precision=NativePrecision(),
-    record_size_bytes=4096,
+    record_size_bytes=record_layout(
+        samples.SHAPE.expert_tensors, samples.SHAPE.dtype, NativePrecision()
+    ).size_bytes,
     skeleton_precision=NativePrecision(),
     matrix_bytes=10,
     n_matrices=1,
@@ -86,6 +91,14 @@ def _attribute(name, value):
     return change
 
 
+def _header(**changed):
+    return _attribute("header", HEADER.model_copy(update=changed).model_dump_json())
+
+
+def _shape(**changed):
+    return samples.SHAPE.model_copy(update=changed)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -103,14 +116,22 @@ def _attribute(name, value):
         (_put("scores", np.zeros((2, 2), np.uint16)), "shape"),
         (_attribute("kind", "profile"), "not the trace"),
         (_attribute("header", "{}"), "header"),
-        (
-            _attribute("header", HEADER.model_copy(update={"pinned": ((1, 0),)}).model_dump_json()),
-            "pinned",
-        ),
-        (
-            _attribute("header", HEADER.model_copy(update={"n_calls_before": 3}).model_dump_json()),
-            "calls that it does not have",
-        ),
+        (_header(pinned=((1, 0),)), "a pinned expert does not exist"),
+        (_header(pinned=((2, 1), (2, 1))), "pinned twice"),
+        (_header(pinned=((0, 0), (0, 1), (2, 1))), "leave none of 3 slots free"),
+        (_header(n_slots=2), "6 experts do not run in 2 slots"),
+        (_header(n_slots=2**31), "slots"),
+        (_header(n_slots=3, pinned=((2, 1), (0, 0)), eviction="lru:per-layer"), "one for each"),
+        (_header(eviction="evil"), "eviction"),
+        (_header(eviction="lfu:halve-every=1000001"), "eviction"),
+        (_header(eviction=f"lfu:halve-every={'9' * 5000}"), "eviction"),
+        (_header(prefetch="evil"), "prefetch"),
+        (_header(record_size_bytes=1), "a record has 1 bytes"),
+        (_header(threads=2**31), "threads"),
+        (_header(decode_seconds=1e300), "decode_seconds"),
+        (_header(n_calls_before=3), "calls that it does not have"),
+        (_header(shape=_shape(experts=2**28)), "536870912 experts"),
+        (_header(shape=_shape(layers=tuple(range(513)), n_decoder_layers=513)), "513 layers"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(path, change, says):
@@ -134,3 +155,24 @@ def test_no_flipped_bit_goes_unnoticed(path):
         path.write_bytes(bytes(damaged))
         with pytest.raises(MoeToolError):
             read_run_trace(path)
+
+
+def test_every_expert_may_be_pinned(tmp_path):
+    everyone = tuple((layer, expert) for layer in samples.LAYERS for expert in range(3))
+    header = HEADER.model_copy(update={"n_slots": 6, "pinned": everyone})
+    write_run_trace(tmp_path / "run.h5", header, CALLS)
+    assert read_run_trace(tmp_path / "run.h5")[0] == header
+
+
+def test_experts_that_the_file_does_not_hold_are_refused_before_anything_is_laid_out(path):
+    def change(file: h5py.File) -> None:
+        del file["scores"]
+        file.create_dataset("scores", data=np.zeros((0, 2**28), np.uint16))
+        _header(shape=_shape(experts=2**28))(file)
+
+    hdf5_changed(change)(path)
+    tracemalloc.start()
+    with pytest.raises(CorruptArtifactError, match="experts"):
+        read_run_trace(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
