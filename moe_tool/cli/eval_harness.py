@@ -87,7 +87,7 @@ def eval_harness(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Run tasks of EleutherAI's lm-evaluation-harness on a bundle, token by token."""
+    """Run tasks of EleutherAI's lm-evaluation-harness on a bundle."""
     with open_output(as_json=json) as output:
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
         if not names:

@@ -26,7 +26,7 @@ def inspect(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a file or folder is, from what, and if it is intact."""
+    """Say what a file is, what it is from, and if it is intact."""
     with open_output(as_json=json) as output:
         from moe_tool.cli.describe_artifact import describe_artifact
         from moe_tool.reports.terminal import facts_table

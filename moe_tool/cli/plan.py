@@ -80,7 +80,7 @@ def plan(
     profiles: ProfilesOption = DEFAULT_FOLDER,
     json: JsonOption = False,
 ) -> None:
-    """Choose how to pack and run a model in a memory budget; writes only the plan."""
+    """Choose how to pack and run a model in a memory budget."""
     with open_output(as_json=json) as output:
         loss = _share(max_loss)
         machine = chosen_hardware(hardware, profiles, output)
@@ -116,12 +116,12 @@ def plan(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json_artifact(out, report.plan)
         _show(report, output)
-        output.say(f"wrote {out}; next: moe-tool pack MODEL --plan {out} --out bundle/")
+        output.say(f"wrote {out}; next: {_pack_command(report, out)}")
         output.result({"plan_file": out, **_fields(report)})
 
 
 def _show(report: "PlanReport", output: Output) -> None:
-    from moe_tool.reports.plan_table import lines_table
+    from moe_tool.reports.plan_table import lines_table, rows_to_show
     from moe_tool.reports.simulation_table import details_table
 
     plan, prediction = report.plan, report.plan.prediction
@@ -130,12 +130,12 @@ def _show(report: "PlanReport", output: Output) -> None:
         f"{plan.bits}, others at {plan.skeleton_bits}, eviction {plan.eviction}, prefetch "
         f"{plan.prefetch}",
         f"predicted: {prediction.tokens_per_second:.2f} tokens/s (+-{prediction.error:.0%}), "
-        f"{format_bytes(prediction.bytes_per_token)} read per token, "
-        f"{prediction.hit_rate:.1%} hits, {prediction.seconds_to_first_token:.1f} s to the first "
-        f"token of a prompt of {prediction.prompt_tokens}",
+        f"{_reading(report)}, {prediction.hit_rate:.1%} hits, "
+        f"{prediction.seconds_to_first_token:.1f} s to the first token of a prompt of "
+        f"{prediction.prompt_tokens}",
         "",
-        "the best three, what plain lru gives, and the bound",
-        details_table([*report.best, report.lru, report.bound]),
+        *_heading(report),
+        details_table(rows_to_show(report.best, report.lru, report.bound)),
         "",
         f"memory, {format_bytes(plan.memory_bytes)}",
         lines_table(plan.lines),
@@ -143,11 +143,30 @@ def _show(report: "PlanReport", output: Output) -> None:
     )
     for each in report.neighbours:
         output.show(
-            f"at {format_bytes(each.memory_bytes)}: {each.ratio:.2f} x "
-            f"({each.tokens_per_second:.2f} tokens/s)"
+            f"with {format_bytes(each.memory_bytes)} it would be {each.tokens_per_second:.2f} "
+            f"tokens/s, {each.ratio:.2f} times as much"
         )
     for note in report.notes:
         output.say(note)
+
+
+def _heading(report: "PlanReport") -> list[str]:
+    if len(report.best) == 1:
+        return ["every expert stays in memory"]
+    return ["the best that were replayed, plain lru, and belady, the bound that nothing can reach"]
+
+
+def _reading(report: "PlanReport") -> str:
+    read = report.plan.prediction.bytes_per_token
+    return f"{format_bytes(read)} read per token" if read else "nothing read once the cache is full"
+
+
+def _pack_command(report: "PlanReport", plan: Path) -> str:
+    """Return what to type next; a bundle that is there may be of other bits, and stays."""
+    from moe_tool.models.locate import model_to_type
+
+    bundle = "planned/" if Path("bundle").exists() else "bundle/"
+    return f"moe-tool pack {model_to_type(report.plan.identity.name)} --plan {plan} --out {bundle}"
 
 
 def _show_curve(

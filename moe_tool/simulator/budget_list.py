@@ -11,7 +11,7 @@ _STEP = 10
 
 
 def parse_budgets(texts: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Return (label, share of the experts) of each budget, the share None for one in bytes or "min".
+    """Return (label, share of the experts) of each budget; None for one in bytes or "min".
 
     Args:
         texts: each a list by comma of "50%", "4GiB", "min" or "10%..100%", the last in steps of 10.

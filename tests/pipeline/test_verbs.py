@@ -80,7 +80,7 @@ def test_the_newest_artifacts_are_found_and_named(pipeline: Pipeline) -> None:
 
 def test_the_controls_share_a_table_with_their_policy(pipeline: Pipeline) -> None:
     rows = {row["policy"]: row["figures"] for row in pipeline.evaluate.fields["rows"]}
-    assert {"exact", "buddy", "drop", "random", "next-ranked"} == set(rows)
+    assert {"exact", "buddy", "drop", "random", "next-ranked", "near-tie", "priced"} == set(rows)
     assert rows["exact"]["kl_mean"] == 0
     assert rows["exact"]["top1_agreement"] == 1
     assert rows["drop"]["substitutions_per_token"] == 0
