@@ -66,7 +66,7 @@ def evaluate(
 
         from moe_tool.evaluation.evaluate import EvaluateOptions
         from moe_tool.evaluation.evaluate import evaluate as measure
-        from moe_tool.reports.terminal import evaluation_table
+        from moe_tool.reports.terminal import checkpoint_perplexity, evaluation_table
 
         report = measure(
             bundle,
@@ -91,6 +91,8 @@ def evaluate(
             f"{report.figures.tokens} predictions, {report.residency} residency",
             evaluation_table([(row.policy, row.figures) for row in report.rows]),
         )
+        if reference is not None:
+            output.show(checkpoint_perplexity(report.figures))
         if len(report.domains) > 1:
             output.show(
                 f"{report.policy} by domain", evaluation_table(list(report.domains.items()))

@@ -73,6 +73,10 @@ class EvaluationFigures(Protocol):
     @property
     def perplexity_ci95(self) -> Interval: ...
     @property
+    def perplexity_exact(self) -> float: ...
+    @property
+    def perplexity_exact_ci95(self) -> Interval: ...
+    @property
     def perplexity_source(self) -> float | None: ...
     @property
     def perplexity_source_ci95(self) -> Interval: ...
@@ -165,22 +169,16 @@ def buddies_table(rows: Sequence[LayerPriceRow], mean: PriceRow) -> Table:
 def evaluation_table(rows: Sequence[tuple[str, EvaluationFigures]]) -> Table:
     """Return one row per (label, figures): quality with its 95 % interval, then what it cost."""
     has_source = any(figures.kl_source_mean is not None for _, figures in rows)
-    table = _table("", "perplexity")
-    if has_source:
-        table.add_column("checkpoint's", justify="right")
-    for heading in ("KL(exact || it)", "99 %", "top-1"):
-        table.add_column(heading, justify="right")
+    table = _table("", "perplexity", "KL(exact || it)", "99 %", "top-1")
     if has_source:
         table.add_column("KL(checkpoint || it)", justify="right")
     for heading in ("hit rate", "read/token", "substituted", "lowered", "dropped"):
         table.add_column(heading, justify="right")
     for label, figures in rows:
         source = [_estimate(figures.kl_source_mean, figures.kl_source_mean_ci95, 4)]
-        own = [_estimate(figures.perplexity_source, figures.perplexity_source_ci95, 3)]
         table.add_row(
             label,
             _estimate(figures.perplexity, figures.perplexity_ci95, 3),
-            *(own if has_source else []),
             _estimate(figures.kl_mean, figures.kl_mean_ci95, 4),
             f"{figures.kl_p99:.4f}",
             f"{figures.top1_agreement:.1%}",
@@ -192,6 +190,13 @@ def evaluation_table(rows: Sequence[tuple[str, EvaluationFigures]]) -> Table:
             f"{figures.drops_per_token:.2f}",
         )
     return table
+
+
+def checkpoint_perplexity(figures: EvaluationFigures) -> str:
+    """Return the reference's own perplexity beside that of the bundle under exact, on one line."""
+    own = _estimate(figures.perplexity_source, figures.perplexity_source_ci95, 3)
+    exact = _estimate(figures.perplexity_exact, figures.perplexity_exact_ci95, 3)
+    return f"perplexity of the checkpoint {own}, of the bundle under exact {exact}"
 
 
 def stages_table(rows: Sequence[tuple[str, str, float]]) -> Table:
