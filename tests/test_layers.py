@@ -12,7 +12,7 @@ LEAVES = {"errors", "byte_sizes", "progress", "available_memory", "artifact_fold
 BELOW = {
     "artifacts": {"errors", "byte_sizes"},
     "text": {"artifacts"},
-    "formats": {"artifacts", "quantization"},
+    "formats": {"artifacts", "quantization", "policies"},
     "quantization": {"artifacts"},
     "policies": {"artifacts"},
     "reports": {"artifacts"},
@@ -33,11 +33,6 @@ BELOW = {
 # A file that reads what another room writes, where the arrow between the rooms is not wanted.
 ALSO_ALLOWED = {
     ("byte_sizes", "errors"),
-    ("artifacts", "policies"),  # a plan and a trace name an eviction policy that there is
-    ("buddies", "policies"),  # a map carries the entropy that the gates compare with
-    ("store", "policies"),  # the cache that says what is resident
-    ("packing", "policies"),  # whether a plan's eviction policy pins
-    ("profiling", "policies"),  # the rule of what is pinned, which plan follows too
     ("text", "formats"),  # asks formats.hub_probe before the network
 }
 EVERYTHING = {"cli", "demo", "__main__", "__init__"}

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moe_tool.artifacts.eviction_name import EvictionName
 from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Count
 from moe_tool.artifacts.schema import FrozenModel
@@ -14,6 +13,8 @@ PLAN_VERSION: Literal[1] = 1
 Bits = Literal["native", "8", "4"]
 SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
 Positive = Annotated[float, Field(ge=0, le=1e12)]
+EvictionName = Annotated[str, Field(pattern=r"^[a-z0-9+:=,\-]{1,128}$")]
+"""As `--eviction` takes it; that there is such a policy is checked when a file is read"""
 
 
 class PlanLine(FrozenModel):

@@ -6,12 +6,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, model_validator
 
-from moe_tool.artifacts.eviction_name import EvictionName
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import Count, MoeShape
+from moe_tool.artifacts.pack_plan import EvictionName
 from moe_tool.artifacts.precision import Precision
 from moe_tool.artifacts.schema import FrozenModel
-from moe_tool.policies.eviction import parse_eviction
 
 MAX_LAYERS = 512
 """With experts; four times those of the deepest models"""
@@ -90,6 +89,4 @@ class RunTraceHeader(FrozenModel):
         n_left = self.n_slots - n_pinned
         if n_left < 1 and n_pinned != n_experts:
             raise ValueError(f"{n_pinned} pinned experts leave none of {self.n_slots} slots free")
-        if 0 < n_left < n_layers and parse_eviction(self.eviction).per_layer:
-            raise ValueError(f"{n_left} slots are not one for each of {n_layers} layers")
         return self

@@ -172,11 +172,10 @@ def _describe_hardware(path: Path) -> Description:
 
 
 def _describe_plan(path: Path) -> Description:
-    from moe_tool.artifacts.pack_plan import PackPlan
-    from moe_tool.formats.json_artifact import read_json_artifact
+    from moe_tool.formats.policy_names import read_plan
     from moe_tool.reports.plan_table import lines_table
 
-    plan = read_json_artifact(path, PackPlan)
+    plan = read_plan(path)
     found = plan.prediction
     facts: dict[str, object] = _model_facts(plan.identity) | {
         "memory_bytes": plan.memory_bytes,

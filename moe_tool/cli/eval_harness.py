@@ -127,7 +127,7 @@ def eval_harness(
             f"policy {report.policy}, {report.residency} residency", harness_table(report.rows)
         )
         output.say(_footer(report))
-        if report.lossy and report.substitutions + report.drops == 0:
+        if report.lossy and report.substitutions + report.lowered + report.drops == 0:
             output.say(_why_it_did_nothing(report))
         output.result(report.to_json())
 
@@ -143,6 +143,8 @@ def _footer(report: "HarnessReport") -> str:
         f"peak memory {format_bytes(report.peak_rss_bytes)} "
         f"of {format_bytes(report.memory_budget_bytes)}",
     ]
+    if report.lowered:
+        parts.insert(-1, f"{report.lowered} by replicas")
     if report.drops:
         parts.insert(-1, f"{report.drops} drops")
     if report.cut_contexts:

@@ -145,10 +145,9 @@ def pack(
 
 
 def _read_plan(path: Path) -> "PackPlan":
-    from moe_tool.artifacts.pack_plan import PackPlan
-    from moe_tool.formats.json_artifact import read_json_artifact
+    from moe_tool.formats.policy_names import read_plan
 
-    return read_json_artifact(path, PackPlan)
+    return read_plan(path)
 
 
 def _newest_profile(folder: Path, identity: "ModelIdentity", output: Output) -> Path | None:

@@ -73,6 +73,8 @@ class HarnessReport:
     bytes_read_per_token: float
     stall_seconds: float
     substitutions: int
+    lowered: int
+    """Slots answered by a replica of the expert"""
     drops: int
     prompt_hits: int
     prompt_misses: int
@@ -225,6 +227,7 @@ def _report(
         bytes_read_per_token=decode.bytes_read / decode.tokens if decode.tokens else 0.0,
         stall_seconds=decode.stall_seconds,
         substitutions=decode.substitutions,
+        lowered=decode.lowered,
         drops=decode.drops,
         prompt_hits=prompt.hits,
         prompt_misses=prompt.misses,

@@ -21,6 +21,7 @@ from moe_tool.formats.expert_record import RecordLayout
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.formats.policy_names import named_eviction, named_miss_policy
 from moe_tool.formats.record_files import RecordFiles
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 from moe_tool.progress import SILENT, Progress
@@ -92,6 +93,7 @@ class BundleReader:
         with _naming(folder):
             _require_finished(folder)
         manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
+        _check_policies(folder, manifest)
         levels = _levels(folder, manifest)
         with _naming(folder):
             _check_files(folder, manifest)
@@ -353,6 +355,14 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
             raise CorruptArtifactError(
                 f"{folder / name} is not listed in {MANIFEST}", hint=f"remove it, or {_REPACK}"
             )
+
+
+def _check_policies(folder: Path, manifest: BundleManifest) -> None:
+    """A run can follow what the manifest has it follow."""
+    if manifest.plan is not None:
+        named_eviction(folder / MANIFEST, manifest.plan.eviction, remedy=_REPACK)
+    if manifest.calibration is not None:
+        named_miss_policy(folder / MANIFEST, manifest.calibration.policy, remedy=_REPACK)
 
 
 def _levels(folder: Path, manifest: BundleManifest) -> tuple[BundleLevel, ...]:

@@ -19,7 +19,9 @@ from moe_tool.formats.hostile_hdf5 import (
     verified_sha256,
 )
 from moe_tool.formats.json_artifact import first_complaint
+from moe_tool.formats.policy_names import named_eviction
 from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.policies.eviction import EvictionChoice
 
 RUN_TRACE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
@@ -87,8 +89,9 @@ def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
             header = RunTraceHeader.model_validate_json(text)
         except ValidationError as error:
             raise damaged(path, f"header: {first_complaint(error)}", remedy=_REMEDY) from error
+        choice = named_eviction(path, header.eviction, remedy=_REMEDY)
         n_scores = child_dataset(file, "scores", path).size if "scores" in file else 0
-        complaint = _size_complaint(header, n_scores)
+        complaint = _size_complaint(header, choice, n_scores)
         if complaint is not None:
             raise damaged(path, complaint, remedy=_REMEDY)
         arrays: dict[str, Any] = {}
@@ -139,12 +142,15 @@ def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
     return None
 
 
-def _size_complaint(header: RunTraceHeader, n_scores: int) -> str | None:
+def _size_complaint(header: RunTraceHeader, choice: EvictionChoice, n_scores: int) -> str | None:
     """What of the numbers that memory is laid out by does not fit the file, None where all does."""
     shape = header.shape
     n_experts = len(shape.layers) * shape.experts
     if n_experts > max(_MAX_UNSCORED_EXPERTS, n_scores):
         return f"it does not hold what {n_experts} experts would leave in it"
+    n_left, n_layers = header.n_slots - len(header.pinned), len(shape.layers)
+    if choice.per_layer and 0 < n_left < n_layers:
+        return f"{n_left} slots are not one for each of {n_layers} layers"
     layout = record_layout(shape.expert_tensors, shape.dtype, header.precision)
     if layout.size_bytes != header.record_size_bytes:
         return f"a record has {header.record_size_bytes} bytes, its shape makes {layout.size_bytes}"

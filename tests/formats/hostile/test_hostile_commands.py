@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration, QualityFigure
 from moe_tool.cli.app import run_command
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from tests.formats import samples
@@ -133,4 +133,16 @@ def test_an_eviction_that_a_plan_cannot_have_is_the_plans_fault(
     path = folder / "bundle/manifest.json"
     manifest = read_json_artifact(path, BundleManifest)
     write_json_artifact(path, manifest.model_copy(update={"plan": evil}))
+    require_refused(capsys, folder, ["run", "bundle", "--prompt", "a"], "bundle/manifest.json")
+    figure = QualityFigure(kl=0.1, kl_ci95=(0.1, 0.1), tokens=9)
+    calibration = Calibration(
+        policy="evil:rho=1",
+        max_kl=0.1,
+        quality=figure,
+        domains={},
+        sources=(),
+        expert_slots=1,
+        nats_per_price=1.0,
+    )
+    write_json_artifact(path, manifest.model_copy(update={"calibration": calibration}))
     require_refused(capsys, folder, ["run", "bundle", "--prompt", "a"], "bundle/manifest.json")

@@ -1,0 +1,45 @@
+"""The policies that a file names: ones that there are, with parameters that they can have."""
+
+from pathlib import Path
+
+from moe_tool.artifacts.pack_plan import PackPlan
+from moe_tool.errors import CorruptArtifactError, UsageError
+from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.misses import MissChoice, parse_miss_policy
+
+
+def named_eviction(path: Path, name: str, *, remedy: str) -> EvictionChoice:
+    """Return the eviction policy that a file names.
+
+    Raises:
+        CorruptArtifactError: there is none, and nobody typed it: the file is at fault.
+    """
+    try:
+        return parse_eviction(name)
+    except UsageError as error:
+        raise CorruptArtifactError(
+            f"{path} names an eviction policy that there is none of", hint=remedy
+        ) from error
+
+
+def named_miss_policy(path: Path, name: str, *, remedy: str) -> MissChoice:
+    """Return the miss policy that a file names, likewise."""
+    try:
+        return parse_miss_policy(name)
+    except UsageError as error:
+        raise CorruptArtifactError(
+            f"{path} names a miss policy that there is none of", hint=remedy
+        ) from error
+
+
+def read_plan(path: Path) -> PackPlan:
+    """Return a plan that can be followed.
+
+    Raises:
+        NotFoundError, CorruptArtifactError, ArtifactVersionError, StorageError: as
+            `read_json_artifact`, or it names a policy that there is none of.
+    """
+    plan = read_json_artifact(path, PackPlan)
+    named_eviction(path, plan.eviction, remedy="make it again with moe-tool plan")
+    return plan
