@@ -19,7 +19,9 @@ from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.planning.build_plan import PlanRequest, build_plan, read_sources
+from moe_tool.planning.build_plan import build_plan
+from moe_tool.planning.plan_request import PlanRequest
+from moe_tool.planning.plan_sources import read_sources
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import open_session
 from moe_tool.simulator.access_trace import AccessTrace

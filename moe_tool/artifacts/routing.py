@@ -33,15 +33,15 @@ class Answers:
     """Who computes what: for each token the experts to run, and with which weight."""
 
     expert: np.ndarray
-    """[T, K'] int64: experts to run; -1 where a slot stays empty (dropped)"""
+    """[T, K] int64: experts to run; -1 where a slot stays empty (dropped)"""
     weight: np.ndarray
-    """[T, K'] float32: the weight of each, scales included; 0 where the slot is empty"""
+    """[T, K] float32: the weight of each, scales included; 0 where the slot is empty"""
     substituted: int
     """Slots answered by another expert than the one wanted"""
     dropped: int
     """Slots answered by nothing"""
     level: np.ndarray | None = None
-    """[T, K'] int64: which form of the expert runs; None: FULL everywhere"""
+    """[T, K] int64: which form of the expert runs; None: FULL everywhere"""
     lowered: int = 0
     """Slots answered by a replica of the expert that is wanted"""
 
@@ -53,23 +53,18 @@ def answers_of(
 
     Args:
         routing: what was asked.
-        expert: [T, K'], slot by slot as the routing has them; further slots are extra.
-        weight: [T, K'].
-        level: [T, K'], None: FULL everywhere.
+        expert: [T, K], slot by slot as the routing has them.
+        weight: [T, K].
+        level: [T, K], None: FULL everywhere.
     """
-    wanted = routing.index
-    same = expert[:, : wanted.shape[1]]
-    is_other = (same >= 0) & (same != wanted)
-    lowered = 0
-    if level is not None:
-        lowered = int(((same == wanted) & (level[:, : wanted.shape[1]] != FULL)).sum())
+    is_same = expert == routing.index
     return Answers(
         expert=expert,
         weight=weight,
         level=level,
-        substituted=int(is_other.sum()),
-        dropped=int((same < 0).sum()),
-        lowered=lowered,
+        substituted=int(((expert >= 0) & ~is_same).sum()),
+        dropped=int((expert < 0).sum()),
+        lowered=0 if level is None else int((is_same & (level != FULL)).sum()),
     )
 
 
@@ -83,12 +78,10 @@ def answer_exactly(routing: Routing, answers: Answers, rows: np.ndarray) -> Answ
     """
     if not rows.any():
         return answers
-    expert, weight = answers.expert.copy(), answers.weight.copy()
-    top_k = routing.index.shape[1]
-    expert[rows], weight[rows] = -1, 0
-    expert[rows, :top_k] = routing.index[rows]
-    weight[rows, :top_k] = routing.weight[rows]
-    level = answers.level
-    if level is not None:
-        level = np.where(rows[:, None], FULL, level)
-    return answers_of(routing, expert, weight, level)
+    exact = rows[:, None]
+    return answers_of(
+        routing,
+        np.where(exact, routing.index, answers.expert),
+        np.where(exact, routing.weight, answers.weight),
+        None if answers.level is None else np.where(exact, FULL, answers.level),
+    )

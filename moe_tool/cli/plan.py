@@ -90,7 +90,9 @@ def plan(
 
         from moe_tool.formats.json_artifact import write_json_artifact
         from moe_tool.formats.profile_hdf5 import ProfileReader
-        from moe_tool.planning.build_plan import PlanRequest, build_plan, plan_curve, read_sources
+        from moe_tool.planning.build_plan import build_plan, plan_curve
+        from moe_tool.planning.plan_request import PlanRequest
+        from moe_tool.planning.plan_sources import read_sources
 
         chosen: Bits | None = None if bits == "auto" else bits
         request = PlanRequest(

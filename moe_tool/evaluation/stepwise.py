@@ -74,7 +74,8 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     n_sequences, seq_len = ids.shape
     ledger = np.zeros((8, n_sequences, n_scored(seq_len)))
     position = 0
-    prices = session.runner.policy.prices
+    if session.runner.policy.prices is None:
+        ledger[6] = np.nan
     sizes = np.array([level.record_size_bytes for level in session.bundle.levels])
 
     def account(decision: Decision) -> None:
@@ -91,11 +92,8 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
         ledger[4, :, column] += (~is_answered).sum(axis=1)
         ledger[5, :, column] += (is_answered & (level != FULL)).sum(axis=1)
-        if prices is None:
-            ledger[6] = np.nan
-        else:
-            spent = prices.spent(decision.routing, decision.answers)  # [B]
-            ledger[6, :, column] += session.runner.account.nats_per_price * spent
+        if decision.spent is not None:
+            ledger[6, :, column] += session.runner.account.nats_per_price * decision.spent
         if session.runner.answered_exactly is not None:
             ledger[7, :, column] = session.runner.answered_exactly
 

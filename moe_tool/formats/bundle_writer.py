@@ -8,10 +8,8 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -34,7 +32,7 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import NativePrecision, Precision, ReplicaPrecision
 from moe_tool.artifacts.routing import FULL
-from moe_tool.errors import StorageError, UsageError
+from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
     JOURNAL,
@@ -56,16 +54,9 @@ from moe_tool.formats.bundle_journal import (
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.expert_form import ExpertForm, full_form, replica_form
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
+from moe_tool.formats.record_file_writer import RecordFileWriter
 
 _SYNC_BYTES = 256 * 2**20
-
-
-@dataclass(slots=True, kw_only=True)
-class _OpenFile:
-    """A file of records while it is being written."""
-
-    handle: int
-    digest: Any = field(default_factory=hashlib.sha256)
 
 
 class BundleWriter:
@@ -103,7 +94,7 @@ class BundleWriter:
         self._unsynced: list[ExpertRecord] = []
         self._unsynced_bytes = 0
         self._digests: dict[str, str] = {}
-        self._open_files: dict[str, _OpenFile] = {}
+        self._open_files: dict[str, RecordFileWriter] = {}
         self._others: list[BundleFile] = []
         self._skeleton: list[SkeletonTensor] = []
         self._skeleton_precision: Precision = NativePrecision()
@@ -181,10 +172,8 @@ class BundleWriter:
         data = memoryview(record.numpy().data).cast("B")
         with storage_errors(self._folder / file.name):
             if position == 0:
-                self._start_file(file)
-            opened = self._open_files[file.name]
-            _write_all(opened.handle, data)
-            opened.digest.update(data)
+                self._open(file, anew=True)
+            self._open_files[file.name].append(data)
             self._unsynced.append(
                 ExpertRecord(
                     layer=layer,
@@ -206,7 +195,7 @@ class BundleWriter:
         with storage_errors(self._folder):
             self._sync()
             while self._open_files:
-                os.close(self._open_files.popitem()[1].handle)
+                self._open_files.popitem()[1].close()
 
     def write_skeleton(
         self,
@@ -365,7 +354,7 @@ class BundleWriter:
                 return
             file, position = self._places[count]
             if position == 0:
-                self._reopen(file)
+                self._open(file, anew=False)
             record = self._checked(line, file, position)
             if record is None:
                 break
@@ -376,15 +365,7 @@ class BundleWriter:
         for files in self._plan:
             for file in files:
                 if file.name in self._open_files:
-                    handle = self._open_files[file.name].handle
-                    os.ftruncate(handle, file.offset(held[file.name]))
-                    os.lseek(handle, 0, os.SEEK_END)
-
-    def _reopen(self, file: ExpertFile) -> None:
-        handle = self._open(file, 0).handle
-        if _read_all(handle, len(file.header), 0) != file.header:
-            os.ftruncate(handle, 0)
-            _write_all(handle, memoryview(file.header))
+                    self._open_files[file.name].cut(held[file.name])
 
     def _checked(self, line: bytes, file: ExpertFile, position: int) -> ExpertRecord | None:
         try:
@@ -396,36 +377,21 @@ class BundleWriter:
             return None
         if record.file != file.name:
             return None
-        opened = self._open_files[file.name]
-        data = _read_all(opened.handle, file.record_size_bytes, offset)
-        if xxhash.xxh3_64_hexdigest(data) != record.xxh3:
-            return None
-        opened.digest.update(data)
-        return record
+        is_right = self._open_files[file.name].take_over(position, record.xxh3)
+        return record if is_right else None
 
-    def _start_file(self, file: ExpertFile) -> None:
-        _write_all(self._open(file, os.O_TRUNC).handle, memoryview(file.header))
-
-    def _open(self, file: ExpertFile, flag: int) -> _OpenFile:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flag
-        opened = _OpenFile(handle=os.open(self._folder / file.name, flags, 0o644))
-        opened.digest.update(file.header)
-        self._open_files[file.name] = opened
-        return opened
+    def _open(self, file: ExpertFile, *, anew: bool) -> None:
+        self._open_files[file.name] = RecordFileWriter(self._folder, file, anew=anew)
 
     def _end_file(self, file: ExpertFile) -> None:
-        opened = self._open_files.pop(file.name)
-        os.close(opened.handle)
-        self._digests[file.name] = opened.digest.hexdigest()
+        self._digests[file.name] = self._open_files.pop(file.name).close()
 
     def _sync(self) -> None:
         """Data first, then the lines that name them."""
         if not self._unsynced:
             return
         for name in {record.file for record in self._unsynced}:
-            handle = self._open_files[name].handle
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._open_files[name].sync()
         append_to_journal(self._folder, self._unsynced)
         self._records += self._unsynced
         self._unsynced, self._unsynced_bytes = [], 0
@@ -467,23 +433,3 @@ def _by_size(tensors: Sequence[SkeletonEntry]) -> list[list[SkeletonEntry]]:
         groups[-1].append(info)
         size += info.size_bytes
     return groups
-
-
-def _write_all(file: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        written = os.write(file, data[done:])
-        if written <= 0:
-            raise StorageError("the disk takes no more bytes")
-        done += written
-
-
-def _read_all(file: int, size: int, offset: int) -> bytes:
-    """Up to `size` bytes, fewer only where the file ends."""
-    data = bytearray()
-    while len(data) < size:
-        block = os.pread(file, size - len(data), offset + len(data))
-        if not block:
-            break
-        data += block
-    return bytes(data)

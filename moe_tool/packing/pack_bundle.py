@@ -34,7 +34,6 @@ from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.expert_form import full_form, replica_form
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import OpenedModel, open_model
@@ -145,7 +144,6 @@ def pack_bundle(
         _require_plan_fits(plan, opened.identity, bits, skeleton_bits, has_heat=profile is not None)
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
     cheaper = _replicas(replicas, shape, measured)
-    forms = [full_form(shape, precision), *(replica_form(shape, each) for each in cheaper)]
     n_records = len(measured.order)
     skeleton = SkeletonWork(opened, skeleton_precision)
     writer = BundleWriter.open(
@@ -170,7 +168,7 @@ def pack_bundle(
         if not writer.finished:
             require_free_disk(
                 out.absolute().parent,
-                sum(forms[level].layout.size_bytes for level, _, _ in writer.to_write)
+                sum(writer.forms[level].layout.size_bytes for level, _, _ in writer.to_write)
                 + skeleton.size_bytes,
             )
             try:
@@ -193,12 +191,12 @@ def pack_bundle(
             plan=plan,
             profile_sha256=measured.sha256,
         )
-    expert_bytes = n_records * forms[FULL].layout.size_bytes
+    expert_bytes = n_records * writer.forms[FULL].layout.size_bytes
     return PackReport(
         bundle=out,
         bytes=sum(file.size_bytes for file in manifest.files),
         expert_bytes=expert_bytes,
-        replica_bytes=n_records * sum(form.layout.size_bytes for form in forms[1:]),
+        replica_bytes=n_records * sum(form.layout.size_bytes for form in writer.forms[1:]),
         skeleton_bytes=skeleton.size_bytes,
         skeleton_bits=skeleton_bits,
         bits_per_weight=8 * expert_bytes / (n_records * shape.n_expert_weights),

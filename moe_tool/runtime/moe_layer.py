@@ -33,6 +33,8 @@ class Decision:
     answers: Answers
     resident: np.ndarray
     """[L, E] bool: what the policy was told is in memory"""
+    spent: np.ndarray | None
+    """[T] float64: what the price list expects the answers to cost; None without one"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,8 +88,11 @@ class MoeLayerRunner:
             resident = self.store.resident(call.layer)
         routing = self._routing(call)
         answers = self._answers(routing, resident)
+        spent = self._spend(routing, answers)
         if self.on_decision is not None:
-            self.on_decision(Decision(routing=routing, answers=answers, resident=resident))
+            self.on_decision(
+                Decision(routing=routing, answers=answers, resident=resident, spent=spent)
+            )
         index, weight = call.index, call.weight
         if answers.substituted or answers.dropped or answers.lowered:
             index = torch.from_numpy(_numbers(answers, n_experts=resident.shape[1]))
@@ -111,13 +116,18 @@ class MoeLayerRunner:
 
     def _answers(self, routing: Routing, resident: np.ndarray) -> Answers:
         answers = self.policy.policy.decide(routing, resident)
-        exact, prices = self.answered_exactly, self.policy.prices
+        exact = self.answered_exactly
         if exact is not None and exact.any():
             answers = answer_exactly(routing, answers, exact[routing.sequence])
-        if prices is not None and self.policy.policy.lossy:
-            spent = prices.spent(routing, answers)  # [T]
-            self.account.add(np.bincount(routing.sequence, spent, minlength=self.n_sequences))
         return answers
+
+    def _spend(self, routing: Routing, answers: Answers) -> np.ndarray | None:
+        prices = self.policy.prices
+        if prices is None or not self.policy.policy.lossy:
+            return None
+        spent = prices.spent(routing, answers)  # [T]
+        self.account.add(np.bincount(routing.sequence, spent, minlength=self.n_sequences))
+        return spent
 
     def _run(
         self, call: LayerCall, index: torch.Tensor, weight: torch.Tensor, counters: PhaseCounters

@@ -9,8 +9,7 @@ from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.routing import FULL
 from moe_tool.policies.cheapest_residents import cheapest_residents
 from moe_tool.policies.hot_set import ExpertKey, hottest_first, n_pinned
-from moe_tool.policies.misses import MissChoice
-from moe_tool.runtime.price_list import price_book
+from moe_tool.policies.misses import MissChoice, PriceBook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +21,7 @@ class LevelRoom:
 
 
 def frozen_rooms(
-    manifest: BundleManifest, n_slots: int, choice: MissChoice
+    manifest: BundleManifest, n_slots: int, choice: MissChoice, prices: PriceBook | None
 ) -> tuple[LevelRoom, ...]:
     """Return who is in memory for a whole run under a policy, by level.
 
@@ -30,6 +29,7 @@ def frozen_rooms(
         manifest: of the bundle.
         n_slots: that the budget has for records of full experts; cheaper forms share their bytes.
         choice: of the policy.
+        prices: of the manifest.
     """
     full = (LevelRoom(n_slots=n_slots, pinned=choose_resident_experts(manifest, n_slots)),)
     nothing = LevelRoom(n_slots=0, pinned=())
@@ -38,7 +38,7 @@ def frozen_rooms(
         return full + (nothing,) * (n_levels - 1)
     if choice.residents == "two-precisions":
         return _two_precisions(manifest, n_slots, choice)
-    return _cheapest(manifest, n_slots) or full + (nothing,) * (n_levels - 1)
+    return _cheapest(manifest, n_slots, prices) or full + (nothing,) * (n_levels - 1)
 
 
 def cache_rooms(
@@ -85,9 +85,10 @@ def n_slots_min(manifest: BundleManifest) -> int:
     return min(manifest.shape.top_k + 1, n_experts)
 
 
-def _cheapest(manifest: BundleManifest, n_slots: int) -> tuple[LevelRoom, ...] | None:
+def _cheapest(
+    manifest: BundleManifest, n_slots: int, book: PriceBook | None
+) -> tuple[LevelRoom, ...] | None:
     """One token's slots of full experts stay free, and one slot of every cheaper form."""
-    book = price_book(manifest)
     if book is None or manifest.prices is None:
         return None
     free = n_slots_min(manifest)

@@ -12,7 +12,6 @@ import transformers
 from torch import nn
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.routing import FULL
 from moe_tool.available_memory import (
     anonymous_rss_bytes,
     available_memory_bytes,
@@ -27,8 +26,6 @@ from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.native.kernels import is_native
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
-from moe_tool.policies.eviction.lru import Lru
-from moe_tool.policies.misses import MissChoice
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
@@ -43,10 +40,11 @@ from moe_tool.runtime.memory_plan import (
     plan_memory,
 )
 from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
+from moe_tool.runtime.open_levels import choose_rooms, open_levels
 from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher, require_prefetch
 from moe_tool.runtime.quality_promise import open_account, quality_note
-from moe_tool.runtime.residency import LevelRoom, cache_rooms, frozen_rooms, n_slots_min
+from moe_tool.runtime.residency import n_slots_min
 from moe_tool.runtime.run_options import (
     DEFAULT_EVICTION,
     RunOptions,
@@ -57,13 +55,10 @@ from moe_tool.runtime.run_options import (
 )
 from moe_tool.runtime.shadow import Shadow
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
-from moe_tool.store.expert_levels import ExpertLevels
-from moe_tool.store.expert_store import ExpertStore
 
 _FIRST_USE_BYTES = 16 * 2**20
 """What torch and transformers allocate when a model is first built and run: 8 to 10 MiB from tiny
 models to 16 layers of width 2048, and as much to spare; measured instead once that has happened"""
-_N_READERS = 2
 _WARM_UP_TOKENS = 2
 
 
@@ -119,10 +114,12 @@ class Session:
             gates=self.options.gates,
             seed=self.options.seed,
         )
-        rooms = _rooms(self.bundle, self.plan, residency, self.setting.eviction, chosen.choice)
+        rooms = choose_rooms(
+            self.manifest, self.plan.n_slots, residency, self.setting.eviction, chosen
+        )
         if (residency, rooms) != (self.runner.residency, self.runner.rooms):
             self.runner.store.close()
-            self.runner.store = _open_stores(self.bundle, rooms, self.setting.eviction)
+            self.runner.store = open_levels(self.bundle, rooms, self.setting.eviction)
             self.runner.residency, self.runner.rooms = residency, rooms
         self.runner.policy = chosen
         self.runner.account = open_account(self.manifest.calibration, chosen)
@@ -131,7 +128,7 @@ class Session:
     def empty_cache(self) -> None:
         """Forget every expert that is not pinned."""
         self.runner.store.close()
-        self.runner.store = _open_stores(self.bundle, self.runner.rooms, self.setting.eviction)
+        self.runner.store = open_levels(self.bundle, self.runner.rooms, self.setting.eviction)
 
     def close(self) -> None:
         """Stop the reader threads and let go of the memory."""
@@ -285,9 +282,11 @@ def open_session(
     refusal = bundle.read_directly()
     if refusal is not None:
         progress.note(f"{refusal}: experts are read through it, slower")
-    rooms_by_level = _rooms(bundle, memory, residency, setting.eviction, policy.choice)
+    rooms_by_level = choose_rooms(
+        bundle.manifest, memory.n_slots, residency, setting.eviction, policy
+    )
     runner = MoeLayerRunner(
-        store=_open_stores(bundle, rooms_by_level, setting.eviction),
+        store=open_levels(bundle, rooms_by_level, setting.eviction),
         rooms=rooms_by_level,
         account=account,
         residency=residency,
@@ -399,39 +398,6 @@ def _workload(options: RunOptions, config: Any) -> Workload:
     )
     prompt = positions if options.prompt is None else min(options.prompt, positions)
     return Workload(batch=options.batch, positions=positions, prompt=prompt)
-
-
-def _rooms(
-    bundle: BundleReader,
-    plan: MemoryPlan,
-    residency: Residency,
-    eviction: EvictionChoice,
-    choice: MissChoice,
-) -> tuple[LevelRoom, ...]:
-    if residency == "frozen":
-        return frozen_rooms(bundle.manifest, plan.n_slots, choice)
-    return cache_rooms(bundle.manifest, plan.n_slots, choice, pinned_share=eviction.pinned_share)
-
-
-def _open_stores(
-    bundle: BundleReader, rooms: tuple[LevelRoom, ...], eviction: EvictionChoice
-) -> ExpertLevels:
-    """One store for each form of which there is to be anything in memory."""
-    stores = [
-        ExpertStore(
-            bundle,
-            level=level,
-            n_slots=room.n_slots,
-            pinned=room.pinned,
-            eviction=eviction.make if level == FULL else Lru,
-            per_layer=eviction.per_layer and level == FULL,
-            n_readers=_N_READERS,
-        )
-        if room.n_slots
-        else None
-        for level, room in enumerate(rooms)
-    ]
-    return ExpertLevels(stores, n_experts=bundle.manifest.shape.experts)
 
 
 def _foresight(skeleton: Skeleton, setting: Setting, options: RunOptions) -> Foresight | None:

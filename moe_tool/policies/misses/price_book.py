@@ -80,14 +80,10 @@ class PriceBook:
             answers: to it.
         """
         book = self.layers[routing.layer]
-        n_tokens, top_k = routing.index.shape
-        wanted = routing.index.reshape(-1)
+        wanted, used = routing.index.reshape(-1), answers.expert.reshape(-1)
         weight = routing.weight.reshape(-1).astype(np.float64)
-        used = answers.expert[:, :top_k].reshape(-1)
-        used_weight = answers.weight[:, :top_k].reshape(-1).astype(np.float64)
-        level = np.full(len(used), FULL)
-        if answers.level is not None:
-            level = answers.level[:, :top_k].reshape(-1)
+        used_weight = answers.weight.reshape(-1).astype(np.float64)
+        level = np.full(len(used), FULL) if answers.level is None else answers.level.reshape(-1)
         outside = wanted >= len(book.nats)  # an identity expert
         wanted, used = np.where(outside, 0, wanted), np.where(outside, -1, used)
         eps = book.eps[level, np.maximum(used, 0)]
@@ -96,5 +92,5 @@ class PriceBook:
         dropped = book.nats[wanted] * weight**2
         cost = np.where(used == wanted, same, np.where(used < 0, dropped, other))
         cost = np.where(outside, 0.0, cost)
-        total: np.ndarray = cost.reshape(n_tokens, top_k).sum(axis=1)
+        total: np.ndarray = cost.reshape(routing.index.shape).sum(axis=1)
         return total

@@ -1,0 +1,78 @@
+"""One file of records while it is being written, or taken over from an interrupted run."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import xxhash
+
+from moe_tool.errors import StorageError
+from moe_tool.formats.bundle_files import ExpertFile
+
+
+class RecordFileWriter:
+    """Appends records and knows the sha256 of what the file holds. Close it."""
+
+    def __init__(self, folder: Path, file: ExpertFile, *, anew: bool) -> None:
+        """Open the file with its header in place.
+
+        Args:
+            folder: of the bundle.
+            file: what it is to hold.
+            anew: what it held is thrown away; else its records wait for `take_over`.
+        """
+        self._file = file
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if anew else 0)
+        self._handle = os.open(folder / file.name, flags, 0o644)
+        if _read_all(self._handle, len(file.header), 0) != file.header:
+            os.ftruncate(self._handle, 0)
+            _write_all(self._handle, memoryview(file.header))
+        self._digest = hashlib.sha256(file.header)
+
+    def append(self, data: memoryview) -> None:
+        """Write the next record."""
+        _write_all(self._handle, data)
+        self._digest.update(data)
+
+    def take_over(self, position: int, xxh3: str) -> bool:
+        """Count a record in that is there already; False where it is not what its hash says."""
+        data = _read_all(self._handle, self._file.record_size_bytes, self._file.offset(position))
+        if xxhash.xxh3_64_hexdigest(data) != xxh3:
+            return False
+        self._digest.update(data)
+        return True
+
+    def cut(self, n_records: int) -> None:
+        """Leave so many records, and go on behind them."""
+        os.ftruncate(self._handle, self._file.offset(n_records))
+        os.lseek(self._handle, 0, os.SEEK_END)
+
+    def sync(self) -> None:
+        """Wait until the disk has it, and keep it out of the page cache."""
+        os.fsync(self._handle)
+        os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> str:
+        """Return the sha256 of the header and all records."""
+        os.close(self._handle)
+        return self._digest.hexdigest()
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        written = os.write(file, data[done:])
+        if written <= 0:
+            raise StorageError("the disk takes no more bytes")
+        done += written
+
+
+def _read_all(file: int, size: int, offset: int) -> bytes:
+    """Up to `size` bytes, fewer only where the file ends."""
+    data = bytearray()
+    while len(data) < size:
+        block = os.pread(file, size - len(data), offset + len(data))
+        if not block:
+            break
+        data += block
+    return bytes(data)

@@ -1,0 +1,63 @@
+"""What planning needs of a profile, read once for any number of budgets."""
+
+from dataclasses import dataclass
+
+from moe_tool.artifacts.expert_statistics import ExpertStatistics
+from moe_tool.artifacts.skeleton_facts import SkeletonFacts
+from moe_tool.errors import ArtifactVersionError
+from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.planning.pinning import rank_experts
+from moe_tool.simulator.access_trace import AccessTrace
+from moe_tool.simulator.profile_trace import decode_trace, part_to_replay, prompt_trace
+from moe_tool.simulator.replay import Replayer
+
+_MAX_ACCESSES = 500_000
+_MAX_SEARCH_ACCESSES = 200_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSources:
+    """All that a profile says to a planner."""
+
+    profile: ProfileReader
+    skeleton: SkeletonFacts
+    statistics: dict[int, ExpertStatistics]
+    ranked: list[tuple[int, int]]
+    replayed: Replayer
+    searched: Replayer
+    prompts: tuple[AccessTrace, int]
+
+
+def read_sources(profile: ProfileReader) -> PlanSources:
+    """Return what planning needs of a profile, for any number of budgets.
+
+    Raises:
+        ArtifactVersionError: the profile was recorded before it said what the model has beside its
+            experts.
+        CorruptArtifactError: it is damaged.
+    """
+    skeleton = profile.header.skeleton
+    if skeleton is None:
+        raise ArtifactVersionError(
+            f"{profile.path} does not say what the model has beside its experts",
+            hint="record it again with moe-tool profile",
+        )
+    shape = profile.header.shape
+    per_token = len(shape.layers) * shape.top_k
+    statistics = {layer: profile.statistics(layer) for layer in shape.layers}
+    part = part_to_replay(profile)
+    return PlanSources(
+        profile=profile,
+        skeleton=skeleton,
+        statistics=statistics,
+        ranked=rank_experts(statistics),
+        replayed=Replayer(
+            decode_trace(
+                profile, part, max_tokens=max(1, _MAX_ACCESSES // per_token), with_guesses=True
+            )
+        ),
+        searched=Replayer(
+            decode_trace(profile, "in-sample", max_tokens=max(1, _MAX_SEARCH_ACCESSES // per_token))
+        ),
+        prompts=prompt_trace(profile, part),
+    )

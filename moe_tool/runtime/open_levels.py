@@ -1,0 +1,56 @@
+"""The stores of a session: who is in memory in which form, and slots for the others."""
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.routing import FULL
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.policies.eviction import EvictionChoice
+from moe_tool.policies.eviction.lru import Lru
+from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.policy_choice import ChosenPolicy
+from moe_tool.runtime.residency import LevelRoom, cache_rooms, frozen_rooms
+from moe_tool.store.expert_levels import ExpertLevels
+from moe_tool.store.expert_store import ExpertStore
+
+_N_READERS = 2
+
+
+def choose_rooms(
+    manifest: BundleManifest,
+    n_slots: int,
+    residency: Residency,
+    eviction: EvictionChoice,
+    policy: ChosenPolicy,
+) -> tuple[LevelRoom, ...]:
+    """Return what each form of experts gets of the memory, by level.
+
+    Args:
+        manifest: of the bundle.
+        n_slots: that the budget has for records of full experts.
+        residency: whether what is in memory changes.
+        eviction: of full experts.
+        policy: what answers misses.
+    """
+    if residency == "frozen":
+        return frozen_rooms(manifest, n_slots, policy.choice, policy.prices)
+    return cache_rooms(manifest, n_slots, policy.choice, pinned_share=eviction.pinned_share)
+
+
+def open_levels(
+    bundle: BundleReader, rooms: tuple[LevelRoom, ...], eviction: EvictionChoice
+) -> ExpertLevels:
+    """Return one store for each form of which there is to be anything in memory."""
+    stores = [
+        ExpertStore(
+            bundle,
+            level=level,
+            n_slots=room.n_slots,
+            pinned=room.pinned,
+            eviction=eviction.make if level == FULL else Lru,
+            per_layer=eviction.per_layer and level == FULL,
+            n_readers=_N_READERS,
+        )
+        if room.n_slots
+        else None
+        for level, room in enumerate(rooms)
+    ]
+    return ExpertLevels(stores, n_experts=bundle.manifest.shape.experts)
