@@ -74,6 +74,7 @@ def choose_policy(
         buddies=buddies,
         reweigh=None if rules is None else {layer: _reweigh(rule) for layer, rule in rules.items()},
         seed=seed,
+        scores_are_logits=rules is None or not any(r.scores_differ for r in rules.values()),
         prices=prices,
         unimportance={entry.layer: np.array(entry.unimportance) for entry in entries},
         ratios={entry.layer: np.array(entry.ratio) for entry in entries},

@@ -46,8 +46,23 @@ def _resident(full=(), first=(), second=()):
     return mask
 
 
+def _softmax_among(logits, index):
+    raised = np.exp(np.take_along_axis(logits.astype(np.float64), index, axis=1))
+    return (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _priced(nats_per_mb=math.inf, *, reroute=2.0, book=BOOK):
+    return Priced(
+        book=book,
+        nats_per_mb=nats_per_mb,
+        reroute=reroute,
+        reweigh={LAYER: _softmax_among},
+        scores_are_logits=True,
+    )
+
+
 def _decide(routing, resident, nats_per_mb=math.inf):
-    answers = Priced(book=BOOK, nats_per_mb=nats_per_mb).decide(routing, resident)
+    answers = _priced(nats_per_mb).decide(routing, resident)
     return answers.expert.tolist(), answers.level.tolist(), answers.weight.tolist()
 
 
@@ -82,7 +97,7 @@ def test_reading_costs_patience_and_a_heavier_slot_is_worth_more_of_it():
     )  # the cheaper form of 3: 0.1 + 0.0064, is read
     assert _decide(routing, _resident(full=[0]), 0.001)[1] == [[0, 1]]
     assert _decide(routing, _resident(full=[0]), 1e-6)[1] == [[0, 0]]
-    with_nothing = Priced(book=BOOK, nats_per_mb=0.0).decide(routing, _resident(full=[0]))
+    with_nothing = _priced(0.0).decide(routing, _resident(full=[0]))
     assert with_nothing.expert.tolist() == [[3, 5]] and with_nothing.level is None
 
 
@@ -107,11 +122,31 @@ def test_spent_is_the_square_of_weight_and_error_times_the_nats():
 
 def test_tokens_that_are_to_be_exact_are():
     routing = _routing([[0, 4], [0, 4]], [[0.5, 0.5], [0.5, 0.5]])
-    answers = Priced(book=BOOK, nats_per_mb=math.inf).decide(routing, _resident(full=[4]))
+    answers = _priced().decide(routing, _resident(full=[4]))
     assert answers.dropped == 2
     kept = answer_exactly(routing, answers, np.array([False, True]))
     assert kept.expert.tolist() == [[-1, 4], [0, 4]] and kept.dropped == 1
     assert kept.weight[1].tolist() == [0.5, 0.5]
+
+
+def test_open_slots_are_rerouted_where_the_router_loses_little_by_it():
+    logits = [[np.log(p) for p in (0.25, 0.05, 0.05, 0.5, 0.05, 0.1)]]
+    routing = _routing([[3, 5]], [[0.8, 0.2]], logits=logits)
+    resident = _resident(full=[0, 1, 2])
+
+    def decide(reroute, resident=resident):
+        answers = _priced(reroute=reroute).decide(routing, resident)
+        return answers.expert.tolist(), answers.weight.astype(float).round(3).tolist()
+
+    nothing = ([[-1, -1]], [[0.0, 0.0]])
+    # 0 and the first of its equals, 1, have 0.30 of the router's 1; what was wanted has 0.60
+    assert decide(0.49) == ([[0, 1]], [[0.833, 0.167]])
+    assert decide(0.51) == nothing
+    # with one resident there is not one for each
+    assert decide(0.0, _resident(full=[0])) == nothing
+    # a slot that a cheaper form answers stays, and is weighed with the new one
+    assert decide(0.5, _resident(full=[1], second=[3])) == ([[3, 1]], [[0.909, 0.091]])
+    assert _priced(reroute=1.0).needs_logits and not _priced(reroute=1.01).needs_logits
 
 
 SCORES = [[np.log(p) for p in (0.40, 0.21, 0.20, 0.12, 0.05, 0.02)]]

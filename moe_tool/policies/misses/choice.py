@@ -58,7 +58,11 @@ def _next_ranked(inputs: PolicyInputs, values: Values) -> MissPolicy:
 
 
 def _near_tie(inputs: PolicyInputs, values: Values) -> MissPolicy:
-    return NearTie(alpha=values["alpha"], reweigh=_reweigh(inputs, "near-tie"))
+    return NearTie(
+        alpha=values["alpha"],
+        reweigh=_reweigh(inputs, "near-tie"),
+        scores_are_logits=inputs.scores_are_logits,
+    )
 
 
 def _replica(inputs: PolicyInputs, values: Values) -> MissPolicy:
@@ -95,7 +99,13 @@ def _prune(inputs: PolicyInputs, values: Values) -> MissPolicy:
 
 
 def _priced(inputs: PolicyInputs, values: Values) -> MissPolicy:
-    return Priced(book=_book(inputs, "priced"), nats_per_mb=values["nats-per-mb"])
+    return Priced(
+        book=_book(inputs, "priced"),
+        nats_per_mb=values["nats-per-mb"],
+        reroute=values["reroute"],
+        reweigh=inputs.reweigh,
+        scores_are_logits=inputs.scores_are_logits,
+    )
 
 
 def _book(inputs: PolicyInputs, name: str) -> PriceBook:
@@ -181,7 +191,10 @@ MISS_POLICIES: Mapping[str, _Kind] = {
     "prune": _Kind(make=_prune, parameters={"share": _Range(default=0.5)}),
     "priced": _Kind(
         make=_priced,
-        parameters={"nats-per-mb": _Range(default=math.inf, least=0, most=math.inf)},
+        parameters={
+            "nats-per-mb": _Range(default=math.inf, least=0, most=math.inf),
+            "reroute": _Range(default=0.5, least=0, most=2),
+        },
         residents="cheapest",
     ),
 }

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.routing import FULL, Answers, Routing, answers_of
-from moe_tool.policies.misses.protocol import Reweigh, keep, positive_scores
+from moe_tool.policies.misses.protocol import Reweigh, as_shares, keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,8 @@ class NearTie:
     alpha: float
     reweigh: Mapping[int, Reweigh]
     """By decoder layer"""
+    scores_are_logits: bool
+    """Whether the selection scores are"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     needs_score: ClassVar[bool] = True
@@ -42,7 +44,7 @@ class NearTie:
         if routing.phase == "prompt" or self.alpha <= 0 or n_experts <= top_k:
             return keep(routing)
         assert routing.score is not None and routing.logits is not None, "the policy asked for them"
-        score = positive_scores(routing.score)  # [T, E]
+        score = as_shares(routing.score, are_logits=self.scores_are_logits)  # [T, E]
         every = np.arange(len(score))[:, None]
         is_chosen = np.zeros(score.shape, dtype=bool)
         is_chosen[every, routing.index] = True

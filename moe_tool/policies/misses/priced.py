@@ -1,14 +1,17 @@
 """Whatever is expected to cost least answers a missing expert."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from moe_tool.artifacts.routing import FULL, Answers, Routing, answers_of
-from moe_tool.policies.misses.price_book import PriceBook
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.policies.misses.price_book import LayerBook, PriceBook
+from moe_tool.policies.misses.protocol import Reweigh, as_shares, keep
+
+_OWN, _NOTHING = -1, -2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +23,34 @@ class Priced:
     for follows from its bytes, never from a clock, and a token pays for its own reads alone: so its
     answers do not depend on the company it is in. Slots are answered in descending gate weight, and
     no stand-in is used twice by a token.
+
+    Slots for which a stand-in or nothing is the best there is are re-routed together instead, to
+    the residents that the router ranks next, weighed by the model's own rule: where the router's
+    scores of the new set are at least a share `reroute` of those of the wanted one. That is what a
+    token knows and a list does not: it is this token's near-tie.
     """
 
     book: PriceBook
     nats_per_mb: float
     """What avoiding a read of 10^6 bytes may cost; 0 is exact, infinity reads nothing"""
+    reroute: float
+    """Share of the selection scores of a token's experts that re-routing has to keep; above 1
+    nothing is re-routed"""
+    reweigh: Mapping[int, Reweigh] | None
+    """By decoder layer; None where the model's weight rule is not known: nothing is re-routed"""
+    scores_are_logits: bool
+    """Whether the selection scores are"""
     lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the weights of a re-routed token may be asked for."""
+        return self.reweigh is not None and self.reroute <= 1
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether a token's near-ties may be asked for."""
+        return self.needs_logits
 
     def describe(self) -> str:
         """Return one line for the announcement."""
@@ -42,10 +65,27 @@ class Priced:
         if routing.phase == "prompt" or resident[FULL].all() or self.nats_per_mb == 0:
             return keep(routing)
         book = self.book.layers[routing.layer]
+        level, column = self._cheapest(book, routing, resident)
+        expert, weight = routing.index.copy(), routing.weight.astype(np.float32)
+        token, position = np.nonzero(column >= 0)
+        wanted, listed = routing.index[token, position], column[token, position]
+        expert[token, position] = book.buddy[wanted, listed]
+        weight[token, position] *= book.buddy_scale[wanted, listed].astype(np.float32)
+        is_nothing = column == _NOTHING
+        expert[is_nothing], weight[is_nothing] = -1, 0
+        if self.needs_logits:
+            self._reroute(routing, resident, column != _OWN, expert, weight)
+        return answers_of(routing, expert, weight, level)
+
+    def _cheapest(
+        self, book: LayerBook, routing: Routing, resident: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return which form of the wanted expert answers each slot, [T, K], and which of its listed
+        stand-ins does, _OWN for none and _NOTHING for nothing at all, [T, K]."""
         n_tokens, top_k = routing.index.shape
         n_levels, n_experts = resident.shape
-        expert, weight = routing.index.copy(), routing.weight.astype(np.float32)
-        level = np.full(expert.shape, FULL)
+        level = np.full(routing.index.shape, FULL)
+        column = np.full(routing.index.shape, _OWN)
         every = np.arange(n_tokens)
         used = np.zeros((n_tokens, n_experts + 1), dtype=bool)
         used[every[:, None], np.minimum(routing.index, n_experts)] = True
@@ -70,17 +110,51 @@ class Priced:
             others = np.where(free, whole[:, None] * book.buddy_eps[wanted] ** 2, np.inf)
             costs = np.concatenate([forms, others, whole[:, None]], axis=1)
             best = costs.argmin(axis=1)  # the earlier one of equals
-            row = np.arange(token.size)
             is_buddy = (best >= n_levels) & (best < costs.shape[1] - 1)
-            column = np.where(is_buddy, best - n_levels, 0)
-            is_nothing = best == costs.shape[1] - 1
-            stand_in = listed[row, column] if listed.shape[1] else wanted
-            chosen = np.where(is_nothing, -1, np.where(is_buddy, stand_in, wanted))
-            expert[token, position] = chosen
+            column[token, position] = np.where(
+                best < n_levels, _OWN, np.where(is_buddy, best - n_levels, _NOTHING)
+            )
             level[token, position] = np.where(best < n_levels, best, FULL)
-            if listed.shape[1]:
-                scale = np.where(is_buddy, book.buddy_scale[wanted][row, column], 1.0)
-                weight[token, position] *= scale.astype(np.float32)
-            weight[token[is_nothing], position[is_nothing]] = 0
-            used[token[is_buddy], chosen[is_buddy]] = True
-        return answers_of(routing, expert, weight, level)
+            used[token[is_buddy], listed[is_buddy, best[is_buddy] - n_levels]] = True
+        return level, column
+
+    def _reroute(
+        self,
+        routing: Routing,
+        resident: np.ndarray,
+        is_open: np.ndarray,
+        expert: np.ndarray,
+        weight: np.ndarray,
+    ) -> None:
+        """Re-route the open slots of the tokens where that is worth it, in place.
+
+        Args:
+            routing: what was asked.
+            resident: [L, E].
+            is_open: [T, K]: slots that no form of the wanted expert answers.
+            expert: [T, K], of the other answers.
+            weight: [T, K], likewise.
+        """
+        row = np.flatnonzero(is_open.any(axis=1))
+        if not row.size:
+            return
+        assert routing.score is not None and routing.logits is not None, "the policy asked for them"
+        assert self.reweigh is not None
+        wanted, opened = routing.index[row], is_open[row]
+        score = as_shares(routing.score[row], are_logits=self.scores_are_logits)  # [n, E]
+        every = np.arange(len(row))[:, None]
+        n_experts = score.shape[1]
+        here = np.broadcast_to(resident[FULL], score.shape).copy()
+        inside = np.minimum(wanted, n_experts - 1)
+        np.put_along_axis(here, inside, False, axis=1)
+        ranked = np.argsort(np.where(here, -score, np.inf), axis=1, kind="stable")
+        turn = np.minimum(np.cumsum(opened, axis=1) - 1, n_experts - 1)
+        new = np.where(opened, ranked[every, np.maximum(turn, 0)], inside)  # [n, K]
+        kept = score[every, new].sum(axis=1)
+        asked = score[every, inside].sum(axis=1)
+        moves = kept >= self.reroute * asked
+        moves &= (opened.sum(axis=1) <= here.sum(axis=1)) & (wanted < n_experts).all(axis=1)
+        row, new = row[moves], new[moves]
+        if row.size:
+            expert[row] = new
+            weight[row] = self.reweigh[routing.layer](routing.logits[row], new)

@@ -58,6 +58,9 @@ class PolicyInputs:
     buddies: tuple[LayerBuddies, ...] | None = None
     reweigh: Mapping[int, Reweigh] | None = None
     """By decoder layer; None where the model's weight rule is not known"""
+    scores_are_logits: bool = True
+    """Whether the routers choose by their logits; otherwise by probabilities, with or without a
+    bias"""
     prices: PriceBook | None = None
     """None where the bundle was packed without a profile"""
     unimportance: Mapping[int, np.ndarray] = field(default_factory=dict)
@@ -74,16 +77,17 @@ def keep(routing: Routing) -> Answers:
     return Answers(expert=routing.index, weight=routing.weight, substituted=0, dropped=0)
 
 
-def positive_scores(score: np.ndarray) -> np.ndarray:
-    """Return selection scores that can be compared as ratios, [T, E] float64: their softmax where
-    some are negative.
+def as_shares(score: np.ndarray, *, are_logits: bool) -> np.ndarray:
+    """Return selection scores that can be compared as ratios and added up, [T, E] float64.
 
     Args:
-        score: [T, E]; -inf outside a token's expert groups.
+        score: [T, E]; an expert outside a token's groups is below all others, or -inf.
+        are_logits: whether their softmax is meant; otherwise they are probabilities, to which a
+            bias may have been added: what that leaves below 0 is 0.
     """
     wide = score.astype(np.float64)
-    if (wide[np.isfinite(wide)] >= 0).all():
-        return np.where(np.isfinite(wide), wide, 0.0)
+    if not are_logits:
+        return np.maximum(np.where(np.isfinite(wide), wide, 0.0), 0.0)
     raised = np.exp(wide - wide.max(axis=1, keepdims=True))
     result: np.ndarray = raised / raised.sum(axis=1, keepdims=True)
     return result
