@@ -87,3 +87,11 @@ class ExpertStatistics:
     """KL in nats added to the model's output per unit of squared relative error of this layer's
     output"""
     sensitivity_n_tokens: int
+
+    @property
+    def nats(self) -> np.ndarray:
+        """[E] float64: KL that a slot of gate weight 1 adds where nothing answers it; an answer
+        with error eps at gate weight g adds (g * eps)^2 times that."""
+        ratio = self.probe.output_ratio.astype(np.float64)
+        found: np.ndarray = self.sensitivity * ratio**2
+        return found

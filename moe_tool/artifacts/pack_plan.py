@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moe_tool.artifacts.identity import HexDigest, ModelIdentity
-from moe_tool.artifacts.moe_shape import Count
+from moe_tool.artifacts.moe_shape import Count, Index
 from moe_tool.artifacts.schema import FrozenModel
 
 PLAN_VERSION: Literal[1] = 1
@@ -22,6 +22,18 @@ class PlanLine(FrozenModel):
 
     name: Annotated[str, Field(max_length=256)]
     size_bytes: SizeBytes
+
+
+class PlannedForm(FrozenModel):
+    """One form of the experts, and of which experts it is in memory."""
+
+    form: Annotated[str, Field(pattern=r"^(native|rank\d{1,4}|\d(:\d{2,3})?)$")]
+    """As `describe_precision` names it"""
+    record_bytes: SizeBytes
+    resident: tuple[tuple[Index, Index], ...]
+    """(layer, expert), the most worth their bytes first"""
+    on_disk_alone: Count
+    """Experts that this form is packed of, and not in memory"""
 
 
 class PlanPrediction(FrozenModel):
@@ -40,6 +52,11 @@ class PlanPrediction(FrozenModel):
     expert_slots: Count
     loss: Positive | None
     """Added perplexity as a share, by the profile's prices of these bits; None where it has none"""
+    kl: Positive | None = None
+    """Nats per token against the checkpoint, bits and lossy answers together, by the profile's
+    prices; None where misses are answered exactly"""
+    kl_of_bits: Positive = 0.0
+    """What of it is the experts' own bits"""
 
 
 class PackPlan(FrozenModel):
@@ -60,6 +77,15 @@ class PackPlan(FrozenModel):
     skeleton_bits: Bits
     eviction: EvictionName
     prefetch: Literal["none", "next-layer"]
+    replicas: Annotated[str, Field(pattern=r"^[a-z0-9:,]{0,200}$")] = ""
+    """Cheaper forms to be packed beside every expert, as `pack --replicas` takes them"""
+    policy: Annotated[str, Field(pattern=r"^[a-z0-9:=,.+\-]{1,200}$")] | None = None
+    """What answers misses, as `--policy` takes it; None: every miss is read"""
+    max_kl: Positive | None = None
+    """What the prediction was to keep; None where misses are answered exactly"""
+    forms: Annotated[tuple[PlannedForm, ...], Field(max_length=16)] = ()
+    """Under a lossy policy: who is in memory, the experts themselves first. `run` decides again by
+    the same rule, with the prices measured by `pack` and the memory that there is then"""
     prediction: PlanPrediction
     lines: Annotated[tuple[PlanLine, ...], Field(max_length=64)]
     """Of the memory account"""

@@ -39,3 +39,18 @@ class LayerTrace:
     next_gate_index: np.ndarray
     """[D, T, K] uint16: top-k of the routers of the next D = up to 3 MoE layers, applied to this
     layer's input"""
+
+
+def mean_squared_gates(index: np.ndarray, weight: np.ndarray, n_experts: int) -> np.ndarray:
+    """Return each expert's squared gate weight, on average over all tokens, [E] float64.
+
+    Args:
+        index: [T, K] experts.
+        weight: [T, K] gate weights.
+        n_experts: E.
+    """
+    squared = np.square(weight.astype(np.float64))
+    sums = np.bincount(
+        index.reshape(-1).astype(np.int64), weights=squared.reshape(-1), minlength=n_experts
+    )
+    return sums / max(1, len(squared))

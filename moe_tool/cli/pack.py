@@ -69,16 +69,16 @@ def pack(
         ),
     ] = None,
     replicas: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--replicas",
             metavar="LIST",
             help="Cheaper forms of every expert beside itself, for lossy policies to answer with: "
             "bits (8, 4, 3, 2, 1; 2:128 shares a scale among 128 inputs instead of 64) and "
             "low-rank maps, e.g. 3,2:128,rank16. Fitted and priced on the profile's tokens.",
-            show_default="none",
+            show_default="none, or the plan's",
         ),
-    ] = "",
+    ] = None,
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
@@ -92,6 +92,8 @@ def pack(
         followed = None if plan is None else _read_plan(plan)
         bits = bits or ("native" if followed is None else followed.bits)
         skeleton_bits = skeleton_bits or ("native" if followed is None else followed.skeleton_bits)
+        if replicas is None:
+            replicas = "" if followed is None else followed.replicas
 
         from moe_tool.models.locate import locate_model
 

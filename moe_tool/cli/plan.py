@@ -1,5 +1,6 @@
 """`moe-tool plan`: a profile, a machine and a memory budget in, the best plan out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_tool.artifacts.hardware_profile import HardwareProfile
-    from moe_tool.artifacts.pack_plan import Bits
+    from moe_tool.artifacts.pack_plan import Bits, PackPlan
     from moe_tool.errors import BudgetError
     from moe_tool.planning.build_plan import PlanReport
 
@@ -58,13 +59,25 @@ def plan(
         typer.Option("--skeleton-bits", help="Bits of the other matrices."),
     ] = "native",
     max_loss: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--max-loss",
             metavar="SHARE",
-            help="Perplexity that --bits auto may be predicted to add: 1%.",
+            help="Perplexity that bits and lossy answers to misses may be predicted to add, e.g. "
+            "2%.",
+            show_default="1% for bits alone, misses are answered exactly",
         ),
-    ] = "1%",
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            metavar="NATS",
+            help="The same limit as divergence from the checkpoint, nats per token, e.g. 0.01. "
+            "Under a limit cheaper forms of experts may answer misses.",
+            show_default=False,
+        ),
+    ] = None,
     context: Annotated[
         int,
         typer.Option(
@@ -82,7 +95,11 @@ def plan(
 ) -> None:
     """Choose how to pack and run a model in a memory budget."""
     with open_output(as_json=json) as output:
-        loss = _share(max_loss)
+        loss = _share(max_loss or "1%")
+        if max_loss is not None:
+            if max_kl is not None:
+                raise UsageError("--max-loss and --max-kl say the same", hint="give one of them")
+            max_kl = math.log1p(loss)
         machine = chosen_hardware(hardware, profiles, output)
         if disk is not None:
             machine = _with_disk(machine, disk)
@@ -100,6 +117,7 @@ def plan(
             bits=chosen,
             skeleton_bits=skeleton_bits,
             max_loss=loss,
+            max_kl=max_kl,
             context=context,
         )
         with ProfileReader.open(profile) as reader:
@@ -123,21 +141,18 @@ def plan(
 
 
 def _show(report: "PlanReport", output: Output) -> None:
-    from moe_tool.reports.plan_table import lines_table, rows_to_show
-    from moe_tool.reports.simulation_table import details_table
+    from moe_tool.reports.plan_table import lines_table
 
     plan, prediction = report.plan, report.plan.prediction
     output.show(
         f"{plan.identity.name} in {format_bytes(plan.memory_bytes)} on {plan.hardware}: experts at "
-        f"{plan.bits}, others at {plan.skeleton_bits}, eviction {plan.eviction}, prefetch "
-        f"{plan.prefetch}",
+        f"{plan.bits}, others at {plan.skeleton_bits}, {_answers_to_misses(plan)}",
         f"predicted: {prediction.tokens_per_second:.2f} tokens/s (+-{prediction.error:.0%}), "
         f"{_reading(report)}, {prediction.hit_rate:.1%} hits, "
         f"{prediction.seconds_to_first_token:.1f} s to the first token of a prompt of "
         f"{prediction.prompt_tokens}",
         "",
-        *_heading(report),
-        details_table(rows_to_show(report.best, report.lru, report.bound)),
+        *_compared(report),
         "",
         f"memory, {format_bytes(plan.memory_bytes)}",
         lines_table(plan.lines),
@@ -147,9 +162,27 @@ def _show(report: "PlanReport", output: Output) -> None:
         output.show(
             f"with {format_bytes(each.memory_bytes)} it would be {each.tokens_per_second:.2f} "
             f"tokens/s, {each.ratio:.2f} times as much"
+            + ("" if each.kl is None else f", expected KL {each.kl:.2g}")
         )
     for note in report.notes:
         output.say(note)
+
+
+def _compared(report: "PlanReport") -> list[Any]:
+    """What the plan was chosen from: under a lossy policy the forms in memory, else the evictions
+    that were replayed."""
+    from moe_tool.reports.plan_table import forms_table, rows_to_show
+    from moe_tool.reports.simulation_table import details_table
+
+    if report.plan.policy is not None:
+        return ["who is in memory", forms_table(report.plan)]
+    return [*_heading(report), details_table(rows_to_show(report.best, report.lru, report.bound))]
+
+
+def _answers_to_misses(plan: "PackPlan") -> str:
+    if plan.policy is None:
+        return f"eviction {plan.eviction}, prefetch {plan.prefetch}"
+    return f"policy {plan.policy}, replicas {plan.replicas}"
 
 
 def _heading(report: "PlanReport") -> list[str]:

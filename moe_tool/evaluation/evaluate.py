@@ -36,7 +36,7 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT, require_policy
 from moe_tool.runtime.quality_account import QualityAccount
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import RunOptions, default_policy
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -58,7 +58,7 @@ class EvaluateOptions:
     """Capped at what the model was made for"""
     memory: str | None = None
     policy: str | None = None
-    """None: what the bundle was calibrated for, or exact"""
+    """None: what the bundle was calibrated or planned for, or exact"""
     also: tuple[str, ...] = ()
     """Further policies of the table"""
     retreats: bool = True
@@ -158,8 +158,7 @@ def evaluate(
     start = time.perf_counter()
     require_policy(options.policy or EXACT)
     bundle = BundleReader.open(folder)
-    calibration = bundle.manifest.calibration
-    policy = options.policy or (EXACT if calibration is None else calibration.policy)
+    policy = options.policy or default_policy(bundle.manifest)
     tokenizer = load_tokenizer(folder)
     longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     seq_len = min(options.seq_len, longest or options.seq_len)
@@ -237,7 +236,7 @@ def _open(
     if source is not None:
         scratch += seq_len * vocabulary * 4
     run = RunOptions(
-        memory=options.memory,
+        memory=options.memory or _planned_share(bundle, progress),
         policy=EXACT,
         residency=residency,
         eviction=options.eviction,
@@ -260,6 +259,17 @@ def _open(
             if batch == 1:
                 raise
             batch //= 2
+
+
+def _planned_share(bundle: BundleReader, progress: Progress) -> str | None:
+    """As `--memory`, the expert slots of the bundle's plan; None without one. What is to be
+    compared is held beside them, so that the plan's bytes would buy fewer."""
+    plan = bundle.manifest.plan
+    if plan is None:
+        return None
+    n_slots, n_experts = plan.prediction.expert_slots, len(bundle.manifest.records)
+    progress.note(f"as planned: {n_slots} of {n_experts} expert slots")
+    return f"{min(100.0, 100 * (n_slots + 0.5) / n_experts):.6f}%"
 
 
 def _runnable(

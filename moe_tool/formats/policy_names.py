@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moe_tool.artifacts.pack_plan import PackPlan
+from moe_tool.artifacts.precision import replica_precisions
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
@@ -41,5 +42,14 @@ def read_plan(path: Path) -> PackPlan:
             `read_json_artifact`, or it names a policy that there is none of.
     """
     plan = read_json_artifact(path, PackPlan)
-    named_eviction(path, plan.eviction, remedy="make it again with moe-tool plan")
+    remedy = "make it again with moe-tool plan"
+    named_eviction(path, plan.eviction, remedy=remedy)
+    if plan.policy is not None:
+        named_miss_policy(path, plan.policy, remedy=remedy)
+    try:
+        replica_precisions(plan.replicas)
+    except ValueError as error:
+        raise CorruptArtifactError(
+            f"{path} names replicas that there are none of", hint=remedy
+        ) from error
     return plan

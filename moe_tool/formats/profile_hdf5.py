@@ -228,12 +228,15 @@ class ProfileReader:
         Raises:
             CorruptArtifactError: a number is not finite.
         """
-        where = f"layers/{layer}/router_logits"
-        with translated(self.path, remedy=_REMEDY):
-            found: np.ndarray = child_dataset(self._file, where, self.path)[()]
-        if not np.isfinite(found).all():
-            raise self._damaged(f"{where} holds NaN or infinity")
-        return found
+        return self._finite(f"layers/{layer}/router_logits")
+
+    def gate_weights(self, layer: int) -> np.ndarray:
+        """Return one layer's gate weights alone, [T, K] float16.
+
+        Raises:
+            CorruptArtifactError: a number is not finite.
+        """
+        return self._finite(f"layers/{layer}/top_k_weight")
 
     def statistics(self, layer: int) -> ExpertStatistics:
         """Return one layer's statistics.
@@ -287,6 +290,13 @@ class ProfileReader:
                 f"{expected.name} has shape {found.shape} and dtype {quoted(dtype)}, "
                 f"wanted {expected.shape} and {expected.dtype}"
             )
+
+    def _finite(self, where: str) -> np.ndarray:
+        with translated(self.path, remedy=_REMEDY):
+            found: np.ndarray = child_dataset(self._file, where, self.path)[()]
+        if not np.isfinite(found).all():
+            raise self._damaged(f"{where} holds NaN or infinity")
+        return found
 
     def _require_below(self, where: str, values: np.ndarray, limit: int) -> None:
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < limit:

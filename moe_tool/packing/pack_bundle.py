@@ -142,6 +142,7 @@ def pack_bundle(
     measured = _read_profile(profile, opened.identity, shape)
     if plan is not None:
         _require_plan_fits(plan, opened.identity, bits, skeleton_bits, has_heat=profile is not None)
+        _require_planned_replicas(plan, replicas)
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
     cheaper = _replicas(replicas, shape, measured)
     n_records = len(measured.order)
@@ -226,6 +227,17 @@ def _require_plan_fits(
             f"the plan's {plan.eviction} keeps the experts that a profile found hot, and there is "
             "none",
             hint="--profile FILE, the one that the plan was made from",
+        )
+
+
+def _require_planned_replicas(plan: PackPlan, replicas: str) -> None:
+    words = set(filter(None, replicas.split(",")))
+    missing = [word for word in plan.replicas.split(",") if word and word not in words]
+    if missing:
+        raise UsageError(
+            f"the plan's policy answers with replicas of {', '.join(missing)} bits, which "
+            f"--replicas {replicas or 'none'} leaves out",
+            hint="leave --replicas to the plan",
         )
 
 

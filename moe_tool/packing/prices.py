@@ -4,7 +4,7 @@ import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import N_QUANTILES, LayerPrices
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
-from moe_tool.artifacts.router_trace import LayerTrace
+from moe_tool.artifacts.router_trace import LayerTrace, mean_squared_gates
 from moe_tool.policies.misses.prune import ratio_to_heaviest
 from moe_tool.policies.misses.replica import unimportance
 
@@ -17,19 +17,12 @@ def layer_prices(layer: int, statistics: ExpertStatistics, trace: LayerTrace) ->
         statistics: of its experts.
         trace: of its routing.
     """
-    n_experts = len(statistics.eps_bits)
-    output_ratio = statistics.probe.output_ratio.astype(np.float64)
-    squared = np.square(trace.top_k_weight.astype(np.float64))
-    use = np.bincount(
-        trace.top_k_index.reshape(-1).astype(np.int64),
-        weights=squared.reshape(-1),
-        minlength=n_experts,
-    ) / max(1, len(squared))
+    use = mean_squared_gates(trace.top_k_index, trace.top_k_weight, len(statistics.nats))
     weight = trace.top_k_weight.astype(np.float32)
     lighter = np.sort(ratio_to_heaviest(weight), axis=1)[:, :-1]
     return LayerPrices(
         layer=layer,
-        nats=tuple((statistics.sensitivity * output_ratio**2).tolist()),
+        nats=tuple(statistics.nats.tolist()),
         use=tuple(use.tolist()),
         unimportance=_quantiles(unimportance(weight)),
         ratio=_quantiles(lighter),

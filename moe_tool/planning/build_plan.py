@@ -10,9 +10,18 @@ from moe_tool.artifacts.pack_plan import Bits, PackPlan, PlanLine, PlanPredictio
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.planning.bit_price import predicted_loss
+from moe_tool.planning.choose_lossy import (
+    LimitedChoice,
+    choices_at,
+    choose_within,
+    fastest_choice,
+    limit_note,
+    planned_forms,
+)
 from moe_tool.planning.first_token import seconds_to_first_token
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
+from moe_tool.planning.profile_prices import nats_of_bits
 from moe_tool.planning.ways_to_run import WayToRun, replay_ways
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
@@ -29,6 +38,7 @@ PREDICTION_ERROR = 0.4
 """Relative, of tokens per second: what benchmarks/prediction_error.py found on a shared machine"""
 _FIRST_PROMPT_TOKENS = 512
 _MAX_CONTEXT = 2**31
+_MAX_KL = 100
 _AS_FAST = 0.98
 """More bits are taken where they are so nearly as fast as fewer"""
 _MOSTLY_FIXED = 0.5
@@ -43,6 +53,8 @@ class Neighbour:
     tokens_per_second: float
     ratio: float
     """To the planned one"""
+    kl: float | None
+    """Expected; None where misses are answered exactly"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +98,11 @@ def build_plan(
             f"--max-loss {request.max_loss:.4g}, --context {request.context}: not possible",
             hint="--max-loss 1% --context 4096",
         )
+    if request.max_kl is not None and not 0 <= request.max_kl < _MAX_KL:
+        raise UsageError(f"--max-kl {request.max_kl:.4g}: not possible", hint="--max-kl 0.01")
     losses = {bits: predicted_loss(sources.statistics, bits) for bits in _all_bits(request)}
-    allowed: list[Bits] = [
-        bits for bits in losses if request.bits or losses[bits] <= request.max_loss
-    ]
+    is_free = request.bits is not None or request.max_kl is not None
+    allowed: list[Bits] = [bits for bits in losses if is_free or losses[bits] <= request.max_loss]
     options, refusal = [], None
     for bits in allowed:
         try:
@@ -99,31 +112,65 @@ def build_plan(
     if not options:
         assert refusal is not None
         raise refusal
-    fastest = max(option.rows[0].tokens_per_second for option in options)
-    # The options descend in bits.
-    chosen = next(
-        option for option in options if option.rows[0].tokens_per_second >= _AS_FAST * fastest
-    )
+    limited = None if request.max_kl is None else choose_within(sources, options, request)
+    chosen = _fastest(options) if limited is None else limited.way
     best = chosen.rows[0]
-    notes = [
-        *_bit_notes(request, losses, options, refusal),
-        *chosen.notes,
-        _why(chosen),
-        *_fixed_time_notes(chosen, len(sources.profile.header.shape.layers)),
-    ]
-    prefetch = _try_prefetch(sources, chosen, best)
+    is_lossy = limited is not None and limited.lossy is not None
+    notes = _bit_notes(request, losses, options, refusal)
+    if limited is not None:
+        notes.append(limit_note(limited))
+    if not is_lossy:
+        notes += [*chosen.notes, _why(chosen)]
+    notes += _fixed_time_notes(chosen, len(sources.profile.header.shape.layers))
+    prefetch = None if is_lossy else _try_prefetch(sources, chosen, best)
     if prefetch is not None:
         notes.append(_prefetch_note(prefetch))
     plan = _plan(sources, hardware, request, chosen, losses, prefetch)
+    if limited is not None:
+        plan = _under_limit(plan, sources, request, limited)
     return PlanReport(
         plan=plan,
         best=tuple(chosen.rows[:3]),
         lru=chosen.lru,
         bound=chosen.bound,
         prefetch=prefetch,
-        neighbours=tuple(_neighbours(sources, request, chosen, best)),
+        neighbours=tuple(_neighbours(sources, request, chosen, plan)),
         notes=tuple(notes),
         seconds=time.perf_counter() - began,
+    )
+
+
+def _fastest(options: Sequence[WayToRun]) -> WayToRun:
+    """The fastest; of those that are nearly as fast the one with most bits, which come first."""
+    fastest = max(option.rows[0].tokens_per_second for option in options)
+    return next(
+        option for option in options if option.rows[0].tokens_per_second >= _AS_FAST * fastest
+    )
+
+
+def _under_limit(
+    plan: PackPlan, sources: PlanSources, request: PlanRequest, limited: LimitedChoice
+) -> PackPlan:
+    """The plan with what a limit of divergence adds to it."""
+    prediction, lossy = plan.prediction, limited.lossy
+    kl = {"kl": limited.nats_per_token, "kl_of_bits": limited.nats_of_bits}
+    if lossy is None:
+        return plan.model_copy(update={"prediction": prediction.model_copy(update=kl)})
+    replayed = lossy.replayed
+    predicted = {
+        "tokens_per_second": lossy.tokens_per_second,
+        "hit_rate": replayed.hit_rate,
+        "bytes_per_token": replayed.bytes_per_token,
+        "to_belady": None,
+    }
+    return plan.model_copy(
+        update={
+            "policy": lossy.policy,
+            "replicas": lossy.replicas,
+            "max_kl": request.max_kl,
+            "forms": planned_forms(sources, lossy),
+            "prediction": prediction.model_copy(update=kl | predicted),
+        }
     )
 
 
@@ -167,7 +214,7 @@ def _bit_notes(
     options: Sequence[WayToRun],
     refusal: BudgetError | None,
 ) -> list[str]:
-    if request.bits is not None:
+    if request.bits is not None or request.max_kl is not None:
         return []
     notes = [
         f"{bits} bits: predicted to add {loss:.1%} perplexity, {request.max_loss:.1%} are allowed"
@@ -252,33 +299,46 @@ def _plan(
 
 
 def _neighbours(
-    sources: PlanSources, request: PlanRequest, option: WayToRun, best: SimulatedRow
+    sources: PlanSources, request: PlanRequest, option: WayToRun, plan: PackPlan
 ) -> list[Neighbour]:
-    """What other budgets would give under the same policy."""
+    """What other budgets would give at the same bits, under the same eviction or limit."""
     shape = sources.profile.header.shape
     n_experts = shape.experts * len(shape.layers)
     fixed = option.memory.total_bytes - option.memory.n_slots * option.costs.record_bytes
     budget_bytes = option.memory.budget_bytes
     everything = fixed + n_experts * option.costs.record_bytes
     sizes = {int(budget_bytes * step) for step in _BUDGET_STEPS}
-    found, choice = [], parse_eviction(best.eviction)
+    found = []
     for size in sorted({size for size in sizes if size < everything} | {everything}):
         n_slots = min(n_experts, (size - fixed) // option.costs.record_bytes)
         if n_slots < option.machine.n_slots_min or size == budget_bytes:
             continue
-        budget = Budget(label=format_bytes(size), n_slots=n_slots)
-        rows, _ = simulate_decoding(sources.replayed, [choice], [budget], option.machine)
-        own = [row for row in rows if row.eviction != BELADY]
-        if own:
-            speed = own[0].tokens_per_second
-            found.append(
-                Neighbour(
-                    memory_bytes=size,
-                    tokens_per_second=speed,
-                    ratio=speed / best.tokens_per_second,
-                )
-            )
+        speed, kl = _elsewhere(sources, request, option, format_bytes(size), n_slots)
+        if speed is not None:
+            ratio = speed / plan.prediction.tokens_per_second
+            found.append(Neighbour(memory_bytes=size, tokens_per_second=speed, ratio=ratio, kl=kl))
     return found
+
+
+def _elsewhere(
+    sources: PlanSources, request: PlanRequest, option: WayToRun, label: str, n_slots: int
+) -> tuple[float | None, float | None]:
+    """Tokens per second and expected divergence with another number of slots."""
+    budget = Budget(label=label, n_slots=n_slots)
+    choice = parse_eviction(option.rows[0].eviction)
+    rows, _ = simulate_decoding(sources.replayed, [choice], [budget], option.machine)
+    exact = next((row.tokens_per_second for row in rows if row.eviction != BELADY), None)
+    if request.max_kl is None:
+        return exact, None
+    kept = [
+        each
+        for each in choices_at(sources, option, n_slots)
+        if each.lossy is not None and each.nats_per_token <= request.max_kl
+    ]
+    if kept and (exact is None or fastest_choice(kept).tokens_per_second > exact):
+        best = fastest_choice(kept)
+        return best.tokens_per_second, best.nats_per_token
+    return exact, nats_of_bits(sources, option.bits)
 
 
 def plan_curve(

@@ -14,5 +14,8 @@ class PlanRequest:
     """None: the fastest whose predicted loss is allowed"""
     skeleton_bits: Bits = "native"
     max_loss: float = 0.01
-    """Perplexity that fewer bits may add, as a share"""
+    """Perplexity that fewer bits may add, as a share, where misses are answered exactly"""
+    max_kl: float | None = None
+    """Nats per token that bits and lossy answers may cost together; None: misses are answered
+    exactly"""
     context: int = 4096

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
+from moe_tool.artifacts.router_trace import mean_squared_gates
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.errors import ArtifactVersionError
 from moe_tool.formats.profile_hdf5 import ProfileReader
@@ -22,6 +25,8 @@ class PlanSources:
     profile: ProfileReader
     skeleton: SkeletonFacts
     statistics: dict[int, ExpertStatistics]
+    use: dict[int, np.ndarray]
+    """Decoder layer -> [E] mean squared gate weight over all tokens"""
     ranked: list[tuple[int, int]]
     replayed: Replayer
     searched: Replayer
@@ -50,6 +55,12 @@ def read_sources(profile: ProfileReader) -> PlanSources:
         profile=profile,
         skeleton=skeleton,
         statistics=statistics,
+        use={
+            layer: mean_squared_gates(
+                profile.indices(layer, "top_k_index"), profile.gate_weights(layer), shape.experts
+            )
+            for layer in shape.layers
+        },
         ranked=rank_experts(statistics),
         replayed=Replayer(
             decode_trace(

@@ -2,7 +2,7 @@
 costs, greedily by the price saved per byte."""
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,9 @@ import numpy as np
 from moe_tool.artifacts.routing import FULL
 from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.policies.misses.price_book import PriceBook
+
+_COVER_AT_MOST = 1.1
+"""Times the expected price, that an answer for everybody may cost"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,19 +67,41 @@ def cheapest_residents(
 
     A step holds one more expert in some form, or one in a dearer form than before, whichever saves
     most per byte that it adds. What a step saves only falls while others are taken, so that gains
-    are worked out anew for the best candidate alone.
+    are worked out anew for the best candidate alone. The search may begin with every expert in its
+    smallest form: one that the profile never saw may be wanted all the same, and then there is an
+    answer that needs no read. It does where that fits and hardly costs anything.
 
     Args:
         book: prices.
         use: decoder layer -> [E] mean squared gate weight of each expert over all tokens.
         room_bytes: that the residents may take.
     """
+    free = _search(book, use, {}, room_bytes)
+    smallest = _smallest_forms(book)
+    needed = sum(book.record_bytes[level] for level in smallest.values())
+    if needed > room_bytes or all(level == FULL for level in smallest.values()):
+        return free
+    everybody = _search(book, use, smallest, room_bytes)
+    is_cheap = everybody.nats_per_token <= _COVER_AT_MOST * free.nats_per_token
+    return everybody if is_cheap else free
+
+
+def _search(
+    book: PriceBook,
+    use: Mapping[int, np.ndarray],
+    begin: Mapping[tuple[int, int], int],
+    room_bytes: int,
+) -> ResidentChoice:
+    """Search greedily from what `begin` holds: (layer, expert) -> level."""
     layers = {
         number: _Layer(use[number], each.nats, each.eps, _stand_ins(each.buddy, each.buddy_eps))
         for number, each in book.layers.items()
     }
     sizes = book.record_bytes
-    left = room_bytes
+    order = dict(begin)
+    for (number, expert), level in begin.items():
+        layers[number].hold(expert, level)
+    left = room_bytes - sum(sizes[level] for level in begin.values())
 
     def candidate(number: int, expert: int, level: int) -> tuple[float, int, int, int, int] | None:
         layer = layers[number]
@@ -94,7 +119,6 @@ def cheapest_residents(
         if (found := candidate(number, expert, level)) is not None
     ]
     heapq.heapify(heap)
-    order: dict[tuple[int, int], int] = {}
     while heap:
         ratio, number, expert, level, added = heapq.heappop(heap)
         now = candidate(number, expert, level)
@@ -119,6 +143,28 @@ def cheapest_residents(
         size_bytes=room_bytes - left,
         nats_per_token=sum(layer.total for layer in layers.values()),
     )
+
+
+def free_for_residents(n_slots: int, free: int, record_bytes: Sequence[int]) -> int:
+    """Return the bytes that residents may take: all slots but those in which one token's misses are
+    read, and one slot of every cheaper form.
+
+    Args:
+        n_slots: of full experts, that the budget has room for.
+        free: of them, for one token's experts.
+        record_bytes: by level.
+    """
+    return (n_slots - free) * record_bytes[FULL] - sum(record_bytes[1:])
+
+
+def _smallest_forms(book: PriceBook) -> dict[tuple[int, int], int]:
+    """(layer, expert) -> the level of its smallest form."""
+    ascending = sorted(range(len(book.record_bytes)), key=lambda level: book.record_bytes[level])
+    return {
+        (number, expert): next(level for level in ascending if np.isfinite(each.eps[level, expert]))
+        for number, each in book.layers.items()
+        for expert in range(len(each.nats))
+    }
 
 
 def _stand_ins(buddy: np.ndarray, eps: np.ndarray) -> np.ndarray:

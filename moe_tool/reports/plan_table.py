@@ -38,23 +38,42 @@ def lines_table(lines: Sequence[PlanLine]) -> Table:
     return table
 
 
+def forms_table(plan: PackPlan) -> Table:
+    """Return how many experts are in memory in which form."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("form")
+    for heading in ("in memory", "on disk alone", "one takes", "all of them"):
+        table.add_column(heading, justify="right")
+    for form in plan.forms:
+        held = len(form.resident)
+        table.add_row(
+            form.form,
+            str(held),
+            str(form.on_disk_alone),
+            format_bytes(form.record_bytes),
+            format_bytes(held * form.record_bytes),
+        )
+    return table
+
+
 def curve_table(plans: Sequence[PackPlan]) -> Table:
     """Return the plans of several budgets, one a line."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("memory", "bits", "eviction"):
+    for heading in ("memory", "bits", "misses"):
         table.add_column(heading)
-    for heading in ("slots", "hits", "read/token", "tokens/s", "first token s"):
+    for heading in ("slots", "hits", "read/token", "tokens/s", "first token s", "KL"):
         table.add_column(heading, justify="right")
     for plan in plans:
         found = plan.prediction
         table.add_row(
             format_bytes(plan.memory_bytes),
             plan.bits,
-            plan.eviction,
+            plan.policy or plan.eviction,
             str(found.expert_slots),
             f"{found.hit_rate:.1%}",
             format_bytes(found.bytes_per_token),
             f"{found.tokens_per_second:.2f}",
             f"{found.seconds_to_first_token:.1f}",
+            "-" if found.kl is None else f"{found.kl:.2g}",
         )
     return table

@@ -1,30 +1,39 @@
-"""What a calibrated bundle promises of a run, and where it does not hold."""
+"""What a calibrated or planned bundle promises of a run, and where it does not hold."""
 
-from moe_tool.artifacts.bundle_manifest import Calibration
+from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
+from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.quality_account import QualityAccount
 
 
-def open_account(calibration: Calibration | None, policy: ChosenPolicy) -> QualityAccount:
-    """Return the account of a run: with the calibrated limit where the policy is the calibrated
+def open_account(manifest: BundleManifest, policy: ChosenPolicy) -> QualityAccount:
+    """Return the account of a run: with a limit where the policy is the calibrated or planned
     one."""
-    if calibration is None or policy.name != calibration.policy:
-        return QualityAccount()
-    return QualityAccount(nats_per_price=calibration.nats_per_price, limit=calibration.max_kl)
+    calibration, plan = manifest.calibration, manifest.plan
+    if calibration is not None and policy.name == calibration.policy:
+        return QualityAccount(nats_per_price=calibration.nats_per_price, limit=calibration.max_kl)
+    if plan is not None and plan.max_kl is not None and policy.name == plan.policy:
+        return QualityAccount(limit=plan.max_kl - plan.prediction.kl_of_bits)
+    return QualityAccount()
 
 
-def quality_note(
-    calibration: Calibration | None, policy: ChosenPolicy, *, n_slots: int
-) -> str | None:
+def quality_note(manifest: BundleManifest, policy: ChosenPolicy, *, n_slots: int) -> str | None:
     """Return what is to be said of quality before the first token; None for nothing.
 
     Args:
-        calibration: of the bundle.
+        manifest: of the bundle.
         policy: of the run.
         n_slots: full experts that the run's budget has room for.
     """
-    if calibration is None or policy.name != calibration.policy:
-        return None
+    calibration, plan = manifest.calibration, manifest.plan
+    if calibration is not None and policy.name == calibration.policy:
+        return _calibrated(calibration, n_slots)
+    if plan is not None and policy.name == plan.policy:
+        return _planned(plan, n_slots)
+    return None
+
+
+def _calibrated(calibration: Calibration, n_slots: int) -> str:
     low, high = calibration.quality.kl_ci95
     found = f"calibrated: KL {calibration.quality.kl:.4f} [{low:.4f}, {high:.4f}] nats per token"
     if n_slots < calibration.expert_slots:
@@ -33,3 +42,12 @@ def quality_note(
             f"limit of {calibration.max_kl:g} is kept by the price list alone"
         )
     return f"{found}, to stay below {calibration.max_kl:g}"
+
+
+def _planned(plan: PackPlan, n_slots: int) -> str:
+    prediction = plan.prediction
+    expected = 0.0 if prediction.kl is None else prediction.kl - prediction.kl_of_bits
+    found = f"planned: expected KL {expected:.2g} nats per token beside that of the bits"
+    if n_slots < prediction.expert_slots:
+        found += f" with room for {prediction.expert_slots} experts, here are {n_slots}"
+    return f"{found}; prices, not measured: moe-tool calibrate measures"

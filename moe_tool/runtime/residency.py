@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.routing import FULL
-from moe_tool.policies.cheapest_residents import cheapest_residents
+from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
 from moe_tool.policies.hot_set import ExpertKey, hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
 
@@ -92,7 +92,7 @@ def _cheapest(
     if book is None or manifest.prices is None:
         return None
     free = n_slots_min(manifest)
-    room = (n_slots - free) * manifest.record_size_bytes - sum(book.record_bytes[1:])
+    room = free_for_residents(n_slots, free, book.record_bytes)
     if room <= 0:
         return None
     use = {entry.layer: np.array(entry.use) for entry in manifest.prices}

@@ -1,8 +1,8 @@
 """How a session is opened, and what of it a bundle's plan decides."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from moe_tool.artifacts.bundle_manifest import Calibration
+from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
@@ -22,7 +22,8 @@ class RunOptions:
     """Budget of the whole process: "4GiB", "50%" (of the experts), "min" or "auto"; None: that of
     the bundle's plan, or auto"""
     policy: str | None = None
-    """What answers a miss while decoding; None: what the bundle was calibrated for, or exact"""
+    """What answers a miss while decoding; None: what the bundle was calibrated or planned for, or
+    exact"""
     residency: Residency | None = None
     """None: cache for exact, frozen for lossy policies"""
     eviction: str | None = None
@@ -69,12 +70,14 @@ def default_residency(options: RunOptions) -> Residency:
     return options.residency or ("cache" if is_exact else "frozen")
 
 
-def follow_calibration(options: RunOptions, calibration: Calibration | None) -> RunOptions:
-    """Return the options with a policy: what was asked for, else the bundle's, else exact."""
-    if options.policy is not None:
-        return options
-    policy = EXACT if calibration is None else calibration.policy
-    return replace(options, policy=policy)
+def default_policy(manifest: BundleManifest) -> str:
+    """Return what answers misses where nothing else is asked for: what the bundle was calibrated
+    for, else what it was planned for, else exact."""
+    if manifest.calibration is not None:
+        return manifest.calibration.policy
+    if manifest.plan is not None and manifest.plan.policy is not None:
+        return manifest.plan.policy
+    return EXACT
 
 
 def follow_plan(options: RunOptions, plan: PackPlan | None) -> Setting:

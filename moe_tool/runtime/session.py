@@ -2,7 +2,7 @@
 `run`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,8 +49,8 @@ from moe_tool.runtime.run_options import (
     DEFAULT_EVICTION,
     RunOptions,
     Setting,
+    default_policy,
     default_residency,
-    follow_calibration,
     follow_plan,
 )
 from moe_tool.runtime.shadow import Shadow
@@ -122,7 +122,7 @@ class Session:
             self.runner.store = open_levels(self.bundle, rooms, self.setting.eviction)
             self.runner.residency, self.runner.rooms = residency, rooms
         self.runner.policy = chosen
-        self.runner.account = open_account(self.manifest.calibration, chosen)
+        self.runner.account = open_account(self.manifest, chosen)
         self.runner.prefetcher = prefetcher
 
     def empty_cache(self) -> None:
@@ -216,8 +216,8 @@ def open_session(
     """
     return_freed_memory()
     bundle = BundleReader.open(folder)
-    calibration = bundle.manifest.calibration
-    options = follow_calibration(options, calibration)
+    if options.policy is None:
+        options = replace(options, policy=default_policy(bundle.manifest))
     _check(options)
     setting = follow_plan(options, bundle.manifest.plan)
     request = parse_memory(setting.memory)
@@ -273,8 +273,8 @@ def open_session(
         progress.note(setting.note)
     if policy.policy.lossy:
         progress.note(policy.policy.describe())
-    account = open_account(calibration, policy)
-    note = quality_note(calibration, policy, n_slots=memory.n_slots)
+    account = open_account(bundle.manifest, policy)
+    note = quality_note(bundle.manifest, policy, n_slots=memory.n_slots)
     if note is not None:
         progress.note(note)
     if not is_native():

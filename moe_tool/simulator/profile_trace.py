@@ -31,7 +31,7 @@ def decode_trace(
         with_scores: also what the routers say, 2 bytes per token, layer and expert.
         with_guesses: also what the next layers' routers say.
     """
-    rows = _rows(profile, part, max_tokens)
+    rows = rows_of_part(profile, part, max_tokens)
     shape = profile.header.shape
     n_tokens, n_layers, n_experts = len(rows), len(shape.layers), shape.experts
     n_guesses = [min(3, n_layers - 1 - at) * shape.top_k for at in range(n_layers)]
@@ -70,7 +70,7 @@ def decode_trace(
 
 def prompt_trace(profile: ProfileReader, part: Part) -> tuple[AccessTrace, int]:
     """Return the sequences of one part as prompts in chunks, and the number of their tokens."""
-    rows = _rows(profile, part)
+    rows = rows_of_part(profile, part)
     shape = profile.header.shape
     n_layers, n_experts, seq_len = len(shape.layers), shape.experts, profile.header.seq_len
     # Chunk of every token: a new one begins with every sequence.
@@ -99,7 +99,9 @@ def part_to_replay(profile: ProfileReader) -> Part:
     return "held-out" if bool(profile.tokens.held_out.any()) else "in-sample"
 
 
-def _rows(profile: ProfileReader, part: Part, max_tokens: int | None = None) -> np.ndarray:
+def rows_of_part(profile: ProfileReader, part: Part, max_tokens: int | None = None) -> np.ndarray:
+    """Return which of the profile's tokens belong to a part, ascending; of at most about
+    `max_tokens` in whole sequences, spread over it."""
     tokens = profile.tokens
     chosen = np.flatnonzero(tokens.held_out == (part == "held-out"))
     seq_len = tokens.ids.shape[1]

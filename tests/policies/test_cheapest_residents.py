@@ -105,3 +105,14 @@ def test_close_to_the_best_of_all_choices(seed):
     assert chosen.nats_per_token == pytest.approx(_price(book, use, held))
     # Greedy by the byte may waste the end of a tight budget; of what could be saved it keeps most.
     assert nothing - chosen.nats_per_token >= 0.8 * (nothing - best)
+
+
+def test_every_expert_has_an_answer_that_needs_no_read_where_there_is_room():
+    # 3 is never used in the profile, and 0 so much that its better forms come before anything of 3
+    book = _book([1] * 4, [[0] * 4, [0.5] * 4], sizes=(10, 2))
+    use = {0: np.array([1.0, 0.1, 0.1, 0.0])}
+    chosen = cheapest_residents(book, use, room_bytes=17)
+    assert {key for keys in chosen.by_level for key in keys} == {(0, e) for e in range(4)}
+    assert chosen.by_level[0] == ((0, 0),)
+    tight = cheapest_residents(book, use, room_bytes=7)
+    assert len(tight.by_level[1]) == 3  # no room for all: the unused one is left out

@@ -70,6 +70,13 @@ class PriceBook:
     record_bytes: tuple[int, ...]
     """By level"""
 
+    @property
+    def typical_nats_per_mb(self) -> float:
+        """What leaving out a middling expert at half the gate weight costs, per 10^6 bytes of it:
+        the patience around which answers change."""
+        nats = [float(each.nats.mean()) / 4 for each in self.layers.values()]
+        return sum(nats) / len(nats) / (self.record_bytes[FULL] / 1e6)
+
     def spent(self, routing: Routing, answers: Answers) -> np.ndarray:
         """Return what the answers are expected to add to the divergence, [T] float64 nats.
 
