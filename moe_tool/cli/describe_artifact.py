@@ -173,7 +173,7 @@ def _describe_hardware(path: Path) -> Description:
 
 def _describe_plan(path: Path) -> Description:
     from moe_tool.formats.policy_names import read_plan
-    from moe_tool.reports.plan_table import lines_table
+    from moe_tool.reports.plan_table import forms_table, lines_table
 
     plan = read_plan(path)
     found = plan.prediction
@@ -184,6 +184,9 @@ def _describe_plan(path: Path) -> Description:
         "skeleton_bits": plan.skeleton_bits,
         "eviction": plan.eviction,
         "prefetch": plan.prefetch,
+        "policy": plan.policy or "exact",
+        "replicas": plan.replicas or "none",
+        "expected_kl": found.kl,
         "expert_slots": found.expert_slots,
         "predicted": f"{found.tokens_per_second:.2f} tokens/s (+-{found.error:.0%}), "
         f"{found.hit_rate:.1%} hits",
@@ -197,8 +200,8 @@ def _describe_plan(path: Path) -> Description:
         is_intact=True,
         checked="every field",
         facts=facts,
-        tables=(lines_table(plan.lines),),
-        details=plan.model_dump(mode="json", include={"prediction", "lines"}),
+        tables=(lines_table(plan.lines), *([forms_table(plan)] if plan.forms else [])),
+        details=plan.model_dump(mode="json", include={"prediction", "lines", "forms"}),
     )
 
 

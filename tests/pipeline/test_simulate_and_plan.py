@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,10 @@ def test_simulate_draws_a_page_and_reads_chosen_rows(pipeline: Pipeline, tmp_pat
         (("plan", "--memory", "50%", "--max-loss", "much"), 2, "--max-loss"),
         (("plan", "--memory", "50%", "--disk", "fast"), 2, "not a size"),
         (("plan",), 2, "--memory"),
+        (("plan", "--memory", "50%", "--max-kl", "-1"), 2, "--max-kl"),
+        (("plan", "--memory", "50%", "--max-kl", "nan"), 2, "--max-kl"),
+        (("plan", "--memory", "50%", "--max-kl", "1", "--max-loss", "1%"), 2, "the same"),
+        (("plan", "--memory", "50%", "--bits", "4", "--max-kl", "0"), 4, "out of reach"),
         (("run", "bundle", "--prompt", "x", "--eviction", "lru:x"), 2, "per-layer"),
         (("run", "bundle", "--prompt", "x", "--policy", "drop", "--eviction", "lfu"), 2, "frozen"),
     ],
@@ -145,3 +150,48 @@ def test_several_budgets_are_a_curve_and_write_nothing(pipeline: Pipeline, tmp_p
     assert everything["plan"]["prediction"]["bytes_per_token"] == 0
     assert everything["plan"]["prediction"]["hit_rate"] == 1
     assert list(done.fields["refused"]) == ["1MiB"] and not out.exists()
+
+
+def test_a_limit_of_divergence_is_planned_for_packed_and_kept(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    plan = tmp_path / "lossy.plan.json"
+
+    def planned(*limit: str) -> Any:
+        slow = ("--memory", "50%", *SHIPPED, "--disk", "1MB", "--context", "64")
+        done = moe_tool("plan", *slow, *limit, "--out", plan, "--json", folder=pipeline.folder)
+        assert done.code == 0, done.stderr
+        return done.fields["plan"]
+
+    exact = planned("--max-kl", "0")
+    assert exact["policy"] is None and exact["prediction"]["kl"] == 0
+    loose = planned("--max-kl", "0.5")
+    assert loose["policy"].startswith("priced") and loose["replicas"]
+    assert loose["prediction"]["kl"] <= 0.5
+    assert loose["prediction"]["bytes_per_token"] < exact["prediction"]["bytes_per_token"]
+    assert loose["prediction"]["tokens_per_second"] > exact["prediction"]["tokens_per_second"]
+    held = [tuple(key) for form in loose["forms"] for key in form["resident"]]
+    assert len(set(held)) == len(held)  # in one form at most
+    n_slots = loose["prediction"]["expert_slots"]
+    used = sum(len(form["resident"]) * form["record_bytes"] for form in loose["forms"])
+    assert used <= n_slots * loose["forms"][0]["record_bytes"]
+
+    packed = moe_tool(
+        "pack", pipeline.model, "--plan", plan, "--out", tmp_path / "b", folder=pipeline.folder
+    )
+    assert packed.code == 0, packed.stderr
+    words = ("run", tmp_path / "b", "--prompt", "the list", "--max-tokens", "8", "--json")
+    run = moe_tool(*words, "--memory", "50%", folder=pipeline.folder)
+    assert run.code == 0, run.stderr
+    assert run.fields["policy"] == loose["policy"] and "planned: expected KL" in run.stderr
+    assert run.fields["lowered"] > 0
+    assert run.fields["expected_kl_limit"] == pytest.approx(0.5 - loose["prediction"]["kl_of_bits"])
+    plain = moe_tool(*words, "--policy", "exact", folder=pipeline.folder)
+    assert plain.fields["policy"] == "exact" and plain.fields["lowered"] == 0
+    without = moe_tool(
+        *("pack", pipeline.model, "--plan", plan, "--replicas", "8", "--out", tmp_path / "c"),
+        folder=pipeline.folder,
+    )
+    assert without.code == 2 and "leave --replicas to the plan" in without.stderr
+    shown = moe_tool("inspect", plan, folder=pipeline.folder)
+    assert loose["policy"] in shown.stdout

@@ -1,0 +1,67 @@
+"""Plans with lossy answers, by hand: prices from a profile, the choice among ways."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from moe_tool.artifacts.router_trace import mean_squared_gates
+from moe_tool.artifacts.routing import FULL
+from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.planning.choose_lossy import LimitedChoice, fastest_choice
+from moe_tool.planning.profile_prices import nats_of_bits, profile_prices, replicas_below
+from tests.formats import samples
+
+
+def _sources(path: Path):
+    with ProfileReader.open(samples.make_profile(path)) as profile:
+        shape = profile.header.shape
+        statistics = {}
+        for layer in shape.layers:
+            base = profile.statistics(layer)
+            eps = np.tile(np.array([0.01, 0.1, 0.2, 0.4, 0.8], np.float32), (shape.experts, 1))
+            ratio = np.full(shape.experts, 0.5, np.float32)
+            statistics[layer] = replace(
+                base,
+                eps_bits=eps,
+                sensitivity=2.0 + layer,
+                probe=replace(base.probe, output_ratio=ratio),
+            )
+        use = {layer: np.full(shape.experts, 0.25) for layer in shape.layers}
+        return SimpleNamespace(profile=profile, statistics=statistics, use=use)
+
+
+def test_a_profiles_prices_are_those_of_its_bits_and_layers(tmp_path: Path) -> None:
+    sources = _sources(tmp_path / "p.h5")
+    book = profile_prices(sources, "native", "4,2")
+    for layer, each in book.layers.items():
+        assert each.nats == pytest.approx(np.full(samples.EXPERTS, (2.0 + layer) * 0.25))
+        assert each.eps[FULL].tolist() == [0.0] * samples.EXPERTS
+        assert each.eps[1] == pytest.approx(0.1) and each.eps[2] == pytest.approx(0.4)
+    assert replicas_below("4") == "3,2,1" and replicas_below("native") == "4,3,2,1"
+
+
+def test_bits_cost_what_all_their_errors_add_up_to(tmp_path: Path) -> None:
+    sources = _sources(tmp_path / "p.h5")
+    by_hand = sum(
+        samples.EXPERTS * 0.25 * (2.0 + layer) * 0.25 * 0.1**2 for layer in samples.LAYERS
+    )
+    assert nats_of_bits(sources, "4") == pytest.approx(by_hand)
+    assert nats_of_bits(sources, "native") == 0
+
+
+def test_what_costs_less_wins_among_those_that_are_nearly_as_fast() -> None:
+    def choice(speed: float, nats: float) -> LimitedChoice:
+        return LimitedChoice(way=None, lossy=None, nats_of_bits=nats, tokens_per_second=speed)
+
+    found = fastest_choice([choice(10.0, 0.02), choice(9.9, 0.001), choice(9.0, 0.0)])
+    assert (found.tokens_per_second, found.nats_per_token) == (9.9, 0.001)
+
+
+def test_use_is_the_mean_squared_gate_of_all_tokens() -> None:
+    index = np.array([[0, 2], [2, 1], [2, 0], [0, 1]], np.uint16)
+    weight = np.array([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5], [0.25, 0.75]], np.float16)
+    found = mean_squared_gates(index, weight, 4)
+    assert found.tolist() == [(0.25 + 0.25 + 0.0625) / 4, 0.5625 / 4, (0.25 + 1 + 0.25) / 4, 0.0]
