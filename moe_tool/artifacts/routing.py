@@ -1,7 +1,6 @@
 """What a miss policy sees of one layer call, and what it says."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -23,9 +22,10 @@ class Routing:
     """[T, E] float16: the router's selection scores, None where no policy asked for them"""
     logits: np.ndarray | None
     """[T, E] float16: the router's raw logits, None where no policy asked for them"""
-    phase: Literal["prompt", "decode"]
     sequence: np.ndarray
     """[T] int64: which sequence of the batch a token belongs to"""
+    importance: np.ndarray | None = None
+    """[T] float32: of a prompt's tokens, where a policy asked for it; None while decoding"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

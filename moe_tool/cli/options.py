@@ -120,6 +120,14 @@ GatesOption = Annotated[
         help="Whether a lossy policy leaves sensitive tokens and too many misses to exact reads.",
     ),
 ]
+LossyPrefillOption = Annotated[
+    bool,
+    typer.Option(
+        "--lossy-prefill",
+        help="Let the policy answer the prompt too, which is exact otherwise: what that leaves in "
+        "the KV cache stays wrong.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(

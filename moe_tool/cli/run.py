@@ -15,6 +15,7 @@ from moe_tool.cli.options import (
     EvictionOption,
     GatesOption,
     JsonOption,
+    LossyPrefillOption,
     PolicyOption,
     PrefetchOption,
     ResidencyOption,
@@ -71,6 +72,7 @@ def run(
             "step; 0: none.",
         ),
     ] = 0,
+    lossy_prefill: LossyPrefillOption = False,
     temperature: Annotated[
         float,
         typer.Option(
@@ -119,6 +121,7 @@ def run(
                 prefetch=prefetch,
                 gates=gates,
                 shadow=shadow,
+                lossy_prompt=lossy_prefill,
                 seed=seed,
                 threads=threads,
                 context=context,
@@ -163,9 +166,23 @@ def _footer(result: "RunResult") -> str:
         parts.insert(-1, f"{result.lowered} by replicas")
     if result.drops:
         parts.insert(-1, f"{result.drops} drops")
+    changed = result.prompt_substitutions + result.prompt_lowered + result.prompt_drops
+    if changed:
+        parts.insert(-1, _of_prompt(result))
     if result.expected_kl:
         parts.insert(-1, _quality(result))
     return "\n" + " · ".join(parts)
+
+
+def _of_prompt(result: "RunResult") -> str:
+    """What a lossy prefill answered otherwise."""
+    text = (
+        f"in the prompt {result.prompt_substitutions} substitutions, {result.prompt_lowered} by "
+        f"replicas, {result.prompt_drops} drops"
+    )
+    if result.prompt_expected_kl is not None:
+        text += f", expected KL {result.prompt_expected_kl:.4f} per token"
+    return text
 
 
 def _quality(result: "RunResult") -> str:
@@ -177,8 +194,8 @@ def _quality(result: "RunResult") -> str:
         parts.append(f"{result.retreated_tokens} tokens answered exactly to keep it")
     if result.shadow_kl is not None:
         parts.append(
-            f"measured {result.shadow_kl:.4f} a step on {result.shadow_tokens} of them "
-            f"({result.shadow_seconds:.1f} s)"
+            f"measured {result.shadow_kl:.4f} a step on {result.shadow_tokens} of them, where "
+            f"{result.shadow_expected_kl or 0.0:.4f} was expected ({result.shadow_seconds:.1f} s)"
         )
     return ", ".join(parts)
 

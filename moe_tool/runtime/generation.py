@@ -93,6 +93,9 @@ class RunResult:
     shadow_tokens: int
     shadow_kl: float | None
     """Nats per token: the loss of one step, measured on those tokens"""
+    shadow_expected_kl: float | None
+    """Nats per token that those were expected to lose; None where none was shadowed, or without
+    prices"""
     shadow_seconds: float
     eviction: str
     prefetch: str
@@ -105,6 +108,11 @@ class RunResult:
     prompt_misses: int
     prompt_bytes_read: int
     prompt_stall_seconds: float
+    prompt_substitutions: int
+    prompt_lowered: int
+    prompt_drops: int
+    prompt_expected_kl: float | None
+    """Nats per prompt token, where the policy answered prompts too; None where they were exact"""
     memory_budget_bytes: int
     slots: int
     """Expert records in memory"""
@@ -402,6 +410,9 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         retreated_tokens=account.exact_tokens,
         shadow_tokens=0 if shadow is None else shadow.tokens,
         shadow_kl=None if shadow is None else shadow.nats_per_token,
+        shadow_expected_kl=account.judged_spent / account.judged_tokens
+        if account.judged_tokens and session.runner.policy.prices is not None
+        else None,
         shadow_seconds=0.0 if shadow is None else shadow.seconds,
         eviction=session.setting.eviction.name,
         prefetch=session.setting.prefetch,
@@ -412,6 +423,12 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         prompt_misses=prompt.misses,
         prompt_bytes_read=prompt.bytes_read,
         prompt_stall_seconds=prompt.stall_seconds,
+        prompt_substitutions=prompt.substitutions,
+        prompt_lowered=prompt.lowered,
+        prompt_drops=prompt.drops,
+        prompt_expected_kl=account.prompt_spent / max(1, prompt.tokens)
+        if session.runner.is_lossy_prompt and session.runner.policy.prices is not None
+        else None,
         memory_budget_bytes=session.plan.budget_bytes,
         slots=session.plan.n_slots,
         policy=session.runner.policy.name,

@@ -10,8 +10,10 @@ import torch
 from moe_tool.artifacts.routing import FULL, Answers, Routing, answer_exactly
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
 from moe_tool.experts.combine import run_experts
+from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.eviction import gate_scores
+from moe_tool.policies.misses.prune import token_importance
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
@@ -27,7 +29,7 @@ Phase = Literal["prompt", "decode"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """One layer call of the decode phase, as the policy saw and answered it."""
+    """One layer call, as the policy saw and answered it."""
 
     routing: Routing
     answers: Answers
@@ -58,6 +60,11 @@ class MoeLayerRunner:
     account: QualityAccount = field(default_factory=QualityAccount)
     answered_exactly: np.ndarray | None = None
     """[B] bool: sequences of the forward under way that the account has retreat"""
+    is_lossy_prompt: bool = False
+    """The policy answers prompts too. Otherwise they are exact: what a prompt leaves in the KV
+    cache stays wrong for good"""
+    attention: AttentionSums | None = None
+    """Says which of a prompt's tokens matter, where the policy asks"""
     is_shadow: bool = False
     """The forward under way is exact, and counted nowhere"""
     phase: Phase = "prompt"
@@ -71,12 +78,13 @@ class MoeLayerRunner:
         if self.is_shadow:
             return self._run(call, call.index, call.weight, PhaseCounters())
         is_plain = self.residency == "cache" and not self.policy.policy.lossy
-        if self.phase == "prompt" or (is_plain and self.on_decision is None):
+        is_exact_prompt = self.phase == "prompt" and not self.is_lossy_prompt
+        if is_exact_prompt or (is_plain and self.on_decision is None):
             return self._run(call, call.index, call.weight, self.stats.phase(self.phase))
         return self._decide_and_run(call)
 
     def _decide_and_run(self, call: LayerCall) -> torch.Tensor:
-        """Run a decode call by the policy's answers.
+        """Run a call by the policy's answers.
 
         A wanted expert is a hit if the policy was told that it is there: under frozen residency
         that is the pinned set alone, so that hits do not depend on what else lies in the cache by
@@ -101,7 +109,7 @@ class MoeLayerRunner:
         output = self._run(call, index, weight, moved)
         wanted = np.unique(routing.index)
         hits = int(resident[FULL, wanted[wanted < resident.shape[1]]].sum())
-        counters = self.stats.decode
+        counters = self.stats.phase(self.phase)
         counters.hits += hits
         counters.misses += len(wanted) - hits
         counters.bytes_read += moved.bytes_read
@@ -126,7 +134,10 @@ class MoeLayerRunner:
         if prices is None or not self.policy.policy.lossy:
             return None
         spent = prices.spent(routing, answers)  # [T]
-        self.account.add(np.bincount(routing.sequence, spent, minlength=self.n_sequences))
+        if self.phase == "prompt":
+            self.account.add_prompt(float(spent.sum()))
+        else:
+            self.account.add(np.bincount(routing.sequence, spent, minlength=self.n_sequences))
         return spent
 
     def _run(
@@ -164,6 +175,12 @@ class MoeLayerRunner:
             return None
         return gate_scores(_narrow(call.router_logits))
 
+    def _importance(self, call: LayerCall) -> np.ndarray | None:
+        if self.attention is None or self.phase != "prompt":
+            return None
+        received = self.attention.take(call.layer).reshape(-1)  # [T]
+        return token_importance(call.hidden.float().numpy(), received.numpy())
+
     def _routing(self, call: LayerCall) -> Routing:
         n_tokens = call.index.shape[0]
         score = logits = None
@@ -180,8 +197,8 @@ class MoeLayerRunner:
             weight=call.weight.to(torch.float32).numpy(),
             score=score,
             logits=logits,
-            phase=self.phase,
             sequence=np.repeat(np.arange(self.n_sequences), n_tokens // self.n_sequences),
+            importance=self._importance(call),
         )
 
 

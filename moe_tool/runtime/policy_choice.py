@@ -9,7 +9,7 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import describe_precision
-from moe_tool.models.router_rule import RouterRule, router_rule
+from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
 from moe_tool.models.skeleton import Skeleton
 from moe_tool.policies.misses import (
     Gates,
@@ -110,6 +110,6 @@ def _rules(skeleton: Skeleton) -> dict[int, RouterRule] | None:
 def _reweigh(rule: RouterRule) -> Reweigh:
     def reweigh(logits: np.ndarray, index: np.ndarray) -> Any:
         wide = torch.from_numpy(logits).to(torch.float32)  # [T, E]
-        return rule.weights(wide, torch.from_numpy(index)).to(torch.float32).numpy()
+        return weights_of_sets(rule, wide, torch.from_numpy(index)).to(torch.float32).numpy()
 
     return reweigh

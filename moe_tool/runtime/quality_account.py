@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+MIN_JUDGED_TOKENS = 8
 WINDOW_TOKENS = 128
 """Over about so many tokens the running mean looks back"""
 
@@ -27,6 +28,15 @@ class QualityAccount:
     tokens: int = 0
     exact_tokens: int = 0
     """Tokens of them that were answered exactly to stay below the limit"""
+    prompt_spent: float = 0.0
+    """Nats, of prompts that were answered lossily: apart from the rest, and no cause of retreat"""
+    judged_tokens: int = 0
+    """Tokens of which the loss was also measured"""
+    judged_spent: float = 0.0
+    """Nats that these were expected to lose, as calibrated"""
+    judged_measured: float = 0.0
+    """Nats that they lost"""
+    _raw: float = 0.0  # of the token under way, before any correction
     _mean: np.ndarray = field(default_factory=lambda: np.zeros(0))  # by sequence
     _pending: np.ndarray = field(default_factory=lambda: np.zeros(0))
     _n_seen: int = 0
@@ -35,6 +45,26 @@ class QualityAccount:
     def nats_per_token(self) -> float:
         """Expected divergence per token; 0 before the first."""
         return self.spent / self.tokens if self.tokens else 0.0
+
+    @property
+    def correction(self) -> float:
+        """Factor on what answers are expected to cost from now on: what they were measured to cost
+        over what they were expected to, once that is known of enough tokens. Never below 1: luck
+        must not loosen a promise."""
+        if self.judged_tokens < MIN_JUDGED_TOKENS or self.judged_spent <= 0:
+            return 1.0
+        return max(1.0, self.judged_measured / self.judged_spent)
+
+    def judge(self, divergence: float, *, tokens: int) -> None:
+        """Take in what the token under way was measured to lose in its step.
+
+        Args:
+            divergence: nats, of all its sequences together.
+            tokens: sequences.
+        """
+        self.judged_tokens += tokens
+        self.judged_spent += self._raw
+        self.judged_measured += divergence
 
     def begin_sequences(self, count: int) -> None:
         """Forget the running means: other sequences begin."""
@@ -48,12 +78,17 @@ class QualityAccount:
             self._mean += share * (self._pending - self._mean)
             self._pending[:] = 0
         self._n_seen += 1
+        self._raw = 0.0
         self.tokens += len(self._mean)
         if self.limit is None:
             return np.zeros(len(self._mean), dtype=bool)
         exact: np.ndarray = self._mean > self.limit
         self.exact_tokens += int(exact.sum())
         return exact
+
+    def add_prompt(self, price: float) -> None:
+        """Add what one layer's answers to a prompt's tokens are expected to cost, all together."""
+        self.prompt_spent += self.nats_per_price * price
 
     def add(self, prices: np.ndarray) -> None:
         """Add what one layer's answers are expected to cost.
@@ -62,5 +97,7 @@ class QualityAccount:
             prices: [B] float64, of the price list.
         """
         nats = prices * self.nats_per_price
+        self._raw += float(nats.sum())
+        nats = nats * self.correction
         self._pending += nats
         self.spent += float(nats.sum())

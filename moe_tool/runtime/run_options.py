@@ -33,6 +33,8 @@ class RunOptions:
     """Keep what every layer call names, for `Session.recorded`"""
     prefetch: str | None = None
     """What is read while decoding before it is wanted; None: as the plan has it, or nothing"""
+    lossy_prompt: bool = False
+    """Whether the policy answers prompts too, which otherwise are exact"""
     shadow: int = 0
     """Every so many decoded tokens one is also computed exactly, and the step's loss measured; 0:
     none"""

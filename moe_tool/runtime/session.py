@@ -19,6 +19,7 @@ from moe_tool.available_memory import (
 )
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.kv_cache import new_kv_cache
 from moe_tool.models.model_config import read_config
 from moe_tool.models.skeleton import LayerCall, Skeleton
@@ -26,6 +27,7 @@ from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.native.kernels import is_native
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
@@ -60,6 +62,10 @@ _FIRST_USE_BYTES = 16 * 2**20
 """What torch and transformers allocate when a model is first built and run: 8 to 10 MiB from tiny
 models to 16 layers of width 2048, and as much to spare; measured instead once that has happened"""
 _WARM_UP_TOKENS = 2
+_LOSSY_PROMPT = (
+    "lossy prefill: the policy answers the prompt too, and what that leaves in the KV cache stays"
+)
+_EXACT_PROMPT = "lossy prefill changes nothing: the policy reads every miss"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,6 +140,8 @@ class Session:
         """Stop the reader threads and let go of the memory."""
         while self._hooks:
             self._hooks.pop().remove()
+        if self.runner.attention is not None:
+            self.runner.attention.close()
         torch.set_num_threads(self.threads.n_threads)
         self.runner.store.close()
 
@@ -169,7 +177,11 @@ class Session:
             return
         if n_seen == 0:
             self.runner.account.begin_sequences(n_sequences)
-        if not is_prompt:
+        if self.runner.attention is not None:
+            self.runner.attention.listen(is_prompt)
+        if is_prompt:
+            self.runner.answered_exactly = None
+        else:
             if self.shadow is not None and self.shadow.is_due():
                 self._compute_exactly(self.shadow, kwargs)
             self.runner.answered_exactly = self.runner.account.begin_token()
@@ -186,7 +198,9 @@ class Session:
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.shadow is not None and not self.runner.is_shadow:
-            self.shadow.compare(output.logits[:, -1])
+            divergence = self.shadow.compare(output.logits[:, -1])
+            if divergence is not None:
+                self.runner.account.judge(divergence, tokens=len(output.logits))
 
 
 def open_session(
@@ -277,6 +291,8 @@ def open_session(
     note = quality_note(bundle.manifest, policy, n_slots=memory.n_slots)
     if note is not None:
         progress.note(note)
+    if options.lossy_prompt:
+        progress.note(_LOSSY_PROMPT if policy.policy.lossy else _EXACT_PROMPT)
     if not is_native():
         progress.note("the native kernels are not in use: torch computes the experts, slower")
     refusal = bundle.read_directly()
@@ -294,6 +310,10 @@ def open_session(
         prefetcher=prefetcher,
         foresight=_foresight(skeleton, setting, options),
         recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
+        is_lossy_prompt=options.lossy_prompt and policy.policy.lossy,
+        attention=AttentionSums(skeleton.model, bundle.manifest.shape.layers)
+        if workload.keeps_scores
+        else None,
     )
     shadow = Shadow(every=options.shadow) if options.shadow and policy.policy.lossy else None
     skeleton.set_experts_function(runner)
@@ -397,7 +417,14 @@ def _workload(options: RunOptions, config: Any) -> Workload:
         options.context, getattr(config, "max_position_embeddings", None) or options.context
     )
     prompt = positions if options.prompt is None else min(options.prompt, positions)
-    return Workload(batch=options.batch, positions=positions, prompt=prompt)
+    assert options.policy is not None
+    choice = parse_miss_policy(options.policy)
+    return Workload(
+        batch=options.batch,
+        positions=positions,
+        prompt=prompt,
+        keeps_scores=options.lossy_prompt and choice.weighs_prompts,
+    )
 
 
 def _foresight(skeleton: Skeleton, setting: Setting, options: RunOptions) -> Foresight | None:

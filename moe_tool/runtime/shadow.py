@@ -54,16 +54,19 @@ class Shadow:
             )
         self.seconds += time.perf_counter() - started
 
-    def compare(self, logits: torch.Tensor) -> None:
-        """Judge the step itself, if it was shadowed.
+    def compare(self, logits: torch.Tensor) -> float | None:
+        """Judge the step itself, and return its divergence, of all sequences together; None where
+        it was not shadowed.
 
         Args:
             logits: [B, V] of its last position.
         """
         exact, self._exact = self._exact, None
         if exact is None:
-            return
+            return None
         log_p = torch.log_softmax(exact.double(), dim=-1)
         log_q = torch.log_softmax(logits.double(), dim=-1)
-        self.divergence += float((log_p.exp() * (log_p - log_q)).sum())
+        divergence = float((log_p.exp() * (log_p - log_q)).sum())
+        self.divergence += divergence
         self.tokens += len(exact)
+        return divergence

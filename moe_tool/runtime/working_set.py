@@ -32,6 +32,8 @@ class Workload:
     """Prompt and generated tokens of one sequence"""
     prompt: int
     """Prompt tokens of one sequence, at most `positions`"""
+    keeps_scores: bool = False
+    """Whether a prompt's attention is computed step by step, score matrices included"""
 
 
 def prefill_chunk(workload: Workload) -> int:
@@ -86,7 +88,7 @@ def _attention_scratch_bytes(config: Any, workload: Workload) -> int:
     n_floats = 0
     if _expanded_floats(config) > _kv_floats(config):
         n_floats += workload.batch * workload.positions * _expanded_floats(config)
-    if config.model_type in UNFUSED_ATTENTION:
+    if workload.keeps_scores or config.model_type in UNFUSED_ATTENTION:
         n_floats += 3 * workload.batch * heads * prefill_chunk(workload) * workload.positions
     return n_floats * _FLOAT_BYTES
 

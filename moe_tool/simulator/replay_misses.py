@@ -119,6 +119,5 @@ def _routing(profile: ProfileReader, layer: int, rows: np.ndarray) -> Routing:
         weight=trace.top_k_weight[rows].astype(np.float32),
         score=score,
         logits=logits,
-        phase="decode",
         sequence=np.arange(len(rows)),
     )

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_tool.models.moe_layers import MoeLayerModules, find_moe_layers
-from moe_tool.models.router_rule import RouterRule, router_rule
+from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
 from tests.tiny_models import TINY
 
 DIFFERS = {"deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2"}
@@ -114,3 +114,29 @@ def test_an_unknown_architecture_has_no_rule(tiny_checkpoint: Callable[..., Path
     model, modules, _ = load(tiny_checkpoint("mixtral"))
     model.config.model_type = "something_new"
     assert router_rule(modules, model.config) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", TINY)
+def test_an_empty_slot_is_left_out_of_the_set(
+    arch: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    _, modules, rule = load(tiny_checkpoint(arch))
+    logits = modules.route(inputs()).logits
+    index = torch.tensor([[4, 0, 2]]).repeat(500, 1)
+    index[:100, 1] = -1
+    index[100:200, 0] = -1
+    index[200:300, :2] = -1
+    index[300:400] = -1
+    found = weights_of_sets(rule, logits, index)
+    assert (found[index < 0] == 0).all()
+    for rows, kept in (
+        (slice(0, 100), [4, 2]),
+        (slice(100, 200), [0, 2]),
+        (slice(200, 300), [2]),
+        (slice(400, 500), [4, 0, 2]),
+    ):
+        own = torch.tensor([kept]).expand(100, len(kept))
+        columns = torch.tensor([[4, 0, 2].index(expert) for expert in kept])
+        alone = rule.weights(logits[rows], own)
+        assert torch.equal(found[rows][:, columns], alone.float())

@@ -9,7 +9,7 @@ from moe_tool.policies.misses.gates import Gates, open_slots
 RESIDENT = np.array([[True, True, False, False]])
 
 
-def _routing(index, weight, *, phase="decode", sequence=None):
+def _routing(index, weight, *, sequence=None):
     index = np.array(index, dtype=np.int64)
     return Routing(
         layer=5,
@@ -17,7 +17,6 @@ def _routing(index, weight, *, phase="decode", sequence=None):
         weight=np.array(weight, dtype=np.float32),
         score=None,
         logits=None,
-        phase=phase,
         sequence=np.arange(len(index)) if sequence is None else np.array(sequence),
     )
 
@@ -73,10 +72,9 @@ def test_the_share_itself_closes():
         ({"max_substitutions": 0}, _routing([[0, 2]], [[0.5, 0.5]])),
         ({"bypass_share": 0.0}, _routing([[0, 2]], [[0.5, 0.5]])),
         ({}, _routing([[0, 1]], [[0.5, 0.5]])),
-        ({"enabled": False}, _routing([[0, 2]], [[0.5, 0.5]], phase="prompt")),
     ],
 )
-def test_nothing_is_open_without_room_without_misses_or_in_a_prompt(changes, routing):
+def test_nothing_is_open_without_room_or_without_misses(changes, routing):
     assert open_slots(_gates(**changes), routing, RESIDENT) is None
 
 

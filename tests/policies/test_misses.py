@@ -39,7 +39,8 @@ def _build(name, gates=OFF, **inputs):
 
 
 def _share_of_logits(logits, index):
-    chosen = np.take_along_axis(logits.astype(np.float32), index, axis=1)
+    chosen = np.take_along_axis(logits.astype(np.float32), np.maximum(index, 0), axis=1)
+    chosen = np.where(index < 0, 0, chosen)
     return chosen / chosen.sum(axis=1, keepdims=True)
 
 
@@ -51,7 +52,6 @@ def _routing(index, weight, *, logits=None, score=None):
         weight=np.array(weight, dtype=np.float32),
         score=None if score is None else np.array(score, dtype=np.float16),
         logits=None if logits is None else np.array(logits, dtype=np.float16),
-        phase="decode",
         sequence=np.arange(len(index)),
     )
 
@@ -154,20 +154,35 @@ def test_next_ranked_takes_the_residents_that_the_router_ranks_next_and_reweighs
     assert answers.weight.tolist() == [[0.375, 0.625]]  # 3 and 5 over 8
 
 
-def test_next_ranked_fetches_where_residents_run_out():
+def test_next_ranked_gives_a_token_fewer_experts_where_residents_run_out():
     scores = [[6, 5, 4, 3, 2, 1]]
     routing = _routing([[0, 1]], [[0.25, 0.75]], logits=scores, score=scores)
     answers = _build("next-ranked").decide(routing, _resident(4))
-    assert answers.expert.tolist() == [[0, 4]]  # slot 1 is heavier and comes first
-    assert answers.weight.tolist() == [[0.75, 0.25]]  # 6 and 2 over 8
+    assert answers.expert.tolist() == [[-1, 4]]  # slot 1 is heavier and comes first
+    assert answers.weight.tolist() == [[0.0, 1.0]]
+    assert (answers.substituted, answers.dropped) == (1, 1)
+    # a token that would have none at all keeps its heaviest, which is read
+    alone = _build("next-ranked").decide(routing, _resident())
+    assert alone.expert.tolist() == [[-1, 1]] and alone.weight.tolist() == [[0.0, 1.0]]
+
+
+def test_next_ranked_leaves_out_no_more_than_the_gates_let_it():
+    scores = [[6, 5, 4, 3, 2, 1]]
+    routing = _routing([[0, 1, 2]], [[0.5, 0.3, 0.2]], logits=scores, score=scores)
+    gates = Gates(entropy_threshold={5: 0.0}, max_substitutions=2, bypass_share=1.1)
+    answers = _build("next-ranked", gates=gates).decide(routing, _resident(5))
+    # 5 stands in for the heaviest, the next one is left out, the last one is read
+    assert answers.expert.tolist() == [[5, -1, 2]]
+    assert answers.weight[0] == pytest.approx([0.2, 0.0, 0.8])  # 1 and 4 over 5
 
 
 def test_next_ranked_never_leaves_the_groups_of_a_token():
     scores = [[6, 5, -np.inf, -np.inf, -np.inf, -np.inf]]
-    routing = _routing([[0, 1]], [[0.5, 0.5]], logits=np.zeros((1, 6)), score=scores)
+    logits = [[6, 5, 4, 3, 2, 1]]
+    routing = _routing([[0, 1]], [[0.5, 0.5]], logits=logits, score=scores)
     answers = _build("next-ranked").decide(routing, _resident(1, 3))
-    assert answers.expert.tolist() == [[0, 1]]
-    assert answers.weight.tolist() == [[0.5, 0.5]]
+    assert answers.expert.tolist() == [[-1, 1]]
+    assert answers.weight.tolist() == [[0.0, 1.0]]
 
 
 def test_next_ranked_leaves_the_weights_of_other_tokens_to_the_bit():

@@ -1,6 +1,7 @@
 """Prices, and the policies that choose a form or a stand-in by them, on hand-made cases."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from moe_tool.artifacts.routing import Routing, answer_exactly, answers_of
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses import LayerBook, PolicyInputs, PriceBook, parse_miss_policy
 from moe_tool.policies.misses.priced import Priced
+from moe_tool.policies.misses.prune import most_important, token_importance
 from moe_tool.policies.misses.replica import unimportance
 
 LAYER = 7
@@ -34,7 +36,6 @@ def _routing(index, weight, *, logits=None):
         weight=np.array(weight, dtype=np.float32),
         score=logits,
         logits=logits,
-        phase="decode",
         sequence=np.arange(len(index)),
     )
 
@@ -191,6 +192,25 @@ def test_unimportance_is_the_weight_above_and_the_heaviest_is_always_whole():
     assert answers.expert.tolist() == [[-1, 2, 3]] and answers.level.tolist() == [[0, 0, 1]]
     there = policy.decide(routing, _resident(full=[1, 3]))
     assert there.expert.tolist() == [[1, 2, 3]]
+
+
+def test_the_tokens_of_a_prompt_that_matter_most_are_spared():
+    importance = np.array([1.0, 9.0, 3.0, 9.0, 2.0, 2.0, 7.0])
+    sequence = np.array([0, 0, 0, 0, 0, 1, 1])
+    assert most_important(importance, sequence, 0.2).nonzero()[0].tolist() == [1, 6]
+    assert most_important(importance, sequence, 0.3).nonzero()[0].tolist() == [1, 3, 6]
+    assert not most_important(importance, sequence, 0.0).any()
+    assert most_important(importance, sequence, 1.0).all()
+    hidden = np.array([[1.0, -2.0], [0.5, 0.0]])
+    assert token_importance(hidden, np.array([2.0, 4.0])).tolist() == [6.0, 2.0]
+    policy = parse_miss_policy("prune:share=1,protect=0.5").make(
+        PolicyInputs(ratios={LAYER: np.linspace(0, 1, 21)})
+    )
+    routing = _routing([[0, 1]] * 2, [[0.8, 0.2]] * 2)
+    routing = replace(routing, sequence=np.zeros(2, np.int64))
+    assert policy.decide(routing, _resident()).expert.tolist() == [[0, -1], [0, -1]]
+    prompt = replace(routing, importance=np.array([1.0, 2.0], np.float32))
+    assert policy.decide(prompt, _resident()).expert.tolist() == [[0, -1], [0, 1]]
 
 
 def test_pruning_leaves_out_light_slots_that_are_there_and_never_the_heaviest():

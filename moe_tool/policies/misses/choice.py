@@ -95,7 +95,7 @@ def _prune(inputs: PolicyInputs, values: Values) -> MissPolicy:
     limit = {layer: _quantile(found, share) for layer, found in inputs.ratios.items()}
     if share == 0:
         limit = dict.fromkeys(limit, 0.0)
-    return Prune(limit=limit, share=share)
+    return Prune(limit=limit, share=share, protect=values["protect"])
 
 
 def _priced(inputs: PolicyInputs, values: Values) -> MissPolicy:
@@ -167,6 +167,8 @@ class _Kind:
     """Raises UsageError where the policy cannot be made from the inputs"""
     parameters: Mapping[str, _Range] = field(default_factory=dict)
     residents: Residents = "hottest"
+    weighs_prompts: bool = False
+    """Whether it asks which of a prompt's tokens matter"""
 
 
 MISS_POLICIES: Mapping[str, _Kind] = {
@@ -188,7 +190,11 @@ MISS_POLICIES: Mapping[str, _Kind] = {
         },
         residents="two-precisions",
     ),
-    "prune": _Kind(make=_prune, parameters={"share": _Range(default=0.5)}),
+    "prune": _Kind(
+        make=_prune,
+        parameters={"share": _Range(default=0.5), "protect": _Range(default=0.02)},
+        weighs_prompts=True,
+    ),
     "priced": _Kind(
         make=_priced,
         parameters={
@@ -221,6 +227,11 @@ class MissChoice:
     def residents(self) -> Residents:
         """Who is in memory under frozen residency."""
         return MISS_POLICIES[self.kind].residents
+
+    @property
+    def weighs_prompts(self) -> bool:
+        """Whether the policy asks which of a prompt's tokens matter: that takes attention sums."""
+        return MISS_POLICIES[self.kind].weighs_prompts
 
     def with_value(self, parameter: str, value: float) -> "MissChoice":
         """Return the policy with another value of one of its parameters."""

@@ -52,10 +52,10 @@ def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlot
 
     Args:
         gates: the thresholds.
-        routing: one layer call; nothing is open in a prompt.
+        routing: one layer call.
         resident: [L, E] bool.
     """
-    if routing.phase == "prompt" or resident[FULL].all():
+    if resident[FULL].all():
         return None
     top_k = routing.index.shape[1]
     missing = ~resident[FULL][routing.index]  # [T, K]

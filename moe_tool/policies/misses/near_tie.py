@@ -41,7 +41,7 @@ class NearTie:
         """Return the routing with near-ties swapped."""
         n_experts = resident.shape[1]
         top_k = routing.index.shape[1]
-        if routing.phase == "prompt" or self.alpha <= 0 or n_experts <= top_k:
+        if self.alpha <= 0 or n_experts <= top_k:
             return keep(routing)
         assert routing.score is not None and routing.logits is not None, "the policy asked for them"
         score = as_shares(routing.score, are_logits=self.scores_are_logits)  # [T, E]

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing
-from moe_tool.policies.misses.gates import Gates, open_slots
+from moe_tool.artifacts.routing import Answers, Routing, answers_of
+from moe_tool.policies.misses.gates import Gates, OpenSlots, open_slots
 from moe_tool.policies.misses.protocol import Reweigh, keep
 from moe_tool.policies.misses.substitution import Pick, substitute
 
@@ -17,8 +17,9 @@ class NextRanked:
     """Replaces a missing expert by the resident one that this token's router ranks next.
 
     The gate weights of the whole chosen set are then computed anew by the model's own rule, for the
-    tokens that were re-routed alone. Where residents run out, the expert is fetched. An expert
-    whose selection score is -inf (outside the token's expert groups) is no candidate.
+    tokens that were re-routed alone. Where residents run out, a token gets fewer experts than it
+    wants (eMoE, arXiv:2503.06823); its heaviest is fetched if it had none at all. An expert whose
+    selection score is -inf (outside the token's expert groups) is no candidate.
     """
 
     gates: Gates
@@ -49,9 +50,28 @@ class NextRanked:
             reachable = np.isfinite(ranked[np.arange(token.size), best])
             return Pick(expert=np.where(reachable, best, -1))
 
-        answers = substitute(routing, resident, slots, pick)
-        moved = np.flatnonzero((answers.expert != routing.index).any(axis=1))
+        expert = substitute(routing, resident, slots, pick).expert
+        expert = _leave_out(routing, resident, slots, expert)
+        weight = routing.weight.astype(np.float32)
+        moved = np.flatnonzero((expert != routing.index).any(axis=1))
         if moved.size:
-            weights = self.reweigh[routing.layer](routing.logits[moved], answers.expert[moved])
-            answers.weight[moved] = weights
-        return answers
+            weight[moved] = self.reweigh[routing.layer](routing.logits[moved], expert[moved])
+        return answers_of(routing, expert, weight)
+
+
+def _leave_out(
+    routing: Routing, resident: np.ndarray, slots: OpenSlots, expert: np.ndarray
+) -> np.ndarray:
+    """Return the answers without the open slots for which no resident was left, as far as the gates
+    let a token's slots be answered otherwise."""
+    ranked_open = np.take_along_axis(slots.open, slots.order, axis=1)  # [T, K] by gate weight
+    ranked = np.take_along_axis(expert, slots.order, axis=1)
+    wanted = np.take_along_axis(routing.index, slots.order, axis=1)
+    n_replaced = (ranked != wanted).sum(axis=1, keepdims=True)
+    is_left = ranked_open & (ranked == wanted)
+    is_left &= n_replaced + np.cumsum(is_left, axis=1) <= slots.limit
+    nothing = is_left.all(axis=1)
+    is_left[nothing, 0] = False
+    result = np.empty_like(expert)
+    np.put_along_axis(result, slots.order, np.where(is_left, -1, ranked), axis=1)
+    return result

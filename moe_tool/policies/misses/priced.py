@@ -62,7 +62,7 @@ class Priced:
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
         """Return the cheapest answers; see MissPolicy."""
-        if routing.phase == "prompt" or resident[FULL].all() or self.nats_per_mb == 0:
+        if resident[FULL].all() or self.nats_per_mb == 0:
             return keep(routing)
         book = self.book.layers[routing.layer]
         level, column = self._cheapest(book, routing, resident)

@@ -12,14 +12,14 @@ from moe_tool.policies.misses.gates import Gates
 from moe_tool.policies.misses.price_book import PriceBook
 
 Reweigh = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(logits [T, E], index [T, K]) -> [T, K]: the gate weights that the model's rule gives a set."""
+"""(logits [T, E], index [T, K]) -> [T, K]: the gate weights that the model's rule gives a set; a
+slot of -1 is empty, is left out of the set and weighs 0."""
 
 
 class MissPolicy(Protocol):
     """Says who answers when an expert is wanted that is not in the fast tier.
 
-    Pure: the same routing and residency give the same answers. Prompts are exact in every policy,
-    because what a prompt leaves in the KV cache stays wrong for good. A slot that no policy fills
+    Pure: the same routing and residency give the same answers. A slot that no policy fills
     keeps the expert that it wanted: the runtime fetches every expert in `Answers.expert` that is
     not resident.
     """

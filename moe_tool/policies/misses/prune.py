@@ -12,8 +12,9 @@ from moe_tool.policies.misses.protocol import keep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prune:
-    """MC's online pruning (arXiv:2410.06270) while decoding: slots after the heaviest are left out
-    where their gate weight over the heaviest one's is below mu.
+    """MC's online pruning (arXiv:2410.06270): slots after the heaviest are left out where their
+    gate weight over the heaviest one's is below mu. Of a prompt, where it is answered lossily, the
+    tokens that matter most are spared; while decoding none is, as in the paper.
 
     mu is a quantile of the layer's own ratios in the profile: the median in the paper. The gate
     weights of what is kept stay as they are. Where more than two experts are chosen every slot
@@ -24,6 +25,8 @@ class Prune:
     """mu by decoder layer"""
     share: float
     """The quantile that the limits are; for the announcement"""
+    protect: float
+    """Share of a sequence's prompt tokens in a forward that are spared"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
@@ -38,11 +41,14 @@ class Prune:
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
         """Return the routing with light slots empty."""
         limit = self.limit[routing.layer]
-        if routing.phase == "prompt" or limit <= 0:
+        if limit <= 0:
             return keep(routing)
         is_left_out = ratio_to_heaviest(routing.weight) < limit
         heaviest = routing.weight.argmax(axis=1)
         is_left_out[np.arange(len(heaviest)), heaviest] = False
+        if routing.importance is not None:
+            spared = most_important(routing.importance, routing.sequence, self.protect)
+            is_left_out[spared] = False
         if not is_left_out.any():
             return keep(routing)
         return answers_of(
@@ -50,6 +56,35 @@ class Prune:
             np.where(is_left_out, -1, routing.index),
             np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
         )
+
+
+def most_important(importance: np.ndarray, sequence: np.ndarray, share: float) -> np.ndarray:
+    """Return which tokens are among the share of their sequence that matters most, [T] bool; the
+    earlier one of equals.
+
+    Args:
+        importance: [T], see `token_importance`.
+        sequence: [T], which one a token belongs to.
+        share: of each sequence's tokens, rounded up.
+    """
+    found = np.zeros(len(importance), dtype=bool)
+    for each in np.unique(sequence):
+        own = np.flatnonzero(sequence == each)
+        count = int(np.ceil(share * len(own)))
+        found[own[np.argsort(-importance[own], kind="stable")[:count]]] = True
+    return found
+
+
+def token_importance(hidden: np.ndarray, received: np.ndarray) -> np.ndarray:
+    """Return how much a prompt's tokens matter, [T] float32: the size of a token times the
+    attention that it receives.
+
+    Args:
+        hidden: [T, H]: what the layer's experts are given.
+        received: [T], see models/attention_sums.
+    """
+    importance: np.ndarray = np.abs(hidden).sum(axis=1) * received
+    return importance.astype(np.float32)
 
 
 def ratio_to_heaviest(weight: np.ndarray) -> np.ndarray:

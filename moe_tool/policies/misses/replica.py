@@ -35,7 +35,7 @@ class Replica:
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
         """Return the routing with the level of every slot."""
-        if routing.phase == "prompt" or resident[FULL].all():
+        if resident[FULL].all():
             return keep(routing)
         s = unimportance(routing.weight)
         missing = ~resident[FULL][routing.index]
