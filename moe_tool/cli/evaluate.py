@@ -66,7 +66,11 @@ def evaluate(
 
         from moe_tool.evaluation.evaluate import EvaluateOptions
         from moe_tool.evaluation.evaluate import evaluate as measure
-        from moe_tool.reports.terminal import checkpoint_perplexity, evaluation_table
+        from moe_tool.reports.terminal import (
+            checkpoint_perplexity,
+            equal_bytes_table,
+            evaluation_table,
+        )
 
         report = measure(
             bundle,
@@ -91,6 +95,9 @@ def evaluate(
             f"{report.figures.tokens} predictions, {report.residency} residency",
             evaluation_table([(row.policy, row.figures) for row in report.rows]),
         )
+        if report.at_no_more_bytes:
+            output.show("at no more bytes per token", equal_bytes_table(report.at_no_more_bytes))
+            output.show(_dominance(report.dominating))
         if reference is not None:
             output.show(checkpoint_perplexity(report.figures))
         if len(report.domains) > 1:
@@ -104,3 +111,14 @@ def evaluate(
         if not controls and report.policy != "exact":
             output.say("next: the same with --controls shows what the policy is worth")
         output.result(report.to_json())
+
+
+def _dominance(found: tuple[tuple[str, str], ...]) -> str:
+    if not found:
+        return (
+            "no other lossy policy has both fewer bytes and a lower KL than priced, beyond the "
+            "intervals"
+        )
+    return "both fewer bytes and a lower KL, beyond the intervals: " + ", ".join(
+        f"{policy} than {setting}" for policy, setting in found
+    )

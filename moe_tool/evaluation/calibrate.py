@@ -174,9 +174,7 @@ def _grid(choice: MissChoice, bundle: BundleReader) -> _Grid:
                 "this bundle was packed without a profile, so it has no prices to choose by",
                 hint="pack it again with --profile FILE",
             )
-        # What leaving out a middling expert costs, per MB of it: around there something changes.
-        nats = [float((each.nats / 4).mean()) for each in book.layers.values()]
-        typical = sum(nats) / len(nats) / (book.record_bytes[0] / 1e6)
+        typical = book.typical_nats_per_mb
         points = (math.inf, *(typical * factor for factor in (0.3, 0.03, 0.003, 0.0003)))
         return _Grid(
             parameter="nats-per-mb",

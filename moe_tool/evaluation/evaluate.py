@@ -18,6 +18,12 @@ from moe_tool.evaluation.divergence import (
     divergence_scratch_bytes,
     negative_log_likelihood,
 )
+from moe_tool.evaluation.equal_bytes import (
+    AtNoMoreBytes,
+    compare_at_equal_bytes,
+    dominating,
+    priced_settings,
+)
 from moe_tool.evaluation.figures import Figures, Measured, summarize
 from moe_tool.evaluation.source_model import SourceModel
 from moe_tool.evaluation.stepwise import (
@@ -35,6 +41,7 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT, require_policy
+from moe_tool.runtime.price_list import price_book
 from moe_tool.runtime.quality_account import QualityAccount
 from moe_tool.runtime.run_options import RunOptions, default_policy
 from moe_tool.runtime.session import Session, open_session
@@ -44,6 +51,7 @@ from moe_tool.text.sources import TextSource
 _REFERENCE_BYTES = 64 * 2**20
 """Predictions kept at once for comparison: they decide how many sequences go through together"""
 _MAX_BATCH = 32
+_NO_PRICES = "packed without a profile: without prices nothing can be compared at equal bytes"
 _MIN_SEQ_LEN = 3
 """A prompt, a token that is fed, and one that is predicted"""
 
@@ -99,6 +107,10 @@ class EvaluationReport:
     domains: dict[str, Figures]
     rows: tuple[PolicyRow, ...]
     """Every policy that ran, in the order of the table"""
+    at_no_more_bytes: tuple[AtNoMoreBytes, ...]
+    """With controls: every other lossy policy beside answering by price; empty without prices"""
+    dominating: tuple[tuple[str, str], ...]
+    """(policy, setting of `priced`): both fewer bytes and a lower KL, beyond the intervals"""
     skipped: dict[str, str]
     """Controls that this bundle cannot run -> why"""
     memory_budget_bytes: int
@@ -111,6 +123,8 @@ class EvaluationReport:
         them."""
         fields = asdict(self)
         figures = fields.pop("figures")
+        for each, row in zip(fields["at_no_more_bytes"], self.at_no_more_bytes, strict=True):
+            each["ratio"] = row.ratio
         return {**figures, **fields}
 
 
@@ -181,7 +195,12 @@ def evaluate(
         is_table = options.controls or policy != EXACT
         residency: Residency = options.residency or ("frozen" if is_table else "cache")
         names = policies_to_run(policy, controls=options.controls)
-        names = tuple(dict.fromkeys((*names, *options.also)))
+        frontier: tuple[str, ...] = ()
+        if options.controls:
+            frontier = priced_settings(price_book(bundle.manifest))
+            if not frontier:
+                progress.note(_NO_PRICES)
+        names = tuple(dict.fromkeys((*names, *frontier, *options.also)))
         with _open(folder, options, ids, residency, tokenizer, source, bundle, progress) as session:
             names, skipped = _runnable(session, names, policy, residency, progress)
             rows = _measure(
@@ -192,6 +211,7 @@ def evaluate(
         if source is not None:
             source.close()
     table = tuple(_row(name, measured, text, options.seed) for name, measured in rows.items())
+    by_policy = {row.policy: row.figures for row in table}
     main = next(row for row in table if row.policy == policy)
     return EvaluationReport(
         bundle=str(folder),
@@ -204,6 +224,8 @@ def evaluate(
         figures=main.figures,
         domains=main.domains,
         rows=table,
+        at_no_more_bytes=compare_at_equal_bytes(by_policy) if options.controls else (),
+        dominating=dominating(by_policy) if options.controls else (),
         skipped=skipped,
         memory_budget_bytes=plan.budget_bytes,
         slots=plan.n_slots,

@@ -192,6 +192,52 @@ def evaluation_table(rows: Sequence[tuple[str, EvaluationFigures]]) -> Table:
     return table
 
 
+class EqualBytes(Protocol):
+    """A policy beside what answering by price costs that reads no more."""
+
+    @property
+    def policy(self) -> str: ...
+    @property
+    def bytes_read_per_token(self) -> float: ...
+    @property
+    def kl(self) -> float: ...
+    @property
+    def kl_ci95(self) -> tuple[float, float] | None: ...
+    @property
+    def priced(self) -> str: ...
+    @property
+    def priced_bytes_read_per_token(self) -> float: ...
+    @property
+    def priced_kl(self) -> float: ...
+    @property
+    def priced_kl_ci95(self) -> tuple[float, float] | None: ...
+    @property
+    def ratio(self) -> float | None: ...
+    @property
+    def verdict(self) -> str: ...
+
+
+def equal_bytes_table(rows: Sequence[EqualBytes]) -> Table:
+    """Return one row per policy: its bytes and divergence, then those of `priced`."""
+    table = _table("", "read/token", "KL(exact || it)")
+    table.add_column("at no more bytes")
+    for heading in ("read/token", "KL(exact || it)", "KL / KL"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            row.policy,
+            format_bytes(row.bytes_read_per_token),
+            _estimate(row.kl, row.kl_ci95, 4),
+            row.priced,
+            format_bytes(row.priced_bytes_read_per_token),
+            _estimate(row.priced_kl, row.priced_kl_ci95, 4),
+            "-" if row.ratio is None else f"{row.ratio:.3g}",
+            row.verdict,
+        )
+    return table
+
+
 def checkpoint_perplexity(figures: EvaluationFigures) -> str:
     """Return the reference's own perplexity beside that of the bundle under exact, on one line."""
     own = _estimate(figures.perplexity_source, figures.perplexity_source_ci95, 3)

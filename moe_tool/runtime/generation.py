@@ -20,6 +20,7 @@ from moe_tool.formats.run_trace_hdf5 import write_run_trace
 from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.open_levels import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
@@ -115,7 +116,9 @@ class RunResult:
     """Nats per prompt token, where the policy answered prompts too; None where they were exact"""
     memory_budget_bytes: int
     slots: int
-    """Expert records in memory"""
+    """Full expert records that the budget has room for; cheaper forms share it"""
+    staying: dict[str, int]
+    """Experts that never leave memory, by form"""
     policy: str
     residency: str
     seconds: float
@@ -431,6 +434,7 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         else None,
         memory_budget_bytes=session.plan.budget_bytes,
         slots=session.plan.n_slots,
+        staying=staying_by_form(session.manifest, session.runner.rooms),
         policy=session.runner.policy.name,
         residency=session.runner.residency,
         seconds=made.ended_at - made.started_at,

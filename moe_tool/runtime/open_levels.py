@@ -1,6 +1,7 @@
 """The stores of a session: who is in memory in which form, and slots for the others."""
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.precision import describe_precision
 from moe_tool.artifacts.routing import FULL
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
@@ -33,6 +34,17 @@ def choose_rooms(
     if residency == "frozen":
         return frozen_rooms(manifest, n_slots, policy.choice, policy.prices)
     return cache_rooms(manifest, n_slots, policy.choice, pinned_share=eviction.pinned_share)
+
+
+def staying_by_form(manifest: BundleManifest, rooms: tuple[LevelRoom, ...]) -> dict[str, int]:
+    """Return how many experts never leave memory, by form, as `--replicas` names it; forms of which
+    none stays are left out."""
+    forms = (manifest.precision, *(table.precision for table in manifest.replicas))
+    return {
+        describe_precision(form): len(room.pinned)
+        for form, room in zip(forms, rooms, strict=True)
+        if room.pinned
+    }
 
 
 def open_levels(

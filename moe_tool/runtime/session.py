@@ -42,7 +42,7 @@ from moe_tool.runtime.memory_plan import (
     plan_memory,
 )
 from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
-from moe_tool.runtime.open_levels import choose_rooms, open_levels
+from moe_tool.runtime.open_levels import choose_rooms, open_levels, staying_by_form
 from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher, require_prefetch
 from moe_tool.runtime.quality_promise import open_account, quality_note
@@ -301,6 +301,13 @@ def open_session(
     rooms_by_level = choose_rooms(
         bundle.manifest, memory.n_slots, residency, setting.eviction, policy
     )
+    staying = staying_by_form(bundle.manifest, rooms_by_level)
+    if len(staying) > 1:
+        held = ", ".join(
+            f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
+            for form, count in staying.items()
+        )
+        progress.note(f"in memory of {rooms.n_experts} experts: {held}")
     runner = MoeLayerRunner(
         store=open_levels(bundle, rooms_by_level, setting.eviction),
         rooms=rooms_by_level,
