@@ -12,6 +12,7 @@ from moe_tool.artifacts.bundle_manifest import Calibration, QualityFigure
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, EvaluationReport, evaluate
 from moe_tool.evaluation.figures import Figures
+from moe_tool.evaluation.reachable_budget import enough_tokens, least_share
 from moe_tool.formats.bundle_files import MANIFEST
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import write_json_artifact
@@ -22,6 +23,8 @@ from moe_tool.text.sources import TextSource
 
 _STRENGTHS = {"replica": "high", "near-tie": "alpha", "prune": "share"}
 """The parameter that a policy's strength is, where it lies between 0 and 1"""
+_REROUTE = (2.0, 0.75)
+"""Other values of what re-routing has to keep, tried where stand-ins answer at all"""
 _ROUNDS = 3
 _PER_ROUND = 5
 _CLOSE = 0.9
@@ -125,14 +128,18 @@ def calibrate(
             break
         grid = finer
     kept = [s for s, trial in trials.items() if trial.upper <= options.max_kl]
-    best = trials[max(kept)] if kept else None
-    if best is None:
-        weakest = trials[min(trials)]
-        raise UsageError(
-            f"no setting of {choice.kind} keeps a KL of {options.max_kl:g}: the weakest that was "
-            f"tried, {weakest.policy}, has {weakest.figures.kl_mean:.4f} up to {weakest.upper:.4f}",
-            hint="give more --memory or more --tokens, or allow more with --max-kl",
+    if not kept:
+        raise _out_of_reach(folder, choice, min(trials.values(), key=_upper), options)
+    best = trials[max(kept)]
+    if "reroute" in choice.values and best.figures.substitutions_per_token > 0:
+        others = tuple(
+            parse_miss_policy(best.policy).with_value("reroute", share).name for share in _REROUTE
         )
+        report = _measure(folder, sources, options, others, progress)
+        for row in report.rows:
+            domains[row.policy] = row.domains
+        again = [Trial(policy=row.policy, figures=row.figures) for row in report.rows]
+        best = min((best, *again), key=_upper)
     calibration = Calibration(
         policy=best.policy,
         max_kl=options.max_kl,
@@ -152,6 +159,33 @@ def calibrate(
         trials=ordered,
         bytes_read_per_token=best.figures.bytes_read_per_token,
         seconds=time.perf_counter() - began,
+    )
+
+
+def _upper(trial: Trial) -> float:
+    return trial.upper
+
+
+def _out_of_reach(
+    folder: Path, choice: MissChoice, best: Trial, options: CalibrateOptions
+) -> UsageError:
+    """The best that there was, and what would do."""
+    mean, hints = best.figures.kl_mean, [f"--max-kl {best.upper * 1.05:.2g}"]
+    tokens = enough_tokens(best.figures.tokens, mean=mean, upper=best.upper, max_kl=options.max_kl)
+    if tokens is not None:
+        hints.append(f"--tokens {max(tokens, options.tokens) * 5 // 4}, for a narrower interval")
+    with BundleReader.open(folder) as bundle:
+        book = price_book(bundle.manifest)
+        if book is not None and choice.residents == "cheapest":
+            share = least_share(
+                bundle.manifest, book, max_kl=options.max_kl, nats_per_price=_exchange(best.figures)
+            )
+            if share is not None:
+                hints.append(f"--memory {math.ceil(100 * share)}%, by the price list")
+    return UsageError(
+        f"no setting of {choice.kind} keeps a KL of {options.max_kl:g}: the best that was tried, "
+        f"{best.policy}, has {mean:.4f} up to {best.upper:.4f}",
+        hint=" or ".join(hints),
     )
 
 

@@ -141,3 +141,26 @@ def test_a_shadowed_step_of_an_exact_policy_loses_nothing_and_changes_nothing(
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=9, ignore_eos=True))
         assert session.shadow is not None and session.shadow.tokens == 4
         assert session.shadow.divergence == 0.0
+
+
+def test_a_looser_limit_reads_no_more_and_each_is_kept(
+    packed: Path, sources: tuple[TextSource, ...], worst: float
+) -> None:
+    reports = [_calibrate(packed, sources, worst * share) for share in (0.05, 0.2, 0.6)]
+    assert all(
+        report.calibration.quality.kl_ci95[1] <= worst * share
+        for report, share in zip(reports, (0.05, 0.2, 0.6), strict=True)
+    )
+    read = [report.bytes_read_per_token for report in reports]
+    assert read == sorted(read, reverse=True) and read[0] > read[-1]
+
+
+def test_a_limit_out_of_reach_says_what_is_in_reach_and_what_would_do(
+    packed: Path, sources: tuple[TextSource, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_tool.evaluation.calibrate._ROUNDS", 1)
+    before = BundleReader.open(packed).manifest
+    with pytest.raises(UsageError, match="the best that was tried, priced") as refused:
+        _calibrate(packed, sources, 1e-9)
+    assert "--max-kl" in str(refused.value.hint)
+    assert BundleReader.open(packed).manifest == before  # nothing is written

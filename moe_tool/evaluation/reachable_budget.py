@@ -1,0 +1,55 @@
+"""What would keep a limit of divergence that was not kept: more memory by price, or more text."""
+
+import math
+
+import numpy as np
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
+from moe_tool.policies.misses import PriceBook
+from moe_tool.runtime.residency import n_slots_min
+
+
+def least_share(
+    manifest: BundleManifest, book: PriceBook, *, max_kl: float, nats_per_price: float
+) -> float | None:
+    """Return the least share of the experts' bytes at which answers that read nothing are expected
+    to keep a limit, 0 to 1; None where only everything does.
+
+    Args:
+        manifest: of a bundle with prices.
+        book: its prices.
+        max_kl: the limit, nats per token.
+        nats_per_price: what a nat of price was measured to be worth.
+    """
+    assert manifest.prices is not None
+    use = {entry.layer: np.array(entry.use) for entry in manifest.prices}
+    free = n_slots_min(manifest)
+
+    def keeps(n_slots: int) -> bool:
+        room = free_for_residents(n_slots, free, book.record_bytes)
+        if room <= 0:
+            return False
+        chosen = cheapest_residents(book, use, room_bytes=room)
+        return chosen.nats_per_token * nats_per_price <= max_kl
+
+    low, high = free, len(manifest.records)  # `high` holds everything
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    return high / len(manifest.records) if high < len(manifest.records) else None
+
+
+def enough_tokens(tokens: int, *, mean: float, upper: float, max_kl: float) -> int | None:
+    """Return how much text would make an interval narrow enough, None where the mean itself is
+    above the limit.
+
+    Args:
+        tokens: behind the interval, whose width shrinks with their square root.
+        mean: measured.
+        upper: end of its interval.
+        max_kl: the limit.
+    """
+    if mean >= max_kl:
+        return None
+    return math.ceil(tokens * ((upper - mean) / (max_kl - mean)) ** 2)
