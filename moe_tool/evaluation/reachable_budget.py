@@ -2,11 +2,10 @@
 
 import math
 
-import numpy as np
-
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
 from moe_tool.policies.misses import PriceBook
+from moe_tool.runtime.price_list import expert_use
 from moe_tool.runtime.residency import n_slots_min
 
 
@@ -22,8 +21,8 @@ def least_share(
         max_kl: the limit, nats per token.
         nats_per_price: what a nat of price was measured to be worth.
     """
-    assert manifest.prices is not None
-    use = {entry.layer: np.array(entry.use) for entry in manifest.prices}
+    use = expert_use(manifest)
+    assert use is not None
     free = n_slots_min(manifest)
 
     def keeps(n_slots: int) -> bool:

@@ -57,12 +57,12 @@ def lossy_ways(sources: PlanSources, way: WayToRun, n_slots: int) -> list[LossyW
     room = free_for_residents(n_slots, way.machine.n_slots_min, book.record_bytes)
     if room <= 0 or n_slots >= shape.experts * len(shape.layers):
         return []
-    residents = cheapest_residents(book, sources.use, room_bytes=room)
-    masks = resident_masks(shape.layers, residents.by_level, n_experts=shape.experts)
     of_bits = nats_of_bits(sources, way.bits)
     found = []
     for factor in _PATIENCE:
         patience = float(f"{factor * book.typical_nats_per_mb:.4g}")
+        residents = cheapest_residents(book, sources.use, room_bytes=room, nats_per_mb=patience)
+        masks = resident_masks(shape.layers, residents.by_level, n_experts=shape.experts)
         choice = parse_miss_policy("priced").with_value("nats-per-mb", patience)
         replayed = replay_misses(
             sources.profile,

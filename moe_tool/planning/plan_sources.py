@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import mean_squared_gates
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.errors import ArtifactVersionError
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.planning.pinning import rank_experts
+from moe_tool.policies.cheapest_residents import ExpertUse
 from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.profile_trace import decode_trace, part_to_replay, prompt_trace
 from moe_tool.simulator.replay import Replayer
@@ -25,8 +24,8 @@ class PlanSources:
     profile: ProfileReader
     skeleton: SkeletonFacts
     statistics: dict[int, ExpertStatistics]
-    use: dict[int, np.ndarray]
-    """Decoder layer -> [E] mean squared gate weight over all tokens"""
+    use: dict[int, ExpertUse]
+    """By decoder layer"""
     ranked: list[tuple[int, int]]
     replayed: Replayer
     searched: Replayer
@@ -55,12 +54,7 @@ def read_sources(profile: ProfileReader) -> PlanSources:
         profile=profile,
         skeleton=skeleton,
         statistics=statistics,
-        use={
-            layer: mean_squared_gates(
-                profile.indices(layer, "top_k_index"), profile.gate_weights(layer), shape.experts
-            )
-            for layer in shape.layers
-        },
+        use={layer: _use(profile, layer, statistics[layer]) for layer in shape.layers},
         ranked=rank_experts(statistics),
         replayed=Replayer(
             decode_trace(
@@ -72,3 +66,13 @@ def read_sources(profile: ProfileReader) -> PlanSources:
         ),
         prompts=prompt_trace(profile, part),
     )
+
+
+def _use(profile: ProfileReader, layer: int, statistics: ExpertStatistics) -> ExpertUse:
+    counts = statistics.in_sample
+    squared = mean_squared_gates(
+        profile.indices(layer, "top_k_index"),
+        profile.gate_weights(layer),
+        profile.header.shape.experts,
+    )
+    return ExpertUse(squared_gate=squared, load=counts.load / max(1, counts.n_tokens))

@@ -64,7 +64,9 @@ def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
     return sum(
         float(
             (
-                sources.use[layer] * each.nats * each.eps_bits[:, column].astype(np.float64) ** 2
+                sources.use[layer].squared_gate
+                * each.nats
+                * each.eps_bits[:, column].astype(np.float64) ** 2
             ).sum()
         )
         for layer, each in sources.statistics.items()

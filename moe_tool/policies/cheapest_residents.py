@@ -2,6 +2,7 @@
 costs, greedily by the price saved per byte."""
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from moe_tool.artifacts.routing import FULL
 from moe_tool.policies.hot_set import ExpertKey
-from moe_tool.policies.misses.price_book import PriceBook
+from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 
 _COVER_AT_MOST = 1.1
 """Times the expected price, that an answer for everybody may cost"""
@@ -23,44 +24,66 @@ class ResidentChoice:
     """The experts held in each form, in the order in which they were chosen; each in one at most"""
     size_bytes: int
     nats_per_token: float
-    """Expected price of all misses, each answered by the cheapest that needs no read"""
+    """Expected price of all misses, each answered by what is cheapest, bytes to be read counted at
+    their worth"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertUse:
+    """How one layer's experts are used, on average over all tokens."""
+
+    squared_gate: np.ndarray
+    """[E] float64: squared gate weight; 0 where an expert is not wanted"""
+    load: np.ndarray
+    """[E] float64: share of tokens that want each expert"""
 
 
 class _Layer:
-    """The answers that one layer's experts have so far."""
+    """The answers that one layer's experts have so far, in nats per token."""
 
-    def __init__(
-        self, use: np.ndarray, nats: np.ndarray, eps: np.ndarray, stand_in: np.ndarray
-    ) -> None:
-        self.eps_squared = np.minimum(eps, 1.0) ** 2  # [L, E]
-        self.weight = use * nats  # [E]
-        self.held = np.full(len(use), -1)  # level, -1: none
-        self._stand_in = stand_in**2  # [E, E]: of column j for row i, where j is held in full
-        self._own = np.ones(len(use))
-        self._other = np.ones(len(use))
+    def __init__(self, use: ExpertUse, book: LayerBook, reading: np.ndarray) -> None:
+        """Begin with nothing in memory.
+
+        Args:
+            use: of the experts.
+            book: prices.
+            reading: [L]: nats that the bytes of each form are worth.
+        """
+        self.held = np.full(len(book.nats), -1)  # level, -1: none
+        self._whole = use.squared_gate * book.nats  # [E]: of nothing
+        self._in_form = self._whole * np.minimum(book.eps, 1.0) ** 2  # [L, E]
+        self._stand_in = self._whole[:, None] * _stand_ins(book.buddy, book.buddy_eps) ** 2
+        # What a miss costs that is read, in the form for which that is least: nothing costs more.
+        often = np.where(use.load > 0, use.load, 1.0)  # what is not wanted costs nothing anyway
+        read = np.where(np.isfinite(book.eps), often * reading[:, None] + self._in_form, np.inf)
+        self._other = np.minimum(self._whole, read.min(axis=0))
+        self._own = self._whole.copy()
 
     @property
     def total(self) -> float:
-        return float((self.weight * np.minimum(self._own, self._other)).sum())
+        return float(np.minimum(self._own, self._other).sum())
 
     def gain(self, expert: int, level: int) -> float:
         best = np.minimum(self._own, self._other)
-        own = min(self.eps_squared[level, expert], self._other[expert])
-        saved = self.weight[expert] * (best[expert] - own)
+        saved = best[expert] - min(self._in_form[level, expert], self._other[expert])
         if level == FULL:
-            others = np.maximum(best - self._stand_in[:, expert], 0.0) * self.weight
+            others = np.maximum(best - self._stand_in[:, expert], 0.0)
             saved += others.sum() - others[expert]
         return float(saved)
 
     def hold(self, expert: int, level: int) -> None:
         self.held[expert] = level
-        self._own[expert] = self.eps_squared[level, expert]
+        self._own[expert] = self._in_form[level, expert]
         if level == FULL:
             np.minimum(self._other, self._stand_in[:, expert], out=self._other)
 
 
 def cheapest_residents(
-    book: PriceBook, use: Mapping[int, np.ndarray], *, room_bytes: int
+    book: PriceBook,
+    use: Mapping[int, ExpertUse],
+    *,
+    room_bytes: int,
+    nats_per_mb: float = math.inf,
 ) -> ResidentChoice:
     """Return the residents that make the expected price of misses least, as a greedy search finds
     them.
@@ -73,30 +96,31 @@ def cheapest_residents(
 
     Args:
         book: prices.
-        use: decoder layer -> [E] mean squared gate weight of each expert over all tokens.
+        use: by decoder layer.
         room_bytes: that the residents may take.
+        nats_per_mb: what avoiding a read of 10^6 bytes is worth: where reading is cheap, memory is
+            for what is read most; where nothing is read, for what can answer for most.
     """
-    free = _search(book, use, {}, room_bytes)
+    reading = np.array([nats_per_mb * size / 1e6 for size in book.record_bytes])
+    free = _search(book, use, reading, {}, room_bytes)
     smallest = _smallest_forms(book)
     needed = sum(book.record_bytes[level] for level in smallest.values())
     if needed > room_bytes or all(level == FULL for level in smallest.values()):
         return free
-    everybody = _search(book, use, smallest, room_bytes)
+    everybody = _search(book, use, reading, smallest, room_bytes)
     is_cheap = everybody.nats_per_token <= _COVER_AT_MOST * free.nats_per_token
     return everybody if is_cheap else free
 
 
 def _search(
     book: PriceBook,
-    use: Mapping[int, np.ndarray],
+    use: Mapping[int, ExpertUse],
+    reading: np.ndarray,
     begin: Mapping[tuple[int, int], int],
     room_bytes: int,
 ) -> ResidentChoice:
     """Search greedily from what `begin` holds: (layer, expert) -> level."""
-    layers = {
-        number: _Layer(use[number], each.nats, each.eps, _stand_ins(each.buddy, each.buddy_eps))
-        for number, each in book.layers.items()
-    }
+    layers = {number: _Layer(use[number], each, reading) for number, each in book.layers.items()}
     sizes = book.record_bytes
     order = dict(begin)
     for (number, expert), level in begin.items():
@@ -114,7 +138,7 @@ def _search(
     heap = [
         found
         for number, layer in layers.items()
-        for expert in range(len(layer.weight))
+        for expert in range(len(layer.held))
         for level in range(len(sizes))
         if (found := candidate(number, expert, level)) is not None
     ]

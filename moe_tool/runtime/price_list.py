@@ -4,7 +4,19 @@ import numpy as np
 
 from moe_tool.artifacts.buddy_map import Buddy
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.policies.cheapest_residents import ExpertUse
 from moe_tool.policies.misses import LayerBook, PriceBook
+
+
+def expert_use(manifest: BundleManifest) -> dict[int, ExpertUse] | None:
+    """Return how experts are used, by decoder layer; None where the bundle was packed without a
+    profile."""
+    if manifest.prices is None or manifest.heat is None:
+        return None
+    return {
+        entry.layer: ExpertUse(squared_gate=np.array(entry.use), load=np.array(heat.load))
+        for entry, heat in zip(manifest.prices, manifest.heat, strict=True)
+    }
 
 
 def price_book(manifest: BundleManifest) -> PriceBook | None:

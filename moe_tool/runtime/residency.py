@@ -1,15 +1,15 @@
 """Which experts stay for a whole run, and in which form: the hottest of the profile, some of every
 layer, or what makes misses cheapest."""
 
+import math
 from dataclasses import dataclass
-
-import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.routing import FULL
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
 from moe_tool.policies.hot_set import ExpertKey, hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
+from moe_tool.runtime.price_list import expert_use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,8 @@ def frozen_rooms(
         return full + (nothing,) * (n_levels - 1)
     if choice.residents == "two-precisions":
         return _two_precisions(manifest, n_slots, choice)
-    return _cheapest(manifest, n_slots, prices) or full + (nothing,) * (n_levels - 1)
+    nats_per_mb = choice.values.get("nats-per-mb", math.inf)
+    return _cheapest(manifest, n_slots, prices, nats_per_mb) or full + (nothing,) * (n_levels - 1)
 
 
 def cache_rooms(
@@ -86,17 +87,17 @@ def n_slots_min(manifest: BundleManifest) -> int:
 
 
 def _cheapest(
-    manifest: BundleManifest, n_slots: int, book: PriceBook | None
+    manifest: BundleManifest, n_slots: int, book: PriceBook | None, nats_per_mb: float
 ) -> tuple[LevelRoom, ...] | None:
     """One token's slots of full experts stay free, and one slot of every cheaper form."""
-    if book is None or manifest.prices is None:
+    use = expert_use(manifest)
+    if book is None or use is None:
         return None
     free = n_slots_min(manifest)
     room = free_for_residents(n_slots, free, book.record_bytes)
     if room <= 0:
         return None
-    use = {entry.layer: np.array(entry.use) for entry in manifest.prices}
-    chosen = cheapest_residents(book, use, room_bytes=room)
+    chosen = cheapest_residents(book, use, room_bytes=room, nats_per_mb=nats_per_mb)
     full, *cheaper = chosen.by_level
     return (
         LevelRoom(n_slots=len(full) + free, pinned=full),

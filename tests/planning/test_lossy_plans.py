@@ -12,6 +12,7 @@ from moe_tool.artifacts.routing import FULL
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.planning.choose_lossy import LimitedChoice, fastest_choice
 from moe_tool.planning.profile_prices import nats_of_bits, profile_prices, replicas_below
+from moe_tool.policies.cheapest_residents import ExpertUse
 from tests.formats import samples
 
 
@@ -29,7 +30,8 @@ def _sources(path: Path):
                 sensitivity=2.0 + layer,
                 probe=replace(base.probe, output_ratio=ratio),
             )
-        use = {layer: np.full(shape.experts, 0.25) for layer in shape.layers}
+        quarter = np.full(shape.experts, 0.25)
+        use = {layer: ExpertUse(squared_gate=quarter, load=quarter) for layer in shape.layers}
         return SimpleNamespace(profile=profile, statistics=statistics, use=use)
 
 
