@@ -8,13 +8,14 @@ from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import bits_of
+from moe_tool.artifacts.precision import bits_of, describe_precision
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from moe_tool.artifacts.bundle_manifest import BundleManifest, QualityFigure
     from moe_tool.artifacts.routing_report import RoutingReport
     from moe_tool.profiling.coverage import LayerCoverage
 
@@ -272,11 +273,44 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
+            "replicas": ", ".join(describe_precision(each.precision) for each in manifest.replicas)
+            or "none",
             "tool_version": manifest.tool_version,
         }
+        | _policy_facts(manifest)
     )
-    checked = "every hash" if verify else "sizes and headers"
-    return Description(kind="bundle", path=path, is_intact=True, checked=checked, facts=facts)
+    details: dict[str, object] = {}
+    if manifest.calibration is not None:
+        details["calibration"] = manifest.calibration.model_dump(mode="json")
+    return Description(
+        kind="bundle",
+        path=path,
+        is_intact=True,
+        checked="every hash" if verify else "sizes and headers",
+        facts=facts,
+        details=details,
+    )
+
+
+def _policy_facts(manifest: "BundleManifest") -> dict[str, object]:
+    """What answers misses where nothing else is asked for, and what that was measured to cost."""
+    calibration, plan = manifest.calibration, manifest.plan
+    if calibration is None:
+        if plan is None or plan.policy is None:
+            return {"policy": "exact"}
+        return {"policy": plan.policy, "expected_kl": plan.prediction.kl}
+
+    def measured(quality: "QualityFigure") -> str:
+        low, high = quality.kl_ci95
+        return f"KL {quality.kl:.4f} [{low:.4f}, {high:.4f}] over {quality.tokens} tokens"
+
+    return {
+        "policy": calibration.policy,
+        "calibrated_to": f"KL {calibration.max_kl:g} with {calibration.expert_slots} expert slots",
+        "calibrated_on": ", ".join(calibration.sources),
+        "measured": measured(calibration.quality),
+        **{f"measured_{domain}": measured(each) for domain, each in calibration.domains.items()},
+    }
 
 
 def _describe_checkpoint(path: Path) -> Description:

@@ -26,7 +26,7 @@ def least_share(
     free = n_slots_min(manifest)
 
     def keeps(n_slots: int) -> bool:
-        room = free_for_residents(n_slots, free, book.record_bytes)
+        room = free_for_residents(n_slots, free, book.record_bytes, nats_per_mb=math.inf)
         if room <= 0:
             return False
         chosen = cheapest_residents(book, use, room_bytes=room)

@@ -54,13 +54,17 @@ def lossy_ways(sources: PlanSources, way: WayToRun, n_slots: int) -> list[LossyW
     shape = sources.profile.header.shape
     replicas = replicas_below(way.bits)
     book = profile_prices(sources, way.bits, replicas)
-    room = free_for_residents(n_slots, way.machine.n_slots_min, book.record_bytes)
-    if room <= 0 or n_slots >= shape.experts * len(shape.layers):
+    if n_slots >= shape.experts * len(shape.layers):
         return []
     of_bits = nats_of_bits(sources, way.bits)
     found = []
     for factor in _PATIENCE:
         patience = float(f"{factor * book.typical_nats_per_mb:.4g}")
+        room = free_for_residents(
+            n_slots, way.machine.n_slots_min, book.record_bytes, nats_per_mb=patience
+        )
+        if room <= 0:
+            continue
         residents = cheapest_residents(book, sources.use, room_bytes=room, nats_per_mb=patience)
         masks = resident_masks(shape.layers, residents.by_level, n_experts=shape.experts)
         choice = parse_miss_policy("priced").with_value("nats-per-mb", patience)

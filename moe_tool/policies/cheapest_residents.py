@@ -169,16 +169,21 @@ def _search(
     )
 
 
-def free_for_residents(n_slots: int, free: int, record_bytes: Sequence[int]) -> int:
+def free_for_residents(
+    n_slots: int, free: int, record_bytes: Sequence[int], *, nats_per_mb: float
+) -> int:
     """Return the bytes that residents may take: all slots but those in which one token's misses are
-    read, and one slot of every cheaper form.
+    read, and one slot of every cheaper form where these may be read too.
 
     Args:
         n_slots: of full experts, that the budget has room for.
         free: of them, for one token's experts.
         record_bytes: by level.
+        nats_per_mb: what avoiding a read of 10^6 bytes is worth; if it is infinite only prompts are
+            read for, and they are exact.
     """
-    return (n_slots - free) * record_bytes[FULL] - sum(record_bytes[1:])
+    room = (n_slots - free) * record_bytes[FULL]
+    return room if math.isinf(nats_per_mb) else room - sum(record_bytes[1:])
 
 
 def _smallest_forms(book: PriceBook) -> dict[tuple[int, int], int]:

@@ -89,19 +89,21 @@ def n_slots_min(manifest: BundleManifest) -> int:
 def _cheapest(
     manifest: BundleManifest, n_slots: int, book: PriceBook | None, nats_per_mb: float
 ) -> tuple[LevelRoom, ...] | None:
-    """One token's slots of full experts stay free, and one slot of every cheaper form."""
+    """One token's slots of full experts stay free, and one slot of every cheaper form that may be
+    read."""
     use = expert_use(manifest)
     if book is None or use is None:
         return None
     free = n_slots_min(manifest)
-    room = free_for_residents(n_slots, free, book.record_bytes)
+    room = free_for_residents(n_slots, free, book.record_bytes, nats_per_mb=nats_per_mb)
     if room <= 0:
         return None
     chosen = cheapest_residents(book, use, room_bytes=room, nats_per_mb=nats_per_mb)
     full, *cheaper = chosen.by_level
+    n_read = 0 if math.isinf(nats_per_mb) else 1
     return (
         LevelRoom(n_slots=len(full) + free, pinned=full),
-        *(LevelRoom(n_slots=len(keys) + 1, pinned=keys) for keys in cheaper),
+        *(LevelRoom(n_slots=len(keys) + n_read, pinned=keys) for keys in cheaper),
     )
 
 

@@ -76,7 +76,8 @@ class ExpertStore:
         held = bundle.levels[level]
         n_all = len(held.records)
         pinned_keys = frozenset(pinned)
-        if n_slots < min(len(pinned_keys) + 1, n_all) or n_slots < 1:
+        n_read = 1 if level == FULL else 0  # of replicas none need ever be read
+        if n_slots < min(len(pinned_keys) + n_read, n_all) or n_slots < 1:
             raise BudgetError(
                 f"{n_slots} expert slots cannot hold {len(pinned_keys)} pinned ones and one more",
                 hint="give more --memory",

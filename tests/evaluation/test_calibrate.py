@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_tool.cli.describe_artifact import describe_artifact
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
@@ -12,6 +13,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
+from moe_tool.progress import SILENT
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import open_session
@@ -164,3 +166,14 @@ def test_a_limit_out_of_reach_says_what_is_in_reach_and_what_would_do(
         _calibrate(packed, sources, 1e-9)
     assert "--max-kl" in str(refused.value.hint)
     assert BundleReader.open(packed).manifest == before  # nothing is written
+
+
+def test_inspect_says_what_was_measured_and_on_what(
+    packed: Path, sources: tuple[TextSource, ...], worst: float
+) -> None:
+    found = _calibrate(packed, sources, worst / 2).calibration
+    facts = describe_artifact(packed, verify=False, progress=SILENT).facts
+    assert facts["policy"] == found.policy
+    assert f"KL {worst / 2:g}" in str(facts["calibrated_to"])
+    assert f"{found.quality.kl:.4f}" in str(facts["measured"])
+    assert all(f"measured_{domain}" in facts for domain in found.domains)
