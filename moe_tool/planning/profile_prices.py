@@ -2,14 +2,15 @@
 
 import numpy as np
 
-from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS
+from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS, ExpertStatistics
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits
-from moe_tool.artifacts.precision import IntegerPrecision, replica_precisions
+from moe_tool.artifacts.precision import IntegerPrecision, precision_from_bits, replica_precisions
 from moe_tool.formats.expert_record import record_layout
 from moe_tool.planning.model_costs import record_size
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.misses import LayerBook, PriceBook
+from moe_tool.policies.misses.price_book import STRUCTURED, felt_error, leaves_noise
 
 
 def replicas_below(bits: Bits) -> str:
@@ -31,22 +32,20 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
         replicas: widths, as `replicas_below` names them.
     """
     shape = sources.profile.header.shape
-    forms = replica_precisions(replicas)
-    widths = [form.width_bits for form in forms if isinstance(form, IntegerPrecision)]
-    columns = [PRICED_WIDTHS.index(width) for width in widths]
+    forms = [f for f in replica_precisions(replicas) if isinstance(f, IntegerPrecision)]
     nobody = np.zeros((shape.experts, 0))
     layers = {}
     for layer in shape.layers:
         each = sources.statistics[layer]
-        whole = np.zeros((1, shape.experts))
+        whole = np.zeros(shape.experts)
         layers[layer] = LayerBook(
-            nats=each.nats,
-            eps=np.concatenate([whole, each.eps_bits[:, columns].T.astype(np.float64)]),
+            nats=STRUCTURED * each.nats,
+            eps=np.stack([whole, *(_felt(each, form) for form in forms)]),
             buddy=nobody.astype(np.int64),
             buddy_scale=nobody,
             buddy_eps=nobody,
         )
-    sizes = (_replica_size(shape, form) for form in forms if isinstance(form, IntegerPrecision))
+    sizes = (_replica_size(shape, form) for form in forms)
     return PriceBook(layers=layers, record_bytes=(record_size(shape, bits), *sizes))
 
 
@@ -60,17 +59,18 @@ def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
     """
     if bits == "native":
         return 0.0
-    column = PRICED_WIDTHS.index(int(bits))
-    return sum(
-        float(
-            (
-                sources.use[layer].squared_gate
-                * each.nats
-                * each.eps_bits[:, column].astype(np.float64) ** 2
-            ).sum()
-        )
-        for layer, each in sources.statistics.items()
-    )
+    form = precision_from_bits(bits)
+    assert isinstance(form, IntegerPrecision)
+    total = 0.0
+    for layer, each in sources.statistics.items():
+        squared = _felt(each, form) ** 2
+        total += float((sources.use[layer].squared_gate * each.nats * squared).sum())
+    return STRUCTURED * total
+
+
+def _felt(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
+    eps = statistics.eps_bits[:, PRICED_WIDTHS.index(form.width_bits)]  # [E]
+    return felt_error(eps, is_noise=leaves_noise(form))
 
 
 def _replica_size(shape: MoeShape, form: IntegerPrecision) -> int:

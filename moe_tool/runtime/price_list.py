@@ -6,6 +6,7 @@ from moe_tool.artifacts.buddy_map import Buddy
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.policies.cheapest_residents import ExpertUse
 from moe_tool.policies.misses import LayerBook, PriceBook
+from moe_tool.policies.misses.price_book import STRUCTURED, felt_error, leaves_noise
 
 
 def expert_use(manifest: BundleManifest) -> dict[int, ExpertUse] | None:
@@ -37,7 +38,10 @@ def price_book(manifest: BundleManifest) -> PriceBook | None:
         eps = np.zeros((1 + len(manifest.replicas), n_experts))
         for level, table in enumerate(manifest.replicas, start=1):
             is_stored = [(prices.layer, e) in stored[level - 1] for e in range(n_experts)]
-            eps[level] = np.where(is_stored, table.prices[at].eps, np.inf)
+            felt = felt_error(
+                np.array(table.prices[at].eps), is_noise=leaves_noise(table.precision)
+            )
+            eps[level] = np.where(is_stored, felt, np.inf)
         lists: tuple[tuple[Buddy, ...], ...] = ((),) * n_experts
         if manifest.buddies is not None:
             lists = manifest.buddies.layers[at].buddies
@@ -51,11 +55,11 @@ def price_book(manifest: BundleManifest) -> PriceBook | None:
                     scale[expert, column] = each.scale
                     error[expert, column] = each.price_held_out
         layers[prices.layer] = LayerBook(
-            nats=np.array(prices.nats),
+            nats=STRUCTURED * np.array(prices.nats),
             eps=eps,
             buddy=buddy,
             buddy_scale=scale,
-            buddy_eps=error,
+            buddy_eps=felt_error(error, is_noise=False),
         )
     sizes = (manifest.record_size_bytes, *(table.record_size_bytes for table in manifest.replicas))
     return PriceBook(layers=layers, record_bytes=sizes)

@@ -13,6 +13,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.planning.choose_lossy import LimitedChoice, fastest_choice
 from moe_tool.planning.profile_prices import nats_of_bits, profile_prices, replicas_below
 from moe_tool.policies.cheapest_residents import ExpertUse
+from moe_tool.policies.misses.price_book import STRUCTURED
 from tests.formats import samples
 
 
@@ -39,9 +40,13 @@ def test_a_profiles_prices_are_those_of_its_bits_and_layers(tmp_path: Path) -> N
     sources = _sources(tmp_path / "p.h5")
     book = profile_prices(sources, "native", "4,2")
     for layer, each in book.layers.items():
-        assert each.nats == pytest.approx(np.full(samples.EXPERTS, (2.0 + layer) * 0.25))
+        assert each.nats == pytest.approx(
+            np.full(samples.EXPERTS, STRUCTURED * (2.0 + layer) * 0.25)
+        )
         assert each.eps[FULL].tolist() == [0.0] * samples.EXPERTS
-        assert each.eps[1] == pytest.approx(0.1) and each.eps[2] == pytest.approx(0.4)
+        # what rounding leaves is noise, which costs less than what the nats are of
+        assert each.eps[1] ** 2 * STRUCTURED == pytest.approx(0.1**2)
+        assert each.eps[2] ** 2 * STRUCTURED == pytest.approx(0.4**2)
     assert replicas_below("4") == "3,2,1" and replicas_below("native") == "4,3,2,1"
 
 

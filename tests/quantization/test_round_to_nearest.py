@@ -42,22 +42,7 @@ def slow_round_trip(weight: np.ndarray, width_bits: int, group: int = 64) -> np.
                 half = 2 ** (width_bits - 1)
                 low, high = part.min(), part.max()
                 largest = low if -low > high else high
-                plain = wide = np.float32(largest / np.float32(-half))
-
-                def error(d: np.float32, part=part, half=half) -> float:
-                    codes = np.clip(np.rint(part / d), -half, half - 1) if d else 0 * part
-                    return float(((codes * d - part) ** 2).sum())
-
-                if width_bits in (2, 3):  # the nearest codes and the scale that fits them, in turns
-                    wide = np.float32(wide * np.float32({2: 0.8, 3: 0.9}[width_bits]))
-                    for _ in range(2):
-                        inverse = np.float32(0) if wide == 0 else np.float32(1) / wide
-                        turn = np.clip(np.rint(part * inverse), -half, half - 1)
-                        energy = float((turn.astype(np.float64) ** 2).sum())
-                        if energy > 0:
-                            wide = np.float32((part.astype(np.float64) * turn).sum() / energy)
-                    wide = wide if error(wide) < error(plain) else plain
-                scale = np.float32(np.float16(wide))
+                scale = np.float32(np.float16(largest / np.float32(-half)))
                 # The product with the inverse, in float32, as the fast one has it.
                 inverse = np.float32(0) if scale == 0 else np.float32(1) / scale
                 codes = np.clip(np.rint(part * inverse), -half, half - 1).astype(np.float32)
@@ -102,23 +87,10 @@ def test_one_bit_by_hand() -> None:
 
 
 def test_two_bits_by_hand() -> None:
-    # It begins with d = 0.8 * -2 / -2: codes -2, 1 (2.4 is cut), 0, -1. These fit d = (4 + 1.9 +
-    # 0.6) / 6 = 1.0833 best, which gives the same codes.
-    found = round_trip(torch.tensor([[-2.0, 1.9, 0.4, -0.6]]), 2)
-    d = float(torch.tensor(6.5 / 6).half())
-    assert found.tolist() == [[-2 * d, d, 0.0, -d]]
-
-
-@pytest.mark.parametrize("width_bits", [2, 3])
-def test_few_bits_leave_less_error_than_a_grid_that_clips_nothing(width_bits: int) -> None:
-    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(9))
-    half = 2 ** (width_bits - 1)
-    groups = weight.view(64, 4, 64)
-    lowest, highest = groups.aminmax(dim=-1, keepdim=True)
-    scale = torch.where(-lowest > highest, lowest, highest) / -half
-    plain = ((groups / scale).round().clamp(-half, half - 1) * scale).view(64, 256)
-    error = (round_trip(weight, width_bits) - weight).norm()
-    assert error < {2: 0.92, 3: 0.95}[width_bits] * (plain - weight).norm()
+    # d = -2 / -2 = 1: codes -2 ... 1.
+    assert round_trip(torch.tensor([[-2.0, 1.9, 0.4, -0.6]]), 2).tolist() == [
+        [-2.0, 1.0, 0.0, -1.0]
+    ]
 
 
 @pytest.mark.parametrize("width_bits", WIDTHS)
@@ -126,8 +98,8 @@ def test_few_bits_leave_less_error_than_a_grid_that_clips_nothing(width_bits: in
 def test_it_does_what_the_slow_rule_does(width_bits: int, n_in: int) -> None:
     generator = torch.Generator().manual_seed(n_in)
     weight = torch.randn(5, n_in, generator=generator)
-    # What is summed up may differ in the last bit of float16, by the order of the sum.
-    tolerance = 2**-10 if width_bits <= 3 else 0
+    # Mean magnitudes may differ in the last bit of float16, by the order of the sum.
+    tolerance = 2**-10 if width_bits == 1 else 0
     expected = slow_round_trip(weight.numpy(), width_bits)
     np.testing.assert_allclose(round_trip(weight, width_bits).numpy(), expected, rtol=tolerance)
 
@@ -186,7 +158,7 @@ def test_weights_that_are_no_numbers_are_refused(bad: float, width_bits: int, pl
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), width_bits=st.sampled_from([8, 4]))
+@given(data=st.data(), width_bits=st.sampled_from([8, 4, 3, 2]))
 def test_no_weight_moves_further_than_half_a_step_but_the_one_cut_at_the_top(
     data: st.DataObject, width_bits: int
 ) -> None:
@@ -203,21 +175,3 @@ def test_no_weight_moves_further_than_half_a_step_but_the_one_cut_at_the_top(
         assert (moved[start : start + 64] <= step * slack).all()
         inside = weight[0, start : start + 64].abs() <= step * (2 ** (width_bits - 1) - 1)
         assert (moved[start : start + 64][inside] <= step * (0.5 + 2**-10 * 2**width_bits)).all()
-
-
-@settings(deadline=None, max_examples=60)
-@given(data=st.data(), width_bits=st.sampled_from([3, 2]))
-def test_clipping_never_errs_more_than_not_clipping(data: st.DataObject, width_bits: int) -> None:
-    n_in = data.draw(st.integers(1, 64))
-    number = st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-2)
-    weight = torch.tensor([data.draw(st.lists(number, min_size=n_in, max_size=n_in))])
-    half = 2 ** (width_bits - 1)
-    low, high = weight.min(), weight.max()
-    scale = (low if -low > high else high) / -half
-    plain = torch.zeros_like(weight)
-    if scale != 0:
-        plain = (weight / scale).round().clamp(-half, half - 1) * scale
-    # float16 rounds the scale by 2**-11 of itself, which moves a weight by as much of its size
-    slack = float(weight.norm()) * 2**-10
-    found = round_trip(weight, width_bits)
-    assert float((found - weight).norm()) <= float((plain - weight).norm()) + slack

@@ -9,7 +9,35 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_tool.artifacts.precision import IntegerPrecision, ReplicaPrecision
 from moe_tool.artifacts.routing import FULL, Answers, Routing
+
+STRUCTURED = 2.0
+"""What an error that has structure costs over noise of the same size.
+
+The profile's sensitivity is that of noise, which is what rounding to two bits or more leaves. An
+error that takes a part of the output away, as leaving an expert out does, a stand-in, a map of low
+rank or one bit, lies where the next layers look: on two trained models measured divergence over
+expected was 0.8 to 1.6 for the former and 1.7 to 2.8 for the latter."""
+
+
+def felt_error(eps: np.ndarray, *, is_noise: bool) -> np.ndarray:
+    """Return relative errors as the model feels them, so that nothing in an expert's place is 1.
+
+    Args:
+        eps: error relative to the expert's own output.
+        is_noise: whether rounding left it.
+
+    Returns:
+        The same shape; prices are then `STRUCTURED` times what the sensitivity alone gives.
+    """
+    wide = np.asarray(eps, dtype=np.float64)
+    return wide / np.sqrt(STRUCTURED) if is_noise else wide
+
+
+def leaves_noise(form: ReplicaPrecision) -> bool:
+    """Return whether what a form leaves as error is noise."""
+    return isinstance(form, IntegerPrecision) and form.width_bits > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +47,8 @@ class LayerBook:
     nats: np.ndarray
     """[E] float64: of a slot with gate weight 1 that is answered by nothing"""
     eps: np.ndarray
-    """[L, E] float64: relative error of each form; 0 at FULL, infinite where it is not stored"""
+    """[L, E] float64: relative error of each form, as it is felt; 0 at FULL, infinite where it is
+    not stored"""
     buddy: np.ndarray
     """[E, B] int64: listed stand-ins; -1 where there is none"""
     buddy_scale: np.ndarray
