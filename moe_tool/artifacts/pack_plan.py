@@ -32,8 +32,8 @@ class PlannedForm(FrozenModel):
     record_bytes: SizeBytes
     resident: tuple[tuple[Index, Index], ...]
     """(layer, expert), the most worth their bytes first"""
-    on_disk_alone: Count
-    """Experts that this form is packed of, and not in memory"""
+    on_disk_alone: Annotated[int, Field(ge=0, le=2**32)]
+    """Experts that this form is packed of, and not in memory; of all others it is absent"""
 
 
 class PlanPrediction(FrozenModel):

@@ -100,7 +100,11 @@ def evaluate(
             output.show(_dominance(report.dominating))
         if reference is not None:
             output.show(checkpoint_perplexity(report.figures))
-        if len(report.domains) > 1:
+        if len(report.domains) > 1 and controls:
+            for domain in report.domains:
+                rows = [(row.policy, row.domains[domain]) for row in report.rows]
+                output.show(domain, evaluation_table(rows))
+        elif len(report.domains) > 1:
             output.show(
                 f"{report.policy} by domain", evaluation_table(list(report.domains.items()))
             )

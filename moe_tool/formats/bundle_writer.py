@@ -7,7 +7,7 @@ there names records only once their bytes are on the disk; a resume checks them 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -71,6 +71,7 @@ class BundleWriter:
         precision: Precision,
         order: Sequence[tuple[int, int]],
         replicas: Sequence[ReplicaPrecision] = (),
+        replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
         made_from: dict[str, str],
     ) -> None:
         """Use `open`."""
@@ -85,9 +86,15 @@ class BundleWriter:
         )
         """By level"""
         self._replicas = tuple(replicas)
-        self._order = [(level, *key) for key in order for level in range(len(self.forms))]
+        everybody = [order] * len(self._replicas)
+        by_level = [order, *(everybody if replicas_of is None else replicas_of)]
+        wanted = [set(keys) for keys in by_level]
+        self._order = [
+            (level, *key) for key in order for level, keys in enumerate(wanted) if key in keys
+        ]
         self._plan: list[list[ExpertFile]] = [
-            plan_expert_files(order, form.layout, stem=form.stem) for form in self.forms
+            plan_expert_files([key for key in order if key in keys], form.layout, stem=form.stem)
+            for form, keys in zip(self.forms, wanted, strict=True)
         ]
         self._places = _places(self._order, self._plan)
         self._records: list[ExpertRecord] = []
@@ -111,6 +118,7 @@ class BundleWriter:
         precision: Precision,
         order: Sequence[tuple[int, int]],
         replicas: Sequence[ReplicaPrecision] = (),
+        replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
         made_from: dict[str, str],
     ) -> "BundleWriter":
         """Begin a bundle, go on with an interrupted one, or find it finished.
@@ -121,7 +129,9 @@ class BundleWriter:
             shape: of the model.
             precision: of the records.
             order: every (layer, expert) in file order.
-            replicas: how the cheaper forms of every expert are written, the dearest first.
+            replicas: how the cheaper forms of experts are written, the dearest first.
+            replicas_of: for each of these the (layer, expert) pairs that get it, at least one;
+                None: all get all.
             made_from: options and input hashes; a bundle or part of one with others is refused.
 
         Raises:
@@ -137,6 +147,7 @@ class BundleWriter:
             precision=precision,
             order=order,
             replicas=replicas,
+            replicas_of=replicas_of,
             made_from=made_from,
         )
         with storage_errors(writer._folder):

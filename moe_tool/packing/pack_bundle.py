@@ -3,7 +3,7 @@ tokenizer and the manifest."""
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +145,9 @@ def pack_bundle(
         _require_planned_replicas(plan, replicas)
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
     cheaper = _replicas(replicas, shape, measured)
+    planned = None if plan is None else _planned_residents(plan, cheaper)
+    if planned is not None:
+        cheaper = tuple(form for form in cheaper if planned[form])
     n_records = len(measured.order)
     skeleton = SkeletonWork(opened, skeleton_precision)
     writer = BundleWriter.open(
@@ -154,6 +157,7 @@ def pack_bundle(
         precision=precision,
         order=measured.order,
         replicas=cheaper,
+        replicas_of=None if planned is None else [planned[form] for form in cheaper],
         made_from={
             "bits": bits,
             "skeleton_bits": skeleton_bits,
@@ -197,7 +201,9 @@ def pack_bundle(
         bundle=out,
         bytes=sum(file.size_bytes for file in manifest.files),
         expert_bytes=expert_bytes,
-        replica_bytes=n_records * sum(form.layout.size_bytes for form in writer.forms[1:]),
+        replica_bytes=sum(
+            len(table.records) * table.record_size_bytes for table in manifest.replicas
+        ),
         skeleton_bytes=skeleton.size_bytes,
         skeleton_bits=skeleton_bits,
         bits_per_weight=8 * expert_bytes / (n_records * shape.n_expert_weights),
@@ -239,6 +245,19 @@ def _require_planned_replicas(plan: PackPlan, replicas: str) -> None:
             f"--replicas {replicas or 'none'} leaves out",
             hint="leave --replicas to the plan",
         )
+
+
+def _planned_residents(
+    plan: PackPlan, forms: Sequence[ReplicaPrecision]
+) -> dict[ReplicaPrecision, frozenset[tuple[int, int]]] | None:
+    """Of which experts a plan wants each form: where nothing is read for a miss a form that is not
+    in memory is of no use on the disk. None: of all."""
+    if plan.policy is None or any(form.on_disk_alone for form in plan.forms[1:]):
+        return None
+    residents = {form.form: frozenset(form.resident) for form in plan.forms}
+    if not {describe_precision(form) for form in forms} <= residents.keys():
+        return None  # more replicas were asked for than are planned
+    return {form: residents[describe_precision(form)] for form in forms}
 
 
 def _sha256_of(plan: PackPlan) -> str:

@@ -1,10 +1,12 @@
 """The fastest of all ways, exact ones and lossy ones, that keeps a limit of divergence."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_tool.artifacts.pack_plan import Bits, PlannedForm
 from moe_tool.artifacts.precision import describe_precision, replica_precisions
+from moe_tool.artifacts.routing import FULL
 from moe_tool.errors import BudgetError
 from moe_tool.planning.lossy_ways import LossyWay, lossy_ways
 from moe_tool.planning.memory_account import account
@@ -12,6 +14,7 @@ from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import nats_of_bits, profile_prices
 from moe_tool.planning.ways_to_run import WayToRun
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.runtime.memory_plan import suggested_budget
 
 _AS_FAST = 0.98
@@ -83,11 +86,19 @@ def planned_forms(sources: PlanSources, lossy: LossyWay) -> tuple[PlannedForm, .
     sizes = profile_prices(sources, lossy.bits, lossy.replicas).record_bytes
     shape = sources.profile.header.shape
     n_experts = shape.experts * len(shape.layers)
+    choice = parse_miss_policy(lossy.policy)
+    reads_replicas = math.isfinite(choice.values["nats-per-mb"])
     return tuple(
         PlannedForm(
-            form=name, record_bytes=size, resident=keys, on_disk_alone=n_experts - len(keys)
+            form=name,
+            record_bytes=size,
+            resident=keys,
+            # Full experts are read for prompts; replicas are packed only if they may be of use.
+            on_disk_alone=n_experts - len(keys) if level == FULL or reads_replicas else 0,
         )
-        for name, size, keys in zip(names, sizes, lossy.residents.by_level, strict=True)
+        for level, (name, size, keys) in enumerate(
+            zip(names, sizes, lossy.residents.by_level, strict=True)
+        )
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_tool.artifacts.pack_plan import PackPlan, PlannedForm
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.formats.bundle_reader import BundleReader
@@ -18,7 +19,12 @@ from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, round_trip
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.price_list import price_book
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import parse_sources
+from tests.planning.made_plan import made_plan
 
 LIST = "4,2:128,1,rank8,rank2"
 
@@ -166,3 +172,61 @@ def test_a_damaged_replica_is_named(bundle: Path, tmp_path: Path) -> None:
         out = torch.empty(reader.levels[4].record_size_bytes, dtype=torch.uint8)
         with pytest.raises(CorruptArtifactError, match=entry.file):
             reader.read_record_into(entry.layer, entry.expert, out, level=4)
+
+
+def _planned(bundle: Path, policy: str, on_disk_alone: int) -> PackPlan:
+    manifest = BundleReader.open(bundle).manifest
+    layers = manifest.shape.layers
+    forms = (
+        PlannedForm(form="native", record_bytes=4096, resident=((layers[0], 1),), on_disk_alone=9),
+        PlannedForm(
+            form="4",
+            record_bytes=4096,
+            resident=((layers[-1], 2), (layers[0], 0)),
+            on_disk_alone=on_disk_alone,
+        ),
+        PlannedForm(form="1", record_bytes=4096, resident=(), on_disk_alone=on_disk_alone),
+    )
+    return made_plan(
+        identity=manifest.identity,
+        bits="native",
+        policy=policy,
+        replicas="4,1",
+        max_kl=0.1,
+        forms=forms,
+    )
+
+
+def test_a_plan_that_reads_no_replica_packs_only_those_that_stay(
+    bundle: Path, model: LocatedModel, profile: Path, tmp_path: Path
+) -> None:
+    plan = _planned(bundle, "priced", on_disk_alone=0)
+    out = tmp_path / "b"
+    report = pack_bundle(model, out=out, replicas="4,1", profile=profile, plan=plan)
+    with BundleReader.open(out) as reader:
+        (table,) = reader.manifest.replicas  # of the form with one bit none stays
+        assert {(r.layer, r.expert) for r in table.records} == set(plan.forms[1].resident)
+        assert report.replica_bytes == 2 * table.record_size_bytes
+        reader.verify_all()
+        book = price_book(reader.manifest)
+        assert book is not None
+        stored = [
+            (layer, expert)
+            for layer, each in book.layers.items()
+            for expert in np.isfinite(each.eps[1]).nonzero()[0]
+        ]
+        assert set(stored) == set(plan.forms[1].resident)
+    options = RunOptions(memory="50%", policy="priced", context=64)
+    with open_session(out, options) as session:
+        generate_ids(session, [[256, 84, 104]], GenerateOptions(max_tokens=6, ignore_eos=True))
+        counters = session.runner.stats.decode
+        assert counters.bytes_read == 0 and counters.lowered + counters.drops > 0
+
+
+def test_a_plan_that_may_read_replicas_packs_all(
+    bundle: Path, model: LocatedModel, profile: Path, tmp_path: Path
+) -> None:
+    plan = _planned(bundle, "priced:nats-per-mb=0.1", on_disk_alone=3)
+    pack_bundle(model, out=tmp_path / "b", replicas="4,1", profile=profile, plan=plan)
+    manifest = BundleReader.open(tmp_path / "b").manifest
+    assert [len(table.records) for table in manifest.replicas] == [len(manifest.records)] * 2

@@ -83,3 +83,11 @@ def test_gates_off_open_every_miss():
     slots = open_slots(gates, _routing([[3, 2]], [[0.99, 0.01]]), RESIDENT)
     assert slots.open.tolist() == [[True, True]]
     assert slots.limit == 2
+
+
+@pytest.mark.parametrize(("gamma", "is_open"), [(0.39, False), (0.41, True), (1.0, True)])
+def test_a_token_whose_heaviest_expert_stands_out_is_closed(gamma, is_open):
+    # shares 0.7 and 0.3, whatever the weights add up to
+    routing = _routing([[0, 2]], [[1.4, 0.6]])
+    slots = open_slots(_gates(entropy_threshold={5: 0.0}, max_margin=gamma), routing, RESIDENT)
+    assert (slots is not None) is is_open

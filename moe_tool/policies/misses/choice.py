@@ -135,6 +135,7 @@ def _gates(inputs: PolicyInputs, name: str, values: Values) -> Gates:
     gates = inputs.gates
     if values["beta"] != _BUDDY_GATES["beta"].default:
         gates = replace(gates, bypass_share=values["beta"])
+    gates = replace(gates, max_margin=values["gamma"])
     if values["rho"] >= 0:
         gates = replace(gates, max_substitutions=int(values["rho"]))
     return gates
@@ -158,6 +159,7 @@ class _Range:
 _BUDDY_GATES = {
     "rho": _Range(default=-1, least=-1, most=1024, whole=True),
     "beta": _Range(default=0.6, least=0, most=2),
+    "gamma": _Range(default=1),
 }
 
 

@@ -24,6 +24,9 @@ class Gates:
     """beta: a sequence of whose slots this share or more is missing is answered exactly"""
     max_substitutions: int | None = None
     """rho: slots per token that may be answered otherwise; None: ceil(K / 2)"""
+    max_margin: float = 1.0
+    """gamma: a token whose heaviest gate weight is further above its second one, both as shares of
+    all, is answered exactly; 1: none is"""
     enabled: bool = True
     """False: every miss of a decode step may be answered otherwise"""
 
@@ -65,12 +68,25 @@ def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlot
         limit = (top_k + 1) // 2 if rho is None else min(rho, top_k)
         entropy = token_activating_entropy(routing.weight)  # [T]
         willing = entropy > gates.entropy_threshold[routing.layer]
+        willing &= _margin(routing.weight) <= gates.max_margin
         willing &= _missing_share(missing, routing.sequence) < gates.bypass_share
         missing = missing & willing[:, None]
     if limit <= 0 or not missing.any():
         return None
     order = np.argsort(-routing.weight, axis=1, kind="stable")
     return OpenSlots(open=missing, order=order, limit=limit)
+
+
+def _margin(weight: np.ndarray) -> np.ndarray:
+    """Return the distance of each token's two heaviest gate weights, as shares of all, [T]."""
+    if weight.shape[1] < 2:
+        return np.ones(len(weight))
+    ranked = -np.sort(-weight.astype(np.float64), axis=1)
+    total = ranked.sum(axis=1)
+    margin: np.ndarray = np.divide(
+        ranked[:, 0] - ranked[:, 1], total, out=np.zeros(len(total)), where=total > 0
+    )
+    return margin
 
 
 def _missing_share(missing: np.ndarray, sequence: np.ndarray) -> np.ndarray:
