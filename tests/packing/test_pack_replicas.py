@@ -192,7 +192,7 @@ def _planned(bundle: Path, policy: str, on_disk_alone: int) -> PackPlan:
         bits="native",
         policy=policy,
         replicas="4,1",
-        max_kl=0.1,
+        max_kl=90.0,
         forms=forms,
     )
 
