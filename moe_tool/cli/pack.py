@@ -79,6 +79,14 @@ def pack(
             show_default="none, or the plan's",
         ),
     ] = None,
+    quantizer: Annotated[
+        Literal["rtn", "gptq"],
+        typer.Option(
+            "--quantizer",
+            help="How experts are rounded: to the nearest code, or by GPTQ, each error made up for "
+            "by the weights to come, on the profile's tokens: slower, and far less is lost.",
+        ),
+    ] = "rtn",
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
@@ -114,6 +122,7 @@ def pack(
             bits=bits,
             skeleton_bits=skeleton_bits,
             replicas=replicas,
+            quantizer=quantizer,
             profile=profile,
             buddies=buddies,
             plan=followed,

@@ -38,12 +38,21 @@ def expert_forward(
         # the inner product never leaves the kernel's scratch
         output = _described(weights, first).forward(x, gate)  # [n, H]
     else:
-        inner = linear(x, weights[first], _bias(weights, first))  # [n, 2I] or [n, I]
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # [n, I]
+        inner = inner_activations(module, weights, x)  # [n, I]
         output = linear(inner, weights["down_proj"], _bias(weights, "down_proj"))  # [n, H]
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)
     return output
+
+
+def inner_activations(
+    module: Any, weights: Mapping[str, FloatWeight | IntegerWeight], x: torch.Tensor
+) -> torch.Tensor:
+    """Return what an expert's second matrix is given, [n, I] float32; see `expert_forward`."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = linear(x, weights[first], _bias(weights, first))  # [n, 2I] or [n, I]
+    found: torch.Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return found
 
 
 def _described(weights: Mapping[str, FloatWeight | IntegerWeight], first: str) -> NativeExpert:

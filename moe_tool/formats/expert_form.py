@@ -15,9 +15,11 @@ from moe_tool.artifacts.precision import (
     describe_precision,
 )
 from moe_tool.formats.expert_record import (
+    QuantizeMatrix,
     RecordLayout,
     decode_record,
     encode_record,
+    nearest,
     record_layout,
     require_finite_segments,
 )
@@ -45,9 +47,16 @@ class ExpertForm:
         """For tables: native, 4, 2:128, rank16"""
         return describe_precision(self.precision)
 
-    def encode(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def encode(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        quantize_matrix: QuantizeMatrix = nearest,
+    ) -> torch.Tensor:
         """Return a record, uint8 [layout.size_bytes]; see `encode_record`."""
-        return encode_record(self.layout, weights, self.stored_precision)
+        return encode_record(
+            self.layout, weights, self.stored_precision, quantize_matrix=quantize_matrix
+        )
 
     def decode(self, record: torch.Tensor) -> ExpertWeights:
         """Return an expert whose weights are views into `record`, uint8 [layout.size_bytes]."""

@@ -88,14 +88,28 @@ def record_layout(
     )
 
 
+QuantizeMatrix = Callable[[str, torch.Tensor, IntegerPrecision], IntegerWeight]
+"""(name of the tensor, [out, in], how) -> its codes"""
+
+
+def nearest(name: str, weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeight:
+    """Round to nearest, whatever the tensor."""
+    return quantize(weight, precision.width_bits, group=precision.group)
+
+
 def encode_record(
-    layout: RecordLayout, weights: Mapping[str, torch.Tensor], precision: Precision
+    layout: RecordLayout,
+    weights: Mapping[str, torch.Tensor],
+    precision: Precision,
+    *,
+    quantize_matrix: QuantizeMatrix = nearest,
 ) -> torch.Tensor:
     """Return a record: uint8 [layout.size_bytes].
 
     Args:
         layout: of this expert's tensors and precision.
         weights: the expert in canonical form, in the checkpoint's dtype.
+        quantize_matrix: where the precision has codes.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite.
@@ -106,7 +120,7 @@ def encode_record(
         name, _, part = segment.name.partition(".")
         if part and name not in quantized:
             assert isinstance(precision, IntegerPrecision)
-            quantized[name] = quantize(weights[name], precision.width_bits, group=precision.group)
+            quantized[name] = quantize_matrix(name, weights[name], precision)
         values = integer_part(quantized[name], part) if part else weights[name]
         assert values.shape == segment.shape and values.dtype == _DTYPES[segment.dtype]
         raw = values.contiguous().view(-1).view(torch.uint8)

@@ -40,6 +40,7 @@ from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.calibrated_layers import calibrated_layers
 from moe_tool.packing.prices import layer_prices
+from moe_tool.packing.quantizers import Quantizer, quantizer_of
 from moe_tool.packing.record_order import order_experts
 from moe_tool.packing.replicas import MEASURED_TOKENS, make_replicas
 from moe_tool.packing.skeleton_work import SkeletonWork
@@ -106,6 +107,7 @@ def pack_bundle(
     bits: str = "native",
     skeleton_bits: str = "native",
     replicas: str = "",
+    quantizer: Quantizer = "rtn",
     profile: Path | None = None,
     buddies: Path | None = None,
     plan: PackPlan | None = None,
@@ -122,6 +124,7 @@ def pack_bundle(
         skeleton_bits: of the matrices outside experts and routers, likewise.
         replicas: cheaper forms of every expert, for lossy policies: "3,2:128,rank16", see
             `replica_precisions`.
+        quantizer: how codes are chosen: rtn, or gptq, which needs the profile's tokens.
         profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
             replicas are fitted to and measured on.
         buddies: buddy map of this model.
@@ -148,6 +151,12 @@ def pack_bundle(
     planned = None if plan is None else _planned_residents(plan, cheaper)
     if planned is not None:
         cheaper = tuple(form for form in cheaper if planned[form])
+    is_calibrated = bool(cheaper) or (quantizer == "gptq" and bits != "native")
+    if is_calibrated and measured.tokens is None:
+        raise UsageError(
+            f"--quantizer {quantizer} goes by what experts are given, and there is no profile",
+            hint="--profile FILE, of moe-tool profile",
+        )
     n_records = len(measured.order)
     skeleton = SkeletonWork(opened, skeleton_precision)
     writer = BundleWriter.open(
@@ -164,6 +173,7 @@ def pack_bundle(
             "profile": measured.sha256 or "none",
             "buddies": buddies_sha,
             **({"replicas": ",".join(map(describe_precision, cheaper))} if cheaper else {}),
+            **({"quantizer": quantizer} if quantizer != "rtn" else {}),
             **({} if plan is None else {"plan": _sha256_of(plan)}),
         },
     )
@@ -177,9 +187,9 @@ def pack_bundle(
                 + skeleton.size_bytes,
             )
             try:
-                if cheaper:
+                if is_calibrated:
                     replica_prices = _write_calibrated(
-                        writer, opened, model.folder, measured, progress
+                        writer, opened, model.folder, measured, quantizer, progress
                     )
                 else:
                     _write_records(writer, opened, progress)
@@ -310,6 +320,7 @@ def _write_calibrated(
     opened: OpenedModel,
     folder: Path,
     measured: _Measured,
+    quantizer: Quantizer,
     progress: Progress,
 ) -> list[tuple[ReplicaLayer, ...]]:
     """Write experts and replicas, and return what the replicas of each level are worth.
@@ -325,9 +336,12 @@ def _write_calibrated(
         for _, expert in (key for key in measured.order if key[0] == layer.layer):
             sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
             with _naming(opened, layer.layer, expert):
-                replicas = make_replicas(sample, writer.forms[1:])
+                quantize_matrix = quantizer_of(quantizer, sample)
+                replicas = make_replicas(sample, writer.forms[1:], quantize_matrix)
                 if (FULL, layer.layer, expert) in missing:
-                    record = writer.forms[FULL].encode(sample.tensors)
+                    record = writer.forms[FULL].encode(
+                        sample.tensors, quantize_matrix=quantize_matrix
+                    )
                     writer.write_record(FULL, layer.layer, expert, record)
             for level, replica in enumerate(replicas, start=1):
                 eps[level - 1, expert] = replica.eps

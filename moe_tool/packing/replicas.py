@@ -9,6 +9,7 @@ import torch
 from moe_tool.artifacts.precision import LowRankPrecision
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.formats.expert_form import ExpertForm
+from moe_tool.formats.expert_record import QuantizeMatrix
 from moe_tool.packing.calibrated_layers import ExpertSample
 from moe_tool.quantization.low_rank import LinearFit, linear_fit, low_rank_map
 from moe_tool.quantization.weights import FloatWeight
@@ -29,8 +30,15 @@ class Replica:
 
 
 @torch.no_grad()
-def make_replicas(sample: ExpertSample, forms: Sequence[ExpertForm]) -> list[Replica]:
+def make_replicas(
+    sample: ExpertSample, forms: Sequence[ExpertForm], quantize_matrix: QuantizeMatrix
+) -> list[Replica]:
     """Return an expert in each of the forms.
+
+    Args:
+        sample: of the expert.
+        forms: of replicas.
+        quantize_matrix: makes the codes of those that have any.
 
     Raises:
         CorruptArtifactError: a weight is NaN or infinite.
@@ -47,7 +55,7 @@ def make_replicas(sample: ExpertSample, forms: Sequence[ExpertForm]) -> list[Rep
                 inputs = sample.fitted_on[::step]
                 fit = linear_fit(inputs, expert_forward(sample.module, exact, inputs))
             tensors = low_rank_map(fit, form.precision.rank)
-        record = form.encode(tensors)
+        record = form.encode(tensors, quantize_matrix=quantize_matrix)
         answer = expert_forward(sample.module, form.decode(record), sample.measured_on)
         replicas.append(Replica(record=record, eps=relative_error(truth, answer)))
     return replicas

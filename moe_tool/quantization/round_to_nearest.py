@@ -28,17 +28,56 @@ def quantize(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> In
         CorruptArtifactError: the matrix holds NaN or infinity.
     """
     codes, scales = _codes(weight, width_bits, group)
-    n_out, n_in = weight.shape
+    n_in = weight.shape[1]
+    return from_codes(codes.flatten(1)[:, :n_in], scales.squeeze(-1), width_bits, group=group)
+
+
+def from_codes(
+    codes: torch.Tensor, scales: torch.Tensor, width_bits: int, *, group: int
+) -> IntegerWeight:
+    """Return a matrix that is codes times scales.
+
+    Args:
+        codes: [out, in] float32 points of the grid; changed.
+        scales: [out, G] float16.
+        width_bits: 1 to 8.
+        group: inputs per scale.
+    """
+    n_out, n_in = codes.shape
     # -1 and 1 become 0 and 1, the others start at 0.
     codes = codes.add_(1).div_(2) if width_bits == 1 else codes.add_(2 ** (width_bits - 1))
     return IntegerWeight(
-        planes=pack(codes.flatten(1)[:, :n_in].to(torch.uint8), width_bits),
-        scales=tile_rows(scales.squeeze(-1)),
+        planes=pack(codes.to(torch.uint8), width_bits),
+        scales=tile_rows(scales),
         width_bits=width_bits,
         group=group,
         n_outputs=n_out,
         n_inputs=n_in,
     )
+
+
+def grid_scales(weight: torch.Tensor, width_bits: int, *, group: int) -> torch.Tensor:
+    """Return the scale of each group's grid, [out, G] float16; see the head of this file.
+
+    Raises:
+        CorruptArtifactError: the matrix holds NaN or infinity.
+    """
+    return _codes(weight, width_bits, group)[1].squeeze(-1)
+
+
+def nearest_codes(values: torch.Tensor, scales: torch.Tensor, width_bits: int) -> torch.Tensor:
+    """Return the points of the grid nearest to values, float32.
+
+    Args:
+        values: any shape.
+        scales: float32, broadcast over `values`; values of scale 0 get the code 0.
+        width_bits: 1 to 8.
+    """
+    if width_bits == 1:
+        return torch.where(values < 0, -1.0, 1.0)
+    half_range = 2 ** (width_bits - 1)
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    return (values * inverse).round_().clamp_(-half_range, half_range - 1)
 
 
 def dequantize(weight: IntegerWeight) -> torch.Tensor:
@@ -100,11 +139,9 @@ def _codes(weight: torch.Tensor, width_bits: int, group: int) -> tuple[torch.Ten
         sizes = torch.full((n_groups, 1), group)
         sizes[-1] = n_in - (n_groups - 1) * group
         scales = (values.abs().sum(dim=-1, keepdim=True) / sizes).clamp_(max=_FLOAT16_MAX)
-        return torch.where(values < 0, -1.0, 1.0), scales.half()
+        return nearest_codes(values, scales, width_bits), scales.half()
     half_range = 2 ** (width_bits - 1)
     largest = torch.where(-lowest > highest, lowest, highest)
     scales = (largest / -half_range).clamp_(-_FLOAT16_MAX, _FLOAT16_MAX).half()
     scales += 0.0  # a group of zeros has the scale 0, not -0: same numbers, same bytes
-    exact = scales.float()
-    inverse = torch.where(exact == 0, 0.0, 1.0 / exact)
-    return (values * inverse).round_().clamp_(-half_range, half_range - 1), scales
+    return nearest_codes(values, scales.float(), width_bits), scales
