@@ -12,8 +12,10 @@ from moe_tool.artifacts.routing import FULL
 from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 
-_COVER_AT_MOST = 1.1
+_COVER_AT_MOST = 1.25
 """Times the expected price, that an answer for everybody may cost"""
+_COVER_AT_MOST_IF_READ = 1.1
+"""The same where a miss may be read as well"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,8 @@ def cheapest_residents(
     if needed > room_bytes or all(level == FULL for level in smallest.values()):
         return free
     everybody = _search(book, use, reading, smallest, room_bytes)
-    is_cheap = everybody.nats_per_token <= _COVER_AT_MOST * free.nats_per_token
+    at_most = _COVER_AT_MOST if math.isinf(nats_per_mb) else _COVER_AT_MOST_IF_READ
+    is_cheap = everybody.nats_per_token <= at_most * free.nats_per_token
     return everybody if is_cheap else free
 
 

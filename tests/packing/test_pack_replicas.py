@@ -230,3 +230,33 @@ def test_a_plan_that_may_read_replicas_packs_all(
     pack_bundle(model, out=tmp_path / "b", replicas="4,1", profile=profile, plan=plan)
     manifest = BundleReader.open(tmp_path / "b").manifest
     assert [len(table.records) for table in manifest.replicas] == [len(manifest.records)] * 2
+
+
+def test_gptq_makes_records_of_the_same_kind_that_err_less(
+    bundle: Path, model: LocatedModel, profile: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "b"
+    pack_bundle(model, out=out, bits="4", quantizer="gptq", replicas="2", profile=profile)
+    plain = tmp_path / "plain"
+    pack_bundle(model, out=plain, bits="4", replicas="2", profile=profile)
+    with BundleReader.open(out) as reader, BundleReader.open(plain) as nearest:
+        reader.verify_all()
+        assert reader.manifest.made_from["quantizer"] == "gptq"
+        assert reader.manifest.record_size_bytes == nearest.manifest.record_size_bytes
+        eps = [
+            np.mean([each.eps for each in r.manifest.replicas[0].prices]) for r in (reader, nearest)
+        ]
+        assert eps[0] < 0.9 * eps[1]
+        ours, theirs = (
+            torch.empty(r.manifest.record_size_bytes, dtype=torch.uint8) for r in (reader, nearest)
+        )
+        layer = reader.manifest.shape.layers[0]
+        reader.read_record_into(layer, 0, ours)
+        nearest.read_record_into(layer, 0, theirs)
+        assert not torch.equal(ours, theirs)  # the experts themselves too
+
+
+def test_gptq_needs_a_profile_where_there_are_codes(model: LocatedModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gptq"):
+        pack_bundle(model, out=tmp_path / "b", bits="4", quantizer="gptq")
+    pack_bundle(model, out=tmp_path / "c", bits="native", quantizer="gptq")  # nothing to round
