@@ -1,9 +1,8 @@
 """The story of `pack`: read an expert, quantize it, write its record; then the skeleton, the
 tokenizer and the manifest."""
 
-import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +38,12 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.calibrated_layers import calibrated_layers
+from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
 from moe_tool.packing.prices import layer_prices
 from moe_tool.packing.quantizers import Quantizer, quantizer_of
 from moe_tool.packing.record_order import order_experts
 from moe_tool.packing.replicas import MEASURED_TOKENS, make_replicas
 from moe_tool.packing.skeleton_work import SkeletonWork
-from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
@@ -144,11 +143,12 @@ def pack_bundle(
     shape = opened.shape
     measured = _read_profile(profile, opened.identity, shape)
     if plan is not None:
-        _require_plan_fits(plan, opened.identity, bits, skeleton_bits, has_heat=profile is not None)
-        _require_planned_replicas(plan, replicas)
+        require_plan_fits(
+            plan, opened.identity, bits, skeleton_bits, replicas, has_heat=profile is not None
+        )
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
     cheaper = _replicas(replicas, shape, measured)
-    planned = None if plan is None else _planned_residents(plan, cheaper)
+    planned = None if plan is None else planned_residents(plan, cheaper)
     if planned is not None:
         cheaper = tuple(form for form in cheaper if planned[form])
     is_calibrated = bool(cheaper) or (quantizer == "gptq" and bits != "native")
@@ -174,7 +174,7 @@ def pack_bundle(
             "buddies": buddies_sha,
             **({"replicas": ",".join(map(describe_precision, cheaper))} if cheaper else {}),
             **({"quantizer": quantizer} if quantizer != "rtn" else {}),
-            **({} if plan is None else {"plan": _sha256_of(plan)}),
+            **({} if plan is None else {"plan": sha256_of_plan(plan)}),
         },
     )
     with opened.checkpoint:
@@ -221,57 +221,6 @@ def pack_bundle(
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
     )
-
-
-def _require_plan_fits(
-    plan: PackPlan, identity: ModelIdentity, bits: str, skeleton_bits: str, *, has_heat: bool
-) -> None:
-    require_same_model(
-        plan.identity,
-        identity,
-        artifact="the plan",
-        remedy=f"moe-tool plan on a profile of {identity.name}",
-    )
-    if (bits, skeleton_bits) != (plan.bits, plan.skeleton_bits):
-        raise UsageError(
-            f"the plan is for --bits {plan.bits} --skeleton-bits {plan.skeleton_bits}, not for "
-            f"{bits} and {skeleton_bits}",
-            hint="leave the bits to the plan, or plan again with these",
-        )
-    if parse_eviction(plan.eviction).pinned_share and not has_heat:
-        raise UsageError(
-            f"the plan's {plan.eviction} keeps the experts that a profile found hot, and there is "
-            "none",
-            hint="--profile FILE, the one that the plan was made from",
-        )
-
-
-def _require_planned_replicas(plan: PackPlan, replicas: str) -> None:
-    words = set(filter(None, replicas.split(",")))
-    missing = [word for word in plan.replicas.split(",") if word and word not in words]
-    if missing:
-        raise UsageError(
-            f"the plan's policy answers with replicas of {', '.join(missing)} bits, which "
-            f"--replicas {replicas or 'none'} leaves out",
-            hint="leave --replicas to the plan",
-        )
-
-
-def _planned_residents(
-    plan: PackPlan, forms: Sequence[ReplicaPrecision]
-) -> dict[ReplicaPrecision, frozenset[tuple[int, int]]] | None:
-    """Of which experts a plan wants each form: where nothing is read for a miss a form that is not
-    in memory is of no use on the disk. None: of all."""
-    if plan.policy is None or any(form.on_disk_alone for form in plan.forms[1:]):
-        return None
-    residents = {form.form: frozenset(form.resident) for form in plan.forms}
-    if not {describe_precision(form) for form in forms} <= residents.keys():
-        return None  # more replicas were asked for than are planned
-    return {form: residents[describe_precision(form)] for form in forms}
-
-
-def _sha256_of(plan: PackPlan) -> str:
-    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
 
 
 def _precision(option: str, bits: str) -> NativePrecision | IntegerPrecision:

@@ -1,0 +1,76 @@
+"""Whether a plan fits what is packed, and what it wants to be packed."""
+
+import hashlib
+from collections.abc import Sequence
+
+from moe_tool.artifacts.identity import ModelIdentity, require_same_model
+from moe_tool.artifacts.pack_plan import PackPlan
+from moe_tool.artifacts.precision import ReplicaPrecision, describe_precision
+from moe_tool.errors import UsageError
+from moe_tool.policies.eviction import parse_eviction
+
+
+def require_plan_fits(
+    plan: PackPlan,
+    identity: ModelIdentity,
+    bits: str,
+    skeleton_bits: str,
+    replicas: str,
+    *,
+    has_heat: bool,
+) -> None:
+    """Refuse a plan of another model, or options that it was not made for.
+
+    Raises:
+        WrongModelError, UsageError: with what to do.
+    """
+    require_same_model(
+        plan.identity,
+        identity,
+        artifact="the plan",
+        remedy=f"moe-tool plan on a profile of {identity.name}",
+    )
+    if (bits, skeleton_bits) != (plan.bits, plan.skeleton_bits):
+        raise UsageError(
+            f"the plan is for --bits {plan.bits} --skeleton-bits {plan.skeleton_bits}, not for "
+            f"{bits} and {skeleton_bits}",
+            hint="leave the bits to the plan, or plan again with these",
+        )
+    if parse_eviction(plan.eviction).pinned_share and not has_heat:
+        raise UsageError(
+            f"the plan's {plan.eviction} keeps the experts that a profile found hot, and there is "
+            "none",
+            hint="--profile FILE, the one that the plan was made from",
+        )
+    _require_planned_replicas(plan, replicas)
+
+
+def _require_planned_replicas(plan: PackPlan, replicas: str) -> None:
+    words = set(filter(None, replicas.split(",")))
+    missing = [word for word in plan.replicas.split(",") if word and word not in words]
+    if missing:
+        raise UsageError(
+            f"the plan's policy answers with replicas of {', '.join(missing)} bits, which "
+            f"--replicas {replicas or 'none'} leaves out",
+            hint="leave --replicas to the plan",
+        )
+
+
+def planned_residents(
+    plan: PackPlan, forms: Sequence[ReplicaPrecision]
+) -> dict[ReplicaPrecision, frozenset[tuple[int, int]]] | None:
+    """Return of which experts a plan wants each form, None: of all.
+
+    Where nothing is read for a miss a form that is not in memory is of no use on the disk.
+    """
+    if plan.policy is None or any(form.on_disk_alone for form in plan.forms[1:]):
+        return None
+    residents = {form.form: frozenset(form.resident) for form in plan.forms}
+    if not {describe_precision(form) for form in forms} <= residents.keys():
+        return None  # more replicas were asked for than are planned
+    return {form: residents[describe_precision(form)] for form in forms}
+
+
+def sha256_of_plan(plan: PackPlan) -> str:
+    """Return what tells one plan from another."""
+    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
