@@ -193,6 +193,8 @@ def _heading(report: "PlanReport") -> list[str]:
 
 def _reading(report: "PlanReport") -> str:
     read = report.plan.prediction.bytes_per_token
+    if report.plan.policy is not None and not read:
+        return "nothing read"
     return f"{format_bytes(read)} read per token" if read else "nothing read once the cache is full"
 
 

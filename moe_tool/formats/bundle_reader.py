@@ -21,7 +21,7 @@ from moe_tool.formats.expert_record import RecordLayout
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
-from moe_tool.formats.policy_names import named_eviction, named_miss_policy
+from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
 from moe_tool.formats.record_files import RecordFiles
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 from moe_tool.progress import SILENT, Progress
@@ -360,7 +360,7 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
 def _check_policies(folder: Path, manifest: BundleManifest) -> None:
     """A run can follow what the manifest has it follow."""
     if manifest.plan is not None:
-        named_eviction(folder / MANIFEST, manifest.plan.eviction, remedy=_REPACK)
+        require_plan_names(folder / MANIFEST, manifest.plan, remedy=_REPACK)
     if manifest.calibration is not None:
         named_miss_policy(folder / MANIFEST, manifest.calibration.policy, remedy=_REPACK)
 

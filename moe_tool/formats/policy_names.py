@@ -42,7 +42,16 @@ def read_plan(path: Path) -> PackPlan:
             `read_json_artifact`, or it names a policy that there is none of.
     """
     plan = read_json_artifact(path, PackPlan)
-    remedy = "make it again with moe-tool plan"
+    require_plan_names(path, plan, remedy="make it again with moe-tool plan")
+    return plan
+
+
+def require_plan_names(path: Path, plan: PackPlan, *, remedy: str) -> None:
+    """Refuse a plan that names policies or replicas that there are none of.
+
+    Raises:
+        CorruptArtifactError: the file that holds it is at fault.
+    """
     named_eviction(path, plan.eviction, remedy=remedy)
     if plan.policy is not None:
         named_miss_policy(path, plan.policy, remedy=remedy)
@@ -52,4 +61,3 @@ def read_plan(path: Path) -> PackPlan:
         raise CorruptArtifactError(
             f"{path} names replicas that there are none of", hint=remedy
         ) from error
-    return plan

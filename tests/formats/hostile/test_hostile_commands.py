@@ -122,10 +122,25 @@ def test_pack_refuses_a_damaged_checkpoint(
     require_refused(capsys, folder, ["pack", "model", "--out", "new"], name)
 
 
-def test_an_eviction_that_a_plan_cannot_have_is_the_plans_fault(
-    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eviction": "evil"},
+        {"policy": "evil:rho=1"},
+        {"policy": "priced:nats-per-mb=nan"},
+        {"policy": "priced:evil=1"},
+        {"replicas": "4,evil"},
+        {"replicas": "rank99999"},
+        {"replicas": "4,4"},
+    ],
+)
+def test_what_a_plan_cannot_have_is_the_plans_fault(
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, str],
 ) -> None:
-    evil = made_plan().model_copy(update={"eviction": "evil"})
+    evil = made_plan().model_copy(update=change)
     write_json_artifact(folder / "evil.plan.json", evil)
     monkeypatch.chdir(folder)
     require_refused(capsys, folder, ["inspect", "evil.plan.json"], "evil.plan.json")
