@@ -108,7 +108,7 @@ def _open(bundle: Path, policy: str, memory: str, **options: object) -> Session:
 
 @pytest.mark.parametrize("policy", LOSSY)
 def test_the_same_run_twice_gives_the_same_tokens(policy: str, bundle: Path) -> None:
-    made = []
+    made, accounts = [], []
     for threads in (1, 2):
         spec = FIRES.get(policy, policy)
         with _open(bundle, spec, "50%", seed=3, gates=False, threads=threads) as session:
@@ -119,6 +119,9 @@ def test_the_same_run_twice_gives_the_same_tokens(policy: str, bundle: Path) -> 
             assert counters.substitutions + counters.drops + counters.lowered > 0
             assert stats.prompt.substitutions + stats.prompt.drops + stats.prompt.lowered == 0
             assert stats.decode.misses > 0
+            answered = (counters.substitutions, counters.drops, counters.lowered)
+            accounts.append((answered, counters.hits, round(session.runner.account.spent, 6)))
+    assert accounts[0] == accounts[1]
     assert made[0] == made[1] == made[2] == made[3]
 
 

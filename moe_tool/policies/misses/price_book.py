@@ -117,8 +117,9 @@ class PriceBook:
         """
         book = self.layers[routing.layer]
         wanted, used = routing.index.reshape(-1), answers.expert.reshape(-1)
-        weight = routing.weight.reshape(-1).astype(np.float64)
-        used_weight = answers.weight.reshape(-1).astype(np.float64)
+        # Rounded: the last bits differ with the number of threads, and the account must not.
+        weight = routing.weight.reshape(-1).astype(np.float16).astype(np.float64)
+        used_weight = answers.weight.reshape(-1).astype(np.float16).astype(np.float64)
         level = np.full(len(used), FULL) if answers.level is None else answers.level.reshape(-1)
         outside = wanted >= len(book.nats)  # an identity expert
         wanted, used = np.where(outside, 0, wanted), np.where(outside, -1, used)
