@@ -9,7 +9,12 @@ from moe_tool.artifacts.buddy_map import LayerBuddies, Similarity
 from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.artifacts.precision import NativePrecision, Precision, ReplicaPrecision
+from moe_tool.artifacts.precision import (
+    NativePrecision,
+    Precision,
+    ReplicaPrecision,
+    describe_precision,
+)
 from moe_tool.artifacts.schema import FrozenModel
 
 BUNDLE_VERSION: Literal[2] = 2
@@ -86,11 +91,12 @@ Quantiles = Annotated[
 
 
 class ReplicaLayer(FrozenModel):
-    """What the replicas of one layer were measured to be worth."""
+    """What one form of the experts of a layer was measured to be worth."""
 
     layer: Index
     eps: tuple[Price, ...]
-    """[E]: error of the replica's output relative to the expert's own, on held-out tokens"""
+    """[E]: error of the form's output relative to the checkpoint's expert, on held-out tokens; 1
+    where there is no such form of an expert"""
 
 
 class ReplicaTable(FrozenModel):
@@ -103,6 +109,16 @@ class ReplicaTable(FrozenModel):
     """In file order; of any experts, each at most once"""
     prices: tuple[ReplicaLayer, ...]
     """One entry per layer"""
+
+
+class OwnTable(FrozenModel):
+    """Experts whose own form is another one than most experts have."""
+
+    precision: Precision
+    record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
+    """The same for every record of the table; a multiple of ALIGNMENT_BYTES"""
+    records: Annotated[tuple[ExpertRecord, ...], Field(min_length=1)]
+    """In file order"""
 
 
 class QualityFigure(FrozenModel):
@@ -158,11 +174,19 @@ class BundleManifest(FrozenModel):
     identity: ModelIdentity
     shape: MoeShape
     precision: Precision
+    """Of the experts in `records`"""
     record_layout: Literal["planes-1"] = RECORD_LAYOUT
     record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
     """The same for every record; a multiple of ALIGNMENT_BYTES"""
     records: tuple[ExpertRecord, ...]
     """In file order: layer by layer, hot experts first with those they are used with"""
+    others: Annotated[tuple[OwnTable, ...], Field(max_length=16)] = ()
+    """Experts that have another number of bits; the most bits first"""
+    absent: tuple[tuple[Index, Index], ...] = ()
+    """(layer, expert) of those that are left out for good: nothing answers for them"""
+    errors: tuple[ReplicaLayer, ...] | None = None
+    """What the experts' own forms were measured to be off from the checkpoint's, one entry per
+    layer; None where nothing was measured"""
     skeleton: tuple[SkeletonTensor, ...]
     """Every tensor of the skeleton files"""
     skeleton_precision: Precision
@@ -187,25 +211,55 @@ class BundleManifest(FrozenModel):
     plan: PackPlan | None = None
     """What `run` follows where nothing else is asked for"""
 
+    @property
+    def own_records(self) -> tuple[ExpertRecord, ...]:
+        """Of all experts that are not absent, in the form that each has of its own."""
+        return (*self.records, *(record for own in self.others for record in own.records))
+
+    @property
+    def own_bytes(self) -> int:
+        """Of these records."""
+        sizes = [(self.record_size_bytes, self.records)]
+        sizes += [(own.record_size_bytes, own.records) for own in self.others]
+        return sum(size * len(records) for size, records in sizes)
+
+    @property
+    def own_bits(self) -> dict[str, int]:
+        """How many experts have each precision of their own, as `pack --bits` names it; absent
+        ones too."""
+        found = {describe_precision(self.precision): len(self.records)}
+        found |= {describe_precision(own.precision): len(own.records) for own in self.others}
+        return found | ({"absent": len(self.absent)} if self.absent else {})
+
     @model_validator(mode="after")
     def _consistent(self) -> "BundleManifest":
-        layers, n_experts = set(self.shape.layers), self.shape.experts
-        found = {(record.layer, record.expert) for record in self.records}
-        # Counted first: a damaged number of experts must not become a set of that size.
-        if (
-            len(self.records) != len(layers) * n_experts
-            or len(found) != len(self.records)
-            or any(layer not in layers or expert >= n_experts for layer, expert in found)
-        ):
-            raise ValueError("the record table does not hold every expert exactly once")
+        self._check_experts()
         names = [file.name for file in self.files]
         if len(set(names)) != len(names):
             raise ValueError("a file is listed twice")
         self._check_places(self.records, self.record_size_bytes)
+        for own in self.others:
+            self._check_places(own.records, own.record_size_bytes)
         self._check_replicas()
         self._check_tables()
         self._check_skeleton()
         return self
+
+    def _check_experts(self) -> None:
+        layers, n_experts = set(self.shape.layers), self.shape.experts
+        keys = [(r.layer, r.expert) for r in self.records]
+        keys += [(r.layer, r.expert) for own in self.others for r in own.records]
+        keys += self.absent
+        found = set(keys)
+        # Counted first: a damaged number of experts must not become a set of that size.
+        if (
+            len(keys) != len(layers) * n_experts
+            or len(found) != len(keys)
+            or any(layer not in layers or expert >= n_experts for layer, expert in found)
+        ):
+            raise ValueError("the record table does not hold every expert exactly once")
+        if self.replicas and (self.others or self.absent):
+            raise ValueError("a bundle of experts of several widths has no replicas beside them")
 
     def _check_skeleton(self) -> None:
         names = [tensor.name for tensor in self.skeleton]
@@ -238,6 +292,11 @@ class BundleManifest(FrozenModel):
     def _check_replicas(self) -> None:
         layers, n_experts = set(self.shape.layers), self.shape.experts
         taken = {record.file for record in self.records}
+        for own in self.others:
+            files = {record.file for record in own.records}
+            if files & taken:
+                raise ValueError("a file holds records of two forms")
+            taken |= files
         for table in self.replicas:
             found = {(record.layer, record.expert) for record in table.records}
             if len(found) != len(table.records) or any(
@@ -259,6 +318,8 @@ class BundleManifest(FrozenModel):
         if self.prices is not None:
             tables["nats"] = [(entry.layer, len(entry.nats)) for entry in self.prices]
             tables["use"] = [(entry.layer, len(entry.use)) for entry in self.prices]
+        if self.errors is not None:
+            tables["errors"] = [(entry.layer, len(entry.eps)) for entry in self.errors]
         for number, table in enumerate(self.replicas):
             tables[f"replicas {number}"] = [(e.layer, len(e.eps)) for e in table.prices]
         for what, found in tables.items():

@@ -136,7 +136,7 @@ class HardwareProfile(FrozenModel):
         """Return the rate at the nearest measured number of threads."""
         return _nearest(self.memory, lambda row: row.threads, threads)[0].bytes_per_s
 
-    def expert_seconds(self, bits: Bits, record_bytes: float, tokens: int, threads: int) -> float:
+    def expert_seconds(self, bits: str, record_bytes: float, tokens: int, threads: int) -> float:
         """Return what one call of an expert takes.
 
         Of the nearest measured width (as a ratio) and number of threads. Between measured numbers
@@ -144,7 +144,7 @@ class HardwareProfile(FrozenModel):
         one's.
 
         Args:
-            bits: of its matrices.
+            bits: of its matrices, as `pack --bits` takes it.
             record_bytes: of its record.
             tokens: that it is given at once.
             threads: that compute.
@@ -171,8 +171,8 @@ class HardwareProfile(FrozenModel):
         return max(0.0, self.layer_rested_s - self.layer_cold_s)
 
 
-def _width(bits: Bits) -> int:
-    return _NATIVE_BITS if bits == "native" else int(bits)
+def _width(bits: str) -> int:
+    return _NATIVE_BITS if bits == "native" else int(bits[0])
 
 
 def _nearest(rows: Sequence[Row], where: Callable[[Row], float], wanted: float) -> list[Row]:

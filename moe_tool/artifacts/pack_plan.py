@@ -3,14 +3,17 @@ give."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Count, Index
 from moe_tool.artifacts.schema import FrozenModel
 
 PLAN_VERSION: Literal[1] = 1
-Bits = Literal["native", "8", "4"]
+Bits = Annotated[str, Field(pattern=r"^(native|mixed|[12348]z?(:(32|64|128))?)$")]
+"""Of the experts, as `pack --bits` takes it; mixed: each has its own number"""
+Quantizer = Literal["rtn", "fitted", "hqq", "gptq"]
+SkeletonBits = Literal["native", "8", "4"]
 SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
 Positive = Annotated[float, Field(ge=0, le=1e12)]
 EvictionName = Annotated[str, Field(pattern=r"^[a-z0-9+:=,\-]{1,128}$")]
@@ -24,10 +27,18 @@ class PlanLine(FrozenModel):
     size_bytes: SizeBytes
 
 
+class LayerBits(FrozenModel):
+    """How many bits each expert of a layer gets."""
+
+    layer: Index
+    bits: tuple[Literal[0, 1, 2, 3, 4, 8, 16], ...]
+    """[E]; 16: the checkpoint's dtype, 0: the expert is left out"""
+
+
 class PlannedForm(FrozenModel):
     """One form of the experts, and of which experts it is in memory."""
 
-    form: Annotated[str, Field(pattern=r"^(native|rank\d{1,4}|\d(:\d{2,3})?)$")]
+    form: Annotated[str, Field(pattern=r"^(native|rank\d{1,4}|\dz?(:\d{2,3})?)$")]
     """As `describe_precision` names it"""
     record_bytes: SizeBytes
     resident: tuple[tuple[Index, Index], ...]
@@ -74,7 +85,11 @@ class PackPlan(FrozenModel):
     context: Count
     """Positions that the budget has room for"""
     bits: Bits
-    skeleton_bits: Bits
+    skeleton_bits: SkeletonBits
+    expert_bits: Annotated[tuple[LayerBits, ...], Field(max_length=4096)] = ()
+    """One entry per layer where `bits` is mixed"""
+    quantizer: Quantizer = "rtn"
+    """That the errors were measured with, for `pack` to use"""
     eviction: EvictionName
     prefetch: Literal["none", "next-layer"]
     replicas: Annotated[str, Field(pattern=r"^[a-z0-9:,]{0,200}$")] = ""
@@ -89,3 +104,9 @@ class PackPlan(FrozenModel):
     prediction: PlanPrediction
     lines: Annotated[tuple[PlanLine, ...], Field(max_length=64)]
     """Of the memory account"""
+
+    @model_validator(mode="after")
+    def _has_bits(self) -> "PackPlan":
+        if (self.bits == "mixed") != bool(self.expert_bits):
+            raise ValueError("bits are mixed where every expert has its own, and only there")
+        return self

@@ -1,6 +1,7 @@
 """How an expert's numbers are written: the checkpoint's own floats, integer codes with scales, or a
 low-rank map in its place."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,8 +16,7 @@ class NativePrecision(FrozenModel):
 
 
 class IntegerPrecision(FrozenModel):
-    """Symmetric round-to-nearest codes of `width_bits`, one float16 scale per `group` inputs of a
-    row.
+    """Codes of `width_bits`, one float16 scale per `group` inputs of a row.
 
     The last group of a row may be short. Vectors (biases) stay in the checkpoint's dtype.
     """
@@ -24,6 +24,8 @@ class IntegerPrecision(FrozenModel):
     kind: Literal["integer"] = "integer"
     width_bits: Literal[8, 4, 3, 2, 1]
     group: Literal[32, 64, 128] = 64
+    zeros: bool = False
+    """Each scale has a float16 zero point beside it; without, the grid is symmetric"""
 
 
 class LowRankPrecision(FrozenModel):
@@ -34,22 +36,29 @@ class LowRankPrecision(FrozenModel):
     rank: Annotated[int, Field(ge=1, le=1024)]
 
 
+_INTEGER = re.compile(r"([12348])(z?)(?::(32|64|128))?")
+
 Precision = Annotated[NativePrecision | IntegerPrecision, Field(discriminator="kind")]
 ReplicaPrecision = Annotated[IntegerPrecision | LowRankPrecision, Field(discriminator="kind")]
 
 
 def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:
-    """Return the precision that `--bits native|8|4` names; a ValueError for anything else."""
+    """Return the precision that `--bits` names: native, 4, 2:128 (groups of 128 inputs), 3z (zero
+    points); a ValueError for anything else."""
     if bits == "native":
         return NativePrecision()
-    if bits in ("8", "4"):
-        return IntegerPrecision(width_bits=8 if bits == "8" else 4)
-    raise ValueError(bits)
+    found = _INTEGER.fullmatch(bits)
+    if found is None:
+        raise ValueError(bits)
+    width, zeros, group = found.groups()
+    return IntegerPrecision.model_validate(
+        {"width_bits": int(width), "zeros": bool(zeros), "group": int(group or 64)}
+    )
 
 
 def bits_of(precision: NativePrecision | IntegerPrecision) -> str:
-    """Return what `precision_from_bits` takes: native, 8 or 4."""
-    return str(precision.width_bits) if isinstance(precision, IntegerPrecision) else "native"
+    """Return what `precision_from_bits` takes."""
+    return describe_precision(precision)
 
 
 def replica_precisions(text: str) -> tuple[IntegerPrecision | LowRankPrecision, ...]:
@@ -61,9 +70,10 @@ def replica_precisions(text: str) -> tuple[IntegerPrecision | LowRankPrecision, 
         if rank != word:
             found.append(LowRankPrecision.model_validate({"rank": int(rank)}))
             continue
-        width, _, group = word.partition(":")
-        fields = {"width_bits": int(width), "group": int(group or 64)}
-        found.append(IntegerPrecision.model_validate(fields))
+        integer = precision_from_bits(word)
+        if not isinstance(integer, IntegerPrecision):
+            raise ValueError(text)
+        found.append(integer)
     if len(set(map(describe_precision, found))) < len(found):
         raise ValueError(text)
     integers = [each for each in found if isinstance(each, IntegerPrecision)]
@@ -80,4 +90,4 @@ def describe_precision(precision: NativePrecision | IntegerPrecision | LowRankPr
     if isinstance(precision, NativePrecision):
         return "native"
     group = "" if precision.group == 64 else f":{precision.group}"
-    return f"{precision.width_bits}{group}"
+    return f"{precision.width_bits}{'z' if precision.zeros else ''}{group}"

@@ -297,8 +297,8 @@ def _describe(bundle: BundleReader) -> dict[str, Any]:
     return {
         "model": manifest.identity.name,
         "size_bytes": sum(file.size_bytes for file in manifest.files),
-        "params": len(manifest.records) * manifest.shape.n_expert_weights
+        "params": len(manifest.own_records) * manifest.shape.n_expert_weights
         + bundle.n_skeleton_weights,
-        "bits": bits_of(manifest.precision),
+        "bits": "mixed" if manifest.others else bits_of(manifest.precision),
         "skeleton_bits": bits_of(manifest.skeleton_precision),
     }

@@ -265,11 +265,11 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
         _model_facts(manifest.identity)
         | _shape_facts(manifest.shape)
         | {
-            "bits": bits_of(manifest.precision),
+            "bits": _own_bits(manifest),
             "skeleton_bits": bits_of(manifest.skeleton_precision),
             "bytes": sum(file.size_bytes for file in manifest.files),
             "record_bytes": manifest.record_size_bytes,
-            "expert_bytes": manifest.record_size_bytes * len(manifest.records),
+            "expert_bytes": manifest.own_bytes,
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
@@ -290,6 +290,14 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
         facts=facts,
         details=details,
     )
+
+
+def _own_bits(manifest: "BundleManifest") -> str:
+    """One number, or how many experts have which."""
+    found = manifest.own_bits
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{bits}: {count}" for bits, count in sorted(found.items()))
 
 
 def _policy_facts(manifest: "BundleManifest") -> dict[str, object]:

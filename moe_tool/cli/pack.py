@@ -16,6 +16,8 @@ from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption, ModelArgument, OfflineOption, ProfilesOption
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moe_tool.artifacts.identity import ModelIdentity
     from moe_tool.artifacts.pack_plan import PackPlan
 
@@ -50,10 +52,12 @@ def pack(
         ),
     ] = None,
     bits: Annotated[
-        Literal["native", "8", "4"] | None,
+        str | None,
         typer.Option(
             "--bits",
-            help="Bits of an expert's weights; native keeps the checkpoint's dtype, bit for bit.",
+            metavar="BITS",
+            help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
+            "128 inputs instead of 64; native keeps the checkpoint's dtype, bit for bit.",
             show_default="native, or the plan's",
         ),
     ] = None,
@@ -80,13 +84,16 @@ def pack(
         ),
     ] = None,
     quantizer: Annotated[
-        Literal["rtn", "gptq"],
+        Literal["rtn", "fitted", "hqq", "gptq"] | None,
         typer.Option(
             "--quantizer",
-            help="How experts are rounded: to the nearest code, or by GPTQ, each error made up for "
-            "by the weights to come, on the profile's tokens: slower, and far less is lost.",
+            help="How experts are rounded. rtn: to the nearest code; hqq: with zero points that "
+            "let outliers go. On the profile's tokens, slower and with far less lost, fitted: to "
+            "the nearest, scales by least squares on the outputs; gptq: each error made up for by "
+            "the weights to come, scales too.",
+            show_default="rtn, or the plan's",
         ),
-    ] = "rtn",
+    ] = None,
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
@@ -100,6 +107,7 @@ def pack(
         followed = None if plan is None else _read_plan(plan)
         bits = bits or ("native" if followed is None else followed.bits)
         skeleton_bits = skeleton_bits or ("native" if followed is None else followed.skeleton_bits)
+        quantizer = quantizer or ("rtn" if followed is None else followed.quantizer)
         if replicas is None:
             replicas = "" if followed is None else followed.replicas
 
@@ -136,6 +144,10 @@ def pack(
             f"{report.seconds:.1f} s, "
             f"peak memory {format_bytes(report.peak_rss_bytes)}"
         )
+        if report.error is not None:
+            output.say(f"the experts' outputs are off by {report.error:.2g} of their size")
+        if report.unrouted:
+            output.say(_unrouted(report.unrouted))
         output.say(f'next: moe-tool run {report.bundle}/ --prompt "The list"')
         output.result(
             {
@@ -145,6 +157,8 @@ def pack(
                 "skeleton_bytes": report.skeleton_bytes,
                 "skeleton_bits": report.skeleton_bits,
                 "bits_per_weight": report.bits_per_weight,
+                "output_error": report.error,
+                "unrouted": report.unrouted,
                 "resumed_records": report.resumed_records,
                 "profile": profile,
                 "buddies": buddies,
@@ -153,6 +167,15 @@ def pack(
                 "peak_rss_bytes": report.peak_rss_bytes,
             }
         )
+
+
+def _unrouted(experts: "Sequence[tuple[int, int]]") -> str:
+    named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:4])
+    more = f" and {len(experts) - 4} more" if len(experts) > 4 else ""
+    return (
+        f"fitted to other experts' tokens, for the profile sent them few or none: {named}{more}; "
+        "a larger profile may send them some"
+    )
 
 
 def _read_plan(path: Path) -> "PackPlan":

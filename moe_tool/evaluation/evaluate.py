@@ -289,7 +289,7 @@ def _planned_share(bundle: BundleReader, progress: Progress) -> str | None:
     plan = bundle.manifest.plan
     if plan is None:
         return None
-    n_slots, n_experts = plan.prediction.expert_slots, len(bundle.manifest.records)
+    n_slots, n_experts = plan.prediction.expert_slots, len(bundle.manifest.own_records)
     progress.note(f"as planned: {n_slots} of {n_experts} expert slots")
     return f"{min(100.0, 100 * (n_slots + 0.5) / n_experts):.6f}%"
 

@@ -76,7 +76,19 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     position = 0
     if session.runner.policy.prices is None:
         ledger[6] = np.nan
-    sizes = np.array([level.record_size_bytes for level in session.bundle.levels])
+    bundle = session.bundle
+    sizes = {
+        layer: np.stack(
+            [
+                np.array(bundle.own_record_bytes(layer)),
+                *(
+                    np.full(bundle.manifest.shape.experts, table.record_size_bytes)
+                    for table in bundle.manifest.replicas
+                ),
+            ]
+        )
+        for layer in bundle.manifest.shape.layers
+    }  # [L, E]
 
     def account(decision: Decision) -> None:
         wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
@@ -88,7 +100,9 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         column = position - N_PROMPT_TOKENS
         ledger[0, :, column] += is_there.sum(axis=1)
         ledger[1, :, column] += wanted.shape[1]
-        ledger[2, :, column] += (is_fetched * sizes[level]).sum(axis=1)
+        ledger[2, :, column] += (
+            is_fetched * sizes[decision.routing.layer][level, np.maximum(answer, 0)]
+        ).sum(axis=1)
         ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
         ledger[4, :, column] += (~is_answered).sum(axis=1)
         ledger[5, :, column] += (is_answered & (level != FULL)).sum(axis=1)

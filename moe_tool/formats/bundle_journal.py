@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
+from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord, Price
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.precision import Precision, bits_of
 from moe_tool.errors import UsageError
@@ -22,6 +22,13 @@ from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.strict_json import parse_json_object
 
 _MAX_BYTES = 2**30
+
+
+class WrittenRecord(ExpertRecord):
+    """A record as its line has it."""
+
+    eps: Price | None = None
+    """Its measured error, see ReplicaLayer: a resume need not make the record again to know"""
 
 
 class BundleOrder:
@@ -80,13 +87,13 @@ class BundleOrder:
                 )
 
 
-def write_journal(folder: Path, order: BundleOrder, records: Sequence[ExpertRecord]) -> None:
+def write_journal(folder: Path, order: BundleOrder, records: Sequence[WrittenRecord]) -> None:
     """Begin the journal of a folder, or begin it anew; it appears whole or not at all."""
     lines = b"".join(_line(record) for record in records)
     atomic_write_bytes(folder / JOURNAL, order.first_line() + lines)
 
 
-def append_to_journal(folder: Path, records: Sequence[ExpertRecord]) -> None:
+def append_to_journal(folder: Path, records: Sequence[WrittenRecord]) -> None:
     """Add records, and wait until the disk has them."""
     with open(folder / JOURNAL, "ab") as file:
         file.write(b"".join(_line(record) for record in records))
@@ -106,7 +113,7 @@ def read_journal(folder: Path, order: BundleOrder) -> list[bytes]:
     return [line for line in lines if line]
 
 
-def _line(record: ExpertRecord) -> bytes:
+def _line(record: WrittenRecord) -> bytes:
     return record.model_dump_json().encode() + b"\n"
 
 

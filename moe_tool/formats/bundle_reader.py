@@ -68,7 +68,9 @@ class BundleReader:
         self.folder = folder
         self.manifest = manifest
         self.levels = levels
-        """FULL first, then the replicas"""
+        """FULL first, then the replicas, then the forms that some experts have instead of FULL's"""
+        self.own_levels = (FULL, *range(1 + len(manifest.replicas), len(levels)))
+        """Of the experts themselves"""
         self._skeleton = skeleton
         self._verified: set[tuple[int, int, int]] = set()  # records that were read and found right
         self._entries = {
@@ -109,7 +111,16 @@ class BundleReader:
     @property
     def expert_bytes(self) -> int:
         """Bytes of the experts' own records."""
-        return self.levels[FULL].size_bytes
+        return sum(self.levels[level].size_bytes for level in self.own_levels)
+
+    def own_record_bytes(self, layer: int) -> list[int]:
+        """Return the size of each expert's own record in a layer; 0 of one that is absent."""
+        sizes = [0] * self.manifest.shape.experts
+        for level in self.own_levels:
+            for record in self.levels[level].records:
+                if record.layer == layer:
+                    sizes[record.expert] = self.levels[level].record_size_bytes
+        return sizes
 
     @property
     def n_skeleton_weights(self) -> int:
@@ -138,7 +149,7 @@ class BundleReader:
         not what was packed is a CorruptArtifactError that names it."""
         checkpoint = Checkpoint(self._skeleton)
         hashes = {tensor.name: tensor.xxh3 for tensor in self.manifest.skeleton}
-        scales = {part.name for part in _skeleton_parts(self.manifest) if part.is_scales}
+        factors = {part.name for part in _skeleton_parts(self.manifest) if part.is_factor}
 
         def check(name: str, row: int | None, data: memoryview) -> None:
             assert row is None
@@ -148,7 +159,7 @@ class BundleReader:
                     f"{file} is damaged: the hash of {quoted(name)} does not fit", hint=_REPACK
                 )
             # The hash of a forgery can be right all the same.
-            if name in scales and not are_finite(torch.frombuffer(data, dtype=torch.float16)):
+            if name in factors and not are_finite(torch.frombuffer(data, dtype=torch.float16)):
                 raise CorruptArtifactError(
                     f"{file}: {quoted(name)} holds NaN or infinity", hint=_REPACK
                 )
@@ -259,7 +270,7 @@ class BundleReader:
                 )
         with self.open_skeleton() as skeleton:
             for part in _skeleton_parts(self.manifest):
-                if part.is_scales:
+                if part.is_factor:
                     skeleton.read(part.name)
         self._verified.clear()
         for level, each in enumerate(self.levels):
@@ -372,6 +383,9 @@ def _levels(folder: Path, manifest: BundleManifest) -> tuple[BundleLevel, ...]:
     for table in manifest.replicas:
         form = replica_form(shape, table.precision)
         forms.append((form, table.record_size_bytes, table.records))
+    for own in manifest.others:
+        form = full_form(shape, own.precision, is_other=True)
+        forms.append((form, own.record_size_bytes, own.records))
     for form, size_bytes, _ in forms:
         if form.layout.size_bytes != size_bytes:
             raise CorruptArtifactError(

@@ -22,6 +22,7 @@ from moe_tool.artifacts.bundle_manifest import (
     ExpertRecord,
     LayerHeat,
     LayerPrices,
+    OwnTable,
     ReplicaLayer,
     ReplicaTable,
     SkeletonLinear,
@@ -47,6 +48,7 @@ from moe_tool.formats.bundle_files import (
 )
 from moe_tool.formats.bundle_journal import (
     BundleOrder,
+    WrittenRecord,
     append_to_journal,
     read_journal,
     write_journal,
@@ -72,6 +74,8 @@ class BundleWriter:
         order: Sequence[tuple[int, int]],
         replicas: Sequence[ReplicaPrecision] = (),
         replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
+        others: Sequence[tuple[Precision, Collection[tuple[int, int]]]] = (),
+        absent: Collection[tuple[int, int]] = (),
         made_from: dict[str, str],
     ) -> None:
         """Use `open`."""
@@ -83,12 +87,17 @@ class BundleWriter:
         self.forms: tuple[ExpertForm, ...] = (
             full_form(shape, precision),
             *(replica_form(shape, each) for each in replicas),
+            *(full_form(shape, each, is_other=True) for each, _ in others),
         )
         """By level"""
         self._replicas = tuple(replicas)
+        self._others = tuple(precision for precision, _ in others)
+        self._absent = tuple(key for key in order if key in set(absent))
         everybody = [order] * len(self._replicas)
-        by_level = [order, *(everybody if replicas_of is None else replicas_of)]
-        wanted = [set(keys) for keys in by_level]
+        elsewhere = {key for _, keys in others for key in keys} | set(self._absent)
+        most = [key for key in order if key not in elsewhere]
+        cheaper = everybody if replicas_of is None else replicas_of
+        wanted = [set(keys) for keys in (most, *cheaper, *(keys for _, keys in others))]
         self._order = [
             (level, *key) for key in order for level, keys in enumerate(wanted) if key in keys
         ]
@@ -97,12 +106,12 @@ class BundleWriter:
             for form, keys in zip(self.forms, wanted, strict=True)
         ]
         self._places = _places(self._order, self._plan)
-        self._records: list[ExpertRecord] = []
-        self._unsynced: list[ExpertRecord] = []
+        self._records: list[WrittenRecord] = []
+        self._unsynced: list[WrittenRecord] = []
         self._unsynced_bytes = 0
         self._digests: dict[str, str] = {}
         self._open_files: dict[str, RecordFileWriter] = {}
-        self._others: list[BundleFile] = []
+        self._other_files: list[BundleFile] = []
         self._skeleton: list[SkeletonTensor] = []
         self._skeleton_precision: Precision = NativePrecision()
         self._skeleton_linears: tuple[SkeletonLinear, ...] = ()
@@ -119,6 +128,8 @@ class BundleWriter:
         order: Sequence[tuple[int, int]],
         replicas: Sequence[ReplicaPrecision] = (),
         replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
+        others: Sequence[tuple[Precision, Collection[tuple[int, int]]]] = (),
+        absent: Collection[tuple[int, int]] = (),
         made_from: dict[str, str],
     ) -> "BundleWriter":
         """Begin a bundle, go on with an interrupted one, or find it finished.
@@ -132,6 +143,8 @@ class BundleWriter:
             replicas: how the cheaper forms of experts are written, the dearest first.
             replicas_of: for each of these the (layer, expert) pairs that get it, at least one;
                 None: all get all.
+            others: experts that have another precision than `precision`; the most bits first.
+            absent: experts that are left out for good.
             made_from: options and input hashes; a bundle or part of one with others is refused.
 
         Raises:
@@ -148,6 +161,8 @@ class BundleWriter:
             order=order,
             replicas=replicas,
             replicas_of=replicas_of,
+            others=others,
+            absent=absent,
             made_from=made_from,
         )
         with storage_errors(writer._folder):
@@ -169,11 +184,23 @@ class BundleWriter:
         of an expert, then the next expert."""
         return self._order[self.n_written :]
 
-    def write_record(self, level: int, layer: int, expert: int, record: torch.Tensor) -> None:
+    def write_record(
+        self,
+        level: int,
+        layer: int,
+        expert: int,
+        record: torch.Tensor,
+        *,
+        eps: float | None = None,
+    ) -> None:
         """Append the next record of the order.
 
         Args:
+            level: of its form.
+            layer: decoder layer.
+            expert: of the layer.
             record: uint8 [form's layout.size_bytes].
+            eps: its measured error, see ReplicaLayer; None: not measured.
 
         Raises:
             DiskFullError, StorageError: the disk refuses; what was written stays for a resume.
@@ -186,12 +213,13 @@ class BundleWriter:
                 self._open(file, anew=True)
             self._open_files[file.name].append(data)
             self._unsynced.append(
-                ExpertRecord(
+                WrittenRecord(
                     layer=layer,
                     expert=expert,
                     file=file.name,
                     offset=file.offset(position),
                     xxh3=xxhash.xxh3_64_hexdigest(data),
+                    eps=eps,
                 )
             )
             self._unsynced_bytes += len(data)
@@ -252,7 +280,6 @@ class BundleWriter:
         heat: tuple[LayerHeat, ...] | None,
         buddies: BundleBuddies | None,
         prices: tuple[LayerPrices, ...] | None = None,
-        replica_prices: Sequence[tuple[ReplicaLayer, ...]] = (),
         plan: PackPlan | None = None,
         profile_sha256: str | None,
     ) -> BundleManifest:
@@ -262,7 +289,6 @@ class BundleWriter:
             heat: how often experts are used.
             buddies: stand-ins.
             prices: of leaving an expert out.
-            replica_prices: for each level of replicas.
             plan: for `run` to follow.
             profile_sha256: where heat and prices come from.
         """
@@ -278,20 +304,34 @@ class BundleWriter:
             for files in self._plan
             for file in files
         ]
-        by_level: list[list[ExpertRecord]] = [[] for _ in self.forms]
+        by_level: list[list[WrittenRecord]] = [[] for _ in self.forms]
         for (level, _, _), record in zip(self._order, self._records, strict=True):
             by_level[level].append(record)
+        first_other = 1 + len(self._replicas)
+        own = [FULL, *range(first_other, len(self.forms))]
         tables = tuple(
             ReplicaTable(
                 precision=precision,
                 record_size_bytes=form.layout.size_bytes,
-                records=tuple(records),
-                prices=found,
+                records=_listed(records),
+                prices=self._errors(records),
             )
-            for precision, form, records, found in zip(
-                self._replicas, self.forms[1:], by_level[1:], replica_prices, strict=True
+            for precision, form, records in zip(
+                self._replicas, self.forms[1:first_other], by_level[1:first_other], strict=True
             )
         )
+        others = tuple(
+            OwnTable(
+                precision=precision,
+                record_size_bytes=form.layout.size_bytes,
+                records=_listed(records),
+            )
+            for precision, form, records in zip(
+                self._others, self.forms[first_other:], by_level[first_other:], strict=True
+            )
+        )
+        measured = [record for level in own for record in by_level[level]]
+        is_measured = any(record.eps is not None for record in measured)
         manifest = BundleManifest(
             tool_version=__version__,
             identity=self._asked.identity,
@@ -301,8 +341,11 @@ class BundleWriter:
             skeleton=tuple(self._skeleton),
             skeleton_precision=self._skeleton_precision,
             skeleton_linears=self._skeleton_linears,
-            records=tuple(by_level[FULL]),
-            files=(*experts, *self._others),
+            records=_listed(by_level[FULL]),
+            others=others,
+            absent=self._absent,
+            errors=self._errors(measured) if is_measured else None,
+            files=(*experts, *self._other_files),
             made_from=self._asked.made_from,
             profile_sha256=profile_sha256,
             heat=heat,
@@ -316,6 +359,17 @@ class BundleWriter:
             (self._folder / JOURNAL).unlink()
             self._rename()
         return manifest
+
+    def _errors(self, records: Sequence[WrittenRecord]) -> tuple[ReplicaLayer, ...]:
+        """What was measured of one form; 1 where nothing was."""
+        found = {(r.layer, r.expert): r.eps for r in records if r.eps is not None}
+        return tuple(
+            ReplicaLayer(
+                layer=layer,
+                eps=tuple(found.get((layer, e), 1.0) for e in range(self._shape.experts)),
+            )
+            for layer in self._shape.layers
+        )
 
     def _require_same_finished(self) -> None:
         if not (self._out / MANIFEST).is_file():
@@ -378,9 +432,9 @@ class BundleWriter:
                 if file.name in self._open_files:
                     self._open_files[file.name].cut(held[file.name])
 
-    def _checked(self, line: bytes, file: ExpertFile, position: int) -> ExpertRecord | None:
+    def _checked(self, line: bytes, file: ExpertFile, position: int) -> WrittenRecord | None:
         try:
-            record = ExpertRecord.model_validate_json(line)
+            record = WrittenRecord.model_validate_json(line)
         except ValueError:
             return None
         offset = file.offset(position)
@@ -418,7 +472,12 @@ class BundleWriter:
                 size += len(data)
             file.flush()
             os.fsync(file.fileno())
-        self._others.append(BundleFile(name=name, size_bytes=size, sha256=digest.hexdigest()))
+        self._other_files.append(BundleFile(name=name, size_bytes=size, sha256=digest.hexdigest()))
+
+
+def _listed(records: Sequence[WrittenRecord]) -> tuple[ExpertRecord, ...]:
+    """As a manifest has them."""
+    return tuple(ExpertRecord(**each.model_dump(exclude={"eps"})) for each in records)
 
 
 def _places(

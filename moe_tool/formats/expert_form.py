@@ -15,7 +15,7 @@ from moe_tool.artifacts.precision import (
     describe_precision,
 )
 from moe_tool.formats.expert_record import (
-    QuantizeMatrix,
+    QuantizeExpert,
     RecordLayout,
     decode_record,
     encode_record,
@@ -23,6 +23,7 @@ from moe_tool.formats.expert_record import (
     record_layout,
     require_finite_segments,
 )
+from moe_tool.formats.integer_parts import is_factor
 from moe_tool.quantization.low_rank import LOW_RANK_TENSORS
 from moe_tool.quantization.weights import ExpertWeights
 
@@ -51,11 +52,11 @@ class ExpertForm:
         self,
         weights: Mapping[str, torch.Tensor],
         *,
-        quantize_matrix: QuantizeMatrix = nearest,
+        quantize_expert: QuantizeExpert = nearest,
     ) -> torch.Tensor:
         """Return a record, uint8 [layout.size_bytes]; see `encode_record`."""
         return encode_record(
-            self.layout, weights, self.stored_precision, quantize_matrix=quantize_matrix
+            self.layout, weights, self.stored_precision, quantize_expert=quantize_expert
         )
 
     def decode(self, record: torch.Tensor) -> ExpertWeights:
@@ -70,19 +71,24 @@ def require_finite(form: ExpertForm, record: torch.Tensor) -> None:
         CorruptArtifactError: names the segment.
     """
     is_map = isinstance(form.precision, LowRankPrecision)
-    require_finite_segments(
-        form.layout, record, names=lambda name: is_map or name.endswith(".scales")
-    )
+    require_finite_segments(form.layout, record, names=lambda name: is_map or is_factor(name))
 
 
-def full_form(shape: MoeShape, precision: Precision) -> ExpertForm:
-    """Return the form of the experts themselves."""
-    return _form(shape.expert_tensors, shape.dtype, precision, precision, "experts")
+def full_form(shape: MoeShape, precision: Precision, *, is_other: bool = False) -> ExpertForm:
+    """Return the form of the experts themselves.
+
+    Args:
+        shape: of the model.
+        precision: of their matrices.
+        is_other: most experts have another precision.
+    """
+    stem = f"experts-{_word(precision)}" if is_other else "experts"
+    return _form(shape.expert_tensors, shape.dtype, precision, precision, stem)
 
 
 def replica_form(shape: MoeShape, precision: ReplicaPrecision) -> ExpertForm:
     """Return the form of a cheaper answer in an expert's place."""
-    stem = "replicas-" + describe_precision(precision).replace(":", "x")
+    stem = f"replicas-{_word(precision)}"
     if isinstance(precision, IntegerPrecision):
         return _form(shape.expert_tensors, shape.dtype, precision, precision, stem)
     sizes = {"rank": precision.rank, "hidden": shape.hidden}
@@ -91,6 +97,10 @@ def replica_form(shape: MoeShape, precision: ReplicaPrecision) -> ExpertForm:
         for name, extents in LOW_RANK_TENSORS.items()
     )
     return _form(tensors, "float16", NativePrecision(), precision, stem)
+
+
+def _word(precision: Precision | LowRankPrecision) -> str:
+    return describe_precision(precision).replace(":", "x")
 
 
 def _form(

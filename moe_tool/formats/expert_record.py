@@ -1,8 +1,8 @@
 """How one expert lies in a bundle: named, aligned segments, so that it is one aligned read.
 
 A matrix in the checkpoint's floats is one segment of its name; an integer matrix is `NAME.plane0`,
-`NAME.plane1` ... and `NAME.scales` (quantization/bit_packing.py); a vector is one segment in the
-checkpoint's dtype. Every segment is padded with
+`NAME.plane1` ... and `NAME.scales`, with zero points `NAME.zeros` (quantization/bit_packing.py); a
+vector is one segment in the checkpoint's dtype. Every segment is padded with
 zeros to ALIGNMENT_BYTES. Little-endian throughout.
 """
 
@@ -88,13 +88,22 @@ def record_layout(
     )
 
 
-QuantizeMatrix = Callable[[str, torch.Tensor, IntegerPrecision], IntegerWeight]
-"""(name of the tensor, [out, in], how) -> its codes"""
+QuantizeExpert = Callable[
+    [Mapping[str, torch.Tensor], IntegerPrecision], Mapping[str, IntegerWeight]
+]
+"""(an expert's tensors, how) -> the codes of its matrices"""
 
 
-def nearest(name: str, weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeight:
-    """Round to nearest, whatever the tensor."""
-    return quantize(weight, precision.width_bits, group=precision.group)
+def nearest(
+    weights: Mapping[str, torch.Tensor], precision: IntegerPrecision
+) -> dict[str, IntegerWeight]:
+    """Round every matrix to nearest."""
+    assert not precision.zeros
+    return {
+        name: quantize(weight, precision.width_bits, group=precision.group)
+        for name, weight in weights.items()
+        if weight.dim() == 2
+    }
 
 
 def encode_record(
@@ -102,25 +111,24 @@ def encode_record(
     weights: Mapping[str, torch.Tensor],
     precision: Precision,
     *,
-    quantize_matrix: QuantizeMatrix = nearest,
+    quantize_expert: QuantizeExpert = nearest,
 ) -> torch.Tensor:
     """Return a record: uint8 [layout.size_bytes].
 
     Args:
         layout: of this expert's tensors and precision.
         weights: the expert in canonical form, in the checkpoint's dtype.
-        quantize_matrix: where the precision has codes.
+        quantize_expert: where the precision has codes.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite.
     """
     record = torch.zeros(layout.size_bytes, dtype=torch.uint8)
-    quantized: dict[str, IntegerWeight] = {}
+    quantized: Mapping[str, IntegerWeight] = {}
+    if isinstance(precision, IntegerPrecision):
+        quantized = quantize_expert(weights, precision)
     for segment in layout.segments:
         name, _, part = segment.name.partition(".")
-        if part and name not in quantized:
-            assert isinstance(precision, IntegerPrecision)
-            quantized[name] = quantize_matrix(name, weights[name], precision)
         values = integer_part(quantized[name], part) if part else weights[name]
         assert values.shape == segment.shape and values.dtype == _DTYPES[segment.dtype]
         raw = values.contiguous().view(-1).view(torch.uint8)

@@ -1,4 +1,5 @@
-"""The tensors that a matrix of codes is stored as: NAME.plane0, NAME.plane1 ... and NAME.scales."""
+"""The tensors that a matrix of codes is stored as: NAME.plane0, NAME.plane1 ..., NAME.scales and,
+with zero points NAME.zeros."""
 
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, plane_bytes, p
 from moe_tool.quantization.weights import IntegerWeight
 
 _SCALES = "scales"
+_ZEROS = "zeros"
 _EXPONENT = 0x7C00
 """Of a float16 number: all bits set in NaN and infinity"""
 _PLANE = "plane"
@@ -38,9 +40,9 @@ class IntegerPart:
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
     @property
-    def is_scales(self) -> bool:
-        """Whether it holds scales, which have to be finite."""
-        return self.name.endswith(f".{_SCALES}")
+    def is_factor(self) -> bool:
+        """Whether it holds scales or zero points, which have to be finite."""
+        return is_factor(self.name)
 
 
 def integer_parts(
@@ -56,7 +58,16 @@ def integer_parts(
         for index, bits in enumerate(plane_widths(precision.width_bits))
     ]
     shape = (n_row_blocks(n_outputs), -(-n_inputs // precision.group), ROWS)
-    return (*planes, IntegerPart(name=f"{name}.{_SCALES}", dtype="float16", shape=shape))
+    factors = (_SCALES, _ZEROS) if precision.zeros else (_SCALES,)
+    return (
+        *planes,
+        *(IntegerPart(name=f"{name}.{each}", dtype="float16", shape=shape) for each in factors),
+    )
+
+
+def is_factor(name: str) -> bool:
+    """Return whether a part of this name holds scales or zero points."""
+    return name.endswith((f".{_SCALES}", f".{_ZEROS}"))
 
 
 def join_integer_parts(
@@ -71,10 +82,11 @@ def join_integer_parts(
     Args:
         read: returns a part by its name, with the dtype and shape of `integer_parts`.
     """
-    *planes, scales = integer_parts(name, n_outputs, n_inputs, precision)
+    parts = integer_parts(name, n_outputs, n_inputs, precision)
     return IntegerWeight(
-        planes=tuple(read(plane.name) for plane in planes),
-        scales=read(scales.name),
+        planes=tuple(read(part.name) for part in parts if not part.is_factor),
+        scales=read(f"{name}.{_SCALES}"),
+        zeros=read(f"{name}.{_ZEROS}") if precision.zeros else None,
         width_bits=precision.width_bits,
         group=precision.group,
         n_outputs=n_outputs,
@@ -85,6 +97,9 @@ def join_integer_parts(
 def integer_part(weight: IntegerWeight, name: str) -> torch.Tensor:
     """Return the part of a matrix that is stored under this name."""
     part = name.rpartition(".")[2]
+    if part == _ZEROS:
+        assert weight.zeros is not None
+        return weight.zeros
     return weight.scales if part == _SCALES else weight.planes[int(part.removeprefix(_PLANE))]
 
 

@@ -1,7 +1,8 @@
 """The profile's tokens once more through the model, for what is fitted to an expert's inputs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.architecture import OpenedModel
-from moe_tool.models.layer_stream import LayerStream
+from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.quantization.weights import FloatWeight
+from moe_tool.profiling.sensitivity import total_divergence
+from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
 _HIDDEN_BYTES = 128 * 2**20
 """Of the hidden states that are carried from layer to layer, and again of one layer's inputs"""
@@ -35,6 +37,9 @@ class ExpertSample:
     """[n, H] float32"""
     measured_on: torch.Tensor
     """[m, H] float32"""
+    is_own: bool
+    """Both are tokens that its router sent to it; of an expert that is wanted too rarely, all
+    that there are"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,9 @@ class CalibratedLayer:
     """[T, K] int64"""
     held_out: torch.Tensor
     """[T] bool"""
+    disturb: Callable[[Mapping[int, ExpertWeights]], None]
+    """Carry the watched sequences on with other weights of some of this layer's experts; see
+    `CalibratedModel.divergences`"""
 
     def sample(self, expert: int, *, most_measured: int) -> ExpertSample:
         """Return what an expert was given; of an expert that is wanted too rarely, what all were.
@@ -60,69 +68,138 @@ class CalibratedLayer:
         """
         wanted = (self.index == expert).any(dim=1)
 
-        def rows(part: torch.Tensor) -> torch.Tensor:
+        def rows(part: torch.Tensor) -> tuple[torch.Tensor, bool]:
             own = torch.nonzero(wanted & part).flatten()
-            return own if len(own) >= _MIN_ROWS else torch.nonzero(part).flatten()
+            is_own = len(own) >= _MIN_ROWS
+            return (own if is_own else torch.nonzero(part).flatten()), is_own
 
-        measured = rows(self.held_out)
+        fitted, is_own = rows(~self.held_out)
+        measured, is_measured_on_own = rows(self.held_out)
         step = max(1, -(-len(measured) // most_measured))
         return ExpertSample(
             module=self.module,
             tensors=self.experts[expert],
-            fitted_on=self.inputs[rows(~self.held_out)],
+            fitted_on=self.inputs[fitted],
             measured_on=self.inputs[measured[::step]],
+            is_own=is_own and is_measured_on_own,
         )
 
 
-def calibrated_layers(
-    folder: Path, opened: OpenedModel, tokens: TracedTokens
-) -> Iterator[CalibratedLayer]:
-    """Yield the MoE layers one after the other, with what their experts are given.
+class CalibratedModel:
+    """The model layer by layer, with tokens of its profile going through it.
 
     One layer's experts are in memory at a time, and twice the hidden states of the tokens: a
     sample of the profile's sequences where all would take too much.
-
-    Args:
-        folder: of the checkpoint.
-        opened: the same checkpoint.
-        tokens: of its profile.
     """
-    chosen = _choose(tokens, hidden=opened.shape.hidden)
-    ids = torch.from_numpy(tokens.ids[chosen].astype(np.int64))  # [N, S]
-    held_out = torch.from_numpy(np.repeat(tokens.held_out[chosen], ids.shape[1]))
-    stream = LayerStream(folder, opened.checkpoint)
-    batches = torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1]))
-    hidden = [stream.initial_hidden(batch) for batch in batches]
-    calls: list[LayerCall] = []
-    experts: dict[int, dict[str, torch.Tensor]] = {}
 
-    def answer(call: LayerCall) -> torch.Tensor:
-        calls.append(call)
-        return run_experts(call.module, call.hidden, call.index, call.weight, supply)
+    def __init__(self, folder: Path, opened: OpenedModel, tokens: TracedTokens) -> None:
+        """Load what is outside the layers.
 
-    def supply(wanted: list[int]) -> Iterator[tuple[int, Mapping[str, FloatWeight]]]:
+        Args:
+            folder: of the checkpoint.
+            opened: the same checkpoint.
+            tokens: of its profile.
+        """
+        self._opened = opened
+        self._tokens = tokens
+        self._stream = LayerStream(folder, opened.checkpoint)
+        self._stream.set_experts_function(self._answer)
+        self._calls: list[LayerCall] = []
+        self._experts: dict[int, dict[str, torch.Tensor]] = {}
+        self._instead: Mapping[int, ExpertWeights] = {}
+        """Expert -> what answers in its place"""
+        self._watched: list[torch.Tensor] = []
+        """Hidden states of a few sequences: untouched, then what `disturb` made of them"""
+
+    def watch(self, n_tokens: int) -> None:
+        """Carry some sequences beside the others, for `disturb`; to be called before `layers`.
+
+        Args:
+            n_tokens: of them, about.
+        """
+        in_sample = np.flatnonzero(~self._tokens.held_out)
+        count = max(1, min(len(in_sample), n_tokens // self._tokens.ids.shape[1]))
+        rows = in_sample[np.linspace(0, len(in_sample) - 1, count).astype(np.int64)]
+        ids = torch.from_numpy(self._tokens.ids[rows].astype(np.int64))
+        self._watched = [self._stream.initial_hidden(ids)]
+
+    def layers(self, *, last: int | None = None) -> Iterator[CalibratedLayer]:
+        """Yield the MoE layers one after the other, with what their experts are given.
+
+        Args:
+            last: decoder layer behind which nothing is wanted; None: to the end.
+        """
+        chosen = _choose(self._tokens, hidden=self._opened.shape.hidden)
+        ids = torch.from_numpy(self._tokens.ids[chosen].astype(np.int64))  # [N, S]
+        held_out = torch.from_numpy(np.repeat(self._tokens.held_out[chosen], ids.shape[1]))
+        batches = torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1]))
+        hidden = [self._stream.initial_hidden(batch) for batch in batches]
+        for layer in self._stream.layers():
+            if last is not None and layer.layer > last:
+                return
+            self._calls.clear()
+            self._experts.clear()
+            if layer.moe is not None:
+                for expert in range(self._opened.shape.experts):
+                    self._experts[expert] = self._opened.experts.read(layer.layer, expert)
+            for at, states in enumerate(hidden):
+                hidden[at] = layer.forward(states)
+            calls, self._calls = self._calls, []
+            untouched = self._watched[0] if self._watched else None
+            self._watched = [layer.forward(states) for states in self._watched]
+            self._calls.clear()
+            if layer.moe is not None:
+                yield CalibratedLayer(
+                    layer=layer.layer,
+                    module=layer.moe.experts,
+                    experts=self._experts,
+                    inputs=torch.cat([call.hidden for call in calls]).float(),
+                    index=torch.cat([call.index for call in calls]),
+                    held_out=held_out,
+                    disturb=partial(self._disturb, layer, untouched),
+                )
+
+    def divergences(self) -> list[float]:
+        """Return what each `disturb` did to the model's output, in their order, nats per token;
+        once `layers` has ended."""
+        exact, *disturbed = self._watched
+        totals = [0.0] * len(disturbed)
+        n_tokens = 0
+        for sequence in range(len(exact)):
+            truth = self._stream.logits(exact[sequence : sequence + 1])[0]
+            n_tokens += len(truth)
+            for at, states in enumerate(disturbed):
+                found = self._stream.logits(states[sequence : sequence + 1])[0]
+                totals[at] += total_divergence(truth, found)
+        return [total / n_tokens for total in totals]
+
+    def _disturb(
+        self,
+        layer: StreamedLayer,
+        untouched: torch.Tensor | None,
+        instead: Mapping[int, ExpertWeights],
+    ) -> None:
+        assert untouched is not None, "nothing is watched"
+        self._instead = instead
+        try:
+            self._watched.append(layer.forward(untouched))
+        finally:
+            self._instead = {}
+            self._calls.clear()
+
+    def _answer(self, call: LayerCall) -> torch.Tensor:
+        self._calls.append(call)
+        return run_experts(call.module, call.hidden, call.index, call.weight, self._supply)
+
+    def _supply(
+        self, wanted: list[int]
+    ) -> Iterator[tuple[int, Mapping[str, FloatWeight | IntegerWeight]]]:
         for expert in wanted:
-            found = experts[expert]
+            if expert in self._instead:
+                yield expert, self._instead[expert]
+                continue
+            found = self._experts[expert]
             yield expert, {name: FloatWeight(values=value) for name, value in found.items()}
-
-    stream.set_experts_function(answer)
-    for layer in stream.layers():
-        calls.clear()
-        experts.clear()
-        if layer.moe is not None:
-            for expert in range(opened.shape.experts):
-                experts[expert] = opened.experts.read(layer.layer, expert)
-        for at, states in enumerate(hidden):
-            hidden[at] = layer.forward(states)
-        if layer.moe is not None:
-            yield CalibratedLayer(
-                layer=layer.layer,
-                module=layer.moe.experts,
-                experts=experts,
-                inputs=torch.cat([call.hidden for call in calls]).float(),
-                index=torch.cat([call.index for call in calls]),
-                held_out=held_out,
-            )
 
 
 def _choose(tokens: TracedTokens, *, hidden: int) -> np.ndarray:

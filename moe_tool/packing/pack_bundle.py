@@ -3,7 +3,6 @@ tokenizer and the manifest."""
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,38 +11,36 @@ import numpy as np
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.bundle_manifest import (
     BundleBuddies,
+    BundleManifest,
     LayerHeat,
     LayerPrices,
-    ReplicaLayer,
 )
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.pack_plan import PackPlan
+from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
 from moe_tool.artifacts.precision import (
     IntegerPrecision,
-    NativePrecision,
     ReplicaPrecision,
     describe_precision,
-    precision_from_bits,
     replica_precisions,
 )
 from moe_tool.artifacts.router_trace import TracedTokens
-from moe_tool.artifacts.routing import FULL
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.models.architecture import OpenedModel, open_model
+from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.calibrated_layers import calibrated_layers
+from moe_tool.packing.own_forms import own_forms, parse_precision
 from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
 from moe_tool.packing.prices import layer_prices
-from moe_tool.packing.quantizers import Quantizer, quantizer_of
+from moe_tool.packing.quantizers import needs_inputs
 from moe_tool.packing.record_order import order_experts
-from moe_tool.packing.replicas import MEASURED_TOKENS, make_replicas
 from moe_tool.packing.skeleton_work import SkeletonWork
+from moe_tool.packing.write_records import write_calibrated, write_records
+from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
@@ -81,6 +78,11 @@ class PackReport:
     """Of the expert records, scales and alignment included"""
     seconds: float
     peak_rss_bytes: int
+    error: float | None
+    """Of the experts' outputs, relative, on held-out tokens: mean over experts; None: not
+    measured"""
+    unrouted: tuple[ExpertKey, ...]
+    """Experts that few tokens or none were sent to: fitted to those of others"""
     resumed_records: int
     """Records found finished from an interrupted run"""
 
@@ -119,11 +121,11 @@ def pack_bundle(
     Args:
         model: where the checkpoint lies.
         out: the bundle's folder; until it is finished its name ends in `.part`.
-        bits: of the experts: "native", "8" or "4".
-        skeleton_bits: of the matrices outside experts and routers, likewise.
+        bits: of the experts: "native", "4", "2:128"; "mixed": as the plan says.
+        skeleton_bits: of the matrices outside experts and routers: "native", "8" or "4".
         replicas: cheaper forms of every expert, for lossy policies: "3,2:128,rank16", see
             `replica_precisions`.
-        quantizer: how codes are chosen: rtn, or gptq, which needs the profile's tokens.
+        quantizer: how codes are chosen; fitted and gptq need the profile's tokens.
         profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
             replicas are fitted to and measured on.
         buddies: buddy map of this model.
@@ -137,8 +139,7 @@ def pack_bundle(
         CorruptArtifactError: an input is damaged.
     """
     start = time.perf_counter()
-    precision = _precision("--bits", bits)
-    skeleton_precision = _precision("--skeleton-bits", skeleton_bits)
+    skeleton_precision = parse_precision("--skeleton-bits", skeleton_bits)
     opened = open_model(model)
     shape = opened.shape
     measured = _read_profile(profile, opened.identity, shape)
@@ -146,27 +147,34 @@ def pack_bundle(
         require_plan_fits(
             plan, opened.identity, bits, skeleton_bits, replicas, has_heat=profile is not None
         )
+    own = own_forms("--bits", bits, plan, shape, quantizer)
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
-    cheaper = _replicas(replicas, shape, measured)
+    cheaper = _replicas(replicas, shape, measured, quantizer)
+    if cheaper and (own.others or own.absent):
+        raise UsageError(
+            "--replicas beside experts of mixed bits: a bundle has one or the other",
+            hint="leave --replicas out, or give one number of --bits",
+        )
     planned = None if plan is None else planned_residents(plan, cheaper)
     if planned is not None:
         cheaper = tuple(form for form in cheaper if planned[form])
-    is_calibrated = bool(cheaper) or (quantizer == "gptq" and bits != "native")
+    is_calibrated = bool(cheaper) or (needs_inputs(quantizer) and own.has_codes)
     if is_calibrated and measured.tokens is None:
         raise UsageError(
             f"--quantizer {quantizer} goes by what experts are given, and there is no profile",
             hint="--profile FILE, of moe-tool profile",
         )
-    n_records = len(measured.order)
     skeleton = SkeletonWork(opened, skeleton_precision)
     writer = BundleWriter.open(
         out,
         identity=opened.identity.model_copy(update={"full": measured.full_hash}),
         shape=shape,
-        precision=precision,
+        precision=own.precision,
         order=measured.order,
         replicas=cheaper,
         replicas_of=None if planned is None else [planned[form] for form in cheaper],
+        others=own.others,
+        absent=own.absent,
         made_from={
             "bits": bits,
             "skeleton_bits": skeleton_bits,
@@ -179,7 +187,7 @@ def pack_bundle(
     )
     with opened.checkpoint:
         resumed = writer.n_written
-        replica_prices: list[tuple[ReplicaLayer, ...]] = []
+        unrouted: list[ExpertKey] = []
         if not writer.finished:
             require_free_disk(
                 out.absolute().parent,
@@ -188,11 +196,12 @@ def pack_bundle(
             )
             try:
                 if is_calibrated:
-                    replica_prices = _write_calibrated(
-                        writer, opened, model.folder, measured, quantizer, progress
+                    assert measured.tokens is not None
+                    unrouted = write_calibrated(
+                        writer, opened, model.folder, measured.tokens, quantizer, progress
                     )
                 else:
-                    _write_records(writer, opened, progress)
+                    write_records(writer, opened, quantizer, progress)
             finally:
                 writer.suspend()
             skeleton.write(writer, progress)
@@ -202,11 +211,10 @@ def pack_bundle(
             heat=measured.heat,
             buddies=stand_ins,
             prices=measured.prices,
-            replica_prices=replica_prices,
             plan=plan,
             profile_sha256=measured.sha256,
         )
-    expert_bytes = n_records * writer.forms[FULL].layout.size_bytes
+    expert_bytes = manifest.own_bytes
     return PackReport(
         bundle=out,
         bytes=sum(file.size_bytes for file in manifest.files),
@@ -216,21 +224,25 @@ def pack_bundle(
         ),
         skeleton_bytes=skeleton.size_bytes,
         skeleton_bits=skeleton_bits,
-        bits_per_weight=8 * expert_bytes / (n_records * shape.n_expert_weights),
+        bits_per_weight=8 * expert_bytes / (len(measured.order) * shape.n_expert_weights),
+        error=_error(manifest),
+        unrouted=tuple(unrouted),
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
     )
 
 
-def _precision(option: str, bits: str) -> NativePrecision | IntegerPrecision:
-    try:
-        return precision_from_bits(bits)
-    except ValueError:
-        raise UsageError(f"{option} {bits} is not known", hint="use native, 8 or 4") from None
+def _error(manifest: BundleManifest) -> float | None:
+    """Mean over experts of their own forms' measured error."""
+    if manifest.errors is None:
+        return None
+    return float(np.mean([entry.eps for entry in manifest.errors]))
 
 
-def _replicas(text: str, shape: MoeShape, measured: _Measured) -> tuple[ReplicaPrecision, ...]:
+def _replicas(
+    text: str, shape: MoeShape, measured: _Measured, quantizer: Quantizer
+) -> tuple[ReplicaPrecision, ...]:
     try:
         found = replica_precisions(text)
     except ValueError:
@@ -249,69 +261,11 @@ def _replicas(text: str, shape: MoeShape, measured: _Measured) -> tuple[ReplicaP
             f"--replicas rank{max(too_wide)}: the model is {shape.hidden} wide",
             hint="a rank that saves something is a small part of the width",
         )
-    return found
-
-
-def _write_records(writer: BundleWriter, opened: OpenedModel, progress: Progress) -> None:
-    progress.begin("pack experts", writer.n_written + len(writer.to_write), "experts")
-    progress.advance(writer.n_written)
-    for level, layer, expert in list(writer.to_write):
-        weights = opened.experts.read(layer, expert)
-        with _naming(opened, layer, expert):
-            record = writer.forms[level].encode(weights)
-        writer.write_record(level, layer, expert, record)
-        progress.advance()
-    progress.end()
-
-
-def _write_calibrated(
-    writer: BundleWriter,
-    opened: OpenedModel,
-    folder: Path,
-    measured: _Measured,
-    quantizer: Quantizer,
-    progress: Progress,
-) -> list[tuple[ReplicaLayer, ...]]:
-    """Write experts and replicas, and return what the replicas of each level are worth.
-
-    A resume measures again what it need not write: the prices are part of the manifest.
-    """
-    assert measured.tokens is not None
-    missing = set(writer.to_write)
-    prices: list[list[ReplicaLayer]] = [[] for _ in writer.forms[1:]]
-    progress.begin("pack experts and replicas", len(measured.order), "experts")
-    for layer in calibrated_layers(folder, opened, measured.tokens):
-        eps = np.zeros((len(prices), opened.shape.experts))
-        for _, expert in (key for key in measured.order if key[0] == layer.layer):
-            sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
-            with _naming(opened, layer.layer, expert):
-                quantize_matrix = quantizer_of(quantizer, sample)
-                replicas = make_replicas(sample, writer.forms[1:], quantize_matrix)
-                if (FULL, layer.layer, expert) in missing:
-                    record = writer.forms[FULL].encode(
-                        sample.tensors, quantize_matrix=quantize_matrix
-                    )
-                    writer.write_record(FULL, layer.layer, expert, record)
-            for level, replica in enumerate(replicas, start=1):
-                eps[level - 1, expert] = replica.eps
-                if (level, layer.layer, expert) in missing:
-                    writer.write_record(level, layer.layer, expert, replica.record)
-            progress.advance()
-        for level, row in enumerate(eps):
-            prices[level].append(ReplicaLayer(layer=layer.layer, eps=tuple(row.tolist())))
-    progress.end()
-    return [tuple(each) for each in prices]
-
-
-@contextmanager
-def _naming(opened: OpenedModel, layer: int, expert: int) -> Iterator[None]:
-    try:
-        yield
-    except CorruptArtifactError as error:
-        raise CorruptArtifactError(
-            f"layer {layer} expert {expert} of {opened.identity.name}: {error.message}",
-            hint=error.hint,
-        ) from error
+    is_hqq = quantizer == "hqq"
+    return tuple(
+        each.model_copy(update={"zeros": is_hqq}) if isinstance(each, IntegerPrecision) else each
+        for each in found
+    )
 
 
 def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -> _Measured:

@@ -1,15 +1,15 @@
-"""Cheaper forms of one expert: made, and measured on tokens that they were not fitted to."""
+"""One expert in one form: made, and measured on tokens that it was not fitted to."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from moe_tool.artifacts.precision import LowRankPrecision
+from moe_tool.artifacts.precision import LowRankPrecision, NativePrecision
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.formats.expert_form import ExpertForm
-from moe_tool.formats.expert_record import QuantizeMatrix
+from moe_tool.formats.expert_record import QuantizeExpert
 from moe_tool.packing.calibrated_layers import ExpertSample
 from moe_tool.quantization.low_rank import LinearFit, linear_fit, low_rank_map
 from moe_tool.quantization.weights import FloatWeight
@@ -20,8 +20,8 @@ _FIT_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replica:
-    """One cheaper form of one expert."""
+class MeasuredRecord:
+    """One form of one expert."""
 
     record: torch.Tensor
     """uint8 [form's layout.size_bytes]"""
@@ -29,36 +29,50 @@ class Replica:
     """Its price, see artifacts/expert_statistics"""
 
 
-@torch.no_grad()
-def make_replicas(
-    sample: ExpertSample, forms: Sequence[ExpertForm], quantize_matrix: QuantizeMatrix
-) -> list[Replica]:
-    """Return an expert in each of the forms.
+class ExpertForms:
+    """What an expert's forms have in common: its exact answers, its best linear map."""
 
-    Args:
-        sample: of the expert.
-        forms: of replicas.
-        quantize_matrix: makes the codes of those that have any.
+    def __init__(self, sample: ExpertSample, quantize_expert: QuantizeExpert) -> None:
+        """Keep what they are made of.
 
-    Raises:
-        CorruptArtifactError: a weight is NaN or infinite.
-    """
-    exact = {name: FloatWeight(values=value) for name, value in sample.tensors.items()}
-    truth = expert_forward(sample.module, exact, sample.measured_on)  # [m, H]
-    fit: LinearFit | None = None
-    replicas = []
-    for form in forms:
+        Args:
+            sample: of the expert.
+            quantize_expert: makes the codes of forms that have any.
+        """
+        self._sample = sample
+        self._quantize_expert = quantize_expert
+
+    @torch.no_grad()
+    def make(self, form: ExpertForm) -> MeasuredRecord:
+        """Return the expert in a form.
+
+        Raises:
+            CorruptArtifactError: a weight is NaN or infinite.
+        """
+        sample = self._sample
         tensors = sample.tensors
         if isinstance(form.precision, LowRankPrecision):
-            if fit is None:
-                step = max(1, -(-len(sample.fitted_on) // _FIT_TOKENS))
-                inputs = sample.fitted_on[::step]
-                fit = linear_fit(inputs, expert_forward(sample.module, exact, inputs))
-            tensors = low_rank_map(fit, form.precision.rank)
-        record = form.encode(tensors, quantize_matrix=quantize_matrix)
+            tensors = low_rank_map(self._linear_fit, form.precision.rank)
+        record = form.encode(tensors, quantize_expert=self._quantize_expert)
+        if isinstance(form.precision, NativePrecision):
+            return MeasuredRecord(record=record, eps=0.0)
         answer = expert_forward(sample.module, form.decode(record), sample.measured_on)
-        replicas.append(Replica(record=record, eps=relative_error(truth, answer)))
-    return replicas
+        return MeasuredRecord(record=record, eps=relative_error(self._truth, answer))
+
+    @cached_property
+    def _exact(self) -> dict[str, FloatWeight]:
+        return {name: FloatWeight(values=value) for name, value in self._sample.tensors.items()}
+
+    @cached_property
+    def _truth(self) -> torch.Tensor:
+        """[m, H]"""
+        return expert_forward(self._sample.module, self._exact, self._sample.measured_on)
+
+    @cached_property
+    def _linear_fit(self) -> LinearFit:
+        step = max(1, -(-len(self._sample.fitted_on) // _FIT_TOKENS))
+        inputs = self._sample.fitted_on[::step]
+        return linear_fit(inputs, expert_forward(self._sample.module, self._exact, inputs))
 
 
 def relative_error(truth: torch.Tensor, answer: torch.Tensor) -> float:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_tool.artifacts.hardware_profile import HardwareProfile
-from moe_tool.artifacts.pack_plan import Bits
-from moe_tool.artifacts.precision import Precision, bits_of
+from moe_tool.artifacts.precision import bits_of
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.planning.model_costs import costs_of_bytes
 from moe_tool.policies.eviction import Belady, CacheShape, Eviction, EvictionChoice
@@ -78,8 +77,8 @@ def compare_run(
         record_bytes=header.record_size_bytes,
         matrix_bytes=header.matrix_bytes,
         n_matrices=header.n_matrices,
-        bits=_bits(header.precision),
-        skeleton_bits=_bits(header.skeleton_precision),
+        bits=bits_of(header.precision),
+        skeleton_bits=bits_of(header.skeleton_precision),
         threads=header.threads,
     ).calls
     times = call_times(trace, counts, costs)
@@ -142,8 +141,3 @@ def _hits(
         hit_rate=hits / max(1, n),
         bytes_per_token=n_read * header.record_size_bytes / max(1, header.decode_tokens),
     )
-
-
-def _bits(precision: Precision) -> Bits:
-    found: dict[str, Bits] = {"native": "native", "8": "8", "4": "4"}
-    return found[bits_of(precision)]

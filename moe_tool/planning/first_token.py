@@ -2,7 +2,7 @@
 
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.planning.model_costs import ModelCosts
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.simulator.access_trace import AccessTrace
@@ -20,7 +20,7 @@ def seconds_to_first_token(
     *,
     shape: MoeShape,
     bits: Bits,
-    skeleton_bits: Bits,
+    skeleton_bits: SkeletonBits,
     n_tokens: int,
 ) -> float:
     """Return the prediction for a prompt of so many tokens, from the profile's own chunks.

@@ -1,13 +1,13 @@
 """Where the bytes of a run will go, before there is a run."""
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
-from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.models.model_config import config_from_json
 from moe_tool.planning.model_costs import record_size
+from moe_tool.runtime.expert_room import ExpertRoom
 from moe_tool.runtime.memory_plan import (
     MARGIN_BYTES,
-    ExpertRoom,
     MemoryLine,
     MemoryPlan,
     parse_memory,
@@ -26,7 +26,7 @@ def account(
     skeleton: SkeletonFacts,
     *,
     bits: Bits,
-    skeleton_bits: Bits,
+    skeleton_bits: SkeletonBits,
     context: int,
 ) -> MemoryPlan:
     """Return the lines and expert slots of a budget.
@@ -61,10 +61,12 @@ def account(
         parse_memory(memory),
         fixed=fixed,
         loading_bytes=PROCESS_BYTES + held + skeleton.largest_tensor_bytes,
-        experts=ExpertRoom(
-            record_bytes=record_size(shape, bits),
-            n_experts=n_experts,
-            n_slots_min=min(shape.top_k + 1, n_experts),
+        experts=(
+            ExpertRoom(
+                record_bytes=record_size(shape, bits),
+                n_experts=n_experts,
+                n_slots_min=min(shape.top_k + 1, n_experts),
+            ),
         ),
         available_bytes=_NO_LIMIT_BYTES,
     )

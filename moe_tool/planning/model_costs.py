@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
-from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.formats.expert_record import record_layout
@@ -35,7 +35,7 @@ def model_costs(
     hardware: HardwareProfile,
     *,
     bits: Bits,
-    skeleton_bits: Bits,
+    skeleton_bits: SkeletonBits,
     threads: int | None = None,
 ) -> ModelCosts:
     """Return what a layer call costs at one token.
@@ -67,8 +67,8 @@ def costs_of_bytes(
     record_bytes: int,
     matrix_bytes: int,
     n_matrices: int,
-    bits: Bits,
-    skeleton_bits: Bits,
+    bits: str,
+    skeleton_bits: str,
     threads: int | None = None,
 ) -> ModelCosts:
     """Return what a layer call costs where the sizes are known; see `model_costs`."""
@@ -98,7 +98,7 @@ def costs_of_bytes(
     )
 
 
-def _matrix_bytes(shape: MoeShape, skeleton: SkeletonFacts | None, bits: Bits) -> int:
+def _matrix_bytes(shape: MoeShape, skeleton: SkeletonFacts | None, bits: SkeletonBits) -> int:
     """All matrices with the head; of an embedding a row is read, which is nothing."""
     if skeleton is None:
         return 0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,7 +12,7 @@ class PlanRequest:
     memory: str
     bits: Bits | None = None
     """None: the fastest whose predicted loss is allowed"""
-    skeleton_bits: Bits = "native"
+    skeleton_bits: SkeletonBits = "native"
     max_loss: float = 0.01
     """Perplexity that fewer bits may add, as a share, where misses are answered exactly"""
     max_kl: float | None = None

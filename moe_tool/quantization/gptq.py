@@ -1,16 +1,18 @@
 """GPTQ: weights rounded one input after the other, each one's error made up for by those to come.
 
-Frantar et al., arXiv:2210.17323. The grid is that of round-to-nearest, with the scales of the
-weights as they were, so that a record looks the same; only the codes are chosen otherwise. Inputs
+Frantar et al., arXiv:2210.17323. The first codes are those of round-to-nearest's grid; then scales
+are fitted to the codes (fitted_scales.py), and where codes are coarse both are done again. Inputs
 go in descending order of their energy ("act-order"): those that matter most are rounded while most
 others are left to make up for it. On a trained model of 16 experts the outputs' error fell from
-0.075, 0.153 and 0.320 at 4, 3 and 2 bits to 0.034, 0.070 and 0.158.
+0.079, 0.160, 0.338 and 0.740 at 4, 3, 2 and 1 bits to 0.040, 0.081, 0.174 and 0.370.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from moe_tool.quantization.fitted_scales import fit_scales
 from moe_tool.quantization.round_to_nearest import (
     GROUP,
     from_codes,
@@ -24,6 +26,8 @@ _BLOCK = 128
 _DAMPING = 0.01
 _MORE_DAMPING = 10.0
 _MOST_DAMPING = 10.0
+_PASSES: Mapping[int, int] = {1: 3, 2: 2}
+"""Of codes and scales by width, 1 where it is not named: more changed nothing"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,14 @@ class ErrorSpread:
     """[in] int64: inputs as they are rounded"""
     carry: torch.Tensor
     """[in, in] float32 upper triangular, in that order"""
+    hessian: torch.Tensor | None
+    """[in, in] float32, damped; None: there were no inputs"""
+
+    def solve(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the damped Hessian's inverse times [in, n] values."""
+        found = torch.empty_like(values)
+        found[self.order] = self.carry.T @ (self.carry @ values[self.order])
+        return found
 
 
 def error_spread(hessian: torch.Tensor) -> ErrorSpread:
@@ -44,7 +56,12 @@ def error_spread(hessian: torch.Tensor) -> ErrorSpread:
             inputs zero, and then rounding is to nearest.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return ErrorSpread(order=order, carry=_carry(hessian[order][:, order]))
+    energy = float(hessian.diagonal().mean())
+    if not energy > 0:
+        return ErrorSpread(order=order, carry=torch.eye(len(hessian)), hessian=None)
+    carry, damping = _carry(hessian[order][:, order], energy)
+    damped = hessian + damping * energy * torch.eye(len(hessian))
+    return ErrorSpread(order=order, carry=carry, hessian=damped)
 
 
 def quantize_gptq(
@@ -62,6 +79,20 @@ def quantize_gptq(
         CorruptArtifactError: the matrix holds NaN or infinity.
     """
     scales = grid_scales(weight, width_bits, group=group)  # [out, G]
+    codes = _spread_codes(weight, spread, scales, width_bits, group)
+    if spread.hessian is not None:
+        wide = weight.float()
+        for left in reversed(range(_PASSES.get(width_bits, 1))):
+            scales = fit_scales(wide, codes, scales, spread.hessian, group=group)
+            if left:
+                codes = _spread_codes(weight, spread, scales, width_bits, group)
+    return from_codes(codes, scales, width_bits, group=group)
+
+
+def _spread_codes(
+    weight: torch.Tensor, spread: ErrorSpread, scales: torch.Tensor, width_bits: int, group: int
+) -> torch.Tensor:
+    """[out, in] float32 points of the grid."""
     order, carry = spread.order, spread.carry
     n_in = weight.shape[1]
     # One row per input: what is left of it once it has made up for those before.
@@ -79,27 +110,23 @@ def quantize_gptq(
         left[stop:].addmm_(carry[start:stop, stop:].T, errors, alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(n_in)
-    return from_codes(codes[back].T.contiguous(), scales, width_bits, group=group)
+    return codes[back].T.contiguous()
 
 
-def _carry(hessian: torch.Tensor) -> torch.Tensor:
+def _carry(hessian: torch.Tensor, energy: float) -> tuple[torch.Tensor, float]:
     """Upper Cholesky factor of the damped Hessian's inverse: row i says how the error of input i is
-    spread over those after it.
-
-    Damping is relative to the mean energy of an input, and grows where float32 needs it to.
+    spread over those after it. And the damping, relative to the mean energy of an input, that
+    float32 needed for it.
     """
     n_in = len(hessian)
-    energy = float(hessian.diagonal().mean())
-    if not energy > 0:
-        return torch.eye(n_in)
     damping = _DAMPING
     while damping <= _MOST_DAMPING:
         damped = hessian + damping * energy * torch.eye(n_in)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper: torch.Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and bool(torch.isfinite(upper).all()):
-                return upper
+                return upper, damping
         damping *= _MORE_DAMPING
-    return torch.eye(n_in)
+    # Every error for itself, in units of the solution that damping alone would give.
+    return torch.eye(n_in) / (damping * energy) ** 0.5, damping

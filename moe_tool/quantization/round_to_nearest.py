@@ -74,10 +74,15 @@ def nearest_codes(values: torch.Tensor, scales: torch.Tensor, width_bits: int) -
         width_bits: 1 to 8.
     """
     if width_bits == 1:
-        return torch.where(values < 0, -1.0, 1.0)
+        return torch.where((values < 0) != (scales < 0), -1.0, 1.0)
     half_range = 2 ** (width_bits - 1)
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
     return (values * inverse).round_().clamp_(-half_range, half_range - 1)
+
+
+def wide_scales(scales: torch.Tensor, *, n_inputs: int, group: int) -> torch.Tensor:
+    """Return the scale of every weight, float32 [out, n_inputs], from [out, G]."""
+    return scales.float().repeat_interleave(group, dim=1)[:, :n_inputs]
 
 
 def dequantize(weight: IntegerWeight) -> torch.Tensor:
@@ -103,7 +108,7 @@ def tile_rows(per_row: torch.Tensor) -> torch.Tensor:
 def _per_input(tiled: torch.Tensor, weight: IntegerWeight) -> torch.Tensor:
     n_out, n_in = weight.shape
     rows = tiled.float().transpose(1, 2).reshape(-1, tiled.shape[1])[:n_out]
-    return rows.repeat_interleave(weight.group, dim=1)[:, :n_in]
+    return wide_scales(rows, n_inputs=n_in, group=weight.group)
 
 
 def round_trip(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> torch.Tensor:

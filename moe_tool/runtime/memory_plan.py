@@ -7,6 +7,12 @@ from typing import Literal
 
 from moe_tool.byte_sizes import format_bytes, parse_bytes
 from moe_tool.errors import BudgetError, UsageError
+from moe_tool.runtime.expert_room import (
+    ExpertRoom,
+    bytes_of_slots,
+    slots_within,
+    split_slots,
+)
 
 MARGIN_BYTES = 24 * 2**20
 """Holes in the heap, reader threads, Python objects that come and go"""
@@ -38,27 +44,20 @@ class MemoryLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertRoom:
-    """What the expert slots are made of."""
-
-    record_bytes: int
-    """One slot"""
-    n_experts: int
-    """Experts of all layers: more slots than these are never made"""
-    n_slots_min: int
-    """Slots without which a layer cannot run"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Where the bytes of a run go."""
 
     lines: tuple[MemoryLine, ...]
     """Everything fixed, then the expert slots; their sum is `total_bytes`"""
-    n_slots: int
-    """Expert records in memory, one pool for all layers"""
+    slots: tuple[int, ...]
+    """Expert records in memory by record size, one pool each for all layers"""
     budget_bytes: int
     """What the process may hold at most; at least `total_bytes`"""
+
+    @property
+    def n_slots(self) -> int:
+        """Expert records in memory."""
+        return sum(self.slots)
 
     @property
     def total_bytes(self) -> int:
@@ -98,7 +97,7 @@ def plan_memory(
     *,
     fixed: tuple[MemoryLine, ...],
     loading_bytes: int,
-    experts: ExpertRoom,
+    experts: tuple[ExpertRoom, ...],
     available_bytes: int,
 ) -> MemoryPlan:
     """Return the plan that keeps a run inside its budget, with as many expert slots as that leaves.
@@ -107,7 +106,7 @@ def plan_memory(
         request: the budget.
         fixed: everything but the expert slots: process, skeleton, KV cache, buffers, margin.
         loading_bytes: the peak while the skeleton is loaded, when there are no slots yet.
-        experts: what a slot costs, and how many make sense.
+        experts: what a slot costs and how many make sense, by record size.
         available_bytes: what this process could grow to, what it holds already included.
 
     Raises:
@@ -115,23 +114,24 @@ def plan_memory(
         takes.
     """
     fixed_bytes = sum(line.size_bytes for line in fixed)
-    needed = max(fixed_bytes + experts.n_slots_min * experts.record_bytes, loading_bytes)
-    n_slots = experts.n_slots_min
+    slots = split_slots(0, experts)
+    needed = max(fixed_bytes + bytes_of_slots(slots, experts), loading_bytes)
     if request.kind == "share":
-        n_slots = max(n_slots, math.floor(request.share * experts.n_experts))
+        n_experts = sum(room.n_experts for room in experts)
+        slots = split_slots(math.floor(request.share * n_experts), experts)
     elif request.kind != "min":
         budget = request.size_bytes
         if request.kind == "auto":
             budget = int(available_bytes * (1 - _AUTO_MARGIN_SHARE))
         if budget < needed:
             raise _too_small(budget, needed, fixed=fixed, experts=experts)
-        n_slots = min(experts.n_experts, (budget - fixed_bytes) // experts.record_bytes)
-    lines = (*fixed, _slot_line(n_slots, experts))
+        slots = slots_within(budget - fixed_bytes, experts)
+    lines = (*fixed, _slot_line(slots, experts))
     total = max(sum(line.size_bytes for line in lines), loading_bytes)
     if total > available_bytes:
         raise _machine_too_small(total, needed, available_bytes=available_bytes, lines=lines)
     budget_bytes = request.size_bytes if request.kind == "bytes" else total
-    return MemoryPlan(lines=lines, n_slots=n_slots, budget_bytes=budget_bytes)
+    return MemoryPlan(lines=lines, slots=slots, budget_bytes=budget_bytes)
 
 
 def describe_lines(lines: tuple[MemoryLine, ...]) -> str:
@@ -148,17 +148,17 @@ def suggested_budget(needed_bytes: int) -> str:
     return f"{steps * _SUGGESTION_STEP_BYTES // 2**20}MiB"
 
 
-def _slot_line(n_slots: int, experts: ExpertRoom) -> MemoryLine:
+def _slot_line(slots: tuple[int, ...], experts: tuple[ExpertRoom, ...]) -> MemoryLine:
+    n_experts = sum(room.n_experts for room in experts)
     return MemoryLine(
-        name=f"{n_slots} of {experts.n_experts} expert slots",
-        size_bytes=n_slots * experts.record_bytes,
+        name=f"{sum(slots)} of {n_experts} expert slots", size_bytes=bytes_of_slots(slots, experts)
     )
 
 
 def _too_small(
-    budget: int, needed: int, *, fixed: tuple[MemoryLine, ...], experts: ExpertRoom
+    budget: int, needed: int, *, fixed: tuple[MemoryLine, ...], experts: tuple[ExpertRoom, ...]
 ) -> BudgetError:
-    lines = (*fixed, _slot_line(experts.n_slots_min, experts))
+    lines = (*fixed, _slot_line(split_slots(0, experts), experts))
     return BudgetError(
         f"a memory budget of {format_bytes(budget)} ({budget} bytes) is too small: "
         f"at least {format_bytes(needed)} ({needed} bytes) are needed\n{describe_lines(lines)}",

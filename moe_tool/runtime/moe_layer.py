@@ -1,7 +1,7 @@
 """What every MoE layer of a running model calls: decide, fetch, compute, account."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -70,11 +70,15 @@ class MoeLayerRunner:
     phase: Phase = "prompt"
     n_sequences: int = 1
     """B of the forward under way; its T tokens are B runs of T / B"""
+    absent: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Layer -> [E] bool: experts that the bundle left out; empty where it has all"""
     on_decision: Callable[[Decision], None] | None = None
     """Told about every decode call"""
 
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
+        if self.absent:
+            call = replace(call, index=self._without_absent(call))
         if self.is_shadow:
             return self._run(call, call.index, call.weight, PhaseCounters())
         is_plain = self.residency == "cache" and not self.policy.policy.lossy
@@ -82,6 +86,13 @@ class MoeLayerRunner:
         if is_exact_prompt or (is_plain and self.on_decision is None):
             return self._run(call, call.index, call.weight, self.stats.phase(self.phase))
         return self._decide_and_run(call)
+
+    def _without_absent(self, call: LayerCall) -> torch.Tensor:
+        """The index with no expert where the bundle has none."""
+        is_absent = self.absent[call.layer]  # [E]
+        n_experts = len(is_absent)
+        named = call.index.clamp(max=n_experts - 1)
+        return torch.where(is_absent[named], n_experts, call.index)
 
     def _decide_and_run(self, call: LayerCall) -> torch.Tensor:
         """Run a call by the policy's answers.

@@ -2,22 +2,22 @@
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import describe_precision
-from moe_tool.artifacts.routing import FULL
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import ChosenPolicy
-from moe_tool.runtime.residency import LevelRoom, cache_rooms, frozen_rooms
+from moe_tool.runtime.residency import LevelRoom, cache_rooms, frozen_rooms, mixed_rooms
 from moe_tool.store.expert_levels import ExpertLevels
 from moe_tool.store.expert_store import ExpertStore
+from moe_tool.store.mixed_store import MixedStore
 
 _N_READERS = 2
 
 
 def choose_rooms(
     manifest: BundleManifest,
-    n_slots: int,
+    slots: tuple[int, ...],
     residency: Residency,
     eviction: EvictionChoice,
     policy: ChosenPolicy,
@@ -26,11 +26,15 @@ def choose_rooms(
 
     Args:
         manifest: of the bundle.
-        n_slots: that the budget has for records of full experts.
+        slots: that the budget has for the experts' own records, by size.
         residency: whether what is in memory changes.
         eviction: of full experts.
         policy: what answers misses.
     """
+    n_slots = sum(slots)
+    if len(slots) > 1:
+        share = 1.0 if residency == "frozen" else eviction.pinned_share
+        return mixed_rooms(manifest, slots, pinned_share=share)
     if residency == "frozen":
         return frozen_rooms(manifest, n_slots, policy.choice, policy.prices)
     return cache_rooms(manifest, n_slots, policy.choice, pinned_share=eviction.pinned_share)
@@ -39,7 +43,11 @@ def choose_rooms(
 def staying_by_form(manifest: BundleManifest, rooms: tuple[LevelRoom, ...]) -> dict[str, int]:
     """Return how many experts never leave memory, by form, as `--replicas` names it; forms of which
     none stays are left out."""
-    forms = (manifest.precision, *(table.precision for table in manifest.replicas))
+    forms = (
+        manifest.precision,
+        *(table.precision for table in manifest.replicas),
+        *(table.precision for table in manifest.others),
+    )
     return {
         describe_precision(form): len(room.pinned)
         for form, room in zip(forms, rooms, strict=True)
@@ -50,19 +58,37 @@ def staying_by_form(manifest: BundleManifest, rooms: tuple[LevelRoom, ...]) -> d
 def open_levels(
     bundle: BundleReader, rooms: tuple[LevelRoom, ...], eviction: EvictionChoice
 ) -> ExpertLevels:
-    """Return one store for each form of which there is to be anything in memory."""
+    """Return one store for each form of which there is to be anything in memory.
+
+    Args:
+        bundle: stays open as long as the stores.
+        rooms: by level of the bundle.
+        eviction: of the experts' own forms.
+    """
+    own = set(bundle.own_levels)
     stores = [
         ExpertStore(
             bundle,
             level=level,
             n_slots=room.n_slots,
             pinned=room.pinned,
-            eviction=eviction.make if level == FULL else Lru,
-            per_layer=eviction.per_layer and level == FULL,
+            eviction=eviction.make if level in own else Lru,
+            per_layer=eviction.per_layer and level in own,
             n_readers=_N_READERS,
         )
         if room.n_slots
         else None
         for level, room in enumerate(rooms)
     ]
-    return ExpertLevels(stores, n_experts=bundle.manifest.shape.experts)
+    shape = bundle.manifest.shape
+    if len(own) == 1:
+        return ExpertLevels(stores, n_experts=shape.experts)
+    mixed = [stores[level] for level in bundle.own_levels]
+    store_of: dict[int, list[int | None]] = {}
+    for layer in shape.layers:
+        store_of[layer] = [None] * shape.experts
+    for at, level in enumerate(bundle.own_levels):
+        for record in bundle.levels[level].records:
+            store_of[record.layer][record.expert] = at
+    held = MixedStore([store for store in mixed if store is not None], store_of)
+    return ExpertLevels([held], n_experts=shape.experts)

@@ -11,6 +11,7 @@ from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.prefetch import PREFETCH, ChoosePrefetch
 from moe_tool.store.expert_store import ExpertStore
+from moe_tool.store.mixed_store import MixedStore
 
 NO_PREFETCH = "none"
 
@@ -25,7 +26,9 @@ class Prefetcher:
     """Decoder layer -> the MoE layer after it"""
 
     @torch.no_grad()
-    def expect(self, call: LayerCall, store: ExpertStore, counters: PhaseCounters) -> None:
+    def expect(
+        self, call: LayerCall, store: ExpertStore | MixedStore, counters: PhaseCounters
+    ) -> None:
         """Tell the store what the layer after this call will want.
 
         Args:

@@ -61,5 +61,6 @@ def price_book(manifest: BundleManifest) -> PriceBook | None:
             buddy_scale=scale,
             buddy_eps=felt_error(error, is_noise=False),
         )
-    sizes = (manifest.record_size_bytes, *(table.record_size_bytes for table in manifest.replicas))
+    own_bytes = manifest.own_bytes // max(1, len(manifest.own_records))
+    sizes = (own_bytes, *(table.record_size_bytes for table in manifest.replicas))
     return PriceBook(layers=layers, record_bytes=sizes)

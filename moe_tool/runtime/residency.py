@@ -9,6 +9,7 @@ from moe_tool.artifacts.routing import FULL
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
 from moe_tool.policies.hot_set import ExpertKey, hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
+from moe_tool.runtime.expert_room import ExpertRoom
 from moe_tool.runtime.price_list import expert_use
 
 
@@ -54,6 +55,44 @@ def cache_rooms(
     if pinned_share:
         pinned = choose_resident_experts(manifest, n_slots, share=pinned_share)
     return (LevelRoom(n_slots=n_slots, pinned=pinned),) + (nothing,) * len(manifest.replicas)
+
+
+def mixed_rooms(
+    manifest: BundleManifest, slots: tuple[int, ...], *, pinned_share: float
+) -> tuple[LevelRoom, ...]:
+    """Return the slots of each of the forms that experts have of their own, see `frozen_rooms`.
+
+    Args:
+        manifest: of a bundle of experts of several widths.
+        slots: by own form.
+        pinned_share: part of the slots that experts may have for the whole run.
+    """
+    ranked = _ranked(manifest)
+    tables = (manifest.records, *(table.records for table in manifest.others))
+    rooms = []
+    for n_slots, records, room in zip(slots, tables, expert_rooms(manifest), strict=True):
+        members = {(record.layer, record.expert) for record in records}
+        count = n_pinned(
+            pinned_share,
+            n_slots=n_slots,
+            n_slots_min=room.n_slots_min,
+            n_experts=len(members),
+        )
+        pinned = [key for key in ranked if key in members][:count] if pinned_share else []
+        rooms.append(LevelRoom(n_slots=n_slots, pinned=tuple(pinned)))
+    return tuple(rooms)
+
+
+def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
+    """Return what slots cost, by the forms that experts have of their own."""
+    sizes = [(manifest.record_size_bytes, len(manifest.records))]
+    sizes += [(table.record_size_bytes, len(table.records)) for table in manifest.others]
+    return tuple(
+        ExpertRoom(
+            record_bytes=size, n_experts=count, n_slots_min=min(manifest.shape.top_k + 1, count)
+        )
+        for size, count in sizes
+    )
 
 
 def choose_resident_experts(
@@ -142,7 +181,7 @@ def _ranked(manifest: BundleManifest) -> list[ExpertKey]:
 def _in_turns(manifest: BundleManifest) -> list[ExpertKey]:
     seen: dict[int, int] = {}
     turns: list[tuple[int, int, int]] = []
-    for record in manifest.records:
+    for record in manifest.own_records:
         turn = seen.get(record.layer, 0)
         seen[record.layer] = turn + 1
         turns.append((turn, record.layer, record.expert))

@@ -35,7 +35,6 @@ from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.memory_plan import (
     MARGIN_BYTES,
-    ExpertRoom,
     MemoryLine,
     MemoryPlan,
     parse_memory,
@@ -46,7 +45,7 @@ from moe_tool.runtime.open_levels import choose_rooms, open_levels, staying_by_f
 from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher, require_prefetch
 from moe_tool.runtime.quality_promise import open_account, quality_note
-from moe_tool.runtime.residency import n_slots_min
+from moe_tool.runtime.residency import expert_rooms
 from moe_tool.runtime.run_options import (
     DEFAULT_EVICTION,
     RunOptions,
@@ -121,7 +120,7 @@ class Session:
             seed=self.options.seed,
         )
         rooms = choose_rooms(
-            self.manifest, self.plan.n_slots, residency, self.setting.eviction, chosen
+            self.manifest, self.plan.slots, residency, self.setting.eviction, chosen
         )
         if (residency, rooms) != (self.runner.residency, self.runner.rooms):
             self.runner.store.close()
@@ -233,6 +232,11 @@ def open_session(
     if options.policy is None:
         options = replace(options, policy=default_policy(bundle.manifest))
     _check(options)
+    if options.record_trace and bundle.manifest.others:
+        raise UsageError(
+            "--record-trace: the experts of this bundle have several sizes, and a trace has one",
+            hint="record it with a bundle of one number of --bits: what is wanted is the same",
+        )
     setting = follow_plan(options, bundle.manifest.plan)
     request = parse_memory(setting.memory)
     threads = choose_threads(options.threads, bundle.manifest)
@@ -241,11 +245,7 @@ def open_session(
         tokenizer = load_tokenizer(folder)
     config = read_config(folder).get_text_config()
     workload = _workload(options, config)
-    rooms = ExpertRoom(
-        record_bytes=bundle.manifest.record_size_bytes,
-        n_experts=len(bundle.manifest.records),
-        n_slots_min=n_slots_min(bundle.manifest),
-    )
+    rooms = expert_rooms(bundle.manifest)
 
     def plan(process_bytes: int) -> MemoryPlan:
         return plan_memory(
@@ -299,7 +299,7 @@ def open_session(
     if refusal is not None:
         progress.note(f"{refusal}: experts are read through it, slower")
     rooms_by_level = choose_rooms(
-        bundle.manifest, memory.n_slots, residency, setting.eviction, policy
+        bundle.manifest, memory.slots, residency, setting.eviction, policy
     )
     staying = staying_by_form(bundle.manifest, rooms_by_level)
     if len(staying) > 1:
@@ -307,7 +307,7 @@ def open_session(
             f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
             for form, count in staying.items()
         )
-        progress.note(f"in memory of {rooms.n_experts} experts: {held}")
+        progress.note(f"in memory of {sum(room.n_experts for room in rooms)} experts: {held}")
     runner = MoeLayerRunner(
         store=open_levels(bundle, rooms_by_level, setting.eviction),
         rooms=rooms_by_level,
@@ -318,6 +318,7 @@ def open_session(
         foresight=_foresight(skeleton, setting, options),
         recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
         is_lossy_prompt=options.lossy_prompt and policy.policy.lossy,
+        absent=_absent(bundle.manifest),
         attention=AttentionSums(skeleton.model, bundle.manifest.shape.layers)
         if workload.keeps_scores
         else None,
@@ -342,6 +343,16 @@ def open_session(
     if shadow is not None:
         session._hooks.append(skeleton.model.register_forward_hook(session._after_forward))
     return session
+
+
+def _absent(manifest: BundleManifest) -> dict[int, torch.Tensor]:
+    if not manifest.absent:
+        return {}
+    shape = manifest.shape
+    found = {layer: torch.zeros(shape.experts, dtype=torch.bool) for layer in shape.layers}
+    for layer, expert in manifest.absent:
+        found[layer][expert] = True
+    return found
 
 
 def _refuse_early(plan: Callable[[int], MemoryPlan]) -> None:

@@ -11,6 +11,7 @@ from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.store.expert_store import ExpertStore
+from moe_tool.store.mixed_store import MixedStore
 
 
 class ExpertLevels:
@@ -20,7 +21,9 @@ class ExpertLevels:
     displaces what is held at another.
     """
 
-    def __init__(self, stores: Sequence[ExpertStore | None], *, n_experts: int) -> None:
+    def __init__(
+        self, stores: Sequence[ExpertStore | MixedStore | None], *, n_experts: int
+    ) -> None:
         """Take the stores over.
 
         Args:
@@ -29,7 +32,7 @@ class ExpertLevels:
         """
         full = stores[FULL]
         assert full is not None
-        self.full: ExpertStore = full
+        self.full: ExpertStore | MixedStore = full
         self._stores = tuple(stores)
         self._n_experts = n_experts
         self._none = np.zeros(n_experts, dtype=bool)

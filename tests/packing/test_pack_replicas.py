@@ -117,11 +117,17 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
     write = BundleWriter.write_record
 
     def killing(
-        self: BundleWriter, level: int, layer: int, expert: int, record: torch.Tensor
+        self: BundleWriter,
+        level: int,
+        layer: int,
+        expert: int,
+        record: torch.Tensor,
+        *,
+        eps: float | None = None,
     ) -> None:
         if self.n_written == after:
             raise Killed
-        write(self, level, layer, expert, record)
+        write(self, level, layer, expert, record, eps=eps)
 
     monkeypatch.setattr(BundleWriter, "write_record", killing)
     with pytest.raises(Killed):

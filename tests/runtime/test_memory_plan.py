@@ -29,7 +29,7 @@ def _plan(text: str, *, loading: int = 0, available: int = 10_000 * MIB) -> Memo
         parse_memory(text),
         fixed=FIXED,
         loading_bytes=loading,
-        experts=ROOM,
+        experts=(ROOM,),
         available_bytes=available,
     )
 

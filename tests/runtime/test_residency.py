@@ -23,7 +23,7 @@ def _manifest(loads: dict[int, list[float]] | None) -> Any:
         heat = [SimpleNamespace(layer=layer, load=load) for layer, load in loads.items()]
     records = [SimpleNamespace(layer=layer, expert=e) for layer in (1, 3) for e in (2, 0, 1)]
     shape = SimpleNamespace(experts=3, layers=(1, 3), top_k=1)
-    return SimpleNamespace(heat=heat, records=records, shape=shape)
+    return SimpleNamespace(heat=heat, records=records, own_records=records, shape=shape)
 
 
 def test_the_hottest_stay_whatever_their_layer() -> None:

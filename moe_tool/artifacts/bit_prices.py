@@ -1,0 +1,48 @@
+"""What every number of bits costs every expert, as measured with one quantizer."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from moe_tool.artifacts.identity import HexDigest, ModelIdentity
+from moe_tool.artifacts.moe_shape import Index
+from moe_tool.artifacts.pack_plan import Quantizer
+from moe_tool.artifacts.schema import FrozenModel
+
+BIT_PRICES_VERSION: Literal[1] = 1
+Width = Literal[1, 2, 3, 4, 8]
+Error = Annotated[float, Field(ge=0, le=1e6)]
+
+
+class LayerBitPrices(FrozenModel):
+    """One layer's errors."""
+
+    layer: Index
+    eps: Annotated[tuple[tuple[Error, ...], ...], Field(min_length=1, max_length=5)]
+    """[widths][E]: error of the expert's output relative to itself, on held-out tokens"""
+    felt: Annotated[float, Field(ge=0, le=1e6)]
+    """Measured divergence of the model with this layer alone at 2 bits, over what its errors times
+    the profile's sensitivity of the layer predict; 1 where it was not measured"""
+
+
+class BitPrices(FrozenModel):
+    """Made by `moe-tool plan --average-bits` where the quantizer goes by inputs; kept beside the
+    profile, for it takes a pass over the model."""
+
+    kind: Literal["bit-prices"] = "bit-prices"
+    format_version: Literal[1] = BIT_PRICES_VERSION
+    tool_version: str
+    identity: ModelIdentity
+    profile_sha256: HexDigest
+    quantizer: Quantizer
+    widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=5)]
+    """Ascending"""
+    layers: Annotated[tuple[LayerBitPrices, ...], Field(max_length=4096)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BitPrices":
+        if list(self.widths) != sorted(set(self.widths)):
+            raise ValueError("widths do not ascend")
+        if any(len(entry.eps) != len(self.widths) for entry in self.layers):
+            raise ValueError("a layer does not have one row of errors per width")
+        return self

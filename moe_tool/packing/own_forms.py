@@ -1,0 +1,106 @@
+"""Which expert has which precision of its own: one for all, or each as a plan says."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
+from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision, precision_from_bits
+from moe_tool.errors import CorruptArtifactError, UsageError
+from moe_tool.policies.hot_set import ExpertKey
+
+OwnPrecision = NativePrecision | IntegerPrecision
+NATIVE_WIDTH = 16
+"""What a plan calls the checkpoint's dtype, whatever it is"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnForms:
+    """The precisions of a bundle's experts."""
+
+    precision: OwnPrecision
+    """Of most of them"""
+    others: tuple[tuple[OwnPrecision, frozenset[ExpertKey]], ...] = ()
+    """Of the rest; the most bits first"""
+    absent: frozenset[ExpertKey] = frozenset()
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether anything is quantized."""
+        every = (self.precision, *(precision for precision, _ in self.others))
+        return any(isinstance(each, IntegerPrecision) for each in every)
+
+
+def own_forms(
+    option: str, bits: str, plan: PackPlan | None, shape: MoeShape, quantizer: Quantizer
+) -> OwnForms:
+    """Return the precisions of all experts.
+
+    Args:
+        option: its name, for a refusal.
+        bits: as `pack --bits` takes it; mixed: as the plan says.
+        plan: of the model; wanted where bits are mixed.
+        shape: of the model.
+        quantizer: hqq gives every scale a zero point.
+
+    Raises:
+        UsageError: the bits are not known, or mixed without a plan.
+        CorruptArtifactError: the plan's bits do not fit the model.
+    """
+    if bits != "mixed":
+        return OwnForms(precision=parse_precision(option, bits, quantizer))
+    if plan is None or plan.bits != "mixed":
+        raise UsageError(
+            f"{option} mixed: which expert gets how many bits is what a plan says",
+            hint="--plan FILE, of moe-tool plan --average-bits",
+        )
+    entries = plan.expert_bits
+    if [(e.layer, len(e.bits)) for e in entries] != [(x, shape.experts) for x in shape.layers]:
+        raise CorruptArtifactError(
+            f"the plan's bits are not those of {len(shape.layers)} layers of {shape.experts} "
+            "experts",
+            hint="plan again with moe-tool plan",
+        )
+    of_width: dict[int, set[ExpertKey]] = {}
+    for entry in entries:
+        for expert, width in enumerate(entry.bits):
+            of_width.setdefault(width, set()).add((entry.layer, expert))
+    absent = frozenset(of_width.pop(0, set()))
+    if not of_width:
+        raise UsageError("the plan leaves every expert out", hint="plan with more --average-bits")
+    counts = Counter({width: len(keys) for width, keys in of_width.items()})
+    most = max(counts, key=lambda width: (counts[width], width))
+    precisions = {
+        width: parse_precision(option, "native" if width == NATIVE_WIDTH else str(width), quantizer)
+        for width in of_width
+    }
+    return OwnForms(
+        precision=precisions[most],
+        others=tuple(
+            (precisions[width], frozenset(of_width[width]))
+            for width in sorted(of_width, reverse=True)
+            if width != most
+        ),
+        absent=absent,
+    )
+
+
+def parse_precision(option: str, bits: str, quantizer: Quantizer = "rtn") -> OwnPrecision:
+    """Return the precision that an option names.
+
+    Raises:
+        UsageError: with those that there are.
+    """
+    try:
+        found = precision_from_bits(bits)
+    except ValueError:
+        raise UsageError(
+            f"{option} {bits} is not known", hint="use native, 8, 4, 3, 2 or 1, or 2:128"
+        ) from None
+    if isinstance(found, NativePrecision):
+        return found
+    if found.zeros and quantizer != "hqq":
+        raise UsageError(
+            f"{option} {bits}: only --quantizer hqq makes zero points", hint="leave out the z"
+        )
+    return found.model_copy(update={"zeros": quantizer == "hqq"})

@@ -1,0 +1,103 @@
+"""Writes the records of a bundle: from the weights alone, or from what experts are given."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_tool.artifacts.pack_plan import Quantizer
+from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.models.architecture import OpenedModel
+from moe_tool.packing.calibrated_layers import CalibratedModel
+from moe_tool.packing.quantizers import calibrated, data_free
+from moe_tool.packing.replicas import MEASURED_TOKENS, ExpertForms
+from moe_tool.policies.hot_set import ExpertKey
+from moe_tool.progress import Progress
+
+
+def write_records(
+    writer: BundleWriter, opened: OpenedModel, quantizer: Quantizer, progress: Progress
+) -> None:
+    """Write what is missing, one expert in memory at a time.
+
+    Args:
+        writer: of the bundle.
+        opened: the model; its checkpoint is open.
+        quantizer: one that needs no inputs, or any where there are no codes to be made.
+        progress: told about every record.
+
+    Raises:
+        CorruptArtifactError: a weight to be quantized is NaN or infinite; names its expert.
+        DiskFullError, StorageError: the disk refuses.
+    """
+    quantize_expert = data_free(quantizer)
+    progress.begin("pack experts", writer.n_written + len(writer.to_write), "experts")
+    progress.advance(writer.n_written)
+    for level, layer, expert in list(writer.to_write):
+        weights = opened.experts.read(layer, expert)
+        with naming(opened, layer, expert):
+            record = writer.forms[level].encode(weights, quantize_expert=quantize_expert)
+        writer.write_record(level, layer, expert, record)
+        progress.advance()
+    progress.end()
+
+
+def write_calibrated(
+    writer: BundleWriter,
+    opened: OpenedModel,
+    folder: Path,
+    tokens: TracedTokens,
+    quantizer: Quantizer,
+    progress: Progress,
+) -> list[ExpertKey]:
+    """Write what is missing, one layer in memory at a time, each record with its measured error.
+
+    Args:
+        writer: of the bundle.
+        opened: the model; its checkpoint is open.
+        folder: of the checkpoint.
+        tokens: of the profile: they go through the model once more.
+        quantizer: of the experts.
+        progress: told about every record.
+
+    Returns:
+        Experts that were fitted to other experts' tokens, since few or none are sent to them.
+
+    Raises:
+        CorruptArtifactError: a weight to be quantized is NaN or infinite; names its expert.
+        DiskFullError, StorageError: the disk refuses.
+    """
+    missing: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for level, *key in writer.to_write:
+        missing[key[0]][key[1]].append(level)
+    unrouted = []
+    progress.begin("pack experts", writer.n_written + len(writer.to_write), "records")
+    progress.advance(writer.n_written)
+    last = max(missing, default=-1)
+    for layer in CalibratedModel(folder, opened, tokens).layers(last=last):
+        for expert, levels in missing[layer.layer].items():
+            sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
+            if not sample.is_own:
+                unrouted.append((layer.layer, expert))
+            forms = ExpertForms(sample, calibrated(quantizer, sample))
+            for level in levels:
+                with naming(opened, layer.layer, expert):
+                    made = forms.make(writer.forms[level])
+                writer.write_record(level, layer.layer, expert, made.record, eps=made.eps)
+                progress.advance()
+    progress.end()
+    return unrouted
+
+
+@contextmanager
+def naming(opened: OpenedModel, layer: int, expert: int) -> Iterator[None]:
+    """Name the expert in errors about its weights."""
+    try:
+        yield
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(
+            f"layer {layer} expert {expert} of {opened.identity.name}: {error.message}",
+            hint=error.hint,
+        ) from error
