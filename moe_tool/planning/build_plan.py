@@ -36,7 +36,7 @@ from moe_tool.simulator.simulate import (
 
 PREDICTION_ERROR = 0.4
 """Relative, of tokens per second: what benchmarks/prediction_error.py found on a shared machine"""
-_FIRST_PROMPT_TOKENS = 512
+FIRST_PROMPT_TOKENS = 512
 _MAX_CONTEXT = 2**31
 _MAX_KL = 100
 _AS_FAST = 0.98
@@ -268,7 +268,7 @@ def _plan(
         shape=header.shape,
         bits=option.bits,
         skeleton_bits=request.skeleton_bits,
-        n_tokens=_FIRST_PROMPT_TOKENS,
+        n_tokens=FIRST_PROMPT_TOKENS,
     )
     return PackPlan(
         tool_version=__version__,
@@ -288,7 +288,7 @@ def _plan(
             bytes_per_token=best.bytes_per_token,
             to_belady=best.to_belady,
             seconds_to_first_token=first_token_s,
-            prompt_tokens=_FIRST_PROMPT_TOKENS,
+            prompt_tokens=FIRST_PROMPT_TOKENS,
             expert_slots=best.slots,
             loss=losses[option.bits],
         ),

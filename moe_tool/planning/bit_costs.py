@@ -1,0 +1,101 @@
+"""What every number of bits is expected to cost every expert, as arrays to choose from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.bit_prices import BitPrices
+from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS
+from moe_tool.artifacts.identity import require_same_model
+from moe_tool.errors import CorruptArtifactError, WrongModelError
+from moe_tool.planning.allocate_bits import WIDTHS
+from moe_tool.planning.model_costs import record_size
+from moe_tool.planning.plan_sources import PlanSources
+from moe_tool.policies.misses.price_book import STRUCTURED
+
+_NATIVE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitCosts:
+    """L layers of E experts at each of WIDTHS."""
+
+    nats: np.ndarray
+    """[L, E, W] float64: expected divergence per token"""
+    size_bytes: np.ndarray
+    """[W] int64: of a record; 0 where there is none"""
+    load: np.ndarray
+    """[L, E] float64: share of tokens that want the expert"""
+
+
+def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
+    """Return the costs by measured errors, or by the profile's own of rounding to nearest.
+
+    Args:
+        sources: of the profile.
+        prices: measured with the quantizer in use; None: it is rtn.
+
+    Raises:
+        WrongModelError, CorruptArtifactError: the prices are not of this profile.
+    """
+    shape = sources.profile.header.shape
+    if prices is not None:
+        _require_fit(prices, sources)
+    cost = np.zeros((len(shape.layers), shape.experts, len(WIDTHS)))
+    for at, layer in enumerate(shape.layers):
+        each, use = sources.statistics[layer], sources.use[layer].squared_gate
+        felt = 1.0 if prices is None else prices.layers[at].felt
+        eps = {width: each.eps_bits[:, i] for i, width in enumerate(PRICED_WIDTHS)}
+        squared = {width: found.astype(np.float64) ** 2 for width, found in eps.items()}
+        if prices is None:
+            squared[1] = STRUCTURED * squared[1]
+        else:
+            measured = zip(prices.widths, prices.layers[at].eps, strict=True)
+            squared |= {width: np.array(found) ** 2 for width, found in measured}
+        squared |= {0: np.full(shape.experts, STRUCTURED), _NATIVE: np.zeros(shape.experts)}
+        for column, width in enumerate(WIDTHS):
+            cost[at, :, column] = felt * each.nats * use * squared[width]
+    sizes = [
+        0 if width == 0 else record_size(shape, "native" if width == _NATIVE else str(width))
+        for width in WIDTHS
+    ]
+    return BitCosts(
+        nats=cost,
+        size_bytes=np.array(sizes, dtype=np.int64),
+        load=np.stack([sources.use[layer].load for layer in shape.layers]),
+    )
+
+
+def published_costs(sources: PlanSources, costs: BitCosts, eps: np.ndarray) -> np.ndarray:
+    """Return what Mixture Compressor adds up, [L, E, W]: frequency times mean gate weight times
+    squared error, each layer's shares adding up to 1.
+
+    Args:
+        sources: of the profile.
+        costs: of the same.
+        eps: [L, E, W] relative errors.
+    """
+    shape = sources.profile.header.shape
+    found = np.zeros(costs.nats.shape)
+    for at, layer in enumerate(shape.layers):
+        counts = sources.statistics[layer].in_sample
+        frequency = counts.load / max(1, counts.load.sum())
+        gate = counts.gate_sum / np.maximum(1, counts.load)
+        found[at] = (frequency * gate / max(1e-12, gate.sum()))[:, None] * eps[at] ** 2
+    return found
+
+
+def _require_fit(prices: BitPrices, sources: PlanSources) -> None:
+    header = sources.profile.header
+    remedy = "remove the file: moe-tool plan measures again"
+    require_same_model(prices.identity, header.identity, artifact="the bit prices", remedy=remedy)
+    if prices.profile_sha256 != sources.profile.sha256:
+        raise WrongModelError("the bit prices were measured with another profile", hint=remedy)
+    shape = header.shape
+    fits = [entry.layer for entry in prices.layers] == list(shape.layers) and all(
+        len(row) == shape.experts for entry in prices.layers for row in entry.eps
+    )
+    if not fits:
+        raise CorruptArtifactError(
+            "the bit prices do not fit the layers and experts of the profile", hint=remedy
+        )
