@@ -8,6 +8,7 @@ DEFAULT_FOLDER = Path("profiles")
 PROFILE_SUFFIX = ".h5"
 BUDDIES_SUFFIX = ".buddies.json"
 PLAN_SUFFIX = ".plan.json"
+BIT_PRICES_SUFFIX = ".bits.json"
 
 
 def profile_path(folder: Path, model_name: str) -> Path:
@@ -23,6 +24,12 @@ def buddies_path(folder: Path, profile: Path) -> Path:
 def plan_path(folder: Path, profile: Path) -> Path:
     """Return where the plan made from `profile` goes: `profiles/NAME.plan.json`."""
     return folder / f"{profile.name.removesuffix(PROFILE_SUFFIX)}{PLAN_SUFFIX}"
+
+
+def bit_prices_path(folder: Path, profile: Path, quantizer: str) -> Path:
+    """Return where a quantizer's errors at each width go: `profiles/NAME.gptq.bits.json`."""
+    stem = profile.name.removesuffix(PROFILE_SUFFIX)
+    return folder / f"{stem}.{quantizer}{BIT_PRICES_SUFFIX}"
 
 
 def newest_artifact(

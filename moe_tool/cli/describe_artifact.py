@@ -134,6 +134,7 @@ def _describe_json(path: Path) -> Description:
     from moe_tool.formats.json_artifact import json_artifact_kind
 
     describe = {
+        "bit-prices": _describe_bit_prices,
         "buddies": _describe_buddies,
         "hardware": _describe_hardware,
         "plan": _describe_plan,
@@ -143,6 +144,29 @@ def _describe_json(path: Path) -> Description:
     if path.name.endswith(BUDDIES_SUFFIX):
         return _describe_buddies(path)  # refuses it, with what a buddy map should be
     raise _unknown(path)
+
+
+def _describe_bit_prices(path: Path) -> Description:
+    from moe_tool.artifacts.bit_prices import BitPrices
+    from moe_tool.formats.json_artifact import read_json_artifact
+    from moe_tool.reports.plan_table import bit_prices_table
+
+    prices = read_json_artifact(path, BitPrices)
+    facts: dict[str, object] = _model_facts(prices.identity) | {
+        "quantizer": prices.quantizer,
+        "widths": list(prices.widths),
+        "profile_sha256": prices.profile_sha256,
+        "tool_version": prices.tool_version,
+    }
+    return Description(
+        kind="file of bit prices",
+        path=path,
+        is_intact=True,
+        checked="every field",
+        facts=facts,
+        tables=(bit_prices_table(prices),),
+        details=prices.model_dump(mode="json", include={"layers"}),
+    )
 
 
 def _describe_hardware(path: Path) -> Description:

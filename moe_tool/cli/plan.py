@@ -13,21 +13,32 @@ from moe_tool.byte_sizes import format_bytes, parse_bytes
 from moe_tool.cli.chosen_hardware import chosen_hardware
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.newest_profile import newest_profile
-from moe_tool.cli.options import MAX_CONTEXT, HardwareOption, JsonOption, ProfilesOption
+from moe_tool.cli.options import (
+    MAX_CONTEXT,
+    HardwareOption,
+    JsonOption,
+    OfflineOption,
+    ProfilesOption,
+)
+from moe_tool.cli.plan_mixed import plan_mixed
 from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_tool.artifacts.hardware_profile import HardwareProfile
-    from moe_tool.artifacts.pack_plan import Bits, PackPlan
+    from moe_tool.artifacts.pack_plan import PackPlan
     from moe_tool.errors import BudgetError
     from moe_tool.planning.build_plan import PlanReport
 
-BitsChoice = Literal["auto", "native", "8", "4"]
+BitsChoice = Literal["auto", "native", "8", "4", "mixed"]
 
 
 def plan(
+    profile: Annotated[
+        Path | None,
+        typer.Argument(metavar="PROFILE", help="A profile.", show_default="newest in profiles/"),
+    ] = None,
     memory: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--memory",
             metavar="SIZE",
@@ -35,10 +46,6 @@ def plan(
             "it to see the curve.",
             show_default=False,
         ),
-    ],
-    profile: Annotated[
-        Path | None,
-        typer.Argument(metavar="PROFILE", help="A profile.", show_default="newest in profiles/"),
     ] = None,
     hardware: HardwareOption = None,
     disk: Annotated[
@@ -52,8 +59,39 @@ def plan(
     ] = None,
     bits: Annotated[
         BitsChoice,
-        typer.Option("--bits", help="Bits of the experts; auto: the fastest within --max-loss."),
+        typer.Option(
+            "--bits",
+            help="Bits of the experts; auto: the fastest within --max-loss; mixed: to each "
+            "expert its own, the least expected loss that fits into --memory, or the fewest bytes "
+            "within --max-kl.",
+        ),
     ] = "auto",
+    average_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--average-bits",
+            metavar="BITS",
+            help="Mixed bits: what the experts may have on average, e.g. 2.5.",
+            show_default=False,
+        ),
+    ] = None,
+    quantizer: Annotated[
+        Literal["rtn", "fitted", "hqq", "gptq"],
+        typer.Option(
+            "--quantizer",
+            help="Mixed bits: what `pack` is to round with. rtn is priced by the profile; for "
+            "another one each width is measured in a pass over the model and kept.",
+        ),
+    ] = "rtn",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Mixed bits: the checkpoint, where a quantizer has to be measured.",
+            show_default="by the profile's name",
+        ),
+    ] = None,
     skeleton_bits: Annotated[
         Literal["native", "8", "4"],
         typer.Option("--skeleton-bits", help="Bits of the other matrices."),
@@ -91,10 +129,13 @@ def plan(
         ),
     ] = None,
     profiles: ProfilesOption = DEFAULT_FOLDER,
+    offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
     """Choose how to pack and run a model in a memory budget."""
     with open_output(as_json=json) as output:
+        is_mixed = bits == "mixed" or average_bits is not None
+        _require_sense(bits, average_bits, quantizer, model, memory or [])
         loss = _share(max_loss or "1%")
         if max_loss is not None:
             if max_kl is not None:
@@ -105,21 +146,36 @@ def plan(
             machine = _with_disk(machine, disk)
         profile = profile or newest_profile(profiles, output)
 
-        from moe_tool.formats.json_artifact import write_json_artifact
         from moe_tool.formats.profile_hdf5 import ProfileReader
         from moe_tool.planning.build_plan import build_plan, plan_curve
         from moe_tool.planning.plan_request import PlanRequest
         from moe_tool.planning.plan_sources import read_sources
 
-        chosen: Bits | None = None if bits == "auto" else bits
+        memory = memory or ["100%"]
         request = PlanRequest(
             memory=memory[0],
-            bits=chosen,
+            bits=None if bits in ("auto", "mixed") else bits,
             skeleton_bits=skeleton_bits,
             max_loss=loss,
             max_kl=max_kl,
             context=context,
         )
+        if is_mixed:
+            mixed, fields = plan_mixed(
+                profile,
+                machine,
+                request,
+                average_bits=average_bits,
+                quantizer=quantizer,
+                model=model,
+                profiles=profiles,
+                offline=offline,
+                output=output,
+            )
+            out = _write(mixed, out or plan_path(profiles, profile))
+            output.say(f"wrote {out}; next: {_pack_command(mixed, out)}")
+            output.result({"plan_file": out, **fields})
+            return
         with ProfileReader.open(profile) as reader:
             sources = read_sources(reader)
 
@@ -132,12 +188,36 @@ def plan(
                 _show_curve(*plan_curve(build, memory), output)
                 return
             report = build(memory[0])
-        out = out or plan_path(profiles, profile)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json_artifact(out, report.plan)
+        out = _write(report.plan, out or plan_path(profiles, profile))
         _show(report, output)
-        output.say(f"wrote {out}; next: {_pack_command(report, out)}")
+        output.say(f"wrote {out}; next: {_pack_command(report.plan, out)}")
         output.result({"plan_file": out, **_fields(report)})
+
+
+def _require_sense(
+    bits: str, average_bits: float | None, quantizer: str, model: str | None, memory: Sequence[str]
+) -> None:
+    """Options that contradict each other, or would do nothing."""
+    is_mixed = bits == "mixed" or average_bits is not None
+    if average_bits is not None and bits not in ("auto", "mixed"):
+        raise UsageError(f"--bits {bits} and --average-bits contradict", hint="give one of them")
+    if not is_mixed and (quantizer != "rtn" or model is not None):
+        raise UsageError(
+            "--quantizer and --model are for mixed bits; pack has a --quantizer of its own",
+            hint="--average-bits 2.5, or --bits mixed with --memory SIZE",
+        )
+    if not is_mixed and not memory:
+        raise UsageError("for which memory? --memory is missing", hint="--memory 8GiB")
+    if is_mixed and len(memory) > 1:
+        raise UsageError("mixed bits: one --memory at a time", hint="--memory 8GiB")
+
+
+def _write(plan: "PackPlan", out: Path) -> Path:
+    from moe_tool.formats.json_artifact import write_json_artifact
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json_artifact(out, plan)
+    return out
 
 
 def _show(report: "PlanReport", output: Output) -> None:
@@ -198,12 +278,12 @@ def _reading(report: "PlanReport") -> str:
     return f"{format_bytes(read)} read per token" if read else "nothing read once the cache is full"
 
 
-def _pack_command(report: "PlanReport", plan: Path) -> str:
+def _pack_command(plan: "PackPlan", path: Path) -> str:
     """Return what to type next; a bundle that is there may be of other bits, and stays."""
     from moe_tool.models.locate import model_to_type
 
     bundle = "planned/" if Path("bundle").exists() else "bundle/"
-    return f"moe-tool pack {model_to_type(report.plan.identity.name)} --plan {plan} --out {bundle}"
+    return f"moe-tool pack {model_to_type(plan.identity.name)} --plan {path} --out {bundle}"
 
 
 def _show_curve(

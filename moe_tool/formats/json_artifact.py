@@ -17,12 +17,14 @@ MAX_BYTES = 256 * 2**20
 _SEAL = b',\n "sha256": "%s"\n}\n'
 _SEALED = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _COMMANDS = {
+    "bit-prices": "moe-tool plan --average-bits, once this file is removed",
     "buddies": "moe-tool buddies",
     "bundle": "moe-tool pack, once its folder is removed",
     "hardware": "moe-tool hardware",
     "plan": "moe-tool plan",
 }
 _LABELS = {
+    "bit-prices": "file of bit prices",
     "buddies": "buddy map",
     "bundle": "bundle manifest",
     "hardware": "hardware profile",
@@ -130,9 +132,19 @@ def _require_experts_fit(path: Path, parsed: dict[str, Any], remedy: str) -> Non
     layers, experts = shape.get("layers"), shape.get("experts")
     if not isinstance(layers, list) or not isinstance(experts, int):
         return
-    if len(layers) * experts != len(records):
+    count = len(records) + _n_elsewhere(parsed)
+    if len(layers) * experts != count:
         raise CorruptArtifactError(
-            f"{path} is damaged: it has {len(records)} records "
+            f"{path} is damaged: it has {count} records "
             f"for {len(layers)} layers of {quoted(experts)} experts",
             hint=remedy,
         )
+
+
+def _n_elsewhere(parsed: dict[str, Any]) -> int:
+    """Experts that have another number of bits than most, or are left out."""
+    absent, others = parsed.get("absent"), parsed.get("others")
+    lists = [absent]
+    if isinstance(others, list):
+        lists += [other.get("records") for other in others if isinstance(other, dict)]
+    return sum(len(found) for found in lists if isinstance(found, list))

@@ -13,8 +13,8 @@ from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
+from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.profiling.sensitivity import total_divergence
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
 _HIDDEN_BYTES = 128 * 2**20

@@ -3,7 +3,6 @@ or a memory budget."""
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,20 +10,23 @@ import numpy as np
 from moe_tool import __version__
 from moe_tool.artifacts.bit_prices import BitPrices
 from moe_tool.artifacts.hardware_profile import HardwareProfile
-from moe_tool.artifacts.pack_plan import LayerBits, PackPlan, PlanLine, PlanPrediction, Quantizer
+from moe_tool.artifacts.pack_plan import PackPlan, PlanLine, PlanPrediction, Quantizer
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.errors import BudgetError, UsageError
-from moe_tool.planning.allocate_bits import (
-    WIDTHS,
-    allocate,
-    allocate_by_layer,
-    by_rank,
-    spread_evenly,
-)
+from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.bit_costs import BitCosts, bit_costs
 from moe_tool.planning.build_plan import FIRST_PROMPT_TOKENS, PREDICTION_ERROR
 from moe_tool.planning.first_token import seconds_to_first_token
 from moe_tool.planning.memory_account import FixedMemory, fixed_memory
+from moe_tool.planning.mixed_allocations import (
+    Allocation,
+    allocate_average,
+    allocate_bytes,
+    allocate_within,
+    describe,
+    layer_bits,
+    other_allocations,
+)
 from moe_tool.planning.model_costs import ModelCosts, model_costs
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
@@ -34,19 +36,6 @@ from moe_tool.runtime.memory_plan import suggested_budget
 from moe_tool.simulator.simulate import Budget, Machine, simulate_decoding
 
 _EVICTION = "lru"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Allocation:
-    """One way to hand the bits out."""
-
-    name: str
-    nats: float
-    """Expected divergence, per token"""
-    experts: dict[int, int]
-    """By width: how many have it"""
-    average_bits: float
-    expert_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +63,8 @@ def build_mixed_plan(
         sources: of `read_sources`.
         hardware: the machine that it is for.
         request: budget and limits; its memory in bytes, or "100%" for all experts.
-        average_bits: of the weights of all experts; None: as many as fit into the memory.
+        average_bits: of the weights of all experts; None: as few as the request's limit of loss
+            allows, without one as many as fit into the memory.
         prices: measured with the quantizer in use; None: it is rtn.
 
     Raises:
@@ -93,22 +83,12 @@ def build_mixed_plan(
     budget = None if request.memory == "100%" else _bytes_of(request.memory)
     if budget is not None and budget < max(fixed.total_bytes, fixed.loading_bytes):
         raise _too_small(budget, fixed, costs)
-    if average_bits is None:
-        if budget is None:
-            raise UsageError("--bits mixed: for which memory?", hint="--memory SIZE, in bytes")
-        chosen = allocate_bytes(costs, budget - fixed.total_bytes)
-        average = _describe("", costs, chosen).average_bits
-    else:
-        if not 0 < average_bits <= WIDTHS[-1]:
-            raise UsageError(
-                f"--average-bits {average_bits:g}: not possible", hint="--average-bits 2.5"
-            )
-        average = average_bits
-        room = None if budget is None else budget - fixed.total_bytes
-        chosen = allocate_average(costs, average, room_bytes=room)
+    room = None if budget is None else budget - fixed.total_bytes
+    chosen = _choose(costs, room, average_bits=average_bits, max_kl=request.max_kl)
+    average = average_bits or describe("", costs, chosen).average_bits
     allocations = (
-        _describe("over all layers", costs, chosen),
-        *other_allocations(sources, costs, average),
+        describe("over all layers", costs, chosen),
+        *other_allocations(costs, average),
     )
     plan, notes = _plan(sources, hardware, request, costs, chosen, fixed, budget, prices)
     return MixedReport(
@@ -119,115 +99,27 @@ def build_mixed_plan(
     )
 
 
-def allocate_average(
-    costs: BitCosts, average_bits: float, *, room_bytes: int | None = None
+def _choose(
+    costs: BitCosts, room: int | None, *, average_bits: float | None, max_kl: float | None
 ) -> np.ndarray:
-    """Return the widths' columns with the least loss, [L, E] int64.
-
-    Where the experts together are larger than the memory, an expert that will not stay there is
-    read whenever it is wanted: its bytes then cost what bytes in memory are worth, so that heat
-    counts twice, in what an error costs and in what a read does.
-
-    Args:
-        costs: of all experts.
-        average_bits: that the widths may have on average.
-        room_bytes: of the memory for experts; None: all of them stay.
-    """
-    nats = costs.nats
-    n_layers, n_experts, _ = nats.shape
-    size = np.array(WIDTHS, dtype=np.int64)
-    room = math.floor(average_bits * n_layers * n_experts + 1e-9)
-
-    def best(cost: np.ndarray) -> np.ndarray:
-        found = allocate(
-            cost.reshape(-1, len(WIDTHS)),
-            np.broadcast_to(size, (n_layers * n_experts, len(WIDTHS))),
-            room,
+    """By the average, else by the limit of loss, else by the memory."""
+    if average_bits is not None:
+        if not 0 < average_bits <= WIDTHS[-1]:
+            raise UsageError(
+                f"--average-bits {average_bits:g}: not possible", hint="--average-bits 2.5"
+            )
+        return allocate_average(costs, average_bits, room_bytes=room)
+    if max_kl is not None:
+        found = allocate_within(costs, max_kl) if max_kl >= 0 else None
+        if found is None:
+            raise UsageError(f"--max-kl {max_kl:.4g}: not possible", hint="--max-kl 0.01")
+        return found
+    if room is None:
+        raise UsageError(
+            "--bits mixed: how many bytes, or how much loss?",
+            hint="--memory SIZE, --average-bits 2.5 or --max-kl 0.01",
         )
-        assert found is not None  # all may be absent
-        return found.reshape(n_layers, n_experts)
-
-    chosen = best(nats)
-    if room_bytes is None or costs.size_bytes[chosen].sum() <= room_bytes:
-        return chosen
-    reads = _read_costs(costs, chosen, room_bytes)
-    return best(nats + reads)
-
-
-def allocate_bytes(costs: BitCosts, room_bytes: int) -> np.ndarray:
-    """Return the widths' columns with the least loss that all stay in memory, [L, E] int64."""
-    n_layers, n_experts, n_widths = costs.nats.shape
-    found = allocate(
-        costs.nats.reshape(-1, n_widths),
-        np.broadcast_to(costs.size_bytes, (n_layers * n_experts, n_widths)),
-        room_bytes,
-    )
-    assert found is not None  # all may be absent
-    return found.reshape(n_layers, n_experts)
-
-
-def other_allocations(
-    sources: PlanSources, costs: BitCosts, average_bits: float
-) -> tuple[Allocation, ...]:
-    """Return what the same bits are expected to give when they are handed out otherwise."""
-    named = control_allocations(costs, average_bits)
-    return tuple(_describe(name, costs, chosen) for name, chosen in named.items())
-
-
-def control_allocations(costs: BitCosts, average_bits: float) -> dict[str, np.ndarray]:
-    """Return other choices with the same bits: [L, E] int64 columns of WIDTHS by name."""
-    n_layers, n_experts, n_widths = costs.nats.shape
-    n = n_layers * n_experts
-    size = np.broadcast_to(np.array(WIDTHS, dtype=np.int64), costs.nats.shape)
-    found: dict[str, np.ndarray] = {}
-    by_layer = allocate_by_layer(
-        costs.nats, size, math.floor(average_bits * n_experts + 1e-9) * n_layers
-    )
-    if by_layer is not None:
-        found["layer by layer"] = by_layer
-    low = max(i for i, width in enumerate(WIDTHS) if width <= average_bits)
-    high = min(low + 1, n_widths - 1)
-    step = WIDTHS[high] - WIDTHS[low]
-    share = 0.0 if step == 0 else (average_bits - WIDTHS[low]) / step
-    shuffled = np.random.default_rng(0).permutation(n)
-    found["by frequency"] = by_rank(np.argsort(-costs.load, axis=None), low, high, share)
-    found["uniform"] = spread_evenly(n, low, high, share)
-    found["random"] = by_rank(shuffled, low, high, share)
-    return {name: chosen.reshape(n_layers, n_experts) for name, chosen in found.items()}
-
-
-def layer_bits(layers: Sequence[int], chosen: np.ndarray) -> tuple[LayerBits, ...]:
-    """Return columns of WIDTHS as a plan has them."""
-    return tuple(
-        LayerBits(layer=layer, bits=tuple(WIDTHS[column] for column in row))
-        for layer, row in zip(layers, chosen, strict=True)
-    )
-
-
-def _read_costs(costs: BitCosts, chosen: np.ndarray, room_bytes: int) -> np.ndarray:
-    """[L, E, W]: nats that the reads of each choice are worth."""
-    size = costs.size_bytes[chosen].ravel()
-    hottest = np.argsort(-costs.load, axis=None)
-    stays = np.zeros(size.shape, dtype=bool)
-    stays[hottest] = np.cumsum(size[hottest]) <= room_bytes
-    is_read = (~stays).reshape(chosen.shape)
-    # What a byte in memory is worth: the loss that one more step down of a middling expert adds.
-    two, three = WIDTHS.index(2), WIDTHS.index(3)
-    saved = float(np.median(costs.nats[..., two] - costs.nats[..., three]))
-    per_byte = saved / float(costs.size_bytes[three] - costs.size_bytes[two])
-    found: np.ndarray = (is_read * costs.load)[..., None] * costs.size_bytes * per_byte
-    return found
-
-
-def _describe(name: str, costs: BitCosts, chosen: np.ndarray) -> Allocation:
-    widths, counts = np.unique(np.array(WIDTHS)[chosen], return_counts=True)
-    return Allocation(
-        name=name,
-        nats=float(np.take_along_axis(costs.nats, chosen[..., None], axis=2).sum()),
-        experts=dict(zip(widths.tolist(), counts.tolist(), strict=True)),
-        average_bits=float((widths * counts).sum() / chosen.size),
-        expert_bytes=int(costs.size_bytes[chosen].sum()),
-    )
+    return allocate_bytes(costs, room)
 
 
 def _plan(
@@ -243,7 +135,7 @@ def _plan(
     header = sources.profile.header
     shape = header.shape
     quantizer: Quantizer = "rtn" if prices is None else prices.quantizer
-    allocation = _describe("", costs, chosen)
+    allocation = describe("", costs, chosen)
     rooms = tuple(
         ExpertRoom(
             record_bytes=int(costs.size_bytes[WIDTHS.index(width)]),
@@ -254,7 +146,9 @@ def _plan(
         if width
     )
     if not rooms:
-        raise _too_small(budget or 0, fixed, costs)
+        raise UsageError(
+            "nothing would be left of the experts", hint="--average-bits 2.5, or a larger --memory"
+        )
     if budget is None:
         slots = split_slots(sum(room.n_experts for room in rooms), rooms)
     else:

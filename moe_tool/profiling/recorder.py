@@ -30,6 +30,7 @@ from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.full_hash import FullHash
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.locate import LocatedModel
+from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton_facts import skeleton_facts
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
 from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
@@ -37,7 +38,7 @@ from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_pass import LayerPass, PassPlan
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
 from moe_tool.profiling.routing_report import report_routing
-from moe_tool.profiling.sensitivity import sensitivity, total_divergence
+from moe_tool.profiling.sensitivity import sensitivity
 from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource

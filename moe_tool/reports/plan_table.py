@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 from rich.table import Table
 
+from moe_tool.artifacts.bit_prices import BitPrices
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine
 from moe_tool.byte_sizes import format_bytes
 
@@ -53,6 +54,52 @@ def forms_table(plan: PackPlan) -> Table:
             format_bytes(form.record_bytes),
             format_bytes(held * form.record_bytes),
         )
+    return table
+
+
+class AllocatedBits(Protocol):
+    """One way to hand bits out to experts."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def nats(self) -> float: ...
+    @property
+    def experts(self) -> dict[int, int]: ...
+    @property
+    def average_bits(self) -> float: ...
+    @property
+    def expert_bytes(self) -> int: ...
+
+
+def allocations_table(allocations: Sequence[AllocatedBits]) -> Table:
+    """Return how many experts get how many bits, one way to hand them out a line."""
+    widths = sorted({width for each in allocations for width in each.experts})
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("bits handed out")
+    names = {0: "absent", 16: "native"}
+    headings = [names.get(width, f"{width} bit{'s' * (width > 1)}") for width in widths]
+    for heading in ("average", "expected KL", "bytes", *headings):
+        table.add_column(heading, justify="right")
+    for each in allocations:
+        table.add_row(
+            each.name,
+            f"{each.average_bits:.2f}",
+            f"{each.nats:.3g}",
+            format_bytes(each.expert_bytes),
+            *(str(each.experts.get(width, 0)) for width in widths),
+        )
+    return table
+
+
+def bit_prices_table(prices: BitPrices) -> Table:
+    """Return the mean error of a layer's experts at each width, one layer a line."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("layer", *(f"error at {width} bits" for width in prices.widths), "felt"):
+        table.add_column(heading, justify="right")
+    for entry in prices.layers:
+        means = (sum(row) / len(row) for row in entry.eps)
+        table.add_row(str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.felt:.2f}x")
     return table
 
 

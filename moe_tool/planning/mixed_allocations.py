@@ -1,0 +1,165 @@
+"""Ways to hand bits out to experts: the best over all layers, and what it is compared with."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_tool.artifacts.pack_plan import LayerBits
+from moe_tool.planning.allocate_bits import (
+    WIDTHS,
+    allocate,
+    allocate_by_layer,
+    by_rank,
+    spread_evenly,
+)
+from moe_tool.planning.bit_costs import BitCosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """One way to hand the bits out."""
+
+    name: str
+    nats: float
+    """Expected divergence, per token"""
+    experts: dict[int, int]
+    """By width: how many have it"""
+    average_bits: float
+    expert_bytes: int
+
+
+def allocate_average(
+    costs: BitCosts, average_bits: float, *, room_bytes: int | None = None
+) -> np.ndarray:
+    """Return the widths' columns with the least loss, [L, E] int64.
+
+    Where the experts together are larger than the memory, an expert that will not stay there is
+    read whenever it is wanted: its bytes then cost what bytes in memory are worth, so that heat
+    counts twice, in what an error costs and in what a read does.
+
+    Args:
+        costs: of all experts.
+        average_bits: that the widths may have on average.
+        room_bytes: of the memory for experts; None: all of them stay.
+    """
+    nats = costs.nats
+    n_layers, n_experts, _ = nats.shape
+    size = np.array(WIDTHS, dtype=np.int64)
+    room = math.floor(average_bits * n_layers * n_experts + 1e-9)
+
+    def best(cost: np.ndarray) -> np.ndarray:
+        found = allocate(
+            cost.reshape(-1, len(WIDTHS)),
+            np.broadcast_to(size, (n_layers * n_experts, len(WIDTHS))),
+            room,
+        )
+        assert found is not None  # all may be absent
+        return found.reshape(n_layers, n_experts)
+
+    chosen = best(nats)
+    if room_bytes is None or costs.size_bytes[chosen].sum() <= room_bytes:
+        return chosen
+    reads = _read_costs(costs, chosen, room_bytes)
+    return best(nats + reads)
+
+
+def allocate_bytes(costs: BitCosts, room_bytes: int) -> np.ndarray:
+    """Return the widths' columns with the least loss that all stay in memory, [L, E] int64."""
+    n_layers, n_experts, n_widths = costs.nats.shape
+    found = allocate(
+        costs.nats.reshape(-1, n_widths),
+        np.broadcast_to(costs.size_bytes, (n_layers * n_experts, n_widths)),
+        room_bytes,
+    )
+    assert found is not None  # all may be absent
+    return found.reshape(n_layers, n_experts)
+
+
+def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray | None:
+    """Return the fewest bytes whose expected loss is allowed, [L, E] int64 columns of WIDTHS; None
+    where no choice is.
+
+    By bisection: the loss falls with every byte more.
+
+    Args:
+        costs: of all experts.
+        max_nats: per token.
+    """
+    n_experts = costs.nats.shape[0] * costs.nats.shape[1]
+    step = int(np.gcd.reduce(costs.size_bytes))
+    low, high = -1, n_experts * int(costs.size_bytes.max()) // step
+    best = None
+    while high - low > 1 or best is None:
+        middle = high if best is None else (low + high) // 2
+        found = allocate_bytes(costs, middle * step)
+        if describe("", costs, found).nats <= max_nats:
+            best, high = found, middle
+        elif best is None:
+            return None
+        else:
+            low = middle
+    return best
+
+
+def other_allocations(costs: BitCosts, average_bits: float) -> tuple[Allocation, ...]:
+    """Return what the same bits are expected to give when they are handed out otherwise."""
+    named = control_allocations(costs, average_bits)
+    return tuple(describe(name, costs, chosen) for name, chosen in named.items())
+
+
+def control_allocations(costs: BitCosts, average_bits: float) -> dict[str, np.ndarray]:
+    """Return other choices with the same bits: [L, E] int64 columns of WIDTHS by name."""
+    n_layers, n_experts, n_widths = costs.nats.shape
+    n = n_layers * n_experts
+    size = np.broadcast_to(np.array(WIDTHS, dtype=np.int64), costs.nats.shape)
+    found: dict[str, np.ndarray] = {}
+    by_layer = allocate_by_layer(
+        costs.nats, size, math.floor(average_bits * n_experts + 1e-9) * n_layers
+    )
+    if by_layer is not None:
+        found["layer by layer"] = by_layer
+    low = max(i for i, width in enumerate(WIDTHS) if width <= average_bits)
+    high = min(low + 1, n_widths - 1)
+    step = WIDTHS[high] - WIDTHS[low]
+    share = 0.0 if step == 0 else (average_bits - WIDTHS[low]) / step
+    shuffled = np.random.default_rng(0).permutation(n)
+    found["by frequency"] = by_rank(np.argsort(-costs.load, axis=None), low, high, share)
+    found["uniform"] = spread_evenly(n, low, high, share)
+    found["random"] = by_rank(shuffled, low, high, share)
+    return {name: chosen.reshape(n_layers, n_experts) for name, chosen in found.items()}
+
+
+def layer_bits(layers: Sequence[int], chosen: np.ndarray) -> tuple[LayerBits, ...]:
+    """Return columns of WIDTHS as a plan has them."""
+    return tuple(
+        LayerBits(layer=layer, bits=tuple(WIDTHS[column] for column in row))
+        for layer, row in zip(layers, chosen, strict=True)
+    )
+
+
+def _read_costs(costs: BitCosts, chosen: np.ndarray, room_bytes: int) -> np.ndarray:
+    """[L, E, W]: nats that the reads of each choice are worth."""
+    size = costs.size_bytes[chosen].ravel()
+    hottest = np.argsort(-costs.load, axis=None)
+    stays = np.zeros(size.shape, dtype=bool)
+    stays[hottest] = np.cumsum(size[hottest]) <= room_bytes
+    is_read = (~stays).reshape(chosen.shape)
+    # What a byte in memory is worth: the loss that one more step down of a middling expert adds.
+    two, three = WIDTHS.index(2), WIDTHS.index(3)
+    saved = float(np.median(costs.nats[..., two] - costs.nats[..., three]))
+    per_byte = saved / float(costs.size_bytes[three] - costs.size_bytes[two])
+    found: np.ndarray = (is_read * costs.load)[..., None] * costs.size_bytes * per_byte
+    return found
+
+
+def describe(name: str, costs: BitCosts, chosen: np.ndarray) -> Allocation:
+    widths, counts = np.unique(np.array(WIDTHS)[chosen], return_counts=True)
+    return Allocation(
+        name=name,
+        nats=float(np.take_along_axis(costs.nats, chosen[..., None], axis=2).sum()),
+        experts=dict(zip(widths.tolist(), counts.tolist(), strict=True)),
+        average_bits=float((widths * counts).sum() / chosen.size),
+        expert_bytes=int(costs.size_bytes[chosen].sum()),
+    )
