@@ -134,9 +134,9 @@ def pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -
             raise ValueError(f"a part is {part.dtype} {tuple(part.shape)}, wanted uint8 {shape}")
     widenings = tables.quads_per_widening
     described = struct.pack(
-        "=Q6i",
+        "=Q5iI",
         tables.planes.data_ptr(), len(widenings), tables.digit_bits,
-        *widenings, *[1] * (3 - len(widenings)), tables.base(weights.n_inputs),
+        *widenings, *[1] * (3 - len(widenings)), tables.base(weights.n_inputs) % 2**32,
     )  # fmt: skip
     out = torch.empty(n_tokens, weights.n_outputs, dtype=torch.int32)
     _compiled.pair_product(

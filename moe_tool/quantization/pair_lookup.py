@@ -126,7 +126,9 @@ def pair_tables(weight_book: torch.Tensor, token_book: torch.Tensor) -> PairTabl
     n_digits = -(-bits // _DIGIT_BITS)
     digit_bits = -(-bits // n_digits)
     digits = [(sums - smallest) >> (digit_bits * d) & (2**digit_bits - 1) for d in range(n_digits)]
-    return PairTables(torch.stack(digits).to(torch.uint8), digit_bits, smallest, int(products[0, 0]))
+    return PairTables(
+        torch.stack(digits).to(torch.uint8), digit_bits, smallest, int(products[0, 0])
+    )
 
 
 def check_pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -> None:
@@ -139,9 +141,7 @@ def check_pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTab
     if tokens.n_inputs != n_in:
         raise ValueError(f"tokens have {tokens.n_inputs} inputs, the weights {n_in}")
     # By the sums of pairs, so a little early where the inputs are few.
-    top = sum(
-        int(plane.max()) << (tables.digit_bits * d) for d, plane in enumerate(tables.planes)
-    )
+    top = sum(int(plane.max()) << (tables.digit_bits * d) for d, plane in enumerate(tables.planes))
     if n_in * max(abs(tables.smallest), abs(tables.smallest + top)) >= 2 * _LARGEST_SUM:
         raise ValueError(f"a sum of {n_in} such products may not fit into 32 bits")
 
@@ -157,7 +157,9 @@ def look_up_pairs(weights: PairWeights, tokens: PairTokens, tables: PairTables) 
         plane.int() << (tables.digit_bits * d) for d, plane in enumerate(tables.planes)
     )
     nibbles = torch.stack([weights.codes & 15, weights.codes >> 4], dim=2)
-    nibbles = nibbles.transpose(2, 3).transpose(1, 2).flatten(0, 1).flatten(1).long()  # [rows, pairs]
+    nibbles = (
+        nibbles.transpose(2, 3).transpose(1, 2).flatten(0, 1).flatten(1).long()
+    )  # [rows, pairs]
     found = [sums[(row >> 4).long()[None], nibbles].sum(-1) for row in tokens.codes]
     total = torch.stack(found) if found else torch.zeros(0, nibbles.shape[0])
     missing = -weights.n_inputs % QUAD * tables.filling
