@@ -11,7 +11,7 @@ namespace moe {
 // Two codes of a token are a byte: [tokens][2 quads], the first in bits 4 and 5, the second in 6
 // and 7, which makes it the offset of its table of 16.
 constexpr int kPairRows = 128;   // outputs of a tile
-constexpr int kPairQuads = 128;  // that meet all tokens at a time: 16 KiB of weights
+constexpr int kPairQuads = 64;   // that meet all tokens at a time: 16 KiB as bytes
 constexpr int kPairTokens = 32;  // that meet them
 constexpr int kMaxDigits = 3;
 
