@@ -215,6 +215,9 @@ bool use_lookup(int bits, int max_tokens) {
 void pair_product(const uint8_t* codes, int n_outputs, int n_quads, const uint8_t* tokens,
                   int n_tokens, const PairTables& tables, int32_t* out) {
   std::lock_guard<std::mutex> lock(job);
+  // A byte of a token that is no offset of a table ends in the padding.
+  uint8_t planes[256 * kMaxDigits + 16] = {};
+  std::memcpy(planes, tables.planes, 256 * size_t(tables.n_digits));
   const int n_tiles = (n_outputs + kPairRows - 1) / kPairRows;
   const int n_parts = (n_tokens + kPairTokens - 1) / kPairTokens;
   pool().each(n_tiles * n_parts, [&](int at) {
@@ -227,7 +230,7 @@ void pair_product(const uint8_t* codes, int n_outputs, int n_quads, const uint8_
         in_use->lookup->pair_part(codes + (size_t(tile) * n_quads + q) * kPairRows,
                                   tokens + (size_t(token) * n_quads + q) * 2, 2 * ptrdiff_t(n_quads),
                                   n, std::min(kPairQuads, n_quads - q),
-                                  tables.quads_per_widening[d], tables.planes + 256 * d,
+                                  tables.quads_per_widening[d], planes + 256 * d,
                                   d * tables.digit_bits, sums);
     const int first = tile * kPairRows, rows = std::min(kPairRows, n_outputs - first);
     for (int t = 0; t < n; ++t)

@@ -119,8 +119,6 @@ def pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -
     Raises:
         ValueError: the two sides do not fit together, or a sum may not fit into 32 bits.
     """
-    if not is_native():
-        return look_up_pairs(weights, tokens, tables)
     check_pair_product(weights, tokens, tables)
     n_quads = -(-weights.n_inputs // QUAD)
     n_tokens = tokens.codes.shape[0]
@@ -132,6 +130,8 @@ def pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -
     for part, shape in shapes:
         if part.dtype != torch.uint8 or tuple(part.shape) != shape or not part.is_contiguous():
             raise ValueError(f"a part is {part.dtype} {tuple(part.shape)}, wanted uint8 {shape}")
+    if not is_native():
+        return look_up_pairs(weights, tokens, tables)
     widenings = tables.quads_per_widening
     described = struct.pack(
         "=Q5iI",

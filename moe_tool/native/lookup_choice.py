@@ -44,7 +44,7 @@ class LookupTime:
 def choose_lookup() -> tuple[LookupTime, ...]:
     """Time both ways, take the faster one for the rest of the process, and return the times.
 
-    Some 10 ms, with as many threads as are set; none where there is no such kernel.
+    Some 20 ms, with as many threads as are set; none where there is no such kernel.
     """
     return tuple(time for bits in LOOKUP_BITS for time in _choose(bits))
 

@@ -13,6 +13,7 @@ from moe_tool.native import lookup_choice
 from moe_tool.native.kernels import (
     NAMES,
     Gate,
+    is_native,
     native_expert,
     native_linear,
     pair_product,
@@ -222,7 +223,7 @@ def test_both_ways_are_timed_once_and_the_faster_one_stays(
     try:
         times = choose_lookup()
         assert choose_lookup() is times
-        if implementation == "scalar":
+        if implementation == "scalar" or not is_native():
             assert times == ()
             return
         assert [(row.bits, row.tokens) for row in times] == [
