@@ -50,12 +50,16 @@ def choose_lookup() -> tuple[LookupTime, ...]:
 
 
 def chosen_tokens(times: tuple[LookupTime, ...], bits: int) -> int:
-    """Return up to how many tokens products of this width are looked up; 0: never."""
+    """Return up to how many tokens products of this width are looked up; 0: never.
+
+    The most tokens at which it is worth it, with no timed number below at which it costs as much.
+    """
     most = 0
     for row in sorted((row for row in times if row.bits == bits), key=lambda row: row.tokens):
-        if not row.is_faster:
+        if row.lookup_s >= _WORTH * row.multiply_s:
             break
-        most = row.tokens
+        if row.is_faster:
+            most = row.tokens
     return most
 
 

@@ -203,7 +203,9 @@ def test_the_choice_ends_where_looking_up_is_not_worth_it() -> None:
         return LookupTime(bits=bits, tokens=tokens, multiply_s=1.0, lookup_s=lookup_s)
 
     assert chosen_tokens((row(1, 0.5), row(4, 0.5), row(16, 0.5)), 1) == 16
-    assert chosen_tokens((row(16, 0.5), row(4, 0.97), row(1, 0.5)), 1) == 1  # within the noise
+    assert chosen_tokens((row(16, 0.97), row(4, 0.5), row(1, 0.5)), 1) == 4  # within the noise
+    assert chosen_tokens((row(16, 0.5), row(4, 1.03), row(1, 0.97)), 1) == 16  # that too
+    assert chosen_tokens((row(16, 0.5), row(4, 1.06), row(1, 0.5)), 1) == 1
     assert chosen_tokens((row(1, 1.5), row(4, 0.5)), 1) == 0
     assert chosen_tokens((row(1, 0.5, bits=2),), 1) == 0
     assert chosen_tokens((), 1) == 0
