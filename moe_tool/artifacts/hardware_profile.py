@@ -75,6 +75,17 @@ class ExpertSpeed(FrozenModel):
         return tiny + (at_fitted - tiny) * record_bytes / self.fitted_from_bytes
 
 
+class LookupSpeed(FrozenModel):
+    """A product with weights of few bits, multiplied and looked up; the results are the same."""
+
+    bits: Literal["1", "2"]
+    tokens: Count
+    multiply_s: Seconds
+    lookup_s: Seconds
+    is_used: bool
+    """Whether products of up to so many tokens were looked up"""
+
+
 class GpuSpeed(FrozenModel):
     """A GPU beside the processor."""
 
@@ -104,6 +115,8 @@ class HardwareProfile(FrozenModel):
     disk: Annotated[tuple[DiskSpeed, ...], Field(min_length=1)]
     memory: Annotated[tuple[MemorySpeed, ...], Field(min_length=1)]
     experts: Annotated[tuple[ExpertSpeed, ...], Field(min_length=1)]
+    lookup: tuple[LookupSpeed, ...] = ()
+    """Empty where the kernels look nothing up, or nobody measured"""
     layer_warm_s: Annotated[float, Field(gt=0, le=1e4)]
     """Of one decoder layer at one token beside its matrices, nothing else between"""
     layer_cold_s: Annotated[float, Field(gt=0, le=1e4)]

@@ -172,7 +172,7 @@ def _describe_bit_prices(path: Path) -> Description:
 def _describe_hardware(path: Path) -> Description:
     from moe_tool.artifacts.hardware_profile import HardwareProfile
     from moe_tool.formats.json_artifact import read_json_artifact
-    from moe_tool.reports.hardware_table import experts_table, speeds_table
+    from moe_tool.reports.hardware_table import experts_table, lookup_table, speeds_table
 
     profile = read_json_artifact(path, HardwareProfile)
     facts: dict[str, object] = {
@@ -190,8 +190,12 @@ def _describe_hardware(path: Path) -> Description:
         is_intact=True,
         checked="every field",
         facts=facts,
-        tables=(speeds_table(profile), experts_table(profile)),
-        details=profile.model_dump(mode="json", include={"disk", "memory", "experts"})
+        tables=(
+            speeds_table(profile),
+            experts_table(profile),
+            *([lookup_table(profile)] if profile.lookup else []),
+        ),
+        details=profile.model_dump(mode="json", include={"disk", "memory", "experts", "lookup"})
         | {name: getattr(profile, name) for name in _LAYER_FIELDS},
     )
 

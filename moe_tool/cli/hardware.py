@@ -107,7 +107,12 @@ def _refuse_to_lose_measured(path: Path, shipped: str) -> None:
 
 
 def _show(profile: "HardwareProfile", output: Output) -> None:
-    from moe_tool.reports.hardware_table import experts_table, origin_of, speeds_table
+    from moe_tool.reports.hardware_table import (
+        experts_table,
+        lookup_table,
+        origin_of,
+        speeds_table,
+    )
 
     threads = " and ".join(str(n) for n in sorted({row.threads for row in profile.experts}))
     output.show(
@@ -117,6 +122,12 @@ def _show(profile: "HardwareProfile", output: Output) -> None:
         "its record at this rate + a fixed time",
         experts_table(profile),
     )
+    if profile.lookup:
+        output.show(
+            "products with weights of few bits, the same result either way: which one is used, and "
+            "the time of a lookup and of a multiplication",
+            lookup_table(profile),
+        )
 
 
 def _list_shipped(output: Output) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moe_tool import __version__
-from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.hardware_profile import HardwareProfile, LookupSpeed
 from moe_tool.available_memory import available_memory_bytes
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.errors import BudgetError
@@ -19,6 +19,7 @@ from moe_tool.hardware.layers import LayerShape, measure_layers
 from moe_tool.hardware.memory import measure_memory
 from moe_tool.hardware.synthetic_records import make_block
 from moe_tool.native.kernels import kernels_in_use, set_threads
+from moe_tool.native.lookup_choice import choose_lookup, chosen_tokens
 from moe_tool.progress import SILENT, Progress
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -119,6 +120,8 @@ def measure_hardware(
             repetitions=effort.repetitions,
             progress=progress,
         )
+        set_threads(cores)
+        lookup = _lookup_speeds()  # before experts: it chooses what computes them
         block = make_block(block_bytes)
         experts = measure_experts(
             block,
@@ -150,11 +153,26 @@ def measure_hardware(
         disk=disk,
         memory=memory,
         experts=experts,
+        lookup=lookup,
         layer_warm_s=layer.warm_s,
         layer_cold_s=layer.cold_s,
         layer_rested_s=layer.rested_s,
         cold_bytes=layer.cold_bytes,
         gpu=measure_gpu(progress=progress),
+    )
+
+
+def _lookup_speeds() -> tuple[LookupSpeed, ...]:
+    times = choose_lookup()
+    return tuple(
+        LookupSpeed(
+            bits="1" if row.bits == 1 else "2",
+            tokens=row.tokens,
+            multiply_s=row.multiply_s,
+            lookup_s=row.lookup_s,
+            is_used=row.tokens <= chosen_tokens(times, row.bits),
+        )
+        for row in times
     )
 
 

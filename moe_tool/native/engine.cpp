@@ -63,11 +63,21 @@ struct TokenScratch {
   Scratch<int8_t> codes;
   Scratch<float> scales;
   Scratch<int32_t> sums;
+  Scratch<uint8_t> tables;
 };
 TokenScratch input_scratch, inner_scratch;
 Scratch<float> product_scratch, inner_floats;
 thread_local Scratch<uint8_t> row_codes;
 thread_local Scratch<float> row_sums;
+thread_local Scratch<uint32_t> pair_sums;
+
+// Largest numbers of tokens, by bits.
+int lookup_tokens[3] = {0, 0, 0};
+
+bool is_looked_up(const QuantizedMatrix& w, int n_tokens) {
+  return w.bits <= 2 && n_tokens <= lookup_tokens[w.bits] && in_use->lookup->sum_rows &&
+         w.group / kInputs * units_per_block(w.bits) <= kMaxWidenings;
+}
 
 QuantizedTokens room_for(TokenScratch& scratch, const QuantizedMatrix& w, int n_tokens) {
   QuantizedTokens x;
@@ -76,13 +86,26 @@ QuantizedTokens room_for(TokenScratch& scratch, const QuantizedMatrix& w, int n_
   x.codes = scratch.codes.of(size_t(n_tokens) * x.padded);
   x.scales = scratch.scales.of(size_t(n_tokens) * x.n_groups);
   x.sums = scratch.sums.of(size_t(n_tokens) * x.n_groups);
+  x.tables = is_looked_up(w, n_tokens)
+                 ? scratch.tables.of(size_t(n_tokens) * x.padded * table_bytes_per_input(w.bits))
+                 : nullptr;
   return x;
+}
+
+// Groups [first, last) of one token.
+void quantize_groups(const QuantizedMatrix& w, const float* x, int token, int first, int last,
+                     const QuantizedTokens& out) {
+  in_use->quantize(x, w.n_inputs, w.group, token, first, last, out);
+  const int blocks = w.group / kInputs;
+  if (out.tables)
+    in_use->lookup->sum_tables(out, w.bits, token, first * blocks,
+                               std::min(w.input_blocks(), last * blocks));
 }
 
 void quantize_tokens(const QuantizedMatrix& w, const float* x, int n_tokens,
                      const QuantizedTokens& out) {
   pool().each(n_tokens, [&](int t) {
-    in_use->quantize(x + size_t(t) * w.n_inputs, w.n_inputs, w.group, t, 0, out.n_groups, out);
+    quantize_groups(w, x + size_t(t) * w.n_inputs, t, 0, out.n_groups, out);
   });
 }
 
@@ -119,13 +142,17 @@ void multiply(const Weight& weight, const QuantizedTokens& codes, const float* x
   }
   const QuantizedMatrix& w = weight.quantized;
   const size_t block = size_t(codes.padded) * kRows * w.bits / 8;
-  const int n_blocks = w.row_blocks(), blocks = rows_per_chunk(n_blocks, block);
+  const int n_blocks = w.row_blocks();
+  const int blocks = (rows_per_chunk(n_blocks, block) + 1) / 2 * 2;  // two are looked up together
   pool().each((n_blocks + blocks - 1) / blocks, [&](int chunk) {
     const RowScratch scratch{row_codes.of(size_t(kRows) * std::max(kExpandedInputs, w.group)),
                              row_sums.of(size_t(n_tokens) * kRows)};
     const int first = chunk * blocks, last = std::min(n_blocks, first + blocks);
-    for (int b = first; b < last; ++b)
-      in_use->quantized_rows(w, b, codes, n_tokens, out, stride, scratch);
+    int b = first;
+    if (codes.tables)
+      for (; b + 2 <= last; b += 2)
+        in_use->lookup->sum_rows(w, b, codes, n_tokens, out, stride);
+    for (; b < last; ++b) in_use->quantized_rows(w, b, codes, n_tokens, out, stride, scratch);
     add_bias(weight.bias, first * kRows, std::min(n_outputs, last * kRows), n_tokens, out, stride);
   });
 }
@@ -154,7 +181,7 @@ void activate(const Gate& gate, const Weight& second, const float* first_product
     float* const row = inner + size_t(t) * n_inner;
     in_use->activate(gate, first_product + size_t(t) * n_product, n_inner, g * group,
                      std::min(n_inner, last * group), row);
-    if (second.is_quantized) in_use->quantize(row, n_inner, group, t, g, last, codes);
+    if (second.is_quantized) quantize_groups(second.quantized, row, t, g, last, codes);
   });
 }
 
@@ -177,6 +204,40 @@ bool use_kernels(const char* name) {
 }
 
 const char* kernels_in_use() { return in_use->name; }
+
+bool use_lookup(int bits, int max_tokens) {
+  std::lock_guard<std::mutex> lock(job);
+  if (bits < 1 || bits > 2 || !in_use->lookup->sum_rows) return false;
+  lookup_tokens[bits] = max_tokens;
+  return true;
+}
+
+void pair_product(const uint8_t* codes, int n_outputs, int n_quads, const uint8_t* tokens,
+                  int n_tokens, const PairTables& tables, int32_t* out) {
+  std::lock_guard<std::mutex> lock(job);
+  // A byte of a token that is no offset of a table ends in the padding.
+  uint8_t planes[256 * kMaxDigits + 16] = {};
+  std::memcpy(planes, tables.planes, 256 * size_t(tables.n_digits));
+  const int n_tiles = (n_outputs + kPairRows - 1) / kPairRows;
+  const int n_parts = (n_tokens + kPairTokens - 1) / kPairTokens;
+  pool().each(n_tiles * n_parts, [&](int at) {
+    const int tile = at / n_parts, token = at % n_parts * kPairTokens;
+    const int n = std::min(kPairTokens, n_tokens - token);
+    uint32_t* const sums = pair_sums.of(size_t(kPairTokens) * kPairRows);
+    std::fill_n(sums, size_t(n) * kPairRows, uint32_t(tables.base));
+    for (int q = 0; q < n_quads; q += kPairQuads)
+      for (int d = 0; d < tables.n_digits; ++d)
+        in_use->lookup->pair_part(codes + (size_t(tile) * n_quads + q) * kPairRows,
+                                  tokens + (size_t(token) * n_quads + q) * 2, 2 * ptrdiff_t(n_quads),
+                                  n, std::min(kPairQuads, n_quads - q),
+                                  tables.quads_per_widening[d], planes + 256 * d,
+                                  d * tables.digit_bits, sums);
+    const int first = tile * kPairRows, rows = std::min(kPairRows, n_outputs - first);
+    for (int t = 0; t < n; ++t)
+      std::memcpy(out + size_t(token + t) * n_outputs + first, sums + size_t(t) * kPairRows,
+                  rows * sizeof(int32_t));
+  });
+}
 
 void linear(const Weight& weight, const float* x, int n_tokens, float* out) {
   std::lock_guard<std::mutex> lock(job);

@@ -1,6 +1,6 @@
 // Products and whole experts, shared out over threads.
 #pragma once
-#include "matrix.h"
+#include "lookup.h"
 
 namespace moe {
 
@@ -19,6 +19,9 @@ void set_threads(int n_threads);
 // False where this processor lacks the instructions.
 bool use_kernels(const char* name);
 const char* kernels_in_use();
+// Look up the products of up to so many tokens with weights of 1 or 2 bits, 0: none; results stay
+// the same to the last bit. False where this processor has no such kernel.
+bool use_lookup(int bits, int max_tokens);
 
 // out [tokens][outputs] = x [tokens][inputs] @ weight.T + bias
 void linear(const Weight& weight, const float* x, int n_tokens, float* out);
@@ -26,5 +29,10 @@ void linear(const Weight& weight, const float* x, int n_tokens, float* out);
 // out [tokens][outputs of second] = act(x @ first.T + bias) @ second.T + bias
 void expert(const Weight& first, const Gate& gate, const Weight& second, const float* x,
             int n_tokens, float* out);
+
+// out [tokens][outputs] of the two-bit codes of lookup.h; codes [tiles][quads][128], tokens
+// [tokens][2 quads].
+void pair_product(const uint8_t* codes, int n_outputs, int n_quads, const uint8_t* tokens,
+                  int n_tokens, const PairTables& tables, int32_t* out);
 
 }  // namespace moe

@@ -13,6 +13,15 @@ import torch
 
 from moe_tool.errors import UsageError
 from moe_tool.quantization.bit_packing import INPUTS, plane_bytes, plane_widths
+from moe_tool.quantization.pair_lookup import (
+    QUAD,
+    TILE_ROWS,
+    PairTables,
+    PairTokens,
+    PairWeights,
+    check_pair_product,
+    look_up_pairs,
+)
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 ENVIRONMENT = "MOE_TOOL_KERNELS"
@@ -94,6 +103,47 @@ def set_threads(n_threads: int) -> None:
     """Share every later product out over so many threads; nothing else changes."""
     if _compiled is not None:
         _compiled.set_threads(n_threads)
+
+
+def use_lookup(bits: int, max_tokens: int) -> bool:
+    """Look up the products of up to so many tokens with weights of 1 or 2 bits; 0: none.
+
+    Results stay the same to the last bit. Returns False where no such kernel is there.
+    """
+    return is_native() and bool(_compiled.use_lookup(bits, max_tokens))
+
+
+def pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -> torch.Tensor:
+    """Return the sums of products of whole numbers, int32 [n, out], exactly.
+
+    Raises:
+        ValueError: the two sides do not fit together, or a sum may not fit into 32 bits.
+    """
+    check_pair_product(weights, tokens, tables)
+    n_quads = -(-weights.n_inputs // QUAD)
+    n_tokens = tokens.codes.shape[0]
+    shapes = (
+        (weights.codes, (-(-weights.n_outputs // TILE_ROWS), n_quads, TILE_ROWS)),
+        (tokens.codes, (n_tokens, 2 * n_quads)),
+        (tables.planes, (tables.planes.shape[0], 16, 16)),
+    )
+    for part, shape in shapes:
+        if part.dtype != torch.uint8 or tuple(part.shape) != shape or not part.is_contiguous():
+            raise ValueError(f"a part is {part.dtype} {tuple(part.shape)}, wanted uint8 {shape}")
+    if not is_native():
+        return look_up_pairs(weights, tokens, tables)
+    widenings = tables.quads_per_widening
+    described = struct.pack(
+        "=Q5iI",
+        tables.planes.data_ptr(), len(widenings), tables.digit_bits,
+        *widenings, *[1] * (3 - len(widenings)), tables.base(weights.n_inputs) % 2**32,
+    )  # fmt: skip
+    out = torch.empty(n_tokens, weights.n_outputs, dtype=torch.int32)
+    _compiled.pair_product(
+        weights.codes.data_ptr(), weights.n_outputs, n_quads,
+        tokens.codes.data_ptr(), n_tokens, described, out.data_ptr(),
+    )  # fmt: skip
+    return out
 
 
 def native_linear(

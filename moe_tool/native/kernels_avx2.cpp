@@ -1,7 +1,7 @@
 // AVX2: the 16 lanes are two registers of eight.
 #include <cstdint>
 #include <cstring>
-#include "matrix.h"
+#include "lookup.h"
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #include <immintrin.h>
@@ -127,7 +127,8 @@ struct Avx2 {
 }  // namespace
 }  // namespace moe
 #include "kernels.inc"
+#include "lookup_avx2.inc"
 namespace moe {
-const Kernels kAvx2 = kernels_named<Avx2>("avx2");
+const Kernels kAvx2 = kernels_named<Avx2>("avx2", &kLookupAvx2);
 }
 #endif

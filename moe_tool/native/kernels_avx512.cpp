@@ -1,7 +1,7 @@
 // AVX-512 without VNNI.
 #include <cstdint>
 #include <cstring>
-#include "matrix.h"
+#include "lookup.h"
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include <immintrin.h>
@@ -9,6 +9,6 @@
 #include "avx512.inc"
 #include "kernels.inc"
 namespace moe {
-const Kernels kAvx512 = kernels_named<Avx512>("avx512");
+const Kernels kAvx512 = kernels_named<Avx512>("avx512", &kLookupAvx2);
 }
 #endif

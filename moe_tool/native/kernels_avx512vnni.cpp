@@ -1,7 +1,7 @@
 // AVX-512 with VNNI: four products of bytes are summed into 32 bits by one instruction.
 #include <cstdint>
 #include <cstring>
-#include "matrix.h"
+#include "lookup.h"
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include <immintrin.h>
@@ -9,6 +9,6 @@
 #include "avx512.inc"
 #include "kernels.inc"
 namespace moe {
-const Kernels kAvx512Vnni = kernels_named<Avx512>("avx512vnni");
+const Kernels kAvx512Vnni = kernels_named<Avx512>("avx512vnni", &kLookupAvx2);
 }
 #endif

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include "matrix.h"
+#include "lookup.h"
 namespace moe {
 namespace {
 
@@ -117,5 +117,5 @@ struct Scalar {
 }  // namespace moe
 #include "kernels.inc"
 namespace moe {
-const Kernels kScalar = kernels_named<Scalar>("scalar");
+const Kernels kScalar = kernels_named<Scalar>("scalar", &kLookupScalar);
 }

@@ -39,6 +39,7 @@ struct QuantizedTokens {
   float* scales;   // [tokens][groups]
   int32_t* sums;   // [tokens][groups]: sum of the codes of a group
   int32_t padded, n_groups;
+  uint8_t* tables;  // of sums, see lookup.h; null: not looked up
 };
 
 enum Activation : int32_t {
@@ -64,6 +65,7 @@ struct RowScratch {
 
 // One implementation per instruction set; every function handles part of a job and any two threads
 // may handle different parts at once.
+struct Lookup;
 struct Kernels {
   const char* name;
   // Quantize groups [first, last) of one token's inputs; the padding belongs to the last group.
@@ -78,6 +80,7 @@ struct Kernels {
   // inner[first, last) of one token from its first product.
   void (*activate)(const Gate& gate, const float* first_product, int n_inner, int first, int last,
                    float* inner);
+  const Lookup* lookup;
 };
 
 extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Vnni;

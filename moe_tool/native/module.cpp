@@ -117,6 +117,46 @@ PyObject* use(PyObject*, PyObject* args) {
   return PyBool_FromLong(moe::use_kernels(name));
 }
 
+PyObject* use_lookup(PyObject*, PyObject* args) {
+  int bits, max_tokens;
+  if (!PyArg_ParseTuple(args, "ii", &bits, &max_tokens)) return nullptr;
+  return PyBool_FromLong(moe::use_lookup(bits, max_tokens));
+}
+
+// What kernels.py packs for the tables of codes: native alignment.
+struct PackedPairTables {
+  uint64_t planes;
+  int32_t n_digits, digit_bits, quads_per_widening[moe::kMaxDigits], base;
+};
+
+PyObject* pair_product(PyObject*, PyObject* args) {
+  unsigned long long codes, tokens, out;
+  int n_outputs, n_quads, n_tokens;
+  const char* data;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(args, "KiiKiy#K", &codes, &n_outputs, &n_quads, &tokens, &n_tokens, &data,
+                        &size, &out))
+    return nullptr;
+  PackedPairTables p;
+  bool sound = size == Py_ssize_t(sizeof p);
+  if (sound) {
+    std::memcpy(&p, data, sizeof p);
+    sound = n_outputs > 0 && n_quads > 0 && n_tokens >= 0 && p.n_digits >= 1 &&
+            p.n_digits <= moe::kMaxDigits;
+    for (int d = 0; sound && d < p.n_digits; ++d) sound = p.quads_per_widening[d] >= 1;
+  }
+  if (!sound) {
+    PyErr_SetString(PyExc_ValueError, "the description of tables is not sound");
+    return nullptr;
+  }
+  moe::PairTables tables{pointer<uint8_t>(p.planes), p.n_digits, p.digit_bits, {}, p.base};
+  std::memcpy(tables.quads_per_widening, p.quads_per_widening, sizeof p.quads_per_widening);
+  return without_gil([&] {
+    moe::pair_product(pointer<uint8_t>(codes), n_outputs, n_quads, pointer<uint8_t>(tokens),
+                      n_tokens, tables, const_cast<int32_t*>(pointer<int32_t>(out)));
+  });
+}
+
 PyObject* in_use(PyObject*, PyObject*) { return PyUnicode_FromString(moe::kernels_in_use()); }
 
 // What compiled_replay.py packs for the calls: native alignment.
@@ -192,6 +232,9 @@ PyMethodDef methods[] = {
     {"expert", expert, METH_VARARGS, "expert(first, gate, second, x, n_tokens, out)"},
     {"set_threads", set_threads, METH_VARARGS, "set_threads(n)"},
     {"use", use, METH_VARARGS, "use(name): False where this processor cannot"},
+    {"use_lookup", use_lookup, METH_VARARGS, "use_lookup(bits, max_tokens): False where not there"},
+    {"pair_product", pair_product, METH_VARARGS,
+     "pair_product(codes, n_outputs, n_quads, tokens, n_tokens, tables, out)"},
     {"in_use", in_use, METH_NOARGS, "in_use()"},
     {"replay", replay, METH_VARARGS,
      "replay(calls, eviction, parameters, capacity, per_layer, depth, pinned, hits, ...)"},

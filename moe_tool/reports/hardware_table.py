@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from moe_tool.artifacts.hardware_profile import BITS, REST_S, HardwareProfile
+from moe_tool.artifacts.hardware_profile import BITS, REST_S, HardwareProfile, LookupSpeed
 from moe_tool.byte_sizes import format_bytes
 
 
@@ -60,6 +60,26 @@ def experts_table(profile: HardwareProfile) -> Table:
                 )
             table.add_row(bits, str(threads), *cells)
     return table
+
+
+def lookup_table(profile: HardwareProfile) -> Table:
+    """Return a row per width: which way its products are done at each number of tokens, and how
+    long either takes; empty where nothing was measured."""
+    tokens = sorted({row.tokens for row in profile.lookup})
+    table = _table("bits", *(_many(n, "token") for n in tokens), n_words=1)
+    found = {(row.bits, row.tokens): row for row in profile.lookup}
+    for bits in sorted({row.bits for row in profile.lookup}):
+        cells = []
+        for n_tokens in tokens:
+            row = found.get((bits, n_tokens))
+            cells.append("-" if row is None else _both_ways(row))
+        table.add_row(bits, *cells)
+    return table
+
+
+def _both_ways(row: LookupSpeed) -> str:
+    used = "looked up" if row.is_used else "multiplied"
+    return f"{used}: {1e6 * row.lookup_s:.0f} us, {1e6 * row.multiply_s:.0f} us"
 
 
 def _table(*headings: str, n_words: int) -> Table:

@@ -8,6 +8,7 @@ import torch
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.experts.linear import FEW_TOKENS
 from moe_tool.native.kernels import is_native, set_threads
+from moe_tool.native.lookup_choice import choose_lookup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,9 @@ class ComputeThreads:
     """Whether the kernels compute every matrix that a few tokens meet"""
 
     def begin(self) -> None:
-        """Give all threads to the kernels and to torch."""
+        """Give all threads to the kernels and to torch; the first time, find out which kernels."""
         set_threads(self.n_threads)
+        choose_lookup()
         torch.set_num_threads(self.n_threads)
 
     def before_forward(self, n_tokens: int) -> None:

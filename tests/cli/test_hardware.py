@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.hardware_profile import HardwareProfile, LookupSpeed
 from moe_tool.cli.app import run_command
 from moe_tool.errors import DiskFullError
-from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.hardware import measure
 from moe_tool.hardware.shipped import SHEETS, shipped_profile
 from tests.hardware.made_profile import made_profile
@@ -39,6 +39,21 @@ def test_this_machine_is_measured_into_the_working_folder(
     assert "2.00 GB/s" in out  # four readers, 4 KiB
     assert "wrote profiles/hardware.json" in err
     assert read_json_artifact(Path("profiles/hardware.json"), HardwareProfile) == made_profile()
+
+
+def test_how_few_bits_are_multiplied_is_shown_where_it_was_measured(
+    asked: list[tuple[Path, bool]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_command(["hardware"]) == 0
+    assert "looked up" not in capsys.readouterr().out
+    rows = tuple(
+        LookupSpeed(bits="1", tokens=n, multiply_s=4e-5, lookup_s=3e-5 * n, is_used=n == 1)
+        for n in (1, 4)
+    )
+    write_json_artifact(tmp_path / "h.json", made_profile(lookup=rows))
+    assert run_command(["inspect", "h.json"]) == 0
+    out = capsys.readouterr().out
+    assert "looked up: 30 us, 40 us" in out and "multiplied: 120 us, 40 us" in out
 
 
 def test_json_is_the_profile(

@@ -1,5 +1,6 @@
 """What a profile answers, by hand; what it refuses to hold; that it comes back from its file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,9 @@ def test_a_profile_without_a_random_read_is_refused() -> None:
     rows = (DiskSpeed(pattern="sequential", read_bytes=4096, readers=1, bytes_per_s=9e9),)
     with pytest.raises(ValidationError, match="no random read"):
         made_profile(disk=rows)
+
+
+def test_a_profile_from_before_there_were_lookups_is_read() -> None:
+    fields = made_profile().model_dump(mode="json")
+    assert fields.pop("lookup") == []
+    assert HardwareProfile.model_validate_json(json.dumps(fields)) == made_profile()

@@ -64,6 +64,11 @@ def test_a_machine_is_measured_whole(
     assert {row.threads for row in profile.experts} == {1, 3}
     assert {row.tokens for row in profile.experts} == {1, 2}
     assert len(profile.disk) == 12
+    # Every width is either multiplied at all numbers of tokens, or looked up below one of them.
+    assert {row.bits for row in profile.lookup} in (set(), {"1", "2"})
+    for bits in ("1", "2"):
+        used = [row.is_used for row in profile.lookup if row.bits == bits]
+        assert used == sorted(used, reverse=True)
     path = tmp_path / "hardware.json"
     write_json_artifact(path, profile)
     assert read_json_artifact(path, HardwareProfile) == profile

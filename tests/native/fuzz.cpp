@@ -1,6 +1,6 @@
 // Products of random shapes over buffers of exactly the promised size, for AddressSanitizer and
-// UndefinedBehaviorSanitizer (make fuzz): nothing is read or written beyond them, and every
-// implementation returns what the scalar one does.
+// UndefinedBehaviorSanitizer (make fuzz): nothing is read or written beyond them, every
+// implementation returns what the scalar one does, and what is looked up is what is multiplied.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -85,6 +85,47 @@ bool agree(const std::vector<float>& a, const std::vector<float>& b, double tole
   return off <= tolerance * largest;
 }
 
+// Two-bit codes of both sides, against sums of products; entries are any that the tables may hold.
+bool pairs_agree(const char* name) {
+  const bool is_long = !from_to(0, 9);  // beyond what meets all tokens at a time
+  const int n_out = from_to(1, is_long ? 20 : 200), n_in = 4 * from_to(1, is_long ? 300 : 20);
+  const int n_tokens = from_to(1, is_long ? 5 : 40), n_quads = n_in / 4;
+  const int n_digits = from_to(1, 3), bits = 6;
+  const int n_tiles = (n_out + moe::kPairRows - 1) / moe::kPairRows;
+  std::vector<uint8_t> codes(size_t(n_tiles) * n_quads * moe::kPairRows);
+  std::vector<uint8_t> tokens(size_t(n_tokens) * n_quads * 2), planes(256 * n_digits);
+  for (uint8_t& byte : codes) byte = uint8_t(from_to(0, 255));
+  for (uint8_t& byte : tokens) byte = uint8_t(from_to(0, 15) << 4);
+  moe::PairTables tables{planes.data(), n_digits, bits, {}, from_to(-1000, 1000)};
+  for (int d = 0; d < n_digits; ++d) {
+    const int largest = from_to(1, (1 << bits) - 1);
+    for (int i = 0; i < 256; ++i) planes[256 * d + i] = uint8_t(from_to(0, 3) ? largest : 0);
+    tables.quads_per_widening[d] = 255 / (2 * largest);
+  }
+  std::vector<int32_t> out(size_t(n_tokens) * n_out);
+  moe::pair_product(codes.data(), n_out, n_quads, tokens.data(), n_tokens, tables, out.data());
+  for (int t = 0; t < n_tokens; ++t)
+    for (int r = 0; r < n_out; ++r) {
+      int64_t sum = tables.base;
+      for (int q = 0; q < n_quads; ++q) {
+        const uint8_t byte = codes[(size_t(r / 128) * n_quads + q) * 128 + r % 128];
+        for (int h = 0; h < 2; ++h)
+          for (int d = 0; d < n_digits; ++d)
+            sum += int64_t(planes[256 * d + tokens[(size_t(t) * n_quads + q) * 2 + h] +
+                                  (h ? byte >> 4 : byte & 15)]) << (d * bits);
+      }
+      if (out[size_t(t) * n_out + r] != int32_t(sum)) {
+        std::printf("%s: pairs differ, %d x %d, %d tokens\n", name, n_out, n_in, n_tokens);
+        return false;
+      }
+    }
+  return true;
+}
+
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return !std::memcmp(a.data(), b.data(), a.size() * sizeof(float));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -107,6 +148,17 @@ int main(int argc, char** argv) {
       moe::set_threads(from_to(1, 3));
       moe::linear(first.weight, x.data(), n_tokens, product.data());
       moe::expert(first.weight, gate, second.weight, x.data(), n_tokens, out.data());
+      if (moe::use_lookup(1, 40) && moe::use_lookup(2, 40)) {
+        std::vector<float> looked_up(product.size()), found(out.size());
+        moe::linear(first.weight, x.data(), n_tokens, looked_up.data());
+        moe::expert(first.weight, gate, second.weight, x.data(), n_tokens, found.data());
+        moe::use_lookup(1, 0), moe::use_lookup(2, 0);
+        if (!same(product, looked_up) || !same(out, found)) {
+          std::printf("%s: looked up in round %d it is something else\n", name, round);
+          return 1;
+        }
+      }
+      if (!pairs_agree(name)) return 1;
       if (wanted_product.empty()) wanted_product = product, wanted_out = out;
       // A code of the inner tokens may differ by one where exp is rounded otherwise.
       if (!agree(wanted_product, product, 1e-5) || !agree(wanted_out, out, 2e-2)) {

@@ -1,0 +1,173 @@
+"""Products of two-bit weights with two-bit tokens by table lookup (DeepGEMM, arXiv 2304.09049).
+
+A code of either side stands for a whole number of its code book, uniform or not. The table holds
+the sum of two finished products for every pair of weights and every pair of tokens: 16 x 16 sums,
+of which one byte shuffle looks up those of 32 outputs. Sums are stored less the smallest one, in
+digits so narrow that at least four fit into a byte together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+TILE_ROWS = 128
+"""Outputs of a tile"""
+QUAD = 4
+"""Inputs whose weights share a byte"""
+_CODES = 4
+_DIGIT_BITS = 6
+"""At most: two pairs of inputs, and then two more, are added in a byte"""
+_BYTE = 255
+_LARGEST_SUM = 2**31
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairWeights:
+    """A matrix of two-bit codes."""
+
+    codes: torch.Tensor
+    """uint8 [tiles, quads, 128], byte r: output r of the tile; bits 2i and 2i + 1: input i of the
+    quad. Outputs and inputs that fill up have code 0."""
+    n_outputs: int
+    n_inputs: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairTokens:
+    """Tokens of two-bit codes."""
+
+    codes: torch.Tensor
+    """uint8 [n, 2 quads]: bits 4 and 5 the first of two inputs, bits 6 and 7 the second"""
+    n_inputs: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairTables:
+    """Sums of two products, for code books of whole numbers."""
+
+    planes: torch.Tensor
+    """uint8 [digits, 16, 16]: by two codes of tokens, then by two of weights, the first of either
+    in the lower bits; the least significant digit first"""
+    digit_bits: int
+    smallest: int
+    """That was subtracted from every sum"""
+    filling: int
+    """The product of code 0 with code 0"""
+
+    @property
+    def quads_per_widening(self) -> tuple[int, ...]:
+        """For every digit, the quads that a byte can hold the sum of"""
+        return tuple(_BYTE // max(1, 2 * int(plane.max())) for plane in self.planes)
+
+    def base(self, n_inputs: int) -> int:
+        """Return what a sum over so many inputs, filled up to quads, lacks."""
+        missing = -n_inputs % QUAD
+        return (n_inputs + missing) // 2 * self.smallest - missing * self.filling
+
+
+def pack_pair_weights(codes: torch.Tensor) -> PairWeights:
+    """Pack uint8 [out, in] of codes below 4.
+
+    Raises:
+        ValueError: there is a larger code, or no weight at all.
+    """
+    _check_codes(codes)
+    n_out, n_in = codes.shape
+    padded = F.pad(codes, (0, -n_in % QUAD, 0, -n_out % TILE_ROWS))
+    tiles = padded.view(padded.shape[0] // TILE_ROWS, TILE_ROWS, -1, QUAD)
+    packed = tiles[..., 0] | tiles[..., 1] << 2 | tiles[..., 2] << 4 | tiles[..., 3] << 6
+    return PairWeights(packed.transpose(1, 2).contiguous(), n_out, n_in)
+
+
+def unpack_pair_weights(weights: PairWeights) -> torch.Tensor:
+    """Return uint8 [out, in]: what `pack_pair_weights` was given."""
+    fields = torch.stack([weights.codes >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+    rows = fields.transpose(1, 2).reshape(fields.shape[0] * TILE_ROWS, -1)
+    return rows[: weights.n_outputs, : weights.n_inputs]
+
+
+def pack_pair_tokens(codes: torch.Tensor) -> PairTokens:
+    """Pack uint8 [n, in] of codes below 4.
+
+    Raises:
+        ValueError: there is a larger code, or no input at all.
+    """
+    _check_codes(codes)
+    padded = F.pad(codes, (0, -codes.shape[1] % QUAD))
+    return PairTokens(padded[:, ::2] << 4 | padded[:, 1::2] << 6, codes.shape[1])
+
+
+def unpack_pair_tokens(tokens: PairTokens) -> torch.Tensor:
+    """Return uint8 [n, in]: what `pack_pair_tokens` was given."""
+    fields = torch.stack([tokens.codes >> 4 & 3, tokens.codes >> 6], dim=-1)
+    return fields.flatten(1)[:, : tokens.n_inputs]
+
+
+def pair_tables(weight_book: torch.Tensor, token_book: torch.Tensor) -> PairTables:
+    """Return the tables of two code books.
+
+    Args:
+        weight_book: int8 [4], what the codes of weights stand for; in any order.
+        token_book: int8 [4], the same for tokens.
+
+    Raises:
+        ValueError: a code book is not int8 [4].
+    """
+    for book in (weight_book, token_book):
+        if book.dtype != torch.int8 or tuple(book.shape) != (_CODES,):
+            raise ValueError(f"a code book is {book.dtype} {tuple(book.shape)}, wanted int8 [4]")
+    products = token_book.int()[:, None] * weight_book.int()[None, :]
+    # [token 1, token 0, weight 1, weight 0]
+    sums = products[None, :, None, :] + products[:, None, :, None]
+    sums = sums.reshape(_CODES**2, _CODES**2)
+    smallest = int(sums.min())
+    bits = max(1, int(sums.max() - smallest).bit_length())
+    n_digits = -(-bits // _DIGIT_BITS)
+    digit_bits = -(-bits // n_digits)
+    digits = [(sums - smallest) >> (digit_bits * d) & (2**digit_bits - 1) for d in range(n_digits)]
+    return PairTables(
+        torch.stack(digits).to(torch.uint8), digit_bits, smallest, int(products[0, 0])
+    )
+
+
+def check_pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -> None:
+    """Hold a product to what the kernels rely on.
+
+    Raises:
+        ValueError: the two sides have different inputs, or a sum may not fit into 32 bits.
+    """
+    n_in = weights.n_inputs
+    if tokens.n_inputs != n_in:
+        raise ValueError(f"tokens have {tokens.n_inputs} inputs, the weights {n_in}")
+    # By the sums of pairs, so a little early where the inputs are few.
+    top = sum(int(plane.max()) << (tables.digit_bits * d) for d, plane in enumerate(tables.planes))
+    if n_in * max(abs(tables.smallest), abs(tables.smallest + top)) >= 2 * _LARGEST_SUM:
+        raise ValueError(f"a sum of {n_in} such products may not fit into 32 bits")
+
+
+def look_up_pairs(weights: PairWeights, tokens: PairTokens, tables: PairTables) -> torch.Tensor:
+    """Return int32 [n, out], as the kernels do it and without them: slow.
+
+    Raises:
+        ValueError: see `check_pair_product`.
+    """
+    check_pair_product(weights, tokens, tables)
+    sums = tables.smallest + sum(
+        plane.int() << (tables.digit_bits * d) for d, plane in enumerate(tables.planes)
+    )
+    nibbles = torch.stack([weights.codes & 15, weights.codes >> 4], dim=2)
+    nibbles = (
+        nibbles.transpose(2, 3).transpose(1, 2).flatten(0, 1).flatten(1).long()
+    )  # [rows, pairs]
+    found = [sums[(row >> 4).long()[None], nibbles].sum(-1) for row in tokens.codes]
+    total = torch.stack(found) if found else torch.zeros(0, nibbles.shape[0])
+    missing = -weights.n_inputs % QUAD * tables.filling
+    return (total[:, : weights.n_outputs] - missing).int()
+
+
+def _check_codes(codes: torch.Tensor) -> None:
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or not codes.shape[1]:
+        raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}, wanted uint8 [n, in]")
+    if codes.numel() and int(codes.max()) >= _CODES:
+        raise ValueError(f"a code is {int(codes.max())}, two bits hold up to 3")
