@@ -11,7 +11,7 @@ from moe_tool.artifact_folder import (
     PROFILE_SUFFIX,
     newest_artifact,
 )
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.byte_sizes import format_bytes, parse_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption, ModelArgument, OfflineOption, ProfilesOption
 
@@ -94,6 +94,16 @@ def pack(
             show_default="rtn, or the plan's",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Budget of the whole process while packing, e.g. 4GiB: refused where it does not "
+            "do, kept by taking fewer of the profile's tokens where that helps.",
+            show_default="what it takes",
+        ),
+    ] = None,
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
@@ -134,6 +144,7 @@ def pack(
             profile=profile,
             buddies=buddies,
             plan=followed,
+            memory_bytes=None if memory is None else parse_bytes(memory),
             progress=output.progress,
         )
         skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"

@@ -15,10 +15,9 @@ from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton import LayerCall
+from moe_tool.packing.pack_memory import MOST_HIDDEN_BYTES
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
-_HIDDEN_BYTES = 128 * 2**20
-"""Of the hidden states that are carried from layer to layer, and again of one layer's inputs"""
 _MAX_TOKENS = 32768
 _BATCH_TOKENS = 2048
 _MIN_ROWS = 8
@@ -92,14 +91,23 @@ class CalibratedModel:
     sample of the profile's sequences where all would take too much.
     """
 
-    def __init__(self, folder: Path, opened: OpenedModel, tokens: TracedTokens) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        opened: OpenedModel,
+        tokens: TracedTokens,
+        *,
+        hidden_bytes: int = MOST_HIDDEN_BYTES,
+    ) -> None:
         """Load what is outside the layers.
 
         Args:
             folder: of the checkpoint.
             opened: the same checkpoint.
             tokens: of its profile.
+            hidden_bytes: of the hidden states that are carried from layer to layer.
         """
+        self._hidden_bytes = hidden_bytes
         self._opened = opened
         self._tokens = tokens
         self._stream = LayerStream(folder, opened.checkpoint)
@@ -129,7 +137,9 @@ class CalibratedModel:
         Args:
             last: decoder layer behind which nothing is wanted; None: to the end.
         """
-        chosen = _choose(self._tokens, hidden=self._opened.shape.hidden)
+        chosen = _choose(
+            self._tokens, hidden=self._opened.shape.hidden, hidden_bytes=self._hidden_bytes
+        )
         ids = torch.from_numpy(self._tokens.ids[chosen].astype(np.int64))  # [N, S]
         held_out = torch.from_numpy(np.repeat(self._tokens.held_out[chosen], ids.shape[1]))
         batches = torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1]))
@@ -202,10 +212,10 @@ class CalibratedModel:
             yield expert, {name: FloatWeight(values=value) for name, value in found.items()}
 
 
-def _choose(tokens: TracedTokens, *, hidden: int) -> np.ndarray:
+def _choose(tokens: TracedTokens, *, hidden: int, hidden_bytes: int) -> np.ndarray:
     """Sequences spread over the profile, of both parts in their proportion."""
     n_sequences, seq_len = tokens.ids.shape
-    most = max(1, min(_MAX_TOKENS, _HIDDEN_BYTES // (4 * hidden)) // seq_len)
+    most = max(1, min(_MAX_TOKENS, hidden_bytes // (4 * hidden)) // seq_len)
     parts = [np.flatnonzero(tokens.held_out == part) for part in (False, True)]
     share = min(1.0, most / n_sequences)
     kept = [

@@ -34,6 +34,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.own_forms import own_forms, parse_precision
+from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
 from moe_tool.packing.prices import layer_prices
 from moe_tool.packing.quantizers import needs_inputs
@@ -112,6 +113,7 @@ def pack_bundle(
     profile: Path | None = None,
     buddies: Path | None = None,
     plan: PackPlan | None = None,
+    memory_bytes: int | None = None,
     progress: Progress = SILENT,
 ) -> PackReport:
     """Compile a checkpoint into a bundle, one expert in memory at a time.
@@ -130,9 +132,11 @@ def pack_bundle(
             replicas are fitted to and measured on.
         buddies: buddy map of this model.
         plan: goes into the manifest, for `run` to follow; of this model and these bits.
+        memory_bytes: budget of the whole process; None: what packing takes.
         progress: told about every record.
 
     Raises:
+        BudgetError: the budget is too small: with what would do.
         UsageError: `out` holds something else, or a number of bits is unknown.
         WrongModelError: profile or buddy map belong to another model.
         DiskFullError: the bundle would not fit on the disk.
@@ -164,6 +168,7 @@ def pack_bundle(
             f"--quantizer {quantizer} goes by what experts are given, and there is no profile",
             hint="--profile FILE, of moe-tool profile",
         )
+    memory = plan_pack_memory(opened, is_calibrated=is_calibrated, asked=memory_bytes)
     skeleton = SkeletonWork(opened, skeleton_precision)
     writer = BundleWriter.open(
         out,
@@ -198,7 +203,13 @@ def pack_bundle(
                 if is_calibrated:
                     assert measured.tokens is not None
                     unrouted = write_calibrated(
-                        writer, opened, model.folder, measured.tokens, quantizer, progress
+                        writer,
+                        opened,
+                        model.folder,
+                        measured.tokens,
+                        quantizer,
+                        progress,
+                        hidden_bytes=memory.hidden_bytes,
                     )
                 else:
                     write_records(writer, opened, quantizer, progress)

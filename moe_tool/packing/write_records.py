@@ -51,6 +51,8 @@ def write_calibrated(
     tokens: TracedTokens,
     quantizer: Quantizer,
     progress: Progress,
+    *,
+    hidden_bytes: int,
 ) -> list[ExpertKey]:
     """Write what is missing, one layer in memory at a time, each record with its measured error.
 
@@ -61,6 +63,7 @@ def write_calibrated(
         tokens: of the profile: they go through the model once more.
         quantizer: of the experts.
         progress: told about every record.
+        hidden_bytes: of the hidden states that are carried from layer to layer.
 
     Returns:
         Experts that were fitted to other experts' tokens, since few or none are sent to them.
@@ -76,7 +79,8 @@ def write_calibrated(
     progress.begin("pack experts", writer.n_written + len(writer.to_write), "records")
     progress.advance(writer.n_written)
     last = max(missing, default=-1)
-    for layer in CalibratedModel(folder, opened, tokens).layers(last=last):
+    walk = CalibratedModel(folder, opened, tokens, hidden_bytes=hidden_bytes)
+    for layer in walk.layers(last=last):
         for expert, levels in missing[layer.layer].items():
             sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
             if not sample.is_own:

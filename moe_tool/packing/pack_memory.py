@@ -1,0 +1,87 @@
+"""What packing takes of memory, before it begins: one expert at a time, or one layer where codes
+are fitted to what experts are given."""
+
+from dataclasses import dataclass
+
+from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
+from moe_tool.available_memory import current_rss_bytes
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.errors import BudgetError
+from moe_tool.models.architecture import OpenedModel
+
+MOST_HIDDEN_BYTES = 128 * 2**20
+"""Of the hidden states that are carried from layer to layer, and again of one layer's inputs"""
+_LEAST_TOKENS = 2048
+"""Fewer say too little about an expert"""
+_BATCH_TOKENS = 2048
+_FITTED_TOKENS = 8192
+_MARGIN_BYTES = 160 * 2**20
+"""Allocator slack, libraries first touched, file pages under way to the disk"""
+_WORKING_COPIES = 6
+"""Of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what is left
+of it, and what two of these are made from"""
+_SQUARES = 7
+"""[in, in] in float32: second moments, damped, ordered, their factor, inverse and its factor"""
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackMemory:
+    """What a pack keeps within."""
+
+    needed_bytes: int
+    """Expected peak of the process"""
+    hidden_bytes: int
+    """Of the hidden states that may be carried from layer to layer"""
+
+
+def plan_pack_memory(opened: OpenedModel, *, is_calibrated: bool, asked: int | None) -> PackMemory:
+    """Return what packing will take.
+
+    Args:
+        opened: the checkpoint.
+        is_calibrated: the profile's tokens go through the model.
+        asked: the budget in bytes; None: none, all tokens are taken.
+
+    Raises:
+        BudgetError: it does not fit: with what would.
+    """
+    shape = opened.shape
+    used = current_rss_bytes()
+    size = FLOAT_SIZE_BYTES[shape.dtype]
+    largest = max(tensor.n_weights for tensor in shape.expert_tensors)
+    expert = shape.n_expert_weights * (size + 1) + 4 * _WORKING_COPIES * largest
+    skeleton = [opened.checkpoint.tensors[name].size_bytes for name in opened.skeleton.tensor_names]
+    parts = {"process": used, "margin": _MARGIN_BYTES}
+    if not is_calibrated:
+        parts["one expert"] = max(expert, 3 * max(skeleton, default=0))
+        needed = sum(parts.values())
+        _require(opened, asked, needed, parts)
+        return PackMemory(needed_bytes=needed, hidden_bytes=0)
+    widest = max(tensor.shape[-1] for tensor in shape.expert_tensors)
+    inner = max(tensor.shape[0] for tensor in shape.expert_tensors)
+    # Outside the layers all of the skeleton stays, in float32 while one of its layers is at hand.
+    parts["one layer"] = shape.experts * shape.n_expert_weights * size
+    parts["what is beside the experts"] = sum(skeleton) * 4 // size
+    parts["one expert"] = expert + 4 * _SQUARES * widest * widest
+    parts["what it is given"] = 4 * _FITTED_TOKENS * (shape.hidden + 3 * inner)
+    parts["a batch"] = 4 * _BATCH_TOKENS * (16 * shape.hidden + shape.top_k * 2 * inner)
+    fixed = sum(parts.values())
+    least = 3 * 4 * _LEAST_TOKENS * shape.hidden
+    _require(opened, asked, fixed + least, parts | {"hidden states": least})
+    room = 3 * MOST_HIDDEN_BYTES if asked is None else asked - fixed
+    hidden = min(MOST_HIDDEN_BYTES, room // 3)
+    return PackMemory(needed_bytes=fixed + 3 * hidden, hidden_bytes=hidden)
+
+
+def _require(opened: OpenedModel, asked: int | None, needed: int, parts: dict[str, int]) -> None:
+    if asked is None or asked >= needed:
+        return
+    nearest = -(-needed // (16 * _MIB)) * 16
+    account = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    raise BudgetError(
+        f"packing {opened.identity.name} needs {format_bytes(needed)}, given "
+        f"{format_bytes(asked)}: {account}",
+        hint=f"give --memory {nearest}MiB or more"
+        + (", or a --quantizer that needs no inputs" if "one layer" in parts else ""),
+    )

@@ -1,0 +1,53 @@
+"""A budget for packing: kept by taking fewer tokens, refused with a number where nothing helps."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_tool.errors import BudgetError
+from moe_tool.models.architecture import open_model
+from moe_tool.models.locate import LocatedModel
+from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.packing.pack_memory import MOST_HIDDEN_BYTES, plan_pack_memory
+from tests.packing.test_pack_bundle import located, profile_of
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_the_least_budget_is_named_and_works(
+    is_calibrated: bool, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    opened = open_model(LocatedModel(folder=tiny_checkpoint("mixtral"), name="tiny"))
+    with opened.checkpoint:
+        free = plan_pack_memory(opened, is_calibrated=is_calibrated, asked=None)
+        with pytest.raises(BudgetError, match=r"needs .* given 1\.00 MiB") as refused:
+            plan_pack_memory(opened, is_calibrated=is_calibrated, asked=MIB)
+        hint = refused.value.hint or ""
+        nearest = int(hint.split("--memory ")[1].split("MiB")[0]) * MIB
+        least = plan_pack_memory(opened, is_calibrated=is_calibrated, asked=nearest)
+        assert least.needed_bytes <= nearest
+        assert least.hidden_bytes <= free.hidden_bytes <= MOST_HIDDEN_BYTES
+        assert ("--quantizer" in hint) == is_calibrated
+
+
+def test_a_budget_changes_no_byte_where_it_is_large_enough(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("mixtral", "bfloat16")
+    profile = profile_of(folder, tmp_path / "p.h5")
+    for name, memory in (("a", None), ("b", 8 * 2**30)):
+        pack_bundle(
+            located(folder),
+            out=tmp_path / name,
+            bits="2",
+            quantizer="gptq",
+            profile=profile,
+            memory_bytes=memory,
+        )
+    for path in (tmp_path / "a").glob("experts-*"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    with pytest.raises(BudgetError):
+        pack_bundle(located(folder), out=tmp_path / "c", bits="4", memory_bytes=MIB)
+    assert not (tmp_path / "c").exists() and not (tmp_path / "c.part").exists()
