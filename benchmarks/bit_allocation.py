@@ -29,9 +29,9 @@ from moe_tool.packing.measure_bit_prices import MEASURED_WIDTHS, measure_bit_pri
 from moe_tool.packing.own_forms import parse_precision
 from moe_tool.packing.quantizers import calibrated
 from moe_tool.planning.allocate_bits import WIDTHS, allocate_by_layer
-from moe_tool.planning.bit_costs import bit_costs, published_costs
+from moe_tool.planning.bit_costs import bit_costs
 from moe_tool.planning.mixed_allocations import allocate_average, control_allocations
-from moe_tool.planning.plan_sources import read_sources
+from moe_tool.planning.plan_sources import PlanSources, read_sources
 from moe_tool.quantization.round_to_nearest import dequantize
 
 HEADINGS = ("average", "allocation", "expected KL", "KL", "to uniform", "MiB of experts")
@@ -56,6 +56,23 @@ def quantized(a: argparse.Namespace) -> dict[tuple[int, int, int], dict[str, tor
                     found[layer.layer, expert, width] = {
                         name: dequantize(weight).bfloat16() for name, weight in made.items()
                     }
+    return found
+
+
+def published_costs(sources: PlanSources, eps: np.ndarray) -> np.ndarray:
+    """Return what Mixture Compressor adds up, [L, E, W]: frequency times mean gate weight times
+    squared error, each layer's shares adding up to 1.
+
+    Args:
+        sources: of the profile.
+        eps: [L, E, W] relative errors.
+    """
+    found = np.zeros(eps.shape)
+    for at, layer in enumerate(sources.profile.header.shape.layers):
+        counts = sources.statistics[layer].in_sample
+        frequency = counts.load / max(1, counts.load.sum())
+        gate = counts.gate_sum / np.maximum(1, counts.load)
+        found[at] = (frequency * gate / max(1e-12, gate.sum()))[:, None] * eps[at] ** 2
     return found
 
 
@@ -133,7 +150,7 @@ def _compare(a: argparse.Namespace) -> list[dict[str, str | float]]:
         for width, row in zip(prices.widths, entry.eps, strict=True):
             eps[at, :, WIDTHS.index(width)] = row
         eps[at, :, WIDTHS.index(8) :] = 0
-    published = published_costs(sources, costs, eps)
+    published = published_costs(sources, eps)
     weights = quantized(a)
     judge = Judge(a)
     allowed = [WIDTHS.index(width) for width in (0, *MEASURED_WIDTHS)]

@@ -13,7 +13,13 @@ from moe_tool.artifact_folder import (
 )
 from moe_tool.byte_sizes import format_bytes, parse_bytes
 from moe_tool.cli.console import Output, open_output
-from moe_tool.cli.options import JsonOption, ModelArgument, OfflineOption, ProfilesOption
+from moe_tool.cli.options import (
+    JsonOption,
+    ModelArgument,
+    OfflineOption,
+    ProfilesOption,
+    QuantizerName,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +90,7 @@ def pack(
         ),
     ] = None,
     quantizer: Annotated[
-        Literal["rtn", "fitted", "hqq", "gptq"] | None,
+        QuantizerName | None,
         typer.Option(
             "--quantizer",
             help="How experts are rounded. rtn: to the nearest code; hqq: with zero points that "

@@ -19,6 +19,7 @@ from moe_tool.cli.options import (
     JsonOption,
     OfflineOption,
     ProfilesOption,
+    QuantizerName,
 )
 from moe_tool.cli.plan_mixed import plan_mixed
 from moe_tool.errors import UsageError
@@ -76,7 +77,7 @@ def plan(
         ),
     ] = None,
     quantizer: Annotated[
-        Literal["rtn", "fitted", "hqq", "gptq"],
+        QuantizerName,
         typer.Option(
             "--quantizer",
             help="Mixed bits: what `pack` is to round with. rtn is priced by the profile; for "
@@ -135,7 +136,11 @@ def plan(
     """Choose how to pack and run a model in a memory budget."""
     with open_output(as_json=json) as output:
         is_mixed = bits == "mixed" or average_bits is not None
-        _require_sense(bits, average_bits, quantizer, model, memory or [])
+        if average_bits is not None and bits not in ("auto", "mixed"):
+            raise UsageError(
+                f"--bits {bits} and --average-bits contradict", hint="give one of them"
+            )
+        _require_sense(is_mixed, quantizer, model, memory or [])
         loss = _share(max_loss or "1%")
         if max_loss is not None:
             if max_kl is not None:
@@ -195,12 +200,9 @@ def plan(
 
 
 def _require_sense(
-    bits: str, average_bits: float | None, quantizer: str, model: str | None, memory: Sequence[str]
+    is_mixed: bool, quantizer: str, model: str | None, memory: Sequence[str]
 ) -> None:
-    """Options that contradict each other, or would do nothing."""
-    is_mixed = bits == "mixed" or average_bits is not None
-    if average_bits is not None and bits not in ("auto", "mixed"):
-        raise UsageError(f"--bits {bits} and --average-bits contradict", hint="give one of them")
+    """Refuse options that would do nothing, and one that is missing."""
     if not is_mixed and (quantizer != "rtn" or model is not None):
         raise UsageError(
             "--quantizer and --model are for mixed bits; pack has a --quantizer of its own",

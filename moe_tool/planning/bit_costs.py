@@ -66,25 +66,6 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
     )
 
 
-def published_costs(sources: PlanSources, costs: BitCosts, eps: np.ndarray) -> np.ndarray:
-    """Return what Mixture Compressor adds up, [L, E, W]: frequency times mean gate weight times
-    squared error, each layer's shares adding up to 1.
-
-    Args:
-        sources: of the profile.
-        costs: of the same.
-        eps: [L, E, W] relative errors.
-    """
-    shape = sources.profile.header.shape
-    found = np.zeros(costs.nats.shape)
-    for at, layer in enumerate(shape.layers):
-        counts = sources.statistics[layer].in_sample
-        frequency = counts.load / max(1, counts.load.sum())
-        gate = counts.gate_sum / np.maximum(1, counts.load)
-        found[at] = (frequency * gate / max(1e-12, gate.sum()))[:, None] * eps[at] ** 2
-    return found
-
-
 def _require_fit(prices: BitPrices, sources: PlanSources) -> None:
     header = sources.profile.header
     remedy = "remove the file: moe-tool plan measures again"

@@ -94,7 +94,7 @@ def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray | None:
     while high - low > 1 or best is None:
         middle = high if best is None else (low + high) // 2
         found = allocate_bytes(costs, middle * step)
-        if describe("", costs, found).nats <= max_nats:
+        if _nats(costs, found) <= max_nats:
             best, high = found, middle
         elif best is None:
             return None
@@ -131,12 +131,28 @@ def control_allocations(costs: BitCosts, average_bits: float) -> dict[str, np.nd
     return {name: chosen.reshape(n_layers, n_experts) for name, chosen in found.items()}
 
 
+def describe(name: str, costs: BitCosts, chosen: np.ndarray) -> Allocation:
+    """Return a choice of columns of WIDTHS, [L, E], in numbers."""
+    widths, counts = np.unique(np.array(WIDTHS)[chosen], return_counts=True)
+    return Allocation(
+        name=name,
+        nats=_nats(costs, chosen),
+        experts=dict(zip(widths.tolist(), counts.tolist(), strict=True)),
+        average_bits=float((widths * counts).sum() / chosen.size),
+        expert_bytes=int(costs.size_bytes[chosen].sum()),
+    )
+
+
 def layer_bits(layers: Sequence[int], chosen: np.ndarray) -> tuple[LayerBits, ...]:
     """Return columns of WIDTHS as a plan has them."""
     return tuple(
         LayerBits(layer=layer, bits=tuple(WIDTHS[column] for column in row))
         for layer, row in zip(layers, chosen, strict=True)
     )
+
+
+def _nats(costs: BitCosts, chosen: np.ndarray) -> float:
+    return float(np.take_along_axis(costs.nats, chosen[..., None], axis=2).sum())
 
 
 def _read_costs(costs: BitCosts, chosen: np.ndarray, room_bytes: int) -> np.ndarray:
@@ -152,14 +168,3 @@ def _read_costs(costs: BitCosts, chosen: np.ndarray, room_bytes: int) -> np.ndar
     per_byte = saved / float(costs.size_bytes[three] - costs.size_bytes[two])
     found: np.ndarray = (is_read * costs.load)[..., None] * costs.size_bytes * per_byte
     return found
-
-
-def describe(name: str, costs: BitCosts, chosen: np.ndarray) -> Allocation:
-    widths, counts = np.unique(np.array(WIDTHS)[chosen], return_counts=True)
-    return Allocation(
-        name=name,
-        nats=float(np.take_along_axis(costs.nats, chosen[..., None], axis=2).sum()),
-        experts=dict(zip(widths.tolist(), counts.tolist(), strict=True)),
-        average_bits=float((widths * counts).sum() / chosen.size),
-        expert_bytes=int(costs.size_bytes[chosen].sum()),
-    )

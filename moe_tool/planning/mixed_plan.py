@@ -32,7 +32,7 @@ from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.runtime.expert_room import ExpertRoom, slots_within, split_slots
-from moe_tool.runtime.memory_plan import suggested_budget
+from moe_tool.runtime.memory_plan import MemoryLine, parse_memory, suggested_budget
 from moe_tool.simulator.simulate import Budget, Machine, simulate_decoding
 
 _EVICTION = "lru"
@@ -85,15 +85,11 @@ def build_mixed_plan(
         raise _too_small(budget, fixed, costs)
     room = None if budget is None else budget - fixed.total_bytes
     chosen = _choose(costs, room, average_bits=average_bits, max_kl=request.max_kl)
-    average = average_bits or describe("", costs, chosen).average_bits
-    allocations = (
-        describe("over all layers", costs, chosen),
-        *other_allocations(costs, average),
-    )
-    plan, notes = _plan(sources, hardware, request, costs, chosen, fixed, budget, prices)
+    best = describe("over all layers", costs, chosen)
+    plan, notes = _plan(sources, hardware, request, costs, chosen, best, fixed, budget, prices)
     return MixedReport(
         plan=plan,
-        allocations=allocations,
+        allocations=(best, *other_allocations(costs, average_bits or best.average_bits)),
         notes=tuple(notes),
         seconds=time.perf_counter() - began,
     )
@@ -128,6 +124,7 @@ def _plan(
     request: PlanRequest,
     costs: BitCosts,
     chosen: np.ndarray,
+    allocation: Allocation,
     fixed: FixedMemory,
     budget: int | None,
     prices: BitPrices | None,
@@ -135,7 +132,6 @@ def _plan(
     header = sources.profile.header
     shape = header.shape
     quantizer: Quantizer = "rtn" if prices is None else prices.quantizer
-    allocation = describe("", costs, chosen)
     rooms = tuple(
         ExpertRoom(
             record_bytes=int(costs.size_bytes[WIDTHS.index(width)]),
@@ -187,8 +183,7 @@ def _plan(
     )
     lines = (
         *fixed.lines,
-        replace(
-            fixed.lines[0],
+        MemoryLine(
             name=f"{sum(slots)} of {n_stored} experts, {allocation.average_bits:.2f} bits",
             size_bytes=held,
         ),
@@ -273,8 +268,6 @@ def _nearest_width(average: float) -> int:
 
 
 def _bytes_of(memory: str) -> int:
-    from moe_tool.runtime.memory_plan import parse_memory
-
     request = parse_memory(memory)
     if request.kind != "bytes":
         raise UsageError(

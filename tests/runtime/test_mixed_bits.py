@@ -134,7 +134,7 @@ def test_too_small_a_budget_names_one_that_works(
         open_session(out, RunOptions(memory="1MiB", context=64))
 
 
-def test_mixed_bits_come_with_a_plan_and_without_replicas(
+def test_mixed_bits_come_with_a_plan_of_every_layer(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint("mixtral", "bfloat16")
