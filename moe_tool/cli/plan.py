@@ -140,6 +140,11 @@ def plan(
             raise UsageError(
                 f"--bits {bits} and --average-bits contradict", hint="give one of them"
             )
+        if average_bits is not None and (max_kl is not None or max_loss is not None):
+            raise UsageError(
+                "--average-bits and a limit of loss both say how many bits",
+                hint="--average-bits 2.5, or --bits mixed with --max-kl 0.01",
+            )
         _require_sense(is_mixed, quantizer, model, memory or [])
         loss = _share(max_loss or "1%")
         if max_loss is not None:
@@ -178,7 +183,7 @@ def plan(
                 output=output,
             )
             out = _write(mixed, out or plan_path(profiles, profile))
-            output.say(f"wrote {out}; next: {_pack_command(mixed, out)}")
+            output.say(f"wrote {out}; next: {_pack_command(mixed, out, model)}")
             output.result({"plan_file": out, **fields})
             return
         with ProfileReader.open(profile) as reader:
@@ -280,12 +285,14 @@ def _reading(report: "PlanReport") -> str:
     return f"{format_bytes(read)} read per token" if read else "nothing read once the cache is full"
 
 
-def _pack_command(plan: "PackPlan", path: Path) -> str:
+def _pack_command(plan: "PackPlan", path: Path, model: str | None = None) -> str:
     """Return what to type next; a bundle that is there may be of other bits, and stays."""
     from moe_tool.models.locate import model_to_type
 
     bundle = "planned/" if Path("bundle").exists() else "bundle/"
-    return f"moe-tool pack {model_to_type(plan.identity.name)} --plan {path} --out {bundle}"
+    return (
+        f"moe-tool pack {model or model_to_type(plan.identity.name)} --plan {path} --out {bundle}"
+    )
 
 
 def _show_curve(

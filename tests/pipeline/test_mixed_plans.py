@@ -22,6 +22,7 @@ def test_an_average_is_planned_measured_once_packed_and_run(
     assert made.code == 0, made.stderr
     prices = next((pipeline.folder / "profiles").glob("*.fitted.bits.json"))
     assert f"wrote profiles/{prices.name}" in made.stderr
+    assert f"next: moe-tool pack {pipeline.model} --plan {plan}" in made.stderr
     chosen, *others = made.fields["allocations"]
     assert chosen["name"] == "over all layers" and chosen["average_bits"] <= 2.5
     assert {each["name"] for each in others} >= {"uniform", "random", "by frequency"}
@@ -89,6 +90,8 @@ def test_a_limit_of_divergence_asks_for_the_fewest_bytes(
         (("--average-bits", "nan"), 2, "not possible"),
         (("--average-bits", "17"), 2, "not possible"),
         (("--average-bits", "2", "--bits", "4"), 2, "contradict"),
+        (("--average-bits", "2", "--max-kl", "0.01"), 2, "both say"),
+        (("--average-bits", "2", "--max-loss", "1%"), 2, "both say"),
         (("--average-bits", "2", "--memory", "50%"), 2, "no size"),
         (("--average-bits", "2", "--memory", "1MiB"), 4, "too small"),
         (("--average-bits", "2", "--memory", "1GiB", "--memory", "2GiB"), 2, "one --memory"),
