@@ -67,11 +67,12 @@ def _by_integer_program(cost: np.ndarray, size: np.ndarray, room: int) -> np.nda
     possible = np.isfinite(cost)
     flat = np.where(possible, cost, 0.0).ravel()
     one_each = kron(csr_array(np.eye(n_experts)), csr_array(np.ones((1, n_choices))))
+    unit = max(room, 1)
     found = milp(
         flat / max(float(flat.max()), 1e-300),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_array(size.reshape(1, -1) / max(room, 1)), -np.inf, 1.0),
+            LinearConstraint(csr_array(size.reshape(1, -1) / unit), -np.inf, room / unit),
         ],
         integrality=np.ones(flat.size),
         bounds=Bounds(0, possible.ravel().astype(np.float64)),
@@ -84,16 +85,22 @@ def _by_integer_program(cost: np.ndarray, size: np.ndarray, room: int) -> np.nda
     # that costs least.
     row = np.arange(n_experts)
     while int(size[row, chosen].sum()) > room:
-        chosen = _one_step_down(cost, size, chosen)
+        smaller = _one_step_down(cost, size, chosen)
+        if smaller is None:
+            return None
+        chosen = smaller
     return chosen
 
 
-def _one_step_down(cost: np.ndarray, size: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+def _one_step_down(cost: np.ndarray, size: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:
+    """The change that saves bytes at the least cost for each; None where none saves any."""
     row = np.arange(len(chosen))
     saved = size[row, chosen][:, None] - size
     more = cost - cost[row, chosen][:, None]
     price = np.where((saved > 0) & np.isfinite(more), more / np.maximum(saved, 1), np.inf)
     expert, choice = np.unravel_index(int(price.argmin()), price.shape)
+    if not np.isfinite(price[expert, choice]):
+        return None
     changed = chosen.copy()
     changed[expert] = choice
     return changed

@@ -1,5 +1,6 @@
 """The choice of bits: both solvers against every combination, and against each other."""
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -41,6 +42,14 @@ def test_both_find_the_best_of_all_combinations(seed: int, n: int, n_choices: in
         assert found is not None
         assert size[row, found].sum() <= room
         assert cost[row, found].sum() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_no_room_at_all_ends(solve: Callable[..., np.ndarray | None]) -> None:
+    cost = np.array([[0.1, 0.2], [0.3, 0.4]])
+    assert solve(cost, np.array([[1, 2], [0, 1]]), 0) is None
+    found = solve(cost, np.array([[1, 0], [0, 1]]), 0)
+    assert found is not None and found.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.0, 2.5, 3.0])
