@@ -10,6 +10,7 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import (
+    IntegerPrecision,
     NativePrecision,
     Precision,
     ReplicaPrecision,
@@ -23,6 +24,7 @@ RECORD_LAYOUT: Literal["planes-1"] = "planes-1"
 command that repacks."""
 ALIGNMENT_BYTES = 4096
 Basename = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=128)]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 SizeBytes = Annotated[int, Field(ge=0, le=2**50)]
 
 
@@ -42,7 +44,7 @@ class ExpertRecord(FrozenModel):
     file: Basename
     offset: SizeBytes
     """From the start of the file, a multiple of ALIGNMENT_BYTES"""
-    xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    xxh3: Xxh3
     """xxh3-64 of the record's bytes"""
 
 
@@ -50,7 +52,7 @@ class SkeletonTensor(FrozenModel):
     """One tensor that is not an expert's."""
 
     name: str
-    xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    xxh3: Xxh3
     """xxh3-64 of its bytes, checked whenever it is read"""
 
 
@@ -100,7 +102,10 @@ class ReplicaLayer(FrozenModel):
 
 
 class ReplicaTable(FrozenModel):
-    """Cheaper forms of experts, all written in one way, that may answer in an expert's place."""
+    """Cheaper forms of experts, all written in one way, that may answer in an expert's place.
+
+    Of the first bits of nested experts the records are the beginnings of the experts' own.
+    """
 
     precision: ReplicaPrecision
     record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
@@ -109,6 +114,11 @@ class ReplicaTable(FrozenModel):
     """In file order; of any experts, each at most once"""
     prices: tuple[ReplicaLayer, ...]
     """One entry per layer"""
+
+    @property
+    def is_base(self) -> bool:
+        """Whether these are the first bits of nested experts."""
+        return isinstance(self.precision, IntegerPrecision) and self.precision.of_bits is not None
 
 
 class OwnTable(FrozenModel):
@@ -298,6 +308,9 @@ class BundleManifest(FrozenModel):
                 raise ValueError("a file holds records of two forms")
             taken |= files
         for table in self.replicas:
+            if table.is_base:
+                self._check_base(table)
+                continue
             found = {(record.layer, record.expert) for record in table.records}
             if len(found) != len(table.records) or any(
                 layer not in layers or expert >= n_experts for layer, expert in found
@@ -308,6 +321,16 @@ class BundleManifest(FrozenModel):
                 raise ValueError("a file holds records of two forms")
             taken |= files
             self._check_places(table.records, table.record_size_bytes)
+
+    def _check_base(self, table: ReplicaTable) -> None:
+        """Every expert's first bits lie where the expert lies."""
+        base = self.precision.base if isinstance(self.precision, IntegerPrecision) else None
+        if base != table.precision:
+            raise ValueError("first bits of experts that are not nested")
+        places = [(r.layer, r.expert, r.file, r.offset) for r in self.records]
+        found = [(r.layer, r.expert, r.file, r.offset) for r in table.records]
+        if found != places or table.record_size_bytes >= self.record_size_bytes:
+            raise ValueError("the first bits of experts do not lie where the experts do")
 
     def _check_tables(self) -> None:
         tables: dict[str, list[tuple[int, int]]] = {}

@@ -4,7 +4,7 @@ low-rank map in its place."""
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moe_tool.artifacts.schema import FrozenModel
 
@@ -26,6 +26,29 @@ class IntegerPrecision(FrozenModel):
     group: Literal[32, 64, 128] = 64
     zeros: bool = False
     """Each scale has a float16 zero point beside it; without, the grid is symmetric"""
+    base_bits: Literal[2] | None = None
+    """Nested: the first so many bits of the codes, with scales of their own, are an expert by
+    themselves, and lie before everything else; None: they are not"""
+    of_bits: Literal[3, 4] | None = None
+    """These are such first bits, of codes of so many; None: the codes are whole"""
+
+    @property
+    def base(self) -> "IntegerPrecision | None":
+        """Of the expert that a nested one's first bits are."""
+        if self.base_bits is None:
+            return None
+        return IntegerPrecision.model_validate(
+            {"width_bits": self.base_bits, "group": self.group, "of_bits": self.width_bits}
+        )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "IntegerPrecision":
+        is_nested, is_base = self.base_bits is not None, self.of_bits is not None
+        if is_nested and (is_base or self.zeros or self.width_bits not in (3, 4)):
+            raise ValueError("a nested precision has 3 or 4 bits, without zero points")
+        if is_base and (self.zeros or self.width_bits != 2):
+            raise ValueError("the first bits of a nested precision are 2, without zero points")
+        return self
 
 
 class LowRankPrecision(FrozenModel):
@@ -36,7 +59,7 @@ class LowRankPrecision(FrozenModel):
     rank: Annotated[int, Field(ge=1, le=1024)]
 
 
-_INTEGER = re.compile(r"([12348])(z?)(?::(32|64|128))?")
+_INTEGER = re.compile(r"(?:([12348])(z?)|2\+([12]))(?::(32|64|128))?")
 
 Precision = Annotated[NativePrecision | IntegerPrecision, Field(discriminator="kind")]
 ReplicaPrecision = Annotated[IntegerPrecision | LowRankPrecision, Field(discriminator="kind")]
@@ -44,15 +67,21 @@ ReplicaPrecision = Annotated[IntegerPrecision | LowRankPrecision, Field(discrimi
 
 def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:
     """Return the precision that `--bits` names: native, 4, 2:128 (groups of 128 inputs), 3z (zero
-    points); a ValueError for anything else."""
+    points), 2+2 (nested: 4 bits, of which the first 2 are an expert too); a ValueError for anything
+    else."""
     if bits == "native":
         return NativePrecision()
     found = _INTEGER.fullmatch(bits)
     if found is None:
         raise ValueError(bits)
-    width, zeros, group = found.groups()
+    width, zeros, more, group = found.groups()
     return IntegerPrecision.model_validate(
-        {"width_bits": int(width), "zeros": bool(zeros), "group": int(group or 64)}
+        {
+            "width_bits": int(width) if more is None else 2 + int(more),
+            "zeros": bool(zeros),
+            "group": int(group or 64),
+            "base_bits": None if more is None else 2,
+        }
     )
 
 
@@ -71,7 +100,7 @@ def replica_precisions(text: str) -> tuple[IntegerPrecision | LowRankPrecision, 
             found.append(LowRankPrecision.model_validate({"rank": int(rank)}))
             continue
         integer = precision_from_bits(word)
-        if not isinstance(integer, IntegerPrecision):
+        if not isinstance(integer, IntegerPrecision) or integer.base_bits is not None:
             raise ValueError(text)
         found.append(integer)
     if len(set(map(describe_precision, found))) < len(found):
@@ -84,10 +113,13 @@ def replica_precisions(text: str) -> tuple[IntegerPrecision | LowRankPrecision, 
 
 
 def describe_precision(precision: NativePrecision | IntegerPrecision | LowRankPrecision) -> str:
-    """Return a name for tables, as `--replicas` takes it: native, 4, 2:128, rank16."""
+    """Return a name for tables, as `--bits` and `--replicas` take it: native, 4, 2:128, 2+2,
+    rank16; the first bits of a nested precision are called as if they were whole."""
     if isinstance(precision, LowRankPrecision):
         return f"rank{precision.rank}"
     if isinstance(precision, NativePrecision):
         return "native"
     group = "" if precision.group == 64 else f":{precision.group}"
+    if precision.base_bits is not None:
+        return f"{precision.base_bits}+{precision.width_bits - precision.base_bits}{group}"
     return f"{precision.width_bits}{'z' if precision.zeros else ''}{group}"

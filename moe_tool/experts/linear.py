@@ -93,6 +93,7 @@ def _row_blocks(weight: IntegerWeight, first: int, stop: int) -> IntegerWeight:
         scales=weight.scales[first:stop],
         zeros=None if weight.zeros is None else weight.zeros[first:stop],
         width_bits=weight.width_bits,
+        of_bits=weight.of_bits,
         group=weight.group,
         n_outputs=min(weight.n_outputs - first * ROWS, (stop - first) * ROWS),
         n_inputs=weight.n_inputs,

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord, Price
+from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord, Price, Xxh3
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.precision import Precision, bits_of
 from moe_tool.errors import UsageError
@@ -29,6 +29,10 @@ class WrittenRecord(ExpertRecord):
 
     eps: Price | None = None
     """Its measured error, see ReplicaLayer: a resume need not make the record again to know"""
+    base_xxh3: Xxh3 | None = None
+    """Of the first bits of a nested expert"""
+    base_eps: Price | None = None
+    """Their measured error"""
 
 
 class BundleOrder:

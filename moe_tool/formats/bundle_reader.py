@@ -99,8 +99,9 @@ class BundleReader:
         levels = _levels(folder, manifest)
         with _naming(folder):
             _check_files(folder, manifest)
-        for level in levels:
-            _check_headers(folder, level)
+        for at, level in enumerate(levels):
+            if not (FULL < at <= len(manifest.replicas) and manifest.replicas[at - 1].is_base):
+                _check_headers(folder, level)
         return cls(folder, manifest, levels, _check_skeleton(folder, manifest))
 
     @property
@@ -190,6 +191,7 @@ class BundleReader:
         out: torch.Tensor,
         *,
         level: int = FULL,
+        n_there: int = 0,
         go_on: GoOn | None = None,
     ) -> None:
         """Read one record and check it.
@@ -202,6 +204,7 @@ class BundleReader:
             expert: of the layer.
             out: uint8 [record_size_bytes], overwritten; 4096-aligned memory saves a copy.
             level: the form in which the expert is wanted.
+            n_there: bytes at the beginning of `out` that are the record's already.
             go_on: asked after each piece; where it gives the read up, `out` holds anything.
 
         Raises:
@@ -213,6 +216,8 @@ class BundleReader:
         where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
         is_known = (level, layer, expert) in self._verified
         digest = xxhash.xxh3_64()
+        if n_there and not is_known:
+            digest.update(out[:n_there].numpy().data)
 
         def look_at(piece: memoryview) -> bool:
             if not is_known:  # while one reader hashes a piece, the disk works for another
@@ -221,7 +226,9 @@ class BundleReader:
 
         in_pieces = None if is_known and go_on is None else look_at
         try:
-            count = self._files.read_into(entry.file, entry.offset, out, on_piece=in_pieces)
+            count = self._files.read_into(
+                entry.file, entry.offset + n_there, out[n_there:], on_piece=in_pieces
+            )
             if count is None:
                 return
             has_changed = self._files.has_changed(entry.file)
@@ -229,9 +236,10 @@ class BundleReader:
             raise StorageError(
                 f"{where}: {error.strerror or error}", hint="check the disk"
             ) from error
-        if count < out.numel():
+        if n_there + count < out.numel():
             raise StorageError(
-                f"{where}: the file ended after {count} of {out.numel()} bytes", hint=_REPACK
+                f"{where}: the file ended after {n_there + count} of {out.numel()} bytes",
+                hint=_REPACK,
             )
         if has_changed:
             # Even where this record is whole: the manifest in memory may describe another bundle.

@@ -31,7 +31,12 @@ from moe_tool.artifacts.bundle_manifest import (
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.artifacts.precision import NativePrecision, Precision, ReplicaPrecision
+from moe_tool.artifacts.precision import (
+    IntegerPrecision,
+    NativePrecision,
+    Precision,
+    ReplicaPrecision,
+)
 from moe_tool.artifacts.routing import FULL
 from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
@@ -59,6 +64,7 @@ from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifa
 from moe_tool.formats.record_file_writer import RecordFileWriter
 
 _SYNC_BYTES = 256 * 2**20
+_BASE = FULL + 1
 
 
 class BundleWriter:
@@ -84,6 +90,12 @@ class BundleWriter:
         self._asked = BundleOrder(identity, precision, made_from)
         self._shape = shape
         self.precision = precision
+        base = precision.base if isinstance(precision, IntegerPrecision) else None
+        if base is not None:  # the first replica, whose records are written with the experts'
+            replicas = (base, *replicas)
+            everybody_else = [order] * (len(replicas) - 1) if replicas_of is None else replicas_of
+            replicas_of = ((), *everybody_else)
+        self._base_bytes = 0 if base is None else replica_form(shape, base).layout.size_bytes
         self.forms: tuple[ExpertForm, ...] = (
             full_form(shape, precision),
             *(replica_form(shape, each) for each in replicas),
@@ -192,6 +204,7 @@ class BundleWriter:
         record: torch.Tensor,
         *,
         eps: float | None = None,
+        base_eps: float | None = None,
     ) -> None:
         """Append the next record of the order.
 
@@ -201,6 +214,7 @@ class BundleWriter:
             expert: of the layer.
             record: uint8 [form's layout.size_bytes].
             eps: its measured error, see ReplicaLayer; None: not measured.
+            base_eps: that of its first bits, where it is nested.
 
         Raises:
             DiskFullError, StorageError: the disk refuses; what was written stays for a resume.
@@ -220,6 +234,10 @@ class BundleWriter:
                     offset=file.offset(position),
                     xxh3=xxhash.xxh3_64_hexdigest(data),
                     eps=eps,
+                    base_xxh3=xxhash.xxh3_64_hexdigest(data[: self._base_bytes])
+                    if level == FULL and self._base_bytes
+                    else None,
+                    base_eps=base_eps,
                 )
             )
             self._unsynced_bytes += len(data)
@@ -307,6 +325,8 @@ class BundleWriter:
         by_level: list[list[WrittenRecord]] = [[] for _ in self.forms]
         for (level, _, _), record in zip(self._order, self._records, strict=True):
             by_level[level].append(record)
+        if self._base_bytes:
+            by_level[_BASE] = [_first_bits(record) for record in by_level[FULL]]
         first_other = 1 + len(self._replicas)
         own = [FULL, *range(first_other, len(self.forms))]
         tables = tuple(
@@ -477,7 +497,13 @@ class BundleWriter:
 
 def _listed(records: Sequence[WrittenRecord]) -> tuple[ExpertRecord, ...]:
     """As a manifest has them."""
-    return tuple(ExpertRecord(**each.model_dump(exclude={"eps"})) for each in records)
+    extra = WrittenRecord.model_fields.keys() - ExpertRecord.model_fields.keys()
+    return tuple(ExpertRecord(**each.model_dump(exclude=extra)) for each in records)
+
+
+def _first_bits(record: WrittenRecord) -> WrittenRecord:
+    """A nested expert's base, as a record of its own."""
+    return record.model_copy(update={"xxh3": record.base_xxh3, "eps": record.base_eps})
 
 
 def _places(

@@ -4,6 +4,9 @@ A matrix in the checkpoint's floats is one segment of its name; an integer matri
 `NAME.plane1` ... and `NAME.scales`, with zero points `NAME.zeros` (quantization/bit_packing.py); a
 vector is one segment in the checkpoint's dtype. Every segment is padded with
 zeros to ALIGNMENT_BYTES. Little-endian throughout.
+
+Of a nested precision the record begins with the record of its base, whose scales are here called
+`NAME.base_scales`; what refines it, `NAME.plane1` and `NAME.scales` of every matrix, follows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +24,7 @@ from moe_tool.formats.integer_parts import (
     integer_parts,
     join_integer_parts,
 )
+from moe_tool.quantization.nested import with_base
 from moe_tool.quantization.round_to_nearest import quantize
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
@@ -99,11 +103,14 @@ def nearest(
 ) -> dict[str, IntegerWeight]:
     """Round every matrix to nearest."""
     assert not precision.zeros
-    return {
+    found = {
         name: quantize(weight, precision.width_bits, group=precision.group)
         for name, weight in weights.items()
         if weight.dim() == 2
     }
+    if precision.base_bits is None:
+        return found
+    return {name: with_base(weights[name], coded) for name, coded in found.items()}
 
 
 def encode_record(
@@ -187,14 +194,16 @@ def _parts(
     tensors: Sequence[ExpertTensor], dtype: FloatName, precision: Precision
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     parts: list[tuple[str, str, tuple[int, ...]]] = []
+    refinements: list[tuple[str, str, tuple[int, ...]]] = []
     for tensor in tensors:
         if isinstance(precision, IntegerPrecision) and len(tensor.shape) == 2:
             n_outputs, n_inputs = tensor.shape
-            found = integer_parts(tensor.name, n_outputs, n_inputs, precision)
-            parts += [(part.name, part.dtype, part.shape) for part in found]
+            for part in integer_parts(tensor.name, n_outputs, n_inputs, precision):
+                into = refinements if part.is_refinement else parts
+                into.append((part.name, part.dtype, part.shape))
         else:
             parts.append((tensor.name, dtype, tensor.shape))
-    return parts
+    return parts + refinements
 
 
 def _view(record: torch.Tensor, segment: Segment) -> torch.Tensor:

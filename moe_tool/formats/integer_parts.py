@@ -1,5 +1,5 @@
-"""The tensors that a matrix of codes is stored as: NAME.plane0, NAME.plane1 ..., NAME.scales and,
-with zero points NAME.zeros."""
+"""The tensors that a matrix of codes is stored as: NAME.plane0, NAME.plane1 ..., NAME.scales, with
+zero points NAME.zeros, and with a base of its own in the first bits NAME.base_scales."""
 
 import math
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from moe_tool.quantization.weights import IntegerWeight
 
 _SCALES = "scales"
 _ZEROS = "zeros"
+_BASE_SCALES = "base_scales"
 _EXPONENT = 0x7C00
 """Of a float16 number: all bits set in NaN and infinity"""
 _PLANE = "plane"
@@ -28,6 +29,8 @@ class IntegerPart:
     dtype: str
     """uint8 or float16"""
     shape: tuple[int, ...]
+    is_refinement: bool = False
+    """Of a nested matrix: what its base does without"""
 
     @property
     def safetensors_dtype(self) -> str:
@@ -49,25 +52,36 @@ def integer_parts(
     name: str, n_outputs: int, n_inputs: int, precision: IntegerPrecision
 ) -> tuple[IntegerPart, ...]:
     """Return the parts of a matrix [n_outputs, n_inputs], planes first."""
+    is_nested = precision.base_bits is not None
     planes = [
         IntegerPart(
             name=f"{name}.{_PLANE}{index}",
             dtype="uint8",
             shape=(plane_bytes(n_outputs, n_inputs, bits),),
+            is_refinement=is_nested and index > 0,
         )
         for index, bits in enumerate(plane_widths(precision.width_bits))
     ]
     shape = (n_row_blocks(n_outputs), -(-n_inputs // precision.group), ROWS)
-    factors = (_SCALES, _ZEROS) if precision.zeros else (_SCALES,)
+    factors = [_SCALES]
+    factors += [_ZEROS] * precision.zeros + [_BASE_SCALES] * is_nested
     return (
         *planes,
-        *(IntegerPart(name=f"{name}.{each}", dtype="float16", shape=shape) for each in factors),
+        *(
+            IntegerPart(
+                name=f"{name}.{each}",
+                dtype="float16",
+                shape=shape,
+                is_refinement=is_nested and each == _SCALES,
+            )
+            for each in factors
+        ),
     )
 
 
 def is_factor(name: str) -> bool:
     """Return whether a part of this name holds scales or zero points."""
-    return name.endswith((f".{_SCALES}", f".{_ZEROS}"))
+    return name.endswith((f".{_SCALES}", f".{_ZEROS}", f".{_BASE_SCALES}"))
 
 
 def join_integer_parts(
@@ -87,7 +101,9 @@ def join_integer_parts(
         planes=tuple(read(part.name) for part in parts if not part.is_factor),
         scales=read(f"{name}.{_SCALES}"),
         zeros=read(f"{name}.{_ZEROS}") if precision.zeros else None,
+        base_scales=None if precision.base_bits is None else read(f"{name}.{_BASE_SCALES}"),
         width_bits=precision.width_bits,
+        of_bits=precision.of_bits,
         group=precision.group,
         n_outputs=n_outputs,
         n_inputs=n_inputs,
@@ -97,10 +113,11 @@ def join_integer_parts(
 def integer_part(weight: IntegerWeight, name: str) -> torch.Tensor:
     """Return the part of a matrix that is stored under this name."""
     part = name.rpartition(".")[2]
-    if part == _ZEROS:
-        assert weight.zeros is not None
-        return weight.zeros
-    return weight.scales if part == _SCALES else weight.planes[int(part.removeprefix(_PLANE))]
+    if part.startswith(_PLANE):
+        return weight.planes[int(part.removeprefix(_PLANE))]
+    found = {_SCALES: weight.scales, _ZEROS: weight.zeros, _BASE_SCALES: weight.base_scales}[part]
+    assert found is not None
+    return found
 
 
 def are_finite(scales: torch.Tensor) -> bool:

@@ -166,7 +166,14 @@ def _read_bursts(
     if not file.files.is_direct:
         os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def read(layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None) -> None:
+    def read(
+        layer: int,
+        expert: int,
+        out: torch.Tensor,
+        *,
+        n_there: int = 0,
+        go_on: GoOn | None = None,
+    ) -> None:
         _read_whole(file, expert * len(out), out)
 
     reader, n_bytes, seconds = RecordReader(read, n_readers=readers), 0, 0.0

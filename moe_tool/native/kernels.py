@@ -260,8 +260,10 @@ class _Described:
             raise ValueError("a weight is not contiguous")
         kind = _FLOAT_KINDS[values.dtype]
         self.packed = struct.pack(
-            "=8Q6i", 0, 0, 0, 0, 0, 0, values.data_ptr(), bias_at, n_out, n_in, 0, 0, kind, 0
-        )
+            "=8Q8i",
+            *[0] * 6, values.data_ptr(), bias_at,
+            n_out, n_in, 0, 0, kind, 0, 0, 0,
+        )  # fmt: skip
 
     def refresh(self) -> None:
         """Read a bias again that is not where the compiled side looks for it."""
@@ -288,7 +290,8 @@ def _pack_integer(weight: IntegerWeight, bias_at: int) -> bytes:
     planes = [plane.data_ptr() for plane in weight.planes] + [0] * (4 - len(widths))
     zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
     return struct.pack(
-        "=8Q6i",
+        "=8Q8i",
         *planes, weight.scales.data_ptr(), zeros, 0, bias_at,
         n_out, n_in, weight.width_bits, weight.group, 0, 1,
+        weight.factor.bit_length() - 1, weight.offset,
     )  # fmt: skip

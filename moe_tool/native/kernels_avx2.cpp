@@ -81,10 +81,10 @@ struct Avx2 {
     return {_mm256_add_epi32(x.a, _mm256_madd_epi16(y.a, one)),
             _mm256_add_epi32(x.b, _mm256_madd_epi16(y.b, one))};
   }
-  static Sums scale_and_subtract(Sums x, int factor, int offset) {
-    if (factor == 2) x = {_mm256_add_epi32(x.a, x.a), _mm256_add_epi32(x.b, x.b)};
+  static Sums scale_and_subtract(Sums x, int shift, int offset) {
     const __m256i o = _mm256_set1_epi32(offset);
-    return {_mm256_sub_epi32(x.a, o), _mm256_sub_epi32(x.b, o)};
+    return {_mm256_sub_epi32(_mm256_slli_epi32(x.a, shift), o),
+            _mm256_sub_epi32(_mm256_slli_epi32(x.b, shift), o)};
   }
   static Floats to_float(Sums x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 

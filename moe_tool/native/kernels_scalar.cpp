@@ -59,8 +59,8 @@ struct Scalar {
     for (int i = 0; i < 16; ++i) x.v[i] += y.v[i];
     return x;
   }
-  static Sums scale_and_subtract(Sums x, int factor, int offset) {
-    for (int32_t& s : x.v) s = s * factor - offset;
+  static Sums scale_and_subtract(Sums x, int shift, int offset) {
+    for (int32_t& s : x.v) s = s * (1 << shift) - offset;
     return x;
   }
   static Floats to_float(const Sums& x) {

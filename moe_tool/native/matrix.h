@@ -18,7 +18,8 @@ constexpr int kMaxPlanes = 4;
 struct QuantizedMatrix {
   const uint8_t* planes[kMaxPlanes];
   const uint16_t* scales;  // float16 [row blocks][groups][16]
-  const uint16_t* zeros;   // float16, as scales, in units of codes; null: symmetric
+  const uint16_t* zeros;   // float16, as scales, in units of codes; null: a weight is
+  int32_t shift, offset;   // (2^shift code - offset) scale
   int32_t n_outputs, n_inputs, bits, group;
 
   int row_blocks() const { return (n_outputs + kRows - 1) / kRows; }

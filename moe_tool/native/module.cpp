@@ -12,10 +12,10 @@
 
 namespace {
 
-// What kernels.py packs for a weight: native alignment, 88 bytes.
+// What kernels.py packs for a weight: native alignment, 96 bytes.
 struct PackedWeight {
   uint64_t planes[4], scales, zeros, values, bias;
-  int32_t n_outputs, n_inputs, bits, group, kind, is_quantized;
+  int32_t n_outputs, n_inputs, bits, group, kind, is_quantized, shift, offset;
 };
 struct PackedGate {
   int32_t activation, gated, interleaved;
@@ -40,10 +40,12 @@ bool read_weight(const char* data, Py_ssize_t size, moe::Weight* out) {
   for (int p = 0; p < 4; ++p) q.planes[p] = pointer<uint8_t>(w.planes[p]);
   q.scales = pointer<uint16_t>(w.scales);
   q.zeros = pointer<uint16_t>(w.zeros);
+  q.shift = w.shift, q.offset = w.offset;
   q.n_outputs = w.n_outputs, q.n_inputs = w.n_inputs, q.bits = w.bits, q.group = w.group;
   out->floats = {pointer<void>(w.values), w.n_outputs, w.n_inputs, w.kind};
   const bool sound = w.n_outputs > 0 && w.n_inputs > 0 &&
-                     (w.is_quantized ? w.bits >= 1 && w.bits <= 8 && w.group > 0 &&
+                     (w.is_quantized ? w.bits >= 1 && w.bits <= 8 && w.shift >= 0 &&
+                                           w.shift <= 8 && w.group > 0 &&
                                            w.group % moe::kInputs == 0
                                      : w.kind >= 0 && w.kind <= 2);
   if (!sound) PyErr_SetString(PyExc_ValueError, "a weight's description is not sound");

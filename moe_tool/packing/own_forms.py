@@ -25,6 +25,11 @@ class OwnForms:
     absent: frozenset[ExpertKey] = frozenset()
 
     @property
+    def is_nested(self) -> bool:
+        """Whether the first bits of every expert are one too."""
+        return isinstance(self.precision, IntegerPrecision) and self.precision.base is not None
+
+    @property
     def has_codes(self) -> bool:
         """Whether anything is quantized."""
         every = (self.precision, *(precision for precision, _ in self.others))
@@ -95,12 +100,17 @@ def parse_precision(option: str, bits: str, quantizer: Quantizer = "rtn") -> Own
         found = precision_from_bits(bits)
     except ValueError:
         raise UsageError(
-            f"{option} {bits} is not known", hint="use native, 8, 4, 3, 2 or 1, or 2:128"
+            f"{option} {bits} is not known", hint="use native, 8, 4, 3, 2, 1, 2:128 or 2+2"
         ) from None
     if isinstance(found, NativePrecision):
         return found
     if found.zeros and quantizer != "hqq":
         raise UsageError(
             f"{option} {bits}: only --quantizer hqq makes zero points", hint="leave out the z"
+        )
+    if found.base_bits is not None and quantizer == "hqq":
+        raise UsageError(
+            f"{option} {bits}: zero points of hqq are no good for the first bits alone",
+            hint="--quantizer rtn, fitted or gptq",
         )
     return found.model_copy(update={"zeros": quantizer == "hqq"})

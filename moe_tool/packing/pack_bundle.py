@@ -144,6 +144,10 @@ def pack_bundle(
     """
     start = time.perf_counter()
     skeleton_precision = parse_precision("--skeleton-bits", skeleton_bits)
+    if isinstance(skeleton_precision, IntegerPrecision) and skeleton_precision.base is not None:
+        raise UsageError(
+            f"--skeleton-bits {skeleton_bits}: only experts are nested", hint="--skeleton-bits 4"
+        )
     opened = open_model(model)
     shape = opened.shape
     measured = _read_profile(profile, opened.identity, shape)
@@ -162,7 +166,17 @@ def pack_bundle(
     planned = None if plan is None else planned_residents(plan, cheaper)
     if planned is not None:
         cheaper = tuple(form for form in cheaper if planned[form])
-    is_calibrated = bool(cheaper) or (needs_inputs(quantizer) and own.has_codes)
+    if own.is_nested and measured.tokens is None:
+        raise UsageError(
+            f"--bits {bits}: the first bits are priced on a profile's tokens, and there is none",
+            hint="--profile FILE, of moe-tool profile",
+        )
+    if own.is_nested and any(isinstance(each, IntegerPrecision) for each in cheaper):
+        raise UsageError(
+            f"--bits {bits} beside --replicas {replicas}: the first bits are the replica",
+            hint="leave --replicas out, or name ranks only",
+        )
+    is_calibrated = bool(cheaper) or own.is_nested or (needs_inputs(quantizer) and own.has_codes)
     if is_calibrated and measured.tokens is None:
         raise UsageError(
             f"--quantizer {quantizer} goes by what experts are given, and there is no profile",
@@ -231,7 +245,9 @@ def pack_bundle(
         bytes=sum(file.size_bytes for file in manifest.files),
         expert_bytes=expert_bytes,
         replica_bytes=sum(
-            len(table.records) * table.record_size_bytes for table in manifest.replicas
+            len(table.records) * table.record_size_bytes
+            for table in manifest.replicas
+            if not table.is_base
         ),
         skeleton_bytes=skeleton.size_bytes,
         skeleton_bits=skeleton_bits,

@@ -13,6 +13,7 @@ from moe_tool.packing.calibrated_layers import ExpertSample
 from moe_tool.quantization.fitted_scales import quantize_fitted
 from moe_tool.quantization.gptq import ErrorSpread, error_spread, quantize_gptq
 from moe_tool.quantization.hqq import quantize_hqq
+from moe_tool.quantization.nested import GptqTarget, quantize_nested_gptq, with_base
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 _HESSIAN_TOKENS = 8192
@@ -88,7 +89,9 @@ class _Calibration:
         found = {}
         for name, weight in _matrices(weights):
             moments = self._last_moments if name == _LAST else self._first_moments
-            found[name] = quantize_fitted(weight, moments, width, group=group)
+            coded = quantize_fitted(weight, moments, width, group=group)
+            is_nested = precision.base_bits is not None
+            found[name] = with_base(weight, coded, moments) if is_nested else coded
         return found
 
     @torch.no_grad()
@@ -102,18 +105,39 @@ class _Calibration:
         the divergence at one bit, a tenth at two.
         """
         width, group = precision.width_bits, precision.group
+        is_nested = precision.base_bits is not None
         found: dict[str, IntegerWeight] = {}
         for name, weight in _matrices(weights):
-            if name != _LAST:
+            if name == _LAST:
+                continue
+            if is_nested:
+                target = GptqTarget(weight=weight.float(), spread=self._first_spread)
+                found[name] = quantize_nested_gptq(target, target, width, group=group)
+            else:
                 found[name] = quantize_gptq(weight, self._first_spread, width, group=group)
-        last = weights[_LAST].float()
+        full = self._last_target(weights[_LAST], found)
+        if is_nested:
+            bases = {name: coded.base for name, coded in found.items()}
+            base = self._last_target(weights[_LAST], bases, order=full.spread.order)
+            found[_LAST] = quantize_nested_gptq(full, base, width, group=group)
+        else:
+            found[_LAST] = quantize_gptq(full.weight, full.spread, width, group=group)
+        return found
+
+    def _last_target(
+        self,
+        weight: torch.Tensor,
+        found: Mapping[str, IntegerWeight],
+        *,
+        order: torch.Tensor | None = None,
+    ) -> GptqTarget:
         given = self._inner_of(found)  # [n, I]
-        spread = error_spread(_second_moments(given))
+        spread = error_spread(_second_moments(given), order)
+        target = weight.float()
         if spread.hessian is not None:
             missing = given.T @ (self._inner - given) / max(1, len(given))  # [I, I]
-            last = last + spread.solve(missing @ last.T).T
-        found[_LAST] = quantize_gptq(last, spread, width, group=group)
-        return found
+            target = target + spread.solve(missing @ target.T).T
+        return GptqTarget(weight=target, spread=spread)
 
     def _inner_of(self, found: Mapping[str, IntegerWeight]) -> torch.Tensor:
         weights: dict[str, FloatWeight | IntegerWeight] = {

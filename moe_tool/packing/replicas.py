@@ -1,6 +1,7 @@
 """One expert in one form: made, and measured on tokens that it was not fitted to."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ from moe_tool.formats.expert_form import ExpertForm
 from moe_tool.formats.expert_record import QuantizeExpert
 from moe_tool.packing.calibrated_layers import ExpertSample
 from moe_tool.quantization.low_rank import LinearFit, linear_fit, low_rank_map
-from moe_tool.quantization.weights import FloatWeight
+from moe_tool.quantization.weights import FloatWeight, IntegerWeight, base_of
 
 MEASURED_TOKENS = 256
 """Held-out tokens behind a price"""
@@ -27,6 +28,8 @@ class MeasuredRecord:
     """uint8 [form's layout.size_bytes]"""
     eps: float
     """Its price, see artifacts/expert_statistics"""
+    base_eps: float | None = None
+    """That of a nested expert's first bits"""
 
 
 class ExpertForms:
@@ -56,8 +59,17 @@ class ExpertForms:
         record = form.encode(tensors, quantize_expert=self._quantize_expert)
         if isinstance(form.precision, NativePrecision):
             return MeasuredRecord(record=record, eps=0.0)
-        answer = expert_forward(sample.module, form.decode(record), sample.measured_on)
-        return MeasuredRecord(record=record, eps=relative_error(self._truth, answer))
+        weights = form.decode(record)
+        is_nested = form.precision.kind == "integer" and form.precision.base_bits is not None
+        return MeasuredRecord(
+            record=record,
+            eps=self._error(weights),
+            base_eps=self._error(base_of(weights)) if is_nested else None,
+        )
+
+    def _error(self, weights: Mapping[str, FloatWeight | IntegerWeight]) -> float:
+        answer = expert_forward(self._sample.module, weights, self._sample.measured_on)
+        return relative_error(self._truth, answer)
 
     @cached_property
     def _exact(self) -> dict[str, FloatWeight]:

@@ -89,7 +89,9 @@ def write_calibrated(
             for level in levels:
                 with naming(opened, layer.layer, expert):
                     made = forms.make(writer.forms[level])
-                writer.write_record(level, layer.layer, expert, made.record, eps=made.eps)
+                writer.write_record(
+                    level, layer.layer, expert, made.record, eps=made.eps, base_eps=made.base_eps
+                )
                 progress.advance()
     progress.end()
     return unrouted

@@ -21,7 +21,7 @@ from moe_tool.quantization.round_to_nearest import (
 )
 from moe_tool.quantization.weights import IntegerWeight
 
-_BLOCK = 128
+BLOCK = 128
 """Inputs whose errors are carried to all others at once"""
 _DAMPING = 0.01
 _MORE_DAMPING = 10.0
@@ -48,14 +48,16 @@ class ErrorSpread:
         return found
 
 
-def error_spread(hessian: torch.Tensor) -> ErrorSpread:
+def error_spread(hessian: torch.Tensor, order: torch.Tensor | None = None) -> ErrorSpread:
     """Return what rounding a matrix needs of its inputs, at any number of bits.
 
     Args:
         hessian: [in, in] float32: mean of x x^T over the inputs that the matrix is given; without
             inputs zero, and then rounding is to nearest.
+        order: [in] int64: inputs as they are to be rounded; None: by their energy.
     """
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    if order is None:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     energy = float(hessian.diagonal().mean())
     if not energy > 0:
         return ErrorSpread(order=order, carry=torch.eye(len(hessian)), hessian=None)
@@ -99,8 +101,8 @@ def _spread_codes(
     left = weight.float().T[order]  # [in, out]
     steps = scales.float().T[order // group]  # [in, out]
     codes = torch.empty_like(left)
-    for start in range(0, n_in, _BLOCK):
-        stop = min(start + _BLOCK, n_in)
+    for start in range(0, n_in, BLOCK):
+        stop = min(start + BLOCK, n_in)
         errors = torch.empty(stop - start, left.shape[1])
         for at in range(start, stop):
             codes[at] = nearest_codes(left[at], steps[at], width_bits)

@@ -91,10 +91,8 @@ def dequantize(weight: IntegerWeight) -> torch.Tensor:
     codes = unpack(weight.planes, weight.width_bits, n_outputs=n_out, n_inputs=n_in).float()
     if weight.zeros is not None:
         codes -= _per_input(weight.zeros, weight)
-    elif weight.width_bits == 1:
-        codes.mul_(2).sub_(1)
     else:
-        codes -= 2 ** (weight.width_bits - 1)
+        codes.mul_(weight.factor).sub_(weight.offset)
     return codes.mul_(_per_input(weight.scales, weight))
 
 

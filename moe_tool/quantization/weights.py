@@ -1,5 +1,6 @@
 """An expert's matrices as a record holds them: floats, or integer codes with scales."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,7 @@ class IntegerWeight:
     """A matrix of unsigned codes.
 
     weight[o, i] = (code[o, i] - zero) * scale, with scale and zero of output o and of the group of
-    input i. Without zeros the zero is 2**(width_bits - 1); at one bit the weight is -scale or
-    scale.
+    input i. Without zeros weight[o, i] = (factor * code[o, i] - offset) * scale.
     """
 
     planes: tuple[torch.Tensor, ...]
@@ -33,8 +33,12 @@ class IntegerWeight:
     scales: torch.Tensor
     """float16 [row blocks, groups, 16]; may be negative"""
     zeros: torch.Tensor | None = None
-    """float16 as `scales`, in units of codes; None: symmetric"""
+    """float16 as `scales`, in units of codes; None: the same everywhere, see `factor`"""
+    base_scales: torch.Tensor | None = None
+    """float16 as `scales`: of the matrix that the codes' first bits are; None: they are none"""
     width_bits: int
+    of_bits: int | None = None
+    """These are the first bits of codes of so many; None: the codes are whole"""
     group: int
     """Inputs that share a scale, a multiple of 32; the last group of a row may be short"""
     n_outputs: int
@@ -44,6 +48,35 @@ class IntegerWeight:
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
         return (self.n_outputs, self.n_inputs)
+
+    @property
+    def base(self) -> "IntegerWeight":
+        """The matrix that the codes' first bits are; views."""
+        assert self.base_scales is not None
+        return IntegerWeight(
+            planes=self.planes[:1],
+            scales=self.base_scales,
+            width_bits=2,
+            of_bits=self.width_bits,
+            group=self.group,
+            n_outputs=self.n_outputs,
+            n_inputs=self.n_inputs,
+        )
+
+    @property
+    def factor(self) -> int:
+        """Of a code, in whole numbers: twice its distance from the next where half is needed."""
+        if self.of_bits is not None:
+            return 2 << (self.of_bits - self.width_bits)
+        return 2 if self.width_bits == 1 else 1
+
+    @property
+    def offset(self) -> int:
+        """What is taken off that: symmetric, one bit is -1 or 1; of first bits, the middle of the
+        codes that begin with them."""
+        if self.of_bits is not None:
+            return (1 << self.of_bits) - (1 << (self.of_bits - self.width_bits)) + 1
+        return 1 if self.width_bits == 1 else 1 << (self.width_bits - 1)
 
 
 class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
@@ -59,3 +92,13 @@ class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
         """Hold nothing yet."""
         super().__init__()
         self.prepared: Any = None
+
+
+def base_of(
+    weights: Mapping[str, FloatWeight | IntegerWeight],
+) -> dict[str, FloatWeight | IntegerWeight]:
+    """Return the expert that a nested one's first bits are; views."""
+    return {
+        name: weight.base if isinstance(weight, IntegerWeight) else weight
+        for name, weight in weights.items()
+    }

@@ -2,6 +2,7 @@
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import describe_precision
+from moe_tool.artifacts.routing import FULL
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
@@ -66,20 +67,20 @@ def open_levels(
         eviction: of the experts' own forms.
     """
     own = set(bundle.own_levels)
-    stores = [
-        ExpertStore(
-            bundle,
-            level=level,
-            n_slots=room.n_slots,
-            pinned=room.pinned,
-            eviction=eviction.make if level in own else Lru,
-            per_layer=eviction.per_layer and level in own,
-            n_readers=_N_READERS,
-        )
-        if room.n_slots
-        else None
-        for level, room in enumerate(rooms)
-    ]
+    bases = [at for at, table in enumerate(bundle.manifest.replicas, start=1) if table.is_base]
+    stores: list[ExpertStore | None] = [None] * len(rooms)
+    for level, room in reversed(list(enumerate(rooms))):  # a base before the experts over it
+        if room.n_slots:
+            stores[level] = ExpertStore(
+                bundle,
+                level=level,
+                n_slots=room.n_slots,
+                pinned=room.pinned,
+                eviction=eviction.make if level in own else Lru,
+                per_layer=eviction.per_layer and level in own,
+                n_readers=_N_READERS,
+                base=stores[bases[0]] if bases and level == FULL else None,
+            )
     shape = bundle.manifest.shape
     if len(own) == 1:
         return ExpertLevels(stores, n_experts=shape.experts)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 
 from moe_tool.artifacts.routing import FULL
 from moe_tool.artifacts.run_stats import PhaseCounters
@@ -27,6 +28,8 @@ class _Fetch:
     slot: int
     after: ExpertKey | None
     """The expert of the same call that has to be done with the slot before the read may start"""
+    n_there: int = 0
+    """Bytes that need not be read: the expert's base was in memory"""
     is_read: bool = False
     is_prefetched: bool = False
     """The read was begun by the call before"""
@@ -57,6 +60,7 @@ class ExpertStore:
         eviction: MakeEviction,
         per_layer: bool = False,
         n_readers: int = 2,
+        base: "ExpertStore | None" = None,
     ) -> None:
         """Reserve the slots and start the readers; nothing is read yet.
 
@@ -69,6 +73,8 @@ class ExpertStore:
             eviction: makes the policy of what is not pinned.
             per_layer: every layer has its own equal part of the slots that are not pinned.
             n_readers: worker threads.
+            base: holds the first bits of nested experts: of one that is there only the rest is
+                read.
 
         Raises:
             BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.
@@ -92,6 +98,7 @@ class ExpertStore:
             )
         self._shape = shape
         self._level = held
+        self._base = base
         self._pinned = pinned_keys
         self._first_key = {layer: at * shape.experts for at, layer in enumerate(shape.layers)}
         self._position = {layer: at for at, layer in enumerate(shape.layers)}
@@ -247,7 +254,8 @@ class ExpertStore:
         for entry in self._cache.prefetch([first + expert for expert in experts], held):
             key, slot = self._enter(entry)
             self._prefetches[key] = slot
-            self._reader.prefetch(key, self._slots.view(slot))
+            n_there = self._copy_base(key, slot)
+            self._reader.prefetch(key, self._slots.view(slot), n_there=n_there)
             counters.prefetches += 1
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
@@ -313,7 +321,7 @@ class ExpertStore:
                 if fetch.is_prefetched:
                     self._count_prefetched(counters)
                 else:
-                    counters.bytes_read += self._level.record_size_bytes
+                    counters.bytes_read += self._level.record_size_bytes - fetch.n_there
                 yield fetch.key[1], self._weights(fetch.slot)
                 self._start_after(fetch.key, waiting)
         finally:
@@ -348,7 +356,25 @@ class ExpertStore:
             self._masks[key[0]][key[1]] = False
 
     def _start(self, fetch: _Fetch) -> None:
-        self._reader.start(fetch.key, self._slots.view(fetch.slot))
+        fetch.n_there = self._copy_base(fetch.key, fetch.slot)
+        self._reader.start(fetch.key, self._slots.view(fetch.slot), n_there=fetch.n_there)
+
+    def _copy_base(self, key: ExpertKey, slot: int) -> int:
+        """Copy an expert's first bits into its slot where they are in memory; return how many
+        bytes that were."""
+        held = None if self._base is None else self._base.record_of(key)
+        view = self._slots.view(slot)
+        if held is None or not self._reader.is_free(view):
+            return 0
+        view[: held.numel()] = held
+        return held.numel()
+
+    def record_of(self, key: ExpertKey) -> torch.Tensor | None:
+        """Return an expert's record as it lies in its slot, uint8 [record size]; None where it is
+        not in memory. It stays until the next call."""
+        if key not in self._slot_of or key in self._fetches or key in self._prefetches:
+            return None
+        return self._slots.view(self._slot_of[key])
 
     def _start_after(self, key: ExpertKey, waiting: dict[ExpertKey, _Fetch]) -> None:
         fetch = waiting.pop(key, None)

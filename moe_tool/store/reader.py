@@ -19,9 +19,16 @@ class Read(Protocol):
     """Fills memory with a record."""
 
     def __call__(
-        self, layer: int, expert: int, out: torch.Tensor, *, go_on: GoOn | None = None
+        self,
+        layer: int,
+        expert: int,
+        out: torch.Tensor,
+        *,
+        n_there: int = 0,
+        go_on: GoOn | None = None,
     ) -> object:
-        """Fill `out`, uint8 [record size], or raise; `go_on` is asked after each piece."""
+        """Fill `out`, uint8 [record size], of which the first `n_there` bytes are right already, or
+        raise; `go_on` is asked after each piece."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +44,7 @@ class Arrival:
 class _Job:
     key: ExpertKey
     out: torch.Tensor
+    n_there: int
     is_prefetch: bool
     arrivals: SimpleQueue["_Job"] | None
     """Where its end is told; None: a prefetch that nobody waits for"""
@@ -72,17 +80,28 @@ class RecordReader:
         """Number of demanded reads whose arrival was not taken yet."""
         return len(self._under_way)
 
-    def start(self, key: ExpertKey, out: torch.Tensor) -> None:
-        """Read a record into `out`, which has to be left alone until the read arrives."""
-        job = _Job(key=key, out=out, is_prefetch=False, arrivals=self._arrivals)
+    def is_free(self, out: torch.Tensor) -> bool:
+        """Return whether no read that was given up still writes to `out`."""
+        with self._lock:
+            return all(job.out.data_ptr() != out.data_ptr() for job in self._running)
+
+    def start(self, key: ExpertKey, out: torch.Tensor, *, n_there: int = 0) -> None:
+        """Read a record into `out`, which has to be left alone until the read arrives.
+
+        Args:
+            key: of the record.
+            out: uint8 [record size].
+            n_there: bytes at its beginning that are the record's already.
+        """
+        job = _Job(key=key, out=out, n_there=n_there, is_prefetch=False, arrivals=self._arrivals)
         self._under_way[key] = job
         with self._lock:
             self._demanded.append(job)
         self._threads.submit(self._work)
 
-    def prefetch(self, key: ExpertKey, out: torch.Tensor) -> None:
+    def prefetch(self, key: ExpertKey, out: torch.Tensor, *, n_there: int = 0) -> None:
         """Read a record when there is nothing better to do, until `claim` or `drop`."""
-        job = _Job(key=key, out=out, is_prefetch=True, arrivals=None)
+        job = _Job(key=key, out=out, n_there=n_there, is_prefetch=True, arrivals=None)
         self._prefetches[key] = job
         with self._lock:
             self._hoped_for.append(job)
@@ -184,7 +203,7 @@ class RecordReader:
 
     def _run(self, job: _Job) -> None:
         if not job.is_prefetch:
-            self._read(*job.key, job.out)
+            self._read(*job.key, job.out, n_there=job.n_there)
             return
 
         def go_on(n_bytes: int) -> bool:
@@ -193,7 +212,7 @@ class RecordReader:
                 return not job.is_dropped
 
         if job.arrivals is None:
-            self._read(*job.key, job.out, go_on=go_on)
+            self._read(*job.key, job.out, n_there=job.n_there, go_on=go_on)
         else:  # claimed before it began: nothing gives it up any more
-            self._read(*job.key, job.out)
-            go_on(job.out.numel())
+            self._read(*job.key, job.out, n_there=job.n_there)
+            go_on(job.out.numel() - job.n_there)

@@ -29,6 +29,7 @@ uint16_t any_half() { return uint16_t(from_to(10, 17) << 10 | from_to(0, 1023));
 void quantized(Matrix& m, int n_out, int n_in, int bits, int group) {
   moe::QuantizedMatrix& q = m.weight.quantized;
   m.weight.is_quantized = 1;
+  q.shift = from_to(0, 3), q.offset = from_to(0, 128);
   q.n_outputs = n_out, q.n_inputs = n_in, q.bits = bits, q.group = group;
   const int n_planes = bits == 8 ? 1 : (bits + 1) / 2;
   for (int p = 0; p < n_planes; ++p) {

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ def random_weight(
     n_out=st.integers(1, 50),
     n_in=st.integers(1, 400),
     zeros=st.booleans(),
+    of_bits=st.sampled_from([None, 3, 4]),
     seed=st.integers(0, 99),
 )
 def test_integer_products_are_those_of_the_definition(
@@ -69,9 +71,12 @@ def test_integer_products_are_those_of_the_definition(
     n_out: int,
     n_in: int,
     zeros: bool,
+    of_bits: int | None,
     seed: int,
 ) -> None:
     weight = random_weight(n_out, n_in, bits, group, seed, zeros=zeros)
+    if bits == 2 and not zeros:
+        weight = replace(weight, of_bits=of_bits)
     x = torch.randn(n_tokens, n_in, generator=torch.Generator().manual_seed(seed))
     tokens, plain = round_trip_tokens(x, group).double(), dequantize(weight).double()
     size = F.linear(tokens.abs(), plain.abs()) + 2**bits * tokens.abs().sum(-1, keepdim=True)

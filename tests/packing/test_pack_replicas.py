@@ -124,10 +124,11 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
         record: torch.Tensor,
         *,
         eps: float | None = None,
+        base_eps: float | None = None,
     ) -> None:
         if self.n_written == after:
             raise Killed
-        write(self, level, layer, expert, record, eps=eps)
+        write(self, level, layer, expert, record, eps=eps, base_eps=base_eps)
 
     monkeypatch.setattr(BundleWriter, "write_record", killing)
     with pytest.raises(Killed):

@@ -53,7 +53,7 @@ class FakeBundle:
         """Let reads of this expert wait for the event returned."""
         return self.held_back.setdefault((layer, expert), threading.Event())
 
-    def read_record_into(self, layer, expert, out, *, level=0, go_on=None):
+    def read_record_into(self, layer, expert, out, *, level=0, n_there=0, go_on=None):
         """Fill `out` in two halves with a pause between, so that a torn read shows."""
         self.started.append((layer, expert))
         self.has_started.set()

@@ -1,0 +1,227 @@
+"""Nested codes: the first two bits of every code, with scales of their own, are a matrix too.
+
+A code c of b bits begins with c >> (b - 2); all codes that begin alike become their middle, so the
+base has the grid of `IntegerWeight.factor` and `offset`. Codes that are rounded to nearest need not
+be changed for it: on a trained model of 16 experts the base's outputs are off by 0.33, those of two
+bits rounded by themselves by 0.35, with scales fitted to the inputs 0.30 and 0.31. GPTQ's are
+chosen for both at once (`quantize_nested_gptq`), and pay for it: 0.18 instead of 0.16 at 2 bits
+with 0.048 instead of 0.038 at 4, or with 0.085 instead of 0.076 at 3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_tool.quantization.bit_packing import unpack
+from moe_tool.quantization.fitted_scales import fit_scales
+from moe_tool.quantization.gptq import BLOCK, ErrorSpread
+from moe_tool.quantization.round_to_nearest import (
+    from_codes,
+    grid_scales,
+    nearest_codes,
+    tile_rows,
+    wide_scales,
+)
+from moe_tool.quantization.weights import IntegerWeight
+
+_BASE_BITS = 2
+_PASSES = 2
+_SWEEPS = 2
+_FULL_SHARE = {3: 4.0, 4: 8.0}
+"""By width: what a squared error of the whole code counts, one of its first bits counting 1"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqTarget:
+    """What codes are to be, and how their errors spread."""
+
+    weight: torch.Tensor
+    """[out, in] float32"""
+    spread: ErrorSpread
+    """Of the inputs"""
+
+
+def with_base(
+    weight: torch.Tensor, coded: IntegerWeight, hessian: torch.Tensor | None = None
+) -> IntegerWeight:
+    """Return codes as they are, with scales for their first two bits.
+
+    Half of a code's own scale is what the grid of the first bits asks for, and by a sixth better
+    than scales nearest to the weights, which make outputs too small.
+
+    Args:
+        weight: [out, in] that the codes stand for, any float dtype.
+        coded: of 3 or 4 bits, without zero points.
+        hessian: [in, in] float32: mean of x x^T over the inputs that the matrix is given, to fit
+            the scales to; None: they stay as they are.
+    """
+    scales = coded.scales / 2
+    if hessian is not None:
+        n_out, n_in = coded.shape
+        codes = unpack(coded.planes, coded.width_bits, n_outputs=n_out, n_inputs=n_in)
+        points = _base_points(codes.float(), coded.width_bits)
+        per_row = scales.transpose(1, 2).reshape(-1, scales.shape[1])[:n_out]  # [out, G]
+        fitted = fit_scales(weight.float(), points, per_row, hessian, group=coded.group)
+        scales = tile_rows(fitted)
+    return replace(coded, base_scales=scales)
+
+
+def quantize_nested_gptq(
+    full: GptqTarget, base: GptqTarget, width_bits: int, *, group: int
+) -> IntegerWeight:
+    """Return codes that are chosen, one input after the other, for themselves and their first bits.
+
+    Each side carries its own errors to the inputs that follow, as `quantize_gptq` does. What one
+    gains the other loses: a code that makes up for errors at 4 bits need not begin with bits that
+    make up for those at 2.
+
+    Args:
+        full: what the whole codes are to be.
+        base: what their first two bits are to be; spread in the same order.
+        width_bits: 3 or 4.
+        group: inputs per scale, a multiple of 32.
+
+    Raises:
+        CorruptArtifactError: the matrix holds NaN or infinity.
+    """
+    half = 2 ** (width_bits - 1)
+    scales = grid_scales(full.weight, width_bits, group=group)
+    points = nearest_codes(full.weight, _wide(scales, full.weight, group), width_bits)
+    base_scales = scales / 2
+    grid = _Grid(width_bits)
+    for at in range(_PASSES + _SWEEPS):
+        steps = [_wide(each, full.weight, group).T for each in (scales, base_scales)]
+        if at < _PASSES:
+            points = _spread_points((full, base), steps, grid)
+        elif full.spread.hessian is not None and base.spread.hessian is not None:
+            hessians = (full.spread.hessian, base.spread.hessian)
+            points = _swept_points((full, base), hessians, steps, points, grid)
+        base_points = _base_points(points + half, width_bits)
+        scales = _fitted(full, points, scales, group)
+        base_scales = _fitted(base, base_points, base_scales, group)
+    coded = from_codes(points, scales, width_bits, group=group)
+    return replace(coded, base_scales=tile_rows(base_scales))
+
+
+class _Grid:
+    """The codes that may be chosen for one weight: of every two bits the best that begins so."""
+
+    def __init__(self, width_bits: int) -> None:
+        self.width_bits = width_bits
+        half, self._per_base = 2 ** (width_bits - 1), 2 ** (width_bits - _BASE_BITS)
+        self._lowest = torch.arange(2.0**_BASE_BITS)[:, None] * self._per_base - half  # [4, 1]
+        self._base_points = _base_points(self._lowest + half, width_bits)  # [4, 1]
+        self._full_share = _FULL_SHARE[width_bits]
+
+    def choose(
+        self,
+        wanted: Sequence[torch.Tensor],
+        steps: Sequence[torch.Tensor],
+        weights: Sequence[float],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the points of one input, whole and of the base, [out] each.
+
+        Args:
+            wanted: what each is to be, [out].
+            steps: of each grid, [out].
+            weights: what a squared error of each counts.
+        """
+        inverse = torch.where(steps[0] == 0, 0.0, 1.0 / steps[0])
+        near = (wanted[0] * inverse).round_().expand(len(self._lowest), -1)
+        near = near.clamp(self._lowest, self._lowest + self._per_base - 1)
+        cost = (near * steps[0] - wanted[0]).square_() * (self._full_share * weights[0])
+        cost += (self._base_points * steps[1] - wanted[1]).square_() * weights[1]
+        best = cost.argmin(dim=0, keepdim=True)
+        return near.gather(0, best)[0], self._base_points[best[0], 0]
+
+
+def _spread_points(
+    targets: Sequence[GptqTarget], steps: Sequence[torch.Tensor], grid: _Grid
+) -> torch.Tensor:
+    """One pass as `quantize_gptq` makes it, for two matrices at once; [out, in] points."""
+    order = targets[0].spread.order
+    carries = [target.spread.carry for target in targets]
+    left = [target.weight.T[order] for target in targets]  # [in, out] each
+    ordered = [step[order] for step in steps]
+    points = torch.empty_like(left[0])
+    n_in = len(order)
+    for start in range(0, n_in, BLOCK):
+        stop = min(start + BLOCK, n_in)
+        errors = [torch.empty(stop - start, each.shape[1]) for each in left]
+        for at in range(start, stop):
+            here = [step[at] for step in ordered]
+            weights = [1 / float(carry[at, at]) ** 2 for carry in carries]
+            chosen = grid.choose([each[at] for each in left], here, weights)
+            points[at] = chosen[0]
+            for side, carry in enumerate(carries):
+                error = left[side][at] - chosen[side] * here[side]
+                errors[side][at - start] = error.div_(carry[at, at])
+                left[side][at + 1 : stop].addr_(carry[at, at + 1 : stop], error, alpha=-1)
+        for side, carry in enumerate(carries):
+            left[side][stop:].addmm_(carry[start:stop, stop:].T, errors[side], alpha=-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(n_in)
+    return points[back].T.contiguous()
+
+
+def _swept_points(
+    targets: Sequence[GptqTarget],
+    hessians: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    points: torch.Tensor,
+    grid: _Grid,
+) -> torch.Tensor:
+    """Every input once more, with all others as they are: no error of both together grows."""
+    points = points.T.contiguous()  # [in, out]
+    half = 2 ** (grid.width_bits - 1)
+    base_points = _base_points(points + half, grid.width_bits)
+    now = [points * steps[0], base_points * steps[1]]
+    pull = [
+        hessian @ (target.weight.T - made)
+        for target, hessian, made in zip(targets, hessians, now, strict=True)
+    ]  # [in, out] each
+    n_in = len(points)
+    for start in range(0, n_in, BLOCK):
+        stop = min(start + BLOCK, n_in)
+        before = [made[start:stop].clone() for made in now]
+        for at in range(start, stop):
+            weights = [float(hessian[at, at]) for hessian in hessians]
+            wanted = [
+                made[at] + pulled[at] / weight
+                for made, pulled, weight in zip(now, pull, weights, strict=True)
+            ]
+            here = [step[at] for step in steps]
+            chosen = grid.choose(wanted, here, weights)
+            points[at] = chosen[0]
+            for side, hessian in enumerate(hessians):
+                made = chosen[side] * here[side]
+                moved = made - now[side][at]
+                now[side][at] = made
+                # What lies behind is not looked at again.
+                pull[side][at + 1 : stop].addr_(hessian[at + 1 : stop, at], moved, alpha=-1)
+        for side, hessian in enumerate(hessians):
+            moved = now[side][start:stop] - before[side]
+            pull[side][stop:].addmm_(hessian[stop:, start:stop], moved, alpha=-1)
+    return points.T.contiguous()
+
+
+def _fitted(
+    target: GptqTarget, points: torch.Tensor, scales: torch.Tensor, group: int
+) -> torch.Tensor:
+    if target.spread.hessian is None:
+        return scales
+    return fit_scales(target.weight, points, scales, target.spread.hessian, group=group)
+
+
+def _base_points(codes: torch.Tensor, width_bits: int) -> torch.Tensor:
+    """Points of the base's grid, float32, from whole codes."""
+    per_base = 2 ** (width_bits - _BASE_BITS)
+    # As IntegerWeight.factor and offset: twice the distance from the middle of the codes.
+    offset = 2**width_bits - per_base + 1
+    points: torch.Tensor = (codes / per_base).floor() * (2 * per_base) - offset
+    return points
+
+
+def _wide(scales: torch.Tensor, weight: torch.Tensor, group: int) -> torch.Tensor:
+    return wide_scales(scales, n_inputs=weight.shape[1], group=group)
