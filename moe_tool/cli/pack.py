@@ -63,7 +63,8 @@ def pack(
             "--bits",
             metavar="BITS",
             help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
-            "128 inputs instead of 64; native keeps the checkpoint's dtype, bit for bit.",
+            "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are an "
+            "expert of their own; native keeps the checkpoint's dtype, bit for bit.",
             show_default="native, or the plan's",
         ),
     ] = None,
