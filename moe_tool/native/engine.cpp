@@ -257,4 +257,21 @@ void expert(const Weight& first, const Gate& gate, const Weight& second, const f
   multiply(second, codes, inner, n_tokens, out);
 }
 
+void largest_of_groups(const FloatMatrix& w, int group, float* out) {
+  std::lock_guard<std::mutex> lock(job);
+  const int rows = rows_per_chunk(w.n_outputs, size_t(w.n_inputs) * (w.kind == kFloat32 ? 4 : 2));
+  pool().each((w.n_outputs + rows - 1) / rows, [&](int chunk) {
+    const int first = chunk * rows;
+    in_use->largest_of_groups(w, group, first, std::min(w.n_outputs, first + rows), out);
+  });
+}
+
+void round_to_nearest(const FloatMatrix& w, const float* scales, int bits, int group,
+                      uint8_t* const* planes) {
+  std::lock_guard<std::mutex> lock(job);
+  pool().each((w.n_outputs + kRows - 1) / kRows, [&](int block) {
+    in_use->round_block(w, scales, bits, group, block, planes);
+  });
+}
+
 }  // namespace moe

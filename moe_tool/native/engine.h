@@ -30,6 +30,12 @@ void linear(const Weight& weight, const float* x, int n_tokens, float* out);
 void expert(const Weight& first, const Gate& gate, const Weight& second, const float* x,
             int n_tokens, float* out);
 
+// The number of largest size in every group of a matrix's rows, [outputs][groups], see Kernels.
+void largest_of_groups(const FloatMatrix& w, int group, float* out);
+// Its codes on grids of these scales, [outputs][groups], into planes.
+void round_to_nearest(const FloatMatrix& w, const float* scales, int bits, int group,
+                      uint8_t* const* planes);
+
 // out [tokens][outputs] of the two-bit codes of lookup.h; codes [tiles][quads][128], tokens
 // [tokens][2 quads].
 void pair_product(const uint8_t* codes, int n_outputs, int n_quads, const uint8_t* tokens,

@@ -28,7 +28,7 @@ ENVIRONMENT = "MOE_TOOL_KERNELS"
 NAMES = ("avx512vnni", "avx512", "avx2", "scalar")
 """Best first"""
 _TORCH = "torch"
-_FLOAT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOAT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "clamped_swiglu": 5}
 
 try:
@@ -92,6 +92,11 @@ def kernels_in_use() -> str:
 def is_built() -> bool:
     """Return whether this installation has a compiled side at all."""
     return _compiled is not None
+
+
+def compiled() -> Any:
+    """Return the compiled side; see `is_native`."""
+    return _compiled
 
 
 def is_native() -> bool:
@@ -258,7 +263,7 @@ class _Described:
         values: Any = weight.values
         if not values.is_contiguous():
             raise ValueError("a weight is not contiguous")
-        kind = _FLOAT_KINDS[values.dtype]
+        kind = FLOAT_KINDS[values.dtype]
         self.packed = struct.pack(
             "=8Q8i",
             *[0] * 6, values.data_ptr(), bias_at,

@@ -81,6 +81,12 @@ struct Kernels {
   // inner[first, last) of one token from its first product.
   void (*activate)(const Gate& gate, const float* first_product, int n_inner, int first, int last,
                    float* inner);
+  // The number of largest size in every group of rows [first, last), [row][groups], as it is; NaN
+  // where one is not finite. Groups have up to 128 inputs.
+  void (*largest_of_groups)(const FloatMatrix& w, int group, int first, int last, float* out);
+  // Codes of 2 to 8 bits of one block of 16 outputs into its tiles; scales [row][groups].
+  void (*round_block)(const FloatMatrix& w, const float* scales, int bits, int group, int row_block,
+                      uint8_t* const* planes);
   const Lookup* lookup;
 };
 

@@ -159,6 +159,44 @@ PyObject* pair_product(PyObject*, PyObject* args) {
   });
 }
 
+bool read_floats(unsigned long long values, int kind, int n_outputs, int n_inputs, int group,
+                 moe::FloatMatrix* out) {
+  *out = {pointer<void>(values), n_outputs, n_inputs, kind};
+  const bool sound = kind >= 0 && kind <= 2 && n_outputs > 0 && n_inputs > 0 && group > 0 &&
+                     group <= 128 && group % moe::kInputs == 0;
+  if (!sound) PyErr_SetString(PyExc_ValueError, "a matrix's description is not sound");
+  return sound;
+}
+
+PyObject* largest_of_groups(PyObject*, PyObject* args) {
+  unsigned long long values, out;
+  int kind, n_outputs, n_inputs, group;
+  if (!PyArg_ParseTuple(args, "KiiiiK", &values, &kind, &n_outputs, &n_inputs, &group, &out))
+    return nullptr;
+  moe::FloatMatrix w;
+  if (!read_floats(values, kind, n_outputs, n_inputs, group, &w)) return nullptr;
+  return without_gil(
+      [&] { moe::largest_of_groups(w, group, const_cast<float*>(pointer<float>(out))); });
+}
+
+PyObject* round_to_nearest(PyObject*, PyObject* args) {
+  unsigned long long values, scales, to[moe::kMaxPlanes];
+  int kind, n_outputs, n_inputs, bits, group;
+  if (!PyArg_ParseTuple(args, "KiiiiiKKKKK", &values, &kind, &n_outputs, &n_inputs, &bits, &group,
+                        &scales, to, to + 1, to + 2, to + 3))
+    return nullptr;
+  moe::FloatMatrix w;
+  if (!read_floats(values, kind, n_outputs, n_inputs, group, &w)) return nullptr;
+  if (bits < 2 || bits > 8) {
+    PyErr_SetString(PyExc_ValueError, "codes have 2 to 8 bits");
+    return nullptr;
+  }
+  uint8_t* planes[moe::kMaxPlanes];
+  for (int p = 0; p < moe::kMaxPlanes; ++p) planes[p] = const_cast<uint8_t*>(pointer<uint8_t>(to[p]));
+  return without_gil(
+      [&] { moe::round_to_nearest(w, pointer<float>(scales), bits, group, planes); });
+}
+
 PyObject* in_use(PyObject*, PyObject*) { return PyUnicode_FromString(moe::kernels_in_use()); }
 
 // What compiled_replay.py packs for the calls: native alignment.
@@ -237,6 +275,10 @@ PyMethodDef methods[] = {
     {"use_lookup", use_lookup, METH_VARARGS, "use_lookup(bits, max_tokens): False where not there"},
     {"pair_product", pair_product, METH_VARARGS,
      "pair_product(codes, n_outputs, n_quads, tokens, n_tokens, tables, out)"},
+    {"largest_of_groups", largest_of_groups, METH_VARARGS,
+     "largest_of_groups(values, kind, n_outputs, n_inputs, group, out)"},
+    {"round_to_nearest", round_to_nearest, METH_VARARGS,
+     "round_to_nearest(values, kind, n_outputs, n_inputs, bits, group, scales, planes...)"},
     {"in_use", in_use, METH_NOARGS, "in_use()"},
     {"replay", replay, METH_VARARGS,
      "replay(calls, eviction, parameters, capacity, per_layer, depth, pinned, hits, ...)"},

@@ -1,7 +1,7 @@
 """How an expert's matrices become codes while it is packed: `pack --quantizer`."""
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -9,6 +9,7 @@ from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.experts.expert_forward import inner_activations
 from moe_tool.formats.expert_record import QuantizeExpert, nearest
+from moe_tool.native.rounding import round_matrix
 from moe_tool.packing.calibrated_layers import ExpertSample
 from moe_tool.quantization.fitted_scales import quantize_fitted
 from moe_tool.quantization.gptq import ErrorSpread, error_spread, quantize_gptq
@@ -28,7 +29,7 @@ def needs_inputs(name: Quantizer) -> bool:
 
 def data_free(name: Quantizer) -> QuantizeExpert:
     """Return a quantizer that goes by the weights alone: the nearest to one that does not."""
-    return _half_quadratic if name == "hqq" else nearest
+    return _half_quadratic if name == "hqq" else partial(nearest, round_matrix=round_matrix)
 
 
 def calibrated(name: Quantizer, sample: ExpertSample) -> QuantizeExpert:

@@ -65,6 +65,24 @@ def grid_scales(weight: torch.Tensor, width_bits: int, *, group: int) -> torch.T
     return _codes(weight, width_bits, group)[1].squeeze(-1)
 
 
+def scales_of_largest(largest: torch.Tensor, width_bits: int) -> torch.Tensor:
+    """Return the scales of grids of 2 bits or more, float16.
+
+    Args:
+        largest: float32: the weight of largest magnitude that each is for.
+        width_bits: 2 to 8.
+    """
+    wide = (largest / -(2 ** (width_bits - 1))).clamp_(-_FLOAT16_MAX, _FLOAT16_MAX)
+    scales: torch.Tensor = wide.half()
+    scales += 0.0  # a group of zeros has the scale 0, not -0: same numbers, same bytes
+    return scales
+
+
+def not_finite() -> CorruptArtifactError:
+    """Return the error of a matrix that cannot be rounded."""
+    return CorruptArtifactError("a weight is NaN or infinite", hint="download the checkpoint again")
+
+
 def nearest_codes(values: torch.Tensor, scales: torch.Tensor, width_bits: int) -> torch.Tensor:
     """Return the points of the grid nearest to values, float32.
 
@@ -135,16 +153,11 @@ def _codes(weight: torch.Tensor, width_bits: int, group: int) -> tuple[torch.Ten
     values = values.reshape(n_out, n_groups, group)
     lowest, highest = values.aminmax(dim=-1, keepdim=True)  # [out, G, 1]
     if not (torch.isfinite(lowest).all() and torch.isfinite(highest).all()):
-        raise CorruptArtifactError(
-            "a weight is NaN or infinite", hint="download the checkpoint again"
-        )
+        raise not_finite()
     if width_bits == 1:
         sizes = torch.full((n_groups, 1), group)
         sizes[-1] = n_in - (n_groups - 1) * group
         scales = (values.abs().sum(dim=-1, keepdim=True) / sizes).clamp_(max=_FLOAT16_MAX)
         return nearest_codes(values, scales, width_bits), scales.half()
-    half_range = 2 ** (width_bits - 1)
-    largest = torch.where(-lowest > highest, lowest, highest)
-    scales = (largest / -half_range).clamp_(-_FLOAT16_MAX, _FLOAT16_MAX).half()
-    scales += 0.0  # a group of zeros has the scale 0, not -0: same numbers, same bytes
+    scales = scales_of_largest(torch.where(-lowest > highest, lowest, highest), width_bits)
     return nearest_codes(values, scales.float(), width_bits), scales

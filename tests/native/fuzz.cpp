@@ -123,6 +123,45 @@ bool pairs_agree(const char* name) {
   return true;
 }
 
+// Codes of floats: each the nearest to its number that the grid has.
+bool rounds(const char* name) {
+  const int n_out = from_to(1, 60), n_in = from_to(1, 300), bits = from_to(2, 8);
+  const int group = 32 << from_to(0, 2), n_groups = (n_in + group - 1) / group;
+  std::vector<float> values(size_t(n_out) * n_in), scales(size_t(n_out) * n_groups);
+  for (float& value : values) value = float(from_to(-1000, 1000)) / 64;
+  const moe::FloatMatrix w{values.data(), n_out, n_in, moe::kFloat32};
+  moe::largest_of_groups(w, group, scales.data());
+  for (float& scale : scales) scale /= float(-(1 << (bits - 1)));
+  std::vector<std::vector<uint8_t>> planes;
+  uint8_t* at[moe::kMaxPlanes] = {};
+  const size_t tiles = size_t((n_out + 15) / 16) * ((n_in + 31) / 32);
+  for (int left = bits; left > 0;) {
+    const int width = bits == 8 ? 8 : (left >= 2 ? 2 : 1);
+    left -= width;
+    planes.emplace_back(tiles * 64 * width);
+    at[planes.size() - 1] = planes.back().data();
+  }
+  moe::round_to_nearest(w, scales.data(), bits, group, at);
+  for (int i = 0; i < n_out * n_in; ++i) {
+    const int row = i / n_in, in = i % n_in, r = row % 16, c = in % 32;
+    const size_t tile = size_t(row / 16) * ((n_in + 31) / 32) + in / 32;
+    int code = 0;
+    for (size_t p = 0; p < planes.size(); ++p) {
+      const int width = bits == 8 ? 8 : (int(p) * 2 + 2 <= bits ? 2 : 1), per_byte = 8 / width;
+      const uint8_t byte = planes[p][tile * 64 * width + 64 * (c / 4 / per_byte) + 4 * r + c % 4];
+      code = code << width | (byte >> width * (c / 4 % per_byte) & ((1 << width) - 1));
+    }
+    const float scale = scales[size_t(row) * n_groups + in / group];
+    const float off = values[i] - float(code - (1 << (bits - 1))) * scale;
+    const bool is_cut = code == (1 << bits) - 1 && std::fabs(off) <= std::fabs(scale) * 1.001f;
+    if (!is_cut && std::fabs(off) > std::fabs(scale) * 0.501f) {
+      std::printf("%s: %d x %d at %d bits is not rounded to nearest\n", name, n_out, n_in, bits);
+      return false;
+    }
+  }
+  return true;
+}
+
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return !std::memcmp(a.data(), b.data(), a.size() * sizeof(float));
 }
@@ -159,7 +198,7 @@ int main(int argc, char** argv) {
           return 1;
         }
       }
-      if (!pairs_agree(name)) return 1;
+      if (!pairs_agree(name) || !rounds(name)) return 1;
       if (wanted_product.empty()) wanted_product = product, wanted_out = out;
       // A code of the inner tokens may differ by one where exp is rounded otherwise.
       if (!agree(wanted_product, product, 1e-5) || !agree(wanted_out, out, 2e-2)) {
