@@ -74,7 +74,7 @@ def tune_weights(
             min=1e-9,
             max=1e6,
             help="Learning rate at the start, in steps of a code; a tenth is left at the end.",
-            show_default="0.05 for sgd, 0.01 for adam",
+            show_default="0.1 for sgd, 0.01 for adam",
         ),
     ] = None,
     seed: SeedOption = 0,

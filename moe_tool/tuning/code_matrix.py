@@ -8,6 +8,10 @@ from moe_tool.quantization.bit_packing import pack, unpack
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import IntegerWeight
 
+_NEAREST = 0.9
+"""Share of the codes that are nearest to what they stand for where rounding chose them; scales that
+were fitted afterwards move a few"""
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class CodeMatrix:
@@ -32,17 +36,21 @@ class CodeMatrix:
         float32."""
         return by_weights.mul_(self._wide(self.slope))
 
-    def residual(self, exact: torch.Tensor) -> torch.Tensor:
-        """Return what rounding has lost of a matrix, in codes, up to half a step either way; zero
-        where the grid has no steps.
+    def residual(self, exact: torch.Tensor) -> torch.Tensor | None:
+        """Return what rounding has lost of a matrix, in codes: up to half a step either way, zero
+        where the grid has no steps. None where the codes were not chosen by rounding to nearest:
+        each makes up for others then, and what one of them is off by was not lost.
 
         Args:
             exact: [out, in], any float dtype: what the codes were made from.
         """
         slope = self._wide(self.slope)
-        wanted = (exact.float() - self._wide(self.start)) / slope
-        found = wanted.sub_(self.codes).nan_to_num_(0.0, 0.0, 0.0)
-        return found.clamp_(-0.5, 0.5)
+        wanted = (exact.float() - self._wide(self.start)).div_(slope)
+        wanted = torch.where(slope == 0, self.codes, wanted)
+        nearest = wanted.round().clamp_(0, 2**self.stored.width_bits - 1)
+        if int((nearest == self.codes).sum()) < _NEAREST * nearest.numel():
+            return None
+        return wanted.sub_(self.codes).clamp_(-0.5, 0.5)
 
     def pack(self) -> IntegerWeight:
         """Return the matrix as a record holds it, with the scales that it had."""

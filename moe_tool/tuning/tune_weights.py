@@ -42,7 +42,7 @@ from moe_tool.tuning.tune_layer import (
 )
 from moe_tool.tuning.tune_memory import require_tune_memory
 
-RATES: Mapping[Optimizer, float] = {"sgd": 0.05, "adam": 0.01}
+RATES: Mapping[Optimizer, float] = {"sgd": 0.1, "adam": 0.01}
 """Learning rates where none is asked for"""
 _HOLDOUT = 0.125
 _LEAST_ROWS = 32
@@ -312,7 +312,7 @@ def _check(options: TuneOptions) -> None:
         if value < 1:
             raise UsageError(f"--{name} {value}: at least 1 is needed")
     if not 0 < options.first_rate <= 1e6:
-        raise UsageError(f"--rate {options.first_rate:g}: not possible", hint="in codes, e.g. 0.05")
+        raise UsageError(f"--rate {options.first_rate:g}: not possible", hint="in codes, e.g. 0.1")
 
 
 def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) -> None:
