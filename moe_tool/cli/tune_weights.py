@@ -138,7 +138,8 @@ def tune_weights(
             f"peak memory {format_bytes(report.peak_rss_bytes)}"
         )
         output.say(f"next: moe-tool evaluate {report.bundle}/ --reference {model} --data ...")
-        output.result(asdict(report))
+        lineage = [step.model_dump(mode="json") for step in report.lineage]
+        output.result(asdict(report) | {"lineage": lineage})
 
 
 def _layer(layer: "TunedLayer") -> str:

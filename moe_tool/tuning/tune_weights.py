@@ -103,7 +103,8 @@ class TuneReport:
     """Experts of codes, of these layers, that too few tokens are sent to: as they were"""
     state_bytes: int
     """Of the optimizer, in the layer with the most"""
-    state_bytes_per_weight: float
+    state_bytes_per_weight: int
+    """Of one layer"""
     lineage: tuple[TunedWeights, ...]
     resumed_records: int
     """Records found finished from an interrupted run"""
