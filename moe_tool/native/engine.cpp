@@ -66,7 +66,7 @@ struct TokenScratch {
   Scratch<uint8_t> tables;
 };
 TokenScratch input_scratch, inner_scratch;
-Scratch<float> product_scratch, inner_floats;
+Scratch<float> product_scratch, inner_floats, input_floats;
 thread_local Scratch<uint8_t> row_codes;
 thread_local Scratch<float> row_sums;
 thread_local Scratch<uint32_t> pair_sums;
@@ -255,6 +255,43 @@ void expert(const Weight& first, const Gate& gate, const Weight& second, const f
   if (second.is_quantized) codes = room_for(inner_scratch, second.quantized, n_tokens);
   activate(gate, second, first_product, n_product, n_tokens, inner, codes);
   multiply(second, codes, inner, n_tokens, out);
+}
+
+void channel_expert(const ChannelMatrix& w, const Gate& given, bool chosen_is_gate,
+                    const float* chosen, const float* bias, const float* x, int n_tokens,
+                    float* out) {
+  std::lock_guard<std::mutex> lock(job);
+  Gate gate = given;
+  gate.interleaved = 0;
+  const int n = w.n_wanted, padded = w.padded();
+  // Tokens and sums, filled up to whole blocks.
+  float* const inputs = input_floats.of(2 * size_t(n_tokens) * padded);
+  float* const sums = inputs + size_t(n_tokens) * padded;
+  std::fill_n(inputs, 2 * size_t(n_tokens) * padded, 0.0f);
+  for (int t = 0; t < n_tokens; ++t)
+    std::memcpy(inputs + size_t(t) * padded, x + size_t(t) * w.n_hidden, w.n_hidden * sizeof(float));
+  float* const product = product_scratch.of(size_t(n_tokens) * 2 * n);  // [tokens][gate, up][wanted]
+  float* const inner = inner_floats.of(size_t(n_tokens) * n);
+  const int at = chosen_is_gate ? 0 : n, other = n - at;
+  for (int t = 0; t < n_tokens; ++t)
+    std::memcpy(product + 2 * size_t(t) * n + at, chosen + size_t(t) * n, n * sizeof(float));
+  const int rows = rows_per_chunk(n, w.half());
+  pool().each((n + rows - 1) / rows, [&](int chunk) {
+    const int first = chunk * rows, last = std::min(n, first + rows);
+    in_use->channel_dots(w, first, last, inputs, n_tokens, product + other, 2 * ptrdiff_t(n));
+    if (bias)
+      for (int t = 0; t < n_tokens; ++t)
+        for (int c = first; c < last; ++c) product[2 * size_t(t) * n + other + c] += bias[c];
+    for (int t = 0; t < n_tokens; ++t)
+      in_use->activate(gate, product + 2 * size_t(t) * n, n, first, last, inner + size_t(t) * n);
+  });
+  const int groups = rows_per_chunk(w.n_groups(), size_t(n) * w.half() / w.n_groups());
+  pool().each((w.n_groups() + groups - 1) / groups, [&](int chunk) {
+    const int first = chunk * groups, last = std::min(w.n_groups(), first + groups);
+    in_use->channel_adds(w, first, last, inner, n_tokens, sums);
+  });
+  for (int t = 0; t < n_tokens; ++t)
+    std::memcpy(out + size_t(t) * w.n_hidden, sums + size_t(t) * padded, w.n_hidden * sizeof(float));
 }
 
 void largest_of_groups(const FloatMatrix& w, int group, float* out) {

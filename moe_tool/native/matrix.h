@@ -43,6 +43,25 @@ struct QuantizedTokens {
   uint8_t* tables;  // of sums, see lookup.h; null: not looked up
 };
 
+// An expert's channels as quantization/channels.py packs them, and which of them are wanted.
+struct ChannelMatrix {
+  const uint8_t* chunks;
+  const int32_t* wanted;  // ascending; null: all
+  int32_t n_wanted, n_hidden, bits, group;
+
+  int padded() const { return (n_hidden + kInputs - 1) / kInputs * kInputs; }
+  int n_groups() const { return (n_hidden + group - 1) / group; }
+  ptrdiff_t code_bytes() const { return ptrdiff_t(padded()) * bits / 8; }
+  ptrdiff_t half() const { return code_bytes() + 2 * ptrdiff_t(n_groups()); }
+  const uint8_t* chunk(int at) const { return chunks + 2 * half() * (wanted ? wanted[at] : at); }
+  const uint16_t* row_scales(int at) const {
+    return reinterpret_cast<const uint16_t*>(chunk(at) + code_bytes());
+  }
+  const uint16_t* column_scales(int at) const {
+    return reinterpret_cast<const uint16_t*>(chunk(at) + half() + code_bytes());
+  }
+};
+
 enum Activation : int32_t {
   kSilu = 0, kGeluTanh = 1, kGeluErf = 2, kRelu = 3, kReluSquared = 4, kClampedSwiglu = 5,
 };
@@ -87,6 +106,12 @@ struct Kernels {
   // Codes of 2 to 8 bits of one block of 16 outputs into its tiles; scales [row][groups].
   void (*round_block)(const FloatMatrix& w, const float* scales, int bits, int group, int row_block,
                       uint8_t* const* planes);
+  // out[token * stride + channel] for wanted channels [first, last); x is [tokens][padded].
+  void (*channel_dots)(const ChannelMatrix& w, int first, int last, const float* x, int n_tokens,
+                       float* out, ptrdiff_t stride);
+  // Groups [first, last) of out [tokens][padded] += inner [tokens][wanted] @ their columns.
+  void (*channel_adds)(const ChannelMatrix& w, int first, int last, const float* inner,
+                       int n_tokens, float* out);
   const Lookup* lookup;
 };
 

@@ -6,11 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_tool.artifacts.pack_plan import Quantizer
+from moe_tool.artifacts.precision import ChannelPrecision, ExpertPrecision
 from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.formats.expert_form import ExpertForm
 from moe_tool.models.architecture import OpenedModel
-from moe_tool.packing.calibrated_layers import CalibratedModel
+from moe_tool.packing.calibrated_layers import CalibratedModel, ExpertSample
+from moe_tool.packing.channel_forms import ChannelForms
 from moe_tool.packing.quantizers import calibrated, data_free
 from moe_tool.packing.replicas import MEASURED_TOKENS, ExpertForms
 from moe_tool.policies.hot_set import ExpertKey
@@ -37,8 +40,10 @@ def write_records(
     progress.advance(writer.n_written)
     for level, layer, expert in list(writer.to_write):
         weights = opened.experts.read(layer, expert)
+        form = writer.forms[level]
+        assert isinstance(form, ExpertForm), "channels are made from what experts are given"
         with naming(opened, layer, expert):
-            record = writer.forms[level].encode(weights, quantize_expert=quantize_expert)
+            record = form.encode(weights, quantize_expert=quantize_expert)
         writer.write_record(level, layer, expert, record)
         progress.advance()
     progress.end()
@@ -85,7 +90,7 @@ def write_calibrated(
             sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
             if not sample.is_own:
                 unrouted.append((layer.layer, expert))
-            forms = ExpertForms(sample, calibrated(quantizer, sample))
+            forms = _forms(sample, writer.precision, quantizer)
             for level in levels:
                 with naming(opened, layer.layer, expert):
                     made = forms.make(writer.forms[level])
@@ -95,6 +100,14 @@ def write_calibrated(
                 progress.advance()
     progress.end()
     return unrouted
+
+
+def _forms(
+    sample: ExpertSample, precision: ExpertPrecision, quantizer: Quantizer
+) -> ExpertForms | ChannelForms:
+    if isinstance(precision, ChannelPrecision):
+        return ChannelForms(sample, precision, quantizer)
+    return ExpertForms(sample, calibrated(quantizer, sample))
 
 
 @contextmanager
