@@ -15,48 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from quantized_model import Judge, quantized
 from result_rows import print_table, record_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_tool.artifacts.bit_prices import BitPrices
-from moe_tool.formats.expert_form import full_form
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import locate_model
-from moe_tool.packing.calibrated_layers import CalibratedModel
 from moe_tool.packing.measure_bit_prices import MEASURED_WIDTHS, measure_bit_prices
-from moe_tool.packing.own_forms import parse_precision
-from moe_tool.packing.quantizers import calibrated
 from moe_tool.planning.allocate_bits import WIDTHS, allocate_by_layer
 from moe_tool.planning.bit_costs import bit_costs
 from moe_tool.planning.mixed_allocations import allocate_average, control_allocations
 from moe_tool.planning.plan_sources import PlanSources, read_sources
-from moe_tool.quantization.round_to_nearest import dequantize
 
 HEADINGS = ("average", "allocation", "expected KL", "KL", "to uniform", "MiB of experts")
-
-
-def quantized(a: argparse.Namespace) -> dict[tuple[int, int, int], dict[str, torch.Tensor]]:
-    """Return (layer, expert, width) -> its matrices, bfloat16."""
-    model = locate_model(a.model, offline=True)
-    opened = open_model(model)
-    found = {}
-    forms = {
-        width: full_form(opened.shape, parse_precision("--bits", str(width), a.quantizer))
-        for width in MEASURED_WIDTHS
-    }
-    with opened.checkpoint, ProfileReader.open(a.profile) as profile, torch.no_grad():
-        for layer in CalibratedModel(model.folder, opened, profile.tokens).layers():
-            for expert in range(opened.shape.experts):
-                sample = layer.sample(expert, most_measured=1)
-                quantize_expert = calibrated(a.quantizer, sample)
-                for width, form in forms.items():
-                    made = quantize_expert(sample.tensors, form.precision)
-                    found[layer.layer, expert, width] = {
-                        name: dequantize(weight).bfloat16() for name, weight in made.items()
-                    }
-    return found
 
 
 def published_costs(sources: PlanSources, eps: np.ndarray) -> np.ndarray:
@@ -74,42 +46,6 @@ def published_costs(sources: PlanSources, eps: np.ndarray) -> np.ndarray:
         gate = counts.gate_sum / np.maximum(1, counts.load)
         found[at] = (frequency * gate / max(1e-12, gate.sum()))[:, None] * eps[at] ** 2
     return found
-
-
-class Judge:
-    """The checkpoint, whole, and its answers to a text."""
-
-    def __init__(self, a: argparse.Namespace) -> None:
-        folder = locate_model(a.model, offline=True).folder
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        text = a.text.read_text(encoding="utf-8")[: 8 * a.tokens]
-        ids = tokenizer(text)["input_ids"][: a.tokens]
-        self._ids = torch.tensor(ids[: len(ids) // a.seq_len * a.seq_len]).view(-1, a.seq_len)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._experts = {at: layer.mlp.experts for at, layer in enumerate(self._model.model.layers)}
-        self._whole = {
-            (at, name): getattr(module, name).detach().clone()
-            for at, module in self._experts.items()
-            for name in ("gate_up_proj", "down_proj")
-        }
-        self._truth = self._answers()
-
-    def divergence(self, instead: dict[tuple[int, int], dict[str, torch.Tensor]]) -> float:
-        """Return the mean KL with some experts' matrices replaced."""
-        with torch.no_grad():
-            for (at, name), whole in self._whole.items():
-                weight = getattr(self._experts[at], name)
-                weight.copy_(whole)
-                for expert in range(len(weight)):
-                    if (at, expert) in instead:
-                        weight[expert] = instead[at, expert][name].float()
-        found = self._answers()
-        return float((self._truth.exp() * (self._truth - found)).sum(-1).mean())
-
-    @torch.inference_mode()
-    def _answers(self) -> torch.Tensor:
-        parts = [self._model(row[None]).logits[0] for row in self._ids]
-        return torch.log_softmax(torch.cat(parts), dim=-1)
 
 
 def main() -> None:
@@ -151,8 +87,8 @@ def _compare(a: argparse.Namespace) -> list[dict[str, str | float]]:
             eps[at, :, WIDTHS.index(width)] = row
         eps[at, :, WIDTHS.index(8) :] = 0
     published = published_costs(sources, eps)
-    weights = quantized(a)
-    judge = Judge(a)
+    weights = quantized(a.model, a.profile, a.quantizer, map(str, MEASURED_WIDTHS))
+    judge = Judge(a.model, a.text, n_tokens=a.tokens, seq_len=a.seq_len)
     allowed = [WIDTHS.index(width) for width in (0, *MEASURED_WIDTHS)]
     rows: list[dict[str, str | float]] = []
     for average in map(float, a.average.split(",")):
@@ -169,10 +105,10 @@ def _compare(a: argparse.Namespace) -> list[dict[str, str | float]]:
             for at, layer in enumerate(layers):
                 for expert, column in enumerate(chosen[at]):
                     if (width := WIDTHS[column]) == 0:
-                        zeros = weights[layer, expert, 1]
+                        zeros = weights[layer, expert, "1"]
                         instead[layer, expert] = {k: torch.zeros_like(v) for k, v in zeros.items()}
                     else:
-                        instead[layer, expert] = weights[layer, expert, width]
+                        instead[layer, expert] = weights[layer, expert, str(width)]
             measured[name] = judge.divergence(instead)
         for name, chosen in ways.items():
             nats = float(np.take_along_axis(costs.nats, chosen[..., None], axis=2).sum())

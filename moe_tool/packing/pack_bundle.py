@@ -201,7 +201,10 @@ def pack_bundle(
             f"--quantizer {quantizer} goes by what experts are given, and there is no profile",
             hint="--profile FILE, of moe-tool profile",
         )
-    memory = plan_pack_memory(opened, is_calibrated=is_calibrated, asked=memory_bytes)
+    n_tokens = measured.tokens.ids.size if is_calibrated and measured.tokens is not None else 0
+    memory = plan_pack_memory(
+        opened, n_tokens=n_tokens, is_nested=own.is_nested, asked=memory_bytes
+    )
     skeleton = SkeletonWork(opened, skeleton_precision)
     writer = BundleWriter.open(
         out,

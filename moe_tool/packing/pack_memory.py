@@ -22,6 +22,8 @@ _WORKING_COPIES = 6
 of it, and what two of these are made from"""
 _SQUARES = 7
 """[in, in] in float32: second moments, damped, ordered, their factor, inverse and its factor"""
+_NESTED_SQUARES = 3
+"""What is kept of the whole codes while the base's are made"""
 _MIB = 2**20
 
 
@@ -35,12 +37,15 @@ class PackMemory:
     """Of the hidden states that may be carried from layer to layer"""
 
 
-def plan_pack_memory(opened: OpenedModel, *, is_calibrated: bool, asked: int | None) -> PackMemory:
+def plan_pack_memory(
+    opened: OpenedModel, *, n_tokens: int, is_nested: bool = False, asked: int | None
+) -> PackMemory:
     """Return what packing will take.
 
     Args:
         opened: the checkpoint.
-        is_calibrated: the profile's tokens go through the model.
+        n_tokens: of the profile, where they go through the model; else 0.
+        is_nested: codes are chosen for two widths at once.
         asked: the budget in bytes; None: none, all tokens are taken.
 
     Raises:
@@ -49,28 +54,35 @@ def plan_pack_memory(opened: OpenedModel, *, is_calibrated: bool, asked: int | N
     shape = opened.shape
     used = current_rss_bytes()
     size = FLOAT_SIZE_BYTES[shape.dtype]
-    largest = max(tensor.n_weights for tensor in shape.expert_tensors)
-    expert = shape.n_expert_weights * (size + 1) + 4 * _WORKING_COPIES * largest
+    matrices = [tensor.shape for tensor in shape.expert_tensors if len(tensor.shape) == 2]
+    record = shape.n_expert_weights * (size + 1)
+    read_ahead = shape.n_expert_weights * 2 * size  # as it lies on the disk, and put together
+    copies = 4 * _WORKING_COPIES * (2 if is_nested else 1)
     skeleton = [opened.checkpoint.tensors[name].size_bytes for name in opened.skeleton.tensor_names]
     parts = {"process": used, "margin": _MARGIN_BYTES}
-    if not is_calibrated:
-        parts["one expert"] = max(expert, 3 * max(skeleton, default=0))
+    if not n_tokens:
+        largest = max(n_out * n_in for n_out, n_in in matrices)
+        one = record + copies * largest + read_ahead
+        parts["one expert, and the next"] = max(one, 3 * max(skeleton, default=0))
         needed = sum(parts.values())
         _require(opened, asked, needed, parts)
         return PackMemory(needed_bytes=needed, hidden_bytes=0)
-    widest = max(tensor.shape[-1] for tensor in shape.expert_tensors)
-    inner = max(tensor.shape[0] for tensor in shape.expert_tensors)
+    squares = 4 * (_SQUARES + (_NESTED_SQUARES if is_nested else 0))
+    inner = max(n_out for n_out, _ in matrices)
+    n_batch, n_fitted = min(_BATCH_TOKENS, n_tokens), min(_FITTED_TOKENS, n_tokens)
     # Outside the layers all of the skeleton stays, in float32 while one of its layers is at hand.
     parts["one layer"] = shape.experts * shape.n_expert_weights * size
     parts["what is beside the experts"] = sum(skeleton) * 4 // size
-    parts["one expert"] = expert + 4 * _SQUARES * widest * widest
-    parts["what it is given"] = 4 * _FITTED_TOKENS * (shape.hidden + 3 * inner)
-    parts["a batch"] = 4 * _BATCH_TOKENS * (16 * shape.hidden + shape.top_k * 2 * inner)
+    # Tokens go through a layer before its experts are quantized, one matrix after the other.
+    batch = 4 * n_batch * (16 * shape.hidden + shape.top_k * 2 * inner)
+    given = 4 * n_fitted * (shape.hidden + 3 * inner)
+    working = max(copies * n_out * n_in + squares * n_in**2 for n_out, n_in in matrices)
+    parts["a batch, or one expert and what it is given"] = max(batch, record + given + working)
     fixed = sum(parts.values())
-    least = 3 * 4 * _LEAST_TOKENS * shape.hidden
+    least = 3 * 4 * min(_LEAST_TOKENS, n_tokens) * shape.hidden
     _require(opened, asked, fixed + least, parts | {"hidden states": least})
-    room = 3 * MOST_HIDDEN_BYTES if asked is None else asked - fixed
-    hidden = min(MOST_HIDDEN_BYTES, room // 3)
+    most = min(MOST_HIDDEN_BYTES, 4 * n_tokens * shape.hidden)
+    hidden = most if asked is None else min(most, (asked - fixed) // 3)
     return PackMemory(needed_bytes=fixed + 3 * hidden, hidden_bytes=hidden)
 
 

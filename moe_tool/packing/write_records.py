@@ -1,9 +1,12 @@
 """Writes the records of a bundle: from the weights alone, or from what experts are given."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.precision import ChannelPrecision, ExpertPrecision
@@ -12,6 +15,7 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.expert_form import ExpertForm
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.expert_source import ExpertSource
 from moe_tool.packing.calibrated_layers import CalibratedModel, ExpertSample
 from moe_tool.packing.channel_forms import ChannelForms
 from moe_tool.packing.quantizers import calibrated, data_free
@@ -23,7 +27,7 @@ from moe_tool.progress import Progress
 def write_records(
     writer: BundleWriter, opened: OpenedModel, quantizer: Quantizer, progress: Progress
 ) -> None:
-    """Write what is missing, one expert in memory at a time.
+    """Write what is missing, one expert after the other; the next one is read meanwhile.
 
     Args:
         writer: of the bundle.
@@ -38,8 +42,9 @@ def write_records(
     quantize_expert = data_free(quantizer)
     progress.begin("pack experts", writer.n_written + len(writer.to_write), "experts")
     progress.advance(writer.n_written)
-    for level, layer, expert in list(writer.to_write):
-        weights = opened.experts.read(layer, expert)
+    wanted = list(writer.to_write)
+    read = read_ahead(opened.experts, [(layer, expert) for _, layer, expert in wanted])
+    for (level, layer, expert), weights in zip(wanted, read, strict=True):
         form = writer.forms[level]
         assert isinstance(form, ExpertForm), "channels are made from what experts are given"
         with naming(opened, layer, expert):
@@ -47,6 +52,22 @@ def write_records(
         writer.write_record(level, layer, expert, record)
         progress.advance()
     progress.end()
+
+
+def read_ahead(
+    source: ExpertSource, keys: Sequence[ExpertKey]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield experts in order, each read while the one before it is at work.
+
+    Raises:
+        StorageError: the checkpoint cannot be read.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="expert-source") as thread:
+        following: Future[dict[str, torch.Tensor]] | None = None
+        for at, key in enumerate(keys):
+            weights = source.read(*key) if following is None else following.result()
+            following = thread.submit(source.read, *keys[at + 1]) if at + 1 < len(keys) else None
+            yield weights
 
 
 def write_calibrated(

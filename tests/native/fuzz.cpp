@@ -124,7 +124,7 @@ bool pairs_agree(const char* name) {
 }
 
 // Codes of floats: each the nearest to its number that the grid has.
-bool rounds(const char* name) {
+bool rounding_is_nearest(const char* name) {
   const int n_out = from_to(1, 60), n_in = from_to(1, 300), bits = from_to(2, 8);
   const int group = 32 << from_to(0, 2), n_groups = (n_in + group - 1) / group;
   std::vector<float> values(size_t(n_out) * n_in), scales(size_t(n_out) * n_groups);
@@ -198,7 +198,7 @@ int main(int argc, char** argv) {
           return 1;
         }
       }
-      if (!pairs_agree(name) || !rounds(name)) return 1;
+      if (!pairs_agree(name) || !rounding_is_nearest(name)) return 1;
       if (wanted_product.empty()) wanted_product = product, wanted_out = out;
       // A code of the inner tokens may differ by one where exp is rounded otherwise.
       if (!agree(wanted_product, product, 1e-5) || !agree(wanted_out, out, 2e-2)) {

@@ -15,21 +15,22 @@ from tests.packing.test_pack_bundle import located, profile_of
 MIB = 2**20
 
 
-@pytest.mark.parametrize("is_calibrated", [False, True])
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("n_tokens", [0, 100, 100_000])
 def test_the_least_budget_is_named_and_works(
-    is_calibrated: bool, tiny_checkpoint: Callable[..., Path]
+    n_tokens: int, is_nested: bool, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     opened = open_model(LocatedModel(folder=tiny_checkpoint("mixtral"), name="tiny"))
     with opened.checkpoint:
-        free = plan_pack_memory(opened, is_calibrated=is_calibrated, asked=None)
+        free = plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=None)
         with pytest.raises(BudgetError, match=r"needs .* given 1\.00 MiB") as refused:
-            plan_pack_memory(opened, is_calibrated=is_calibrated, asked=MIB)
+            plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=MIB)
         hint = refused.value.hint or ""
         nearest = int(hint.split("--memory ")[1].split("MiB")[0]) * MIB
-        least = plan_pack_memory(opened, is_calibrated=is_calibrated, asked=nearest)
+        least = plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=nearest)
         assert least.needed_bytes <= nearest
         assert least.hidden_bytes <= free.hidden_bytes <= MOST_HIDDEN_BYTES
-        assert ("--quantizer" in hint) == is_calibrated
+        assert ("--quantizer" in hint) == (n_tokens > 0)
 
 
 def test_a_budget_changes_no_byte_where_it_is_large_enough(
