@@ -19,7 +19,7 @@ from moe_tool.quantization.channels import (
     dequantize_channels,
 )
 
-_BLOCK = 2**20
+_BLOCK = 2**18
 """Weights that are expanded at a time"""
 
 
@@ -63,6 +63,24 @@ def chooser_values(module: Any, chooser: Chooser, x: torch.Tensor) -> torch.Tens
     return values
 
 
+def channel_sizes(module: Any, chooser: Chooser, values: torch.Tensor) -> torch.Tensor:
+    """Return what thresholds are compared with: the size of a channel's inner activation if the
+    matrix that does not choose gave 1. So it is that of silu(gate), not of the gate: a gate far
+    below 0 closes its channel.
+
+    Args:
+        module: an experts module of transformers.
+        chooser: of the expert.
+        values: [n, I], of `chooser_values`.
+
+    Returns:
+        [n, I] float32.
+    """
+    other = torch.ones_like(values)
+    halves = (values, other) if chooser.is_gate else (other, values)
+    return gate_output(_joined(channel_gate(module)), torch.cat(halves, dim=1)).abs()
+
+
 @torch.no_grad()
 def choose_channels(
     module: Any, chooser: Chooser, x: torch.Tensor, sparsity: float
@@ -79,7 +97,8 @@ def choose_channels(
     if sparsity == 0:
         kept = torch.arange(values.shape[1])
     else:
-        kept = torch.nonzero(values[0].abs() >= chooser.threshold(sparsity)).flatten()
+        sizes = channel_sizes(module, chooser, values)[0]
+        kept = torch.nonzero(sizes >= chooser.threshold(sparsity)).flatten()
     return ChosenChannels(index=kept.to(torch.int32), values=values.index_select(1, kept))
 
 

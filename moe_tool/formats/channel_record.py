@@ -1,4 +1,4 @@
-"""How an expert in channels lies in a bundle: a record of chunks, and a chooser that stays in memory.
+"""How an expert in channels lies in a bundle: its chunks, and a chooser that stays in memory.
 
 The record of channels is one segment, `channels`, uint8 [I, bytes of a chunk]: see
 quantization/channels.py. The chooser's record is the matrix that chooses, as any integer matrix is

@@ -120,9 +120,7 @@ def require_finite(form: AnyForm, record: torch.Tensor) -> None:
     require_finite_segments(form.layout, record, names=lambda name: is_map or is_factor(name))
 
 
-def full_form(
-    shape: MoeShape, precision: Precision, *, is_other: bool = False
-) -> ExpertForm:
+def full_form(shape: MoeShape, precision: Precision, *, is_other: bool = False) -> ExpertForm:
     """Return the form of the experts themselves.
 
     Args:

@@ -56,7 +56,7 @@ def native_channels(
     )
     if index is not None and n_channels:
         is_sound &= index.dtype == torch.int32 and index.is_contiguous()
-        is_sound &= 0 <= int(index[0]) and int(index[-1]) < weight.n_channels
+        is_sound &= int(index[0]) >= 0 and int(index[-1]) < weight.n_channels
     if not is_sound:
         raise ValueError("channels, tokens and their choice do not fit together")
     x, values = x.contiguous(), values.contiguous()

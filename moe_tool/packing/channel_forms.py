@@ -14,7 +14,12 @@ import torch
 
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.precision import ChannelPrecision
-from moe_tool.experts.channel_forward import channel_gate, chooser_values, split_halves
+from moe_tool.experts.channel_forward import (
+    channel_gate,
+    channel_sizes,
+    chooser_values,
+    split_halves,
+)
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.formats.channel_record import (
     FIRST,
@@ -70,9 +75,7 @@ class ChannelForms:
         expert = self._expert
         assert expert.chooser is not None
         if form.is_chooser:
-            return MeasuredRecord(
-                record=encode_chooser(form.layout, expert.chooser), eps=None
-            )
+            return MeasuredRecord(record=encode_chooser(form.layout, expert.chooser), eps=None)
         sample = self._sample
         exact = {name: FloatWeight(values=value) for name, value in sample.tensors.items()}
         truth = expert_forward(sample.module, exact, sample.measured_on)
@@ -122,7 +125,8 @@ class ChannelForms:
         inputs = self._sample.fitted_on
         inputs = inputs[:: max(1, -(-len(inputs) // _THRESHOLD_TOKENS))]
         if len(inputs):
-            sizes = chooser_values(self._sample.module, chooser, inputs).abs().numpy()
-            found = np.quantile(sizes, GRID, method="inverted_cdf")
+            module = self._sample.module
+            sizes = channel_sizes(module, chooser, chooser_values(module, chooser, inputs))
+            found = np.quantile(sizes.numpy(), GRID, method="inverted_cdf")
             chooser.thresholds[1:] = np.minimum(found[1:], _FLOAT16_MAX)
         return chooser

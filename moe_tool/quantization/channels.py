@@ -77,7 +77,7 @@ class Chooser:
     """[I, H]: the up projection or the gate"""
     is_gate: bool
     thresholds: np.ndarray
-    """[GRID] float32: sizes of `weight`'s output below which that share of them lies"""
+    """[GRID] float32: sizes of what `weight` gives below which that share of them lies"""
     hashes: np.ndarray
     """[I] uint64: xxh3-64 of each chunk"""
     biases: Mapping[str, FloatWeight]

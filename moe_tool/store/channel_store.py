@@ -1,4 +1,4 @@
-"""Experts in channels: what chooses them always in memory, and slots that fill channel by channel."""
+"""Experts in channels: what chooses them stays in memory, slots fill channel by channel."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
