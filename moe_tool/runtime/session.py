@@ -55,7 +55,7 @@ from moe_tool.runtime.run_options import (
     follow_plan,
 )
 from moe_tool.runtime.shadow import Shadow
-from moe_tool.runtime.sparse_experts import describe_sparse, require_sparse
+from moe_tool.runtime.sparse_experts import describe_sparse, require_alone, require_sparse
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 
 _FIRST_USE_BYTES = 16 * 2**20
@@ -110,6 +110,7 @@ class Session:
         Raises:
             UsageError: the bundle lacks what the policy needs.
         """
+        require_alone(self.runner.sparsity, policy)
         prefetcher = choose_prefetcher(
             self.setting.prefetch, self.skeleton.layers, residency=residency
         )

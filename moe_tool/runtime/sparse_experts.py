@@ -32,11 +32,7 @@ def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
             f"{name}: the experts of {bundle.folder} are not in channels",
             hint="moe-tool pack --sparse-experts gate2",
         )
-    if options.policy not in (None, EXACT):
-        raise UsageError(
-            f"{name} beside --policy {options.policy}: one thing at a time changes the text",
-            hint="--policy exact",
-        )
+    require_alone(sparsity, options.policy or EXACT)
     if options.batch > 1:
         raise UsageError(
             f"{name}: it is for one sequence at a time, {options.batch} are asked for",
@@ -49,8 +45,24 @@ def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
         )
 
 
+def require_alone(sparsity: float | None, policy: str) -> None:
+    """Refuse a lossy policy where channels are left out.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if sparsity is not None and policy != EXACT:
+        raise UsageError(
+            f"--sparse-experts {sparsity:g} beside --policy {policy}: one thing at a time changes "
+            "the text",
+            hint="--policy exact",
+        )
+
+
 def describe_sparse(sparsity: float) -> str:
     """Return what a run says before its first token."""
+    if sparsity == 0:
+        return "sparse experts: no channel is left out, and those of a miss are read one by one"
     return (
         f"sparse experts: about {sparsity:.0%} of an expert's channels are left out of every "
         "decoded token, which changes the text; prompts are computed in full"
