@@ -133,16 +133,16 @@ def pack_channels(row: IntegerWeight, column: IntegerWeight) -> ChannelWeight:
 
 def dequantize_channels(weight: ChannelWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows and columns, float32 [I, H] each."""
-    rows = weight.chunks.view(2 * weight.n_channels, -1)
+    rows = weight.chunks.view(2 * weight.n_channels, weight.chunks.shape[1] // 2)
     n_codes = -(-weight.n_hidden // INPUTS) * INPUTS
     packed = rows[:, : n_codes * weight.width_bits // 8]
     if weight.width_bits == 4:
-        blocks = packed.reshape(len(rows), -1, INPUTS // 2)
+        blocks = packed.reshape(len(rows), n_codes // INPUTS, INPUTS // 2)
         codes = torch.stack([blocks & 15, blocks >> 4], dim=2).reshape(len(rows), n_codes)
     else:
         codes = packed
     values = codes[:, : weight.n_hidden].float().sub_(2 ** (weight.width_bits - 1))
-    scales = weight.scales().reshape(len(rows), -1)
+    scales = weight.scales().flatten(0, 1)
     values.mul_(wide_scales(scales, n_inputs=weight.n_hidden, group=weight.group))
     found = values.view(weight.n_channels, 2, weight.n_hidden)
     return found[:, 0], found[:, 1]
