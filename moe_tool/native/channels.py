@@ -59,13 +59,16 @@ def native_channels(
         is_sound &= int(index[0]) >= 0 and int(index[-1]) < weight.n_channels
     if not is_sound:
         raise ValueError("channels, tokens and their choice do not fit together")
+    if not n_channels:  # nothing that could be pointed to
+        return torch.zeros(n_tokens, weight.n_hidden)
     x, values = x.contiguous(), values.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     described = struct.pack(
-        "=4Q6i",
+        "=4Q8i",
         chunks.data_ptr(), 0 if index is None else index.data_ptr(), values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        n_channels, weight.n_hidden, weight.width_bits, weight.group, is_gate, n_tokens,
+        weight.n_channels, n_channels, weight.n_hidden, weight.width_bits, weight.group, is_gate,
+        n_tokens, 0,
     )  # fmt: skip
     out = torch.empty(n_tokens, weight.n_hidden)
     kernels.compiled().channel_expert(described, gate.packed, x.data_ptr(), out.data_ptr())

@@ -115,6 +115,9 @@ void add_bias(const float* bias, int first, int last, int n_tokens, float* out, 
     for (int i = first; i < last; ++i) out[t * stride + i] += bias[i];
 }
 
+// Sums of channels that are computed apart, then added in their order.
+constexpr int kChannelParts = 16;
+
 // Rows that make a chunk: so many bytes at least, long beside the cost of taking one; and no more
 // chunks than balance needs, since a thread that reads on is ahead of one that starts anew.
 constexpr size_t kChunkBytes = 64 * 1024;
@@ -257,41 +260,34 @@ void expert(const Weight& first, const Gate& gate, const Weight& second, const f
   multiply(second, codes, inner, n_tokens, out);
 }
 
-void channel_expert(const ChannelMatrix& w, const Gate& given, bool chosen_is_gate,
-                    const float* chosen, const float* bias, const float* x, int n_tokens,
-                    float* out) {
+void channel_expert(const ChannelJob& given, float* out) {
   std::lock_guard<std::mutex> lock(job);
-  Gate gate = given;
-  gate.interleaved = 0;
-  const int n = w.n_wanted, padded = w.padded();
-  // Tokens and sums, filled up to whole blocks.
-  float* const inputs = input_floats.of(2 * size_t(n_tokens) * padded);
-  float* const sums = inputs + size_t(n_tokens) * padded;
-  std::fill_n(inputs, 2 * size_t(n_tokens) * padded, 0.0f);
-  for (int t = 0; t < n_tokens; ++t)
-    std::memcpy(inputs + size_t(t) * padded, x + size_t(t) * w.n_hidden, w.n_hidden * sizeof(float));
-  float* const product = product_scratch.of(size_t(n_tokens) * 2 * n);  // [tokens][gate, up][wanted]
-  float* const inner = inner_floats.of(size_t(n_tokens) * n);
-  const int at = chosen_is_gate ? 0 : n, other = n - at;
-  for (int t = 0; t < n_tokens; ++t)
-    std::memcpy(product + 2 * size_t(t) * n + at, chosen + size_t(t) * n, n * sizeof(float));
-  const int rows = rows_per_chunk(n, w.half());
-  pool().each((n + rows - 1) / rows, [&](int chunk) {
-    const int first = chunk * rows, last = std::min(n, first + rows);
-    in_use->channel_dots(w, first, last, inputs, n_tokens, product + other, 2 * ptrdiff_t(n));
-    if (bias)
-      for (int t = 0; t < n_tokens; ++t)
-        for (int c = first; c < last; ++c) product[2 * size_t(t) * n + other + c] += bias[c];
-    for (int t = 0; t < n_tokens; ++t)
-      in_use->activate(gate, product + 2 * size_t(t) * n, n, first, last, inner + size_t(t) * n);
+  ChannelJob part = given;
+  part.gate.interleaved = 0;
+  const ChannelMatrix& w = part.weight;
+  // Tokens, then a sum for each part of all channels, filled up to whole blocks. The parts are the
+  // same whatever is wanted, so that what is left out changes no other sum.
+  const size_t size = size_t(part.n_tokens) * w.padded();
+  float* const inputs = input_floats.of((1 + kChannelParts) * size);
+  float* const sums = inputs + size;
+  std::fill_n(inputs, (1 + kChannelParts) * size, 0.0f);
+  for (int t = 0; t < part.n_tokens; ++t)
+    std::memcpy(inputs + size_t(t) * w.padded(), given.x + size_t(t) * w.n_hidden,
+                w.n_hidden * sizeof(float));
+  part.x = inputs;
+  const auto begin_of = [&](int p) {
+    const int channel = int(int64_t(w.n_channels) * p / kChannelParts);
+    if (!w.wanted) return channel;
+    return int(std::lower_bound(w.wanted, w.wanted + w.n_wanted, channel) - w.wanted);
+  };
+  pool().each(kChannelParts, [&](int p) {
+    in_use->add_channels(part, begin_of(p), begin_of(p + 1), sums + p * size);
   });
-  const int groups = rows_per_chunk(w.n_groups(), size_t(n) * w.half() / w.n_groups());
-  pool().each((w.n_groups() + groups - 1) / groups, [&](int chunk) {
-    const int first = chunk * groups, last = std::min(w.n_groups(), first + groups);
-    in_use->channel_adds(w, first, last, inner, n_tokens, sums);
-  });
-  for (int t = 0; t < n_tokens; ++t)
-    std::memcpy(out + size_t(t) * w.n_hidden, sums + size_t(t) * padded, w.n_hidden * sizeof(float));
+  for (int p = 1; p < kChannelParts; ++p)
+    for (size_t i = 0; i < size; ++i) sums[i] += sums[p * size + i];
+  for (int t = 0; t < part.n_tokens; ++t)
+    std::memcpy(out + size_t(t) * w.n_hidden, sums + size_t(t) * w.padded(),
+                w.n_hidden * sizeof(float));
 }
 
 void largest_of_groups(const FloatMatrix& w, int group, float* out) {

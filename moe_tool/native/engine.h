@@ -30,12 +30,8 @@ void linear(const Weight& weight, const float* x, int n_tokens, float* out);
 void expert(const Weight& first, const Gate& gate, const Weight& second, const float* x,
             int n_tokens, float* out);
 
-// out [tokens][hidden] of an expert's wanted channels. `chosen` [tokens][wanted] is what the matrix
-// that chooses them makes of the tokens, the gate or the up projection; bias [wanted] is the other
-// one's, or null.
-void channel_expert(const ChannelMatrix& w, const Gate& gate, bool chosen_is_gate,
-                    const float* chosen, const float* bias, const float* x, int n_tokens,
-                    float* out);
+// out [tokens][hidden] of the wanted channels of an expert; the x of `job` is [tokens][hidden].
+void channel_expert(const ChannelJob& job, float* out);
 
 // The number of largest size in every group of a matrix's rows, [outputs][groups], see Kernels.
 void largest_of_groups(const FloatMatrix& w, int group, float* out);

@@ -47,19 +47,13 @@ struct QuantizedTokens {
 struct ChannelMatrix {
   const uint8_t* chunks;
   const int32_t* wanted;  // ascending; null: all
-  int32_t n_wanted, n_hidden, bits, group;
+  int32_t n_channels, n_wanted, n_hidden, bits, group;
 
   int padded() const { return (n_hidden + kInputs - 1) / kInputs * kInputs; }
   int n_groups() const { return (n_hidden + group - 1) / group; }
   ptrdiff_t code_bytes() const { return ptrdiff_t(padded()) * bits / 8; }
   ptrdiff_t half() const { return code_bytes() + 2 * ptrdiff_t(n_groups()); }
   const uint8_t* chunk(int at) const { return chunks + 2 * half() * (wanted ? wanted[at] : at); }
-  const uint16_t* row_scales(int at) const {
-    return reinterpret_cast<const uint16_t*>(chunk(at) + code_bytes());
-  }
-  const uint16_t* column_scales(int at) const {
-    return reinterpret_cast<const uint16_t*>(chunk(at) + half() + code_bytes());
-  }
 };
 
 enum Activation : int32_t {
@@ -72,6 +66,16 @@ struct Gate {
   int32_t gated;        // 0: act(up); 1: act(gate) * up
   int32_t interleaved;  // gate and up alternate instead of gate first, then up
   float alpha, limit;   // of kClampedSwiglu: gate * sigmoid(alpha gate) * (up + 1), both clamped
+};
+
+// `chosen` [tokens][wanted] is what the matrix that chooses channels makes of the tokens, the gate or
+// the up projection; the bias [wanted] is the other one's, or null; x is [tokens][padded].
+struct ChannelJob {
+  ChannelMatrix weight;
+  Gate gate;
+  bool chosen_is_gate;
+  const float *chosen, *bias, *x;
+  int n_tokens;
 };
 
 // Inputs of a row block that are expanded to bytes at a time, or one group where that is longer.
@@ -106,12 +110,8 @@ struct Kernels {
   // Codes of 2 to 8 bits of one block of 16 outputs into its tiles; scales [row][groups].
   void (*round_block)(const FloatMatrix& w, const float* scales, int bits, int group, int row_block,
                       uint8_t* const* planes);
-  // out[token * stride + channel] for wanted channels [first, last); x is [tokens][padded].
-  void (*channel_dots)(const ChannelMatrix& w, int first, int last, const float* x, int n_tokens,
-                       float* out, ptrdiff_t stride);
-  // Groups [first, last) of out [tokens][padded] += inner [tokens][wanted] @ their columns.
-  void (*channel_adds)(const ChannelMatrix& w, int first, int last, const float* inner,
-                       int n_tokens, float* out);
+  // out [tokens][padded] += what the wanted channels [first, last) give.
+  void (*add_channels)(const ChannelJob& job, int first, int last, float* out);
   const Lookup* lookup;
 };
 

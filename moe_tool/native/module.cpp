@@ -113,7 +113,7 @@ PyObject* expert(PyObject*, PyObject* args) {
 // What channels.py packs: native alignment.
 struct PackedChannels {
   uint64_t chunks, wanted, chosen, bias;
-  int32_t n_wanted, n_hidden, bits, group, chosen_is_gate, n_tokens;
+  int32_t n_channels, n_wanted, n_hidden, bits, group, chosen_is_gate, n_tokens, padding;
 };
 
 PyObject* channel_expert(PyObject*, PyObject* args) {
@@ -128,21 +128,24 @@ PyObject* channel_expert(PyObject*, PyObject* args) {
   if (sound) {
     std::memcpy(&p, data, sizeof p);
     std::memcpy(&g, gate_data, sizeof g);
-    sound = p.n_wanted >= 0 && p.n_hidden > 0 && (p.bits == 4 || p.bits == 8) && p.group > 0 &&
+    sound = p.n_wanted >= 0 && p.n_channels >= p.n_wanted &&
+            (p.wanted || p.n_wanted == p.n_channels) && p.n_hidden > 0 && (p.bits == 4 || p.bits == 8) && p.group > 0 &&
             p.group % moe::kInputs == 0 && p.n_tokens >= 0 && g.gated;
   }
   if (!sound) {
     PyErr_SetString(PyExc_ValueError, "the description of channels is not sound");
     return nullptr;
   }
-  const moe::ChannelMatrix w{pointer<uint8_t>(p.chunks), pointer<int32_t>(p.wanted), p.n_wanted,
-                             p.n_hidden, p.bits, p.group};
-  const moe::Gate gate{g.activation, g.gated, g.interleaved, g.alpha, g.limit};
-  return without_gil([&] {
-    moe::channel_expert(w, gate, p.chosen_is_gate, pointer<float>(p.chosen),
-                        pointer<float>(p.bias), pointer<float>(x), p.n_tokens,
-                        const_cast<float*>(pointer<float>(out)));
-  });
+  const moe::ChannelJob job{
+      {pointer<uint8_t>(p.chunks), pointer<int32_t>(p.wanted), p.n_channels, p.n_wanted,
+       p.n_hidden, p.bits, p.group},
+      {g.activation, g.gated, g.interleaved, g.alpha, g.limit},
+      p.chosen_is_gate != 0,
+      pointer<float>(p.chosen),
+      pointer<float>(p.bias),
+      pointer<float>(x),
+      p.n_tokens};
+  return without_gil([&] { moe::channel_expert(job, const_cast<float*>(pointer<float>(out))); });
 }
 
 // Runs of [offset, bytes] behind `start` of a file into the same places of a buffer.
