@@ -12,7 +12,7 @@ LEAVES = {"errors", "byte_sizes", "progress", "available_memory", "artifact_fold
 BELOW = {
     "artifacts": {"errors", "byte_sizes"},
     "text": {"artifacts"},
-    "formats": {"artifacts", "quantization", "policies"},
+    "formats": {"artifacts", "quantization", "policies", "native"},
     "quantization": {"artifacts"},
     "policies": {"artifacts"},
     "reports": {"artifacts"},

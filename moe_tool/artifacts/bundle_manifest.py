@@ -10,6 +10,8 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import (
+    ChannelPrecision,
+    ExpertPrecision,
     IntegerPrecision,
     NativePrecision,
     Precision,
@@ -131,6 +133,16 @@ class OwnTable(FrozenModel):
     """In file order"""
 
 
+class ChooserTable(FrozenModel):
+    """What stays in memory of every expert whose channels are stored one by one: the matrix that
+    chooses them, thresholds, and the hash of each channel."""
+
+    record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
+    """The same for every record of the table; a multiple of ALIGNMENT_BYTES"""
+    records: tuple[ExpertRecord, ...]
+    """Of every expert, in file order"""
+
+
 class QualityFigure(FrozenModel):
     """A measured divergence, nats per token."""
 
@@ -207,7 +219,7 @@ class BundleManifest(FrozenModel):
     tool_version: str
     identity: ModelIdentity
     shape: MoeShape
-    precision: Precision
+    precision: ExpertPrecision
     """Of the experts in `records`"""
     record_layout: Literal["planes-1"] = RECORD_LAYOUT
     record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
@@ -218,6 +230,8 @@ class BundleManifest(FrozenModel):
     """Experts that have another number of bits; the most bits first"""
     absent: tuple[tuple[Index, Index], ...] = ()
     """(layer, expert) of those that are left out for good: nothing answers for them"""
+    choosers: ChooserTable | None = None
+    """Of a bundle whose `records` hold channels; None of any other"""
     errors: tuple[ReplicaLayer, ...] | None = None
     """What the experts' own forms were measured to be off from the checkpoint's, one entry per
     layer; None where nothing was measured"""
@@ -254,9 +268,11 @@ class BundleManifest(FrozenModel):
 
     @property
     def own_bytes(self) -> int:
-        """Of these records."""
+        """Of these records, choosers of channels included."""
         sizes = [(self.record_size_bytes, self.records)]
         sizes += [(own.record_size_bytes, own.records) for own in self.others]
+        if self.choosers is not None:
+            sizes.append((self.choosers.record_size_bytes, self.choosers.records))
         return sum(size * len(records) for size, records in sizes)
 
     @property
@@ -277,6 +293,7 @@ class BundleManifest(FrozenModel):
         for own in self.others:
             self._check_places(own.records, own.record_size_bytes)
         self._check_replicas()
+        self._check_choosers()
         self._check_tables()
         self._check_skeleton()
         return self
@@ -347,6 +364,21 @@ class BundleManifest(FrozenModel):
                 raise ValueError("a file holds records of two forms")
             taken |= files
             self._check_places(table.records, table.record_size_bytes)
+
+    def _check_choosers(self) -> None:
+        """Channels have choosers, of all experts and nothing beside them; nothing else has any."""
+        if isinstance(self.precision, ChannelPrecision) != (self.choosers is not None):
+            raise ValueError("choosers and channels go together")
+        if self.choosers is None:
+            return
+        if self.replicas or self.others or self.absent:
+            raise ValueError("experts in channels have no other forms beside them")
+        keys = [(record.layer, record.expert) for record in self.choosers.records]
+        if keys != [(record.layer, record.expert) for record in self.records]:
+            raise ValueError("the choosers are not those of the experts, in their order")
+        if {r.file for r in self.choosers.records} & {r.file for r in self.records}:
+            raise ValueError("a file holds records of two forms")
+        self._check_places(self.choosers.records, self.choosers.record_size_bytes)
 
     def _check_base(self, table: ReplicaTable) -> None:
         """Every expert's first bits lie where the expert lies."""

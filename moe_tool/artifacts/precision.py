@@ -59,9 +59,41 @@ class LowRankPrecision(FrozenModel):
     rank: Annotated[int, Field(ge=1, le=1024)]
 
 
+class ChannelPrecision(FrozenModel):
+    """Channels of a gated expert that can be used alone: one of its first two matrices says which
+    of them a token needs, and of each channel the other matrix's row and the last one's column lie
+    beside each other (FloE, arXiv:2505.05950)."""
+
+    kind: Literal["channels"] = "channels"
+    chosen_by: Literal["up", "gate"]
+    """The matrix that says so"""
+    chooser_bits: Literal[2, 3]
+    """Of that matrix"""
+    width_bits: Literal[4, 8] = 4
+    """Of the channels"""
+    group: Literal[32, 64, 128] = 64
+    """Numbers of a row, or of a column, that share a scale"""
+    zeros: bool = False
+    """The chooser has zero points; channels never have"""
+
+    @property
+    def chooser(self) -> IntegerPrecision:
+        """Of the matrix that chooses."""
+        return IntegerPrecision(width_bits=self.chooser_bits, group=self.group, zeros=self.zeros)
+
+    @property
+    def rows(self) -> IntegerPrecision:
+        """Of the other matrix's rows, and of the last one's columns as rows."""
+        return IntegerPrecision(width_bits=self.width_bits, group=self.group)
+
+
+_CHANNELS = re.compile(r"(up|gate)([23])(?::(4|8))?(?::(32|64|128))?")
 _INTEGER = re.compile(r"(?:([12348])(z?)|2\+([12]))(?::(32|64|128))?")
 
 Precision = Annotated[NativePrecision | IntegerPrecision, Field(discriminator="kind")]
+ExpertPrecision = Annotated[
+    NativePrecision | IntegerPrecision | ChannelPrecision, Field(discriminator="kind")
+]
 ReplicaPrecision = Annotated[IntegerPrecision | LowRankPrecision, Field(discriminator="kind")]
 
 
@@ -85,8 +117,26 @@ def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:
     )
 
 
-def bits_of(precision: NativePrecision | IntegerPrecision) -> str:
-    """Return what `precision_from_bits` takes."""
+def channel_precision(text: str) -> ChannelPrecision:
+    """Return the precision that `--sparse-experts` of `pack` names: up2 (chosen by the up
+    projection at 2 bits), gate3:8 (channels of 8 bits), up2:4:128 (groups of 128); a ValueError for
+    anything else."""
+    found = _CHANNELS.fullmatch(text)
+    if found is None:
+        raise ValueError(text)
+    chosen_by, chooser_bits, width_bits, group = found.groups()
+    return ChannelPrecision.model_validate(
+        {
+            "chosen_by": chosen_by,
+            "chooser_bits": int(chooser_bits),
+            "width_bits": int(width_bits or 4),
+            "group": int(group or 64),
+        }
+    )
+
+
+def bits_of(precision: NativePrecision | IntegerPrecision | ChannelPrecision) -> str:
+    """Return what `precision_from_bits` or `channel_precision` takes."""
     return describe_precision(precision)
 
 
@@ -112,14 +162,19 @@ def replica_precisions(text: str) -> tuple[IntegerPrecision | LowRankPrecision, 
     return (*integers, *maps)
 
 
-def describe_precision(precision: NativePrecision | IntegerPrecision | LowRankPrecision) -> str:
-    """Return a name for tables, as `--bits` and `--replicas` take it: native, 4, 2:128, 2+2,
-    rank16; the first bits of a nested precision are called as if they were whole."""
+def describe_precision(
+    precision: NativePrecision | IntegerPrecision | LowRankPrecision | ChannelPrecision,
+) -> str:
+    """Return a name for tables, as `--bits`, `--replicas` and `--sparse-experts` take it: native,
+    4, 2:128, 2+2, rank16, up2:4; the first bits of a nested precision are called as if they were
+    whole."""
     if isinstance(precision, LowRankPrecision):
         return f"rank{precision.rank}"
     if isinstance(precision, NativePrecision):
         return "native"
     group = "" if precision.group == 64 else f":{precision.group}"
+    if isinstance(precision, ChannelPrecision):
+        return f"{precision.chosen_by}{precision.chooser_bits}:{precision.width_bits}{group}"
     if precision.base_bits is not None:
         return f"{precision.base_bits}+{precision.width_bits - precision.base_bits}{group}"
     return f"{precision.width_bits}{'z' if precision.zeros else ''}{group}"

@@ -17,6 +17,12 @@ class PhaseCounters:
     misses: int = 0
     bytes_read: int = 0
     """Prefetched ones included"""
+    whole_bytes: int = 0
+    """What the misses of experts in channels would have read whole"""
+    channels: int = 0
+    """Of experts in channels that were used"""
+    channels_used: int = 0
+    """Those of them that were computed"""
     prefetches: int = 0
     """Experts that the store was told to expect"""
     prefetch_hits: int = 0
@@ -36,6 +42,11 @@ class PhaseCounters:
         """Hits over accesses; 1 when there were none."""
         accesses = self.hits + self.misses
         return self.hits / accesses if accesses else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the channels of used experts that was left out; 0 when there were none."""
+        return 1 - self.channels_used / self.channels if self.channels else 0.0
 
 
 @dataclass(slots=True)

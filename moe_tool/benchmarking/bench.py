@@ -61,6 +61,10 @@ class BenchRow:
     residency: str
     eviction: str
     prefetch: str
+    sparse_experts: float | None
+    """Share of experts' channels that was to be left out; None: of none"""
+    sparsity: float
+    """That was left out"""
     threads: int
     test: str
     n_tokens: int
@@ -177,6 +181,7 @@ def bench(
                     residency=residency,
                     eviction=session.setting.eviction.name,
                     prefetch=setting.prefetch,
+                    sparse_experts=setting.sparse_experts,
                     threads=session.threads.n_threads,
                     test=test.label,
                     n_tokens=test.n_tokens,
@@ -222,6 +227,7 @@ def _open(
         threads=setting.threads,
         eviction=setting.eviction,
         prefetch=setting.prefetch,
+        sparse_experts=setting.sparse_experts,
         context=max(test.positions for test in tests),
         prompt=max(1, *(t.positions if t.kind == "pp" else t.depth for t in tests)),
     )
@@ -278,11 +284,15 @@ def _figures(test: SpeedTest, samples: Sequence[Sample]) -> dict[str, Any]:
     stalled = sum(each.stall_seconds for each in counters)
     prefetches = sum(each.prefetches for each in counters)
     n_tokens = test.n_tokens * len(samples)
+    n_channels = sum(each.channels for each in counters)
     return {
         "tokens_per_second": statistics.mean(rates),
         "tokens_per_second_sd": statistics.stdev(rates) if len(rates) > 1 else 0.0,
         "tokens_per_second_all": tuple(rates),
         "hit_rate": hits / accesses if accesses else 1.0,
+        "sparsity": 1 - sum(each.channels_used for each in counters) / n_channels
+        if n_channels
+        else 0.0,
         "bytes_per_token": sum(each.bytes_read for each in counters) / n_tokens,
         "prefetches_per_token": prefetches / n_tokens,
         "prefetch_hit_rate": sum(each.prefetch_hits for each in counters) / max(1, prefetches),

@@ -26,6 +26,8 @@ class BenchOptions:
     policy: tuple[str, ...] = ("exact",)
     eviction: tuple[str, ...] = ("lru",)
     prefetch: tuple[str, ...] = ("none",)
+    sparse_experts: tuple[float | None, ...] = (None,)
+    """See RunOptions"""
     threads: tuple[int | None, ...] = (None,)
     """None: as many as a session takes by itself"""
     repetitions: int = 3
@@ -65,6 +67,7 @@ class Setting:
     threads: int | None
     eviction: str
     prefetch: str
+    sparse_experts: float | None = None
 
 
 def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[SpeedTest, ...]:
@@ -121,10 +124,22 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
 
 def list_settings(options: BenchOptions) -> tuple[Setting, ...]:
     """Return what sessions have to be opened for."""
-    wanted = product(options.memory, options.threads, options.eviction, options.prefetch)
+    wanted = product(
+        options.memory,
+        options.threads,
+        options.eviction,
+        options.prefetch,
+        options.sparse_experts,
+    )
     return tuple(
-        Setting(memory=memory, threads=threads, eviction=eviction, prefetch=prefetch)
-        for memory, threads, eviction, prefetch in wanted
+        Setting(
+            memory=memory,
+            threads=threads,
+            eviction=eviction,
+            prefetch=prefetch,
+            sparse_experts=sparse,
+        )
+        for memory, threads, eviction, prefetch, sparse in wanted
     )
 
 
@@ -140,6 +155,21 @@ def parse_numbers(text: str, *, option: str) -> tuple[int, ...]:
         raise UsageError(
             f"{option} {text}: whole numbers with commas between them are needed",
             hint=f"{option} 128,512",
+        ) from error
+
+
+def parse_shares(text: str, *, option: str) -> tuple[float, ...]:
+    """Return the numbers of "0,0.8".
+
+    Raises:
+        UsageError: something between the commas is no number.
+    """
+    try:
+        return tuple(float(word) for word in parse_words(text, option=option))
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text}: numbers with commas between them are needed",
+            hint=f"{option} 0,0.8",
         ) from error
 
 

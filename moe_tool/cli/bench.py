@@ -60,6 +60,15 @@ def bench(
     prefetch: Annotated[
         str, typer.Option("--prefetch", metavar="NAME,...", help="none, next-layer.")
     ] = "none",
+    sparse_experts: Annotated[
+        str | None,
+        typer.Option(
+            "--sparse-experts",
+            metavar="SHARE,...",
+            help="Shares of experts' channels to leave out, as run takes them.",
+            show_default=False,
+        ),
+    ] = None,
     gates: GatesOption = True,
     threads: Annotated[
         str | None,
@@ -92,7 +101,12 @@ def bench(
 ) -> None:
     """Measure tokens per second. Lists by comma are crossed: a row for every combination."""
     with open_output(as_json=json) as output:
-        from moe_tool.benchmarking.bench_plan import BenchOptions, parse_numbers, parse_words
+        from moe_tool.benchmarking.bench_plan import (
+            BenchOptions,
+            parse_numbers,
+            parse_shares,
+            parse_words,
+        )
 
         options = BenchOptions(
             prompt_tokens=parse_numbers(prompt_tokens, option="--prompt-tokens"),
@@ -102,6 +116,9 @@ def bench(
             policy=parse_words(policy, option="--policy"),
             eviction=tuple(eviction or ["lru"]),
             prefetch=parse_words(prefetch, option="--prefetch"),
+            sparse_experts=(None,)
+            if sparse_experts is None
+            else parse_shares(sparse_experts, option="--sparse-experts"),
             threads=(None,) if threads is None else parse_numbers(threads, option="--threads"),
             repetitions=repetitions,
             cache=cache,

@@ -17,6 +17,7 @@ from moe_tool.cli.options import (
     ResidencyOption,
     RunMemoryOption,
     SeedOption,
+    SparseExpertsOption,
     ThreadsOption,
 )
 
@@ -34,6 +35,7 @@ def evaluate(
     policy: PolicyOption = None,
     residency: ResidencyOption = None,
     eviction: EvictionOption = None,
+    sparse_experts: SparseExpertsOption = None,
     gates: GatesOption = True,
     controls: Annotated[
         bool,
@@ -83,6 +85,7 @@ def evaluate(
                 controls=controls,
                 residency=residency,
                 eviction=eviction,
+                sparse_experts=sparse_experts,
                 gates=gates,
                 seed=seed,
                 threads=threads,
@@ -100,6 +103,12 @@ def evaluate(
             output.show(_dominance(report.dominating))
         if reference is not None:
             output.show(checkpoint_perplexity(report.figures))
+        if report.sparse_experts is not None:
+            output.show(
+                f"{report.sparsity:.1%} of experts' channels were left out; misses read "
+                f"{format_bytes(report.figures.bytes_read_per_token)} per token, whole experts "
+                f"would have been {format_bytes(report.whole_bytes_per_token)}"
+            )
         if len(report.domains) > 1 and controls:
             for domain in report.domains:
                 rows = [(row.policy, row.domains[domain]) for row in report.rows]

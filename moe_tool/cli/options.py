@@ -129,6 +129,17 @@ LossyPrefillOption = Annotated[
         "the KV cache stays wrong.",
     ),
 ]
+SparseExpertsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--sparse-experts",
+        metavar="SHARE",
+        help="Leave this share of an expert's channels out while decoding, those that matter "
+        "least to the token: 0 to 0.95, for bundles of `pack --sparse-experts`. Changes the text; "
+        "prompts are computed in full.",
+        show_default=False,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(

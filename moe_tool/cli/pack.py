@@ -90,6 +90,18 @@ def pack(
             show_default="none, or the plan's",
         ),
     ] = None,
+    sparse_experts: Annotated[
+        str | None,
+        typer.Option(
+            "--sparse-experts",
+            metavar="CHOOSER",
+            help="Store gated experts channel by channel, for `run --sparse-experts`: up2, up3, "
+            "gate2 or gate3 is the matrix that says which channels a token needs, and its bits; it "
+            "stays in memory of every expert. The rest has 4 bits, gate2:8 has 8. Thresholds are "
+            "measured on the profile's tokens.",
+            show_default=False,
+        ),
+    ] = None,
     quantizer: Annotated[
         QuantizerName | None,
         typer.Option(
@@ -147,6 +159,7 @@ def pack(
             bits=bits,
             skeleton_bits=skeleton_bits,
             replicas=replicas,
+            sparse_experts=sparse_experts or "",
             quantizer=quantizer,
             profile=profile,
             buddies=buddies,
@@ -166,7 +179,8 @@ def pack(
             output.say(f"the experts' outputs are off by {report.error:.2g} of their size")
         if report.unrouted:
             output.say(_unrouted(report.unrouted))
-        output.say(f'next: moe-tool run {report.bundle}/ --prompt "The list"')
+        sparse = " --sparse-experts 0.7" if sparse_experts else ""
+        output.say(f'next: moe-tool run {report.bundle}/{sparse} --prompt "The list"')
         output.result(
             {
                 "bundle": report.bundle,

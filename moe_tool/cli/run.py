@@ -21,6 +21,7 @@ from moe_tool.cli.options import (
     ResidencyOption,
     RunMemoryOption,
     SeedOption,
+    SparseExpertsOption,
     ThreadsOption,
 )
 from moe_tool.errors import DataSourceError, NotFoundError, UsageError
@@ -61,6 +62,7 @@ def run(
     residency: ResidencyOption = None,
     eviction: EvictionOption = None,
     prefetch: PrefetchOption = None,
+    sparse_experts: SparseExpertsOption = None,
     gates: GatesOption = True,
     shadow: Annotated[
         int,
@@ -119,6 +121,7 @@ def run(
                 residency=residency,
                 eviction=eviction,
                 prefetch=prefetch,
+                sparse_experts=sparse_experts,
                 gates=gates,
                 shadow=shadow,
                 lossy_prompt=lossy_prefill,
@@ -162,6 +165,8 @@ def _footer(result: "RunResult") -> str:
     if result.prefetches:
         used = f"{result.prefetch_hits} used, {format_bytes(result.prefetched_bytes)}"
         parts.insert(-1, f"{result.prefetches} prefetches ({used})")
+    if result.sparse_experts is not None:
+        parts.insert(-1, _sparsity(result))
     if result.lowered:
         parts.insert(-1, f"{result.lowered} by replicas")
     if result.drops:
@@ -172,6 +177,12 @@ def _footer(result: "RunResult") -> str:
     if result.expected_kl:
         parts.insert(-1, _quality(result))
     return "\n" + " · ".join(parts)
+
+
+def _sparsity(result: "RunResult") -> str:
+    whole = result.whole_bytes_per_token
+    read = "" if not whole else f", {result.bytes_read_per_token / whole:.0%} of whole misses read"
+    return f"{result.sparsity:.1%} of channels left out{read}"
 
 
 def _of_prompt(result: "RunResult") -> str:

@@ -76,6 +76,8 @@ class EvaluateOptions:
     residency: Residency | None = None
     """None: frozen for lossy policies and tables, cache for exact alone"""
     eviction: str | None = None
+    sparse_experts: float | None = None
+    """See RunOptions; every sequence then runs alone"""
     gates: bool = True
     seed: int = 0
     """Of the choice of text, of policies that draw, and of the bootstrap"""
@@ -113,6 +115,12 @@ class EvaluationReport:
     """(policy, setting of `priced`): both fewer bytes and a lower KL, beyond the intervals"""
     skipped: dict[str, str]
     """Controls that this bundle cannot run -> why"""
+    sparse_experts: float | None
+    """Share of experts' channels that was to be left out; None: none"""
+    sparsity: float
+    """That was left out"""
+    whole_bytes_per_token: float
+    """What misses would have read of experts in channels, had all been read whole"""
     memory_budget_bytes: int
     slots: int
     seconds: float
@@ -192,6 +200,8 @@ def evaluate(
     try:
         if reference is not None:
             source = SourceModel(reference, bundle.manifest, ids, progress=progress)
+        if options.sparse_experts is not None:
+            _check_sparse(options)
         is_table = options.controls or policy != EXACT
         residency: Residency = options.residency or ("frozen" if is_table else "cache")
         names = policies_to_run(policy, controls=options.controls)
@@ -206,10 +216,13 @@ def evaluate(
             rows = _measure(
                 session, names, residency, ids, source, progress, retreats=options.retreats
             )
-            plan = session.plan
+            plan, decode = session.plan, session.runner.stats.decode
     finally:
         if source is not None:
             source.close()
+    if options.sparse_experts is not None:
+        label = f"{policy}, sparse {options.sparse_experts:g}"
+        rows, policy = {label: rows[policy]}, label
     table = tuple(_row(name, measured, text, options.seed) for name, measured in rows.items())
     by_policy = {row.policy: row.figures for row in table}
     main = next(row for row in table if row.policy == policy)
@@ -227,6 +240,9 @@ def evaluate(
         at_no_more_bytes=compare_at_equal_bytes(by_policy) if options.controls else (),
         dominating=dominating(by_policy) if options.controls else (),
         skipped=skipped,
+        sparse_experts=options.sparse_experts,
+        sparsity=decode.sparsity,
+        whole_bytes_per_token=decode.whole_bytes / max(1, decode.tokens),
         memory_budget_bytes=plan.budget_bytes,
         slots=plan.n_slots,
         seconds=time.perf_counter() - start,
@@ -262,6 +278,7 @@ def _open(
         policy=EXACT,
         residency=residency,
         eviction=options.eviction,
+        sparse_experts=options.sparse_experts,
         gates=options.gates,
         seed=options.seed,
         threads=options.threads,
@@ -281,6 +298,15 @@ def _open(
             if batch == 1:
                 raise
             batch //= 2
+
+
+def _check_sparse(options: EvaluateOptions) -> None:
+    if options.controls or options.also or options.residency == "frozen":
+        raise UsageError(
+            f"--sparse-experts {options.sparse_experts:g} beside --controls or --residency frozen: "
+            "what is left out is measured by itself, sequence by sequence",
+            hint="leave the others out",
+        )
 
 
 def _planned_share(bundle: BundleReader, progress: Progress) -> str | None:
@@ -364,10 +390,10 @@ def _measure(
     return {
         name: _measured(
             tally,
-            name,
             nll_exact,
             None if source is None else kl_source_exact,
             None if source is None else nll_source,
+            is_exact=name == EXACT and session.runner.sparsity is None,
         )
         for name, tally in tallies.items()
     }
@@ -408,14 +434,14 @@ def _empty_tally(shape: tuple[int, int]) -> _Tally:
 
 def _measured(
     tally: _Tally,
-    name: str,
     nll_exact: np.ndarray,
     kl_source_exact: np.ndarray | None,
     nll_source: np.ndarray | None,
+    *,
+    is_exact: bool,
 ) -> Measured:
     """Exact is exact by definition: what differs between one wide forward and many small ones is
     rounding."""
-    is_exact = name == EXACT
     has_source = kl_source_exact is not None
     return Measured(
         kl=np.zeros_like(tally.kl) if is_exact else tally.kl,

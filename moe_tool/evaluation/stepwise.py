@@ -119,9 +119,13 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     session.runner.on_decision = account
     try:
         for position in range(seq_len - 1):
+            n_bytes = session.runner.stats.decode.bytes_read
             output = session.model(
                 input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True
             )
+            if session.runner.sparsity is not None:  # one sequence: what was read is its own
+                read = session.runner.stats.decode.bytes_read - n_bytes
+                ledger[2, :, position - N_PROMPT_TOKENS] = read
             if position >= N_PROMPT_TOKENS:
                 visit(position, output.logits[:, -1])
     finally:

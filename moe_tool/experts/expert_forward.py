@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from moe_tool.experts.channel_forward import channel_forward
 from moe_tool.experts.gate import gate_of
 from moe_tool.experts.linear import computes_natively, linear
 from moe_tool.native.kernels import NativeExpert
+from moe_tool.quantization.channels import ChannelExpert
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
 
@@ -21,12 +23,15 @@ def expert_forward(
             `has_post_expert_norm` are used, its parameters are not.
         weights: the expert's tensors by the module's parameter names. Matrices are [out, in]
             whatever the module's `is_transposed` says. An ExpertWeights is given its `prepared`.
-            Or those of a low-rank map in its place.
+            Or those of a low-rank map in its place, or an expert in channels.
         x: [n, H] float32.
 
     Returns:
         [n, H] float32.
     """
+    if isinstance(weights, ChannelExpert):
+        output = channel_forward(module, weights, x)
+        return module.post_expert_norm(output) if module.has_post_expert_norm else output
     if "low_rank_in" in weights:
         inner = linear(x, weights["low_rank_in"])  # [n, rank]
         offset = weights["low_rank_offset"]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord, Price, Xxh3
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
-from moe_tool.artifacts.precision import Precision, bits_of
+from moe_tool.artifacts.precision import ExpertPrecision, bits_of
 from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes
 from moe_tool.formats.bundle_files import JOURNAL
@@ -39,7 +39,7 @@ class BundleOrder:
     """What was asked for: the model, the precision, and what else a bundle depends on."""
 
     def __init__(
-        self, identity: ModelIdentity, precision: Precision, made_from: dict[str, str]
+        self, identity: ModelIdentity, precision: ExpertPrecision, made_from: dict[str, str]
     ) -> None:
         """Keep them."""
         self.identity = identity
@@ -121,5 +121,5 @@ def _line(record: WrittenRecord) -> bytes:
     return record.model_dump_json().encode() + b"\n"
 
 
-def _options(precision: Precision, made_from: dict[str, str]) -> dict[str, str]:
+def _options(precision: ExpertPrecision, made_from: dict[str, str]) -> dict[str, str]:
     return {"precision": bits_of(precision), **made_from}

@@ -8,23 +8,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
-from moe_tool.artifacts.precision import IntegerPrecision
+from moe_tool.artifacts.precision import ChannelPrecision, IntegerPrecision
 from moe_tool.artifacts.routing import FULL
 from moe_tool.errors import CorruptArtifactError, NotFoundError, StorageError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
-from moe_tool.formats.expert_form import ExpertForm, full_form, replica_form, require_finite
+from moe_tool.formats.channel_record import require_chunks
+from moe_tool.formats.expert_form import (
+    AnyForm,
+    chooser_form,
+    full_form,
+    own_form,
+    replica_form,
+    require_finite,
+)
 from moe_tool.formats.expert_record import RecordLayout
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
-from moe_tool.formats.record_files import RecordFiles
+from moe_tool.formats.record_files import ChannelRead, RecordFiles
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 from moe_tool.progress import SILENT, Progress
+from moe_tool.quantization.channels import ChannelWeight
 
 GoOn = Callable[[int], bool]
 """Told after every piece of a record how many bytes it had; False gives the read up."""
@@ -39,7 +49,7 @@ _REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 class BundleLevel:
     """One form in which a bundle holds experts."""
 
-    form: ExpertForm
+    form: AnyForm
     records: tuple[ExpertRecord, ...]
     """In file order"""
 
@@ -68,11 +78,17 @@ class BundleReader:
         self.folder = folder
         self.manifest = manifest
         self.levels = levels
-        """FULL first, then the replicas, then the forms that some experts have instead of FULL's"""
-        self.own_levels = (FULL, *range(1 + len(manifest.replicas), len(levels)))
+        """FULL first, then the replicas, then the forms that some experts have instead of FULL's;
+        at last what chooses channels"""
+        n_answering = len(levels) - (manifest.choosers is not None)
+        self.own_levels = (FULL, *range(1 + len(manifest.replicas), n_answering))
         """Of the experts themselves"""
+        self.chooser_level = n_answering if manifest.choosers is not None else None
+        """None: experts are not in channels"""
         self._skeleton = skeleton
         self._verified: set[tuple[int, int, int]] = set()  # records that were read and found right
+        self._verified_channels: dict[tuple[int, int], np.ndarray] = {}  # [I] bool
+        self._expected: set[tuple[int, int]] = set()  # records that the disk was told of
         self._entries = {
             (level, record.layer, record.expert): record
             for level, each in enumerate(levels)
@@ -111,8 +127,13 @@ class BundleReader:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of the experts' own records."""
+        """Bytes of the experts' own records, without what chooses channels."""
         return sum(self.levels[level].size_bytes for level in self.own_levels)
+
+    @property
+    def chooser_bytes(self) -> int:
+        """Bytes of what chooses channels; 0 where nothing does."""
+        return 0 if self.chooser_level is None else self.levels[self.chooser_level].size_bytes
 
     def own_record_bytes(self, layer: int) -> list[int]:
         """Return the size of each expert's own record in a layer; 0 of one that is absent."""
@@ -243,10 +264,7 @@ class BundleReader:
             )
         if has_changed:
             # Even where this record is whole: the manifest in memory may describe another bundle.
-            raise CorruptArtifactError(
-                f"{where}: the file was changed after the bundle was opened",
-                hint="run the command again, and leave the bundle alone while it runs",
-            )
+            raise _changed(where)
         if is_known:
             return
         if digest.hexdigest() != entry.xxh3:
@@ -256,6 +274,57 @@ class BundleReader:
         except CorruptArtifactError as error:
             raise CorruptArtifactError(f"{where}: {error.message}", hint=_REPACK) from error
         self._verified.add((level, layer, expert))
+
+    def read_channels_into(
+        self,
+        layer: int,
+        expert: int,
+        weight: ChannelWeight,
+        channels: np.ndarray,
+        *,
+        hashes: np.ndarray,
+    ) -> ChannelRead:
+        """Copy some channels of an expert to their places among its chunks, and check each.
+
+        They come in runs, out of the page cache where that has them: a channel that lies between
+        two wanted ones comes along where another read would cost more. Where the page cache has
+        nothing of the record yet, the disk is told to bring in all of it.
+
+        Args:
+            layer: decoder layer.
+            expert: of the layer.
+            weight: the chunks; of `channels`, and of those that come along, overwritten.
+            channels: [n] ascending.
+            hashes: [I] uint64, of the expert's chooser.
+
+        Raises:
+            CorruptArtifactError, StorageError: as `read_record_into`.
+        """
+        entry = self._entries[FULL, layer, expert]
+        where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
+        try:
+            if (layer, expert) not in self._expected:
+                self._expected.add((layer, expert))
+                self._files.expect(entry.file, entry.offset, self.levels[FULL].record_size_bytes)
+            read = self._files.read_chunks(entry.file, entry.offset, weight.chunks, channels)
+            has_changed = self._files.has_changed(entry.file)
+        except OSError as error:
+            raise StorageError(
+                f"{where}: {error.strerror or error}", hint="check the disk"
+            ) from error
+        if has_changed:
+            raise _changed(where)
+        known = self._verified_channels.setdefault(
+            (layer, expert), np.zeros(weight.n_channels, dtype=bool)
+        )
+        unknown = read.channels[~known[read.channels]]
+        if len(unknown):
+            try:
+                require_chunks(weight, unknown, hashes)
+            except CorruptArtifactError as error:
+                raise CorruptArtifactError(f"{where}: {error.message}", hint=_REPACK) from error
+            known[unknown] = True
+        return read
 
     def verify_all(self, progress: Progress = SILENT) -> None:
         """Check the sha256 of every file, the hash of every record and the scales of the skeleton.
@@ -281,6 +350,7 @@ class BundleReader:
                 if part.is_factor:
                     skeleton.read(part.name)
         self._verified.clear()
+        self._verified_channels.clear()
         for level, each in enumerate(self.levels):
             out = torch.empty(each.record_size_bytes, dtype=torch.uint8)
             for record in each.records:
@@ -304,6 +374,13 @@ class BundleReader:
             for record in each.records:
                 if record.file == name:
                     self.read_record_into(record.layer, record.expert, out, level=level)
+
+
+def _changed(where: str) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"{where}: the file was changed after the bundle was opened",
+        hint="run the command again, and leave the bundle alone while it runs",
+    )
 
 
 @contextmanager
@@ -387,13 +464,23 @@ def _check_policies(folder: Path, manifest: BundleManifest) -> None:
 def _levels(folder: Path, manifest: BundleManifest) -> tuple[BundleLevel, ...]:
     """The forms that the manifest names, with the sizes that follow from them."""
     shape = manifest.shape
-    forms = [(full_form(shape, manifest.precision), manifest.record_size_bytes, manifest.records)]
+    try:
+        own = own_form(shape, manifest.precision)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(f"{folder / MANIFEST}: {error.message}", hint=_REPACK) from error
+    forms: list[tuple[AnyForm, int, tuple[ExpertRecord, ...]]] = [
+        (own, manifest.record_size_bytes, manifest.records)
+    ]
     for table in manifest.replicas:
-        form = replica_form(shape, table.precision)
-        forms.append((form, table.record_size_bytes, table.records))
-    for own in manifest.others:
-        form = full_form(shape, own.precision, is_other=True)
-        forms.append((form, own.record_size_bytes, own.records))
+        replica = replica_form(shape, table.precision)
+        forms.append((replica, table.record_size_bytes, table.records))
+    for other in manifest.others:
+        another = full_form(shape, other.precision, is_other=True)
+        forms.append((another, other.record_size_bytes, other.records))
+    if manifest.choosers is not None:
+        assert isinstance(manifest.precision, ChannelPrecision)  # the manifest checks
+        chooser = chooser_form(shape, manifest.precision)
+        forms.append((chooser, manifest.choosers.record_size_bytes, manifest.choosers.records))
     for form, size_bytes, _ in forms:
         if form.layout.size_bytes != size_bytes:
             raise CorruptArtifactError(

@@ -19,6 +19,7 @@ from moe_tool.artifacts.bundle_manifest import (
     BundleBuddies,
     BundleFile,
     BundleManifest,
+    ChooserTable,
     ExpertRecord,
     LayerHeat,
     LayerPrices,
@@ -33,6 +34,8 @@ from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import (
+    ChannelPrecision,
+    ExpertPrecision,
     IntegerPrecision,
     NativePrecision,
     Precision,
@@ -60,7 +63,13 @@ from moe_tool.formats.bundle_journal import (
     write_journal,
 )
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.formats.expert_form import ExpertForm, full_form, replica_form
+from moe_tool.formats.expert_form import (
+    AnyForm,
+    chooser_form,
+    full_form,
+    own_form,
+    replica_form,
+)
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.formats.record_file_writer import RecordFileWriter
 
@@ -77,7 +86,7 @@ class BundleWriter:
         *,
         identity: ModelIdentity,
         shape: MoeShape,
-        precision: Precision,
+        precision: ExpertPrecision,
         order: Sequence[tuple[int, int]],
         replicas: Sequence[ReplicaPrecision] = (),
         replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
@@ -97,11 +106,14 @@ class BundleWriter:
             everybody_else = [order] * (len(replicas) - 1) if replicas_of is None else replicas_of
             replicas_of = ((), *everybody_else)
         self._base_bytes = 0 if base is None else replica_form(shape, base).layout.size_bytes
-        self.forms: tuple[ExpertForm, ...] = (
-            full_form(shape, precision),
+        self.forms: tuple[AnyForm, ...] = (
+            own_form(shape, precision),
             *(replica_form(shape, each) for each in replicas),
             *(full_form(shape, each, is_other=True) for each, _ in others),
         )
+        has_choosers = isinstance(precision, ChannelPrecision)
+        if isinstance(precision, ChannelPrecision):
+            self.forms += (chooser_form(shape, precision),)
         """By level"""
         self._replicas = tuple(replicas)
         self._others = tuple(precision for precision, _ in others)
@@ -111,6 +123,7 @@ class BundleWriter:
         most = [key for key in order if key not in elsewhere]
         cheaper = everybody if replicas_of is None else replicas_of
         wanted = [set(keys) for keys in (most, *cheaper, *(keys for _, keys in others))]
+        wanted += [set(order)] * has_choosers
         self._order = [
             (level, *key) for key in order for level, keys in enumerate(wanted) if key in keys
         ]
@@ -137,7 +150,7 @@ class BundleWriter:
         *,
         identity: ModelIdentity,
         shape: MoeShape,
-        precision: Precision,
+        precision: ExpertPrecision,
         order: Sequence[tuple[int, int]],
         replicas: Sequence[ReplicaPrecision] = (),
         replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
@@ -352,7 +365,8 @@ class BundleWriter:
         if self._base_bytes:
             by_level[_BASE] = [_first_bits(record) for record in by_level[FULL]]
         first_other = 1 + len(self._replicas)
-        own = [FULL, *range(first_other, len(self.forms))]
+        end_others = first_other + len(self._others)
+        own = [FULL, *range(first_other, end_others)]
         tables = tuple(
             ReplicaTable(
                 precision=precision,
@@ -371,9 +385,17 @@ class BundleWriter:
                 records=_listed(records),
             )
             for precision, form, records in zip(
-                self._others, self.forms[first_other:], by_level[first_other:], strict=True
+                self._others,
+                self.forms[first_other:end_others],
+                by_level[first_other:end_others],
+                strict=True,
             )
         )
+        choosers = None
+        if isinstance(self.precision, ChannelPrecision):
+            choosers = ChooserTable(
+                record_size_bytes=self.forms[-1].layout.size_bytes, records=_listed(by_level[-1])
+            )
         measured = [record for level in own for record in by_level[level]]
         is_measured = any(record.eps is not None for record in measured)
         manifest = BundleManifest(
@@ -388,6 +410,7 @@ class BundleWriter:
             records=_listed(by_level[FULL]),
             others=others,
             absent=self._absent,
+            choosers=choosers,
             errors=self._errors(measured) if is_measured else None,
             files=(*experts, *self._other_files),
             made_from=self._asked.made_from,

@@ -71,8 +71,17 @@ def record_layout(
         dtype: of the checkpoint.
         precision: of matrices; vectors stay in `dtype`.
     """
+    return lay_out(_parts(tensors, dtype, precision))
+
+
+def lay_out(parts: Sequence[tuple[str, str, tuple[int, ...]]]) -> RecordLayout:
+    """Return the layout of parts that follow each other.
+
+    Args:
+        parts: name, dtype and shape of each.
+    """
     segments: list[Segment] = []
-    for name, kind, shape in _parts(tensors, dtype, precision):
+    for name, kind, shape in parts:
         n_bytes = _DTYPES[kind].itemsize
         for extent in shape:
             n_bytes *= extent
@@ -166,7 +175,7 @@ def decode_record(
         record: uint8 [layout.size_bytes].
         tensors: the expert's tensors, in the order that the layout was made from.
     """
-    views = {segment.name: _view(record, segment) for segment in layout.segments}
+    views = {segment.name: segment_view(record, segment) for segment in layout.segments}
     weights = ExpertWeights()
     for tensor in tensors:
         if tensor.name in views:
@@ -195,7 +204,7 @@ def require_finite_segments(
         CorruptArtifactError: names the segment.
     """
     for segment in layout.segments:
-        if names(segment.name) and not are_finite(_view(record, segment)):
+        if names(segment.name) and not are_finite(segment_view(record, segment)):
             raise CorruptArtifactError(
                 f"{segment.name} holds NaN or infinity", hint="pack the bundle again"
             )
@@ -217,6 +226,7 @@ def _parts(
     return parts + refinements
 
 
-def _view(record: torch.Tensor, segment: Segment) -> torch.Tensor:
+def segment_view(record: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """Return one segment of a record, uint8 [layout.size_bytes], as what it is; a view."""
     raw = record[segment.offset : segment.offset + segment.n_bytes]
     return raw.view(_DTYPES[segment.dtype]).view(segment.shape)

@@ -66,7 +66,7 @@ struct TokenScratch {
   Scratch<uint8_t> tables;
 };
 TokenScratch input_scratch, inner_scratch;
-Scratch<float> product_scratch, inner_floats;
+Scratch<float> product_scratch, inner_floats, input_floats;
 thread_local Scratch<uint8_t> row_codes;
 thread_local Scratch<float> row_sums;
 thread_local Scratch<uint32_t> pair_sums;
@@ -114,6 +114,9 @@ void add_bias(const float* bias, int first, int last, int n_tokens, float* out, 
   for (int t = 0; t < n_tokens; ++t)
     for (int i = first; i < last; ++i) out[t * stride + i] += bias[i];
 }
+
+// Sums of channels that are computed apart, then added in their order.
+constexpr int kChannelParts = 16;
 
 // Rows that make a chunk: so many bytes at least, long beside the cost of taking one; and no more
 // chunks than balance needs, since a thread that reads on is ahead of one that starts anew.
@@ -255,6 +258,36 @@ void expert(const Weight& first, const Gate& gate, const Weight& second, const f
   if (second.is_quantized) codes = room_for(inner_scratch, second.quantized, n_tokens);
   activate(gate, second, first_product, n_product, n_tokens, inner, codes);
   multiply(second, codes, inner, n_tokens, out);
+}
+
+void channel_expert(const ChannelJob& given, float* out) {
+  std::lock_guard<std::mutex> lock(job);
+  ChannelJob part = given;
+  part.gate.interleaved = 0;
+  const ChannelMatrix& w = part.weight;
+  // Tokens, then a sum for each part of all channels, filled up to whole blocks. The parts are the
+  // same whatever is wanted, so that what is left out changes no other sum.
+  const size_t size = size_t(part.n_tokens) * w.padded();
+  float* const inputs = input_floats.of((1 + kChannelParts) * size);
+  float* const sums = inputs + size;
+  std::fill_n(inputs, (1 + kChannelParts) * size, 0.0f);
+  for (int t = 0; t < part.n_tokens; ++t)
+    std::memcpy(inputs + size_t(t) * w.padded(), given.x + size_t(t) * w.n_hidden,
+                w.n_hidden * sizeof(float));
+  part.x = inputs;
+  const auto begin_of = [&](int p) {
+    const int channel = int(int64_t(w.n_channels) * p / kChannelParts);
+    if (!w.wanted) return channel;
+    return int(std::lower_bound(w.wanted, w.wanted + w.n_wanted, channel) - w.wanted);
+  };
+  pool().each(kChannelParts, [&](int p) {
+    in_use->add_channels(part, begin_of(p), begin_of(p + 1), sums + p * size);
+  });
+  for (int p = 1; p < kChannelParts; ++p)
+    for (size_t i = 0; i < size; ++i) sums[i] += sums[p * size + i];
+  for (int t = 0; t < part.n_tokens; ++t)
+    std::memcpy(out + size_t(t) * w.n_hidden, sums + size_t(t) * w.padded(),
+                w.n_hidden * sizeof(float));
 }
 
 void largest_of_groups(const FloatMatrix& w, int group, float* out) {

@@ -30,6 +30,9 @@ void linear(const Weight& weight, const float* x, int n_tokens, float* out);
 void expert(const Weight& first, const Gate& gate, const Weight& second, const float* x,
             int n_tokens, float* out);
 
+// out [tokens][hidden] of the wanted channels of an expert; the x of `job` is [tokens][hidden].
+void channel_expert(const ChannelJob& job, float* out);
+
 // The number of largest size in every group of a matrix's rows, [outputs][groups], see Kernels.
 void largest_of_groups(const FloatMatrix& w, int group, float* out);
 // Its codes on grids of these scales, [outputs][groups], into planes.

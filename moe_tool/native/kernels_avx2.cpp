@@ -115,6 +115,27 @@ struct Avx2 {
     if (KIND == kFloat16) return {half8(p), half8(p + 16)};
     return {brain8(p), brain8(p + 16)};
   }
+  static Floats all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static float half(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
+  static Floats signed_bytes(__m128i x) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
+  }
+  // 32 codes of 4 or 8 bits, less half their range.
+  template <int BITS>
+  static void load_codes(const uint8_t* p, Floats& low, Floats& high) {
+    __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), b;
+    if constexpr (BITS == 4) {
+      const __m128i mask = _mm_set1_epi8(15);
+      b = _mm_and_si128(_mm_srli_epi16(a, 4), mask);
+      a = _mm_and_si128(a, mask);
+    } else {
+      b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16));
+    }
+    const __m128i offset = _mm_set1_epi8(char(1 << (BITS - 1)));
+    low = signed_bytes(_mm_sub_epi8(a, offset));
+    high = signed_bytes(_mm_sub_epi8(b, offset));
+  }
   static void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
   static float total(Floats x) {
     const __m256 eight = _mm256_add_ps(x.a, x.b);

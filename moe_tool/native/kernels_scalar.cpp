@@ -105,6 +105,20 @@ struct Scalar {
     }
     return x;
   }
+  static Floats all(float x) {
+    Floats f;
+    for (float& each : f.v) each = x;
+    return f;
+  }
+  static float half(uint16_t h) { return half_to_float(h); }
+  // 32 codes of 4 or 8 bits, less half their range.
+  template <int BITS>
+  static void load_codes(const uint8_t* p, Floats& low, Floats& high) {
+    for (int i = 0; i < 16; ++i) {
+      low.v[i] = float((BITS == 4 ? p[i] & 15 : p[i]) - (1 << (BITS - 1)));
+      high.v[i] = float((BITS == 4 ? p[i] >> 4 : p[i + 16]) - (1 << (BITS - 1)));
+    }
+  }
   static void store(float* p, const Floats& x) { memcpy(p, x.v, sizeof x.v); }
   static float total(const Floats& x) {
     float sum = 0;

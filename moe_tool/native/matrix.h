@@ -43,6 +43,19 @@ struct QuantizedTokens {
   uint8_t* tables;  // of sums, see lookup.h; null: not looked up
 };
 
+// An expert's channels as quantization/channels.py packs them, and which of them are wanted.
+struct ChannelMatrix {
+  const uint8_t* chunks;
+  const int32_t* wanted;  // ascending; null: all
+  int32_t n_channels, n_wanted, n_hidden, bits, group;
+
+  int padded() const { return (n_hidden + kInputs - 1) / kInputs * kInputs; }
+  int n_groups() const { return (n_hidden + group - 1) / group; }
+  ptrdiff_t code_bytes() const { return ptrdiff_t(padded()) * bits / 8; }
+  ptrdiff_t half() const { return code_bytes() + 2 * ptrdiff_t(n_groups()); }
+  const uint8_t* chunk(int at) const { return chunks + 2 * half() * (wanted ? wanted[at] : at); }
+};
+
 enum Activation : int32_t {
   kSilu = 0, kGeluTanh = 1, kGeluErf = 2, kRelu = 3, kReluSquared = 4, kClampedSwiglu = 5,
 };
@@ -53,6 +66,16 @@ struct Gate {
   int32_t gated;        // 0: act(up); 1: act(gate) * up
   int32_t interleaved;  // gate and up alternate instead of gate first, then up
   float alpha, limit;   // of kClampedSwiglu: gate * sigmoid(alpha gate) * (up + 1), both clamped
+};
+
+// `chosen` [tokens][wanted] is what the matrix that chooses channels makes of the tokens, the gate or
+// the up projection; the bias [wanted] is the other one's, or null; x is [tokens][padded].
+struct ChannelJob {
+  ChannelMatrix weight;
+  Gate gate;
+  bool chosen_is_gate;
+  const float *chosen, *bias, *x;
+  int n_tokens;
 };
 
 // Inputs of a row block that are expanded to bytes at a time, or one group where that is longer.
@@ -87,6 +110,8 @@ struct Kernels {
   // Codes of 2 to 8 bits of one block of 16 outputs into its tiles; scales [row][groups].
   void (*round_block)(const FloatMatrix& w, const float* scales, int bits, int group, int row_block,
                       uint8_t* const* planes);
+  // out [tokens][padded] += what the wanted channels [first, last) give.
+  void (*add_channels)(const ChannelJob& job, int first, int last, float* out);
   const Lookup* lookup;
 };
 

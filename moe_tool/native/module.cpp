@@ -4,6 +4,9 @@
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstring>
 #include <exception>
 
@@ -105,6 +108,73 @@ PyObject* expert(PyObject*, PyObject* args) {
     moe::expert(first, gate, second, pointer<float>(x), n_tokens,
                 const_cast<float*>(pointer<float>(out)));
   });
+}
+
+// What channels.py packs: native alignment.
+struct PackedChannels {
+  uint64_t chunks, wanted, chosen, bias;
+  int32_t n_channels, n_wanted, n_hidden, bits, group, chosen_is_gate, n_tokens, padding;
+};
+
+PyObject* channel_expert(PyObject*, PyObject* args) {
+  const char *data, *gate_data;
+  Py_ssize_t size, gate_size;
+  unsigned long long x, out;
+  if (!PyArg_ParseTuple(args, "y#y#KK", &data, &size, &gate_data, &gate_size, &x, &out))
+    return nullptr;
+  PackedChannels p;
+  PackedGate g;
+  bool sound = size == Py_ssize_t(sizeof p) && gate_size == Py_ssize_t(sizeof g);
+  if (sound) {
+    std::memcpy(&p, data, sizeof p);
+    std::memcpy(&g, gate_data, sizeof g);
+    sound = p.n_wanted >= 0 && p.n_channels >= p.n_wanted &&
+            (p.wanted || p.n_wanted == p.n_channels) && p.n_hidden > 0 && (p.bits == 4 || p.bits == 8) && p.group > 0 &&
+            p.group % moe::kInputs == 0 && p.n_tokens >= 0 && g.gated;
+  }
+  if (!sound) {
+    PyErr_SetString(PyExc_ValueError, "the description of channels is not sound");
+    return nullptr;
+  }
+  const moe::ChannelJob job{
+      {pointer<uint8_t>(p.chunks), pointer<int32_t>(p.wanted), p.n_channels, p.n_wanted,
+       p.n_hidden, p.bits, p.group},
+      {g.activation, g.gated, g.interleaved, g.alpha, g.limit},
+      p.chosen_is_gate != 0,
+      pointer<float>(p.chosen),
+      pointer<float>(p.bias),
+      pointer<float>(x),
+      p.n_tokens};
+  return without_gil([&] { moe::channel_expert(job, const_cast<float*>(pointer<float>(out))); });
+}
+
+// Runs of [offset, bytes] behind `start` of a file into the same places of a buffer.
+PyObject* read_runs(PyObject*, PyObject* args) {
+  int file;
+  long long start, n_runs;
+  unsigned long long runs, out;
+  if (!PyArg_ParseTuple(args, "iLKLK", &file, &start, &runs, &n_runs, &out)) return nullptr;
+  long long total = 0;
+  int error = 0;
+  Py_BEGIN_ALLOW_THREADS;
+  const int64_t* const run = pointer<int64_t>(runs);
+  char* const to = const_cast<char*>(pointer<char>(out));
+  for (long long r = 0; r < n_runs && !error; ++r) {
+    int64_t offset = run[2 * r], left = run[2 * r + 1];
+    while (left > 0) {
+      const ssize_t count = pread(file, to + offset, size_t(left), off_t(start + offset));
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0) error = errno;
+      if (count <= 0) break;
+      offset += count, left -= count, total += count;
+    }
+  }
+  Py_END_ALLOW_THREADS;
+  if (error) {
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+  }
+  return PyLong_FromLongLong(total);
 }
 
 PyObject* set_threads(PyObject*, PyObject* args) {
@@ -270,6 +340,8 @@ PyObject* stack_depths(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"linear", linear, METH_VARARGS, "linear(weight, x, n_tokens, out)"},
     {"expert", expert, METH_VARARGS, "expert(first, gate, second, x, n_tokens, out)"},
+    {"channel_expert", channel_expert, METH_VARARGS, "channel_expert(channels, gate, x, out)"},
+    {"read_runs", read_runs, METH_VARARGS, "read_runs(file, start, runs, n_runs, out): bytes read"},
     {"set_threads", set_threads, METH_VARARGS, "set_threads(n)"},
     {"use", use, METH_VARARGS, "use(name): False where this processor cannot"},
     {"use_lookup", use_lookup, METH_VARARGS, "use_lookup(bits, max_tokens): False where not there"},

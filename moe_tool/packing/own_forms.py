@@ -5,8 +5,15 @@ from dataclasses import dataclass
 
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
-from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision, precision_from_bits
+from moe_tool.artifacts.precision import (
+    ChannelPrecision,
+    IntegerPrecision,
+    NativePrecision,
+    channel_precision,
+    precision_from_bits,
+)
 from moe_tool.errors import CorruptArtifactError, UsageError
+from moe_tool.formats.channel_record import has_channels
 from moe_tool.policies.hot_set import ExpertKey
 
 OwnPrecision = NativePrecision | IntegerPrecision
@@ -18,7 +25,7 @@ NATIVE_WIDTH = 16
 class OwnForms:
     """The precisions of a bundle's experts."""
 
-    precision: OwnPrecision
+    precision: OwnPrecision | ChannelPrecision
     """Of most of them"""
     others: tuple[tuple[OwnPrecision, frozenset[ExpertKey]], ...] = ()
     """Of the rest; the most bits first"""
@@ -34,6 +41,11 @@ class OwnForms:
         """Whether anything is quantized."""
         every = (self.precision, *(precision for precision, _ in self.others))
         return any(isinstance(each, IntegerPrecision) for each in every)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether experts are in channels."""
+        return isinstance(self.precision, ChannelPrecision)
 
 
 def own_forms(
@@ -88,6 +100,40 @@ def own_forms(
         ),
         absent=absent,
     )
+
+
+def channel_forms(name: str, bits: str, shape: MoeShape, quantizer: Quantizer) -> OwnForms:
+    """Return the precisions of experts in channels.
+
+    Args:
+        name: as `--sparse-experts` takes it.
+        bits: as `--bits` takes it; native: not asked for.
+        shape: of the model.
+        quantizer: hqq gives the matrix that chooses zero points.
+
+    Raises:
+        UsageError: the name is not known, `--bits` says something too, or the experts have no
+            channels.
+    """
+    try:
+        found = channel_precision(name)
+    except ValueError:
+        raise UsageError(
+            f"--sparse-experts {name} is not known",
+            hint="use up2, up3, gate2 or gate3; gate2:8 has channels of 8 bits instead of 4",
+        ) from None
+    if bits != "native":
+        raise UsageError(
+            f"--bits {bits} beside --sparse-experts {name}: the latter has the bits of all parts",
+            hint=f"--sparse-experts {found.chosen_by}{found.chooser_bits}:8",
+        )
+    if not has_channels(shape.expert_tensors):
+        raise UsageError(
+            f"--sparse-experts {name}: the experts of {shape.model_type} have no joined gate and "
+            "up projection, so no channels that a gate could close",
+            hint="leave --sparse-experts out",
+        )
+    return OwnForms(precision=found.model_copy(update={"zeros": quantizer == "hqq"}))
 
 
 def parse_precision(option: str, bits: str, quantizer: Quantizer = "rtn") -> OwnPrecision:

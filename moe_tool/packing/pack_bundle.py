@@ -33,7 +33,7 @@ from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.own_forms import own_forms, parse_precision
+from moe_tool.packing.own_forms import channel_forms, own_forms, parse_precision
 from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
 from moe_tool.packing.prices import layer_prices
@@ -109,6 +109,7 @@ def pack_bundle(
     bits: str = "native",
     skeleton_bits: str = "native",
     replicas: str = "",
+    sparse_experts: str = "",
     quantizer: Quantizer = "rtn",
     profile: Path | None = None,
     buddies: Path | None = None,
@@ -127,6 +128,8 @@ def pack_bundle(
         skeleton_bits: of the matrices outside experts and routers: "native", "8" or "4".
         replicas: cheaper forms of every expert, for lossy policies: "3,2:128,rank16", see
             `replica_precisions`.
+        sparse_experts: experts in channels that can be used alone, see `channel_precision`: "up2";
+            needs the profile's tokens.
         quantizer: how codes are chosen; fitted and gptq need the profile's tokens.
         profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
             replicas are fitted to and measured on.
@@ -155,7 +158,16 @@ def pack_bundle(
         require_plan_fits(
             plan, opened.identity, bits, skeleton_bits, replicas, has_heat=profile is not None
         )
-    own = own_forms("--bits", bits, plan, shape, quantizer)
+    if sparse_experts:
+        own = channel_forms(sparse_experts, bits, shape, quantizer)
+    else:
+        own = own_forms("--bits", bits, plan, shape, quantizer)
+    if own.is_sparse and (replicas or plan is not None):
+        raise UsageError(
+            f"--sparse-experts {sparse_experts} beside --replicas or --plan: experts in channels "
+            "have no other forms, and plans do not know them",
+            hint="leave the others out",
+        )
     stand_ins, buddies_sha = _read_buddies(buddies, opened.identity, shape)
     cheaper = _replicas(replicas, shape, measured, quantizer)
     if cheaper and (own.others or own.absent):
@@ -176,7 +188,14 @@ def pack_bundle(
             f"--bits {bits} beside --replicas {replicas}: the first bits are the replica",
             hint="leave --replicas out, or name ranks only",
         )
-    is_calibrated = bool(cheaper) or own.is_nested or (needs_inputs(quantizer) and own.has_codes)
+    if own.is_sparse and measured.tokens is None:
+        raise UsageError(
+            f"--sparse-experts {sparse_experts}: thresholds are measured on a profile's tokens, "
+            "and there is none",
+            hint="--profile FILE, of moe-tool profile",
+        )
+    is_calibrated = bool(cheaper) or own.is_nested or own.is_sparse
+    is_calibrated |= needs_inputs(quantizer) and own.has_codes
     if is_calibrated and measured.tokens is None:
         raise UsageError(
             f"--quantizer {quantizer} goes by what experts are given, and there is no profile",
@@ -203,6 +222,7 @@ def pack_bundle(
             "profile": measured.sha256 or "none",
             "buddies": buddies_sha,
             **({"replicas": ",".join(map(describe_precision, cheaper))} if cheaper else {}),
+            **({"sparse_experts": sparse_experts} if sparse_experts else {}),
             **({"quantizer": quantizer} if quantizer != "rtn" else {}),
             **({} if plan is None else {"plan": sha256_of_plan(plan)}),
         },

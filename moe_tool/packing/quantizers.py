@@ -45,6 +45,23 @@ def calibrated(name: Quantizer, sample: ExpertSample) -> QuantizeExpert:
     return inputs.fit if name == "fitted" else inputs.spread_errors
 
 
+def last_matrix_after(
+    sample: ExpertSample, weight: torch.Tensor, before: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return the last matrix, fitted to what inexact ones before it give; see `spread_errors`.
+
+    Args:
+        sample: of the expert.
+        weight: [H, I], the expert's own.
+        before: the inexact matrices by name, float32.
+
+    Returns:
+        [H, I] float32, not quantized.
+    """
+    given = {name: FloatWeight(values=value) for name, value in before.items()}
+    return _Calibration(sample).last_after(weight, given)
+
+
 def _half_quadratic(
     weights: Mapping[str, torch.Tensor], precision: IntegerPrecision
 ) -> dict[str, IntegerWeight]:
@@ -116,6 +133,8 @@ class _Calibration:
                 found[name] = quantize_nested_gptq(target, target, width, group=group)
             else:
                 found[name] = quantize_gptq(weight, self._first_spread, width, group=group)
+        if _LAST not in weights:
+            return found
         full = self._last_target(weights[_LAST], found)
         if is_nested:
             bases = {name: coded.base for name, coded in found.items()}
@@ -125,10 +144,15 @@ class _Calibration:
             found[_LAST] = quantize_gptq(full.weight, full.spread, width, group=group)
         return found
 
+    @torch.no_grad()
+    def last_after(self, weight: torch.Tensor, before: Mapping[str, FloatWeight]) -> torch.Tensor:
+        """See `last_matrix_after`."""
+        return self._last_target(weight, before).weight
+
     def _last_target(
         self,
         weight: torch.Tensor,
-        found: Mapping[str, IntegerWeight],
+        found: Mapping[str, FloatWeight | IntegerWeight],
         *,
         order: torch.Tensor | None = None,
     ) -> GptqTarget:
@@ -140,7 +164,7 @@ class _Calibration:
             target = target + spread.solve(missing @ target.T).T
         return GptqTarget(weight=target, spread=spread)
 
-    def _inner_of(self, found: Mapping[str, IntegerWeight]) -> torch.Tensor:
+    def _inner_of(self, found: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
         weights: dict[str, FloatWeight | IntegerWeight] = {
             name: FloatWeight(values=value) for name, value in self._sample.tensors.items()
         }

@@ -9,7 +9,7 @@ import torch
 
 from moe_tool.artifacts.precision import LowRankPrecision, NativePrecision
 from moe_tool.experts.expert_forward import expert_forward
-from moe_tool.formats.expert_form import ExpertForm
+from moe_tool.formats.expert_form import AnyForm, ExpertForm
 from moe_tool.formats.expert_record import QuantizeExpert
 from moe_tool.packing.calibrated_layers import ExpertSample
 from moe_tool.quantization.low_rank import LinearFit, linear_fit, low_rank_map
@@ -26,8 +26,8 @@ class MeasuredRecord:
 
     record: torch.Tensor
     """uint8 [form's layout.size_bytes]"""
-    eps: float
-    """Its price, see artifacts/expert_statistics"""
+    eps: float | None
+    """Its price, see artifacts/expert_statistics; None: not an answer"""
     base_eps: float | None = None
     """That of a nested expert's first bits"""
 
@@ -46,12 +46,13 @@ class ExpertForms:
         self._quantize_expert = quantize_expert
 
     @torch.no_grad()
-    def make(self, form: ExpertForm) -> MeasuredRecord:
+    def make(self, form: AnyForm) -> MeasuredRecord:
         """Return the expert in a form.
 
         Raises:
             CorruptArtifactError: a weight is NaN or infinite.
         """
+        assert isinstance(form, ExpertForm)
         sample = self._sample
         tensors = sample.tensors
         if isinstance(form.precision, LowRankPrecision):

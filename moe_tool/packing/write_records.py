@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 
 from moe_tool.artifacts.pack_plan import Quantizer
+from moe_tool.artifacts.precision import ChannelPrecision, ExpertPrecision
 from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.formats.expert_form import ExpertForm
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.expert_source import ExpertSource
-from moe_tool.packing.calibrated_layers import CalibratedModel
+from moe_tool.packing.calibrated_layers import CalibratedModel, ExpertSample
+from moe_tool.packing.channel_forms import ChannelForms
 from moe_tool.packing.quantizers import calibrated, data_free
 from moe_tool.packing.replicas import MEASURED_TOKENS, ExpertForms
 from moe_tool.policies.hot_set import ExpertKey
@@ -42,8 +45,10 @@ def write_records(
     wanted = list(writer.to_write)
     read = read_ahead(opened.experts, [(layer, expert) for _, layer, expert in wanted])
     for (level, layer, expert), weights in zip(wanted, read, strict=True):
+        form = writer.forms[level]
+        assert isinstance(form, ExpertForm), "channels are made from what experts are given"
         with naming(opened, layer, expert):
-            record = writer.forms[level].encode(weights, quantize_expert=quantize_expert)
+            record = form.encode(weights, quantize_expert=quantize_expert)
         writer.write_record(level, layer, expert, record)
         progress.advance()
     progress.end()
@@ -106,7 +111,7 @@ def write_calibrated(
             sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
             if not sample.is_own:
                 unrouted.append((layer.layer, expert))
-            forms = ExpertForms(sample, calibrated(quantizer, sample))
+            forms = _forms(sample, writer.precision, quantizer)
             for level in levels:
                 with naming(opened, layer.layer, expert):
                     made = forms.make(writer.forms[level])
@@ -116,6 +121,14 @@ def write_calibrated(
                 progress.advance()
     progress.end()
     return unrouted
+
+
+def _forms(
+    sample: ExpertSample, precision: ExpertPrecision, quantizer: Quantizer
+) -> ExpertForms | ChannelForms:
+    if isinstance(precision, ChannelPrecision):
+        return ChannelForms(sample, precision, quantizer)
+    return ExpertForms(sample, calibrated(quantizer, sample))
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _count(_number(row["params"])),
         f"{row['bits']} / {row['skeleton_bits']}",
         budget,
-        str(row["policy"]),
+        _policy(row),
         str(row["eviction"]),
         _prefetch(row),
         str(row["threads"]),
@@ -96,6 +96,12 @@ def _cells(row: Row) -> tuple[str, ...]:
         peak if row["peak_rss_of"] == "row" else f"{peak} (process)",
         str(row["cache"]),
     )
+
+
+def _policy(row: Row) -> str:
+    """With the share of channels that is left out beside it, where that was asked for."""
+    sparse = row["sparse_experts"]
+    return str(row["policy"]) + ("" if sparse is None else f", sparse {_number(sparse):g}")
 
 
 def _prefetch(row: Row) -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from moe_tool import __version__
+from moe_tool.artifacts.precision import ChannelPrecision
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
@@ -114,6 +115,12 @@ class RunResult:
     prompt_drops: int
     prompt_expected_kl: float | None
     """Nats per prompt token, where the policy answered prompts too; None where they were exact"""
+    sparse_experts: float | None
+    """Share of experts' channels that was to be left out; None: of none"""
+    sparsity: float
+    """That was left out while decoding, of the channels of all experts that were used"""
+    whole_bytes_per_token: float
+    """What the misses would have read of experts in channels, had all been read whole"""
     memory_budget_bytes: int
     slots: int
     """Full expert records that the budget has room for; cheaper forms share it"""
@@ -195,6 +202,7 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
         for layer in manifest.shape.layers
         for expert in store.full.pinned_mask(layer).nonzero()[0]
     ]
+    assert not isinstance(manifest.precision, ChannelPrecision), "refused when it was opened"
     header = RunTraceHeader(
         identity=manifest.identity,
         shape=manifest.shape,
@@ -432,6 +440,9 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         prompt_expected_kl=account.prompt_spent / max(1, prompt.tokens)
         if session.runner.is_lossy_prompt and session.runner.policy.prices is not None
         else None,
+        sparse_experts=session.runner.sparsity,
+        sparsity=decode.sparsity,
+        whole_bytes_per_token=decode.whole_bytes / decode.tokens if decode.tokens else 0.0,
         memory_budget_bytes=session.plan.budget_bytes,
         slots=session.plan.n_slots,
         staying=staying_by_form(session.manifest, session.runner.rooms),

@@ -16,11 +16,13 @@ from moe_tool.policies.eviction import gate_scores
 from moe_tool.policies.misses.prune import token_importance
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
+from moe_tool.runtime.channel_choice import choose_for_call
 from moe_tool.runtime.foresight import Foresight, Guess
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.quality_account import QualityAccount
 from moe_tool.runtime.residency import LevelRoom
+from moe_tool.store.channel_store import ChannelStore
 from moe_tool.store.expert_levels import ExpertLevels
 
 Residency = Literal["frozen", "cache"]
@@ -50,6 +52,9 @@ class MoeLayerRunner:
     residency: Residency
     policy: ChosenPolicy
     """What answers misses while decoding"""
+    sparsity: float | None = None
+    """Share of an expert's channels that is left out while decoding one sequence; None: all are
+    computed"""
     prefetcher: Prefetcher | None = None
     """Reads ahead while decoding: a prompt's tokens want nearly every expert of a layer anyway"""
     foresight: Foresight | None = None
@@ -124,6 +129,9 @@ class MoeLayerRunner:
         counters.hits += hits
         counters.misses += len(wanted) - hits
         counters.bytes_read += moved.bytes_read
+        counters.whole_bytes += moved.whole_bytes
+        counters.channels += moved.channels
+        counters.channels_used += moved.channels_used
         counters.prefetches += moved.prefetches
         counters.prefetch_hits += moved.prefetch_hits
         counters.prefetched_bytes += moved.prefetched_bytes
@@ -156,7 +164,7 @@ class MoeLayerRunner:
     ) -> torch.Tensor:
         def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
             scores = self._scores(call)
-            supplied = self.store.acquire(call.layer, wanted, counters, scores=scores)
+            supplied = self._acquire(call, wanted, counters, scores)
             guesses: list[Guess] = []
             if self.phase == "decode":  # while the reads are under way
                 if self.foresight is not None:
@@ -178,6 +186,20 @@ class MoeLayerRunner:
         return run_experts(
             call.module, call.hidden, index, weight, supply, n_experts=self.store.n_numbers
         )
+
+    def _acquire(
+        self,
+        call: LayerCall,
+        wanted: list[int],
+        counters: PhaseCounters,
+        scores: np.ndarray | None,
+    ) -> Iterator[tuple[int, ExpertWeights]]:
+        store = self.store.full
+        is_one = self.phase == "decode" and not self.is_shadow and call.hidden.shape[0] == 1
+        if self.sparsity is None or not is_one or not isinstance(store, ChannelStore):
+            return self.store.acquire(call.layer, wanted, counters, scores=scores)
+        chosen = choose_for_call(call, wanted, store, self.sparsity)
+        return store.acquire(call.layer, wanted, counters, scores=scores, chosen=chosen)
 
     def _scores(self, call: LayerCall) -> np.ndarray | None:
         """What the router says of all experts, where somebody asks and it was heard."""

@@ -9,6 +9,7 @@ from moe_tool.policies.eviction.lru import Lru
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.residency import LevelRoom, cache_rooms, frozen_rooms, mixed_rooms
+from moe_tool.store.channel_store import ChannelStore
 from moe_tool.store.expert_levels import ExpertLevels
 from moe_tool.store.expert_store import ExpertStore
 from moe_tool.store.mixed_store import MixedStore
@@ -66,6 +67,17 @@ def open_levels(
         rooms: by level of the bundle.
         eviction: of the experts' own forms.
     """
+    if bundle.chooser_level is not None:
+        (room,) = rooms
+        channels = ChannelStore(
+            bundle,
+            n_slots=room.n_slots,
+            pinned=room.pinned,
+            eviction=eviction.make,
+            per_layer=eviction.per_layer,
+            n_readers=_N_READERS,
+        )
+        return ExpertLevels([channels], n_experts=bundle.manifest.shape.experts)
     own = set(bundle.own_levels)
     bases = [at for at, table in enumerate(bundle.manifest.replicas, start=1) if table.is_base]
     stores: list[ExpertStore | None] = [None] * len(rooms)

@@ -10,6 +10,7 @@ from moe_tool.errors import UsageError
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.prefetch import PREFETCH, ChoosePrefetch
+from moe_tool.store.channel_store import ChannelStore
 from moe_tool.store.expert_store import ExpertStore
 from moe_tool.store.mixed_store import MixedStore
 
@@ -27,7 +28,10 @@ class Prefetcher:
 
     @torch.no_grad()
     def expect(
-        self, call: LayerCall, store: ExpertStore | MixedStore, counters: PhaseCounters
+        self,
+        call: LayerCall,
+        store: ExpertStore | MixedStore | ChannelStore,
+        counters: PhaseCounters,
     ) -> None:
         """Tell the store what the layer after this call will want.
 

@@ -38,6 +38,9 @@ class RunOptions:
     shadow: int = 0
     """Every so many decoded tokens one is also computed exactly, and the step's loss measured; 0:
     none"""
+    sparse_experts: float | None = None
+    """Share of an expert's channels that is left out while decoding one sequence, for bundles that
+    hold experts in channels; None: all are computed"""
     gates: bool = True
     """Whether lossy policies keep BuddyMoE's gates"""
     seed: int = 0

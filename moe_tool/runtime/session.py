@@ -55,6 +55,7 @@ from moe_tool.runtime.run_options import (
     follow_plan,
 )
 from moe_tool.runtime.shadow import Shadow
+from moe_tool.runtime.sparse_experts import describe_sparse, require_alone, require_sparse
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 
 _FIRST_USE_BYTES = 16 * 2**20
@@ -109,6 +110,7 @@ class Session:
         Raises:
             UsageError: the bundle lacks what the policy needs.
         """
+        require_alone(self.runner.sparsity, policy)
         prefetcher = choose_prefetcher(
             self.setting.prefetch, self.skeleton.layers, residency=residency
         )
@@ -232,6 +234,7 @@ def open_session(
     if options.policy is None:
         options = replace(options, policy=default_policy(bundle.manifest))
     _check(options)
+    require_sparse(options, bundle)
     if options.record_trace and bundle.manifest.others:
         raise UsageError(
             "--record-trace: the experts of this bundle have several sizes, and a trace has one",
@@ -295,9 +298,12 @@ def open_session(
         progress.note(_LOSSY_PROMPT if policy.policy.lossy else _EXACT_PROMPT)
     if not is_native():
         progress.note("the native kernels are not in use: torch computes the experts, slower")
-    refusal = bundle.read_directly()
-    if refusal is not None:
-        progress.note(f"{refusal}: experts are read through it, slower")
+    if options.sparse_experts is not None:  # chosen channels come out of the page cache, in runs
+        progress.note(describe_sparse(options.sparse_experts))
+    else:
+        refusal = bundle.read_directly()
+        if refusal is not None:
+            progress.note(f"{refusal}: experts are read through it, slower")
     rooms_by_level = choose_rooms(
         bundle.manifest, memory.slots, residency, setting.eviction, policy
     )
@@ -314,6 +320,7 @@ def open_session(
         account=account,
         residency=residency,
         policy=policy,
+        sparsity=options.sparse_experts,
         prefetcher=prefetcher,
         foresight=_foresight(skeleton, setting, options),
         recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
@@ -323,6 +330,8 @@ def open_session(
         if workload.keeps_scores
         else None,
     )
+    if bundle.chooser_level is not None:
+        runner.store.load_pinned(progress)
     shadow = Shadow(every=options.shadow) if options.shadow and policy.policy.lossy else None
     skeleton.set_experts_function(runner)
     session = Session(
@@ -389,6 +398,10 @@ def _fixed_lines(
         ),
         MemoryLine(name="margin", size_bytes=MARGIN_BYTES),
     ]
+    if bundle.chooser_bytes:
+        lines.append(
+            MemoryLine(name="what chooses experts' channels", size_bytes=bundle.chooser_bytes)
+        )
     if options.caller_bytes:
         lines.append(MemoryLine(name="reference predictions", size_bytes=options.caller_bytes))
     return tuple(lines)

@@ -10,6 +10,7 @@ from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights
+from moe_tool.store.channel_store import ChannelStore
 from moe_tool.store.expert_store import ExpertStore
 from moe_tool.store.mixed_store import MixedStore
 
@@ -22,7 +23,10 @@ class ExpertLevels:
     """
 
     def __init__(
-        self, stores: Sequence[ExpertStore | MixedStore | None], *, n_experts: int
+        self,
+        stores: Sequence[ExpertStore | MixedStore | ChannelStore | None],
+        *,
+        n_experts: int,
     ) -> None:
         """Take the stores over.
 
@@ -32,7 +36,7 @@ class ExpertLevels:
         """
         full = stores[FULL]
         assert full is not None
-        self.full: ExpertStore | MixedStore = full
+        self.full: ExpertStore | MixedStore | ChannelStore = full
         self._stores = tuple(stores)
         self._n_experts = n_experts
         self._none = np.zeros(n_experts, dtype=bool)

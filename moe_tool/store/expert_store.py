@@ -16,7 +16,7 @@ from moe_tool.policies.eviction import Entry, ExpertCache, MakeEviction
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights
-from moe_tool.store.reader import ExpertKey, RecordReader
+from moe_tool.store.reader import Arrival, ExpertKey, Read, RecordReader
 from moe_tool.store.slots import SlotPool
 
 
@@ -61,6 +61,7 @@ class ExpertStore:
         per_layer: bool = False,
         n_readers: int = 2,
         base: "ExpertStore | None" = None,
+        read: Read | None = None,
     ) -> None:
         """Reserve the slots and start the readers; nothing is read yet.
 
@@ -75,6 +76,7 @@ class ExpertStore:
             n_readers: worker threads.
             base: holds the first bits of nested experts: of one that is there only the rest is
                 read.
+            read: fills a slot; None: with the whole record, out of the bundle.
 
         Raises:
             BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.
@@ -122,7 +124,7 @@ class ExpertStore:
         # Views of a slot, whatever record lies in it, with what a kernel prepares of them.
         self._decoded: dict[int, ExpertWeights] = {}
         self._reader = RecordReader(
-            partial(bundle.read_record_into, level=level), n_readers=n_readers
+            read or partial(bundle.read_record_into, level=level), n_readers=n_readers
         )
         self._is_pinned_read = not pinned_keys
         self._call: Iterator[tuple[int, ExpertWeights]] | None = None
@@ -316,12 +318,13 @@ class ExpertStore:
                     self._start_after(key, waiting)
             while self._reader.n_under_way:
                 started = time.perf_counter()
-                fetch = self._take_arrival()
+                arrival = self._take_arrival()
+                fetch = self._fetches[arrival.key]
                 counters.stall_seconds += time.perf_counter() - started
                 if fetch.is_prefetched:
                     self._count_prefetched(counters)
                 else:
-                    counters.bytes_read += self._level.record_size_bytes - fetch.n_there
+                    counters.bytes_read += arrival.n_bytes
                 yield fetch.key[1], self._weights(fetch.slot)
                 self._start_after(fetch.key, waiting)
         finally:
@@ -381,13 +384,12 @@ class ExpertStore:
         if fetch is not None:
             self._start(fetch)
 
-    def _take_arrival(self) -> _Fetch:
+    def _take_arrival(self) -> Arrival:
         arrival = self._reader.next_arrival()
         if arrival.error is not None:
             raise arrival.error
-        fetch = self._fetches[arrival.key]
-        fetch.is_read = True
-        return fetch
+        self._fetches[arrival.key].is_read = True
+        return arrival
 
     def _settle(self) -> None:
         """Let no demanded read run on, and strike from the books what was never read."""

@@ -26,9 +26,10 @@ class Read(Protocol):
         *,
         n_there: int = 0,
         go_on: GoOn | None = None,
-    ) -> object:
+    ) -> int | None:
         """Fill `out`, uint8 [record size], of which the first `n_there` bytes are right already, or
-        raise; `go_on` is asked after each piece."""
+        raise; `go_on` is asked after each piece. Returns how many bytes it read, None: all that
+        were not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,8 @@ class Arrival:
     key: ExpertKey
     error: BaseException | None
     """What the read failed with; the memory then holds anything"""
+    n_bytes: int
+    """That were read"""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -50,6 +53,7 @@ class _Job:
     """Where its end is told; None: a prefetch that nobody waits for"""
     state: Literal["queued", "running", "done"] = "queued"
     is_dropped: bool = False
+    n_bytes: int = 0
     error: BaseException | None = None
     end: threading.Event = field(default_factory=threading.Event)
 
@@ -149,7 +153,7 @@ class RecordReader:
         assert self._under_way, "no read is under way"
         job = self._arrivals.get()
         del self._under_way[job.key]
-        return Arrival(key=job.key, error=job.error)
+        return Arrival(key=job.key, error=job.error, n_bytes=job.n_bytes)
 
     def stop(self) -> list[ExpertKey]:
         """Give up the demanded reads not begun, wait for the others; return the keys that were
@@ -203,7 +207,8 @@ class RecordReader:
 
     def _run(self, job: _Job) -> None:
         if not job.is_prefetch:
-            self._read(*job.key, job.out, n_there=job.n_there)
+            n_bytes = self._read(*job.key, job.out, n_there=job.n_there)
+            job.n_bytes = job.out.numel() - job.n_there if n_bytes is None else n_bytes
             return
 
         def go_on(n_bytes: int) -> bool:

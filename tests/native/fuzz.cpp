@@ -123,6 +123,42 @@ bool pairs_agree(const char* name) {
   return true;
 }
 
+// Wanted channels over a buffer that has room for these alone, beside one channel after the other.
+bool channels_agree(const char* name) {
+  const int n_hidden = from_to(1, 300), n_channels = from_to(1, 50), n_tokens = from_to(1, 6);
+  moe::ChannelJob job{};
+  moe::ChannelMatrix& w = job.weight;
+  w = {nullptr, nullptr, n_channels, 0, n_hidden, from_to(0, 1) ? 4 : 8, 32 << from_to(0, 2)};
+  std::vector<int32_t> wanted;
+  for (int c = 0; c < n_channels; ++c)
+    if (from_to(0, 1)) wanted.push_back(c);
+  if (wanted.empty()) return true;
+  w.n_wanted = int(wanted.size());
+  std::vector<uint8_t> chunks(2 * w.half() * (wanted.back() + 1));  // what follows is not there
+  for (uint8_t& byte : chunks) byte = uint8_t(from_to(0, 60));
+  w.chunks = chunks.data(), w.wanted = wanted.data();
+  std::vector<float> chosen(size_t(n_tokens) * wanted.size()), bias(wanted.size(), 0.25f);
+  std::vector<float> x(size_t(n_tokens) * n_hidden), out(x.size()), sum(x.size());
+  for (float& value : chosen) value = float(from_to(-300, 300)) / 100;
+  for (float& value : x) value = float(from_to(-300, 300)) / 100;
+  job.gate = {from_to(0, 5), 1, 0, 1.7f, 7.0f};
+  job.chosen_is_gate = from_to(0, 1);
+  job.chosen = chosen.data(), job.x = x.data(), job.n_tokens = n_tokens;
+  job.bias = from_to(0, 1) ? bias.data() : nullptr;
+  moe::channel_expert(job, out.data());
+  std::vector<float> one(x.size()), value(n_tokens);
+  for (size_t c = 0; c < wanted.size(); ++c) {
+    moe::ChannelJob alone = job;
+    for (int t = 0; t < n_tokens; ++t) value[t] = chosen[t * wanted.size() + c];
+    alone.weight.n_wanted = 1, alone.weight.wanted = &wanted[c], alone.chosen = value.data();
+    moe::channel_expert(alone, one.data());
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] += one[i];
+  }
+  if (agree(sum, out, 1e-4)) return true;
+  std::printf("%s: channels differ, %d of width %d\n", name, n_channels, n_hidden);
+  return false;
+}
+
 // Codes of floats: each the nearest to its number that the grid has.
 bool rounding_is_nearest(const char* name) {
   const int n_out = from_to(1, 60), n_in = from_to(1, 300), bits = from_to(2, 8);
@@ -198,7 +234,7 @@ int main(int argc, char** argv) {
           return 1;
         }
       }
-      if (!pairs_agree(name) || !rounding_is_nearest(name)) return 1;
+      if (!pairs_agree(name) || !channels_agree(name) || !rounding_is_nearest(name)) return 1;
       if (wanted_product.empty()) wanted_product = product, wanted_out = out;
       // A code of the inner tokens may differ by one where exp is rounded otherwise.
       if (!agree(wanted_product, product, 1e-5) || !agree(wanted_out, out, 2e-2)) {

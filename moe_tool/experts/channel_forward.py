@@ -1,0 +1,173 @@
+"""An expert in channels: which of them a token needs, and its output from those alone (FloE,
+arXiv:2505.05950)."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from moe_tool.errors import UnsupportedModelError
+from moe_tool.experts.gate import gate_of, gate_output
+from moe_tool.experts.linear import linear
+from moe_tool.native.channels import computes_channels, native_channels
+from moe_tool.native.kernels import Gate
+from moe_tool.quantization.channels import (
+    ChannelExpert,
+    Chooser,
+    ChosenChannels,
+    dequantize_channels,
+)
+
+_BLOCK = 2**18
+"""Weights that are expanded at a time"""
+
+
+def channel_gate(module: Any) -> Gate:
+    """Return the gate of an experts module.
+
+    Raises:
+        UnsupportedModelError: it has none, or one that is not known.
+    """
+    gate = gate_of(module)
+    if gate is None or not gate.gated:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: only experts with a known gate have channels",
+            hint="pack without --sparse-experts",
+        )
+    return gate
+
+
+def split_halves(gate: Gate, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gate's and the up projection's rows of [2I, ...], [I, ...] each."""
+    if gate.interleaved:
+        return joined[::2], joined[1::2]
+    half = len(joined) // 2
+    return joined[:half], joined[half:]
+
+
+@torch.no_grad()
+def chooser_values(module: Any, chooser: Chooser, x: torch.Tensor) -> torch.Tensor:
+    """Return what the matrix that chooses makes of tokens, bias included, [n, I] float32.
+
+    Args:
+        module: an experts module of transformers.
+        chooser: of the expert.
+        x: [n, H] float32.
+    """
+    values = linear(x, chooser.weight)
+    bias = chooser.biases.get("gate_up_proj_bias")
+    if bias is not None:
+        gates, ups = split_halves(channel_gate(module), bias.values)
+        values += (gates if chooser.is_gate else ups).float()
+    return values
+
+
+def channel_sizes(module: Any, chooser: Chooser, values: torch.Tensor) -> torch.Tensor:
+    """Return what thresholds are compared with: the size of a channel's inner activation if the
+    matrix that does not choose gave 1. So it is that of silu(gate), not of the gate: a gate far
+    below 0 closes its channel.
+
+    Args:
+        module: an experts module of transformers.
+        chooser: of the expert.
+        values: [n, I], of `chooser_values`.
+
+    Returns:
+        [n, I] float32.
+    """
+    other = torch.ones_like(values)
+    halves = (values, other) if chooser.is_gate else (other, values)
+    return gate_output(_joined(channel_gate(module)), torch.cat(halves, dim=1)).abs()
+
+
+@torch.no_grad()
+def choose_channels(
+    module: Any, chooser: Chooser, x: torch.Tensor, sparsity: float
+) -> ChosenChannels:
+    """Return the channels that one token needs.
+
+    Args:
+        module: an experts module of transformers.
+        chooser: of the expert.
+        x: [1, H] float32.
+        sparsity: share of channels that is left out on the text that thresholds were measured on.
+    """
+    values = chooser_values(module, chooser, x)  # [1, I]
+    if sparsity == 0:
+        kept = torch.arange(values.shape[1])
+    else:
+        sizes = channel_sizes(module, chooser, values)[0]
+        kept = torch.nonzero(sizes >= chooser.threshold(sparsity)).flatten()
+    return ChosenChannels(index=kept.to(torch.int32), values=values.index_select(1, kept))
+
+
+@torch.no_grad()
+def channel_forward(module: Any, expert: ChannelExpert, x: torch.Tensor) -> torch.Tensor:
+    """Return the expert's output from the channels that were chosen, or from all.
+
+    What is left out counts as zero: the sum over channels of act(gate) * up * column has fewer
+    terms, and otherwise they are the same in the same order.
+
+    Args:
+        module: an experts module of transformers.
+        expert: with its chooser.
+        x: [n, H] float32; one token where channels were chosen.
+
+    Returns:
+        [n, H] float32.
+    """
+    chooser, chosen = expert.chooser, expert.chosen
+    assert chooser is not None
+    gate = channel_gate(module)
+    index = None if chosen is None else chosen.index
+    values = chooser_values(module, chooser, x) if chosen is None else chosen.values  # [n, C]
+    bias = _other_bias(gate, chooser, index)
+    if computes_channels(x.shape[0]):
+        out = native_channels(
+            expert.channels, gate, x, values, index=index, is_gate=chooser.is_gate, bias=bias
+        )
+    else:
+        out = _expanded(expert, gate, x, values, bias)
+    last = chooser.biases.get("down_proj_bias")
+    return out if last is None else out.add_(last.values.float())
+
+
+def _other_bias(gate: Gate, chooser: Chooser, index: torch.Tensor | None) -> torch.Tensor | None:
+    """Of the matrix that does not choose, [C] float32."""
+    bias = chooser.biases.get("gate_up_proj_bias")
+    if bias is None:
+        return None
+    gates, ups = split_halves(gate, bias.values)
+    other = (ups if chooser.is_gate else gates).float()
+    return other if index is None else other.index_select(0, index)
+
+
+def _expanded(
+    expert: ChannelExpert,
+    gate: Gate,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Do the same by torch: the definition that the compiled kernels have to agree with."""
+    assert expert.chooser is not None
+    index = torch.arange(expert.channels.n_channels)
+    if expert.chosen is not None:
+        index = expert.chosen.index.long()
+    out = torch.zeros_like(x)
+    step = max(1, _BLOCK // expert.channels.n_hidden)
+    for start in range(0, len(index), step):
+        part = slice(start, start + step)
+        rows, columns = dequantize_channels(expert.channels.take(index[part]))
+        other = x @ rows.T  # [n, c]
+        if bias is not None:
+            other += bias[part]
+        halves = (values[:, part], other) if expert.chooser.is_gate else (other, values[:, part])
+        out += gate_output(_joined(gate), torch.cat(halves, dim=1)) @ columns
+    return out
+
+
+@cache
+def _joined(gate: Gate) -> Gate:
+    return replace(gate, interleaved=False)

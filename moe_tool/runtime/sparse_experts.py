@@ -1,0 +1,69 @@
+"""Contextual sparsity in a session: whether a bundle can, and what it means (FloE,
+arXiv:2505.05950)."""
+
+from moe_tool.errors import UsageError
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.quantization.channels import GRID
+from moe_tool.runtime.policy_choice import EXACT
+from moe_tool.runtime.prefetcher import NO_PREFETCH
+from moe_tool.runtime.run_options import RunOptions
+
+
+def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
+    """Refuse options that sparse experts do not go with, or a bundle that cannot.
+
+    Raises:
+        UsageError: with what would work.
+    """
+    sparsity = options.sparse_experts
+    if bundle.chooser_level is not None and options.record_trace:
+        raise UsageError(
+            "--record-trace: the experts of this bundle are in channels, which a trace does not "
+            "know",
+            hint="record it with a bundle of one number of --bits: what is wanted is the same",
+        )
+    if sparsity is None:
+        return
+    name = f"--sparse-experts {sparsity:g}"
+    if not 0 <= sparsity <= GRID[-1]:
+        raise UsageError(f"{name}: 0 to {GRID[-1]:g} is possible", hint="--sparse-experts 0.7")
+    if bundle.chooser_level is None:
+        raise UsageError(
+            f"{name}: the experts of {bundle.folder} are not in channels",
+            hint="moe-tool pack --sparse-experts gate2",
+        )
+    require_alone(sparsity, options.policy or EXACT)
+    if options.batch > 1:
+        raise UsageError(
+            f"{name}: it is for one sequence at a time, {options.batch} are asked for",
+            hint="leave it out: several sequences want most channels between them",
+        )
+    if options.prefetch not in (None, NO_PREFETCH):
+        raise UsageError(
+            f"{name} beside --prefetch {options.prefetch}: whole experts would be read ahead",
+            hint="--prefetch none",
+        )
+
+
+def require_alone(sparsity: float | None, policy: str) -> None:
+    """Refuse a lossy policy where channels are left out.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if sparsity is not None and policy != EXACT:
+        raise UsageError(
+            f"--sparse-experts {sparsity:g} beside --policy {policy}: one thing at a time changes "
+            "the text",
+            hint="--policy exact",
+        )
+
+
+def describe_sparse(sparsity: float) -> str:
+    """Return what a run says before its first token."""
+    if sparsity == 0:
+        return "sparse experts: no channel is left out, and those of a miss are read one by one"
+    return (
+        f"sparse experts: about {sparsity:.0%} of an expert's channels are left out of every "
+        "decoded token, which changes the text; prompts are computed in full"
+    )
