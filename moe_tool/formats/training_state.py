@@ -77,9 +77,9 @@ def read_training_state(
     expected |= {_ORDER: ("U8", (_ORDER_BYTES,)), _COUNTERS: ("F64", (2,))}
     with Checkpoint(infos) as checkpoint:
         found = infos.get(_ORDER)
-        if found is not None and (found.dtype, found.shape) == expected[_ORDER]:
-            if checkpoint.read_bytes(_ORDER) != order:
-                return None
+        is_named = found is not None and (found.dtype, found.shape) == expected[_ORDER]
+        if is_named and checkpoint.read_bytes(_ORDER) != order:
+            return None
         for name in sorted(expected.keys() | infos.keys()):
             info = infos.get(name)
             if info is None or (info.dtype, info.shape) != expected.get(name):

@@ -75,7 +75,7 @@ class _Product(torch.autograd.Function):
         return module.product(x)
 
     @staticmethod
-    def backward(ctx: Any, by_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, by_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         return by_output @ ctx.module.weight, None
 
 

@@ -25,6 +25,10 @@ class MaskTensors:
         """By name."""
         return {name: getattr(self, name) for name in MASK_ROUTER_PARTS}
 
+    def frozen(self) -> "MaskTensors":
+        """Return the same numbers without a gradient; views."""
+        return MaskTensors(**{name: part.detach() for name, part in self.parts.items()})
+
     def to_arrays(self) -> LayerMaskRouter:
         """Return what a file holds of it."""
         return LayerMaskRouter(**{name: p.detach().numpy() for name, p in self.parts.items()})

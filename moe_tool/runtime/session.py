@@ -322,7 +322,8 @@ def open_session(
         is_lossy_prompt=options.lossy_prompt and policy.policy.lossy,
         absent=_absent(bundle.manifest),
         record_bytes={
-            layer: np.array(bundle.own_record_bytes(layer)) for layer in bundle.manifest.shape.layers
+            layer: np.array(bundle.own_record_bytes(layer))
+            for layer in bundle.manifest.shape.layers
         },
         attention=AttentionSums(skeleton.model, bundle.manifest.shape.layers)
         if workload.keeps_scores

@@ -15,7 +15,7 @@ _LOGIT_COPIES = 7
 """[T, V] tensors alive at once where the loss is computed: both models' logits, their logarithms,
 what the divergence is of, and its gradients"""
 _EXPERT_COPIES = 4
-"""Of an expert in float32 on the way back: its matrices, and what the largest is unpacked through"""
+"""Of an expert in float32 on the way back: its matrices, and what the largest is made from"""
 _ROUTER_COPIES = 8
 """Of the routers: parameters, gradients, both moments, and these once more as they are saved"""
 

@@ -1,8 +1,8 @@
 """Trains the mask routers of a session by distillation: its own predictions with every expert are
 the teacher."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ _GAIN = 0.2
 apart"""
 _PENALTY_RANGE = (1e-9, 1e3)
 
-_Parameters = dict[int, MaskTensors]
+_Parameters = Mapping[int, MaskTensors]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,12 @@ class MaskTraining:
             ]
         )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
+
+    @property
+    def penalty_per_slot(self) -> float:
+        """Nats per kept slot after the heaviest."""
+        n_slots = sum(router.bias.numel() for router in self.routers.values())
+        return 0.0 if self.penalty is None else self.penalty / n_slots
 
     def begin(self, experts: MaskedExperts, *, micro_batch: int) -> None:
         """Set the biases so that the wanted share is left out before anything is learned."""
@@ -235,9 +241,7 @@ def watch_worth(
     return found
 
 
-def router_mask(
-    routers: _Parameters, offset: Callable[[int], float], seq_len: int
-) -> ChooseMask:
+def router_mask(routers: _Parameters, offset: Callable[[int], float], seq_len: int) -> ChooseMask:
     """Return the mask that routers choose without noise, prompts left alone.
 
     Args:
@@ -257,10 +261,7 @@ def router_mask(
 def ratio_routers(shape: MoeShape) -> _Parameters:
     """Return routers that say the logarithm of each slot's gate weight over the heaviest's: with an
     offset per layer they are MC's rule, of two experts."""
-    return {
-        layer: replace(router, **{name: part.detach() for name, part in router.parts.items()})
-        for layer, router in ((layer, _ratio_router(shape)) for layer in shape.layers)
-    }
+    return {layer: _ratio_router(shape).frozen() for layer in shape.layers}
 
 
 def _ratio_router(shape: MoeShape) -> MaskTensors:

@@ -3,24 +3,18 @@ that costs is measured on text that was kept apart."""
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import (
-    N_QUANTILES,
-    BundleManifest,
-    LearnedPruning,
-    QualityFigure,
-)
+from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import BudgetError, DataSourceError, UnsupportedModelError, UsageError
-from moe_tool.evaluation.bootstrap import bootstrap_interval
-from moe_tool.evaluation.divergence import compare_logits, divergence_scratch_bytes
+from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.formats.atomic_write import storage_errors
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.mask_router_file import write_mask_router
@@ -32,23 +26,16 @@ from moe_tool.formats.training_state import (
 )
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.policies.misses.prune_learned import rate_offsets
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.mask_scores import MaskTensors
 from moe_tool.runtime.policy_choice import EXACT
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
-from moe_tool.tuning.masked_experts import ChooseMask, MaskedExperts
+from moe_tool.tuning.judge_pruning import judge_pruning
+from moe_tool.tuning.masked_experts import MaskedExperts
 from moe_tool.tuning.pruning_memory import training_bytes, verdict_bytes
-from moe_tool.tuning.train_mask_router import (
-    MaskTraining,
-    TrainingPlan,
-    ratio_routers,
-    router_mask,
-    watch_worth,
-)
+from moe_tool.tuning.train_mask_router import MaskTraining, TrainingPlan
 
 _STATE = ".pruning-training.safetensors"
 _SAVE_EVERY_S = 20.0
@@ -147,18 +134,29 @@ def tune_pruning(
         batch=options.batch,
         seed=options.seed,
     )
-    with _open(folder, options, manifest, plan, held_out, progress) as session:
+    with _open(
+        folder, options, manifest, n_held_out=held_out.numel(), progress=progress
+    ) as session:
         experts = MaskedExperts(session=session)
         session.skeleton.set_experts_function(experts)
+        micro_batch = session.workload.batch
         training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
-        judged = _judge(experts, training, share, held_out, progress)
-        budget_bytes, _ = session.plan.budget_bytes, session.close
+        verdict = judge_pruning(
+            experts,
+            {layer: router.frozen() for layer, router in training.routers.items()},
+            shape,
+            held_out,
+            share=share,
+            micro_batch=micro_batch,
+            progress=progress,
+        )
+        budget_bytes = session.plan.budget_bytes
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
-        offsets=tuple(float(offset) for offset in judged.offsets),
+        offsets=tuple(float(offset) for offset in verdict.offsets),
         penalty=training.penalty_per_slot,
-        quality=judged.quality(options.seed),
+        quality=verdict.quality(options.seed),
         tokens=plan.ids.numel(),
         seed=options.seed,
         sources=text.sources,
@@ -173,11 +171,11 @@ def tune_pruning(
         bundle=str(folder),
         file=written.pruning.file,
         rate=options.rate,
-        left_out=most * float(np.mean(list(judged.left_out.values()))),
+        left_out=most * float(np.mean(list(verdict.left_out.values()))),
         kl=written.pruning.quality.kl,
         kl_ci95=written.pruning.quality.kl_ci95,
-        kl_by_ratio=float(judged.kl_by_ratio.mean()),
-        left_out_by_layer={layer: most * each for layer, each in judged.left_out.items()},
+        kl_by_ratio=float(verdict.kl_by_ratio.mean()),
+        left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
         steps=plan.n_steps,
         tokens=plan.ids.numel(),
         held_out_tokens=held_out.numel(),
@@ -186,3 +184,123 @@ def tune_pruning(
         peak_rss_bytes=peak_rss_bytes(),
         seconds=time.perf_counter() - start,
     )
+
+
+def _share_of_light(rate: float, shape: MoeShape) -> float:
+    """The share of the slots after the heaviest that a share of all is."""
+    if shape.top_k < 2:
+        raise UnsupportedModelError(
+            "this model has one expert per token, so nothing of it can be pruned",
+            hint="moe-tool tune weights lowers what few bits cost",
+        )
+    most = (shape.top_k - 1) / shape.top_k
+    if not 0 < rate < most:
+        raise UsageError(
+            f"--rate {rate:g}: not possible with {shape.top_k} experts per token",
+            hint=f"above 0 and below {most:g}, e.g. 0.2",
+        )
+    return rate / most
+
+
+def _text(
+    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions
+) -> TokenSequences:
+    longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    seq_len = min(options.seq_len, longest or options.seq_len)
+    if seq_len < _MIN_SEQ_LEN:
+        raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
+    text = build_sequences(
+        sources,
+        load_tokenizer(folder),
+        n_tokens=options.tokens,
+        seq_len=seq_len,
+        holdout=_HELD_OUT,
+        seed=options.seed,
+        offline=options.offline,
+    )
+    if text.held_out.all() or not text.held_out.any():
+        raise DataSourceError(
+            f"{len(text.ids)} sequences of {seq_len} tokens are too few to train on and judge by",
+            hint="more --tokens, more text or a smaller --seq-len",
+        )
+    return text
+
+
+def _open(
+    folder: Path,
+    options: TunePruningOptions,
+    manifest: BundleManifest,
+    *,
+    n_held_out: int,
+    progress: Progress,
+) -> Session:
+    """Open the session with as many sequences in a forward as the budget allows."""
+    config = read_config(folder).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    seq_len = min(options.seq_len, longest or options.seq_len)
+    run = RunOptions(
+        memory=options.memory,
+        policy=EXACT,
+        residency="cache",
+        seed=options.seed,
+        threads=options.threads,
+        context=seq_len,
+        prompt=seq_len,
+    )
+    beside = verdict_bytes(manifest.shape, n_tokens=n_held_out)
+    beside += divergence_scratch_bytes(manifest.shape.vocabulary)
+    micro_batch = options.batch
+    while True:
+        taken = training_bytes(config, manifest.shape, batch=micro_batch, seq_len=seq_len)
+        asked = replace(run, batch=micro_batch, caller_bytes=taken + beside)
+        try:
+            return open_session(folder, asked, progress=progress)
+        except BudgetError:
+            if micro_batch == 1:
+                raise
+            micro_batch //= 2
+
+
+def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
+    """What decides the outcome of a training: another one does not go on with its state."""
+    weights = manifest.model_dump_json(include={"identity", "records", "others", "skeleton"})
+    return order_digest(
+        {
+            "bundle": hashlib.sha256(weights.encode()).hexdigest(),
+            "ids": hashlib.sha256(plan.ids.numpy().tobytes()).hexdigest(),
+            "shape": list(plan.ids.shape),
+            "rate": options.rate,
+            "batch": plan.batch,
+            "seed": plan.seed,
+        }
+    )
+
+
+def _train(
+    folder: Path, experts: MaskedExperts, plan: TrainingPlan, order: bytes, progress: Progress
+) -> MaskTraining:
+    session = experts.session
+    micro_batch = session.workload.batch
+    training = MaskTraining(session.manifest.shape, plan)
+    path = folder / _STATE
+    reached = read_training_state(path, order, training.state(), n_steps=plan.n_steps)
+    if reached is None:
+        training.begin(experts, micro_batch=micro_batch)
+    else:
+        training.restore(reached.tensors, step=reached.step, penalty=reached.penalty)
+        progress.note(f"resumed after step {reached.step} of {plan.n_steps}")
+    progress.begin("train", plan.n_steps, "steps")
+    progress.advance(training.step)
+    saved_at = time.perf_counter()
+    while training.step < plan.n_steps:
+        training.advance(experts, micro_batch=micro_batch)
+        progress.advance()
+        if time.perf_counter() - saved_at > _SAVE_EVERY_S or training.step == plan.n_steps:
+            assert training.penalty is not None
+            state = TrainingState(
+                step=training.step, penalty=training.penalty, tensors=training.state()
+            )
+            write_training_state(path, order, state)
+            saved_at = time.perf_counter()
+    progress.end()
+    return training

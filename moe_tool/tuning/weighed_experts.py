@@ -46,7 +46,7 @@ class _Weighed(torch.autograd.Function):
         return run_experts(module, hidden, index, weight, supply)
 
     @staticmethod
-    def backward(ctx: Any, by_output: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, by_output: torch.Tensor) -> tuple[Any, ...]:
         hidden, weight = ctx.saved_tensors
         index: torch.Tensor = ctx.index
         by_hidden, by_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
