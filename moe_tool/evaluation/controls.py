@@ -7,9 +7,7 @@ from moe_tool.runtime.policy_choice import EXACT
 CONTROLS = (EXACT, "priced", "replica", "near-tie", "buddy", "next-ranked", "random", "drop")
 
 
-def policies_to_run(
-    policy: str, manifest: BundleManifest, *, controls: bool
-) -> tuple[str, ...]:
+def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) -> tuple[str, ...]:
     """Return the policies of a table, `policy` among them, each once.
 
     Exact comes first: it shows what the same residency costs in bytes when nothing is answered by

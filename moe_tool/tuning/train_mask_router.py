@@ -89,8 +89,13 @@ class MaskTraining:
 
     def begin(self, experts: MaskedExperts, *, micro_batch: int) -> None:
         """Set the biases so that the wanted share is left out before anything is learned."""
-        worth = watch_worth(experts, self.routers, self._batch(0)[:micro_batch])
-        every = np.concatenate(list(worth.values()))
+        every = np.concatenate(
+            [
+                worth
+                for part in torch.split(self._batch(0), micro_batch)
+                for worth in watch_worth(experts, self.routers, part).values()
+            ]
+        )
         offset = float(rate_offsets(every, np.array([self.plan.share]))[0])
         with torch.no_grad():
             for router in self.routers.values():
