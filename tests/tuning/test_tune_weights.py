@@ -375,7 +375,9 @@ def test_without_feedback_codes_stay_where_they_are(
     assert plain.lineage[-1].feedback == "none"
 
 
-def test_nested_experts_and_those_in_channels_are_not_tuned(model: LocatedModel, tmp_path: Path) -> None:
+def test_nested_experts_and_those_in_channels_are_not_tuned(
+    model: LocatedModel, tmp_path: Path
+) -> None:
     profile = tmp_path / "p.h5"
     record_profile(model, SOURCES, out=profile, tokens=256, seq_len=32)
     pack_bundle(model, out=tmp_path / "b", bits="2+2", profile=profile)
