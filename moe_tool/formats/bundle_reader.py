@@ -292,6 +292,7 @@ class BundleReader:
             for part in _skeleton_parts(self.manifest):
                 if part.is_factor:
                     skeleton.read(part.name)
+        self.mask_router()
         self._verified.clear()
         for level, each in enumerate(self.levels):
             out = torch.empty(each.record_size_bytes, dtype=torch.uint8)
