@@ -361,6 +361,7 @@ class BundleReader:
             for part in _skeleton_parts(self.manifest):
                 if part.is_factor:
                     skeleton.read(part.name)
+        self.mask_router()
         self._verified.clear()
         self._verified_channels.clear()
         for level, each in enumerate(self.levels):
