@@ -23,6 +23,10 @@ def reference_page() -> str:
     for name, command in group.commands.items():
         context = command.make_context(name, [], parent=root, **wide)
         parts.append(_section(f"moe-tool {name}", command.get_help(context)))
+        for inner, verb in getattr(command, "commands", {}).items():
+            context_of_verb = verb.make_context(inner, [], parent=context, **wide)
+            title = f"moe-tool {name} {inner}"
+            parts.append(_section(title, verb.get_help(context_of_verb)))
     return "\n".join(parts)
 
 

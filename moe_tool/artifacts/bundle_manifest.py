@@ -187,6 +187,30 @@ class LayerPrices(FrozenModel):
     """Of a slot's gate weight over the token's largest, over all slots but the heaviest"""
 
 
+class TunedWeights(FrozenModel):
+    """How a bundle's codes were changed: one run of `moe-tool tune weights`."""
+
+    parent_sha256: HexDigest
+    """Of the manifest of the bundle that it began with"""
+    sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
+    """Where the text came from"""
+    tokens: Annotated[int, Field(ge=1, le=2**40)]
+    """Of it, held-out ones included"""
+    tokens_sha256: HexDigest
+    """Of their ids, int32, and of which sequences were held out"""
+    steps: Annotated[int, Field(ge=1, le=2**31)]
+    """Of every layer"""
+    batch_tokens: Annotated[int, Field(ge=1, le=2**31)]
+    """Of a step"""
+    optimizer: Literal["sgd", "adam"]
+    rounding: Literal["nearest", "stochastic"]
+    feedback: Literal["momentum", "none"]
+    """Where what rounding loses goes"""
+    rate: Annotated[float, Field(gt=0, le=1e6)]
+    """Learning rate of the first step, in codes"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class BundleManifest(FrozenModel):
     """The artifact of `moe-tool pack`, written last: no manifest, no bundle."""
 
@@ -234,6 +258,8 @@ class BundleManifest(FrozenModel):
     """The lossy policy that `run` follows where nothing else is asked for; None: exact"""
     plan: PackPlan | None = None
     """What `run` follows where nothing else is asked for"""
+    lineage: Annotated[tuple[TunedWeights, ...], Field(max_length=64)] = ()
+    """What was done to the codes since they were packed, in order"""
 
     @property
     def own_records(self) -> tuple[ExpertRecord, ...]:

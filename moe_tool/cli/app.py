@@ -30,6 +30,7 @@ from moe_tool.cli import (
     profile,
     run,
     simulate,
+    tune,
 )
 from moe_tool.cli.console import write_json
 from moe_tool.errors import DiskFullError, MoeToolError, StorageError, UsageError
@@ -63,6 +64,7 @@ for _verb in (
     demo.demo,
 ):
     app.command()(_verb)
+app.add_typer(tune.tune, name="tune")
 
 
 @app.callback(invoke_without_command=True)
@@ -146,7 +148,7 @@ def _interrupted(arguments: Sequence[str]) -> MoeToolError:
     again = ["moe-tool", *arguments]
     if verb == "profile" and "--resume" not in again:
         again.append("--resume")
-    if verb not in ("profile", "pack"):
+    if verb not in ("profile", "pack", "tune"):
         return MoeToolError("interrupted")
     return MoeToolError(f"interrupted; what is done is kept: resume with\n    {shlex.join(again)}")
 

@@ -305,11 +305,14 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
             or "none",
             "tool_version": manifest.tool_version,
         }
+        | _lineage_facts(manifest)
         | _policy_facts(manifest)
     )
     details: dict[str, object] = {}
     if manifest.calibration is not None:
         details["calibration"] = manifest.calibration.model_dump(mode="json")
+    if manifest.lineage:
+        details["lineage"] = [each.model_dump(mode="json") for each in manifest.lineage]
     return Description(
         kind="bundle",
         path=path,
@@ -326,6 +329,17 @@ def _own_bits(manifest: "BundleManifest") -> str:
     if len(found) == 1:
         return next(iter(found))
     return ", ".join(f"{bits}: {count}" for bits, count in sorted(found.items()))
+
+
+def _lineage_facts(manifest: "BundleManifest") -> dict[str, object]:
+    if not manifest.lineage:
+        return {}
+    last = manifest.lineage[-1]
+    return {
+        "tuned": f"{last.steps} steps of {last.optimizer}, {last.rounding} rounding, "
+        f"on {', '.join(last.sources)}",
+        "tuned_from": last.parent_sha256,
+    }
 
 
 def _policy_facts(manifest: "BundleManifest") -> dict[str, object]:

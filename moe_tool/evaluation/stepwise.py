@@ -94,17 +94,20 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
         level = decision.answers.level
         level = np.full(answer.shape, FULL) if level is None else level
-        is_there = decision.resident[FULL][wanted]
-        is_answered = answer >= 0
-        is_fetched = is_answered & ~decision.resident[level, np.maximum(answer, 0)]
+        # An expert that the bundle does not have is called E: it is no access, and no drop.
+        is_held = wanted < decision.resident.shape[1]
+        is_there = is_held & decision.resident[FULL][np.where(is_held, wanted, 0)]
+        is_answered = (answer >= 0) & is_held
+        answer = np.where(is_answered, answer, 0)
+        is_fetched = is_answered & ~decision.resident[level, answer]
         column = position - N_PROMPT_TOKENS
         ledger[0, :, column] += is_there.sum(axis=1)
-        ledger[1, :, column] += wanted.shape[1]
-        ledger[2, :, column] += (
-            is_fetched * sizes[decision.routing.layer][level, np.maximum(answer, 0)]
-        ).sum(axis=1)
+        ledger[1, :, column] += is_held.sum(axis=1)
+        ledger[2, :, column] += (is_fetched * sizes[decision.routing.layer][level, answer]).sum(
+            axis=1
+        )
         ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
-        ledger[4, :, column] += (~is_answered).sum(axis=1)
+        ledger[4, :, column] += (is_held & ~is_answered).sum(axis=1)
         ledger[5, :, column] += (is_answered & (level != FULL)).sum(axis=1)
         if decision.spent is not None:
             ledger[6, :, column] += session.runner.account.nats_per_price * decision.spent

@@ -28,6 +28,7 @@ from moe_tool.artifacts.bundle_manifest import (
     ReplicaTable,
     SkeletonLinear,
     SkeletonTensor,
+    TunedWeights,
 )
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
@@ -41,7 +42,7 @@ from moe_tool.artifacts.precision import (
     ReplicaPrecision,
 )
 from moe_tool.artifacts.routing import FULL
-from moe_tool.errors import UsageError
+from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
     JOURNAL,
@@ -260,6 +261,27 @@ class BundleWriter:
             elif self._unsynced_bytes >= _SYNC_BYTES:
                 self._sync()
 
+    def read_back(self, level: int, layer: int, expert: int) -> torch.Tensor:
+        """Return a record that was written, by this run or by the one that it resumes.
+
+        Raises:
+            StorageError: it cannot be read, or is no longer what was written.
+        """
+        assert not self.finished
+        number = self._order.index((level, layer, expert))
+        file, position = self._places[number]
+        entry = [*self._records, *self._unsynced][number]
+        path = self._folder / file.name
+        with storage_errors(path), open(path, "rb") as opened:
+            opened.seek(file.offset(position))
+            data = bytearray(opened.read(file.record_size_bytes))
+        if xxhash.xxh3_64_hexdigest(data) != entry.xxh3:
+            raise StorageError(
+                f"{path} was changed while it was written: layer {layer} expert {expert}",
+                hint="leave the folder alone, and run the same command again",
+            )
+        return torch.frombuffer(data, dtype=torch.uint8)
+
     def suspend(self) -> None:
         """Make what was written durable and leave it for a resume."""
         with storage_errors(self._folder):
@@ -312,6 +334,7 @@ class BundleWriter:
         buddies: BundleBuddies | None,
         prices: tuple[LayerPrices, ...] | None = None,
         plan: PackPlan | None = None,
+        lineage: tuple[TunedWeights, ...] = (),
         profile_sha256: str | None,
     ) -> BundleManifest:
         """Write the manifest and give the bundle its name.
@@ -321,6 +344,7 @@ class BundleWriter:
             buddies: stand-ins.
             prices: of leaving an expert out.
             plan: for `run` to follow.
+            lineage: what was done to the codes since they were packed.
             profile_sha256: where heat and prices come from.
         """
         if self.finished:
@@ -396,6 +420,7 @@ class BundleWriter:
             replicas=tables,
             prices=prices,
             plan=plan,
+            lineage=lineage,
         )
         with storage_errors(self._folder):
             write_json_artifact(self._folder / MANIFEST, manifest)

@@ -9,6 +9,7 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import describe_precision
+from moe_tool.errors import UsageError
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
 from moe_tool.models.skeleton import Skeleton
 from moe_tool.policies.misses import (
@@ -23,6 +24,8 @@ from moe_tool.policies.misses import (
 from moe_tool.runtime.price_list import price_book
 
 EXACT = "exact"
+_WITH_ABSENT = (EXACT, "priced", "prune")
+"""Policies of a bundle that leaves experts out: the others look for every expert that is wanted"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,12 @@ def choose_policy(
         UsageError: the name is unknown, or the bundle lacks what the policy needs.
     """
     choice = parse_miss_policy(name)
+    if manifest.absent and choice.kind not in _WITH_ABSENT:
+        raise UsageError(
+            f"--policy {choice.kind}: the bundle leaves {len(manifest.absent)} experts out, and "
+            f"its policy may be {', '.join(_WITH_ABSENT)}",
+            hint="--policy priced",
+        )
     buddies = None if manifest.buddies is None else manifest.buddies.layers
     thresholds: Gates | None = None
     if not gates:

@@ -11,6 +11,7 @@ import torch
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import LayerBits, PackPlan
 from moe_tool.errors import BudgetError, CorruptArtifactError, UsageError
+from moe_tool.evaluation.stepwise import run_stepwise
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.models.architecture import open_model
@@ -195,3 +196,28 @@ def test_a_damaged_manifest_is_refused(
         BundleReader.open(out)
     path.write_text(text)
     read_json_artifact(path, BundleManifest)
+
+
+def test_predictions_count_no_access_to_an_absent_expert(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, _ = _packed(tiny_checkpoint("mixtral", "bfloat16"), tmp_path / "b", absent=2)
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    with open_session(out, RunOptions(memory="100%", context=64, prompt=32)) as session:
+        shape, absent = session.bundle.manifest.shape, session.runner.absent
+        costs = run_stepwise(session, ids, lambda position, logits: None)
+    n_slots = shape.top_k * len(shape.layers)
+    assert absent
+    assert (costs.accesses <= n_slots).all() and (costs.accesses < n_slots).any()
+    assert not costs.drops.any() and not costs.substitutions.any()
+    assert (costs.hits <= costs.accesses).all()
+
+
+@pytest.mark.parametrize("policy", ["near-tie", "drop", "random", "next-ranked"])
+def test_policies_that_ask_for_all_experts_are_refused_where_some_are_absent(
+    policy: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, _ = _packed(tiny_checkpoint("mixtral", "bfloat16"), tmp_path / "b", absent=1)
+    options = RunOptions(memory="100%", context=64, policy=policy, gates=False)
+    with pytest.raises(UsageError, match="leaves .* experts out"), open_session(out, options):
+        pass

@@ -1,0 +1,12 @@
+"""`moe-tool tune`: what of a bundle can be trained, a verb of its own for each."""
+
+import typer
+
+from moe_tool.cli import tune_weights
+
+tune = typer.Typer(
+    help="Train what a bundle holds, beside its exact model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+tune.command("weights")(tune_weights.tune_weights)

@@ -1,0 +1,171 @@
+"""`moe-tool tune weights`: a bundle and its model in, a bundle with better codes out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.cli.console import open_output
+from moe_tool.cli.options import BundleArgument, DataOption, JsonOption, OfflineOption, SeedOption
+
+if TYPE_CHECKING:
+    from moe_tool.tuning.tune_weights import TunedLayer
+
+
+def tune_weights(
+    bundle: BundleArgument,
+    data: DataOption,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="The checkpoint that the bundle was packed from: a folder, an alias or a hub id.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The new bundle. An interrupted one is resumed.",
+            show_default=False,
+        ),
+    ],
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", min=1, max=10**6, help="Updates of every layer.")
+    ] = 500,
+    batch: Annotated[
+        int,
+        typer.Option("--batch", metavar="N", min=1, max=2**20, help="Tokens of an update."),
+    ] = 1024,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            min=4,
+            help="Of text, all domains together; an eighth is kept apart to judge by.",
+        ),
+    ] = 65536,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens of one sequence.")
+    ] = 512,
+    optimizer: Annotated[
+        Literal["sgd", "adam"],
+        typer.Option(
+            "--optimizer",
+            help="sgd: with momentum, 4 bytes for a weight of one layer; adam: 8.",
+        ),
+    ] = "sgd",
+    rounding: Annotated[
+        Literal["nearest", "stochastic"],
+        typer.Option("--rounding", help="How updates become codes again."),
+    ] = "nearest",
+    feedback: Annotated[
+        Literal["momentum", "none"],
+        typer.Option(
+            "--feedback",
+            help="Where what rounding loses of an update goes; none: nowhere, the control, which "
+            "moves next to nothing.",
+        ),
+    ] = "momentum",
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--rate",
+            metavar="X",
+            min=1e-9,
+            max=1e6,
+            help="Learning rate at the start, in steps of a code; a tenth is left at the end.",
+            show_default="0.1 for sgd, 0.01 for adam",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Budget of the whole process, e.g. 4GiB: refused where it does not do.",
+            show_default="what it takes",
+        ),
+    ] = None,
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Win back what low-bit experts lost: their codes are trained in place.
+
+    One layer is in memory at a time; there is no copy of the weights in floats. What was rounded
+    away goes into the momentum (ECO). The bundle is left alone, a new one is written.
+    """
+    with open_output(as_json=json) as output:
+        from moe_tool.models.locate import locate_model
+        from moe_tool.text.sources import parse_sources, require_sources
+
+        sources = parse_sources(data)
+        located = locate_model(model, offline=offline, announce=output.say)
+        require_sources(sources, offline=offline)
+
+        from moe_tool.tuning.tune_weights import TuneOptions
+        from moe_tool.tuning.tune_weights import tune_weights as tune
+
+        report = tune(
+            bundle,
+            located,
+            sources,
+            TuneOptions(
+                steps=steps,
+                batch=batch,
+                tokens=tokens,
+                seq_len=seq_len,
+                optimizer=optimizer,
+                rounding=rounding,
+                feedback=feedback,
+                rate=rate,
+                seed=seed,
+                memory_bytes=None if memory is None else parse_bytes(memory),
+                offline=offline,
+            ),
+            out=out,
+            progress=output.progress,
+        )
+        for layer in report.layers:
+            output.show(_layer(layer))
+        if report.untuned:
+            output.say(_untuned(report.untuned))
+        if report.drops_calibration:
+            output.say(f"{bundle}/ was calibrated, for codes that are others now: {out}/ is not")
+        output.say(
+            f"wrote {report.bundle}/: {format_bytes(report.bytes)}; optimizer "
+            f"{format_bytes(report.state_bytes)}, {report.state_bytes_per_weight} bytes for a "
+            f"weight of one layer; {report.seconds:.1f} s, "
+            f"peak memory {format_bytes(report.peak_rss_bytes)}"
+        )
+        output.say(f"next: moe-tool evaluate {report.bundle}/ --reference {model} --data ...")
+        lineage = [step.model_dump(mode="json") for step in report.lineage]
+        output.result(asdict(report) | {"lineage": lineage})
+
+
+def _layer(layer: "TunedLayer") -> str:
+    if not layer.is_kept:
+        return (
+            f"layer {layer.layer}: error {layer.error_before:.4f} was not lowered, left as it was"
+        )
+    return (
+        f"layer {layer.layer}: error {layer.error_before:.4f} -> {layer.error_after:.4f}, "
+        f"{layer.moved:.1%} of the codes moved"
+    )
+
+
+def _untuned(experts: Sequence[tuple[int, int]]) -> str:
+    named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:4])
+    more = f" and {len(experts) - 4} more" if len(experts) > 4 else ""
+    return (
+        f"left as they were, for the text sends them few tokens or none: {named}{more}; "
+        "more --tokens may send them some"
+    )

@@ -1,0 +1,175 @@
+"""The exact model and the bundle's side by side: the same tokens through both, layer by layer."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_tool.experts.combine import run_experts
+from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.layer_stream import LayerStream, StreamedLayer
+from moe_tool.models.moe_layers import unsupported
+from moe_tool.models.skeleton import LayerCall
+from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.tuning.tune_layer import LayerText
+
+BATCH_TOKENS = 2048
+"""Through a decoder layer at once"""
+
+Weights = Mapping[int, Mapping[str, FloatWeight | IntegerWeight]]
+"""Expert -> its tensors; one that is absent is not there"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedLayer:
+    """One MoE layer, between the bundle's layers before it and those to come."""
+
+    layer: int
+    module: Any
+    """The experts module of transformers"""
+    text: LayerText
+    """What the bundle's experts are given, and what would make up for all that the layers so far
+    have lost"""
+    held_out: torch.Tensor
+    """[T] bool"""
+    exact_inputs: torch.Tensor
+    """[m, H] float32: what the exact model's experts are given, of held-out tokens"""
+    exact_index: torch.Tensor
+    """[m, K] int64"""
+
+
+class PairedModel:
+    """Two streams of hidden states through one skeleton; of the exact experts one layer is in
+    memory while it is used, then none."""
+
+    def __init__(
+        self, folder: Path, opened: OpenedModel, ids: torch.Tensor, held_out: torch.Tensor
+    ) -> None:
+        """Load what is outside the layers.
+
+        Args:
+            folder: of the checkpoint.
+            opened: the same checkpoint.
+            ids: [N, S] int64.
+            held_out: [N] bool.
+        """
+        self._opened = opened
+        self._stream = LayerStream(folder, opened.checkpoint)
+        self._stream.set_experts_function(self._answer)
+        self._weights: Weights | None = None
+        """None: the experts answer nothing"""
+        self._calls: list[LayerCall] = []
+        self._held_out = held_out.repeat_interleave(ids.shape[1])
+        batches = torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1]))
+        self._exact = [self._stream.initial_hidden(batch) for batch in batches]
+        self._bundle = [states.clone() for states in self._exact]
+        self._next: Weights = {}
+        self._answers_inputs = False
+
+    def layers(self, *, last: int) -> Iterator[PairedLayer]:
+        """Yield the MoE layers; each wants `go_on_with` before the next is asked for.
+
+        Args:
+            last: decoder layer behind which nothing is wanted.
+
+        Raises:
+            UnsupportedModelError: the layers do more with what experts answer than scale it.
+        """
+        for layer in self._stream.layers():
+            if layer.layer > last:
+                return
+            if layer.moe is None:
+                self._exact = self._through(layer, self._exact)
+                self._bundle = self._through(layer, self._bundle)
+                self._calls.clear()
+                continue
+            self._weights = {
+                expert: {
+                    name: FloatWeight(values=value)
+                    for name, value in self._opened.experts.read(layer.layer, expert).items()
+                }
+                for expert in range(self._opened.shape.experts)
+            }
+            self._exact = self._through(layer, self._exact)
+            inputs, index, _ = self._collected()
+            kept = self._held_out
+            exact_inputs, exact_index = inputs[kept], index[kept]
+            del inputs, index
+            self._weights = None
+            without = self._through(layer, self._bundle)
+            inputs, index, weight = self._collected()
+            # What the experts' sum would have to be for this layer to end where the exact one does.
+            share = self._share(layer, without[0])
+            target = torch.cat(
+                [
+                    (exact - other).flatten(0, 1).div_(share)
+                    for exact, other in zip(self._exact, without, strict=True)
+                ]
+            )
+            del without
+            yield PairedLayer(
+                layer=layer.layer,
+                module=layer.moe.experts,
+                text=LayerText(inputs=inputs, index=index, weight=weight, target=target),
+                held_out=self._held_out,
+                exact_inputs=exact_inputs,
+                exact_index=exact_index,
+            )
+            del inputs, index, weight, target, exact_inputs, exact_index
+            self._weights, self._next = self._next, {}
+            self._bundle = self._through(layer, self._bundle)
+            self._calls.clear()
+            self._weights = None
+
+    def go_on_with(self, weights: Mapping[int, ExpertWeights]) -> None:
+        """Let these experts answer in the bundle's stream, in the layer at hand."""
+        self._next = weights
+
+    def _share(self, layer: StreamedLayer, without: torch.Tensor) -> float:
+        """By what a layer multiplies the experts' sum before it is added to the rest: found by
+        answering with the experts' own inputs."""
+        self._answers_inputs = True
+        found = (layer.forward(self._bundle[0]) - without).flatten(0, 1)
+        self._answers_inputs = False
+        (call,) = self._calls
+        self._calls.clear()
+        answered = call.hidden.float()
+        share = float((found * answered).sum() / answered.square().sum())
+        if not share or not torch.allclose(
+            found, share * answered, rtol=1e-2, atol=1e-3 * abs(share)
+        ):
+            raise unsupported(
+                self._opened.shape.model_type,
+                "its layers do more with what experts answer than scale it",
+            )
+        return share
+
+    def _through(self, layer: StreamedLayer, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [layer.forward(states) for states in hidden]
+
+    def _collected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the experts were given by the batches since the last call."""
+        calls, self._calls = self._calls, []
+        return (
+            torch.cat([call.hidden for call in calls]).float(),
+            torch.cat([call.index for call in calls]),
+            torch.cat([call.weight for call in calls]).float(),
+        )
+
+    def _answer(self, call: LayerCall) -> torch.Tensor:
+        self._calls.append(call)
+        weights = self._weights
+        if weights is None:
+            return call.hidden if self._answers_inputs else torch.zeros_like(call.hidden)
+        n_experts = self._opened.shape.experts
+        is_there = torch.tensor([expert in weights for expert in range(n_experts)] + [False])
+        index = call.index.clamp(0, n_experts)
+        return run_experts(
+            call.module,
+            call.hidden,
+            torch.where(is_there[index], index, n_experts),
+            call.weight,
+            lambda wanted: ((expert, weights[expert]) for expert in wanted),
+        )
