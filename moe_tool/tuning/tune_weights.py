@@ -341,6 +341,11 @@ def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) ->
             "which nothing is asked of",
             hint="pack it with --bits 4, and --replicas 2 beside it",
         )
+    if reader.chooser_level is not None:
+        raise UsageError(
+            f"the experts of {bundle} are in channels, whose thresholds would no longer hold",
+            hint="tune a bundle of pack --bits",
+        )
     if not any(isinstance(each, IntegerPrecision) for each in precisions):
         raise UsageError(
             f"the experts of {bundle} are floats, there are no codes to tune",

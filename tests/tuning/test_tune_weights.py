@@ -352,6 +352,14 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_written(
     assert not list(tmp_path.glob("t*"))
 
 
+def test_experts_in_channels_are_refused(model: LocatedModel, tmp_path: Path) -> None:
+    record_profile(model, SOURCES, out=tmp_path / "p.h5", tokens=256, seq_len=32)
+    channels = tmp_path / "channels"
+    pack_bundle(model, out=channels, sparse_experts="up2", profile=tmp_path / "p.h5")
+    with pytest.raises(UsageError, match="in channels"):
+        tune_weights(channels, model, SOURCES, QUICK, out=tmp_path / "t")
+
+
 def test_a_budget_that_does_is_kept(bundle: Path, model: LocatedModel, tmp_path: Path) -> None:
     with pytest.raises(BudgetError) as refused:
         tune_weights(bundle, model, SOURCES, replace(QUICK, memory_bytes=2**20), out=tmp_path / "t")
