@@ -19,6 +19,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -249,7 +250,7 @@ def _cell(value: str | float | None) -> str:
 
 def _compare(
     folder: Path, chooser: str, sparsities: list[float], a: argparse.Namespace
-) -> list[dict[str, str | float | None]]:
+) -> Iterator[dict[str, str | float | None]]:
     model = locate_model(a.model, offline=True)
     bundle, plain = folder / f"{chooser}-{a.quantizer}", folder / "rtn4"
     pack_bundle(model, out=bundle, sparse_experts=chooser, quantizer=a.quantizer, profile=a.profile)
@@ -261,15 +262,12 @@ def _compare(
         sources, tokenizer, n_tokens=a.tokens, seq_len=a.seq_len, holdout=0.0, seed=0
     )
     rates = speeds({None: plain, **dict.fromkeys(sparsities, bundle)}, text.ids, a)
-    rows: list[dict[str, str | float | None]] = [
-        {name: None for name in HEADINGS}
-        | {
-            "chooser": "4-bit records",
-            "bytes per miss": record_4,
-            "of 4-bit record": 1.0,
-            "tokens/s": rates[None],
-        }
-    ]
+    yield {name: None for name in HEADINGS} | {
+        "chooser": "4-bit records",
+        "bytes per miss": record_4,
+        "of 4-bit record": 1.0,
+        "tokens/s": rates[None],
+    }
     with BundleReader.open(bundle) as reader:
         record_bytes = reader.manifest.record_size_bytes
     for sparsity in sparsities:
@@ -289,22 +287,19 @@ def _compare(
         figures = report.figures
         misses = report.whole_bytes_per_token / record_bytes
         per_miss = figures.bytes_read_per_token / misses
-        rows.append(
-            {
-                "chooser": chooser,
-                "sparsity": sparsity,
-                "left out": report.sparsity,
-                "worst expert": judge.worst,
-                "KL to s=0": figures.kl_mean,
-                "KL to checkpoint": figures.kl_source_mean,
-                "bytes per miss": per_miss,
-                "of 4-bit record": per_miss / record_4,
-                "recall": judge.found / max(1, judge.wanted),
-                "with router": judge.found_with_router / max(1, judge.wanted),
-                "tokens/s": rates[sparsity],
-            }
-        )
-    return rows
+        yield {
+            "chooser": chooser,
+            "sparsity": sparsity,
+            "left out": report.sparsity,
+            "worst expert": judge.worst,
+            "KL to s=0": figures.kl_mean,
+            "KL to checkpoint": figures.kl_source_mean,
+            "bytes per miss": per_miss,
+            "of 4-bit record": per_miss / record_4,
+            "recall": judge.found / max(1, judge.wanted),
+            "with router": judge.found_with_router / max(1, judge.wanted),
+            "tokens/s": rates[sparsity],
+        }
 
 
 if __name__ == "__main__":
