@@ -409,7 +409,9 @@ def _fixed_lines(
             MemoryLine(name="what chooses experts' channels", size_bytes=bundle.chooser_bytes)
         )
     if options.caller_bytes:
-        lines.append(MemoryLine(name="reference predictions", size_bytes=options.caller_bytes))
+        lines.append(
+            MemoryLine(name="what is done beside the run", size_bytes=options.caller_bytes)
+        )
     return tuple(lines)
 
 

@@ -124,6 +124,7 @@ def tune_pruning(
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
     shape = manifest.shape
+    _require_whole(folder, manifest)
     share = _share_of_light(options.rate, shape)
     text = _text(folder, sources, options)
     ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
@@ -184,6 +185,20 @@ def tune_pruning(
         peak_rss_bytes=peak_rss_bytes(),
         seconds=time.perf_counter() - start,
     )
+
+
+def _require_whole(folder: Path, manifest: BundleManifest) -> None:
+    if manifest.choosers is not None:
+        raise UsageError(
+            f"the experts of {folder} are in channels, through which nothing is trained",
+            hint="tune a bundle that was packed without --sparse-experts",
+        )
+    if manifest.absent:
+        raise UsageError(
+            f"{folder} leaves {len(manifest.absent)} experts out already: mask routers are for "
+            "bundles of all experts",
+            hint="pack one with --bits, or with a plan that leaves none out",
+        )
 
 
 def _share_of_light(rate: float, shape: MoeShape) -> float:

@@ -9,8 +9,9 @@ from tests.pipeline.commands import Pipeline, moe_tool
 def test_a_bundle_is_tuned_evaluated_and_run(pipeline: Pipeline, tmp_path: Path) -> None:
     shutil.copytree(pipeline.folder / "bundle", tmp_path / "bundle")
     shutil.copy(pipeline.folder / "words.txt", tmp_path / "words.txt")
-    data = ("--data", "./words.txt", "--seq-len", "32")
-    run = ("run", "bundle", "--prompt", "the list", "--max-tokens", "24", "--memory", "min")
+    one = ("--threads", "1")
+    data = ("--data", "./words.txt", "--seq-len", "32", *one)
+    run = ("run", "bundle", "--prompt", "the list", "--memory", "min", *one, "--max-tokens", "24")
 
     tuned = moe_tool(
         *("tune", "pruning", "bundle", *data, "--tokens", "1024", "--batch", "4", "--json"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_tool.artifacts.pack_plan import LayerBits
 from moe_tool.errors import (
     BudgetError,
     CorruptArtifactError,
@@ -18,14 +19,16 @@ from moe_tool.errors import (
 )
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.models.locate import locate_model
+from moe_tool.models.locate import LocatedModel, locate_model
 from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
 from moe_tool.tuning import tune_pruning as story
 from moe_tool.tuning.train_mask_router import MaskTraining
 from moe_tool.tuning.tune_pruning import TunePruningOptions, tune_pruning
+from tests.planning.made_plan import made_plan
 
 SMALL = TunePruningOptions(tokens=1024, seq_len=32, batch=4, threads=1, rate=0.2, memory="100%")
 STATE = ".pruning-training.safetensors"
@@ -230,3 +233,24 @@ def test_other_architectures_are_trained_too(
         cache = session.model(input_ids=ids, use_cache=True).past_key_values
         session.model(input_ids=torch.tensor([[9]]), past_key_values=cache)
         assert session.runner.stats.prompt.drops == 0
+
+
+def test_bundles_of_parts_or_without_some_experts_are_refused(
+    tiny_checkpoint: Callable[..., Path], sources: tuple[TextSource, ...], tmp_path: Path
+) -> None:
+    model = LocatedModel(folder=tiny_checkpoint("mixtral", "bfloat16"), name="tiny")
+    record_profile(model, parse_sources(["builtin"]), out=tmp_path / "p.h5", tokens=256, seq_len=32)
+    pack_bundle(model, out=tmp_path / "c", sparse_experts="gate2", profile=tmp_path / "p.h5")
+    with pytest.raises(UsageError, match="in channels"):
+        tune_pruning(tmp_path / "c", sources, SMALL)
+    shape = BundleReader.open(tmp_path / "c").manifest.shape
+    plan = made_plan(
+        identity=BundleReader.open(tmp_path / "c").manifest.identity,
+        bits="mixed",
+        expert_bits=tuple(
+            LayerBits(layer=layer, bits=(0, *[4] * (shape.experts - 1))) for layer in shape.layers
+        ),
+    )
+    pack_bundle(model, out=tmp_path / "a", bits="mixed", plan=plan)
+    with pytest.raises(UsageError, match="experts out already"):
+        tune_pruning(tmp_path / "a", sources, SMALL)
