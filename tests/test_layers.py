@@ -27,7 +27,7 @@ BELOW = {
     "simulator": {"formats", "policies", "native"},
     "planning": {"simulator", "runtime", "models"},
     "evaluation": {"runtime", "text", "models"},
-    "tuning": {"packing", "text"},
+    "tuning": {"evaluation", "packing", "text"},
     "hardware": {"models", "store", "experts", "native", "quantization", "formats"},
     "benchmarking": {"runtime", "text", "models"},
 }

@@ -169,6 +169,36 @@ class Calibration(FrozenModel):
     """Measured divergence per predicted one"""
 
 
+class LearnedPruning(FrozenModel):
+    """Mask routers that `moe-tool tune pruning` trained: what `prune:learned` asks."""
+
+    file: Basename
+    """Of the routers' tensors"""
+    rate: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the chosen experts that they were trained to leave out"""
+    offsets: Annotated[
+        tuple[Annotated[float, Field(ge=-1e30, le=1e30)], ...],
+        Field(min_length=N_QUANTILES, max_length=N_QUANTILES),
+    ]
+    """What a slot has to be worth to be kept, so that on held-out tokens 0 %, 5 %, ... 100 % of the
+    slots after the heaviest are left out; never falls"""
+    penalty: Price
+    """Nats per kept slot after the heaviest, at the end of the training"""
+    quality: QualityFigure
+    """KL(exact || pruned) at that rate, on held-out tokens"""
+    tokens: Annotated[int, Field(ge=1, le=2**40)]
+    """Trained on"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
+    """Where the text came from"""
+
+    @model_validator(mode="after")
+    def _rising(self) -> "LearnedPruning":
+        if list(self.offsets) != sorted(self.offsets):
+            raise ValueError("the offsets of the pruning fall")
+        return self
+
+
 class LayerPrices(FrozenModel):
     """What it costs to leave experts of one layer out, from the profile.
 
@@ -256,6 +286,8 @@ class BundleManifest(FrozenModel):
     """None where the bundle was packed without a profile"""
     calibration: Calibration | None = None
     """The lossy policy that `run` follows where nothing else is asked for; None: exact"""
+    pruning: LearnedPruning | None = None
+    """None until it is trained"""
     plan: PackPlan | None = None
     """What `run` follows where nothing else is asked for"""
     lineage: Annotated[tuple[TunedWeights, ...], Field(max_length=64)] = ()
@@ -296,6 +328,7 @@ class BundleManifest(FrozenModel):
         self._check_choosers()
         self._check_tables()
         self._check_skeleton()
+        self._check_pruning()
         return self
 
     def _check_experts(self) -> None:
@@ -321,6 +354,14 @@ class BundleManifest(FrozenModel):
             raise ValueError("a tensor of the skeleton is listed twice")
         if parameters and isinstance(self.skeleton_precision, NativePrecision):
             raise ValueError("a native skeleton stores no matrix as codes")
+
+    def _check_pruning(self) -> None:
+        if self.pruning is None:
+            return
+        if self.pruning.file not in {file.name for file in self.files}:
+            raise ValueError("the file of the pruning is not listed")
+        if self.shape.top_k < 2:
+            raise ValueError("a model of one expert per token has nothing to prune")
 
     def _check_places(self, records: tuple[ExpertRecord, ...], size_bytes: int) -> None:
         if size_bytes % ALIGNMENT_BYTES:

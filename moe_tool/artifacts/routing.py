@@ -26,6 +26,9 @@ class Routing:
     """[T] int64: which sequence of the batch a token belongs to"""
     importance: np.ndarray | None = None
     """[T] float32: of a prompt's tokens, where a policy asked for it; None while decoding"""
+    worth: np.ndarray | None = None
+    """[T, K-1] float32: what a trained router says that the slots after the heaviest are worth, by
+    rank of gate weight; None where no policy asked for it"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,8 @@ class PhaseCounters:
     """(token, expert) slots answered by a replica of the expert"""
     drops: int = 0
     """(token, expert) slots answered by nothing"""
+    spared_bytes: int = 0
+    """Of experts that were not in memory and were not read, for nothing answered in their place"""
 
     @property
     def hit_rate(self) -> float:

@@ -34,7 +34,7 @@ def calibrate(
         typer.Option(
             "--policy",
             metavar="NAME[:KEY=N,...]",
-            help="Whose strength is searched: priced, replica, near-tie or prune.",
+            help="Whose strength is searched: priced, replica, near-tie, prune or prune:learned.",
         ),
     ] = "priced",
     tokens: Annotated[

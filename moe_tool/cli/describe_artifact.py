@@ -307,12 +307,15 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
         }
         | _lineage_facts(manifest)
         | _policy_facts(manifest)
+        | _pruning_facts(manifest)
     )
     details: dict[str, object] = {}
     if manifest.calibration is not None:
         details["calibration"] = manifest.calibration.model_dump(mode="json")
     if manifest.lineage:
         details["lineage"] = [each.model_dump(mode="json") for each in manifest.lineage]
+    if manifest.pruning is not None:
+        details["pruning"] = manifest.pruning.model_dump(mode="json")
     return Description(
         kind="bundle",
         path=path,
@@ -350,17 +353,30 @@ def _policy_facts(manifest: "BundleManifest") -> dict[str, object]:
             return {"policy": "exact"}
         return {"policy": plan.policy, "expected_kl": plan.prediction.kl}
 
-    def measured(quality: "QualityFigure") -> str:
-        low, high = quality.kl_ci95
-        return f"KL {quality.kl:.4f} [{low:.4f}, {high:.4f}] over {quality.tokens} tokens"
-
     return {
         "policy": calibration.policy,
         "calibrated_to": f"KL {calibration.max_kl:g} with {calibration.expert_slots} expert slots",
         "calibrated_on": ", ".join(calibration.sources),
-        "measured": measured(calibration.quality),
-        **{f"measured_{domain}": measured(each) for domain, each in calibration.domains.items()},
+        "measured": _measured(calibration.quality),
+        **{f"measured_{domain}": _measured(each) for domain, each in calibration.domains.items()},
     }
+
+
+def _pruning_facts(manifest: "BundleManifest") -> dict[str, object]:
+    """What its trained routers leave out, and what that was measured to cost."""
+    pruning = manifest.pruning
+    if pruning is None:
+        return {}
+    return {
+        "pruning": f"trained to leave out {pruning.rate:.0%} of the experts",
+        "pruning_measured": _measured(pruning.quality),
+        "pruning_trained_on": ", ".join(pruning.sources),
+    }
+
+
+def _measured(quality: "QualityFigure") -> str:
+    low, high = quality.kl_ci95
+    return f"KL {quality.kl:.4f} [{low:.4f}, {high:.4f}] over {quality.tokens} tokens"
 
 
 def _describe_checkpoint(path: Path) -> Description:

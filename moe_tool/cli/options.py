@@ -73,7 +73,7 @@ PolicyOption = Annotated[
         metavar="NAME[:KEY=N,...]",
         help="Who answers when an expert is not in memory: the expert itself, read from disk "
         "(exact), or something cheaper that changes the text: priced, replica, buddy, near-tie, "
-        "next-ranked, prune, drop, random.",
+        "next-ranked, prune, prune:learned, prune:random, drop, random.",
         show_default="what the bundle was calibrated for, or exact",
     ),
 ]

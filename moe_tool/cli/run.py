@@ -170,7 +170,8 @@ def _footer(result: "RunResult") -> str:
     if result.lowered:
         parts.insert(-1, f"{result.lowered} by replicas")
     if result.drops:
-        parts.insert(-1, f"{result.drops} drops")
+        spared = format_bytes(result.spared_bytes_per_token)
+        parts.insert(-1, f"{result.drops} drops ({spared} per token not read for them)")
     changed = result.prompt_substitutions + result.prompt_lowered + result.prompt_drops
     if changed:
         parts.insert(-1, _of_prompt(result))

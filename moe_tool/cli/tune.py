@@ -2,7 +2,7 @@
 
 import typer
 
-from moe_tool.cli import tune_weights
+from moe_tool.cli import tune_pruning, tune_weights
 
 tune = typer.Typer(
     help="Train what a bundle holds, beside its exact model.",
@@ -10,3 +10,4 @@ tune = typer.Typer(
     rich_markup_mode=None,
 )
 tune.command("weights")(tune_weights.tune_weights)
+tune.command("pruning")(tune_pruning.tune_pruning)

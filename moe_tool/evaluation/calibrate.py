@@ -21,8 +21,8 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.price_list import price_book
 from moe_tool.text.sources import TextSource
 
-_STRENGTHS = {"replica": "high", "near-tie": "alpha", "prune": "share"}
-"""The parameter that a policy's strength is, where it lies between 0 and 1"""
+_STRENGTHS = {"replica": "high", "near-tie": "alpha", "prune": "share", "prune:learned": "rate"}
+"""The parameter that a policy's strength is, where it has an upper end"""
 _REROUTE = (2.0, 0.75)
 """Other values of what re-routing has to keep, tried where stand-ins answer at all"""
 _ROUNDS = 3
@@ -217,6 +217,8 @@ def _grid(choice: MissChoice, bundle: BundleReader) -> _Grid:
             middle=lambda low, high: math.sqrt(low * high) if math.isfinite(high) else 10 * low,
         )
     inverted = choice.kind == "replica"
+    top_k = bundle.manifest.shape.top_k
+    most = (top_k - 1) / top_k if choice.kind == "prune:learned" else 1.0
     parameter = _STRENGTHS.get(choice.kind)
     if parameter is None:
         raise UsageError(
@@ -226,7 +228,7 @@ def _grid(choice: MissChoice, bundle: BundleReader) -> _Grid:
     return _Grid(
         parameter=parameter,
         points=(1.0, 0.75, 0.5, 0.25, 0.1),
-        value=lambda s: float(f"{1 - s if inverted else s:.6g}"),
+        value=lambda s: float(f"{most * (1 - s if inverted else s):.6g}"),
         middle=lambda low, high: (low + high) / 2,
     )
 

@@ -204,7 +204,7 @@ def evaluate(
             _check_sparse(options)
         is_table = options.controls or policy != EXACT
         residency: Residency = options.residency or ("frozen" if is_table else "cache")
-        names = policies_to_run(policy, controls=options.controls)
+        names = policies_to_run(policy, bundle.manifest, controls=options.controls)
         frontier: tuple[str, ...] = ()
         if options.controls:
             frontier = priced_settings(price_book(bundle.manifest))

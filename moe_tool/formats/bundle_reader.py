@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
+from moe_tool.artifacts.mask_router import MaskRouter
 from moe_tool.artifacts.precision import ChannelPrecision, IntegerPrecision
 from moe_tool.artifacts.routing import FULL
 from moe_tool.errors import CorruptArtifactError, NotFoundError, StorageError
@@ -30,6 +31,7 @@ from moe_tool.formats.expert_record import RecordLayout
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.formats.mask_router_file import MASK_ROUTER_NAME, read_mask_router
 from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
 from moe_tool.formats.record_files import ChannelRead, RecordFiles
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
@@ -188,6 +190,16 @@ class BundleReader:
 
         checkpoint.on_read = check
         return checkpoint
+
+    def mask_router(self) -> MaskRouter | None:
+        """Read what was learned about pruning; None where nothing was.
+
+        Raises:
+            CorruptArtifactError, NotFoundError, StorageError: as `read_mask_router`.
+        """
+        if self.manifest.pruning is None:
+            return None
+        return read_mask_router(self.folder, self.manifest)
 
     def record_entry(self, layer: int, expert: int, *, level: int = FULL) -> ExpertRecord:
         """Return where a record lies."""
@@ -349,6 +361,7 @@ class BundleReader:
             for part in _skeleton_parts(self.manifest):
                 if part.is_factor:
                     skeleton.read(part.name)
+        self.mask_router()
         self._verified.clear()
         self._verified_channels.clear()
         for level, each in enumerate(self.levels):
@@ -447,7 +460,8 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
             raise CorruptArtifactError(f"{path} is damaged: its sha256 does not fit", hint=_REPACK)
     listed = {MANIFEST, *(file.name for file in manifest.files)}
     for name in sorted(_names(folder) or ()):
-        if name not in listed and name.endswith(_LOADABLE) and not name.startswith("."):
+        is_left_over = name.startswith(".") or MASK_ROUTER_NAME.fullmatch(name) is not None
+        if name not in listed and name.endswith(_LOADABLE) and not is_left_over:
             raise CorruptArtifactError(
                 f"{folder / name} is not listed in {MANIFEST}", hint=f"remove it, or {_REPACK}"
             )

@@ -1,5 +1,7 @@
 """Modules that compute from a weight as it is stored, in float32 and without a float32 copy."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,7 +39,14 @@ class StoredLinear(nn.Module):
         return _expanded(self.stored)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return float32 [..., out] of [..., in]."""
+        """Return float32 [..., out] of [..., in]; gradients go to `x`, the weight stays."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            product: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+            return product
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what `forward` does, without a gradient."""
         rows = x.reshape(-1, self.in_features).to(torch.float32)
         if computes_natively(self.stored, rows.shape[0]):
             out = self._described().forward(rows)
@@ -55,6 +64,19 @@ class StoredLinear(nn.Module):
             made = NativeLinear(self.stored, None if bias is None else FloatWeight(values=bias))
             self._native, self._native_of = made, (self.stored, bias)
         return made
+
+
+class _Product(torch.autograd.Function):
+    """A linear map whose weight is expanded for each way through it, and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: StoredLinear) -> torch.Tensor:
+        ctx.module = module
+        return module.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, by_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return by_output @ ctx.module.weight, None
 
 
 class StoredEmbedding(nn.Module):

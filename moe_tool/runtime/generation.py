@@ -86,6 +86,8 @@ class RunResult:
     lowered: int
     """Slots answered by a replica of the expert"""
     drops: int
+    spared_bytes_per_token: float
+    """Of experts that were not in memory and that a drop left unread"""
     expected_kl: float | None
     """Nats per decoded token that the answers are expected to have cost; None where the bundle has
     no prices"""
@@ -416,6 +418,7 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         substitutions=decode.substitutions,
         lowered=decode.lowered,
         drops=decode.drops,
+        spared_bytes_per_token=decode.spared_bytes / decode.tokens if decode.tokens else 0.0,
         expected_kl=None if session.runner.policy.prices is None else account.nats_per_token,
         expected_kl_limit=account.limit,
         retreated_tokens=account.exact_tokens,

@@ -18,6 +18,7 @@ from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.channel_choice import choose_for_call
 from moe_tool.runtime.foresight import Foresight, Guess
+from moe_tool.runtime.mask_scores import slot_worth
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.quality_account import QualityAccount
@@ -77,13 +78,14 @@ class MoeLayerRunner:
     """B of the forward under way; its T tokens are B runs of T / B"""
     absent: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Layer -> [E] bool: experts that the bundle left out; empty where it has all"""
+    record_bytes: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Layer -> [E] int64: what a read of each expert takes"""
     on_decision: Callable[[Decision], None] | None = None
     """Told about every decode call"""
 
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
-        if self.absent:
-            call = replace(call, index=self._without_absent(call))
+        call = self.without_absent(call)
         if self.is_shadow:
             return self._run(call, call.index, call.weight, PhaseCounters())
         is_plain = self.residency == "cache" and not self.policy.policy.lossy
@@ -92,12 +94,14 @@ class MoeLayerRunner:
             return self._run(call, call.index, call.weight, self.stats.phase(self.phase))
         return self._decide_and_run(call)
 
-    def _without_absent(self, call: LayerCall) -> torch.Tensor:
-        """The index with no expert where the bundle has none."""
+    def without_absent(self, call: LayerCall) -> LayerCall:
+        """Return the call with no expert where the bundle has none."""
+        if not self.absent:
+            return call
         is_absent = self.absent[call.layer]  # [E]
         n_experts = len(is_absent)
         named = call.index.clamp(max=n_experts - 1)
-        return torch.where(is_absent[named], n_experts, call.index)
+        return replace(call, index=torch.where(is_absent[named], n_experts, call.index))
 
     def _decide_and_run(self, call: LayerCall) -> torch.Tensor:
         """Run a call by the policy's answers.
@@ -139,7 +143,19 @@ class MoeLayerRunner:
         counters.substitutions += answers.substituted
         counters.lowered += answers.lowered
         counters.drops += answers.dropped
+        counters.spared_bytes += self._spared_bytes(routing, answers, resident)
         return output
+
+    def _spared_bytes(self, routing: Routing, answers: Answers, resident: np.ndarray) -> int:
+        """Of experts that are wanted and not in memory, and that nobody reads: left out."""
+        if not answers.dropped:
+            return 0
+        sizes = self.record_bytes[routing.layer]
+        left_out = routing.index[(answers.expert < 0) & (routing.index < len(sizes))]
+        is_spared = np.zeros(len(sizes), dtype=bool)
+        is_spared[left_out] = True
+        is_spared[answers.expert[answers.expert >= 0]] = False
+        return int(sizes[is_spared & ~resident[FULL]].sum())
 
     def _answers(self, routing: Routing, resident: np.ndarray) -> Answers:
         answers = self.policy.policy.decide(routing, resident)
@@ -214,6 +230,14 @@ class MoeLayerRunner:
         received = self.attention.take(call.layer).reshape(-1)  # [T]
         return token_importance(call.hidden.float().numpy(), received.numpy())
 
+    def _worth(self, call: LayerCall) -> np.ndarray | None:
+        masks = self.policy.masks
+        if not masks:
+            return None
+        worth = slot_worth(masks[call.layer], call.hidden.float(), call.index, call.weight)
+        found: np.ndarray = worth.numpy()
+        return found
+
     def _routing(self, call: LayerCall) -> Routing:
         n_tokens = call.index.shape[0]
         score = logits = None
@@ -232,6 +256,7 @@ class MoeLayerRunner:
             logits=logits,
             sequence=np.repeat(np.arange(self.n_sequences), n_tokens // self.n_sequences),
             importance=self._importance(call),
+            worth=self._worth(call),
         )
 
 

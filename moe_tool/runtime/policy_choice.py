@@ -1,15 +1,15 @@
 """A miss policy by name, made from what a bundle knows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import describe_precision
 from moe_tool.errors import UsageError
+from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
 from moe_tool.models.skeleton import Skeleton
 from moe_tool.policies.misses import (
@@ -21,6 +21,7 @@ from moe_tool.policies.misses import (
     Reweigh,
     parse_miss_policy,
 )
+from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
 from moe_tool.runtime.price_list import price_book
 
 EXACT = "exact"
@@ -38,6 +39,8 @@ class ChosenPolicy:
     """Of the bundle's answers; None where it was packed without a profile"""
     rules: Mapping[int, RouterRule]
     """By decoder layer; empty where the policy looks at no selection scores"""
+    masks: Mapping[int, MaskTensors] = field(default_factory=dict)
+    """By decoder layer; empty where the policy asks no mask router"""
 
     @property
     def name(self) -> str:
@@ -46,21 +49,24 @@ class ChosenPolicy:
 
 
 def choose_policy(
-    name: str, manifest: BundleManifest, skeleton: Skeleton, *, gates: bool, seed: int
+    name: str, bundle: BundleReader, skeleton: Skeleton, *, gates: bool, seed: int
 ) -> ChosenPolicy:
     """Return the policy that `--policy` names.
 
     Args:
         name: what `parse_miss_policy` takes.
-        manifest: of the bundle; its stand-ins and thresholds are used.
+        bundle: its stand-ins, thresholds and trained routers are used.
         skeleton: the loaded model; its routers' rules are used.
         gates: whether lossy policies keep BuddyMoE's gates.
         seed: of policies that draw.
 
     Raises:
         UsageError: the name is unknown, or the bundle lacks what the policy needs.
+        NotFoundError, UnsupportedModelError: as `MissChoice.make`.
+        CorruptArtifactError, StorageError: as `read_mask_router`.
     """
     choice = parse_miss_policy(name)
+    manifest = bundle.manifest
     if manifest.absent and choice.kind not in _WITH_ABSENT:
         raise UsageError(
             f"--policy {choice.kind}: the bundle leaves {len(manifest.absent)} experts out, and "
@@ -86,6 +92,8 @@ def choose_policy(
         scores_are_logits=rules is None or not any(r.scores_differ for r in rules.values()),
         prices=prices,
         unimportance={entry.layer: np.array(entry.unimportance) for entry in entries},
+        pruning=manifest.pruning,
+        top_k=manifest.shape.top_k,
         ratios={entry.layer: np.array(entry.ratio) for entry in entries},
         levels=tuple(
             describe_precision(each)
@@ -93,7 +101,14 @@ def choose_policy(
         ),
     )
     policy = choice.make(inputs)
-    return ChosenPolicy(choice=choice, policy=policy, rules=rules or {}, prices=prices)
+    router = bundle.mask_router() if choice.asks_router else None
+    return ChosenPolicy(
+        choice=choice,
+        policy=policy,
+        rules=rules or {},
+        prices=prices,
+        masks=mask_tensors(router or {}),
+    )
 
 
 def require_policy(name: str) -> None:

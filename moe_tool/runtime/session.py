@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -116,7 +117,7 @@ class Session:
         )
         chosen = choose_policy(
             policy,
-            self.manifest,
+            self.bundle,
             self.skeleton,
             gates=self.options.gates,
             seed=self.options.seed,
@@ -256,6 +257,7 @@ def open_session(
             fixed=(
                 *_fixed_lines(process_bytes, loader.held_bytes, config, bundle, workload, options),
                 *_notes_line(setting.eviction, bundle.manifest),
+                *_router_line(bundle.manifest),
             ),
             loading_bytes=process_bytes + loader.held_bytes + loader.largest_bytes,
             experts=rooms,
@@ -281,7 +283,7 @@ def open_session(
     assert options.policy is not None
     policy = choose_policy(
         options.policy,
-        bundle.manifest,
+        bundle,
         skeleton,
         gates=options.gates,
         seed=options.seed,
@@ -326,6 +328,10 @@ def open_session(
         recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
         is_lossy_prompt=options.lossy_prompt and policy.policy.lossy,
         absent=_absent(bundle.manifest),
+        record_bytes={
+            layer: np.array(bundle.own_record_bytes(layer))
+            for layer in bundle.manifest.shape.layers
+        },
         attention=AttentionSums(skeleton.model, bundle.manifest.shape.layers)
         if workload.keeps_scores
         else None,
@@ -412,6 +418,13 @@ def _notes_line(eviction: EvictionChoice, manifest: BundleManifest) -> tuple[Mem
     size_bytes = eviction.notes_bytes(n_layers=len(shape.layers), n_experts=shape.experts)
     line = MemoryLine(name=f"notes of eviction {eviction.kind}", size_bytes=size_bytes)
     return (line,) if size_bytes else ()
+
+
+def _router_line(manifest: BundleManifest) -> tuple[MemoryLine, ...]:
+    if manifest.pruning is None:
+        return ()
+    sizes = {file.name: file.size_bytes for file in manifest.files}
+    return (MemoryLine(name="mask routers", size_bytes=sizes[manifest.pruning.file]),)
 
 
 def _check(options: RunOptions) -> None:

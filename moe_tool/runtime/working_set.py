@@ -66,7 +66,7 @@ def buffer_bytes(config: Any, shape: MoeShape, workload: Workload) -> int:
         workload: what the session is asked for.
     """
     n_tokens = workload.batch * prefill_chunk(workload)
-    per_token = _HIDDEN_COPIES * shape.hidden + 3 * _attention_floats(config)
+    per_token = _HIDDEN_COPIES * shape.hidden + 3 * attention_floats(config)
     per_token += max(_expert_floats(shape), 3 * int(getattr(config, "intermediate_size", 0) or 0))
     per_token += 2 * shape.top_k * shape.hidden + 8 * shape.experts
     activations = n_tokens * per_token * _FLOAT_BYTES
@@ -109,8 +109,12 @@ def _expanded_floats(config: Any) -> int:
     return 2 * heads * _head_dim(config)
 
 
-def _attention_floats(config: Any) -> int:
-    """Scalars per token in queries, keys and values."""
+def attention_floats(config: Any) -> int:
+    """Return how many scalars per token queries, keys and values are.
+
+    Args:
+        config: transformers' configuration of the text model.
+    """
     heads = int(config.num_attention_heads)
     if getattr(config, "kv_lora_rank", None):
         return heads * _latent_head_dim(config) + _expanded_floats(config)

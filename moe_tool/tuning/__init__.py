@@ -1,1 +1,1 @@
-"""What is trained: weights that stay codes."""
+"""What is trained of a bundle."""

@@ -84,9 +84,9 @@ class CopiedBundle:
 
     def form(self, level: int) -> ExpertForm:
         """Return how the records of a level are written."""
-        found = self._old.levels[level].form
-        assert isinstance(found, ExpertForm), "experts in channels are refused"
-        return found
+        form = self._old.levels[level].form
+        assert isinstance(form, ExpertForm), "experts in channels are not copied"
+        return form
 
     def old_record(self, level: int, layer: int, expert: int) -> torch.Tensor:
         """Read a record of the old bundle; see `BundleReader.read_record_into`."""

@@ -335,16 +335,16 @@ def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) ->
             hint="pack the bundle again with moe-tool pack",
         )
     precisions = [reader.levels[level].form.precision for level in reader.own_levels]
+    if manifest.choosers is not None:
+        raise UsageError(
+            f"the experts of {bundle} are in channels, whose codes are not tuned",
+            hint="pack it with --bits 4 and without --sparse-experts",
+        )
     if any(table.is_base for table in manifest.replicas):
         raise UsageError(
             f"the experts of {bundle} are nested: with their codes the first bits would change, "
             "which nothing is asked of",
             hint="pack it with --bits 4, and --replicas 2 beside it",
-        )
-    if reader.chooser_level is not None:
-        raise UsageError(
-            f"the experts of {bundle} are in channels, whose thresholds would no longer hold",
-            hint="tune a bundle of pack --bits",
         )
     if not any(isinstance(each, IntegerPrecision) for each in precisions):
         raise UsageError(

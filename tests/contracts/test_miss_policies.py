@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_tool.artifacts.buddy_map import Buddy, LayerBuddies
+from moe_tool.artifacts.bundle_manifest import LearnedPruning, QualityFigure
 from moe_tool.artifacts.routing import Routing
 from moe_tool.policies.misses import (
     MISS_POLICIES,
@@ -31,9 +32,13 @@ INERT = {
     "near-tie": "alpha=0",
     "replica": "high=1",
     "prune": "share=0",
+    "prune:learned": "rate=0",
+    "prune:random": "rate=0",
     "priced": "nats-per-mb=0",
 }
 FIRES = {"near-tie": "alpha=1", "replica": "high=0.3,low=0.5", "prune": "share=0.8"}
+PRUNES = {name for name in MISS_POLICIES if name.startswith("prune")}
+"""They leave out what is in memory too"""
 """What makes a policy act on the cases below, beside its defaults"""
 
 
@@ -79,6 +84,17 @@ def _build(name, gates):
             unimportance={LAYER: np.linspace(0, 1, 21)},
             ratios={LAYER: np.linspace(0, 1, 21)},
             levels=("native", "2"),
+            pruning=LearnedPruning(
+                file="x",
+                rate=0.3,
+                offsets=tuple(np.linspace(-2, 2, 21)),
+                penalty=0.1,
+                quality=QualityFigure(kl=0.1, kl_ci95=(0.1, 0.1), tokens=1),
+                tokens=1,
+                seed=0,
+                sources=(),
+            ),
+            top_k=TOP_K,
         )
     )
 
@@ -94,6 +110,7 @@ def _routing(seed, n_tokens):
         score=logits,
         logits=logits,
         sequence=rng.integers(0, 3, size=n_tokens),
+        worth=rng.normal(size=(n_tokens, TOP_K - 1)).astype(np.float32),
     )
 
 
@@ -131,7 +148,7 @@ def test_answers_are_distinct_resident_within_the_cap_and_counted(
         assert len(set(kept)) == len(kept)
         stand_ins = set(kept) - set(wanted)
         assert all(resident[0, expert] for expert in stand_ins)
-    if name != "prune":
+    if name not in PRUNES:
         assert not changed[resident[0][routing.index]].any()  # only misses are answered otherwise
     if answers.level is not None:
         is_low = answers.level > 0
@@ -202,7 +219,7 @@ def test_each_closed_gate_alone_makes_a_policy_exact(name, changes):
     assert _is_exact(_build(name, replace(FIRING, **changes)).decide(routing, SOME), routing)
 
 
-@pytest.mark.parametrize("name", sorted(set(MISS_POLICIES) - {"prune"}))
+@pytest.mark.parametrize("name", sorted(set(MISS_POLICIES) - PRUNES))
 def test_everything_resident_is_exact(name):
     routing = _routing(0, 20)
     policy = _build(name, replace(FIRING, enabled=False))

@@ -352,14 +352,6 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_written(
     assert not list(tmp_path.glob("t*"))
 
 
-def test_experts_in_channels_are_refused(model: LocatedModel, tmp_path: Path) -> None:
-    record_profile(model, SOURCES, out=tmp_path / "p.h5", tokens=256, seq_len=32)
-    channels = tmp_path / "channels"
-    pack_bundle(model, out=channels, sparse_experts="up2", profile=tmp_path / "p.h5")
-    with pytest.raises(UsageError, match="in channels"):
-        tune_weights(channels, model, SOURCES, QUICK, out=tmp_path / "t")
-
-
 def test_a_budget_that_does_is_kept(bundle: Path, model: LocatedModel, tmp_path: Path) -> None:
     with pytest.raises(BudgetError) as refused:
         tune_weights(bundle, model, SOURCES, replace(QUICK, memory_bytes=2**20), out=tmp_path / "t")
@@ -383,12 +375,17 @@ def test_without_feedback_codes_stay_where_they_are(
     assert plain.lineage[-1].feedback == "none"
 
 
-def test_nested_experts_are_not_tuned(model: LocatedModel, tmp_path: Path) -> None:
+def test_nested_experts_and_those_in_channels_are_not_tuned(
+    model: LocatedModel, tmp_path: Path
+) -> None:
     profile = tmp_path / "p.h5"
     record_profile(model, SOURCES, out=profile, tokens=256, seq_len=32)
     pack_bundle(model, out=tmp_path / "b", bits="2+2", profile=profile)
     with pytest.raises(UsageError, match="nested"):
         tune_weights(tmp_path / "b", model, SOURCES, QUICK, out=tmp_path / "t")
+    pack_bundle(model, out=tmp_path / "c", sparse_experts="gate2", profile=profile)
+    with pytest.raises(UsageError, match="channels"):
+        tune_weights(tmp_path / "c", model, SOURCES, QUICK, out=tmp_path / "t")
 
 
 @pytest.mark.parametrize("what", ["scales", "shape"])

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from moe_tool.errors import UsageError
+from moe_tool.errors import NotFoundError, UnsupportedModelError, UsageError
 from moe_tool.policies.misses.buddy import Buddy, buddy_tables
 from moe_tool.policies.misses.drop import Drop
 from moe_tool.policies.misses.exact import Exact
@@ -18,6 +18,8 @@ from moe_tool.policies.misses.price_book import PriceBook
 from moe_tool.policies.misses.priced import Priced
 from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, Reweigh
 from moe_tool.policies.misses.prune import Prune
+from moe_tool.policies.misses.prune_learned import PruneLearned
+from moe_tool.policies.misses.prune_random import PruneRandom
 from moe_tool.policies.misses.random_resident import RandomResident
 from moe_tool.policies.misses.replica import Replica
 
@@ -98,6 +100,45 @@ def _prune(inputs: PolicyInputs, values: Values) -> MissPolicy:
     return Prune(limit=limit, share=share, protect=values["protect"])
 
 
+def _prune_learned(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    learned = inputs.pruning
+    _require_several(inputs, "prune:learned")
+    if learned is None:
+        raise NotFoundError(
+            "--policy prune:learned: nothing was learned about pruning this bundle",
+            hint="train it first: moe-tool tune pruning BUNDLE --data ...",
+        )
+    rate = learned.rate if values["rate"] < 0 else values["rate"]
+    share = _share_of_light(inputs, "prune:learned", rate)
+    offset = -math.inf if share == 0 else _quantile(np.array(learned.offsets), share)
+    return PruneLearned(offset=offset, rate=rate)
+
+
+def _prune_random(inputs: PolicyInputs, values: Values) -> MissPolicy:
+    _require_several(inputs, "prune:random")
+    share = _share_of_light(inputs, "prune:random", values["rate"])
+    return PruneRandom(share=share, seed=inputs.seed)
+
+
+def _require_several(inputs: PolicyInputs, name: str) -> None:
+    if inputs.top_k < 2:
+        raise UnsupportedModelError(
+            f"--policy {name}: this model has one expert per token, so none can be left out",
+            hint="take --policy exact",
+        )
+
+
+def _share_of_light(inputs: PolicyInputs, name: str, rate: float) -> float:
+    """The share of the slots after the heaviest that a share of all is."""
+    most = (inputs.top_k - 1) / inputs.top_k
+    if rate > most:
+        raise UsageError(
+            f"--policy {name}: a rate of {rate:g} would leave a token without experts",
+            hint=f"of {inputs.top_k} experts per token {most:g} can be left out",
+        )
+    return min(1.0, rate / most)
+
+
 def _priced(inputs: PolicyInputs, values: Values) -> MissPolicy:
     return Priced(
         book=_book(inputs, "priced"),
@@ -171,6 +212,8 @@ class _Kind:
     residents: Residents = "hottest"
     weighs_prompts: bool = False
     """Whether it asks which of a prompt's tokens matter"""
+    asks_router: bool = False
+    """Whether it asks the bundle's trained mask routers"""
 
 
 MISS_POLICIES: Mapping[str, _Kind] = {
@@ -197,6 +240,10 @@ MISS_POLICIES: Mapping[str, _Kind] = {
         parameters={"share": _Range(default=0.5), "protect": _Range(default=0.02)},
         weighs_prompts=True,
     ),
+    "prune:learned": _Kind(
+        make=_prune_learned, parameters={"rate": _Range(default=-1, least=-1)}, asks_router=True
+    ),
+    "prune:random": _Kind(make=_prune_random, parameters={"rate": _Range(default=0.2)}),
     "priced": _Kind(
         make=_priced,
         parameters={
@@ -235,6 +282,11 @@ class MissChoice:
         """Whether the policy asks which of a prompt's tokens matter: that takes attention sums."""
         return MISS_POLICIES[self.kind].weighs_prompts
 
+    @property
+    def asks_router(self) -> bool:
+        """Whether the policy asks the bundle's trained mask routers."""
+        return MISS_POLICIES[self.kind].asks_router
+
     def with_value(self, parameter: str, value: float) -> "MissChoice":
         """Return the policy with another value of one of its parameters."""
         assert parameter in self.values
@@ -245,6 +297,8 @@ class MissChoice:
 
         Raises:
             UsageError: the inputs lack what it needs.
+            NotFoundError: what it asks has not been trained.
+            UnsupportedModelError: it means nothing for this model.
         """
         return MISS_POLICIES[self.kind].make(inputs, self.values)
 
@@ -255,7 +309,10 @@ def parse_miss_policy(text: str) -> MissChoice:
     Raises:
         UsageError: the policy or a parameter is unknown, or its value is no number it can have.
     """
-    kind, _, rest = text.strip().partition(":")
+    word = text.strip()
+    named = [kind for kind in MISS_POLICIES if f"{word}:".startswith(f"{kind}:")]
+    kind = max(named, key=len, default=word.partition(":")[0])
+    rest = word[len(kind) + 1 :]
     if kind not in MISS_POLICIES:
         raise UsageError(
             f"--policy {kind} is not known", hint=f"use one of {', '.join(MISS_POLICIES)}"

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import LayerBuddies
+from moe_tool.artifacts.bundle_manifest import LearnedPruning
 from moe_tool.artifacts.routing import Answers, Routing
 from moe_tool.policies.misses.gates import Gates
 from moe_tool.policies.misses.price_book import PriceBook
@@ -67,6 +68,10 @@ class PolicyInputs:
     """By decoder layer: quantiles of `replica.unimportance` in the profile"""
     ratios: Mapping[int, np.ndarray] = field(default_factory=dict)
     """By decoder layer: quantiles of `prune.ratio_to_heaviest` of the slots after the heaviest"""
+    pruning: LearnedPruning | None = None
+    """Of the bundle's trained mask routers; None where there are none"""
+    top_k: int = 2
+    """K"""
     levels: tuple[str, ...] = ("native",)
     """What each level is called"""
     seed: int = 0

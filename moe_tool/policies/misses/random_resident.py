@@ -8,9 +8,8 @@ import numpy as np
 from moe_tool.artifacts.routing import Answers, Routing
 from moe_tool.policies.misses.gates import Gates, open_slots
 from moe_tool.policies.misses.protocol import keep
+from moe_tool.policies.misses.random_draw import hash_routing, mix
 from moe_tool.policies.misses.substitution import Pick, substitute
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,34 +39,14 @@ class RandomResident:
         slots = open_slots(self.gates, routing, resident)
         if slots is None:
             return keep(routing)
-        key = _hash_routing(routing, self.seed)  # [T]
+        key = hash_routing(routing, self.seed)  # [T]
 
         def pick(token: np.ndarray, position: np.ndarray, free: np.ndarray) -> Pick:
             n_free = free.sum(axis=1)
-            draw = _mix(key[token] ^ position.astype(np.uint64))
+            draw = mix(key[token] ^ position.astype(np.uint64))
             nth = draw % np.maximum(n_free, 1).astype(np.uint64)  # bias below 2**-50
             running = np.cumsum(free, axis=1)  # [n, E]
             chosen = (running > nth[:, None].astype(np.int64)).argmax(axis=1)
             return Pick(expert=np.where(n_free > 0, chosen, -1))
 
         return substitute(routing, resident, slots, pick)
-
-
-def _hash_routing(routing: Routing, seed: int) -> np.ndarray:
-    """Return one 64-bit key for each token, [T] uint64."""
-    key = np.full(routing.index.shape[0], (seed << 20 ^ routing.layer) % 2**64, dtype=np.uint64)
-    # Rounded: the last bits differ with the number of threads.
-    bits = np.round(routing.weight.astype(np.float64) * 1024).astype(np.int64).astype(np.uint64)
-    for position in range(routing.index.shape[1]):
-        key = _mix(key ^ routing.index[:, position].astype(np.uint64))
-        key = _mix(key ^ bits[:, position])
-    return key
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    """Return splitmix64 of each value (Steele, Lea and Flood, OOPSLA 2014)."""
-    value = value + _GOLDEN
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = value ^ (value >> np.uint64(31))
-    return mixed

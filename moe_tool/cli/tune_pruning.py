@@ -1,0 +1,109 @@
+"""`moe-tool tune pruning`: a bundle and text in, routers in it that leave experts out."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_tool.byte_sizes import format_bytes
+from moe_tool.cli.console import open_output
+from moe_tool.cli.options import (
+    BundleArgument,
+    DataOption,
+    JsonOption,
+    OfflineOption,
+    RunMemoryOption,
+    SeedOption,
+    ThreadsOption,
+)
+
+if TYPE_CHECKING:
+    from moe_tool.tuning.tune_pruning import TunePruningReport
+
+
+def tune_pruning(
+    bundle: BundleArgument,
+    data: DataOption,
+    rate: Annotated[
+        float,
+        typer.Option(
+            "--rate",
+            metavar="SHARE",
+            help="Of the experts that the model's routers choose, to be left out. Others can be "
+            "asked for when running: --policy prune:learned:rate=0.1.",
+        ),
+    ] = 0.2,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            min=1,
+            help="Of text, all domains together; an eighth is kept apart to judge by.",
+        ),
+    ] = 131072,
+    seq_len: Annotated[
+        int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
+    ] = 256,
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", min=1, max=4096, help="Sequences of a step.")
+    ] = 8,
+    memory: RunMemoryOption = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    offline: OfflineOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Learn which of a token's experts are not worth it, for `prune:learned`.
+
+    A small router per layer is trained so that the bundle with fewer experts predicts what it
+    predicts with all of them. Experts stay as they are; the routers become a part of the bundle.
+    """
+    with open_output(as_json=json) as output:
+        from moe_tool.text.sources import parse_sources, require_sources
+
+        sources = parse_sources(data)
+        require_sources(sources, offline=offline)
+
+        from moe_tool.tuning.tune_pruning import TunePruningOptions
+        from moe_tool.tuning.tune_pruning import tune_pruning as train
+
+        report = train(
+            bundle,
+            sources,
+            TunePruningOptions(
+                rate=rate,
+                tokens=tokens,
+                seq_len=seq_len,
+                batch=batch,
+                memory=memory,
+                seed=seed,
+                threads=threads,
+                offline=offline,
+            ),
+            progress=output.progress,
+        )
+        output.show(_worth(report))
+        output.say(
+            f"wrote {bundle}/{report.file}: {report.steps} steps on {report.tokens} tokens, "
+            f"{report.seconds:.0f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
+            f"of {format_bytes(report.memory_budget_bytes)}"
+        )
+        output.say(
+            f'next: moe-tool run {bundle}/ --policy prune:learned --prompt "The list"; '
+            f"moe-tool evaluate {bundle}/ --policy prune:learned --controls --data ..."
+        )
+        output.result(asdict(report))
+
+
+def _worth(report: "TunePruningReport") -> str:
+    low, high = report.kl_ci95
+    text = (
+        f"{report.left_out:.1%} of the experts left out of {report.held_out_tokens} held-out "
+        f"tokens: KL {report.kl:.4f} [{low:.4f}, {high:.4f}] per token; {report.kl_by_ratio:.4f} "
+        "where the ratio of gate weights chooses as many"
+    )
+    if report.kl >= report.kl_by_ratio:
+        text += "\nnothing was gained over that rule: train on more --tokens, or use prune"
+    layers = ", ".join(f"{layer}: {each:.0%}" for layer, each in report.left_out_by_layer.items())
+    return f"{text}\nby layer: {layers}"

@@ -1,0 +1,126 @@
+"""The trained mask routers of a bundle, in a safetensors file of their own."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_tool.artifacts.bundle_manifest import BundleFile, BundleManifest, LearnedPruning
+from moe_tool.artifacts.mask_router import (
+    MASK_ROUTER_PARTS,
+    LayerMaskRouter,
+    MaskRouter,
+    mask_router_shapes,
+)
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.atomic_write import atomic_write_bytes, storage_errors
+from moe_tool.formats.bundle_files import MANIFEST, safetensors_header
+from moe_tool.formats.hostile_file import quoted, read_capped
+from moe_tool.formats.json_artifact import write_json_artifact
+from moe_tool.formats.safetensors_index import Checkpoint, read_header
+
+MASK_ROUTER_NAME = re.compile(r"pruning-[0-9a-f]{16}\.safetensors")
+"""After the content: a new router never lies under the name of an old one. A file of such a name
+that the manifest does not list was left behind by a training that was stopped while it wrote."""
+
+
+def write_mask_router(
+    folder: Path, manifest: BundleManifest, router: MaskRouter, learned: LearnedPruning
+) -> BundleManifest:
+    """Put trained routers into a bundle, in the place of those that it had.
+
+    The file is written first and the manifest last: until then the bundle is what it was.
+
+    Args:
+        folder: of the bundle.
+        manifest: of the bundle.
+        router: every MoE layer's.
+        learned: what the manifest says of it; its `file` is set here.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        DiskFullError, StorageError: the disk refuses.
+    """
+    data = _encode(manifest.shape, router)
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"pruning-{digest[:16]}.safetensors"
+    atomic_write_bytes(folder / name, data)
+    kept = [file for file in manifest.files if not MASK_ROUTER_NAME.fullmatch(file.name)]
+    entry = BundleFile(name=name, size_bytes=len(data), sha256=digest)
+    written = manifest.model_copy(
+        update={"files": (*kept, entry), "pruning": learned.model_copy(update={"file": name})}
+    )
+    write_json_artifact(folder / MANIFEST, written)
+    with storage_errors(folder):
+        for path in folder.iterdir():
+            if MASK_ROUTER_NAME.fullmatch(path.name) and path.name != name:
+                path.unlink()
+    return written
+
+
+def read_mask_router(folder: Path, manifest: BundleManifest) -> MaskRouter:
+    """Return the trained routers of a bundle that has some.
+
+    Raises:
+        CorruptArtifactError: the file is not what was written, or not of this model's shape, or
+            holds NaN or infinity.
+        NotFoundError, StorageError: it cannot be read.
+    """
+    assert manifest.pruning is not None
+    path = folder / manifest.pruning.file
+    again = f"train it again with moe-tool tune pruning {folder}/ --data ..."
+    entry = next(file for file in manifest.files if file.name == manifest.pruning.file)
+    data = read_capped(path, limit_bytes=entry.size_bytes, remedy=again)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise CorruptArtifactError(f"{path} is damaged: its sha256 does not fit", hint=again)
+    infos = read_header(path)
+    wanted = {
+        _name(layer, part): extents
+        for layer in manifest.shape.layers
+        for part, extents in mask_router_shapes(manifest.shape).items()
+    }
+    if infos.keys() != wanted.keys():
+        odd = min(infos.keys() ^ wanted.keys())
+        verb = "lacks" if odd in wanted else "holds the unknown"
+        raise CorruptArtifactError(f"{path} {verb} {quoted(odd)}", hint=again)
+    for name, info in infos.items():
+        if info.dtype != "F32" or info.shape != wanted[name]:
+            raise CorruptArtifactError(
+                f"{path}: {quoted(name)} is {info.dtype} {list(info.shape)}, "
+                f"wanted F32 {list(wanted[name])}",
+                hint=again,
+            )
+    with Checkpoint(infos) as checkpoint:
+        values = {name: checkpoint.read(name) for name in infos}
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise CorruptArtifactError(f"{path}: {quoted(name)} holds NaN or infinity", hint=again)
+    return {
+        layer: LayerMaskRouter(
+            **{part: values[_name(layer, part)].numpy() for part in MASK_ROUTER_PARTS}
+        )
+        for layer in manifest.shape.layers
+    }
+
+
+def _encode(shape: MoeShape, router: MaskRouter) -> bytes:
+    extents = mask_router_shapes(shape)
+    pieces: dict[str, np.ndarray] = {}
+    for layer in shape.layers:
+        for part in MASK_ROUTER_PARTS:
+            value = np.ascontiguousarray(getattr(router[layer], part), dtype="<f4")
+            assert value.shape == extents[part]
+            pieces[_name(layer, part)] = value
+    header = safetensors_header(
+        [(name, "F32", value.shape, value.nbytes) for name, value in pieces.items()]
+    )
+    return header + b"".join(value.tobytes() for value in pieces.values())
+
+
+def _name(layer: int, part: str) -> str:
+    return f"layer.{layer}.{part}"

@@ -1,0 +1,96 @@
+"""A training under way, in a safetensors file: what the same command goes on with."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.atomic_write import atomic_write_bytes
+from moe_tool.formats.bundle_files import safetensors_header
+from moe_tool.formats.hostile_file import quoted
+from moe_tool.formats.safetensors_index import Checkpoint, read_header
+
+_ORDER, _COUNTERS = "order", "counters"
+_ORDER_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """What was reached."""
+
+    step: int
+    """Steps that are done"""
+    penalty: float
+    tensors: dict[str, torch.Tensor]
+    """float32"""
+
+
+def order_digest(order: Mapping[str, Any]) -> bytes:
+    """Return what tells one training from another: of everything that decides its outcome."""
+    return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).digest()
+
+
+def write_training_state(path: Path, order: bytes, state: TrainingState) -> None:
+    """Write what was reached, whole or not at all.
+
+    Raises:
+        DiskFullError, StorageError: the disk refuses.
+    """
+    tensors = {
+        _ORDER: torch.frombuffer(bytearray(order), dtype=torch.uint8),
+        _COUNTERS: torch.tensor([float(state.step), state.penalty], dtype=torch.float64),
+        **state.tensors,
+    }
+    names = {torch.uint8: "U8", torch.float64: "F64", torch.float32: "F32"}
+    header = safetensors_header(
+        [(name, names[each.dtype], each.shape, each.nbytes) for name, each in tensors.items()]
+    )
+    data = b"".join(each.contiguous().numpy().tobytes() for each in tensors.values())
+    atomic_write_bytes(path, header + data)
+
+
+def read_training_state(
+    path: Path, order: bytes, wanted: Mapping[str, torch.Tensor], *, n_steps: int
+) -> TrainingState | None:
+    """Return what was reached; None where nothing was, or by another training.
+
+    Args:
+        path: may be missing.
+        order: of the training that wants to go on.
+        wanted: tensors of the names and shapes that it has.
+        n_steps: that it will take.
+
+    Raises:
+        CorruptArtifactError: the file is damaged.
+        StorageError: it cannot be read.
+    """
+    if not path.exists():
+        return None
+    again = f"remove {path} and begin anew"
+    infos = read_header(path)
+    expected = {name: ("F32", tuple(each.shape)) for name, each in wanted.items()}
+    expected |= {_ORDER: ("U8", (_ORDER_BYTES,)), _COUNTERS: ("F64", (2,))}
+    with Checkpoint(infos) as checkpoint:
+        found = infos.get(_ORDER)
+        is_named = found is not None and (found.dtype, found.shape) == expected[_ORDER]
+        if is_named and checkpoint.read_bytes(_ORDER) != order:
+            return None
+        for name in sorted(expected.keys() | infos.keys()):
+            info = infos.get(name)
+            if info is None or (info.dtype, info.shape) != expected.get(name):
+                raise CorruptArtifactError(
+                    f"{path} is damaged: {quoted(name)} is not what it should be", hint=again
+                )
+        tensors = {name: checkpoint.read(name) for name in wanted}
+        counters = checkpoint.read(_COUNTERS)
+    if not all(bool(torch.isfinite(each).all()) for each in (*tensors.values(), counters)):
+        raise CorruptArtifactError(f"{path} is damaged: it holds NaN or infinity", hint=again)
+    step, penalty = counters.tolist()
+    if step != int(step) or not 1 <= step <= n_steps or penalty <= 0:
+        raise CorruptArtifactError(f"{path} is damaged: its counters cannot be", hint=again)
+    return TrainingState(step=int(step), penalty=penalty, tensors=tensors)

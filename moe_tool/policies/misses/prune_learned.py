@@ -1,0 +1,93 @@
+"""The experts of a token that a trained router finds not worth it are left out, here or not."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.artifacts.routing import Answers, Routing, answers_of
+from moe_tool.policies.misses.protocol import keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneLearned:
+    """MC#'s top-any pruning (arXiv:2510.10962): a token keeps its j heaviest experts, and a router
+    trained on the layer's input says which j.
+
+    The gate weights of what is kept stay as they are. The same routers serve every rate: what a
+    slot has to be worth is a number for all layers, tabulated against the rate on held-out tokens.
+    """
+
+    offset: float
+    """What each further slot has to be worth, in the routers' logits; -inf: all are kept"""
+    rate: float
+    """Of chosen experts; for the announcement"""
+    lossy: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+    needs_score: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Return one line for the announcement."""
+        return (
+            f"prune:learned: about {self.rate:.0%} of a token's experts are left out, as its "
+            "trained routers say, text may differ"
+        )
+
+    def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
+        """Return the routing with what is not worth it empty."""
+        if np.isneginf(self.offset):
+            return keep(routing)
+        assert routing.worth is not None, "the mask router did not answer"
+        order = by_weight(routing.weight)  # [T, K]
+        kept = n_kept(routing.worth, self.offset)  # [T]
+        is_left_out = np.empty(order.shape, dtype=bool)
+        np.put_along_axis(is_left_out, order, np.arange(order.shape[1]) >= kept[:, None], axis=1)
+        if not is_left_out.any():
+            return keep(routing)
+        return answers_of(
+            routing,
+            np.where(is_left_out, -1, routing.index),
+            np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
+        )
+
+
+def by_weight(weight: np.ndarray) -> np.ndarray:
+    """Return each token's slots, the heaviest first, the earlier one of equals, [T, K] int64."""
+    return np.argsort(-weight, axis=1, kind="stable")
+
+
+def n_kept(worth: np.ndarray, offset: float) -> np.ndarray:
+    """Return how many of its heaviest experts a token keeps: the pattern of the highest logit, the
+    fewest of equals, [T] int64 from 1 to K.
+
+    A higher offset never keeps more: two patterns of j < j' experts differ by (j' - j) * offset.
+
+    Args:
+        worth: [T, K-1], what each slot after the heaviest adds to a pattern's logit, by rank.
+        offset: taken off each.
+    """
+    logits = np.cumsum(worth.astype(np.float64) - offset, axis=1)
+    patterns = np.concatenate([np.zeros((len(worth), 1)), logits], axis=1)  # [T, K]
+    kept: np.ndarray = patterns.argmax(axis=1) + 1
+    return kept
+
+
+def rate_offsets(worth: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return the offset at which each share of the slots after the heaviest is left out, [n]
+    float64, rising.
+
+    Args:
+        worth: [T, K-1] of tokens of all layers.
+        shares: [n], 0 to 1, rising.
+    """
+    lowest, highest = float(worth.min()) - 1.0, float(worth.max()) + 1.0
+    found = []
+    for share in shares:
+        low, high = lowest, highest
+        for _ in range(40):
+            middle = (low + high) / 2
+            left_out = 1 - (n_kept(worth, middle) - 1).mean() / worth.shape[1]
+            low, high = (middle, high) if left_out < share else (low, middle)
+        found.append(lowest if share <= 0 else highest if share >= 1 else high)
+    result: np.ndarray = np.maximum.accumulate(np.array(found))
+    return result

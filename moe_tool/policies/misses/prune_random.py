@@ -1,0 +1,43 @@
+"""Random experts of a token are left out: the control that a rule of pruning has to beat."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.artifacts.routing import Answers, Routing, answers_of
+from moe_tool.policies.misses.protocol import keep
+from moe_tool.policies.misses.random_draw import draw_uniform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneRandom:
+    """Leaves out a slot after the heaviest with the same chance everywhere, by a hash of seed and
+    routing."""
+
+    share: float
+    """Of the slots after the heaviest"""
+    seed: int
+    lossy: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+    needs_score: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Return one line for the announcement."""
+        return (
+            f"prune:random: {self.share:.0%} of the experts after a token's heaviest are left out "
+            f"at random, text may differ (seed {self.seed})"
+        )
+
+    def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
+        """Return the routing with random slots empty."""
+        is_left_out = draw_uniform(routing, self.seed) < self.share  # [T, K]
+        heaviest = routing.weight.argmax(axis=1)
+        is_left_out[np.arange(len(heaviest)), heaviest] = False
+        if not is_left_out.any():
+            return keep(routing)
+        return answers_of(
+            routing,
+            np.where(is_left_out, -1, routing.index),
+            np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
+        )

@@ -1,0 +1,125 @@
+"""What trained mask routers are worth, on text that they were not trained on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_tool.artifacts.bundle_manifest import N_QUANTILES, QualityFigure
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.evaluation.bootstrap import bootstrap_interval
+from moe_tool.evaluation.divergence import compare_logits
+from moe_tool.models.skeleton import LayerCall
+from moe_tool.policies.misses.prune_learned import rate_offsets
+from moe_tool.progress import Progress
+from moe_tool.runtime.mask_scores import MaskTensors
+from moe_tool.tuning.masked_experts import ChooseMask, MaskedExperts
+from moe_tool.tuning.train_mask_router import is_prompt, ratio_routers, router_mask, watch_worth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Verdict:
+    """Figures of the held-out text; prompts are not counted."""
+
+    offsets: np.ndarray
+    """[N_QUANTILES]: what a slot has to be worth for 0 %, 5 %, ... of those after the heaviest to
+    be left out"""
+    kl: np.ndarray
+    """[N, S-1]: nats, at the wanted share"""
+    kl_by_ratio: np.ndarray
+    """[N, S-1]: of MC's rule at the same share of every layer"""
+    left_out: dict[int, float]
+    """Layer -> share of its slots after the heaviest"""
+
+    def quality(self, seed: int) -> QualityFigure:
+        """Return the mean with its 95 % interval over sequences."""
+        mean = max(0.0, float(self.kl.mean()))
+        low, high = bootstrap_interval(self.kl, _mean, seed=seed) or (mean, mean)
+        return QualityFigure(kl=mean, kl_ci95=(max(0.0, low), max(0.0, high)), tokens=self.kl.size)
+
+
+def judge_pruning(
+    experts: MaskedExperts,
+    routers: Mapping[int, MaskTensors],
+    shape: MoeShape,
+    ids: torch.Tensor,
+    *,
+    share: float,
+    micro_batch: int,
+    progress: Progress,
+) -> Verdict:
+    """Tabulate offsets against shares, then measure the divergence at one of them, beside MC's rule
+    (arXiv:2410.06270) at the same.
+
+    Args:
+        experts: of the session.
+        routers: as trained, by layer.
+        shape: of the model.
+        ids: [N, S] int64, held out.
+        share: of the slots after the heaviest.
+        micro_batch: sequences of a forward.
+        progress: told about sequences.
+    """
+    by_ratio = ratio_routers(shape)
+    batches = torch.split(ids, micro_batch)
+    progress.begin("measure", 2 * len(ids), "sequences")
+    learned: dict[int, list[np.ndarray]] = {layer: [] for layer in shape.layers}
+    ratios: dict[int, list[np.ndarray]] = {layer: [] for layer in shape.layers}
+    for batch in batches:
+        for found, each in ((learned, routers), (ratios, by_ratio)):
+            for layer, worth in watch_worth(experts, each, batch).items():
+                found[layer].append(worth)
+        progress.advance(len(batch))
+    every = np.concatenate([part for parts in learned.values() for part in parts])
+    offsets = rate_offsets(every, np.linspace(0, 1, N_QUANTILES))
+    wanted = np.array([share])
+    offset = float(np.interp(share, np.linspace(0, 1, N_QUANTILES), offsets))
+    limits = {
+        layer: float(rate_offsets(np.concatenate(parts), wanted)[0])
+        for layer, parts in ratios.items()
+    }
+    counted = _Counted(router_mask(routers, lambda _: offset, ids.shape[1]), ids.shape[1])
+    rule = router_mask(by_ratio, lambda layer: limits[layer], ids.shape[1])
+    kl, kl_by_ratio = [], []
+    for batch in batches:
+        with torch.no_grad():
+            exact = experts.logits(batch)
+            kl.append(_divergence(exact, experts.logits(batch, mask=counted.mask)))
+            kl_by_ratio.append(_divergence(exact, experts.logits(batch, mask=rule)))
+        progress.advance(len(batch))
+    progress.end()
+    return Verdict(
+        offsets=offsets,
+        kl=np.concatenate(kl),
+        kl_by_ratio=np.concatenate(kl_by_ratio),
+        left_out=counted.left_out(),
+    )
+
+
+class _Counted:
+    """A mask whose empty slots are counted."""
+
+    def __init__(self, mask: ChooseMask, seq_len: int) -> None:
+        self._mask, self._seq_len = mask, seq_len
+        self._totals: dict[int, np.ndarray] = {}
+
+    def mask(self, call: LayerCall) -> torch.Tensor:
+        found = self._mask(call)
+        light = found[~is_prompt(len(found), self._seq_len), 1:]
+        here = np.array([float((1 - light).sum()), light.numel()])
+        self._totals[call.layer] = self._totals.get(call.layer, np.zeros(2)) + here
+        return found
+
+    def left_out(self) -> dict[int, float]:
+        return {layer: float(empty / slots) for layer, (empty, slots) in self._totals.items()}
+
+
+def _divergence(exact: torch.Tensor, found: torch.Tensor) -> np.ndarray:
+    """KL(exact || found) of all predictions but the prompt's, [B, S-1]."""
+    rows = [compare_logits(a[1:], b[1:]).kl for a, b in zip(exact, found, strict=True)]
+    return np.stack(rows)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())

@@ -1,0 +1,66 @@
+"""What the MoE layers of a session call while its mask routers learn."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moe_tool.artifacts.run_stats import PhaseCounters
+from moe_tool.experts.combine import run_experts
+from moe_tool.models.skeleton import LayerCall
+from moe_tool.quantization.weights import ExpertWeights
+from moe_tool.runtime.mask_scores import slot_order
+from moe_tool.runtime.session import Session
+from moe_tool.tuning.weighed_experts import weighed_experts
+
+ChooseMask = Callable[[LayerCall], torch.Tensor]
+"""A layer call -> [T, K] float32 by rank of gate weight: what each slot's gate weight is multiplied
+with"""
+Watch = Callable[[LayerCall], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class MaskedExperts:
+    """An experts function; the mask is set before each forward."""
+
+    session: Session
+    mask: ChooseMask | None = None
+    """None: every expert answers"""
+    watch: Watch | None = None
+    """Told about every call"""
+
+    def __call__(self, call: LayerCall) -> torch.Tensor:
+        """Return the routed experts' output, [T, H]."""
+        call = self.session.runner.without_absent(call)
+        if self.watch is not None:
+            self.watch(call)
+
+        def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
+            return self.session.runner.store.acquire(call.layer, wanted, PhaseCounters())
+
+        if self.mask is None:
+            return run_experts(call.module, call.hidden, call.index, call.weight, supply)
+        ranked = self.mask(call)
+        mask = ranked.gather(1, slot_order(call.weight).argsort(dim=1))  # [T, K], slot by slot
+        weight = call.weight * mask
+        if not mask.requires_grad:  # what is left out is not computed, as in a run
+            index = torch.where(mask > 0, call.index, -1)
+            return run_experts(call.module, call.hidden, index, weight, supply)
+        return weighed_experts(call.module, call.hidden, call.index, weight, supply)
+
+    def logits(self, ids: torch.Tensor, *, mask: ChooseMask | None = None) -> torch.Tensor:
+        """Return the model's predictions in one wide forward, [B, S, V].
+
+        What a mask leaves out depends on each token's own routing alone, so this is what the same
+        tokens get one by one.
+
+        Args:
+            ids: [B, S] int64.
+            mask: of this forward.
+        """
+        self.mask = mask
+        try:
+            output: torch.Tensor = self.session.model(input_ids=ids, use_cache=False).logits
+            return output
+        finally:
+            self.mask = None
