@@ -5,7 +5,7 @@ import typer
 from moe_tool.cli import tune_pruning
 
 tune = typer.Typer(
-    help="Train what a bundle holds, beside the model that it was made from.",
+    help="Train what a bundle holds, beside its exact model.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -396,7 +396,9 @@ def _fixed_lines(
         MemoryLine(name="margin", size_bytes=MARGIN_BYTES),
     ]
     if options.caller_bytes:
-        lines.append(MemoryLine(name="reference predictions", size_bytes=options.caller_bytes))
+        lines.append(
+            MemoryLine(name="what is done beside the run", size_bytes=options.caller_bytes)
+        )
     return tuple(lines)
 
 

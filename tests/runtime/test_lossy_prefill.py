@@ -8,17 +8,18 @@ import torch
 
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
-from moe_tool.policies.misses import MISS_POLICIES
+from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.generation import GenerateOptions, generate
 from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
+from tests.formats.made_mask_router import put_mask_router
 
 PROMPT = torch.tensor([[256, 84, 104, 101, 32, 108, 105, 115, 116, 100, 101, 102]])
 POLICIES = ["drop", "random", "next-ranked", "priced", "prune:share=1", "near-tie:alpha=1"]
-POLICIES += ["replica:high=0.2,low=0.5"]
+POLICIES += ["replica:high=0.2,low=0.5", "prune:learned", "prune:random:rate=0.4"]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
         memory_bytes=8 * 2**30,
     )
     pack_bundle(model, out=folder / "bundle", profile=folder / "tiny.h5", replicas="2")
+    put_mask_router(folder / "bundle")
     return folder / "bundle"
 
 
@@ -143,5 +145,5 @@ def test_a_run_says_what_it_did_to_the_prompt(bundle: Path) -> None:
 
 
 def test_every_lossy_policy_was_tried() -> None:
-    tried = {policy.partition(":")[0] for policy in POLICIES}
+    tried = {parse_miss_policy(policy).kind for policy in POLICIES}
     assert tried == set(MISS_POLICIES) - {"exact", "buddy"}  # buddy needs a map of stand-ins
