@@ -154,7 +154,8 @@ class MoeLayerRunner:
         left_out = routing.index[(answers.expert < 0) & (routing.index < len(sizes))]
         is_spared = np.zeros(len(sizes), dtype=bool)
         is_spared[left_out] = True
-        is_spared[answers.expert[answers.expert >= 0]] = False
+        is_answered = (answers.expert >= 0) & (answers.expert < len(sizes))
+        is_spared[answers.expert[is_answered]] = False
         return int(sizes[is_spared & ~resident[FULL]].sum())
 
     def _answers(self, routing: Routing, resident: np.ndarray) -> Answers:

@@ -17,11 +17,13 @@ from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import open_session
+from moe_tool.text.sources import parse_sources
 from tests.planning.made_plan import made_plan
 
 WIDTHS = (16, 8, 4, 3, 2, 1)
@@ -221,3 +223,20 @@ def test_policies_that_ask_for_all_experts_are_refused_where_some_are_absent(
     options = RunOptions(memory="100%", context=64, policy=policy, gates=False)
     with pytest.raises(UsageError, match="leaves .* experts out"), open_session(out, options):
         pass
+
+
+@pytest.mark.parametrize("policy", ["priced", "prune:share=1"])
+def test_what_is_left_out_beside_absent_experts_is_counted(
+    policy: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("mixtral", "bfloat16")
+    model = LocatedModel(folder=folder, name="tiny")
+    profile = tmp_path / "p.h5"
+    record_profile(model, parse_sources(["builtin"]), out=profile, tokens=512, seq_len=32)
+    pack_bundle(
+        model, out=tmp_path / "b", bits="mixed", plan=_plan(folder, absent=2), profile=profile
+    )
+    options = RunOptions(memory="50%", context=64, prompt=32, policy=policy)
+    with open_session(tmp_path / "b", options) as session:
+        costs = run_stepwise(session, torch.tensor([PROMPT]), lambda position, logits: None)
+    assert costs.drops.sum() > 0
