@@ -3,6 +3,7 @@
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import describe_precision
 from moe_tool.artifacts.routing import FULL
+from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
@@ -38,8 +39,22 @@ def choose_rooms(
         share = 1.0 if residency == "frozen" else eviction.pinned_share
         return mixed_rooms(manifest, slots, pinned_share=share)
     if residency == "frozen":
-        return frozen_rooms(manifest, n_slots, policy.choice, policy.prices)
-    return cache_rooms(manifest, n_slots, policy.choice, pinned_share=eviction.pinned_share)
+        rooms = frozen_rooms(manifest, n_slots, policy.choice, policy.prices)
+    else:
+        rooms = cache_rooms(manifest, n_slots, policy.choice, pinned_share=eviction.pinned_share)
+    if policy.choice.residents == "two-precisions" and n_slots < len(manifest.records):
+        _require_cheaper_form(rooms, policy)
+    return rooms
+
+
+def _require_cheaper_form(rooms: tuple[LevelRoom, ...], policy: ChosenPolicy) -> None:
+    """Refuse a budget that leaves a policy nothing of the form that it names."""
+    if not rooms[int(policy.choice.values["level"])].n_slots:
+        raise BudgetError(
+            f"--policy {policy.name}: {rooms[FULL].n_slots} expert slots leave no room for cheaper "
+            "forms beside what a token needs",
+            hint="more --memory, e.g. 20%, or --policy exact",
+        )
 
 
 def staying_by_form(manifest: BundleManifest, rooms: tuple[LevelRoom, ...]) -> dict[str, int]:
