@@ -71,6 +71,24 @@ def answers_of(
     )
 
 
+def leave_out(
+    routing: Routing, is_left_out: np.ndarray, level: np.ndarray | None = None
+) -> Answers:
+    """Return the answers with some slots empty and the others as they are.
+
+    Args:
+        routing: what was asked.
+        is_left_out: [T, K] bool.
+        level: [T, K] of the others, None: FULL everywhere.
+    """
+    return answers_of(
+        routing,
+        np.where(is_left_out, -1, routing.index),
+        np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
+        level,
+    )
+
+
 def answer_exactly(routing: Routing, answers: Answers, rows: np.ndarray) -> Answers:
     """Return the answers with some tokens answered by what they want.
 

@@ -65,6 +65,39 @@ def plan_expert_files(
     return files
 
 
+def record_places(
+    order: Sequence[tuple[int, int, int]], plan: Sequence[Sequence[ExpertFile]]
+) -> list[tuple[ExpertFile, int]]:
+    """Return the file of every record, and its position there.
+
+    Args:
+        order: (level, layer, expert) of the records as they are written.
+        plan: files by level.
+    """
+    places, counts = [], [0] * len(plan)
+    for level, _, _ in order:
+        per_file = len(plan[level][0].records)
+        number, position = divmod(counts[level], per_file)
+        places.append((plan[level][number], position))
+        counts[level] += 1
+    return places
+
+
+def split_skeleton(
+    tensors: Sequence[SkeletonEntry], *, limit_bytes: int
+) -> list[list[SkeletonEntry]]:
+    """Return the tensors of each skeleton file, so many bytes at most (a larger one is alone)."""
+    groups: list[list[SkeletonEntry]] = [[]]
+    size = 0
+    for info in tensors:
+        if groups[-1] and size + info.size_bytes > limit_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(info)
+        size += info.size_bytes
+    return groups
+
+
 def safetensors_header(tensors: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
     """Return the header of a safetensors file, padded with spaces to ALIGNMENT_BYTES.
 

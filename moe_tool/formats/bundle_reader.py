@@ -2,10 +2,7 @@
 
 import hashlib
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +11,24 @@ import xxhash
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
 from moe_tool.artifacts.mask_router import MaskRouter
-from moe_tool.artifacts.precision import ChannelPrecision, IntegerPrecision
 from moe_tool.artifacts.routing import FULL
-from moe_tool.errors import CorruptArtifactError, NotFoundError, StorageError
-from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
-from moe_tool.formats.channel_record import require_chunks
-from moe_tool.formats.expert_form import (
-    AnyForm,
-    chooser_form,
-    full_form,
-    own_form,
-    replica_form,
-    require_finite,
+from moe_tool.errors import CorruptArtifactError, StorageError
+from moe_tool.formats.bundle_checks import (
+    REPACK,
+    BundleLevel,
+    check_bundle,
+    naming,
+    skeleton_files,
+    skeleton_parts,
 )
+from moe_tool.formats.channel_record import require_chunks
+from moe_tool.formats.expert_form import require_finite
 from moe_tool.formats.expert_record import RecordLayout
-from moe_tool.formats.hostile_file import quoted, unreadable
-from moe_tool.formats.integer_parts import IntegerPart, are_finite, integer_parts
-from moe_tool.formats.json_artifact import read_json_artifact
-from moe_tool.formats.mask_router_file import MASK_ROUTER_NAME, read_mask_router
-from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
+from moe_tool.formats.hostile_file import quoted
+from moe_tool.formats.integer_parts import are_finite
+from moe_tool.formats.mask_router_file import read_mask_router
 from moe_tool.formats.record_files import ChannelRead, RecordFiles
-from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
+from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import ChannelWeight
 
@@ -42,28 +36,6 @@ GoOn = Callable[[int], bool]
 """Told after every piece of a record how many bytes it had; False gives the read up."""
 
 _HASH_BLOCK_BYTES = 16 * 2**20
-# What a loader of models or tokenizers may pick up by its name alone.
-_LOADABLE = (".json", ".jinja", ".model", ".safetensors", ".txt", ".py", ".bin", ".pt", ".pth")
-_REPACK = "remove the folder and pack the bundle again with moe-tool pack"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BundleLevel:
-    """One form in which a bundle holds experts."""
-
-    form: AnyForm
-    records: tuple[ExpertRecord, ...]
-    """In file order"""
-
-    @property
-    def record_size_bytes(self) -> int:
-        """The same for every record."""
-        return self.form.layout.size_bytes
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all records."""
-        return len(self.records) * self.record_size_bytes
 
 
 class BundleReader:
@@ -97,7 +69,7 @@ class BundleReader:
             for record in each.records
         }
         names = sorted({record.file for record in self._entries.values()})
-        with _naming(folder):
+        with naming(folder):
             self._files = RecordFiles(folder, names)
 
     @classmethod
@@ -110,17 +82,8 @@ class BundleReader:
             ArtifactVersionError: its manifest has another schema version.
             StorageError: it cannot be read.
         """
-        with _naming(folder):
-            _require_finished(folder)
-        manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
-        _check_policies(folder, manifest)
-        levels = _levels(folder, manifest)
-        with _naming(folder):
-            _check_files(folder, manifest)
-        for at, level in enumerate(levels):
-            if not (FULL < at <= len(manifest.replicas) and manifest.replicas[at - 1].is_base):
-                _check_headers(folder, level)
-        return cls(folder, manifest, levels, _check_skeleton(folder, manifest))
+        found = check_bundle(folder)
+        return cls(folder, found.manifest, found.levels, found.skeleton)
 
     @property
     def layout(self) -> RecordLayout:
@@ -149,7 +112,7 @@ class BundleReader:
     @property
     def n_skeleton_weights(self) -> int:
         """Numbers that the skeleton stands for, whatever they are stored as."""
-        parts = {part.name for part in _skeleton_parts(self.manifest)}
+        parts = {part.name for part in skeleton_parts(self.manifest)}
         others = [info for name, info in self._skeleton.items() if name not in parts]
         coded = sum(linear.n_outputs * linear.n_inputs for linear in self.manifest.skeleton_linears)
         return coded + sum(math.prod(info.shape) for info in others)
@@ -166,26 +129,26 @@ class BundleReader:
     @property
     def skeleton_files(self) -> list[Path]:
         """The files with everything but the experts."""
-        return _skeleton_files(self.folder, self.manifest)
+        return skeleton_files(self.folder, self.manifest)
 
     def open_skeleton(self) -> Checkpoint:
         """Open everything but the experts; each tensor is checked when it is read, and one that is
         not what was packed is a CorruptArtifactError that names it."""
         checkpoint = Checkpoint(self._skeleton)
         hashes = {tensor.name: tensor.xxh3 for tensor in self.manifest.skeleton}
-        factors = {part.name for part in _skeleton_parts(self.manifest) if part.is_factor}
+        factors = {part.name for part in skeleton_parts(self.manifest) if part.is_factor}
 
         def check(name: str, row: int | None, data: memoryview) -> None:
             assert row is None
             file = checkpoint.tensors[name].file
             if xxhash.xxh3_64_hexdigest(data) != hashes[name]:
                 raise CorruptArtifactError(
-                    f"{file} is damaged: the hash of {quoted(name)} does not fit", hint=_REPACK
+                    f"{file} is damaged: the hash of {quoted(name)} does not fit", hint=REPACK
                 )
             # The hash of a forgery can be right all the same.
             if name in factors and not are_finite(torch.frombuffer(data, dtype=torch.float16)):
                 raise CorruptArtifactError(
-                    f"{file}: {quoted(name)} holds NaN or infinity", hint=_REPACK
+                    f"{file}: {quoted(name)} holds NaN or infinity", hint=REPACK
                 )
 
         checkpoint.on_read = check
@@ -272,7 +235,7 @@ class BundleReader:
         if n_there + count < out.numel():
             raise StorageError(
                 f"{where}: the file ended after {n_there + count} of {out.numel()} bytes",
-                hint=_REPACK,
+                hint=REPACK,
             )
         if has_changed:
             # Even where this record is whole: the manifest in memory may describe another bundle.
@@ -280,11 +243,11 @@ class BundleReader:
         if is_known:
             return
         if digest.hexdigest() != entry.xxh3:
-            raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=_REPACK)
+            raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=REPACK)
         try:
             require_finite(self.levels[level].form, out)
         except CorruptArtifactError as error:
-            raise CorruptArtifactError(f"{where}: {error.message}", hint=_REPACK) from error
+            raise CorruptArtifactError(f"{where}: {error.message}", hint=REPACK) from error
         self._verified.add((level, layer, expert))
 
     def read_channels_into(
@@ -334,7 +297,7 @@ class BundleReader:
             try:
                 require_chunks(weight, unknown, hashes)
             except CorruptArtifactError as error:
-                raise CorruptArtifactError(f"{where}: {error.message}", hint=_REPACK) from error
+                raise CorruptArtifactError(f"{where}: {error.message}", hint=REPACK) from error
             known[unknown] = True
         return read
 
@@ -348,17 +311,17 @@ class BundleReader:
         progress.begin("verify", total + sum(level.size_bytes for level in self.levels), "bytes")
         for entry in self.manifest.files:
             digest = hashlib.sha256()
-            with _naming(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
+            with naming(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
                 while block := file.read(_HASH_BLOCK_BYTES):
                     digest.update(block)
                     progress.advance(len(block))
             if digest.hexdigest() != entry.sha256:
                 self._find_damaged_record(entry.name)
                 raise CorruptArtifactError(
-                    f"{self.folder / entry.name} is damaged: its sha256 does not fit", hint=_REPACK
+                    f"{self.folder / entry.name} is damaged: its sha256 does not fit", hint=REPACK
                 )
         with self.open_skeleton() as skeleton:
-            for part in _skeleton_parts(self.manifest):
+            for part in skeleton_parts(self.manifest):
                 if part.is_factor:
                     skeleton.read(part.name)
         self.mask_router()
@@ -394,179 +357,3 @@ def _changed(where: str) -> CorruptArtifactError:
         f"{where}: the file was changed after the bundle was opened",
         hint="run the command again, and leave the bundle alone while it runs",
     )
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors about a path into named ones."""
-    try:
-        yield
-    except OSError as error:
-        raise unreadable(Path(error.filename or path), error) from error
-
-
-def _require_finished(folder: Path) -> None:
-    """Refuse what is no bundle, or not yet one."""
-    resume = "run the same moe-tool pack command again: it resumes"
-    names = _names(folder)
-    if names is None:
-        if partial_folder(folder).is_dir():
-            raise CorruptArtifactError(
-                f"{folder} is half-written ({partial_folder(folder)} is there)", hint=resume
-            )
-        raise NotFoundError(f"{folder} does not exist", hint="make a bundle with moe-tool pack")
-    if folder.name.endswith(PART_SUFFIX) or JOURNAL in names:
-        raise CorruptArtifactError(f"{folder} is a half-written bundle", hint=resume)
-    if MANIFEST not in names:
-        raise CorruptArtifactError(
-            f"{folder} is not a bundle: it has no {MANIFEST}",
-            hint="make a bundle of a checkpoint with moe-tool pack",
-        )
-    if (folder / MANIFEST).is_symlink():
-        raise CorruptArtifactError(
-            f"{folder / MANIFEST} is a link, not a file of the bundle", hint=_REPACK
-        )
-
-
-def _names(folder: Path) -> set[str] | None:
-    try:
-        return {entry.name for entry in os.scandir(folder)}
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError as error:
-        raise CorruptArtifactError(
-            f"{folder} is not a folder, so not a bundle", hint=_REPACK
-        ) from error
-
-
-def _check_files(folder: Path, manifest: BundleManifest) -> None:
-    """All that is listed is there in full; nothing else that could be loaded is."""
-    for file in manifest.files:
-        path = folder / file.name
-        if file.name == MANIFEST:
-            raise CorruptArtifactError(f"{path} lists itself", hint=_REPACK)
-        if path.is_symlink():
-            raise CorruptArtifactError(f"{path} is a link, not a file of the bundle", hint=_REPACK)
-        if not path.is_file():
-            raise CorruptArtifactError(f"{path} is missing or not a file", hint=_REPACK)
-        found = path.stat().st_size
-        if found != file.size_bytes:
-            raise CorruptArtifactError(
-                f"{path} has {found} bytes, its manifest says {file.size_bytes}", hint=_REPACK
-            )
-        # A config changes the text as weights do, and is small enough to hash at every start.
-        is_small = not file.name.endswith(".safetensors")
-        if is_small and hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
-            raise CorruptArtifactError(f"{path} is damaged: its sha256 does not fit", hint=_REPACK)
-    listed = {MANIFEST, *(file.name for file in manifest.files)}
-    for name in sorted(_names(folder) or ()):
-        is_left_over = name.startswith(".") or MASK_ROUTER_NAME.fullmatch(name) is not None
-        if name not in listed and name.endswith(_LOADABLE) and not is_left_over:
-            raise CorruptArtifactError(
-                f"{folder / name} is not listed in {MANIFEST}", hint=f"remove it, or {_REPACK}"
-            )
-
-
-def _check_policies(folder: Path, manifest: BundleManifest) -> None:
-    """A run can follow what the manifest has it follow."""
-    if manifest.plan is not None:
-        require_plan_names(folder / MANIFEST, manifest.plan, remedy=_REPACK)
-    if manifest.calibration is not None:
-        named_miss_policy(folder / MANIFEST, manifest.calibration.policy, remedy=_REPACK)
-
-
-def _levels(folder: Path, manifest: BundleManifest) -> tuple[BundleLevel, ...]:
-    """The forms that the manifest names, with the sizes that follow from them."""
-    shape = manifest.shape
-    try:
-        own = own_form(shape, manifest.precision)
-    except CorruptArtifactError as error:
-        raise CorruptArtifactError(f"{folder / MANIFEST}: {error.message}", hint=_REPACK) from error
-    forms: list[tuple[AnyForm, int, tuple[ExpertRecord, ...]]] = [
-        (own, manifest.record_size_bytes, manifest.records)
-    ]
-    for table in manifest.replicas:
-        replica = replica_form(shape, table.precision)
-        forms.append((replica, table.record_size_bytes, table.records))
-    for other in manifest.others:
-        another = full_form(shape, other.precision, is_other=True)
-        forms.append((another, other.record_size_bytes, other.records))
-    if manifest.choosers is not None:
-        assert isinstance(manifest.precision, ChannelPrecision)  # the manifest checks
-        chooser = chooser_form(shape, manifest.precision)
-        forms.append((chooser, manifest.choosers.record_size_bytes, manifest.choosers.records))
-    for form, size_bytes, _ in forms:
-        if form.layout.size_bytes != size_bytes:
-            raise CorruptArtifactError(
-                f"{folder / MANIFEST} says a record has {size_bytes} bytes, "
-                f"its tensors need {form.layout.size_bytes}",
-                hint=_REPACK,
-            )
-    return tuple(BundleLevel(form=form, records=records) for form, _, records in forms)
-
-
-def _check_headers(folder: Path, level: BundleLevel) -> None:
-    headers = {name: read_header(folder / name) for name in {r.file for r in level.records}}
-    for record in level.records:
-        for segment in level.form.layout.segments:
-            name = f"layer.{record.layer}.expert.{record.expert}.{segment.name}"
-            info = headers[record.file].pop(name, None)
-            if (
-                info is None
-                or info.dtype != "U8"
-                or info.offset != record.offset + segment.offset
-                or info.size_bytes != segment.size_bytes
-            ):
-                raise CorruptArtifactError(
-                    f"{folder / record.file} does not hold {name} where {MANIFEST} says",
-                    hint=_REPACK,
-                )
-    for file, left in headers.items():
-        if left:
-            raise CorruptArtifactError(
-                f"{folder / file} holds {quoted(min(left))}, which is no part of a record",
-                hint=_REPACK,
-            )
-
-
-def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, TensorInfo]:
-    """The tensors of the skeleton files are those that are listed, and codes have their sizes."""
-    tensors = Checkpoint.open_files(_skeleton_files(folder, manifest)).tensors
-    if tensors.keys() != {tensor.name for tensor in manifest.skeleton}:
-        raise CorruptArtifactError(
-            f"the skeleton files of {folder} do not hold the tensors that {MANIFEST} lists",
-            hint=_REPACK,
-        )
-    for part in _skeleton_parts(manifest):
-        found = tensors.get(part.name)
-        if found is None:
-            raise CorruptArtifactError(
-                f"the skeleton of {folder} lacks {quoted(part.name)}", hint=_REPACK
-            )
-        if found.dtype != part.safetensors_dtype or found.shape != part.shape:
-            raise CorruptArtifactError(
-                f"{found.file}: {quoted(part.name)} is {found.dtype} {list(found.shape)}, "
-                f"wanted {part.safetensors_dtype} {list(part.shape)}",
-                hint=_REPACK,
-            )
-    return tensors
-
-
-def _skeleton_parts(manifest: BundleManifest) -> list[IntegerPart]:
-    precision = manifest.skeleton_precision
-    if not isinstance(precision, IntegerPrecision):
-        return []
-    return [
-        part
-        for linear in manifest.skeleton_linears
-        for part in integer_parts(linear.parameter, linear.n_outputs, linear.n_inputs, precision)
-    ]
-
-
-def _skeleton_files(folder: Path, manifest: BundleManifest) -> list[Path]:
-    names = [file.name for file in manifest.files]
-    return [
-        folder / name
-        for name in names
-        if name.startswith("skeleton-") and name.endswith(".safetensors")
-    ]

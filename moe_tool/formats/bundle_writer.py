@@ -19,13 +19,8 @@ from moe_tool.artifacts.bundle_manifest import (
     BundleBuddies,
     BundleFile,
     BundleManifest,
-    ChooserTable,
-    ExpertRecord,
     LayerHeat,
     LayerPrices,
-    OwnTable,
-    ReplicaLayer,
-    ReplicaTable,
     SkeletonLinear,
     SkeletonTensor,
     TunedWeights,
@@ -53,7 +48,9 @@ from moe_tool.formats.bundle_files import (
     SkeletonEntry,
     partial_folder,
     plan_expert_files,
+    record_places,
     safetensors_header,
+    split_skeleton,
 )
 from moe_tool.formats.bundle_journal import (
     BundleOrder,
@@ -63,6 +60,7 @@ from moe_tool.formats.bundle_journal import (
     write_journal,
 )
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.bundle_tables import record_tables
 from moe_tool.formats.expert_form import (
     AnyForm,
     chooser_form,
@@ -74,7 +72,6 @@ from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifa
 from moe_tool.formats.record_file_writer import RecordFileWriter
 
 _SYNC_BYTES = 256 * 2**20
-_BASE = FULL + 1
 
 
 class BundleWriter:
@@ -131,7 +128,7 @@ class BundleWriter:
             plan_expert_files([key for key in order if key in keys], form.layout, stem=form.stem)
             for form, keys in zip(self.forms, wanted, strict=True)
         ]
-        self._places = _places(self._order, self._plan)
+        self._places = record_places(self._order, self._plan)
         self._records: list[WrittenRecord] = []
         self._unsynced: list[WrittenRecord] = []
         self._unsynced_bytes = 0
@@ -306,7 +303,9 @@ class BundleWriter:
             linears: these matrices.
         """
         self._skeleton_precision, self._skeleton_linears = precision, linears
-        for number, group in enumerate(_by_size(tensors), start=1):
+        for number, group in enumerate(
+            split_skeleton(tensors, limit_bytes=MAX_FILE_BYTES), start=1
+        ):
             name = f"skeleton-{number:05d}.safetensors"
             header = safetensors_header(
                 [(info.name, info.dtype, info.shape, info.size_bytes) for info in group]
@@ -362,42 +361,13 @@ class BundleWriter:
         by_level: list[list[WrittenRecord]] = [[] for _ in self.forms]
         for (level, _, _), record in zip(self._order, self._records, strict=True):
             by_level[level].append(record)
-        if self._base_bytes:
-            by_level[_BASE] = [_first_bits(record) for record in by_level[FULL]]
-        first_other = 1 + len(self._replicas)
-        end_others = first_other + len(self._others)
-        own = [FULL, *range(first_other, end_others)]
-        tables = tuple(
-            ReplicaTable(
-                precision=precision,
-                record_size_bytes=form.layout.size_bytes,
-                records=_listed(records),
-                prices=self._errors(records),
-            )
-            for precision, form, records in zip(
-                self._replicas, self.forms[1:first_other], by_level[1:first_other], strict=True
-            )
+        tables = record_tables(
+            self._shape,
+            self.forms,
+            by_level,
+            replicas=self._replicas,
+            others=self._others,
         )
-        others = tuple(
-            OwnTable(
-                precision=precision,
-                record_size_bytes=form.layout.size_bytes,
-                records=_listed(records),
-            )
-            for precision, form, records in zip(
-                self._others,
-                self.forms[first_other:end_others],
-                by_level[first_other:end_others],
-                strict=True,
-            )
-        )
-        choosers = None
-        if isinstance(self.precision, ChannelPrecision):
-            choosers = ChooserTable(
-                record_size_bytes=self.forms[-1].layout.size_bytes, records=_listed(by_level[-1])
-            )
-        measured = [record for level in own for record in by_level[level]]
-        is_measured = any(record.eps is not None for record in measured)
         manifest = BundleManifest(
             tool_version=__version__,
             identity=self._asked.identity,
@@ -407,17 +377,17 @@ class BundleWriter:
             skeleton=tuple(self._skeleton),
             skeleton_precision=self._skeleton_precision,
             skeleton_linears=self._skeleton_linears,
-            records=_listed(by_level[FULL]),
-            others=others,
+            records=tables.records,
+            others=tables.others,
             absent=self._absent,
-            choosers=choosers,
-            errors=self._errors(measured) if is_measured else None,
+            choosers=tables.choosers,
+            errors=tables.errors,
             files=(*experts, *self._other_files),
             made_from=self._asked.made_from,
             profile_sha256=profile_sha256,
             heat=heat,
             buddies=buddies,
-            replicas=tables,
+            replicas=tables.replicas,
             prices=prices,
             plan=plan,
             lineage=lineage,
@@ -427,17 +397,6 @@ class BundleWriter:
             (self._folder / JOURNAL).unlink()
             self._rename()
         return manifest
-
-    def _errors(self, records: Sequence[WrittenRecord]) -> tuple[ReplicaLayer, ...]:
-        """What was measured of one form; 1 where nothing was."""
-        found = {(r.layer, r.expert): r.eps for r in records if r.eps is not None}
-        return tuple(
-            ReplicaLayer(
-                layer=layer,
-                eps=tuple(found.get((layer, e), 1.0) for e in range(self._shape.experts)),
-            )
-            for layer in self._shape.layers
-        )
 
     def _require_same_finished(self) -> None:
         if not (self._out / MANIFEST).is_file():
@@ -541,39 +500,3 @@ class BundleWriter:
             file.flush()
             os.fsync(file.fileno())
         self._other_files.append(BundleFile(name=name, size_bytes=size, sha256=digest.hexdigest()))
-
-
-def _listed(records: Sequence[WrittenRecord]) -> tuple[ExpertRecord, ...]:
-    """As a manifest has them."""
-    extra = WrittenRecord.model_fields.keys() - ExpertRecord.model_fields.keys()
-    return tuple(ExpertRecord(**each.model_dump(exclude=extra)) for each in records)
-
-
-def _first_bits(record: WrittenRecord) -> WrittenRecord:
-    """A nested expert's base, as a record of its own."""
-    return record.model_copy(update={"xxh3": record.base_xxh3, "eps": record.base_eps})
-
-
-def _places(
-    order: Sequence[tuple[int, int, int]], plan: Sequence[Sequence[ExpertFile]]
-) -> list[tuple[ExpertFile, int]]:
-    """The file of every record, and its position there."""
-    places, counts = [], [0] * len(plan)
-    for level, _, _ in order:
-        per_file = len(plan[level][0].records)
-        number, position = divmod(counts[level], per_file)
-        places.append((plan[level][number], position))
-        counts[level] += 1
-    return places
-
-
-def _by_size(tensors: Sequence[SkeletonEntry]) -> list[list[SkeletonEntry]]:
-    groups: list[list[SkeletonEntry]] = [[]]
-    size = 0
-    for info in tensors:
-        if groups[-1] and size + info.size_bytes > MAX_FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(info)
-        size += info.size_bytes
-    return groups

@@ -9,7 +9,7 @@ import torch
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import NativePrecision
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.formats.bundle_reader import BundleLevel
+from moe_tool.formats.bundle_checks import BundleLevel
 from moe_tool.formats.expert_form import ExpertForm
 from moe_tool.formats.expert_record import record_layout
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, answers_of
+from moe_tool.artifacts.routing import Answers, Routing, leave_out
 from moe_tool.policies.misses.protocol import keep
 
 
@@ -51,11 +51,7 @@ class Prune:
             is_left_out[spared] = False
         if not is_left_out.any():
             return keep(routing)
-        return answers_of(
-            routing,
-            np.where(is_left_out, -1, routing.index),
-            np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
-        )
+        return leave_out(routing, is_left_out)
 
 
 def most_important(importance: np.ndarray, sequence: np.ndarray, share: float) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, answers_of
+from moe_tool.artifacts.routing import Answers, Routing, leave_out
 from moe_tool.policies.misses.protocol import keep
 
 
@@ -44,11 +44,7 @@ class PruneLearned:
         np.put_along_axis(is_left_out, order, np.arange(order.shape[1]) >= kept[:, None], axis=1)
         if not is_left_out.any():
             return keep(routing)
-        return answers_of(
-            routing,
-            np.where(is_left_out, -1, routing.index),
-            np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
-        )
+        return leave_out(routing, is_left_out)
 
 
 def by_weight(weight: np.ndarray) -> np.ndarray:

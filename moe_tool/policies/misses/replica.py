@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing, answers_of
+from moe_tool.artifacts.routing import FULL, Answers, Routing, leave_out
 from moe_tool.policies.misses.protocol import keep
 
 
@@ -43,12 +43,7 @@ class Replica:
         is_left_out = missing & (s > self.t1) & (s > self.t2)
         if not (is_low | is_left_out).any():
             return keep(routing)
-        return answers_of(
-            routing,
-            np.where(is_left_out, -1, routing.index),
-            np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
-            np.where(is_low, self.level, FULL),
-        )
+        return leave_out(routing, is_left_out, np.where(is_low, self.level, FULL))
 
 
 def unimportance(weight: np.ndarray) -> np.ndarray:

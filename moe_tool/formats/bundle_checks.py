@@ -1,0 +1,263 @@
+"""What has to hold of a bundle's folder before a byte of its weights is read."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
+from moe_tool.artifacts.precision import ChannelPrecision, IntegerPrecision
+from moe_tool.artifacts.routing import FULL
+from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
+from moe_tool.formats.expert_form import (
+    AnyForm,
+    chooser_form,
+    full_form,
+    own_form,
+    replica_form,
+)
+from moe_tool.formats.hostile_file import quoted, unreadable
+from moe_tool.formats.integer_parts import IntegerPart, integer_parts
+from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.formats.mask_router_file import MASK_ROUTER_NAME
+from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
+from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
+
+# What a loader of models or tokenizers may pick up by its name alone.
+_LOADABLE = (".json", ".jinja", ".model", ".safetensors", ".txt", ".py", ".bin", ".pt", ".pth")
+REPACK = "remove the folder and pack the bundle again with moe-tool pack"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleLevel:
+    """One form in which a bundle holds experts."""
+
+    form: AnyForm
+    records: tuple[ExpertRecord, ...]
+    """In file order"""
+
+    @property
+    def record_size_bytes(self) -> int:
+        """The same for every record."""
+        return self.form.layout.size_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all records."""
+        return len(self.records) * self.record_size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedBundle:
+    """What was found."""
+
+    manifest: BundleManifest
+    levels: tuple[BundleLevel, ...]
+    """FULL first, see `BundleReader.levels`"""
+    skeleton: Mapping[str, TensorInfo]
+
+
+def check_bundle(folder: Path) -> CheckedBundle:
+    """Check a manifest against names, sizes and headers of its files.
+
+    Raises:
+        NotFoundError: there is no such folder.
+        CorruptArtifactError: it is half-written, foreign or damaged.
+        ArtifactVersionError: its manifest has another schema version.
+        StorageError: it cannot be read.
+    """
+    with naming(folder):
+        _require_finished(folder)
+    manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
+    _check_policies(folder, manifest)
+    levels = _levels(folder, manifest)
+    with naming(folder):
+        _check_files(folder, manifest)
+    for at, level in enumerate(levels):
+        # First bits of nested experts have no names of their own.
+        if not (FULL < at <= len(manifest.replicas) and manifest.replicas[at - 1].is_base):
+            _check_headers(folder, level)
+    return CheckedBundle(
+        manifest=manifest, levels=levels, skeleton=_check_skeleton(folder, manifest)
+    )
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about a path into named ones."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(Path(error.filename or path), error) from error
+
+
+def _require_finished(folder: Path) -> None:
+    """Refuse what is no bundle, or not yet one."""
+    resume = "run the same moe-tool pack command again: it resumes"
+    names = _names(folder)
+    if names is None:
+        if partial_folder(folder).is_dir():
+            raise CorruptArtifactError(
+                f"{folder} is half-written ({partial_folder(folder)} is there)", hint=resume
+            )
+        raise NotFoundError(f"{folder} does not exist", hint="make a bundle with moe-tool pack")
+    if folder.name.endswith(PART_SUFFIX) or JOURNAL in names:
+        raise CorruptArtifactError(f"{folder} is a half-written bundle", hint=resume)
+    if MANIFEST not in names:
+        raise CorruptArtifactError(
+            f"{folder} is not a bundle: it has no {MANIFEST}",
+            hint="make a bundle of a checkpoint with moe-tool pack",
+        )
+    if (folder / MANIFEST).is_symlink():
+        raise CorruptArtifactError(
+            f"{folder / MANIFEST} is a link, not a file of the bundle", hint=REPACK
+        )
+
+
+def _names(folder: Path) -> set[str] | None:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError as error:
+        raise CorruptArtifactError(
+            f"{folder} is not a folder, so not a bundle", hint=REPACK
+        ) from error
+
+
+def _check_files(folder: Path, manifest: BundleManifest) -> None:
+    """All that is listed is there in full; nothing else that could be loaded is."""
+    for file in manifest.files:
+        path = folder / file.name
+        if file.name == MANIFEST:
+            raise CorruptArtifactError(f"{path} lists itself", hint=REPACK)
+        if path.is_symlink():
+            raise CorruptArtifactError(f"{path} is a link, not a file of the bundle", hint=REPACK)
+        if not path.is_file():
+            raise CorruptArtifactError(f"{path} is missing or not a file", hint=REPACK)
+        found = path.stat().st_size
+        if found != file.size_bytes:
+            raise CorruptArtifactError(
+                f"{path} has {found} bytes, its manifest says {file.size_bytes}", hint=REPACK
+            )
+        # A config changes the text as weights do, and is small enough to hash at every start.
+        is_small = not file.name.endswith(".safetensors")
+        if is_small and hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
+            raise CorruptArtifactError(f"{path} is damaged: its sha256 does not fit", hint=REPACK)
+    listed = {MANIFEST, *(file.name for file in manifest.files)}
+    for name in sorted(_names(folder) or ()):
+        is_left_over = name.startswith(".") or MASK_ROUTER_NAME.fullmatch(name) is not None
+        if name not in listed and name.endswith(_LOADABLE) and not is_left_over:
+            raise CorruptArtifactError(
+                f"{folder / name} is not listed in {MANIFEST}", hint=f"remove it, or {REPACK}"
+            )
+
+
+def _check_policies(folder: Path, manifest: BundleManifest) -> None:
+    """A run can follow what the manifest has it follow."""
+    if manifest.plan is not None:
+        require_plan_names(folder / MANIFEST, manifest.plan, remedy=REPACK)
+    if manifest.calibration is not None:
+        named_miss_policy(folder / MANIFEST, manifest.calibration.policy, remedy=REPACK)
+
+
+def _levels(folder: Path, manifest: BundleManifest) -> tuple[BundleLevel, ...]:
+    """The forms that the manifest names, with the sizes that follow from them."""
+    shape = manifest.shape
+    try:
+        own = own_form(shape, manifest.precision)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(f"{folder / MANIFEST}: {error.message}", hint=REPACK) from error
+    forms: list[tuple[AnyForm, int, tuple[ExpertRecord, ...]]] = [
+        (own, manifest.record_size_bytes, manifest.records)
+    ]
+    for table in manifest.replicas:
+        replica = replica_form(shape, table.precision)
+        forms.append((replica, table.record_size_bytes, table.records))
+    for other in manifest.others:
+        another = full_form(shape, other.precision, is_other=True)
+        forms.append((another, other.record_size_bytes, other.records))
+    if manifest.choosers is not None:
+        assert isinstance(manifest.precision, ChannelPrecision)  # the manifest checks
+        chooser = chooser_form(shape, manifest.precision)
+        forms.append((chooser, manifest.choosers.record_size_bytes, manifest.choosers.records))
+    for form, size_bytes, _ in forms:
+        if form.layout.size_bytes != size_bytes:
+            raise CorruptArtifactError(
+                f"{folder / MANIFEST} says a record has {size_bytes} bytes, "
+                f"its tensors need {form.layout.size_bytes}",
+                hint=REPACK,
+            )
+    return tuple(BundleLevel(form=form, records=records) for form, _, records in forms)
+
+
+def _check_headers(folder: Path, level: BundleLevel) -> None:
+    headers = {name: read_header(folder / name) for name in {r.file for r in level.records}}
+    for record in level.records:
+        for segment in level.form.layout.segments:
+            name = f"layer.{record.layer}.expert.{record.expert}.{segment.name}"
+            info = headers[record.file].pop(name, None)
+            if (
+                info is None
+                or info.dtype != "U8"
+                or info.offset != record.offset + segment.offset
+                or info.size_bytes != segment.size_bytes
+            ):
+                raise CorruptArtifactError(
+                    f"{folder / record.file} does not hold {name} where {MANIFEST} says",
+                    hint=REPACK,
+                )
+    for file, left in headers.items():
+        if left:
+            raise CorruptArtifactError(
+                f"{folder / file} holds {quoted(min(left))}, which is no part of a record",
+                hint=REPACK,
+            )
+
+
+def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, TensorInfo]:
+    """The tensors of the skeleton files are those that are listed, and codes have their sizes."""
+    tensors = Checkpoint.open_files(skeleton_files(folder, manifest)).tensors
+    if tensors.keys() != {tensor.name for tensor in manifest.skeleton}:
+        raise CorruptArtifactError(
+            f"the skeleton files of {folder} do not hold the tensors that {MANIFEST} lists",
+            hint=REPACK,
+        )
+    for part in skeleton_parts(manifest):
+        found = tensors.get(part.name)
+        if found is None:
+            raise CorruptArtifactError(
+                f"the skeleton of {folder} lacks {quoted(part.name)}", hint=REPACK
+            )
+        if found.dtype != part.safetensors_dtype or found.shape != part.shape:
+            raise CorruptArtifactError(
+                f"{found.file}: {quoted(part.name)} is {found.dtype} {list(found.shape)}, "
+                f"wanted {part.safetensors_dtype} {list(part.shape)}",
+                hint=REPACK,
+            )
+    return tensors
+
+
+def skeleton_parts(manifest: BundleManifest) -> list[IntegerPart]:
+    """Return the tensors that the skeleton's matrices of codes are stored as."""
+    precision = manifest.skeleton_precision
+    if not isinstance(precision, IntegerPrecision):
+        return []
+    return [
+        part
+        for linear in manifest.skeleton_linears
+        for part in integer_parts(linear.parameter, linear.n_outputs, linear.n_inputs, precision)
+    ]
+
+
+def skeleton_files(folder: Path, manifest: BundleManifest) -> list[Path]:
+    """Return the files with everything but the experts."""
+    names = [file.name for file in manifest.files]
+    return [
+        folder / name
+        for name in names
+        if name.startswith("skeleton-") and name.endswith(".safetensors")
+    ]
