@@ -48,15 +48,17 @@ DataOption = Annotated[
         show_default=False,
     ),
 ]
+_RUN_MEMORY = (
+    "Budget of the whole process: 4GiB; 50% of the experts beside everything fixed; min; or auto, "
+    "what is free less a margin."
+)
 RunMemoryOption = Annotated[
     str | None,
-    typer.Option(
-        "--memory",
-        metavar="SIZE",
-        help="Budget of the whole process: 4GiB; 50% of the experts beside everything fixed; "
-        "min; or auto, what is free less a margin.",
-        show_default="the plan's, or auto",
-    ),
+    typer.Option("--memory", metavar="SIZE", help=_RUN_MEMORY, show_default="the plan's, or auto"),
+]
+TrainMemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help=_RUN_MEMORY, show_default="auto"),
 ]
 ProfileMemoryOption = Annotated[
     str,

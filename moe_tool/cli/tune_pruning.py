@@ -12,9 +12,9 @@ from moe_tool.cli.options import (
     DataOption,
     JsonOption,
     OfflineOption,
-    RunMemoryOption,
     SeedOption,
     ThreadsOption,
+    TrainMemoryOption,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def tune_pruning(
     batch: Annotated[
         int, typer.Option("--batch", metavar="N", min=1, max=4096, help="Sequences of a step.")
     ] = 8,
-    memory: RunMemoryOption = None,
+    memory: TrainMemoryOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     offline: OfflineOption = False,

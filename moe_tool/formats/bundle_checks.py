@@ -96,7 +96,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def _require_finished(folder: Path) -> None:
     """Refuse what is no bundle, or not yet one."""
-    resume = "run the same moe-tool pack command again: it resumes"
+    resume = "run the command that began it again, moe-tool pack or tune weights: it resumes"
     names = _names(folder)
     if names is None:
         if partial_folder(folder).is_dir():

@@ -57,6 +57,7 @@ class TunePruningOptions:
     batch: int = 8
     """Sequences of a step"""
     memory: str | None = None
+    """Budget of the process; None: what is free less a margin"""
     seed: int = 0
     """Of the choice of text and of every draw"""
     threads: int | None = None
@@ -254,7 +255,8 @@ def _open(
     longest = getattr(config, "max_position_embeddings", None)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
-        memory=options.memory,
+        # Not the plan's: it was made for running, and training takes more.
+        memory=options.memory or "auto",
         policy=EXACT,
         residency="cache",
         seed=options.seed,

@@ -19,6 +19,7 @@ from moe_tool.errors import (
 )
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel, locate_model
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
@@ -254,3 +255,17 @@ def test_bundles_of_parts_or_without_some_experts_are_refused(
     pack_bundle(model, out=tmp_path / "a", bits="mixed", plan=plan)
     with pytest.raises(UsageError, match="experts out already"):
         tune_pruning(tmp_path / "a", sources, SMALL)
+
+
+def test_the_budget_of_a_plan_is_for_running(
+    tiny_checkpoint: Callable[..., Path], sources: tuple[TextSource, ...], tmp_path: Path
+) -> None:
+    model = LocatedModel(folder=tiny_checkpoint("mixtral", "bfloat16"), name="tiny")
+    record_profile(model, parse_sources(["builtin"]), out=tmp_path / "p.h5", tokens=256, seq_len=32)
+    with ProfileReader.open(tmp_path / "p.h5") as profile:
+        plan = made_plan(identity=profile.header.identity, bits="4", memory_bytes=2**20)
+    pack_bundle(model, out=tmp_path / "b", bits="4", plan=plan, profile=tmp_path / "p.h5")
+    with pytest.raises(BudgetError):
+        open_session(tmp_path / "b", RunOptions(context=64))
+    report = tune_pruning(tmp_path / "b", sources, replace(SMALL, memory=None))
+    assert report.memory_budget_bytes > 2**20
