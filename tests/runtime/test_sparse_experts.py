@@ -178,7 +178,7 @@ def test_text_and_account_of_a_run(bundle: Path) -> None:
         ({"sparse_experts": 1.0}, "0 to 0.95"),
         ({"sparse_experts": -0.1}, "0 to 0.95"),
         ({"sparse_experts": float("nan")}, "0 to 0.95"),
-        ({"policy": "drop"}, "one thing at a time"),
+        ({"policy": "drop"}, "cannot be combined"),
         ({"batch": 2}, "one sequence at a time"),
         ({"prefetch": "next-layer"}, "read ahead"),
         ({"record_trace": True}, "a trace does not"),
