@@ -9,6 +9,7 @@ from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.byte_sizes import format_bytes
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.skeleton import Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.native.kernels import is_native
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
@@ -178,17 +179,31 @@ def settle(
 
 
 def with_policy(
-    plan: RunPlan, manifest: BundleManifest, policy: ChosenPolicy, residency: Residency
+    plan: RunPlan,
+    choice: MissChoice,
+    residency: Residency,
+    manifest: BundleManifest,
+    skeleton: Skeleton,
 ) -> RunPlan:
     """Return the plan with another policy in the same memory.
 
     Raises:
-        UsageError: the run leaves channels out or reads ahead, which the policy does not go with.
+        UsageError: the run leaves channels out or reads ahead, which the policy does not go with,
+            or the bundle lacks what it needs.
         BudgetError: the memory has no room for what the policy answers with.
+        NotFoundError, UnsupportedModelError: as `choose_policy`.
     """
     if plan.options.sparse_experts is not None:
-        require_exact(plan.options.sparse_experts, policy.choice)
+        require_exact(plan.options.sparse_experts, choice)
     require_prefetch(plan.prefetch, residency=residency)
+    policy = choose_policy(
+        choice,
+        manifest,
+        skeleton.layers,
+        skeleton.model.config,
+        gates=plan.options.gates,
+        seed=plan.options.seed,
+    )
     rooms = choose_rooms(manifest, plan.memory.slots, residency, plan.eviction, policy)
     return replace(plan, policy=policy, residency=residency, rooms=rooms)
 

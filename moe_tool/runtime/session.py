@@ -31,7 +31,7 @@ from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
 from moe_tool.runtime.open_levels import open_levels
 from moe_tool.runtime.plan_run import RunPlan, announcements, plan_run, settle, with_policy
-from moe_tool.runtime.policy_choice import choose_policy, with_masks
+from moe_tool.runtime.policy_choice import with_masks
 from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher
 from moe_tool.runtime.quality_promise import open_account
 from moe_tool.runtime.run_options import RunOptions
@@ -77,24 +77,15 @@ class Session:
         Raises:
             UsageError: the bundle lacks what the policy needs.
         """
-        options = self.plan.options
-        chosen = choose_policy(
-            policy,
-            self.manifest,
-            self.skeleton.layers,
-            self.model.config,
-            gates=options.gates,
-            seed=options.seed,
-        )
-        plan = with_policy(self.plan, self.manifest, chosen, residency)
-        chosen = with_masks(chosen, self.bundle)
+        plan = with_policy(self.plan, policy, residency, self.manifest, self.skeleton)
+        plan = replace(plan, policy=with_masks(plan.policy, self.bundle))
         if (residency, plan.rooms) != (self.plan.residency, self.plan.rooms):
             self.runner.store.close()
             self.runner.store = open_levels(self.bundle, plan.rooms, plan.eviction)
         self.plan = plan
         self.runner.residency = residency
-        self.runner.policy = chosen
-        self.runner.account = open_account(self.manifest, chosen)
+        self.runner.policy = plan.policy
+        self.runner.account = open_account(self.manifest, plan.policy)
         self.runner.prefetcher = choose_prefetcher(plan.prefetch, self.skeleton.layers)
 
     def empty_cache(self) -> None:
