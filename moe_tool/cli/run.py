@@ -104,18 +104,13 @@ def run(
     with open_output(as_json=json) as output:
         text = _read_prompt(stdin, prompt, prompt_file)
 
-        from moe_tool.formats.bundle_reader import BundleReader
-
-        with BundleReader.open(bundle):
-            pass  # what is no bundle is told so, before anything in it is looked for
-
         from moe_tool.runtime.generation import GenerateOptions, run_prompt
-        from moe_tool.runtime.run_options import RunOptions
+        from moe_tool.runtime.run_options import run_options
 
         result = run_prompt(
             bundle,
             text,
-            options=RunOptions(
+            options=run_options(
                 memory=memory,
                 policy=policy,
                 residency=residency,
