@@ -20,6 +20,7 @@ import torch
 
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import MoeToolError
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
@@ -59,7 +60,9 @@ def main() -> None:
     a = parser.parse_args()
     start = time.perf_counter()
     context = (a.warmup + a.tokens) * a.at_once
-    options = RunOptions(memory=a.memory, threads=a.threads, context=context, prompt=a.at_once)
+    options = RunOptions(
+        memory=parse_memory(a.memory), threads=a.threads, context=context, prompt=a.at_once
+    )
     with open_session(a.bundle, options, tokenizer=object()) as session:
         read_all_experts(session, a.vocab)
         load_s = time.perf_counter() - start

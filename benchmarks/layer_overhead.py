@@ -24,6 +24,7 @@ import transformers
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from moe_tool.artifacts.run_stats import PhaseCounters
+from moe_tool.budget.request import parse_memory
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.experts.gate import gate_of
 from moe_tool.models.locate import LocatedModel
@@ -51,7 +52,7 @@ def main() -> None:
     fields: dict[str, float] = {"layers": a.layers, "depth": a.depth}
     with tempfile.TemporaryDirectory() as folder:
         for top_k in (2, 8):
-            options = RunOptions(memory="100%", threads=1, context=a.depth + a.tokens)
+            options = RunOptions(memory=parse_memory("100%"), threads=1, context=a.depth + a.tokens)
             bundle = _make_bundle(Path(folder), n_layers=a.layers, top_k=top_k)
             with open_session(bundle, options, tokenizer=object()) as session:
                 if top_k == 2:

@@ -16,6 +16,7 @@ import torch
 from result_rows import print_table, record_rows
 
 from moe_tool.artifacts.run_stats import RunStats
+from moe_tool.budget.request import parse_memory
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.models.tokenizer import load_tokenizer
@@ -44,7 +45,10 @@ def read_sequences(paths: list[Path], folder: Path, n_tokens: int, seq_len: int)
 def run(bundle: Path, budget: int, eviction: str, sequences: list[list[int]]) -> dict[str, float]:
     """Return bytes per token and hits of one run, and what Belady would have read."""
     options = RunOptions(
-        memory=f"{budget}%", eviction=eviction, context=len(sequences[0]), record_trace=True
+        memory=parse_memory(f"{budget}%"),
+        eviction=eviction,
+        context=len(sequences[0]),
+        record_trace=True,
     )
     with open_session(bundle, options) as session:
         session.prompt_tokens = 0  # every position counts as decoding
@@ -90,7 +94,7 @@ def main() -> None:
     with ProfileReader.open(a.profile) as profile, record_rows(a.out, vars(a)) as rows:
         sources, machine = read_sources(profile), shipped_profile("laptop-16gb")
         for budget in map(int, a.budgets.split(",")):
-            request = PlanRequest(memory=f"{budget}%", bits="4", context=a.seq_len)
+            request = PlanRequest(memory=parse_memory(f"{budget}%"), bits="4", context=a.seq_len)
             plan = build_plan(sources, machine, request).plan
             planned = run(a.bundle, budget, plan.eviction, sequences)
             lru = run(a.bundle, budget, "lru", sequences)

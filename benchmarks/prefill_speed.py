@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import MoeToolError
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
@@ -48,7 +49,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--memory", default="100%")
     a = parser.parse_args()
-    options = RunOptions(memory=a.memory, threads=a.threads, context=a.tokens, prompt=a.tokens)
+    options = RunOptions(
+        memory=parse_memory(a.memory), threads=a.threads, context=a.tokens, prompt=a.tokens
+    )
     with open_session(a.bundle, options, tokenizer=object()) as session:
         ids = torch.from_numpy(np.random.default_rng(1).integers(2, a.vocab, a.tokens))
         rates = {}

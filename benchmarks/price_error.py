@@ -17,6 +17,7 @@ import numpy as np
 from result_rows import print_table, record_rows
 from scipy.stats import spearmanr
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.runtime.run_options import RunOptions
@@ -49,7 +50,9 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
         ProfileReader.open(a.profile) as profile,
         open_session(
             a.bundle,
-            RunOptions(memory=budget, residency="frozen", policy="priced", gates=False),
+            RunOptions(
+                memory=parse_memory(budget), residency="frozen", policy="priced", gates=False
+            ),
         ) as session,
     ):
         shape = session.manifest.shape
@@ -112,7 +115,7 @@ def measure(a: argparse.Namespace, budget: str, policies: list[str]) -> list[dic
         parse_sources(a.text),
         EvaluateOptions(
             tokens=a.tokens,
-            memory=budget,
+            memory=parse_memory(budget),
             policy=policies[0],
             also=tuple(policies[1:]),
             gates=False,

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from result_rows import print_table, record_rows
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.experts.channel_forward import channel_sizes, choose_channels, chooser_values
 from moe_tool.formats.bundle_reader import BundleReader
@@ -129,7 +130,10 @@ def decode(session: Session, ids: torch.Tensor) -> float:
 def judged(bundle: Path, sparsity: float, ids: np.ndarray, a: argparse.Namespace) -> MaskJudge:
     """Return what masks were and would have been on a text, [N, S]."""
     options = RunOptions(
-        memory=a.memory, sparse_experts=sparsity, context=ids.shape[1], threads=a.threads
+        memory=parse_memory(a.memory),
+        sparse_experts=sparsity,
+        context=ids.shape[1],
+        threads=a.threads,
     )
     with open_session(bundle, options) as session:
         judge = MaskJudge(session, sparsity)
@@ -147,7 +151,10 @@ def speeds(bundles: dict[float | None, Path], ids: np.ndarray, a: argparse.Names
         sparsity: open_session(
             bundle,
             RunOptions(
-                memory=a.memory, sparse_experts=sparsity, context=len(tokens), threads=a.threads
+                memory=parse_memory(a.memory),
+                sparse_experts=sparsity,
+                context=len(tokens),
+                threads=a.threads,
             ),
         )
         for sparsity, bundle in bundles.items()
@@ -256,7 +263,7 @@ def _compare(
     pack_bundle(model, out=bundle, sparse_experts=chooser, quantizer=a.quantizer, profile=a.profile)
     pack_bundle(model, out=plain, bits="4", profile=a.profile)
     sources = parse_sources([str(a.text)])
-    with open_session(plain, RunOptions(memory=a.memory, context=64)) as session:
+    with open_session(plain, RunOptions(memory=parse_memory(a.memory), context=64)) as session:
         tokenizer, record_4 = session.tokenizer, session.manifest.record_size_bytes
     text = build_sequences(
         sources, tokenizer, n_tokens=a.tokens, seq_len=a.seq_len, holdout=0.0, seed=0
@@ -277,7 +284,7 @@ def _compare(
             EvaluateOptions(
                 tokens=a.tokens,
                 seq_len=a.seq_len,
-                memory=a.memory,
+                memory=parse_memory(a.memory),
                 threads=a.threads,
                 sparse_experts=sparsity,
             ),

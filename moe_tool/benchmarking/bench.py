@@ -30,9 +30,9 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.policy_choice import EXACT, require_policy
+from moe_tool.runtime.policy_choice import require_policy
 from moe_tool.runtime.prefetcher import require_prefetch
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import RunOptions, default_residency
 from moe_tool.runtime.session import Session, open_session
 
 _NO_TOKENIZER = object()
@@ -174,7 +174,7 @@ def bench(
                 row = BenchRow(
                     **facts,
                     **_figures(test, samples),
-                    budget=setting.memory,
+                    budget=str(setting.memory),
                     budget_bytes=session.plan.budget_bytes,
                     slots=session.plan.n_slots,
                     policy=policy,
@@ -234,23 +234,18 @@ def _open(
     session = open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress)
     try:
         for policy in options.policy:  # one that the bundle cannot run is refused before any row
-            session.use_policy(policy, residency=_residency(policy))
+            session.use_policy(policy, residency=default_residency(policy))
     except BaseException:
         session.close()
         raise
     return session
 
 
-def _residency(policy: str) -> Residency:
-    """What a run of this policy has by default."""
-    return "cache" if policy == EXACT else "frozen"
-
-
 def _in_turn(
     session: Session, policies: Sequence[str], tests: Sequence[SpeedTest]
 ) -> Iterator[tuple[str, Residency, SpeedTest]]:
     for policy in policies:
-        residency = _residency(policy)
+        residency = default_residency(policy)
         session.use_policy(policy, residency=residency)
         for test in tests:
             yield policy, residency, test

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory_option
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     MAX_CONTEXT,
@@ -116,7 +117,7 @@ def run(
             bundle,
             text,
             options=RunOptions(
-                memory=memory,
+                memory=parse_memory_option(memory),
                 policy=policy,
                 residency=residency,
                 eviction=eviction,

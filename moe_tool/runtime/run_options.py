@@ -4,23 +4,22 @@ from dataclasses import dataclass
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import AUTO, MemoryRequest
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import EXACT
 from moe_tool.runtime.prefetcher import NO_PREFETCH
 
 DEFAULT_EVICTION = "lru"
-_DEFAULT_MEMORY = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """How a session is opened."""
 
-    memory: str | None = None
-    """Budget of the whole process: "4GiB", "50%" (of the experts), "min" or "auto"; None: that of
-    the bundle's plan, or auto"""
+    memory: MemoryRequest | None = None
+    """Budget of the whole process; None: that of the bundle's plan, or auto"""
     policy: str | None = None
     """What answers a miss while decoding; None: what the bundle was calibrated or planned for, or
     exact"""
@@ -62,17 +61,22 @@ class RunOptions:
 class Setting:
     """What the options leave open, decided."""
 
-    memory: str
+    memory: MemoryRequest
     eviction: EvictionChoice
     prefetch: str
     note: str | None
     """What of it is the plan's, in one line; None where nothing is"""
 
 
-def default_residency(options: RunOptions) -> Residency:
+def default_residency(policy: str | None) -> Residency:
+    """Return the residency of a policy where none is asked for: a cache under exact answers, also
+    where no policy is named, a frozen set under lossy ones."""
+    return "cache" if policy in (None, EXACT) else "frozen"
+
+
+def residency_of(options: RunOptions) -> Residency:
     """Return the residency that was asked for, or that fits the policy."""
-    is_exact = options.policy is None or options.policy == EXACT
-    return options.residency or ("cache" if is_exact else "frozen")
+    return options.residency or default_residency(options.policy)
 
 
 def default_policy(manifest: BundleManifest) -> str:
@@ -93,12 +97,12 @@ def follow_plan(options: RunOptions, plan: PackPlan | None) -> Setting:
     Raises:
         UsageError: the eviction policy is not known.
     """
-    is_frozen = default_residency(options) == "frozen"
+    is_frozen = residency_of(options) == "frozen"
     memory, eviction, prefetch = options.memory, options.eviction, options.prefetch
     followed = []
     if plan is not None:
         if memory is None:
-            memory = str(plan.memory_bytes)
+            memory = MemoryRequest(kind="bytes", size_bytes=plan.memory_bytes)
             followed.append(f"memory {format_bytes(plan.memory_bytes)}")
         if eviction is None and not is_frozen:
             eviction = plan.eviction
@@ -107,7 +111,7 @@ def follow_plan(options: RunOptions, plan: PackPlan | None) -> Setting:
             prefetch = plan.prefetch
             followed.append(f"prefetch {prefetch}")
     return Setting(
-        memory=memory or _DEFAULT_MEMORY,
+        memory=memory or AUTO,
         eviction=parse_eviction(eviction or DEFAULT_EVICTION),
         prefetch=prefetch or NO_PREFETCH,
         note=f"as planned: {', '.join(followed)}" if followed else None,

@@ -18,6 +18,7 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
+from moe_tool.budget.account import MemoryPlan, plan_memory
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
@@ -34,13 +35,6 @@ from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.foresight import Foresight, foresee
-from moe_tool.runtime.memory_plan import (
-    MARGIN_BYTES,
-    MemoryLine,
-    MemoryPlan,
-    parse_memory,
-    plan_memory,
-)
 from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
 from moe_tool.runtime.open_levels import choose_rooms, open_levels, staying_by_form
 from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
@@ -52,12 +46,12 @@ from moe_tool.runtime.run_options import (
     RunOptions,
     Setting,
     default_policy,
-    default_residency,
     follow_plan,
+    residency_of,
 )
 from moe_tool.runtime.shadow import Shadow
 from moe_tool.runtime.sparse_experts import describe_sparse, require_alone, require_sparse
-from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
+from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 _FIRST_USE_BYTES = 16 * 2**20
 """What torch and transformers allocate when a model is first built and run: 8 to 10 MiB from tiny
@@ -242,7 +236,6 @@ def open_session(
             hint="record it with a bundle of one number of --bits: what is wanted is the same",
         )
     setting = follow_plan(options, bundle.manifest.plan)
-    request = parse_memory(setting.memory)
     threads = choose_threads(options.threads, bundle.manifest)
     threads.begin()
     if tokenizer is None:
@@ -253,11 +246,14 @@ def open_session(
 
     def plan(process_bytes: int) -> MemoryPlan:
         return plan_memory(
-            request,
-            fixed=(
-                *_fixed_lines(process_bytes, loader.held_bytes, config, bundle, workload, options),
-                *_notes_line(setting.eviction, bundle.manifest),
-                *_router_line(bundle.manifest),
+            setting.memory,
+            fixed=run_lines(
+                config,
+                bundle.manifest.shape,
+                workload,
+                process_bytes=process_bytes,
+                skeleton_bytes=loader.held_bytes,
+                beside=_beside(bundle, options, setting.eviction),
             ),
             loading_bytes=process_bytes + loader.held_bytes + loader.largest_bytes,
             experts=rooms,
@@ -278,7 +274,7 @@ def open_session(
         progress.end()
     _warm_up(skeleton)
     memory = plan(max(0, current_rss_bytes() - loader.held_bytes))
-    residency = default_residency(options)
+    residency = residency_of(options)
     prefetcher = choose_prefetcher(setting.prefetch, skeleton.layers, residency=residency)
     assert options.policy is not None
     policy = choose_policy(
@@ -384,56 +380,25 @@ def _refuse_early(plan: Callable[[int], MemoryPlan]) -> None:
         raise
 
 
-def _fixed_lines(
-    process_bytes: int,
-    skeleton_bytes: int,
-    config: Any,
-    bundle: BundleReader,
-    workload: Workload,
-    options: RunOptions,
-) -> tuple[MemoryLine, ...]:
-    lines = [
-        MemoryLine(name="process and its libraries", size_bytes=process_bytes),
-        MemoryLine(name="skeleton", size_bytes=skeleton_bytes),
-        MemoryLine(
-            name=f"KV cache, {workload.positions} positions x {workload.batch}",
-            size_bytes=kv_cache_bytes(config, workload),
-        ),
-        MemoryLine(
-            name="working buffers", size_bytes=buffer_bytes(config, bundle.manifest.shape, workload)
-        ),
-        MemoryLine(name="margin", size_bytes=MARGIN_BYTES),
-    ]
-    if bundle.chooser_bytes:
-        lines.append(
-            MemoryLine(name="what chooses experts' channels", size_bytes=bundle.chooser_bytes)
-        )
-    if options.caller_bytes:
-        lines.append(
-            MemoryLine(name="what is done beside the run", size_bytes=options.caller_bytes)
-        )
-    return tuple(lines)
-
-
-def _notes_line(eviction: EvictionChoice, manifest: BundleManifest) -> tuple[MemoryLine, ...]:
-    shape = manifest.shape
-    size_bytes = eviction.notes_bytes(n_layers=len(shape.layers), n_experts=shape.experts)
-    line = MemoryLine(name=f"notes of eviction {eviction.kind}", size_bytes=size_bytes)
-    return (line,) if size_bytes else ()
-
-
-def _router_line(manifest: BundleManifest) -> tuple[MemoryLine, ...]:
-    if manifest.pruning is None:
-        return ()
+def _beside(bundle: BundleReader, options: RunOptions, eviction: EvictionChoice) -> dict[str, int]:
+    """What a session holds beside the model itself, in bytes by name."""
+    manifest = bundle.manifest
+    shape, pruning = manifest.shape, manifest.pruning
+    state = eviction.notes_bytes(n_layers=len(shape.layers), n_experts=shape.experts)
     sizes = {file.name: file.size_bytes for file in manifest.files}
-    return (MemoryLine(name="mask routers", size_bytes=sizes[manifest.pruning.file]),)
+    return {
+        "channel selectors": bundle.chooser_bytes,
+        "caller workspace": options.caller_bytes,
+        f"eviction state of {eviction.kind}": state,
+        "mask routers": 0 if pruning is None else sizes[pruning.file],
+    }
 
 
 def _check(options: RunOptions) -> None:
     require_policy(options.policy or EXACT)
     if options.prefetch is not None:
         require_prefetch(options.prefetch)
-    is_frozen = default_residency(options) == "frozen"
+    is_frozen = residency_of(options) == "frozen"
     if options.eviction is not None:
         parse_eviction(options.eviction)
         if is_frozen and options.eviction != DEFAULT_EVICTION:
@@ -459,9 +424,7 @@ def _check(options: RunOptions) -> None:
 
 
 def _workload(options: RunOptions, config: Any) -> Workload:
-    positions = min(
-        options.context, getattr(config, "max_position_embeddings", None) or options.context
-    )
+    positions = positions_within(config, options.context)
     prompt = positions if options.prompt is None else min(options.prompt, positions)
     assert options.policy is not None
     choice = parse_miss_policy(options.policy)

@@ -13,6 +13,7 @@ import torch
 from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import BudgetError, DataSourceError, UnsupportedModelError, UsageError
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.formats.atomic_write import storage_errors
@@ -56,7 +57,7 @@ class TunePruningOptions:
     """Capped at what the model was made for"""
     batch: int = 8
     """Sequences of a step"""
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
     """Of the choice of text and of every draw"""
@@ -256,7 +257,7 @@ def _open(
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.
-        memory=options.memory or "auto",
+        memory=options.memory or AUTO,
         policy=EXACT,
         residency="cache",
         seed=options.seed,

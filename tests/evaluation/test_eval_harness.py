@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import DataSourceError, NotFoundError, UsageError
 from moe_tool.evaluation.eval_harness import (
     HarnessReport,
@@ -38,7 +39,7 @@ def run(
 ) -> HarnessReport:
     return run_harness(
         bundle,
-        RunOptions(memory="50%", policy=policy, gates=False),
+        RunOptions(memory=parse_memory("50%"), policy=policy, gates=False),
         HarnessOptions(tasks=tuple(map(str, tasks)), offline=True, **options),  # type: ignore[arg-type]
     )
 

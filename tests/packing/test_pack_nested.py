@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from moe_tool.artifacts.run_stats import PhaseCounters
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
@@ -159,7 +160,9 @@ def test_text_is_that_of_two_copies(
     """Exactly where the experts answer; with bases in their place something else comes out."""
 
     def text(folder: Path, policy: str, memory: str) -> tuple[list[int], int]:
-        with open_session(folder, RunOptions(memory=memory, policy=policy, context=64)) as session:
+        with open_session(
+            folder, RunOptions(memory=parse_memory(memory), policy=policy, context=64)
+        ) as session:
             options = GenerateOptions(max_tokens=12, ignore_eos=True)
             result = generate_ids(session, [[256, 84, 104]], options)
             return list(result.token_ids[0]), session.runner.stats.decode.lowered

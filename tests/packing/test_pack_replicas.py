@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_tool.artifacts.pack_plan import PackPlan, PlannedForm
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.formats.bundle_reader import BundleReader
@@ -223,7 +224,7 @@ def test_a_plan_that_reads_no_replica_packs_only_those_that_stay(
             for expert in np.isfinite(each.eps[1]).nonzero()[0]
         ]
         assert set(stored) == set(plan.forms[1].resident)
-    options = RunOptions(memory="50%", policy="priced", context=64)
+    options = RunOptions(memory=parse_memory("50%"), policy="priced", context=64)
     with open_session(out, options) as session:
         generate_ids(session, [[256, 84, 104]], GenerateOptions(max_tokens=6, ignore_eos=True))
         counters = session.runner.stats.decode

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe_tool.budget.request import MemoryRequest, parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.planning.bit_price import predicted_loss
 from moe_tool.planning.model_costs import costs_of_bytes
@@ -88,17 +89,20 @@ def test_a_session_follows_a_plan_where_nothing_else_is_asked_for():
     plan = made_plan(memory_bytes=2**30, eviction="lfu:per-layer", prefetch="next-layer")
     found = follow_plan(RunOptions(), plan)
     assert (found.memory, found.eviction.name, found.prefetch) == (
-        str(2**30),
+        MemoryRequest(kind="bytes", size_bytes=2**30),
         "lfu:per-layer",
         "next-layer",
     )
     assert "lfu:per-layer" in str(found.note)
-    own = follow_plan(RunOptions(memory="50%", eviction="fifo", prefetch="none"), plan)
-    assert (own.memory, own.eviction.name, own.prefetch, own.note) == ("50%", "fifo", "none", None)
+    own = follow_plan(
+        RunOptions(memory=parse_memory("50%"), eviction="fifo", prefetch="none"), plan
+    )
+    assert (str(own.memory), own.eviction.name, own.prefetch) == ("50%", "fifo", "none")
+    assert own.note is None
     frozen = follow_plan(RunOptions(policy="drop"), plan)
-    assert (frozen.eviction.name, frozen.prefetch, frozen.memory) == ("lru", "none", str(2**30))
+    assert (frozen.eviction.name, frozen.prefetch, frozen.memory) == ("lru", "none", found.memory)
     plain = follow_plan(RunOptions(), None)
-    assert (plain.memory, plain.eviction.name, plain.prefetch, plain.note) == (
+    assert (str(plain.memory), plain.eviction.name, plain.prefetch, plain.note) == (
         "auto", "lru", "none", None,
     )  # fmt: skip
     with pytest.raises(UsageError):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import RunOptions
@@ -41,7 +42,7 @@ def _transformers_tokens(folder: Path, prompts: tuple[list[int], ...]) -> list[l
 def test_tokens_equal_those_of_transformers(
     arch: str, tiny_checkpoint: Callable[..., Path], tiny_bundle: TinyBundle
 ) -> None:
-    options = RunOptions(memory="min", context=64, prompt=32, batch=3)
+    options = RunOptions(memory=parse_memory("min"), context=64, prompt=32, batch=3)
     with open_session(tiny_bundle(arch), options) as session:
         assert session.plan.n_slots == session.manifest.shape.top_k + 1
         for prompts in (PROMPTS[:1], PROMPTS):
@@ -69,7 +70,7 @@ def test_the_memory_budget_changes_no_bit_of_the_logits(bits: str, tiny_bundle: 
     bundle = tiny_bundle("qwen3_moe", bits=bits, dtype="bfloat16")
     found = []
     for memory in ("min", "50%", "100%"):
-        with open_session(bundle, RunOptions(memory=memory, context=64)) as session:
+        with open_session(bundle, RunOptions(memory=parse_memory(memory), context=64)) as session:
             found.append(_all_logits(session))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
@@ -97,7 +98,9 @@ def _replay(calls: list[tuple[int, list[int]]], n_slots: int) -> list[tuple[int,
 
 def test_hits_equal_those_of_a_naive_replay(tiny_bundle: TinyBundle) -> None:
     calls: list[tuple[str, int, list[int]]] = []
-    with open_session(tiny_bundle("mixtral"), RunOptions(memory="40%", context=64)) as session:
+    with open_session(
+        tiny_bundle("mixtral"), RunOptions(memory=parse_memory("40%"), context=64)
+    ) as session:
 
         def log_and_run(call: LayerCall) -> torch.Tensor:
             calls.append((session.runner.phase, call.layer, torch.unique(call.index).tolist()))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.runtime.generation import GenerateOptions, generate, generate_ids, run_prompt
 from moe_tool.runtime.run_options import RunOptions
@@ -16,7 +17,9 @@ TinyBundle = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def session(tiny_bundle: TinyBundle) -> Iterator[Session]:
-    with open_session(tiny_bundle("mixtral"), RunOptions(memory="50%", context=48)) as opened:
+    with open_session(
+        tiny_bundle("mixtral"), RunOptions(memory=parse_memory("50%"), context=48)
+    ) as opened:
         yield opened
 
 
@@ -140,7 +143,7 @@ def test_long_prompts_go_through_in_chunks(tiny_bundle: TinyBundle) -> None:
     greedy = GenerateOptions(max_tokens=16, ignore_eos=True)
     found = []
     for planned in (61, 16):
-        options = RunOptions(memory="50%", context=96, prompt=planned)
+        options = RunOptions(memory=parse_memory("50%"), context=96, prompt=planned)
         with open_session(tiny_bundle("gpt_oss"), options) as session:
             found.append(generate_ids(session, [prompt], greedy).token_ids)
             assert session.runner.stats.prompt.forwards == (1 if planned == 61 else 4)
@@ -152,7 +155,7 @@ def test_run_prompt_plans_for_this_prompt_alone(tiny_bundle: TinyBundle) -> None
     result = run_prompt(
         tiny_bundle("mixtral"),
         "The list",
-        options=RunOptions(memory="min"),
+        options=RunOptions(memory=parse_memory("min")),
         generation=GenerateOptions(max_tokens=5, ignore_eos=True),
     )
     assert result.generated_tokens == 5
@@ -162,8 +165,8 @@ def test_run_prompt_plans_for_this_prompt_alone(tiny_bundle: TinyBundle) -> None
 def test_too_small_a_budget_is_refused_with_one_that_works(tiny_bundle: TinyBundle) -> None:
     bundle = tiny_bundle("mixtral")
     with pytest.raises(BudgetError) as caught:
-        open_session(bundle, RunOptions(memory="100MiB", context=32))
+        open_session(bundle, RunOptions(memory=parse_memory("100MiB"), context=32))
     assert caught.value.hint is not None
     suggestion = caught.value.hint.split()[1].rstrip(",")
-    with open_session(bundle, RunOptions(memory=suggestion, context=32)) as session:
+    with open_session(bundle, RunOptions(memory=parse_memory(suggestion), context=32)) as session:
         assert session.plan.n_slots >= 3

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moe_tool.artifacts.routing import FULL, Answers, Routing
+from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.stepwise import run_stepwise
 from moe_tool.policies.misses import MissPolicy
 from moe_tool.runtime.moe_layer import Decision
@@ -27,7 +28,12 @@ def decisions(tiny_bundle: Callable[..., Path]) -> dict[str, list[Decision]]:
     """What each control saw and answered, on the same text, at half of the experts."""
     found: dict[str, list[Decision]] = {}
     options = RunOptions(
-        memory="50%", policy="exact", residency="frozen", context=64, batch=8, gates=False
+        memory=parse_memory("50%"),
+        policy="exact",
+        residency="frozen",
+        context=64,
+        batch=8,
+        gates=False,
     )
     with open_session(tiny_bundle("mixtral"), options) as session:
         for name in CONTROLS:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
@@ -42,7 +43,7 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 def _open(bundle: Path, policy: str, memory: str = "50%", **options: object) -> Session:
     return open_session(
         bundle,
-        RunOptions(memory=memory, policy=policy, context=64, gates=False, **options),  # type: ignore[arg-type]
+        RunOptions(memory=parse_memory(memory), policy=policy, context=64, gates=False, **options),  # type: ignore[arg-type]
     )
 
 
@@ -85,7 +86,9 @@ def test_the_flag_changes_nothing_under_exact_and_says_so(bundle: Path) -> None:
     with _open(bundle, "exact") as session:
         exact = _prompt_logits(session)
     for policy in ("exact", "priced"):
-        options = RunOptions(memory="50%", policy=policy, context=64, lossy_prompt=True)
+        options = RunOptions(
+            memory=parse_memory("50%"), policy=policy, context=64, lossy_prompt=True
+        )
         with open_session(bundle, options, progress=Listening()) as session:  # type: ignore[arg-type]
             is_exact = torch.equal(_prompt_logits(session), exact)
         assert is_exact is (policy == "exact")

@@ -8,6 +8,7 @@ import torch
 
 from moe_tool.artifacts.buddy_map import Buddy, BuddyMap, LayerBuddies
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import write_json_artifact
@@ -106,7 +107,7 @@ def bundle(bundles: dict[str, Path]) -> Path:
 def _open(bundle: Path, policy: str, memory: str, **options: object) -> Session:
     return open_session(
         bundle,
-        RunOptions(memory=memory, policy=policy, context=64, **options),  # type: ignore[arg-type]
+        RunOptions(memory=parse_memory(memory), policy=policy, context=64, **options),  # type: ignore[arg-type]
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
@@ -31,7 +32,9 @@ def _decode(session: Session) -> torch.Tensor:
 
 
 def _options(memory: str, prefetch: str) -> RunOptions:
-    return RunOptions(memory=memory, prefetch=prefetch, context=64, prompt=32, batch=2)
+    return RunOptions(
+        memory=parse_memory(memory), prefetch=prefetch, context=64, prompt=32, batch=2
+    )
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -124,7 +127,7 @@ def _ranked_by_hand(router: torch.nn.Module, layer: int, hidden: torch.Tensor) -
 
 @pytest.mark.parametrize("memory", ["min", "40%", "70%"])
 def test_counts_equal_those_of_a_naive_replay(memory: str, tiny_bundle: TinyBundle) -> None:
-    options = RunOptions(memory=memory, prefetch="next-layer", context=64)
+    options = RunOptions(memory=parse_memory(memory), prefetch="next-layer", context=64)
     with open_session(tiny_bundle("mixtral"), options) as session:
         replay, record_bytes = _Replay(session.plan.n_slots), session.manifest.record_size_bytes
         routers = {modules.layer: modules.router for modules in session.skeleton.layers}
@@ -162,7 +165,11 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(tiny_bundle: TinyB
 
 def test_a_lossy_policy_over_a_cache_may_read_ahead(tiny_bundle: TinyBundle) -> None:
     options = RunOptions(
-        policy="drop", gates=False, residency="cache", memory="40%", prefetch="next-layer"
+        policy="drop",
+        gates=False,
+        residency="cache",
+        memory=parse_memory("40%"),
+        prefetch="next-layer",
     )
     with open_session(tiny_bundle("mixtral"), options) as session:
         generate_ids(session, PROMPTS[:1], GenerateOptions(max_tokens=12, ignore_eos=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.experts.channel_forward import channel_sizes, chooser_values
@@ -50,7 +51,8 @@ def logits(session: Session, n_tokens: int = 6) -> tuple[torch.Tensor, torch.Ten
 
 def open_sparse(bundle: Path, sparsity: float | None, memory: str = "40%") -> Session:
     return open_session(
-        bundle, RunOptions(memory=memory, sparse_experts=sparsity, context=64, threads=1)
+        bundle,
+        RunOptions(memory=parse_memory(memory), sparse_experts=sparsity, context=64, threads=1),
     )
 
 
@@ -81,7 +83,7 @@ def test_prompts_are_whole_and_memory_changes_nothing(bundle: Path) -> None:
 
 def test_fewer_channels_are_farther_off_and_fewer_bytes(bundle: Path) -> None:
     text = parse_sources(["builtin:eval"])
-    options = EvaluateOptions(tokens=128, seq_len=32, memory="40%", threads=1)
+    options = EvaluateOptions(tokens=128, seq_len=32, memory=parse_memory("40%"), threads=1)
     divergences, read = [], []
     for sparsity in (0.0, 0.5, 0.8, 0.95):
         report = evaluate(bundle, text, replace(options, sparse_experts=sparsity))
@@ -152,7 +154,7 @@ def test_torch_computes_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_policies_of_the_others_still_run_on_whole_channels(bundle: Path) -> None:
-    options = RunOptions(memory="40%", gates=False, context=64, threads=1)
+    options = RunOptions(memory=parse_memory("40%"), gates=False, context=64, threads=1)
     with open_session(bundle, options) as session:
         for policy in ("drop", "next-ranked"):
             session.use_policy(policy, residency="frozen")

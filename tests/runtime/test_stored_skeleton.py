@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.stored_modules import StoredEmbedding, StoredLinear
 from moe_tool.native.kernels import is_native
@@ -22,7 +23,7 @@ from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from tests.tiny_models import TINY
 
-OPTIONS = RunOptions(memory="min", context=64, threads=1)
+OPTIONS = RunOptions(memory=parse_memory("min"), context=64, threads=1)
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 TIED = ("granitemoe", "ernie4_5_moe")
 TinyBundle = Callable[..., Path]
@@ -84,7 +85,7 @@ def test_threads_change_no_bit(arch: str, skeleton_bits: str, tiny_bundle: TinyB
     found = []
     try:
         for threads in (1, 2, 3):
-            options = RunOptions(memory="min", context=64, threads=threads)
+            options = RunOptions(memory=parse_memory("min"), context=64, threads=threads)
             with open_session(bundle, options) as session:
                 found.append(logits_of(session.model))
     finally:
