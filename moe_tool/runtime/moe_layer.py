@@ -138,9 +138,9 @@ class MoeLayerRunner:
         counters.prefetched_bytes += moved.prefetched_bytes
         counters.stall_seconds += moved.stall_seconds
         counters.substitutions += answers.substituted
-        counters.lowered += answers.lowered
+        counters.replica_answers += answers.lowered
         counters.drops += answers.dropped
-        counters.spared_bytes += self._spared_bytes(routing, answers, resident)
+        counters.skipped_fetch_bytes += self._spared_bytes(routing, answers, resident)
         return output
 
     def _spared_bytes(self, routing: Routing, answers: Answers, resident: np.ndarray) -> int:

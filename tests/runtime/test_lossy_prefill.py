@@ -54,7 +54,7 @@ def _prompt_logits(session: Session) -> torch.Tensor:
 
 def _n_changed(session: Session) -> int:
     counters = session.runner.stats.prompt
-    return counters.substitutions + counters.lowered + counters.drops
+    return counters.substitutions + counters.replica_answers + counters.drops
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -137,11 +137,11 @@ def test_attention_step_by_step_is_in_the_account_of_memory(bundle: Path) -> Non
 def test_a_run_says_what_it_did_to_the_prompt(bundle: Path) -> None:
     with _open(bundle, "priced", lossy_prompt=True) as session:
         result = generate(session, "the list of", GenerateOptions(max_tokens=4, ignore_eos=True))
-    assert result.prompt_lowered + result.prompt_drops + result.prompt_substitutions > 0
-    assert result.prompt_expected_kl is not None and result.prompt_expected_kl > 0
+    assert result.prompt.changed_answers > 0
+    assert result.quality.prompt_expected_kl is not None and result.quality.prompt_expected_kl > 0
     with _open(bundle, "priced") as session:
         result = generate(session, "the list of", GenerateOptions(max_tokens=4, ignore_eos=True))
-    assert result.prompt_expected_kl is None and result.prompt_lowered == 0
+    assert result.quality.prompt_expected_kl is None and result.prompt.replica_answers == 0
 
 
 def test_every_lossy_policy_was_tried() -> None:
