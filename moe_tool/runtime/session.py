@@ -476,8 +476,8 @@ def _workload(options: RunOptions, config: Any) -> Workload:
 def _foresight(skeleton: Skeleton, setting: Setting, options: RunOptions) -> Foresight | None:
     """Where the eviction policy looks ahead, or a trace is to say what a prefetch saw."""
     eviction = setting.eviction
-    if "predictions" in eviction.hints:
-        return foresee(skeleton.layers, depth=eviction.parameters["window"])
+    if eviction.look_ahead:
+        return foresee(skeleton.layers, depth=eviction.look_ahead)
     if options.record_trace and setting.prefetch != NO_PREFETCH:
         return foresee(skeleton.layers, depth=1)
     return None
