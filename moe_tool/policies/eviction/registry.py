@@ -1,4 +1,4 @@
-"""Every eviction policy, one row each: `--eviction`, docs and contract tests follow from it."""
+"""Every eviction policy, one row each: `--eviction`, docs and contract tests read them."""
 
 from collections.abc import Mapping
 
