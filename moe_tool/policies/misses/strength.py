@@ -60,9 +60,14 @@ class ShareStrength:
     def grid(self, inputs: PolicyInputs) -> StrengthGrid:
         """Return shares of the largest value; see `Strength`."""
         most = self.most(inputs)
+
+        def value(strength: float) -> float:
+            share = most * (1 - strength if self.falls else strength)
+            return min(most, float(f"{share:.6g}"))  # 2/3 in six digits is more than 2/3
+
         return StrengthGrid(
             points=_SHARES,
-            value=lambda s: float(f"{most * (1 - s if self.falls else s):.6g}"),
+            value=value,
             middle=lambda low, high: (low + high) / 2,
         )
 
