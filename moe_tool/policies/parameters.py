@@ -72,6 +72,8 @@ def changed_words(
 
 def number_text(value: float) -> str:
     """Return the shortest text that is read as the same number."""
+    if isinstance(value, int):
+        return str(value)
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
