@@ -14,6 +14,7 @@ from moe_tool.cli.app import app
 from moe_tool.policies.eviction import EVICTION
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.policies.parameters import Parameter, number_text
+from moe_tool.quantizers.registry import QUANTIZERS
 
 DOCS = Path(__file__).parent
 _COLUMNS = 100
@@ -89,9 +90,23 @@ def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def _quantizers() -> str:
+    rows = [
+        (
+            f"`{s.name}`",
+            "what experts are given on the profile's tokens" if s.needs_inputs else "the weights",
+            s.summary,
+            s.source,
+        )
+        for s in QUANTIZERS.values()
+    ]
+    return _markdown(("`--quantizer`", "goes by", "rounds", "source"), rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "eviction policies": _evictions,
     "eviction parameters": lambda: _parameters({k: s.parameters for k, s in EVICTION.items()}),
+    "quantizers": _quantizers,
     "miss policies": _miss_policies,
     "miss parameters": lambda: _parameters({k: s.parameters for k, s in MISS_POLICIES.items()}),
 }

@@ -7,7 +7,6 @@ import typer
 
 PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
-QuantizerName = Literal["rtn", "fitted", "hqq", "gptq"]
 
 MAX_CONTEXT = 2**31
 """What a plan can hold"""

@@ -51,6 +51,14 @@ def _searched() -> list[tuple[str, str]]:
     ]
 
 
+def _quantizers() -> list[tuple[str, str]]:
+    from moe_tool.quantizers.registry import QUANTIZERS
+
+    return [
+        (s.name, s.summary + " [needs a profile]" * s.needs_inputs) for s in QUANTIZERS.values()
+    ]
+
+
 def _defaults(parameters: "Mapping[str, Parameter]") -> str:
     from moe_tool.policies.parameters import number_text
 
@@ -62,5 +70,6 @@ PLUGIN_LISTS: Mapping[str, Callable[[], list[tuple[str, str]]]] = {
     "{evictions}": _evictions,
     "{miss policies}": _miss_policies,
     "{searched policies}": _searched,
+    "{quantizers}": _quantizers,
 }
 """Placeholder in an option's help -> rows of name and summary"""

@@ -43,6 +43,7 @@ from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
 from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import SILENT, Progress
+from moe_tool.quantizers.registry import QUANTIZERS
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
 # folder is copied.
@@ -311,9 +312,9 @@ def _replicas(
             f"--replicas rank{max(too_wide)}: the model is {shape.hidden} wide",
             hint="a rank that saves something is a small part of the width",
         )
-    is_hqq = quantizer == "hqq"
+    zeros = QUANTIZERS[quantizer].makes_zeros
     return tuple(
-        each.model_copy(update={"zeros": is_hqq}) if isinstance(each, IntegerPrecision) else each
+        each.model_copy(update={"zeros": zeros}) if isinstance(each, IntegerPrecision) else each
         for each in found
     )
 
