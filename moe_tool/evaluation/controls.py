@@ -2,7 +2,7 @@
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
-from moe_tool.runtime.policy_choice import EXACT, manifest_inputs
+from moe_tool.runtime.policy_choice import manifest_inputs
 
 
 def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) -> tuple[str, ...]:
@@ -25,4 +25,4 @@ def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) ->
     found = None if own is None else own(choice.values, manifest_inputs(manifest))
     if found is None:
         found = tuple(name for name, spec in MISS_POLICIES.items() if spec.in_controls)
-    return tuple(dict.fromkeys((EXACT, policy, *found)))
+    return tuple(dict.fromkeys(("exact", policy, *found)))
