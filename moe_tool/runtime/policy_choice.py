@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.precision import describe_precision
-from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
 from moe_tool.models.skeleton import Skeleton
@@ -25,8 +24,6 @@ from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
 from moe_tool.runtime.price_list import price_book
 
 EXACT = "exact"
-_WITH_ABSENT = (EXACT, "priced", "prune")
-"""Policies of a bundle that leaves experts out: the others look for every expert that is wanted"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +64,6 @@ def choose_policy(
     """
     choice = parse_miss_policy(name)
     manifest = bundle.manifest
-    if manifest.absent and choice.kind not in _WITH_ABSENT:
-        raise UsageError(
-            f"--policy {choice.kind}: the bundle leaves {len(manifest.absent)} experts out, and "
-            f"its policy may be {', '.join(_WITH_ABSENT)}",
-            hint="--policy priced",
-        )
     buddies = None if manifest.buddies is None else manifest.buddies.layers
     thresholds: Gates | None = None
     if not gates:
@@ -95,7 +86,7 @@ def choose_policy(
         pruning=manifest.pruning,
         top_k=manifest.shape.top_k,
         ratios={entry.layer: np.array(entry.ratio) for entry in entries},
-        levels=tuple(
+        forms=tuple(
             describe_precision(each)
             for each in (manifest.precision, *(table.precision for table in manifest.replicas))
         ),
@@ -132,8 +123,9 @@ def _rules(skeleton: Skeleton) -> dict[int, RouterRule] | None:
 
 
 def _reweigh(rule: RouterRule) -> Reweigh:
-    def reweigh(logits: np.ndarray, index: np.ndarray) -> Any:
+    def reweigh(logits: np.ndarray, index: np.ndarray, present: np.ndarray) -> Any:
         wide = torch.from_numpy(logits).to(torch.float32)  # [T, E]
-        return weights_of_sets(rule, wide, torch.from_numpy(index)).to(torch.float32).numpy()
+        weights = weights_of_sets(rule, wide, torch.from_numpy(index), torch.from_numpy(present))
+        return weights.to(torch.float32).numpy()
 
     return reweigh

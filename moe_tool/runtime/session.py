@@ -327,7 +327,7 @@ def open_session(
         foresight=_foresight(skeleton, setting, options),
         recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
         is_lossy_prompt=options.lossy_prompt and policy.policy.lossy,
-        absent=_absent(bundle.manifest),
+        stored=_stored(bundle.manifest),
         record_bytes={
             layer: np.array(bundle.own_record_bytes(layer))
             for layer in bundle.manifest.shape.layers
@@ -360,13 +360,13 @@ def open_session(
     return session
 
 
-def _absent(manifest: BundleManifest) -> dict[int, torch.Tensor]:
+def _stored(manifest: BundleManifest) -> dict[int, torch.Tensor]:
     if not manifest.absent:
         return {}
     shape = manifest.shape
-    found = {layer: torch.zeros(shape.experts, dtype=torch.bool) for layer in shape.layers}
+    found = {layer: torch.ones(shape.experts, dtype=torch.bool) for layer in shape.layers}
     for layer, expert in manifest.absent:
-        found[layer][expert] = True
+        found[layer][expert] = False
     return found
 
 

@@ -7,9 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import LayerBuddies
-from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.artifacts.routing import Answers, Routing, keep
 from moe_tool.policies.misses.gates import Gates, open_slots
-from moe_tool.policies.misses.protocol import keep
 from moe_tool.policies.misses.substitution import Pick, substitute
 
 

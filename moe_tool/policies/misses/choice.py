@@ -68,23 +68,23 @@ def _near_tie(inputs: PolicyInputs, values: Values) -> MissPolicy:
 
 
 def _replica(inputs: PolicyInputs, values: Values) -> MissPolicy:
-    n_levels = len(inputs.levels)
-    if n_levels < 2:
+    n_forms = len(inputs.forms)
+    if n_forms < 2:
         raise UsageError(
             "--policy replica: this bundle has no replicas", hint="pack it again with --replicas 2"
         )
-    level = int(values["level"])
-    if level >= n_levels:
+    form = int(values["level"])
+    if form >= n_forms:
         raise UsageError(
-            f"--policy replica: there is no level {level}",
-            hint=f"the bundle has replicas 1 to {n_levels - 1}: {', '.join(inputs.levels[1:])}",
+            f"--policy replica: there is no level {form}",
+            hint=f"the bundle has replicas 1 to {n_forms - 1}: {', '.join(inputs.forms[1:])}",
         )
     found = np.mean(list(inputs.unimportance.values()), axis=0) if inputs.unimportance else None
     t1, t2 = (
         _quantile(found, share)
         for share in (values["high"], min(1.0, values["high"] + values["low"]))
     )
-    return Replica(t1=t1, t2=t2, level=level)
+    return Replica(t1=t1, t2=t2, form=form, stored=inputs.stored)
 
 
 def _prune(inputs: PolicyInputs, values: Values) -> MissPolicy:

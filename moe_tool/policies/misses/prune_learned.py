@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, leave_out
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

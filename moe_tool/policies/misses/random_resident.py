@@ -5,9 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.artifacts.routing import Answers, Routing, keep
 from moe_tool.policies.misses.gates import Gates, open_slots
-from moe_tool.policies.misses.protocol import keep
 from moe_tool.policies.misses.random_draw import hash_routing, mix
 from moe_tool.policies.misses.substitution import Pick, substitute
 

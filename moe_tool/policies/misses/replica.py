@@ -1,12 +1,12 @@
 """A missing expert is read in full, read cheaply or left out, by how much it matters here."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing, leave_out
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep, leave_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,11 @@ class Replica:
 
     t1: float
     t2: float
-    level: int
-    """Of the cheaper form"""
+    form: int
+    """Row of the cheaper form"""
+    stored: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Decoder layer -> [F, E] bool: forms in the bundle; empty where it has every form of every
+    expert. An expert without the cheaper form is fetched in full in its place"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
@@ -34,16 +37,18 @@ class Replica:
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with the level of every slot."""
-        if resident[FULL].all():
+        """Return the routing with the form of every slot."""
+        if resident[PRIMARY].all():
             return keep(routing)
         s = unimportance(routing.weight)
-        missing = ~resident[FULL][routing.index]
+        missing = routing.present & ~resident[PRIMARY][routing.index]
         is_low = missing & (s > self.t1) & (s <= self.t2)
+        if self.stored:
+            is_low &= self.stored[routing.layer][self.form][routing.index]
         is_left_out = missing & (s > self.t1) & (s > self.t2)
         if not (is_low | is_left_out).any():
             return keep(routing)
-        return leave_out(routing, is_left_out, np.where(is_low, self.level, FULL))
+        return leave_out(routing, is_left_out, np.where(is_low, self.form, PRIMARY))
 
 
 def unimportance(weight: np.ndarray) -> np.ndarray:
