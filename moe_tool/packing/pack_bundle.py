@@ -15,6 +15,7 @@ from moe_tool.artifacts.bundle_manifest import (
     LayerHeat,
     LayerPrices,
 )
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
@@ -41,7 +42,6 @@ from moe_tool.packing.quantizers import needs_inputs
 from moe_tool.packing.record_order import order_experts
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantizers.registry import QUANTIZERS
 

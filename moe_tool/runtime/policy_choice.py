@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import describe_precision
-from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
@@ -24,9 +23,6 @@ from moe_tool.policies.misses import (
 )
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
 from moe_tool.runtime.price_list import price_book
-
-_WITH_ABSENT = ("exact", "priced", "prune")
-"""Policies of a bundle that leaves experts out: the others look for every expert that is wanted"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +67,6 @@ def choose_policy(
         UsageError: the bundle lacks what the policy needs.
         NotFoundError, UnsupportedModelError: as `MissChoice.make`.
     """
-    if manifest.absent and choice.kind not in _WITH_ABSENT:
-        raise UsageError(
-            f"--policy {choice.kind}: the bundle leaves {len(manifest.absent)} experts out, and "
-            f"its policy may be {', '.join(_WITH_ABSENT)}",
-            hint="--policy priced",
-        )
     rules = _rules(layers, config)
     known = manifest_inputs(manifest)
     inputs = replace(
@@ -105,7 +95,7 @@ def manifest_inputs(manifest: BundleManifest) -> PolicyInputs:
         ratios={entry.layer: np.array(entry.ratio) for entry in entries},
         pruning=manifest.pruning,
         top_k=manifest.shape.top_k,
-        levels=tuple(
+        forms=tuple(
             describe_precision(each)
             for each in (manifest.precision, *(table.precision for table in manifest.replicas))
         ),
@@ -137,8 +127,9 @@ def _rules(
 
 
 def _reweigh(rule: RouterRule) -> Reweigh:
-    def reweigh(logits: np.ndarray, index: np.ndarray) -> Any:
+    def reweigh(logits: np.ndarray, index: np.ndarray, present: np.ndarray) -> Any:
         wide = torch.from_numpy(logits).to(torch.float32)  # [T, E]
-        return weights_of_sets(rule, wide, torch.from_numpy(index)).to(torch.float32).numpy()
+        weights = weights_of_sets(rule, wide, torch.from_numpy(index), torch.from_numpy(present))
+        return weights.to(torch.float32).numpy()
 
     return reweigh
