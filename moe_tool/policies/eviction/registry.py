@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from moe_tool.policies.eviction import (
+    class_lru,
     expertflow,
     fifo,
     hobbit,
@@ -29,6 +30,7 @@ EVICTION: Mapping[str, EvictionSpec] = {
         smoe.SPEC,
         expertflow.SPEC,
         layer_lru.SPEC,
+        class_lru.SPEC,
     )
 }
 """Specs by the name that `--eviction` takes"""
