@@ -9,6 +9,7 @@ from moe_tool.policies.eviction import (
     hobbit,
     layer_lru,
     lfu,
+    lfu_ghost,
     lru,
     pinned_lru,
     s3_fifo,
@@ -31,6 +32,7 @@ EVICTION: Mapping[str, EvictionSpec] = {
         expertflow.SPEC,
         layer_lru.SPEC,
         class_lru.SPEC,
+        lfu_ghost.SPEC,
     )
 }
 """Specs by the name that `--eviction` takes"""
