@@ -18,7 +18,6 @@ from moe_tool.cli.options import (
     ModelArgument,
     OfflineOption,
     ProfilesOption,
-    QuantizerName,
 )
 
 if TYPE_CHECKING:
@@ -103,13 +102,12 @@ def pack(
         ),
     ] = None,
     quantizer: Annotated[
-        QuantizerName | None,
+        str | None,
         typer.Option(
             "--quantizer",
-            help="How experts are rounded. rtn: to the nearest code; hqq: with zero points that "
-            "let outliers go. On the profile's tokens, slower and with far less lost, fitted: to "
-            "the nearest, scales by least squares on the outputs; gptq: each error made up for by "
-            "the weights to come, scales too.",
+            metavar="NAME",
+            help="How experts are rounded, {quantizers}. Those that go by the profile's tokens are "
+            "slower and lose far less.",
             show_default="rtn, or the plan's",
         ),
     ] = None,
@@ -133,9 +131,13 @@ def pack(
 ) -> None:
     """Compile a checkpoint into a bundle. `run` reads it expert by expert."""
     with open_output(as_json=json) as output:
+        from moe_tool.quantizers.registry import parse_quantizer
+
         followed = None if plan is None else _read_plan(plan)
         bits = bits or ("native" if followed is None else followed.bits)
         skeleton_bits = skeleton_bits or ("native" if followed is None else followed.skeleton_bits)
+        if quantizer is not None:
+            quantizer = parse_quantizer(quantizer).name
         quantizer = quantizer or ("rtn" if followed is None else followed.quantizer)
         if replicas is None:
             replicas = "" if followed is None else followed.replicas

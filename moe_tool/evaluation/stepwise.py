@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.session import Session
 
@@ -122,20 +122,16 @@ def _record_bytes(session: Session) -> dict[int, np.ndarray]:
 def _account(costs: TokenCosts, column: int, decision: Decision, record_bytes: np.ndarray) -> None:
     """Add what one layer's answers to one token of every sequence cost."""
     wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
-    level = decision.answers.level
-    level = np.full(answer.shape, FULL) if level is None else level
-    # An expert that the bundle does not have is called E: it is no access, and no drop.
-    is_held = wanted < decision.resident.shape[1]
-    is_there = is_held & decision.resident[FULL][np.where(is_held, wanted, 0)]
-    is_answered = (answer >= 0) & is_held
-    answer = np.where(is_answered, answer, 0)
-    is_fetched = is_answered & ~decision.resident[level, answer]
+    form, is_answered = decision.answers.form, decision.answers.present
+    is_present = decision.routing.present
+    is_there = is_present & decision.resident[PRIMARY][wanted]
+    is_fetched = is_answered & ~decision.resident[form, answer]
     costs.hits[:, column] += is_there.sum(axis=1)
-    costs.accesses[:, column] += is_held.sum(axis=1)
-    costs.bytes_read[:, column] += (is_fetched * record_bytes[level, answer]).sum(axis=1)
+    costs.accesses[:, column] += is_present.sum(axis=1)
+    costs.bytes_read[:, column] += (is_fetched * record_bytes[form, answer]).sum(axis=1)
     costs.substitutions[:, column] += (is_answered & (answer != wanted)).sum(axis=1)
-    costs.drops[:, column] += (is_held & ~is_answered).sum(axis=1)
-    costs.replica_answers[:, column] += (is_answered & (level != FULL)).sum(axis=1)
+    costs.drops[:, column] += (is_present & ~is_answered).sum(axis=1)
+    costs.replica_answers[:, column] += (is_answered & (form != PRIMARY)).sum(axis=1)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
 from moe_tool.artifacts.precision import ChannelPrecision, IntegerPrecision
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
 from moe_tool.formats.expert_form import (
@@ -56,7 +56,7 @@ class CheckedBundle:
 
     manifest: BundleManifest
     levels: tuple[BundleLevel, ...]
-    """FULL first, see `BundleReader.levels`"""
+    """PRIMARY first, see `BundleReader.levels`"""
     skeleton: Mapping[str, TensorInfo]
 
 
@@ -78,7 +78,7 @@ def check_bundle(folder: Path) -> CheckedBundle:
         _check_files(folder, manifest)
     for at, level in enumerate(levels):
         # First bits of nested experts have no names of their own.
-        if not (FULL < at <= len(manifest.replicas) and manifest.replicas[at - 1].is_base):
+        if not (PRIMARY < at <= len(manifest.replicas) and manifest.replicas[at - 1].is_base):
             _check_headers(folder, level)
     return CheckedBundle(
         manifest=manifest, levels=levels, skeleton=_check_skeleton(folder, manifest)

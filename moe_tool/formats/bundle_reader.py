@@ -11,7 +11,7 @@ import xxhash
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
 from moe_tool.artifacts.mask_router import MaskRouter
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.errors import CorruptArtifactError, StorageError
 from moe_tool.formats.bundle_checks import (
     REPACK,
@@ -52,10 +52,10 @@ class BundleReader:
         self.folder = folder
         self.manifest = manifest
         self.levels = levels
-        """FULL first, then the replicas, then the forms that some experts have instead of FULL's;
+        """PRIMARY first, then the replicas, then the forms that some experts have instead;
         at last what chooses channels"""
         n_answering = len(levels) - (manifest.choosers is not None)
-        self.own_levels = (FULL, *range(1 + len(manifest.replicas), n_answering))
+        self.own_levels = (PRIMARY, *range(1 + len(manifest.replicas), n_answering))
         """Of the experts themselves"""
         self.chooser_level = n_answering if manifest.choosers is not None else None
         """None: experts are not in channels"""
@@ -88,7 +88,7 @@ class BundleReader:
     @property
     def layout(self) -> RecordLayout:
         """Of the experts' own records."""
-        return self.levels[FULL].form.layout
+        return self.levels[PRIMARY].form.layout
 
     @property
     def expert_bytes(self) -> int:
@@ -164,7 +164,7 @@ class BundleReader:
             return None
         return read_mask_router(self.folder, self.manifest)
 
-    def record_entry(self, layer: int, expert: int, *, level: int = FULL) -> ExpertRecord:
+    def record_entry(self, layer: int, expert: int, *, level: int = PRIMARY) -> ExpertRecord:
         """Return where a record lies."""
         return self._entries[level, layer, expert]
 
@@ -186,7 +186,7 @@ class BundleReader:
         expert: int,
         out: torch.Tensor,
         *,
-        level: int = FULL,
+        level: int = PRIMARY,
         n_there: int = 0,
         go_on: GoOn | None = None,
     ) -> None:
@@ -275,12 +275,12 @@ class BundleReader:
         Raises:
             CorruptArtifactError, StorageError: as `read_record_into`.
         """
-        entry = self._entries[FULL, layer, expert]
+        entry = self._entries[PRIMARY, layer, expert]
         where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
         try:
             if (layer, expert) not in self._expected:
                 self._expected.add((layer, expert))
-                self._files.expect(entry.file, entry.offset, self.levels[FULL].record_size_bytes)
+                self._files.expect(entry.file, entry.offset, self.levels[PRIMARY].record_size_bytes)
             read = self._files.read_chunks(entry.file, entry.offset, weight.chunks, channels)
             has_changed = self._files.has_changed(entry.file)
         except OSError as error:

@@ -12,7 +12,7 @@ from moe_tool.artifacts.bundle_manifest import (
 )
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.precision import IntegerPrecision, Precision, ReplicaPrecision
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.formats.bundle_journal import WrittenRecord
 from moe_tool.formats.expert_form import AnyForm
 
@@ -40,21 +40,21 @@ def record_tables(
 
     Args:
         shape: of the model.
-        forms: by level: FULL, replicas, others, at last what chooses channels, if anything does.
-        by_level: the records, in file order; none of a base, which lies in the FULL ones.
+        forms: by level: PRIMARY, replicas, others, at last what chooses channels, if anything does.
+        by_level: the records, in file order; none of a base, which lies in the PRIMARY ones.
         replicas: precisions of their levels.
         others: precisions of theirs.
     """
     first_other = 1 + len(replicas)
     end_others = first_other + len(others)
     held = [
-        [_first_bits(record) for record in by_level[FULL]] if _is_base(form) else records
+        [_first_bits(record) for record in by_level[PRIMARY]] if _is_base(form) else records
         for form, records in zip(forms, by_level, strict=True)
     ]
-    measured = [r for level in (FULL, *range(first_other, end_others)) for r in held[level]]
+    measured = [r for level in (PRIMARY, *range(first_other, end_others)) for r in held[level]]
     is_measured = any(record.eps is not None for record in measured)
     return RecordTables(
-        records=_listed(held[FULL]),
+        records=_listed(held[PRIMARY]),
         replicas=tuple(
             ReplicaTable(
                 precision=precision,

@@ -36,7 +36,7 @@ from moe_tool.artifacts.precision import (
     Precision,
     ReplicaPrecision,
 )
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
@@ -246,7 +246,7 @@ class BundleWriter:
                     xxh3=xxhash.xxh3_64_hexdigest(data),
                     eps=eps,
                     base_xxh3=xxhash.xxh3_64_hexdigest(data[: self._base_bytes])
-                    if level == FULL and self._base_bytes
+                    if level == PRIMARY and self._base_bytes
                     else None,
                     base_eps=base_eps,
                 )
@@ -373,7 +373,7 @@ class BundleWriter:
             identity=self._asked.identity,
             shape=self._shape,
             precision=self.precision,
-            record_size_bytes=self.forms[FULL].layout.size_bytes,
+            record_size_bytes=self.forms[PRIMARY].layout.size_bytes,
             skeleton=tuple(self._skeleton),
             skeleton_precision=self._skeleton_precision,
             skeleton_linears=self._skeleton_linears,

@@ -30,7 +30,7 @@ from moe_tool.formats.channel_record import (
 )
 from moe_tool.formats.expert_form import AnyForm, ChannelForm
 from moe_tool.packing.calibrated_layers import ExpertSample
-from moe_tool.packing.quantizers import calibrated, data_free, last_matrix_after
+from moe_tool.packing.quantizers import calibrated, last_matrix_after
 from moe_tool.packing.replicas import MeasuredRecord, relative_error
 from moe_tool.quantization.channels import (
     GRID,
@@ -41,6 +41,8 @@ from moe_tool.quantization.channels import (
 )
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantizers.registry import QUANTIZERS
+from moe_tool.quantizers.rtn import nearest
 
 _THRESHOLD_TOKENS = 1024
 _FLOAT16_MAX = 65504.0
@@ -95,17 +97,17 @@ class ChannelForms:
         quantize = calibrated(self._quantizer, self._sample)
         weight = quantize({"chooser": choosing}, precision.chooser)["chooser"]
         # Channels have no zero points.
-        symmetric = data_free("rtn") if self._quantizer == "hqq" else quantize
+        symmetric = nearest if QUANTIZERS[self._quantizer].makes_zeros else quantize
         row = symmetric({"row": other}, precision.rows)["row"]
         last = tensors[LAST]
-        if self._quantizer == "gptq":
+        if QUANTIZERS[self._quantizer].refit_last is not None:
             joined = torch.empty(tensors[FIRST].shape)
             to_gates, to_ups = split_halves(gate, joined)
             to_choosing, to_other = (to_gates, to_ups) if is_gate else (to_ups, to_gates)
             to_choosing.copy_(dequantize(weight))
             to_other.copy_(dequantize(row))
-            last = last_matrix_after(self._sample, last, {FIRST: joined})
-        column = data_free("rtn")({"column": last.T.contiguous()}, precision.rows)["column"]
+            last = last_matrix_after(self._quantizer, self._sample, last, {FIRST: joined})
+        column = nearest({"column": last.T.contiguous()}, precision.rows)["column"]
         channels = pack_channels(row, column)
         return ChannelExpert(channels, self._chooser(weight, channels))
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
 from moe_tool.artifacts.precision import (
@@ -14,7 +15,7 @@ from moe_tool.artifacts.precision import (
 )
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.channel_record import has_channels
-from moe_tool.policies.hot_set import ExpertKey
+from moe_tool.quantizers.registry import QUANTIZERS
 
 OwnPrecision = NativePrecision | IntegerPrecision
 NATIVE_WIDTH = 16
@@ -133,7 +134,7 @@ def channel_forms(name: str, bits: str, shape: MoeShape, quantizer: Quantizer) -
             "up projection, so no channels that a gate could close",
             hint="leave --sparse-experts out",
         )
-    return OwnForms(precision=found.model_copy(update={"zeros": quantizer == "hqq"}))
+    return OwnForms(precision=found.model_copy(update={"zeros": QUANTIZERS[quantizer].makes_zeros}))
 
 
 def parse_precision(option: str, bits: str, quantizer: Quantizer = "rtn") -> OwnPrecision:
@@ -150,13 +151,17 @@ def parse_precision(option: str, bits: str, quantizer: Quantizer = "rtn") -> Own
         ) from None
     if isinstance(found, NativePrecision):
         return found
-    if found.zeros and quantizer != "hqq":
+    spec = QUANTIZERS[quantizer]
+    if found.zeros and not spec.makes_zeros:
+        able = [each.name for each in QUANTIZERS.values() if each.makes_zeros]
         raise UsageError(
-            f"{option} {bits}: only --quantizer hqq makes zero points", hint="leave out the z"
+            f"{option} {bits}: only --quantizer {', '.join(able)} makes zero points",
+            hint="leave out the z",
         )
-    if found.base_bits is not None and quantizer == "hqq":
+    if found.base_bits is not None and not spec.can_nest:
+        able = [each.name for each in QUANTIZERS.values() if each.can_nest]
         raise UsageError(
-            f"{option} {bits}: zero points of hqq are no good for the first bits alone",
-            hint="--quantizer rtn, fitted or gptq",
+            f"{option} {bits}: nested bits need symmetric codes; {quantizer} uses zero points",
+            hint=f"--quantizer {', '.join(able)}",
         )
-    return found.model_copy(update={"zeros": quantizer == "hqq"})
+    return found.model_copy(update={"zeros": QUANTIZERS[quantizer].makes_zeros})

@@ -15,6 +15,7 @@ from moe_tool.artifacts.bundle_manifest import (
     LayerHeat,
     LayerPrices,
 )
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
@@ -41,8 +42,8 @@ from moe_tool.packing.quantizers import needs_inputs
 from moe_tool.packing.record_order import order_experts
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import SILENT, Progress
+from moe_tool.quantizers.registry import QUANTIZERS
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
 # folder is copied.
@@ -311,9 +312,9 @@ def _replicas(
             f"--replicas rank{max(too_wide)}: the model is {shape.hidden} wide",
             hint="a rank that saves something is a small part of the width",
         )
-    is_hqq = quantizer == "hqq"
+    zeros = QUANTIZERS[quantizer].makes_zeros
     return tuple(
-        each.model_copy(update={"zeros": is_hqq}) if isinstance(each, IntegerPrecision) else each
+        each.model_copy(update={"zeros": zeros}) if isinstance(each, IntegerPrecision) else each
         for each in found
     )
 

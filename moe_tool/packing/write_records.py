@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.precision import ChannelPrecision, ExpertPrecision
 from moe_tool.artifacts.router_trace import TracedTokens
@@ -20,7 +21,6 @@ from moe_tool.packing.calibrated_layers import CalibratedModel, ExpertSample
 from moe_tool.packing.channel_forms import ChannelForms
 from moe_tool.packing.quantizers import calibrated, data_free
 from moe_tool.packing.replicas import MEASURED_TOKENS, ExpertForms
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import Progress
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, TunedWeights
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.precision import IntegerPrecision
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.expert_form import ExpertForm
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import Progress
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
@@ -119,7 +119,7 @@ class CopiedBundle:
 
     def copy_replica(self, level: int, layer: int, expert: int) -> None:
         """Write a cheaper form as it was, with the price that it had."""
-        prices = self._old.manifest.replicas[level - FULL - 1].prices
+        prices = self._old.manifest.replicas[level - PRIMARY - 1].prices
         eps = next(entry.eps[expert] for entry in prices if entry.layer == layer)
         record = self.old_record(level, layer, expert)
         self.writer.write_record(level, layer, expert, record, eps=eps)

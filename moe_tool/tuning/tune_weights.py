@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.bundle_manifest import TunedWeights
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.identity import require_same_model
 from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.available_memory import peak_rss_bytes
@@ -25,7 +26,6 @@ from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.packing.replicas import relative_error
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight
 from moe_tool.text.sequences import TokenSequences, build_sequences
