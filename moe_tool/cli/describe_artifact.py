@@ -8,7 +8,6 @@ from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import describe_precision
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.progress import Progress
 
