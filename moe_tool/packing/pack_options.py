@@ -15,6 +15,7 @@ from moe_tool.artifacts.precision import (
 )
 from moe_tool.byte_sizes import parse_bytes
 from moe_tool.errors import UsageError
+from moe_tool.quantizers.registry import parse_quantizer
 
 WholePrecision = NativePrecision | IntegerPrecision
 
@@ -76,7 +77,7 @@ def parse_pack_options(
         skeleton=_skeleton(skeleton_bits or "native"),
         replicas=_replicas(replicas or ""),
         channels=_channels(sparse_experts, bits) if sparse_experts else None,
-        quantizer=quantizer or "rtn",
+        quantizer=parse_quantizer(quantizer or "rtn").name,
         plan=plan,
         memory_bytes=None if memory is None else parse_bytes(memory),
     )

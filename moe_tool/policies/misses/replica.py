@@ -6,7 +6,13 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.routing import FULL, Answers, Routing, leave_out
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.errors import UsageError
+from moe_tool.policies.misses.needs import REPLICAS
+from moe_tool.policies.misses.protocol import PolicyInputs, keep
+from moe_tool.policies.misses.quantiles import read_quantile
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.parameters import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +69,47 @@ def unimportance(weight: np.ndarray) -> np.ndarray:
     result: np.ndarray = np.empty_like(share)
     np.put_along_axis(result, order, share, axis=1)
     return result
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Replica:
+    level, n_levels = int(values["level"]), len(inputs.levels)
+    if level >= n_levels:
+        raise UsageError(
+            f"--policy replica: there is no level {level}",
+            hint=f"the bundle has replicas 1 to {n_levels - 1}: {', '.join(inputs.levels[1:])}",
+        )
+    shares = (values["high"], min(1.0, values["high"] + values["low"]))
+    if inputs.unimportance:
+        table = np.mean(list(inputs.unimportance.values()), axis=0)
+        t1, t2 = (read_quantile(table, share) for share in shares)
+    else:
+        t1, t2 = shares
+    return Replica(t1=t1, t2=t2, level=level)
+
+
+SPEC = PolicySpec(
+    name="replica",
+    summary="itself in full, in a cheaper form, or nothing, by how much gate weight lies above its "
+    "slot",
+    make=_make,
+    inert="high=1",
+    fires="high=0.3,low=0.5",
+    parameters={
+        "high": Parameter(
+            help="share of slots, by the profile, that is read in full", default=0.67
+        ),
+        "low": Parameter(help="share of slots that is answered in the cheaper form", default=0.3),
+        "level": Parameter(
+            help="the cheaper form: 1 for the first of `pack --replicas`",
+            default=1,
+            least=1,
+            most=64,
+            is_whole=True,
+        ),
+        "part": Parameter(help="share of the memory that cheaper forms get", default=0.2),
+    },
+    needs=(REPLICAS,),
+    residents="two-precisions",
+    strength=ShareStrength(parameter="high", falls=True),
+    source="HOBBIT, arXiv:2411.01433",
+)
