@@ -21,7 +21,7 @@ _RANKS: Mapping[Role, int] = {"primary": 0, "replica": 1, "base": 1, "selector":
 
 
 class FormRecord(FrozenModel):
-    """Where one form of one expert lies."""
+    """The place of one form of one expert."""
 
     layer: Index
     expert: Index

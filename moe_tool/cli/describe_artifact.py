@@ -301,8 +301,7 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
-            "replicas": ", ".join(each.precision.name for each in manifest.replicas)
-            or "none",
+            "replicas": ", ".join(each.precision.name for each in manifest.replicas) or "none",
             "tool_version": manifest.tool_version,
         }
         | _lineage_facts(manifest)

@@ -12,7 +12,8 @@ from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import BundleArgument, DataOption, JsonOption, OfflineOption, SeedOption
 
 if TYPE_CHECKING:
-    from moe_tool.tuning.tune_weights import TunedLayer, TuneReport
+    from moe_tool.tuning.tune_bundle import TunedLayer
+    from moe_tool.tuning.tune_weights import TuneReport
 
 
 _ModelOption = Annotated[
@@ -124,7 +125,7 @@ def tune_weights(
         located = locate_model(model, offline=offline, announce=output.say)
         require_sources(sources, offline=offline)
 
-        from moe_tool.tuning.tune_weights import TuneOptions
+        from moe_tool.tuning.tune_options import TuneOptions
         from moe_tool.tuning.tune_weights import tune_weights as tune
 
         report = tune(

@@ -2,7 +2,7 @@
 
 The matrix that selects is quantized as any other, by the quantizer that was asked for. A row or a
 column of a channel has scales of its own along its whole length, so columns are rounded to the
-nearest. Where the quantizer refits the last matrix of an expert, as gptq does, it is first fitted to
+nearest. Where the quantizer refits the last matrix, as gptq does, it is first fitted to
 what the rounded ones before it give.
 """
 

@@ -22,7 +22,7 @@ WholePrecision = NativePrecision | IntegerPrecision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
-    """What `pack` was asked for; zero points come with the quantizer and are not set here."""
+    """A request to pack; zero points come with the quantizer and are not set here."""
 
     out: Path
     """Folder of the bundle; until it is finished its name ends in `.part`"""

@@ -65,9 +65,7 @@ def staying_by_form(manifest: BundleManifest, rooms: tuple[LevelRoom, ...]) -> d
         *(table.precision for table in manifest.others),
     )
     return {
-        form.name: len(room.pinned)
-        for form, room in zip(forms, rooms, strict=True)
-        if room.pinned
+        form.name: len(room.pinned) for form, room in zip(forms, rooms, strict=True) if room.pinned
     }
 
 
