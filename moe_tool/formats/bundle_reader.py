@@ -115,8 +115,8 @@ class BundleReader:
 
     @property
     def matrix_bytes(self) -> int:
-        """Bytes that a forward reads of the skeleton: all but the embedding, of which it reads a row,
-        unless the head is the same table."""
+        """Bytes that a forward reads of the skeleton: all but the embedding, of which it reads a
+        row, unless the head is the same table."""
         sizes = {name: info.size_bytes for name, info in self._skeleton.items()}
         embeddings = sum(size for name, size in sizes.items() if "embed" in name)
         is_tied = not any("lm_head" in name for name in sizes)

@@ -26,8 +26,8 @@ from moe_tool.policies.eviction import EvictionChoice
 RUN_TRACE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
 _MAX_UNSCORED_EXPERTS = 2**16
-"""Limit on the experts of all layers, where no scores in the file show that they exist; twice those of the largest
-models"""
+"""Limit on the experts of all layers, where no scores in the file show that they exist; twice those
+of the largest models"""
 _DTYPES: dict[str, type[np.generic]] = {
     "layer": np.int32,
     "is_decode": np.bool_,

@@ -1,4 +1,4 @@
-"""Predict the memory that packing takes, before it begins: one expert at a time, or one layer where codes
+"""What packing takes of memory, before it begins: one expert at a time, or one layer where codes
 are fitted to what experts are given."""
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from moe_tool.errors import BudgetError
 from moe_tool.models.architecture import OpenedModel
 
 MOST_HIDDEN_BYTES = 128 * 2**20
-"""Size of the hidden states that are carried from layer to layer, and again of one layer's inputs"""
+"""Of the hidden states that are carried from layer to layer, and again of one layer's inputs"""
 _LEAST_TOKENS = 2048
 """Fewer say too little about an expert"""
 _BATCH_TOKENS = 2048
@@ -18,23 +18,23 @@ _FITTED_TOKENS = 8192
 _MARGIN_BYTES = 160 * 2**20
 """Allocator slack, libraries first touched, file pages under way to the disk"""
 _WORKING_COPIES = 6
-"""Copies of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what is left
+"""Of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what is left
 of it, and what two of these are made from"""
 _SQUARES = 7
 """[in, in] in float32: second moments, damped, ordered, their factor, inverse and its factor"""
 _NESTED_SQUARES = 3
-"""Squares that are kept of the whole codes while the base's are made"""
+"""What is kept of the whole codes while the base's are made"""
 _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackMemory:
-    """The memory of a pack."""
+    """What a pack keeps within."""
 
     needed_bytes: int
     """Expected peak of the process"""
     hidden_bytes: int
-    """Size of the hidden states that may be carried from layer to layer"""
+    """Of the hidden states that may be carried from layer to layer"""
 
 
 def plan_pack_memory(
