@@ -227,7 +227,7 @@ def _report(
         bytes_read_per_token=decode.bytes_read / decode.tokens if decode.tokens else 0.0,
         stall_seconds=decode.stall_seconds,
         substitutions=decode.substitutions,
-        lowered=decode.lowered,
+        lowered=decode.replica_answers,
         drops=decode.drops,
         prompt_hits=prompt.hits,
         prompt_misses=prompt.misses,

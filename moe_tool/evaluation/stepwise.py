@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.session import Session
 
@@ -92,23 +92,19 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
 
     def account(decision: Decision) -> None:
         wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
-        level = decision.answers.level
-        level = np.full(answer.shape, FULL) if level is None else level
-        # An expert that the bundle does not have is called E: it is no access, and no drop.
-        is_held = wanted < decision.resident.shape[1]
-        is_there = is_held & decision.resident[FULL][np.where(is_held, wanted, 0)]
-        is_answered = (answer >= 0) & is_held
-        answer = np.where(is_answered, answer, 0)
-        is_fetched = is_answered & ~decision.resident[level, answer]
+        form, is_answered = decision.answers.form, decision.answers.present
+        is_present = decision.routing.present
+        is_there = is_present & decision.resident[PRIMARY][wanted]
+        is_fetched = is_answered & ~decision.resident[form, answer]
         column = position - N_PROMPT_TOKENS
         ledger[0, :, column] += is_there.sum(axis=1)
-        ledger[1, :, column] += is_held.sum(axis=1)
-        ledger[2, :, column] += (is_fetched * sizes[decision.routing.layer][level, answer]).sum(
+        ledger[1, :, column] += is_present.sum(axis=1)
+        ledger[2, :, column] += (is_fetched * sizes[decision.routing.layer][form, answer]).sum(
             axis=1
         )
         ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
-        ledger[4, :, column] += (is_held & ~is_answered).sum(axis=1)
-        ledger[5, :, column] += (is_answered & (level != FULL)).sum(axis=1)
+        ledger[4, :, column] += (is_present & ~is_answered).sum(axis=1)
+        ledger[5, :, column] += (is_answered & (form != PRIMARY)).sum(axis=1)
         if decision.spent is not None:
             ledger[6, :, column] += session.runner.account.nats_per_price * decision.spent
         if session.runner.answered_exactly is not None:

@@ -19,7 +19,6 @@ import torch
 from transformers import MixtralConfig, PreTrainedModel
 
 from moe_tool.artifacts.hardware_profile import REST_S, Bits
-from moe_tool.experts.combine import run_experts
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.experts.linear import computes_natively, linear
 from moe_tool.hardware.experts import SiluGatedModule, use_threads
@@ -107,7 +106,7 @@ def measure_layers(
         return ((expert, next(turns)) for expert in wanted)
 
     def run(call: LayerCall) -> torch.Tensor:
-        return run_experts(call.module, call.hidden, call.index, call.weight, next_records)
+        return call.run_experts(next_records)
 
     slept: list[float] = []
 

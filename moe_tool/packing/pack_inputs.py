@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.bundle_manifest import BundleBuddies, LayerHeat, LayerPrices
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.router_trace import TracedTokens
@@ -15,7 +16,6 @@ from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.packing.prices import layer_prices
 from moe_tool.packing.record_order import order_experts
-from moe_tool.policies.hot_set import ExpertKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleBuddies
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
 from moe_tool.artifacts.precision import Precision, ReplicaPrecision
@@ -17,7 +18,6 @@ from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
 from moe_tool.packing.primary_forms import PrimaryForms, primary_forms
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.quantizers.registry import QUANTIZERS
 
 _Replicas = Mapping[ReplicaPrecision, frozenset[ExpertKey]]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
 from moe_tool.artifacts.precision import (
@@ -14,7 +15,6 @@ from moe_tool.artifacts.precision import (
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.channel_form import has_channels
 from moe_tool.packing.pack_options import PackOptions, WholePrecision
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.quantizers.registry import QUANTIZERS
 
 

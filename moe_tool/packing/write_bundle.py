@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
@@ -15,7 +16,6 @@ from moe_tool.models.architecture import OpenedModel
 from moe_tool.packing.plan_pack import PackJob
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's

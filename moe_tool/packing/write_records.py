@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import CorruptArtifactError
@@ -18,7 +19,6 @@ from moe_tool.packing.expert_coding import coded
 from moe_tool.packing.expert_records import MEASURED_TOKENS, ExpertRecords
 from moe_tool.packing.plan_pack import PackJob
 from moe_tool.packing.quantizers import data_free
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import Progress
 
 

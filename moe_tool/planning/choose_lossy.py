@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moe_tool.artifacts.pack_plan import Bits, PlannedForm
 from moe_tool.artifacts.precision import replica_precisions
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.errors import BudgetError
 from moe_tool.planning.lossy_ways import LossyWay, lossy_ways
 from moe_tool.planning.memory_account import account
@@ -94,10 +94,10 @@ def planned_forms(sources: PlanSources, lossy: LossyWay) -> tuple[PlannedForm, .
             record_bytes=size,
             resident=keys,
             # Full experts are read for prompts; replicas are packed only if they may be of use.
-            on_disk_alone=n_experts - len(keys) if level == FULL or reads_replicas else 0,
+            on_disk_alone=n_experts - len(keys) if level == PRIMARY or reads_replicas else 0,
         )
         for level, (name, size, keys) in enumerate(
-            zip(names, sizes, lossy.residents.by_level, strict=True)
+            zip(names, sizes, lossy.residents.by_form, strict=True)
         )
     )
 

@@ -66,7 +66,7 @@ def lossy_ways(sources: PlanSources, way: WayToRun, n_slots: int) -> list[LossyW
         if room <= 0:
             continue
         residents = cheapest_residents(book, sources.use, room_bytes=room, nats_per_mb=patience)
-        masks = resident_masks(shape.layers, residents.by_level, n_experts=shape.experts)
+        masks = resident_masks(shape.layers, residents.by_form, n_experts=shape.experts)
         choice = parse_miss_policy("priced").with_value("nats-per-mb", patience)
         replayed = replay_misses(
             sources.profile,

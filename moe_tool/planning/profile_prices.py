@@ -10,7 +10,7 @@ from moe_tool.formats.record_form import record_form
 from moe_tool.planning.model_costs import record_size
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.misses import LayerBook, PriceBook
-from moe_tool.policies.misses.price_book import STRUCTURED, felt_error, leaves_noise
+from moe_tool.policies.misses.price_book import STRUCTURED, effective_error, leaves_noise
 
 
 def replicas_below(bits: Bits) -> str:
@@ -34,6 +34,7 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
     shape = sources.profile.header.shape
     forms = [f for f in replica_precisions(replicas) if isinstance(f, IntegerPrecision)]
     nobody = np.zeros((shape.experts, 0))
+    sizes = [record_size(shape, bits), *(_replica_size(shape, form) for form in forms)]
     layers = {}
     for layer in shape.layers:
         each = sources.statistics[layer]
@@ -41,12 +42,12 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
         layers[layer] = LayerBook(
             nats=STRUCTURED * each.nats,
             eps=np.stack([whole, *(_felt(each, form) for form in forms)]),
+            record_bytes=np.repeat([sizes], shape.experts, axis=0).T,
             buddy=nobody.astype(np.int64),
             buddy_scale=nobody,
             buddy_eps=nobody,
         )
-    sizes = (_replica_size(shape, form) for form in forms)
-    return PriceBook(layers=layers, record_bytes=(record_size(shape, bits), *sizes))
+    return PriceBook(layers=layers)
 
 
 def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
@@ -70,7 +71,7 @@ def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
 
 def _felt(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
     eps = statistics.eps_bits[:, PRICED_WIDTHS.index(form.width_bits)]  # [E]
-    return felt_error(eps, is_noise=leaves_noise(form))
+    return effective_error(eps, is_noise=leaves_noise(form))
 
 
 def _replica_size(shape: MoeShape, form: IntegerPrecision) -> int:

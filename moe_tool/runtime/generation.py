@@ -417,9 +417,9 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         bytes_read_per_token=decode.bytes_read / decode.tokens if decode.tokens else 0.0,
         stall_seconds=decode.stall_seconds,
         substitutions=decode.substitutions,
-        lowered=decode.lowered,
+        lowered=decode.replica_answers,
         drops=decode.drops,
-        spared_bytes_per_token=decode.spared_bytes / decode.tokens if decode.tokens else 0.0,
+        spared_bytes_per_token=decode.skipped_fetch_bytes / decode.tokens if decode.tokens else 0.0,
         expected_kl=None if session.runner.policy.prices is None else account.nats_per_token,
         expected_kl_limit=account.limit,
         retreated_tokens=account.exact_tokens,
@@ -439,7 +439,7 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         prompt_bytes_read=prompt.bytes_read,
         prompt_stall_seconds=prompt.stall_seconds,
         prompt_substitutions=prompt.substitutions,
-        prompt_lowered=prompt.lowered,
+        prompt_lowered=prompt.replica_answers,
         prompt_drops=prompt.drops,
         prompt_expected_kl=account.prompt_spent / max(1, prompt.tokens)
         if session.runner.is_lossy_prompt and session.runner.policy.prices is not None

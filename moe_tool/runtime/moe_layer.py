@@ -7,7 +7,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing, answer_exactly
+from moe_tool.artifacts.expert_ids import FormIds
+from moe_tool.artifacts.routing import (
+    PRIMARY,
+    Answers,
+    Routing,
+    answer_exactly,
+    count_answers,
+)
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.attention_sums import AttentionSums
@@ -36,7 +43,7 @@ class Decision:
     routing: Routing
     answers: Answers
     resident: np.ndarray
-    """[L, E] bool: what the policy was told is in memory"""
+    """[F, E] bool: forms that the policy was told are in memory"""
     spent: np.ndarray | None
     """[T] float64: what the price list expects the answers to cost; None without one"""
 
@@ -73,8 +80,8 @@ class MoeLayerRunner:
     phase: Phase = "prompt"
     n_sequences: int = 1
     """B of the forward under way; its T tokens are B runs of T / B"""
-    absent: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    """Layer -> [E] bool: experts that the bundle left out; empty where it has all"""
+    stored: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Layer -> [E] bool: experts that the bundle has; empty where none was removed"""
     record_bytes: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Layer -> [E] int64: what a read of each expert takes"""
     on_decision: Callable[[Decision], None] | None = None
@@ -82,25 +89,27 @@ class MoeLayerRunner:
 
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
-        call = self.without_absent(call)
+        call, present = self._find_present(call)
         if self.is_shadow:
-            return self._run(call, call.index, call.weight, PhaseCounters())
+            return self._run(call, call.index, call.weight, present, PhaseCounters())
         is_plain = self.residency == "cache" and not self.policy.policy.lossy
         is_exact_prompt = self.phase == "prompt" and not self.is_lossy_prompt
         if is_exact_prompt or (is_plain and self.on_decision is None):
-            return self._run(call, call.index, call.weight, self.stats.phase(self.phase))
-        return self._decide_and_run(call)
+            return self._run(call, call.index, call.weight, present, self.stats.phase(self.phase))
+        return self._decide_and_run(call, present)
 
-    def without_absent(self, call: LayerCall) -> LayerCall:
-        """Return the call with no expert where the bundle has none."""
-        if not self.absent:
-            return call
-        is_absent = self.absent[call.layer]  # [E]
-        n_experts = len(is_absent)
-        named = call.index.clamp(max=n_experts - 1)
-        return replace(call, index=torch.where(is_absent[named], n_experts, call.index))
+    def _find_present(self, call: LayerCall) -> tuple[LayerCall, torch.Tensor | None]:
+        """Return the call with valid experts alone and weight 0 elsewhere, and which slots name an
+        expert that the bundle has, None: all of them."""
+        index, present = call.find_present()
+        if self.stored:
+            is_stored = self.stored[call.layer][index]  # [T, K]
+            present = is_stored if present is None else present & is_stored
+        if present is None:
+            return call, None
+        return replace(call, index=index, weight=torch.where(present, call.weight, 0)), present
 
-    def _decide_and_run(self, call: LayerCall) -> torch.Tensor:
+    def _decide_and_run(self, call: LayerCall, present: torch.Tensor | None) -> torch.Tensor:
         """Run a call by the policy's answers.
 
         A wanted expert is a hit if the policy was told that it is there: under frozen residency
@@ -111,49 +120,35 @@ class MoeLayerRunner:
             resident = self.store.pinned_mask(call.layer)
         else:
             resident = self.store.resident(call.layer)
-        routing = self._routing(call)
+        routing = self._routing(call, present)
         answers = self._answers(routing, resident)
         spent = self._spend(routing, answers)
         if self.on_decision is not None:
             self.on_decision(
                 Decision(routing=routing, answers=answers, resident=resident, spent=spent)
             )
+        counted = count_answers(routing, answers)
         index, weight = call.index, call.weight
-        if answers.substituted or answers.dropped or answers.lowered:
-            index = torch.from_numpy(_numbers(answers, n_experts=resident.shape[1]))
-            weight = torch.from_numpy(answers.weight)
-        moved = PhaseCounters()
-        output = self._run(call, index, weight, moved)
-        wanted = np.unique(routing.index)
-        hits = int(resident[FULL, wanted[wanted < resident.shape[1]]].sum())
-        counters = self.stats.phase(self.phase)
-        counters.hits += hits
-        counters.misses += len(wanted) - hits
-        counters.bytes_read += moved.bytes_read
-        counters.whole_bytes += moved.whole_bytes
-        counters.channels += moved.channels
-        counters.channels_used += moved.channels_used
-        counters.prefetches += moved.prefetches
-        counters.prefetch_hits += moved.prefetch_hits
-        counters.prefetched_bytes += moved.prefetched_bytes
-        counters.stall_seconds += moved.stall_seconds
-        counters.substitutions += answers.substituted
-        counters.lowered += answers.lowered
-        counters.drops += answers.dropped
-        counters.spared_bytes += self._spared_bytes(routing, answers, resident)
+        if counted.substitutions or counted.replica_answers or counted.drops:
+            numbers = FormIds(resident.shape[1]).numbers(answers.form, answers.expert)
+            index, weight = torch.from_numpy(numbers), torch.from_numpy(answers.weight)
+            present = torch.from_numpy(answers.present)
+        output = self._run(call, index, weight, present, counted)
+        wanted = np.unique(routing.index[routing.present])
+        counted.hits = int(resident[PRIMARY, wanted].sum())
+        counted.misses = len(wanted) - counted.hits
+        counted.skipped_fetch_bytes = self._skipped_fetch_bytes(routing, answers, resident)
+        self.stats.count(self.phase, counted)
         return output
 
-    def _spared_bytes(self, routing: Routing, answers: Answers, resident: np.ndarray) -> int:
-        """Of experts that are wanted and not in memory, and that nobody reads: left out."""
-        if not answers.dropped:
-            return 0
+    def _skipped_fetch_bytes(self, routing: Routing, answers: Answers, resident: np.ndarray) -> int:
+        """Return the bytes of non-resident experts that were not fetched because they were
+        dropped."""
         sizes = self.record_bytes[routing.layer]
-        left_out = routing.index[(answers.expert < 0) & (routing.index < len(sizes))]
-        is_spared = np.zeros(len(sizes), dtype=bool)
-        is_spared[left_out] = True
-        is_answered = (answers.expert >= 0) & (answers.expert < len(sizes))
-        is_spared[answers.expert[is_answered]] = False
-        return int(sizes[is_spared & ~resident[FULL]].sum())
+        is_skipped = np.zeros(len(sizes), dtype=bool)
+        is_skipped[routing.index[routing.present & ~answers.present]] = True
+        is_skipped[answers.expert[answers.present]] = False
+        return int(sizes[is_skipped & ~resident[PRIMARY]].sum())
 
     def _answers(self, routing: Routing, resident: np.ndarray) -> Answers:
         answers = self.policy.policy.decide(routing, resident)
@@ -174,7 +169,12 @@ class MoeLayerRunner:
         return spent
 
     def _run(
-        self, call: LayerCall, index: torch.Tensor, weight: torch.Tensor, counters: PhaseCounters
+        self,
+        call: LayerCall,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        present: torch.Tensor | None,
+        counters: PhaseCounters,
     ) -> torch.Tensor:
         def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
             scores = self._scores(call)
@@ -197,9 +197,7 @@ class MoeLayerRunner:
                 )
             return supplied
 
-        return run_experts(
-            call.module, call.hidden, index, weight, supply, n_experts=self.store.n_numbers
-        )
+        return run_experts(call.module, call.hidden, index, weight, supply, present=present)
 
     def _acquire(
         self,
@@ -236,7 +234,7 @@ class MoeLayerRunner:
         found: np.ndarray = worth.numpy()
         return found
 
-    def _routing(self, call: LayerCall) -> Routing:
+    def _routing(self, call: LayerCall, present: torch.Tensor | None) -> Routing:
         n_tokens = call.index.shape[0]
         score = logits = None
         policy = self.policy.policy
@@ -249,6 +247,7 @@ class MoeLayerRunner:
         return Routing(
             layer=call.layer,
             index=call.index.numpy(),
+            present=np.ones(call.index.shape, dtype=bool) if present is None else present.numpy(),
             weight=call.weight.to(torch.float32).numpy(),
             score=score,
             logits=logits,
@@ -256,15 +255,6 @@ class MoeLayerRunner:
             importance=self._importance(call),
             worth=self._worth(call),
         )
-
-
-def _numbers(answers: Answers, *, n_experts: int) -> np.ndarray:
-    """Number experts as `ExpertLevels` does, [T, K']; -1 stays where a slot is empty."""
-    if answers.level is None:
-        return answers.expert
-    numbered = answers.level * n_experts + answers.expert
-    result: np.ndarray = np.where(answers.expert < 0, -1, numbered)
-    return result
 
 
 def _narrow(scores: torch.Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The stores of a session: who is in memory in which form, and slots for the others."""
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
@@ -50,8 +50,8 @@ def _require_cheaper_form(rooms: tuple[LevelRoom, ...], policy: ChosenPolicy) ->
     """Refuse a budget that leaves a policy nothing of the form that it names."""
     if not rooms[int(policy.choice.values["level"])].n_slots:
         raise BudgetError(
-            f"--policy {policy.name}: {rooms[FULL].n_slots} expert slots leave no room for cheaper "
-            "forms beside what a token needs",
+            f"--policy {policy.name}: {rooms[PRIMARY].n_slots} expert slots leave no room for "
+            "cheaper forms beside what a token needs",
             hint="more --memory, e.g. 20%, or --policy exact",
         )
 
@@ -103,7 +103,7 @@ def open_levels(
                 eviction=eviction.make if level in own else Lru,
                 per_layer=eviction.per_layer and level in own,
                 n_readers=_N_READERS,
-                base=stores[bases[0]] if bases and level == FULL else None,
+                base=stores[bases[0]] if bases and level == PRIMARY else None,
             )
     shape = bundle.manifest.shape
     if len(own) == 1:

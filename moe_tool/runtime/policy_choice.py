@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
@@ -23,9 +22,6 @@ from moe_tool.policies.misses import (
 )
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
 from moe_tool.runtime.price_list import price_book
-
-_WITH_ABSENT = ("exact", "priced", "prune")
-"""Policies of a bundle that leaves experts out: the others look for every expert that is wanted"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +66,6 @@ def choose_policy(
         UsageError: the bundle lacks what the policy needs.
         NotFoundError, UnsupportedModelError: as `MissChoice.make`.
     """
-    if manifest.absent and choice.kind not in _WITH_ABSENT:
-        raise UsageError(
-            f"--policy {choice.kind}: the bundle leaves {len(manifest.absent)} experts out, and "
-            f"its policy may be {', '.join(_WITH_ABSENT)}",
-            hint="--policy priced",
-        )
     rules = _rules(layers, config)
     known = manifest_inputs(manifest)
     inputs = replace(
@@ -104,7 +94,7 @@ def manifest_inputs(manifest: BundleManifest) -> PolicyInputs:
         ratios={entry.layer: np.array(entry.ratio) for entry in entries},
         pruning=manifest.pruning,
         top_k=manifest.shape.top_k,
-        levels=tuple(
+        forms=tuple(
             each.name
             for each in (manifest.precision, *(table.precision for table in manifest.replicas))
         ),
@@ -136,8 +126,9 @@ def _rules(
 
 
 def _reweigh(rule: RouterRule) -> Reweigh:
-    def reweigh(logits: np.ndarray, index: np.ndarray) -> Any:
+    def reweigh(logits: np.ndarray, index: np.ndarray, present: np.ndarray) -> Any:
         wide = torch.from_numpy(logits).to(torch.float32)  # [T, E]
-        return weights_of_sets(rule, wide, torch.from_numpy(index)).to(torch.float32).numpy()
+        weights = weights_of_sets(rule, wide, torch.from_numpy(index), torch.from_numpy(present))
+        return weights.to(torch.float32).numpy()
 
     return reweigh

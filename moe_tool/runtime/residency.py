@@ -5,9 +5,10 @@ import math
 from dataclasses import dataclass
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
-from moe_tool.policies.hot_set import ExpertKey, hottest_first, n_pinned
+from moe_tool.policies.hot_set import hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
 from moe_tool.runtime.expert_room import ExpertRoom
 from moe_tool.runtime.price_list import expert_use
@@ -138,7 +139,7 @@ def _cheapest(
     if room <= 0:
         return None
     chosen = cheapest_residents(book, use, room_bytes=room, nats_per_mb=nats_per_mb)
-    full, *cheaper = chosen.by_level
+    full, *cheaper = chosen.by_form
     n_read = 0 if math.isinf(nats_per_mb) else 1
     return (
         LevelRoom(n_slots=len(full) + free, pinned=full),
@@ -167,7 +168,7 @@ def _two_precisions(
     high = choose_resident_experts(manifest, n_high)
     following = [key for key in _ranked(manifest) if key not in set(high)]
     low = tuple(following[: max(0, n_low - free)])
-    rooms[FULL] = LevelRoom(n_slots=n_high, pinned=high)
+    rooms[PRIMARY] = LevelRoom(n_slots=n_high, pinned=high)
     rooms[level] = LevelRoom(n_slots=n_low, pinned=low)
     return tuple(rooms)
 

@@ -271,7 +271,7 @@ def _runner(plan: RunPlan, bundle: BundleReader, skeleton: Skeleton) -> MoeLayer
         foresight=_foresight(skeleton, plan),
         recorder=CallRecorder(shape=shape) if plan.options.record_trace else None,
         is_lossy_prompt=plan.options.lossy_prompt and is_lossy,
-        absent=_absent(manifest),
+        stored=_stored(manifest),
         record_bytes={layer: np.array(bundle.own_record_bytes(layer)) for layer in shape.layers},
         attention=AttentionSums(skeleton.model, shape.layers)
         if plan.workload.keeps_scores
@@ -279,13 +279,13 @@ def _runner(plan: RunPlan, bundle: BundleReader, skeleton: Skeleton) -> MoeLayer
     )
 
 
-def _absent(manifest: BundleManifest) -> dict[int, torch.Tensor]:
+def _stored(manifest: BundleManifest) -> dict[int, torch.Tensor]:
     if not manifest.absent:
         return {}
     shape = manifest.shape
-    found = {layer: torch.zeros(shape.experts, dtype=torch.bool) for layer in shape.layers}
+    found = {layer: torch.ones(shape.experts, dtype=torch.bool) for layer in shape.layers}
     for layer, expert in manifest.absent:
-        found[layer][expert] = True
+        found[layer][expert] = False
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.formats.bundle_reader import BundleReader, GoOn
 from moe_tool.formats.channel_record import decode_chooser
@@ -49,8 +49,8 @@ class ChannelStore:
         assert level is not None, "the bundle's experts are not in channels"
         records = bundle.levels[level].records
         self._bundle = bundle
-        self._record_bytes = bundle.levels[FULL].record_size_bytes
-        self._form = bundle.levels[FULL].form
+        self._record_bytes = bundle.levels[PRIMARY].record_size_bytes
+        self._form = bundle.levels[PRIMARY].form
         self._n_channels = self._form.layout.segments[0].shape[0]
         self._chooser_form = bundle.levels[level].form
         self._choosers = ExpertStore(

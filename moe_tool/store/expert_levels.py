@@ -5,7 +5,7 @@ from itertools import chain
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
@@ -31,10 +31,10 @@ class ExpertLevels:
         """Take the stores over.
 
         Args:
-            stores: by level, FULL first; None: nothing of that form is in memory or will be.
+            stores: by level, PRIMARY first; None: nothing of that form is in memory or will be.
             n_experts: E.
         """
-        full = stores[FULL]
+        full = stores[PRIMARY]
         assert full is not None
         self.full: ExpertStore | MixedStore | ChannelStore = full
         self._stores = tuple(stores)
@@ -85,13 +85,13 @@ class ExpertLevels:
         for number in numbers:
             level, expert = divmod(number, self._n_experts)
             by_level.setdefault(level, []).append(expert)
-        if by_level.keys() <= {FULL}:
+        if by_level.keys() <= {PRIMARY}:
             return self.full.acquire(layer, numbers, counters, scores=scores)
         supplies = []
         for level in sorted(by_level):
             store = self._stores[level]
             assert store is not None, "a policy named a form that is not held"
-            given = scores if level == FULL else None
+            given = scores if level == PRIMARY else None
             supply = store.acquire(layer, by_level[level], counters, scores=given)
             supplies.append(_numbered(supply, level * self._n_experts))
         return chain.from_iterable(reversed(supplies))

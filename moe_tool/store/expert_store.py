@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_reader import BundleReader
@@ -54,7 +54,7 @@ class ExpertStore:
         self,
         bundle: BundleReader,
         *,
-        level: int = FULL,
+        level: int = PRIMARY,
         n_slots: int,
         pinned: Sequence[ExpertKey] = (),
         eviction: MakeEviction,
@@ -84,7 +84,7 @@ class ExpertStore:
         held = bundle.levels[level]
         n_all = len(held.records)
         pinned_keys = frozenset(pinned)
-        n_read = 1 if level == FULL else 0  # of replicas none need ever be read
+        n_read = 1 if level == PRIMARY else 0  # of replicas none need ever be read
         if n_slots < min(len(pinned_keys) + n_read, n_all) or n_slots < 1:
             raise BudgetError(
                 f"{n_slots} expert slots cannot hold {len(pinned_keys)} pinned ones and one more",

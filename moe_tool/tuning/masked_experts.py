@@ -31,7 +31,6 @@ class MaskedExperts:
 
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
-        call = self.session.runner.without_absent(call)
         if self.watch is not None:
             self.watch(call)
 
@@ -39,14 +38,16 @@ class MaskedExperts:
             return self.session.runner.store.acquire(call.layer, wanted, PhaseCounters())
 
         if self.mask is None:
-            return run_experts(call.module, call.hidden, call.index, call.weight, supply)
+            return call.run_experts(supply)
         ranked = self.mask(call)
         mask = ranked.gather(1, slot_order(call.weight).argsort(dim=1))  # [T, K], slot by slot
         weight = call.weight * mask
         if not mask.requires_grad:  # what is left out is not computed, as in a run
-            index = torch.where(mask > 0, call.index, -1)
-            return run_experts(call.module, call.hidden, index, weight, supply)
-        return weighed_experts(call.module, call.hidden, call.index, weight, supply)
+            return run_experts(
+                call.module, call.hidden, call.index, weight, supply, present=mask > 0
+            )
+        index, present = call.find_present()
+        return weighed_experts(call.module, call.hidden, index, weight, supply, present=present)
 
     def logits(self, ids: torch.Tensor, *, mask: ChooseMask | None = None) -> torch.Tensor:
         """Return the model's predictions in one wide forward, [B, S, V].

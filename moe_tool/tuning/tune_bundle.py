@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.packing.expert_records import relative_error
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import Progress
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight
 from moe_tool.text.sequences import TokenSequences

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import TunedWeights
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.identity import require_same_model
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import CorruptArtifactError, DataSourceError, UsageError
@@ -19,7 +20,6 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource

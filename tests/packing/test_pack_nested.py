@@ -159,7 +159,7 @@ def test_text_is_that_of_two_copies(
         with open_session(folder, run_options(memory=memory, policy=policy, context=64)) as session:
             options = GenerateOptions(max_tokens=12, ignore_eos=True)
             result = generate_ids(session, [[256, 84, 104]], options)
-            return list(result.token_ids[0]), session.runner.stats.decode.lowered
+            return list(result.token_ids[0]), session.runner.stats.decode.replica_answers
 
     resident, _ = text(bundle, "exact", "100%")
     found, n_lowered = text(bundle, policy, "40%")

@@ -58,7 +58,7 @@ def _prompt_logits(session: Session) -> torch.Tensor:
 
 def _n_changed(session: Session) -> int:
     counters = session.runner.stats.prompt
-    return counters.substitutions + counters.lowered + counters.drops
+    return counters.substitutions + counters.replica_answers + counters.drops
 
 
 @pytest.mark.parametrize("policy", POLICIES)

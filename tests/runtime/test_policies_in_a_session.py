@@ -113,10 +113,11 @@ def test_the_same_run_twice_gives_the_same_tokens(policy: str, bundle: Path) -> 
             made.append(generate_ids(session, [PROMPT], GREEDY).token_ids)  # a warm cache
             stats = session.runner.stats
             counters = stats.decode
-            assert counters.substitutions + counters.drops + counters.lowered > 0
-            assert stats.prompt.substitutions + stats.prompt.drops + stats.prompt.lowered == 0
+            assert counters.substitutions + counters.drops + counters.replica_answers > 0
+            prompt = stats.prompt
+            assert prompt.substitutions + prompt.drops + prompt.replica_answers == 0
             assert stats.decode.misses > 0
-            answered = (counters.substitutions, counters.drops, counters.lowered)
+            answered = (counters.substitutions, counters.drops, counters.replica_answers)
             accounts.append((answered, counters.hits, round(session.runner.account.spent, 6)))
     assert accounts[0] == accounts[1]
     assert made[0] == made[1] == made[2] == made[3]
@@ -158,11 +159,11 @@ def test_at_zero_strength_it_is_inert_and_at_strength_it_fires(
         assert torch.equal(_logits(session), exact)
         stats = session.runner.stats.decode
         assert stats.misses > 0
-        assert stats.substitutions == stats.drops == stats.lowered == 0
+        assert stats.substitutions == stats.drops == stats.replica_answers == 0
     with _open(bundles[arch], FIRES[policy], "50%", gates=False) as session:
         assert not torch.equal(_logits(session), exact)
         stats = session.runner.stats.decode
-        assert stats.substitutions + stats.drops + stats.lowered > 0
+        assert stats.substitutions + stats.drops + stats.replica_answers > 0
 
 
 def test_sequences_of_a_batch_are_answered_as_if_alone(bundle: Path) -> None:

@@ -52,13 +52,13 @@ def _book_and_manifest(n_layers: int, n_experts: int, top_k: int, sizes: tuple[i
                 eps=np.stack(
                     [np.full(n_experts, 0.0 if at == 0 else 0.1 * at) for at in range(len(sizes))]
                 ),
+                record_bytes=np.repeat([sizes], n_experts, axis=0).T,
                 buddy=none.astype(np.int64),
                 buddy_scale=none,
                 buddy_eps=none,
             )
             for layer in layers
         },
-        record_bytes=sizes,
     )
     use = [rng.dirichlet(np.ones(n_experts)) for _ in layers]
     manifest = SimpleNamespace(

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 
 from moe_tool.policies.eviction import (
+    class_lru,
     expertflow,
     fifo,
     hobbit,
     layer_lru,
     lfu,
+    lfu_ghost,
     lru,
     pinned_lru,
     s3_fifo,
@@ -29,6 +31,8 @@ EVICTION: Mapping[str, EvictionSpec] = {
         smoe.SPEC,
         expertflow.SPEC,
         layer_lru.SPEC,
+        class_lru.SPEC,
+        lfu_ghost.SPEC,
     )
 }
 """Specs by the name that `--eviction` takes"""

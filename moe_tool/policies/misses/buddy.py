@@ -7,10 +7,10 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import LayerBuddies
-from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.artifacts.routing import Answers, Routing, keep
 from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
 from moe_tool.policies.misses.needs import BUDDIES, GATES
-from moe_tool.policies.misses.protocol import PolicyInputs, keep
+from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 from moe_tool.policies.parameters import Parameter

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing
-from moe_tool.policies.misses.protocol import PolicyInputs, keep
+from moe_tool.artifacts.routing import Answers, Routing, keep
+from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.spec import PolicySpec, Values
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Routing
+from moe_tool.artifacts.routing import PRIMARY, Routing
 from moe_tool.policies.entropy import token_activating_entropy
 from moe_tool.policies.parameters import Parameter
 
@@ -89,12 +89,12 @@ def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlot
     Args:
         gates: the thresholds.
         routing: one layer call.
-        resident: [L, E] bool.
+        resident: [F, E] bool.
     """
-    if resident[FULL].all():
+    if resident[PRIMARY].all():
         return None
     top_k = routing.index.shape[1]
-    missing = ~resident[FULL][routing.index]  # [T, K]
+    missing = routing.present & ~resident[PRIMARY][routing.index]  # [T, K]
     limit = top_k
     if gates.enabled:
         rho = gates.max_substitutions
@@ -102,7 +102,7 @@ def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlot
         entropy = token_activating_entropy(routing.weight)  # [T]
         willing = entropy > gates.entropy_threshold[routing.layer]
         willing &= _margin(routing.weight) <= gates.max_margin
-        willing &= _missing_share(missing, routing.sequence) < gates.bypass_share
+        willing &= _missing_share(missing, routing) < gates.bypass_share
         missing = missing & willing[:, None]
     if limit <= 0 or not missing.any():
         return None
@@ -122,10 +122,10 @@ def _margin(weight: np.ndarray) -> np.ndarray:
     return margin
 
 
-def _missing_share(missing: np.ndarray, sequence: np.ndarray) -> np.ndarray:
-    """Return for each token the share of its sequence's slots that are missing, [T]."""
-    _, member = np.unique(sequence, return_inverse=True)
+def _missing_share(missing: np.ndarray, routing: Routing) -> np.ndarray:
+    """Return for each token the share of its sequence's present slots that are missing, [T]."""
+    _, member = np.unique(routing.sequence, return_inverse=True)
     n_missing = np.bincount(member, weights=missing.sum(axis=1))
-    n_slots = np.bincount(member) * missing.shape[1]
-    share: np.ndarray = n_missing / n_slots  # by sequence
+    n_slots = np.bincount(member, weights=routing.present.sum(axis=1))
+    share: np.ndarray = n_missing / np.maximum(n_slots, 1)  # by sequence
     return share[member]

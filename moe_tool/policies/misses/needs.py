@@ -60,7 +60,7 @@ WEIGHT_RULE = Need(
 )
 REPLICAS = Need(
     name="replicas",
-    is_met=lambda inputs: len(inputs.levels) > 1,
+    is_met=lambda inputs: len(inputs.forms) > 1,
     complaint="this bundle has no replicas",
     hint="pack it again with --replicas 2",
 )

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, leave_out
+from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import PROMPT_IMPORTANCE, RATIO_QUANTILES
-from moe_tool.policies.misses.protocol import PolicyInputs, keep
+from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.quantiles import read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import ShareStrength

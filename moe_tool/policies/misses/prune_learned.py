@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, leave_out
+from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.policies.misses.needs import MASK_ROUTER, SEVERAL_EXPERTS
-from moe_tool.policies.misses.protocol import PolicyInputs, keep
+from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.prune import largest_rate, share_of_light
 from moe_tool.policies.misses.quantiles import read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values

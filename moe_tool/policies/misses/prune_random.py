@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, leave_out
+from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.policies.misses.needs import SEVERAL_EXPERTS
-from moe_tool.policies.misses.protocol import PolicyInputs, keep
+from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.prune import share_of_light
 from moe_tool.policies.misses.random_draw import draw_uniform
 from moe_tool.policies.misses.spec import PolicySpec, Values

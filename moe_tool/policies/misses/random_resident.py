@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing
+from moe_tool.artifacts.routing import Answers, Routing, keep
 from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
 from moe_tool.policies.misses.needs import GATES
-from moe_tool.policies.misses.protocol import PolicyInputs, keep
+from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.random_draw import hash_routing, mix
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
