@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from moe_tool.artifacts.precision import bits_of
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.benchmarking.bench_plan import (
     BenchOptions,
@@ -309,6 +308,6 @@ def _describe(bundle: BundleReader) -> dict[str, Any]:
         "size_bytes": sum(file.size_bytes for file in manifest.files),
         "params": len(manifest.own_records) * manifest.shape.n_expert_weights
         + bundle.n_skeleton_weights,
-        "bits": "mixed" if manifest.others else bits_of(manifest.precision),
-        "skeleton_bits": bits_of(manifest.skeleton_precision),
+        "bits": "mixed" if manifest.others else manifest.precision.name,
+        "skeleton_bits": manifest.skeleton_precision.name,
     }

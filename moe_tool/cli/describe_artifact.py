@@ -8,14 +8,15 @@ from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import bits_of, describe_precision
+from moe_tool.artifacts.precision import describe_precision
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moe_tool.artifacts.bundle_manifest import BundleManifest, QualityFigure
+    from moe_tool.artifacts.bundle_manifest import BundleManifest
+    from moe_tool.artifacts.quality_figure import QualityFigure
     from moe_tool.artifacts.routing_report import RoutingReport
     from moe_tool.profiling.coverage import LayerCoverage
 
@@ -243,8 +244,8 @@ def _describe_run_trace(path: Path) -> Description:
         _model_facts(header.identity)
         | _shape_facts(header.shape)
         | {
-            "bits": bits_of(header.precision),
-            "skeleton_bits": bits_of(header.skeleton_precision),
+            "bits": header.precision.name,
+            "skeleton_bits": header.skeleton_precision.name,
             "threads": header.threads,
             "expert_slots": header.n_slots,
             "pinned": len(header.pinned),
@@ -294,14 +295,14 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
         | _shape_facts(manifest.shape)
         | {
             "bits": _own_bits(manifest),
-            "skeleton_bits": bits_of(manifest.skeleton_precision),
+            "skeleton_bits": manifest.skeleton_precision.name,
             "bytes": sum(file.size_bytes for file in manifest.files),
             "record_bytes": manifest.record_size_bytes,
             "expert_bytes": manifest.own_bytes,
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
-            "replicas": ", ".join(describe_precision(each.precision) for each in manifest.replicas)
+            "replicas": ", ".join(each.precision.name for each in manifest.replicas)
             or "none",
             "tool_version": manifest.tool_version,
         }

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_tool.artifacts.bundle_manifest import Calibration, QualityFigure
+from moe_tool.artifacts.bundle_manifest import Calibration
+from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, EvaluationReport, evaluate
 from moe_tool.evaluation.figures import Figures

@@ -7,7 +7,7 @@ there names records only once their bytes are on the disk; a resume checks them 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -25,18 +25,9 @@ from moe_tool.artifacts.bundle_manifest import (
     SkeletonTensor,
     TunedWeights,
 )
-from moe_tool.artifacts.identity import ModelIdentity
-from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.bundle_sections import Section
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.artifacts.precision import (
-    ChannelPrecision,
-    ExpertPrecision,
-    IntegerPrecision,
-    NativePrecision,
-    Precision,
-    ReplicaPrecision,
-)
-from moe_tool.artifacts.routing import PRIMARY
+from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
@@ -46,6 +37,7 @@ from moe_tool.formats.bundle_files import (
     PART_SUFFIX,
     ExpertFile,
     SkeletonEntry,
+    file_stem,
     partial_folder,
     plan_expert_files,
     record_places,
@@ -53,23 +45,17 @@ from moe_tool.formats.bundle_files import (
     split_skeleton,
 )
 from moe_tool.formats.bundle_journal import (
-    BundleOrder,
     WrittenRecord,
     append_to_journal,
     read_journal,
     write_journal,
 )
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.formats.bundle_tables import record_tables
-from moe_tool.formats.expert_form import (
-    AnyForm,
-    chooser_form,
-    full_form,
-    own_form,
-    replica_form,
-)
+from moe_tool.formats.bundle_spec import BundleSpec
+from moe_tool.formats.bundle_tables import form_tables
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.formats.record_file_writer import RecordFileWriter
+from moe_tool.formats.record_form import record_form
 
 _SYNC_BYTES = 256 * 2**20
 
@@ -77,56 +63,35 @@ _SYNC_BYTES = 256 * 2**20
 class BundleWriter:
     """One bundle while it is being written."""
 
-    def __init__(
-        self,
-        out: Path,
-        *,
-        identity: ModelIdentity,
-        shape: MoeShape,
-        precision: ExpertPrecision,
-        order: Sequence[tuple[int, int]],
-        replicas: Sequence[ReplicaPrecision] = (),
-        replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
-        others: Sequence[tuple[Precision, Collection[tuple[int, int]]]] = (),
-        absent: Collection[tuple[int, int]] = (),
-        made_from: dict[str, str],
-    ) -> None:
+    def __init__(self, out: Path, spec: BundleSpec) -> None:
         """Use `open`."""
         self._out = out
         self._folder = partial_folder(out)
-        self._asked = BundleOrder(identity, precision, made_from)
-        self._shape = shape
-        self.precision = precision
-        base = precision.base if isinstance(precision, IntegerPrecision) else None
-        if base is not None:  # the first replica, whose records are written with the experts'
-            replicas = (base, *replicas)
-            everybody_else = [order] * (len(replicas) - 1) if replicas_of is None else replicas_of
-            replicas_of = ((), *everybody_else)
-        self._base_bytes = 0 if base is None else replica_form(shape, base).layout.size_bytes
-        self.forms: tuple[AnyForm, ...] = (
-            own_form(shape, precision),
-            *(replica_form(shape, each) for each in replicas),
-            *(full_form(shape, each, is_other=True) for each, _ in others),
-        )
-        has_choosers = isinstance(precision, ChannelPrecision)
-        if isinstance(precision, ChannelPrecision):
-            self.forms += (chooser_form(shape, precision),)
-        """By level"""
-        self._replicas = tuple(replicas)
-        self._others = tuple(precision for precision, _ in others)
-        self._absent = tuple(key for key in order if key in set(absent))
-        everybody = [order] * len(self._replicas)
-        elsewhere = {key for _, keys in others for key in keys} | set(self._absent)
-        most = [key for key in order if key not in elsewhere]
-        cheaper = everybody if replicas_of is None else replicas_of
-        wanted = [set(keys) for keys in (most, *cheaper, *(keys for _, keys in others))]
-        wanted += [set(order)] * has_choosers
+        self.spec = spec
+        self.forms = tuple(record_form(spec.shape, f.precision, f.role) for f in spec.forms)
+        """Of the records of each table, in the manifest's order"""
+        by_precision = {
+            (f.role, f.precision): form.layout
+            for f, form in zip(spec.forms, self.forms, strict=True)
+        }
+        self._base_bytes = [
+            by_precision["base", f.precision.base].size_bytes if f.precision.base else 0
+            for f in spec.forms
+        ]
+        """By table: what of a nested record its first bits take"""
+        n_primaries = sum(form.role == "primary" for form in spec.forms)
+        # First bits have no records of their own.
+        wanted = [frozenset() if f.role == "base" else f.experts for f in spec.forms]
         self._order = [
-            (level, *key) for key in order for level, keys in enumerate(wanted) if key in keys
+            (at, *key) for key in spec.order for at, keys in enumerate(wanted) if key in keys
         ]
         self._plan: list[list[ExpertFile]] = [
-            plan_expert_files([key for key in order if key in keys], form.layout, stem=form.stem)
-            for form, keys in zip(self.forms, wanted, strict=True)
+            plan_expert_files(
+                [key for key in spec.order if key in keys],
+                form.layout,
+                stem=file_stem(plan.role, plan.precision, is_alone=n_primaries == 1),
+            )
+            for plan, form, keys in zip(spec.forms, self.forms, wanted, strict=True)
         ]
         self._places = record_places(self._order, self._plan)
         self._records: list[WrittenRecord] = []
@@ -141,34 +106,12 @@ class BundleWriter:
         self.finished = False
 
     @classmethod
-    def open(
-        cls,
-        out: Path,
-        *,
-        identity: ModelIdentity,
-        shape: MoeShape,
-        precision: ExpertPrecision,
-        order: Sequence[tuple[int, int]],
-        replicas: Sequence[ReplicaPrecision] = (),
-        replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
-        others: Sequence[tuple[Precision, Collection[tuple[int, int]]]] = (),
-        absent: Collection[tuple[int, int]] = (),
-        made_from: dict[str, str],
-    ) -> "BundleWriter":
+    def open(cls, out: Path, spec: BundleSpec) -> "BundleWriter":
         """Begin a bundle, go on with an interrupted one, or find it finished.
 
         Args:
             out: the bundle's folder.
-            identity: of the model.
-            shape: of the model.
-            precision: of the records.
-            order: every (layer, expert) in file order.
-            replicas: how the cheaper forms of experts are written, the dearest first.
-            replicas_of: for each of these the (layer, expert) pairs that get it, at least one;
-                None: all get all.
-            others: experts that have another precision than `precision`; the most bits first.
-            absent: experts that are left out for good.
-            made_from: options and input hashes; a bundle or part of one with others is refused.
+            spec: of the bundle.
 
         Raises:
             UsageError: `out` holds something else, or was made with other options.
@@ -176,18 +119,7 @@ class BundleWriter:
             CorruptArtifactError: what is there is damaged.
             StorageError: the disk refuses.
         """
-        writer = cls(
-            out,
-            identity=identity,
-            shape=shape,
-            precision=precision,
-            order=order,
-            replicas=replicas,
-            replicas_of=replicas_of,
-            others=others,
-            absent=absent,
-            made_from=made_from,
-        )
+        writer = cls(out, spec)
         with storage_errors(writer._folder):
             if out.exists() or out.is_symlink():
                 writer._require_same_finished()
@@ -203,13 +135,13 @@ class BundleWriter:
 
     @property
     def to_write(self) -> Sequence[tuple[int, int, int]]:
-        """(level, layer, expert) of the records that are still to be written, in order: all forms
+        """(form, layer, expert) of the records that are still to be written, in order: all forms
         of an expert, then the next expert."""
         return self._order[self.n_written :]
 
     def write_record(
         self,
-        level: int,
+        form: int,
         layer: int,
         expert: int,
         record: torch.Tensor,
@@ -220,19 +152,20 @@ class BundleWriter:
         """Append the next record of the order.
 
         Args:
-            level: of its form.
+            form: position of its table.
             layer: decoder layer.
             expert: of the layer.
             record: uint8 [form's layout.size_bytes].
-            eps: its measured error, see ReplicaLayer; None: not measured.
+            eps: its measured error, see FormRecord; None: not measured.
             base_eps: that of its first bits, where it is nested.
 
         Raises:
             DiskFullError, StorageError: the disk refuses; what was written stays for a resume.
         """
-        assert self._order[self.n_written] == (level, layer, expert)
+        assert self._order[self.n_written] == (form, layer, expert)
         file, position = self._places[self.n_written]
         data = memoryview(record.numpy().data).cast("B")
+        base = data[: self._base_bytes[form]]
         with storage_errors(self._folder / file.name):
             if position == 0:
                 self._open(file, anew=True)
@@ -245,9 +178,7 @@ class BundleWriter:
                     offset=file.offset(position),
                     xxh3=xxhash.xxh3_64_hexdigest(data),
                     eps=eps,
-                    base_xxh3=xxhash.xxh3_64_hexdigest(data[: self._base_bytes])
-                    if level == PRIMARY and self._base_bytes
-                    else None,
+                    base_xxh3=xxhash.xxh3_64_hexdigest(base) if base else None,
                     base_eps=base_eps,
                 )
             )
@@ -258,14 +189,14 @@ class BundleWriter:
             elif self._unsynced_bytes >= _SYNC_BYTES:
                 self._sync()
 
-    def read_back(self, level: int, layer: int, expert: int) -> torch.Tensor:
+    def read_back(self, form: int, layer: int, expert: int) -> torch.Tensor:
         """Return a record that was written, by this run or by the one that it resumes.
 
         Raises:
             StorageError: it cannot be read, or is no longer what was written.
         """
         assert not self.finished
-        number = self._order.index((level, layer, expert))
+        number = self._order.index((form, layer, expert))
         file, position = self._places[number]
         entry = [*self._records, *self._unsynced][number]
         path = self._folder / file.name
@@ -334,6 +265,7 @@ class BundleWriter:
         prices: tuple[LayerPrices, ...] | None = None,
         plan: PackPlan | None = None,
         lineage: tuple[TunedWeights, ...] = (),
+        sections: Mapping[str, Section] | None = None,
         profile_sha256: str | None,
     ) -> BundleManifest:
         """Write the manifest and give the bundle its name.
@@ -344,6 +276,7 @@ class BundleWriter:
             prices: of leaving an expert out.
             plan: for `run` to follow.
             lineage: what was done to the codes since they were packed.
+            sections: additions by name.
             profile_sha256: where heat and prices come from.
         """
         if self.finished:
@@ -358,39 +291,29 @@ class BundleWriter:
             for files in self._plan
             for file in files
         ]
-        by_level: list[list[WrittenRecord]] = [[] for _ in self.forms]
-        for (level, _, _), record in zip(self._order, self._records, strict=True):
-            by_level[level].append(record)
-        tables = record_tables(
-            self._shape,
-            self.forms,
-            by_level,
-            replicas=self._replicas,
-            others=self._others,
-        )
+        forms = [form for form, _, _ in self._order]
         manifest = BundleManifest(
             tool_version=__version__,
-            identity=self._asked.identity,
-            shape=self._shape,
-            precision=self.precision,
-            record_size_bytes=self.forms[PRIMARY].layout.size_bytes,
+            identity=self.spec.identity,
+            shape=self.spec.shape,
+            forms=form_tables(
+                self.spec.forms,
+                [form.layout.size_bytes for form in self.forms],
+                zip(forms, self._records, strict=True),
+            ),
+            removed=tuple(key for key in self.spec.order if key in self.spec.removed),
             skeleton=tuple(self._skeleton),
             skeleton_precision=self._skeleton_precision,
             skeleton_linears=self._skeleton_linears,
-            records=tables.records,
-            others=tables.others,
-            absent=self._absent,
-            choosers=tables.choosers,
-            errors=tables.errors,
             files=(*experts, *self._other_files),
-            made_from=self._asked.made_from,
+            made_from=dict(self.spec.made_from),
             profile_sha256=profile_sha256,
             heat=heat,
             buddies=buddies,
-            replicas=tables.replicas,
             prices=prices,
             plan=plan,
             lineage=lineage,
+            sections=dict(sections or {}),
         )
         with storage_errors(self._folder):
             write_json_artifact(self._folder / MANIFEST, manifest)
@@ -404,7 +327,7 @@ class BundleWriter:
                 f"{self._out} exists and is not a bundle", hint="choose another --out, or remove it"
             )
         with BundleReader.open(self._out) as found:
-            self._asked.require_same_bundle(self._out, found.manifest)
+            self.spec.require_same_bundle(self._out, found.manifest)
 
     def _begin_or_resume(self) -> None:
         if self._out.name.endswith(PART_SUFFIX):
@@ -418,11 +341,11 @@ class BundleWriter:
             torn.unlink()
         names = {path.name for path in folder.iterdir()}
         if JOURNAL in names:
-            self._adopt(read_journal(folder, self._asked))
-            write_journal(folder, self._asked, self._records)  # without what a kill tore
+            self._adopt(read_journal(folder, self.spec))
+            write_journal(folder, self.spec, self._records)  # without what a kill tore
         elif MANIFEST in names:  # killed right before the rename
             found = read_json_artifact(folder / MANIFEST, BundleManifest)
-            self._asked.require_same_bundle(folder, found)
+            self.spec.require_same_bundle(folder, found)
             self._rename()
             self._require_same_finished()
             self.finished = True
@@ -432,7 +355,7 @@ class BundleWriter:
                 hint=f"choose another --out, or remove {folder}",
             )
         else:
-            write_journal(folder, self._asked, ())
+            write_journal(folder, self.spec, ())
 
     def _rename(self) -> None:
         sync_folder(self._folder)

@@ -9,20 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import BuddyMap
-from moe_tool.artifacts.bundle_manifest import (
-    BundleBuddies,
-    BundleManifest,
-    LayerHeat,
-    LayerPrices,
-)
-from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.bundle_manifest import BundleBuddies, BundleManifest, LayerHeat, LayerPrices
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
 from moe_tool.artifacts.precision import (
     IntegerPrecision,
     ReplicaPrecision,
-    describe_precision,
     replica_precisions,
 )
 from moe_tool.artifacts.router_trace import TracedTokens
@@ -42,6 +35,7 @@ from moe_tool.packing.quantizers import needs_inputs
 from moe_tool.packing.record_order import order_experts
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
+from moe_tool.policies.hot_set import ExpertKey
 from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
@@ -221,7 +215,7 @@ def pack_bundle(
             "skeleton_bits": skeleton_bits,
             "profile": measured.sha256 or "none",
             "buddies": buddies_sha,
-            **({"replicas": ",".join(map(describe_precision, cheaper))} if cheaper else {}),
+            **({"replicas": ",".join((each.name for each in cheaper))} if cheaper else {}),
             **({"sparse_experts": sparse_experts} if sparse_experts else {}),
             **({"quantizer": quantizer} if quantizer != "rtn" else {}),
             **({} if plan is None else {"plan": sha256_of_plan(plan)}),

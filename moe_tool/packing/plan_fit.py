@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.artifacts.precision import ReplicaPrecision, describe_precision
+from moe_tool.artifacts.precision import ReplicaPrecision
 from moe_tool.errors import UsageError
 from moe_tool.policies.eviction import parse_eviction
 
@@ -66,9 +66,9 @@ def planned_residents(
     if plan.policy is None or any(form.on_disk_alone for form in plan.forms[1:]):
         return None
     residents = {form.form: frozenset(form.resident) for form in plan.forms}
-    if not {describe_precision(form) for form in forms} <= residents.keys():
+    if not {form.name for form in forms} <= residents.keys():
         return None  # more replicas were asked for than are planned
-    return {form: residents[describe_precision(form)] for form in forms}
+    return {form: residents[form.name] for form in forms}
 
 
 def sha256_of_plan(plan: PackPlan) -> str:

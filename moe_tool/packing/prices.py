@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from moe_tool.artifacts.bundle_manifest import N_QUANTILES, LayerPrices
+from moe_tool.artifacts.bundle_manifest import LayerPrices
+from moe_tool.artifacts.bundle_sections import N_QUANTILES
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import LayerTrace, mean_squared_gates
 from moe_tool.policies.misses.prune import ratio_to_heaviest

@@ -8,9 +8,9 @@ import torch
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.experts.expert_forward import inner_activations
-from moe_tool.formats.expert_record import QuantizeExpert, nearest
 from moe_tool.native.rounding import round_matrix
 from moe_tool.packing.calibrated_layers import ExpertSample
+from moe_tool.packing.expert_coding import QuantizeExpert, nearest
 from moe_tool.quantization.fitted_scales import quantize_fitted
 from moe_tool.quantization.gptq import ErrorSpread, error_spread, quantize_gptq
 from moe_tool.quantization.hqq import quantize_hqq

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+PLANE, SCALES, ZEROS, BASE_SCALES = "plane", "scales", "zeros", "base_scales"
+"""Names of the tensors that an integer matrix is stored in"""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FloatWeight:
@@ -18,6 +21,11 @@ class FloatWeight:
     def shape(self) -> tuple[int, ...]:
         """(out, in) or (out,)"""
         return tuple(self.values.shape)
+
+    def part(self, name: str) -> torch.Tensor:
+        """Return the tensor that a record keeps; `name` is empty, there is one alone."""
+        assert not name
+        return self.values
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -48,6 +56,15 @@ class IntegerWeight:
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
         return (self.n_outputs, self.n_inputs)
+
+    def part(self, name: str) -> torch.Tensor:
+        """Return the tensor that a record keeps under a name: plane0, plane1, scales, zeros or
+        base_scales."""
+        if name.startswith(PLANE):
+            return self.planes[int(name.removeprefix(PLANE))]
+        found = {SCALES: self.scales, ZEROS: self.zeros, BASE_SCALES: self.base_scales}[name]
+        assert found is not None
+        return found
 
     @property
     def base(self) -> "IntegerWeight":
@@ -88,9 +105,9 @@ class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
 
     __slots__ = ("prepared",)
 
-    def __init__(self) -> None:
-        """Hold nothing yet."""
-        super().__init__()
+    def __init__(self, tensors: Mapping[str, FloatWeight | IntegerWeight] | None = None) -> None:
+        """Hold some tensors, or nothing yet."""
+        super().__init__(tensors or {})
         self.prepared: Any = None
 
 

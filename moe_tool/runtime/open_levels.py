@@ -1,7 +1,6 @@
 """The stores of a session: who is in memory in which form, and slots for the others."""
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.precision import describe_precision
 from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_reader import BundleReader
@@ -66,7 +65,7 @@ def staying_by_form(manifest: BundleManifest, rooms: tuple[LevelRoom, ...]) -> d
         *(table.precision for table in manifest.others),
     )
     return {
-        describe_precision(form): len(room.pinned)
+        form.name: len(room.pinned)
         for form, room in zip(forms, rooms, strict=True)
         if room.pinned
     }

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_tool.artifacts.precision import describe_precision
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
 from moe_tool.models.skeleton import Skeleton
@@ -87,7 +86,7 @@ def choose_policy(
         top_k=manifest.shape.top_k,
         ratios={entry.layer: np.array(entry.ratio) for entry in entries},
         forms=tuple(
-            describe_precision(each)
+            each.name
             for each in (manifest.precision, *(table.precision for table in manifest.replicas))
         ),
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import BudgetError, DataSourceError, UnsupportedModelError, UsageError

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_tool.formats.expert_record import decode_record
 
 from moe_tool.buddies.build_buddy_map import build_buddy_map
 from moe_tool.errors import UsageError, WrongModelError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.expert_record import decode_record
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.formats.safetensors_index import Checkpoint

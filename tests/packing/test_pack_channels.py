@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from moe_tool.formats.channel_record import decode_chooser
 
-from moe_tool.artifacts.precision import channel_precision, describe_precision
+from moe_tool.artifacts.precision import channel_precision
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.experts.channel_forward import (
@@ -24,7 +25,6 @@ from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.experts.gate import gate_output
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.channel_record import decode_chooser
 from moe_tool.formats.expert_form import ChannelForm
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import open_model
@@ -236,7 +236,7 @@ def test_every_quantizer_makes_channels_that_are_near(
 
 @pytest.mark.parametrize("name", ["up2:4", "gate3:8", "up3:4:128"])
 def test_a_precision_is_named_as_it_is_read(name: str) -> None:
-    assert describe_precision(channel_precision(name)) == name
+    assert channel_precision(name).name == name
 
 
 # --- hostile files ---
