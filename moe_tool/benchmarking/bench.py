@@ -27,11 +27,11 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import parse_eviction
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.policy_choice import EXACT, require_policy
 from moe_tool.runtime.prefetcher import require_prefetch
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import default_residency, run_options
 from moe_tool.runtime.session import Session, open_session
 
 _NO_TOKENIZER = object()
@@ -143,9 +143,9 @@ def bench(
     start = time.perf_counter()
     load = os.getloadavg()[0]
     for policy in options.policy:
-        require_policy(policy)
+        parse_miss_policy(policy)
     for prefetch in options.prefetch:
-        require_prefetch(prefetch)
+        require_prefetch(prefetch, residency="cache")
     for eviction in options.eviction:
         parse_eviction(eviction)
     with BundleReader.open(folder) as bundle:
@@ -174,14 +174,14 @@ def bench(
                     **facts,
                     **_figures(test, samples),
                     budget=setting.memory,
-                    budget_bytes=session.plan.budget_bytes,
-                    slots=session.plan.n_slots,
+                    budget_bytes=session.plan.memory.budget_bytes,
+                    slots=session.plan.memory.n_slots,
                     policy=policy,
                     residency=residency,
-                    eviction=session.setting.eviction.name,
+                    eviction=session.plan.eviction.name,
                     prefetch=setting.prefetch,
                     sparse_experts=setting.sparse_experts,
-                    threads=session.threads.n_threads,
+                    threads=session.plan.threads.n_threads,
                     test=test.label,
                     n_tokens=test.n_tokens,
                     depth=test.depth,
@@ -219,7 +219,7 @@ def _open(
     tests: Sequence[SpeedTest],
     progress: Progress,
 ) -> Session:
-    run = RunOptions(
+    run = run_options(
         memory=setting.memory,
         gates=options.gates,
         seed=options.seed,
@@ -233,7 +233,7 @@ def _open(
     session = open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress)
     try:
         for policy in options.policy:  # one that the bundle cannot run is refused before any row
-            session.use_policy(policy, residency=_residency(policy))
+            session.use_policy(parse_miss_policy(policy), residency=_residency(policy))
     except BaseException:
         session.close()
         raise
@@ -242,7 +242,7 @@ def _open(
 
 def _residency(policy: str) -> Residency:
     """What a run of this policy has by default."""
-    return "cache" if policy == EXACT else "frozen"
+    return default_residency(parse_miss_policy(policy))
 
 
 def _in_turn(
@@ -250,7 +250,7 @@ def _in_turn(
 ) -> Iterator[tuple[str, Residency, SpeedTest]]:
     for policy in policies:
         residency = _residency(policy)
-        session.use_policy(policy, residency=residency)
+        session.use_policy(parse_miss_policy(policy), residency=residency)
         for test in tests:
             yield policy, residency, test
 
@@ -306,8 +306,8 @@ def _describe(bundle: BundleReader) -> dict[str, Any]:
     return {
         "model": manifest.identity.name,
         "size_bytes": sum(file.size_bytes for file in manifest.files),
-        "params": len(manifest.own_records) * manifest.shape.n_expert_weights
+        "params": len(manifest.primary_records) * manifest.shape.n_expert_weights
         + bundle.n_skeleton_weights,
-        "bits": "mixed" if manifest.others else manifest.precision.name,
+        "bits": manifest.bits,
         "skeleton_bits": manifest.skeleton_precision.name,
     }

@@ -154,12 +154,12 @@ class _Demo:
 
     def _run(self, bundle: Path, memory: str) -> "RunResult":
         from moe_tool.runtime.generation import GenerateOptions, run_prompt
-        from moe_tool.runtime.run_options import RunOptions
+        from moe_tool.runtime.run_options import run_options
 
         result = run_prompt(
             bundle,
             PROMPT,
-            options=RunOptions(memory=memory),
+            options=run_options(memory=memory),
             generation=GenerateOptions(max_tokens=_GENERATED_TOKENS),
             progress=self._output.progress,
         )

@@ -8,7 +8,6 @@ from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import describe_precision
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.progress import Progress
 
@@ -302,8 +301,7 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
-            "replicas": ", ".join(each.precision.name for each in manifest.replicas)
-            or "none",
+            "replicas": ", ".join(each.precision.name for each in manifest.replicas) or "none",
             "tool_version": manifest.tool_version,
         }
         | _lineage_facts(manifest)

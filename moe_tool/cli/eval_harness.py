@@ -101,11 +101,11 @@ def eval_harness(
         require_lm_eval()
 
         from moe_tool.reports.harness_table import harness_table
-        from moe_tool.runtime.run_options import RunOptions
+        from moe_tool.runtime.run_options import run_options
 
         report = run_harness(
             bundle,
-            RunOptions(
+            run_options(
                 memory=memory,
                 policy=policy,
                 residency=residency,

@@ -232,8 +232,8 @@ def _report(
         prompt_hits=prompt.hits,
         prompt_misses=prompt.misses,
         prompt_bytes_read=prompt.bytes_read,
-        memory_budget_bytes=session.plan.budget_bytes,
-        slots=session.plan.n_slots,
+        memory_budget_bytes=session.plan.memory.budget_bytes,
+        slots=session.plan.memory.n_slots,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
     )

@@ -38,12 +38,14 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.eviction import parse_eviction
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.memory_plan import MemoryRequest, parse_memory
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.policy_choice import EXACT, require_policy
 from moe_tool.runtime.price_list import price_book
 from moe_tool.runtime.quality_account import QualityAccount
-from moe_tool.runtime.run_options import RunOptions, default_policy
+from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions, default_policy
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -178,9 +180,9 @@ def evaluate(
         CorruptArtifactError: the bundle or the checkpoint is damaged.
     """
     start = time.perf_counter()
-    require_policy(options.policy or EXACT)
     bundle = BundleReader.open(folder)
-    policy = options.policy or default_policy(bundle.manifest)
+    asked = None if options.policy is None else parse_miss_policy(options.policy)
+    policy = (asked or default_policy(bundle.manifest)).name
     tokenizer = load_tokenizer(folder)
     longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     seq_len = min(options.seq_len, longest or options.seq_len)
@@ -202,7 +204,7 @@ def evaluate(
             source = SourceModel(reference, bundle.manifest, ids, progress=progress)
         if options.sparse_experts is not None:
             _check_sparse(options)
-        is_table = options.controls or policy != EXACT
+        is_table = options.controls or policy != EXACT_POLICY.name
         residency: Residency = options.residency or ("frozen" if is_table else "cache")
         names = policies_to_run(policy, bundle.manifest, controls=options.controls)
         frontier: tuple[str, ...] = ()
@@ -216,7 +218,7 @@ def evaluate(
             rows = _measure(
                 session, names, residency, ids, source, progress, retreats=options.retreats
             )
-            plan, decode = session.plan, session.runner.stats.decode
+            plan, decode = session.plan.memory, session.runner.stats.decode
     finally:
         if source is not None:
             source.close()
@@ -274,10 +276,10 @@ def _open(
     if source is not None:
         scratch += seq_len * vocabulary * 4
     run = RunOptions(
-        memory=options.memory or _planned_share(bundle, progress),
-        policy=EXACT,
+        memory=parse_memory(options.memory) if options.memory else _planned_slots(bundle, progress),
+        policy=EXACT_POLICY,
         residency=residency,
-        eviction=options.eviction,
+        eviction=None if options.eviction is None else parse_eviction(options.eviction),
         sparse_experts=options.sparse_experts,
         gates=options.gates,
         seed=options.seed,
@@ -309,15 +311,15 @@ def _check_sparse(options: EvaluateOptions) -> None:
         )
 
 
-def _planned_share(bundle: BundleReader, progress: Progress) -> str | None:
+def _planned_slots(bundle: BundleReader, progress: Progress) -> MemoryRequest | None:
     """As `--memory`, the expert slots of the bundle's plan; None without one. What is to be
     compared is held beside them, so that the plan's bytes would buy fewer."""
     plan = bundle.manifest.plan
     if plan is None:
         return None
-    n_slots, n_experts = plan.prediction.expert_slots, len(bundle.manifest.own_records)
+    n_slots, n_experts = plan.prediction.expert_slots, len(bundle.manifest.primary_records)
     progress.note(f"as planned: {n_slots} of {n_experts} expert slots")
-    return f"{min(100.0, 100 * (n_slots + 0.5) / n_experts):.6f}%"
+    return MemoryRequest(kind="share", share=min(1.0, (n_slots + 0.5) / n_experts))
 
 
 def _runnable(
@@ -332,7 +334,7 @@ def _runnable(
     kept, skipped = [], {}
     for name in names:
         try:
-            session.use_policy(name, residency=residency)
+            session.use_policy(parse_miss_policy(name), residency=residency)
         except UsageError as error:
             if name == wanted:
                 raise
@@ -360,8 +362,8 @@ def _measure(
     tallies = {name: _empty_tally(shape) for name in names}
     scored = slice(N_PROMPT_TOKENS, seq_len - 1)
     progress.begin("evaluate", n_sequences * len(names), "sequences")
-    for first in range(0, n_sequences, session.workload.batch):
-        rows = slice(first, min(first + session.workload.batch, n_sequences))
+    for first in range(0, n_sequences, session.plan.workload.batch):
+        rows = slice(first, min(first + session.plan.workload.batch, n_sequences))
         batch = ids[rows]
         exact = exact_logits(session, batch)  # [B, S, V]
         truth = None
@@ -378,7 +380,7 @@ def _measure(
                     truth[row, scored], exact[row, scored]
                 ).kl
         for name in names:
-            session.use_policy(name, residency=residency)
+            session.use_policy(parse_miss_policy(name), residency=residency)
             if not retreats:
                 session.runner.account = QualityAccount()
             if residency == "cache":
@@ -393,7 +395,7 @@ def _measure(
             nll_exact,
             None if source is None else kl_source_exact,
             None if source is None else nll_source,
-            is_exact=name == EXACT and session.runner.sparsity is None,
+            is_exact=name == EXACT_POLICY.name and session.runner.sparsity is None,
         )
         for name, tally in tallies.items()
     }

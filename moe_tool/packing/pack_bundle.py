@@ -215,7 +215,7 @@ def pack_bundle(
             "skeleton_bits": skeleton_bits,
             "profile": measured.sha256 or "none",
             "buddies": buddies_sha,
-            **({"replicas": ",".join((each.name for each in cheaper))} if cheaper else {}),
+            **({"replicas": ",".join(each.name for each in cheaper)} if cheaper else {}),
             **({"sparse_experts": sparse_experts} if sparse_experts else {}),
             **({"quantizer": quantizer} if quantizer != "rtn" else {}),
             **({} if plan is None else {"plan": sha256_of_plan(plan)}),

@@ -9,10 +9,8 @@ import torch
 
 from moe_tool.artifacts.precision import LowRankPrecision, NativePrecision
 from moe_tool.experts.expert_forward import expert_forward
-from moe_tool.formats.bundle_spec import FormPlan
-from moe_tool.formats.record_form import RecordForm
 from moe_tool.packing.calibrated_layers import ExpertSample
-from moe_tool.packing.expert_coding import QuantizeExpert, coded
+from moe_tool.packing.expert_coding import QuantizeExpert
 from moe_tool.quantization.low_rank import LinearFit, linear_fit, low_rank_map
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight, base_of
 

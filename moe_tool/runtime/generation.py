@@ -12,7 +12,8 @@ import torch
 from transformers import GenerationConfig
 
 from moe_tool import __version__
-from moe_tool.artifacts.precision import ChannelPrecision
+from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
@@ -21,7 +22,7 @@ from moe_tool.formats.run_trace_hdf5 import write_run_trace
 from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.open_levels import staying_by_form
+from moe_tool.runtime.open_stores import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
@@ -202,22 +203,22 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
     pinned = [
         (layer, int(expert))
         for layer in manifest.shape.layers
-        for expert in store.full.pinned_mask(layer).nonzero()[0]
+        for expert in store.pinned_mask(layer)[PRIMARY].nonzero()[0]
     ]
-    assert not isinstance(manifest.precision, ChannelPrecision), "refused when it was opened"
+    (table,) = manifest.primaries  # several, or channels, were refused when it was opened
     header = RunTraceHeader(
         identity=manifest.identity,
         shape=manifest.shape,
-        precision=manifest.precision,
-        record_size_bytes=manifest.record_size_bytes,
+        precision=precision_from_bits(table.name),
+        record_size_bytes=table.record_size_bytes,
         skeleton_precision=manifest.skeleton_precision,
         matrix_bytes=session.bundle.matrix_bytes,
         n_matrices=_n_matrices(session),
-        threads=session.threads.n_threads,
-        n_slots=session.plan.n_slots,
+        threads=session.plan.threads.n_threads,
+        n_slots=session.plan.memory.n_slots,
         pinned=tuple(pinned),
-        eviction=session.setting.eviction.name,
-        prefetch=session.setting.prefetch,
+        eviction=session.plan.eviction.name,
+        prefetch=session.plan.prefetch,
         n_calls_before=session.runner.recorder.n_calls_before,
         prompt_tokens=prompt.tokens,
         decode_tokens=decode.tokens,
@@ -279,7 +280,7 @@ def generate_ids(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    room = session.workload.positions - width
+    room = session.plan.workload.positions - width
     config = _generation_config(
         session, options, max_new_tokens=min(options.max_tokens, room), pad=pad
     )
@@ -324,9 +325,10 @@ def _n_matrices(session: Session) -> int:
 def _check(session: Session, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
         raise UsageError("the prompt has no tokens", hint="give --prompt some text")
-    if len(prompts) > session.workload.batch:
+    if len(prompts) > session.plan.workload.batch:
         raise UsageError(
-            f"{len(prompts)} prompts at once, the session was opened for {session.workload.batch}"
+            f"{len(prompts)} prompts at once, the session was opened for "
+            f"{session.plan.workload.batch}"
         )
     if options.max_tokens < 1:
         raise UsageError(f"--max-tokens {options.max_tokens}: at least 1 is needed")
@@ -338,10 +340,10 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
             hint="--temperature 0 takes the likeliest token",
         )
     longest = max(len(prompt) for prompt in prompts)
-    if longest >= session.workload.positions:
+    if longest >= session.plan.workload.positions:
         raise UsageError(
             f"the prompt has {longest} tokens, which leaves no room in a context of "
-            f"{session.workload.positions}",
+            f"{session.plan.workload.positions}",
             hint="a shorter prompt, or a larger --context where the model allows it",
         )
 
@@ -363,7 +365,7 @@ def _generation_config(
     config.use_cache = True
     config.cache_implementation = None
     config.pad_token_id = pad
-    config.prefill_chunk_size = prefill_chunk(session.workload)
+    config.prefill_chunk_size = prefill_chunk(session.plan.workload)
     if options.ignore_eos:
         config.eos_token_id = None
     config.do_sample = options.temperature > 0
@@ -428,8 +430,8 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         if account.judged_tokens and session.runner.policy.prices is not None
         else None,
         shadow_seconds=0.0 if shadow is None else shadow.seconds,
-        eviction=session.setting.eviction.name,
-        prefetch=session.setting.prefetch,
+        eviction=session.plan.eviction.name,
+        prefetch=session.plan.prefetch,
         prefetches=decode.prefetches,
         prefetch_hits=decode.prefetch_hits,
         prefetched_bytes=decode.prefetched_bytes,
@@ -446,9 +448,9 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         sparse_experts=session.runner.sparsity,
         sparsity=decode.sparsity,
         whole_bytes_per_token=decode.whole_bytes / decode.tokens if decode.tokens else 0.0,
-        memory_budget_bytes=session.plan.budget_bytes,
-        slots=session.plan.n_slots,
-        staying=staying_by_form(session.manifest, session.runner.rooms),
+        memory_budget_bytes=session.plan.memory.budget_bytes,
+        slots=session.plan.memory.n_slots,
+        staying=staying_by_form(session.manifest, session.plan.rooms),
         policy=session.runner.policy.name,
         residency=session.runner.residency,
         seconds=made.ended_at - made.started_at,

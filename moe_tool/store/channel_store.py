@@ -106,9 +106,7 @@ class ChannelStore:
             self._decoded[key] = found
         return found
 
-    def select_channels(
-        self, layer: int, experts: Sequence[int], select: SelectChannels
-    ) -> None:
+    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         """Let the next call use no more of these experts than the channels that `select` names."""
         self._selected = {expert: select(self.selector(layer, expert)) for expert in experts}
 

@@ -66,9 +66,7 @@ class FormStores:
         for store in self._stores:
             store.load_pinned(progress)
 
-    def select_channels(
-        self, layer: int, experts: Sequence[int], select: SelectChannels
-    ) -> None:
+    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         """Let the next call use no more of these experts than the channels that `select` names."""
         for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
             store.select_channels(layer, part, select)

@@ -43,9 +43,7 @@ class ExpertStore(Protocol):
             StorageError: the bundle cannot be read.
         """
 
-    def select_channels(
-        self, layer: int, experts: Sequence[int], select: SelectChannels
-    ) -> None:
+    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         """Let the next call use no more of these experts than the channels that `select` names;
         experts that are not in channels are used whole."""
 

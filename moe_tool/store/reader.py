@@ -12,6 +12,7 @@ import torch
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.formats.bundle_reader import GoOn
 
+
 class Read(Protocol):
     """Fills memory with a record."""
 

@@ -133,9 +133,7 @@ class RecordStore:
         self._end_call()
         self._read_pinned(progress)
 
-    def select_channels(
-        self, layer: int, experts: Sequence[int], select: SelectChannels
-    ) -> None:
+    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         """Do nothing: the experts are whole."""
 
     def _read_pinned(self, progress: Progress) -> None:

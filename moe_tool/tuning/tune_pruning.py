@@ -28,8 +28,7 @@ from moe_tool.formats.training_state import (
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.policy_choice import EXACT
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import EXACT_POLICY, run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -142,7 +141,7 @@ def tune_pruning(
     ) as session:
         experts = MaskedExperts(session=session)
         session.skeleton.set_experts_function(experts)
-        micro_batch = session.workload.batch
+        micro_batch = session.plan.workload.batch
         training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
         verdict = judge_pruning(
             experts,
@@ -153,7 +152,7 @@ def tune_pruning(
             micro_batch=micro_batch,
             progress=progress,
         )
-        budget_bytes = session.plan.budget_bytes
+        budget_bytes = session.plan.memory.budget_bytes
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
@@ -255,10 +254,9 @@ def _open(
     config = read_config(folder).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     seq_len = min(options.seq_len, longest or options.seq_len)
-    run = RunOptions(
+    run = run_options(
         # Not the plan's: it was made for running, and training takes more.
         memory=options.memory or "auto",
-        policy=EXACT,
         residency="cache",
         seed=options.seed,
         threads=options.threads,
@@ -270,7 +268,7 @@ def _open(
     micro_batch = options.batch
     while True:
         taken = training_bytes(config, manifest.shape, batch=micro_batch, seq_len=seq_len)
-        asked = replace(run, batch=micro_batch, caller_bytes=taken + beside)
+        asked = replace(run, policy=EXACT_POLICY, batch=micro_batch, caller_bytes=taken + beside)
         try:
             return open_session(folder, asked, progress=progress)
         except BudgetError:
@@ -298,7 +296,7 @@ def _train(
     folder: Path, experts: MaskedExperts, plan: TrainingPlan, order: bytes, progress: Progress
 ) -> MaskTraining:
     session = experts.session
-    micro_batch = session.workload.batch
+    micro_batch = session.plan.workload.batch
     training = MaskTraining(session.manifest.shape, plan)
     path = folder / _STATE
     reached = read_training_state(path, order, training.state(), n_steps=plan.n_steps)

@@ -22,7 +22,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 
 SMALL = ("--prompt-tokens", "16", "--generate", "4", "--repetitions", "2", "--threads", "1")
@@ -151,7 +151,7 @@ def test_a_cold_run_reads_what_a_warm_one_has(bundle: Path) -> None:
     """With room for all, the second run of the same tokens reads nothing, unless made cold."""
     test = SpeedTest(kind="tg", n_tokens=4, depth=3)
     ids = torch.arange(2, 9)
-    with open_session(bundle, RunOptions(memory="100%", threads=1, context=16)) as session:
+    with open_session(bundle, run_options(memory="100%", threads=1, context=16)) as session:
         shape = session.manifest.shape
         first = run_test(session, test, ids, cache_state="cold")
         warm = run_test(session, test, ids, cache_state="warm")

@@ -15,7 +15,7 @@ from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
 
@@ -84,19 +84,19 @@ def test_a_run_follows_it_says_so_and_exact_overrides(
     packed: Path, sources: tuple[TextSource, ...], worst: float
 ) -> None:
     _calibrate(packed, sources, worst / 3)
-    with open_session(packed, RunOptions(memory="40%", context=64)) as session:
+    with open_session(packed, run_options(memory="40%", context=64)) as session:
         assert session.runner.policy.policy.lossy and session.runner.residency == "frozen"
         assert session.runner.account.limit == worst / 3
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         assert session.runner.account.tokens == 11
         assert session.runner.account.spent > 0
-    with open_session(packed, RunOptions(memory="40%", policy="exact", context=64)) as session:
+    with open_session(packed, run_options(memory="40%", policy="exact", context=64)) as session:
         assert not session.runner.policy.policy.lossy
         assert session.runner.account.limit is None
 
 
 def test_text_above_the_limit_makes_it_retreat(packed: Path) -> None:
-    with open_session(packed, RunOptions(memory="40%", policy="priced", context=64)) as session:
+    with open_session(packed, run_options(memory="40%", policy="priced", context=64)) as session:
         session.runner.account.limit = 1e-9
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         account, stats = session.runner.account, session.runner.stats.decode
@@ -127,7 +127,7 @@ def test_a_shadowed_step_of_an_exact_policy_loses_nothing_and_changes_nothing(
 ) -> None:
     made = {}
     for shadow in (0, 3):
-        options = RunOptions(memory="40%", policy="priced", context=64, shadow=shadow)
+        options = run_options(memory="40%", policy="priced", context=64, shadow=shadow)
         with open_session(packed, options) as session:
             made[shadow] = generate_ids(
                 session, [PROMPT], GenerateOptions(max_tokens=20, ignore_eos=True)
@@ -138,7 +138,7 @@ def test_a_shadowed_step_of_an_exact_policy_loses_nothing_and_changes_nothing(
                 loss = session.shadow.nats_per_token
                 assert loss is not None and loss > 0
     assert made[0] == made[3]
-    options = RunOptions(memory="40%", policy="priced:nats-per-mb=1e-30", context=64, shadow=2)
+    options = run_options(memory="40%", policy="priced:nats-per-mb=1e-30", context=64, shadow=2)
     with open_session(packed, options) as session:
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=9, ignore_eos=True))
         assert session.shadow is not None and session.shadow.tokens == 4

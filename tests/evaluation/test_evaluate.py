@@ -15,7 +15,7 @@ from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.stepwise import exact_logits, n_scored, run_stepwise
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
 
@@ -103,7 +103,7 @@ def test_exact_perplexity_equals_that_of_the_ordinary_model(
 
 def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Path) -> None:
     ids = torch.randint(0, 256, (3, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    options = RunOptions(memory="50%", residency="frozen", context=SEQ_LEN, batch=3)
+    options = run_options(memory="50%", residency="frozen", context=SEQ_LEN, batch=3)
     with open_session(bundle, options) as session:
         wide = exact_logits(session, ids)
         seen = []

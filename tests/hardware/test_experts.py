@@ -6,9 +6,8 @@ import torch
 from moe_tool.artifacts.hardware_profile import BITS
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import precision_from_bits
-from moe_tool.formats.record_form import record_form
-from tests.formats.shapes import shape_of
 from moe_tool.experts.expert_forward import expert_forward
+from moe_tool.formats.record_form import record_form
 from moe_tool.hardware import experts
 from moe_tool.hardware.experts import SiluGatedModule, fit_two, measure_experts, use_threads
 from moe_tool.hardware.synthetic_records import (
@@ -21,6 +20,7 @@ from moe_tool.hardware.synthetic_records import (
 from moe_tool.native.kernels import is_native
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import IntegerWeight
+from tests.formats.shapes import shape_of
 
 H, I = 96, 64  # noqa: E741
 

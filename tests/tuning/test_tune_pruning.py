@@ -23,7 +23,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel, locate_model
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
 from moe_tool.tuning import tune_pruning as story
@@ -89,7 +89,7 @@ def test_learned_pruning_keeps_to_its_rates_and_beats_random(demo_bundle: Path) 
 def test_what_a_drop_leaves_unread_is_counted(demo_bundle: Path) -> None:
     read, spared = [], []
     for policy in ("prune:learned:rate=0", "prune:learned:rate=0.35"):
-        options = RunOptions(policy=policy, memory="50%", context=64, threads=1)
+        options = run_options(policy=policy, memory="50%", context=64, threads=1)
         with open_session(demo_bundle, options) as session:
             ids = torch.tensor([list(range(5, 21))])
             cache = session.model(input_ids=ids, use_cache=True).past_key_values
@@ -212,7 +212,7 @@ def test_what_cannot_be_is_refused(bundle: Path, sources: tuple[TextSource, ...]
     with pytest.raises(BudgetError):
         tune_pruning(bundle, sources, replace(SMALL, memory="1MiB"))
     with pytest.raises(NotFoundError, match="nothing was learned"):
-        open_session(bundle, RunOptions(policy="prune:learned", memory="50%", context=64))
+        open_session(bundle, run_options(policy="prune:learned", memory="50%", context=64))
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
@@ -228,7 +228,7 @@ def test_other_architectures_are_trained_too(
     report = tune_pruning(bundle, sources, SMALL)
     assert report.left_out == pytest.approx(0.2, abs=0.03) and report.kl > 0
     with open_session(
-        bundle, RunOptions(policy="prune:learned", memory="50%", context=64, threads=1)
+        bundle, run_options(policy="prune:learned", memory="50%", context=64, threads=1)
     ) as session:
         ids = torch.tensor([[5, 6, 7, 8]])
         cache = session.model(input_ids=ids, use_cache=True).past_key_values
@@ -266,6 +266,6 @@ def test_the_budget_of_a_plan_is_for_running(
         plan = made_plan(identity=profile.header.identity, bits="4", memory_bytes=2**20)
     pack_bundle(model, out=tmp_path / "b", bits="4", plan=plan, profile=tmp_path / "p.h5")
     with pytest.raises(BudgetError):
-        open_session(tmp_path / "b", RunOptions(context=64))
+        open_session(tmp_path / "b", run_options(context=64))
     report = tune_pruning(tmp_path / "b", sources, replace(SMALL, memory=None))
     assert report.memory_budget_bytes > 2**20
