@@ -148,7 +148,9 @@ def _check_places(table: FormTable, file_sizes: Mapping[str, int]) -> None:
 
 def _check_bases(tables: Sequence[FormTable]) -> None:
     """The first bits of every nested expert lie where the expert lies; there are no others."""
-    nested = {t.precision.base: t for t in tables if t.role == "primary" and t.precision.base}
+    nested: dict[AnyPrecision | None, FormTable] = {
+        t.precision.base: t for t in tables if t.role == "primary" and t.precision.base
+    }
     bases = {t.precision: t for t in tables if t.role == "base"}
     if nested.keys() != bases.keys():
         raise ValueError("tables of first bits and of nested experts go together")

@@ -134,16 +134,22 @@ class _Demo:
         return made.path
 
     def _pack(self, profile: Path, buddies: Path) -> Path:
+        from moe_tool.models.architecture import open_model
         from moe_tool.models.locate import locate_model
         from moe_tool.packing.pack_bundle import pack_bundle
+        from moe_tool.packing.pack_options import PackOptions
 
-        report = pack_bundle(
-            locate_model("demo", offline=True),
-            out=self._folder / "bundle",
-            profile=profile,
-            buddies=buddies,
-            progress=self._output.progress,
-        )
+        located = locate_model("demo", offline=True)
+        opened = open_model(located)
+        with opened.checkpoint:
+            report = pack_bundle(
+                opened,
+                located.folder,
+                PackOptions(out=self._folder / "bundle"),
+                profile=profile,
+                buddies=buddies,
+                progress=self._output.progress,
+            )
         self._done(
             "pack",
             f"{format_bytes(report.bytes)}, experts {format_bytes(report.expert_bytes)} at "

@@ -11,7 +11,7 @@ from moe_tool.artifact_folder import (
     PROFILE_SUFFIX,
     newest_artifact,
 )
-from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.byte_sizes import format_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
     JsonOption,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from moe_tool.artifacts.identity import ModelIdentity
     from moe_tool.artifacts.pack_plan import PackPlan
+    from moe_tool.packing.write_bundle import PackReport
 
 
 def pack(
@@ -133,12 +134,18 @@ def pack(
 ) -> None:
     """Compile a checkpoint into a bundle. `run` reads it expert by expert."""
     with open_output(as_json=json) as output:
-        followed = None if plan is None else _read_plan(plan)
-        bits = bits or ("native" if followed is None else followed.bits)
-        skeleton_bits = skeleton_bits or ("native" if followed is None else followed.skeleton_bits)
-        quantizer = quantizer or ("rtn" if followed is None else followed.quantizer)
-        if replicas is None:
-            replicas = "" if followed is None else followed.replicas
+        from moe_tool.packing.pack_options import parse_pack_options
+
+        options = parse_pack_options(
+            out=out,
+            bits=bits,
+            skeleton_bits=skeleton_bits,
+            replicas=replicas,
+            sparse_experts=sparse_experts,
+            quantizer=quantizer,
+            plan=None if plan is None else _read_plan(plan),
+            memory=memory,
+        )
 
         from moe_tool.models.locate import locate_model
 
@@ -147,40 +154,19 @@ def pack(
         from moe_tool.models.architecture import open_model
         from moe_tool.packing.pack_bundle import pack_bundle
 
-        if profile is None or buddies is None:
-            opened = open_model(located)
-            opened.checkpoint.close()
-            identity = opened.identity
-            profile = profile or _newest_profile(profiles, identity, output)
-            buddies = buddies or _newest_buddies(profiles, identity, output)
-        report = pack_bundle(
-            located,
-            out=out,
-            bits=bits,
-            skeleton_bits=skeleton_bits,
-            replicas=replicas,
-            sparse_experts=sparse_experts or "",
-            quantizer=quantizer,
-            profile=profile,
-            buddies=buddies,
-            plan=followed,
-            memory_bytes=None if memory is None else parse_bytes(memory),
-            progress=output.progress,
-        )
-        skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
-        output.say(
-            f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
-            f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per weight "
-            f"and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
-            f"{report.seconds:.1f} s, "
-            f"peak memory {format_bytes(report.peak_rss_bytes)}"
-        )
-        if report.error is not None:
-            output.say(f"the experts' outputs are off by {report.error:.2g} of their size")
-        if report.unrouted:
-            output.say(_unrouted(report.unrouted))
-        sparse = " --sparse-experts 0.7" if sparse_experts else ""
-        output.say(f'next: moe-tool run {report.bundle}/{sparse} --prompt "The list"')
+        opened = open_model(located)
+        with opened.checkpoint:
+            profile = profile or _newest_profile(profiles, opened.identity, output)
+            buddies = buddies or _newest_buddies(profiles, opened.identity, output)
+            report = pack_bundle(
+                opened,
+                located.folder,
+                options,
+                profile=profile,
+                buddies=buddies,
+                progress=output.progress,
+            )
+        _show(report, output, is_sparse=options.channels is not None)
         output.result(
             {
                 "bundle": report.bundle,
@@ -199,6 +185,22 @@ def pack(
                 "peak_rss_bytes": report.peak_rss_bytes,
             }
         )
+
+
+def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
+    skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
+    output.say(
+        f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
+        f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per weight "
+        f"and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
+        f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
+    )
+    if report.error is not None:
+        output.say(f"the experts' outputs are off by {report.error:.2g} of their size")
+    if report.unrouted:
+        output.say(_unrouted(report.unrouted))
+    sparse = " --sparse-experts 0.7" if is_sparse else ""
+    output.say(f'next: moe-tool run {report.bundle}/{sparse} --prompt "The list"')
 
 
 def _unrouted(experts: "Sequence[tuple[int, int]]") -> str:

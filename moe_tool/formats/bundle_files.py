@@ -49,7 +49,7 @@ def partial_folder(out: Path) -> Path:
 
 def plan_expert_files(
     order: Sequence[tuple[int, int]], layout: RecordLayout, *, stem: str
-) -> list[ExpertFile]:
+) -> tuple[ExpertFile, ...]:
     """Spread records over files of at most MAX_FILE_BYTES (a larger record gets one to itself)."""
     per_file = max(1, MAX_FILE_BYTES // layout.size_bytes)
     files: list[ExpertFile] = []
@@ -63,7 +63,7 @@ def plan_expert_files(
                 record_size_bytes=layout.size_bytes,
             )
         )
-    return files
+    return tuple(files)
 
 
 def file_stem(role: Role, precision: AnyPrecision, *, is_alone: bool) -> str:
@@ -74,7 +74,7 @@ def file_stem(role: Role, precision: AnyPrecision, *, is_alone: bool) -> str:
         precision: of the table.
         is_alone: no other table has the role.
     """
-    stem = {"primary": "experts", "replica": "replicas", "selector": "selectors"}[role]
+    stem = {"primary": "experts", "base": "experts"}.get(role, f"{role}s")
     has_name = role == "replica" or not is_alone
     return f"{stem}-{precision.name.replace(':', 'x').replace('+', 'o')}" if has_name else stem
 

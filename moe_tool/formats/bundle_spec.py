@@ -91,7 +91,7 @@ def planned_forms(
                 *_tables("base", {p.base: keys for p, keys in primaries.items() if p.base}),
                 *_tables("replica", replicas or {}),
             ),
-            key=lambda plan: plan.precision.order_key,
+            key=_by_cost,
         ),
         *_tables("selector", {p: k for p, k in primaries.items() if "selector" in p.roles}),
     )
@@ -99,7 +99,11 @@ def planned_forms(
 
 def _tables(role: Role, experts: Mapping[Any, Collection[tuple[int, int]]]) -> list[FormPlan]:
     plans = [FormPlan(role=role, precision=p, experts=frozenset(k)) for p, k in experts.items()]
-    return sorted(plans, key=lambda plan: plan.precision.order_key)
+    return sorted(plans, key=_by_cost)
+
+
+def _by_cost(plan: FormPlan) -> tuple[tuple[int, int, int], str]:
+    return plan.precision.order_key, plan.precision.name
 
 
 def _named(forms: Sequence[FormPlan] | Sequence[FormTable]) -> str:

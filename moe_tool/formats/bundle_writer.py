@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -37,10 +38,7 @@ from moe_tool.formats.bundle_files import (
     PART_SUFFIX,
     ExpertFile,
     SkeletonEntry,
-    file_stem,
     partial_folder,
-    plan_expert_files,
-    record_places,
     safetensors_header,
     split_skeleton,
 )
@@ -55,7 +53,8 @@ from moe_tool.formats.bundle_spec import BundleSpec
 from moe_tool.formats.bundle_tables import form_tables
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.formats.record_file_writer import RecordFileWriter
-from moe_tool.formats.record_form import record_form
+from moe_tool.formats.record_form import RecordForm
+from moe_tool.formats.record_plan import plan_records
 
 _SYNC_BYTES = 256 * 2**20
 
@@ -68,32 +67,7 @@ class BundleWriter:
         self._out = out
         self._folder = partial_folder(out)
         self.spec = spec
-        self.forms = tuple(record_form(spec.shape, f.precision, f.role) for f in spec.forms)
-        """Of the records of each table, in the manifest's order"""
-        by_precision = {
-            (f.role, f.precision): form.layout
-            for f, form in zip(spec.forms, self.forms, strict=True)
-        }
-        self._base_bytes = [
-            by_precision["base", f.precision.base].size_bytes if f.precision.base else 0
-            for f in spec.forms
-        ]
-        """By table: what of a nested record its first bits take"""
-        n_primaries = sum(form.role == "primary" for form in spec.forms)
-        # First bits have no records of their own.
-        wanted = [frozenset() if f.role == "base" else f.experts for f in spec.forms]
-        self._order = [
-            (at, *key) for key in spec.order for at, keys in enumerate(wanted) if key in keys
-        ]
-        self._plan: list[list[ExpertFile]] = [
-            plan_expert_files(
-                [key for key in spec.order if key in keys],
-                form.layout,
-                stem=file_stem(plan.role, plan.precision, is_alone=n_primaries == 1),
-            )
-            for plan, form, keys in zip(spec.forms, self.forms, wanted, strict=True)
-        ]
-        self._places = record_places(self._order, self._plan)
+        self._plan = plan_records(spec)
         self._records: list[WrittenRecord] = []
         self._unsynced: list[WrittenRecord] = []
         self._unsynced_bytes = 0
@@ -129,15 +103,20 @@ class BundleWriter:
         return writer
 
     @property
+    def forms(self) -> tuple[RecordForm[Any], ...]:
+        """Forms of the records of each table, in the manifest's order"""
+        return self._plan.forms
+
+    @property
     def n_written(self) -> int:
         """Records written so far, replicas included."""
-        return len(self._order) if self.finished else len(self._records) + len(self._unsynced)
+        return len(self._plan.order) if self.finished else len(self._records) + len(self._unsynced)
 
     @property
     def to_write(self) -> Sequence[tuple[int, int, int]]:
         """(form, layer, expert) of the records that are still to be written, in order: all forms
         of an expert, then the next expert."""
-        return self._order[self.n_written :]
+        return self._plan.order[self.n_written :]
 
     def write_record(
         self,
@@ -162,10 +141,10 @@ class BundleWriter:
         Raises:
             DiskFullError, StorageError: the disk refuses; what was written stays for a resume.
         """
-        assert self._order[self.n_written] == (form, layer, expert)
-        file, position = self._places[self.n_written]
+        assert self._plan.order[self.n_written] == (form, layer, expert)
+        file, position = self._plan.places[self.n_written]
         data = memoryview(record.numpy().data).cast("B")
-        base = data[: self._base_bytes[form]]
+        base = data[: self._plan.base_bytes[form]]
         with storage_errors(self._folder / file.name):
             if position == 0:
                 self._open(file, anew=True)
@@ -196,8 +175,8 @@ class BundleWriter:
             StorageError: it cannot be read, or is no longer what was written.
         """
         assert not self.finished
-        number = self._order.index((form, layer, expert))
-        file, position = self._places[number]
+        number = self._plan.order.index((form, layer, expert))
+        file, position = self._plan.places[number]
         entry = [*self._records, *self._unsynced][number]
         path = self._folder / file.name
         with storage_errors(path), open(path, "rb") as opened:
@@ -281,17 +260,17 @@ class BundleWriter:
         """
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
-        assert self.n_written == len(self._order)
+        assert self.n_written == len(self._plan.order)
         experts = [
             BundleFile(
                 name=file.name,
                 size_bytes=file.offset(len(file.records)),
                 sha256=self._digests[file.name],
             )
-            for files in self._plan
+            for files in self._plan.files
             for file in files
         ]
-        forms = [form for form, _, _ in self._order]
+        forms = [form for form, _, _ in self._plan.order]
         manifest = BundleManifest(
             tool_version=__version__,
             identity=self.spec.identity,
@@ -365,9 +344,9 @@ class BundleWriter:
     def _adopt(self, lines: Sequence[bytes]) -> None:
         """Take over the records that are as the journal says, up to the first that is not."""
         for count, line in enumerate(lines):
-            if count >= len(self._order):
+            if count >= len(self._plan.order):
                 return
-            file, position = self._places[count]
+            file, position = self._plan.places[count]
             if position == 0:
                 self._open(file, anew=False)
             record = self._checked(line, file, position)
@@ -377,7 +356,7 @@ class BundleWriter:
             if position == len(file.records) - 1:
                 self._end_file(file)
         held = Counter(record.file for record in self._records)
-        for files in self._plan:
+        for files in self._plan.files:
             for file in files:
                 if file.name in self._open_files:
                     self._open_files[file.name].cut(held[file.name])

@@ -10,15 +10,15 @@ from moe_tool.artifacts.bit_prices import BitPrices, LayerBitPrices, Width
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.identity import require_same_model
 from moe_tool.artifacts.pack_plan import Quantizer
+from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.artifacts.router_trace import mean_squared_gates
-from moe_tool.formats.expert_form import full_form
 from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.formats.record_form import record_form
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.calibrated_layers import CalibratedModel
-from moe_tool.packing.own_forms import parse_precision
-from moe_tool.packing.quantizers import calibrated
-from moe_tool.packing.replicas import MEASURED_TOKENS, ExpertForms
+from moe_tool.packing.expert_records import MEASURED_TOKENS, ExpertRecords
+from moe_tool.packing.primary_forms import made_by
 from moe_tool.packing.write_records import naming
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights
@@ -62,7 +62,8 @@ def measure_bit_prices(
         remedy=f"moe-tool profile {opened.identity.name} --data builtin",
     )
     shape = opened.shape
-    forms = [full_form(shape, parse_precision("--bits", str(width), quantizer)) for width in widths]
+    precisions = [made_by(quantizer, IntegerPrecision(width_bits=width)) for width in widths]
+    forms = [record_form(shape, precision) for precision in precisions]
     errors: dict[int, np.ndarray] = {}
     with opened.checkpoint:
         walk = CalibratedModel(model.folder, opened, profile.tokens)
@@ -74,10 +75,10 @@ def measure_bit_prices(
             coarse: dict[int, ExpertWeights] = {}
             for expert in range(shape.experts):
                 sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
-                made = ExpertForms(sample, calibrated(quantizer, sample))
+                records = ExpertRecords(sample, quantizer)
                 for at, (width, form) in enumerate(zip(widths, forms, strict=True)):
                     with naming(opened, layer.layer, expert):
-                        found = made.make(form)
+                        found = records.make(form, precisions[at])
                     eps[at, expert] = found.eps
                     if width == _FELT_WIDTH:
                         coarse[expert] = form.decode(found.record)

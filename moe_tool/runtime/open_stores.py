@@ -22,8 +22,8 @@ from moe_tool.store.record_store import RecordStore
 
 _N_READERS = 2
 MakeStore = Callable[[BundleReader, tuple[FormRoom, ...], EvictionChoice], ExpertStore]
-"""(bundle, rooms in the order of `bundle.forms`, eviction of primary forms) -> a store with nothing read yet; the
-bundle stays open as long as the store"""
+"""(bundle, rooms in the order of `bundle.forms`, eviction of primary forms) -> a store with nothing
+read yet; the bundle stays open as long as the store"""
 
 
 def choose_rooms(

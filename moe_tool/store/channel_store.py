@@ -48,7 +48,7 @@ class ChannelStore:
         keys = [(record.layer, record.expert) for record in selectors.table.records]
         self._bundle = bundle
         self._held = held
-        self._n_channels: int = held.form.n_channels
+        self._n_channels = held.form.layout.segments[0].shape[0]
         self._selector_form = selectors.form
         self._selectors = RecordStore(
             bundle,

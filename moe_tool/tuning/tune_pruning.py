@@ -189,14 +189,14 @@ def tune_pruning(
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
-    if manifest.choosers is not None:
+    if manifest.selectors:
         raise UsageError(
             f"the experts of {folder} are in channels, through which nothing is trained",
             hint="tune a bundle that was packed without --sparse-experts",
         )
-    if manifest.absent:
+    if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.absent)} experts out already: mask routers are for "
+            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
             "bundles of all experts",
             hint="pack one with --bits, or with a plan that leaves none out",
         )

@@ -15,7 +15,6 @@ import torch
 from moe_tool.artifacts.bundle_manifest import TunedWeights
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.identity import require_same_model
-from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import CorruptArtifactError, DataSourceError, UsageError
 from moe_tool.experts.expert_forward import expert_forward
@@ -25,7 +24,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.packing.replicas import relative_error
+from moe_tool.packing.expert_records import relative_error
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight
 from moe_tool.text.sequences import TokenSequences, build_sequences
@@ -159,7 +158,7 @@ def tune_weights(
             opened,
             tokens=sequences.ids.size,
             batch=options.batch,
-            record_bytes=max(sum(reader.own_record_bytes(x)) for x in opened.shape.layers),
+            record_bytes=max(sum(reader.primary_record_bytes(x)) for x in opened.shape.layers),
             state_bytes=state_bytes_per_weight(_rule(options)),
             asked=options.memory_bytes,
         )
@@ -207,8 +206,8 @@ class _Work:
     def run(self, folder: Path, sequences: TokenSequences) -> None:
         """Tune and write what is not written yet; what is, answers in its place."""
         missing: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for level, at, expert in self._copied.writer.to_write:
-            missing[at].append((level, expert))
+        for form, at, expert in self._copied.writer.to_write:
+            missing[at].append((form, expert))
         ids = torch.from_numpy(sequences.ids.astype(np.int64))
         paired = PairedModel(folder, self._opened, ids, torch.from_numpy(sequences.held_out))
         for layer in paired.layers(last=max(missing, default=-1)):
@@ -216,14 +215,14 @@ class _Work:
             if number in missing:
                 paired.go_on_with(self._tune(layer, missing[number]))
             else:
-                own = self._copied.own_experts(number)
-                paired.go_on_with({e: self._copied.written_expert(number, e) for e in own})
+                stored = self._copied.experts(number)
+                paired.go_on_with({e: self._copied.written_expert(number, e) for e in stored})
 
     def _tune(self, layer: PairedLayer, missing: list[tuple[int, int]]) -> dict[int, ExpertWeights]:
         """Tune a layer and write its records; return its experts as they are from now on."""
         number, copied = layer.layer, self._copied
-        own = copied.own_experts(number)
-        experts = {e: unpack_expert(copied.old_expert(number, e)) for e in own}
+        stored = copied.experts(number)
+        experts = {e: unpack_expert(copied.old_expert(number, e)) for e in stored}
         judged = torch.nonzero(layer.held_out).flatten()
         before = layer_error(layer.module, experts, layer.text, judged)
         moving = self._move(layer, experts)
@@ -231,14 +230,15 @@ class _Work:
         is_kept = after < before
         records = {}
         n_moved = n_codes = 0
-        for expert in own:
-            record = copied.old_record(copied.level(number, expert), number, expert)
+        for expert in stored:
+            primary = copied.primary(number, expert)
+            record = copied.old_record(primary.index, number, expert)
             if is_kept and expert in moving:
                 old = unpack_expert(copied.decode(number, expert, record)).matrices
                 new = experts[expert].matrices
                 n_moved += sum(int((new[n].codes != old[n].codes).sum()) for n in old)
                 n_codes += sum(matrix.codes.numel() for matrix in old.values())
-                record = copied.new_record(number, expert, experts[expert].packed())
+                record = primary.form.encode(experts[expert].packed())
             records[expert] = record
             del experts[expert]
         self.layers.append(
@@ -250,12 +250,12 @@ class _Work:
                 is_kept=is_kept,
             )
         )
-        for level, expert in missing:
-            if level in copied.own_levels:
+        for form, expert in missing:
+            if form == copied.primary(number, expert).index:
                 error = self._error(layer, expert, records[expert])
-                copied.writer.write_record(level, number, expert, records[expert], eps=error)
+                copied.writer.write_record(form, number, expert, records[expert], eps=error)
             else:
-                copied.copy_replica(level, number, expert)
+                copied.copy_replica(form, number, expert)
         return {e: copied.decode(number, e, record) for e, record in records.items()}
 
     def _move(self, layer: PairedLayer, experts: dict[int, TunedExpert]) -> set[int]:
@@ -291,7 +291,7 @@ class _Work:
 
     def _error(self, layer: PairedLayer, expert: int, record: torch.Tensor) -> float:
         """Of an expert's output beside the exact one's, on what the exact model gives it."""
-        if not self._copied.has_codes(layer.layer, expert):
+        if not self._copied.primary(layer.layer, expert).table.precision.is_coded:
             return 0.0
         own = torch.nonzero((layer.exact_index == expert).any(dim=1)).flatten()
         rows = own if len(own) >= _LEAST_MEASURED else torch.arange(len(layer.exact_inputs))
@@ -334,19 +334,18 @@ def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) ->
             f"{bundle / MANIFEST} describes another shape than that of {opened.identity.name}",
             hint="pack the bundle again with moe-tool pack",
         )
-    precisions = [reader.levels[level].form.precision for level in reader.own_levels]
-    if manifest.choosers is not None:
+    if manifest.selectors:
         raise UsageError(
             f"the experts of {bundle} are in channels, whose codes are not tuned",
             hint="pack it with --bits 4 and without --sparse-experts",
         )
-    if any(table.is_base for table in manifest.replicas):
+    if any(table.role == "base" for table in manifest.cheaper):
         raise UsageError(
             f"the experts of {bundle} are nested: with their codes the first bits would change, "
             "which nothing is asked of",
             hint="pack it with --bits 4, and --replicas 2 beside it",
         )
-    if not any(isinstance(each, IntegerPrecision) for each in precisions):
+    if not any(table.precision.is_coded for table in manifest.primaries):
         raise UsageError(
             f"the experts of {bundle} are floats, there are no codes to tune",
             hint="pack it with --bits 4 or fewer first",

@@ -12,7 +12,6 @@ from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.experts.channel_forward import channel_sizes, chooser_values
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime import moe_layer
@@ -21,6 +20,7 @@ from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 
 PROMPT = [256, *b"The list of the things"]
 
