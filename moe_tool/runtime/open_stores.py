@@ -51,8 +51,8 @@ def choose_rooms(
         at = len(manifest.primaries) + int(choice.values["level"]) - 1
         if not rooms[at].n_slots:
             raise BudgetError(
-                f"--policy {policy.name}: {sum(slots)} expert slots leave no room for cheaper forms "
-                "beside what a token needs",
+                f"--policy {policy.name}: {sum(slots)} expert slots leave no room for cheaper "
+                "forms beside what a token needs",
                 hint="more --memory, e.g. 20%, or --policy exact",
             )
     return rooms

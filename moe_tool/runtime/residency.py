@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.budget.slots import ExpertRoom, bytes_of_slots, min_slots, slots_within
 from moe_tool.policies.cheapest_residents import cheapest_residents
 from moe_tool.policies.hot_set import hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
-from moe_tool.runtime.expert_room import ExpertRoom, bytes_of_slots, slots_within
 from moe_tool.runtime.price_list import expert_use
 
 
@@ -86,7 +86,7 @@ def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
         ExpertRoom(
             record_bytes=table.record_size_bytes,
             n_experts=len(table.records),
-            n_slots_min=min(manifest.shape.top_k + 1, len(table.records)),
+            n_slots_min=min_slots(manifest.shape.top_k, len(table.records)),
         )
         for table in manifest.primaries
     )
@@ -94,7 +94,7 @@ def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
 
 def n_slots_min(manifest: BundleManifest) -> int:
     """Return the slots that one token needs in one layer, and one to read ahead."""
-    return min(manifest.shape.top_k + 1, len(manifest.primary_records))
+    return min_slots(manifest.shape.top_k, len(manifest.primary_records))
 
 
 def _has_everything(manifest: BundleManifest, slots: tuple[int, ...]) -> bool:
