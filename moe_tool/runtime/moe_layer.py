@@ -30,7 +30,7 @@ from moe_tool.runtime.mask_scores import slot_worth
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.quality_account import QualityAccount
-from moe_tool.store.protocol import ExpertStore
+from moe_tool.store.protocol import ExpertStore, on_host
 
 Residency = Literal["frozen", "cache"]
 Phase = Literal["prompt", "decode"]
@@ -197,7 +197,7 @@ class MoeLayerRunner:
                     scores=scores,
                     guesses=[(guess.layer, e) for guess in guesses for e in guess.experts],
                 )
-            return supplied
+            return on_host(supplied)
 
         return run_experts(call.module, call.hidden, index, weight, supply, present=present)
 

@@ -9,10 +9,10 @@ from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import Chooser, ChosenChannels
-from moe_tool.quantization.weights import ExpertWeights
+from moe_tool.quantization.weights import ExpertWeights, StoredExpert
 
-Supply = Iterator[tuple[int, ExpertWeights]]
-"""(number, weights) of each expert of a call; weights are valid until the iterator's next step"""
+Supply = Iterator[tuple[int, StoredExpert]]
+"""(number, expert) of each expert of a call, valid until the iterator's next step"""
 SelectChannels = Callable[[Chooser], ChosenChannels]
 """Says which channels of an expert a call needs, by the expert's selector"""
 
@@ -55,7 +55,7 @@ class ExpertStore(Protocol):
         *,
         scores: np.ndarray | None = None,
     ) -> Supply:
-        """Yield each expert with its weights: those in memory, then the others as they arrive.
+        """Yield each expert: those in memory, then the others as they arrive.
 
         Reads start at once, in the order of `numbers`. A call that was left in the middle ends when
         the next one starts.
@@ -101,3 +101,9 @@ class ExpertStore(Protocol):
 
     def close(self) -> None:
         """Stop reading, join the threads, give the memory back. Weights handed out are void."""
+
+
+def on_host(supply: Supply) -> Iterator[tuple[int, ExpertWeights]]:
+    """Yield each expert of a call in memory that the host's kernels can address."""
+    for number, expert in supply:
+        yield number, expert.to_host()
