@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from moe_tool.artifact_folder import buddies_path, profile_path
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.buddies import buddies_fields, make_buddies
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption
@@ -187,7 +188,7 @@ class _Demo:
             EvaluateOptions(
                 tokens=_EVALUATION_TOKENS,
                 seq_len=_EVALUATION_SEQ_LEN,
-                memory=_LOSSY_MEMORY,
+                memory=parse_memory(_LOSSY_MEMORY),
                 policy="buddy",
                 controls=True,
             ),

@@ -285,10 +285,10 @@ def _describe_buddies(path: Path) -> Description:
 def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Description:
     from moe_tool.formats.bundle_reader import BundleReader
 
-    reader = BundleReader.open(path)
-    if verify:
-        reader.verify_all(progress)
-    manifest = reader.manifest
+    with BundleReader.open(path) as reader:
+        if verify:
+            reader.verify_all(progress)
+        manifest = reader.manifest
     facts: dict[str, object] = (
         _model_facts(manifest.identity)
         | _shape_facts(manifest.shape)
@@ -296,12 +296,12 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
             "bits": _own_bits(manifest),
             "skeleton_bits": manifest.skeleton_precision.name,
             "bytes": sum(file.size_bytes for file in manifest.files),
-            "record_bytes": manifest.record_size_bytes,
-            "expert_bytes": manifest.own_bytes,
+            "record_bytes": manifest.primaries[0].record_size_bytes,
+            "expert_bytes": manifest.primary_bytes,
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
-            "replicas": ", ".join(each.precision.name for each in manifest.replicas) or "none",
+            "replicas": ", ".join(each.name for each in manifest.cheaper) or "none",
             "tool_version": manifest.tool_version,
         }
         | _lineage_facts(manifest)
@@ -327,7 +327,7 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
 
 def _own_bits(manifest: "BundleManifest") -> str:
     """One number, or how many experts have which."""
-    found = manifest.own_bits
+    found = manifest.primary_counts
     if len(found) == 1:
         return next(iter(found))
     return ", ".join(f"{bits}: {count}" for bits, count in sorted(found.items()))

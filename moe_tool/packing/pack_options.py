@@ -13,7 +13,7 @@ from moe_tool.artifacts.precision import (
     precision_from_bits,
     replica_precisions,
 )
-from moe_tool.byte_sizes import parse_bytes
+from moe_tool.budget.sizes import parse_bytes
 from moe_tool.errors import UsageError
 from moe_tool.quantizers.registry import parse_quantizer
 

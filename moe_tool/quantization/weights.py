@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -96,6 +96,13 @@ class IntegerWeight:
         return 1 if self.width_bits == 1 else 1 << (self.width_bits - 1)
 
 
+class StoredExpert(Protocol):
+    """An expert as a store hands it out, in whatever memory it lies."""
+
+    def to_host(self) -> "ExpertWeights":
+        """Return the expert in memory that the host's kernels can address."""
+
+
 class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
     """An expert's tensors by name.
 
@@ -109,6 +116,10 @@ class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
         """Hold some tensors, or nothing yet."""
         super().__init__(tensors or {})
         self.prepared: Any = None
+
+    def to_host(self) -> "ExpertWeights":
+        """Return the expert itself: it is in memory that the host's kernels can address."""
+        return self
 
 
 def base_of(
