@@ -257,7 +257,7 @@ def _compare(
     pack_bundle(model, out=plain, bits="4", profile=a.profile)
     sources = parse_sources([str(a.text)])
     with open_session(plain, run_options(memory=a.memory, context=64)) as session:
-        tokenizer, record_4 = session.tokenizer, session.manifest.record_size_bytes
+        tokenizer, record_4 = session.tokenizer, session.manifest.primaries[0].record_size_bytes
     text = build_sequences(
         sources, tokenizer, n_tokens=a.tokens, seq_len=a.seq_len, holdout=0.0, seed=0
     )
@@ -269,7 +269,7 @@ def _compare(
         "tokens/s": rates[None],
     }
     with BundleReader.open(bundle) as reader:
-        record_bytes = reader.manifest.record_size_bytes
+        record_bytes = reader.forms[0].record_size_bytes
     for sparsity in sparsities:
         report = evaluate(
             bundle,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from moe_tool.artifacts.precision import bits_of
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.benchmarking.bench_plan import (
     BenchOptions,
@@ -32,7 +31,7 @@ from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.prefetcher import require_prefetch
-from moe_tool.runtime.run_options import default_residency, run_options
+from moe_tool.runtime.run_options import RunOptions, default_residency
 from moe_tool.runtime.session import Session, open_session
 
 _NO_TOKENIZER = object()
@@ -174,7 +173,7 @@ def bench(
                 row = BenchRow(
                     **facts,
                     **_figures(test, samples),
-                    budget=setting.memory,
+                    budget=str(setting.memory),
                     budget_bytes=session.plan.memory.budget_bytes,
                     slots=session.plan.memory.n_slots,
                     policy=policy,
@@ -220,12 +219,12 @@ def _open(
     tests: Sequence[SpeedTest],
     progress: Progress,
 ) -> Session:
-    run = run_options(
+    run = RunOptions(
         memory=setting.memory,
         gates=options.gates,
         seed=options.seed,
         threads=setting.threads,
-        eviction=setting.eviction,
+        eviction=parse_eviction(setting.eviction),
         prefetch=setting.prefetch,
         sparse_experts=setting.sparse_experts,
         context=max(test.positions for test in tests),
@@ -234,24 +233,21 @@ def _open(
     session = open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress)
     try:
         for policy in options.policy:  # one that the bundle cannot run is refused before any row
-            session.use_policy(parse_miss_policy(policy), residency=_residency(policy))
+            choice = parse_miss_policy(policy)
+            session.use_policy(choice, residency=default_residency(choice))
     except BaseException:
         session.close()
         raise
     return session
 
 
-def _residency(policy: str) -> Residency:
-    """What a run of this policy has by default."""
-    return default_residency(parse_miss_policy(policy))
-
-
 def _in_turn(
     session: Session, policies: Sequence[str], tests: Sequence[SpeedTest]
 ) -> Iterator[tuple[str, Residency, SpeedTest]]:
     for policy in policies:
-        residency = _residency(policy)
-        session.use_policy(parse_miss_policy(policy), residency=residency)
+        choice = parse_miss_policy(policy)
+        residency = default_residency(choice)
+        session.use_policy(choice, residency=residency)
         for test in tests:
             yield policy, residency, test
 
@@ -307,8 +303,8 @@ def _describe(bundle: BundleReader) -> dict[str, Any]:
     return {
         "model": manifest.identity.name,
         "size_bytes": sum(file.size_bytes for file in manifest.files),
-        "params": len(manifest.own_records) * manifest.shape.n_expert_weights
+        "params": len(manifest.primary_records) * manifest.shape.n_expert_weights
         + bundle.n_skeleton_weights,
-        "bits": "mixed" if manifest.others else bits_of(manifest.precision),
-        "skeleton_bits": bits_of(manifest.skeleton_precision),
+        "bits": manifest.bits,
+        "skeleton_bits": manifest.skeleton_precision.name,
     }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
+from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import UsageError
 
 Kind = Literal["pp", "tg"]
@@ -22,7 +23,7 @@ class BenchOptions:
     """Rows tgN: N tokens, one per forward; 0 leaves the row out"""
     depth: tuple[int, ...] = (0,)
     """Tokens that are in context before the clock starts"""
-    memory: tuple[str, ...] = ("auto",)
+    memory: tuple[MemoryRequest, ...] = (AUTO,)
     policy: tuple[str, ...] = ("exact",)
     eviction: tuple[str, ...] = ("lru",)
     prefetch: tuple[str, ...] = ("none",)
@@ -63,7 +64,7 @@ class SpeedTest:
 class Setting:
     """What one session is opened with."""
 
-    memory: str
+    memory: MemoryRequest
     threads: int | None
     eviction: str
     prefetch: str

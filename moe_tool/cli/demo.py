@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from moe_tool.artifact_folder import buddies_path, profile_path
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.buddies import buddies_fields, make_buddies
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption
@@ -134,16 +135,22 @@ class _Demo:
         return made.path
 
     def _pack(self, profile: Path, buddies: Path) -> Path:
+        from moe_tool.models.architecture import open_model
         from moe_tool.models.locate import locate_model
         from moe_tool.packing.pack_bundle import pack_bundle
+        from moe_tool.packing.pack_options import PackOptions
 
-        report = pack_bundle(
-            locate_model("demo", offline=True),
-            out=self._folder / "bundle",
-            profile=profile,
-            buddies=buddies,
-            progress=self._output.progress,
-        )
+        located = locate_model("demo", offline=True)
+        opened = open_model(located)
+        with opened.checkpoint:
+            report = pack_bundle(
+                opened,
+                located.folder,
+                PackOptions(out=self._folder / "bundle"),
+                profile=profile,
+                buddies=buddies,
+                progress=self._output.progress,
+            )
         self._done(
             "pack",
             f"{format_bytes(report.bytes)}, experts {format_bytes(report.expert_bytes)} at "
@@ -181,7 +188,7 @@ class _Demo:
             EvaluateOptions(
                 tokens=_EVALUATION_TOKENS,
                 seq_len=_EVALUATION_SEQ_LEN,
-                memory=_LOSSY_MEMORY,
+                memory=parse_memory(_LOSSY_MEMORY),
                 policy="buddy",
                 controls=True,
             ),

@@ -8,14 +8,14 @@ from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import bits_of, describe_precision
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moe_tool.artifacts.bundle_manifest import BundleManifest, QualityFigure
+    from moe_tool.artifacts.bundle_manifest import BundleManifest
+    from moe_tool.artifacts.quality_figure import QualityFigure
     from moe_tool.artifacts.routing_report import RoutingReport
     from moe_tool.profiling.coverage import LayerCoverage
 
@@ -243,8 +243,8 @@ def _describe_run_trace(path: Path) -> Description:
         _model_facts(header.identity)
         | _shape_facts(header.shape)
         | {
-            "bits": bits_of(header.precision),
-            "skeleton_bits": bits_of(header.skeleton_precision),
+            "bits": header.precision.name,
+            "skeleton_bits": header.skeleton_precision.name,
             "threads": header.threads,
             "expert_slots": header.n_slots,
             "pinned": len(header.pinned),
@@ -285,24 +285,23 @@ def _describe_buddies(path: Path) -> Description:
 def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Description:
     from moe_tool.formats.bundle_reader import BundleReader
 
-    reader = BundleReader.open(path)
-    if verify:
-        reader.verify_all(progress)
-    manifest = reader.manifest
+    with BundleReader.open(path) as reader:
+        if verify:
+            reader.verify_all(progress)
+        manifest = reader.manifest
     facts: dict[str, object] = (
         _model_facts(manifest.identity)
         | _shape_facts(manifest.shape)
         | {
             "bits": _own_bits(manifest),
-            "skeleton_bits": bits_of(manifest.skeleton_precision),
+            "skeleton_bits": manifest.skeleton_precision.name,
             "bytes": sum(file.size_bytes for file in manifest.files),
-            "record_bytes": manifest.record_size_bytes,
-            "expert_bytes": manifest.own_bytes,
+            "record_bytes": manifest.primaries[0].record_size_bytes,
+            "expert_bytes": manifest.primary_bytes,
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
-            "replicas": ", ".join(describe_precision(each.precision) for each in manifest.replicas)
-            or "none",
+            "replicas": ", ".join(each.name for each in manifest.cheaper) or "none",
             "tool_version": manifest.tool_version,
         }
         | _lineage_facts(manifest)
@@ -328,7 +327,7 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descrip
 
 def _own_bits(manifest: "BundleManifest") -> str:
     """One number, or how many experts have which."""
-    found = manifest.own_bits
+    found = manifest.primary_counts
     if len(found) == 1:
         return next(iter(found))
     return ", ".join(f"{bits}: {count}" for bits, count in sorted(found.items()))

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory_option
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     BundleArgument,
@@ -80,7 +81,7 @@ def evaluate(
             EvaluateOptions(
                 tokens=tokens,
                 seq_len=seq_len,
-                memory=memory,
+                memory=parse_memory_option(memory),
                 policy=policy,
                 controls=controls,
                 residency=residency,

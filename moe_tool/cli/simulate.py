@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
+from moe_tool.budget.slots import min_slots
 from moe_tool.cli.chosen_hardware import chosen_hardware
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.newest_profile import newest_profile
@@ -164,7 +165,7 @@ def _machine(
     positions = {layer: at for at, layer in enumerate(shape.layers)}
     return Machine(
         record_bytes=costs.record_bytes,
-        n_slots_min=min(shape.top_k + 1, shape.experts * len(shape.layers)),
+        n_slots_min=min_slots(shape.top_k, shape.experts * len(shape.layers)),
         costs=costs.calls,
         hottest=[positions[layer] * shape.experts + expert for layer, expert in ranked],
     )
@@ -185,19 +186,19 @@ def _budgets(
     shape, skeleton = profile.header.shape, profile.header.skeleton
     n_experts = shape.experts * len(shape.layers)
     found = []
-    for label, share in parse_budgets(texts):
-        if share is not None:
-            n_slots = max(min(shape.top_k + 1, n_experts), int(share * n_experts))
+    for request in parse_budgets(texts):
+        if request.kind == "share":
+            n_slots = max(min_slots(shape.top_k, n_experts), int(request.share * n_experts))
         elif skeleton is None:
             raise ArtifactVersionError(
-                f"--memory {label}: {profile.path} does not say what else takes memory",
+                f"--memory {request}: {profile.path} does not say what else takes memory",
                 hint="record it again with moe-tool profile, or give a share: --memory 50%",
             )
         else:
             n_slots = account(
-                label, shape, skeleton, bits=bits, skeleton_bits=skeleton_bits, context=context
+                request, shape, skeleton, bits=bits, skeleton_bits=skeleton_bits, context=context
             ).n_slots
-        found.append(Budget(label=label, n_slots=n_slots))
+        found.append(Budget(label=str(request), n_slots=n_slots))
     return sorted(found, key=lambda budget: budget.n_slots)
 
 

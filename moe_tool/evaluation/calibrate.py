@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration, QualityFigure
+from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
+from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.figures import Figures
@@ -36,7 +38,7 @@ class CalibrateOptions:
     """Parameters other than the strength stay as they are given"""
     tokens: int = 8192
     seq_len: int = 256
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     seed: int = 0
     threads: int | None = None
     offline: bool = False

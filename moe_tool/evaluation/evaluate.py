@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.evaluation.controls import policies_to_run
 from moe_tool.evaluation.divergence import (
@@ -41,11 +42,15 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.memory_plan import MemoryRequest, parse_memory
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.price_list import price_book
 from moe_tool.runtime.quality_account import QualityAccount
-from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions, default_policy
+from moe_tool.runtime.run_options import (
+    EXACT_POLICY,
+    RunOptions,
+    default_policy,
+    default_residency,
+)
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -66,7 +71,7 @@ class EvaluateOptions:
     """Of text, all domains together; the first two of each sequence are not scored"""
     seq_len: int = 256
     """Capped at what the model was made for"""
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     policy: str | None = None
     """None: what the bundle was calibrated or planned for, or exact"""
     also: tuple[str, ...] = ()
@@ -204,8 +209,10 @@ def evaluate(
             source = SourceModel(reference, bundle.manifest, ids, progress=progress)
         if options.sparse_experts is not None:
             _check_sparse(options)
-        is_table = options.controls or policy != EXACT_POLICY.name
-        residency: Residency = options.residency or ("frozen" if is_table else "cache")
+        usual: Residency = (
+            "frozen" if options.controls else default_residency(parse_miss_policy(policy))
+        )
+        residency = options.residency or usual
         names = policies_to_run(policy, bundle.manifest, controls=options.controls)
         frontier: tuple[str, ...] = ()
         if options.controls:
@@ -276,7 +283,7 @@ def _open(
     if source is not None:
         scratch += seq_len * vocabulary * 4
     run = RunOptions(
-        memory=parse_memory(options.memory) if options.memory else _planned_slots(bundle, progress),
+        memory=options.memory or _planned_slots(bundle, progress),
         policy=EXACT_POLICY,
         residency=residency,
         eviction=None if options.eviction is None else parse_eviction(options.eviction),
@@ -312,14 +319,14 @@ def _check_sparse(options: EvaluateOptions) -> None:
 
 
 def _planned_slots(bundle: BundleReader, progress: Progress) -> MemoryRequest | None:
-    """As `--memory`, the expert slots of the bundle's plan; None without one. What is to be
+    """Return the expert slots of the bundle's plan as a budget; None without a plan. What is to be
     compared is held beside them, so that the plan's bytes would buy fewer."""
     plan = bundle.manifest.plan
     if plan is None:
         return None
-    n_slots, n_experts = plan.prediction.expert_slots, len(bundle.manifest.own_records)
+    n_slots, n_experts = plan.prediction.expert_slots, len(bundle.manifest.primary_records)
     progress.note(f"as planned: {n_slots} of {n_experts} expert slots")
-    return MemoryRequest(kind="share", share=min(1.0, (n_slots + 0.5) / n_experts))
+    return MemoryRequest(kind="slots", n_slots=n_slots)
 
 
 def _runnable(

@@ -76,19 +76,7 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     position = 0
     if session.runner.policy.prices is None:
         ledger[6] = np.nan
-    bundle = session.bundle
-    sizes = {
-        layer: np.stack(
-            [
-                np.array(bundle.own_record_bytes(layer)),
-                *(
-                    np.full(bundle.manifest.shape.experts, table.record_size_bytes)
-                    for table in bundle.manifest.replicas
-                ),
-            ]
-        )
-        for layer in bundle.manifest.shape.layers
-    }  # [L, E]
+    sizes = session.runner.record_bytes
 
     def account(decision: Decision) -> None:
         wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 
 Row = Mapping[str, object]
 _COLUMNS = (

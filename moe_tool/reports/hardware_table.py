@@ -4,7 +4,7 @@ from rich import box
 from rich.table import Table
 
 from moe_tool.artifacts.hardware_profile import BITS, REST_S, HardwareProfile, LookupSpeed
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 
 
 def origin_of(profile: HardwareProfile) -> str:

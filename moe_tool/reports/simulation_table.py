@@ -5,7 +5,7 @@ from typing import Protocol
 
 from rich.table import Table
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 
 
 class Row(Protocol):

@@ -9,7 +9,7 @@ from typing import Protocol
 from rich import box
 from rich.table import Table
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 
 Interval = tuple[float, float] | None
 

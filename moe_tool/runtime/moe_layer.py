@@ -16,21 +16,21 @@ from moe_tool.artifacts.routing import (
     count_answers,
 )
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
+from moe_tool.experts.channel_forward import choose_channels
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.eviction import gate_scores
 from moe_tool.policies.misses.prune import token_importance
+from moe_tool.quantization.channels import Chooser, ChosenChannels
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
-from moe_tool.runtime.channel_choice import choose_for_call
 from moe_tool.runtime.foresight import Foresight, Guess
 from moe_tool.runtime.mask_scores import slot_worth
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.quality_account import QualityAccount
-from moe_tool.store.channel_store import ChannelStore
-from moe_tool.store.expert_levels import ExpertLevels
+from moe_tool.store.protocol import ExpertStore, on_host
 
 Residency = Literal["frozen", "cache"]
 Phase = Literal["prompt", "decode"]
@@ -53,7 +53,7 @@ class MoeLayerRunner:
     """The experts function of a session. Mutable: the session tells it which forward is under
     way."""
 
-    store: ExpertLevels
+    store: ExpertStore
     residency: Residency
     policy: ChosenPolicy
     """What answers misses while decoding"""
@@ -83,7 +83,7 @@ class MoeLayerRunner:
     stored: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Layer -> [E] bool: experts that the bundle has; empty where none was removed"""
     record_bytes: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """Layer -> [E] int64: what a read of each expert takes"""
+    """Layer -> [F, E] int64: size of each record; 0 where a form is not stored"""
     on_decision: Callable[[Decision], None] | None = None
     """Told about every decode call"""
 
@@ -144,7 +144,7 @@ class MoeLayerRunner:
     def _skipped_fetch_bytes(self, routing: Routing, answers: Answers, resident: np.ndarray) -> int:
         """Return the bytes of non-resident experts that were not fetched because they were
         dropped."""
-        sizes = self.record_bytes[routing.layer]
+        sizes = self.record_bytes[routing.layer][PRIMARY]
         is_skipped = np.zeros(len(sizes), dtype=bool)
         is_skipped[routing.index[routing.present & ~answers.present]] = True
         is_skipped[answers.expert[answers.present]] = False
@@ -178,15 +178,17 @@ class MoeLayerRunner:
     ) -> torch.Tensor:
         def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
             scores = self._scores(call)
-            supplied = self._acquire(call, wanted, counters, scores)
+            if self.sparsity is not None and self.phase == "decode":
+                self._select_channels(call, wanted, self.sparsity)
+            supplied = self.store.acquire(call.layer, wanted, counters, scores=scores)
             guesses: list[Guess] = []
             if self.phase == "decode":  # while the reads are under way
                 if self.foresight is not None:
                     guesses = self.foresight.look(call)
                     for guess in guesses:
-                        self.store.full.expect(guess.layer, guess.experts, ahead=guess.ahead)
+                        self.store.expect(guess.layer, guess.experts, ahead=guess.ahead)
                 if self.prefetcher is not None:
-                    self.prefetcher.expect(call, self.store.full, counters)
+                    self.prefetcher.expect(call, self.store, counters)
             if self.recorder is not None:
                 self.recorder.record(
                     call.layer,
@@ -195,23 +197,19 @@ class MoeLayerRunner:
                     scores=scores,
                     guesses=[(guess.layer, e) for guess in guesses for e in guess.experts],
                 )
-            return supplied
+            return on_host(supplied)
 
         return run_experts(call.module, call.hidden, index, weight, supply, present=present)
 
-    def _acquire(
-        self,
-        call: LayerCall,
-        wanted: list[int],
-        counters: PhaseCounters,
-        scores: np.ndarray | None,
-    ) -> Iterator[tuple[int, ExpertWeights]]:
-        store = self.store.full
-        is_one = self.phase == "decode" and not self.is_shadow and call.hidden.shape[0] == 1
-        if self.sparsity is None or not is_one or not isinstance(store, ChannelStore):
-            return self.store.acquire(call.layer, wanted, counters, scores=scores)
-        chosen = choose_for_call(call, wanted, store, self.sparsity)
-        return store.acquire(call.layer, wanted, counters, scores=scores, chosen=chosen)
+    def _select_channels(self, call: LayerCall, wanted: list[int], sparsity: float) -> None:
+        """Tell the store which channels one token needs, from the layer's own input."""
+        if self.is_shadow or len(call.hidden) > 1:
+            return
+
+        def select(selector: Chooser) -> ChosenChannels:
+            return choose_channels(call.module, selector, call.hidden, sparsity)
+
+        self.store.select_channels(call.layer, wanted, select)
 
     def _scores(self, call: LayerCall) -> np.ndarray | None:
         """What the router says of all experts, where somebody asks and it was heard."""

@@ -6,7 +6,10 @@ from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.account import MemoryPlan, plan_memory
+from moe_tool.budget.refusal import MemoryLine
+from moe_tool.budget.request import AUTO, MemoryRequest
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.skeleton import Skeleton
@@ -15,19 +18,12 @@ from moe_tool.native.kernels import is_native
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import MissChoice
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
-from moe_tool.runtime.memory_plan import (
-    MARGIN_BYTES,
-    MemoryLine,
-    MemoryPlan,
-    MemoryRequest,
-    plan_memory,
-)
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.open_levels import choose_rooms, staying_by_form
+from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
 from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, require_prefetch
 from moe_tool.runtime.quality_promise import quality_note
-from moe_tool.runtime.residency import LevelRoom, expert_rooms
+from moe_tool.runtime.residency import FormRoom, expert_rooms
 from moe_tool.runtime.run_options import (
     DEFAULT_EVICTION,
     EXACT_POLICY,
@@ -36,7 +32,7 @@ from moe_tool.runtime.run_options import (
     default_residency,
 )
 from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
-from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
+from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 _FIRST_USE_BYTES = 16 * 2**20
 """Memory that torch and transformers allocate when a model is first built and run: 8 to 10 MiB from
@@ -46,6 +42,35 @@ _LOSSY_PROMPT = (
     "lossy prefill: the policy answers the prompt too, and what that leaves in the KV cache stays"
 )
 _EXACT_PROMPT = "lossy prefill changes nothing: the policy reads every miss"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Memory that a run takes whatever the size of the process turns out to be."""
+
+    request: MemoryRequest
+    """Budget that was asked for or planned"""
+    fixed: tuple[MemoryLine, ...]
+    """Account without the process and the expert slots"""
+    loading_bytes: int
+    """Memory that loading the skeleton takes at its peak, beside the process"""
+
+    def within(
+        self, manifest: BundleManifest, process_bytes: int, available_bytes: int
+    ) -> MemoryPlan:
+        """Return the account with the slots that the budget leaves.
+
+        Raises:
+            BudgetError: the budget is below what the run needs.
+        """
+        process = MemoryLine(name="process and its libraries", size_bytes=process_bytes)
+        return plan_memory(
+            self.request,
+            fixed=(process, *self.fixed),
+            loading_bytes=process_bytes + self.loading_bytes,
+            experts=expert_rooms(manifest),
+            available_bytes=available_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +84,14 @@ class RunPlan:
     eviction: EvictionChoice
     prefetch: str
     """Key of policies.prefetch.PREFETCH"""
-    request: MemoryRequest
-    """Budget that was asked for or planned"""
     workload: Workload
     threads: ComputeThreads
-    fixed: tuple[MemoryLine, ...]
-    """Memory beside process, skeleton and expert slots"""
+    footprint: Footprint
     skeleton_bytes: int
     """Size of the loaded skeleton"""
-    loading_bytes: int
-    """Memory that loading the skeleton takes at its peak, beside the process"""
     memory: MemoryPlan
     """Where the bytes go: an estimate until `settle` knows the size of the process"""
-    rooms: tuple[LevelRoom, ...]
+    rooms: tuple[FormRoom, ...]
     """Slots and pinned experts of each form"""
     followed: str | None
     """Which settings are the bundle's plan's, in one line; None where none is"""
@@ -107,26 +127,23 @@ def plan_run(
     residency = options.residency or default_residency(choice)
     _check(options, choice, residency, manifest)
     require_sparse(options, choice, bundle)
-    followed = _follow_plan(options, manifest.plan, residency)
+    followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
     config = skeleton.config.get_text_config()
     workload = _workload(options, choice, config)
-    fixed = _fixed_lines(config, bundle, workload, followed, options.caller_bytes)
-
-    def within(process_bytes: int) -> MemoryPlan:
-        return plan_memory(
-            followed.memory,
-            fixed=_with_process(fixed, process_bytes, skeleton.held_bytes),
-            loading_bytes=process_bytes + skeleton.held_bytes + skeleton.largest_bytes,
-            experts=expert_rooms(manifest),
-            available_bytes=available_bytes,
-        )
-
-    try:
-        memory = within(used_bytes)
-    except BudgetError:
-        within(used_bytes + _FIRST_USE_BYTES)
-        raise
+    footprint = Footprint(
+        request=followed.memory,
+        fixed=run_lines(
+            config,
+            manifest.shape,
+            workload,
+            process_bytes=0,
+            skeleton_bytes=skeleton.held_bytes,
+            beside=_beside(bundle, followed.eviction, options.caller_bytes),
+        ),
+        loading_bytes=skeleton.held_bytes + skeleton.largest_bytes,
+    )
+    memory = _estimate(footprint, manifest, used_bytes, available_bytes)
     policy = choose_policy(
         choice,
         manifest,
@@ -141,12 +158,10 @@ def plan_run(
         residency=residency,
         eviction=followed.eviction,
         prefetch=followed.prefetch,
-        request=followed.memory,
         workload=workload,
         threads=choose_threads(options.threads, manifest),
-        fixed=fixed,
+        footprint=footprint,
         skeleton_bytes=skeleton.held_bytes,
-        loading_bytes=skeleton.held_bytes + skeleton.largest_bytes,
         memory=memory,
         rooms=choose_rooms(manifest, memory.slots, residency, followed.eviction, policy),
         followed=followed.note,
@@ -167,13 +182,7 @@ def settle(
     Raises:
         BudgetError: the budget is below what the session needs.
     """
-    memory = plan_memory(
-        plan.request,
-        fixed=_with_process(plan.fixed, process_bytes, plan.skeleton_bytes),
-        loading_bytes=process_bytes + plan.loading_bytes,
-        experts=expert_rooms(manifest),
-        available_bytes=available_bytes,
-    )
+    memory = plan.footprint.within(manifest, process_bytes, available_bytes)
     rooms = choose_rooms(manifest, memory.slots, plan.residency, plan.eviction, plan.policy)
     return replace(plan, memory=memory, rooms=rooms)
 
@@ -226,7 +235,7 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
         notes.append(describe_sparse(plan.options.sparse_experts))
     staying = staying_by_form(manifest, plan.rooms)
     if len(staying) > 1:
-        notes.append(_staying(staying, n_experts=len(manifest.own_records)))
+        notes.append(_staying(staying, n_experts=len(manifest.primary_records)))
     return notes
 
 
@@ -239,7 +248,7 @@ def _staying(staying: Mapping[str, int], *, n_experts: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Followed:
+class Followed:
     """Settings of which some are the bundle's plan's."""
 
     memory: MemoryRequest
@@ -248,7 +257,7 @@ class _Followed:
     note: str | None
 
 
-def _follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency) -> _Followed:
+def follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency) -> Followed:
     """Take what was asked for, else the plan's, else the defaults.
 
     Under a frozen residency nothing is evicted or read ahead, whatever the plan has.
@@ -265,8 +274,8 @@ def _follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residenc
         if prefetch is None and residency != "frozen":
             prefetch = plan.prefetch
             words.append(f"prefetch {prefetch}")
-    return _Followed(
-        memory=memory or MemoryRequest(kind="auto"),
+    return Followed(
+        memory=memory or AUTO,
         eviction=eviction or DEFAULT_EVICTION,
         prefetch=prefetch or NO_PREFETCH,
         note=f"as planned: {', '.join(words)}" if words else None,
@@ -285,7 +294,7 @@ def _check(
         )
     if options.record_trace and (residency == "frozen" or policy != EXACT_POLICY):
         raise UsageError("--record-trace requires --policy exact", hint="--policy exact")
-    if options.record_trace and manifest.others:
+    if options.record_trace and len(manifest.primaries) > 1:
         raise UsageError(
             "--record-trace: the experts of this bundle have several sizes, and a trace has one",
             hint="record it with a bundle of one number of --bits: what is wanted is the same",
@@ -302,9 +311,7 @@ def _check(
 
 
 def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
-    positions = min(
-        options.context, getattr(config, "max_position_embeddings", None) or options.context
-    )
+    positions = positions_within(config, options.context)
     return Workload(
         batch=options.batch,
         positions=positions,
@@ -313,39 +320,33 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
     )
 
 
-def _fixed_lines(
-    config: Any, bundle: BundleReader, workload: Workload, followed: _Followed, caller_bytes: int
-) -> tuple[MemoryLine, ...]:
-    """Return the memory beside process, skeleton and expert slots, line by line."""
+def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -> dict[str, int]:
+    """Return what a run holds beside the model, in bytes by name."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
-    notes_bytes = followed.eviction.notes_bytes(n_layers=len(shape.layers), n_experts=shape.experts)
-    routers_bytes = sum(
-        file.size_bytes
-        for file in manifest.files
-        if manifest.pruning is not None and file.name == manifest.pruning.file
-    )
-    optional = (
-        ("channel selectors", bundle.chooser_bytes),
-        ("caller workspace", caller_bytes),
-        (f"eviction state of {followed.eviction.kind}", notes_bytes),
-        ("mask routers", routers_bytes),
-    )
-    return (
-        MemoryLine(
-            name=f"KV cache, {workload.positions} positions x {workload.batch}",
-            size_bytes=kv_cache_bytes(config, workload),
+    pruning = manifest.pruning
+    return {
+        "channel selectors": bundle.selector_bytes,
+        "caller workspace": caller_bytes,
+        f"eviction state of {eviction.kind}": eviction.notes_bytes(
+            n_layers=len(shape.layers), n_experts=shape.experts
         ),
-        MemoryLine(name="working buffers", size_bytes=buffer_bytes(config, shape, workload)),
-        MemoryLine(name="margin", size_bytes=MARGIN_BYTES),
-        *(MemoryLine(name=name, size_bytes=size) for name, size in optional if size),
-    )
+        "mask routers": sum(
+            file.size_bytes
+            for file in manifest.files
+            if pruning is not None and file.name == pruning.file
+        ),
+    }
 
 
-def _with_process(
-    fixed: tuple[MemoryLine, ...], process_bytes: int, skeleton_bytes: int
-) -> tuple[MemoryLine, ...]:
-    return (
-        MemoryLine(name="process and its libraries", size_bytes=process_bytes),
-        MemoryLine(name="skeleton", size_bytes=skeleton_bytes),
-        *fixed,
-    )
+def _estimate(
+    footprint: Footprint, manifest: BundleManifest, used_bytes: int, available_bytes: int
+) -> MemoryPlan:
+    """Return the account as if the first use of the model took no memory.
+
+    A refusal names a budget that leaves room for that use, so that it works when typed.
+    """
+    try:
+        return footprint.within(manifest, used_bytes, available_bytes)
+    except BudgetError:
+        footprint.within(manifest, used_bytes + _FIRST_USE_BYTES, available_bytes)
+        raise

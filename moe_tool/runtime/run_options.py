@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.budget.request import MemoryRequest, parse_memory_option
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import MissChoice, parse_miss_policy
-from moe_tool.runtime.memory_plan import MemoryRequest, parse_memory
 from moe_tool.runtime.moe_layer import Residency
 
 DEFAULT_EVICTION = parse_eviction("lru")
@@ -75,7 +75,7 @@ def run_options(
         UsageError: a word is not known: with those that are.
     """
     return RunOptions(
-        memory=None if memory is None else parse_memory(memory),
+        memory=parse_memory_option(memory),
         policy=None if policy is None else parse_miss_policy(policy),
         eviction=None if eviction is None else parse_eviction(eviction),
         **rest,

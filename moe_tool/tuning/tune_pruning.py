@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import BudgetError, DataSourceError, UnsupportedModelError, UsageError
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.formats.atomic_write import storage_errors
@@ -27,7 +29,7 @@ from moe_tool.formats.training_state import (
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.run_options import EXACT_POLICY, run_options
+from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -55,7 +57,7 @@ class TunePruningOptions:
     """Capped at what the model was made for"""
     batch: int = 8
     """Sequences of a step"""
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
     """Of the choice of text and of every draw"""
@@ -188,14 +190,14 @@ def tune_pruning(
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
-    if manifest.choosers is not None:
+    if manifest.selectors:
         raise UsageError(
             f"the experts of {folder} are in channels, through which nothing is trained",
             hint="tune a bundle that was packed without --sparse-experts",
         )
-    if manifest.absent:
+    if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.absent)} experts out already: mask routers are for "
+            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
             "bundles of all experts",
             hint="pack one with --bits, or with a plan that leaves none out",
         )
@@ -253,9 +255,10 @@ def _open(
     config = read_config(folder).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     seq_len = min(options.seq_len, longest or options.seq_len)
-    run = run_options(
+    run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.
-        memory=options.memory or "auto",
+        memory=options.memory or AUTO,
+        policy=EXACT_POLICY,
         residency="cache",
         seed=options.seed,
         threads=options.threads,
@@ -267,7 +270,7 @@ def _open(
     micro_batch = options.batch
     while True:
         taken = training_bytes(config, manifest.shape, batch=micro_batch, seq_len=seq_len)
-        asked = replace(run, policy=EXACT_POLICY, batch=micro_batch, caller_bytes=taken + beside)
+        asked = replace(run, batch=micro_batch, caller_bytes=taken + beside)
         try:
             return open_session(folder, asked, progress=progress)
         except BudgetError:

@@ -15,15 +15,16 @@ from moe_tool.benchmarking.bench import BenchReport, bench
 from moe_tool.benchmarking.bench_plan import BenchOptions, SpeedTest, list_tests
 from moe_tool.benchmarking.bench_tokens import bench_tokens
 from moe_tool.benchmarking.speed_run import run_test
+from moe_tool.budget.request import parse_memory
 from moe_tool.cli.app import run_command
 from moe_tool.demo import demo_model_path
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
+from tests.packed import pack_bundle
 
 SMALL = ("--prompt-tokens", "16", "--generate", "4", "--repetitions", "2", "--threads", "1")
 
@@ -41,7 +42,7 @@ def report(bundle: Path) -> BenchReport:
         prompt_tokens=(16, 0),
         generate=(4, 6),
         depth=(0, 8),
-        memory=("50%", "min", "100%"),
+        memory=tuple(map(parse_memory, ("50%", "min", "100%"))),
         policy=("exact", "drop"),
         threads=(1,),
         repetitions=2,
@@ -120,7 +121,7 @@ def test_rows_with_and_without_prefetch_stand_side_by_side(bundle: Path) -> None
     options = BenchOptions(
         prompt_tokens=(16,),
         generate=(12,),
-        memory=("50%",),
+        memory=(parse_memory("50%"),),
         prefetch=("none", "next-layer"),
         threads=(1,),
         repetitions=2,

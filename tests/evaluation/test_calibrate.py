@@ -5,19 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.cli.describe_artifact import describe_artifact
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
+from tests.packed import pack_bundle
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 
@@ -39,7 +40,7 @@ def packed(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def worst(packed: Path, sources: tuple[TextSource, ...]) -> float:
     """KL of the strongest setting."""
-    options = EvaluateOptions(tokens=512, seq_len=32, memory="40%", policy="priced")
+    options = EvaluateOptions(tokens=512, seq_len=32, memory=parse_memory("40%"), policy="priced")
     return evaluate(packed, sources, options).figures.kl_mean
 
 
@@ -49,7 +50,9 @@ def _calibrate(
     return calibrate(
         packed,
         sources,
-        CalibrateOptions(max_kl=max_kl, policy=policy, tokens=512, seq_len=32, memory="40%"),
+        CalibrateOptions(
+            max_kl=max_kl, policy=policy, tokens=512, seq_len=32, memory=parse_memory("40%")
+        ),
     )
 
 
@@ -67,7 +70,7 @@ def test_a_limit_between_nothing_and_the_worst_is_kept_and_nearly_used(
     assert after.calibration == found
     assert after.model_copy(update={"calibration": before.calibration}) == before
     # the expected loss is in measured nats where it was calibrated
-    options = EvaluateOptions(tokens=512, seq_len=32, memory="40%", retreats=True)
+    options = EvaluateOptions(tokens=512, seq_len=32, memory=parse_memory("40%"), retreats=True)
     again = evaluate(packed, sources, options)
     assert again.policy == found.policy
     assert again.figures.kl_mean <= worst / 3 * 1.1

@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError, WrongModelError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.stepwise import exact_logits, n_scored, run_stepwise
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
+from tests.packed import pack_bundle
 
 SEQ_LEN = 16
 
@@ -39,7 +40,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[TextSource, ...]:
 
 
 def _options(**fields: object) -> EvaluateOptions:
-    settings = {"tokens": 6 * SEQ_LEN, "seq_len": SEQ_LEN, "memory": "50%", "gates": False}
+    settings = {
+        "tokens": 6 * SEQ_LEN,
+        "seq_len": SEQ_LEN,
+        "memory": parse_memory("50%"),
+        "gates": False,
+    }
     return EvaluateOptions(**{**settings, **fields})  # type: ignore[arg-type]
 
 
@@ -124,7 +130,7 @@ def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Pa
 def test_with_everything_resident_no_policy_costs_anything(
     bundle: Path, sources: tuple[TextSource, ...]
 ) -> None:
-    report = evaluate(bundle, sources, _options(policy="drop", memory="100%"))
+    report = evaluate(bundle, sources, _options(policy="drop", memory=parse_memory("100%")))
     assert report.figures.hit_rate == 1.0
     assert report.figures.kl_mean == pytest.approx(0.0, abs=1e-6)  # one wide forward, many small
     assert report.figures.drops_per_token == 0

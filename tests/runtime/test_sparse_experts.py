@@ -6,21 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_tool.runtime.channel_choice import choose_for_call
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.experts.channel_forward import channel_sizes, chooser_values
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime import moe_layer
-from moe_tool.runtime.channel_choice import choose_for_call
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 
 PROMPT = [256, *b"The list of the things"]
 
@@ -51,7 +52,8 @@ def logits(session: Session, n_tokens: int = 6) -> tuple[torch.Tensor, torch.Ten
 
 def open_sparse(bundle: Path, sparsity: float | None, memory: str = "40%") -> Session:
     return open_session(
-        bundle, run_options(memory=memory, sparse_experts=sparsity, context=64, threads=1)
+        bundle,
+        run_options(memory=memory, sparse_experts=sparsity, context=64, threads=1),
     )
 
 
@@ -82,7 +84,7 @@ def test_prompts_are_whole_and_memory_changes_nothing(bundle: Path) -> None:
 
 def test_fewer_channels_are_farther_off_and_fewer_bytes(bundle: Path) -> None:
     text = parse_sources(["builtin:eval"])
-    options = EvaluateOptions(tokens=128, seq_len=32, memory="40%", threads=1)
+    options = EvaluateOptions(tokens=128, seq_len=32, memory=parse_memory("40%"), threads=1)
     divergences, read = [], []
     for sparsity in (0.0, 0.5, 0.8, 0.95):
         report = evaluate(bundle, text, replace(options, sparse_experts=sparsity))

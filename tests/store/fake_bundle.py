@@ -5,13 +5,13 @@ import time
 from types import SimpleNamespace
 
 import torch
+from moe_tool.formats.expert_record import record_layout
 
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import NativePrecision
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_checks import BundleLevel
 from moe_tool.formats.expert_form import ExpertForm
-from moe_tool.formats.expert_record import record_layout
 
 SIDE = 32
 """An expert is one [32, 32] float32 matrix, 4096 bytes, full of its own `tag`."""
