@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from moe_tool.store.record_store import RecordStore
 
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import CorruptArtifactError, UsageError
@@ -24,6 +23,7 @@ from moe_tool.quantization.weights import IntegerWeight
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
+from moe_tool.store.record_store import RecordStore
 from moe_tool.text.sources import parse_sources
 from tests.packed import pack_bundle
 
