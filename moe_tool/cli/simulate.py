@@ -52,7 +52,7 @@ def simulate(
             "--eviction",
             metavar="NAME[:KEY=N,...]",
             help="A policy, {evictions}, or with `:per-layer` behind it; repeat it for several.",
-            show_default="all",
+            show_default="all whose replay is compiled",
         ),
     ] = None,
     bits: Annotated[
@@ -91,13 +91,15 @@ def simulate(
     """Replay a trace under every budget and eviction policy. Needs no model."""
     with open_output(as_json=json) as output:
         from moe_tool.policies.eviction import parse_eviction
-        from moe_tool.simulator.simulate import default_choices
+        from moe_tool.simulator.simulate import default_choices, replayed_in_python
 
-        names = eviction or ["all"]
-        if names == ["all"]:
-            choices = default_choices(parse_eviction)
+        if eviction:
+            choices = [parse_eviction(name) for name in eviction]
         else:
-            choices = [parse_eviction(name) for name in names]
+            choices = default_choices(parse_eviction)
+            slow = ", ".join(replayed_in_python())
+            if slow:
+                output.say(f"without {slow}, which Python replays, slower: --eviction NAME")
         if plot is not None:
             from moe_tool.reports.simulation_plot import require_plot_path
 
