@@ -64,7 +64,8 @@ class BundleSpec:
         remedy = f"choose another --out, or remove {folder}"
         require_same_model(identity, self.identity, artifact=f"the bundle {folder}", remedy=remedy)
         wanted = self.options
-        for key in sorted(options.keys() | wanted.keys()):
+        names = options.keys() | wanted.keys()
+        for key in sorted(names, key=lambda name: (name == "forms", name)):  # they follow from all
             old, new = options.get(key, "none"), wanted.get(key, "none")
             if old != new:
                 raise UsageError(
