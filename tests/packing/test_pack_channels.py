@@ -335,11 +335,11 @@ def acquire(
     store: ChannelStore, key: tuple[int, int], chosen: list[int] | None
 ) -> tuple[ChannelExpert, PhaseCounters]:
     counters = PhaseCounters()
-    found = None
     if chosen is not None:
         index = torch.tensor(chosen, dtype=torch.int32)
-        found = {key[1]: ChosenChannels(index=index, values=torch.zeros(1, len(chosen)))}
-    ((_, weights),) = store.acquire(key[0], [key[1]], counters, chosen=found)
+        found = ChosenChannels(index=index, values=torch.zeros(1, len(chosen)))
+        store.select_channels(key[0], [key[1]], lambda selector: found)
+    ((_, weights),) = store.acquire(key[0], [key[1]], counters)
     assert isinstance(weights, ChannelExpert)
     return weights, counters
 
@@ -353,7 +353,7 @@ def test_only_missing_channels_are_read_and_a_later_whole_call_gets_the_rest(
         whole = read_expert(reader, *key).channels.chunks
         chunk = whole.shape[1]
         far = 1 + -(-512 // chunk)  # beyond a gap that is read through
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         wanted = [0, 1, 1 + far + 1]
         weights, counters = acquire(store, key, wanted)
         assert (counters.hits, counters.misses) == (0, 1)
@@ -377,7 +377,7 @@ def test_what_lies_in_a_short_gap_comes_along(packed: tuple[LocatedModel, Path, 
         entry = reader.forms[0].table.records[0]
         key = (entry.layer, entry.expert)
         whole = read_expert(reader, *key).channels.chunks
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         _, counters = acquire(store, key, [3, 5])
         assert counters.bytes_read == 3 * whole.shape[1]
         _, again = acquire(store, key, [4])
@@ -408,13 +408,13 @@ def test_a_damaged_channel_is_found_when_it_is_read(
     with BundleReader.open(folder) as reader:
         entry = reader.forms[0].table.records[0]
         key = (entry.layer, entry.expert)
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         acquire(store, key, [0, 1])
         with pytest.raises(CorruptArtifactError, match=f"expert {key[1]} in .*channel 20"):
             acquire(store, key, [0, 20])
         store.close()
     with BundleReader.open(folder) as reader:
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         with pytest.raises(CorruptArtifactError, match="channel 20"):
             acquire(store, key, [20])
         store.close()
@@ -427,7 +427,7 @@ def test_a_bundle_that_changes_meanwhile_is_refused(
         entry = reader.forms[0].table.records[0]
     folder = copy_of(packed[2], tmp_path / "b", entry.file)
     with BundleReader.open(folder) as reader:
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         key = (entry.layer, entry.expert)
         acquire(store, key, [0, 1])
         os.utime(folder / entry.file, ns=(1, 1))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from moe_tool.store.expert_store import ExpertStore
 
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import CorruptArtifactError, UsageError
@@ -24,6 +23,7 @@ from moe_tool.quantization.weights import IntegerWeight
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
+from moe_tool.store.record_store import RecordStore
 from moe_tool.text.sources import parse_sources
 from tests.packed import pack_bundle
 
@@ -93,8 +93,8 @@ def test_an_expert_whose_base_is_there_is_read_from_where_it_ends(bundle: Path) 
     with BundleReader.open(bundle) as reader:
         own, base = (reader.forms[level].record_size_bytes for level in (0, BASE))
         layer = reader.manifest.shape.layers[0]
-        bases = ExpertStore(reader, level=BASE, n_slots=1, pinned=[(layer, 1)], eviction=Lru)
-        store = ExpertStore(reader, n_slots=3, eviction=Lru, base=bases)
+        bases = RecordStore(reader, form=BASE, n_slots=1, pinned=[(layer, 1)], eviction=Lru)
+        store = RecordStore(reader, form=0, n_slots=3, eviction=Lru, base=bases)
         bases.load_pinned()
         counters = PhaseCounters()
         for expert, weights in store.acquire(layer, [0, 1], counters):
@@ -112,8 +112,8 @@ def test_prefetching_over_a_base_counts_what_it_reads(bundle: Path) -> None:
     with BundleReader.open(bundle) as reader:
         own, base = (reader.forms[level].record_size_bytes for level in (0, BASE))
         layer = reader.manifest.shape.layers[0]
-        bases = ExpertStore(reader, level=BASE, n_slots=1, pinned=[(layer, 1)], eviction=Lru)
-        store = ExpertStore(reader, n_slots=3, eviction=Lru, base=bases)
+        bases = RecordStore(reader, form=BASE, n_slots=1, pinned=[(layer, 1)], eviction=Lru)
+        store = RecordStore(reader, form=0, n_slots=3, eviction=Lru, base=bases)
         bases.load_pinned()
         counters = PhaseCounters()
         list(store.acquire(layer, [0], counters))
@@ -140,8 +140,8 @@ def test_a_damaged_refinement_is_found_although_only_it_is_read(
     (copy / entry.file).write_bytes(data)
     with BundleReader.open(copy) as reader:
         key = (entry.layer, entry.expert)
-        bases = ExpertStore(reader, level=BASE, n_slots=1, pinned=[key], eviction=Lru)
-        store = ExpertStore(reader, n_slots=3, eviction=Lru, base=bases)
+        bases = RecordStore(reader, form=BASE, n_slots=1, pinned=[key], eviction=Lru)
+        store = RecordStore(reader, form=0, n_slots=3, eviction=Lru, base=bases)
         bases.load_pinned()  # the base is whole
         with pytest.raises(CorruptArtifactError, match=f"expert {entry.expert}"):
             list(store.acquire(entry.layer, [entry.expert], PhaseCounters()))
