@@ -95,8 +95,8 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         ledger[5, :, column] += (is_answered & (form != PRIMARY)).sum(axis=1)
         if decision.spent is not None:
             ledger[6, :, column] += session.runner.account.nats_per_price * decision.spent
-        if session.runner.answered_exactly is not None:
-            ledger[7, :, column] = session.runner.answered_exactly
+        if session.runner.forward.exact_fallback is not None:
+            ledger[7, :, column] = session.runner.forward.exact_fallback
 
     cache = session.new_cache()
     session.prompt_tokens = N_PROMPT_TOKENS

@@ -100,7 +100,9 @@ def test_hits_equal_those_of_a_naive_replay(tiny_bundle: TinyBundle) -> None:
     with open_session(tiny_bundle("mixtral"), run_options(memory="40%", context=64)) as session:
 
         def log_and_run(call: LayerCall) -> torch.Tensor:
-            calls.append((session.runner.phase, call.layer, torch.unique(call.index).tolist()))
+            calls.append(
+                (session.runner.forward.phase, call.layer, torch.unique(call.index).tolist())
+            )
             return session.runner(call)
 
         session.skeleton.set_experts_function(log_and_run)

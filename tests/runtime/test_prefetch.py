@@ -135,7 +135,7 @@ def test_counts_equal_those_of_a_naive_replay(memory: str, tiny_bundle: TinyBund
         def replay_and_run(call: LayerCall) -> torch.Tensor:
             wanted = [(call.layer, expert) for expert in torch.unique(call.index).tolist()]
             replay.call(wanted)
-            if session.runner.phase == "decode" and call.layer + 1 in routers:
+            if session.runner.forward.phase == "decode" and call.layer + 1 in routers:
                 after = call.layer + 1
                 replay.expect(wanted, _ranked_by_hand(routers[after], after, call.hidden))
             return session.runner(call)
