@@ -32,15 +32,15 @@ class LayerBits(FrozenModel):
     """How many bits each expert of a layer gets."""
 
     layer: Index
-    bits: tuple[Literal[0, 1, 2, 3, 4, 8, 16], ...]
-    """[E]; 16: the checkpoint's dtype, 0: the expert is left out"""
+    bits: tuple[Literal[0, 1, 2, 3, 4, 8, 16, "2+1", "2+2"], ...]
+    """[E]; 16: the checkpoint's dtype, 0: the expert is left out, 2+2: nested"""
 
 
 class PlannedForm(FrozenModel):
     """One form of the experts, and of which experts it is in memory."""
 
     form: Annotated[str, Field(pattern=r"^(native|rank\d{1,4}|\dz?(:\d{2,3})?)$")]
-    """As `describe_precision` names it"""
+    """Name of its precision"""
     record_bytes: SizeBytes
     resident: tuple[tuple[Index, Index], ...]
     """(layer, expert), the most worth their bytes first"""

@@ -289,7 +289,7 @@ def _planned_slots(manifest: BundleManifest, progress: Progress) -> MemoryReques
     """
     if manifest.plan is None:
         return None
-    n_slots, n_experts = manifest.plan.prediction.expert_slots, len(manifest.own_records)
+    n_slots, n_experts = manifest.plan.prediction.expert_slots, len(manifest.primary_records)
     progress.note(f"as planned: {n_slots} of {n_experts} expert slots")
     return MemoryRequest(kind="slots", n_slots=n_slots)
 

@@ -80,14 +80,14 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     costs = TokenCosts.zeros((n_sequences, n_scored(seq_len)))
     if session.runner.policy.prices is None:
         costs.expected[:] = np.nan
-    record_bytes, column = _record_bytes(session), -N_PROMPT_TOKENS
+    record_bytes, column = session.runner.record_bytes, -N_PROMPT_TOKENS
 
     def account(decision: Decision) -> None:
         _account(costs, column, decision, record_bytes[decision.routing.layer])
         if decision.spent is not None:
             costs.expected[:, column] += session.runner.account.nats_per_price * decision.spent
-        if session.runner.answered_exactly is not None:
-            costs.exact_fallbacks[:, column] = session.runner.answered_exactly
+        if session.runner.forward.exact_fallback is not None:
+            costs.exact_fallbacks[:, column] = session.runner.forward.exact_fallback
 
     cache = session.new_cache()
     session.prompt_tokens = N_PROMPT_TOKENS
@@ -107,16 +107,6 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         session.runner.on_decision = None
         session.prompt_tokens = None
     return costs
-
-
-def _record_bytes(session: Session) -> dict[int, np.ndarray]:
-    """Return the record sizes of a layer's experts by form, [F, E]."""
-    bundle, shape = session.bundle, session.manifest.shape
-    replicas = [np.full(shape.experts, t.record_size_bytes) for t in bundle.manifest.replicas]
-    return {
-        layer: np.stack([np.array(bundle.own_record_bytes(layer)), *replicas])
-        for layer in shape.layers
-    }
 
 
 def _account(costs: TokenCosts, column: int, decision: Decision, record_bytes: np.ndarray) -> None:

@@ -13,11 +13,6 @@ from moe_tool.quantizers.rtn import nearest
 from moe_tool.quantizers.spec import QuantizeExpert
 
 
-def needs_inputs(name: Quantizer) -> bool:
-    """Return whether a quantizer goes by what experts are given."""
-    return QUANTIZERS[name].needs_inputs
-
-
 def data_free(name: Quantizer) -> QuantizeExpert:
     """Return a quantizer that goes by the weights alone: the nearest to one that does not."""
     spec = QUANTIZERS[name]

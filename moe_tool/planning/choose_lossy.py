@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_tool.artifacts.pack_plan import Bits, PlannedForm
-from moe_tool.artifacts.precision import describe_precision, replica_precisions
+from moe_tool.artifacts.precision import replica_precisions
 from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.budget.refusal import suggested_budget
 from moe_tool.budget.request import MemoryRequest
@@ -83,7 +83,7 @@ def fastest_choice(choices: Sequence[LimitedChoice]) -> LimitedChoice:
 
 def planned_forms(sources: PlanSources, lossy: LossyWay) -> tuple[PlannedForm, ...]:
     """Return who is in memory in which form."""
-    names = (lossy.bits, *map(describe_precision, replica_precisions(lossy.replicas)))
+    names = (lossy.bits, *(each.name for each in replica_precisions(lossy.replicas)))
     sizes = profile_prices(sources, lossy.bits, lossy.replicas).record_bytes
     shape = sources.profile.header.shape
     n_experts = shape.experts * len(shape.layers)

@@ -6,11 +6,11 @@ from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS, ExpertStatistics
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits
 from moe_tool.artifacts.precision import IntegerPrecision, precision_from_bits, replica_precisions
-from moe_tool.formats.expert_record import record_layout
+from moe_tool.formats.record_form import record_form
 from moe_tool.planning.model_costs import record_size
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.misses import LayerBook, PriceBook
-from moe_tool.policies.misses.price_book import STRUCTURED, effective_error, leaves_noise
+from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
 def replicas_below(bits: Bits) -> str:
@@ -71,8 +71,8 @@ def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
 
 def _felt(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
     eps = statistics.eps_bits[:, PRICED_WIDTHS.index(form.width_bits)]  # [E]
-    return effective_error(eps, is_noise=leaves_noise(form))
+    return effective_error(eps, is_noise=form.leaves_noise)
 
 
 def _replica_size(shape: MoeShape, form: IntegerPrecision) -> int:
-    return record_layout(shape.expert_tensors, shape.dtype, form).size_bytes
+    return record_form(shape, form).layout.size_bytes

@@ -72,11 +72,13 @@ def allocations_table(allocations: Sequence[Allocation]) -> Table:
 def bit_prices_table(prices: BitPrices) -> Table:
     """Return the mean error of a layer's experts at each width, one layer a line."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("layer", *(f"error at {width} bits" for width in prices.widths), "felt"):
+    for heading in ("layer", *(f"error at {width} bits" for width in prices.widths), "KL ratio"):
         table.add_column(heading, justify="right")
     for entry in prices.layers:
         means = (sum(row) / len(row) for row in entry.eps)
-        table.add_row(str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.felt:.2f}x")
+        table.add_row(
+            str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.kl_ratio:.2f}x"
+        )
     return table
 
 

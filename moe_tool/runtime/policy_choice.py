@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.precision import describe_precision
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
@@ -22,7 +21,7 @@ from moe_tool.policies.misses import (
     Reweigh,
 )
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
-from moe_tool.runtime.price_list import price_book
+from moe_tool.runtime.price_list import price_book, record_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +94,8 @@ def manifest_inputs(manifest: BundleManifest) -> PolicyInputs:
         ratios={entry.layer: np.array(entry.ratio) for entry in entries},
         pruning=manifest.pruning,
         top_k=manifest.shape.top_k,
-        forms=tuple(
-            describe_precision(each)
-            for each in (manifest.precision, *(table.precision for table in manifest.replicas))
-        ),
+        forms=(manifest.bits, *(table.name for table in manifest.cheaper)),
+        stored={layer: sizes > 0 for layer, sizes in record_sizes(manifest).items()},
     )
 
 

@@ -7,7 +7,7 @@ from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.policies.cheapest_residents import ExpertUse
 from moe_tool.policies.misses import LayerBook, PriceBook
-from moe_tool.policies.misses.price_book import STRUCTURED, effective_error, leaves_noise
+from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
 def expert_use(manifest: BundleManifest) -> dict[int, ExpertUse] | None:
@@ -34,12 +34,13 @@ def price_book(manifest: BundleManifest) -> PriceBook | None:
     layers = {}
     for at, prices in enumerate(manifest.prices):
         n_experts = len(prices.nats)
-        eps = np.zeros((1 + len(manifest.replicas), n_experts))
-        for form, table in enumerate(manifest.replicas, start=1):
-            error = effective_error(
-                np.array(table.prices[at].eps), is_noise=leaves_noise(table.precision)
-            )
-            eps[form] = np.where(sizes[prices.layer][form] > 0, error, np.inf)
+        eps = np.zeros((1 + len(manifest.cheaper), n_experts))
+        for form, table in enumerate(manifest.cheaper, start=1):
+            error = np.full(n_experts, np.inf)
+            for record in table.records:
+                if record.layer == prices.layer and record.eps is not None:
+                    error[record.expert] = record.eps
+            eps[form] = effective_error(error, is_noise=table.precision.leaves_noise)
         lists: tuple[tuple[Buddy, ...], ...] = ((),) * n_experts
         if manifest.buddies is not None:
             lists = manifest.buddies.layers[at].buddies
@@ -68,16 +69,12 @@ def record_sizes(manifest: BundleManifest) -> dict[int, np.ndarray]:
     is not stored."""
     shape = manifest.shape
     sizes = {
-        layer: np.zeros((1 + len(manifest.replicas), shape.experts), dtype=np.int64)
+        layer: np.zeros((1 + len(manifest.cheaper), shape.experts), dtype=np.int64)
         for layer in shape.layers
     }
-    tables = [(PRIMARY, manifest.record_size_bytes, manifest.records)]
-    tables += [(PRIMARY, each.record_size_bytes, each.records) for each in manifest.others]
-    tables += [
-        (form, each.record_size_bytes, each.records)
-        for form, each in enumerate(manifest.replicas, start=1)
-    ]
-    for form, size, records in tables:
-        for record in records:
-            sizes[record.layer][form, record.expert] = size
+    tables = [(PRIMARY, table) for table in manifest.primaries]
+    tables += enumerate(manifest.cheaper, start=1)
+    for form, table in tables:
+        for record in table.records:
+            sizes[record.layer][form, record.expert] = table.record_size_bytes
     return sizes

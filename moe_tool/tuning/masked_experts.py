@@ -11,6 +11,7 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.mask_scores import slot_order
 from moe_tool.runtime.session import Session
+from moe_tool.store.protocol import on_host
 from moe_tool.tuning.weighed_experts import weighed_experts
 
 ChooseMask = Callable[[LayerCall], torch.Tensor]
@@ -35,7 +36,7 @@ class MaskedExperts:
             self.watch(call)
 
         def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
-            return self.session.runner.store.acquire(call.layer, wanted, PhaseCounters())
+            return on_host(self.session.runner.store.acquire(call.layer, wanted, PhaseCounters()))
 
         if self.mask is None:
             return call.run_experts(supply)

@@ -8,11 +8,13 @@ import torch
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.errors import CorruptArtifactError, UsageError
-from moe_tool.formats.expert_record import decode_record, encode_record, record_layout
+from moe_tool.formats.record_form import record_form
+from moe_tool.packing.expert_coding import coded as coded_expert
 from moe_tool.quantization.bit_packing import unpack
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantizers.inputs import LAST, ExpertInputs
 from moe_tool.quantizers.registry import QUANTIZERS, parse_quantizer
+from tests.formats.shapes import shape_of
 
 HIDDEN, INNER = 100, 72  # with groups of 32, 64 and 128 the last one of a row is short
 FIRST = "gate_up_proj"
@@ -158,9 +160,8 @@ def test_a_record_gives_back_what_it_was_made_of(spec, width_bits):
     inputs = _inputs(expert)
     precision = _precision(spec, width_bits)
     tensors = tuple(ExpertTensor(name=n, shape=tuple(v.shape)) for n, v in expert.items())
-    layout = record_layout(tensors, "float32", precision)
-    record = encode_record(layout, expert, precision, quantize_expert=spec.make(inputs))
-    read = decode_record(layout, record, precision, tensors)
+    form = record_form(shape_of(tensors, "float32"), precision)
+    read = form.decode(form.encode(coded_expert(expert, precision, spec.make(inputs))))
     made = spec.make(inputs)(expert, precision)
     for name in expert:
         assert torch.equal(dequantize(read[name]), dequantize(made[name]))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.policies.misses.needs import BUDDIES
 from moe_tool.profiling.recorder import record_profile
@@ -17,6 +16,7 @@ from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
+from tests.packed import pack_bundle
 
 PROMPT = torch.tensor([[256, 84, 104, 101, 32, 108, 105, 115, 116, 100, 101, 102]])
 POLICIES = [

@@ -16,7 +16,6 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
@@ -24,6 +23,7 @@ from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
 
 WIDTHS = (16, 8, 4, 3, 2, 1)

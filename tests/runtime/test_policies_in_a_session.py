@@ -12,7 +12,6 @@ from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
@@ -20,6 +19,7 @@ from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
+from tests.packed import pack_bundle
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 GREEDY = GenerateOptions(max_tokens=24, ignore_eos=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.precision import IntegerPrecision, ReplicaPrecision
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing
 
 STRUCTURED = 2.0
@@ -33,11 +32,6 @@ def effective_error(eps: np.ndarray, *, is_noise: bool) -> np.ndarray:
     """
     wide = np.asarray(eps, dtype=np.float64)
     return wide / np.sqrt(STRUCTURED) if is_noise else wide
-
-
-def leaves_noise(form: ReplicaPrecision) -> bool:
-    """Return whether what a form leaves as error is noise."""
-    return isinstance(form, IntegerPrecision) and form.width_bits > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

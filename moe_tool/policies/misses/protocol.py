@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import LayerBuddies
-from moe_tool.artifacts.bundle_manifest import LearnedPruning
+from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.routing import Answers, Routing
 from moe_tool.policies.misses.gates import Gates
 from moe_tool.policies.misses.price_book import PriceBook

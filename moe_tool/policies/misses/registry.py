@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from moe_tool.policies.misses import (
     buddy,
+    cache_prior,
     drop,
     exact,
     near_tie,
@@ -24,6 +25,7 @@ MISS_POLICIES: Mapping[str, PolicySpec] = {
         priced.SPEC,
         replica.SPEC,
         near_tie.SPEC,
+        cache_prior.SPEC,
         buddy.SPEC,
         next_ranked.SPEC,
         random_resident.SPEC,
