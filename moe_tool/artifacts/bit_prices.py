@@ -1,4 +1,4 @@
-"""What every number of bits costs every expert, as measured with one quantizer."""
+"""Errors of every expert at every number of bits, as measured with one quantizer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

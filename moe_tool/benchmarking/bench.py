@@ -165,7 +165,7 @@ def _open(
 
 
 def _residency(policy: str) -> Residency:
-    """What a run of this policy has by default."""
+    """Return the residency that a run of this policy has by default."""
     return "cache" if policy == EXACT else "frozen"
 
 

@@ -10,7 +10,7 @@ Residency = Literal["frozen", "cache"]
 QuantizerName = Literal["rtn", "fitted", "hqq", "gptq"]
 
 MAX_CONTEXT = 2**31
-"""What a plan can hold"""
+"""Largest context that a plan can hold"""
 
 JsonOption = Annotated[
     bool,

@@ -51,14 +51,14 @@ class DemoReport:
     buddies: BuddyReport
     pack: PackReport
     roomy: RunResult
-    """All experts in memory"""
+    """Run with all experts in memory"""
     tight: RunResult
-    """As little memory as works"""
+    """Run in as little memory as works"""
     evaluation: EvaluationReport
 
     @property
     def exact(self) -> bool:
-        """Whether both runs gave the same tokens, whatever the memory."""
+        """Return whether both runs gave the same tokens, whatever the memory."""
         return self.roomy.token_ids == self.tight.token_ids
 
 
