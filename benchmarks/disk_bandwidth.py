@@ -19,7 +19,7 @@ from pathlib import Path
 
 from machine import drop_page_caches
 
-from moe_tool.byte_sizes import parse_bytes
+from moe_tool.budget.sizes import parse_bytes
 from moe_tool.formats.bundle_reader import BundleReader
 
 THREADS = (1, 2)

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.simulator.profile_trace import part_to_replay
 from moe_tool.simulator.replay_misses import replay_misses, resident_masks
@@ -49,7 +49,7 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
         ProfileReader.open(a.profile) as profile,
         open_session(
             a.bundle,
-            RunOptions(memory=budget, residency="frozen", policy="priced", gates=False),
+            run_options(memory=budget, residency="frozen", policy="priced", gates=False),
         ) as session,
     ):
         shape = session.manifest.shape
@@ -59,7 +59,7 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
             assert chosen.prices is not None, "the bundle was packed without a profile"
             masks = resident_masks(
                 shape.layers,
-                tuple(room.pinned for room in session.runner.rooms),
+                tuple(room.pinned for room in session.plan.rooms),
                 n_experts=shape.experts,
             )
             replayed = replay_misses(

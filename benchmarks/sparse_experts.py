@@ -36,7 +36,7 @@ from moe_tool.native.channels import native_channels, read_runs
 from moe_tool.native.kernels import Gate, set_threads
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.quantization.channels import ChannelWeight, row_bytes
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sequences import build_sequences
@@ -128,7 +128,7 @@ def decode(session: Session, ids: torch.Tensor) -> float:
 
 def judged(bundle: Path, sparsity: float, ids: np.ndarray, a: argparse.Namespace) -> MaskJudge:
     """Return what masks were and would have been on a text, [N, S]."""
-    options = RunOptions(
+    options = run_options(
         memory=a.memory, sparse_experts=sparsity, context=ids.shape[1], threads=a.threads
     )
     with open_session(bundle, options) as session:
@@ -146,7 +146,7 @@ def speeds(bundles: dict[float | None, Path], ids: np.ndarray, a: argparse.Names
     sessions = {
         sparsity: open_session(
             bundle,
-            RunOptions(
+            run_options(
                 memory=a.memory, sparse_experts=sparsity, context=len(tokens), threads=a.threads
             ),
         )
@@ -256,7 +256,7 @@ def _compare(
     pack_bundle(model, out=bundle, sparse_experts=chooser, quantizer=a.quantizer, profile=a.profile)
     pack_bundle(model, out=plain, bits="4", profile=a.profile)
     sources = parse_sources([str(a.text)])
-    with open_session(plain, RunOptions(memory=a.memory, context=64)) as session:
+    with open_session(plain, run_options(memory=a.memory, context=64)) as session:
         tokenizer, record_4 = session.tokenizer, session.manifest.record_size_bytes
     text = build_sequences(
         sources, tokenizer, n_tokens=a.tokens, seq_len=a.seq_len, holdout=0.0, seed=0

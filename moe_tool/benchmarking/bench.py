@@ -27,12 +27,11 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import parse_eviction
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.generation import run_setup
-from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.policy_choice import EXACT, require_policy
 from moe_tool.runtime.prefetcher import require_prefetch
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import RunOptions, default_residency
 from moe_tool.runtime.session import Session, open_session
 
 _NO_TOKENIZER = object()
@@ -122,9 +121,9 @@ def _rows(
 
 def _check_names(options: BenchOptions) -> None:
     for policy in options.policy:
-        require_policy(policy)
+        parse_miss_policy(policy)
     for prefetch in options.prefetch:
-        require_prefetch(prefetch)
+        require_prefetch(prefetch, residency="cache")
     for eviction in options.eviction:
         parse_eviction(eviction)
 
@@ -148,7 +147,7 @@ def _open(
         gates=options.gates,
         seed=options.seed,
         threads=setting.threads,
-        eviction=setting.eviction,
+        eviction=parse_eviction(setting.eviction),
         prefetch=setting.prefetch,
         sparse_experts=setting.sparse_experts,
         context=max(test.positions for test in tests),
@@ -157,16 +156,12 @@ def _open(
     session = open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress)
     try:
         for policy in options.policy:  # one that the bundle cannot run is refused before any row
-            session.use_policy(policy, residency=_residency(policy))
+            choice = parse_miss_policy(policy)
+            session.use_policy(choice, residency=default_residency(choice))
     except BaseException:
         session.close()
         raise
     return session
-
-
-def _residency(policy: str) -> Residency:
-    """Return the residency that a run of this policy has by default."""
-    return "cache" if policy == EXACT else "frozen"
 
 
 def _in_turn(
@@ -174,7 +169,8 @@ def _in_turn(
 ) -> Iterator[SpeedTest]:
     """Yield every test once under every policy."""
     for policy in policies:
-        session.use_policy(policy, residency=_residency(policy))
+        choice = parse_miss_policy(policy)
+        session.use_policy(choice, residency=default_residency(choice))
         yield from tests
 
 
@@ -193,7 +189,7 @@ def _row(
     return BenchRow(
         bundle=bundle,
         setup=run_setup(session),
-        budget=setting.memory,
+        budget=str(setting.memory),
         test=test.label,
         n_tokens=test.n_tokens,
         depth=test.depth,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_tool.artifacts.bench_report import CacheState
+from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import MoeToolError, UsageError
 from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.strict_json import parse_json_object
@@ -26,7 +27,7 @@ class BenchOptions:
     """Rows tgN: N tokens, one per forward; 0 leaves the row out"""
     depth: tuple[int, ...] = (0,)
     """Tokens that are in context before the clock starts"""
-    memory: tuple[str, ...] = ("auto",)
+    memory: tuple[MemoryRequest, ...] = (AUTO,)
     policy: tuple[str, ...] = ("exact",)
     eviction: tuple[str, ...] = ("lru",)
     prefetch: tuple[str, ...] = ("none",)
@@ -67,7 +68,7 @@ class SpeedTest:
 class Setting:
     """Options of one session."""
 
-    memory: str
+    memory: MemoryRequest
     threads: int | None
     eviction: str
     prefetch: str

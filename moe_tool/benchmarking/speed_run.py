@@ -48,7 +48,7 @@ def run_test(
     # Positions before this one count as prompt, whose misses every policy reads.
     session.prompt_tokens = test.positions if is_prompt else test.depth
     try:
-        chunk = prefill_chunk(session.workload)
+        chunk = prefill_chunk(session.plan.workload)
         _feed(session, cache, ids[: test.depth], chunk)
         if cache_state == "cold":
             _make_cold(session)

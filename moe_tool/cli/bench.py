@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import BundleArgument, GatesOption, JsonOption, SeedOption
 
@@ -121,7 +122,7 @@ def bench(
             prompt_tokens=parse_numbers(prompt_tokens, option="--prompt-tokens"),
             generate=parse_numbers(generate, option="--generate"),
             depth=parse_numbers(depth, option="--depth"),
-            memory=parse_words(memory, option="--memory"),
+            memory=tuple(map(parse_memory, parse_words(memory, option="--memory"))),
             policy=parse_words(policy, option="--policy"),
             eviction=tuple(eviction or ["lru"]),
             prefetch=parse_words(prefetch, option="--prefetch"),

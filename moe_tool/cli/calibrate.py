@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory_option
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     BundleArgument,
@@ -72,7 +73,7 @@ def calibrate(
                 policy=policy,
                 tokens=tokens,
                 seq_len=seq_len,
-                memory=memory,
+                memory=parse_memory_option(memory),
                 seed=seed,
                 threads=threads,
                 offline=offline,

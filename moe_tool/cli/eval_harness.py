@@ -107,9 +107,9 @@ def eval_harness(
 
         require_lm_eval()
 
-        from moe_tool.runtime.run_options import RunOptions
+        from moe_tool.runtime.run_options import run_options
 
-        run = RunOptions(
+        run = run_options(
             memory=memory,
             policy=policy,
             residency=residency,

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory_option
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
     BundleArgument,
@@ -79,7 +80,7 @@ def evaluate(
         options = EvaluateOptions(
             tokens=tokens,
             seq_len=seq_len,
-            memory=memory,
+            memory=parse_memory_option(memory),
             policy=policy,
             controls=controls,
             residency=residency,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption
 from moe_tool.errors import MoeToolError, UsageError

@@ -11,7 +11,7 @@ from moe_tool.artifact_folder import (
     PROFILE_SUFFIX,
     newest_artifact,
 )
-from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.budget.sizes import format_bytes, parse_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
     JsonOption,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER, plan_path
-from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.budget.request import EVERY_EXPERT, MemoryRequest, parse_memory
+from moe_tool.budget.sizes import format_bytes, parse_bytes
 from moe_tool.cli.chosen_hardware import chosen_hardware
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.newest_profile import newest_profile
@@ -161,9 +162,9 @@ def plan(
         from moe_tool.planning.plan_request import PlanRequest
         from moe_tool.planning.plan_sources import read_sources
 
-        memory = memory or ["100%"]
+        budgets = [parse_memory(text) for text in memory or []] or [EVERY_EXPERT]
         request = PlanRequest(
-            memory=memory[0],
+            memory=budgets[0],
             bits=None if bits in ("auto", "mixed") else bits,
             skeleton_bits=skeleton_bits,
             max_loss=loss,
@@ -189,15 +190,15 @@ def plan(
         with ProfileReader.open(profile) as reader:
             sources = read_sources(reader)
 
-            def build(text: str) -> "PlanReport":
+            def build(asked: MemoryRequest) -> "PlanReport":
                 return build_plan(
-                    sources, machine, replace(request, memory=text), progress=output.progress
+                    sources, machine, replace(request, memory=asked), progress=output.progress
                 )
 
-            if len(memory) > 1:
-                _show_curve(*plan_curve(build, memory), output)
+            if len(budgets) > 1:
+                _show_curve(*plan_curve(build, budgets), output)
                 return
-            report = build(memory[0])
+            report = build(budgets[0])
         out = _write(report.plan, out or plan_path(profiles, profile))
         _show(report, output)
         output.say(f"wrote {out}; next: {_pack_command(report.plan, out)}")

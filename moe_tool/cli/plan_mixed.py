@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_tool.artifact_folder import bit_prices_path
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output
 from moe_tool.errors import MoeToolError, NotFoundError
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER, profile_path
-from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.budget.sizes import format_bytes, parse_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     DataOption,

@@ -24,34 +24,68 @@ from moe_tool.cli.options import (
 )
 from moe_tool.errors import DataSourceError, NotFoundError, UsageError
 
+StdinArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="-", help="A dash reads the prompt from stdin.", show_default=False),
+]
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.", show_default=False)
+]
+PromptFileOption = Annotated[
+    Path | None,
+    typer.Option("--prompt-file", metavar="FILE", help="A UTF-8 file.", show_default=False),
+]
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to generate at most.")
+]
+ContextOption = Annotated[
+    int,
+    typer.Option(
+        "--context",
+        metavar="N",
+        min=1,
+        max=MAX_CONTEXT,
+        help="Tokens of prompt and text together.",
+    ),
+]
+ShadowOption = Annotated[
+    int,
+    typer.Option(
+        "--shadow",
+        metavar="N",
+        min=0,
+        help="Compute every Nth token also exactly and measure what the policy lost in that "
+        "step; 0: none.",
+    ),
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option("--temperature", metavar="T", min=0, help="0 always takes the likeliest token."),
+]
+RecordTraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--record-trace",
+        metavar="FILE",
+        help="Write which experts every layer called, for `simulate`.",
+        show_default=False,
+    ),
+]
+RawOption = Annotated[
+    bool, typer.Option("--raw", help="The prompt as it is, without the model's chat template.")
+]
+IgnoreEosOption = Annotated[
+    bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
+]
+
 
 def run(
     bundle: BundleArgument,
-    stdin: Annotated[
-        str | None,
-        typer.Argument(metavar="-", help="A dash reads the prompt from stdin.", show_default=False),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", metavar="TEXT", help="The prompt.", show_default=False),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option("--prompt-file", metavar="FILE", help="A UTF-8 file.", show_default=False),
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to generate at most.")
-    ] = 128,
-    context: Annotated[
-        int,
-        typer.Option(
-            "--context",
-            metavar="N",
-            min=1,
-            max=MAX_CONTEXT,
-            help="Tokens of prompt and text together.",
-        ),
-    ] = 4096,
+    stdin: StdinArgument = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    max_tokens: MaxTokensOption = 128,
+    context: ContextOption = 4096,
     memory: RunMemoryOption = None,
     policy: PolicyOption = None,
     residency: ResidencyOption = None,
@@ -59,40 +93,14 @@ def run(
     prefetch: PrefetchOption = None,
     sparse_experts: SparseExpertsOption = None,
     gates: GatesOption = True,
-    shadow: Annotated[
-        int,
-        typer.Option(
-            "--shadow",
-            metavar="N",
-            min=0,
-            help="Compute every Nth token also exactly and measure what the policy lost in that "
-            "step; 0: none.",
-        ),
-    ] = 0,
+    shadow: ShadowOption = 0,
     lossy_prefill: LossyPrefillOption = False,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature", metavar="T", min=0, help="0 always takes the likeliest token."
-        ),
-    ] = 0.0,
+    temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
-    record_trace: Annotated[
-        Path | None,
-        typer.Option(
-            "--record-trace",
-            metavar="FILE",
-            help="Write which experts every layer called, for `simulate`.",
-            show_default=False,
-        ),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="The prompt as it is, without the model's chat template.")
-    ] = False,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
-    ] = False,
+    record_trace: RecordTraceOption = None,
+    raw: RawOption = False,
+    ignore_eos: IgnoreEosOption = False,
     json: JsonOption = False,
 ) -> None:
     """Generate text from a bundle inside a memory budget."""
@@ -106,32 +114,34 @@ def run(
 
         from moe_tool.reports.run_lines import run_line
         from moe_tool.runtime.generation import GenerateOptions, run_prompt
-        from moe_tool.runtime.run_options import RunOptions
+        from moe_tool.runtime.run_options import run_options
 
+        options = run_options(
+            memory=memory,
+            policy=policy,
+            eviction=eviction,
+            residency=residency,
+            prefetch=prefetch,
+            sparse_experts=sparse_experts,
+            gates=gates,
+            shadow=shadow,
+            lossy_prompt=lossy_prefill,
+            seed=seed,
+            threads=threads,
+            context=context,
+        )
+        generation = GenerateOptions(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            raw=raw,
+            ignore_eos=ignore_eos,
+        )
         result = run_prompt(
             bundle,
             text,
-            options=RunOptions(
-                memory=memory,
-                policy=policy,
-                residency=residency,
-                eviction=eviction,
-                prefetch=prefetch,
-                sparse_experts=sparse_experts,
-                gates=gates,
-                shadow=shadow,
-                lossy_prompt=lossy_prefill,
-                seed=seed,
-                threads=threads,
-                context=context,
-            ),
-            generation=GenerateOptions(
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed,
-                raw=raw,
-                ignore_eos=ignore_eos,
-            ),
+            options=options,
+            generation=generation,
             on_text=output.stream,
             trace_path=record_trace,
             progress=output.progress,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.chosen_hardware import chosen_hardware
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.newest_profile import newest_profile

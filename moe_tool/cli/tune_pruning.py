@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory_option
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     BundleArgument,
@@ -81,7 +82,7 @@ def tune_pruning(
                 tokens=tokens,
                 seq_len=seq_len,
                 batch=batch,
-                memory=memory,
+                memory=parse_memory_option(memory),
                 seed=seed,
                 threads=threads,
                 offline=offline,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.budget.sizes import format_bytes, parse_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import BundleArgument, DataOption, JsonOption, OfflineOption, SeedOption
 

@@ -13,14 +13,15 @@ from moe_tool.artifacts.buddy_summary import BuddyReport
 from moe_tool.artifacts.evaluation_report import EvaluationReport
 from moe_tool.artifacts.run_result import RunResult
 from moe_tool.buddies.make_buddies import make_buddies
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.models.locate import locate_model
 from moe_tool.packing.pack_bundle import PackReport, pack_bundle
 from moe_tool.profiling.recorder import ProfileReport, record_profile
 from moe_tool.progress import Progress
 from moe_tool.runtime.generation import GenerateOptions, run_prompt
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.text.sources import parse_sources
 
 PROMPT = "The list"
@@ -142,7 +143,7 @@ def _run(bundle: Path, memory: str, progress: Progress) -> tuple[RunResult, str]
     result = run_prompt(
         bundle,
         PROMPT,
-        options=RunOptions(memory=memory),
+        options=run_options(memory=memory),
         generation=GenerateOptions(max_tokens=_GENERATED_TOKENS),
         progress=progress,
     )
@@ -156,7 +157,7 @@ def _evaluate(bundle: Path, progress: Progress) -> tuple[EvaluationReport, str]:
     options = EvaluateOptions(
         tokens=_EVALUATION_TOKENS,
         seq_len=_EVALUATION_SEQ_LEN,
-        memory=LOSSY_MEMORY,
+        memory=parse_memory(LOSSY_MEMORY),
         policy="buddy",
         controls=True,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from moe_tool.artifacts.bundle_manifest import Calibration, QualityFigure
 from moe_tool.artifacts.evaluation_report import EvaluationReport, Figures
 from moe_tool.artifacts.json_fields import object_fields
+from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.reachable_budget import enough_tokens, least_share
@@ -41,7 +42,7 @@ class CalibrateOptions:
     """Parameters other than the strength stay as they are given"""
     tokens: int = 8192
     seq_len: int = 256
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     seed: int = 0
     threads: int | None = None
     offline: bool = False

@@ -16,6 +16,7 @@ from moe_tool.artifacts.evaluation_report import EvaluationReport, PolicyRow
 from moe_tool.artifacts.run_result import RunSetup
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.evaluation.controls import policies_to_run
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
@@ -28,12 +29,18 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.eviction import parse_eviction
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.policy_choice import EXACT, require_policy
 from moe_tool.runtime.price_list import price_book
-from moe_tool.runtime.run_options import RunOptions, default_policy
+from moe_tool.runtime.run_options import (
+    EXACT_POLICY,
+    RunOptions,
+    default_policy,
+    default_residency,
+)
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -54,7 +61,7 @@ class EvaluateOptions:
     """Tokens of text, all domains together; the first two of each sequence are not scored"""
     seq_len: int = 256
     """Capped at what the model was made for"""
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     policy: str | None = None
     """None: what the bundle was calibrated or planned for, or exact"""
     also: tuple[str, ...] = ()
@@ -147,12 +154,12 @@ def evaluate(
 
 
 def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions) -> _Asked:
-    require_policy(options.policy or EXACT)
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
     if options.sparse_experts is not None:
         _check_sparse(options)
-    policy = options.policy or default_policy(manifest)
+    asked = None if options.policy is None else parse_miss_policy(options.policy)
+    policy = asked or default_policy(manifest)
     tokenizer = load_tokenizer(folder)
     longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     seq_len = min(options.seq_len, longest or options.seq_len)
@@ -167,11 +174,11 @@ def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions)
         seed=options.seed,
         offline=options.offline,
     )
-    is_table = options.controls or policy != EXACT
+    usual: Residency = "frozen" if options.controls else default_residency(policy)
     return _Asked(
         manifest=manifest,
-        policy=policy,
-        residency=options.residency or ("frozen" if is_table else "cache"),
+        policy=policy.name,
+        residency=options.residency or usual,
         tokenizer=tokenizer,
         text=text,
         ids=torch.from_numpy(text.ids.astype(np.int64)),
@@ -254,10 +261,10 @@ def _open(
     if has_source:
         scratch += seq_len * vocabulary * 4
     run = RunOptions(
-        memory=options.memory or _planned_share(asked.manifest, progress),
-        policy=EXACT,
+        memory=options.memory or _planned_slots(asked.manifest, progress),
+        policy=EXACT_POLICY,
         residency=asked.residency,
-        eviction=options.eviction,
+        eviction=None if options.eviction is None else parse_eviction(options.eviction),
         sparse_experts=options.sparse_experts,
         gates=options.gates,
         seed=options.seed,
@@ -275,8 +282,8 @@ def _open(
             batch //= 2
 
 
-def _planned_share(manifest: BundleManifest, progress: Progress) -> str | None:
-    """Return the expert slots of the bundle's plan as `--memory` takes them; None without a plan.
+def _planned_slots(manifest: BundleManifest, progress: Progress) -> MemoryRequest | None:
+    """Return the expert slots of the bundle's plan as a budget; None without a plan.
 
     What is to be compared is held beside the slots, so that the plan's bytes would buy fewer.
     """
@@ -284,7 +291,7 @@ def _planned_share(manifest: BundleManifest, progress: Progress) -> str | None:
         return None
     n_slots, n_experts = manifest.plan.prediction.expert_slots, len(manifest.own_records)
     progress.note(f"as planned: {n_slots} of {n_experts} expert slots")
-    return f"{min(100.0, 100 * (n_slots + 0.5) / n_experts):.6f}%"
+    return MemoryRequest(kind="slots", n_slots=n_slots)
 
 
 def _runnable(
@@ -295,7 +302,7 @@ def _runnable(
     kept, skipped = [], {}
     for name in names:
         try:
-            session.use_policy(name, residency=asked.residency)
+            session.use_policy(parse_miss_policy(name), residency=asked.residency)
         except UsageError as error:
             if name == asked.policy:
                 raise

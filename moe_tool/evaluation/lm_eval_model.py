@@ -126,7 +126,7 @@ class BundleLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Positions of a request, answer included."""
-        return self.session.workload.positions
+        return self.session.plan.workload.positions
 
     @property
     def eot_token_id(self) -> int:
@@ -263,7 +263,7 @@ class BundleLM(TemplateLM):
                 last.cache.crop(-n_behind)  # by a count
             return last
         self._context = last = None  # before there is another
-        chunk = prefill_chunk(self.session.workload)
+        chunk = prefill_chunk(self.session.plan.workload)
         edges = [0, *range(1, len(ids))] if self._decode_context else [*range(0, len(ids), chunk)]
         cache = self.session.new_cache()
         for start, end in zip(edges, [*edges[1:], len(ids)], strict=True):

@@ -17,10 +17,11 @@ from moe_tool.evaluation.stepwise import (
     n_scored,
     run_stepwise,
 )
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.progress import Progress
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.policy_choice import EXACT
 from moe_tool.runtime.quality_account import QualityAccount
+from moe_tool.runtime.run_options import EXACT_POLICY
 from moe_tool.runtime.session import Session
 
 
@@ -106,8 +107,8 @@ def measure_policies(
     base = _Base.zeros(shape, has_source=source is not None)
     tallies = {name: _Tally.zeros(shape) for name in names}
     progress.begin("evaluate", n_sequences * len(names), "sequences")
-    for first in range(0, n_sequences, session.workload.batch):
-        rows = slice(first, min(first + session.workload.batch, n_sequences))
+    for first in range(0, n_sequences, session.plan.workload.batch):
+        rows = slice(first, min(first + session.plan.workload.batch, n_sequences))
         exact = exact_logits(session, ids[rows])  # [B, S, V]
         truth = None
         if source is not None:
@@ -116,7 +117,7 @@ def measure_policies(
                 truth[row] = source.logits(first + row)
         base.fill(rows, ids[rows], exact, truth)
         for name in names:
-            session.use_policy(name, residency=residency)
+            session.use_policy(parse_miss_policy(name), residency=residency)
             if not exact_fallback:
                 session.runner.account = QualityAccount()
             if residency == "cache":
@@ -127,7 +128,7 @@ def measure_policies(
     progress.end()
     is_sparse = session.runner.sparsity is not None
     return {
-        name: _measured(tally, base, is_exact=name == EXACT and not is_sparse)
+        name: _measured(tally, base, is_exact=name == EXACT_POLICY.name and not is_sparse)
         for name, tally in tallies.items()
     }
 

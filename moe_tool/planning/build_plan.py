@@ -8,7 +8,8 @@ from moe_tool import __version__
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import Bits, PackPlan, PlanLine, PlanPrediction
 from moe_tool.artifacts.simulation_report import BELADY, PrefetchRow, SimulatedRow
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import MemoryRequest
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.planning.bit_price import predicted_loss
 from moe_tool.planning.choose_lossy import (
@@ -340,7 +341,7 @@ def _elsewhere(
 
 
 def plan_curve(
-    build: Callable[[str], PlanReport], memories: Sequence[str]
+    build: Callable[[MemoryRequest], PlanReport], memories: Sequence[MemoryRequest]
 ) -> tuple[list[PlanReport], list[tuple[str, BudgetError]]]:
     """Return the plans of several budgets, and the refusals of those that are too small."""
     reports, refused = [], []
@@ -348,5 +349,5 @@ def plan_curve(
         try:
             reports.append(build(memory))
         except BudgetError as error:
-            refused.append((memory, error))
+            refused.append((str(memory), error))
     return reports, refused

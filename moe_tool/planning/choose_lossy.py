@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from moe_tool.artifacts.pack_plan import Bits, PlannedForm
 from moe_tool.artifacts.precision import describe_precision, replica_precisions
 from moe_tool.artifacts.routing import FULL
+from moe_tool.budget.refusal import suggested_budget
+from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import BudgetError
 from moe_tool.planning.lossy_ways import LossyWay, lossy_ways
 from moe_tool.planning.memory_account import account
@@ -15,7 +17,6 @@ from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import nats_of_bits, profile_prices
 from moe_tool.planning.ways_to_run import WayToRun
 from moe_tool.policies.misses import parse_miss_policy
-from moe_tool.runtime.memory_plan import suggested_budget
 
 _AS_FAST = 0.98
 """What costs less is taken where it is so nearly as fast"""
@@ -125,7 +126,7 @@ def _out_of_reach(
     for bits in every:
         if nats_of_bits(sources, bits) <= (request.max_kl or 0.0):
             least = account(
-                "min",
+                MemoryRequest(kind="min"),
                 sources.profile.header.shape,
                 sources.skeleton,
                 bits=bits,

@@ -11,7 +11,9 @@ from moe_tool import __version__
 from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine, PlanPrediction, Quantizer
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.refusal import MemoryLine, too_small
+from moe_tool.budget.request import EVERY_EXPERT, MemoryRequest
+from moe_tool.budget.slots import ExpertRoom, min_slots, slots_within, split_slots
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.bit_costs import BitCosts, bit_costs
@@ -30,8 +32,6 @@ from moe_tool.planning.model_costs import ModelCosts, model_costs
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.eviction import parse_eviction
-from moe_tool.runtime.expert_room import ExpertRoom, slots_within, split_slots
-from moe_tool.runtime.memory_plan import MemoryLine, parse_memory, suggested_budget
 from moe_tool.simulator.simulate import Budget, Machine, simulate_decoding
 
 _EVICTION = "lru"
@@ -61,7 +61,7 @@ def build_mixed_plan(
     Args:
         sources: of `read_sources`.
         hardware: the machine that it is for.
-        request: budget and limits; its memory in bytes, or "100%" for all experts.
+        request: budget and limits; its memory in bytes, or all experts.
         average_bits: of the weights of all experts; None: as few as the request's limit of loss
             allows, without one as many as fit into the memory.
         prices: measured with the quantizer in use; None: it is rtn.
@@ -79,7 +79,7 @@ def build_mixed_plan(
         skeleton_bits=request.skeleton_bits,
         context=request.context,
     )
-    budget = None if request.memory == "100%" else _bytes_of(request.memory)
+    budget = None if request.memory == EVERY_EXPERT else _bytes_of(request.memory)
     if budget is not None and budget < max(fixed.total_bytes, fixed.loading_bytes):
         raise _too_small(budget, fixed, costs)
     room = None if budget is None else budget - fixed.total_bytes
@@ -135,7 +135,7 @@ def _plan(
         ExpertRoom(
             record_bytes=int(costs.size_bytes[WIDTHS.index(width)]),
             n_experts=count,
-            n_slots_min=min(shape.top_k + 1, count),
+            n_slots_min=min_slots(shape.top_k, count),
         )
         for width, count in allocation.experts.items()
         if width
@@ -156,11 +156,11 @@ def _plan(
     n_stored = sum(room.n_experts for room in rooms)
     machine = Machine(
         record_bytes=calls.record_bytes,
-        n_slots_min=shape.top_k + 1,
+        n_slots_min=min_slots(shape.top_k, len(shape.layers) * shape.experts),
         costs=calls.calls,
         hottest=(),
     )
-    label = "100%" if budget is None else request.memory
+    label = str(request.memory)
     is_all = sum(slots) == n_stored
     n_slots = len(shape.layers) * shape.experts if is_all else sum(slots)
     replay_budget = Budget(label=label, n_slots=n_slots)
@@ -266,11 +266,10 @@ def _nearest_width(average: float) -> int:
     return min((1, 2, 3, 4, 8), key=lambda width: abs(width - average))
 
 
-def _bytes_of(memory: str) -> int:
-    request = parse_memory(memory)
+def _bytes_of(request: MemoryRequest) -> int:
     if request.kind != "bytes":
         raise UsageError(
-            f"--memory {memory}: with mixed bits a share of the experts has no size",
+            f"--memory {request}: with mixed bits a share of the experts has no size",
             hint="--memory SIZE in bytes, or leave it out with --average-bits",
         )
     return request.size_bytes
@@ -279,10 +278,11 @@ def _bytes_of(memory: str) -> int:
 def _too_small(budget: int, fixed: FixedMemory, costs: BitCosts) -> BudgetError:
     n_experts = costs.load.size
     one_bit = int(costs.size_bytes[WIDTHS.index(1)])
-    needed = max(fixed.total_bytes + n_experts * one_bit, fixed.loading_bytes)
-    return BudgetError(
-        f"a memory budget of {format_bytes(budget)} ({budget} bytes) is too small: the rest of the "
-        f"model takes {format_bytes(fixed.total_bytes)}, with every expert at 1 bit "
-        f"{format_bytes(needed)} ({needed} bytes)",
-        hint=f"--memory {suggested_budget(needed)}",
+    one_each = MemoryLine(name="every expert at 1 bit", size_bytes=n_experts * one_bit)
+    return too_small(
+        "the run",
+        needed_bytes=max(fixed.total_bytes + one_each.size_bytes, fixed.loading_bytes),
+        given_bytes=budget,
+        lines=(*fixed.lines, one_each),
+        instead=None,
     )

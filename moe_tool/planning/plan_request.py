@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
+from moe_tool.budget.request import EVERY_EXPERT, MemoryRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
     """What is to be planned for."""
 
-    memory: str
+    memory: MemoryRequest = EVERY_EXPERT
     bits: Bits | None = None
     """None: the fastest whose predicted loss is allowed"""
     skeleton_bits: SkeletonBits = "native"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import SkeletonBits
 from moe_tool.artifacts.simulation_report import PrefetchRow, SimulationReport, best_policy
+from moe_tool.budget.slots import min_slots
 from moe_tool.errors import ArtifactVersionError, UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.planning.memory_account import account
@@ -148,7 +149,7 @@ def _machine(
     positions = {layer: at for at, layer in enumerate(shape.layers)}
     return Machine(
         record_bytes=costs.record_bytes,
-        n_slots_min=min(shape.top_k + 1, shape.experts * len(shape.layers)),
+        n_slots_min=min_slots(shape.top_k, shape.experts * len(shape.layers)),
         costs=costs.calls,
         hottest=[positions[layer] * shape.experts + expert for layer, expert in ranked],
     )
@@ -158,22 +159,22 @@ def _budgets(profile: ProfileReader, options: SimulateOptions) -> list[Budget]:
     shape, skeleton = profile.header.shape, profile.header.skeleton
     n_experts = shape.experts * len(shape.layers)
     found = []
-    for label, share in parse_budgets(options.memory):
-        if share is not None:
-            n_slots = max(min(shape.top_k + 1, n_experts), int(share * n_experts))
+    for request in parse_budgets(options.memory):
+        if request.kind == "share":
+            n_slots = max(min_slots(shape.top_k, n_experts), int(request.share * n_experts))
         elif skeleton is None:
             raise ArtifactVersionError(
-                f"--memory {label}: {profile.path} does not say what else takes memory",
+                f"--memory {request}: {profile.path} does not say what else takes memory",
                 hint="record it again with moe-tool profile, or give a share: --memory 50%",
             )
         else:
             n_slots = account(
-                label,
+                request,
                 shape,
                 skeleton,
                 bits=options.bits,
                 skeleton_bits=options.skeleton_bits,
                 context=options.context,
             ).n_slots
-        found.append(Budget(label=label, n_slots=n_slots))
+        found.append(Budget(label=str(request), n_slots=n_slots))
     return sorted(found, key=lambda budget: budget.n_slots)

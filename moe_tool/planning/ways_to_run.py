@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import Bits
 from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow
+from moe_tool.budget.account import MemoryPlan
+from moe_tool.budget.slots import min_slots
 from moe_tool.planning.memory_account import account
 from moe_tool.planning.model_costs import ModelCosts, model_costs
 from moe_tool.planning.pinning import check_pins
@@ -13,7 +15,6 @@ from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import Progress
-from moe_tool.runtime.memory_plan import MemoryPlan
 from moe_tool.simulator.simulate import (
     Budget,
     Machine,
@@ -77,11 +78,11 @@ def replay_ways(
     n_experts = shape.experts * len(shape.layers)
     machine = Machine(
         record_bytes=costs.record_bytes,
-        n_slots_min=min(shape.top_k + 1, n_experts),
+        n_slots_min=min_slots(shape.top_k, n_experts),
         costs=costs.calls,
         hottest=[positions[layer] * shape.experts + expert for layer, expert in sources.ranked],
     )
-    budget = Budget(label=request.memory, n_slots=memory.n_slots)
+    budget = Budget(label=str(request.memory), n_slots=memory.n_slots)
     choices, notes = _choices(sources, machine, budget, n_experts)
     rows, _ = simulate_decoding(sources.replayed, choices, [budget], machine, progress=progress)
     if memory.n_slots >= n_experts:

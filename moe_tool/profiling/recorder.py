@@ -16,7 +16,7 @@ from moe_tool import __version__
 from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.available_memory import peak_rss_bytes
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes, require_free_disk
 from moe_tool.formats.profile_hdf5 import (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from moe_tool.artifacts.bench_report import BenchRow
 from moe_tool.artifacts.json_fields import json_fields
 from moe_tool.artifacts.run_stats import PhaseCounters
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 
 _COLUMNS = (
     "model",

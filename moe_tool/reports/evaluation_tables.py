@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from moe_tool.artifacts.evaluation_report import Estimate, EvaluationReport, Figures, HarnessReport
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.reports.columns import columns
 
 

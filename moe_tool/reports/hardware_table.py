@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from moe_tool.artifacts.hardware_profile import BITS, REST_S, HardwareProfile, LookupSpeed
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.reports.columns import columns
 
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine
 from moe_tool.artifacts.simulation_report import SimulatedRow
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.reports.columns import columns
 
 

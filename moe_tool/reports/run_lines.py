@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from moe_tool.artifacts.evaluation_report import HarnessReport
 from moe_tool.artifacts.run_result import AnswerQuality, RunResult
 from moe_tool.artifacts.run_stats import PhaseCounters
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 
 
 def run_line(result: RunResult) -> str:

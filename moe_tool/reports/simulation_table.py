@@ -11,7 +11,7 @@ from moe_tool.artifacts.simulation_report import (
     RunComparison,
     SimulatedRow,
 )
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.reports.columns import columns
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from moe_tool.artifacts.buddy_summary import BuddySummary, LayerBuddySummary
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.reports.columns import columns
 
 

@@ -135,11 +135,11 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
         skeleton_precision=manifest.skeleton_precision,
         matrix_bytes=session.bundle.matrix_bytes,
         n_matrices=_n_matrices(session),
-        threads=session.threads.n_threads,
-        n_slots=session.plan.n_slots,
+        threads=session.plan.threads.n_threads,
+        n_slots=session.plan.memory.n_slots,
         pinned=tuple(pinned),
-        eviction=session.setting.eviction.name,
-        prefetch=session.setting.prefetch,
+        eviction=session.plan.eviction.name,
+        prefetch=session.plan.prefetch,
         n_calls_before=session.runner.recorder.n_calls_before,
         prompt_tokens=prompt.tokens,
         decode_tokens=decode.tokens,
@@ -201,7 +201,7 @@ def generate_ids(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    room = session.workload.positions - width
+    room = session.plan.workload.positions - width
     config = _generation_config(
         session, options, max_new_tokens=min(options.max_tokens, room), pad=pad
     )
@@ -246,9 +246,10 @@ def _n_matrices(session: Session) -> int:
 def _check(session: Session, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
         raise UsageError("the prompt has no tokens", hint="give --prompt some text")
-    if len(prompts) > session.workload.batch:
+    if len(prompts) > session.plan.workload.batch:
         raise UsageError(
-            f"{len(prompts)} prompts at once, the session was opened for {session.workload.batch}"
+            f"{len(prompts)} prompts at once, the session was opened for "
+            f"{session.plan.workload.batch}"
         )
     if options.max_tokens < 1:
         raise UsageError(f"--max-tokens {options.max_tokens}: at least 1 is needed")
@@ -260,10 +261,10 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
             hint="--temperature 0 takes the likeliest token",
         )
     longest = max(len(prompt) for prompt in prompts)
-    if longest >= session.workload.positions:
+    if longest >= session.plan.workload.positions:
         raise UsageError(
             f"the prompt has {longest} tokens, which leaves no room in a context of "
-            f"{session.workload.positions}",
+            f"{session.plan.workload.positions}",
             hint="a shorter prompt, or a larger --context where the model allows it",
         )
 
@@ -285,7 +286,7 @@ def _generation_config(
     config.use_cache = True
     config.cache_implementation = None
     config.pad_token_id = pad
-    config.prefill_chunk_size = prefill_chunk(session.workload)
+    config.prefill_chunk_size = prefill_chunk(session.plan.workload)
     if options.ignore_eos:
         config.eos_token_id = None
     config.do_sample = options.temperature > 0
@@ -324,7 +325,7 @@ def _result(session: Session, made: Generated, text: str) -> RunResult:
         text=text,
         token_ids=made.token_ids[0],
         setup=run_setup(session),
-        staying=staying_by_form(session.manifest, session.runner.rooms),
+        staying=staying_by_form(session.manifest, session.plan.rooms),
         prompt=session.runner.stats.prompt,
         decode=session.runner.stats.decode,
         quality=_quality(session),
@@ -340,12 +341,12 @@ def run_setup(session: Session) -> RunSetup:
     return RunSetup(
         policy=session.runner.policy.name,
         residency=session.runner.residency,
-        eviction=session.setting.eviction.name,
-        prefetch=session.setting.prefetch,
+        eviction=session.plan.eviction.name,
+        prefetch=session.plan.prefetch,
         sparse_experts=session.runner.sparsity,
-        threads=session.threads.n_threads,
-        memory_budget_bytes=session.plan.budget_bytes,
-        slots=session.plan.n_slots,
+        threads=session.plan.threads.n_threads,
+        memory_budget_bytes=session.plan.memory.budget_bytes,
+        slots=session.plan.memory.n_slots,
     )
 
 

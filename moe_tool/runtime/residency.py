@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.routing import FULL
+from moe_tool.budget.slots import ExpertRoom, min_slots
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
 from moe_tool.policies.hot_set import ExpertKey, hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
-from moe_tool.runtime.expert_room import ExpertRoom
 from moe_tool.runtime.price_list import expert_use
 
 
@@ -89,7 +89,9 @@ def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
     sizes += [(table.record_size_bytes, len(table.records)) for table in manifest.others]
     return tuple(
         ExpertRoom(
-            record_bytes=size, n_experts=count, n_slots_min=min(manifest.shape.top_k + 1, count)
+            record_bytes=size,
+            n_experts=count,
+            n_slots_min=min_slots(manifest.shape.top_k, count),
         )
         for size, count in sizes
     )
@@ -122,7 +124,7 @@ def choose_resident_experts(
 def n_slots_min(manifest: BundleManifest) -> int:
     """Return the slots that one token needs in one layer, and one to read ahead."""
     n_experts = manifest.shape.experts * len(manifest.shape.layers)
-    return min(manifest.shape.top_k + 1, n_experts)
+    return min_slots(manifest.shape.top_k, n_experts)
 
 
 def _cheapest(

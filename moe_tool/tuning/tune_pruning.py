@@ -13,6 +13,7 @@ import torch
 from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import BudgetError, DataSourceError, UnsupportedModelError, UsageError
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.formats.atomic_write import storage_errors
@@ -27,8 +28,7 @@ from moe_tool.formats.training_state import (
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.policy_choice import EXACT
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -56,7 +56,7 @@ class TunePruningOptions:
     """Capped at what the model was made for"""
     batch: int = 8
     """Sequences of a step"""
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
     """Of the choice of text and of every draw"""
@@ -141,7 +141,7 @@ def tune_pruning(
     ) as session:
         experts = MaskedExperts(session=session)
         session.skeleton.set_experts_function(experts)
-        micro_batch = session.workload.batch
+        micro_batch = session.plan.workload.batch
         training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
         verdict = judge_pruning(
             experts,
@@ -152,7 +152,7 @@ def tune_pruning(
             micro_batch=micro_batch,
             progress=progress,
         )
-        budget_bytes = session.plan.budget_bytes
+        budget_bytes = session.plan.memory.budget_bytes
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
@@ -256,8 +256,8 @@ def _open(
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.
-        memory=options.memory or "auto",
-        policy=EXACT,
+        memory=options.memory or AUTO,
+        policy=EXACT_POLICY,
         residency="cache",
         seed=options.seed,
         threads=options.threads,
@@ -297,7 +297,7 @@ def _train(
     folder: Path, experts: MaskedExperts, plan: TrainingPlan, order: bytes, progress: Progress
 ) -> MaskTraining:
     session = experts.session
-    micro_batch = session.workload.batch
+    micro_batch = session.plan.workload.batch
     training = MaskTraining(session.manifest.shape, plan)
     path = folder / _STATE
     reached = read_training_state(path, order, training.state(), n_steps=plan.n_steps)

@@ -16,6 +16,7 @@ from moe_tool.benchmarking.bench import bench
 from moe_tool.benchmarking.bench_plan import BenchOptions, SpeedTest, list_tests
 from moe_tool.benchmarking.bench_tokens import bench_tokens
 from moe_tool.benchmarking.speed_run import run_test
+from moe_tool.budget.request import parse_memory
 from moe_tool.cli.app import run_command
 from moe_tool.demo import demo_model_path
 from moe_tool.errors import UsageError
@@ -23,7 +24,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 
 SMALL = ("--prompt-tokens", "16", "--generate", "4", "--repetitions", "2", "--threads", "1")
@@ -42,7 +43,7 @@ def report(bundle: Path) -> BenchReport:
         prompt_tokens=(16, 0),
         generate=(4, 6),
         depth=(0, 8),
-        memory=("50%", "min", "100%"),
+        memory=tuple(map(parse_memory, ("50%", "min", "100%"))),
         policy=("exact", "drop"),
         threads=(1,),
         repetitions=2,
@@ -125,7 +126,7 @@ def test_rows_with_and_without_prefetch_stand_side_by_side(bundle: Path) -> None
     options = BenchOptions(
         prompt_tokens=(16,),
         generate=(12,),
-        memory=("50%",),
+        memory=(parse_memory("50%"),),
         prefetch=("none", "next-layer"),
         threads=(1,),
         repetitions=2,
@@ -153,7 +154,7 @@ def test_a_cold_run_reads_what_a_warm_one_has(bundle: Path) -> None:
     """With room for all, the second run of the same tokens reads nothing, unless made cold."""
     test = SpeedTest(kind="tg", n_tokens=4, depth=3)
     ids = torch.arange(2, 9)
-    with open_session(bundle, RunOptions(memory="100%", threads=1, context=16)) as session:
+    with open_session(bundle, run_options(memory="100%", threads=1, context=16)) as session:
         shape = session.manifest.shape
         first = run_test(session, test, ids, cache_state="cold")
         warm = run_test(session, test, ids, cache_state="warm")

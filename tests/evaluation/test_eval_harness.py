@@ -16,7 +16,7 @@ from moe_tool.evaluation.eval_harness import (
 from moe_tool.evaluation.harness_tasks import HarnessOptions
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from tests.evaluation.small_tasks import DOCUMENTS, write_tasks
 
 needs_lm_eval = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def run(
 ) -> HarnessReport:
     return run_harness(
         bundle,
-        RunOptions(memory="50%", policy=policy, gates=False),
+        run_options(memory="50%", policy=policy, gates=False),
         HarnessOptions(tasks=tuple(map(str, tasks)), offline=True, **options),  # type: ignore[arg-type]
     )
 

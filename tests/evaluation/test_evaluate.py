@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_tool.artifacts.json_fields import json_fields
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError, WrongModelError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.stepwise import exact_logits, n_scored, run_stepwise
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
 
@@ -40,7 +41,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[TextSource, ...]:
 
 
 def _options(**fields: object) -> EvaluateOptions:
-    settings = {"tokens": 6 * SEQ_LEN, "seq_len": SEQ_LEN, "memory": "50%", "gates": False}
+    settings = {
+        "tokens": 6 * SEQ_LEN,
+        "seq_len": SEQ_LEN,
+        "memory": parse_memory("50%"),
+        "gates": False,
+    }
     return EvaluateOptions(**{**settings, **fields})  # type: ignore[arg-type]
 
 
@@ -104,7 +110,7 @@ def test_exact_perplexity_equals_that_of_the_ordinary_model(
 
 def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Path) -> None:
     ids = torch.randint(0, 256, (3, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    options = RunOptions(memory="50%", residency="frozen", context=SEQ_LEN, batch=3)
+    options = run_options(memory="50%", residency="frozen", context=SEQ_LEN, batch=3)
     with open_session(bundle, options) as session:
         wide = exact_logits(session, ids)
         seen = []
@@ -125,7 +131,7 @@ def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Pa
 def test_with_everything_resident_no_policy_costs_anything(
     bundle: Path, sources: tuple[TextSource, ...]
 ) -> None:
-    report = evaluate(bundle, sources, _options(policy="drop", memory="100%"))
+    report = evaluate(bundle, sources, _options(policy="drop", memory=parse_memory("100%")))
     assert report.figures.hit_rate.value == 1.0
     # one wide forward, many small
     assert report.figures.kl_mean.value == pytest.approx(0.0, abs=1e-6)

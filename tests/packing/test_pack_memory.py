@@ -23,7 +23,7 @@ def test_the_least_budget_is_named_and_works(
     opened = open_model(LocatedModel(folder=tiny_checkpoint("mixtral"), name="tiny"))
     with opened.checkpoint:
         free = plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=None)
-        with pytest.raises(BudgetError, match=r"needs .* given 1\.00 MiB") as refused:
+        with pytest.raises(BudgetError, match=r"needs .* has 1\.00 MiB") as refused:
             plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=MIB)
         hint = refused.value.hint or ""
         nearest = int(hint.split("--memory ")[1].split("MiB")[0]) * MIB

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.runtime.generation import GenerateOptions, generate, generate_ids, run_prompt
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 
 TinyBundle = Callable[..., Path]
@@ -16,7 +16,7 @@ TinyBundle = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def session(tiny_bundle: TinyBundle) -> Iterator[Session]:
-    with open_session(tiny_bundle("mixtral"), RunOptions(memory="50%", context=48)) as opened:
+    with open_session(tiny_bundle("mixtral"), run_options(memory="50%", context=48)) as opened:
         yield opened
 
 
@@ -141,7 +141,7 @@ def test_long_prompts_go_through_in_chunks(tiny_bundle: TinyBundle) -> None:
     greedy = GenerateOptions(max_tokens=16, ignore_eos=True)
     found = []
     for planned in (61, 16):
-        options = RunOptions(memory="50%", context=96, prompt=planned)
+        options = run_options(memory="50%", context=96, prompt=planned)
         with open_session(tiny_bundle("gpt_oss"), options) as session:
             found.append(generate_ids(session, [prompt], greedy).token_ids)
             assert session.runner.stats.prompt.forwards == (1 if planned == 61 else 4)
@@ -153,7 +153,7 @@ def test_run_prompt_plans_for_this_prompt_alone(tiny_bundle: TinyBundle) -> None
     result = run_prompt(
         tiny_bundle("mixtral"),
         "The list",
-        options=RunOptions(memory="min"),
+        options=run_options(memory="min"),
         generation=GenerateOptions(max_tokens=5, ignore_eos=True),
     )
     assert result.generated_tokens == 5
@@ -163,8 +163,8 @@ def test_run_prompt_plans_for_this_prompt_alone(tiny_bundle: TinyBundle) -> None
 def test_too_small_a_budget_is_refused_with_one_that_works(tiny_bundle: TinyBundle) -> None:
     bundle = tiny_bundle("mixtral")
     with pytest.raises(BudgetError) as caught:
-        open_session(bundle, RunOptions(memory="100MiB", context=32))
+        open_session(bundle, run_options(memory="100MiB", context=32))
     assert caught.value.hint is not None
     suggestion = caught.value.hint.split()[1].rstrip(",")
-    with open_session(bundle, RunOptions(memory=suggestion, context=32)) as session:
-        assert session.plan.n_slots >= 3
+    with open_session(bundle, run_options(memory=suggestion, context=32)) as session:
+        assert session.plan.memory.n_slots >= 3

@@ -12,7 +12,7 @@ from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.generation import GenerateOptions, generate
 from moe_tool.runtime.moe_layer import Decision
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
@@ -42,7 +42,7 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 def _open(bundle: Path, policy: str, memory: str = "50%", **options: object) -> Session:
     return open_session(
         bundle,
-        RunOptions(memory=memory, policy=policy, context=64, gates=False, **options),  # type: ignore[arg-type]
+        run_options(memory=memory, policy=policy, context=64, gates=False, **options),  # type: ignore[arg-type]
     )
 
 
@@ -85,7 +85,7 @@ def test_the_flag_changes_nothing_under_exact_and_says_so(bundle: Path) -> None:
     with _open(bundle, "exact") as session:
         exact = _prompt_logits(session)
     for policy in ("exact", "priced"):
-        options = RunOptions(memory="50%", policy=policy, context=64, lossy_prompt=True)
+        options = run_options(memory="50%", policy=policy, context=64, lossy_prompt=True)
         with open_session(bundle, options, progress=Listening()) as session:  # type: ignore[arg-type]
             is_exact = torch.equal(_prompt_logits(session), exact)
         assert is_exact is (policy == "exact")
@@ -125,7 +125,7 @@ def test_pruning_spares_what_the_prompt_attends_to(bundle: Path) -> None:
 
 def test_attention_step_by_step_is_in_the_account_of_memory(bundle: Path) -> None:
     def buffers(session: Session) -> int:
-        return next(line.size_bytes for line in session.plan.lines if "buffers" in line.name)
+        return next(line.size_bytes for line in session.plan.memory.lines if "buffers" in line.name)
 
     with _open(bundle, "prune:share=1", lossy_prompt=True) as session:
         stepwise = buffers(session)

@@ -16,7 +16,7 @@ from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
@@ -106,7 +106,7 @@ def bundle(bundles: dict[str, Path]) -> Path:
 def _open(bundle: Path, policy: str, memory: str, **options: object) -> Session:
     return open_session(
         bundle,
-        RunOptions(memory=memory, policy=policy, context=64, **options),  # type: ignore[arg-type]
+        run_options(memory=memory, policy=policy, context=64, **options),  # type: ignore[arg-type]
     )
 
 

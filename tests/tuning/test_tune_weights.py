@@ -342,7 +342,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_written(
         (bundle, other, QUICK, WrongModelError, "was made from tiny"),
         (bundle, model, replace(QUICK, tokens=32), UsageError, "one sequence"),
         (bundle, model, replace(QUICK, rate=-1.0), UsageError, "--rate"),
-        (bundle, model, replace(QUICK, memory_bytes=2**20), BudgetError, "given 1.00 MiB"),
+        (bundle, model, replace(QUICK, memory_bytes=2**20), BudgetError, "has 1.00 MiB"),
     ]
     for folder, located, options, error, says in cases:
         with pytest.raises(error, match=says):

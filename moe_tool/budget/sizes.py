@@ -53,3 +53,11 @@ def format_bytes(size_bytes: int | float) -> str:
         if abs(size_bytes) >= factor:
             return f"{size_bytes / factor:.2f} {unit}"
     return f"{size_bytes / 2**10:.1f} KiB"
+
+
+def type_bytes(size_bytes: int) -> str:
+    """Return a size as it can be typed, in the largest unit that leaves no remainder: "4GiB"."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size_bytes and size_bytes % factor == 0:
+            return f"{size_bytes // factor}{unit}"
+    return str(size_bytes)

@@ -1,4 +1,4 @@
-"""What expert slots cost where experts have records of several sizes, and who gets how many."""
+"""What expert slots cost where records have several sizes, and how a budget is divided."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,22 @@ class ExpertRoom:
     """The experts whose records have one size."""
 
     record_bytes: int
-    """One slot"""
+    """Bytes of one slot"""
     n_experts: int
     """Experts of all layers: more slots than these are never made"""
     n_slots_min: int
     """Slots without which a layer cannot run"""
+
+
+def min_slots(top_k: int, n_experts: int) -> int:
+    """Return the fewest slots that a pool can run with: one token's experts of one layer, and one
+    to read ahead; all experts where there are not so many.
+
+    Args:
+        top_k: experts per token and layer.
+        n_experts: experts of all layers that share the pool.
+    """
+    return min(top_k + 1, n_experts)
 
 
 def split_slots(n_slots: int, rooms: tuple[ExpertRoom, ...]) -> tuple[int, ...]:
@@ -31,7 +42,7 @@ def split_slots(n_slots: int, rooms: tuple[ExpertRoom, ...]) -> tuple[int, ...]:
 
 
 def bytes_of_slots(slots: tuple[int, ...], rooms: tuple[ExpertRoom, ...]) -> int:
-    """Return what slots take, by size."""
+    """Return the bytes that slots take, by size."""
     return sum(count * room.record_bytes for count, room in zip(slots, rooms, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_tool.byte_sizes import parse_bytes
+from moe_tool.budget.sizes import parse_bytes
 from moe_tool.errors import UsageError
 
 

@@ -1,0 +1,131 @@
+"""Where the bytes of a process go, line by line, and how many expert slots a budget buys."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_tool.budget.refusal import MemoryLine, lacks_memory, too_small
+from moe_tool.budget.request import MemoryRequest
+from moe_tool.budget.slots import ExpertRoom, bytes_of_slots, slots_within, split_slots
+
+MARGIN_BYTES = 24 * 2**20
+"""Holes in the heap, reader threads, Python objects that come and go"""
+_AUTO_MARGIN_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Account of a run that keeps its budget."""
+
+    lines: tuple[MemoryLine, ...]
+    """Everything fixed, then the expert slots; their sum is `total_bytes`"""
+    slots: tuple[int, ...]
+    """Expert records in memory by record size, one pool each for all layers"""
+    budget_bytes: int
+    """Most that the process may hold; at least `total_bytes`"""
+
+    @property
+    def n_slots(self) -> int:
+        """Expert records in memory."""
+        return sum(self.slots)
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the lines in bytes."""
+        return sum_lines(self.lines)
+
+
+def name_lines(parts: Mapping[str, int]) -> tuple[MemoryLine, ...]:
+    """Return one line per name in bytes; those that take nothing are left out."""
+    return tuple(MemoryLine(name=name, size_bytes=size) for name, size in parts.items() if size)
+
+
+def sum_lines(lines: tuple[MemoryLine, ...]) -> int:
+    """Return the sum of the lines in bytes."""
+    return sum(line.size_bytes for line in lines)
+
+
+def require_budget(
+    work: str,
+    budget_bytes: int | None,
+    lines: tuple[MemoryLine, ...],
+    *,
+    instead: str | None = None,
+) -> int:
+    """Return the bytes that work takes.
+
+    Args:
+        work: what is to be done, as the subject of a sentence.
+        budget_bytes: None: no limit.
+        lines: the least that the work takes.
+        instead: what else would help where the budget is too small.
+
+    Raises:
+        BudgetError: the budget is below that.
+    """
+    needed = sum_lines(lines)
+    if budget_bytes is not None and budget_bytes < needed:
+        raise too_small(
+            work, needed_bytes=needed, given_bytes=budget_bytes, lines=lines, instead=instead
+        )
+    return needed
+
+
+def plan_memory(
+    request: MemoryRequest,
+    *,
+    fixed: tuple[MemoryLine, ...],
+    loading_bytes: int,
+    experts: tuple[ExpertRoom, ...],
+    available_bytes: int | None,
+) -> MemoryPlan:
+    """Return the plan that keeps a run inside its budget, with as many expert slots as that leaves.
+
+    Args:
+        request: the budget.
+        fixed: everything but the expert slots: process, skeleton, KV cache, buffers, margin.
+        loading_bytes: the peak while the skeleton is loaded, when there are no slots yet.
+        experts: what a slot costs and how many make sense, by record size.
+        available_bytes: what this process could grow to, what it holds already included; None:
+            not known, for another machine.
+
+    Raises:
+        BudgetError: the budget is below the minimum, or the machine has less free than the plan
+        takes.
+    """
+    fixed_bytes = sum_lines(fixed)
+    slots = split_slots(0, experts)
+    needed = max(fixed_bytes + bytes_of_slots(slots, experts), loading_bytes)
+    if request.kind == "share":
+        n_experts = sum(room.n_experts for room in experts)
+        slots = split_slots(math.floor(request.share * n_experts), experts)
+    elif request.kind == "slots":
+        slots = split_slots(request.n_slots, experts)
+    elif request.kind != "min":
+        budget = request.size_bytes
+        if request.kind == "auto":
+            assert available_bytes is not None  # what is free elsewhere nobody knows
+            budget = int(available_bytes * (1 - _AUTO_MARGIN_SHARE))
+        if budget < needed:
+            lines = (*fixed, _slot_line(slots, experts))
+            raise too_small(
+                "the run",
+                needed_bytes=needed,
+                given_bytes=budget,
+                lines=lines,
+                instead="--memory min for the least that works",
+            )
+        slots = slots_within(budget - fixed_bytes, experts)
+    lines = (*fixed, _slot_line(slots, experts))
+    total = max(sum_lines(lines), loading_bytes)
+    if available_bytes is not None and total > available_bytes:
+        raise lacks_memory(total, least_bytes=needed, free_bytes=available_bytes, lines=lines)
+    budget_bytes = request.size_bytes if request.kind == "bytes" else total
+    return MemoryPlan(lines=lines, slots=slots, budget_bytes=budget_bytes)
+
+
+def _slot_line(slots: tuple[int, ...], experts: tuple[ExpertRoom, ...]) -> MemoryLine:
+    n_experts = sum(room.n_experts for room in experts)
+    return MemoryLine(
+        name=f"{sum(slots)} of {n_experts} expert slots", size_bytes=bytes_of_slots(slots, experts)
+    )
