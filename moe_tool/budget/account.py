@@ -1,4 +1,4 @@
-"""Where the bytes of a process go, line by line, and how many expert slots a budget buys."""
+"""Account of a process in memory, line by line, with the expert slots that a budget buys."""
 
 import math
 from collections.abc import Mapping

@@ -1,6 +1,7 @@
 """`moe-tool simulate`: a profile or a recorded run in, what every budget and policy would cost
 out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER
 from moe_tool.budget.sizes import format_bytes
-from moe_tool.budget.slots import min_slots
+from moe_tool.budget.slots import min_slots, split_slots
 from moe_tool.cli.chosen_hardware import chosen_hardware
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.newest_profile import newest_profile
@@ -177,25 +178,25 @@ def _budgets(
     context: int,
 ) -> "list[Budget]":
     from moe_tool.errors import ArtifactVersionError
-    from moe_tool.planning.memory_account import account
+    from moe_tool.planning.memory_account import account, fixed_memory, rooms_of_bits
     from moe_tool.simulator.budget_list import parse_budgets
     from moe_tool.simulator.simulate import Budget
 
     shape, skeleton = profile.header.shape, profile.header.skeleton
-    n_experts = shape.experts * len(shape.layers)
+    rooms, fixed = rooms_of_bits(shape, bits), None
+    if skeleton is not None:
+        fixed = fixed_memory(shape, skeleton, skeleton_bits=skeleton_bits, context=context)
     found = []
     for request in parse_budgets(texts):
         if request.kind == "share":
-            n_slots = max(min_slots(shape.top_k, n_experts), int(request.share * n_experts))
-        elif skeleton is None:
+            n_slots = sum(split_slots(math.floor(request.share * rooms[0].n_experts), rooms))
+        elif fixed is None:
             raise ArtifactVersionError(
                 f"--memory {request}: {profile.path} does not say what else takes memory",
                 hint="record it again with moe-tool profile, or give a share: --memory 50%",
             )
         else:
-            n_slots = account(
-                request, shape, skeleton, bits=bits, skeleton_bits=skeleton_bits, context=context
-            ).n_slots
+            n_slots = account(request, fixed, rooms).n_slots
         found.append(Budget(label=str(request), n_slots=n_slots))
     return sorted(found, key=lambda budget: budget.n_slots)
 

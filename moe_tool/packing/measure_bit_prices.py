@@ -86,7 +86,7 @@ def measure_bit_prices(
                 layer.disturb(coarse)
             errors[layer.layer] = eps
         progress.end()
-        felt = _felt(walk, profile, errors, widths)
+        kl_ratios = _kl_ratios(walk, profile, errors, widths)
     return BitPrices(
         tool_version=__version__,
         identity=opened.identity,
@@ -94,7 +94,9 @@ def measure_bit_prices(
         quantizer=quantizer,
         widths=tuple(widths),
         layers=tuple(
-            LayerBitPrices(layer=layer, eps=tuple(map(tuple, eps.tolist())), felt=felt[layer])
+            LayerBitPrices(
+                layer=layer, eps=tuple(map(tuple, eps.tolist())), kl_ratio=kl_ratios[layer]
+            )
             for layer, eps in errors.items()
         ),
     )
@@ -119,7 +121,7 @@ def expected_nats(
     return found
 
 
-def _felt(
+def _kl_ratios(
     walk: CalibratedModel,
     profile: ProfileReader,
     errors: dict[int, np.ndarray],

@@ -1,4 +1,4 @@
-"""What fewer bits are predicted to cost in perplexity, from a profile's prices."""
+"""Perplexity that fewer bits are predicted to add, from a profile's prices."""
 
 import math
 

@@ -22,9 +22,9 @@ class PolicyHits:
 
     eviction: str
     hit_rate: float
-    """Of decoding"""
+    """Hit rate of decoding"""
     bytes_per_token: float
-    """What was read ahead included"""
+    """Bytes read while decoding, those read ahead included"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class RunComparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether every count is that of the run."""
+        """Return whether every count is that of the run."""
         return (self.hits, self.prompt_hits, self.prefetch_hits) == (
             self.predicted_hits,
             self.predicted_prompt_hits,

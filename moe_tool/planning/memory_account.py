@@ -1,4 +1,4 @@
-"""Where the bytes of a run will go, before there is a run."""
+"""Memory account of a run before there is one."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,8 @@ from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, min_slots
 from moe_tool.models.model_config import config_from_json
 from moe_tool.planning.model_costs import record_size
+from moe_tool.planning.plan_request import PlanRequest
+from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 PROCESS_BYTES = 424 * 2**20
@@ -58,42 +60,49 @@ def fixed_memory(
     )
 
 
-def account(
-    memory: MemoryRequest,
-    shape: MoeShape,
-    skeleton: SkeletonFacts,
-    *,
-    bits: Bits,
-    skeleton_bits: SkeletonBits,
-    context: int,
-) -> MemoryPlan:
+def account(memory: MemoryRequest, fixed: FixedMemory, rooms: tuple[ExpertRoom, ...]) -> MemoryPlan:
     """Return the lines and expert slots of a budget.
 
     Args:
         memory: the budget, anything but auto.
-        shape: of the model.
-        skeleton: of the same model.
-        bits: of the experts.
-        skeleton_bits: of the other matrices.
-        context: positions of the one sequence.
+        fixed: what the run takes beside its experts.
+        rooms: the experts by record size.
 
     Raises:
         BudgetError: it is too small: with the least that works.
     """
-    fixed = fixed_memory(shape, skeleton, skeleton_bits=skeleton_bits, context=context)
-    n_experts = shape.experts * len(shape.layers)
     return plan_memory(
         memory,
         fixed=fixed.lines,
         loading_bytes=fixed.loading_bytes,
-        experts=(
-            ExpertRoom(
-                record_bytes=record_size(shape, bits),
-                n_experts=n_experts,
-                n_slots_min=min_slots(shape.top_k, n_experts),
-            ),
-        ),
+        experts=rooms,
         available_bytes=None,
+    )
+
+
+def account_of_bits(
+    memory: MemoryRequest, sources: PlanSources, request: PlanRequest, bits: Bits
+) -> MemoryPlan:
+    """Return the account of a budget with all experts at one precision, see `account`."""
+    shape = sources.profile.header.shape
+    fixed = fixed_memory(
+        shape,
+        sources.skeleton,
+        skeleton_bits=request.skeleton_bits,
+        context=request.context,
+    )
+    return account(memory, fixed, rooms_of_bits(shape, bits))
+
+
+def rooms_of_bits(shape: MoeShape, bits: Bits) -> tuple[ExpertRoom, ...]:
+    """Return the one pool that all experts at one precision share."""
+    n_experts = shape.experts * len(shape.layers)
+    return (
+        ExpertRoom(
+            record_bytes=record_size(shape, bits),
+            n_experts=n_experts,
+            n_slots_min=min_slots(shape.top_k, n_experts),
+        ),
     )
 
 

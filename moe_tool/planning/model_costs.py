@@ -1,4 +1,4 @@
-"""What one model costs on one machine: bytes of a record, seconds of a layer call."""
+"""Costs of one model on one machine: bytes of a record, seconds of a layer call."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,11 @@ _ASLEEP_S = 0.003
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCosts:
-    """At one precision."""
+    """Costs at one precision."""
 
     record_bytes: int
     matrix_bytes: int
-    """That a forward reads of the skeleton; 0 where the profile does not say"""
+    """Bytes of the skeleton that a forward reads; 0 where the profile does not say"""
     calls: CallCosts
 
 
@@ -99,7 +99,7 @@ def costs_of_bytes(
 
 
 def _matrix_bytes(shape: MoeShape, skeleton: SkeletonFacts | None, bits: SkeletonBits) -> int:
-    """All matrices with the head; of an embedding a row is read, which is nothing."""
+    """Matrices with the head; of an embedding a row is read, which is nothing."""
     if skeleton is None:
         return 0
     if bits == "native":

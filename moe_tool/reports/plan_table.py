@@ -43,14 +43,14 @@ def forms_table(plan: PackPlan) -> Table:
     """Return how many experts are in memory in which form."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("form")
-    for heading in ("in memory", "on disk alone", "one takes", "all of them"):
+    for heading in ("in memory", "on disk only", "one takes", "all of them"):
         table.add_column(heading, justify="right")
     for form in plan.forms:
         held = len(form.resident)
         table.add_row(
-            form.form,
+            form.precision,
             str(held),
-            str(form.on_disk_alone),
+            str(form.n_disk_only),
             format_bytes(form.record_bytes),
             format_bytes(held * form.record_bytes),
         )
@@ -58,7 +58,7 @@ def forms_table(plan: PackPlan) -> Table:
 
 
 class AllocatedBits(Protocol):
-    """One way to hand bits out to experts."""
+    """Widths of all experts, in numbers."""
 
     @property
     def name(self) -> str: ...
@@ -95,11 +95,13 @@ def allocations_table(allocations: Sequence[AllocatedBits]) -> Table:
 def bit_prices_table(prices: BitPrices) -> Table:
     """Return the mean error of a layer's experts at each width, one layer a line."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("layer", *(f"error at {width} bits" for width in prices.widths), "felt"):
+    for heading in ("layer", *(f"error at {width} bits" for width in prices.widths), "kl ratio"):
         table.add_column(heading, justify="right")
     for entry in prices.layers:
         means = (sum(row) / len(row) for row in entry.eps)
-        table.add_row(str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.felt:.2f}x")
+        table.add_row(
+            str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.kl_ratio:.2f}x"
+        )
     return table
 
 

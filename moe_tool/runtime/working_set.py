@@ -27,7 +27,7 @@ itself"""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a session is going to be asked for."""
+    """Largest request that a session is opened for."""
 
     batch: int
     """B: sequences at once"""
@@ -36,7 +36,7 @@ class Workload:
     prompt: int
     """Prompt tokens of one sequence, at most `positions`"""
     keeps_scores: bool = False
-    """Whether a prompt's attention is computed step by step, score matrices included"""
+    """Whether a prompt's attention is computed step by step, with its score matrices"""
 
 
 def positions_within(config: Any, context: int) -> int:
