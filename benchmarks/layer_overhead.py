@@ -24,7 +24,6 @@ import transformers
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from moe_tool.artifacts.run_stats import PhaseCounters
-from moe_tool.budget.request import parse_memory
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.experts.gate import gate_of
 from moe_tool.models.locate import LocatedModel
@@ -32,7 +31,7 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.native import kernels
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 
 Weight = FloatWeight | IntegerWeight
@@ -52,7 +51,7 @@ def main() -> None:
     fields: dict[str, float] = {"layers": a.layers, "depth": a.depth}
     with tempfile.TemporaryDirectory() as folder:
         for top_k in (2, 8):
-            options = RunOptions(memory=parse_memory("100%"), threads=1, context=a.depth + a.tokens)
+            options = run_options(memory="100%", threads=1, context=a.depth + a.tokens)
             bundle = _make_bundle(Path(folder), n_layers=a.layers, top_k=top_k)
             with open_session(bundle, options, tokenizer=object()) as session:
                 if top_k == 2:

@@ -16,14 +16,13 @@ import torch
 from result_rows import print_table, record_rows
 
 from moe_tool.artifacts.run_stats import RunStats
-from moe_tool.budget.request import parse_memory
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.planning.build_plan import build_plan
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import read_sources
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.replay import Replayer
@@ -44,11 +43,8 @@ def read_sequences(paths: list[Path], folder: Path, n_tokens: int, seq_len: int)
 @torch.inference_mode()
 def run(bundle: Path, budget: int, eviction: str, sequences: list[list[int]]) -> dict[str, float]:
     """Return bytes per token and hits of one run, and what Belady would have read."""
-    options = RunOptions(
-        memory=parse_memory(f"{budget}%"),
-        eviction=eviction,
-        context=len(sequences[0]),
-        record_trace=True,
+    options = run_options(
+        memory=f"{budget}%", eviction=eviction, context=len(sequences[0]), record_trace=True
     )
     with open_session(bundle, options) as session:
         session.prompt_tokens = 0  # every position counts as decoding
@@ -69,7 +65,7 @@ def run(bundle: Path, budget: int, eviction: str, sequences: list[list[int]]) ->
             keys=calls.keys,
             forward=calls.layer.cumsum() * 0,
         )
-        bound = Replayer(trace).belady(session.plan.n_slots)
+        bound = Replayer(trace).belady(session.plan.memory.n_slots)
         record = session.manifest.record_size_bytes
         return {
             "bytes_per_token": decode.bytes_read / decode.tokens,
@@ -94,7 +90,7 @@ def main() -> None:
     with ProfileReader.open(a.profile) as profile, record_rows(a.out, vars(a)) as rows:
         sources, machine = read_sources(profile), shipped_profile("laptop-16gb")
         for budget in map(int, a.budgets.split(",")):
-            request = PlanRequest(memory=parse_memory(f"{budget}%"), bits="4", context=a.seq_len)
+            request = PlanRequest(memory=f"{budget}%", bits="4", context=a.seq_len)
             plan = build_plan(sources, machine, request).plan
             planned = run(a.bundle, budget, plan.eviction, sequences)
             lru = run(a.bundle, budget, "lru", sequences)

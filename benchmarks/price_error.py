@@ -17,10 +17,9 @@ import numpy as np
 from result_rows import print_table, record_rows
 from scipy.stats import spearmanr
 
-from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.simulator.profile_trace import part_to_replay
 from moe_tool.simulator.replay_misses import replay_misses, resident_masks
@@ -50,9 +49,7 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
         ProfileReader.open(a.profile) as profile,
         open_session(
             a.bundle,
-            RunOptions(
-                memory=parse_memory(budget), residency="frozen", policy="priced", gates=False
-            ),
+            run_options(memory=budget, residency="frozen", policy="priced", gates=False),
         ) as session,
     ):
         shape = session.manifest.shape
@@ -62,7 +59,7 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
             assert chosen.prices is not None, "the bundle was packed without a profile"
             masks = resident_masks(
                 shape.layers,
-                tuple(room.pinned for room in session.runner.rooms),
+                tuple(room.pinned for room in session.plan.rooms),
                 n_experts=shape.experts,
             )
             replayed = replay_misses(
@@ -115,11 +112,11 @@ def measure(a: argparse.Namespace, budget: str, policies: list[str]) -> list[dic
         parse_sources(a.text),
         EvaluateOptions(
             tokens=a.tokens,
-            memory=parse_memory(budget),
+            memory=budget,
             policy=policies[0],
             also=tuple(policies[1:]),
             gates=False,
-            retreats=False,
+            exact_fallback=False,
             residency="frozen",
             offline=True,
         ),

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from result_rows import print_table, record_rows
 
-from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.experts.channel_forward import channel_sizes, choose_channels, chooser_values
 from moe_tool.formats.bundle_reader import BundleReader
@@ -37,7 +36,7 @@ from moe_tool.native.channels import native_channels, read_runs
 from moe_tool.native.kernels import Gate, set_threads
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.quantization.channels import ChannelWeight, row_bytes
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sequences import build_sequences
@@ -129,11 +128,8 @@ def decode(session: Session, ids: torch.Tensor) -> float:
 
 def judged(bundle: Path, sparsity: float, ids: np.ndarray, a: argparse.Namespace) -> MaskJudge:
     """Return what masks were and would have been on a text, [N, S]."""
-    options = RunOptions(
-        memory=parse_memory(a.memory),
-        sparse_experts=sparsity,
-        context=ids.shape[1],
-        threads=a.threads,
+    options = run_options(
+        memory=a.memory, sparse_experts=sparsity, context=ids.shape[1], threads=a.threads
     )
     with open_session(bundle, options) as session:
         judge = MaskJudge(session, sparsity)
@@ -150,11 +146,8 @@ def speeds(bundles: dict[float | None, Path], ids: np.ndarray, a: argparse.Names
     sessions = {
         sparsity: open_session(
             bundle,
-            RunOptions(
-                memory=parse_memory(a.memory),
-                sparse_experts=sparsity,
-                context=len(tokens),
-                threads=a.threads,
+            run_options(
+                memory=a.memory, sparse_experts=sparsity, context=len(tokens), threads=a.threads
             ),
         )
         for sparsity, bundle in bundles.items()
@@ -263,7 +256,7 @@ def _compare(
     pack_bundle(model, out=bundle, sparse_experts=chooser, quantizer=a.quantizer, profile=a.profile)
     pack_bundle(model, out=plain, bits="4", profile=a.profile)
     sources = parse_sources([str(a.text)])
-    with open_session(plain, RunOptions(memory=parse_memory(a.memory), context=64)) as session:
+    with open_session(plain, run_options(memory=a.memory, context=64)) as session:
         tokenizer, record_4 = session.tokenizer, session.manifest.record_size_bytes
     text = build_sequences(
         sources, tokenizer, n_tokens=a.tokens, seq_len=a.seq_len, holdout=0.0, seed=0
@@ -284,7 +277,7 @@ def _compare(
             EvaluateOptions(
                 tokens=a.tokens,
                 seq_len=a.seq_len,
-                memory=parse_memory(a.memory),
+                memory=a.memory,
                 threads=a.threads,
                 sparse_experts=sparsity,
             ),

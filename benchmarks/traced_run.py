@@ -7,9 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from moe_tool.budget.request import parse_memory
 from moe_tool.runtime.generation import GenerateOptions, generate, write_trace
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 
 _PROMPT = "The list of the"
@@ -18,8 +17,8 @@ _PROMPT = "The list of the"
 def main() -> None:
     """Run twice, write the trace, print the rate."""
     bundle, memory, tokens, eviction, threads, trace = sys.argv[1:]
-    options = RunOptions(
-        memory=parse_memory(memory),
+    options = run_options(
+        memory=memory,
         eviction=eviction,
         threads=int(threads),
         context=2 * int(tokens) + 64,

@@ -2,9 +2,8 @@
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.policies.misses import parse_miss_policy
-from moe_tool.runtime.policy_choice import EXACT
 
-CONTROLS = (EXACT, "priced", "replica", "near-tie", "buddy", "next-ranked", "random", "drop")
+CONTROLS = ("exact", "priced", "replica", "near-tie", "buddy", "next-ranked", "random", "drop")
 
 
 def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) -> tuple[str, ...]:
@@ -30,5 +29,5 @@ def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) ->
         rate = choice.values["rate"] if choice.values["rate"] >= 0 else learned.rate
         top_k = manifest.shape.top_k
         share = min(1.0, rate * top_k / (top_k - 1))
-        return (EXACT, policy, f"prune:share={share:.6g}", f"prune:random:rate={rate:.6g}")
-    return tuple(dict.fromkeys((EXACT, policy, *CONTROLS)))
+        return ("exact", policy, f"prune:share={share:.6g}", f"prune:random:rate={rate:.6g}")
+    return tuple(dict.fromkeys(("exact", policy, *CONTROLS)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
-from moe_tool.budget.account import name_lines, require_budget
+from moe_tool.budget.refusal import name_lines, require_budget
 from moe_tool.models.architecture import OpenedModel
 
 MOST_HIDDEN_BYTES = 128 * 2**20

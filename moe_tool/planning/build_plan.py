@@ -4,19 +4,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moe_tool.artifacts.bit_prices import BitPrices
+from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import Bits, PackPlan
+from moe_tool.artifacts.simulation_report import PrefetchRow, SimulatedRow
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import BudgetError
-from moe_tool.planning.bit_costs import bit_costs
-from moe_tool.planning.bit_price import predicted_loss
 from moe_tool.planning.candidate import Candidate, PackedExperts
 from moe_tool.planning.choose import choose, out_of_reach
 from moe_tool.planning.eviction_replays import replay_evictions
 from moe_tool.planning.lossy_answers import lossy_answers
 from moe_tool.planning.make_pack_plan import make_pack_plan
-from moe_tool.planning.mixed_allocations import Allocation, other_allocations
 from moe_tool.planning.neighbours import Neighbour, neighbours
 from moe_tool.planning.packed_experts import mixed_experts, uniform_experts
 from moe_tool.planning.plan_notes import (
@@ -29,9 +27,10 @@ from moe_tool.planning.plan_notes import (
 )
 from moe_tool.planning.plan_request import PlanRequest, check_request
 from moe_tool.planning.plan_sources import PlanSources
+from moe_tool.planning.profile_prices import predicted_loss
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
-from moe_tool.simulator.simulate import Budget, PrefetchRow, SimulatedRow, simulate_prefetch
+from moe_tool.simulator.simulate import Budget, simulate_prefetch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +49,6 @@ class PlanReport:
     """Smaller and larger budgets, ascending; the last holds every expert"""
     notes: tuple[str, ...]
     seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Candidates:
-    """Candidates in the order of preference, and what is to be said of the list."""
-
-    candidates: tuple[Candidate, ...]
-    notes: tuple[str, ...]
-    allocations: tuple[Allocation, ...] = ()
 
 
 def build_plan(
@@ -84,27 +74,26 @@ def build_plan(
     """
     began = time.perf_counter()
     check_request(request)
-    if request.is_mixed:
-        found = _mixed(sources, hardware, request, prices, progress)
-    else:
-        found = _uniform(sources, hardware, request, progress)
-    chosen = choose(found.candidates, max_kl=request.max_kl)
+    packed, notes = _packed(sources, hardware, request, prices)
+    candidates = [
+        each for experts in packed for each in _candidates(sources, request, experts, progress)
+    ]
+    chosen = choose(candidates, max_kl=request.max_kl)
     if chosen is None:
-        raise out_of_reach(found.candidates, sources, request)
+        raise out_of_reach(candidates, sources, request)
     prefetch = _try_prefetch(sources, chosen)
     plan = make_pack_plan(
         sources, hardware, request, chosen, prefetches=prefetch is not None and prefetch.pays
     )
-    notes = (*found.notes, *_notes_of_choice(sources, request, chosen, prefetch))
     return PlanReport(
         plan=plan,
         best=chosen.exact.rows[:3],
         lru=chosen.exact.lru,
         bound=chosen.exact.bound,
         prefetch=prefetch,
-        allocations=found.allocations,
+        allocations=chosen.experts.allocations,
         neighbours=tuple(neighbours(sources, request, chosen)),
-        notes=notes,
+        notes=(*notes, *_notes_of_choice(sources, request, chosen, prefetch)),
         seconds=time.perf_counter() - began,
     )
 
@@ -122,49 +111,29 @@ def plan_curve(
     return reports, refused
 
 
-def _uniform(
-    sources: PlanSources, hardware: HardwareProfile, request: PlanRequest, progress: Progress
-) -> _Candidates:
-    """Return every precision that is allowed and fits, with every way to answer misses."""
-    every: tuple[Bits, ...] = ("native", "8", "4") if request.bits is None else (request.bits,)
-    losses = {bits: predicted_loss(sources.statistics, bits) for bits in every}
-    is_free = request.bits is not None or request.max_kl is not None
-    candidates: list[Candidate] = []
-    unfit: list[Bits] = []
-    refusal = None
-    for bits, loss in losses.items():
-        if not is_free and loss > request.max_loss:
-            continue
-        try:
-            experts = uniform_experts(sources, hardware, request, bits)
-        except BudgetError as error:
-            refusal = error
-            unfit.append(bits)
-            continue
-        candidates += _candidates(sources, request, experts, progress)
-    if not candidates:
-        assert refusal is not None  # native experts lose nothing
-        raise refusal
-    return _Candidates(candidates=tuple(candidates), notes=tuple(bit_notes(request, losses, unfit)))
-
-
-def _mixed(
+def _packed(
     sources: PlanSources,
     hardware: HardwareProfile,
     request: PlanRequest,
     prices: BitPrices | None,
-    progress: Progress,
-) -> _Candidates:
-    """Return the widths with the least expected loss, and the same bits handed out otherwise."""
-    costs = bit_costs(sources, prices)
-    experts, allocation = mixed_experts(sources, hardware, request, costs, prices)
-    candidates = _candidates(sources, request, experts, progress)
-    others = other_allocations(costs, request.average_bits or allocation.average_bits)
-    return _Candidates(
-        candidates=tuple(candidates),
-        notes=tuple(mixed_notes(candidates[0], allocation, prices)),
-        allocations=(allocation, *others),
-    )
+) -> tuple[list[PackedExperts], list[str]]:
+    """Return the precisions that are allowed and fit, most bits first, and why others are not."""
+    if request.is_mixed:
+        return [mixed_experts(sources, hardware, request, prices)], []
+    every: tuple[Bits, ...] = ("native", "8", "4") if request.bits is None else (request.bits,)
+    losses = {bits: predicted_loss(sources.statistics, bits) for bits in every}
+    is_free = request.bits is not None or request.max_kl is not None
+    packed: list[PackedExperts] = []
+    refused: dict[Bits, BudgetError] = {}
+    for bits, loss in losses.items():
+        if is_free or loss <= request.max_loss:
+            try:
+                packed.append(uniform_experts(sources, hardware, request, bits))
+            except BudgetError as error:
+                refused[bits] = error
+    if not packed:  # native experts lose nothing: some were allowed
+        raise list(refused.values())[-1]
+    return packed, [] if is_free else bit_notes(request, losses, tuple(refused))
 
 
 def _candidates(
@@ -194,7 +163,7 @@ def _notes_of_choice(
     sources: PlanSources, request: PlanRequest, chosen: Candidate, prefetch: PrefetchRow | None
 ) -> list[str]:
     if chosen.experts.bits == "mixed":
-        return []
+        return mixed_notes(chosen)
     notes = [] if request.max_kl is None else [limit_note(chosen)]
     if chosen.lossy is None:
         notes += [*chosen.exact.notes, eviction_note(chosen)]

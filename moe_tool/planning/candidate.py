@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from moe_tool.artifacts.bit_prices import Allocation
 from moe_tool.artifacts.pack_plan import Bits, LayerBits, Quantizer
+from moe_tool.artifacts.simulation_report import SimulatedRow
 from moe_tool.budget.account import MemoryPlan
 from moe_tool.planning.model_costs import ModelCosts
 from moe_tool.policies.cheapest_residents import ResidentChoice
 from moe_tool.simulator.replay_misses import ReplayedMisses
-from moe_tool.simulator.simulate import Machine, SimulatedRow
+from moe_tool.simulator.simulate import Machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +19,8 @@ class PackedExperts:
     bits: Bits
     expert_bits: tuple[LayerBits, ...] = ()
     """Widths of all experts where `bits` is mixed"""
+    allocations: tuple[Allocation, ...] = ()
+    """Widths in numbers where `bits` is mixed, then other ways to hand out as many bits"""
     quantizer: Quantizer = "rtn"
     compute_bits: Bits
     """Precision whose products are about as fast"""

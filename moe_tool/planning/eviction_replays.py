@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow
 from moe_tool.planning.candidate import EvictionReplays, PackedExperts
 from moe_tool.planning.pinning import check_pins
 from moe_tool.planning.plan_sources import PlanSources
@@ -9,10 +10,8 @@ from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import Progress
 from moe_tool.simulator.simulate import (
-    BELADY,
     Budget,
     Machine,
-    SimulatedRow,
     replay_choice,
     simulate_decoding,
 )

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
-from moe_tool.budget.account import MemoryPlan, plan_memory, sum_lines
-from moe_tool.budget.refusal import MemoryLine
+from moe_tool.budget.account import MemoryPlan, plan_memory
+from moe_tool.budget.refusal import MemoryLine, sum_lines
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, min_slots
 from moe_tool.models.model_config import config_from_json
@@ -31,6 +31,20 @@ class FixedMemory:
     def total_bytes(self) -> int:
         """Sum of the lines in bytes."""
         return sum_lines(self.lines)
+
+    def within(self, memory: MemoryRequest, rooms: tuple[ExpertRoom, ...]) -> MemoryPlan:
+        """Return the lines and expert slots of a budget, anything but auto.
+
+        Raises:
+            BudgetError: it is too small: with the least that works.
+        """
+        return plan_memory(
+            memory,
+            fixed=self.lines,
+            loading_bytes=self.loading_bytes,
+            experts=rooms,
+            available_bytes=None,
+        )
 
 
 def fixed_memory(
@@ -60,30 +74,10 @@ def fixed_memory(
     )
 
 
-def account(memory: MemoryRequest, fixed: FixedMemory, rooms: tuple[ExpertRoom, ...]) -> MemoryPlan:
-    """Return the lines and expert slots of a budget.
-
-    Args:
-        memory: the budget, anything but auto.
-        fixed: what the run takes beside its experts.
-        rooms: the experts by record size.
-
-    Raises:
-        BudgetError: it is too small: with the least that works.
-    """
-    return plan_memory(
-        memory,
-        fixed=fixed.lines,
-        loading_bytes=fixed.loading_bytes,
-        experts=rooms,
-        available_bytes=None,
-    )
-
-
 def account_of_bits(
     memory: MemoryRequest, sources: PlanSources, request: PlanRequest, bits: Bits
 ) -> MemoryPlan:
-    """Return the account of a budget with all experts at one precision, see `account`."""
+    """Return the account of a budget with all experts at one precision, see `within`."""
     shape = sources.profile.header.shape
     fixed = fixed_memory(
         shape,
@@ -91,7 +85,7 @@ def account_of_bits(
         skeleton_bits=request.skeleton_bits,
         context=request.context,
     )
-    return account(memory, fixed, rooms_of_bits(shape, bits))
+    return fixed.within(memory, rooms_of_bits(shape, bits))
 
 
 def rooms_of_bits(shape: MoeShape, bits: Bits) -> tuple[ExpertRoom, ...]:

@@ -7,32 +7,29 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_tool.artifacts.bit_prices import BitPrices
+from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits
-from moe_tool.budget.refusal import MemoryLine, too_small
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, min_slots
-from moe_tool.errors import BudgetError, UsageError
+from moe_tool.errors import UsageError
 from moe_tool.planning.allocate_bits import WIDTHS
-from moe_tool.planning.bit_costs import BitCosts
-from moe_tool.planning.bit_price import predicted_loss
+from moe_tool.planning.bit_costs import BitCosts, bit_costs
 from moe_tool.planning.candidate import PackedExperts
-from moe_tool.planning.memory_account import FixedMemory, account, account_of_bits, fixed_memory
+from moe_tool.planning.memory_account import FixedMemory, account_of_bits, fixed_memory
 from moe_tool.planning.mixed_allocations import (
-    Allocation,
     allocate_average,
     allocate_bytes,
     allocate_within,
     describe,
     layer_bits,
+    other_allocations,
 )
-from moe_tool.planning.model_costs import ModelCosts, model_costs
+from moe_tool.planning.model_costs import ModelCosts, model_costs, replay_machine
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
-from moe_tool.planning.profile_prices import nats_of_bits
-from moe_tool.simulator.simulate import Machine
+from moe_tool.planning.profile_prices import nats_of_bits, predicted_loss
 
 
 def uniform_experts(
@@ -54,8 +51,6 @@ def uniform_experts(
     costs = model_costs(
         shape, sources.skeleton, hardware, bits=bits, skeleton_bits=request.skeleton_bits
     )
-    positions = {layer: at for at, layer in enumerate(shape.layers)}
-    hottest = [positions[layer] * shape.experts + expert for layer, expert in sources.ranked]
     n_experts = shape.experts * len(shape.layers)
     return PackedExperts(
         bits=bits,
@@ -64,7 +59,7 @@ def uniform_experts(
         n_stored=n_experts,
         memory=memory,
         costs=costs,
-        machine=_machine(shape, costs, hottest),
+        machine=replay_machine(shape, costs, sources.ranked),
         nats=nats_of_bits(sources, bits),
         loss=predicted_loss(sources.statistics, bits),
     )
@@ -74,53 +69,42 @@ def mixed_experts(
     sources: PlanSources,
     hardware: HardwareProfile,
     request: PlanRequest,
-    costs: BitCosts,
     prices: BitPrices | None,
-) -> tuple[PackedExperts, Allocation]:
-    """Return experts of the widths with the least expected loss, and the allocation in numbers.
+) -> PackedExperts:
+    """Return experts of the widths with the least expected loss.
 
     Args:
         sources: of the profile.
         hardware: the machine that it is for.
         request: budget and limits.
-        costs: of every width of every expert.
         prices: measured with the quantizer in use; None: it is rtn.
 
     Raises:
         BudgetError: the budget does not hold what is beside the experts.
         UsageError: a limit that no widths keep, or that leaves no expert.
     """
-    shape = sources.profile.header.shape
+    shape, costs = sources.profile.header.shape, bit_costs(sources, prices)
     fixed = fixed_memory(
         shape, sources.skeleton, skeleton_bits=request.skeleton_bits, context=request.context
     )
     chosen = _allocate(costs, request, _expert_room(request.memory, fixed, costs))
     found = describe("over all layers", costs, chosen)
     rooms = _rooms(shape, found, costs)
-    memory = account(request.memory, fixed, rooms)
     mean = _mean_costs(sources, hardware, request, costs, chosen)
-    packed = PackedExperts(
+    others = other_allocations(costs, request.average_bits or found.average_bits)
+    return PackedExperts(
         bits="mixed",
         expert_bits=layer_bits(shape.layers, chosen),
+        allocations=(found, *others),
         quantizer="rtn" if prices is None else prices.quantizer,
         compute_bits=str(min((1, 2, 3, 4, 8), key=lambda width: abs(width - found.average_bits))),
         n_experts=shape.experts * len(shape.layers),
         n_stored=sum(room.n_experts for room in rooms),
-        memory=memory,
+        memory=fixed.within(request.memory, rooms),
         costs=mean,
-        machine=_machine(shape, mean, []),
+        machine=replay_machine(shape, mean, []),
         nats=found.nats,
         loss=math.expm1(min(found.nats, 20.0)),
-    )
-    return packed, found
-
-
-def _machine(shape: MoeShape, costs: ModelCosts, hottest: list[int]) -> Machine:
-    return Machine(
-        record_bytes=costs.record_bytes,
-        n_slots_min=min_slots(shape.top_k, shape.experts * len(shape.layers)),
-        costs=costs.calls,
-        hottest=hottest,
     )
 
 
@@ -129,19 +113,10 @@ def _expert_room(memory: MemoryRequest, fixed: FixedMemory, costs: BitCosts) -> 
     if memory.kind != "bytes":
         return None
     if memory.size_bytes < max(fixed.total_bytes, fixed.loading_bytes):
-        raise _holds_no_expert(memory.size_bytes, fixed, costs)
+        size, n = int(costs.size_bytes[WIDTHS.index(1)]), costs.load.size
+        # Refuses, and names a budget for all experts at 1 bit: none could be in memory.
+        fixed.within(memory, (ExpertRoom(record_bytes=size, n_experts=n, n_slots_min=n),))
     return memory.size_bytes - fixed.total_bytes
-
-
-def _holds_no_expert(budget: int, fixed: FixedMemory, costs: BitCosts) -> BudgetError:
-    one_bit = costs.load.size * int(costs.size_bytes[WIDTHS.index(1)])
-    return too_small(
-        "the run",
-        needed_bytes=max(fixed.total_bytes + one_bit, fixed.loading_bytes),
-        given_bytes=budget,
-        lines=(*fixed.lines, MemoryLine(name="every expert at 1 bit", size_bytes=one_bit)),
-        instead=None,
-    )
 
 
 def _allocate(costs: BitCosts, request: PlanRequest, room_bytes: int | None) -> np.ndarray:

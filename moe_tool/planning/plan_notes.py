@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from moe_tool.artifacts.bit_prices import BitPrices
 from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.simulation_report import PrefetchRow
 from moe_tool.planning.candidate import Candidate
 from moe_tool.planning.make_pack_plan import PREDICTION_ERROR
-from moe_tool.planning.mixed_allocations import Allocation
 from moe_tool.planning.plan_request import PlanRequest
-from moe_tool.simulator.simulate import PrefetchRow
 
 _MOSTLY_FIXED = 0.5
 
@@ -16,15 +14,13 @@ _MOSTLY_FIXED = 0.5
 def bit_notes(
     request: PlanRequest, losses: Mapping[Bits, float], unfit: Sequence[Bits]
 ) -> list[str]:
-    """Return why precisions are no candidates.
+    """Return why precisions are no candidates where the loss is limited.
 
     Args:
         request: budget and limits.
         losses: predicted loss of each precision.
         unfit: precisions that are allowed and do not fit.
     """
-    if request.bits is not None or request.max_kl is not None:
-        return []
     notes = [
         f"{bits} bits: predicted to add {loss:.1%} perplexity, {request.max_loss:.1%} are allowed"
         for bits, loss in losses.items()
@@ -93,23 +89,15 @@ def prefetch_note(row: PrefetchRow) -> str:
     )
 
 
-def mixed_notes(
-    candidate: Candidate, allocation: Allocation, prices: BitPrices | None
-) -> list[str]:
-    """Return what is to be known of mixed widths.
-
-    Args:
-        candidate: experts of mixed widths.
-        allocation: the widths in numbers.
-        prices: measured with the quantizer in use; None: it is rtn.
-    """
+def mixed_notes(candidate: Candidate) -> list[str]:
+    """Return what is to be known of experts of mixed widths."""
     notes, experts = [], candidate.experts
     if not experts.is_resident:
         n_read = experts.n_stored - experts.memory.n_slots
         notes.append(f"{n_read} experts are read when they are wanted")
-    n_removed = allocation.experts.get(0, 0)
+    n_removed = experts.n_experts - experts.n_stored
     if n_removed:
         notes.append(f"{n_removed} experts are left out: their bytes are worth more elsewhere")
-    if prices is None:
+    if experts.quantizer == "rtn":
         notes.append("errors are the profile's, of rounding to nearest; --quantizer gptq has less")
     return notes

@@ -9,7 +9,7 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.budget.account import name_lines, require_budget, sum_lines
+from moe_tool.budget.refusal import name_lines, require_budget, sum_lines
 from moe_tool.models.architecture import OpenedModel
 
 DEFAULT_SHARE = 0.8

@@ -22,7 +22,6 @@ from moe_tool.runtime.mask_scores import slot_worth
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.quality_account import QualityAccount
-from moe_tool.runtime.residency import LevelRoom
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.store.expert_levels import ExpertLevels
 
@@ -48,8 +47,6 @@ class MoeLayerRunner:
     way."""
 
     store: ExpertLevels
-    rooms: tuple[LevelRoom, ...]
-    """What the store was made for"""
     residency: Residency
     policy: ChosenPolicy
     """What answers misses while decoding"""
@@ -141,9 +138,9 @@ class MoeLayerRunner:
         counters.prefetched_bytes += moved.prefetched_bytes
         counters.stall_seconds += moved.stall_seconds
         counters.substitutions += answers.substituted
-        counters.lowered += answers.lowered
+        counters.replica_answers += answers.lowered
         counters.drops += answers.dropped
-        counters.spared_bytes += self._spared_bytes(routing, answers, resident)
+        counters.skipped_fetch_bytes += self._spared_bytes(routing, answers, resident)
         return output
 
     def _spared_bytes(self, routing: Routing, answers: Answers, resident: np.ndarray) -> int:

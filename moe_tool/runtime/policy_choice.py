@@ -1,17 +1,19 @@
 """A miss policy by name, made from what a bundle knows."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
+from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import describe_precision
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
-from moe_tool.models.skeleton import Skeleton
 from moe_tool.policies.misses import (
     Gates,
     MissChoice,
@@ -19,13 +21,11 @@ from moe_tool.policies.misses import (
     PolicyInputs,
     PriceBook,
     Reweigh,
-    parse_miss_policy,
 )
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
 from moe_tool.runtime.price_list import price_book
 
-EXACT = "exact"
-_WITH_ABSENT = (EXACT, "priced", "prune")
+_WITH_ABSENT = ("exact", "priced", "prune")
 """Policies of a bundle that leaves experts out: the others look for every expert that is wanted"""
 
 
@@ -49,24 +49,28 @@ class ChosenPolicy:
 
 
 def choose_policy(
-    name: str, bundle: BundleReader, skeleton: Skeleton, *, gates: bool, seed: int
+    choice: MissChoice,
+    manifest: BundleManifest,
+    layers: Sequence[MoeLayerModules],
+    config: PreTrainedConfig,
+    *,
+    gates: bool,
+    seed: int,
 ) -> ChosenPolicy:
-    """Return the policy that `--policy` names.
+    """Return a policy made from what a bundle knows; a mask router that it asks is not read yet.
 
     Args:
-        name: what `parse_miss_policy` takes.
-        bundle: its stand-ins, thresholds and trained routers are used.
-        skeleton: the loaded model; its routers' rules are used.
+        choice: the policy and its parameters.
+        manifest: of the bundle; its stand-ins, thresholds and prices are used.
+        layers: every MoE layer; its router's rule is used, its tensors need not be loaded.
+        config: of the model.
         gates: whether lossy policies keep BuddyMoE's gates.
         seed: of policies that draw.
 
     Raises:
-        UsageError: the name is unknown, or the bundle lacks what the policy needs.
+        UsageError: the bundle lacks what the policy needs.
         NotFoundError, UnsupportedModelError: as `MissChoice.make`.
-        CorruptArtifactError, StorageError: as `read_mask_router`.
     """
-    choice = parse_miss_policy(name)
-    manifest = bundle.manifest
     if manifest.absent and choice.kind not in _WITH_ABSENT:
         raise UsageError(
             f"--policy {choice.kind}: the bundle leaves {len(manifest.absent)} experts out, and "
@@ -81,7 +85,7 @@ def choose_policy(
         thresholds = Gates(
             entropy_threshold={entry.layer: entry.entropy_threshold for entry in buddies}
         )
-    rules = _rules(skeleton)
+    rules = _rules(layers, config)
     prices = price_book(manifest)
     entries = manifest.prices or ()
     inputs = PolicyInputs(
@@ -100,31 +104,27 @@ def choose_policy(
             for each in (manifest.precision, *(table.precision for table in manifest.replicas))
         ),
     )
-    policy = choice.make(inputs)
-    router = bundle.mask_router() if choice.asks_router else None
-    return ChosenPolicy(
-        choice=choice,
-        policy=policy,
-        rules=rules or {},
-        prices=prices,
-        masks=mask_tensors(router or {}),
-    )
+    return ChosenPolicy(choice=choice, policy=choice.make(inputs), rules=rules or {}, prices=prices)
 
 
-def require_policy(name: str) -> None:
-    """Refuse a policy that is not known.
+def with_masks(policy: ChosenPolicy, bundle: BundleReader) -> ChosenPolicy:
+    """Return the policy with the bundle's mask routers read, where it asks them.
 
     Raises:
-        UsageError: with those that are.
+        CorruptArtifactError, StorageError: as `read_mask_router`.
     """
-    parse_miss_policy(name)
+    if not policy.choice.asks_router:
+        return policy
+    return replace(policy, masks=mask_tensors(bundle.mask_router() or {}))
 
 
-def _rules(skeleton: Skeleton) -> dict[int, RouterRule] | None:
-    """The routers' rules by layer; None where they are not known."""
+def _rules(
+    layers: Sequence[MoeLayerModules], config: PreTrainedConfig
+) -> dict[int, RouterRule] | None:
+    """Return the routers' rules by layer; None where they are not known."""
     rules = {}
-    for modules in skeleton.layers:
-        rule = router_rule(modules, skeleton.model.config)
+    for modules in layers:
+        rule = router_rule(modules, config)
         if rule is None:
             return None
         rules[modules.layer] = rule

@@ -52,39 +52,32 @@ class Prefetcher:
             store.prefetch(modules.layer, experts, spare=spare, counters=counters)
 
 
-def choose_prefetcher(
-    name: str, layers: Sequence[MoeLayerModules], *, residency: str
-) -> Prefetcher | None:
-    """Return what `--prefetch` names, None for nothing.
+def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetcher | None:
+    """Return what a key of PREFETCH names, None for nothing.
 
     Args:
-        name: a key of PREFETCH.
+        name: checked by `require_prefetch`.
         layers: every MoE layer, ascending.
-        residency: cache or frozen.
-
-    Raises:
-        UsageError: the name is unknown, or the resident experts are frozen.
     """
-    require_prefetch(name)
     choose = PREFETCH[name]
     if choose is None:
         return None
-    if residency == "frozen":
-        raise UsageError(
-            f"--prefetch {name}: the experts in memory are frozen, so none can be read ahead",
-            hint="--policy exact, or --residency cache",
-        )
     following = {modules.layer: after for modules, after in zip(layers, layers[1:], strict=False)}
     return Prefetcher(choose=choose, following=following)
 
 
-def require_prefetch(name: str) -> None:
-    """Refuse a name that is not in the table.
+def require_prefetch(name: str, *, residency: str) -> None:
+    """Refuse a name that is not in the table, or reading ahead into memory that is frozen.
 
     Raises:
-        UsageError: with the names that are.
+        UsageError: with what would work.
     """
     if name not in PREFETCH:
         raise UsageError(
             f"--prefetch {name} is not known", hint=f"use one of {', '.join(PREFETCH)}"
+        )
+    if PREFETCH[name] is not None and residency == "frozen":
+        raise UsageError(
+            f"--prefetch {name}: the experts in memory are frozen, so none can be read ahead",
+            hint="--policy exact, or --residency cache",
         )

@@ -3,13 +3,13 @@ arXiv:2505.05950)."""
 
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.policies.misses import MissChoice
 from moe_tool.quantization.channels import GRID
-from moe_tool.runtime.policy_choice import EXACT
 from moe_tool.runtime.prefetcher import NO_PREFETCH
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 
 
-def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
+def require_sparse(options: RunOptions, policy: MissChoice, bundle: BundleReader) -> None:
     """Refuse options that sparse experts do not go with, or a bundle that cannot.
 
     Raises:
@@ -32,7 +32,7 @@ def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
             f"{name}: the experts of {bundle.folder} are not in channels",
             hint="moe-tool pack --sparse-experts gate2",
         )
-    require_alone(sparsity, options.policy or EXACT)
+    require_exact(sparsity, policy)
     if options.batch > 1:
         raise UsageError(
             f"{name}: it is for one sequence at a time, {options.batch} are asked for",
@@ -45,16 +45,15 @@ def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
         )
 
 
-def require_alone(sparsity: float | None, policy: str) -> None:
+def require_exact(sparsity: float, policy: MissChoice) -> None:
     """Refuse a lossy policy where channels are left out.
 
     Raises:
         UsageError: it is one.
     """
-    if sparsity is not None and policy != EXACT:
+    if policy != EXACT_POLICY:
         raise UsageError(
-            f"--sparse-experts {sparsity:g} beside --policy {policy}: one thing at a time changes "
-            "the text",
+            f"--sparse-experts {sparsity:g} cannot be combined with --policy {policy.name}",
             hint="--policy exact",
         )
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.budget.account import MARGIN_BYTES, name_lines
-from moe_tool.budget.refusal import MemoryLine
+from moe_tool.budget.account import MARGIN_BYTES
+from moe_tool.budget.refusal import MemoryLine, name_lines
 from moe_tool.models.architecture import UNFUSED_ATTENTION
 
 PREFILL_CHUNK_TOKENS = 256

@@ -28,8 +28,7 @@ from moe_tool.formats.training_state import (
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.policy_choice import EXACT
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -142,7 +141,7 @@ def tune_pruning(
     ) as session:
         experts = MaskedExperts(session=session)
         session.skeleton.set_experts_function(experts)
-        micro_batch = session.workload.batch
+        micro_batch = session.plan.workload.batch
         training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
         verdict = judge_pruning(
             experts,
@@ -153,7 +152,7 @@ def tune_pruning(
             micro_batch=micro_batch,
             progress=progress,
         )
-        budget_bytes = session.plan.budget_bytes
+        budget_bytes = session.plan.memory.budget_bytes
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
@@ -258,7 +257,7 @@ def _open(
     run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.
         memory=options.memory or AUTO,
-        policy=EXACT,
+        policy=EXACT_POLICY,
         residency="cache",
         seed=options.seed,
         threads=options.threads,
@@ -298,7 +297,7 @@ def _train(
     folder: Path, experts: MaskedExperts, plan: TrainingPlan, order: bytes, progress: Progress
 ) -> MaskTraining:
     session = experts.session
-    micro_batch = session.workload.batch
+    micro_batch = session.plan.workload.batch
     training = MaskTraining(session.manifest.shape, plan)
     path = folder / _STATE
     reached = read_training_state(path, order, training.state(), n_steps=plan.n_steps)

@@ -17,7 +17,7 @@ from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.evaluation.lm_eval_model import BundleLM
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def open_model(bundle: Path, policy: str = "exact", **options: object) -> Bundle
     run = {"memory": parse_memory("50%"), "gates": False, "context": 128, **options}
     return BundleLM(
         bundle,
-        RunOptions(policy=policy, **run),  # type: ignore[arg-type]
+        run_options(policy=policy, **run),  # type: ignore[arg-type]
         decode_context=decode_context,
     )
 

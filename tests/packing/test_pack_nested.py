@@ -11,7 +11,6 @@ import torch
 import xxhash
 
 from moe_tool.artifacts.run_stats import PhaseCounters
-from moe_tool.budget.request import parse_memory
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
@@ -23,7 +22,7 @@ from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, round_trip
 from moe_tool.quantization.weights import IntegerWeight
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.store.expert_store import ExpertStore
 from moe_tool.text.sources import parse_sources
@@ -160,12 +159,10 @@ def test_text_is_that_of_two_copies(
     """Exactly where the experts answer; with bases in their place something else comes out."""
 
     def text(folder: Path, policy: str, memory: str) -> tuple[list[int], int]:
-        with open_session(
-            folder, RunOptions(memory=parse_memory(memory), policy=policy, context=64)
-        ) as session:
+        with open_session(folder, run_options(memory=memory, policy=policy, context=64)) as session:
             options = GenerateOptions(max_tokens=12, ignore_eos=True)
             result = generate_ids(session, [[256, 84, 104]], options)
-            return list(result.token_ids[0]), session.runner.stats.decode.lowered
+            return list(result.token_ids[0]), session.runner.stats.decode.replica_answers
 
     resident, _ = text(bundle, "exact", "100%")
     found, n_lowered = text(bundle, policy, "40%")

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from moe_tool.artifacts.routing import FULL, Answers, Routing
-from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.stepwise import run_stepwise
-from moe_tool.policies.misses import MissPolicy
+from moe_tool.policies.misses import MissPolicy, parse_miss_policy
 from moe_tool.runtime.moe_layer import Decision
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 
 CONTROLS = ("drop", "random", "next-ranked")
@@ -27,17 +26,12 @@ IDS = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (8, 64)))
 def decisions(tiny_bundle: Callable[..., Path]) -> dict[str, list[Decision]]:
     """What each control saw and answered, on the same text, at half of the experts."""
     found: dict[str, list[Decision]] = {}
-    options = RunOptions(
-        memory=parse_memory("50%"),
-        policy="exact",
-        residency="frozen",
-        context=64,
-        batch=8,
-        gates=False,
+    options = run_options(
+        memory="50%", policy="exact", residency="frozen", context=64, batch=8, gates=False
     )
     with open_session(tiny_bundle("mixtral"), options) as session:
         for name in CONTROLS:
-            session.use_policy(name, residency="frozen")
+            session.use_policy(parse_miss_policy(name), residency="frozen")
             found[name] = _listen(session)
     return found
 

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_tool.budget.request import parse_memory
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.generation import GenerateOptions, generate
 from moe_tool.runtime.moe_layer import Decision
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
@@ -43,7 +42,7 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 def _open(bundle: Path, policy: str, memory: str = "50%", **options: object) -> Session:
     return open_session(
         bundle,
-        RunOptions(memory=parse_memory(memory), policy=policy, context=64, gates=False, **options),  # type: ignore[arg-type]
+        run_options(memory=memory, policy=policy, context=64, gates=False, **options),  # type: ignore[arg-type]
     )
 
 
@@ -55,7 +54,7 @@ def _prompt_logits(session: Session) -> torch.Tensor:
 
 def _n_changed(session: Session) -> int:
     counters = session.runner.stats.prompt
-    return counters.substitutions + counters.lowered + counters.drops
+    return counters.substitutions + counters.replica_answers + counters.drops
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -86,9 +85,7 @@ def test_the_flag_changes_nothing_under_exact_and_says_so(bundle: Path) -> None:
     with _open(bundle, "exact") as session:
         exact = _prompt_logits(session)
     for policy in ("exact", "priced"):
-        options = RunOptions(
-            memory=parse_memory("50%"), policy=policy, context=64, lossy_prompt=True
-        )
+        options = run_options(memory="50%", policy=policy, context=64, lossy_prompt=True)
         with open_session(bundle, options, progress=Listening()) as session:  # type: ignore[arg-type]
             is_exact = torch.equal(_prompt_logits(session), exact)
         assert is_exact is (policy == "exact")
@@ -128,7 +125,7 @@ def test_pruning_spares_what_the_prompt_attends_to(bundle: Path) -> None:
 
 def test_attention_step_by_step_is_in_the_account_of_memory(bundle: Path) -> None:
     def buffers(session: Session) -> int:
-        return next(line.size_bytes for line in session.plan.lines if "buffers" in line.name)
+        return next(line.size_bytes for line in session.plan.memory.lines if "buffers" in line.name)
 
     with _open(bundle, "prune:share=1", lossy_prompt=True) as session:
         stepwise = buffers(session)
@@ -140,11 +137,11 @@ def test_attention_step_by_step_is_in_the_account_of_memory(bundle: Path) -> Non
 def test_a_run_says_what_it_did_to_the_prompt(bundle: Path) -> None:
     with _open(bundle, "priced", lossy_prompt=True) as session:
         result = generate(session, "the list of", GenerateOptions(max_tokens=4, ignore_eos=True))
-    assert result.prompt_lowered + result.prompt_drops + result.prompt_substitutions > 0
-    assert result.prompt_expected_kl is not None and result.prompt_expected_kl > 0
+    assert result.prompt.changed_answers > 0
+    assert result.quality.prompt_expected_kl is not None and result.quality.prompt_expected_kl > 0
     with _open(bundle, "priced") as session:
         result = generate(session, "the list of", GenerateOptions(max_tokens=4, ignore_eos=True))
-    assert result.prompt_expected_kl is None and result.prompt_lowered == 0
+    assert result.quality.prompt_expected_kl is None and result.prompt.replica_answers == 0
 
 
 def test_every_lossy_policy_was_tried() -> None:

@@ -8,7 +8,6 @@ import torch
 
 from moe_tool.artifacts.buddy_map import Buddy, BuddyMap, LayerBuddies
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import write_json_artifact
@@ -17,7 +16,7 @@ from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
@@ -107,7 +106,7 @@ def bundle(bundles: dict[str, Path]) -> Path:
 def _open(bundle: Path, policy: str, memory: str, **options: object) -> Session:
     return open_session(
         bundle,
-        RunOptions(memory=parse_memory(memory), policy=policy, context=64, **options),  # type: ignore[arg-type]
+        run_options(memory=memory, policy=policy, context=64, **options),  # type: ignore[arg-type]
     )
 
 
@@ -121,10 +120,12 @@ def test_the_same_run_twice_gives_the_same_tokens(policy: str, bundle: Path) -> 
             made.append(generate_ids(session, [PROMPT], GREEDY).token_ids)  # a warm cache
             stats = session.runner.stats
             counters = stats.decode
-            assert counters.substitutions + counters.drops + counters.lowered > 0
-            assert stats.prompt.substitutions + stats.prompt.drops + stats.prompt.lowered == 0
+            assert counters.substitutions + counters.drops + counters.replica_answers > 0
+            assert (
+                stats.prompt.substitutions + stats.prompt.drops + stats.prompt.replica_answers == 0
+            )
             assert stats.decode.misses > 0
-            answered = (counters.substitutions, counters.drops, counters.lowered)
+            answered = (counters.substitutions, counters.drops, counters.replica_answers)
             accounts.append((answered, counters.hits, round(session.runner.account.spent, 6)))
     assert accounts[0] == accounts[1]
     assert made[0] == made[1] == made[2] == made[3]
@@ -166,11 +167,11 @@ def test_at_zero_strength_it_is_inert_and_at_strength_it_fires(
         assert torch.equal(_logits(session), exact)
         stats = session.runner.stats.decode
         assert stats.misses > 0
-        assert stats.substitutions == stats.drops == stats.lowered == 0
+        assert stats.substitutions == stats.drops == stats.replica_answers == 0
     with _open(bundles[arch], FIRES.get(policy, policy), "50%", gates=False) as session:
         assert not torch.equal(_logits(session), exact)
         stats = session.runner.stats.decode
-        assert stats.substitutions + stats.drops + stats.lowered > 0
+        assert stats.substitutions + stats.drops + stats.replica_answers > 0
 
 
 def test_sequences_of_a_batch_are_answered_as_if_alone(bundle: Path) -> None:
