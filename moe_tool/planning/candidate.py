@@ -94,15 +94,3 @@ class Candidate:
         """Expected divergence from the checkpoint, bits and answers together."""
         answers = 0.0 if self.lossy is None else self.lossy.replayed.nats_per_token
         return self.experts.nats + answers
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of accesses that find the expert in memory."""
-        found = self.exact.rows[0] if self.lossy is None else self.lossy.replayed
-        return found.hit_rate
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes read from the disk per decoded token."""
-        found = self.exact.rows[0] if self.lossy is None else self.lossy.replayed
-        return found.bytes_per_token

@@ -72,13 +72,14 @@ def make_pack_plan(
 
 
 def _prediction(candidate: Candidate, *, first_token_s: float, has_kl: bool) -> PlanPrediction:
-    experts = candidate.experts
+    experts, best = candidate.experts, candidate.exact.rows[0]
+    decoding = best if candidate.lossy is None else candidate.lossy.replayed
     return PlanPrediction(
         tokens_per_second=candidate.tokens_per_second,
         error=PREDICTION_ERROR,
-        hit_rate=candidate.hit_rate,
-        bytes_per_token=candidate.bytes_per_token,
-        to_belady=candidate.exact.rows[0].to_belady if candidate.lossy is None else None,
+        hit_rate=decoding.hit_rate,
+        bytes_per_token=decoding.bytes_per_token,
+        to_belady=best.to_belady if candidate.lossy is None else None,
         seconds_to_first_token=first_token_s,
         prompt_tokens=_FIRST_PROMPT_TOKENS,
         expert_slots=experts.memory.n_slots,

@@ -154,23 +154,20 @@ def _mean_costs(
     chosen: np.ndarray,
 ) -> ModelCosts:
     """Return a call's costs, those of each width weighted by how often its experts are wanted."""
-    shape = sources.profile.header.shape
-    loads = {
-        width: float(costs.load[chosen == column].sum()) for column, width in enumerate(WIDTHS)
-    }
-    total = sum(loads.values()) or 1.0
+    stored = {width: chosen == column for column, width in enumerate(WIDTHS)}
+    total = float(costs.load.sum()) or 1.0
     each = {
         width: model_costs(
-            shape,
+            sources.profile.header.shape,
             sources.skeleton,
             hardware,
             bits="native" if width == WIDTHS[-1] else str(width),
             skeleton_bits=request.skeleton_bits,
         )
-        for width, load in loads.items()
-        if load and width
+        for width, is_in in stored.items()
+        if width and is_in.any()
     }
-    shares = {width: loads[width] / total for width in each}
+    shares = {width: float(costs.load[stored[width]].sum()) / total for width in each}
     first = next(iter(each.values()))
     calls = {
         name: _mean(shares, {width: getattr(of.calls, name) for width, of in each.items()})
