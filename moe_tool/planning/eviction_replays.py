@@ -55,7 +55,7 @@ def replay_evictions(
     )
     if experts.is_resident:
         rows = [_once_filled(row) for row in rows]
-    return rank_rows(rows, notes)
+    return _rank(rows, notes)
 
 
 def replay_one(
@@ -67,16 +67,12 @@ def replay_one(
     rows, _ = simulate_decoding(sources.replayed, [choice], [budget], experts.machine)
     if all(row.eviction == BELADY for row in rows):
         return None
-    return rank_rows(rows, [])
+    return _rank(rows, [])
 
 
-def rank_rows(rows: list[SimulatedRow], notes: list[str]) -> EvictionReplays:
-    """Rank rows by bytes read; a later one has to read noticeably less than one named before it.
-
-    Args:
-        rows: in the order of preference, simple policies first; the bound is among them.
-        notes: why policies were not tried.
-    """
+def _rank(rows: list[SimulatedRow], notes: list[str]) -> EvictionReplays:
+    """Rank rows, the bound among them, by bytes read; a later one has to read noticeably less than
+    one named before it."""
     bound = next(row for row in rows if row.eviction == BELADY)
     ranked: list[SimulatedRow] = []
     for row in rows:
