@@ -9,13 +9,13 @@ from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import Bits, PackPlan
 from moe_tool.artifacts.simulation_report import PrefetchRow, SimulatedRow
 from moe_tool.budget.request import MemoryRequest
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError
-from moe_tool.planning.candidate import Candidate, PackedExperts
+from moe_tool.planning.candidate import Candidate, EvictionReplays, PackedExperts
 from moe_tool.planning.choose import choose, out_of_reach
-from moe_tool.planning.eviction_replays import replay_evictions
+from moe_tool.planning.eviction_replays import replay_evictions, replay_one
 from moe_tool.planning.lossy_answers import lossy_answers
 from moe_tool.planning.make_pack_plan import make_pack_plan
-from moe_tool.planning.neighbours import Neighbour, neighbours
 from moe_tool.planning.packed_experts import mixed_experts, uniform_experts
 from moe_tool.planning.plan_notes import (
     bit_notes,
@@ -31,6 +31,20 @@ from moe_tool.planning.profile_prices import predicted_loss
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.simulator.simulate import Budget, simulate_prefetch
+
+_BUDGET_STEPS = (0.5, 0.75, 1.25, 1.5, 2.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbour:
+    """Another budget."""
+
+    memory_bytes: int
+    tokens_per_second: float
+    ratio: float
+    """Speed over that of the plan"""
+    kl: float | None
+    """Expected divergence; None where misses are answered exactly"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +89,10 @@ def build_plan(
     began = time.perf_counter()
     check_request(request)
     packed, notes = _packed(sources, hardware, request, prices)
-    candidates = [
-        each for experts in packed for each in _candidates(sources, request, experts, progress)
-    ]
+    candidates = []
+    for experts in packed:
+        exact = replay_evictions(sources, experts, str(request.memory), progress)
+        candidates += _candidates(sources, request, experts, exact, experts.memory.n_slots)
     chosen = choose(candidates, max_kl=request.max_kl)
     if chosen is None:
         raise out_of_reach(candidates, sources, request)
@@ -92,7 +107,7 @@ def build_plan(
         bound=chosen.exact.bound,
         prefetch=prefetch,
         allocations=chosen.experts.allocations,
-        neighbours=tuple(neighbours(sources, request, chosen)),
+        neighbours=tuple(_neighbours(sources, request, chosen)),
         notes=(*notes, *_notes_of_choice(sources, request, chosen, prefetch)),
         seconds=time.perf_counter() - began,
     )
@@ -137,15 +152,16 @@ def _packed(
 
 
 def _candidates(
-    sources: PlanSources, request: PlanRequest, experts: PackedExperts, progress: Progress
+    sources: PlanSources,
+    request: PlanRequest,
+    experts: PackedExperts,
+    exact: EvictionReplays,
+    n_slots: int,
 ) -> list[Candidate]:
-    """Return the ways to answer misses, lossy ones first, under a limit alone."""
-    exact = replay_evictions(sources, experts, str(request.memory), progress)
-    answers = []
-    if request.max_kl is not None:
-        answers = lossy_answers(sources, experts, experts.memory.n_slots)
-    found = [Candidate(experts=experts, exact=exact, lossy=each) for each in answers]
-    return [*found, Candidate(experts=experts, exact=exact)]
+    """Return the ways to answer misses in a number of slots: lossy ones under a limit alone, and
+    reading every miss last."""
+    answers = [] if request.max_kl is None else lossy_answers(sources, experts, n_slots)
+    return [Candidate(experts=experts, exact=exact, lossy=each) for each in (*answers, None)]
 
 
 def _try_prefetch(sources: PlanSources, chosen: Candidate) -> PrefetchRow | None:
@@ -169,3 +185,44 @@ def _notes_of_choice(
         notes += [*chosen.exact.notes, eviction_note(chosen)]
     notes += overhead_notes(chosen, len(sources.profile.header.shape.layers))
     return notes if prefetch is None else [*notes, prefetch_note(prefetch)]
+
+
+def _neighbours(sources: PlanSources, request: PlanRequest, chosen: Candidate) -> list[Neighbour]:
+    """Return what other budgets would give at the same bits, under the same eviction or limit;
+    nothing for mixed bits, which another budget would hand out otherwise."""
+    experts = chosen.experts
+    if experts.bits == "mixed":
+        return []
+    record_bytes, budget_bytes = experts.costs.record_bytes, experts.memory.budget_bytes
+    fixed = experts.memory.total_bytes - experts.memory.n_slots * record_bytes
+    everything = fixed + experts.n_experts * record_bytes
+    sizes = {int(budget_bytes * step) for step in _BUDGET_STEPS}
+    found = []
+    for size in sorted({size for size in sizes if size < everything} | {everything}):
+        n_slots = min(experts.n_experts, (size - fixed) // record_bytes)
+        if n_slots < experts.machine.n_slots_min or size == budget_bytes:
+            continue
+        budget = Budget(label=format_bytes(size), n_slots=n_slots)
+        other = _elsewhere(sources, request, chosen, budget)
+        if other is not None:
+            found.append(
+                Neighbour(
+                    memory_bytes=size,
+                    tokens_per_second=other.tokens_per_second,
+                    ratio=other.tokens_per_second / chosen.tokens_per_second,
+                    kl=None if request.max_kl is None else other.nats_per_token,
+                )
+            )
+    return found
+
+
+def _elsewhere(
+    sources: PlanSources, request: PlanRequest, chosen: Candidate, budget: Budget
+) -> Candidate | None:
+    """Return the same choice with another number of slots; None where nothing runs in them."""
+    experts, eviction = chosen.experts, chosen.exact.rows[0].eviction
+    exact = replay_one(sources, experts, eviction, budget)
+    found = _candidates(sources, request, experts, exact or chosen.exact, budget.n_slots)
+    if exact is None:
+        found.pop()  # the policy cannot work with so few
+    return choose(found, max_kl=request.max_kl) if found else None

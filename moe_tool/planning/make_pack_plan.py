@@ -7,10 +7,12 @@ from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine, PlannedForm, PlanPrediction
 from moe_tool.artifacts.precision import describe_precision, replica_precisions
 from moe_tool.planning.candidate import Candidate
-from moe_tool.planning.first_token import seconds_to_first_token
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
+from moe_tool.policies.eviction import parse_eviction
 from moe_tool.policies.misses import parse_miss_policy
+from moe_tool.simulator.profile_trace import PROMPT_TOKENS
+from moe_tool.simulator.simulate import Budget, simulate_prompts
 
 PREDICTION_ERROR = 0.4
 """Relative, of tokens per second: what benchmarks/prediction_error.py found on a shared machine"""
@@ -55,14 +57,7 @@ def make_pack_plan(
         forms=_forms(candidate),
         prediction=_prediction(
             candidate,
-            first_token_s=seconds_to_first_token(
-                sources,
-                hardware,
-                request,
-                experts,
-                eviction=best.eviction,
-                n_tokens=_FIRST_PROMPT_TOKENS,
-            ),
+            first_token_s=_seconds_to_first_token(sources, hardware, request, candidate),
             has_kl=request.max_kl is not None or request.is_mixed,
         ),
         lines=tuple(
@@ -110,3 +105,36 @@ def _forms(candidate: Candidate) -> tuple[PlannedForm, ...]:
             zip(names, lossy.record_bytes, lossy.residents.by_level, strict=True)
         )
     )
+
+
+def _seconds_to_first_token(
+    sources: PlanSources,
+    hardware: HardwareProfile,
+    request: PlanRequest,
+    candidate: Candidate,
+) -> float:
+    """Return the prediction for a prompt, from the profile's own chunks.
+
+    Every chunk computes what it names, each expert on its share of the tokens, while what is
+    missing is read; the longer of the two counts.
+    """
+    trace, n_traced = sources.prompts
+    if not n_traced:
+        return 0.0
+    experts, shape = candidate.experts, sources.profile.header.shape
+    costs = experts.costs
+    budget = Budget(label=str(request.memory), n_slots=experts.replayed_slots)
+    choices = [parse_eviction(candidate.exact.rows[0].eviction)]
+    row = simulate_prompts(trace, n_traced, choices, [budget], experts.machine)[0]
+    per_call = len(trace.keys) / max(1, trace.n_calls)
+    chunk, n_threads = min(_FIRST_PROMPT_TOKENS, PROMPT_TOKENS), hardware.cores
+    each = max(1, round(chunk * shape.top_k / max(1.0, per_call)))
+    experts_s = per_call * hardware.expert_seconds(
+        experts.compute_bits, costs.record_bytes, each, n_threads
+    )
+    matrices_s = hardware.expert_seconds(
+        request.skeleton_bits, costs.matrix_bytes, chunk, n_threads
+    )
+    compute_s = len(shape.layers) * (experts_s + costs.calls.layer_s) + matrices_s
+    read_s = row.bytes_per_token * chunk / costs.record_bytes * costs.calls.read_s
+    return -(-_FIRST_PROMPT_TOKENS // chunk) * max(compute_s, read_s)

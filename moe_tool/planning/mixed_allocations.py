@@ -87,12 +87,6 @@ def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray:
     return best
 
 
-def other_allocations(costs: BitCosts, average_bits: float) -> tuple[Allocation, ...]:
-    """Return what the same bits are expected to give when they are handed out otherwise."""
-    named = control_allocations(costs, average_bits)
-    return tuple(describe(name, costs, chosen) for name, chosen in named.items())
-
-
 def control_allocations(costs: BitCosts, average_bits: float) -> dict[str, np.ndarray]:
     """Return other choices with the same bits: [L, E] int64 columns of WIDTHS by name."""
     n_layers, n_experts, n_widths = costs.nats.shape

@@ -22,9 +22,9 @@ from moe_tool.planning.mixed_allocations import (
     allocate_average,
     allocate_bytes,
     allocate_within,
+    control_allocations,
     describe,
     layer_bits,
-    other_allocations,
 )
 from moe_tool.planning.model_costs import ModelCosts, model_costs, replay_machine
 from moe_tool.planning.plan_request import PlanRequest
@@ -91,11 +91,11 @@ def mixed_experts(
     found = describe("over all layers", costs, chosen)
     rooms = _rooms(shape, found, costs)
     mean = _mean_costs(sources, hardware, request, costs, chosen)
-    others = other_allocations(costs, request.average_bits or found.average_bits)
+    others = control_allocations(costs, request.average_bits or found.average_bits)
     return PackedExperts(
         bits="mixed",
         expert_bits=layer_bits(shape.layers, chosen),
-        allocations=(found, *others),
+        allocations=(found, *(describe(name, costs, each) for name, each in others.items())),
         quantizer="rtn" if prices is None else prices.quantizer,
         compute_bits=str(min((1, 2, 3, 4, 8), key=lambda width: abs(width - found.average_bits))),
         n_experts=shape.experts * len(shape.layers),
