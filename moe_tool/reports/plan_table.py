@@ -34,14 +34,14 @@ def lines_table(lines: Sequence[PlanLine]) -> Table:
 
 def forms_table(plan: PackPlan) -> Table:
     """Return how many experts are in memory in which form."""
-    headings = ("form", "in memory", "on disk alone", "one takes", "all of them")
+    headings = ("form", "in memory", "on disk only", "one takes", "all of them")
     table = columns(*headings, ruled=False)
     for form in plan.forms:
         held = len(form.resident)
         table.add_row(
-            form.form,
+            form.precision,
             str(held),
-            str(form.on_disk_alone),
+            str(form.n_disk_only),
             format_bytes(form.record_bytes),
             format_bytes(held * form.record_bytes),
         )
