@@ -4,9 +4,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+_WITHOUT_CODE = (
+    "if tokenizer.json holds the whole tokenizer, take auto_map out of tokenizer_config.json; "
+    "otherwise use a version of the checkpoint that transformers reads by itself"
+)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -15,6 +19,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         NotFoundError: the folder holds no tokenizer.
+        UnsupportedModelError: it needs Python code of its own.
         CorruptArtifactError: it cannot be read.
     """
     from transformers import AutoTokenizer
@@ -25,8 +30,14 @@ def load_tokenizer(folder: Path) -> Any:
             hint="copy the tokenizer files of the checkpoint into the folder",
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Left open, transformers asks on stdin whether it may run the folder's code.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception, transformers half a dozen kinds
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"the tokenizer in {folder} needs Python code of its own, which is never executed",
+                hint=_WITHOUT_CODE,
+            ) from error
         reason = (
             str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         )
