@@ -25,6 +25,7 @@ from moe_tool.benchmarking.peak_memory import reset_peak_rss
 from moe_tool.benchmarking.speed_run import Sample, run_test
 from moe_tool.errors import NotFoundError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import parse_eviction
@@ -150,7 +151,7 @@ def bench(
     for eviction in options.eviction:
         parse_eviction(eviction)
     with BundleReader.open(folder) as bundle:
-        limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+        limit = context_length(read_config(folder).get_text_config())
         tests = list_tests(options, context_limit=limit)
         facts = _describe(bundle)
         vocabulary = bundle.manifest.shape.vocabulary

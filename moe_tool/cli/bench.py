@@ -162,14 +162,15 @@ def _refuse_too_long(bundle: Path, options: "BenchOptions") -> None:
     from moe_tool.benchmarking.bench_plan import list_tests
     from moe_tool.formats.hostile_file import read_capped
     from moe_tool.formats.strict_json import parse_json_object
+    from moe_tool.models.context_length import context_length
 
     path = bundle / "config.json"
     try:
         text = read_capped(path, limit_bytes=_MAX_CONFIG_BYTES, remedy="")
-        limit = parse_json_object(path, text, remedy="").get("max_position_embeddings")
+        limit = context_length(parse_json_object(path, text, remedy=""))
     except MoeToolError:
         return
-    list_tests(options, context_limit=limit if type(limit) is int else None)
+    list_tests(options, context_limit=limit)
 
 
 def _print(output: Output, rows: "list[BenchRow]", format: Format) -> None:  # noqa: A002

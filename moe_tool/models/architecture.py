@@ -11,6 +11,7 @@ from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName, MoeShape
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.checkpoint_identity import checkpoint_identity
+from moe_tool.models.context_length import context_length
 from moe_tool.models.expert_source import ExpertSource, is_transposed
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.meta_model import build_meta_model
@@ -41,7 +42,7 @@ class OpenedModel:
     """Everything but the routed experts."""
     experts: ExpertSource
     max_positions: int
-    """Longest sequence that the model's positions allow"""
+    """Longest sequence that the model's positions allow; a large number where it does not say"""
     unfused_attention_heads: int
     """Query heads whose score matrices are in memory in full; 0 where a fused kernel takes them"""
 
@@ -77,7 +78,7 @@ def open_model(model: LocatedModel) -> OpenedModel:
         shape=shape,
         skeleton=SkeletonSource(meta, tensor_map, checkpoint),
         experts=experts,
-        max_positions=max_positions(meta),
+        max_positions=context_length(meta.config.get_text_config()) or 2**30,
         unfused_attention_heads=_unfused_attention_heads(meta),
     )
 
@@ -85,12 +86,6 @@ def open_model(model: LocatedModel) -> OpenedModel:
 def _unfused_attention_heads(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     return int(config.num_attention_heads) if config.model_type in UNFUSED_ATTENTION else 0
-
-
-def max_positions(model: PreTrainedModel) -> int:
-    """Return the longest sequence that a model's positions allow; a large number where it does not
-    say."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30)
 
 
 def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:

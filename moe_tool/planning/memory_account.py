@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import config_from_json
 from moe_tool.planning.model_costs import record_size
 from moe_tool.runtime.expert_room import ExpertRoom
@@ -48,7 +49,7 @@ def fixed_memory(
         context: positions of the one sequence.
     """
     config = config_from_json(skeleton.config_json)
-    positions = min(context, getattr(config, "max_position_embeddings", None) or context)
+    positions = min(context, context_length(config) or context)
     workload = Workload(batch=1, positions=positions, prompt=positions)
     held = skeleton.stored_bytes(skeleton_bits) + _widened_bytes(shape)
     lines = (

@@ -21,6 +21,7 @@ from moe_tool.available_memory import (
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
+from moe_tool.models.context_length import context_length
 from moe_tool.models.kv_cache import new_kv_cache
 from moe_tool.models.model_config import read_config
 from moe_tool.models.skeleton import LayerCall, Skeleton
@@ -459,9 +460,7 @@ def _check(options: RunOptions) -> None:
 
 
 def _workload(options: RunOptions, config: Any) -> Workload:
-    positions = min(
-        options.context, getattr(config, "max_position_embeddings", None) or options.context
-    )
+    positions = min(options.context, context_length(config) or options.context)
     prompt = positions if options.prompt is None else min(options.prompt, positions)
     assert options.policy is not None
     choice = parse_miss_policy(options.policy)
