@@ -104,11 +104,6 @@ def run(
     with open_output(as_json=json) as output:
         text = _read_prompt(stdin, prompt, prompt_file)
 
-        from moe_tool.formats.bundle_reader import BundleReader
-
-        with BundleReader.open(bundle):
-            pass  # what is no bundle is told so, before anything in it is looked for
-
         from moe_tool.runtime.generation import GenerateOptions, run_prompt
         from moe_tool.runtime.run_options import RunOptions
 
@@ -152,7 +147,8 @@ def run(
 
 def _footer(result: "RunResult") -> str:
     parts = [
-        f"{result.prompt_tokens} + {result.generated_tokens} tokens",
+        f"{result.prompt_tokens} + {result.generated_tokens} tokens"
+        + (", where the context ends" if result.stop_reason == "context" else ""),
         f"first after {result.seconds_to_first_token:.2f} s",
         f"{result.tokens_per_second:.1f} tokens/s",
         f"hit rate {result.hit_rate:.1%}",

@@ -3,10 +3,10 @@ counted."""
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from transformers import GenerationConfig
@@ -17,10 +17,13 @@ from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import UsageError
+from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.run_trace_hdf5 import write_run_trace
+from moe_tool.models.context_length import context_length
 from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens
 from moe_tool.runtime.open_levels import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
@@ -30,7 +33,6 @@ from moe_tool.runtime.working_set import prefill_chunk
 
 _KEPT_SETTINGS = (
     "bos_token_id",
-    "eos_token_id",
     "decoder_start_token_id",
     "top_k",
     "top_p",
@@ -44,6 +46,8 @@ _KEPT_SETTINGS = (
 )
 """What of a model's generation_config.json is followed. The rest chooses other ways to decode,
 some of which need code of the model's own."""
+
+StopReason = Literal["end_of_text", "max_tokens", "context", "interrupted"]
 
 _MIN_TEMPERATURE = 1e-6
 
@@ -135,6 +139,8 @@ class RunResult:
     """Of the process, at the end"""
     interrupted: bool
     """Ended by Ctrl-C: the text is what there was by then"""
+    stop_reason: StopReason
+    """What ended the text: an end-of-text token, --max-tokens, the end of the context or Ctrl-C"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +149,8 @@ class Generated:
 
     token_ids: tuple[tuple[int, ...], ...]
     """One row per sequence, up to and with its end-of-text token"""
+    stop_reasons: tuple[StopReason, ...]
+    """One per sequence"""
     started_at: float
     first_token_at: float | None
     ended_at: float
@@ -167,15 +175,22 @@ def run_prompt(
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the context.
         BudgetError: the memory budget does not suffice.
-        CorruptArtifactError: the bundle is damaged.
+        CorruptArtifactError, NotFoundError: the bundle is damaged, or is none.
+        DataSourceError: the model does not know a token of the prompt.
     """
+    with BundleReader.open(folder) as bundle:  # what is no bundle is told so before anything else
+        vocabulary = bundle.manifest.shape.vocabulary
     tokenizer = load_tokenizer(folder)
-    n_prompt = len(encode_prompt(tokenizer, prompt, raw=generation.raw))
+    ids = encode_prompt(tokenizer, prompt, raw=generation.raw, vocabulary=vocabulary)
+    n_prompt = len(ids)
     if n_prompt < options.context:
         context = min(options.context, n_prompt + generation.max_tokens)
         options = replace(options, context=context, prompt=n_prompt)
     options = replace(options, record_trace=options.record_trace or trace_path is not None)
     with open_session(folder, options, tokenizer=tokenizer, progress=progress) as session:
+        note = None if generation.ignore_eos else _end_tokens(session).note
+        if note is not None:
+            progress.note(note)
         result = generate(session, prompt, generation, on_text=on_text)
         if trace_path is not None:
             write_trace(session, trace_path, decode_seconds=_decode_seconds(result))
@@ -250,7 +265,12 @@ def generate(
         UsageError: an empty prompt, or one that leaves no room in the context.
         CorruptArtifactError, StorageError: an expert cannot be read.
     """
-    ids = encode_prompt(session.tokenizer, prompt, raw=options.raw)
+    ids = encode_prompt(
+        session.tokenizer,
+        prompt,
+        raw=options.raw,
+        vocabulary=session.manifest.shape.vocabulary,
+    )
     made = generate_ids(session, [ids], options, on_text=on_text)
     text = session.tokenizer.decode(list(made.token_ids[0]), skip_special_tokens=True)
     return _result(session, made, text=text, n_prompt=len(ids))
@@ -273,7 +293,8 @@ def generate_ids(
     """
     _check(session, prompts, options)
     width = max(len(prompt) for prompt in prompts)
-    pad = _pad_token(session)
+    ends = _end_tokens(session)
+    pad = _pad_token(session, ends)
     ids = torch.full((len(prompts), width), pad)  # [B, S]
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -281,7 +302,7 @@ def generate_ids(
         mask[row, width - len(prompt) :] = 1
     room = session.workload.positions - width
     config = _generation_config(
-        session, options, max_new_tokens=min(options.max_tokens, room), pad=pad
+        session, options, max_new_tokens=min(options.max_tokens, room), pad=pad, ends=ends
     )
     session.runner.stats = RunStats()
     if session.runner.recorder is not None:
@@ -307,8 +328,14 @@ def generate_ids(
     finally:
         session.prompt_tokens = None
         session.model.generation_config = own_config
+    stops = frozenset(config.eos_token_id or ())
+    rows = [_until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
     return Generated(
-        token_ids=tuple(_until_end(row, config) for row in stream.token_ids or [[]] * len(prompts)),
+        token_ids=tuple(rows),
+        stop_reasons=tuple(
+            _stop_reason(row, stops, room=room, options=options, interrupted=interrupted)
+            for row in rows
+        ),
         started_at=started_at,
         first_token_at=stream.first_token_at,
         ended_at=time.perf_counter(),
@@ -342,12 +369,20 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
         raise UsageError(
             f"the prompt has {longest} tokens, which leaves no room in a context of "
             f"{session.workload.positions}",
-            hint="a shorter prompt, or a larger --context where the model allows it",
+            hint=_longer_context(session),
         )
 
 
+def _longer_context(session: Session) -> str:
+    """What to do where the context is full: only what the model allows."""
+    most = context_length(session.model.config.get_text_config())
+    if most is not None and most <= session.workload.positions:
+        return f"a shorter prompt: the model was made for {most} positions"
+    return f"a shorter prompt, or a larger --context{'' if most is None else f', up to {most}'}"
+
+
 def _generation_config(
-    session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int
+    session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int, ends: EndTokens
 ) -> GenerationConfig:
     """The model's own generation settings, with ours on top."""
     config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -364,8 +399,7 @@ def _generation_config(
     config.cache_implementation = None
     config.pad_token_id = pad
     config.prefill_chunk_size = prefill_chunk(session.workload)
-    if options.ignore_eos:
-        config.eos_token_id = None
+    config.eos_token_id = None if options.ignore_eos else list(ends.ids) or None
     config.do_sample = options.temperature > 0
     if config.do_sample:
         config.temperature = options.temperature
@@ -374,26 +408,43 @@ def _generation_config(
     return config
 
 
-def _pad_token(session: Session) -> int:
-    config = session.model.generation_config
-    end = config.eos_token_id
-    candidates = (
-        session.tokenizer.pad_token_id,
-        config.pad_token_id,
-        end[0] if isinstance(end, list) else end,
-        0,
+def _end_tokens(session: Session) -> EndTokens:
+    return find_end_tokens(
+        session.bundle.folder,
+        generation_config=session.model.generation_config,
+        tokenizer=session.tokenizer,
+        vocabulary=session.manifest.shape.vocabulary,
     )
-    return next(int(token) for token in candidates if token is not None)
 
 
-def _until_end(row: list[int], config: GenerationConfig) -> tuple[int, ...]:
+def _pad_token(session: Session, ends: EndTokens) -> int:
+    config = session.model.generation_config
+    candidates = (session.tokenizer.pad_token_id, config.pad_token_id, *ends.ids, 0)
+    vocabulary = session.manifest.shape.vocabulary
+    return next(int(each) for each in candidates if each is not None and 0 <= each < vocabulary)
+
+
+def _until_end(row: list[int], stops: Set[int]) -> tuple[int, ...]:
     """A row without the padding that follows its end-of-text token."""
-    end: Any = config.eos_token_id
-    ends = set() if end is None else set(end) if isinstance(end, list) else {end}
     for position, token in enumerate(row):
-        if token in ends:
+        if token in stops:
             return tuple(row[: position + 1])
     return tuple(row)
+
+
+def _stop_reason(
+    row: Sequence[int],
+    stops: Set[int],
+    *,
+    room: int,
+    options: GenerateOptions,
+    interrupted: bool,
+) -> StopReason:
+    if row and row[-1] in stops:
+        return "end_of_text"
+    if interrupted:
+        return "interrupted"
+    return "context" if room < options.max_tokens else "max_tokens"
 
 
 def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> RunResult:
@@ -454,4 +505,5 @@ def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> R
         seconds=made.ended_at - made.started_at,
         peak_rss_bytes=peak_rss_bytes(),
         interrupted=made.interrupted,
+        stop_reason=made.stop_reasons[0],
     )
