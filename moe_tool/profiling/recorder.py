@@ -17,7 +17,7 @@ from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.artifacts.routing_report import RoutingReport
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.byte_sizes import format_bytes
-from moe_tool.errors import DataSourceError, UsageError
+from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes, require_free_disk
 from moe_tool.formats.profile_hdf5 import (
     ProfileHeader,
@@ -119,18 +119,13 @@ def record_profile(
         sequences = build_sequences(
             sources,
             tokenizer,
+            vocabulary=opened.shape.vocabulary,
             n_tokens=tokens,
             seq_len=min(seq_len, opened.max_positions),
             holdout=holdout,
             seed=seed,
             offline=offline,
         )
-        if int(sequences.ids.max()) >= opened.shape.vocabulary:
-            raise DataSourceError(
-                f"the tokenizer of {model.name} makes token {int(sequences.ids.max())}, "
-                f"the model knows {opened.shape.vocabulary}",
-                hint="use the tokenizer that belongs to the checkpoint",
-            )
         header = ProfileHeader(
             identity=opened.identity,
             shape=opened.shape,

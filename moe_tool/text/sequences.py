@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_tool.artifacts.known_tokens import require_known_tokens
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.text.sources import TextSource, read_documents
 
@@ -44,6 +45,7 @@ def build_sequences(
     sources: Sequence[TextSource],
     tokenizer: "PreTrainedTokenizerBase",
     *,
+    vocabulary: int,
     n_tokens: int,
     seq_len: int,
     holdout: float,
@@ -65,6 +67,7 @@ def build_sequences(
     the other half of a document that was not held out.
 
     Args:
+        vocabulary: V of the model that the tokens are for.
         n_tokens: wanted; the result has the nearest number of whole sequences, at least one per
             domain.
         seq_len: S, tokens per sequence, at least 2.
@@ -73,7 +76,8 @@ def build_sequences(
 
     Raises:
         UsageError: n_tokens, seq_len or holdout out of range.
-        DataSourceError: a source holds less than one sequence, or cannot be read.
+        DataSourceError: a source holds less than one sequence, cannot be read, or has a token that
+            the model does not know.
         NotFoundError: a source is missing or out of reach.
     """
     _check_arguments(n_tokens, seq_len, holdout)
@@ -105,6 +109,7 @@ def build_sequences(
         documents.append(domain_documents + first_document)
         held_out.append(_choose_held_out(domain_documents, holdout=holdout, rng=rng))
         first_document = int(documents[-1][-1, -1]) + 1
+        require_known_tokens([domain_ids.max()], vocabulary, tokenizer=tokenizer)
     return TokenSequences(
         ids=np.concatenate(ids),
         domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
