@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from pydantic import ValidationError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName, MoeShape
@@ -118,8 +119,13 @@ def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
 
 
 def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatName) -> MoeShape:
-    """Return the shape of a model from one of its MoE layers; `dtype`: of the experts on disk."""
+    """Return the shape of a model from one of its MoE layers; `dtype`: of the experts on disk.
+
+    Raises:
+        CorruptArtifactError: config.json describes a shape, or groups, that no router can have.
+    """
     config = model.config.get_text_config()
+    _require_groups(config, modules)
     try:
         return MoeShape(
             model_type=model.config.model_type,
@@ -139,6 +145,28 @@ def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatN
         raise CorruptArtifactError(
             f"config.json describes no mixture of experts: {where + ': ' if where else ''}{reason}",
             hint="download the checkpoint again",
+        ) from error
+
+
+def _require_groups(config: PreTrainedConfig, modules: MoeLayerModules) -> None:
+    """Refuse groups of experts that the router's arithmetic cannot make.
+
+    Some routers pass over the groups that their configuration names, so the router is asked: on
+    the meta device that computes shapes alone.
+    """
+    groups, experts = getattr(config, "n_group", None), cast(int, modules.experts.num_experts)
+    if not isinstance(groups, int) or groups == 1:
+        return
+    weight = next(modules.router.parameters())
+    try:
+        modules.route(torch.zeros(1, config.hidden_size, device=weight.device, dtype=weight.dtype))
+    except Exception as error:  # torch and the routers refuse with errors of many kinds
+        chosen = getattr(config, "topk_group", None)
+        raise CorruptArtifactError(
+            f"config.json describes no mixture of experts: {experts} experts cannot be routed in "
+            f"{groups} groups (n_group) of which {chosen} are chosen (topk_group)",
+            hint="n_group has to divide the number of experts into groups of two or more; a "
+            "pruned checkpoint needs groups that fit what is left, e.g. n_group 1 and topk_group 1",
         ) from error
 
 

@@ -18,7 +18,7 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.errors import BudgetError, UsageError
+from moe_tool.errors import BudgetError, CorruptArtifactError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.context_length import context_length
@@ -200,6 +200,13 @@ class Session:
             self.runner.is_shadow = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not bool(torch.isfinite(output.logits.amax())):  # NaN is passed on; -inf is a mask
+            raise CorruptArtifactError(
+                f"the model of {self.bundle.folder} gives logits that are not finite, from which "
+                "nothing can be predicted",
+                hint=f"moe-tool inspect {self.bundle.folder} --verify tells whether the bundle is "
+                "damaged; if it is intact, download the checkpoint again and pack it",
+            )
         if self.shadow is not None and not self.runner.is_shadow:
             divergence = self.shadow.compare(output.logits[:, -1])
             if divergence is not None:
@@ -354,10 +361,9 @@ def open_session(
         shadow=shadow,
     )
     session._hooks = [
-        skeleton.model.register_forward_pre_hook(session._before_forward, with_kwargs=True)
+        skeleton.model.register_forward_pre_hook(session._before_forward, with_kwargs=True),
+        skeleton.model.register_forward_hook(session._after_forward),
     ]
-    if shadow is not None:
-        session._hooks.append(skeleton.model.register_forward_hook(session._after_forward))
     return session
 
 
