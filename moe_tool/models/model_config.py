@@ -23,8 +23,20 @@ _COUNTS = (
     "num_experts_per_tok",
     "num_local_experts",
 )
-_NEVER_USED = ("auto_map", "num_labels", "id2label", "label2id")
-"""Code is never run, and labels are not for language models"""
+_NEVER_USED = frozenset(
+    (
+        # code, which is never run, and labels, which are not for language models
+        *("auto_map", "num_labels", "id2label", "label2id", "problem_type"),
+        # how a call answers, which every call here says itself
+        *("return_dict", "use_return_dict", "use_cache", "torchscript"),
+        *("output_attentions", "output_hidden_states", "output_router_logits"),
+        # kernels and ways to train: of the machine that the model was saved on
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+        *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+        *("_attn_implementation_autoset", "_flash_attn_2_enabled", "gradient_checkpointing"),
+    )
+)
+"""Keys that say nothing of what the model computes; left over from other people's runs"""
 _HINT = "download the checkpoint again"
 _RECORD_AGAIN = "record the profile again with moe-tool profile"
 
@@ -45,15 +57,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def read_config_text(folder: Path) -> str:
     """Return what config.json says as one line of JSON, for `config_from_json`.
 
-    Labels and the names of a model's own Python code are left out: neither is ever used.
+    Keys that say nothing of what the model computes are left out: none is ever used.
 
     Raises:
         NotFoundError, CorruptArtifactError: as `read_config`.
     """
     path = folder / "config.json"
-    raw = _read_json(path)
-    for key in _NEVER_USED:
-        raw.pop(key, None)
+    raw = _without_leftovers(_read_json(path))
     try:
         return json.dumps(raw, separators=(",", ":"), allow_nan=False)
     except ValueError as error:  # 1e999 is read as infinity
@@ -109,12 +119,19 @@ def _config_of(path: Path, raw: dict[str, Any], hint: str) -> PreTrainedConfig:
             hint=hint,
         )
     _require_counts(path, raw, hint)
-    for key in _NEVER_USED:
-        raw.pop(key, None)
     try:
-        return CONFIG_MAPPING[model_type].from_dict(raw)
+        return CONFIG_MAPPING[model_type].from_dict(_without_leftovers(raw))
     except Exception as error:  # each configuration class refuses bad values with errors of its own
         raise bad_config(path, error, hint) from error
+
+
+def _without_leftovers(raw: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, and those of its parts, without what is never used."""
+    return {
+        key: _without_leftovers(value) if isinstance(value, dict) else value
+        for key, value in raw.items()
+        if key not in _NEVER_USED
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

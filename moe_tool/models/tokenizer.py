@@ -4,7 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
+from moe_tool.errors import (
+    CorruptArtifactError,
+    MoeToolError,
+    NotFoundError,
+    UnsupportedModelError,
+)
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 _WITHOUT_CODE = (
@@ -31,7 +36,9 @@ def load_tokenizer(folder: Path) -> Any:
         )
     try:
         # Left open, transformers asks on stdin whether it may run the folder's code.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            folder, config=_config(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raises bare Exception, transformers half a dozen kinds
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(
@@ -45,6 +52,19 @@ def load_tokenizer(folder: Path) -> Any:
             f"the tokenizer in {folder} cannot be read: {reason}",
             hint="copy the tokenizer files of the checkpoint again",
         ) from error
+
+
+def _config(folder: Path) -> Any:
+    """The model's configuration as this tool reads it: transformers would stumble over leftovers
+    that have nothing to do with tokens. None where there is none: transformers does without."""
+    from moe_tool.models.model_config import read_config
+
+    try:
+        config = read_config(folder)
+    except MoeToolError:
+        return None
+    config._name_or_path = str(folder)
+    return config
 
 
 def tokenizer_sha256(folder: Path) -> str:

@@ -20,6 +20,7 @@ from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.run_trace_hdf5 import write_run_trace
 from moe_tool.models.context_length import context_length
+from moe_tool.models.generation_settings import FOLLOWED_SETTINGS
 from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
@@ -30,22 +31,6 @@ from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.text_stream import OnText, TextStream
 from moe_tool.runtime.working_set import prefill_chunk
-
-_KEPT_SETTINGS = (
-    "bos_token_id",
-    "decoder_start_token_id",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-)
-"""What of a model's generation_config.json is followed. The rest chooses other ways to decode,
-some of which need code of the model's own."""
 
 StopReason = Literal["end_of_text", "max_tokens", "context", "interrupted"]
 
@@ -386,7 +371,7 @@ def _generation_config(
 ) -> GenerationConfig:
     """The model's own generation settings, with ours on top."""
     config = GenerationConfig()  # type: ignore[no-untyped-call]
-    for name in _KEPT_SETTINGS:
+    for name in FOLLOWED_SETTINGS:
         value = getattr(session.model.generation_config, name, None)
         if value is not None:
             setattr(config, name, copy.deepcopy(value))
@@ -403,9 +388,20 @@ def _generation_config(
     config.do_sample = options.temperature > 0
     if config.do_sample:
         config.temperature = options.temperature
+        _switch_off_what_means_nothing(config)
     else:
         config.temperature = config.top_p = config.top_k = None
     return config
+
+
+def _switch_off_what_means_nothing(config: GenerationConfig) -> None:
+    """Ranges that cannot be sampled from are how other runtimes write "off": top_k -1, top_p 0."""
+    if config.top_k is not None and config.top_k < 1:
+        config.top_k = 0  # None would be transformers' default, 50
+    for name in ("top_p", "min_p", "typical_p"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < 1:
+            setattr(config, name, None)
 
 
 def _end_tokens(session: Session) -> EndTokens:

@@ -71,6 +71,17 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_leftovers_in_config_json_do_not_keep_a_tokenizer_from_being_read(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint("mixtral"), tmp_path / "m"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"output_attentions": True, "attn_implementation": "flash_attention_2"}
+    path.write_text(json.dumps(config))
+    assert load_tokenizer(folder)("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
+
+
 def calls_that_leave_code_open(source: str) -> list[int]:
     """Return the lines of calls that do not refuse a folder's code by name."""
     lines = []

@@ -235,3 +235,21 @@ def test_too_small_a_budget_is_refused_with_one_that_works(tiny_bundle: TinyBund
     suggestion = caught.value.hint.split()[1].rstrip(",")
     with open_session(bundle, RunOptions(memory=suggestion, context=32)) as session:
         assert session.plan.n_slots >= 3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -1.0}]
+)
+def test_a_range_that_cannot_be_sampled_from_is_off(
+    session: Session, settings: dict[str, float]
+) -> None:
+    options = GenerateOptions(max_tokens=8, temperature=1.0, seed=1, ignore_eos=True)
+    kept = session.model.generation_config
+    found = []
+    try:
+        for given in ({"top_k": 260}, {"top_k": 260, **settings}):
+            session.model.generation_config = GenerationConfig(**given)
+            found.append(generate(session, "The", options).token_ids)
+    finally:
+        session.model.generation_config = kept
+    assert found[0] == found[1]
