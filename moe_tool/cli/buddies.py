@@ -59,8 +59,9 @@ def buddies(
     """Find the K best stand-ins of every expert. Each has a scale and a price."""
     with open_output(as_json=json) as output:
         profile = profile or newest_profile(profiles, output)
+        may_replace = out is not None
         out = out or buddies_path(profiles, profile)
-        made = make_buddies(profile, k=k, by=by, out=out)
+        made = make_buddies(profile, k=k, by=by, out=out, may_replace=may_replace)
 
         from moe_tool.reports.terminal import buddies_table
 
@@ -85,19 +86,25 @@ def _pack_command(made: MadeBuddies, *, is_default: bool) -> str:
     return f"moe-tool pack {model_to_type(made.model)}{files} --out bundle/"
 
 
-def make_buddies(profile: Path, *, k: int, by: By, out: Path) -> MadeBuddies:
+def make_buddies(
+    profile: Path, *, k: int, by: By, out: Path, may_replace: bool = True
+) -> MadeBuddies:
     """Build the map of a profile and write it to `out`.
 
     Raises:
         NotFoundError, CorruptArtifactError: the profile.
-        UsageError: k is not below the number of experts.
+        UsageError: k is not below the number of experts, or `out` is another model's map and must
+            not be replaced.
     """
     from moe_tool.buddies.build_buddy_map import build_buddy_map
     from moe_tool.buddies.summary import summarize_buddies
+    from moe_tool.formats.claimed_artifact import require_unclaimed
     from moe_tool.formats.json_artifact import write_json_artifact
     from moe_tool.formats.profile_hdf5 import ProfileReader
 
     with ProfileReader.open(profile) as reader:
+        if not may_replace:
+            require_unclaimed(out, reader.header.identity)
         buddy_map = build_buddy_map(reader, k=k, by=by)
         summary = summarize_buddies(reader, buddy_map)
     out.parent.mkdir(parents=True, exist_ok=True)

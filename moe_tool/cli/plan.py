@@ -182,7 +182,7 @@ def plan(
                 offline=offline,
                 output=output,
             )
-            out = _write(mixed, out or plan_path(profiles, profile))
+            out = _write(mixed, out, default=plan_path(profiles, profile))
             output.say(f"wrote {out}; next: {_pack_command(mixed, out, model)}")
             output.result({"plan_file": out, **fields})
             return
@@ -198,7 +198,7 @@ def plan(
                 _show_curve(*plan_curve(build, memory), output)
                 return
             report = build(memory[0])
-        out = _write(report.plan, out or plan_path(profiles, profile))
+        out = _write(report.plan, out, default=plan_path(profiles, profile))
         _show(report, output)
         output.say(f"wrote {out}; next: {_pack_command(report.plan, out)}")
         output.result({"plan_file": out, **_fields(report)})
@@ -219,9 +219,11 @@ def _require_sense(
         raise UsageError("mixed bits: one --memory at a time", hint="--memory 8GiB")
 
 
-def _write(plan: "PackPlan", out: Path) -> Path:
+def _write(plan: "PackPlan", out: Path | None, *, default: Path) -> Path:
+    from moe_tool.formats.claimed_artifact import require_unclaimed
     from moe_tool.formats.json_artifact import write_json_artifact
 
+    out = out or require_unclaimed(default, plan.identity)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json_artifact(out, plan)
     return out

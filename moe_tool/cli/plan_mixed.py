@@ -74,6 +74,7 @@ def _measured_prices(
 ) -> "BitPrices":
     """Those that are kept beside the profile, else measured now."""
     from moe_tool.artifacts.bit_prices import BitPrices
+    from moe_tool.formats.claimed_artifact import require_unclaimed
     from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
     from moe_tool.models.locate import locate_model
     from moe_tool.packing.measure_bit_prices import measure_bit_prices
@@ -84,6 +85,8 @@ def _measured_prices(
         if kept.profile_sha256 == reader.sha256 and kept.quantizer == quantizer:
             output.say(f"bit prices: {path}, measured with {quantizer}")
             return kept
+        elsewhere = f"--profiles {path.parent / reader.header.identity.quick[:12]}"
+        require_unclaimed(path, reader.header.identity, remedy=elsewhere)
         output.say(f"bit prices: {path} is of another profile and is measured again")
     name = reader.header.identity.name
     try:
