@@ -22,6 +22,7 @@ from moe_tool.errors import (
     UnsupportedModelError,
 )
 from moe_tool.formats.finite_numbers import are_finite
+from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
 from moe_tool.formats.hostile_file import open_plain_file, quoted, read_capped, unreadable
 from moe_tool.formats.strict_json import parse_json_object
 
@@ -92,6 +93,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"a safetensors file has at least {_LENGTH_BYTES}",
                     hint=_AGAIN,
                 )
+            foreign = foreign_content(path, prefix + file.read(BEGINNING_BYTES - _LENGTH_BYTES))
+            if foreign is not None:
+                raise foreign
+            file.seek(_LENGTH_BYTES)
             header_bytes = int.from_bytes(prefix, "little")
             if header_bytes > MAX_HEADER_BYTES or _LENGTH_BYTES + header_bytes > file_bytes:
                 raise CorruptArtifactError(
@@ -130,7 +135,7 @@ class Checkpoint:
 
         Raises:
             NotFoundError: the folder holds neither.
-            UnsupportedModelError: it holds only a pickled checkpoint.
+            UnsupportedModelError: it holds weights in another form, e.g. pickled.
             CorruptArtifactError: index and shards contradict each other, or a shard is damaged.
         """
         try:
@@ -156,6 +161,9 @@ class Checkpoint:
                 "pickles can run code",
                 hint="convert it to safetensors, e.g. with transformers' save_pretrained",
             )
+        foreign = foreign_folder(folder)
+        if foreign is not None:
+            raise foreign
         raise NotFoundError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
             hint="download the checkpoint's safetensors files",

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName, MoeShape
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
+from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.checkpoint_identity import checkpoint_identity
 from moe_tool.models.context_length import context_length
@@ -59,6 +60,7 @@ def open_model(model: LocatedModel) -> OpenedModel:
     meta = build_meta_model(model.folder)
     checkpoint = Checkpoint.open_folder(model.folder)
     try:
+        _require_merged(checkpoint)
         tensor_map = TensorMap(meta, checkpoint)
         experts = ExpertSource(meta, checkpoint)
         tensor_map.check_skeleton()
@@ -82,6 +84,17 @@ def open_model(model: LocatedModel) -> OpenedModel:
         max_positions=context_length(meta.config.get_text_config()) or 2**30,
         unfused_attention_heads=_unfused_attention_heads(meta),
     )
+
+
+def _require_merged(checkpoint: Checkpoint) -> None:
+    """Refuse tensors named as a wrapper for adapters names them: to the model they are missing."""
+    for name in checkpoint.tensors:
+        if name.startswith("base_model.") or ".base_layer." in name:
+            raise UnsupportedModelError(
+                f"the checkpoint was saved with an adapter around it, as {quoted(name)} says",
+                hint="merge it, with peft's merge_and_unload and save_pretrained, and give the "
+                "folder of that",
+            )
 
 
 def _unfused_attention_heads(model: PreTrainedModel) -> int:

@@ -10,6 +10,7 @@ from moe_tool.errors import (
     NotFoundError,
     UnsupportedModelError,
 )
+from moe_tool.formats.foreign_files import foreign_file
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 _WITHOUT_CODE = (
@@ -34,6 +35,10 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} holds no tokenizer ({', '.join(_FILES[:3])})",
             hint="copy the tokenizer files of the checkpoint into the folder",
         )
+    for name in _FILES[:3]:
+        foreign = foreign_file(folder / name)
+        if foreign is not None:
+            raise foreign
     try:
         # Left open, transformers asks on stdin whether it may run the folder's code.
         return AutoTokenizer.from_pretrained(
