@@ -142,7 +142,7 @@ def refuse_too_long(bundle: Path, options: BenchOptions) -> None:
         limit = context_length(parse_json_object(path, text, remedy=""))
     except MoeToolError:
         return
-    list_tests(options, context_limit=limit if type(limit) is int else None)
+    list_tests(options, context_limit=limit)
 
 
 def list_settings(options: BenchOptions) -> tuple[Setting, ...]:
