@@ -108,13 +108,9 @@ def run(
     with open_output(as_json=json) as output:
         text = _read_prompt(stdin, prompt, prompt_file)
 
-        from moe_tool.formats.bundle_reader import BundleReader
-
-        with BundleReader.open(bundle):
-            pass  # what is no bundle is told so, before anything in it is looked for
-
         from moe_tool.reports.run_lines import run_line
-        from moe_tool.runtime.generation import GenerateOptions, run_prompt
+        from moe_tool.runtime.decoding_config import GenerateOptions
+        from moe_tool.runtime.generation import run_prompt
         from moe_tool.runtime.run_options import run_options
 
         options = run_options(

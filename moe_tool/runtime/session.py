@@ -205,20 +205,26 @@ def open_session(
     return_freed_memory()
     bundle = BundleReader.open(folder)
     try:
-        return _load(bundle, options, tokenizer, progress, make_store)
+        return load_session(
+            bundle, options, tokenizer=tokenizer, progress=progress, make_store=make_store
+        )
     except BaseException:
         bundle.close()
         raise
 
 
-def _load(
+def load_session(
     bundle: BundleReader,
     options: RunOptions,
-    tokenizer: Any,
-    progress: Progress,
-    make_store: MakeStore,
+    *,
+    tokenizer: Any = None,
+    progress: Progress = SILENT,
+    make_store: MakeStore = open_stores,
 ) -> Session:
-    """Plan the run, then do as planned."""
+    """Plan the run of an open bundle, then do as planned; see `open_session`.
+
+    The session closes the bundle; where this fails, it is the caller's.
+    """
     manifest = bundle.manifest
     with bundle.open_skeleton() as checkpoint:
         loader = SkeletonLoader(
