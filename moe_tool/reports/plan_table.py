@@ -54,7 +54,7 @@ def allocations_table(allocations: Sequence[Allocation]) -> Table:
     widths = sorted({width for each in allocations for width in each.experts})
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("bits handed out")
-    names = {0: "absent", 16: "native"}
+    names = {0: "removed", 16: "native"}
     headings = [names.get(width, f"{width} bit{'s' * (width > 1)}") for width in widths]
     for heading in ("average", "expected KL", "bytes", *headings):
         table.add_column(heading, justify="right")
