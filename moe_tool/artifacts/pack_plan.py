@@ -11,8 +11,9 @@ from moe_tool.artifacts.schema import FrozenModel
 
 PLAN_VERSION: Literal[2] = 2
 Bits = Annotated[str, Field(pattern=r"^(native|mixed|[12348]z?(:(32|64|128))?)$")]
-"""Precision of the experts, as `pack --bits` takes it; mixed: each has its own number"""
-Quantizer = Literal["rtn", "fitted", "hqq", "gptq"]
+"""Of the experts, as `pack --bits` takes it; mixed: each has its own number"""
+Quantizer = Annotated[str, Field(pattern=r"^[a-z0-9\-]{1,32}$")]
+"""As `--quantizer` takes it; that there is such a quantizer is checked when a file is read"""
 SkeletonBits = Literal["native", "8", "4"]
 SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
 Positive = Annotated[float, Field(ge=0, le=1e12)]
@@ -31,8 +32,8 @@ class LayerBits(FrozenModel):
     """How many bits each expert of a layer gets."""
 
     layer: Index
-    bits: tuple[Literal[0, 1, 2, 3, 4, 8, 16], ...]
-    """[E]; 16: the checkpoint's dtype, 0: the expert is left out"""
+    bits: tuple[Literal[0, 1, 2, 3, 4, 8, 16, "2+1", "2+2"], ...]
+    """[E]; 16: the checkpoint's dtype, 0: the expert is left out, 2+2: nested"""
 
 
 class PlannedForm(FrozenModel):
@@ -40,7 +41,7 @@ class PlannedForm(FrozenModel):
 
     role: Literal["primary", "replica"]
     precision: Annotated[str, Field(pattern=r"^(native|rank\d{1,4}|\dz?(:\d{2,3})?)$")]
-    """As `describe_precision` names it"""
+    """Name of the precision"""
     record_bytes: SizeBytes
     resident: tuple[tuple[Index, Index], ...]
     """(layer, expert), the most worth their bytes first"""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from moe_tool.artifacts.bench_report import BenchedBundle, BenchReport, BenchRow
-from moe_tool.artifacts.precision import bits_of
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.available_memory import peak_rss_bytes, reset_peak_rss
 from moe_tool.benchmarking.bench_plan import (
@@ -228,8 +227,8 @@ def _describe(reader: BundleReader) -> BenchedBundle:
     return BenchedBundle(
         model=manifest.identity.name,
         size_bytes=sum(file.size_bytes for file in manifest.files),
-        params=len(manifest.own_records) * manifest.shape.n_expert_weights
+        params=len(manifest.primary_records) * manifest.shape.n_expert_weights
         + reader.n_skeleton_weights,
-        bits="mixed" if manifest.others else bits_of(manifest.precision),
-        skeleton_bits=bits_of(manifest.skeleton_precision),
+        bits=manifest.bits,
+        skeleton_bits=manifest.skeleton_precision.name,
     )

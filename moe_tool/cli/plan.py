@@ -64,12 +64,13 @@ def plan(
         share = None if max_loss is None else _share(max_loss)
 
         from moe_tool.planning.plan_request import PlanRequest, check_request
+        from moe_tool.quantizers.registry import parse_quantizer
 
         request = PlanRequest(
             memory=budgets[0],
             bits=None if bits == "auto" else bits,
             average_bits=average_bits,
-            quantizer=quantizer,
+            quantizer=parse_quantizer(quantizer).name,
             skeleton_bits=skeleton_bits,
             max_loss=_DEFAULT_LOSS if share is None else share,
             max_kl=_kl_limit(share, max_kl),

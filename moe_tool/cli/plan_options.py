@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_tool.cli.options import MAX_CONTEXT, QuantizerName
+from moe_tool.cli.options import MAX_CONTEXT
 
 BitsChoice = Literal["auto", "native", "8", "4", "mixed"]
 ProfileArgument = Annotated[
@@ -50,11 +50,12 @@ AverageBitsOption = Annotated[
     ),
 ]
 QuantizerOption = Annotated[
-    QuantizerName,
+    str,
     typer.Option(
         "--quantizer",
-        help="Mixed bits: what `pack` is to round with. rtn is priced by the profile; for "
-        "another one each width is measured in a pass over the model and kept.",
+        metavar="NAME",
+        help="Mixed bits: what `pack` is to round with, {quantizers}. rtn is priced by the "
+        "profile; for another one each width is measured in a pass over the model and kept.",
     ),
 ]
 ModelOption = Annotated[

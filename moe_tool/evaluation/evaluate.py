@@ -55,7 +55,7 @@ _MIN_SEQ_LEN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """What is measured, and how the bundle runs meanwhile."""
+    """Text, policies, and how the bundle runs meanwhile."""
 
     tokens: int = 4096
     """Tokens of text, all domains together; the first two of each sequence are not scored"""
@@ -84,7 +84,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """What is to be measured, after options, bundle and text were read."""
+    """The measurement to be made, after options, bundle and text were read."""
 
     manifest: BundleManifest
     policy: str
@@ -187,7 +187,7 @@ def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ran:
-    """What the session left behind, which is closed by then."""
+    """Results of the session, which is closed by then."""
 
     measured: dict[str, Measured]
     skipped: dict[str, str]
@@ -289,7 +289,7 @@ def _planned_slots(manifest: BundleManifest, progress: Progress) -> MemoryReques
     """
     if manifest.plan is None:
         return None
-    n_slots, n_experts = manifest.plan.prediction.expert_slots, len(manifest.own_records)
+    n_slots, n_experts = manifest.plan.prediction.expert_slots, len(manifest.primary_records)
     progress.note(f"as planned: {n_slots} of {n_experts} expert slots")
     return MemoryRequest(kind="slots", n_slots=n_slots)
 

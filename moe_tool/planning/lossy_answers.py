@@ -48,7 +48,7 @@ def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) ->
             part,
             choice.make(PolicyInputs(prices=book)),
             book,
-            resident_masks(shape.layers, residents.by_level, n_experts=shape.experts),
+            resident_masks(shape.layers, residents.by_form, n_experts=shape.experts),
             experts.machine.costs,
             max_tokens=_MAX_TOKENS,
         )

@@ -5,7 +5,7 @@ import math
 from moe_tool import __version__
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine, PlannedForm, PlanPrediction
-from moe_tool.artifacts.precision import describe_precision, replica_precisions
+from moe_tool.artifacts.precision import replica_precisions
 from moe_tool.planning.candidate import Candidate
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
@@ -89,7 +89,7 @@ def _forms(candidate: Candidate) -> tuple[PlannedForm, ...]:
     lossy = candidate.lossy
     if lossy is None:
         return ()
-    names = (candidate.experts.bits, *map(describe_precision, replica_precisions(lossy.replicas)))
+    names = (candidate.experts.bits, *(each.name for each in replica_precisions(lossy.replicas)))
     n_experts = candidate.experts.n_experts
     prices = parse_miss_policy(lossy.policy).values["nats-per-mb"]
     return tuple(
@@ -102,7 +102,7 @@ def _forms(candidate: Candidate) -> tuple[PlannedForm, ...]:
             n_disk_only=0 if at and math.isinf(prices) else n_experts - len(keys),
         )
         for at, (name, size, keys) in enumerate(
-            zip(names, lossy.record_bytes, lossy.residents.by_level, strict=True)
+            zip(names, lossy.record_bytes, lossy.residents.by_form, strict=True)
         )
     )
 

@@ -9,7 +9,7 @@ from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.budget.slots import min_slots
-from moe_tool.formats.expert_record import record_layout
+from moe_tool.formats.record_form import record_form
 from moe_tool.simulator.simulate import Machine
 from moe_tool.simulator.time_model import CallCosts
 
@@ -29,7 +29,7 @@ class ModelCosts:
 
 def record_size(shape: MoeShape, bits: Bits) -> int:
     """Return the bytes of an expert's record in a bundle of `pack --bits`."""
-    return record_layout(shape.expert_tensors, shape.dtype, precision_from_bits(bits)).size_bytes
+    return record_form(shape, precision_from_bits(bits)).layout.size_bytes
 
 
 def model_costs(

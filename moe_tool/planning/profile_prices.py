@@ -8,11 +8,11 @@ from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS, ExpertStatistics
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits
 from moe_tool.artifacts.precision import IntegerPrecision, precision_from_bits, replica_precisions
-from moe_tool.formats.expert_record import record_layout
+from moe_tool.formats.record_form import record_form
 from moe_tool.planning.model_costs import record_size
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.misses import LayerBook, PriceBook
-from moe_tool.policies.misses.price_book import STRUCTURED, felt_error, leaves_noise
+from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
 def replicas_below(bits: Bits) -> str:
@@ -36,19 +36,20 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
     shape = sources.profile.header.shape
     forms = [f for f in replica_precisions(replicas) if isinstance(f, IntegerPrecision)]
     nobody = np.zeros((shape.experts, 0))
+    sizes = [record_size(shape, bits), *(_replica_size(shape, form) for form in forms)]
     layers = {}
     for layer in shape.layers:
         each = sources.statistics[layer]
         whole = np.zeros(shape.experts)
         layers[layer] = LayerBook(
             nats=STRUCTURED * each.nats,
+            record_bytes=np.repeat([sizes], shape.experts, axis=0).T,
             eps=np.stack([whole, *(_effective_errors(each, form) for form in forms)]),
             buddy=nobody.astype(np.int64),
             buddy_scale=nobody,
             buddy_eps=nobody,
         )
-    sizes = (_replica_size(shape, form) for form in forms)
-    return PriceBook(layers=layers, record_bytes=(record_size(shape, bits), *sizes))
+    return PriceBook(layers=layers)
 
 
 def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
@@ -95,8 +96,8 @@ def predicted_loss(statistics: dict[int, ExpertStatistics], bits: Bits) -> float
 
 def _effective_errors(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
     eps = statistics.eps_bits[:, PRICED_WIDTHS.index(form.width_bits)]  # [E]
-    return felt_error(eps, is_noise=leaves_noise(form))
+    return effective_error(eps, is_noise=form.leaves_noise)
 
 
 def _replica_size(shape: MoeShape, form: IntegerPrecision) -> int:
-    return record_layout(shape.expert_tensors, shape.dtype, form).size_bytes
+    return record_form(shape, form).layout.size_bytes

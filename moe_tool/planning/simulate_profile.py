@@ -33,7 +33,7 @@ _PREFETCH_DEPTHS = (1, 2, 3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateOptions:
-    """What is replayed."""
+    """Budgets, policies and precision to replay."""
 
     choices: Sequence[EvictionChoice]
     memory: Sequence[str] = ("10%..100%",)

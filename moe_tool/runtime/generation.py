@@ -12,7 +12,8 @@ import torch
 from transformers import GenerationConfig
 
 from moe_tool import __version__
-from moe_tool.artifacts.precision import ChannelPrecision
+from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_result import AnswerQuality, RunResult, RunSetup
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.artifacts.run_trace import RunTraceHeader
@@ -22,7 +23,7 @@ from moe_tool.formats.run_trace_hdf5 import write_run_trace
 from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.open_levels import staying_by_form
+from moe_tool.runtime.open_stores import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
@@ -43,8 +44,8 @@ _KEPT_SETTINGS = (
     "begin_suppress_tokens",
     "bad_words_ids",
 )
-"""What of a model's generation_config.json is followed. The rest chooses other ways to decode,
-some of which need code of the model's own."""
+"""Settings of a model's generation_config.json that are followed. The rest chooses other ways to
+decode, some of which need code of the model's own."""
 
 _MIN_TEMPERATURE = 1e-6
 
@@ -57,7 +58,7 @@ class GenerateOptions:
     temperature: float = 0.0
     """0 takes the most probable token"""
     seed: int = 0
-    """Of sampling"""
+    """Seeds sampling"""
     raw: bool = False
     """Leave the model's chat template out"""
     ignore_eos: bool = False
@@ -124,14 +125,14 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
     pinned = [
         (layer, int(expert))
         for layer in manifest.shape.layers
-        for expert in store.full.pinned_mask(layer).nonzero()[0]
+        for expert in store.pinned_mask(layer)[PRIMARY].nonzero()[0]
     ]
-    assert not isinstance(manifest.precision, ChannelPrecision), "refused when it was opened"
+    (table,) = manifest.primaries  # several, or channels, were refused when it was opened
     header = RunTraceHeader(
         identity=manifest.identity,
         shape=manifest.shape,
-        precision=manifest.precision,
-        record_size_bytes=manifest.record_size_bytes,
+        precision=precision_from_bits(table.name),
+        record_size_bytes=table.record_size_bytes,
         skeleton_precision=manifest.skeleton_precision,
         matrix_bytes=session.bundle.matrix_bytes,
         n_matrices=_n_matrices(session),

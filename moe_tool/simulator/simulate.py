@@ -31,7 +31,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a replay needs to know beside the trace."""
+    """Properties of model and machine that a replay needs."""
 
     record_bytes: int
     n_slots_min: int
@@ -173,8 +173,16 @@ def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
 
 
 def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
-    """Return every policy, and the plain ones with a part of the cache for each layer."""
-    return [parse(name) for name in (*EVICTION, "lru:per-layer", "lfu:per-layer")]
+    """Return every policy whose replay is compiled, and the plain ones with a part of the cache for
+    each layer."""
+    slow = replayed_in_python()
+    names = [name for name in EVICTION if name not in slow]
+    return [parse(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
+
+
+def replayed_in_python() -> list[str]:
+    """Return the policies whose replay takes a thousand times as long as a compiled one."""
+    return [name for name, spec in EVICTION.items() if spec.compiled is None]
 
 
 def _row(
@@ -210,8 +218,8 @@ def _row(
 
 
 def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
-    """Who is to blame: the budget below one token's cycle; else the policy, where another order
-    would miss clearly less, or the working set, where nobody could do much better."""
+    """Return what limits a row: the budget below one token's cycle; else the policy, where another
+    order would miss clearly less, or the working set, where nobody could do much better."""
     if is_below_cycle:
         return "budget"
     if miss_rate > _CLOSE_TO_BELADY * bound and miss_rate - bound > 0.02:

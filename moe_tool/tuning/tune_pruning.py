@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.request import AUTO, MemoryRequest
@@ -189,14 +190,14 @@ def tune_pruning(
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
-    if manifest.choosers is not None:
+    if manifest.selectors:
         raise UsageError(
             f"the experts of {folder} are in channels, through which nothing is trained",
             hint="tune a bundle that was packed without --sparse-experts",
         )
-    if manifest.absent:
+    if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.absent)} experts out already: mask routers are for "
+            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
             "bundles of all experts",
             hint="pack one with --bits, or with a plan that leaves none out",
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_tool.artifacts.router_trace import mean_squared_gates
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.planning.profile_prices import nats_of_bits, profile_prices, replicas_below
 from moe_tool.policies.cheapest_residents import ExpertUse
@@ -42,7 +42,7 @@ def test_a_profiles_prices_are_those_of_its_bits_and_layers(tmp_path: Path) -> N
         assert each.nats == pytest.approx(
             np.full(samples.EXPERTS, STRUCTURED * (2.0 + layer) * 0.25)
         )
-        assert each.eps[FULL].tolist() == [0.0] * samples.EXPERTS
+        assert each.eps[PRIMARY].tolist() == [0.0] * samples.EXPERTS
         # what rounding leaves is noise, which costs less than what the nats are of
         assert each.eps[1] ** 2 * STRUCTURED == pytest.approx(0.1**2)
         assert each.eps[2] ** 2 * STRUCTURED == pytest.approx(0.4**2)

@@ -31,7 +31,10 @@ def test_the_pieces_of_text_add_up_to_the_result(session: Session) -> None:
     assert 0 < result.seconds_to_first_token < result.seconds
     assert result.tokens_per_second > 0
     assert result.decode.tokens == 19
-    assert result.decode.bytes_read == result.decode.misses * session.manifest.record_size_bytes
+    assert (
+        result.decode.bytes_read
+        == result.decode.misses * session.manifest.primaries[0].record_size_bytes
+    )
     assert result.prompt.hits + result.prompt.misses > 0
     assert not result.interrupted
 

@@ -8,14 +8,11 @@ from hypothesis import strategies as st
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import NativePrecision, precision_from_bits
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.formats.expert_record import (
-    decode_record,
-    encode_record,
-    record_layout,
-    require_finite_segments,
-)
+from moe_tool.formats.record_form import record_form
+from moe_tool.packing.expert_coding import coded
 from moe_tool.quantization.round_to_nearest import dequantize, round_trip
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from tests.formats.shapes import shape_of
 
 TENSORS = (
     ExpertTensor(name="up_proj", shape=(2, 3)),
@@ -32,13 +29,9 @@ def padded(text: str) -> bytes:
     return bytes.fromhex(text).ljust(PAGE, b"\0")
 
 
-def _are_scales(name):
-    return name.endswith(".scales")
-
-
 def test_a_native_record_byte_by_byte() -> None:
-    layout = record_layout(TENSORS, "bfloat16", NativePrecision())
-    record = encode_record(layout, WEIGHTS, NativePrecision())
+    form = record_form(shape_of(TENSORS), NativePrecision())
+    record = form.encode(coded(WEIGHTS, NativePrecision()))
     # bfloat16 is the upper half of float32: -8 = C100, 1 = 3F80, 7 = 40E0, 16 = 4180, -4 = C080.
     matrix = padded("00c1 803f e040 8041 80c0 0000")
     assert record.numpy().tobytes() == matrix + padded("803f 00c0")
@@ -53,8 +46,8 @@ def placed(n_bytes: int, found: dict[int, int]) -> bytes:
 
 def test_a_four_bit_record_byte_by_byte() -> None:
     precision = precision_from_bits("4")
-    layout = record_layout(TENSORS, "bfloat16", precision)
-    record = encode_record(layout, WEIGHTS, precision)
+    form = record_form(shape_of(TENSORS), precision)
+    record = form.encode(coded(WEIGHTS, precision))
     # Row 0: d = -8 / -8 = 1, codes -8 1 7, stored 0 9 15. Row 1: d = 16 / -8 = -2, codes -8 2 0,
     # stored 0 10 8. Rows 0 and 1 start at bytes 0 and 4 of a tile; 9 is 10 01, 10 is 10 10.
     high = placed(128, {1: 0b10, 2: 0b11, 5: 0b10, 6: 0b10})
@@ -65,8 +58,8 @@ def test_a_four_bit_record_byte_by_byte() -> None:
 
 def test_an_eight_bit_record_byte_by_byte() -> None:
     precision = precision_from_bits("8")
-    layout = record_layout(TENSORS, "bfloat16", precision)
-    record = encode_record(layout, WEIGHTS, precision)
+    form = record_form(shape_of(TENSORS), precision)
+    record = form.encode(coded(WEIGHTS, precision))
     # Row 0: d = -8 / -128 = 1/16, codes -128 16 112, stored 0 144 240.
     # Row 1: d = -1/8, codes -128 32 0, stored 0 160 128.
     codes = placed(512, {1: 144, 2: 240, 5: 160, 6: 128})
@@ -76,7 +69,7 @@ def test_an_eight_bit_record_byte_by_byte() -> None:
 
 def test_the_segments_of_a_layout_are_named_aligned_and_contiguous() -> None:
     tensors = (ExpertTensor(name="up_proj", shape=(100, 130)), TENSORS[1])
-    layout = record_layout(tensors, "float16", precision_from_bits("4"))
+    layout = record_form(shape_of(tensors, "float16"), precision_from_bits("4")).layout
     found = [(s.name, s.offset, s.n_bytes, s.size_bytes, s.shape) for s in layout.segments]
     assert found == [
         # 7 x 5 tiles of 128 bytes, twice
@@ -90,9 +83,9 @@ def test_the_segments_of_a_layout_are_named_aligned_and_contiguous() -> None:
 
 def test_decoded_weights_are_views_of_the_record() -> None:
     precision = precision_from_bits("8")
-    layout = record_layout(TENSORS, "bfloat16", precision)
-    record = encode_record(layout, WEIGHTS, precision)
-    weights = decode_record(layout, record, precision, TENSORS)
+    form = record_form(shape_of(TENSORS), precision)
+    record = form.encode(coded(WEIGHTS, precision))
+    weights = form.decode(record)
     matrix, bias = weights["up_proj"], weights["up_proj_bias"]
     assert isinstance(matrix, IntegerWeight) and isinstance(bias, FloatWeight)
     storage = record.untyped_storage().data_ptr()
@@ -104,32 +97,31 @@ def test_decoded_weights_are_views_of_the_record() -> None:
 @pytest.mark.parametrize("bad", ["007e", "007c", "00fc"])  # NaN, inf, -inf
 def test_a_record_with_scales_that_are_no_numbers_is_refused(bits: str, bad: str) -> None:
     precision = precision_from_bits(bits)
-    layout = record_layout(TENSORS, "bfloat16", precision)
-    record = encode_record(layout, WEIGHTS, precision)
-    require_finite_segments(layout, record, names=_are_scales)
-    start = next(s.offset for s in layout.segments if s.name == "up_proj.scales")
+    form = record_form(shape_of(TENSORS), precision)
+    record = form.encode(coded(WEIGHTS, precision))
+    form.require_finite(record)
+    start = next(s.offset for s in form.layout.segments if s.name == "up_proj.scales")
     record[start + 2 : start + 4] = torch.tensor(list(bytes.fromhex(bad)), dtype=torch.uint8)
     with pytest.raises(CorruptArtifactError, match=r"up_proj\.scales") as error:
-        require_finite_segments(layout, record, names=_are_scales)
+        form.require_finite(record)
     assert error.value.hint
 
 
 def test_padding_is_no_part_of_the_scales() -> None:
     precision = precision_from_bits("4")
-    layout = record_layout(TENSORS, "bfloat16", precision)
-    record = encode_record(layout, WEIGHTS, precision)
-    scales = next(s for s in layout.segments if s.name == "up_proj.scales")
+    form = record_form(shape_of(TENSORS), precision)
+    record = form.encode(coded(WEIGHTS, precision))
+    scales = next(s for s in form.layout.segments if s.name == "up_proj.scales")
     record[scales.offset + scales.n_bytes : scales.offset + scales.size_bytes] = 0xFF
-    require_finite_segments(layout, record, names=_are_scales)
+    form.require_finite(record)
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_weights_that_are_no_numbers_are_not_quantized(bits: str) -> None:
     precision = precision_from_bits(bits)
-    layout = record_layout(TENSORS, "bfloat16", precision)
     weights = WEIGHTS | {"up_proj": torch.full((2, 3), torch.nan, dtype=torch.bfloat16)}
     with pytest.raises(CorruptArtifactError, match="NaN"):
-        encode_record(layout, weights, precision)
+        coded(weights, precision)
 
 
 @settings(deadline=None, max_examples=40)
@@ -147,10 +139,11 @@ def test_any_expert_comes_back(data: st.DataObject) -> None:
         tensor.name: torch.randn(tensor.shape, generator=generator).to(getattr(torch, dtype))
         for tensor in tensors
     }
-    layout = record_layout(tensors, dtype, precision)
-    record = encode_record(layout, weights, precision)
-    assert record.shape == (layout.size_bytes,) and layout.size_bytes % PAGE == 0
-    for name, found in decode_record(layout, record, precision, tensors).items():
+    form = record_form(shape_of(tensors, dtype), precision)
+    record = form.encode(coded(weights, precision))
+    size = form.layout.size_bytes
+    assert record.shape == (size,) and size % PAGE == 0
+    for name, found in form.decode(record).items():
         if isinstance(found, IntegerWeight):
             bits = found.width_bits
             assert torch.equal(dequantize(found), round_trip(weights[name], bits))
