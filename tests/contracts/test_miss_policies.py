@@ -37,9 +37,9 @@ INERT = {
     "priced": "nats-per-mb=0",
 }
 FIRES = {"near-tie": "alpha=1", "replica": "high=0.3,low=0.5", "prune": "share=0.8"}
+"""What makes a policy act on the cases below, beside its defaults"""
 PRUNES = {name for name in MISS_POLICIES if name.startswith("prune")}
 """They leave out what is in memory too"""
-"""What makes a policy act on the cases below, beside its defaults"""
 
 
 def _softmax_weights(logits, index):
