@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_tool.evaluation.bootstrap import bootstrap_interval
-from moe_tool.evaluation.perplexity import perplexity
 from moe_tool.evaluation.stepwise import TokenCosts
 
 Interval = tuple[float, float] | None
@@ -86,26 +85,26 @@ def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
     costs = measured.costs
 
     def estimate(
-        values: np.ndarray, statistic: Callable[[np.ndarray], float]
+        values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[float, Interval]:
-        return statistic(values), bootstrap_interval(values, statistic, seed=seed)
+        return float(statistic(values[None])[0]), bootstrap_interval(values, statistic, seed=seed)
 
     def optional(
-        values: np.ndarray | None, statistic: Callable[[np.ndarray], float] = _mean
+        values: np.ndarray | None, statistic: Callable[[np.ndarray], np.ndarray] = means
     ) -> tuple[float | None, Interval]:
         return (None, None) if values is None else estimate(values[rows], statistic)
 
-    ppl, ppl_ci = estimate(measured.nll[rows], perplexity)
-    ppl_exact, ppl_exact_ci = estimate(measured.nll_exact[rows], perplexity)
-    ppl_source, ppl_source_ci = optional(measured.nll_source, perplexity)
-    kl, kl_ci = estimate(measured.kl[rows], _mean)
+    ppl, ppl_ci = estimate(measured.nll[rows], perplexities)
+    ppl_exact, ppl_exact_ci = estimate(measured.nll_exact[rows], perplexities)
+    ppl_source, ppl_source_ci = optional(measured.nll_source, perplexities)
+    kl, kl_ci = estimate(measured.kl[rows], means)
     p99, p99_ci = estimate(measured.kl[rows], _p99)
-    top1, top1_ci = estimate(measured.agrees[rows], _mean)
+    top1, top1_ci = estimate(measured.agrees[rows], means)
     source, source_ci = optional(measured.kl_source)
     source_exact, source_exact_ci = optional(measured.kl_source_exact)
     accesses = np.stack([costs.hits[rows].sum(axis=1), costs.accesses[rows].sum(axis=1)], axis=1)
     hit_rate, hit_rate_ci = estimate(accesses, _ratio)
-    n_bytes, n_bytes_ci = estimate(costs.bytes_read[rows], _mean)
+    n_bytes, n_bytes_ci = estimate(costs.bytes_read[rows], means)
     return Figures(
         tokens=int(measured.nll[rows].size),
         perplexity=ppl,
@@ -130,21 +129,32 @@ def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
         bytes_read_per_token_ci95=n_bytes_ci,
         substitutions_per_token=float(costs.substitutions[rows].mean()),
         lowered_per_token=float(costs.lowered[rows].mean()),
-        expected_kl=None if np.isnan(costs.expected).any() else _mean(costs.expected[rows]),
+        expected_kl=None if np.isnan(costs.expected).any() else float(costs.expected[rows].mean()),
         retreated_share=float(costs.retreated[rows].mean()),
         drops_per_token=float(costs.drops[rows].mean()),
     )
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean())
+def means(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each resample, [R], from [R, N, ...]."""
+    result: np.ndarray = values.reshape(len(values), -1).mean(axis=1)
+    return result
 
 
-def _p99(values: np.ndarray) -> float:
-    return float(np.percentile(values, 99))
+def perplexities(nll: np.ndarray) -> np.ndarray:
+    """Return exp of the mean nats of each resample, [R], from [R, N, ...]; inf where no float is
+    large enough."""
+    with np.errstate(over="ignore"):
+        result: np.ndarray = np.exp(means(nll))
+    return result
 
 
-def _ratio(sums: np.ndarray) -> float:
-    """Hits over accesses; 1 when there were none. sums: [N, 2]."""
-    hits, accesses = sums.sum(axis=0)
-    return float(hits / accesses) if accesses else 1.0
+def _p99(values: np.ndarray) -> np.ndarray:
+    result: np.ndarray = np.percentile(values.reshape(len(values), -1), 99, axis=1)
+    return result
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    """Hits over accesses; 1 where there were none. sums: [R, N, 2]."""
+    hits, accesses = sums.sum(axis=1).T
+    return np.where(accesses > 0, hits / np.maximum(accesses, 1), 1.0)
