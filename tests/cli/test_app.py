@@ -4,7 +4,6 @@ import errno
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,13 +128,10 @@ def test_help_answers_at_once_because_nothing_heavy_is_imported() -> None:
     code = (
         "import sys, moe_tool.cli.app as a; a.run_command(['run', '--help']); print(*sys.modules)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - start
     loaded = set(done.stdout.splitlines()[-1].split())
     heavy = {"torch", "transformers", "numpy", "datasets", "sklearn", "h5py", "rich"}
     assert loaded & heavy == set()
-    assert seconds < 2  # 0.1 s on an idle machine; this only catches an import that slipped in
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ def moe_tool(*arguments: str | Path, folder: Path, stdin: str = "", **environmen
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     return Done(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
 

@@ -234,9 +234,9 @@ def test_packed_bits_lose_less_than_as_many_handed_out_otherwise(
             expert_bits=layer_bits(measured.profile.header.shape.layers, chosen),
         )
         pack_bundle(measured.model, out=tmp_path / name, bits="mixed", plan=plan)
-        with open_session(tmp_path / name, RunOptions(memory="100%", context=48, batch=8)) as it:
-            with torch.inference_mode():
-                found = it.model(input_ids=ids).logits.double().log_softmax(-1)
+        options = RunOptions(memory="100%", context=48, batch=8)
+        with open_session(tmp_path / name, options) as session, torch.inference_mode():
+            found = session.model(input_ids=ids).logits.double().log_softmax(-1)
         kl = (exact.exp() * (exact - found)).sum(-1).mean(-1)  # [N]
         lost[name] = kl
     best = lost.pop("best")
