@@ -7,24 +7,25 @@ from pathlib import Path
 import pytest
 
 from moe_tool.artifacts.bundle_manifest import QualityFigure
-from moe_tool.cli.describe_artifact import describe_artifact
+from moe_tool.artifacts.evaluation_report import Figures, PolicyRow
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, calibrate
-from moe_tool.evaluation.evaluate import EvaluateOptions, PolicyRow, evaluate
-from moe_tool.evaluation.figures import Figures
+from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
+from tests.packed import pack_bundle
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
-TEXT = {"tokens": 128, "seq_len": 8, "memory": "40%"}
+TEXT = {"tokens": 128, "seq_len": 8, "memory": parse_memory("40%")}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def packed(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 def worst(packed: Path, sources: tuple[TextSource, ...]) -> float:
     """KL of the strongest setting."""
     options = EvaluateOptions(policy="priced", **TEXT)
-    return evaluate(packed, sources, options).figures.kl_mean
+    return evaluate(packed, sources, options).figures.kl_mean.value
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +83,11 @@ def test_what_is_written_is_the_strongest_setting_that_keeps_the_limit_when_meas
     names = [trial.policy for trial in report.trials]
     options = EvaluateOptions(policy=found.policy, also=tuple(names), **TEXT)
     rows = {row.policy: row for row in evaluate(packed, sources, options).rows}
-    upper = {name: row.figures.kl_mean_ci95[1] for name, row in rows.items()}
+    upper = {name: row.figures.kl_mean.high for name, row in rows.items()}
     kept = [name for name in names if upper[name] <= worst / 3]
     strongest = max(kept, key=_strength)
     assert found.policy in (strongest, f"{strongest},reroute=2", f"{strongest},reroute=0.75")
-    assert all(rows[strongest].figures.bytes_read_per_token <= _bytes(rows[n]) for n in kept)
+    assert all(_bytes(rows[strongest]) <= _bytes(rows[n]) for n in kept)
     assert report.bytes_read_per_token == _bytes(rows[found.policy])
     assert upper[found.policy] <= worst / 3 < min(upper[n] for n in set(names) - set(kept))
     assert upper[found.policy] <= upper[strongest]
@@ -99,10 +100,10 @@ def test_what_is_written_is_the_strongest_setting_that_keeps_the_limit_when_meas
     expected = rows[found.policy].figures.expected_kl
     assert expected is not None
     assert expected * found.nats_per_price == pytest.approx(found.quality.kl)
-    again = evaluate(folder, sources, EvaluateOptions(retreats=True, **TEXT))
-    assert again.policy == found.policy
-    assert again.figures.kl_mean <= worst / 3 * 1.1
-    assert again.figures.expected_kl == pytest.approx(again.figures.kl_mean, rel=0.5)
+    again = evaluate(folder, sources, EvaluateOptions(exact_fallback=True, **TEXT))
+    assert again.setup.policy == found.policy
+    assert again.figures.kl_mean.value <= worst / 3 * 1.1
+    assert again.figures.expected_kl == pytest.approx(again.figures.kl_mean.value, rel=0.5)
 
 
 def _strength(name: str) -> float:
@@ -110,12 +111,12 @@ def _strength(name: str) -> float:
 
 
 def _bytes(row: PolicyRow) -> float:
-    return row.figures.bytes_read_per_token
+    return row.figures.bytes_read_per_token.value
 
 
 def _is_measured(quality: QualityFigure, figures: Figures) -> None:
-    assert quality.kl == pytest.approx(figures.kl_mean)
-    assert quality.kl_ci95 == pytest.approx(figures.kl_mean_ci95)
+    assert quality.kl == pytest.approx(figures.kl_mean.value)
+    assert quality.kl_ci95 == pytest.approx(figures.kl_mean.ci95)
     assert quality.tokens == figures.tokens
 
 
@@ -124,19 +125,19 @@ def test_a_run_follows_it_says_so_and_exact_overrides(
     calibrated: tuple[Path, CalibrationReport], worst: float
 ) -> None:
     folder, _ = calibrated
-    with open_session(folder, RunOptions(memory="40%", context=64)) as session:
+    with open_session(folder, run_options(memory="40%", context=64)) as session:
         assert session.runner.policy.policy.lossy and session.runner.residency == "frozen"
         assert session.runner.account.limit == worst / 3
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         assert session.runner.account.tokens == 11
         assert session.runner.account.spent > 0
-    with open_session(folder, RunOptions(memory="40%", policy="exact", context=64)) as session:
+    with open_session(folder, run_options(memory="40%", policy="exact", context=64)) as session:
         assert not session.runner.policy.policy.lossy
         assert session.runner.account.limit is None
 
 
 def test_text_above_the_limit_makes_it_retreat(packed: Path) -> None:
-    with open_session(packed, RunOptions(memory="40%", policy="priced", context=64)) as session:
+    with open_session(packed, run_options(memory="40%", policy="priced", context=64)) as session:
         session.runner.account.limit = 1e-9
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         account, stats = session.runner.account, session.runner.stats.decode
@@ -159,7 +160,7 @@ def test_a_shadowed_step_of_an_exact_policy_loses_nothing_and_changes_nothing(
 ) -> None:
     made = {}
     for shadow in (0, 3):
-        options = RunOptions(memory="40%", policy="priced", context=64, shadow=shadow)
+        options = run_options(memory="40%", policy="priced", context=64, shadow=shadow)
         with open_session(packed, options) as session:
             made[shadow] = generate_ids(
                 session, [PROMPT], GenerateOptions(max_tokens=20, ignore_eos=True)
@@ -170,7 +171,7 @@ def test_a_shadowed_step_of_an_exact_policy_loses_nothing_and_changes_nothing(
                 loss = session.shadow.nats_per_token
                 assert loss is not None and loss > 0
     assert made[0] == made[3]
-    options = RunOptions(memory="40%", policy="priced:nats-per-mb=1e-30", context=64, shadow=2)
+    options = run_options(memory="40%", policy="priced:nats-per-mb=1e-30", context=64, shadow=2)
     with open_session(packed, options) as session:
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=9, ignore_eos=True))
         assert session.shadow is not None and session.shadow.tokens == 4

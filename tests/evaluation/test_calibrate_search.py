@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
+from moe_tool.artifacts.evaluation_report import Estimate, Figures
 from moe_tool.evaluation import calibrate as module
 from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions
-from moe_tool.evaluation.figures import Figures
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.price_list import price_book
 from moe_tool.text.sources import TextSource, parse_sources
+from tests.packed import pack_bundle
 
 DOMAINS = {"docs": 0.5, "code": 1.5}
 """Each domain's divergence beside that of all"""
@@ -53,9 +53,8 @@ class Known:
         known: dict[str, Any] = dict.fromkeys((each.name for each in fields(Figures)), 0)
         known |= {
             "tokens": 100,
-            "kl_mean": upper / 2,
-            "kl_mean_ci95": (upper / 4, upper),
-            "bytes_read_per_token": 1000 / (1 + strength),
+            "kl_mean": Estimate(value=upper / 2, ci95=(upper / 4, upper)),
+            "bytes_read_per_token": Estimate(value=1000 / (1 + strength), ci95=None),
             "substitutions_per_token": 1.0,
             "expected_kl": upper / 8,
         }
@@ -64,7 +63,7 @@ class Known:
     def evaluate(
         self, folder: Path, sources: Sequence[TextSource], options: EvaluateOptions, **_: object
     ) -> SimpleNamespace:
-        assert options.policy is not None and not options.retreats
+        assert options.policy is not None and not options.exact_fallback
         rows = [
             SimpleNamespace(
                 policy=policy,
@@ -73,7 +72,7 @@ class Known:
             )
             for policy in (options.policy, *options.also)
         ]
-        return SimpleNamespace(slots=7, rows=rows)
+        return SimpleNamespace(setup=SimpleNamespace(slots=7), rows=rows)
 
 
 def _calibrate(
@@ -134,9 +133,9 @@ def test_prices_are_searched_by_factors_and_what_rerouting_keeps_after_them(
     # What is written is what was measured there, in each domain too.
     figures = known.figures(report.calibration.policy)
     quality = report.calibration.quality
-    assert (quality.kl, quality.kl_ci95) == (figures.kl_mean, figures.kl_mean_ci95)
+    assert (quality.kl, quality.kl_ci95) == (figures.kl_mean.value, figures.kl_mean.ci95)
     assert {name: found.kl for name, found in report.calibration.domains.items()} == {
-        name: pytest.approx(figures.kl_mean * by) for name, by in DOMAINS.items()
+        name: pytest.approx(figures.kl_mean.value * by) for name, by in DOMAINS.items()
     }
     assert report.calibration.nats_per_price == pytest.approx(4.0)
     assert report.calibration.expert_slots == 7

@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     Mutant(
         name="the hobbit mix that finds least",
-        file="moe_tool/planning/ways_to_run.py",
+        file="moe_tool/planning/eviction_replays.py",
         old="max(_HOBBIT_MIXES",
         new="min(_HOBBIT_MIXES",
         tests="tests/planning/test_hobbit_mix.py",
@@ -65,22 +65,22 @@ MUTANTS = (
     Mutant(
         name="a calibration without some of its domains",
         file="moe_tool/evaluation/calibrate.py",
-        old="in domains[best.policy].items()",
-        new="in list(domains[best.policy].items())[:1]",
+        old="in best.domains.items()",
+        new="in list(best.domains.items())[:1]",
         tests=_SEARCH,
     ),
     Mutant(
         name="a calibration to the weakest setting",
         file="moe_tool/evaluation/calibrate.py",
-        old="best = trials[max(kept)]",
-        new="best = trials[min(kept)]",
+        old="trials[max(kept)])",
+        new="trials[min(kept)])",
         tests=_SEARCH,
     ),
     Mutant(
         name="a calibration whose interval may leave the limit",
         file="moe_tool/evaluation/calibrate.py",
-        old="else interval[1]",
-        new="else interval[0]",
+        old="return self.figures.kl_mean.high",
+        new="return self.figures.kl_mean.low",
         tests=_SEARCH,
     ),
     Mutant(
@@ -93,8 +93,8 @@ MUTANTS = (
     Mutant(
         name="costs of bits that forget how often an expert is used",
         file="moe_tool/planning/bit_costs.py",
-        old="felt * each.nats * use * squared",
-        new="felt * each.nats * use.mean() * squared",
+        old="kl_ratio * each.nats * use * squared",
+        new="kl_ratio * each.nats * use.mean() * squared",
         tests=_BEST_BITS,
     ),
     Mutant(
@@ -141,16 +141,16 @@ MUTANTS = (
     ),
     Mutant(
         name="a cache per layer with fewer slots than layers",
-        file="moe_tool/store/expert_store.py",
+        file="moe_tool/store/slot_book.py",
         old="if per_layer and 0 < capacity",
         new="if per_layer and 0 > capacity",
         tests="tests/runtime/test_eviction.py::test_a_cache_per_layer_needs_a_slot_for_each_layer",
     ),
     Mutant(
         name="buddies drawn at random",
-        file="moe_tool/policies/misses/choice.py",
-        old="make=_buddy,",
-        new="make=_random,",
+        file="moe_tool/policies/misses/buddy.py",
+        old="make=_make,",
+        new="make=__import__(f'{__package__}.random_resident', fromlist=['_make'])._make,",
         tests="tests/evaluation/test_buddies_against_controls.py",
     ),
     Mutant(
@@ -162,10 +162,10 @@ MUTANTS = (
     ),
     Mutant(
         name="waiting that counts nothing",
-        file="moe_tool/store/expert_store.py",
+        file="moe_tool/store/record_store.py",
         old="counters.stall_seconds += time.perf_counter() - started",
         new="counters.stall_seconds += 0 * (time.perf_counter() - started)",
-        tests="tests/store/test_expert_store.py",
+        tests="tests/store/test_record_store.py",
     ),
     Mutant(
         name="an interval over tokens in place of sequences",

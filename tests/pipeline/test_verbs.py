@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.text.sources import parse_sources
 from tests.pipeline.commands import Done, Pipeline, moe_tool
@@ -81,15 +82,16 @@ def test_the_newest_artifacts_are_found_and_named(pipeline: Pipeline) -> None:
 
 
 def test_the_controls_share_a_table_with_their_policy(pipeline: Pipeline) -> None:
-    rows = {row["policy"]: row["figures"] for row in pipeline.evaluate.fields["rows"]}
+    rows = {row["policy"]: row for row in pipeline.evaluate.fields["rows"]}
     kinds = {"exact", "buddy", "drop", "random", "next-ranked", "near-tie", "priced"}
     assert {name.partition(":")[0] for name in rows} == kinds
     assert sum(name.startswith("priced:") for name in rows) == 5
     beside = {row["policy"]: row for row in pipeline.evaluate.fields["at_no_more_bytes"]}
     assert set(beside) == kinds - {"exact", "priced"}
     for name, row in beside.items():
-        assert row["priced"].startswith("priced") and row["bytes_read_per_token"] >= 0
-        assert row["priced_bytes_read_per_token"] <= rows[name]["bytes_read_per_token"]
+        read, priced = rows[name], rows[row["priced"]]
+        assert row["priced"].startswith("priced")
+        assert priced["bytes_read_per_token"] <= read["bytes_read_per_token"]
     assert rows["exact"]["kl_mean"] == 0
     assert rows["exact"]["top1_agreement"] == 1
     assert rows["drop"]["substitutions_per_token"] == 0
@@ -99,14 +101,17 @@ def test_the_controls_share_a_table_with_their_policy(pipeline: Pipeline) -> Non
 @pytest.mark.parametrize("policy", ["buddy", "drop", "random", "next-ranked"])
 def test_a_row_of_the_table_is_what_its_policy_has_alone(pipeline: Pipeline, policy: str) -> None:
     rows = {row["policy"]: row["figures"] for row in pipeline.evaluate.fields["rows"]}
-    options = EvaluateOptions(tokens=256, seq_len=32, memory="50%", policy=policy)
+    options = EvaluateOptions(tokens=256, seq_len=32, memory=parse_memory("50%"), policy=policy)
     text = parse_sources([f"words={pipeline.folder / 'words.txt'}"])
     alone = evaluate(pipeline.folder / "bundle", text, options).figures
-    assert alone.kl_mean > 0.01
-    for name in ("kl_mean", "perplexity", "substitutions_per_token", "bytes_read_per_token"):
-        assert rows[policy][name] == pytest.approx(getattr(alone, name), rel=1e-4), name
+    kl = alone.kl_mean.value
+    assert kl > 0.01
+    assert rows[policy]["kl_mean"] == pytest.approx(kl, rel=1e-4)
+    assert rows[policy]["perplexity"] == pytest.approx(alone.perplexity.value, rel=1e-4)
+    assert rows[policy]["substitutions_per_token"] == alone.substitutions_per_token
+    assert rows[policy]["bytes_read_per_token"] == alone.bytes_read_per_token.value
     others = [figures["kl_mean"] for name, figures in rows.items() if name != policy]
-    assert all(abs(kl - alone.kl_mean) > 1e-4 for kl in others)
+    assert all(abs(other - kl) > 1e-4 for other in others)
 
 
 def test_without_json_stdout_is_the_text_alone(pipeline: Pipeline) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_tool.planning.ways_to_run import _HOBBIT_MIXES, _best_hobbit
+from moe_tool.planning.eviction_replays import _HOBBIT_MIXES, _best_hobbit
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.naive_replay import naive_replay

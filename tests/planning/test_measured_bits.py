@@ -15,7 +15,6 @@ from moe_tool.artifacts.bit_prices import BitPrices
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.measure_bit_prices import measure_bit_prices
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.bit_costs import BitCosts, bit_costs
 from moe_tool.planning.mixed_allocations import (
@@ -28,9 +27,10 @@ from moe_tool.planning.mixed_allocations import (
 from moe_tool.planning.plan_sources import read_sources
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
 
 BITS = 2.5
@@ -119,7 +119,7 @@ def test_what_is_felt_of_a_layer_is_the_models_divergence_with_two_bits_there(
 ) -> None:
     ids = measured.ids()[torch.from_numpy(~measured.profile.tokens.held_out)]
     exact = measured.logits(ids)
-    felt = [each.felt for each in measured.prices.layers]
+    felt = [each.kl_ratio for each in measured.prices.layers]
     for at, layer in enumerate(measured.ordinary.model.layers):
         matrices = (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj)
         kept = [each.detach().clone() for each in matrices]
@@ -155,7 +155,7 @@ def test_each_experts_cost_is_what_is_felt_of_it(measured: Measured) -> None:
         for bits in measured.prices.widths:
             np.testing.assert_allclose(
                 measured.costs.nats[at, :, WIDTHS.index(bits)],
-                layer.felt * _expected(measured, at, bits),
+                layer.kl_ratio * _expected(measured, at, bits),
                 rtol=1e-5,
             )
     assert (measured.costs.nats[..., WIDTHS.index(16)] == 0).all()
@@ -185,7 +185,7 @@ def _by_hand(measured: Measured) -> np.ndarray:
     """[L * E, W]: what each width costs, not by `bit_costs`."""
     parts = []
     for at, layer in enumerate(measured.prices.layers):
-        columns = {bits: layer.felt * _expected(measured, at, bits) for bits in (1, 2, 3, 4)}
+        columns = {bits: layer.kl_ratio * _expected(measured, at, bits) for bits in (1, 2, 3, 4)}
         parts.append(np.stack([columns.get(w, np.full(8, np.inf)) for w in WIDTHS], axis=1))
     return np.concatenate(parts)
 
@@ -234,7 +234,7 @@ def test_packed_bits_lose_less_than_as_many_handed_out_otherwise(
             expert_bits=layer_bits(measured.profile.header.shape.layers, chosen),
         )
         pack_bundle(measured.model, out=tmp_path / name, bits="mixed", plan=plan)
-        options = RunOptions(memory="100%", context=48, batch=8)
+        options = run_options(memory="100%", context=48, batch=8)
         with open_session(tmp_path / name, options) as session, torch.inference_mode():
             found = session.model(input_ids=ids).logits.double().log_softmax(-1)
         kl = (exact.exp() * (exact - found)).sum(-1).mean(-1)  # [N]

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.progress import SILENT
-from moe_tool.runtime.policy_choice import EXACT
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import parse_sources
 from moe_tool.tuning import train_mask_router
@@ -21,9 +20,12 @@ from moe_tool.tuning.judge_pruning import judge_pruning
 from moe_tool.tuning.masked_experts import MaskedExperts
 from moe_tool.tuning.train_mask_router import ratio_routers
 from moe_tool.tuning.tune_pruning import TunePruningOptions, TunePruningReport, tune_pruning
+from tests.packed import pack_bundle
 from tests.tiny_models import make_tiny_checkpoint
 
-OPTIONS = TunePruningOptions(tokens=4096, seq_len=32, batch=4, threads=1, rate=0.2, memory="100%")
+OPTIONS = TunePruningOptions(
+    tokens=4096, seq_len=32, batch=4, threads=1, rate=0.2, memory=parse_memory("100%")
+)
 N_IDLE = 4
 """Experts of each layer, the first ones, whose output is next to nothing"""
 
@@ -67,8 +69,8 @@ def test_the_rules_divergence_is_that_of_each_layers_lightest_slots(
     bundle: Path, share: float
 ) -> None:
     ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(3))
-    options = RunOptions(
-        memory="100%", policy=EXACT, residency="cache", context=16, prompt=16, batch=4, threads=1
+    options = run_options(
+        memory="100%", policy="exact", residency="cache", context=16, prompt=16, batch=4, threads=1
     )
     with open_session(bundle, options) as session:
         experts = MaskedExperts(session=session)
