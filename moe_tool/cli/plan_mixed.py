@@ -46,10 +46,11 @@ def plan_mixed(
     from moe_tool.formats.profile_hdf5 import ProfileReader
     from moe_tool.planning.mixed_plan import build_mixed_plan
     from moe_tool.planning.plan_sources import read_sources
+    from moe_tool.quantizers.registry import QUANTIZERS
 
     with ProfileReader.open(profile) as reader:
         prices = None
-        if quantizer != "rtn":
+        if not QUANTIZERS[quantizer].is_profiled:
             prices = _measured_prices(
                 reader, quantizer, model, profiles, offline=offline, output=output
             )

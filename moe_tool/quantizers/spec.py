@@ -46,6 +46,8 @@ class QuantizerSpec:
     quantizer that refits it; None: nothing of the kind is promised"""
     needs_inputs: bool = False
     """It goes by what experts are given on a profile's tokens"""
+    is_profiled: bool = False
+    """A profile has measured its errors at every width; of others `plan` has to measure them"""
     makes_zeros: bool = False
     """Its scales have zero points; otherwise grids are symmetric"""
     refit_last: RefitLast | None = None

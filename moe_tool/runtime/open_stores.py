@@ -48,7 +48,7 @@ def choose_rooms(
     else:
         rooms = cache_rooms(manifest, slots, choice, pinned_share=eviction.pinned_share)
     if choice.residents == "two-precisions" and sum(slots) < len(manifest.primary_records):
-        at = len(manifest.primaries) + int(choice.values["level"]) - 1
+        at = len(manifest.primaries) + int(choice.values["form"]) - 1
         if not rooms[at].n_slots:
             raise BudgetError(
                 f"--policy {policy.name}: {sum(slots)} expert slots leave no room for cheaper "

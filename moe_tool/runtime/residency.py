@@ -137,7 +137,7 @@ def _two_precisions(
 ) -> tuple[FormRoom, ...] | None:
     """Return rooms of the hottest experts in their primary form, and in a part of the memory those
     that follow in a cheaper form; None where there is no such form or no room."""
-    form = int(choice.values["level"])
+    form = int(choice.values["form"])
     if form > len(manifest.cheaper):
         return None
     low, rooms = manifest.cheaper[form - 1], expert_rooms(manifest)
