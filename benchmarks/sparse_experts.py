@@ -37,6 +37,7 @@ from moe_tool.native.kernels import Gate, set_threads
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.eviction import Lru
 from moe_tool.quantization.channels import ChannelWeight, row_bytes
+from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.channel_store import ChannelStore
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("profile", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--choosers", default="gate2,up2")
-    parser.add_argument("--quantizer", default="gptq", choices=["rtn", "hqq", "fitted", "gptq"])
+    parser.add_argument("--quantizer", default="gptq", choices=list(QUANTIZERS))
     parser.add_argument("--sparsity", default="0,0.5,0.7,0.8,0.9")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seq-len", type=int, default=256)
