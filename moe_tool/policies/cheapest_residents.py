@@ -1,4 +1,4 @@
-"""Who is to be in memory, and in which form, so that misses cost least: facility location with
+"""Residents, and their forms, that make misses cost least: facility location with
 costs, greedily by the price saved per byte."""
 
 import heapq
@@ -15,12 +15,12 @@ from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 _COVER_AT_MOST = 1.25
 """Times the expected price, that an answer for everybody may cost"""
 _COVER_AT_MOST_IF_READ = 1.1
-"""The same where a miss may be read as well"""
+"""Times the expected price, where a miss may be read as well"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentChoice:
-    """What is in memory."""
+    """Experts in memory, by form."""
 
     by_form: tuple[tuple[ExpertKey, ...], ...]
     """The experts held in each form, in the order in which they were chosen; each in one at most"""

@@ -71,7 +71,7 @@ class ChosenChannels:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Chooser:
-    """What stays in memory of an expert in channels."""
+    """Part of an expert in channels that stays in memory."""
 
     weight: IntegerWeight
     """[I, H]: the up projection or the gate"""
@@ -108,7 +108,7 @@ class ChannelExpert(ExpertWeights):
         self.channels = channels
         self.chooser = chooser
         self.chosen: ChosenChannels | None = None
-        """None: every channel"""
+        """Channels to compute; None: every one"""
 
 
 def row_bytes(n_hidden: int, width_bits: int, group: int) -> int:

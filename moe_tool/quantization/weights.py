@@ -46,7 +46,7 @@ class IntegerWeight:
     """float16 as `scales`: of the matrix that the codes' first bits are; None: they are none"""
     width_bits: int
     of_bits: int | None = None
-    """These are the first bits of codes of so many; None: the codes are whole"""
+    """Bits of the codes whose first bits these are; None: the codes are whole"""
     group: int
     """Inputs that share a scale, a multiple of 32; the last group of a row may be short"""
     n_outputs: int
@@ -82,15 +82,15 @@ class IntegerWeight:
 
     @property
     def factor(self) -> int:
-        """Of a code, in whole numbers: twice its distance from the next where half is needed."""
+        """Integer step between codes; doubled where midpoints are needed."""
         if self.of_bits is not None:
             return 2 << (self.of_bits - self.width_bits)
         return 2 if self.width_bits == 1 else 1
 
     @property
     def offset(self) -> int:
-        """What is taken off that: symmetric, one bit is -1 or 1; of first bits, the middle of the
-        codes that begin with them."""
+        """Integer offset of the grid: symmetric; one bit is -1 or 1; first bits are the middle of
+        the codes that begin with them."""
         if self.of_bits is not None:
             return (1 << self.of_bits) - (1 << (self.of_bits - self.width_bits)) + 1
         return 1 if self.width_bits == 1 else 1 << (self.width_bits - 1)

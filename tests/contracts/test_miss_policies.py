@@ -1,4 +1,4 @@
-"""What every miss policy has to keep to, run over all of them."""
+"""Contract of miss policies, run over all of them."""
 
 import copy
 from dataclasses import fields, replace
