@@ -198,7 +198,7 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
         ({"sparse_experts": "up4"}, "not known"),
         ({"sparse_experts": "down2"}, "not known"),
         ({"bits": "4"}, "has the bits of all parts"),
-        ({"replicas": "2"}, "no other forms"),
+        ({"replicas": "4"}, "no expert has more bits"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(
