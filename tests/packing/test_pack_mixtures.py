@@ -216,7 +216,7 @@ def test_options_that_do_not_go_together(
         ({"replicas": "2"}, {"replicas": "1"}, UsageError, "which --replicas 1 leaves out"),
         ({"identity": None}, {}, WrongModelError, "tiny"),
         ({"eviction": "pinned+lru"}, {}, UsageError, "there is none"),
-        ({"bits": "native", "expert_bits": ()}, {"sparse_experts": "up2"}, UsageError, "do not know"),
+        ({"bits": "native", "expert_bits": ()}, {"sparse_experts": "up2"}, UsageError, "not know"),
     ],
 )
 def test_a_plan_that_does_not_fit(
