@@ -1,5 +1,6 @@
 """Cost of every number of bits for every expert, as measured with one quantizer."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -46,3 +47,16 @@ class BitPrices(FrozenModel):
         if any(len(entry.eps) != len(self.widths) for entry in self.layers):
             raise ValueError("a layer does not have one row of errors per width")
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """One way to hand out bits to experts."""
+
+    name: str
+    nats: float
+    """Expected divergence, per token"""
+    experts: dict[int, int]
+    """Width -> how many experts have it"""
+    average_bits: float
+    expert_bytes: int

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from moe_tool.errors import UsageError
-from moe_tool.quantizers import fitted, gptq, hqq, rtn
+from moe_tool.quantizers import fitted, gptq, hqq, imatrix, rtn
 from moe_tool.quantizers.spec import QuantizerSpec
 
 QUANTIZERS: Mapping[str, QuantizerSpec] = {
@@ -12,6 +12,7 @@ QUANTIZERS: Mapping[str, QuantizerSpec] = {
         rtn.SPEC,
         hqq.SPEC,
         fitted.SPEC,
+        imatrix.SPEC,
         gptq.SPEC,
     )
 }

@@ -48,6 +48,17 @@ class Decision:
     """[T] float64: what the price list expects the answers to cost; None without one"""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """One forward of the model, through all layers."""
+
+    phase: Phase = "prompt"
+    n_sequences: int = 1
+    """B; its T tokens are B runs of T / B"""
+    exact_fallback: np.ndarray | None = None
+    """[B] bool: sequences that the account has answered exactly; None: no sequence"""
+
+
 @dataclass(slots=True, kw_only=True)
 class MoeLayerRunner:
     """The experts function of a session. Mutable: the session tells it which forward is under
@@ -68,22 +79,19 @@ class MoeLayerRunner:
     """Told about every call"""
     stats: RunStats = field(default_factory=RunStats)
     account: QualityAccount = field(default_factory=QualityAccount)
-    answered_exactly: np.ndarray | None = None
-    """[B] bool: sequences of the forward under way that the account has retreat"""
     is_lossy_prompt: bool = False
     """The policy answers prompts too. Otherwise they are exact: what a prompt leaves in the KV
     cache stays wrong for good"""
     attention: AttentionSums | None = None
     """Says which of a prompt's tokens matter, where the policy asks"""
+    forward: Forward = Forward()
+    """Forward under way"""
     is_shadow: bool = False
     """The forward under way is exact, and counted nowhere"""
-    phase: Phase = "prompt"
-    n_sequences: int = 1
-    """B of the forward under way; its T tokens are B runs of T / B"""
     stored: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    """Layer -> [E] bool: experts that the bundle has; empty where none was removed"""
+    """Decoder layer -> [E] bool: experts that the bundle has; empty where none was removed"""
     record_bytes: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """Layer -> [F, E] int64: size of each record; 0 where a form is not stored"""
+    """Decoder layer -> [F, E] int64: size of each record; 0 where a form is not stored"""
     on_decision: Callable[[Decision], None] | None = None
     """Told about every decode call"""
 
@@ -93,9 +101,10 @@ class MoeLayerRunner:
         if self.is_shadow:
             return self._run(call, call.index, call.weight, present, PhaseCounters())
         is_plain = self.residency == "cache" and not self.policy.policy.lossy
-        is_exact_prompt = self.phase == "prompt" and not self.is_lossy_prompt
+        phase = self.forward.phase
+        is_exact_prompt = phase == "prompt" and not self.is_lossy_prompt
         if is_exact_prompt or (is_plain and self.on_decision is None):
-            return self._run(call, call.index, call.weight, present, self.stats.phase(self.phase))
+            return self._run(call, call.index, call.weight, present, self.stats.phase(phase))
         return self._decide_and_run(call, present)
 
     def _find_present(self, call: LayerCall) -> tuple[LayerCall, torch.Tensor | None]:
@@ -138,7 +147,7 @@ class MoeLayerRunner:
         counted.hits = int(resident[PRIMARY, wanted].sum())
         counted.misses = len(wanted) - counted.hits
         counted.skipped_fetch_bytes = self._skipped_fetch_bytes(routing, answers, resident)
-        self.stats.count(self.phase, counted)
+        self.stats.count(self.forward.phase, counted)
         return output
 
     def _skipped_fetch_bytes(self, routing: Routing, answers: Answers, resident: np.ndarray) -> int:
@@ -152,7 +161,7 @@ class MoeLayerRunner:
 
     def _answers(self, routing: Routing, resident: np.ndarray) -> Answers:
         answers = self.policy.policy.decide(routing, resident)
-        exact = self.answered_exactly
+        exact = self.forward.exact_fallback
         if exact is not None and exact.any():
             answers = answer_exactly(routing, answers, exact[routing.sequence])
         return answers
@@ -162,10 +171,11 @@ class MoeLayerRunner:
         if prices is None or not self.policy.policy.lossy:
             return None
         spent = prices.spent(routing, answers)  # [T]
-        if self.phase == "prompt":
+        if self.forward.phase == "prompt":
             self.account.add_prompt(float(spent.sum()))
         else:
-            self.account.add(np.bincount(routing.sequence, spent, minlength=self.n_sequences))
+            n_sequences = self.forward.n_sequences
+            self.account.add(np.bincount(routing.sequence, spent, minlength=n_sequences))
         return spent
 
     def _run(
@@ -176,13 +186,15 @@ class MoeLayerRunner:
         present: torch.Tensor | None,
         counters: PhaseCounters,
     ) -> torch.Tensor:
+        is_decode = self.forward.phase == "decode"
+
         def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
             scores = self._scores(call)
-            if self.sparsity is not None and self.phase == "decode":
+            if self.sparsity is not None and is_decode:
                 self._select_channels(call, wanted, self.sparsity)
             supplied = self.store.acquire(call.layer, wanted, counters, scores=scores)
             guesses: list[Guess] = []
-            if self.phase == "decode":  # while the reads are under way
+            if is_decode:  # while the reads are under way
                 if self.foresight is not None:
                     guesses = self.foresight.look(call)
                     for guess in guesses:
@@ -193,7 +205,7 @@ class MoeLayerRunner:
                 self.recorder.record(
                     call.layer,
                     wanted,
-                    is_decode=self.phase == "decode",
+                    is_decode=is_decode,
                     scores=scores,
                     guesses=[(guess.layer, e) for guess in guesses for e in guess.experts],
                 )
@@ -212,14 +224,15 @@ class MoeLayerRunner:
         self.store.select_channels(call.layer, wanted, select)
 
     def _scores(self, call: LayerCall) -> np.ndarray | None:
-        """What the router says of all experts, where somebody asks and it was heard."""
+        """Return the router's scores of all experts if eviction or the recorder needs them, else
+        None."""
         is_asked = "scores" in self.store.hints or self.recorder is not None
         if not is_asked or call.router_logits is None:
             return None
         return gate_scores(_narrow(call.router_logits))
 
     def _importance(self, call: LayerCall) -> np.ndarray | None:
-        if self.attention is None or self.phase != "prompt":
+        if self.attention is None or self.forward.phase != "prompt":
             return None
         received = self.attention.take(call.layer).reshape(-1)  # [T]
         return token_importance(call.hidden.float().numpy(), received.numpy())
@@ -233,7 +246,7 @@ class MoeLayerRunner:
         return found
 
     def _routing(self, call: LayerCall, present: torch.Tensor | None) -> Routing:
-        n_tokens = call.index.shape[0]
+        n_tokens, n_sequences = call.index.shape[0], self.forward.n_sequences
         score = logits = None
         policy = self.policy.policy
         if policy.needs_logits or policy.needs_score:
@@ -249,7 +262,7 @@ class MoeLayerRunner:
             weight=call.weight.to(torch.float32).numpy(),
             score=score,
             logits=logits,
-            sequence=np.repeat(np.arange(self.n_sequences), n_tokens // self.n_sequences),
+            sequence=np.repeat(np.arange(n_sequences), n_tokens // n_sequences),
             importance=self._importance(call),
             worth=self._worth(call),
         )

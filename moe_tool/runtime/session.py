@@ -28,7 +28,7 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, foresee
-from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
+from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
 from moe_tool.runtime.plan_run import RunPlan, announcements, plan_run, settle, with_policy
 from moe_tool.runtime.policy_choice import with_masks
@@ -138,8 +138,8 @@ class Session:
             is_prompt = n_seen == 0 or n_new > 1
         else:
             is_prompt = n_seen < self.prompt_tokens
-        self.runner.phase = "prompt" if is_prompt else "decode"
-        self.runner.n_sequences = n_sequences
+        forward = Forward(phase="prompt" if is_prompt else "decode", n_sequences=n_sequences)
+        self.runner.forward = forward
         self.plan.threads.before_forward(n_sequences * n_new)
         if self.runner.is_shadow:
             return
@@ -147,13 +147,11 @@ class Session:
             self.runner.account.begin_sequences(n_sequences)
         if self.runner.attention is not None:
             self.runner.attention.listen(is_prompt)
-        if is_prompt:
-            self.runner.answered_exactly = None
-        else:
+        if not is_prompt:
             if self.shadow is not None and self.shadow.is_due():
                 self._compute_exactly(self.shadow, kwargs)
-            self.runner.answered_exactly = self.runner.account.begin_token()
-        counters = self.runner.stats.phase(self.runner.phase)
+            self.runner.forward = replace(forward, exact_fallback=self.runner.account.begin_token())
+        counters = self.runner.stats.phase(forward.phase)
         counters.forwards += 1
         counters.tokens += n_sequences * n_new
 

@@ -337,8 +337,8 @@ def acquire(
     counters = PhaseCounters()
     if chosen is not None:
         index = torch.tensor(chosen, dtype=torch.int32)
-        channels = ChosenChannels(index=index, values=torch.zeros(1, len(chosen)))
-        store.select_channels(key[0], [key[1]], lambda _: channels)
+        found = ChosenChannels(index=index, values=torch.zeros(1, len(chosen)))
+        store.select_channels(key[0], [key[1]], lambda selector: found)
     ((_, weights),) = store.acquire(key[0], [key[1]], counters)
     assert isinstance(weights, ChannelExpert)
     return weights, counters

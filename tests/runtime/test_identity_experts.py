@@ -13,8 +13,8 @@ from moe_tool.artifacts.routing import Answers, Routing, leave_out
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.misses import MissPolicy, PolicyInputs, parse_miss_policy
-from moe_tool.quantization.weights import FloatWeight
-from moe_tool.runtime.moe_layer import MoeLayerRunner
+from moe_tool.quantization.weights import ExpertWeights, FloatWeight
+from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner
 from moe_tool.runtime.policy_choice import ChosenPolicy
 
 E, HIDDEN, LAYER = 4, 16, 2
@@ -28,20 +28,22 @@ class _TwoForms:
     def __init__(self, module: Any, resident: np.ndarray) -> None:
         self.module, self._resident = module, resident
         self.named: list[int] = []
-        self.full = self
 
     def resident(self, layer: int) -> np.ndarray:
         return self._resident
 
     def acquire(
         self, layer: int, numbers: Sequence[int], counters: PhaseCounters, *, scores: Any = None
-    ) -> Iterator[tuple[int, dict[str, FloatWeight]]]:
+    ) -> Iterator[tuple[int, ExpertWeights]]:
         self.named = list(numbers)
         for number in numbers:
             form, expert = divmod(number, E)
             factor = 10.0 if form else 1.0
             named = self.module.named_parameters()
-            yield number, {name: FloatWeight(p[expert] * factor) for name, p in named}
+            yield (
+                number,
+                ExpertWeights({name: FloatWeight(p[expert] * factor) for name, p in named}),
+            )
 
 
 class _SecondForm:
@@ -75,16 +77,17 @@ def module() -> Any:
     return made.requires_grad_(False)
 
 
-def _runner(module: Any, policy: MissPolicy, resident: np.ndarray, **options: Any) -> Any:
+def _runner(
+    module: Any, policy: MissPolicy, resident: np.ndarray, *, n_sequences: int = 1, **options: Any
+) -> Any:
     chosen = ChosenPolicy(choice=parse_miss_policy("exact"), policy=policy, prices=None, rules={})
     store: Any = _TwoForms(module, resident)
     return MoeLayerRunner(
         store=store,
-        rooms=(),
         residency="cache",
         policy=chosen,
-        phase="decode",
-        record_bytes={LAYER: np.full(E, 100)},
+        forward=Forward(phase="decode", n_sequences=n_sequences),
+        record_bytes={LAYER: np.full((2, E), 100)},
         **options,
     )
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import BudgetError, CorruptArtifactError
 from moe_tool.policies.eviction import Lru
-from moe_tool.store.expert_store import ExpertStore
+from moe_tool.store.record_store import RecordStore
 from tests.store.fake_bundle import RECORD_BYTES, FakeBundle, tag
 
 
@@ -19,7 +19,7 @@ def open_store():
     stores = []
 
     def build(bundle, **options):
-        stores.append(ExpertStore(bundle, eviction=Lru, **options))
+        stores.append(RecordStore(bundle, form=0, eviction=Lru, **options))
         return stores[-1]
 
     yield build
@@ -73,8 +73,9 @@ def test_any_access_sequence_gives_right_bytes_and_the_hits_of_a_plain_replay(da
     calls = data.draw(st.lists(st.tuples(st.sampled_from((0, 1)), experts), max_size=8))
     bundle = FakeBundle()
     bundle.delay_s = {key: data.draw(st.sampled_from((0, 0.0005, 0.001))) for key in KEYS}
-    store = ExpertStore(
+    store = RecordStore(
         bundle,
+        form=0,
         n_slots=n_slots,
         pinned=pinned,
         eviction=Lru,
@@ -85,7 +86,7 @@ def test_any_access_sequence_gives_right_bytes_and_the_hits_of_a_plain_replay(da
         n_hits, contents = _replay(calls, n_slots, pinned)
         for (layer, wanted), content in zip(calls, contents, strict=True):
             assert sorted(_use(store, layer, wanted, counters)) == sorted(wanted)
-            found = {(at, e) for at in (0, 1) for e in store.resident(at).nonzero()[0]}
+            found = {(at, e) for at in (0, 1) for e in store.resident(at)[0].nonzero()[0]}
             assert found == content and len(found) <= n_slots
         n_wanted = sum(len(wanted) for _, wanted in calls)
         assert (counters.hits, counters.misses) == (n_hits, n_wanted - n_hits)
@@ -99,7 +100,7 @@ def test_any_access_sequence_gives_right_bytes_and_the_hits_of_a_plain_replay(da
 def test_any_failures_and_abandoned_calls_leave_the_store_in_order(data):
     n_slots = data.draw(st.integers(1, 5))
     bundle = FakeBundle()
-    store = ExpertStore(bundle, n_slots=n_slots, eviction=Lru, n_readers=2)
+    store = RecordStore(bundle, form=0, n_slots=n_slots, eviction=Lru, n_readers=2)
     steps = st.tuples(
         st.sampled_from((0, 1)),
         st.lists(st.integers(0, 3), unique=True, max_size=4),
@@ -121,7 +122,7 @@ def test_any_failures_and_abandoned_calls_leave_the_store_in_order(data):
         bundle.broken = set()
         for layer in (0, 1):
             assert sorted(_use(store, layer, range(4))) == [0, 1, 2, 3]
-        assert sum(store.resident(layer).sum() for layer in (0, 1)) == n_slots
+        assert sum(store.resident(layer)[0].sum() for layer in (0, 1)) == n_slots
     finally:
         store.close()
 
@@ -164,7 +165,7 @@ def test_reads_that_have_not_begun_are_given_up_with_their_call(open_store):
     threading.Timer(0.02, late.set).start()
     assert _use(store, 1, [3]) == [3]
     assert bundle.started == [(0, 0), (1, 3)]
-    assert store.resident(0).tolist() == [True, False, False, False]
+    assert store.resident(0)[0].tolist() == [True, False, False, False]
 
 
 def test_missing_experts_come_in_order_of_arrival(open_store):
@@ -184,7 +185,7 @@ def test_what_is_evicted_does_not_depend_on_the_order_of_arrival(open_store):
         bundle.delay_s[0, slow] = 0.02
         store = open_store(bundle, n_slots=2, n_readers=3)
         _use(store, 0, [0, 1, 2])
-        contents.append(store.resident(0).tolist())
+        contents.append(store.resident(0)[0].tolist())
     assert contents == [[False, True, True, False]] * 3
 
 
@@ -217,7 +218,7 @@ def test_a_damaged_record_is_named_and_the_store_stays_usable(open_store):
     bundle.broken = {(1, 2)}
     with pytest.raises(CorruptArtifactError, match="layer 1 expert 2"):
         _use(store, 1, [2])
-    assert not store.resident(1).any()
+    assert not store.resident(1)[0].any()
     bundle.broken = set()
     assert _use(store, 1, [2]) == [2]
 
@@ -245,9 +246,9 @@ def test_pinned_experts_are_read_once_in_file_order_and_never_leave(open_store):
         _use(store, layer, range(4), counters)
     assert bundle.started.count((0, 0)) == bundle.started.count((0, 3)) == 1
     assert (counters.hits, counters.misses) == (2, 6)
-    assert store.pinned_mask(0).tolist() == [True, False, False, True]
-    assert store.pinned_mask(1).tolist() == [False] * 4
-    assert store.resident(0)[[0, 3]].all()
+    assert store.pinned_mask(0)[0].tolist() == [True, False, False, True]
+    assert store.pinned_mask(1)[0].tolist() == [False] * 4
+    assert store.resident(0)[0][[0, 3]].all()
 
 
 def test_pinned_experts_are_read_with_the_first_call_at_the_latest(open_store):
@@ -266,7 +267,7 @@ def test_a_damaged_pinned_record_is_named_and_read_again_next_time(open_store):
         store.load_pinned()
     bundle.broken = set()
     assert sorted(_use(store, 0, range(4))) == [0, 1, 2, 3]
-    assert store.resident(1).tolist() == [False, True, False, False]
+    assert store.resident(1)[0].tolist() == [False, True, False, False]
 
 
 def test_every_expert_may_be_pinned(open_store):
@@ -279,20 +280,20 @@ def test_every_expert_may_be_pinned(open_store):
 @pytest.mark.parametrize(("n_slots", "n_pinned"), [(0, 0), (2, 2), (7, 7)])
 def test_slots_that_pinned_experts_fill_are_refused(n_slots, n_pinned):
     with pytest.raises(BudgetError, match=f"{n_slots} expert slots"):
-        ExpertStore(FakeBundle(), n_slots=n_slots, pinned=KEYS[:n_pinned], eviction=Lru)
+        RecordStore(FakeBundle(), form=0, n_slots=n_slots, pinned=KEYS[:n_pinned], eviction=Lru)
 
 
 def test_masks_are_copies(open_store):
     store = open_store(FakeBundle(), n_slots=2, pinned=[(0, 0)])
-    store.resident(0)[:] = False
-    store.pinned_mask(0)[:] = False
-    assert store.resident(0)[0] and store.pinned_mask(0)[0]
+    store.resident(0)[0][:] = False
+    store.pinned_mask(0)[0][:] = False
+    assert store.resident(0)[0][0] and store.pinned_mask(0)[0][0]
 
 
 def test_closing_joins_the_threads_even_in_the_middle_of_a_call():
     before = threading.active_count()
     bundle = FakeBundle()
-    store = ExpertStore(bundle, n_slots=2, eviction=Lru, n_readers=3)
+    store = RecordStore(bundle, form=0, n_slots=2, eviction=Lru, n_readers=3)
     next(store.acquire(0, [0, 1, 2], PhaseCounters()))
     assert threading.active_count() > before
     store.close()
