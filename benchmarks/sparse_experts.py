@@ -5,13 +5,14 @@
         [--memory 50%] [--folder DIR] [--out rows.jsonl]
 
 Packs MODEL once for every selector, and once in records of 4 bits; then, for every sparsity,
-decodes TEXT token by token with misses in the loop: KL(s = 0 || s), KL(checkpoint || s), the share of
-channels that was left out (mean over the text, and how far the worst expert is from what was asked
-for), what a miss read, and tokens per second, alternating with the 4-bit bundle. Recall is that of
-masks made from the input of the layer before, and of the two choices together: of the channels that
-a token needs of the experts that it is sent to, those that a mask from the layer before names of
-the experts that its router would have named. Last, one expert of the size of Mixtral's, out of a
-file in the page cache: how long the copy of the chosen channels and their products take.
+decodes TEXT token by token with misses in the loop: KL(s = 0 || s), KL(checkpoint || s), the share
+of channels that was left out (mean over the text, and how far the worst expert is from what was
+asked for), what a miss read, and tokens per second, alternating with the 4-bit bundle. Recall is
+that of masks made from the input of the layer before, and of the two choices together: of the
+channels that a token needs of the experts that it is sent to, those that a mask from the layer
+before names of the experts that its router would have named. Last, one expert of the size of
+Mixtral's, out of a file in the page cache: how long the copy of the chosen channels and their
+products take.
 """
 
 import argparse
