@@ -289,14 +289,14 @@ def _compare(
         judge = judged(bundle, sparsity, text.ids, a)
         figures = report.figures
         misses = report.whole_bytes_per_token / record_bytes
-        per_miss = figures.bytes_read_per_token / misses
+        per_miss = figures.bytes_read_per_token.value / misses
         yield {
             "selector": selector,
             "sparsity": sparsity,
             "left out": report.sparsity,
             "worst expert": judge.worst,
-            "KL to s=0": figures.kl_mean,
-            "KL to checkpoint": figures.kl_source_mean,
+            "KL to s=0": figures.kl_mean.value,
+            "KL to checkpoint": figures.kl_source_mean.value,
             "bytes per miss": per_miss,
             "of 4-bit record": per_miss / record_4,
             "recall": judge.found / max(1, judge.wanted),

@@ -1,4 +1,4 @@
-"""What a profile's traces say of caching and reading ahead: results, by layer and for the model.
+"""Caching and reading ahead by a profile's traces: results, by layer and for the model.
 
 A use is a (token, expert) choice. A share is of uses, 0..1, and None where there were no tokens to
 measure it on. Figures of the whole model are means over its MoE layers, unless they say otherwise.
@@ -39,7 +39,7 @@ class DomainTransfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HotSetCoverage:
-    """What the hottest experts in-sample answer."""
+    """Uses that the hottest experts in-sample answer."""
 
     percent: int
     """Size of the set, of a layer's experts"""
@@ -49,7 +49,7 @@ class HotSetCoverage:
     """Share that a set of this size answers where all experts are used evenly"""
     in_sample: float | None
     held_out: float | None
-    """Of the same set"""
+    """Share that the same set answers held-out"""
     best_per_sequence: float | None
     """Mean over held-out sequences of what each one's own best set of this size answers: nothing
     that is chosen once for a whole prompt does better"""
@@ -63,9 +63,9 @@ class GatePrediction:
 
     n_tokens: int
     share: float
-    """Of the uses, those whose expert was among the K named"""
+    """Share of the uses whose expert was among the K named"""
     by_chance: float
-    """What it would be if names and choices were independent draws with the loads they have"""
+    """Share expected if names and choices were independent draws with the loads they have"""
     top_1: float
     """Share of the tokens whose expert with the largest gate weight was among the K named"""
     top_1_by_chance: float
@@ -113,7 +113,7 @@ class ReuseHistogram:
     """
 
     uses: int
-    """All of them"""
+    """Number of uses"""
     first_uses: int
     bins: tuple[ReuseBin, ...]
     """0, 1, 2-3, 4-7, ... up to what the number of experts allows"""
@@ -131,7 +131,7 @@ class LayerRouting:
     """By depth: how this layer's choices were foreseen; empty in the first MoE layer"""
     union_growth: UnionGrowth
     reuse: ReuseHistogram
-    """Of held-out uses, other experts of this layer counted alone"""
+    """Reuse of held-out uses, other experts of this layer counted alone"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ class RoutingReport:
     next_gate: tuple[NextGate, ...]
     union_growth: UnionGrowth
     reuse: ReuseHistogram
-    """Of held-out uses: one sequence of them through all layers, experts of all layers counted"""
+    """Reuse of held-out uses in their order through all layers, experts of all layers counted"""
     reuse_within_layer: ReuseHistogram
     """Sum over the layers'"""
     layers: tuple[LayerRouting, ...]
@@ -168,7 +168,7 @@ class LayerCoverage:
     locality: float
     """Chance that an expert used by a token was used by the previous token, in-sample"""
     locality_by_chance: float
-    """What it would be if every token drew its experts by the loads alone"""
+    """Chance of it if every token drew its experts by the loads alone"""
     coverage: float
     """Share of the in-sample uses that the hot set answers"""
     coverage_held_out: float | None
@@ -192,7 +192,7 @@ class LayerCoverage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRouting(Spread):
-    """What a profile says of routing, by layer and for the model."""
+    """Routing of a profile, by layer and for the model."""
 
     coverage: tuple[LayerCoverage, ...]
     routing: RoutingReport

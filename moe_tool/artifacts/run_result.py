@@ -1,4 +1,4 @@
-"""What a run of a bundle produced, and what it cost."""
+"""Result of a run of a bundle: text, costs and quality."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class RunSetup(Spread):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerQuality(Spread):
-    """What answers other than the wanted expert are expected to have cost, and were measured to."""
+    """Expected and measured cost of answers other than the wanted expert."""
 
     expected_kl: float | None
     """Nats per decoded token; None where the bundle has no prices"""

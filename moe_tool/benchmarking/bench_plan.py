@@ -1,4 +1,4 @@
-"""What `bench` is asked for, as the rows that it will have."""
+"""Options of `bench`, as the tests and sessions that they ask for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ class BenchOptions:
     random: bool = False
     """Random token ids instead of text"""
     seed: int = 0
-    """Of the choice of text, of random ids, and of policies that draw"""
+    """Seeds the choice of text, random ids, and policies that draw"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedTest:
-    """What is timed."""
+    """Tokens that are timed, and how many stand before them."""
 
     kind: Kind
     n_tokens: int
@@ -66,7 +66,7 @@ class SpeedTest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What one session is opened with."""
+    """Options of one session."""
 
     memory: MemoryRequest
     threads: int | None

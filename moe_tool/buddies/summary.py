@@ -1,4 +1,4 @@
-"""What a buddy map promises and what of it is left on held-out tokens."""
+"""Prices of a buddy map, and how they hold on held-out tokens."""
 
 import numpy as np
 

@@ -55,7 +55,7 @@ _MIN_SEQ_LEN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """What is measured, and how the bundle runs meanwhile."""
+    """Text, policies, and how the bundle runs meanwhile."""
 
     tokens: int = 4096
     """Tokens of text, all domains together; the first two of each sequence are not scored"""
@@ -84,7 +84,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """What is to be measured, after options, bundle and text were read."""
+    """The measurement to be made, after options, bundle and text were read."""
 
     manifest: BundleManifest
     policy: str
@@ -187,7 +187,7 @@ def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ran:
-    """What the session left behind, which is closed by then."""
+    """Results of the session, which is closed by then."""
 
     measured: dict[str, Measured]
     skipped: dict[str, str]

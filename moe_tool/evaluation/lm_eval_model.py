@@ -29,7 +29,7 @@ from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.working_set import prefill_chunk
 
 _MAX_GENERATED_TOKENS = 256
-"""Where a task does not say; lm_eval's own default"""
+"""Default for tasks that do not say; lm_eval's own"""
 _UNUSED_WHEN_GREEDY = frozenset({"top_k", "top_p", "min_p"})
 
 
@@ -135,7 +135,7 @@ class BundleLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: its first token, or the end of another
+        """Return what stands before a text without context: its first token, or the end of another
         text."""
         return self._special_token("bos_token_id", "eos_token_id")
 

@@ -1,4 +1,4 @@
-"""What a run cost, on one line."""
+"""The cost of a run or of tasks, on one line."""
 
 from collections.abc import Sequence
 

@@ -44,8 +44,8 @@ _KEPT_SETTINGS = (
     "begin_suppress_tokens",
     "bad_words_ids",
 )
-"""What of a model's generation_config.json is followed. The rest chooses other ways to decode,
-some of which need code of the model's own."""
+"""Settings of a model's generation_config.json that are followed. The rest chooses other ways to
+decode, some of which need code of the model's own."""
 
 _MIN_TEMPERATURE = 1e-6
 
@@ -58,7 +58,7 @@ class GenerateOptions:
     temperature: float = 0.0
     """0 takes the most probable token"""
     seed: int = 0
-    """Of sampling"""
+    """Seeds sampling"""
     raw: bool = False
     """Leave the model's chat template out"""
     ignore_eos: bool = False

@@ -31,7 +31,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a replay needs to know beside the trace."""
+    """Properties of model and machine that a replay needs."""
 
     record_bytes: int
     n_slots_min: int
@@ -218,8 +218,8 @@ def _row(
 
 
 def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
-    """Who is to blame: the budget below one token's cycle; else the policy, where another order
-    would miss clearly less, or the working set, where nobody could do much better."""
+    """Return what limits a row: the budget below one token's cycle; else the policy, where another
+    order would miss clearly less, or the working set, where nobody could do much better."""
     if is_below_cycle:
         return "budget"
     if miss_rate > _CLOSE_TO_BELADY * bound and miss_rate - bound > 0.02:

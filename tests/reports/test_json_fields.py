@@ -40,7 +40,7 @@ def test_an_interval_stands_beside_its_figure() -> None:
         PolicyRow(policy="priced", figures=figures(kl=0.5), domains={"a": domain}),
     ]
     found = json_fields(evaluation(*rows))
-    assert (found["kl_mean"], found["kl_mean_ci95"]) == (0.5, (0.25, 1.0))
+    assert (found["kl_mean"], found["kl_mean_ci95"]) == (0.5, [0.25, 1.0])
     assert found["perplexity_source"] is None
     assert [row["kl_mean"] for row in found["rows"]] == [0.0, 0.5]
     assert found["domains"]["a"]["kl_mean"] == 1.0
