@@ -33,6 +33,7 @@ BELOW = {
     "tuning": {"evaluation", "packing", "text"},
     "hardware": {"models", "store", "experts", "native", "quantization", "formats"},
     "benchmarking": {"runtime", "text", "models"},
+    "inspection": {"profiling", "models", "formats"},
 }
 # A file that reads what another room writes, where the arrow between the rooms is not wanted.
 ALSO_ALLOWED = {

@@ -3,16 +3,17 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
+from moe_tool.artifacts.evaluation_report import Figures
+from moe_tool.artifacts.json_fields import object_fields
 from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
-from moe_tool.evaluation.figures import Figures
 from moe_tool.evaluation.reachable_budget import enough_tokens, least_share
 from moe_tool.formats.bundle_files import MANIFEST
 from moe_tool.formats.bundle_reader import BundleReader
@@ -55,9 +56,8 @@ class Trial:
 
     @property
     def upper(self) -> float:
-        """Upper end of the interval, which has to keep the limit."""
-        interval = self.figures.kl_mean_ci95
-        return self.figures.kl_mean if interval is None else interval[1]
+        """The end of the interval that has to keep the limit."""
+        return self.figures.kl_mean.high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class CalibrationReport:
             "bundle": self.bundle,
             **self.calibration.model_dump(mode="json"),
             "bytes_read_per_token": self.bytes_read_per_token,
-            "trials": [{"policy": t.policy, **asdict(t.figures)} for t in self.trials],
+            "trials": [{"policy": t.policy, **object_fields(t.figures)} for t in self.trials],
             "seconds": self.seconds,
         }
 
@@ -133,7 +133,7 @@ def calibrate(
         bundle=str(folder),
         calibration=calibration,
         trials=tuple(trials[strength] for strength in sorted(trials, reverse=True)),
-        bytes_read_per_token=best.figures.bytes_read_per_token,
+        bytes_read_per_token=best.figures.bytes_read_per_token.value,
         seconds=time.perf_counter() - began,
     )
 
@@ -167,7 +167,7 @@ class _Bench:
                 memory=options.memory,
                 policy=policies[0],
                 also=policies[1:],
-                retreats=False,
+                exact_fallback=False,
                 residency="frozen",
                 seed=options.seed,
                 threads=options.threads,
@@ -175,7 +175,7 @@ class _Bench:
             ),
             progress=self._progress,
         )
-        self.slots = report.slots
+        self.slots = report.setup.slots
         rows = {row.policy: row for row in report.rows}
         return [
             Trial(policy=name, figures=rows[name].figures, domains=rows[name].domains)
@@ -221,7 +221,7 @@ def _out_of_reach(
     manifest: BundleManifest, choice: MissChoice, best: Trial, options: CalibrateOptions
 ) -> UsageError:
     """Return the refusal: the best that there was, and limits, text or memory that would do."""
-    mean, hints = best.figures.kl_mean, [f"--max-kl {best.upper * 1.05:.2g}"]
+    mean, hints = best.figures.kl_mean.value, [f"--max-kl {best.upper * 1.05:.2g}"]
     tokens = enough_tokens(best.figures.tokens, mean=mean, upper=best.upper, max_kl=options.max_kl)
     if tokens is not None:
         hints.append(f"--tokens {max(tokens, options.tokens) * 5 // 4}, for a narrower interval")
@@ -269,10 +269,10 @@ def _refine(
 
 
 def _quality(figures: Figures) -> QualityFigure:
-    low, high = figures.kl_mean_ci95 or (figures.kl_mean, figures.kl_mean)
+    kl = figures.kl_mean
     return QualityFigure(
-        kl=max(figures.kl_mean, 0.0),
-        kl_ci95=(max(low, 0.0), max(high, 0.0)),
+        kl=max(kl.value, 0.0),
+        kl_ci95=(max(kl.low, 0.0), max(kl.high, 0.0)),
         tokens=figures.tokens,
     )
 
@@ -280,4 +280,4 @@ def _quality(figures: Figures) -> QualityFigure:
 def _exchange(figures: Figures) -> float:
     if not figures.expected_kl:
         return 1.0
-    return max(figures.kl_mean, 0.0) / figures.expected_kl
+    return max(figures.kl_mean.value, 0.0) / figures.expected_kl

@@ -2,36 +2,13 @@
 more."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
-from moe_tool.evaluation.figures import Figures, Interval
+from moe_tool.artifacts.evaluation_report import AtNoMoreBytes, Figures, Verdict
 from moe_tool.policies.misses import PriceBook, parse_miss_policy
 
 _NATS_PER_MB_FACTORS = (0.3, 0.1, 0.03, 0.01, 0.003)
 """Times the typical price of a megabyte: between them nothing to nearly everything is read"""
 _BASELINE = "priced"
-Verdict = Literal["beaten", "within intervals", "beats priced"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AtNoMoreBytes:
-    """One policy beside the measured setting of `priced` that reads most without reading more."""
-
-    policy: str
-    bytes_read_per_token: float
-    kl: float
-    kl_ci95: Interval
-    priced: str
-    priced_bytes_read_per_token: float
-    priced_kl: float
-    priced_kl_ci95: Interval
-    verdict: Verdict
-
-    @property
-    def ratio(self) -> float | None:
-        """KL of `priced` over the policy's; None where that is 0."""
-        return self.priced_kl / self.kl if self.kl > 0 else None
 
 
 def priced_settings(book: PriceBook | None) -> tuple[str, ...]:
@@ -56,9 +33,9 @@ def compare_at_equal_bytes(rows: Mapping[str, Figures]) -> tuple[AtNoMoreBytes, 
     found = []
     for name, row in others.items():
         affordable = [
-            (other.bytes_read_per_token, -other.kl_mean, setting)
+            (other.bytes_read_per_token.value, -other.kl_mean.value, setting)
             for setting, other in priced.items()
-            if other.bytes_read_per_token <= row.bytes_read_per_token
+            if other.bytes_read_per_token.value <= row.bytes_read_per_token.value
         ]
         if affordable:
             best = max(affordable)[2]
@@ -74,29 +51,20 @@ def dominating(rows: Mapping[str, Figures]) -> tuple[tuple[str, str], ...]:
         (name, setting)
         for name, row in others.items()
         for setting, other in priced.items()
-        if _high(row.kl_mean, row.kl_mean_ci95) < _low(other.kl_mean, other.kl_mean_ci95)
-        and _high(row.bytes_read_per_token, row.bytes_read_per_token_ci95)
-        < _low(other.bytes_read_per_token, other.bytes_read_per_token_ci95)
+        if row.kl_mean.high < other.kl_mean.low
+        and row.bytes_read_per_token.high < other.bytes_read_per_token.low
     )
 
 
 def _beside(name: str, row: Figures, setting: str, priced: Figures) -> AtNoMoreBytes:
     verdict: Verdict = "within intervals"
-    if _high(priced.kl_mean, priced.kl_mean_ci95) < _low(row.kl_mean, row.kl_mean_ci95):
+    if priced.kl_mean.high < row.kl_mean.low:
         verdict = "beaten"
-    elif _low(priced.kl_mean, priced.kl_mean_ci95) > _high(row.kl_mean, row.kl_mean_ci95):
+    elif priced.kl_mean.low > row.kl_mean.high:
         verdict = "beats priced"
-    return AtNoMoreBytes(
-        policy=name,
-        bytes_read_per_token=row.bytes_read_per_token,
-        kl=row.kl_mean,
-        kl_ci95=row.kl_mean_ci95,
-        priced=setting,
-        priced_bytes_read_per_token=priced.bytes_read_per_token,
-        priced_kl=priced.kl_mean,
-        priced_kl_ci95=priced.kl_mean_ci95,
-        verdict=verdict,
-    )
+    kl = row.kl_mean.value
+    ratio = priced.kl_mean.value / kl if kl > 0 else None
+    return AtNoMoreBytes(policy=name, priced=setting, ratio=ratio, verdict=verdict)
 
 
 def _split(rows: Mapping[str, Figures]) -> tuple[dict[str, Figures], dict[str, Figures]]:
@@ -105,11 +73,3 @@ def _split(rows: Mapping[str, Figures]) -> tuple[dict[str, Figures], dict[str, F
     priced = {name: row for name, row in rows.items() if kinds[name].name == _BASELINE}
     others = {name: rows[name] for name, spec in kinds.items() if spec.is_lossy}
     return priced, {name: row for name, row in others.items() if name not in priced}
-
-
-def _low(value: float, interval: Interval) -> float:
-    return value if interval is None else interval[0]
-
-
-def _high(value: float, interval: Interval) -> float:
-    return value if interval is None else interval[1]

@@ -14,7 +14,7 @@ from moe_tool.artifacts.precision import ChannelPrecision
 from moe_tool.experts.channel_forward import (
     channel_gate,
     channel_sizes,
-    chooser_values,
+    selector_values,
     split_halves,
 )
 from moe_tool.formats.channel_form import FIRST, LAST, chunk_hashes
@@ -23,7 +23,7 @@ from moe_tool.quantization.channels import (
     GRID,
     ChannelExpert,
     ChannelWeight,
-    Chooser,
+    Selector,
     pack_channels,
 )
 from moe_tool.quantization.round_to_nearest import dequantize
@@ -74,9 +74,9 @@ def channel_expert(
 
 def _selector(
     sample: ExpertSample, weight: IntegerWeight, channels: ChannelWeight, *, is_gate: bool
-) -> Chooser:
+) -> Selector:
     """With the sizes of its output on the expert's own tokens, whatever channel they are of."""
-    selector = Chooser(
+    selector = Selector(
         weight=weight,
         is_gate=is_gate,
         thresholds=np.zeros(len(GRID), dtype=np.float32),
@@ -91,7 +91,7 @@ def _selector(
     inputs = inputs[:: max(1, -(-len(inputs) // _THRESHOLD_TOKENS))]
     if len(inputs):
         module = sample.module
-        sizes = channel_sizes(module, selector, chooser_values(module, selector, inputs))
+        sizes = channel_sizes(module, selector, selector_values(module, selector, inputs))
         found = np.quantile(sizes.numpy(), GRID, method="inverted_cdf")
         selector.thresholds[1:] = np.minimum(found[1:], _FLOAT16_MAX)
     return selector

@@ -73,7 +73,7 @@ class ExpertRecords:
         if precision.kind == "channels":
             expert = self._in_channels(precision)
             if role == "selector":
-                return MeasuredRecord(record=form.encode(expert.chooser), eps=None)
+                return MeasuredRecord(record=form.encode(expert.selector), eps=None)
             return MeasuredRecord(record=form.encode(expert), eps=self._error(expert))
         if precision.kind == "low-rank":
             tensors = low_rank_map(self._linear_fit, precision.rank)

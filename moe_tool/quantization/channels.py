@@ -66,11 +66,11 @@ class ChosenChannels:
     index: torch.Tensor
     """[n] int32, ascending"""
     values: torch.Tensor
-    """[1, n] float32: what the chooser, its bias included, makes of the token there"""
+    """[1, n] float32: what the selector, its bias included, makes of the token there"""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Chooser:
+class Selector:
     """Part of an expert in channels that stays in memory."""
 
     weight: IntegerWeight
@@ -95,18 +95,18 @@ class Chooser:
 class ChannelExpert(ExpertWeights):
     """An expert whose channels are used one by one; the dictionary itself stays empty."""
 
-    __slots__ = ("channels", "chooser", "chosen")
+    __slots__ = ("channels", "selector", "chosen")
 
-    def __init__(self, channels: ChannelWeight, chooser: Chooser | None = None) -> None:
+    def __init__(self, channels: ChannelWeight, selector: Selector | None = None) -> None:
         """Keep the parts.
 
         Args:
             channels: all of them; those that are not chosen may hold anything.
-            chooser: None: it is elsewhere, and nothing can be computed yet.
+            selector: None: it is elsewhere, and nothing can be computed yet.
         """
         super().__init__()
         self.channels = channels
-        self.chooser = chooser
+        self.selector = selector
         self.chosen: ChosenChannels | None = None
         """Channels to compute; None: every one"""
 

@@ -121,7 +121,7 @@ def test_pruning_spares_what_the_prompt_attends_to(bundle: Path) -> None:
         importance = decision.routing.importance
         assert importance is not None and len(importance) == PROMPT.shape[1]
         spared = set((-importance).argsort(kind="stable")[:3].tolist())
-        whole = (decision.answers.expert >= 0).all(axis=1).nonzero()[0]
+        whole = decision.answers.present.all(axis=1).nonzero()[0]
         assert spared <= set(whole.tolist())
         assert len(whole) < PROMPT.shape[1]
     assert all(decision.routing.importance is None for decision in seen[2 * n_layers :])
@@ -141,8 +141,8 @@ def test_attention_step_by_step_is_in_the_account_of_memory(bundle: Path) -> Non
 def test_a_run_says_what_it_did_to_the_prompt(bundle: Path) -> None:
     with _open(bundle, "priced", lossy_prompt=True) as session:
         result = generate(session, "the list of", GenerateOptions(max_tokens=4, ignore_eos=True))
-    assert result.prompt_lowered + result.prompt_drops + result.prompt_substitutions > 0
-    assert result.prompt_expected_kl is not None and result.prompt_expected_kl > 0
+    assert result.prompt.changed_answers > 0
+    assert result.quality.prompt_expected_kl is not None and result.quality.prompt_expected_kl > 0
     with _open(bundle, "priced") as session:
         result = generate(session, "the list of", GenerateOptions(max_tokens=4, ignore_eos=True))
-    assert result.prompt_expected_kl is None and result.prompt_lowered == 0
+    assert result.quality.prompt_expected_kl is None and result.prompt.replica_answers == 0
