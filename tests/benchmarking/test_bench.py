@@ -64,9 +64,9 @@ def test_there_is_a_row_for_every_combination(report: BenchReport) -> None:
 
 def test_its_figures_are_those_of_the_bundle(report: BenchReport, bundle: Path) -> None:
     with BundleReader.open(bundle) as reader:
-        record = reader.manifest.record_size_bytes
+        record = reader.manifest.primaries[0].record_size_bytes
         accesses = len(reader.manifest.shape.layers) * reader.manifest.shape.top_k
-        n_experts = len(reader.manifest.records)
+        n_experts = len(reader.manifest.primary_records)
     n_weights = sum(t.numel() for t in _tensors(demo_model_path()))
     for row in report.rows:
         assert (row.model, row.bits, row.threads, row.cache) == ("demo", "8", 1, "warm")
@@ -134,7 +134,7 @@ def test_rows_with_and_without_prefetch_stand_side_by_side(bundle: Path) -> None
     assert plain.prefetches_per_token == plain.prefetched_bytes_per_token == 0
     assert rows[2].prefetches_per_token == 0  # a prompt
     with BundleReader.open(bundle) as reader:
-        record = reader.manifest.record_size_bytes
+        record = reader.manifest.primaries[0].record_size_bytes
         accesses = len(reader.manifest.shape.layers) * reader.manifest.shape.top_k
     # hits and misses are of the same 24 tokens
     used = ahead.prefetches_per_token * ahead.prefetch_hit_rate

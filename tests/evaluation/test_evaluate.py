@@ -124,7 +124,7 @@ def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Pa
         shape = session.manifest.shape
         assert (costs.accesses == shape.top_k * len(shape.layers)).all()
         misses = costs.accesses - costs.hits
-        assert (costs.bytes_read == misses * session.manifest.record_size_bytes).all()
+        assert (costs.bytes_read == misses * session.manifest.primaries[0].record_size_bytes).all()
 
 
 def test_with_everything_resident_no_policy_costs_anything(

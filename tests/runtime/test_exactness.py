@@ -108,7 +108,7 @@ def test_hits_equal_those_of_a_naive_replay(tiny_bundle: TinyBundle) -> None:
         session.skeleton.set_experts_function(log_and_run)
         generate_ids(session, PROMPTS[:1], GenerateOptions(max_tokens=20, ignore_eos=True))
         stats, n_slots = session.runner.stats, session.plan.memory.n_slots
-        record_bytes = session.manifest.record_size_bytes
+        record_bytes = session.manifest.primaries[0].record_size_bytes
     counts = _replay([(layer, experts) for _, layer, experts in calls], n_slots)
     for phase in ("prompt", "decode"):
         of_phase = [count for count, call in zip(counts, calls, strict=True) if call[0] == phase]

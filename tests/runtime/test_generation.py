@@ -30,7 +30,9 @@ def test_the_pieces_of_text_add_up_to_the_result(session: Session) -> None:
     assert result.policy == "exact" and result.residency == "cache"
     assert 0 < result.seconds_to_first_token < result.seconds
     assert result.tokens_per_second > 0
-    assert result.bytes_read_per_token == (result.misses * session.manifest.record_size_bytes / 19)
+    assert result.bytes_read_per_token == (
+        result.misses * session.manifest.primaries[0].record_size_bytes / 19
+    )
     assert result.prompt_hits + result.prompt_misses > 0
     assert not result.interrupted
 

@@ -128,7 +128,7 @@ def test_counts_equal_those_of_a_naive_replay(memory: str, tiny_bundle: TinyBund
     with open_session(tiny_bundle("mixtral"), options) as session:
         replay, record_bytes = (
             _Replay(session.plan.memory.n_slots),
-            session.manifest.record_size_bytes,
+            session.manifest.primaries[0].record_size_bytes,
         )
         routers = {modules.layer: modules.router for modules in session.skeleton.layers}
 
