@@ -116,7 +116,7 @@ def measure(a: argparse.Namespace, budget: str, policies: list[str]) -> list[dic
             policy=policies[0],
             also=tuple(policies[1:]),
             gates=False,
-            retreats=False,
+            exact_fallback=False,
             residency="frozen",
             offline=True,
         ),

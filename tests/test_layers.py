@@ -14,8 +14,9 @@ BELOW = {
     "budget": {"errors"},
     "artifacts": {"errors", "budget"},
     "text": {"artifacts"},
-    "formats": {"artifacts", "quantization", "policies", "native"},
+    "formats": {"artifacts", "quantization", "policies", "native", "quantizers"},
     "quantization": {"artifacts"},
+    "quantizers": {"experts", "native", "quantization"},
     "policies": {"artifacts"},
     "reports": {"artifacts"},
     "buddies": {"artifacts", "formats"},
@@ -24,7 +25,7 @@ BELOW = {
     "native": {"quantization"},
     "experts": {"native", "quantization"},
     "profiling": {"models", "text", "experts", "quantization", "formats"},
-    "packing": {"models", "experts", "quantization", "formats"},
+    "packing": {"models", "experts", "quantization", "quantizers", "formats"},
     "runtime": {"models", "store", "experts", "native", "policies"},
     "simulator": {"formats", "policies", "native"},
     "planning": {"simulator", "runtime", "models"},
@@ -32,6 +33,7 @@ BELOW = {
     "tuning": {"evaluation", "packing", "text"},
     "hardware": {"models", "store", "experts", "native", "quantization", "formats"},
     "benchmarking": {"runtime", "text", "models"},
+    "inspection": {"profiling", "models", "formats"},
 }
 # A file that reads what another room writes, where the arrow between the rooms is not wanted.
 ALSO_ALLOWED = {

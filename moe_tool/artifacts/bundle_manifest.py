@@ -84,7 +84,7 @@ class LayerHeat(FrozenModel):
 
 
 class Calibration(FrozenModel):
-    """What `moe-tool calibrate` found: the policy that `run` follows, and what it costs."""
+    """Result of `moe-tool calibrate`: the policy that `run` follows, and what it costs."""
 
     policy: Annotated[str, Field(pattern=r"^[a-z0-9:=,.+\-]{1,200}$")]
     """As `--policy` takes it"""
@@ -94,7 +94,7 @@ class Calibration(FrozenModel):
     """KL(exact || policy), each token predicted after the policy's own ones"""
     domains: dict[Annotated[str, Field(max_length=128)], QualityFigure]
     sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
-    """Where the text came from"""
+    """Origin of the text"""
     expert_slots: Annotated[int, Field(ge=1, le=2**31)]
     """Slots of primary records that the memory budget had room for: with fewer it does not hold"""
     nats_per_price: Price
@@ -102,7 +102,7 @@ class Calibration(FrozenModel):
 
 
 class LayerPrices(FrozenModel):
-    """What it costs to leave experts of one layer out, from the profile.
+    """Prices of leaving experts of one layer out, from the profile.
 
     An answer with error eps in a slot of gate weight g adds nats * (g * eps)^2 to the divergence
     of the model's output, in expectation: see artifacts/expert_statistics.
@@ -125,7 +125,7 @@ class TunedWeights(FrozenModel):
     parent_sha256: HexDigest
     """Hash of the manifest of the bundle that it began with"""
     sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
-    """Where the text came from"""
+    """Origin of the text"""
     tokens: Annotated[int, Field(ge=1, le=2**40)]
     """Tokens of text, held-out ones included"""
     tokens_sha256: HexDigest
@@ -137,7 +137,7 @@ class TunedWeights(FrozenModel):
     optimizer: Literal["sgd", "adam"]
     rounding: Literal["nearest", "stochastic"]
     feedback: Literal["momentum", "none"]
-    """Where the rounding error goes"""
+    """Destination of the rounding error"""
     rate: Annotated[float, Field(gt=0, le=1e6)]
     """Learning rate of the first step, in codes"""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -178,7 +178,7 @@ class BundleManifest(FrozenModel):
     plan: PackPlan | None = None
     """The plan that `run` follows where nothing else is asked for"""
     lineage: Annotated[tuple[TunedWeights, ...], Field(max_length=64)] = ()
-    """What was done to the codes since they were packed, in order"""
+    """Every change of the codes since they were packed, in order"""
     sections: Annotated[dict[SectionName, Section], Field(max_length=64)] = {}
     """Additions by name, see artifacts/bundle_sections.py"""
 

@@ -49,7 +49,7 @@ class LearnedPruning(FrozenModel):
     """Tokens trained on"""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
-    """Where the text came from"""
+    """Origin of the text"""
 
     @model_validator(mode="after")
     def _rising(self) -> "LearnedPruning":

@@ -21,7 +21,7 @@ _RANKS: Mapping[Role, int] = {"primary": 0, "replica": 1, "base": 1, "selector":
 
 
 class FormRecord(FrozenModel):
-    """Where one form of one expert lies."""
+    """The place of one form of one expert."""
 
     layer: Index
     expert: Index
@@ -116,13 +116,11 @@ def _check_files(tables: Sequence[FormTable], file_sizes: Mapping[str, int]) -> 
     """No two tables share a file, but for the first bits of records that lie in a primary's."""
     taken: set[str] = set()
     for table in tables:
-        _check_places(table, file_sizes)
-        if table.role == "base":
-            continue
-        files = {record.file for record in table.records}
+        files = {record.file for record in table.records} if table.role != "base" else set()
         if files & taken:
             raise ValueError("a file holds records of two forms")
         taken |= files
+        _check_places(table, file_sizes)
 
 
 def _check_places(table: FormTable, file_sizes: Mapping[str, int]) -> None:

@@ -12,7 +12,8 @@ from moe_tool.artifacts.schema import FrozenModel
 PLAN_VERSION: Literal[1] = 1
 Bits = Annotated[str, Field(pattern=r"^(native|mixed|[12348]z?(:(32|64|128))?)$")]
 """Of the experts, as `pack --bits` takes it; mixed: each has its own number"""
-Quantizer = Literal["rtn", "fitted", "hqq", "gptq"]
+Quantizer = Annotated[str, Field(pattern=r"^[a-z0-9\-]{1,32}$")]
+"""As `--quantizer` takes it; that there is such a quantizer is checked when a file is read"""
 SkeletonBits = Literal["native", "8", "4"]
 SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
 Positive = Annotated[float, Field(ge=0, le=1e12)]

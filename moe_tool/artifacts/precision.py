@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from moe_tool.artifacts.schema import FrozenModel
 
 NATIVE_WIDTH = 16
-"""What a plan calls the checkpoint's dtype, whatever it is"""
+"""Number that stands for the checkpoint's dtype in a plan"""
 
 
 class _Precision(FrozenModel):
-    """What every precision answers, as most of them do."""
+    """Defaults of the questions that every precision answers."""
 
     @property
     def base(self) -> "IntegerPrecision | None":
@@ -72,7 +72,7 @@ class IntegerPrecision(_Precision):
     """Nested: the first so many bits of the codes, with scales of their own, are an expert by
     themselves, and lie before everything else; None: they are not"""
     of_bits: Literal[3, 4] | None = None
-    """These are such first bits, of codes of so many; None: the codes are whole"""
+    """Width of the codes whose first bits these are; None: the codes are whole"""
 
     @property
     def name(self) -> str:

@@ -4,11 +4,14 @@ An access is a unique (forward, layer, expert); a hit finds it resident when the
 Prompt and decode are counted apart: `hit_rate` and `bytes_read_per_token` are of decode.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from moe_tool.artifacts.json_fields import Spread, object_fields
 
 
-@dataclass(slots=True, kw_only=True)
-class PhaseCounters:
+@dataclass(slots=True)
+class PhaseCounters(Spread):
     """Counters of one phase."""
 
     forwards: int = 0
@@ -16,11 +19,11 @@ class PhaseCounters:
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
-    """Prefetched ones included"""
+    """Bytes read from the bundle, prefetched ones included"""
     whole_bytes: int = 0
-    """Bytes that the misses of experts in channels would have read of whole records"""
+    """Bytes that misses of experts in channels would have read, had every channel been read"""
     channels: int = 0
-    """Channels of the experts in channels that were used"""
+    """Channels of the used experts that are stored in channels"""
     channels_used: int = 0
     """Channels that were computed"""
     prefetches: int = 0
@@ -33,16 +36,25 @@ class PhaseCounters:
     substitutions: int = 0
     """(token, expert) slots answered by another expert"""
     replica_answers: int = 0
-    """(token, expert) slots answered by a cheaper form of the expert"""
+    """(token, expert) slots answered by a replica of the expert"""
     drops: int = 0
     """(token, expert) slots answered by nothing"""
     skipped_fetch_bytes: int = 0
     """Bytes of non-resident experts that were not fetched because they were dropped"""
 
-    def __add__(self, other: "PhaseCounters") -> "PhaseCounters":
-        """Return the sum of each counter."""
-        names = self.__slots__
-        return PhaseCounters(**{name: getattr(self, name) + getattr(other, name) for name in names})
+    def __add__(self, other: Self) -> Self:
+        """Return the counters of both."""
+        return type(self)(
+            **{
+                each.name: getattr(self, each.name) + getattr(other, each.name)
+                for each in fields(self)
+            }
+        )
+
+    def keys_of(self, name: str, /) -> dict[str, Any]:
+        """Return counters and rates; those of a field `prompt` have `prompt_` before their name."""
+        before = "prompt_" if name == "prompt" else ""
+        return {f"{before}{key}": value for key, value in object_fields(self).items()}
 
     @property
     def hit_rate(self) -> float:
@@ -51,9 +63,34 @@ class PhaseCounters:
         return self.hits / accesses if accesses else 1.0
 
     @property
+    def prefetch_hit_rate(self) -> float:
+        """Prefetched experts that were wanted, over all prefetched; 0 when there were none."""
+        return self.prefetch_hits / max(1, self.prefetches)
+
+    @property
     def sparsity(self) -> float:
         """Share of the channels of used experts that was left out; 0 when there were none."""
         return 1 - self.channels_used / self.channels if self.channels else 0.0
+
+    @property
+    def changed_answers(self) -> int:
+        """(token, expert) slots answered by anything but the wanted expert itself."""
+        return self.substitutions + self.replica_answers + self.drops
+
+    @property
+    def bytes_read_per_token(self) -> float:
+        """Bytes read from the bundle over tokens; 0 when there were none."""
+        return self.bytes_read / max(1, self.tokens)
+
+    @property
+    def whole_bytes_per_token(self) -> float:
+        """`whole_bytes` over tokens."""
+        return self.whole_bytes / max(1, self.tokens)
+
+    @property
+    def skipped_fetch_bytes_per_token(self) -> float:
+        """`skipped_fetch_bytes` over tokens."""
+        return self.skipped_fetch_bytes / max(1, self.tokens)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,9 +100,9 @@ class RunStats:
     prompt: PhaseCounters = field(default_factory=PhaseCounters)
     decode: PhaseCounters = field(default_factory=PhaseCounters)
 
-    def __add__(self, other: "RunStats") -> "RunStats":
-        """Return the sum of each counter of each phase."""
-        return RunStats(prompt=self.prompt + other.prompt, decode=self.decode + other.decode)
+    def __add__(self, other: Self) -> Self:
+        """Return the counters of both."""
+        return type(self)(prompt=self.prompt + other.prompt, decode=self.decode + other.decode)
 
     def phase(self, name: str) -> PhaseCounters:
         """Return the counters of "prompt" or "decode"."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from moe_tool.artifacts.bench_report import CacheState
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
-from moe_tool.benchmarking.bench_plan import CacheState, SpeedTest
+from moe_tool.benchmarking.bench_plan import SpeedTest
 from moe_tool.benchmarking.page_cache import drop_page_cache
 from moe_tool.runtime.session import Session
 from moe_tool.runtime.working_set import prefill_chunk

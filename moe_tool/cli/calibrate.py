@@ -17,33 +17,37 @@ from moe_tool.cli.options import (
     ThreadsOption,
 )
 
+_MaxKl = Annotated[
+    float,
+    typer.Option(
+        "--max-kl",
+        metavar="NATS",
+        help="KL(exact || policy) per token that the upper end of the 95 % interval keeps.",
+        show_default=False,
+    ),
+]
+_Tokens = Annotated[
+    int, typer.Option("--tokens", metavar="N", min=3, help="Tokens of text, all domains together.")
+]
+_SeqLen = Annotated[
+    int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of a sequence.")
+]
+
 
 def calibrate(
     bundle: BundleArgument,
     data: DataOption,
-    max_kl: Annotated[
-        float,
-        typer.Option(
-            "--max-kl",
-            metavar="NATS",
-            help="KL(exact || policy) per token that the upper end of the 95 % interval keeps.",
-            show_default=False,
-        ),
-    ],
+    max_kl: _MaxKl,
     policy: Annotated[
         str,
         typer.Option(
             "--policy",
             metavar="NAME[:KEY=N,...]",
-            help="Whose strength is searched: priced, replica, near-tie, prune or prune:learned.",
+            help="Policy whose strength is searched, {searched policies}.",
         ),
     ] = "priced",
-    tokens: Annotated[
-        int, typer.Option("--tokens", metavar="N", min=3, help="Of text, all domains together.")
-    ] = 8192,
-    seq_len: Annotated[
-        int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of a sequence.")
-    ] = 256,
+    tokens: _Tokens = 8192,
+    seq_len: _SeqLen = 256,
     memory: RunMemoryOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
@@ -59,7 +63,7 @@ def calibrate(
 
         from moe_tool.evaluation.calibrate import CalibrateOptions
         from moe_tool.evaluation.calibrate import calibrate as find
-        from moe_tool.reports.terminal import evaluation_table
+        from moe_tool.reports.evaluation_tables import evaluation_table
 
         report = find(
             bundle,
@@ -79,7 +83,7 @@ def calibrate(
         found = report.calibration
         output.show(
             "settings tried, the strongest first",
-            evaluation_table([(trial.policy, trial.figures) for trial in report.trials]),
+            evaluation_table({trial.policy: trial.figures for trial in report.trials}),
         )
         low, high = found.quality.kl_ci95
         output.say(

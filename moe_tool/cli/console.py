@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, TextIO
 
+from moe_tool.artifacts.json_fields import json_fields
 from moe_tool.available_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -53,11 +54,12 @@ class Output:
             self._data.write(text)
             self._data.flush()
 
-    def result(self, fields: Mapping[str, object]) -> None:
-        """Print the JSON object; `seconds` and `peak_rss_bytes` are added where they lack."""
+    def result(self, found: object) -> None:
+        """Print a report or a mapping as the JSON object; `seconds` and `peak_rss_bytes` are added
+        where they lack."""
         if not self.as_json:
             return
-        whole = {"seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()} | dict(fields)
+        whole = {"seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()} | json_fields(found)
         write_json(whole, self._data)
 
 

@@ -20,7 +20,6 @@ from moe_tool.cli.options import (
     JsonOption,
     OfflineOption,
     ProfilesOption,
-    QuantizerName,
 )
 from moe_tool.cli.plan_mixed import plan_mixed
 from moe_tool.errors import UsageError
@@ -78,11 +77,12 @@ def plan(
         ),
     ] = None,
     quantizer: Annotated[
-        QuantizerName,
+        str,
         typer.Option(
             "--quantizer",
-            help="Mixed bits: what `pack` is to round with. rtn is priced by the profile; for "
-            "another one each width is measured in a pass over the model and kept.",
+            metavar="NAME",
+            help="Mixed bits: what `pack` is to round with, {quantizers}. rtn is priced by the "
+            "profile; for another one each width is measured in a pass over the model and kept.",
         ),
     ] = "rtn",
     model: Annotated[
@@ -146,6 +146,9 @@ def plan(
                 "--average-bits and a limit of loss both say how many bits",
                 hint="--average-bits 2.5, or --bits mixed with --max-kl 0.01",
             )
+        from moe_tool.quantizers.registry import parse_quantizer
+
+        parse_quantizer(quantizer)
         _require_sense(is_mixed, quantizer, model, memory or [])
         loss = _share(max_loss or "1%")
         if max_loss is not None:

@@ -1,14 +1,12 @@
 """`moe-tool run`: a bundle and a prompt in, text out."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from moe_tool.budget.sizes import format_bytes
-from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     MAX_CONTEXT,
     BundleArgument,
@@ -25,10 +23,6 @@ from moe_tool.cli.options import (
     ThreadsOption,
 )
 from moe_tool.errors import DataSourceError, NotFoundError, UsageError
-
-if TYPE_CHECKING:
-    from moe_tool.runtime.generation import RunResult
-
 
 StdinArgument = Annotated[
     str | None,
@@ -112,6 +106,13 @@ def run(
     """Generate text from a bundle inside a memory budget."""
     with open_output(as_json=json) as output:
         text = _read_prompt(stdin, prompt, prompt_file)
+
+        from moe_tool.formats.bundle_reader import BundleReader
+
+        with BundleReader.open(bundle):
+            pass  # what is no bundle is told so, before anything in it is looked for
+
+        from moe_tool.reports.run_lines import run_line
         from moe_tool.runtime.generation import GenerateOptions, run_prompt
         from moe_tool.runtime.run_options import run_options
 
@@ -145,80 +146,14 @@ def run(
             trace_path=record_trace,
             progress=output.progress,
         )
-        _render(output, result, record_trace)
-
-
-def _render(output: Output, result: "RunResult", trace: Path | None) -> None:
-    output.stream("\n")
-    output.say(_footer(result))
-    if trace is not None:
-        output.say(f"wrote {trace}; next: moe-tool simulate {trace}")
-    output.result(asdict(result))
-    if result.interrupted:
-        output.say("interrupted")
-        raise typer.Exit(130)
-
-
-def _footer(result: "RunResult") -> str:
-    parts = [
-        f"{result.prompt_tokens} + {result.generated_tokens} tokens",
-        f"first after {result.seconds_to_first_token:.2f} s",
-        f"{result.tokens_per_second:.1f} tokens/s",
-        f"hit rate {result.hit_rate:.1%}",
-        f"{format_bytes(result.bytes_read_per_token)} read per token",
-        f"stalled {result.stall_seconds:.2f} s",
-        f"{result.substitutions} substitutions",
-        f"peak memory {format_bytes(result.peak_rss_bytes)} "
-        f"of {format_bytes(result.memory_budget_bytes)}",
-    ]
-    if result.prefetches:
-        used = f"{result.prefetch_hits} used, {format_bytes(result.prefetched_bytes)}"
-        parts.insert(-1, f"{result.prefetches} prefetches ({used})")
-    if result.sparse_experts is not None:
-        parts.insert(-1, _sparsity(result))
-    if result.lowered:
-        parts.insert(-1, f"{result.lowered} by replicas")
-    if result.drops:
-        spared = format_bytes(result.spared_bytes_per_token)
-        parts.insert(-1, f"{result.drops} drops ({spared} per token not read for them)")
-    changed = result.prompt_substitutions + result.prompt_lowered + result.prompt_drops
-    if changed:
-        parts.insert(-1, _of_prompt(result))
-    if result.expected_kl:
-        parts.insert(-1, _quality(result))
-    return "\n" + " · ".join(parts)
-
-
-def _sparsity(result: "RunResult") -> str:
-    whole = result.whole_bytes_per_token
-    read = "" if not whole else f", {result.bytes_read_per_token / whole:.0%} of whole misses read"
-    return f"{result.sparsity:.1%} of channels left out{read}"
-
-
-def _of_prompt(result: "RunResult") -> str:
-    """What a lossy prefill answered otherwise."""
-    text = (
-        f"in the prompt {result.prompt_substitutions} substitutions, {result.prompt_lowered} by "
-        f"replicas, {result.prompt_drops} drops"
-    )
-    if result.prompt_expected_kl is not None:
-        text += f", expected KL {result.prompt_expected_kl:.4f} per token"
-    return text
-
-
-def _quality(result: "RunResult") -> str:
-    """What the answers are expected to have cost, beside what was measured of it."""
-    parts = [f"expected KL {result.expected_kl:.4f} per token"]
-    if result.expected_kl_limit is not None:
-        parts[0] += f" of {result.expected_kl_limit:g}"
-    if result.retreated_tokens:
-        parts.append(f"{result.retreated_tokens} tokens answered exactly to keep it")
-    if result.shadow_kl is not None:
-        parts.append(
-            f"measured {result.shadow_kl:.4f} a step on {result.shadow_tokens} of them, where "
-            f"{result.shadow_expected_kl or 0.0:.4f} was expected ({result.shadow_seconds:.1f} s)"
-        )
-    return ", ".join(parts)
+        output.stream("\n")
+        output.say("\n" + run_line(result))
+        if record_trace is not None:
+            output.say(f"wrote {record_trace}; next: moe-tool simulate {record_trace}")
+        output.result(result)
+        if result.interrupted:
+            output.say("interrupted")
+            raise typer.Exit(130)
 
 
 def _read_prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str:

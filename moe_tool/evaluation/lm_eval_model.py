@@ -1,7 +1,7 @@
 """A bundle as a model of EleutherAI's lm-evaluation-harness, with the misses in the loop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
+from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.tokenizer import load_tokenizer
@@ -81,7 +81,7 @@ class BundleLM(TemplateLM):
             pass
         self.tokenizer = load_tokenizer(folder)
         self.stats = RunStats()
-        """Of all requests so far"""
+        """Counters of all requests so far"""
         self.n_cut_contexts = 0
         """Requests whose context was too long"""
         self._folder, self._options = folder, options
@@ -329,8 +329,7 @@ class BundleLM(TemplateLM):
 
     def _collect(self) -> None:
         """Add what the session has counted since the request began."""
-        for phase in ("prompt", "decode"):
-            _add(self.stats.phase(phase), self.session.runner.stats.phase(phase))
+        self.stats += self.session.runner.stats
         self.session.runner.stats = RunStats()
 
     def _special_token(self, *names: str) -> int:
@@ -372,8 +371,3 @@ def _require_known(wanted: Mapping[str, Any], *, is_greedy: bool) -> None:
             hint="a task that leaves it out: until, max_gen_toks, do_sample and temperature are "
             "followed",
         )
-
-
-def _add(total: PhaseCounters, part: PhaseCounters) -> None:
-    for counter in fields(PhaseCounters):
-        setattr(total, counter.name, getattr(total, counter.name) + getattr(part, counter.name))

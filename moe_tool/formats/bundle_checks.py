@@ -1,4 +1,4 @@
-"""What has to hold of a bundle's folder before a byte of its weights is read."""
+"""Check a bundle's folder before a byte of its weights is read."""
 
 import hashlib
 import os

@@ -27,7 +27,7 @@ class ExpertFile:
     record_size_bytes: int
 
     def offset(self, position: int) -> int:
-        """Where the record at a position starts."""
+        """Return the offset of the record at a position."""
         return len(self.header) + position * self.record_size_bytes
 
 
@@ -43,7 +43,7 @@ class SkeletonEntry:
 
 
 def partial_folder(out: Path) -> Path:
-    """Where a bundle lies until it is finished."""
+    """Return the folder of a bundle until it is finished."""
     return out.parent / (out.name + PART_SUFFIX)
 
 

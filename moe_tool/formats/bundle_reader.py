@@ -115,8 +115,8 @@ class BundleReader:
 
     @property
     def matrix_bytes(self) -> int:
-        """What a forward reads of the skeleton: all but the embedding, of which it reads a row,
-        unless the head is the same table."""
+        """Bytes that a forward reads of the skeleton: all but the embedding, of which it reads a
+        row, unless the head is the same table."""
         sizes = {name: info.size_bytes for name, info in self._skeleton.items()}
         embeddings = sum(size for name, size in sizes.items() if "embed" in name)
         is_tied = not any("lm_head" in name for name in sizes)
@@ -205,7 +205,7 @@ class BundleReader:
             StorageError: the disk does not give them.
         """
         entry = self._entries[form, layer, expert]
-        where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
+        where = self._where(entry)
         is_known = (form, layer, expert) in self._verified
         digest = xxhash.xxh3_64()
         if n_there and not is_known:
@@ -221,13 +221,11 @@ class BundleReader:
             count = self._files.read_into(
                 entry.file, entry.offset + n_there, out[n_there:], on_piece=in_pieces
             )
-            if count is None:
-                return
-            has_changed = self._files.has_changed(entry.file)
+            has_changed = count is not None and self._files.has_changed(entry.file)
         except OSError as error:
-            raise StorageError(
-                f"{where}: {error.strerror or error}", hint="check the disk"
-            ) from error
+            raise _disk_error(where, error) from error
+        if count is None:
+            return
         if n_there + count < out.numel():
             raise StorageError(
                 f"{where}: the file ended after {n_there + count} of {out.numel()} bytes",
@@ -236,15 +234,21 @@ class BundleReader:
         if has_changed:
             # Even where this record is whole: the manifest in memory may describe another bundle.
             raise _changed(where)
-        if is_known:
-            return
-        if digest.hexdigest() != entry.xxh3:
-            raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=REPACK)
+        if not is_known:
+            self._require_right(form, entry, out, digest.hexdigest())
+
+    def _require_right(self, form: int, entry: FormRecord, record: torch.Tensor, xxh3: str) -> None:
+        if xxh3 != entry.xxh3:
+            raise CorruptArtifactError(
+                f"{self._where(entry)} is damaged: its hash does not fit", hint=REPACK
+            )
         try:
-            self.forms[form].form.require_finite(out)
+            self.forms[form].form.require_finite(record)
         except CorruptArtifactError as error:
-            raise CorruptArtifactError(f"{where}: {error.message}", hint=REPACK) from error
-        self._verified.add((form, layer, expert))
+            raise CorruptArtifactError(
+                f"{self._where(entry)}: {error.message}", hint=REPACK
+            ) from error
+        self._verified.add((form, entry.layer, entry.expert))
 
     def read_channels_into(
         self,
@@ -273,7 +277,7 @@ class BundleReader:
         """
         held = self.primary_form(layer, expert)
         entry = self._entries[held.index, layer, expert]
-        where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
+        where = self._where(entry)
         try:
             if (layer, expert) not in self._expected:
                 self._expected.add((layer, expert))
@@ -281,9 +285,7 @@ class BundleReader:
             read = self._files.read_chunks(entry.file, entry.offset, weight.chunks, channels)
             has_changed = self._files.has_changed(entry.file)
         except OSError as error:
-            raise StorageError(
-                f"{where}: {error.strerror or error}", hint="check the disk"
-            ) from error
+            raise _disk_error(where, error) from error
         if has_changed:
             raise _changed(where)
         known = self._verified_channels.setdefault(
@@ -341,12 +343,19 @@ class BundleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _where(self, entry: FormRecord) -> str:
+        return f"layer {entry.layer} expert {entry.expert} in {self.folder / entry.file}"
+
     def _find_damaged_record(self, name: str) -> None:
         for held in self.forms:
             out = torch.empty(held.record_size_bytes, dtype=torch.uint8)
             for record in held.table.records:
                 if record.file == name:
                     self.read_record_into(record.layer, record.expert, out, form=held.index)
+
+
+def _disk_error(where: str, error: OSError) -> StorageError:
+    return StorageError(f"{where}: {error.strerror or error}", hint="check the disk")
 
 
 def _changed(where: str) -> CorruptArtifactError:

@@ -27,7 +27,7 @@ class FormPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleSpec:
-    """What a bundle is to hold, and what it is made from."""
+    """The contents that a bundle is to have, and what it is made from."""
 
     identity: ModelIdentity
     shape: MoeShape
@@ -41,7 +41,7 @@ class BundleSpec:
 
     @property
     def options(self) -> dict[str, str]:
-        """What has to be the same for a resume, by name"""
+        """Everything that has to be the same for a resume, by name"""
         return {"forms": _named(self.forms), **self.made_from}
 
     def require_same_bundle(self, folder: Path, found: BundleManifest) -> None:
@@ -64,7 +64,8 @@ class BundleSpec:
         remedy = f"choose another --out, or remove {folder}"
         require_same_model(identity, self.identity, artifact=f"the bundle {folder}", remedy=remedy)
         wanted = self.options
-        for key in sorted(options.keys() | wanted.keys()):
+        names = options.keys() | wanted.keys()
+        for key in sorted(names, key=lambda name: (name == "forms", name)):  # they follow from all
             old, new = options.get(key, "none"), wanted.get(key, "none")
             if old != new:
                 raise UsageError(

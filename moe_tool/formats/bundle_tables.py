@@ -1,28 +1,27 @@
 """Convert written records to the tables of a manifest."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from moe_tool.artifacts.form_table import FormRecord, FormTable
 from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.formats.bundle_journal import WrittenRecord
 from moe_tool.formats.bundle_spec import FormPlan
+from moe_tool.formats.record_plan import RecordPlan
 
 
 def form_tables(
-    plans: Sequence[FormPlan],
-    sizes: Sequence[int],
-    written: Iterable[tuple[int, WrittenRecord]],
+    plans: Sequence[FormPlan], records: RecordPlan, written: Sequence[WrittenRecord]
 ) -> tuple[FormTable, ...]:
     """Return the tables of all records of a bundle.
 
     Args:
         plans: of the bundle's tables.
-        sizes: bytes of a record of each.
-        written: (position of its table, record), in file order; first bits have none of their own.
+        records: of the same bundle.
+        written: each of its records, in order.
     """
-    records: list[list[WrittenRecord]] = [[] for _ in plans]
-    for form, record in written:
-        records[form].append(record)
+    held: list[list[WrittenRecord]] = [[] for _ in plans]
+    for (form, _, _), record in zip(records.order, written, strict=True):
+        held[form].append(record)
     nested: dict[AnyPrecision | None, int] = {
         plan.precision.base: at for at, plan in enumerate(plans) if plan.precision.base
     }
@@ -30,14 +29,14 @@ def form_tables(
         FormTable(
             role=plan.role,
             precision=plan.precision,
-            record_size_bytes=size,
+            record_size_bytes=records.forms[form].layout.size_bytes,
             records=tuple(
-                map(_first_bits, records[nested[plan.precision]])
+                map(_first_bits, held[nested[plan.precision]])
                 if plan.role == "base"
-                else map(_listed, records[form])
+                else map(_listed, held[form])
             ),
         )
-        for form, (plan, size) in enumerate(zip(plans, sizes, strict=True))
+        for form, plan in enumerate(plans)
     )
 
 

@@ -261,30 +261,16 @@ class BundleWriter:
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
         assert self.n_written == len(self._plan.order)
-        experts = [
-            BundleFile(
-                name=file.name,
-                size_bytes=file.offset(len(file.records)),
-                sha256=self._digests[file.name],
-            )
-            for files in self._plan.files
-            for file in files
-        ]
-        forms = [form for form, _, _ in self._plan.order]
         manifest = BundleManifest(
             tool_version=__version__,
             identity=self.spec.identity,
             shape=self.spec.shape,
-            forms=form_tables(
-                self.spec.forms,
-                [form.layout.size_bytes for form in self.forms],
-                zip(forms, self._records, strict=True),
-            ),
+            forms=form_tables(self.spec.forms, self._plan, self._records),
             removed=tuple(key for key in self.spec.order if key in self.spec.removed),
             skeleton=tuple(self._skeleton),
             skeleton_precision=self._skeleton_precision,
             skeleton_linears=self._skeleton_linears,
-            files=(*experts, *self._other_files),
+            files=(*self._expert_files(), *self._other_files),
             made_from=dict(self.spec.made_from),
             profile_sha256=profile_sha256,
             heat=heat,
@@ -299,6 +285,11 @@ class BundleWriter:
             (self._folder / JOURNAL).unlink()
             self._rename()
         return manifest
+
+    def _expert_files(self) -> Iterator[BundleFile]:
+        for file in chain.from_iterable(self._plan.files):
+            size, digest = file.offset(len(file.records)), self._digests[file.name]
+            yield BundleFile(name=file.name, size_bytes=size, sha256=digest)
 
     def _require_same_finished(self) -> None:
         if not (self._out / MANIFEST).is_file():
@@ -356,10 +347,8 @@ class BundleWriter:
             if position == len(file.records) - 1:
                 self._end_file(file)
         held = Counter(record.file for record in self._records)
-        for files in self._plan.files:
-            for file in files:
-                if file.name in self._open_files:
-                    self._open_files[file.name].cut(held[file.name])
+        for name, opened in self._open_files.items():
+            opened.cut(held[name])
 
     def _checked(self, line: bytes, file: ExpertFile, position: int) -> WrittenRecord | None:
         try:

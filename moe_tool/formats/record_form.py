@@ -1,4 +1,4 @@
-"""What every form of an expert can do: lie in a record, be read from one, and be checked there."""
+"""The protocol of an expert's forms: written to a record, read from one, and checked there."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar

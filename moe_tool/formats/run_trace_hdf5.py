@@ -26,8 +26,8 @@ from moe_tool.policies.eviction import EvictionChoice
 RUN_TRACE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
 _MAX_UNSCORED_EXPERTS = 2**16
-"""Of all layers, where no scores in the file show that they exist; twice those of the largest
-models"""
+"""Limit on the experts of all layers, where no scores in the file show that they exist; twice those
+of the largest models"""
 _DTYPES: dict[str, type[np.generic]] = {
     "layer": np.int32,
     "is_decode": np.bool_,
@@ -111,7 +111,7 @@ def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
 
 
 def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
-    """What does not fit, None where all does."""
+    """Say what does not fit; None where all does."""
     n_calls, n_layers, n_experts = len(calls.layer), len(header.shape.layers), header.shape.experts
     n_keys = n_layers * n_experts
     if calls.layer.ndim != 1 or calls.is_decode.shape != (n_calls,):
@@ -143,7 +143,7 @@ def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
 
 
 def _size_complaint(header: RunTraceHeader, choice: EvictionChoice, n_scores: int) -> str | None:
-    """What of the numbers that memory is laid out by does not fit the file, None where all does."""
+    """Say which number that memory is laid out by does not fit the file; None where all do."""
     shape = header.shape
     n_experts = len(shape.layers) * shape.experts
     if n_experts > max(_MAX_UNSCORED_EXPERTS, n_scores):

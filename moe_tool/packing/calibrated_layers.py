@@ -25,7 +25,7 @@ _MIN_ROWS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSample:
-    """What one expert was given. n tokens to fit on, m held-out ones to measure on."""
+    """The inputs of one expert: n tokens to fit on, m held-out ones to measure on."""
 
     module: Any
     """The experts module of transformers"""

@@ -2,8 +2,8 @@
 
 The matrix that selects is quantized as any other, by the quantizer that was asked for. A row or a
 column of a channel has scales of its own along its whole length, so columns are rounded to the
-nearest. With gptq the last matrix is first fitted to what the rounded ones before it give, as it is
-for experts that are whole.
+nearest. Where the quantizer refits the last matrix, as gptq does, it is first fitted to
+what the rounded ones before it give.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ from moe_tool.experts.channel_forward import (
 )
 from moe_tool.formats.channel_form import FIRST, LAST, chunk_hashes
 from moe_tool.packing.calibrated_layers import ExpertSample
-from moe_tool.packing.quantizers import calibrated, data_free, last_matrix_after
+from moe_tool.packing.quantizers import calibrated, last_matrix_after
 from moe_tool.quantization.channels import (
     GRID,
     ChannelExpert,
@@ -29,6 +29,8 @@ from moe_tool.quantization.channels import (
 )
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantizers.registry import QUANTIZERS
+from moe_tool.quantizers.rtn import nearest
 
 _THRESHOLD_TOKENS = 1024
 _FLOAT16_MAX = 65504.0
@@ -55,17 +57,17 @@ def channel_expert(
     quantize = calibrated(quantizer, sample)
     weight = quantize({"selector": selecting}, precision.selector)["selector"]
     # Channels have no zero points.
-    symmetric = data_free("rtn") if quantizer == "hqq" else quantize
+    symmetric = nearest if QUANTIZERS[quantizer].makes_zeros else quantize
     row = symmetric({"row": other}, precision.rows)["row"]
     last = sample.tensors[LAST]
-    if quantizer == "gptq":
+    if QUANTIZERS[quantizer].refit_last is not None:
         joined = torch.empty(sample.tensors[FIRST].shape)
         to_gates, to_ups = split_halves(gate, joined)
         to_selecting, to_other = (to_gates, to_ups) if is_gate else (to_ups, to_gates)
         to_selecting.copy_(dequantize(weight))
         to_other.copy_(dequantize(row))
-        last = last_matrix_after(sample, last, {FIRST: joined})
-    column = data_free("rtn")({"column": last.T.contiguous()}, precision.rows)["column"]
+        last = last_matrix_after(quantizer, sample, last, {FIRST: joined})
+    column = nearest({"column": last.T.contiguous()}, precision.rows)["column"]
     channels = pack_channels(row, column)
     return ChannelExpert(channels, _selector(sample, weight, channels, is_gate=is_gate))
 

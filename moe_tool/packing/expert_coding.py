@@ -1,44 +1,13 @@
-"""How an expert's matrices become codes: the signature of a quantizer, and rounding to nearest."""
+"""An expert's tensors as a record of some precision holds them: floats, or codes of a quantizer."""
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Mapping
 
 import torch
 
-from moe_tool.artifacts.precision import AnyPrecision, IntegerPrecision
-from moe_tool.quantization.nested import with_base
-from moe_tool.quantization.round_to_nearest import quantize
+from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
-
-QuantizeExpert = Callable[
-    [Mapping[str, torch.Tensor], IntegerPrecision], Mapping[str, IntegerWeight]
-]
-"""(an expert's tensors, how) -> the codes of its matrices"""
-
-
-class RoundMatrix(Protocol):
-    """Rounds a matrix to nearest as `quantize` does."""
-
-    def __call__(self, weight: torch.Tensor, width_bits: int, *, group: int) -> IntegerWeight:
-        """Return its codes and scales."""
-
-
-def nearest(
-    weights: Mapping[str, torch.Tensor],
-    precision: IntegerPrecision,
-    *,
-    round_matrix: RoundMatrix = quantize,
-) -> dict[str, IntegerWeight]:
-    """Round every matrix to nearest, with `quantize` or what does the same faster."""
-    assert not precision.zeros
-    found = {
-        name: round_matrix(weight, precision.width_bits, group=precision.group)
-        for name, weight in weights.items()
-        if weight.dim() == 2
-    }
-    if precision.base_bits is None:
-        return found
-    return {name: with_base(weights[name], coded) for name, coded in found.items()}
+from moe_tool.quantizers.rtn import nearest
+from moe_tool.quantizers.spec import QuantizeExpert
 
 
 def coded(

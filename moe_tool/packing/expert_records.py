@@ -15,11 +15,12 @@ from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.formats.record_form import RecordForm
 from moe_tool.packing.calibrated_layers import ExpertSample
 from moe_tool.packing.channel_expert import channel_expert
-from moe_tool.packing.expert_coding import QuantizeExpert, coded
+from moe_tool.packing.expert_coding import coded
 from moe_tool.packing.quantizers import calibrated
 from moe_tool.quantization.channels import ChannelExpert
 from moe_tool.quantization.low_rank import LinearFit, linear_fit, low_rank_map
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight, base_of
+from moe_tool.quantizers.spec import QuantizeExpert
 
 MEASURED_TOKENS = 256
 """Held-out tokens behind a price"""

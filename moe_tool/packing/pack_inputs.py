@@ -1,4 +1,4 @@
-"""What a profile and a buddy map add to a bundle, read and checked against the model."""
+"""Read what a profile and a buddy map add to a bundle, checked against the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from moe_tool.packing.record_order import order_experts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileFacts:
-    """What a profile says; without one, what holds then."""
+    """A profile as packing needs it, or the defaults without one."""
 
     sha256: str | None
     heat: tuple[LayerHeat, ...] | None
@@ -34,7 +34,7 @@ class ProfileFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackInputs:
-    """What is packed beside the checkpoint."""
+    """Everything that is packed beside the checkpoint."""
 
     profile: ProfileFacts
     buddies: BundleBuddies | None

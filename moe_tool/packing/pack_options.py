@@ -15,13 +15,14 @@ from moe_tool.artifacts.precision import (
 )
 from moe_tool.budget.sizes import parse_bytes
 from moe_tool.errors import UsageError
+from moe_tool.quantizers.registry import parse_quantizer
 
 WholePrecision = NativePrecision | IntegerPrecision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
-    """What `pack` was asked for; zero points come with the quantizer and are not set here."""
+    """A request to pack; zero points come with the quantizer and are not set here."""
 
     out: Path
     """Folder of the bundle; until it is finished its name ends in `.part`"""
@@ -76,7 +77,7 @@ def parse_pack_options(
         skeleton=_skeleton(skeleton_bits or "native"),
         replicas=_replicas(replicas or ""),
         channels=_channels(sparse_experts, bits) if sparse_experts else None,
-        quantizer=quantizer or "rtn",
+        quantizer=parse_quantizer(quantizer or "rtn").name,
         plan=plan,
         memory_bytes=None if memory is None else parse_bytes(memory),
     )

@@ -18,7 +18,7 @@ from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
 from moe_tool.packing.primary_forms import PrimaryForms, primary_forms
-from moe_tool.packing.quantizers import needs_inputs
+from moe_tool.quantizers.registry import QUANTIZERS
 
 _Replicas = Mapping[ReplicaPrecision, frozenset[ExpertKey]]
 
@@ -131,7 +131,7 @@ def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) ->
         if planned is not None:
             experts &= planned[form.name]
         if experts:
-            found[form.with_zeros(options.quantizer == "hqq")] = experts
+            found[form.with_zeros(QUANTIZERS[options.quantizer].makes_zeros)] = experts
     return found
 
 
@@ -145,7 +145,7 @@ def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Repl
     if primaries.is_nested:
         bits = options.bits_name
         return f"--bits {bits}: the first bits are priced on a profile's tokens"
-    if needs_inputs(options.quantizer) and primaries.has_codes:
+    if QUANTIZERS[options.quantizer].needs_inputs and primaries.has_codes:
         return f"--quantizer {options.quantizer} goes by what experts are given"
     return None
 

@@ -1,4 +1,4 @@
-"""What it costs to leave an expert out, as a bundle keeps it."""
+"""Prices of leaving experts out, as a bundle keeps them."""
 
 import numpy as np
 

@@ -15,6 +15,7 @@ from moe_tool.artifacts.precision import (
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.channel_form import has_channels
 from moe_tool.packing.pack_options import PackOptions, WholePrecision
+from moe_tool.quantizers.registry import QUANTIZERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,17 +64,21 @@ def made_by(quantizer: Quantizer, precision: WholePrecision) -> WholePrecision:
     Raises:
         UsageError: the quantizer cannot make it.
     """
-    if precision.kind == "integer" and precision.zeros and quantizer != "hqq":
+    spec = QUANTIZERS[quantizer]
+    if precision.kind == "integer" and precision.zeros and not spec.makes_zeros:
+        able = [each.name for each in QUANTIZERS.values() if each.makes_zeros]
         raise UsageError(
-            f"--bits {precision.name}: only --quantizer hqq makes zero points",
+            f"--bits {precision.name}: only --quantizer {', '.join(able)} makes zero points",
             hint="leave out the z",
         )
-    if precision.base is not None and quantizer == "hqq":
+    if precision.base is not None and not spec.can_nest:
+        able = [each.name for each in QUANTIZERS.values() if each.can_nest]
         raise UsageError(
-            f"--bits {precision.name}: nested bits need symmetric codes; hqq uses zero points",
-            hint="--quantizer rtn, fitted or gptq",
+            f"--bits {precision.name}: nested bits need symmetric codes; {quantizer} uses zero "
+            "points",
+            hint=f"--quantizer {', '.join(able)}",
         )
-    return precision.with_zeros(quantizer == "hqq")
+    return precision.with_zeros(spec.makes_zeros)
 
 
 def _as_planned(plan: PackPlan | None, shape: MoeShape, quantizer: Quantizer) -> PrimaryForms:
@@ -117,4 +122,4 @@ def _channels(
             "gate and up projection, so no channels that a gate could close",
             hint="leave --sparse-experts out",
         )
-    return precision.with_zeros(options.quantizer == "hqq")
+    return precision.with_zeros(QUANTIZERS[options.quantizer].makes_zeros)

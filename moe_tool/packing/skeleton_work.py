@@ -21,7 +21,7 @@ _BLOCK_WEIGHTS = 2**22
 
 
 class SkeletonWork:
-    """What is to be written of one model, and how large it will be."""
+    """The skeleton of one model as it will be written, with its size."""
 
     def __init__(self, opened: OpenedModel, precision: NativePrecision | IntegerPrecision) -> None:
         """Lay out the tensors; nothing is read.

@@ -53,7 +53,7 @@ class PackReport:
     """Bits per expert weight, scales and alignment included"""
     seconds: float
     peak_rss_bytes: int
-    error: float | None
+    output_error: float | None
     """Relative error of the experts' outputs on held-out tokens: mean over stored experts; None:
     not measured"""
     unrouted: tuple[ExpertKey, ...]
@@ -112,7 +112,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
         skeleton_bytes=skeleton.size_bytes,
         skeleton_bits=job.skeleton.name,
         bits_per_weight=8 * manifest.primary_bytes / n_weights,
-        error=_error(manifest),
+        output_error=_error(manifest),
         unrouted=tuple(unrouted),
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),

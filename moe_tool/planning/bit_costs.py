@@ -44,7 +44,7 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
     cost = np.zeros((len(shape.layers), shape.experts, len(WIDTHS)))
     for at, layer in enumerate(shape.layers):
         each, use = sources.statistics[layer], sources.use[layer].squared_gate
-        felt = 1.0 if prices is None else prices.layers[at].felt
+        kl_ratio = 1.0 if prices is None else prices.layers[at].kl_ratio
         eps = {width: each.eps_bits[:, i] for i, width in enumerate(PRICED_WIDTHS)}
         squared = {width: found.astype(np.float64) ** 2 for width, found in eps.items()}
         if prices is None:
@@ -54,7 +54,7 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
             squared |= {width: np.array(found) ** 2 for width, found in measured}
         squared |= {0: np.full(shape.experts, STRUCTURED), _NATIVE: np.zeros(shape.experts)}
         for column, width in enumerate(WIDTHS):
-            cost[at, :, column] = felt * each.nats * use * squared[width]
+            cost[at, :, column] = kl_ratio * each.nats * use * squared[width]
     sizes = [
         0 if width == 0 else record_size(shape, "native" if width == _NATIVE else str(width))
         for width in WIDTHS

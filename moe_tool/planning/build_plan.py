@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moe_tool import __version__
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import Bits, PackPlan, PlanLine, PlanPrediction
+from moe_tool.artifacts.simulation_report import BELADY, PrefetchRow, SimulatedRow
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError, UsageError
@@ -27,10 +28,7 @@ from moe_tool.planning.ways_to_run import WayToRun, replay_ways
 from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.simulator.simulate import (
-    BELADY,
     Budget,
-    PrefetchRow,
-    SimulatedRow,
     simulate_decoding,
     simulate_prefetch,
 )

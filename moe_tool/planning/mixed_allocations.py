@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from moe_tool.artifacts.bit_prices import Allocation
 from moe_tool.artifacts.pack_plan import LayerBits
 from moe_tool.planning.allocate_bits import (
     WIDTHS,
@@ -15,19 +15,6 @@ from moe_tool.planning.allocate_bits import (
     spread_evenly,
 )
 from moe_tool.planning.bit_costs import BitCosts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Allocation:
-    """One way to hand the bits out."""
-
-    name: str
-    nats: float
-    """Expected divergence, per token"""
-    experts: dict[int, int]
-    """By width: how many have it"""
-    average_bits: float
-    expert_bytes: int
 
 
 def allocate_average(

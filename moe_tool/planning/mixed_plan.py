@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_tool import __version__
-from moe_tool.artifacts.bit_prices import BitPrices
+from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine, PlanPrediction, Quantizer
 from moe_tool.budget.refusal import MemoryLine, too_small
@@ -21,7 +21,6 @@ from moe_tool.planning.build_plan import FIRST_PROMPT_TOKENS, PREDICTION_ERROR
 from moe_tool.planning.first_token import seconds_to_first_token
 from moe_tool.planning.memory_account import FixedMemory, fixed_memory
 from moe_tool.planning.mixed_allocations import (
-    Allocation,
     allocate_average,
     allocate_bytes,
     allocate_within,

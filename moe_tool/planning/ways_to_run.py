@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow
 from moe_tool.budget.account import MemoryPlan
 from moe_tool.budget.slots import min_slots
 from moe_tool.planning.memory_account import account
@@ -15,10 +16,8 @@ from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import Progress
 from moe_tool.simulator.simulate import (
-    BELADY,
     Budget,
     Machine,
-    SimulatedRow,
     replay_choice,
     simulate_decoding,
 )

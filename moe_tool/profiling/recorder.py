@@ -14,7 +14,7 @@ import torch
 
 from moe_tool import __version__
 from moe_tool.artifacts.router_trace import TracedTokens
-from moe_tool.artifacts.routing_report import RoutingReport
+from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import DataSourceError, UsageError
@@ -33,7 +33,7 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton_facts import skeleton_facts
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
-from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
+from moe_tool.profiling.coverage import layer_coverage
 from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_pass import LayerPass, PassPlan
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
@@ -69,8 +69,7 @@ class ProfileReport:
     memory_budget_bytes: int
     resumed_at_layer: int | None
     domains: tuple[str, ...]
-    coverage: tuple[LayerCoverage, ...]
-    routing: RoutingReport
+    routing: ProfileRouting
 
 
 def record_profile(
@@ -179,8 +178,7 @@ def record_profile(
         memory_budget_bytes=run.plan.memory_bytes,
         resumed_at_layer=first_layer or None,
         domains=sequences.domains,
-        coverage=coverage,
-        routing=routing,
+        routing=ProfileRouting(coverage=coverage, routing=routing),
     )
 
 

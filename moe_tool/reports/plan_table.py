@@ -1,26 +1,18 @@
 """Plans as tables for people."""
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
 
 from rich.table import Table
 
-from moe_tool.artifacts.bit_prices import BitPrices
+from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine
+from moe_tool.artifacts.simulation_report import SimulatedRow
 from moe_tool.budget.sizes import format_bytes
 
 
-class RankedRow(Protocol):
-    """A way of running that was replayed."""
-
-    @property
-    def eviction(self) -> str: ...
-
-
-Ranked = TypeVar("Ranked", bound=RankedRow)
-
-
-def rows_to_show(best: Sequence[Ranked], lru: Ranked, bound: Ranked) -> list[Ranked]:
+def rows_to_show(
+    best: Sequence[SimulatedRow], lru: SimulatedRow, bound: SimulatedRow
+) -> list[SimulatedRow]:
     """Return the best ones, plain lru where it is not among them, and the bound where there was a
     choice."""
     if len(best) == 1:
@@ -57,22 +49,7 @@ def forms_table(plan: PackPlan) -> Table:
     return table
 
 
-class AllocatedBits(Protocol):
-    """One way to hand bits out to experts."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def nats(self) -> float: ...
-    @property
-    def experts(self) -> dict[int, int]: ...
-    @property
-    def average_bits(self) -> float: ...
-    @property
-    def expert_bytes(self) -> int: ...
-
-
-def allocations_table(allocations: Sequence[AllocatedBits]) -> Table:
+def allocations_table(allocations: Sequence[Allocation]) -> Table:
     """Return how many experts get how many bits, one way to hand them out a line."""
     widths = sorted({width for each in allocations for width in each.experts})
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -95,11 +72,13 @@ def allocations_table(allocations: Sequence[AllocatedBits]) -> Table:
 def bit_prices_table(prices: BitPrices) -> Table:
     """Return the mean error of a layer's experts at each width, one layer a line."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("layer", *(f"error at {width} bits" for width in prices.widths), "felt"):
+    for heading in ("layer", *(f"error at {width} bits" for width in prices.widths), "KL ratio"):
         table.add_column(heading, justify="right")
     for entry in prices.layers:
         means = (sum(row) / len(row) for row in entry.eps)
-        table.add_row(str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.felt:.2f}x")
+        table.add_row(
+            str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.kl_ratio:.2f}x"
+        )
     return table
 
 

@@ -9,6 +9,7 @@ from moe_tool.artifacts.routing_report import (
     GatePrediction,
     HotSetCoverage,
     NextGate,
+    ProfileRouting,
     ReuseHistogram,
     RoutingReport,
 )
@@ -17,8 +18,11 @@ _MATRIX_PERCENT = 25
 _BAR_CELLS = 24
 
 
-def routing_tables(report: RoutingReport) -> Iterator[Table]:
-    """Yield the tables of a whole model; what there is by layer is left to JSON."""
+def profile_tables(found: ProfileRouting) -> Iterator[Table]:
+    """Yield a table of the layers, then those of the whole model; the whole model's figures by
+    layer are left to JSON."""
+    report = found.routing
+    yield _coverage_table(found)
     yield _hot_sets_table(report.hot_sets)
     for hot_set in report.hot_sets:
         if hot_set.domains is not None and hot_set.percent == _MATRIX_PERCENT:
@@ -28,6 +32,42 @@ def routing_tables(report: RoutingReport) -> Iterator[Table]:
     yield _union_table(report)
     if report.reuse.uses:
         yield _reuse_table(report.reuse, report.reuse_within_layer)
+
+
+def _coverage_table(found: ProfileRouting) -> Table:
+    """Return one row per MoE layer."""
+    rows = found.coverage
+    chance = f"{rows[0].coverage_by_chance:.0%}" if rows else ""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (
+        "layer",
+        "load\nmax/mean",
+        "entropy",
+        "never\nused",
+        "as previous token\n(by chance)",
+        f"hottest quarter (even: {chance})\nin-sample -> held-out",
+        *(f"\n{domain}" for domain in found.routing.domains),
+        "\nhot set",
+    ):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for row in rows:
+        by_domain = zip(row.domain_coverage, row.domain_coverage_held_out, strict=True)
+        table.add_row(
+            str(row.layer),
+            f"{row.load_skew:.2f}",
+            f"{row.entropy:.3f}",
+            str(row.never_used),
+            f"{row.locality:.1%} ({row.locality_by_chance:.1%})",
+            _then(row.coverage, row.coverage_held_out),
+            *(_then(inside, outside) for inside, outside in by_domain),
+            row.pin,
+        )
+    return table
+
+
+def _then(inside: float | None, outside: float | None) -> str:
+    """In-sample, then held-out."""
+    return " -> ".join("-" if share is None else f"{share:.1%}" for share in (inside, outside))
 
 
 def _hot_sets_table(rows: Sequence[HotSetCoverage]) -> Table:

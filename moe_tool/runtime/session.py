@@ -295,8 +295,8 @@ def _runner(
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
     """Return what looks ahead, where the eviction policy asks for it or a trace is to say what a
     prefetch saw."""
-    if "predictions" in plan.eviction.hints:
-        return foresee(skeleton.layers, depth=plan.eviction.parameters["window"])
+    if plan.eviction.look_ahead:
+        return foresee(skeleton.layers, depth=plan.eviction.look_ahead)
     if plan.options.record_trace and plan.prefetch != NO_PREFETCH:
         return foresee(skeleton.layers, depth=1)
     return None

@@ -1,7 +1,7 @@
 """What every miss policy has to keep to, run over all of them."""
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -22,26 +22,13 @@ from moe_tool.policies.misses import (
     parse_miss_policy,
 )
 from moe_tool.policies.misses.buddy import buddy_tables
+from moe_tool.policies.misses.needs import GATES
 
 N_EXPERTS, TOP_K, LAYER = 8, 3, 2
-LOSSY = sorted(set(MISS_POLICIES) - {"exact"})
-GATED = ["buddy", "drop", "next-ranked", "random"]
-INERT = {
-    "buddy": "rho=0",
-    "drop": "rho=0",
-    "next-ranked": "rho=0",
-    "random": "rho=0",
-    "near-tie": "alpha=0",
-    "replica": "high=1",
-    "prune": "share=0",
-    "prune:learned": "rate=0",
-    "prune:random": "rate=0",
-    "priced": "nats-per-mb=0",
-}
-FIRES = {"near-tie": "alpha=1", "replica": "high=0.3,low=0.5", "prune": "share=0.8"}
-PRUNES = {name for name in MISS_POLICIES if name.startswith("prune")}
-"""They leave out what is in memory too"""
-"""What makes a policy act on the cases below, beside its defaults"""
+LOSSY = [spec for spec in MISS_POLICIES.values() if spec.is_lossy]
+GATED = [name for name, spec in MISS_POLICIES.items() if GATES in spec.needs]
+PRUNES = {name for name, spec in MISS_POLICIES.items() if spec.acts_on_hits}
+NOTHING = PolicyInputs(top_k=1)
 
 
 def _softmax_weights(logits, index, present):
@@ -51,7 +38,7 @@ def _softmax_weights(logits, index, present):
     return np.divide(chosen, total, out=np.zeros_like(chosen), where=total > 0)
 
 
-def _build(name, gates):
+def _inputs(gates):
     buddies = LayerBuddies(
         layer=LAYER,
         entropy_threshold=0.2,
@@ -79,28 +66,30 @@ def _build(name, gates):
         buddy_scale=buddy_tables((buddies,))[LAYER].scale.astype(np.float64),
         buddy_eps=np.full((N_EXPERTS, 3), 0.5),
     )
-    return parse_miss_policy(name).make(
-        PolicyInputs(
-            gates=gates,
-            buddies=(buddies,),
-            reweigh={LAYER: _softmax_weights},
-            prices=PriceBook(layers={LAYER: book}),
-            unimportance={LAYER: np.linspace(0, 1, 21)},
-            ratios={LAYER: np.linspace(0, 1, 21)},
-            forms=("native", "2"),
-            pruning=LearnedPruning(
-                file="x",
-                rate=0.3,
-                offsets=tuple(np.linspace(-2, 2, 21)),
-                penalty=0.1,
-                quality=QualityFigure(kl=0.1, kl_ci95=(0.1, 0.1), tokens=1),
-                tokens=1,
-                seed=0,
-                sources=(),
-            ),
-            top_k=TOP_K,
-        )
+    return PolicyInputs(
+        gates=gates,
+        buddies=(buddies,),
+        reweigh={LAYER: _softmax_weights},
+        prices=PriceBook(layers={LAYER: book}),
+        unimportance={LAYER: np.linspace(0, 1, 21)},
+        ratios={LAYER: np.linspace(0, 1, 21)},
+        forms=("native", "2"),
+        pruning=LearnedPruning(
+            file="x",
+            rate=0.3,
+            offsets=tuple(np.linspace(-2, 2, 21)),
+            penalty=0.1,
+            quality=QualityFigure(kl=0.1, kl_ci95=(0.1, 0.1), tokens=1),
+            tokens=1,
+            seed=0,
+            sources=(),
+        ),
+        top_k=TOP_K,
     )
+
+
+def _build(name, gates):
+    return parse_miss_policy(name).make(_inputs(gates))
 
 
 def _routing(seed, n_tokens, *, removed=()):
@@ -120,7 +109,7 @@ def _routing(seed, n_tokens, *, removed=()):
     )
 
 
-GATES = st.builds(
+SOME_GATES = st.builds(
     Gates,
     entropy_threshold=st.sampled_from([{LAYER: 0.0}, {LAYER: 0.9}, {LAYER: 1.0}]),
     bypass_share=st.sampled_from([0.0, 0.4, 0.6, 1.1]),
@@ -133,7 +122,7 @@ CASES = {
     "resident": st.lists(st.booleans(), min_size=2 * N_EXPERTS, max_size=2 * N_EXPERTS).map(
         lambda row: np.array(row).reshape(2, N_EXPERTS)
     ),
-    "gates": GATES,
+    "gates": SOME_GATES,
 }
 
 
@@ -201,18 +190,17 @@ FIRING = Gates(entropy_threshold={LAYER: 0.0}, bypass_share=1.1, max_substitutio
 SOME = np.stack([np.arange(N_EXPERTS) % 2 == 0, np.arange(N_EXPERTS) % 4 == 1])
 
 
-@pytest.mark.parametrize("name", LOSSY)
-def test_at_strength_it_fires_and_is_counted(name):
+@pytest.mark.parametrize("spec", LOSSY, ids=lambda spec: spec.name)
+def test_at_strength_it_fires_and_is_counted(spec):
     routing = _routing(0, 20)
-    spec = f"{name}:{FIRES[name]}" if name in FIRES else name
-    answers = _build(spec, FIRING).decide(routing, SOME)
+    answers = _build(spec.named(spec.fires), FIRING).decide(routing, SOME)
     assert count_answers(routing, answers) != PhaseCounters()
 
 
-@pytest.mark.parametrize("name", LOSSY)
-def test_at_zero_strength_it_is_inert(name):
+@pytest.mark.parametrize("spec", MISS_POLICIES.values(), ids=list(MISS_POLICIES))
+def test_the_inert_setting_is_exact(spec):
     routing = _routing(0, 20)
-    answers = _build(f"{name}:{INERT[name]}", FIRING).decide(routing, SOME)
+    answers = _build(spec.named(spec.inert), FIRING).decide(routing, SOME)
     assert _is_exact(answers, routing)
 
 
@@ -253,5 +241,53 @@ def test_a_smaller_cap_substitutes_less(name):
 def test_a_policy_says_in_one_line_what_it_does_and_whether_it_loses(name):
     policy = _build(name, FIRING)
     assert policy.describe().startswith(name) and "\n" not in policy.describe()
-    assert policy.lossy is (name != "exact")
+    assert policy.lossy is MISS_POLICIES[name].is_lossy
     assert ("may differ" in policy.describe()) is policy.lossy
+
+
+@pytest.mark.parametrize("spec", MISS_POLICIES.values(), ids=list(MISS_POLICIES))
+def test_a_spec_is_whole(spec):
+    assert spec.summary and "\n" not in spec.summary
+    for parameter in spec.parameters.values():
+        assert parameter.help and parameter.least <= parameter.default <= parameter.most
+    for words in (spec.inert, spec.fires or ""):
+        assert parse_miss_policy(spec.named(words)).kind == spec.name
+    for name, values in spec.alternatives.items():
+        for value in values:
+            assert parse_miss_policy(spec.named("")).with_value(name, value).values[name] == value
+    assert len({need.name for need in spec.needs}) == len(spec.needs)
+
+
+def _without(need):
+    """Inputs that lack one need alone, None where nothing can lack it."""
+    for field in fields(PolicyInputs):
+        less = replace(_inputs(FIRING), **{field.name: getattr(NOTHING, field.name)})
+        if not need.is_met(less):
+            return less
+    return None
+
+
+@pytest.mark.parametrize("spec", LOSSY, ids=lambda spec: spec.name)
+def test_what_it_needs_is_refused_by_name_with_a_hint(spec):
+    parse_miss_policy(spec.name).make(_inputs(FIRING))
+    for need in spec.needs:
+        less = _without(need)
+        if less is not None:
+            with pytest.raises(need.error) as refusal:
+                parse_miss_policy(spec.name).make(less)
+            assert spec.name in refusal.value.message and refusal.value.hint == need.hint
+
+
+@pytest.mark.parametrize("spec", [s for s in LOSSY if s.strength], ids=lambda spec: spec.name)
+def test_the_strongest_setting_changes_most_and_the_grid_stays_in_bounds(spec):
+    inputs = _inputs(FIRING)
+    grid = spec.strength.grid(inputs)
+    assert list(grid.points) == sorted(set(grid.points), reverse=True)
+    choice, routing, changed = parse_miss_policy(spec.name), _routing(0, 200), []
+    for strength in grid.points:
+        setting = choice.with_value(spec.strength.parameter, grid.value(strength))
+        counted = count_answers(routing, setting.make(inputs).decide(routing, SOME))
+        changed.append(counted.substitutions + counted.replica_answers + counted.drops)
+    assert changed == sorted(changed, reverse=True) and changed[0] > changed[-1]
+    low, high = grid.points[2], grid.points[1]
+    assert low < grid.middle(low, high) < high

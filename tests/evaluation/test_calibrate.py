@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from moe_tool.budget.request import parse_memory
-from moe_tool.cli.describe_artifact import describe_artifact
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.models.locate import LocatedModel
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
@@ -41,7 +41,7 @@ def packed(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 def worst(packed: Path, sources: tuple[TextSource, ...]) -> float:
     """KL of the strongest setting."""
     options = EvaluateOptions(tokens=512, seq_len=32, memory=parse_memory("40%"), policy="priced")
-    return evaluate(packed, sources, options).figures.kl_mean
+    return evaluate(packed, sources, options).figures.kl_mean.value
 
 
 def _calibrate(
@@ -70,10 +70,12 @@ def test_a_limit_between_nothing_and_the_worst_is_kept_and_nearly_used(
     assert after.calibration == found
     assert after.model_copy(update={"calibration": before.calibration}) == before
     # the expected loss is in measured nats where it was calibrated
-    options = EvaluateOptions(tokens=512, seq_len=32, memory=parse_memory("40%"), retreats=True)
+    options = EvaluateOptions(
+        tokens=512, seq_len=32, memory=parse_memory("40%"), exact_fallback=True
+    )
     again = evaluate(packed, sources, options)
-    assert again.policy == found.policy
-    assert again.figures.kl_mean <= worst / 3 * 1.1
+    assert again.setup.policy == found.policy
+    assert again.figures.kl_mean.value <= worst / 3 * 1.1
     assert again.figures.expected_kl == pytest.approx(found.quality.kl, rel=0.5)
 
 

@@ -224,7 +224,7 @@ def test_every_quantizer_makes_channels_that_are_near(
     report = pack_bundle(
         model, out=tmp_path / "b", sparse_experts="gate3", quantizer=quantizer, profile=profile
     )
-    assert report.error is not None and 0 < report.error < 0.35
+    assert report.output_error is not None and 0 < report.output_error < 0.35
     with BundleReader.open(tmp_path / "b") as reader:
         reader.verify_all()
         assert chooser_of(read_expert(reader, reader.manifest.shape.layers[0], 0)).is_gate

@@ -125,7 +125,7 @@ def test_every_record_of_a_mixture_is_what_its_form_says(
             assert torch.equal(held.form.encode(wanted), record), held.table.name
         eps = {(t.role, t.name): t.records[-1].eps for t in manifest.forms}
     assert eps["primary", "native"] == 0.0
-    assert report.error is not None and 0 < report.error < 1
+    assert report.output_error is not None and 0 < report.output_error < 1
     sizes = [t.size_bytes for t in manifest.forms if t.role == "replica"]
     assert report.replica_bytes == sum(sizes)
 

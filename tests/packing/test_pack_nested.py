@@ -200,7 +200,7 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
     ("options", "says"),
     [
         ({"quantizer": "hqq"}, "zero points"),
-        ({"replicas": "3"}, "first bits are the replica"),
+        ({"replicas": "4"}, "no expert has more bits"),
         ({"skeleton_bits": "2+2", "bits": "4"}, "only experts are nested"),
         ({"bits": "2+3"}, "not known"),
         ({"bits": "4", "replicas": "2+2"}, "not known"),
@@ -214,19 +214,19 @@ def test_what_cannot_be_nested_is_refused(
 
 
 def test_nested_experts_need_a_profile(model: LocatedModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is none"):
+    with pytest.raises(UsageError, match="there is no profile"):
         pack_bundle(model, out=tmp_path / "b", bits="2+2")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m: m["replicas"][0]["records"][0].update(offset=8192), "do not lie"),
-        (lambda m: m["replicas"][0]["records"].pop(), "do not lie"),
-        (lambda m: m["replicas"][0]["precision"].update(group=32), "not nested"),
-        (lambda m: m["replicas"][0]["precision"].update(of_bits=3), "not nested"),
-        (lambda m: m["precision"].update(base_bits=None), "not nested"),
-        (lambda m: m["precision"].update(zeros=True), "without zero points"),
+        (lambda m: m["forms"][1]["records"][0].update(offset=8192), "do not lie"),
+        (lambda m: m["forms"][1]["records"].pop(), "do not lie"),
+        (lambda m: m["forms"][1]["precision"].update(group=32), "go together"),
+        (lambda m: m["forms"][1]["precision"].update(of_bits=3), "go together"),
+        (lambda m: m["forms"][0]["precision"].update(base_bits=None), "go together"),
+        (lambda m: m["forms"][0]["precision"].update(zeros=True), "without zero points"),
     ],
 )
 def test_a_forged_base_is_refused(

@@ -59,7 +59,7 @@ def test_an_average_is_planned_measured_once_packed_and_run(
     prices.write_text(json.dumps(text | {"profile_sha256": "0" * 64}))
     third = moe_tool(*ask, folder=pipeline.folder)
     assert third.code == 0 and "measured again" in third.stderr
-    prices.write_text(prices.read_text().replace('"felt": ', '"felt": 1', 1))
+    prices.write_text(prices.read_text().replace('"kl_ratio": ', '"kl_ratio": 1', 1))
     damaged = moe_tool(*ask, folder=pipeline.folder)
     assert damaged.code == 3 and "Traceback" not in damaged.stderr
     prices.unlink()

@@ -184,10 +184,10 @@ def test_a_limit_of_divergence_is_planned_for_packed_and_kept(
     run = moe_tool(*words, "--memory", "50%", folder=pipeline.folder)
     assert run.code == 0, run.stderr
     assert run.fields["policy"] == loose["policy"] and "planned: expected KL" in run.stderr
-    assert run.fields["lowered"] > 0
+    assert run.fields["replica_answers"] > 0
     assert run.fields["expected_kl_limit"] == pytest.approx(0.5 - loose["prediction"]["kl_of_bits"])
     plain = moe_tool(*words, "--policy", "exact", folder=pipeline.folder)
-    assert plain.fields["policy"] == "exact" and plain.fields["lowered"] == 0
+    assert plain.fields["policy"] == "exact" and plain.fields["replica_answers"] == 0
     without = moe_tool(
         *("pack", pipeline.model, "--plan", plan, "--replicas", "8", "--out", tmp_path / "c"),
         folder=pipeline.folder,

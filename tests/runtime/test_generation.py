@@ -25,15 +25,17 @@ def test_the_pieces_of_text_add_up_to_the_result(session: Session) -> None:
     options = GenerateOptions(max_tokens=20, ignore_eos=True)
     result = generate(session, "The list", options, on_text=pieces.append)
     assert "".join(pieces) == result.text
-    assert result.prompt_tokens == 8
+    assert result.prompt.tokens == 8
     assert result.generated_tokens == len(result.token_ids) == 20
-    assert result.policy == "exact" and result.residency == "cache"
+    assert result.setup.policy == "exact" and result.setup.residency == "cache"
     assert 0 < result.seconds_to_first_token < result.seconds
     assert result.tokens_per_second > 0
-    assert result.bytes_read_per_token == (
-        result.misses * session.manifest.primaries[0].record_size_bytes / 19
+    assert result.decode.tokens == 19
+    assert (
+        result.decode.bytes_read
+        == result.decode.misses * session.manifest.primaries[0].record_size_bytes
     )
-    assert result.prompt_hits + result.prompt_misses > 0
+    assert result.prompt.hits + result.prompt.misses > 0
     assert not result.interrupted
 
 
@@ -110,8 +112,8 @@ def test_an_end_of_text_token_ends_it(session: Session) -> None:
 def test_the_chat_template_is_used_unless_raw(session: Session) -> None:
     session.tokenizer.chat_template = "<{{ messages[0]['content'] }}>"
     try:
-        assert generate(session, "ab", GenerateOptions(max_tokens=1)).prompt_tokens == 4
-        assert generate(session, "ab", GenerateOptions(max_tokens=1, raw=True)).prompt_tokens == 2
+        assert generate(session, "ab", GenerateOptions(max_tokens=1)).prompt.tokens == 4
+        assert generate(session, "ab", GenerateOptions(max_tokens=1, raw=True)).prompt.tokens == 2
         session.tokenizer.chat_template = "{{ raise_exception('no') }}"
         with pytest.raises(UsageError, match="chat template"):
             generate(session, "ab", GenerateOptions(max_tokens=1))
@@ -158,7 +160,7 @@ def test_run_prompt_plans_for_this_prompt_alone(tiny_bundle: TinyBundle) -> None
         generation=GenerateOptions(max_tokens=5, ignore_eos=True),
     )
     assert result.generated_tokens == 5
-    assert result.slots == 3
+    assert result.setup.slots == 3
 
 
 def test_too_small_a_budget_is_refused_with_one_that_works(tiny_bundle: TinyBundle) -> None:

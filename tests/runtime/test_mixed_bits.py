@@ -222,7 +222,7 @@ def test_every_policy_answers_misses_and_never_by_what_was_removed(
     options = run_options(memory="50%", context=64, prompt=32, policy=policy, gates=False)
     with open_session(out, options) as session:
         costs = run_stepwise(session, torch.tensor([PROMPT]), lambda position, logits: None)
-        top_k = session.manifest.shape.top_k * len(session.manifest.shape.layers)
+        top_k = session.bundle.manifest.shape.top_k * len(session.bundle.manifest.shape.layers)
     assert (costs.accesses <= top_k).all() and (costs.accesses < top_k).any()
     answered = costs.substitutions + costs.drops
     assert answered.sum() > 0 and (answered <= costs.accesses).all()

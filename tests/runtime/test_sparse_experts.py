@@ -86,10 +86,10 @@ def test_fewer_channels_are_farther_off_and_fewer_bytes(bundle: Path) -> None:
     divergences, read = [], []
     for sparsity in (0.0, 0.5, 0.8, 0.95):
         report = evaluate(bundle, text, replace(options, sparse_experts=sparsity))
-        divergences.append(report.figures.kl_mean)
-        read.append(report.figures.bytes_read_per_token)
+        divergences.append(report.figures.kl_mean.value)
+        read.append(report.figures.bytes_read_per_token.value)
         assert report.sparsity == pytest.approx(sparsity, abs=0.06)
-        assert report.figures.bytes_read_per_token <= report.whole_bytes_per_token
+        assert report.figures.bytes_read_per_token.value <= report.whole_bytes_per_token
         assert report.policy == f"exact, sparse {sparsity:g}" == report.rows[0].policy
     assert divergences == sorted(divergences) and divergences[0] < 1e-6 < divergences[1]
     assert read == sorted(read, reverse=True) and read[-1] < 0.5 * read[0]

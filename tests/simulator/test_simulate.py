@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow, best_policy
 from moe_tool.errors import UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.eviction import parse_eviction
@@ -10,11 +11,8 @@ from moe_tool.simulator.budget_list import parse_budgets
 from moe_tool.simulator.profile_trace import decode_trace, part_to_replay, prompt_trace
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.simulate import (
-    BELADY,
     Budget,
     Machine,
-    SimulatedRow,
-    best_policy,
     find_cliff,
     find_slower,
     simulate_decoding,

@@ -34,7 +34,8 @@ from moe_tool.quantization.weights import FloatWeight
 from moe_tool.text.sequences import build_sequences
 from moe_tool.text.sources import parse_sources
 from moe_tool.tuning.paired_layers import PairedModel
-from moe_tool.tuning.tune_weights import TuneOptions, TuneReport, tune_weights
+from moe_tool.tuning.tune_options import TuneOptions
+from moe_tool.tuning.tune_weights import TuneReport, tune_weights
 from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
 from tests.tiny_models import TINY, make_tiny_checkpoint

@@ -6,7 +6,10 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
-from moe_tool.policies.misses.gates import Gates, open_slots
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
+from moe_tool.policies.misses.needs import GATES
+from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.spec import PolicySpec, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,3 +35,19 @@ class Drop:
         dropped = np.zeros_like(ranked)
         np.put_along_axis(dropped, slots.order, ranked, axis=1)
         return leave_out(routing, dropped)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Drop:
+    assert inputs.gates is not None
+    return Drop(gates=inputs.gates.tuned(values))
+
+
+SPEC = PolicySpec(
+    name="drop",
+    summary="nothing",
+    make=_make,
+    inert="rho=0",
+    parameters=GATE_PARAMETERS,
+    needs=(GATES,),
+    source="a control of buddy",
+)

@@ -1,12 +1,36 @@
 """When a miss may be answered by something else: BuddyMoE's gates, shared by all lossy policies."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Routing
 from moe_tool.policies.entropy import token_activating_entropy
+from moe_tool.policies.parameters import Parameter
+
+GATE_PARAMETERS: Mapping[str, Parameter] = {
+    "rho": Parameter(
+        help="slots of a token in a layer that may be answered otherwise; -1: half of K, rounded "
+        "up",
+        default=-1,
+        least=-1,
+        most=1024,
+        is_whole=True,
+    ),
+    "beta": Parameter(
+        help="share of a sequence's slots from which on, if they are missing, it is answered "
+        "exactly",
+        default=0.6,
+        most=2,
+    ),
+    "gamma": Parameter(
+        help="distance of a token's two heaviest gate weights, as shares of all, above which it "
+        "is answered exactly; 1: never",
+        default=1,
+    ),
+}
+"""Parameters of every gated policy"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +53,15 @@ class Gates:
     all, is answered exactly; 1: none is"""
     enabled: bool = True
     """False: every miss of a decode step may be answered otherwise"""
+
+    def tuned(self, values: Mapping[str, float]) -> "Gates":
+        """Return the gates with the values of GATE_PARAMETERS that differ from their defaults."""
+        found = replace(self, max_margin=values["gamma"])
+        if values["beta"] != GATE_PARAMETERS["beta"].default:
+            found = replace(found, bypass_share=values["beta"])
+        if values["rho"] >= 0:
+            found = replace(found, max_substitutions=int(values["rho"]))
+        return found
 
     def describe(self) -> str:
         """Return the gates in a few words."""

@@ -7,7 +7,11 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
-from moe_tool.policies.misses.protocol import Reweigh, as_shares
+from moe_tool.policies.misses.needs import WEIGHT_RULE
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, as_shares
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.parameters import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +73,29 @@ class NearTie:
             routing.logits[moved], expert[moved], routing.present[moved]
         )
         return replace(keep(routing), expert=expert, weight=weight)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> NearTie:
+    assert inputs.reweigh is not None
+    return NearTie(
+        alpha=values["alpha"],
+        reweigh=inputs.reweigh,
+        scores_are_logits=inputs.scores_are_logits,
+    )
+
+
+SPEC = PolicySpec(
+    name="near-tie",
+    summary="where it hardly outscored the rest: a resident expert that hardly lost",
+    make=_make,
+    inert="alpha=0",
+    fires="alpha=1",
+    parameters={
+        "alpha": Parameter(
+            help="width of the bands around the best score that was not chosen", default=0.3
+        )
+    },
+    needs=(WEIGHT_RULE,),
+    strength=ShareStrength(parameter="alpha"),
+    source="SMoE, arXiv:2508.18983",
+)

@@ -7,8 +7,10 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep
-from moe_tool.policies.misses.gates import Gates, OpenSlots, open_slots
-from moe_tool.policies.misses.protocol import Reweigh
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, OpenSlots, open_slots
+from moe_tool.policies.misses.needs import GATES, WEIGHT_RULE
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh
+from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 
 
@@ -75,3 +77,20 @@ def _left_out(routing: Routing, slots: OpenSlots, expert: np.ndarray) -> np.ndar
     found: np.ndarray = np.empty_like(is_left)
     np.put_along_axis(found, order, is_left, axis=1)
     return found
+
+
+def _make(inputs: PolicyInputs, values: Values) -> NextRanked:
+    assert inputs.gates is not None and inputs.reweigh is not None
+    return NextRanked(gates=inputs.gates.tuned(values), reweigh=inputs.reweigh)
+
+
+SPEC = PolicySpec(
+    name="next-ranked",
+    summary="the resident expert that this token's router ranks next, the whole set weighed anew "
+    "by the model's rule; where residents run out the set is smaller",
+    make=_make,
+    inert="rho=0",
+    parameters=GATE_PARAMETERS,
+    needs=(GATES, WEIGHT_RULE),
+    source="the fallback of eMoE, arXiv:2503.06823, and the substitute of SMoE, arXiv:2508.18983",
+)

@@ -8,8 +8,12 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
+from moe_tool.policies.misses.needs import PRICES
 from moe_tool.policies.misses.price_book import LayerBook, PriceBook
-from moe_tool.policies.misses.protocol import Reweigh, as_shares
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, as_shares
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import PriceStrength
+from moe_tool.policies.parameters import Parameter
 
 _SELF, _NOTHING = -1, -2
 
@@ -157,3 +161,39 @@ class Priced:
             present = np.ones(new.shape, dtype=bool)
             answers.expert[row], answers.present[row] = new, present
             answers.weight[row] = self.reweigh[routing.layer](routing.logits[row], new, present)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Priced:
+    assert inputs.prices is not None
+    return Priced(
+        book=inputs.prices,
+        nats_per_mb=values["nats-per-mb"],
+        reroute=values["reroute"],
+        reweigh=inputs.reweigh,
+        scores_are_logits=inputs.scores_are_logits,
+    )
+
+
+SPEC = PolicySpec(
+    name="priced",
+    summary="whatever is expected to cost least: a cheaper form, a listed stand-in, the residents "
+    "that the router ranks next, nothing, or itself",
+    make=_make,
+    inert="nats-per-mb=0",
+    parameters={
+        "nats-per-mb": Parameter(
+            help="what avoiding a read of 10^6 bytes is worth; inf never reads",
+            default=math.inf,
+            most=math.inf,
+        ),
+        "reroute": Parameter(
+            help="share of the router's scores that re-routing has to keep; above 1: none",
+            default=0.5,
+            most=2,
+        ),
+    },
+    needs=(PRICES,),
+    residents="cheapest",
+    strength=PriceStrength(parameter="nats-per-mb", policy="priced"),
+    alternatives={"reroute": (2.0, 0.75)},
+)

@@ -243,7 +243,7 @@ def test_an_older_bundle_is_refused_with_the_command(bundle: Path) -> None:
         del parsed["skeleton_precision"], parsed["skeleton_linears"]
 
     json_changed(older)(bundle / MANIFEST)
-    with pytest.raises(Exception, match=r"format version '1', wanted 2") as caught:
+    with pytest.raises(Exception, match=r"format version '1', wanted 3") as caught:
         BundleReader.open(bundle)
     assert type(caught.value).__name__ == "ArtifactVersionError"
     assert "moe-tool pack" in str(caught.value)

@@ -1,0 +1,42 @@
+"""Results as the JSON objects of `--json`: fields and properties, each number under one key."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+
+class Spread:
+    """Base of groups whose keys stand beside those of the result that holds them."""
+
+    __slots__ = ()
+
+    def keys_of(self, _name: str, /) -> dict[str, Any]:
+        """Return the group's keys; a subclass may form them from the name of its field."""
+        return object_fields(self)
+
+
+def json_fields(value: Any) -> Any:
+    """Return a result as JSON has it: dataclasses and models as objects, also inside others."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return object_fields(value)
+    if isinstance(value, Mapping):
+        return {key: json_fields(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_fields(each) for each in value]
+    return value
+
+
+def object_fields(result: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass and then its properties, groups spread."""
+    names = [field.name for field in fields(result)]
+    names += [name for name, member in vars(type(result)).items() if isinstance(member, property)]
+    found: dict[str, Any] = {}
+    for name in names:
+        value = getattr(result, name)
+        keys = value.keys_of(name) if isinstance(value, Spread) else {name: json_fields(value)}
+        found |= keys
+    return found
