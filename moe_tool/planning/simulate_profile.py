@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import SkeletonBits
 from moe_tool.artifacts.simulation_report import PrefetchRow, SimulationReport, best_policy
@@ -146,12 +147,12 @@ def _machine(
         shape, skeleton, hardware, bits=options.bits, skeleton_bits=options.skeleton_bits
     )
     ranked = rank_experts({layer: profile.statistics(layer) for layer in shape.layers})
-    positions = {layer: at for at, layer in enumerate(shape.layers)}
+    ids = LayerIds(shape.layers, shape.experts)
     return Machine(
         record_bytes=costs.record_bytes,
         n_slots_min=min_slots(shape.top_k, shape.experts * len(shape.layers)),
         costs=costs.calls,
-        hottest=[positions[layer] * shape.experts + expert for layer, expert in ranked],
+        hottest=[ids.number(key) for key in ranked],
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import Bits
 from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow
@@ -74,13 +75,13 @@ def replay_ways(
     costs = model_costs(
         shape, sources.skeleton, hardware, bits=bits, skeleton_bits=request.skeleton_bits
     )
-    positions = {layer: at for at, layer in enumerate(shape.layers)}
+    ids = LayerIds(shape.layers, shape.experts)
     n_experts = shape.experts * len(shape.layers)
     machine = Machine(
         record_bytes=costs.record_bytes,
         n_slots_min=min_slots(shape.top_k, n_experts),
         costs=costs.calls,
-        hottest=[positions[layer] * shape.experts + expert for layer, expert in sources.ranked],
+        hottest=[ids.number(key) for key in sources.ranked],
     )
     budget = Budget(label=str(request.memory), n_slots=memory.n_slots)
     choices, notes = _choices(sources, machine, budget, n_experts)

@@ -22,6 +22,11 @@ class FloatWeight:
         """(out, in) or (out,)"""
         return tuple(self.values.shape)
 
+    @property
+    def base(self) -> "FloatWeight":
+        """The tensor itself: a nested expert's floats are those of its first bits too"""
+        return self
+
     def part(self, name: str) -> torch.Tensor:
         """Return the tensor that a record keeps; `name` is empty, there is one alone."""
         assert not name
@@ -126,7 +131,4 @@ def base_of(
     weights: Mapping[str, FloatWeight | IntegerWeight],
 ) -> dict[str, FloatWeight | IntegerWeight]:
     """Return the expert that a nested one's first bits are; views."""
-    return {
-        name: weight.base if isinstance(weight, IntegerWeight) else weight
-        for name, weight in weights.items()
-    }
+    return {name: weight.base for name, weight in weights.items()}

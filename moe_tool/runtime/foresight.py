@@ -1,4 +1,4 @@
-"""What the routers of the next layers make of this layer's input."""
+"""Guesses of the next layers' experts, by their routers applied to this layer's input."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moe_tool.policies.prefetch import fetch_predicted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guess:
-    """What one layer to come is predicted to name."""
+    """Experts that one layer to come is predicted to name."""
 
     layer: int
     """Decoder layer"""

@@ -1,4 +1,4 @@
-"""What the next MoE layer will want, told to the store while this one is computed."""
+"""Prefetch of the next MoE layer's experts while this layer is computed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
