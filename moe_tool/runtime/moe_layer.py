@@ -196,7 +196,7 @@ class MoeLayerRunner:
             guesses: list[Guess] = []
             if is_decode:  # while the reads are under way
                 if self.foresight is not None:
-                    guesses = self.foresight.look(call)
+                    guesses = self.foresight.look(call, self.stored)
                     for guess in guesses:
                         self.store.expect(guess.layer, guess.experts, ahead=guess.ahead)
                 if self.prefetcher is not None:

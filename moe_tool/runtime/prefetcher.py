@@ -42,7 +42,9 @@ class Prefetcher:
         resident = store.resident(modules.layer)[PRIMARY]  # [E]
         experts = self.choose(index, routed.weight.numpy(), resident)
         if experts:
-            spare = sorted(set(index.ravel().tolist()))
+            spare = sorted(
+                expert for expert in set(index.ravel().tolist()) if expert < len(resident)
+            )
             store.prefetch(modules.layer, experts, spare=spare, counters=counters)
 
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from moe_tool.artifacts.pack_plan import LayerBits
+from moe_tool.formats.run_trace_hdf5 import read_run_trace
+from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton import LayerCall
+from moe_tool.planning.compare_run import compare_run
 from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.generation import GenerateOptions, generate_ids, write_trace
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
@@ -167,3 +170,24 @@ def test_an_account_of_a_mixture_is_finite_and_an_exact_fallback_answers_exactly
         account.limit = 0.0
         _tokens(session)
         assert account.exact_tokens > 0
+
+
+def test_a_trace_with_prefetches_is_replayed_where_experts_were_removed(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = LocatedModel(folder=tiny_checkpoint("mixtral", "bfloat16"), name="tiny")
+    opened = open_model(model)
+    opened.checkpoint.close()
+    bits = (0, 0, *(4,) * (opened.shape.experts - 2))
+    entries = tuple(LayerBits(layer=layer, bits=bits) for layer in opened.shape.layers)
+    plan = made_plan(identity=opened.identity, bits="mixed", expert_bits=entries)
+    pack_bundle(model, out=tmp_path / "b", plan=plan)
+    options = run_options(
+        memory="60%", context=64, prefetch="next-layer", policy="exact", record_trace=True
+    )
+    with open_session(tmp_path / "b", options) as session:
+        _tokens(session)
+        write_trace(session, tmp_path / "run.h5", decode_seconds=1.0)
+    header, calls = read_run_trace(tmp_path / "run.h5")
+    assert header.prefetches > 0 and header.prefetch_hits > 0
+    assert compare_run(header, calls, shipped_profile("laptop-16gb")).is_equal
