@@ -1,5 +1,5 @@
-"""Residents, and their forms, that make misses cost least: facility location with
-costs, greedily by the price saved per byte."""
+"""Choice of the experts in memory, and of their forms, that makes misses cheapest: facility
+location with costs, greedily by the price saved per byte."""
 
 import heapq
 import math
@@ -20,7 +20,7 @@ _COVER_AT_MOST_IF_READ = 1.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentChoice:
-    """Experts in memory, by form."""
+    """Experts that are chosen to stay in memory."""
 
     by_form: tuple[tuple[ExpertKey, ...], ...]
     """The experts held in each form, in the order in which they were chosen; each in one at most"""

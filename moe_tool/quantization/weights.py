@@ -24,7 +24,7 @@ class FloatWeight:
 
     @property
     def base(self) -> "FloatWeight":
-        """Itself: a nested expert and its first bits share what is no code"""
+        """The tensor itself: a nested expert's floats are those of its first bits too"""
         return self
 
     def part(self, name: str) -> torch.Tensor:

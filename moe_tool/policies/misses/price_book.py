@@ -12,7 +12,7 @@ import numpy as np
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing
 
 STRUCTURED = 2.0
-"""Factor by which an error that has structure costs more than noise of the same size.
+"""Cost of an error that has structure, over that of noise of the same size.
 
 The profile's sensitivity is that of noise, which is what rounding to two bits or more leaves. An
 error that takes a part of the output away, as leaving an expert out does, a stand-in, a map of low
@@ -88,7 +88,7 @@ class LayerBook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriceBook:
-    """All that the planner, the policies and the account know of prices."""
+    """Prices of all layers, as the planner, the policies and the account know them."""
 
     layers: Mapping[int, LayerBook]
     """Decoder layer -> prices"""

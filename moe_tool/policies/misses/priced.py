@@ -36,7 +36,7 @@ class Priced:
 
     book: PriceBook
     nats_per_mb: float
-    """Nats that avoiding a read of 10^6 bytes may cost; 0 is exact, infinity reads nothing"""
+    """Price that avoiding a read of 10^6 bytes may have; 0 is exact, infinity reads nothing"""
     reroute: float
     """Share of the selection scores of a token's experts that re-routing has to keep; above 1
     nothing is re-routed"""

@@ -1,4 +1,4 @@
-"""Methods that the runtime calls on a miss policy, with the inputs that one is made from."""
+"""Interface of a miss policy, and the inputs that one is made from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,7 +69,7 @@ class PolicyInputs:
     ratios: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Decoder layer -> quantiles of `prune.ratio_to_heaviest` of the slots after the heaviest"""
     pruning: LearnedPruning | None = None
-    """Facts of the bundle's trained mask routers; None where there are none"""
+    """Description of the bundle's trained mask routers; None where there are none"""
     top_k: int = 2
     """K"""
     forms: tuple[str, ...] = ("native",)

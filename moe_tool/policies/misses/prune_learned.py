@@ -26,7 +26,7 @@ class PruneLearned:
     """
 
     offset: float
-    """Worth that each further slot has to have, in the routers' logits; -inf: all are kept"""
+    """Worth that each further slot needs, in the routers' logits; -inf: all are kept"""
     rate: float
     """Share of chosen experts that is left out; for the announcement"""
     lossy: ClassVar[bool] = True
