@@ -66,12 +66,12 @@ class ChosenChannels:
     index: torch.Tensor
     """[n] int32, ascending"""
     values: torch.Tensor
-    """[1, n] float32: what the chooser, its bias included, makes of the token there"""
+    """[1, n] float32: what the selector, its bias included, makes of the token there"""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Chooser:
-    """What stays in memory of an expert in channels."""
+class Selector:
+    """Part of an expert in channels that stays in memory."""
 
     weight: IntegerWeight
     """[I, H]: the up projection or the gate"""
@@ -95,20 +95,20 @@ class Chooser:
 class ChannelExpert(ExpertWeights):
     """An expert whose channels are used one by one; the dictionary itself stays empty."""
 
-    __slots__ = ("channels", "chooser", "chosen")
+    __slots__ = ("channels", "selector", "chosen")
 
-    def __init__(self, channels: ChannelWeight, chooser: Chooser | None = None) -> None:
+    def __init__(self, channels: ChannelWeight, selector: Selector | None = None) -> None:
         """Keep the parts.
 
         Args:
             channels: all of them; those that are not chosen may hold anything.
-            chooser: None: it is elsewhere, and nothing can be computed yet.
+            selector: None: it is elsewhere, and nothing can be computed yet.
         """
         super().__init__()
         self.channels = channels
-        self.chooser = chooser
+        self.selector = selector
         self.chosen: ChosenChannels | None = None
-        """None: every channel"""
+        """Channels to compute; None: every one"""
 
 
 def row_bytes(n_hidden: int, width_bits: int, group: int) -> int:

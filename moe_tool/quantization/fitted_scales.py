@@ -1,4 +1,4 @@
-"""Scales by least squares on what a matrix is given, for codes that are there.
+"""Least-squares scales for fixed codes, on a matrix's inputs.
 
 Codes alone decide a matrix up to its scales, and its outputs' squared error is quadratic in these:
 one small linear system a row, as wide as the row has groups. Where codes are coarse this is worth

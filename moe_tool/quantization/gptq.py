@@ -1,4 +1,4 @@
-"""GPTQ: weights rounded one input after the other, each one's error made up for by those to come.
+"""GPTQ: each column's error compensated in the remaining columns.
 
 Frantar et al., arXiv:2210.17323. The first codes are those of round-to-nearest's grid; then scales
 are fitted to the codes (fitted_scales.py), and where codes are coarse both are done again. Inputs
@@ -27,7 +27,7 @@ _DAMPING = 0.01
 _MORE_DAMPING = 10.0
 _MOST_DAMPING = 10.0
 _PASSES: Mapping[int, int] = {1: 3, 2: 2}
-"""Of codes and scales by width, 1 where it is not named: more changed nothing"""
+"""Width -> passes over codes and scales, 1 where it is not named: more changed nothing"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def quantize_gptq(
 def _spread_codes(
     weight: torch.Tensor, spread: ErrorSpread, scales: torch.Tensor, width_bits: int, group: int
 ) -> torch.Tensor:
-    """[out, in] float32 points of the grid."""
+    """Return [out, in] float32 points of the grid."""
     order, carry = spread.order, spread.carry
     n_in = weight.shape[1]
     # One row per input: what is left of it once it has made up for those before.

@@ -1,5 +1,4 @@
-"""Half-quadratic quantization (HQQ): scales with zero points that let outliers go, without any
-data.
+"""Half-quadratic quantization (HQQ): zero points robust to outliers, without any data.
 
 Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). The grid
 runs from the least to the largest weight of a group; its zero point is then moved so that the sum
@@ -19,9 +18,9 @@ _NORM = 0.7
 """p"""
 _TURNS = 20
 _STRICTER = 1.05
-"""What a turn's penalty grows by: errors are accepted ever less easily"""
+"""Factor by which a turn's penalty grows: errors are accepted ever less easily"""
 _LARGEST_ZERO = 1024.0
-"""In steps: a group whose weights lie close together, far from zero, gets coarser steps instead"""
+"""Steps at most: a group whose weights lie close together, far from zero, gets coarser ones"""
 
 
 def quantize_hqq(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> IntegerWeight:

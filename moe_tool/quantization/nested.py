@@ -29,17 +29,17 @@ _BASE_BITS = 2
 _PASSES = 2
 _SWEEPS = 2
 _FULL_SHARE = {3: 4.0, 4: 8.0}
-"""By width: what a squared error of the whole code counts, one of its first bits counting 1"""
+"""Width -> weight of a squared error of the whole code, one of its first bits counting 1"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqTarget:
-    """What codes are to be, and how their errors spread."""
+    """Values that codes are to stand for, and how their errors spread."""
 
     weight: torch.Tensor
     """[out, in] float32"""
     spread: ErrorSpread
-    """Of the inputs"""
+    """Spread over the inputs"""
 
 
 def with_base(

@@ -51,7 +51,7 @@ class PairTables:
     in the lower bits; the least significant digit first"""
     digit_bits: int
     smallest: int
-    """That was subtracted from every sum"""
+    """Number subtracted from every sum"""
     filling: int
     """The product of code 0 with code 0"""
 

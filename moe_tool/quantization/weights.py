@@ -22,6 +22,11 @@ class FloatWeight:
         """(out, in) or (out,)"""
         return tuple(self.values.shape)
 
+    @property
+    def base(self) -> "FloatWeight":
+        """The tensor itself: a nested expert's floats are those of its first bits too"""
+        return self
+
     def part(self, name: str) -> torch.Tensor:
         """Return the tensor that a record keeps; `name` is empty, there is one alone."""
         assert not name
@@ -46,7 +51,7 @@ class IntegerWeight:
     """float16 as `scales`: of the matrix that the codes' first bits are; None: they are none"""
     width_bits: int
     of_bits: int | None = None
-    """These are the first bits of codes of so many; None: the codes are whole"""
+    """Bits of the codes whose first bits these are; None: the codes are whole"""
     group: int
     """Inputs that share a scale, a multiple of 32; the last group of a row may be short"""
     n_outputs: int
@@ -82,15 +87,15 @@ class IntegerWeight:
 
     @property
     def factor(self) -> int:
-        """Of a code, in whole numbers: twice its distance from the next where half is needed."""
+        """Integer step between codes; doubled where midpoints are needed."""
         if self.of_bits is not None:
             return 2 << (self.of_bits - self.width_bits)
         return 2 if self.width_bits == 1 else 1
 
     @property
     def offset(self) -> int:
-        """What is taken off that: symmetric, one bit is -1 or 1; of first bits, the middle of the
-        codes that begin with them."""
+        """Integer offset of the grid: symmetric; one bit is -1 or 1; first bits are the middle of
+        the codes that begin with them."""
         if self.of_bits is not None:
             return (1 << self.of_bits) - (1 << (self.of_bits - self.width_bits)) + 1
         return 1 if self.width_bits == 1 else 1 << (self.width_bits - 1)
@@ -126,7 +131,4 @@ def base_of(
     weights: Mapping[str, FloatWeight | IntegerWeight],
 ) -> dict[str, FloatWeight | IntegerWeight]:
     """Return the expert that a nested one's first bits are; views."""
-    return {
-        name: weight.base if isinstance(weight, IntegerWeight) else weight
-        for name, weight in weights.items()
-    }
+    return {name: weight.base for name, weight in weights.items()}

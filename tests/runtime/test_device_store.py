@@ -68,18 +68,11 @@ class DeviceStore:
         per_layer: bool = False,
     ) -> None:
         self._bundle, self._held = bundle, bundle.forms[form]
-        shape, n_all = bundle.manifest.shape, len(self._held.table.records)
-        require_slots(
-            shape,
-            n_slots=n_slots,
-            n_pinned=len(pinned),
-            n_all=n_all,
-            per_layer=per_layer,
-            reads=True,
-        )
+        shape, table = bundle.manifest.shape, self._held.table
+        require_slots(shape, table, n_slots=n_slots, n_pinned=len(pinned), per_layer=per_layer)
         self._book = SlotBook(
             shape,
-            n_slots=min(n_slots, n_all),
+            n_slots=min(n_slots, len(table.records)),
             pinned=pinned,
             eviction=eviction,
             per_layer=per_layer,

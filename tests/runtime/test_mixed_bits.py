@@ -66,12 +66,11 @@ def test_each_expert_is_what_its_width_makes_of_it(
     with opened.checkpoint, BundleReader.open(out) as bundle:
         bundle.verify_all()
         wanted = {entry.layer: entry.bits for entry in plan.expert_bits}
-        assert len(bundle.manifest.absent) == absent * len(opened.shape.layers)
-        for level in bundle.own_levels:
-            held = bundle.levels[level]
-            for entry in held.records:
+        assert len(bundle.manifest.removed) == absent * len(opened.shape.layers)
+        for held in bundle.forms:
+            for entry in held.table.records:
                 record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
-                bundle.read_record_into(entry.layer, entry.expert, record, level=level)
+                bundle.read_record_into(entry.layer, entry.expert, record, form=held.index)
                 found = held.form.decode(record)
                 width = wanted[entry.layer][entry.expert]
                 for name, exact in opened.experts.read(entry.layer, entry.expert).items():
@@ -123,7 +122,7 @@ def test_an_absent_expert_answers_nothing(
     for layer in model.model.layers:
         layer.mlp.experts.down_proj.data[0] = 0
     with open_session(out, run_options(memory="100%", context=64, prompt_tokens=32)) as session:
-        assert session.manifest.absent == tuple((layer, 0) for layer in shape.layers)
+        assert session.manifest.removed == tuple((layer, 0) for layer in shape.layers)
         with torch.inference_mode():
             found = session.model(input_ids=torch.tensor([PROMPT])).logits
             expected = model(input_ids=torch.tensor([PROMPT])).logits
@@ -178,9 +177,9 @@ def test_an_interrupted_pack_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"absent": [', '"absent": [[0, 0],'),
+        ('"removed": [', '"removed": [[0, 0],'),
         ('"width_bits": 2', '"width_bits": 3'),
-        ('"others": [', '"others": [7,'),
+        ('"forms": [', '"forms": [7,'),
     ],
 )
 def test_a_damaged_manifest_is_refused(
