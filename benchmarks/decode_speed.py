@@ -31,7 +31,7 @@ _TOUCHING_TOKENS = 256
 def read_all_experts(session: Session, vocabulary: int) -> None:
     """Fill the slots where there is one for every expert, as a program that holds the whole model
     has read it before it begins."""
-    if session.plan.memory.n_slots < len(session.manifest.records):
+    if session.plan.memory.n_slots < len(session.manifest.primary_records):
         return
     ids = np.random.default_rng(0).integers(2, vocabulary, (1, _TOUCHING_TOKENS))
     session.model(input_ids=torch.from_numpy(ids), use_cache=False, logits_to_keep=1)
@@ -82,7 +82,7 @@ def main() -> None:
             "hit_rate": round(decode.hit_rate, 4),
             "hits": decode.hits,
             "misses": decode.misses,
-            "record_bytes": session.manifest.record_size_bytes,
+            "record_bytes": session.manifest.primaries[0].record_size_bytes,
             "skeleton_bytes": skeleton_bytes(session),
             "bytes_per_token": decode.bytes_read / (a.tokens * a.at_once),
             "stall_seconds": decode.stall_seconds,

@@ -66,7 +66,7 @@ def run(bundle: Path, budget: int, eviction: str, sequences: list[list[int]]) ->
             forward=calls.layer.cumsum() * 0,
         )
         bound = Replayer(trace).belady(session.plan.memory.n_slots)
-        record = session.manifest.record_size_bytes
+        record = session.manifest.primaries[0].record_size_bytes
         return {
             "bytes_per_token": decode.bytes_read / decode.tokens,
             "hit_rate": decode.hit_rate,

@@ -35,6 +35,7 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.native.channels import native_channels, read_runs
 from moe_tool.native.kernels import Gate, set_threads
 from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.policies.eviction import Lru
 from moe_tool.quantization.channels import ChannelWeight, row_bytes
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
@@ -67,6 +68,7 @@ class MaskJudge:
     def __init__(self, session: Session, sparsity: float) -> None:
         self._session = session
         self._sparsity = sparsity
+        self._selectors = ChannelStore(session.bundle, form=0, n_slots=1, eviction=Lru)
         layers = session.skeleton.layers
         self._before = {
             after.layer: at.layer for at, after in zip(layers, layers[1:], strict=False)
@@ -80,21 +82,19 @@ class MaskJudge:
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Answer the call as the session does."""
         runner = self._session.runner
-        if runner.phase == "decode":
+        if runner.forward.phase == "decode":
             self._judge(call)
         self._inputs[call.layer] = call.hidden.clone()
         return runner(call)
 
     def _judge(self, call: LayerCall) -> None:
-        store = self._session.runner.store.full
-        assert isinstance(store, ChannelStore)
         before = self._before.get(call.layer)
         guess = None if before is None else self._inputs[before]
         routed: set[int] = set()
         if guess is not None:
             routed = set(self._modules[call.layer].route(guess).index.flatten().tolist())
         for expert in call.index[0].tolist():
-            chooser = store.chooser(call.layer, expert)
+            chooser = self._selectors.selector(call.layer, expert)
             own = choose_channels(call.module, chooser, call.hidden, self._sparsity).index
             self.kept[call.layer, expert].append(len(own) / chooser.weight.n_outputs)
             if guess is None:
@@ -257,9 +257,16 @@ def _compare(
     pack_bundle(model, out=plain, bits="4", profile=a.profile)
     sources = parse_sources([str(a.text)])
     with open_session(plain, run_options(memory=a.memory, context=64)) as session:
-        tokenizer, record_4 = session.tokenizer, session.manifest.record_size_bytes
+        tokenizer, record_4 = session.tokenizer, session.manifest.primaries[0].record_size_bytes
+        vocabulary = session.manifest.shape.vocabulary
     text = build_sequences(
-        sources, tokenizer, n_tokens=a.tokens, seq_len=a.seq_len, holdout=0.0, seed=0
+        sources,
+        tokenizer,
+        vocabulary=vocabulary,
+        n_tokens=a.tokens,
+        seq_len=a.seq_len,
+        holdout=0.0,
+        seed=0,
     )
     rates = speeds({None: plain, **dict.fromkeys(sparsities, bundle)}, text.ids, a)
     yield {name: None for name in HEADINGS} | {
@@ -269,7 +276,7 @@ def _compare(
         "tokens/s": rates[None],
     }
     with BundleReader.open(bundle) as reader:
-        record_bytes = reader.manifest.record_size_bytes
+        record_bytes = reader.forms[0].record_size_bytes
     for sparsity in sparsities:
         report = evaluate(
             bundle,

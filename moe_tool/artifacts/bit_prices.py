@@ -1,4 +1,4 @@
-"""Errors of every expert at every number of bits, as measured with one quantizer."""
+"""Error of every expert at every width, as measured with one quantizer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from moe_tool.artifacts.moe_shape import Index
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.schema import FrozenModel
 
-BIT_PRICES_VERSION: Literal[1] = 1
+BIT_PRICES_VERSION: Literal[2] = 2
 Width = Literal[1, 2, 3, 4, 8]
 Error = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -21,9 +21,9 @@ class LayerBitPrices(FrozenModel):
     layer: Index
     eps: Annotated[tuple[tuple[Error, ...], ...], Field(min_length=1, max_length=5)]
     """[widths][E]: error of the expert's output relative to itself, on held-out tokens"""
-    felt: Annotated[float, Field(ge=0, le=1e6)]
-    """Measured divergence of the model with this layer alone at 2 bits, over what its errors times
-    the profile's sensitivity of the layer predict; 1 where it was not measured"""
+    kl_ratio: Annotated[float, Field(ge=0, le=1e6)]
+    """Measured over predicted divergence of the model with this layer alone at 2 bits, predicted by
+    its errors times the profile's sensitivity of the layer; 1 where it was not measured"""
 
 
 class BitPrices(FrozenModel):
@@ -31,7 +31,7 @@ class BitPrices(FrozenModel):
     profile, for it takes a pass over the model."""
 
     kind: Literal["bit-prices"] = "bit-prices"
-    format_version: Literal[1] = BIT_PRICES_VERSION
+    format_version: Literal[2] = BIT_PRICES_VERSION
     tool_version: str
     identity: ModelIdentity
     profile_sha256: HexDigest

@@ -93,7 +93,7 @@ class PhaseCounters(Spread):
         return self.skipped_fetch_bytes / max(1, self.tokens)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class RunStats:
     """Counters of a run."""
 
@@ -107,3 +107,10 @@ class RunStats:
     def phase(self, name: str) -> PhaseCounters:
         """Return the counters of "prompt" or "decode"."""
         return self.prompt if name == "prompt" else self.decode
+
+    def count(self, name: str, counters: PhaseCounters) -> None:
+        """Add to the counters of "prompt" or "decode"."""
+        if name == "prompt":
+            self.prompt += counters
+        else:
+            self.decode += counters

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from moe_tool.artifacts.bench_report import BenchedBundle, BenchReport, BenchRow
-from moe_tool.artifacts.precision import bits_of
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.available_memory import peak_rss_bytes, reset_peak_rss
 from moe_tool.benchmarking.bench_plan import (
@@ -24,6 +23,7 @@ from moe_tool.benchmarking.bench_tokens import bench_tokens
 from moe_tool.benchmarking.speed_run import Sample, run_test
 from moe_tool.errors import NotFoundError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import parse_eviction
@@ -69,7 +69,7 @@ def bench(
     load = os.getloadavg()[0]
     _check_names(options)
     with BundleReader.open(folder) as reader:
-        limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+        limit = context_length(read_config(folder).get_text_config())
         tests = list_tests(options, context_limit=limit)
         bundle = _describe(reader)
         vocabulary = reader.manifest.shape.vocabulary
@@ -228,8 +228,8 @@ def _describe(reader: BundleReader) -> BenchedBundle:
     return BenchedBundle(
         model=manifest.identity.name,
         size_bytes=sum(file.size_bytes for file in manifest.files),
-        params=len(manifest.own_records) * manifest.shape.n_expert_weights
+        params=len(manifest.primary_records) * manifest.shape.n_expert_weights
         + reader.n_skeleton_weights,
-        bits="mixed" if manifest.others else bits_of(manifest.precision),
-        skeleton_bits=bits_of(manifest.skeleton_precision),
+        bits=manifest.bits,
+        skeleton_bits=manifest.skeleton_precision.name,
     )

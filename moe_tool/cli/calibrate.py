@@ -43,7 +43,7 @@ def calibrate(
         typer.Option(
             "--policy",
             metavar="NAME[:KEY=N,...]",
-            help="Whose strength is searched: priced, replica, near-tie, prune or prune:learned.",
+            help="Policy whose strength is searched, {searched policies}.",
         ),
     ] = "priced",
     tokens: _Tokens = 8192,

@@ -48,7 +48,7 @@ _Eviction = Annotated[
         "--eviction",
         metavar="NAME[:KEY=N,...]",
         help="A policy as `run` takes it; repeat it for several.",
-        show_default="all",
+        show_default="all whose replay is compiled",
     ),
 ]
 _Bits = Annotated[
@@ -99,7 +99,7 @@ def simulate(
         from moe_tool.planning.simulate_profile import SimulateOptions, simulate_profile
         from moe_tool.reports.simulation_plot import require_plot_path
 
-        choices = _choices(eviction or ["all"])
+        choices = _choices(eviction, output)
         if plot is not None:
             require_plot_path(plot)
         machine = chosen_hardware(hardware, profiles, output)
@@ -126,13 +126,16 @@ def simulate(
             _draw(plot, report, output)
 
 
-def _choices(names: list[str]) -> "list[EvictionChoice]":
+def _choices(names: list[str] | None, output: Output) -> "list[EvictionChoice]":
     from moe_tool.policies.eviction import parse_eviction
-    from moe_tool.simulator.simulate import default_choices
+    from moe_tool.simulator.simulate import default_choices, replayed_in_python
 
-    if names == ["all"]:
-        return default_choices(parse_eviction)
-    return [parse_eviction(name) for name in names]
+    if names:
+        return [parse_eviction(name) for name in names]
+    slow = ", ".join(replayed_in_python())
+    if slow:
+        output.say(f"without {slow}, which Python replays, slower: --eviction NAME")
+    return default_choices(parse_eviction)
 
 
 def _words(bits: str) -> str:

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from moe_tool.artifacts.evaluation_report import AtNoMoreBytes, Figures, Verdict
 from moe_tool.policies.misses import PriceBook, parse_miss_policy
 
-_PATIENCE = (0.3, 0.1, 0.03, 0.01, 0.003)
-"""Of the typical price of a megabyte: what is read in between falls from much to nothing"""
+_NATS_PER_MB_FACTORS = (0.3, 0.1, 0.03, 0.01, 0.003)
+"""Times the typical price of a megabyte: between them nothing to nearly everything is read"""
+_BASELINE = "priced"
 
 
 def priced_settings(book: PriceBook | None) -> tuple[str, ...]:
-    """Return `priced` at several degrees of patience, the most patient last."""
+    """Return `priced` at several values of `nats-per-mb`, the one that reads most last."""
     if book is None:
         return ()
-    choice = parse_miss_policy("priced")
+    choice = parse_miss_policy(_BASELINE)
     typical = book.typical_nats_per_mb
     return tuple(
         choice.with_value("nats-per-mb", float(f"{factor * typical:.4g}")).name
-        for factor in _PATIENCE
+        for factor in _NATS_PER_MB_FACTORS
     )
 
 
@@ -28,11 +29,9 @@ def compare_at_equal_bytes(rows: Mapping[str, Figures]) -> tuple[AtNoMoreBytes, 
     Args:
         rows: policy -> its figures, all under the same memory.
     """
-    priced = {name: row for name, row in rows.items() if _kind(name) == "priced"}
+    priced, others = _split(rows)
     found = []
-    for name, row in rows.items():
-        if _kind(name) in ("exact", "priced"):
-            continue
+    for name, row in others.items():
         affordable = [
             (other.bytes_read_per_token.value, -other.kl_mean.value, setting)
             for setting, other in priced.items()
@@ -47,11 +46,10 @@ def compare_at_equal_bytes(rows: Mapping[str, Figures]) -> tuple[AtNoMoreBytes, 
 def dominating(rows: Mapping[str, Figures]) -> tuple[tuple[str, str], ...]:
     """Return the (policy, setting of `priced`) pairs in which the policy has both fewer bytes and a
     lower KL, beyond the intervals."""
-    priced = {name: row for name, row in rows.items() if _kind(name) == "priced"}
+    priced, others = _split(rows)
     return tuple(
         (name, setting)
-        for name, row in rows.items()
-        if _kind(name) not in ("exact", "priced")
+        for name, row in others.items()
         for setting, other in priced.items()
         if row.kl_mean.high < other.kl_mean.low
         and row.bytes_read_per_token.high < other.bytes_read_per_token.low
@@ -69,5 +67,9 @@ def _beside(name: str, row: Figures, setting: str, priced: Figures) -> AtNoMoreB
     return AtNoMoreBytes(policy=name, priced=setting, ratio=ratio, verdict=verdict)
 
 
-def _kind(name: str) -> str:
-    return parse_miss_policy(name).kind
+def _split(rows: Mapping[str, Figures]) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """Return the settings of `priced`, and the other lossy policies."""
+    kinds = {name: parse_miss_policy(name).spec for name in rows}
+    priced = {name: row for name, row in rows.items() if kinds[name].name == _BASELINE}
+    others = {name: rows[name] for name, spec in kinds.items() if spec.is_lossy}
+    return priced, {name: row for name, row in others.items() if name not in priced}

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.session import Session
 
@@ -80,14 +80,14 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     costs = TokenCosts.zeros((n_sequences, n_scored(seq_len)))
     if session.runner.policy.prices is None:
         costs.expected[:] = np.nan
-    record_bytes, column = _record_bytes(session), -N_PROMPT_TOKENS
+    record_bytes, column = session.runner.record_bytes, -N_PROMPT_TOKENS
 
     def account(decision: Decision) -> None:
         _account(costs, column, decision, record_bytes[decision.routing.layer])
         if decision.spent is not None:
             costs.expected[:, column] += session.runner.account.nats_per_price * decision.spent
-        if session.runner.answered_exactly is not None:
-            costs.exact_fallbacks[:, column] = session.runner.answered_exactly
+        if session.runner.forward.exact_fallback is not None:
+            costs.exact_fallbacks[:, column] = session.runner.forward.exact_fallback
 
     cache = session.new_cache()
     session.prompt_tokens = N_PROMPT_TOKENS
@@ -109,33 +109,19 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     return costs
 
 
-def _record_bytes(session: Session) -> dict[int, np.ndarray]:
-    """Return the record sizes of a layer's experts by form, [F, E]."""
-    bundle, shape = session.bundle, session.manifest.shape
-    replicas = [np.full(shape.experts, t.record_size_bytes) for t in bundle.manifest.replicas]
-    return {
-        layer: np.stack([np.array(bundle.own_record_bytes(layer)), *replicas])
-        for layer in shape.layers
-    }
-
-
 def _account(costs: TokenCosts, column: int, decision: Decision, record_bytes: np.ndarray) -> None:
     """Add what one layer's answers to one token of every sequence cost."""
     wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
-    level = decision.answers.level
-    level = np.full(answer.shape, FULL) if level is None else level
-    # An expert that the bundle does not have is called E: it is no access, and no drop.
-    is_held = wanted < decision.resident.shape[1]
-    is_there = is_held & decision.resident[FULL][np.where(is_held, wanted, 0)]
-    is_answered = (answer >= 0) & is_held
-    answer = np.where(is_answered, answer, 0)
-    is_fetched = is_answered & ~decision.resident[level, answer]
+    form, is_answered = decision.answers.form, decision.answers.present
+    is_present = decision.routing.present
+    is_there = is_present & decision.resident[PRIMARY][wanted]
+    is_fetched = is_answered & ~decision.resident[form, answer]
     costs.hits[:, column] += is_there.sum(axis=1)
-    costs.accesses[:, column] += is_held.sum(axis=1)
-    costs.bytes_read[:, column] += (is_fetched * record_bytes[level, answer]).sum(axis=1)
+    costs.accesses[:, column] += is_present.sum(axis=1)
+    costs.bytes_read[:, column] += (is_fetched * record_bytes[form, answer]).sum(axis=1)
     costs.substitutions[:, column] += (is_answered & (answer != wanted)).sum(axis=1)
-    costs.drops[:, column] += (is_held & ~is_answered).sum(axis=1)
-    costs.replica_answers[:, column] += (is_answered & (level != FULL)).sum(axis=1)
+    costs.drops[:, column] += (is_present & ~is_answered).sum(axis=1)
+    costs.replica_answers[:, column] += (is_answered & (form != PRIMARY)).sum(axis=1)
 
 
 @torch.inference_mode()

@@ -150,7 +150,7 @@ def _buffers(size_bytes: int) -> list[torch.Tensor]:
     """Memory to read into, as a store's: on large pages, without which large reads took up to three
     times as long. Written to, so that faults belong to nobody's time."""
     pool = SlotPool(n_slots=_N_BUFFERS, slot_size_bytes=size_bytes)
-    return [pool.view(slot).zero_() for slot in range(pool.n_slots)]
+    return [pool.view(slot).zero_() for slot in range(_N_BUFFERS)]
 
 
 def _read_bursts(

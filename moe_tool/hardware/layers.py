@@ -19,7 +19,6 @@ import torch
 from transformers import MixtralConfig, PreTrainedModel
 
 from moe_tool.artifacts.hardware_profile import REST_S, Bits
-from moe_tool.experts.combine import run_experts
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.experts.linear import computes_natively, linear
 from moe_tool.hardware.experts import SiluGatedModule, use_threads
@@ -152,7 +151,7 @@ class _Answers:
         def supply(wanted: list[int]) -> Iterator[tuple[int, Mapping[str, _Weight]]]:
             return ((expert, self.next()) for expert in wanted)
 
-        return run_experts(call.module, call.hidden, call.index, call.weight, supply)
+        return call.run_experts(supply)
 
     def run_rested(self, call: LayerCall) -> torch.Tensor:
         """Answer a call after a sleep."""

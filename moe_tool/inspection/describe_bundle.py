@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, QualityFigure
-from moe_tool.artifacts.precision import bits_of, describe_precision
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.inspection.description import Description, model_facts, shape_facts
 from moe_tool.progress import Progress
@@ -39,16 +39,15 @@ def _facts(manifest: BundleManifest) -> dict[str, object]:
         model_facts(manifest.identity)
         | shape_facts(manifest.shape)
         | {
-            "bits": _own_bits(manifest),
-            "skeleton_bits": bits_of(manifest.skeleton_precision),
+            "bits": _primary_bits(manifest),
+            "skeleton_bits": manifest.skeleton_precision.name,
             "bytes": sum(file.size_bytes for file in manifest.files),
-            "record_bytes": manifest.record_size_bytes,
-            "expert_bytes": manifest.own_bytes,
+            "record_bytes": manifest.primaries[0].record_size_bytes,
+            "expert_bytes": manifest.primary_bytes,
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
-            "replicas": ", ".join(describe_precision(each.precision) for each in manifest.replicas)
-            or "none",
+            "replicas": ", ".join(each.name for each in manifest.cheaper) or "none",
             "tool_version": manifest.tool_version,
         }
         | _lineage_facts(manifest)
@@ -57,9 +56,9 @@ def _facts(manifest: BundleManifest) -> dict[str, object]:
     )
 
 
-def _own_bits(manifest: BundleManifest) -> str:
+def _primary_bits(manifest: BundleManifest) -> str:
     """Return one number, or how many experts have which."""
-    found = manifest.own_bits
+    found = manifest.primary_counts
     if len(found) == 1:
         return next(iter(found))
     return ", ".join(f"{bits}: {count}" for bits, count in sorted(found.items()))

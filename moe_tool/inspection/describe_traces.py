@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from moe_tool.artifacts.json_fields import object_fields
-from moe_tool.artifacts.precision import bits_of
 from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.formats.run_trace_hdf5 import read_run_trace
@@ -52,8 +51,8 @@ def describe_run_trace(path: Path) -> Description:
         model_facts(header.identity)
         | shape_facts(header.shape)
         | {
-            "bits": bits_of(header.precision),
-            "skeleton_bits": bits_of(header.skeleton_precision),
+            "bits": header.precision.name,
+            "skeleton_bits": header.skeleton_precision.name,
             "threads": header.threads,
             "expert_slots": header.n_slots,
             "pinned": len(header.pinned),

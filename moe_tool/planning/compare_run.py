@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_tool.artifacts.hardware_profile import HardwareProfile
-from moe_tool.artifacts.precision import bits_of
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.artifacts.simulation_report import PolicyHits, RunComparison
 from moe_tool.planning.model_costs import costs_of_bytes
@@ -37,8 +36,8 @@ def compare_run(
         record_bytes=header.record_size_bytes,
         matrix_bytes=header.matrix_bytes,
         n_matrices=header.n_matrices,
-        bits=bits_of(header.precision),
-        skeleton_bits=bits_of(header.skeleton_precision),
+        bits=header.precision.name,
+        skeleton_bits=header.skeleton_precision.name,
         threads=header.threads,
     ).calls
     times = call_times(trace, counts, costs)

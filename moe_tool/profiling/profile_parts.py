@@ -29,15 +29,14 @@ class PartsFolder:
             if journal.read_bytes() != wanted:
                 raise UsageError(
                     f"{self.folder} was begun with another model, text, seed or version",
-                    hint="repeat the interrupted command with --resume, "
-                    "or run it without to start anew",
+                    hint="repeat the interrupted command with --resume, or choose another --out",
                 )
             return
-        self._remove_old()
+        self._remove_old(header.identity.quick)
         self.folder.mkdir(parents=True)
         atomic_write_bytes(journal, wanted)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, model: str) -> None:
         """Make room for a new profile; what is not an interrupted one is not ours to delete."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise UsageError(
@@ -50,7 +49,20 @@ class PartsFolder:
                 f"{self.folder} is in the way: it holds something else than an interrupted profile",
                 hint="choose another --out, or remove it",
             )
+        if self._model() not in (None, model):
+            raise UsageError(
+                f"{self.folder} is in the way: it holds an interrupted profile of another model",
+                hint="choose another --out, or remove it",
+            )
         shutil.rmtree(self.folder)
+
+    def _model(self) -> str | None:
+        """Return the model that the parts are of; None where the journal does not say."""
+        try:
+            kept = json.loads((self.folder / "arguments.json").read_bytes())
+            return str(kept["model"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
 
     def layer_file(self, layer: int) -> Path:
         """Return where a layer's part lies."""

@@ -14,8 +14,9 @@ from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.sizes import format_bytes
-from moe_tool.errors import DataSourceError, UsageError
+from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.formats.claimed_artifact import require_unclaimed
 from moe_tool.formats.profile_hdf5 import (
     ProfileHeader,
     ProfileReader,
@@ -76,6 +77,7 @@ def record_profile(
     seed: int = 0,
     memory_bytes: int | None = None,
     resume: bool = False,
+    may_replace: bool = True,
     offline: bool = False,
     progress: Progress = SILENT,
 ) -> ProfileReport:
@@ -92,6 +94,7 @@ def record_profile(
         seed: of the choice of text, of the held-out part and of the probe's sample.
         memory_bytes: budget of the whole process; None: 80 % of what is free.
         resume: go on with the parts of an interrupted run with the same arguments.
+        may_replace: whether `out` may be another model's profile: not where nobody chose its name.
         offline: never ask the network for text.
         progress: told about every batch.
 
@@ -99,7 +102,8 @@ def record_profile(
         NotFoundError, DataSourceError: model or text are not there.
         UnsupportedModelError, CorruptArtifactError: the checkpoint cannot be read.
         BudgetError: the budget holds not even one layer.
-        UsageError: `resume` with other arguments than those of the interrupted run.
+        UsageError: `resume` with other arguments than those of the interrupted run, or another
+            model's work is in the way.
     """
     asked = _Asked(
         tokens=tokens,
@@ -108,6 +112,7 @@ def record_profile(
         seed=seed,
         memory_bytes=memory_bytes,
         resume=resume,
+        may_replace=may_replace,
         offline=offline,
     )
     _check_arguments(asked, out)
@@ -124,6 +129,7 @@ class _Asked:
     seed: int
     memory_bytes: int | None
     resume: bool
+    may_replace: bool
     offline: bool
 
 
@@ -138,6 +144,8 @@ def _record(
     opened = open_model(model)
     layers = opened.shape.layers
     with opened.checkpoint:
+        if not asked.may_replace:
+            require_unclaimed(out, opened.identity)
         sequences = _read_text(model, opened, sources, asked)
         header = _header(model, opened, sequences, asked)
         parts = PartsFolder(out)
@@ -184,23 +192,16 @@ def _record(
 def _read_text(
     model: LocatedModel, opened: OpenedModel, sources: Sequence[TextSource], asked: _Asked
 ) -> TokenSequences:
-    sequences = build_sequences(
+    return build_sequences(
         sources,
         load_tokenizer(model.folder),
+        vocabulary=opened.shape.vocabulary,
         n_tokens=asked.tokens,
         seq_len=min(asked.seq_len, opened.max_positions),
         holdout=asked.holdout,
         seed=asked.seed,
         offline=asked.offline,
     )
-    largest = int(sequences.ids.max())
-    if largest >= opened.shape.vocabulary:
-        raise DataSourceError(
-            f"the tokenizer of {model.name} makes token {largest}, "
-            f"the model knows {opened.shape.vocabulary}",
-            hint="use the tokenizer that belongs to the checkpoint",
-        )
-    return sequences
 
 
 def _header(

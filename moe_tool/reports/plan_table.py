@@ -34,14 +34,14 @@ def lines_table(lines: Sequence[PlanLine]) -> Table:
 
 def forms_table(plan: PackPlan) -> Table:
     """Return how many experts are in memory in which form."""
-    headings = ("form", "in memory", "on disk alone", "one takes", "all of them")
+    headings = ("form", "in memory", "on disk only", "one takes", "all of them")
     table = columns(*headings, ruled=False)
     for form in plan.forms:
         held = len(form.resident)
         table.add_row(
-            form.form,
+            form.precision,
             str(held),
-            str(form.on_disk_alone),
+            str(form.n_disk_only),
             format_bytes(form.record_bytes),
             format_bytes(held * form.record_bytes),
         )
@@ -69,10 +69,12 @@ def allocations_table(allocations: Sequence[Allocation]) -> Table:
 def bit_prices_table(prices: BitPrices) -> Table:
     """Return the mean error of a layer's experts at each width, one layer a line."""
     errors = (f"error at {width} bits" for width in prices.widths)
-    table = columns("layer", *errors, "felt", words=(), ruled=False)
+    table = columns("layer", *errors, "KL ratio", words=(), ruled=False)
     for entry in prices.layers:
         means = (sum(row) / len(row) for row in entry.eps)
-        table.add_row(str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.felt:.2f}x")
+        table.add_row(
+            str(entry.layer), *(f"{mean:.3f}" for mean in means), f"{entry.kl_ratio:.2f}x"
+        )
     return table
 
 

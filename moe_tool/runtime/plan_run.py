@@ -19,11 +19,11 @@ from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import MissChoice
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.open_levels import choose_rooms, staying_by_form
+from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
 from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, require_prefetch
 from moe_tool.runtime.quality_promise import quality_note
-from moe_tool.runtime.residency import LevelRoom, expert_rooms
+from moe_tool.runtime.residency import FormRoom, expert_rooms
 from moe_tool.runtime.run_options import (
     DEFAULT_EVICTION,
     EXACT_POLICY,
@@ -91,7 +91,7 @@ class RunPlan:
     """Size of the loaded skeleton"""
     memory: MemoryPlan
     """Where the bytes go: an estimate until `settle` knows the size of the process"""
-    rooms: tuple[LevelRoom, ...]
+    rooms: tuple[FormRoom, ...]
     """Slots and pinned experts of each form"""
     followed: str | None
     """Which settings are the bundle's plan's, in one line; None where none is"""
@@ -235,7 +235,7 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
         notes.append(describe_sparse(plan.options.sparse_experts))
     staying = staying_by_form(manifest, plan.rooms)
     if len(staying) > 1:
-        notes.append(_staying(staying, n_experts=len(manifest.own_records)))
+        notes.append(_staying(staying, n_experts=len(manifest.primary_records)))
     return notes
 
 
@@ -294,7 +294,7 @@ def _check(
         )
     if options.record_trace and (residency == "frozen" or policy != EXACT_POLICY):
         raise UsageError("--record-trace requires --policy exact", hint="--policy exact")
-    if options.record_trace and manifest.others:
+    if options.record_trace and len(manifest.primaries) > 1:
         raise UsageError(
             "--record-trace: the experts of this bundle have several sizes, and a trace has one",
             hint="record it with a bundle of one number of --bits: what is wanted is the same",
@@ -325,7 +325,7 @@ def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -
     manifest, shape = bundle.manifest, bundle.manifest.shape
     pruning = manifest.pruning
     return {
-        "channel selectors": bundle.chooser_bytes,
+        "channel selectors": bundle.selector_bytes,
         "caller workspace": caller_bytes,
         f"eviction state of {eviction.kind}": eviction.notes_bytes(
             n_layers=len(shape.layers), n_experts=shape.experts

@@ -9,8 +9,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.precision import describe_precision
-from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
@@ -23,20 +21,17 @@ from moe_tool.policies.misses import (
     Reweigh,
 )
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
-from moe_tool.runtime.price_list import price_book
-
-_WITH_ABSENT = ("exact", "priced", "prune")
-"""Policies of a bundle that leaves experts out: the others look for every expert that is wanted"""
+from moe_tool.runtime.price_list import price_book, record_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenPolicy:
-    """A miss policy, and what the runtime needs to serve it."""
+    """A miss policy with everything that the runtime needs to serve it."""
 
     choice: MissChoice
     policy: MissPolicy
     prices: PriceBook | None
-    """Of the bundle's answers; None where it was packed without a profile"""
+    """Prices of the bundle's answers; None where it was packed without a profile"""
     rules: Mapping[int, RouterRule]
     """By decoder layer; empty where the policy looks at no selection scores"""
     masks: Mapping[int, MaskTensors] = field(default_factory=dict)
@@ -44,7 +39,7 @@ class ChosenPolicy:
 
     @property
     def name(self) -> str:
-        """As `--policy` takes it."""
+        """The policy with its parameters, as `--policy` takes it."""
         return self.choice.name
 
 
@@ -71,40 +66,37 @@ def choose_policy(
         UsageError: the bundle lacks what the policy needs.
         NotFoundError, UnsupportedModelError: as `MissChoice.make`.
     """
-    if manifest.absent and choice.kind not in _WITH_ABSENT:
-        raise UsageError(
-            f"--policy {choice.kind}: the bundle leaves {len(manifest.absent)} experts out, and "
-            f"its policy may be {', '.join(_WITH_ABSENT)}",
-            hint="--policy priced",
-        )
-    buddies = None if manifest.buddies is None else manifest.buddies.layers
-    thresholds: Gates | None = None
-    if not gates:
-        thresholds = Gates(entropy_threshold={}, enabled=False)
-    elif buddies is not None:
-        thresholds = Gates(
-            entropy_threshold={entry.layer: entry.entropy_threshold for entry in buddies}
-        )
     rules = _rules(layers, config)
-    prices = price_book(manifest)
-    entries = manifest.prices or ()
-    inputs = PolicyInputs(
-        gates=thresholds,
-        buddies=buddies,
+    known = manifest_inputs(manifest)
+    inputs = replace(
+        known,
+        gates=known.gates if gates else Gates(entropy_threshold={}, enabled=False),
         reweigh=None if rules is None else {layer: _reweigh(rule) for layer, rule in rules.items()},
-        seed=seed,
         scores_are_logits=rules is None or not any(r.scores_differ for r in rules.values()),
-        prices=prices,
+        seed=seed,
+    )
+    return ChosenPolicy(
+        choice=choice, policy=choice.make(inputs), rules=rules or {}, prices=inputs.prices
+    )
+
+
+def manifest_inputs(manifest: BundleManifest) -> PolicyInputs:
+    """Return what a policy may be made from, as far as it is known without the model."""
+    buddies = None if manifest.buddies is None else manifest.buddies.layers
+    entries = manifest.prices or ()
+    return PolicyInputs(
+        gates=None
+        if buddies is None
+        else Gates(entropy_threshold={entry.layer: entry.entropy_threshold for entry in buddies}),
+        buddies=buddies,
+        prices=price_book(manifest),
         unimportance={entry.layer: np.array(entry.unimportance) for entry in entries},
+        ratios={entry.layer: np.array(entry.ratio) for entry in entries},
         pruning=manifest.pruning,
         top_k=manifest.shape.top_k,
-        ratios={entry.layer: np.array(entry.ratio) for entry in entries},
-        levels=tuple(
-            describe_precision(each)
-            for each in (manifest.precision, *(table.precision for table in manifest.replicas))
-        ),
+        forms=(manifest.bits, *(table.name for table in manifest.cheaper)),
+        stored={layer: sizes > 0 for layer, sizes in record_sizes(manifest).items()},
     )
-    return ChosenPolicy(choice=choice, policy=choice.make(inputs), rules=rules or {}, prices=prices)
 
 
 def with_masks(policy: ChosenPolicy, bundle: BundleReader) -> ChosenPolicy:
@@ -132,8 +124,9 @@ def _rules(
 
 
 def _reweigh(rule: RouterRule) -> Reweigh:
-    def reweigh(logits: np.ndarray, index: np.ndarray) -> Any:
+    def reweigh(logits: np.ndarray, index: np.ndarray, present: np.ndarray) -> Any:
         wide = torch.from_numpy(logits).to(torch.float32)  # [T, E]
-        return weights_of_sets(rule, wide, torch.from_numpy(index)).to(torch.float32).numpy()
+        weights = weights_of_sets(rule, wide, torch.from_numpy(index), torch.from_numpy(present))
+        return weights.to(torch.float32).numpy()
 
     return reweigh

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import UsageError
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.prefetch import PREFETCH, ChoosePrefetch
-from moe_tool.store.channel_store import ChannelStore
-from moe_tool.store.expert_store import ExpertStore
-from moe_tool.store.mixed_store import MixedStore
+from moe_tool.store.protocol import ExpertStore
 
 NO_PREFETCH = "none"
 
@@ -27,12 +26,7 @@ class Prefetcher:
     """Decoder layer -> the MoE layer after it"""
 
     @torch.no_grad()
-    def expect(
-        self,
-        call: LayerCall,
-        store: ExpertStore | MixedStore | ChannelStore,
-        counters: PhaseCounters,
-    ) -> None:
+    def expect(self, call: LayerCall, store: ExpertStore, counters: PhaseCounters) -> None:
         """Tell the store what the layer after this call will want.
 
         Args:
@@ -45,7 +39,7 @@ class Prefetcher:
             return
         routed = modules.route(call.hidden)
         index = routed.index.numpy()  # [T, K]
-        resident = store.resident(modules.layer)  # [E]
+        resident = store.resident(modules.layer)[PRIMARY]  # [E]
         experts = self.choose(index, routed.weight.numpy(), resident)
         if experts:
             spare = sorted(set(index.ravel().tolist()))

@@ -6,17 +6,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.available_memory import (
     anonymous_rss_bytes,
     available_memory_bytes,
     current_rss_bytes,
 )
+from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.kv_cache import new_kv_cache
@@ -28,11 +29,12 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, foresee
-from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
-from moe_tool.runtime.open_levels import open_levels
+from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
+from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
 from moe_tool.runtime.plan_run import RunPlan, announcements, plan_run, settle, with_policy
 from moe_tool.runtime.policy_choice import with_masks
 from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher
+from moe_tool.runtime.price_list import record_sizes
 from moe_tool.runtime.quality_promise import open_account
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.shadow import Shadow
@@ -50,6 +52,7 @@ class Session:
     tokenizer: Any
     plan: RunPlan
     runner: MoeLayerRunner
+    make_store: MakeStore
     prompt_tokens: int | None = None
     """Positions that count as prompt in the forwards to come; None: a forward of one token with a
     cache is decoding"""
@@ -81,7 +84,7 @@ class Session:
         plan = replace(plan, policy=with_masks(plan.policy, self.bundle))
         if (residency, plan.rooms) != (self.plan.residency, self.plan.rooms):
             self.runner.store.close()
-            self.runner.store = open_levels(self.bundle, plan.rooms, plan.eviction)
+            self.runner.store = self.make_store(self.bundle, plan.rooms, plan.eviction)
         self.plan = plan
         self.runner.residency = residency
         self.runner.policy = plan.policy
@@ -91,7 +94,7 @@ class Session:
     def empty_cache(self) -> None:
         """Forget every expert that is not pinned."""
         self.runner.store.close()
-        self.runner.store = open_levels(self.bundle, self.plan.rooms, self.plan.eviction)
+        self.runner.store = self.make_store(self.bundle, self.plan.rooms, self.plan.eviction)
 
     def close(self) -> None:
         """Stop the reader threads, let go of the memory and close the bundle."""
@@ -116,11 +119,10 @@ class Session:
 
     def _listen(self) -> None:
         """Hear of every forward."""
-        self._hooks.append(
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        )
-        if self.shadow is not None:
-            self._hooks.append(self.model.register_forward_hook(self._after_forward))
+        self._hooks += [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
+        ]
 
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,8 +138,8 @@ class Session:
             is_prompt = n_seen == 0 or n_new > 1
         else:
             is_prompt = n_seen < self.prompt_tokens
-        self.runner.phase = "prompt" if is_prompt else "decode"
-        self.runner.n_sequences = n_sequences
+        forward = Forward(phase="prompt" if is_prompt else "decode", n_sequences=n_sequences)
+        self.runner.forward = forward
         self.plan.threads.before_forward(n_sequences * n_new)
         if self.runner.is_shadow:
             return
@@ -145,13 +147,11 @@ class Session:
             self.runner.account.begin_sequences(n_sequences)
         if self.runner.attention is not None:
             self.runner.attention.listen(is_prompt)
-        if is_prompt:
-            self.runner.answered_exactly = None
-        else:
+        if not is_prompt:
             if self.shadow is not None and self.shadow.is_due():
                 self._compute_exactly(self.shadow, kwargs)
-            self.runner.answered_exactly = self.runner.account.begin_token()
-        counters = self.runner.stats.phase(self.runner.phase)
+            self.runner.forward = replace(forward, exact_fallback=self.runner.account.begin_token())
+        counters = self.runner.stats.phase(forward.phase)
         counters.forwards += 1
         counters.tokens += n_sequences * n_new
 
@@ -163,6 +163,13 @@ class Session:
             self.runner.is_shadow = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not bool(torch.isfinite(output.logits.amax())):  # NaN is passed on; -inf is a mask
+            raise CorruptArtifactError(
+                f"the model of {self.bundle.folder} gives logits that are not finite, from which "
+                "nothing can be predicted",
+                hint=f"moe-tool inspect {self.bundle.folder} --verify tells whether the bundle is "
+                "damaged; if it is intact, download the checkpoint again and pack it",
+            )
         if self.shadow is not None and not self.runner.is_shadow:
             divergence = self.shadow.compare(output.logits[:, -1])
             if divergence is not None:
@@ -175,6 +182,7 @@ def open_session(
     *,
     tokenizer: Any = None,
     progress: Progress = SILENT,
+    make_store: MakeStore = open_stores,
 ) -> Session:
     """Load a bundle into a memory budget.
 
@@ -188,6 +196,7 @@ def open_session(
         options: budget, policy and what is going to be asked for.
         tokenizer: the bundle's, where the caller has loaded it already.
         progress: told about the loading, and that a policy is lossy.
+        make_store: opens the store that experts come from.
 
     Raises:
         UsageError, BudgetError, NotFoundError, UnsupportedModelError: as `plan_run`.
@@ -196,13 +205,19 @@ def open_session(
     return_freed_memory()
     bundle = BundleReader.open(folder)
     try:
-        return _load(bundle, options, tokenizer, progress)
+        return _load(bundle, options, tokenizer, progress, make_store)
     except BaseException:
         bundle.close()
         raise
 
 
-def _load(bundle: BundleReader, options: RunOptions, tokenizer: Any, progress: Progress) -> Session:
+def _load(
+    bundle: BundleReader,
+    options: RunOptions,
+    tokenizer: Any,
+    progress: Progress,
+    make_store: MakeStore,
+) -> Session:
     """Plan the run, then do as planned."""
     manifest = bundle.manifest
     with bundle.open_skeleton() as checkpoint:
@@ -240,8 +255,8 @@ def _load(bundle: BundleReader, options: RunOptions, tokenizer: Any, progress: P
         refusal = bundle.read_directly()
         if refusal is not None:
             progress.note(f"{refusal}: experts are read through it, slower")
-    runner = _runner(plan, bundle, skeleton)
-    if bundle.chooser_level is not None:
+    runner = _runner(plan, bundle, skeleton, make_store)
+    if manifest.selectors:
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)
     is_shadowed = options.shadow and plan.policy.policy.lossy
@@ -251,49 +266,44 @@ def _load(bundle: BundleReader, options: RunOptions, tokenizer: Any, progress: P
         tokenizer=tokenizer,
         plan=plan,
         runner=runner,
+        make_store=make_store,
         shadow=Shadow(every=options.shadow) if is_shadowed else None,
     )
     session._listen()
     return session
 
 
-def _runner(plan: RunPlan, bundle: BundleReader, skeleton: Skeleton) -> MoeLayerRunner:
+def _runner(
+    plan: RunPlan, bundle: BundleReader, skeleton: Skeleton, make_store: MakeStore
+) -> MoeLayerRunner:
     """Return the experts function of a planned run, with its stores open."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
     is_lossy = plan.policy.policy.lossy
     return MoeLayerRunner(
-        store=open_levels(bundle, plan.rooms, plan.eviction),
+        store=make_store(bundle, plan.rooms, plan.eviction),
         account=open_account(manifest, plan.policy),
         residency=plan.residency,
         policy=plan.policy,
         sparsity=plan.options.sparse_experts,
         prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers),
         foresight=_foresight(skeleton, plan),
-        recorder=CallRecorder(shape=shape) if plan.options.record_trace else None,
+        recorder=CallRecorder(ids=LayerIds(shape.layers, shape.experts))
+        if plan.options.record_trace
+        else None,
         is_lossy_prompt=plan.options.lossy_prompt and is_lossy,
-        absent=_absent(manifest),
-        record_bytes={layer: np.array(bundle.own_record_bytes(layer)) for layer in shape.layers},
+        stored=stored_masks(manifest),
+        record_bytes=record_sizes(manifest),
         attention=AttentionSums(skeleton.model, shape.layers)
         if plan.workload.keeps_scores
         else None,
     )
 
 
-def _absent(manifest: BundleManifest) -> dict[int, torch.Tensor]:
-    if not manifest.absent:
-        return {}
-    shape = manifest.shape
-    found = {layer: torch.zeros(shape.experts, dtype=torch.bool) for layer in shape.layers}
-    for layer, expert in manifest.absent:
-        found[layer][expert] = True
-    return found
-
-
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
     """Return what looks ahead, where the eviction policy asks for it or a trace is to say what a
     prefetch saw."""
-    if "predictions" in plan.eviction.hints:
-        return foresee(skeleton.layers, depth=plan.eviction.parameters["window"])
+    if plan.eviction.look_ahead:
+        return foresee(skeleton.layers, depth=plan.eviction.look_ahead)
     if plan.options.record_trace and plan.prefetch != NO_PREFETCH:
         return foresee(skeleton.layers, depth=1)
     return None

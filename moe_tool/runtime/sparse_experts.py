@@ -16,7 +16,7 @@ def require_sparse(options: RunOptions, policy: MissChoice, bundle: BundleReader
         UsageError: with what would work.
     """
     sparsity = options.sparse_experts
-    if bundle.chooser_level is not None and options.record_trace:
+    if bundle.manifest.selectors and options.record_trace:
         raise UsageError(
             "--record-trace: the experts of this bundle are in channels, which a trace does not "
             "know",
@@ -27,7 +27,7 @@ def require_sparse(options: RunOptions, policy: MissChoice, bundle: BundleReader
     name = f"--sparse-experts {sparsity:g}"
     if not 0 <= sparsity <= GRID[-1]:
         raise UsageError(f"{name}: 0 to {GRID[-1]:g} is possible", hint="--sparse-experts 0.7")
-    if bundle.chooser_level is None:
+    if not bundle.manifest.selectors:
         raise UsageError(
             f"{name}: the experts of {bundle.folder} are not in channels",
             hint="moe-tool pack --sparse-experts gate2",

@@ -173,8 +173,16 @@ def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
 
 
 def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
-    """Return every policy, and the plain ones with a part of the cache for each layer."""
-    return [parse(name) for name in (*EVICTION, "lru:per-layer", "lfu:per-layer")]
+    """Return every policy whose replay is compiled, and the plain ones with a part of the cache for
+    each layer."""
+    slow = replayed_in_python()
+    names = [name for name in EVICTION if name not in slow]
+    return [parse(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
+
+
+def replayed_in_python() -> list[str]:
+    """Return the policies whose replay takes a thousand times as long as a compiled one."""
+    return [name for name, spec in EVICTION.items() if spec.compiled is None]
 
 
 def _row(

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.request import AUTO, MemoryRequest
@@ -25,6 +26,7 @@ from moe_tool.formats.training_state import (
     read_training_state,
     write_training_state,
 )
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
@@ -127,7 +129,7 @@ def tune_pruning(
     shape = manifest.shape
     _require_whole(folder, manifest)
     share = _share_of_light(options.rate, shape)
-    text = _text(folder, sources, options)
+    text = _text(folder, sources, options, vocabulary=shape.vocabulary)
     ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
     held_out = ids[torch.from_numpy(text.held_out)]
     plan = TrainingPlan(
@@ -189,14 +191,14 @@ def tune_pruning(
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
-    if manifest.choosers is not None:
+    if manifest.selectors:
         raise UsageError(
             f"the experts of {folder} are in channels, through which nothing is trained",
             hint="tune a bundle that was packed without --sparse-experts",
         )
-    if manifest.absent:
+    if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.absent)} experts out already: mask routers are for "
+            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
             "bundles of all experts",
             hint="pack one with --bits, or with a plan that leaves none out",
         )
@@ -219,15 +221,16 @@ def _share_of_light(rate: float, shape: MoeShape) -> float:
 
 
 def _text(
-    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions
+    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions, *, vocabulary: int
 ) -> TokenSequences:
-    longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
     if seq_len < _MIN_SEQ_LEN:
         raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
     text = build_sequences(
         sources,
         load_tokenizer(folder),
+        vocabulary=vocabulary,
         n_tokens=options.tokens,
         seq_len=seq_len,
         holdout=_HELD_OUT,
@@ -252,7 +255,7 @@ def _open(
 ) -> Session:
     """Open the session with as many sequences in a forward as the budget allows."""
     config = read_config(folder).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.

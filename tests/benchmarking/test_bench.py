@@ -22,10 +22,10 @@ from moe_tool.demo import demo_model_path
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
+from tests.packed import pack_bundle
 
 SMALL = ("--prompt-tokens", "16", "--generate", "4", "--repetitions", "2", "--threads", "1")
 
@@ -65,9 +65,9 @@ def test_there_is_a_row_for_every_combination(report: BenchReport) -> None:
 
 def test_its_figures_are_those_of_the_bundle(report: BenchReport, bundle: Path) -> None:
     with BundleReader.open(bundle) as reader:
-        record = reader.manifest.record_size_bytes
+        record = reader.manifest.primaries[0].record_size_bytes
         accesses = len(reader.manifest.shape.layers) * reader.manifest.shape.top_k
-        n_experts = len(reader.manifest.records)
+        n_experts = len(reader.manifest.primary_records)
     n_weights = sum(t.numel() for t in _tensors(demo_model_path()))
     for row in report.rows:
         assert (row.bundle.model, row.bundle.bits) == ("demo", "8")
@@ -139,7 +139,7 @@ def test_rows_with_and_without_prefetch_stand_side_by_side(bundle: Path) -> None
     assert plain.prefetches == plain.prefetched_bytes == 0
     assert rows[2].timed.prefetches == 0  # a prompt
     with BundleReader.open(bundle) as reader:
-        record = reader.manifest.record_size_bytes
+        record = reader.manifest.primaries[0].record_size_bytes
         accesses = len(reader.manifest.shape.layers) * reader.manifest.shape.top_k
     assert ahead.tokens == 24 and ahead.hits + ahead.misses == 24 * accesses
     assert 0 < ahead.prefetch_hits <= ahead.prefetches

@@ -9,8 +9,8 @@ import pytest
 
 from moe_tool.cli.app import run_command
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from tests.evaluation.small_tasks import write_tasks
+from tests.packed import pack_bundle
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
+from tests.packed import pack_bundle
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 

@@ -69,13 +69,13 @@ def test_settings_lie_around_the_price_of_a_middling_expert() -> None:
             layer: LayerBook(
                 nats=np.array([1.0, 3.0]) * layer,
                 eps=np.zeros((1, 2)),
+                record_bytes=np.full((1, 2), 500_000),
                 buddy=none.astype(np.int64),
                 buddy_scale=none,
                 buddy_eps=none,
             )
             for layer in (1, 3)
         },
-        record_bytes=(500_000,),
     )
     assert book.typical_nats_per_mb == pytest.approx((2 / 4 + 6 / 4) / 2 / 0.5)
     found = priced_settings(book)

@@ -15,9 +15,9 @@ from moe_tool.evaluation.eval_harness import (
 )
 from moe_tool.evaluation.harness_tasks import HarnessOptions
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.runtime.run_options import run_options
 from tests.evaluation.small_tasks import DOCUMENTS, write_tasks
+from tests.packed import pack_bundle
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm_eval is an extra"

@@ -16,10 +16,10 @@ from moe_tool.errors import UsageError, WrongModelError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.stepwise import exact_logits, n_scored, run_stepwise
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
+from tests.packed import pack_bundle
 
 SEQ_LEN = 16
 
@@ -96,7 +96,13 @@ def test_exact_perplexity_equals_that_of_the_ordinary_model(
     from moe_tool.text.sequences import build_sequences
 
     text = build_sequences(
-        sources[:1], load_tokenizer(bundle), n_tokens=SEQ_LEN, seq_len=SEQ_LEN, holdout=0, seed=1
+        sources[:1],
+        load_tokenizer(bundle),
+        vocabulary=260,
+        n_tokens=SEQ_LEN,
+        seq_len=SEQ_LEN,
+        holdout=0,
+        seed=1,
     )
     ids = torch.from_numpy(text.ids.astype(np.int64))
     with torch.no_grad():
@@ -125,7 +131,7 @@ def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Pa
         shape = session.manifest.shape
         assert (costs.accesses == shape.top_k * len(shape.layers)).all()
         misses = costs.accesses - costs.hits
-        assert (costs.bytes_read == misses * session.manifest.record_size_bytes).all()
+        assert (costs.bytes_read == misses * session.manifest.primaries[0].record_size_bytes).all()
 
 
 def test_with_everything_resident_no_policy_costs_anything(

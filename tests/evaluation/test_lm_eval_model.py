@@ -16,8 +16,8 @@ from moe_tool.demo import demo_model_path
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.evaluation.lm_eval_model import BundleLM
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.runtime.run_options import run_options
+from tests.packed import pack_bundle
 
 pytestmark = pytest.mark.slow
 

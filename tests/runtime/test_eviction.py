@@ -133,7 +133,7 @@ def test_what_smoe_remembers_is_in_the_memory_account(tiny_bundle: TinyBundle) -
             return {line.name: line.size_bytes for line in session.plan.memory.lines}
 
     with open_session(tiny_bundle("mixtral"), run_options(context=64)) as session:
-        n_experts = len(session.manifest.records)
+        n_experts = len(session.manifest.primary_records)
     assert lines("smoe:window=1024")["eviction state of smoe"] == 2048 * n_experts
     assert "state" not in " ".join(lines("lru"))
 

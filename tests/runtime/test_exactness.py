@@ -100,13 +100,15 @@ def test_hits_equal_those_of_a_naive_replay(tiny_bundle: TinyBundle) -> None:
     with open_session(tiny_bundle("mixtral"), run_options(memory="40%", context=64)) as session:
 
         def log_and_run(call: LayerCall) -> torch.Tensor:
-            calls.append((session.runner.phase, call.layer, torch.unique(call.index).tolist()))
+            calls.append(
+                (session.runner.forward.phase, call.layer, torch.unique(call.index).tolist())
+            )
             return session.runner(call)
 
         session.skeleton.set_experts_function(log_and_run)
         generate_ids(session, PROMPTS[:1], GenerateOptions(max_tokens=20, ignore_eos=True))
         stats, n_slots = session.runner.stats, session.plan.memory.n_slots
-        record_bytes = session.manifest.record_size_bytes
+        record_bytes = session.manifest.primaries[0].record_size_bytes
     counts = _replay([(layer, experts) for _, layer, experts in calls], n_slots)
     for phase in ("prompt", "decode"):
         of_phase = [count for count, call in zip(counts, calls, strict=True) if call[0] == phase]

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
+from tests.packed import pack_bundle
 from tests.tiny_models import tiny_tokenizer
 
 _RUN = """

@@ -128,14 +128,14 @@ def test_counts_equal_those_of_a_naive_replay(memory: str, tiny_bundle: TinyBund
     with open_session(tiny_bundle("mixtral"), options) as session:
         replay, record_bytes = (
             _Replay(session.plan.memory.n_slots),
-            session.manifest.record_size_bytes,
+            session.manifest.primaries[0].record_size_bytes,
         )
         routers = {modules.layer: modules.router for modules in session.skeleton.layers}
 
         def replay_and_run(call: LayerCall) -> torch.Tensor:
             wanted = [(call.layer, expert) for expert in torch.unique(call.index).tolist()]
             replay.call(wanted)
-            if session.runner.phase == "decode" and call.layer + 1 in routers:
+            if session.runner.forward.phase == "decode" and call.layer + 1 in routers:
                 after = call.layer + 1
                 replay.expect(wanted, _ranked_by_hand(routers[after], after, call.hidden))
             return session.runner(call)

@@ -10,18 +10,16 @@ import torch
 from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
-from moe_tool.experts.channel_forward import channel_sizes, chooser_values
+from moe_tool.experts.channel_forward import channel_sizes, choose_channels, chooser_values
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime import moe_layer
-from moe_tool.runtime.channel_choice import choose_for_call
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
-from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 
 PROMPT = [256, *b"The list of the things"]
 
@@ -102,19 +100,16 @@ def test_masks_are_those_of_the_layers_own_input(
 ) -> None:
     seen = 0
 
-    def choose(call, experts, store, sparsity):  # type: ignore[no-untyped-def]
+    def choose(module, selector, hidden, sparsity):  # type: ignore[no-untyped-def]
         nonlocal seen
-        found = choose_for_call(call, experts, store, sparsity)
-        for expert, chosen in found.items():
-            chooser = store.chooser(call.layer, expert)
-            values = chooser_values(call.module, chooser, call.hidden)
-            sizes = channel_sizes(call.module, chooser, values)[0]
-            wanted = [c for c, size in enumerate(sizes) if size >= chooser.threshold(sparsity)]
-            assert chosen.index.tolist() == wanted
-            seen += 1
-        return found
+        chosen = choose_channels(module, selector, hidden, sparsity)
+        sizes = channel_sizes(module, selector, chooser_values(module, selector, hidden))[0]
+        wanted = [c for c, size in enumerate(sizes) if size >= selector.threshold(sparsity)]
+        assert chosen.index.tolist() == wanted
+        seen += 1
+        return chosen
 
-    monkeypatch.setattr(moe_layer, "choose_for_call", choose)
+    monkeypatch.setattr(moe_layer, "choose_channels", choose)
     with open_sparse(bundle, 0.6) as session:
         logits(session)
         assert seen == session.runner.stats.decode.hits + session.runner.stats.decode.misses
@@ -125,17 +120,14 @@ def test_a_missed_channel_costs_accuracy_and_nothing_else(
 ) -> None:
     """A predictor that is wrong about everything: no channel at all is chosen."""
 
-    def nothing(call, experts, store, sparsity):  # type: ignore[no-untyped-def]
-        found = choose_for_call(call, experts, store, sparsity)
+    def nothing(module, selector, hidden, sparsity):  # type: ignore[no-untyped-def]
+        found = choose_channels(module, selector, hidden, sparsity)
         none = slice(0, 0)
-        return {
-            expert: replace(each, index=each.index[none], values=each.values[:, none])
-            for expert, each in found.items()
-        }
+        return replace(found, index=found.index[none], values=found.values[:, none])
 
     with open_sparse(bundle, 0.5) as session:
         _, wanted = logits(session)
-    monkeypatch.setattr(moe_layer, "choose_for_call", nothing)
+    monkeypatch.setattr(moe_layer, "choose_channels", nothing)
     with open_sparse(bundle, 0.5) as session:
         _, found = logits(session)
         assert torch.isfinite(found).all() and not torch.equal(found, wanted)
@@ -161,7 +153,6 @@ def test_policies_of_the_others_still_run_on_whole_channels(bundle: Path) -> Non
             session.use_policy(parse_miss_policy(policy), residency="frozen")
             _, found = logits(session)
             assert torch.isfinite(found).all()
-            assert isinstance(session.runner.store.full, ChannelStore)
 
 
 def test_text_and_account_of_a_run(bundle: Path) -> None:
@@ -171,7 +162,7 @@ def test_text_and_account_of_a_run(bundle: Path) -> None:
         assert len(made.token_ids[0]) == 12
         decode = session.runner.stats.decode
         assert decode.misses and 0 < decode.bytes_read < decode.whole_bytes
-        assert decode.whole_bytes == decode.misses * session.manifest.record_size_bytes
+        assert decode.whole_bytes == decode.misses * session.manifest.primaries[0].record_size_bytes
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.stored_modules import StoredEmbedding, StoredLinear
 from moe_tool.native.kernels import is_native
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.tokens import round_trip_tokens
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
+from tests.packed import pack_bundle
 from tests.tiny_models import TINY
 
 OPTIONS = run_options(memory="min", context=64, threads=1)

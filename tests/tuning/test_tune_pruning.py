@@ -22,7 +22,6 @@ from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel, locate_model
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
@@ -30,6 +29,7 @@ from moe_tool.text.sources import TextSource, parse_sources
 from moe_tool.tuning import tune_pruning as story
 from moe_tool.tuning.train_mask_router import MaskTraining
 from moe_tool.tuning.tune_pruning import TunePruningOptions, tune_pruning
+from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
 
 SMALL = TunePruningOptions(
@@ -102,7 +102,7 @@ def test_what_a_drop_leaves_unread_is_counted(demo_bundle: Path) -> None:
             counters = session.runner.stats.decode
             read.append(counters.bytes_read)
             spared.append(counters.skipped_fetch_bytes)
-            record = session.bundle.layout.size_bytes
+            record = session.bundle.forms[0].record_size_bytes
     assert spared[0] == 0
     assert spared[1] > 0 and spared[1] % record == 0
     assert read[1] <= read[0]
