@@ -10,19 +10,13 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from moe_tool import __version__
-from moe_tool.artifacts.precision import precision_from_bits
-from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_result import AnswerQuality, RunResult, RunSetup, StopReason
 from moe_tool.artifacts.run_stats import RunStats
-from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.formats.run_trace_hdf5 import write_run_trace
 from moe_tool.models.context_length import context_length
 from moe_tool.models.generation_settings import FOLLOWED_SETTINGS
-from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens
@@ -32,6 +26,7 @@ from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.text_stream import OnText, TextStream
 from moe_tool.runtime.working_set import prefill_chunk
+from moe_tool.runtime.write_trace import write_trace
 
 _MIN_TEMPERATURE = 1e-6
 
@@ -105,54 +100,6 @@ def run_prompt(
         return result
 
 
-def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
-    """Write what a session with `record_trace` has run since it was opened; counts are those of
-    its last run.
-
-    Args:
-        session: nothing but its runs has changed what its cache holds.
-        path: of the trace.
-        decode_seconds: that its decoding took.
-    """
-    assert session.runner.recorder is not None, "the session records no trace"
-    store, manifest = session.runner.store, session.manifest
-    prompt, decode = session.runner.stats.prompt, session.runner.stats.decode
-    pinned = [
-        (layer, int(expert))
-        for layer in manifest.shape.layers
-        for expert in store.pinned_mask(layer)[PRIMARY].nonzero()[0]
-    ]
-    (table,) = manifest.primaries  # several, or channels, were refused when it was opened
-    header = RunTraceHeader(
-        identity=manifest.identity,
-        shape=manifest.shape,
-        precision=precision_from_bits(table.name),
-        record_size_bytes=table.record_size_bytes,
-        skeleton_precision=manifest.skeleton_precision,
-        matrix_bytes=session.bundle.matrix_bytes,
-        n_matrices=_n_matrices(session),
-        threads=session.plan.threads.n_threads,
-        n_slots=session.plan.memory.n_slots,
-        pinned=tuple(pinned),
-        eviction=session.plan.eviction.name,
-        prefetch=session.plan.prefetch,
-        n_calls_before=session.runner.recorder.n_calls_before,
-        prompt_tokens=prompt.tokens,
-        decode_tokens=decode.tokens,
-        decode_seconds=decode_seconds,
-        hits=decode.hits,
-        misses=decode.misses,
-        prefetches=decode.prefetches,
-        prefetch_hits=decode.prefetch_hits,
-        prompt_hits=prompt.hits,
-        prompt_misses=prompt.misses,
-        stall_seconds=decode.stall_seconds,
-        tool_version=__version__,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_run_trace(path, header, session.runner.recorder.recorded())
-
-
 def generate(
     session: Session, prompt: str, options: GenerateOptions, *, on_text: OnText | None = None
 ) -> RunResult:
@@ -195,14 +142,9 @@ def generate_ids(
         UsageError: no prompt, an empty one, too many, or one that leaves no room in the context.
     """
     _check(session, prompts, options)
-    width = max(len(prompt) for prompt in prompts)
-    ends = _end_tokens(session)
-    pad = _pad_token(session, ends)
-    ids = torch.full((len(prompts), width), pad)  # [B, S]
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    pad = _pad_token(session, ends := _end_tokens(session))
+    ids, mask = _padded(prompts, pad)
+    width = ids.shape[1]
     room = session.plan.workload.positions - width
     config = _generation_config(
         session, options, max_new_tokens=min(options.max_tokens, room), pad=pad, ends=ends
@@ -246,9 +188,15 @@ def generate_ids(
     )
 
 
-def _n_matrices(session: Session) -> int:
-    stored = (StoredLinear, torch.nn.Linear)
-    return sum(isinstance(module, stored) for module in session.model.modules())
+def _padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask, [B, S] each, padded on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def _check(session: Session, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
