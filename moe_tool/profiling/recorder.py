@@ -1,9 +1,6 @@
 """The story of `profile`: one decoder layer in memory, every batch through it, its experts
 measured, its part written, the next."""
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import UsageError
-from moe_tool.formats.atomic_write import atomic_write_bytes, require_free_disk
+from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.claimed_artifact import require_unclaimed
 from moe_tool.formats.profile_hdf5 import (
     ProfileHeader,
@@ -38,22 +35,18 @@ from moe_tool.profiling.coverage import layer_coverage
 from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_pass import LayerPass, PassPlan
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
+from moe_tool.profiling.profile_parts import PartsFolder
 from moe_tool.profiling.routing_report import report_routing
+from moe_tool.profiling.sampled_tokens import sample_rows, watched_sequences
 from moe_tool.profiling.sensitivity import sensitivity
 from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
 
-PROBE_TOKENS = 1024
-"""Tokens per layer on which all experts are evaluated, in-sample and held-out together."""
-SENSITIVITY_SEQUENCES = 2
-SENSITIVITY_TOKENS = 128
-"""Per sequence."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReport:
-    """What `profile` measured."""
+    """Measurements and costs of `profile`."""
 
     profile: Path
     tokens: int
@@ -112,53 +105,66 @@ def record_profile(
         UsageError: `resume` with other arguments than those of the interrupted run, or another
             model's work is in the way.
     """
+    asked = _Asked(
+        tokens=tokens,
+        seq_len=seq_len,
+        holdout=holdout,
+        seed=seed,
+        memory_bytes=memory_bytes,
+        resume=resume,
+        may_replace=may_replace,
+        offline=offline,
+    )
+    _check_arguments(asked, out)
+    return _record(model, sources, out, asked, progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """Arguments of `record_profile`."""
+
+    tokens: int
+    seq_len: int
+    holdout: float
+    seed: int
+    memory_bytes: int | None
+    resume: bool
+    may_replace: bool
+    offline: bool
+
+
+def _record(
+    model: LocatedModel,
+    sources: Sequence[TextSource],
+    out: Path,
+    asked: _Asked,
+    progress: Progress,
+) -> ProfileReport:
     start = time.perf_counter()
-    _check_arguments(tokens=tokens, seq_len=seq_len, holdout=holdout)
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder", hint="name a file: --out profiles/NAME.h5")
     opened = open_model(model)
+    layers = opened.shape.layers
     with opened.checkpoint:
-        if not may_replace:
+        if not asked.may_replace:
             require_unclaimed(out, opened.identity)
-        tokenizer = load_tokenizer(model.folder)
-        sequences = build_sequences(
-            sources,
-            tokenizer,
-            vocabulary=opened.shape.vocabulary,
-            n_tokens=tokens,
-            seq_len=min(seq_len, opened.max_positions),
-            holdout=holdout,
-            seed=seed,
-            offline=offline,
-        )
-        header = ProfileHeader(
-            identity=opened.identity,
-            shape=opened.shape,
-            tokenizer_sha256=tokenizer_sha256(model.folder),
-            sources=sequences.sources,
-            seed=seed,
-            seq_len=sequences.ids.shape[1],
-            holdout=holdout,
-            tool_version=__version__,
-            skeleton=skeleton_facts(opened, model.folder),
-        )
-        parts = _PartsFolder(out)
-        parts.open(header, sequences, resume=resume)
-        run = _Run(opened, model.folder, sequences, parts, memory_bytes, seed, progress)
-        first_layer = run.record_layers(resume=resume)
+        sequences = _read_text(model, opened, sources, asked)
+        header = _header(model, opened, sequences, asked)
+        parts = PartsFolder(out)
+        parts.open(header, sequences, resume=asked.resume)
+        run = _Run(opened, model.folder, sequences, parts, asked, progress)
+        first_layer = run.record_layers(resume=asked.resume)
         sensitivities = run.sensitivities()
         identity = opened.identity.model_copy(update={"full": run.full_hash.result()})
         write_profile(
             out,
             header.model_copy(update={"identity": identity}),
             _traced_tokens(sequences),
-            parts.layer_files(opened.shape.layers),
+            parts.layer_files(layers),
             sensitivities,
             sensitivity_n_tokens=run.n_watched,
         )
         coverage = tuple(
             layer_coverage(layer, read_layer_part(parts.layer_file(layer), layer)[1])
-            for layer in opened.shape.layers
+            for layer in layers
         )
         parts.remove()
     with ProfileReader.open(out) as profile:
@@ -167,7 +173,7 @@ def record_profile(
     return ProfileReport(
         profile=out,
         tokens=sequences.ids.size,
-        layers=len(opened.shape.layers),
+        layers=len(layers),
         experts=opened.shape.experts,
         top_k=opened.shape.top_k,
         bytes_read=opened.checkpoint.bytes_read,
@@ -183,6 +189,37 @@ def record_profile(
     )
 
 
+def _read_text(
+    model: LocatedModel, opened: OpenedModel, sources: Sequence[TextSource], asked: _Asked
+) -> TokenSequences:
+    return build_sequences(
+        sources,
+        load_tokenizer(model.folder),
+        vocabulary=opened.shape.vocabulary,
+        n_tokens=asked.tokens,
+        seq_len=min(asked.seq_len, opened.max_positions),
+        holdout=asked.holdout,
+        seed=asked.seed,
+        offline=asked.offline,
+    )
+
+
+def _header(
+    model: LocatedModel, opened: OpenedModel, sequences: TokenSequences, asked: _Asked
+) -> ProfileHeader:
+    return ProfileHeader(
+        identity=opened.identity,
+        shape=opened.shape,
+        tokenizer_sha256=tokenizer_sha256(model.folder),
+        sources=sequences.sources,
+        seed=asked.seed,
+        seq_len=sequences.ids.shape[1],
+        holdout=asked.holdout,
+        tool_version=__version__,
+        skeleton=skeleton_facts(opened, model.folder),
+    )
+
+
 class _Run:
     """One pass over the layers: batches, the sensitivity's sequences behind them, the store of
     hidden states."""
@@ -192,9 +229,8 @@ class _Run:
         opened: OpenedModel,
         folder: Path,
         sequences: TokenSequences,
-        parts: "_PartsFolder",
-        memory_bytes: int | None,
-        seed: int,
+        parts: PartsFolder,
+        asked: _Asked,
         progress: Progress,
     ) -> None:
         self._opened = opened
@@ -204,7 +240,7 @@ class _Run:
         self.full_hash = FullHash(parts.digests())
         opened.checkpoint.on_read = self.full_hash.add
         self._stream = LayerStream(folder, opened.checkpoint)
-        self._watched = _watched_sequences(sequences, seed=seed)  # [b, s] int64
+        self._watched = watched_sequences(sequences, seed=asked.seed)  # [b, s] int64
         n_tokens, n_watched = sequences.ids.size, self._watched.size
         shape = opened.shape
         n_rows = n_tokens + n_watched * (1 + len(shape.layers))
@@ -213,7 +249,7 @@ class _Run:
             n_rows=n_rows,
             n_tokens=n_tokens,
             seq_len=sequences.ids.shape[1],
-            asked=memory_bytes,
+            asked=asked.memory_bytes,
         )
         hidden_bytes = n_rows * shape.hidden * 4
         require_free_disk(parts.folder, 2 * hidden_bytes)
@@ -233,13 +269,13 @@ class _Run:
             self._stream,
             PassPlan(
                 n_tokens=n_tokens,
-                sample_rows=_sample_rows(sequences, seed=seed),
+                sample_rows=sample_rows(sequences, seed=asked.seed),
                 domain_of_sequence=sequences.domain,
                 held_out_sequence=sequences.held_out,
                 n_domains=len(sequences.domains),
                 seq_len=sequences.ids.shape[1],
                 probe_bytes=self.plan.probe_bytes,
-                seed=seed,
+                seed=asked.seed,
             ),
         )
 
@@ -338,95 +374,6 @@ class _Run:
         return [ids[first : first + size] for first in range(0, len(ids), size)]
 
 
-class _PartsFolder:
-    """`<out>.parts/`: what is finished of a profile, and the arguments that it belongs to."""
-
-    def __init__(self, out: Path) -> None:
-        self.folder = out.with_name(f"{out.name}.parts")
-
-    def open(self, header: ProfileHeader, sequences: TokenSequences, *, resume: bool) -> None:
-        """Create the folder, or check that what is in it was begun with the same arguments."""
-        wanted = _fingerprint(header, sequences)
-        journal = self.folder / "arguments.json"
-        if resume and journal.is_file():
-            if journal.read_bytes() != wanted:
-                raise UsageError(
-                    f"{self.folder} was begun with another model, text, seed or version",
-                    hint="repeat the interrupted command with --resume, or choose another --out",
-                )
-            return
-        self._remove_old(header.identity.quick)
-        self.folder.mkdir(parents=True)
-        atomic_write_bytes(journal, wanted)
-
-    def _remove_old(self, model: str) -> None:
-        """Make room for a new profile; what is not an interrupted one is not ours to delete."""
-        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise UsageError(
-                f"{self.folder} is in the way: it is not a folder", hint="choose another --out"
-            )
-        if not self.folder.exists():
-            return
-        if any(self.folder.iterdir()) and not (self.folder / "arguments.json").is_file():
-            raise UsageError(
-                f"{self.folder} is in the way: it holds something else than an interrupted profile",
-                hint="choose another --out, or remove it",
-            )
-        if self._model() not in (None, model):
-            raise UsageError(
-                f"{self.folder} is in the way: it holds an interrupted profile of another model",
-                hint="choose another --out, or remove it",
-            )
-        shutil.rmtree(self.folder)
-
-    def _model(self) -> str | None:
-        """Of which model the parts are; None where the journal does not say."""
-        try:
-            kept = json.loads((self.folder / "arguments.json").read_bytes())
-            return str(kept["model"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-
-    def layer_file(self, layer: int) -> Path:
-        """Where a layer's part lies."""
-        return self.folder / f"layer-{layer:05d}.h5"
-
-    def layer_files(self, layers: Sequence[int]) -> dict[int, Path]:
-        """All of them."""
-        return {layer: self.layer_file(layer) for layer in layers}
-
-    def keep_digests(self, digests: dict[str, str]) -> None:
-        """Keep what the full hash knows of the tensors read so far: a resume does not read them
-        again."""
-        atomic_write_bytes(self.folder / "digests.json", json.dumps(digests).encode())
-
-    def digests(self) -> dict[str, str]:
-        """Return what was kept; nothing at the beginning."""
-        try:
-            kept = json.loads((self.folder / "digests.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return kept if isinstance(kept, dict) else {}
-
-    def remove(self) -> None:
-        """Delete the folder once the profile is written."""
-        shutil.rmtree(self.folder)
-
-
-def _fingerprint(header: ProfileHeader, sequences: TokenSequences) -> bytes:
-    ids = hashlib.sha256(np.ascontiguousarray(sequences.ids).tobytes()).hexdigest()
-    held_out = hashlib.sha256(sequences.held_out.tobytes()).hexdigest()
-    fields = {
-        "model": header.identity.quick,
-        "tokens": ids,
-        "held_out": held_out,
-        "sources": list(header.sources),
-        "seed": header.seed,
-        "tool_version": header.tool_version,
-    }
-    return json.dumps(fields, indent=1, sort_keys=True).encode()
-
-
 def _traced_tokens(sequences: TokenSequences) -> TracedTokens:
     return TracedTokens(
         ids=sequences.ids,
@@ -437,34 +384,15 @@ def _traced_tokens(sequences: TokenSequences) -> TracedTokens:
     )
 
 
-def _sample_rows(sequences: TokenSequences, *, seed: int) -> np.ndarray:
-    """Rows (tokens) of the probe, ascending: three quarters in-sample, one quarter held-out where
-    there is one."""
-    generator = np.random.default_rng([seed, 1])
-    held_out = np.repeat(sequences.held_out, sequences.ids.shape[1])
-    n_held_out = min(PROBE_TOKENS // 4, int(held_out.sum()))
-    chosen = [
-        generator.choice(np.flatnonzero(part), min(count, int(part.sum())), replace=False)
-        for part, count in ((~held_out, PROBE_TOKENS - n_held_out), (held_out, n_held_out))
-    ]
-    return np.sort(np.concatenate(chosen))
-
-
-def _watched_sequences(sequences: TokenSequences, *, seed: int) -> np.ndarray:
-    """[b, s] int64: the beginnings of a few in-sample sequences, on which sensitivity is
-    measured."""
-    generator = np.random.default_rng([seed, 2])
-    candidates = np.flatnonzero(~sequences.held_out)
-    count = min(SENSITIVITY_SEQUENCES, len(candidates))
-    chosen = np.sort(generator.choice(candidates, count, replace=False))
-    return sequences.ids[chosen, :SENSITIVITY_TOKENS].astype(np.int64)
-
-
-def _check_arguments(*, tokens: int, seq_len: int, holdout: float) -> None:
-    if tokens < 2 or seq_len < 2:
-        raise UsageError(f"--tokens {tokens} --seq-len {seq_len}: both must be at least 2")
-    if not 0.0 < holdout <= 0.5:
+def _check_arguments(asked: _Asked, out: Path) -> None:
+    if asked.tokens < 2 or asked.seq_len < 2:
         raise UsageError(
-            f"--holdout {holdout} must lie above 0 and at most at 0.5",
+            f"--tokens {asked.tokens} --seq-len {asked.seq_len}: both must be at least 2"
+        )
+    if not 0.0 < asked.holdout <= 0.5:
+        raise UsageError(
+            f"--holdout {asked.holdout} must lie above 0 and at most at 0.5",
             hint="every number that a plan relies on is checked on the held-out part",
         )
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", hint="name a file: --out profiles/NAME.h5")

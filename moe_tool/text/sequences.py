@@ -85,12 +85,8 @@ def build_sequences(
     n_per_domain = _fill(streams, n_sequences, seq_len=seq_len)
     n_found = sum(n_per_domain)
     if n_found < n_sequences:
-        _logger.warning(
-            "the text sources hold %d of the %d tokens asked for",
-            n_found * seq_len,
-            n_sequences * seq_len,
-        )
-
+        counts = (n_found * seq_len, n_sequences * seq_len)
+        _logger.warning("the text sources hold %d of the %d tokens asked for", *counts)
     ids, document, held_out = _cut(
         streams, n_per_domain, tokenizer, vocabulary=vocabulary, holdout=holdout, seed=seed
     )
