@@ -1,4 +1,4 @@
-"""What a buddy map promises and what of it is left on held-out tokens."""
+"""Summary of a buddy map: prices in-sample and on held-out tokens."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,28 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBuddySummary:
-    """One layer's row. Prices are means over the experts that have a stand-in, 1 where none has."""
+    """Prices of one layer, as means over the experts that have a substitute; 1 if none has."""
 
     layer: int
     price_in_sample: float
-    """Of each expert's first stand-in"""
+    """Price of each expert's first substitute"""
     price_held_out: float
-    """Of the same stand-ins at the same scales, on held-out tokens"""
+    """Price of the same substitutes with the same scales on held-out tokens"""
     price_best_held_out: float
-    """Of the best single stand-in, chosen and scaled in hindsight on the held-out tokens"""
+    """Price of the best substitute, chosen and scaled in hindsight on held-out tokens"""
     price_drop: float
-    """Of nothing in place of the expert: 1, or less where experts put out zero"""
+    """Price of dropping the expert: 1, or less where experts' outputs are zero"""
     n_without: int
-    """Experts that have no stand-in"""
+    """Experts without a substitute"""
     n_fell_back: int
     """Experts priced on all sampled tokens, since too few were routed to them in-sample"""
     n_sampled_held_out: int
-    """Tokens behind the held-out prices; without any they are 1"""
+    """Tokens that the held-out prices were measured on; without tokens they are 1"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuddySummary:
-    """All layers, with the plain means over them."""
+    """Prices of all layers, with unweighted means."""
 
     layers: tuple[LayerBuddySummary, ...]
     price_in_sample: float
@@ -42,11 +42,11 @@ class BuddySummary:
 
 
 def summarize_buddies(profile: ProfileReader, buddy_map: BuddyMap) -> BuddySummary:
-    """Return what the first stand-ins leave, in-sample and held-out, layer by layer.
+    """Return the prices of the first substitutes, in-sample and held-out, layer by layer.
 
     Args:
-        profile: the one that the map was made from.
-        buddy_map: of `build_buddy_map`.
+        profile: the profile that the map was made from.
+        buddy_map: the map to summarize.
     """
     rows = tuple(
         _layer_summary(layer, profile.statistics(layer.layer)) for layer in buddy_map.layers

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from moe_tool.artifacts.routing_report import RoutingReport
 from moe_tool.cli.console import Output
-from moe_tool.profiling.coverage import LayerCoverage
-from moe_tool.profiling.pin_verdict import pin_verdict
+from moe_tool.profiling.coverage import LayerCoverage, pin_verdict
 from moe_tool.reports.routing_tables import routing_tables
 from moe_tool.reports.terminal import coverage_table
 

@@ -1,4 +1,4 @@
-"""How unevenly a layer uses its experts, and whether that holds for text it was not measured on."""
+"""Skew of a layer's expert use, and what its hot set answers in-sample and on held-out text."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,16 @@ import numpy as np
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics, RoutingCounts
 from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.policies.pin_rule import judge_pins
 from moe_tool.profiling.hot_set import hottest, share_answered
 
 HOT_SHARE = 0.25
-"""The hot set is the hottest quarter of the experts."""
+"""Size of the hot set as a share of a layer's experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCoverage:
-    """One MoE layer's row of a profile's table. A use is a (token, expert) choice."""
+    """Expert use of one MoE layer. A use is a (token, expert) choice."""
 
     layer: int
     n_experts: int
@@ -31,46 +32,46 @@ class LayerCoverage:
     locality: float
     """Chance that an expert used by a token was used by the previous token, in-sample"""
     locality_by_chance: float
-    """What it would be if every token drew its experts by the loads alone"""
+    """Expected locality if every token drew its experts by the loads alone"""
     coverage: float
     """Share of the in-sample uses that the hot set answers"""
     coverage_held_out: float | None
-    """Share of the held-out uses that the same set answers; None without held-out tokens"""
+    """Share of the held-out uses that the in-sample set answers; None without held-out tokens"""
     coverage_held_out_best: float | None
-    """Share that the held-out tokens' own hottest quarter answers: the most that a set can"""
+    """Share that the hottest quarter by held-out loads answers: an upper bound for any set"""
     domain_coverage: tuple[float | None, ...]
-    """[D]: share of each domain's in-sample uses that the hot set answers; None without tokens"""
+    """[D] shares of the in-sample uses that the hot set answers, by domain; None without tokens"""
     domain_coverage_held_out: tuple[float | None, ...]
-    """[D]: the same of its held-out uses"""
+    """[D] shares of the held-out uses that the hot set answers, by domain"""
     domain_distance: float
     """Largest total variation between two domains' in-sample loads: 0 alike, 1 no shared expert"""
 
     @property
     def coverage_by_chance(self) -> float:
-        """Share that a set of this size would answer if all experts were used evenly."""
+        """Expected coverage of a set of this size if all experts were used evenly."""
         return self.n_hot / self.n_experts
 
 
 def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
-    """Return the rows of an open profile, one layer's statistics in memory at a time.
+    """Return the coverage of every layer of a profile, reading one layer at a time.
 
     Raises:
-        CorruptArtifactError: a number in it is out of range.
+        CorruptArtifactError: a number in the profile is out of range.
     """
     return tuple(layer_coverage(layer, profile.statistics(layer)) for layer in profile.layers)
 
 
 def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
-    """Return the row of one layer.
+    """Return the coverage of one layer.
 
     Args:
         layer: decoder-layer index.
-        statistics: of that layer; either part may be without tokens.
+        statistics: the layer's; in-sample or held-out counts may be of no tokens.
     """
     inside, outside = statistics.in_sample, statistics.held_out
     n_experts = len(inside.load)
     hot = hottest(inside.load, n_hot=max(1, int(n_experts * HOT_SHARE)))
-    own = hottest(outside.load, n_hot=len(hot))
+    best = hottest(outside.load, n_hot=len(hot))
     coverage = share_answered(inside.load, hot)
     return LayerCoverage(
         layer=layer,
@@ -85,10 +86,27 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         locality_by_chance=_locality_by_chance(inside),
         coverage=0.0 if coverage is None else coverage,
         coverage_held_out=share_answered(outside.load, hot),
-        coverage_held_out_best=share_answered(outside.load, own),
+        coverage_held_out_best=share_answered(outside.load, best),
         domain_coverage=tuple(share_answered(load, hot) for load in inside.domain_load),
         domain_coverage_held_out=tuple(share_answered(load, hot) for load in outside.domain_load),
         domain_distance=_largest_total_variation(inside.domain_load),
+    )
+
+
+def pin_verdict(coverage: LayerCoverage) -> str:
+    """Return in one line whether the in-sample hot set is worth pinning, with its figures."""
+    even, held_out = coverage.coverage_by_chance, coverage.coverage_held_out
+    verdict = judge_pins(
+        even=even,
+        in_sample=coverage.coverage,
+        held_out=held_out,
+        by_domain=coverage.domain_coverage_held_out,
+    ).verdict
+    if held_out is None:
+        return f"{verdict}: {coverage.coverage:.1%} in-sample, nothing held out"
+    return (
+        f"{verdict}: hottest {coverage.n_hot} of {coverage.n_experts} answer {held_out:.1%} "
+        f"held-out, {coverage.coverage:.1%} in-sample, {even:.1%} if even"
     )
 
 
@@ -106,7 +124,7 @@ def _entropy(load: np.ndarray) -> float:
 
 
 def _locality_by_chance(counts: RoutingCounts) -> float:
-    """A use is of e with chance load_e / sum; another token uses e with chance load_e / T."""
+    """Return sum of load_e^2 / (sum of load_e * T): two independent tokens sharing an expert."""
     uses = counts.load.sum()
     if uses == 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""The budgets that `simulate --memory` names."""
+"""Parser of the list of memory budgets in `simulate --memory`."""
 
 import re
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ _STEP = 10
 
 
 def parse_budgets(texts: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Return (label, share of the experts) of each budget; None for one in bytes or "min".
+    """Return (label, share of the experts) for each budget; the share of bytes and "min" is None.
 
     Args:
-        texts: each a list by comma of "50%", "4GiB", "min" or "10%..100%", the last in steps of 10.
+        texts: comma-separated lists of "50%", "4GiB", "min" or "10%..100%", in steps of 10.
 
     Raises:
-        UsageError: one of them is no budget.
+        UsageError: a word is no budget.
     """
     found: dict[str, float | None] = {}
     for word in (word.strip() for text in texts for word in text.split(",")):
@@ -25,7 +25,7 @@ def parse_budgets(texts: Sequence[str]) -> list[tuple[str, float | None]]:
         if dots:
             low, high = _percent(first, word), _percent(last, word)
             if low > high:
-                raise UsageError(f"--memory {word} is empty", hint="--memory 10%..100%")
+                raise UsageError(f"--memory {word}: the range is empty", hint="--memory 10%..100%")
             value = low
             while value <= high:
                 found[f"{value:g}%"] = value / 100
@@ -48,5 +48,7 @@ def parse_budgets(texts: Sequence[str]) -> list[tuple[str, float | None]]:
 def _percent(text: str, word: str) -> float:
     match = _SHARE.fullmatch(text.strip())
     if match is None or not 0 < float(match[1]) <= 100:
-        raise UsageError(f"--memory {word}: above 0% up to 100% is possible", hint="10%..100%")
+        raise UsageError(
+            f"--memory {word}: a share must be above 0% and at most 100%", hint="10%..100%"
+        )
     return float(match[1])

@@ -1,4 +1,4 @@
-"""Every budget under every policy: what a trace would have cost."""
+"""Simulated cost of a trace for every memory budget and eviction policy."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,58 +22,58 @@ _SLOWER = 0.98
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How many experts memory holds."""
+    """Memory budget as a number of expert slots."""
 
     label: str
-    """As it was asked for"""
+    """Budget as the user wrote it"""
     n_slots: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRow:
-    """One budget under one policy."""
+    """Simulated result of one budget under one eviction policy."""
 
     memory: str
     slots: int
     expert_bytes: int
-    """What the slots take"""
+    """Bytes of the slots"""
     eviction: str
     hit_rate: float
     bytes_per_token: float
-    """Read from disk, prefetched bytes included"""
+    """Bytes read from disk, prefetches included"""
     stall_ms: float
-    """Per token, on average"""
+    """Mean wait for reads per token"""
     tokens_per_second: float
     p50_ms: float
     p99_ms: float
     belady_hit_rate: float
-    """Of the bound at this budget"""
+    """Hit rate of Belady's policy at this budget"""
     to_belady: float | None
-    """Misses over those of the bound; None where the bound misses nothing, and for what misses
-    less, since what it pinned was in memory before the first token"""
+    """Misses over Belady's; None if Belady has none, or has more because pinned experts were in
+    memory before the first token"""
     limited_by: str
-    """budget, policy, working set or -"""
+    """Limiting factor: budget, policy, working set or -"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefetchRow:
-    """What reading ahead would change at one budget."""
+    """Simulated effect of prefetching at one budget."""
 
     memory: str
     eviction: str
     depth: int
     accuracy: float
-    """Share of what was read ahead that was wanted"""
+    """Share of the prefetched experts that were used"""
     bytes_per_saved_byte: float | None
-    """Bytes read ahead per byte that was then not demanded; None where none was saved"""
+    """Prefetched bytes per byte of demand reads saved; None if none was saved"""
     stall_saved_ms: float
-    """Per token; below zero where it costs more than it saves"""
+    """Stall saved per token; negative if prefetching costs more than it saves"""
     pays: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRow:
-    """What a prompt's tokens cost at one budget under one policy."""
+    """Simulated cost of prompts at one budget under one policy."""
 
     memory: str
     eviction: str
@@ -84,24 +84,24 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cliff:
-    """Where a cache that keeps what was used last begins to work at all."""
+    """Working set of one token, below which an LRU cache rarely hits."""
 
     experts: float
-    """That one token calls, all layers together"""
+    """Experts that one token calls in all layers"""
     bytes: int
-    """What their slots take"""
+    """Bytes of their slots"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a replay needs to know beside the trace."""
+    """Record size and speeds of a model on a machine."""
 
     record_bytes: int
     n_slots_min: int
-    """Slots that a run cannot do without"""
+    """Minimum number of slots of a run"""
     costs: CallCosts
     hottest: Sequence[int]
-    """Keys, the most used of the profile first"""
+    """Keys in order of falling use in the profile"""
 
 
 def simulate_decoding(
@@ -112,13 +112,13 @@ def simulate_decoding(
     *,
     progress: Progress = SILENT,
 ) -> tuple[list[SimulatedRow], float]:
-    """Return the rows, budget by budget with the bound last, and the accesses per second.
+    """Return a row per budget and policy, Belady last, and the replayed accesses per second.
 
     Args:
-        replayer: of a trace with one token per forward.
-        choices: policies.
-        budgets: ascending.
-        machine: the model's records and the machine's speeds.
+        replayer: trace with one token per forward.
+        choices: eviction policies.
+        budgets: budgets in ascending order.
+        machine: record size and speeds.
         progress: told about the rows.
     """
     trace, rows = replayer.trace, []
@@ -145,7 +145,7 @@ def replay_choice(
     *,
     prefetch_depth: int = 0,
 ) -> CallCounts | None:
-    """Return the counts of one policy at one budget; None where it cannot have it."""
+    """Return the counts of one policy at one budget; None if the policy cannot run there."""
     trace = replayer.trace
     pinned: Sequence[int] = ()
     if choice.pinned_share:
@@ -171,7 +171,7 @@ def simulate_prompts(
     budgets: Sequence[Budget],
     machine: Machine,
 ) -> list[PromptRow]:
-    """Return what prompts in chunks cost; the cache goes on from one to the next."""
+    """Return the cost of prompts in chunks; the cache carries over from one to the next."""
     replayer, rows = Replayer(trace), []
     for budget in budgets:
         bound = int(replayer.belady(budget.n_slots).hits.sum())
@@ -195,7 +195,7 @@ def simulate_prompts(
 def simulate_prefetch(
     replayer: Replayer, choice: EvictionChoice, budget: Budget, machine: Machine, *, depth: int
 ) -> PrefetchRow:
-    """Return what reading ahead over so many layers would change."""
+    """Return the effect of prefetching over so many layers."""
     trace = replayer.trace
     without = replay_choice(replayer, choice, budget, machine)
     ahead = replay_choice(replayer, choice, budget, machine, prefetch_depth=depth)
@@ -216,12 +216,12 @@ def simulate_prefetch(
 
 
 def find_cliff(trace: AccessTrace, record_bytes: int) -> Cliff:
-    """Return one token's cycle."""
+    """Return the working set of one token."""
     return Cliff(experts=trace.cycle, bytes=round(trace.cycle * record_bytes))
 
 
 def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
-    """Return a sentence for every policy and budget that is slower than a smaller budget."""
+    """Return a sentence for each case in which a policy is slower than with a smaller budget."""
     sentences, fastest = [], dict[str, SimulatedRow]()
     for row in sorted(rows, key=lambda row: row.slots):
         best = fastest.get(row.eviction)
@@ -236,13 +236,13 @@ def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
 
 
 def best_policy(rows: Sequence[SimulatedRow], memory: str) -> SimulatedRow:
-    """Return the fastest row of a budget, the bound left out; the first of equal ones."""
+    """Return the fastest row of a budget, Belady not counted; of equal ones the first."""
     at_budget = [row for row in rows if row.memory == memory and row.eviction != BELADY]
     return max(at_budget, key=lambda row: row.tokens_per_second)
 
 
 def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
-    """Return every policy, and the plain ones with a part of the cache for each layer."""
+    """Return every eviction policy, and LRU and LFU also with a separate cache per layer."""
     return [parse(name) for name in (*EVICTION, "lru:per-layer", "lfu:per-layer")]
 
 
@@ -272,15 +272,15 @@ def _row(
         p50_ms=1e3 * float(median),
         p99_ms=1e3 * float(slow),
         belady_hit_rate=1 - bound_misses / n,
-        # Pinned experts are there before the first token: below the bound they say nothing of it.
+        # Pinned experts are in memory before the first token, so there may be fewer misses.
         to_belady=misses / bound_misses if bound_misses and misses >= bound_misses else None,
         limited_by=_limit(misses / n, bound_misses / n, budget.n_slots < trace.cycle),
     )
 
 
 def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
-    """Who is to blame: the budget below one token's cycle; else the policy, where another order
-    would miss clearly less, or the working set, where nobody could do much better."""
+    """Return the limiting factor: the budget below one token's working set; else the policy if
+    Belady misses clearly less, or the working set if even Belady misses often."""
     if is_below_cycle:
         return "budget"
     if miss_rate > _CLOSE_TO_BELADY * bound and miss_rate - bound > 0.02:
@@ -289,7 +289,7 @@ def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
 
 
 def rows_by_policy(rows: Sequence[SimulatedRow]) -> Mapping[str, list[SimulatedRow]]:
-    """Return each policy's rows, by budget; the bound last."""
+    """Return each policy's rows by budget, Belady last."""
     grouped: dict[str, list[SimulatedRow]] = {}
     for row in sorted(rows, key=lambda row: (row.eviction == BELADY, row.slots)):
         grouped.setdefault(row.eviction, []).append(row)

@@ -48,9 +48,9 @@ def read_local_documents(path: Path, *, seed: int) -> Iterator[str]:
     SUPPORTED_SUFFIXES.
 
     Plain text comes in blocks of about 8 kB cut at blank lines, .jsonl by line, .parquet by row.
-    Hidden files and folders are passed over, and so are empty files beside others. Files are
-    visited in rounds (interleave_blocks), so a sample is spread over all of them; no file is read
-    further than the sample needs.
+    Hidden files and folders are skipped, and empty files beside others. Files are visited in rounds
+    (interleave_blocks), so that a sample is spread over all of them; no file is read further than
+    the sample needs.
 
     Raises:
         NotFoundError: nothing is at this path.

@@ -128,7 +128,7 @@ def test_an_expert_that_was_never_chosen_has_stand_ins_priced_on_all_tokens() ->
 
 def test_more_stand_ins_than_others_are_refused_with_both_numbers() -> None:
     for k in (3, 0):
-        with pytest.raises(UsageError, match=rf"{k} stand-ins .* 3 experts"):
+        with pytest.raises(UsageError, match=rf"--k {k}: .* 3 experts"):
             build_buddy_map(plane_profile(), k=k)
 
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics, RoutingCounts
-from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
+from moe_tool.profiling.coverage import LayerCoverage, layer_coverage, pin_verdict
 from moe_tool.profiling.expert_probe import ExpertProbe
 from moe_tool.profiling.hot_set import hottest
-from moe_tool.profiling.pin_verdict import pin_verdict
 
 
 def counts(domain_load: list[list[int]], *, top_k: int = 1, same: float = 0.0) -> RoutingCounts:
