@@ -10,7 +10,6 @@ from moe_tool.artifacts.schema import FrozenModel
 
 BUDDY_MAP_VERSION: Literal[1] = 1
 Similarity = Literal["output", "cka", "cosine", "coactivation", "router"]
-SIMILARITIES: tuple[Similarity, ...] = ("output", "cka", "cosine", "coactivation", "router")
 
 
 class Buddy(FrozenModel):

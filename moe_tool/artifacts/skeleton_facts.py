@@ -61,11 +61,6 @@ class SkeletonFacts(FrozenModel):
             raise ValueError("the tied head is larger than all matrices")
         return self
 
-    @property
-    def linear_weights(self) -> int:
-        """Scalars of the matrices that codes replace, a tied head not counted."""
-        return sum(linear.n_weights for linear in self.linears) - self.tied_head_weights
-
     def stored_bytes(self, bits: Literal["native", "8", "4"], group: int = 64) -> int:
         """Return the bytes of the skeleton's tensors in a bundle of `pack --skeleton-bits`.
 

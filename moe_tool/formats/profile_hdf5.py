@@ -84,18 +84,6 @@ def write_layer_part(
         _write_layer(file.create_group(f"layers/{layer}"), trace, statistics)
 
 
-def read_layer_part(path: Path, layer: int) -> tuple[LayerTrace, ExpertStatistics]:
-    """Return the trace and statistics written by `write_layer_part`.
-
-    Raises:
-        NotFoundError, CorruptArtifactError, StorageError: as `ProfileReader.open`.
-    """
-    verified_sha256(path, remedy=_REMEDY)
-    with opened_hdf5(path, remedy=_REMEDY) as file, translated(path, remedy=_REMEDY):
-        group = child_group(file, f"layers/{layer}", path)
-        return _read_trace(group, path), _read_statistics(group, path)
-
-
 def write_profile(
     path: Path,
     header: ProfileHeader,

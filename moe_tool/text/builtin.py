@@ -1,10 +1,9 @@
 """Built-in text of every Python installation: its language reference and standard library.
 
 Two domains: `docs`, the topics of `pydoc_data.topics`, and `code`, the .py files of the standard
-library. A hash of its name assigns each document to one of two parts: about one in
-eight is held out (`eval`), the others are for training and calibration (`train`). Topics repeat
-each other ("compound" contains "for"), so paragraphs of held-out topics are removed from the train
-part.
+library. A hash of its name assigns each document to one of two parts: about one in eight is held
+out (`eval`), the others are for training and calibration (`train`). Topics repeat each other
+("compound" contains "for"), so paragraphs of held-out topics are removed from the train part.
 """
 
 import hashlib
