@@ -4,7 +4,10 @@ A use is a (token, expert) choice. A share is a part of the uses, 0..1; None wit
 figures are means over its MoE layers, unless they say otherwise.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from moe_tool.artifacts.json_fields import Spread
 
 Shares = tuple[float | None, ...]
 
@@ -143,3 +146,58 @@ class RoutingReport:
     reuse_within_layer: ReuseHistogram
     """Sum of the layers' histograms"""
     layers: tuple[LayerRouting, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCoverage:
+    """One MoE layer's row of a profile's table. A use is a (token, expert) choice."""
+
+    layer: int
+    n_experts: int
+    n_hot: int
+    """Experts in the hot set: the hottest quarter in-sample, at least one; ties by lower index"""
+    n_tokens: int
+    n_tokens_held_out: int
+    load_skew: float
+    """Load of the hottest expert over the mean load, in-sample; 1 is even, 0 without tokens"""
+    entropy: float
+    """Entropy of the in-sample loads over log E, 0..1; 1 is even"""
+    never_used: int
+    """Experts that no in-sample token chose"""
+    locality: float
+    """Chance that an expert used by a token was used by the previous token, in-sample"""
+    locality_by_chance: float
+    """Chance of it if every token drew its experts by the loads alone"""
+    coverage: float
+    """Share of the in-sample uses that the hot set answers"""
+    coverage_held_out: float | None
+    """Share of the held-out uses that the same set answers; None without held-out tokens"""
+    coverage_held_out_best: float | None
+    """Share that the held-out tokens' own hottest quarter answers: the most that a set can"""
+    domain_coverage: tuple[float | None, ...]
+    """[D] shares of the in-sample uses that the hot set answers, by domain; None without tokens"""
+    domain_coverage_held_out: tuple[float | None, ...]
+    """[D] shares of the held-out uses that the hot set answers, by domain"""
+    domain_distance: float
+    """Largest total variation between two domains' in-sample loads: 0 alike, 1 no shared expert"""
+    pin: str
+    """Whether the hot set is worth a place in memory: pin, do not pin, nothing to pin, unknown"""
+
+    @property
+    def coverage_by_chance(self) -> float:
+        """Share that a set of this size would answer if all experts were used evenly."""
+        return self.n_hot / self.n_experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileRouting(Spread):
+    """Routing of a profile, by layer and for the model."""
+
+    coverage: tuple[LayerCoverage, ...]
+    routing: RoutingReport
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean of what is not None, None where all are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

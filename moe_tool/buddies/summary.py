@@ -1,44 +1,11 @@
 """Summary of a buddy map: prices in-sample and on held-out tokens."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import BuddyMap, LayerBuddies
+from moe_tool.artifacts.buddy_summary import BuddySummary, LayerBuddySummary
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.formats.profile_hdf5 import ProfileReader
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerBuddySummary:
-    """Prices of one layer, as means over the experts that have a substitute; 1 if none has."""
-
-    layer: int
-    price_in_sample: float
-    """Price of each expert's first substitute"""
-    price_held_out: float
-    """Price of the same substitutes with the same scales on held-out tokens"""
-    price_best_held_out: float
-    """Price of the best substitute, chosen and scaled in hindsight on held-out tokens"""
-    price_drop: float
-    """Price of dropping the expert: 1, or less where experts' outputs are zero"""
-    n_without: int
-    """Experts without a substitute"""
-    n_fell_back: int
-    """Experts priced on all sampled tokens, since too few were routed to them in-sample"""
-    n_sampled_held_out: int
-    """Tokens that the held-out prices were measured on; without tokens they are 1"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuddySummary:
-    """Prices of all layers, with unweighted means."""
-
-    layers: tuple[LayerBuddySummary, ...]
-    price_in_sample: float
-    price_held_out: float
-    price_best_held_out: float
-    price_drop: float
 
 
 def summarize_buddies(profile: ProfileReader, buddy_map: BuddyMap) -> BuddySummary:

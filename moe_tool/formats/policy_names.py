@@ -8,6 +8,7 @@ from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import MissChoice, parse_miss_policy
+from moe_tool.quantizers.registry import QUANTIZERS
 
 
 def named_eviction(path: Path, name: str, *, remedy: str) -> EvictionChoice:
@@ -53,6 +54,8 @@ def require_plan_names(path: Path, plan: PackPlan, *, remedy: str) -> None:
     named_eviction(path, plan.eviction, remedy=remedy)
     if plan.policy is not None:
         named_miss_policy(path, plan.policy, remedy=remedy)
+    if plan.quantizer not in QUANTIZERS:
+        raise CorruptArtifactError(f"{path} names a quantizer that there is none of", hint=remedy)
     try:
         replica_precisions(plan.replicas)
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
+from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 from moe_tool.native.channels import read_runs
 
 PIECE_BYTES = 4 * 2**20

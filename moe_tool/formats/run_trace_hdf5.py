@@ -8,7 +8,6 @@ from pydantic import ValidationError
 
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
-from moe_tool.formats.expert_record import record_layout
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.hostile_hdf5 import (
     child_dataset,
@@ -20,6 +19,7 @@ from moe_tool.formats.hostile_hdf5 import (
 )
 from moe_tool.formats.json_artifact import first_complaint
 from moe_tool.formats.policy_names import named_eviction
+from moe_tool.formats.record_form import record_form
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.policies.eviction import EvictionChoice
 
@@ -151,7 +151,7 @@ def _size_complaint(header: RunTraceHeader, choice: EvictionChoice, n_scores: in
     n_left, n_layers = header.n_slots - len(header.pinned), len(shape.layers)
     if choice.per_layer and 0 < n_left < n_layers:
         return f"{n_left} slots are fewer than one for each of {n_layers} layers"
-    layout = record_layout(shape.expert_tensors, shape.dtype, header.precision)
+    layout = record_form(shape, header.precision).layout
     if layout.size_bytes != header.record_size_bytes:
         return f"a record has {header.record_size_bytes} bytes, its shape makes {layout.size_bytes}"
     return None

@@ -10,7 +10,7 @@ import torch
 from moe_tool import __version__
 from moe_tool.artifacts.hardware_profile import ExpertSpeed, HardwareProfile, LookupSpeed
 from moe_tool.available_memory import available_memory_bytes
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError
 from moe_tool.hardware.disk import measure_disk
 from moe_tool.hardware.experts import Shape, measure_experts

@@ -1,55 +1,15 @@
 """Skew of a layer's expert use, and what its hot set answers in-sample and on held-out text."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics, RoutingCounts
+from moe_tool.artifacts.routing_report import LayerCoverage
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.pin_rule import judge_pins
 from moe_tool.profiling.hot_set import hottest, share_answered
 
 HOT_SHARE = 0.25
 """Size of the hot set as a share of a layer's experts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCoverage:
-    """Expert use of one MoE layer. A use is a (token, expert) choice."""
-
-    layer: int
-    n_experts: int
-    n_hot: int
-    """Experts in the hot set: the hottest quarter in-sample, at least one; ties by lower index"""
-    n_tokens: int
-    n_tokens_held_out: int
-    load_skew: float
-    """Load of the hottest expert over the mean load, in-sample; 1 is even, 0 without tokens"""
-    entropy: float
-    """Entropy of the in-sample loads over log E, 0..1; 1 is even"""
-    never_used: int
-    """Experts that no in-sample token chose"""
-    locality: float
-    """Chance that an expert used by a token was used by the previous token, in-sample"""
-    locality_by_chance: float
-    """Expected locality if every token drew its experts by the loads alone"""
-    coverage: float
-    """Share of the in-sample uses that the hot set answers"""
-    coverage_held_out: float | None
-    """Share of the held-out uses that the in-sample set answers; None without held-out tokens"""
-    coverage_held_out_best: float | None
-    """Share that the hottest quarter by held-out loads answers: an upper bound for any set"""
-    domain_coverage: tuple[float | None, ...]
-    """[D] shares of the in-sample uses that the hot set answers, by domain; None without tokens"""
-    domain_coverage_held_out: tuple[float | None, ...]
-    """[D] shares of the held-out uses that the hot set answers, by domain"""
-    domain_distance: float
-    """Largest total variation between two domains' in-sample loads: 0 alike, 1 no shared expert"""
-
-    @property
-    def coverage_by_chance(self) -> float:
-        """Expected coverage of a set of this size if all experts were used evenly."""
-        return self.n_hot / self.n_experts
 
 
 def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
@@ -72,7 +32,15 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
     n_experts = len(inside.load)
     hot = hottest(inside.load, n_hot=max(1, int(n_experts * HOT_SHARE)))
     best = hottest(outside.load, n_hot=len(hot))
-    coverage = share_answered(inside.load, hot)
+    coverage = share_answered(inside.load, hot) or 0.0
+    coverage_held_out = share_answered(outside.load, hot)
+    by_domain = tuple(share_answered(load, hot) for load in outside.domain_load)
+    ruling = judge_pins(
+        even=len(hot) / n_experts,
+        in_sample=coverage,
+        held_out=coverage_held_out,
+        by_domain=by_domain,
+    )
     return LayerCoverage(
         layer=layer,
         n_experts=n_experts,
@@ -84,29 +52,13 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         never_used=int((inside.load == 0).sum()),
         locality=inside.same_as_previous,
         locality_by_chance=_locality_by_chance(inside),
-        coverage=0.0 if coverage is None else coverage,
-        coverage_held_out=share_answered(outside.load, hot),
+        coverage=coverage,
+        coverage_held_out=coverage_held_out,
         coverage_held_out_best=share_answered(outside.load, best),
         domain_coverage=tuple(share_answered(load, hot) for load in inside.domain_load),
-        domain_coverage_held_out=tuple(share_answered(load, hot) for load in outside.domain_load),
+        domain_coverage_held_out=by_domain,
         domain_distance=_largest_total_variation(inside.domain_load),
-    )
-
-
-def pin_verdict(coverage: LayerCoverage) -> str:
-    """Return in one line whether the in-sample hot set is worth pinning, with its figures."""
-    even, held_out = coverage.coverage_by_chance, coverage.coverage_held_out
-    verdict = judge_pins(
-        even=even,
-        in_sample=coverage.coverage,
-        held_out=held_out,
-        by_domain=coverage.domain_coverage_held_out,
-    ).verdict
-    if held_out is None:
-        return f"{verdict}: {coverage.coverage:.1%} in-sample, nothing held out"
-    return (
-        f"{verdict}: hottest {coverage.n_hot} of {coverage.n_experts} answer {held_out:.1%} "
-        f"held-out, {coverage.coverage:.1%} in-sample, {even:.1%} if even"
+        pin=ruling.verdict,
     )
 
 

@@ -1,7 +1,5 @@
 """Hot set: the most used experts of a layer, and the share of uses that a set answers."""
 
-from collections.abc import Iterable
-
 import numpy as np
 
 
@@ -19,9 +17,3 @@ def share_answered(load: np.ndarray, chosen: np.ndarray) -> float | None:
     """Return the share of the [E] loads that falls on the chosen experts, None without loads."""
     total = load.sum()
     return float(load[chosen].sum() / total) if total else None
-
-
-def mean_of_known(shares: Iterable[float | None]) -> float | None:
-    """Return the mean of the shares that are not None, None if all are."""
-    known = [share for share in shares if share is not None]
-    return sum(known) / len(known) if known else None

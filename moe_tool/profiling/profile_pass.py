@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.router_trace import TracedTokens
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.profile_hdf5 import ProfileHeader, write_layer_part, write_profile
 from moe_tool.models.architecture import OpenedModel

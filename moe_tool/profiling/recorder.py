@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_tool import __version__
-from moe_tool.artifacts.routing_report import RoutingReport
+from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.formats.profile_hdf5 import ProfileHeader, ProfileReader
@@ -14,7 +14,7 @@ from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton_facts import skeleton_facts
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
-from moe_tool.profiling.coverage import LayerCoverage, layer_coverages
+from moe_tool.profiling.coverage import layer_coverages
 from moe_tool.profiling.parts_folder import PartsFolder
 from moe_tool.profiling.profile_pass import ProfilePass
 from moe_tool.profiling.routing_report import report_routing
@@ -42,8 +42,7 @@ class ProfileReport:
     memory_budget_bytes: int
     resumed_at_layer: int | None
     domains: tuple[str, ...]
-    coverage: tuple[LayerCoverage, ...]
-    routing: RoutingReport
+    routing: ProfileRouting
 
 
 def record_profile(
@@ -167,6 +166,5 @@ def _report(
         memory_budget_bytes=memory_budget_bytes,
         resumed_at_layer=resumed_at_layer,
         domains=domains,
-        coverage=coverage,
-        routing=routing,
+        routing=ProfileRouting(coverage=coverage, routing=routing),
     )

@@ -70,17 +70,17 @@ def naive_replay(
     return counts
 
 
+def _by_layer(keys: list[int], n_experts: int) -> dict[int, list[int]]:
+    grouped: dict[int, list[int]] = {}
+    for key in keys:
+        grouped.setdefault(key // n_experts, []).append(key)
+    return grouped
+
+
 def _leave(pending: dict[int, list[int]], victim: int | None, n_experts: int) -> None:
     """Forget a prefetch that was evicted before its layer's call."""
     if victim is not None and victim in pending.get(victim // n_experts, ()):
         pending[victim // n_experts].remove(victim)
-
-
-def _by_layer(keys: list[int], n_experts: int) -> dict[int, list[int]]:
-    by_layer: dict[int, list[int]] = {}
-    for key in keys:
-        by_layer.setdefault(key // n_experts, []).append(key)
-    return by_layer
 
 
 def _guesses(trace: AccessTrace) -> list[list[int]] | None:

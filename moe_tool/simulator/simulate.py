@@ -1,11 +1,12 @@
 """Simulated cost of a trace for every memory budget and eviction policy."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from moe_tool.artifacts.simulation_report import BELADY, Cliff, PrefetchRow, PromptRow, SimulatedRow
 from moe_tool.policies.eviction import EVICTION, EvictionChoice
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import SILENT, Progress
@@ -14,7 +15,6 @@ from moe_tool.simulator.counts import CallCounts
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.time_model import CallCosts, call_times, forward_seconds
 
-BELADY = "belady"
 _CLOSE_TO_BELADY = 1.25
 _MISSES_ANYWAY = 0.3
 _SLOWER = 0.98
@@ -27,69 +27,6 @@ class Budget:
     label: str
     """Budget as the user wrote it"""
     n_slots: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedRow:
-    """Simulated result of one budget under one eviction policy."""
-
-    memory: str
-    slots: int
-    expert_bytes: int
-    """Bytes of the slots"""
-    eviction: str
-    hit_rate: float
-    bytes_per_token: float
-    """Bytes read from disk, prefetches included"""
-    stall_ms: float
-    """Mean wait for reads per token"""
-    tokens_per_second: float
-    p50_ms: float
-    p99_ms: float
-    belady_hit_rate: float
-    """Hit rate of Belady's policy at this budget"""
-    to_belady: float | None
-    """Misses over Belady's; None if Belady has none, or has more because pinned experts were in
-    memory before the first token"""
-    limited_by: str
-    """Limiting factor: budget, policy, working set or -"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefetchRow:
-    """Simulated effect of prefetching at one budget."""
-
-    memory: str
-    eviction: str
-    depth: int
-    accuracy: float
-    """Share of the prefetched experts that were used"""
-    bytes_per_saved_byte: float | None
-    """Prefetched bytes per byte of demand reads saved; None if none was saved"""
-    stall_saved_ms: float
-    """Stall saved per token; negative if prefetching costs more than it saves"""
-    pays: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptRow:
-    """Simulated cost of prompts at one budget under one policy."""
-
-    memory: str
-    eviction: str
-    hit_rate: float
-    belady_hit_rate: float
-    bytes_per_token: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cliff:
-    """Working set of one token, below which an LRU cache rarely hits."""
-
-    experts: float
-    """Experts that one token calls in all layers"""
-    bytes: int
-    """Bytes of their slots"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,15 +172,16 @@ def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
     return sentences
 
 
-def best_policy(rows: Sequence[SimulatedRow], memory: str) -> SimulatedRow:
-    """Return the fastest row of a budget, Belady not counted; of equal ones the first."""
-    at_budget = [row for row in rows if row.memory == memory and row.eviction != BELADY]
-    return max(at_budget, key=lambda row: row.tokens_per_second)
-
-
 def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
-    """Return every eviction policy, and LRU and LFU also with a separate cache per layer."""
-    return [parse(name) for name in (*EVICTION, "lru:per-layer", "lfu:per-layer")]
+    """Return every policy with a compiled replay, and LRU and LFU also with a cache per layer."""
+    slow = replayed_in_python()
+    names = [name for name in EVICTION if name not in slow]
+    return [parse(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
+
+
+def replayed_in_python() -> list[str]:
+    """Return the policies whose replay takes a thousand times as long as a compiled one."""
+    return [name for name, spec in EVICTION.items() if spec.compiled is None]
 
 
 def _row(
@@ -286,11 +224,3 @@ def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
     if miss_rate > _CLOSE_TO_BELADY * bound and miss_rate - bound > 0.02:
         return "policy"
     return "working set" if bound > _MISSES_ANYWAY else "-"
-
-
-def rows_by_policy(rows: Sequence[SimulatedRow]) -> Mapping[str, list[SimulatedRow]]:
-    """Return each policy's rows by budget, Belady last."""
-    grouped: dict[str, list[SimulatedRow]] = {}
-    for row in sorted(rows, key=lambda row: (row.eviction == BELADY, row.slots)):
-        grouped.setdefault(row.eviction, []).append(row)
-    return grouped

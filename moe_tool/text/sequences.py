@@ -75,15 +75,10 @@ def build_sequences(
     """
     _check_arguments(n_tokens, seq_len, holdout)
     n_sequences = max(round(n_tokens / seq_len), len(sources))
-    streams = [
-        _TokenStream(
-            source,
-            tokenizer,
-            seq_len=seq_len,
-            documents=read_documents(source, seed=seed, offline=offline),
-        )
-        for source in sources
-    ]
+    streams = []
+    for source in sources:
+        documents = read_documents(source, seed=seed, offline=offline)
+        streams.append(_TokenStream(source, tokenizer, seq_len=seq_len, documents=documents))
     n_per_domain = _fill(streams, n_sequences, seq_len=seq_len, progress=progress)
     n_found = sum(n_per_domain)
     if n_found < n_sequences:
@@ -92,13 +87,22 @@ def build_sequences(
             n_found * seq_len,
             n_sequences * seq_len,
         )
-    return _joined(streams, n_per_domain, holdout=holdout, seed=seed)
+    ids, document, held_out = _cut(streams, n_per_domain, holdout=holdout, seed=seed)
+    return TokenSequences(
+        ids=ids,
+        domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
+        document=document,
+        held_out=held_out,
+        domains=tuple(source.domain for source in sources),
+        sources=tuple(f"{source.domain}={source.spec}" for source in sources),
+        seed=seed,
+    )
 
 
-def _joined(
-    streams: Sequence["_TokenStream"], n_per_domain: list[int], *, holdout: float, seed: int
-) -> TokenSequences:
-    sources = [stream.source for stream in streams]
+def _cut(
+    streams: Sequence["_TokenStream"], n_per_domain: Sequence[int], *, holdout: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids [N, S], documents [N, S] and held-out sequences [N] of all domains."""
     rng = np.random.default_rng(seed)
     ids, documents, held_out = [], [], []
     first_document = 0
@@ -108,15 +112,7 @@ def _joined(
         documents.append(domain_documents + first_document)
         held_out.append(_choose_held_out(domain_documents, holdout=holdout, rng=rng))
         first_document = int(documents[-1][-1, -1]) + 1
-    return TokenSequences(
-        ids=np.concatenate(ids),
-        domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
-        document=np.concatenate(documents),
-        held_out=np.concatenate(held_out),
-        domains=tuple(source.domain for source in sources),
-        sources=tuple(f"{source.domain}={source.spec}" for source in sources),
-        seed=seed,
-    )
+    return np.concatenate(ids), np.concatenate(documents), np.concatenate(held_out)
 
 
 def _check_arguments(n_tokens: int, seq_len: int, holdout: float) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import BudgetError, DataSourceError, UnsupportedModelError, UsageError
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.formats.atomic_write import storage_errors
@@ -31,8 +33,7 @@ from moe_tool.formats.training_state import (
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.policy_choice import EXACT
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -60,7 +61,7 @@ class TunePruningOptions:
     """Tokens per sequence; capped at the model's number of positions"""
     batch: int = 8
     """Sequences per step"""
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     """Memory budget of the process; None: free memory less a margin"""
     seed: int = 0
     """Seed of the choice of text and of every draw"""
@@ -139,10 +140,10 @@ def tune_pruning(
             manifest.shape,
             held_out,
             share=share,
-            micro_batch=session.workload.batch,
+            micro_batch=session.plan.workload.batch,
             progress=progress,
         )
-        budget_bytes = session.plan.budget_bytes
+        budget_bytes = session.plan.memory.budget_bytes
     written = _write(folder, manifest, training, verdict, options.rate, text.sources)
     return _report(
         folder,
@@ -214,14 +215,14 @@ def _report(
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
-    if manifest.choosers is not None:
+    if manifest.selectors:
         raise UsageError(
             f"the experts of {folder} are stored in channels, which cannot be trained through",
             hint="tune a bundle that was packed without --sparse-experts",
         )
-    if manifest.absent:
+    if manifest.removed:
         raise UsageError(
-            f"{folder} lacks {len(manifest.absent)} experts: mask routers need all of them",
+            f"{folder} lacks {len(manifest.removed)} experts: mask routers need all of them",
             hint="pack one with --bits, or with a plan that removes none",
         )
 
@@ -280,8 +281,8 @@ def _open(
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's memory: training takes more than running.
-        memory=options.memory or "auto",
-        policy=EXACT,
+        memory=options.memory or AUTO,
+        policy=EXACT_POLICY,
         residency="cache",
         seed=options.seed,
         threads=options.threads,
@@ -321,7 +322,7 @@ def _train(
     folder: Path, experts: MaskedExperts, plan: TrainingPlan, order: bytes, progress: Progress
 ) -> MaskTraining:
     session = experts.session
-    micro_batch = session.workload.batch
+    micro_batch = session.plan.workload.batch
     training = MaskTraining(session.manifest.shape, plan)
     path = folder / _STATE
     reached = read_training_state(path, order, training.state(), n_steps=plan.n_steps)
