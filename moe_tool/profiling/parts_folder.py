@@ -28,16 +28,15 @@ class PartsFolder:
             if journal.read_bytes() != wanted:
                 raise UsageError(
                     f"{self.folder} was begun with another model, text, seed or version",
-                    hint="repeat the interrupted command with --resume, "
-                    "or run it without to start anew",
+                    hint="repeat the interrupted command with --resume, or choose another --out",
                 )
             return
-        self._remove_old()
+        self._remove_old(header.identity.quick)
         self.folder.mkdir(parents=True)
         atomic_write_bytes(journal, wanted)
 
-    def _remove_old(self) -> None:
-        """Delete an interrupted profile; refuse to delete anything else."""
+    def _remove_old(self, model: str) -> None:
+        """Delete an interrupted profile of the same model; refuse to delete anything else."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise UsageError(
                 f"{self.folder} is in the way: it is not a folder", hint="choose another --out"
@@ -49,7 +48,20 @@ class PartsFolder:
                 f"{self.folder} is in the way: it holds something else than an interrupted profile",
                 hint="choose another --out, or remove it",
             )
+        if self._model() not in (None, model):
+            raise UsageError(
+                f"{self.folder} is in the way: it holds an interrupted profile of another model",
+                hint="choose another --out, or remove it",
+            )
         shutil.rmtree(self.folder)
+
+    def _model(self) -> str | None:
+        """Return the quick hash of the model in the journal, None if it has none."""
+        try:
+            kept = json.loads((self.folder / "arguments.json").read_bytes())
+            return str(kept["model"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
 
     def layer_file(self, layer: int) -> Path:
         """Return the path of a layer's part."""

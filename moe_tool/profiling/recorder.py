@@ -8,7 +8,8 @@ from pathlib import Path
 from moe_tool import __version__
 from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.available_memory import peak_rss_bytes
-from moe_tool.errors import DataSourceError, UsageError
+from moe_tool.errors import UsageError
+from moe_tool.formats.claimed_artifact import require_unclaimed
 from moe_tool.formats.profile_hdf5 import ProfileHeader, ProfileReader
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
@@ -56,6 +57,7 @@ def record_profile(
     seed: int = 0,
     memory_bytes: int | None = None,
     resume: bool = False,
+    may_replace: bool = True,
     offline: bool = False,
     progress: Progress = SILENT,
 ) -> ProfileReport:
@@ -71,22 +73,25 @@ def record_profile(
         seed: seed of the choice of text, of the held-out part and of the probe's sample.
         memory_bytes: budget of the whole process; None: 80 % of what is free.
         resume: continue an interrupted run with the same arguments.
+        may_replace: whether `out` may replace another model's profile.
         offline: never use the network.
         progress: told about every batch.
 
     Raises:
-        NotFoundError, DataSourceError: model or text are missing or unusable.
-        UnsupportedModelError, CorruptArtifactError: the checkpoint cannot be read.
+        NotFoundError, DataSourceError, UnsupportedModelError, CorruptArtifactError: model or text.
         BudgetError: one layer does not fit the budget.
-        UsageError: `resume` with other arguments than the interrupted run.
+        UsageError: `resume` with other arguments, or another model's profile is in the way.
     """
     start = time.perf_counter()
     _check_arguments(out, tokens=tokens, seq_len=seq_len, holdout=holdout)
     opened = open_model(model)
+    if not may_replace:
+        require_unclaimed(out, opened.identity)
     with opened.checkpoint:
         sequences = build_sequences(
             sources,
             load_tokenizer(model.folder),
+            vocabulary=opened.shape.vocabulary,
             n_tokens=tokens,
             seq_len=min(seq_len, opened.max_positions),
             holdout=holdout,
@@ -119,12 +124,6 @@ def _check_arguments(out: Path, *, tokens: int, seq_len: int, holdout: float) ->
 def _header(
     opened: OpenedModel, model: LocatedModel, sequences: TokenSequences, *, holdout: float
 ) -> ProfileHeader:
-    if int(sequences.ids.max()) >= opened.shape.vocabulary:
-        raise DataSourceError(
-            f"the tokenizer of {model.name} makes token {int(sequences.ids.max())}, "
-            f"the model knows {opened.shape.vocabulary}",
-            hint="use the tokenizer that belongs to the checkpoint",
-        )
     return ProfileHeader(
         identity=opened.identity,
         shape=opened.shape,

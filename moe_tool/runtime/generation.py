@@ -3,10 +3,9 @@ counted."""
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -14,38 +13,25 @@ from transformers import GenerationConfig
 from moe_tool import __version__
 from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.artifacts.routing import PRIMARY
-from moe_tool.artifacts.run_result import AnswerQuality, RunResult, RunSetup
+from moe_tool.artifacts.run_result import AnswerQuality, RunResult, RunSetup, StopReason
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import UsageError
+from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.run_trace_hdf5 import write_run_trace
+from moe_tool.models.context_length import context_length
+from moe_tool.models.generation_settings import FOLLOWED_SETTINGS
 from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens
 from moe_tool.runtime.open_stores import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.text_stream import OnText, TextStream
 from moe_tool.runtime.working_set import prefill_chunk
-
-_KEPT_SETTINGS = (
-    "bos_token_id",
-    "eos_token_id",
-    "decoder_start_token_id",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-)
-"""Settings of a model's generation_config.json that are followed. The rest chooses other ways to
-decode, some of which need code of the model's own."""
 
 _MIN_TEMPERATURE = 1e-6
 
@@ -71,6 +57,8 @@ class Generated:
 
     token_ids: tuple[tuple[int, ...], ...]
     """One row per sequence, up to and with its end-of-text token"""
+    stop_reasons: tuple[StopReason, ...]
+    """One per sequence"""
     started_at: float
     first_token_at: float | None
     ended_at: float
@@ -95,15 +83,22 @@ def run_prompt(
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the context.
         BudgetError: the memory budget does not suffice.
-        CorruptArtifactError: the bundle is damaged.
+        CorruptArtifactError, NotFoundError: the bundle is damaged, or is none.
+        DataSourceError: the model does not know a token of the prompt.
     """
+    with BundleReader.open(folder) as bundle:  # what is no bundle is told so before anything else
+        vocabulary = bundle.manifest.shape.vocabulary
     tokenizer = load_tokenizer(folder)
-    n_prompt = len(encode_prompt(tokenizer, prompt, raw=generation.raw))
+    ids = encode_prompt(tokenizer, prompt, raw=generation.raw, vocabulary=vocabulary)
+    n_prompt = len(ids)
     if n_prompt < options.context:
         context = min(options.context, n_prompt + generation.max_tokens)
         options = replace(options, context=context, prompt=n_prompt)
     options = replace(options, record_trace=options.record_trace or trace_path is not None)
     with open_session(folder, options, tokenizer=tokenizer, progress=progress) as session:
+        note = None if generation.ignore_eos else _end_tokens(session).note
+        if note is not None:
+            progress.note(note)
         result = generate(session, prompt, generation, on_text=on_text)
         if trace_path is not None:
             write_trace(session, trace_path, decode_seconds=result.decode_seconds)
@@ -173,7 +168,12 @@ def generate(
         UsageError: an empty prompt, or one that leaves no room in the context.
         CorruptArtifactError, StorageError: an expert cannot be read.
     """
-    ids = encode_prompt(session.tokenizer, prompt, raw=options.raw)
+    ids = encode_prompt(
+        session.tokenizer,
+        prompt,
+        raw=options.raw,
+        vocabulary=session.manifest.shape.vocabulary,
+    )
     made = generate_ids(session, [ids], options, on_text=on_text)
     text = session.tokenizer.decode(list(made.token_ids[0]), skip_special_tokens=True)
     return _result(session, made, text)
@@ -196,7 +196,8 @@ def generate_ids(
     """
     _check(session, prompts, options)
     width = max(len(prompt) for prompt in prompts)
-    pad = _pad_token(session)
+    ends = _end_tokens(session)
+    pad = _pad_token(session, ends)
     ids = torch.full((len(prompts), width), pad)  # [B, S]
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -204,7 +205,7 @@ def generate_ids(
         mask[row, width - len(prompt) :] = 1
     room = session.plan.workload.positions - width
     config = _generation_config(
-        session, options, max_new_tokens=min(options.max_tokens, room), pad=pad
+        session, options, max_new_tokens=min(options.max_tokens, room), pad=pad, ends=ends
     )
     session.runner.stats = RunStats()
     if session.runner.recorder is not None:
@@ -230,8 +231,14 @@ def generate_ids(
     finally:
         session.prompt_tokens = None
         session.model.generation_config = own_config
+    stops = frozenset(config.eos_token_id or ())
+    rows = [_until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
     return Generated(
-        token_ids=tuple(_until_end(row, config) for row in stream.token_ids or [[]] * len(prompts)),
+        token_ids=tuple(rows),
+        stop_reasons=tuple(
+            _stop_reason(row, stops, room=room, options=options, interrupted=interrupted)
+            for row in rows
+        ),
         started_at=started_at,
         first_token_at=stream.first_token_at,
         ended_at=time.perf_counter(),
@@ -266,16 +273,24 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
         raise UsageError(
             f"the prompt has {longest} tokens, which leaves no room in a context of "
             f"{session.plan.workload.positions}",
-            hint="a shorter prompt, or a larger --context where the model allows it",
+            hint=_longer_context(session),
         )
 
 
+def _longer_context(session: Session) -> str:
+    """What to do where the context is full: only what the model allows."""
+    most = context_length(session.model.config.get_text_config())
+    if most is not None and most <= session.plan.workload.positions:
+        return f"a shorter prompt: the model was made for {most} positions"
+    return f"a shorter prompt, or a larger --context{'' if most is None else f', up to {most}'}"
+
+
 def _generation_config(
-    session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int
+    session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int, ends: EndTokens
 ) -> GenerationConfig:
     """The model's own generation settings, with ours on top."""
     config = GenerationConfig()  # type: ignore[no-untyped-call]
-    for name in _KEPT_SETTINGS:
+    for name in FOLLOWED_SETTINGS:
         value = getattr(session.model.generation_config, name, None)
         if value is not None:
             setattr(config, name, copy.deepcopy(value))
@@ -288,36 +303,63 @@ def _generation_config(
     config.cache_implementation = None
     config.pad_token_id = pad
     config.prefill_chunk_size = prefill_chunk(session.plan.workload)
-    if options.ignore_eos:
-        config.eos_token_id = None
+    config.eos_token_id = None if options.ignore_eos else list(ends.ids) or None
     config.do_sample = options.temperature > 0
     if config.do_sample:
         config.temperature = options.temperature
+        _switch_off_what_means_nothing(config)
     else:
         config.temperature = config.top_p = config.top_k = None
     return config
 
 
-def _pad_token(session: Session) -> int:
-    config = session.model.generation_config
-    end = config.eos_token_id
-    candidates = (
-        session.tokenizer.pad_token_id,
-        config.pad_token_id,
-        end[0] if isinstance(end, list) else end,
-        0,
+def _switch_off_what_means_nothing(config: GenerationConfig) -> None:
+    """Ranges that cannot be sampled from are how other runtimes write "off": top_k -1, top_p 0."""
+    if config.top_k is not None and config.top_k < 1:
+        config.top_k = 0  # None would be transformers' default, 50
+    for name in ("top_p", "min_p", "typical_p"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < 1:
+            setattr(config, name, None)
+
+
+def _end_tokens(session: Session) -> EndTokens:
+    return find_end_tokens(
+        session.bundle.folder,
+        generation_config=session.model.generation_config,
+        tokenizer=session.tokenizer,
+        vocabulary=session.manifest.shape.vocabulary,
     )
-    return next(int(token) for token in candidates if token is not None)
 
 
-def _until_end(row: list[int], config: GenerationConfig) -> tuple[int, ...]:
+def _pad_token(session: Session, ends: EndTokens) -> int:
+    config = session.model.generation_config
+    candidates = (session.tokenizer.pad_token_id, config.pad_token_id, *ends.ids, 0)
+    vocabulary = session.manifest.shape.vocabulary
+    return next(int(each) for each in candidates if each is not None and 0 <= each < vocabulary)
+
+
+def _until_end(row: list[int], stops: Set[int]) -> tuple[int, ...]:
     """A row without the padding that follows its end-of-text token."""
-    end: Any = config.eos_token_id
-    ends = set() if end is None else set(end) if isinstance(end, list) else {end}
     for position, token in enumerate(row):
-        if token in ends:
+        if token in stops:
             return tuple(row[: position + 1])
     return tuple(row)
+
+
+def _stop_reason(
+    row: Sequence[int],
+    stops: Set[int],
+    *,
+    room: int,
+    options: GenerateOptions,
+    interrupted: bool,
+) -> StopReason:
+    if row and row[-1] in stops:
+        return "end_of_text"
+    if interrupted:
+        return "interrupted"
+    return "context" if room < options.max_tokens else "max_tokens"
 
 
 def _result(session: Session, made: Generated, text: str) -> RunResult:
@@ -334,6 +376,7 @@ def _result(session: Session, made: Generated, text: str) -> RunResult:
         seconds=made.ended_at - made.started_at,
         peak_rss_bytes=peak_rss_bytes(),
         interrupted=made.interrupted,
+        stop_reason=made.stop_reasons[0],
     )
 
 

@@ -9,6 +9,7 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.budget.account import MARGIN_BYTES
 from moe_tool.budget.refusal import MemoryLine, name_lines
 from moe_tool.models.architecture import UNFUSED_ATTENTION
+from moe_tool.models.context_length import context_length
 
 PREFILL_CHUNK_TOKENS = 256
 """Prompt tokens per forward, all sequences of a batch together: longer chunks read fewer experts
@@ -46,7 +47,7 @@ def positions_within(config: Any, context: int) -> int:
         config: transformers' configuration of the text model.
         context: positions asked for.
     """
-    return min(context, getattr(config, "max_position_embeddings", None) or context)
+    return min(context, context_length(config) or context)
 
 
 def run_lines(

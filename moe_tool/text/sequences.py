@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_tool.artifacts.known_tokens import require_known_tokens
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sources import TextSource, read_documents
@@ -43,6 +44,7 @@ def build_sequences(
     sources: Sequence[TextSource],
     tokenizer: "PreTrainedTokenizerBase",
     *,
+    vocabulary: int,
     n_tokens: int,
     seq_len: int,
     holdout: float,
@@ -50,19 +52,18 @@ def build_sequences(
     offline: bool = False,
     progress: Progress = SILENT,
 ) -> TokenSequences:
-    """Return about `n_tokens` tokens of the sources as whole sequences, the domains in equal
-    shares.
+    """Return about `n_tokens` tokens of the sources as whole sequences, in equal shares by domain.
 
     Each document is encoded with the tokenizer's own special tokens and closed with its end-of-text
     token if it has one; the documents of a domain are joined and cut every `seq_len` tokens, so a
-    document may continue in the next sequence. If a domain has too little text, the others give
-    more.
+    document may continue in the next sequence. If a domain is short of text, others give more.
 
     The held-out part of each domain is one run of adjacent sequences, round(holdout * n) and at
     least one of two, placed by `seed` where it shares the fewest documents (at most one) with the
     rest. Sequences picked at random would mostly share documents.
 
     Args:
+        vocabulary: V of the model that the tokens are for.
         n_tokens: rounded to whole sequences, at least one per domain.
         seq_len: S, tokens per sequence, at least 2.
         holdout: share of each domain's sequences to hold out, 0 to below 1.
@@ -70,7 +71,7 @@ def build_sequences(
 
     Raises:
         UsageError: n_tokens, seq_len or holdout out of range.
-        DataSourceError: a source holds less than one sequence, or cannot be read.
+        DataSourceError: a source is too short, unreadable, or has a token unknown to the model.
         NotFoundError: a source is missing or out of reach.
     """
     _check_arguments(n_tokens, seq_len, holdout)
@@ -87,7 +88,9 @@ def build_sequences(
             n_found * seq_len,
             n_sequences * seq_len,
         )
-    ids, document, held_out = _cut(streams, n_per_domain, holdout=holdout, seed=seed)
+    ids, document, held_out = _cut(
+        streams, n_per_domain, tokenizer, vocabulary=vocabulary, holdout=holdout, seed=seed
+    )
     return TokenSequences(
         ids=ids,
         domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
@@ -100,7 +103,13 @@ def build_sequences(
 
 
 def _cut(
-    streams: Sequence["_TokenStream"], n_per_domain: Sequence[int], *, holdout: float, seed: int
+    streams: Sequence["_TokenStream"],
+    n_per_domain: Sequence[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    vocabulary: int,
+    holdout: float,
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return ids [N, S], documents [N, S] and held-out sequences [N] of all domains."""
     rng = np.random.default_rng(seed)
@@ -112,6 +121,7 @@ def _cut(
         documents.append(domain_documents + first_document)
         held_out.append(_choose_held_out(domain_documents, holdout=holdout, rng=rng))
         first_document = int(documents[-1][-1, -1]) + 1
+        require_known_tokens([domain_ids.max()], vocabulary, tokenizer=tokenizer)
     return np.concatenate(ids), np.concatenate(documents), np.concatenate(held_out)
 
 

@@ -30,6 +30,7 @@ from moe_tool.formats.training_state import (
     read_training_state,
     write_training_state,
 )
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
@@ -125,7 +126,7 @@ def tune_pruning(
         manifest = bundle.manifest
     _require_whole(folder, manifest)
     share = _share_of_light(options.rate, manifest.shape)
-    text = _text(folder, sources, options, progress)
+    text = _text(folder, sources, options, manifest.shape.vocabulary, progress)
     ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
     held_out = ids[torch.from_numpy(text.held_out)]
     train = ids[torch.from_numpy(~text.held_out)]
@@ -244,15 +245,20 @@ def _share_of_light(rate: float, shape: MoeShape) -> float:
 
 
 def _text(
-    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions, progress: Progress
+    folder: Path,
+    sources: Sequence[TextSource],
+    options: TunePruningOptions,
+    vocabulary: int,
+    progress: Progress,
 ) -> TokenSequences:
-    longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
     if seq_len < _MIN_SEQ_LEN:
         raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
     text = build_sequences(
         sources,
         load_tokenizer(folder),
+        vocabulary=vocabulary,
         n_tokens=options.tokens,
         seq_len=seq_len,
         holdout=_HELD_OUT,
@@ -277,7 +283,7 @@ def _open(
 ) -> Session:
     """Open the session with as many sequences per forward as the budget allows."""
     config = read_config(folder).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's memory: training takes more than running.
