@@ -16,7 +16,6 @@ MAX_FILE_LINES = 400
 _REDESIGN = "its room is being redesigned"
 LONG_FUNCTIONS: dict[str, str] = {
     "cli/run.py:run": _REDESIGN,
-    "profiling/recorder.py:record_profile": _REDESIGN,
     "runtime/generation.py:generate_ids": _REDESIGN,
     "runtime/plan_run.py:plan_run": _REDESIGN,
     "store/record_store.py:__init__": _REDESIGN,
@@ -31,16 +30,13 @@ HEADLESS_DOCS: dict[str, str] = {
     "artifacts/evaluation_report.py": _REDESIGN,
     "artifacts/expert_ids.py": _REDESIGN,
     "artifacts/form_table.py": _REDESIGN,
-    "artifacts/known_tokens.py": _REDESIGN,
     "artifacts/pack_plan.py": _REDESIGN,
     "artifacts/precision.py": _REDESIGN,
     "artifacts/routing.py": _REDESIGN,
     "artifacts/run_result.py": _REDESIGN,
     "artifacts/simulation_report.py": _REDESIGN,
     "benchmarking/bench_plan.py": _REDESIGN,
-    "budget/refusal.py": _REDESIGN,
     "cli/console.py": _REDESIGN,
-    "errors.py": _REDESIGN,
     "evaluation/evaluate.py": _REDESIGN,
     "evaluation/figures.py": _REDESIGN,
     "evaluation/harness_tasks.py": _REDESIGN,
@@ -129,9 +125,9 @@ _HEADLESS = re.compile(
     r"""(of|that|those|these|this|what|who|whom|whose|where|whichever|whoever|whatever|when|while
     |as|for|in|on|at|with|without|within|from|by|to|into|through|under|over|beside|between|beyond
     |before|after|than|like|such|it|they|them|its|their|he|his|and|or|but|also|then|so|if|because
-    |likewise|same|not|none|there|here)(?![-\w])
+    |likewise|same|not|none|here)(?![-\w])
     |(all|both|each|every\ one|some|any|one|either|neither)\ of\b
-    |the\ (same|rest|others?|ones?)\b
+    |the\ (same|rest|others?|ones|one\ (that|which|who|of))\b
     |[a-z]+\ (it|them)\b""",
     re.VERBOSE,
 )
@@ -249,6 +245,7 @@ def test_limits_hold(find, exceptions: dict[str, str]) -> None:  # type: ignore[
         "All of them.",
         "Keep them.",
         "The same for layers.",
+        "The one that stays.",
         "[E]: of the experts that stay.",
         "[D, T, K]",
         "(n, 2) int32; as the router has them.",
@@ -273,6 +270,7 @@ def test_a_headless_doc_is_found(doc: str) -> None:
         "Every module that a file imports.",
         "Information lost; `in` begins this word.",
         "Close the file.",
+        "The one refusal of a memory budget.",
         "xxh3-64 of the bytes.",
         "In-sample part of the tokens.",
         "95 % interval.",

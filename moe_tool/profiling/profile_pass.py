@@ -112,7 +112,7 @@ class ProfilePass:
         return first
 
     def write(self, out: Path, header: ProfileHeader) -> None:
-        """Merge the layers' parts, with their sensitivities, into the profile."""
+        """Merge the layers' parts, with their sensitivities, into the profile, and delete them."""
         identity = header.identity.model_copy(update={"full": self._full_hash.result()})
         write_profile(
             out,
@@ -122,6 +122,7 @@ class ProfilePass:
             self._sensitivities(),
             sensitivity_n_tokens=self._watched.size,
         )
+        self._parts.remove()
 
     @torch.no_grad()
     def _sensitivities(self) -> dict[int, float]:

@@ -105,7 +105,6 @@ def record_profile(
         run = ProfilePass(opened, model.folder, sequences, parts, memory_bytes, seed, progress)
         first_layer = run.record_layers(resume=resume)
         run.write(out, header)
-        parts.remove()
     return _report(out, opened, run.plan.memory_bytes, first_layer or None, start, progress)
 
 
