@@ -27,9 +27,8 @@ _READERS = (1, 2, 4)
 # Memory. Two channels times transfer rate times 8 bytes; reading alone gets 75 to 85 % of it on
 # desktops of every make.
 _MEMORY_DERATING = 0.8
-# One token reads an expert once: its rate is a share of what memory gives. The shares are those
-# that docs/benchmarks.md has for the AVX2 kernels with all cores (8 bits were not in that table:
-# as 4).
+# One token reads an expert once, at a share of the memory bandwidth. The shares are those in
+# docs/benchmarks.md of the AVX2 kernels with all cores; 8 bits, which it lacks, are taken as 4.
 _SHARE: dict[Bits, float] = {
     "native": 0.83,
     "8": 0.75,

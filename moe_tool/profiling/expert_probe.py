@@ -64,7 +64,7 @@ class ExpertProbe:
         self._routed_layer_energy = np.zeros(n_experts)
 
     def add_block(self, outputs: torch.Tensor, *, routed: np.ndarray, gate: np.ndarray) -> None:
-        """Add all experts' outputs on b tokens; the first block is also what CKA is taken from.
+        """Add all experts' outputs on b tokens; the first block also serves for CKA.
 
         Args:
             outputs: [E, b, H] float32.

@@ -42,7 +42,8 @@ def _budget(text: str, word: str) -> MemoryRequest:
         ) from error
     if request.kind == "auto":
         raise UsageError(
-            "--memory auto: what is free where it runs is not known here", hint="--memory 4GiB"
+            "--memory auto: the free memory of the machine that runs is not known here",
+            hint="--memory 4GiB",
         )
     if request.kind == "share" and not request.share:
         raise UsageError(f"--memory {word}: above 0% up to 100% is possible", hint="10%..100%")

@@ -60,7 +60,7 @@ def builtin_documents(domain: str, *, part: Part) -> list[BuiltinDocument]:
 
     Args:
         domain: "docs" or "code".
-        part: "train" for training and calibration, "eval" for what neither may see.
+        part: "train" for training and calibration, "eval" for held-out documents.
 
     Raises:
         DataSourceError: this Python came without its topics or without the sources of its library.

@@ -88,7 +88,7 @@ def _files_below(folder: Path) -> list[Path]:
     visited = set()
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         place = os.stat(parent)
-        if (place.st_dev, place.st_ino) in visited:  # a link back to what was seen
+        if (place.st_dev, place.st_ino) in visited:  # a link back to a folder already visited
             subfolders.clear()
             continue
         visited.add((place.st_dev, place.st_ino))
