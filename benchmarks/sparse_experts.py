@@ -262,8 +262,15 @@ def _compare(
     sources = parse_sources([str(a.text)])
     with open_session(plain, run_options(memory=a.memory, context=64)) as session:
         tokenizer, record_4 = session.tokenizer, session.manifest.primaries[0].record_size_bytes
+        vocabulary = session.manifest.shape.vocabulary
     text = build_sequences(
-        sources, tokenizer, n_tokens=a.tokens, seq_len=a.seq_len, holdout=0.0, seed=0
+        sources,
+        tokenizer,
+        vocabulary=vocabulary,
+        n_tokens=a.tokens,
+        seq_len=a.seq_len,
+        holdout=0.0,
+        seed=0,
     )
     rates = speeds({None: plain, **dict.fromkeys(sparsities, bundle)}, text.ids, a)
     yield {name: None for name in HEADINGS} | {

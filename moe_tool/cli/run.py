@@ -23,6 +23,7 @@ from moe_tool.cli.options import (
     ThreadsOption,
 )
 from moe_tool.errors import DataSourceError, NotFoundError, UsageError
+from moe_tool.text.text_encoding import UTF8_BOM, conversion_hint
 
 StdinArgument = Annotated[
     str | None,
@@ -107,13 +108,9 @@ def run(
     with open_output(as_json=json) as output:
         text = _read_prompt(stdin, prompt, prompt_file)
 
-        from moe_tool.formats.bundle_reader import BundleReader
-
-        with BundleReader.open(bundle):
-            pass  # what is no bundle is told so, before anything in it is looked for
-
         from moe_tool.reports.run_lines import run_line
-        from moe_tool.runtime.generation import GenerateOptions, run_prompt
+        from moe_tool.runtime.decoding_config import GenerateOptions
+        from moe_tool.runtime.generation import run_prompt
         from moe_tool.runtime.run_options import run_options
 
         options = run_options(
@@ -173,12 +170,13 @@ def _read_prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None
     where = "stdin" if prompt_file is None else str(prompt_file)
     try:
         data = sys.stdin.buffer.read() if prompt_file is None else prompt_file.read_bytes()
-        return data.decode("utf-8")
+        return data.removeprefix(UTF8_BOM).decode("utf-8")
     except FileNotFoundError as error:
         raise NotFoundError(
             f"there is no prompt file {where}", hint='--prompt "TEXT" takes the text itself'
         ) from error
     except UnicodeDecodeError as error:
         raise DataSourceError(
-            f"the prompt in {where} is not UTF-8 text: {error}", hint="convert it with iconv"
+            f"the prompt in {where} is not UTF-8 text: {error}",
+            hint=conversion_hint(prompt_file, beginning=data[:4]),
         ) from error

@@ -51,6 +51,7 @@ def measure_demo_model(folder: Path, *, n_tokens: int = 24576) -> DemoFigures:
     sequences = build_sequences(
         parse_sources(["builtin:eval"]),
         tokenizer,
+        vocabulary=model.config.vocab_size,
         n_tokens=n_tokens,
         seq_len=_SEQ_LEN,
         holdout=0,

@@ -9,6 +9,7 @@ import torch
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import LayerTrace
+from moe_tool.errors import CorruptArtifactError
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.moe_layers import MoeLayerModules
@@ -99,26 +100,31 @@ class LayerPass:
             self._disturbed = False
 
     def measure(self) -> tuple[LayerTrace, ExpertStatistics]:
-        """Return the layer's trace and statistics, once all batches went through."""
+        """Return the layer's trace and statistics, once all batches went through.
+
+        Raises:
+            CorruptArtifactError: an expert puts out numbers that are not finite.
+        """
         assert (
             self._layer is not None and self._layer.moe is not None and self._recording is not None
         )
         plan = self._plan
         trace = self._recording.trace()
-        statistics = measure_layer(
-            self._layer.moe.experts,
-            self._experts,
-            trace,
-            MeasuredTokens(
-                domain=np.repeat(plan.domain_of_sequence, plan.seq_len),
-                sequence=np.repeat(np.arange(len(plan.domain_of_sequence)), plan.seq_len),
-                held_out=np.repeat(plan.held_out_sequence, plan.seq_len),
-                n_domains=plan.n_domains,
-                sample_rows=plan.sample_rows,
-                sample_input=self._recording.sample_input,
-            ),
-            probe_bytes=plan.probe_bytes,
+        tokens = MeasuredTokens(
+            domain=np.repeat(plan.domain_of_sequence, plan.seq_len),
+            sequence=np.repeat(np.arange(len(plan.domain_of_sequence)), plan.seq_len),
+            held_out=np.repeat(plan.held_out_sequence, plan.seq_len),
+            n_domains=plan.n_domains,
+            sample_rows=plan.sample_rows,
+            sample_input=self._recording.sample_input,
         )
+        try:
+            statistics = measure_layer(
+                self._layer.moe.experts, self._experts, trace, tokens, probe_bytes=plan.probe_bytes
+            )
+        except CorruptArtifactError as error:
+            where = f"layer {self._layer.layer}"
+            raise CorruptArtifactError(f"{where}: {error.message}", hint=error.hint) from error
         return trace, statistics
 
     def _answer(self, call: LayerCall) -> torch.Tensor:

@@ -17,8 +17,9 @@ from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.sizes import format_bytes
-from moe_tool.errors import DataSourceError, UsageError
+from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes, require_free_disk
+from moe_tool.formats.claimed_artifact import require_unclaimed
 from moe_tool.formats.profile_hdf5 import (
     ProfileHeader,
     ProfileReader,
@@ -83,6 +84,7 @@ def record_profile(
     seed: int = 0,
     memory_bytes: int | None = None,
     resume: bool = False,
+    may_replace: bool = True,
     offline: bool = False,
     progress: Progress = SILENT,
 ) -> ProfileReport:
@@ -99,6 +101,7 @@ def record_profile(
         seed: of the choice of text, of the held-out part and of the probe's sample.
         memory_bytes: budget of the whole process; None: 80 % of what is free.
         resume: go on with the parts of an interrupted run with the same arguments.
+        may_replace: whether `out` may be another model's profile: not where nobody chose its name.
         offline: never ask the network for text.
         progress: told about every batch.
 
@@ -106,7 +109,8 @@ def record_profile(
         NotFoundError, DataSourceError: model or text are not there.
         UnsupportedModelError, CorruptArtifactError: the checkpoint cannot be read.
         BudgetError: the budget holds not even one layer.
-        UsageError: `resume` with other arguments than those of the interrupted run.
+        UsageError: `resume` with other arguments than those of the interrupted run, or another
+            model's work is in the way.
     """
     start = time.perf_counter()
     _check_arguments(tokens=tokens, seq_len=seq_len, holdout=holdout)
@@ -114,22 +118,19 @@ def record_profile(
         raise UsageError(f"{out} is a folder", hint="name a file: --out profiles/NAME.h5")
     opened = open_model(model)
     with opened.checkpoint:
+        if not may_replace:
+            require_unclaimed(out, opened.identity)
         tokenizer = load_tokenizer(model.folder)
         sequences = build_sequences(
             sources,
             tokenizer,
+            vocabulary=opened.shape.vocabulary,
             n_tokens=tokens,
             seq_len=min(seq_len, opened.max_positions),
             holdout=holdout,
             seed=seed,
             offline=offline,
         )
-        if int(sequences.ids.max()) >= opened.shape.vocabulary:
-            raise DataSourceError(
-                f"the tokenizer of {model.name} makes token {int(sequences.ids.max())}, "
-                f"the model knows {opened.shape.vocabulary}",
-                hint="use the tokenizer that belongs to the checkpoint",
-            )
         header = ProfileHeader(
             identity=opened.identity,
             shape=opened.shape,
@@ -351,15 +352,14 @@ class _PartsFolder:
             if journal.read_bytes() != wanted:
                 raise UsageError(
                     f"{self.folder} was begun with another model, text, seed or version",
-                    hint="repeat the interrupted command with --resume, "
-                    "or run it without to start anew",
+                    hint="repeat the interrupted command with --resume, or choose another --out",
                 )
             return
-        self._remove_old()
+        self._remove_old(header.identity.quick)
         self.folder.mkdir(parents=True)
         atomic_write_bytes(journal, wanted)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, model: str) -> None:
         """Make room for a new profile; what is not an interrupted one is not ours to delete."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise UsageError(
@@ -372,7 +372,20 @@ class _PartsFolder:
                 f"{self.folder} is in the way: it holds something else than an interrupted profile",
                 hint="choose another --out, or remove it",
             )
+        if self._model() not in (None, model):
+            raise UsageError(
+                f"{self.folder} is in the way: it holds an interrupted profile of another model",
+                hint="choose another --out, or remove it",
+            )
         shutil.rmtree(self.folder)
+
+    def _model(self) -> str | None:
+        """Of which model the parts are; None where the journal does not say."""
+        try:
+            kept = json.loads((self.folder / "arguments.json").read_bytes())
+            return str(kept["model"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
 
     def layer_file(self, layer: int) -> Path:
         """Where a layer's part lies."""

@@ -303,7 +303,7 @@ def _check(
         ("--threads", options.threads),
         ("--context", options.context),
         ("batch", options.batch),
-        ("prompt", options.prompt),
+        ("prompt tokens", options.prompt_tokens),
         ("--shadow", options.shadow or None),
     ):
         if value is not None and value < 1:
@@ -315,7 +315,9 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
     return Workload(
         batch=options.batch,
         positions=positions,
-        prompt=positions if options.prompt is None else min(options.prompt, positions),
+        prompt_tokens=positions
+        if options.prompt_tokens is None
+        else min(options.prompt_tokens, positions),
         keeps_scores=options.lossy_prompt and policy.weighs_prompts,
     )
 

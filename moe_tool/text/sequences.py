@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_tool.artifacts.known_tokens import require_known_tokens
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.text.sources import TextSource, read_documents
 
@@ -42,6 +43,7 @@ def build_sequences(
     sources: Sequence[TextSource],
     tokenizer: "PreTrainedTokenizerBase",
     *,
+    vocabulary: int,
     n_tokens: int,
     seq_len: int,
     holdout: float,
@@ -62,6 +64,7 @@ def build_sequences(
     the other half of a document that was not held out.
 
     Args:
+        vocabulary: V of the model that the tokens are for.
         n_tokens: wanted; the result has the nearest number of whole sequences, at least one per
             domain.
         seq_len: S, tokens per sequence, at least 2.
@@ -69,7 +72,8 @@ def build_sequences(
 
     Raises:
         UsageError: n_tokens, seq_len or holdout out of range.
-        DataSourceError: a source holds less than one sequence, or cannot be read.
+        DataSourceError: a source holds less than one sequence, cannot be read, or has a token that
+            the model does not know.
         NotFoundError: a source is missing or out of reach.
     """
     _check_arguments(n_tokens, seq_len, holdout)
@@ -87,7 +91,9 @@ def build_sequences(
             n_sequences * seq_len,
         )
 
-    ids, document, held_out = _cut(streams, n_per_domain, holdout=holdout, seed=seed)
+    ids, document, held_out = _cut(
+        streams, n_per_domain, tokenizer, vocabulary=vocabulary, holdout=holdout, seed=seed
+    )
     return TokenSequences(
         ids=ids,
         domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
@@ -100,7 +106,13 @@ def build_sequences(
 
 
 def _cut(
-    streams: Sequence["_TokenStream"], n_per_domain: Sequence[int], *, holdout: float, seed: int
+    streams: Sequence["_TokenStream"],
+    n_per_domain: Sequence[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    vocabulary: int,
+    holdout: float,
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return ids [N, S], documents [N, S] and held-out sequences [N] of all domains."""
     rng = np.random.default_rng(seed)
@@ -112,6 +124,7 @@ def _cut(
         documents.append(domain_documents + first_document)
         held_out.append(_choose_held_out(domain_documents, holdout=holdout, rng=rng))
         first_document = int(documents[-1][-1, -1]) + 1
+        require_known_tokens([domain_ids.max()], vocabulary, tokenizer=tokenizer)
     return np.concatenate(ids), np.concatenate(documents), np.concatenate(held_out)
 
 

@@ -26,6 +26,7 @@ from moe_tool.formats.training_state import (
     read_training_state,
     write_training_state,
 )
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
@@ -128,7 +129,7 @@ def tune_pruning(
     shape = manifest.shape
     _require_whole(folder, manifest)
     share = _share_of_light(options.rate, shape)
-    text = _text(folder, sources, options)
+    text = _text(folder, sources, options, vocabulary=shape.vocabulary)
     ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
     held_out = ids[torch.from_numpy(text.held_out)]
     plan = TrainingPlan(
@@ -220,15 +221,16 @@ def _share_of_light(rate: float, shape: MoeShape) -> float:
 
 
 def _text(
-    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions
+    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions, *, vocabulary: int
 ) -> TokenSequences:
-    longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
     if seq_len < _MIN_SEQ_LEN:
         raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
     text = build_sequences(
         sources,
         load_tokenizer(folder),
+        vocabulary=vocabulary,
         n_tokens=options.tokens,
         seq_len=seq_len,
         holdout=_HELD_OUT,
@@ -253,7 +255,7 @@ def _open(
 ) -> Session:
     """Open the session with as many sequences in a forward as the budget allows."""
     config = read_config(folder).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.
@@ -263,7 +265,7 @@ def _open(
         seed=options.seed,
         threads=options.threads,
         context=seq_len,
-        prompt=seq_len,
+        prompt_tokens=seq_len,
     )
     beside = verdict_bytes(manifest.shape, n_tokens=n_held_out)
     beside += divergence_scratch_bytes(manifest.shape.vocabulary)

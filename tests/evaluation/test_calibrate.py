@@ -14,7 +14,8 @@ from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.models.locate import LocatedModel
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources

@@ -14,9 +14,11 @@ from moe_tool.formats.run_trace_hdf5 import is_run_trace, read_run_trace
 from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.planning.compare_run import compare_run
 from moe_tool.policies.eviction import EVICTION, parse_eviction
-from moe_tool.runtime.generation import GenerateOptions, generate_ids, write_trace
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import RunOptions, run_options
 from moe_tool.runtime.session import open_session
+from moe_tool.runtime.write_trace import write_trace
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
 

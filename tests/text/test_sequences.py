@@ -30,6 +30,7 @@ def _letter_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = _letter_tokenizer()
+VOCABULARY = 30
 DOCUMENTS = st.lists(st.text("abcdefghij", min_size=1, max_size=40), min_size=1, max_size=30)
 
 
@@ -42,6 +43,7 @@ def _build(
         return build_sequences(
             [TextSource(domain=domain, spec="./x.txt") for domain in documents],
             TOKENIZER,
+            vocabulary=VOCABULARY,
             n_tokens=n_tokens,
             seq_len=seq_len,
             holdout=holdout,
@@ -144,7 +146,9 @@ def test_too_little_text_is_used_with_a_warning(caplog: pytest.LogCaptureFixture
 def test_arguments_out_of_range_are_usage_errors(wrong: dict[str, float]) -> None:
     arguments: dict[str, float] = {"n_tokens": 10, "seq_len": 4, "holdout": 0.25, **wrong}
     with pytest.raises(UsageError):
-        build_sequences(parse_sources(["builtin"]), TOKENIZER, seed=0, **arguments)
+        build_sequences(
+            parse_sources(["builtin"]), TOKENIZER, vocabulary=VOCABULARY, seed=0, **arguments
+        )
 
 
 def test_tokens_depend_on_seed_and_sources_alone(tmp_path: Path) -> None:
@@ -153,7 +157,13 @@ def test_tokens_depend_on_seed_and_sources_alone(tmp_path: Path) -> None:
 
     def build(seed: int, n_tokens: int = 4000) -> TokenSequences:
         return build_sequences(
-            sources, TOKENIZER, n_tokens=n_tokens, seq_len=64, holdout=0.25, seed=seed
+            sources,
+            TOKENIZER,
+            vocabulary=VOCABULARY,
+            n_tokens=n_tokens,
+            seq_len=64,
+            holdout=0.25,
+            seed=seed,
         )
 
     first, again, other, longer = build(0), build(0), build(1), build(0, 40_000)

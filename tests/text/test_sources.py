@@ -162,7 +162,7 @@ def test_parquet_rows_are_read_by_row_group(tmp_path: Path) -> None:
         ("a.txt", b" \n\n ", "only white space"),
         ("a.txt", b"text\0text", "binary (a zero byte at 4)"),
         ("a.txt", "café".encode("latin-1"), "not UTF-8 (byte 0xe9 at 3)"),
-        ("a.txt", gzip.compress(b"text" * 100, mtime=0), "binary"),
+        ("a.txt", gzip.compress(b"text" * 100, mtime=0), "it is gzip"),
         ("a.jsonl", b'{"text": "good"}\n{"text": "bro', "line 2: not JSON"),
         ("a.jsonl", b'{"text": "good"}\n\n[1]\n', "line 3: wanted a JSON object, found a list"),
         ("a.jsonl", b'{"body": "x", "id": 3}\n', "line 1: no text in the field text or content;"),
