@@ -21,7 +21,7 @@ import torch
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import MoeToolError
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 
 _TOUCHING_TOKENS = 256
@@ -31,7 +31,7 @@ _TOUCHING_TOKENS = 256
 def read_all_experts(session: Session, vocabulary: int) -> None:
     """Fill the slots where there is one for every expert, as a program that holds the whole model
     has read it before it begins."""
-    if session.plan.n_slots < len(session.manifest.records):
+    if session.plan.memory.n_slots < len(session.manifest.primary_records):
         return
     ids = np.random.default_rng(0).integers(2, vocabulary, (1, _TOUCHING_TOKENS))
     session.model(input_ids=torch.from_numpy(ids), use_cache=False, logits_to_keep=1)
@@ -59,7 +59,7 @@ def main() -> None:
     a = parser.parse_args()
     start = time.perf_counter()
     context = (a.warmup + a.tokens) * a.at_once
-    options = RunOptions(memory=a.memory, threads=a.threads, context=context, prompt=a.at_once)
+    options = run_options(memory=a.memory, threads=a.threads, context=context, prompt=a.at_once)
     with open_session(a.bundle, options, tokenizer=object()) as session:
         read_all_experts(session, a.vocab)
         load_s = time.perf_counter() - start
@@ -82,12 +82,12 @@ def main() -> None:
             "hit_rate": round(decode.hit_rate, 4),
             "hits": decode.hits,
             "misses": decode.misses,
-            "record_bytes": session.manifest.record_size_bytes,
+            "record_bytes": session.manifest.primaries[0].record_size_bytes,
             "skeleton_bytes": skeleton_bytes(session),
             "bytes_per_token": decode.bytes_read / (a.tokens * a.at_once),
             "stall_seconds": decode.stall_seconds,
             "peak_rss_bytes": peak_rss_bytes(),
-            "slots": session.plan.n_slots,
+            "slots": session.plan.memory.n_slots,
             "load_s": round(load_s, 2),
             "load_average": os.getloadavg()[0],
             "tokens": a.tokens * a.at_once,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from machine import drop_page_caches
 
-from moe_tool.byte_sizes import parse_bytes
+from moe_tool.budget.sizes import parse_bytes
 from moe_tool.formats.bundle_reader import BundleReader
 
 THREADS = (1, 2)
@@ -55,15 +55,15 @@ def measure_disk(bundle: Path, *, max_bytes: int) -> DiskBandwidth:
         OSError: the file system has no O_DIRECT, or the disk fails.
     """
     with BundleReader.open(bundle) as reader:
-        manifest = reader.manifest
+        table = reader.manifest.primaries[0]
     drop_page_caches()
     handles = {
         name: os.open(bundle / name, os.O_RDONLY | os.O_DIRECT)
-        for name in sorted({record.file for record in manifest.records})
+        for name in sorted({record.file for record in table.records})
     }
     try:
-        blocks = [_Block(handles[record.file], record.offset) for record in manifest.records]
-        size = manifest.record_size_bytes
+        blocks = [_Block(handles[record.file], record.offset) for record in table.records]
+        size = table.record_size_bytes
         n_blocks = max(1, min(len(blocks), max_bytes // size))
         by_threads = {}
         for turn, n_threads in enumerate(THREADS):

@@ -31,7 +31,8 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.native import kernels
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.moe_layer import Forward
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 
 Weight = FloatWeight | IntegerWeight
@@ -51,7 +52,7 @@ def main() -> None:
     fields: dict[str, float] = {"layers": a.layers, "depth": a.depth}
     with tempfile.TemporaryDirectory() as folder:
         for top_k in (2, 8):
-            options = RunOptions(memory="100%", threads=1, context=a.depth + a.tokens)
+            options = run_options(memory="100%", threads=1, context=a.depth + a.tokens)
             bundle = _make_bundle(Path(folder), n_layers=a.layers, top_k=top_k)
             with open_session(bundle, options, tokenizer=object()) as session:
                 if top_k == 2:
@@ -172,9 +173,9 @@ def _experts(session: Session, top_k: int, *, rounds: int) -> dict[str, float]:
         weight=torch.rand(1, top_k),
         router_logits=None,
     )
-    session.runner.phase = "decode"
+    session.runner.forward = Forward(phase="decode")
     supply = session.runner.store.acquire(modules.layer, [int(index[0, 0])], PhaseCounters())
-    weights = next(supply)[1]
+    weights = next(supply)[1].to_host()
     with torch.inference_mode():
         session.runner(call)
         whole = _least_median(lambda: session.runner(call), rounds, 60)

@@ -22,7 +22,7 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.planning.build_plan import build_plan
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import read_sources
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.replay import Replayer
@@ -43,7 +43,7 @@ def read_sequences(paths: list[Path], folder: Path, n_tokens: int, seq_len: int)
 @torch.inference_mode()
 def run(bundle: Path, budget: int, eviction: str, sequences: list[list[int]]) -> dict[str, float]:
     """Return bytes per token and hits of one run, and what Belady would have read."""
-    options = RunOptions(
+    options = run_options(
         memory=f"{budget}%", eviction=eviction, context=len(sequences[0]), record_trace=True
     )
     with open_session(bundle, options) as session:
@@ -65,8 +65,8 @@ def run(bundle: Path, budget: int, eviction: str, sequences: list[list[int]]) ->
             keys=calls.keys,
             forward=calls.layer.cumsum() * 0,
         )
-        bound = Replayer(trace).belady(session.plan.n_slots)
-        record = session.manifest.record_size_bytes
+        bound = Replayer(trace).belady(session.plan.memory.n_slots)
+        record = session.manifest.primaries[0].record_size_bytes
         return {
             "bytes_per_token": decode.bytes_read / decode.tokens,
             "hit_rate": decode.hit_rate,

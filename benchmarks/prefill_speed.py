@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import MoeToolError
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.working_set import prefill_chunk
 
@@ -48,19 +48,19 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--memory", default="100%")
     a = parser.parse_args()
-    options = RunOptions(memory=a.memory, threads=a.threads, context=a.tokens, prompt=a.tokens)
+    options = run_options(memory=a.memory, threads=a.threads, context=a.tokens, prompt=a.tokens)
     with open_session(a.bundle, options, tokenizer=object()) as session:
         ids = torch.from_numpy(np.random.default_rng(1).integers(2, a.vocab, a.tokens))
         rates = {}
         for word in a.chunks.split(","):
-            chunk = prefill_chunk(session.workload) if word == "session" else int(word)
+            chunk = prefill_chunk(session.plan.workload) if word == "session" else int(word)
             prefill_seconds(session, ids, chunk)
             seconds = [prefill_seconds(session, ids, chunk) for _ in range(a.repetitions)]
             rates[word] = sum(a.tokens / value for value in seconds) / len(seconds)
         fields = {
             "tokens_per_second": round(next(iter(rates.values())), 3),
             "by_chunk": rates,
-            "session_chunk": prefill_chunk(session.workload),
+            "session_chunk": prefill_chunk(session.plan.workload),
             "peak_rss_bytes": peak_rss_bytes(),
             "load_average": os.getloadavg()[0],
             "tokens": a.tokens,

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.simulator.profile_trace import part_to_replay
 from moe_tool.simulator.replay_misses import replay_misses, resident_masks
@@ -49,7 +49,7 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
         ProfileReader.open(a.profile) as profile,
         open_session(
             a.bundle,
-            RunOptions(memory=budget, residency="frozen", policy="priced", gates=False),
+            run_options(memory=budget, residency="frozen", policy="priced", gates=False),
         ) as session,
     ):
         shape = session.manifest.shape
@@ -59,7 +59,7 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
             assert chosen.prices is not None, "the bundle was packed without a profile"
             masks = resident_masks(
                 shape.layers,
-                tuple(room.pinned for room in session.runner.rooms),
+                tuple(room.pinned for room in session.plan.rooms),
                 n_experts=shape.experts,
             )
             replayed = replay_misses(
@@ -116,7 +116,7 @@ def measure(a: argparse.Namespace, budget: str, policies: list[str]) -> list[dic
             policy=policies[0],
             also=tuple(policies[1:]),
             gates=False,
-            retreats=False,
+            exact_fallback=False,
             residency="frozen",
             offline=True,
         ),
@@ -126,9 +126,9 @@ def measure(a: argparse.Namespace, budget: str, policies: list[str]) -> list[dic
             "memory": budget,
             "policy": row.policy,
             "expected": expected[row.policy],
-            "measured": row.figures.kl_mean,
-            "ratio": row.figures.kl_mean / max(1e-12, expected[row.policy]),
-            "kb_per_token": row.figures.bytes_read_per_token / 1e3,
+            "measured": row.figures.kl_mean.value,
+            "ratio": row.figures.kl_mean.value / max(1e-12, expected[row.policy]),
+            "kb_per_token": row.figures.bytes_read_per_token.value / 1e3,
         }
         for row in report.rows
     ]

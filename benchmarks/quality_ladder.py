@@ -20,11 +20,12 @@ from result_rows import print_table, record_rows
 
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Quantizer
-from moe_tool.formats.expert_form import full_form, replica_form
 from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.formats.record_form import record_form
 from moe_tool.models.locate import locate_model
 from moe_tool.packing.measure_bit_prices import measure_bit_prices
-from moe_tool.packing.own_forms import parse_precision
+from moe_tool.packing.pack_options import parse_precision
+from moe_tool.packing.primary_forms import made_by
 from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.bit_costs import bit_costs
 from moe_tool.planning.mixed_allocations import allocate_average
@@ -41,10 +42,10 @@ Row = dict[str, str | float]
 def record_bytes(shape: MoeShape, bits: str, quantizer: Quantizer) -> int:
     """Return what one expert's record takes at these bits, as `quantized` names them."""
     name = bits.removeprefix("base of ")
-    precision = parse_precision("--bits", name, quantizer)
+    precision = made_by(quantizer, parse_precision("--bits", name))
     if name != bits:
-        return replica_form(shape, precision.base).layout.size_bytes
-    return full_form(shape, precision).layout.size_bytes
+        return record_form(shape, precision.base, "base").layout.size_bytes
+    return record_form(shape, precision).layout.size_bytes
 
 
 def rows_of(a: argparse.Namespace) -> Iterator[Row]:

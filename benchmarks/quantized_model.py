@@ -12,7 +12,8 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import locate_model
 from moe_tool.packing.calibrated_layers import CalibratedModel
-from moe_tool.packing.own_forms import parse_precision
+from moe_tool.packing.pack_options import parse_precision
+from moe_tool.packing.primary_forms import made_by
 from moe_tool.packing.quantizers import calibrated
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import IntegerWeight
@@ -28,7 +29,7 @@ def quantized(
     bits the base too, with "base of " before its name."""
     located = locate_model(model, offline=True)
     opened = open_model(located)
-    precisions = {bits: parse_precision("--bits", bits, quantizer) for bits in forms}
+    precisions = {bits: made_by(quantizer, parse_precision("--bits", bits)) for bits in forms}
     found = {}
     with opened.checkpoint, ProfileReader.open(profile) as reader, torch.no_grad():
         for layer in CalibratedModel(located.folder, opened, reader.tokens).layers():

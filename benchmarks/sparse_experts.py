@@ -35,8 +35,9 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.native.channels import native_channels, read_runs
 from moe_tool.native.kernels import Gate, set_threads
 from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.policies.eviction import Lru
 from moe_tool.quantization.channels import ChannelWeight, row_bytes
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sequences import build_sequences
@@ -67,6 +68,7 @@ class MaskJudge:
     def __init__(self, session: Session, sparsity: float) -> None:
         self._session = session
         self._sparsity = sparsity
+        self._selectors = ChannelStore(session.bundle, form=0, n_slots=1, eviction=Lru)
         layers = session.skeleton.layers
         self._before = {
             after.layer: at.layer for at, after in zip(layers, layers[1:], strict=False)
@@ -80,21 +82,19 @@ class MaskJudge:
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Answer the call as the session does."""
         runner = self._session.runner
-        if runner.phase == "decode":
+        if runner.forward.phase == "decode":
             self._judge(call)
         self._inputs[call.layer] = call.hidden.clone()
         return runner(call)
 
     def _judge(self, call: LayerCall) -> None:
-        store = self._session.runner.store.full
-        assert isinstance(store, ChannelStore)
         before = self._before.get(call.layer)
         guess = None if before is None else self._inputs[before]
         routed: set[int] = set()
         if guess is not None:
             routed = set(self._modules[call.layer].route(guess).index.flatten().tolist())
         for expert in call.index[0].tolist():
-            chooser = store.chooser(call.layer, expert)
+            chooser = self._selectors.selector(call.layer, expert)
             own = choose_channels(call.module, chooser, call.hidden, self._sparsity).index
             self.kept[call.layer, expert].append(len(own) / chooser.weight.n_outputs)
             if guess is None:
@@ -128,7 +128,7 @@ def decode(session: Session, ids: torch.Tensor) -> float:
 
 def judged(bundle: Path, sparsity: float, ids: np.ndarray, a: argparse.Namespace) -> MaskJudge:
     """Return what masks were and would have been on a text, [N, S]."""
-    options = RunOptions(
+    options = run_options(
         memory=a.memory, sparse_experts=sparsity, context=ids.shape[1], threads=a.threads
     )
     with open_session(bundle, options) as session:
@@ -146,7 +146,7 @@ def speeds(bundles: dict[float | None, Path], ids: np.ndarray, a: argparse.Names
     sessions = {
         sparsity: open_session(
             bundle,
-            RunOptions(
+            run_options(
                 memory=a.memory, sparse_experts=sparsity, context=len(tokens), threads=a.threads
             ),
         )
@@ -256,8 +256,8 @@ def _compare(
     pack_bundle(model, out=bundle, sparse_experts=chooser, quantizer=a.quantizer, profile=a.profile)
     pack_bundle(model, out=plain, bits="4", profile=a.profile)
     sources = parse_sources([str(a.text)])
-    with open_session(plain, RunOptions(memory=a.memory, context=64)) as session:
-        tokenizer, record_4 = session.tokenizer, session.manifest.record_size_bytes
+    with open_session(plain, run_options(memory=a.memory, context=64)) as session:
+        tokenizer, record_4 = session.tokenizer, session.manifest.primaries[0].record_size_bytes
         vocabulary = session.manifest.shape.vocabulary
     text = build_sequences(
         sources,
@@ -276,7 +276,7 @@ def _compare(
         "tokens/s": rates[None],
     }
     with BundleReader.open(bundle) as reader:
-        record_bytes = reader.manifest.record_size_bytes
+        record_bytes = reader.forms[0].record_size_bytes
     for sparsity in sparsities:
         report = evaluate(
             bundle,
@@ -293,14 +293,14 @@ def _compare(
         judge = judged(bundle, sparsity, text.ids, a)
         figures = report.figures
         misses = report.whole_bytes_per_token / record_bytes
-        per_miss = figures.bytes_read_per_token / misses
+        per_miss = figures.bytes_read_per_token.value / misses
         yield {
             "chooser": chooser,
             "sparsity": sparsity,
             "left out": report.sparsity,
             "worst expert": judge.worst,
-            "KL to s=0": figures.kl_mean,
-            "KL to checkpoint": figures.kl_source_mean,
+            "KL to s=0": figures.kl_mean.value,
+            "KL to checkpoint": figures.kl_source_mean.value,
             "bytes per miss": per_miss,
             "of 4-bit record": per_miss / record_4,
             "recall": judge.found / max(1, judge.wanted),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from moe_tool.runtime.generation import GenerateOptions, generate, write_trace
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 
 _PROMPT = "The list of the"
@@ -17,7 +17,7 @@ _PROMPT = "The list of the"
 def main() -> None:
     """Run twice, write the trace, print the rate."""
     bundle, memory, tokens, eviction, threads, trace = sys.argv[1:]
-    options = RunOptions(
+    options = run_options(
         memory=memory,
         eviction=eviction,
         threads=int(threads),

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _UNLIMITED_BYTES = 2**60
@@ -39,6 +41,16 @@ def peak_rss_bytes(status: Path = _STATUS) -> int:
     """Return the largest resident size that this process has had (VmHWM); 0 where the system does
     not say."""
     return _kib_field(status, "VmHWM") or 0
+
+
+def reset_peak_rss(clear_refs: Path = _CLEAR_REFS) -> bool:
+    """Set the process's peak resident size to its present size; return whether the system let us.
+    Where it did not, a peak is that of the whole process so far."""
+    try:
+        clear_refs.write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True
 
 
 def current_rss_bytes(status: Path = _STATUS) -> int:

@@ -1,5 +1,6 @@
-"""What every number of bits costs every expert, as measured with one quantizer."""
+"""Error of every expert at every width, as measured with one quantizer."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from moe_tool.artifacts.moe_shape import Index
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.schema import FrozenModel
 
-BIT_PRICES_VERSION: Literal[1] = 1
+BIT_PRICES_VERSION: Literal[2] = 2
 Width = Literal[1, 2, 3, 4, 8]
 Error = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -20,9 +21,9 @@ class LayerBitPrices(FrozenModel):
     layer: Index
     eps: Annotated[tuple[tuple[Error, ...], ...], Field(min_length=1, max_length=5)]
     """[widths][E]: error of the expert's output relative to itself, on held-out tokens"""
-    felt: Annotated[float, Field(ge=0, le=1e6)]
-    """Measured divergence of the model with this layer alone at 2 bits, over what its errors times
-    the profile's sensitivity of the layer predict; 1 where it was not measured"""
+    kl_ratio: Annotated[float, Field(ge=0, le=1e6)]
+    """Measured over predicted divergence of the model with this layer alone at 2 bits, predicted by
+    its errors times the profile's sensitivity of the layer; 1 where it was not measured"""
 
 
 class BitPrices(FrozenModel):
@@ -30,7 +31,7 @@ class BitPrices(FrozenModel):
     profile, for it takes a pass over the model."""
 
     kind: Literal["bit-prices"] = "bit-prices"
-    format_version: Literal[1] = BIT_PRICES_VERSION
+    format_version: Literal[2] = BIT_PRICES_VERSION
     tool_version: str
     identity: ModelIdentity
     profile_sha256: HexDigest
@@ -46,3 +47,16 @@ class BitPrices(FrozenModel):
         if any(len(entry.eps) != len(self.widths) for entry in self.layers):
             raise ValueError("a layer does not have one row of errors per width")
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """One way to hand out bits to experts."""
+
+    name: str
+    nats: float
+    """Expected divergence, per token"""
+    experts: dict[int, int]
+    """Width -> how many experts have it"""
+    average_bits: float
+    expert_bytes: int

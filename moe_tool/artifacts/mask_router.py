@@ -1,4 +1,4 @@
-"""What was learned of how much each of a token's experts is worth keeping."""
+"""The learned estimate of how much each of a token's experts is worth keeping."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

@@ -1,23 +1,28 @@
-"""What a miss policy sees of one layer call, and what it says."""
+"""One layer call as a miss policy sees it, and the policy's answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-FULL = 0
-"""Level of an expert as the bundle holds it; 1, 2, ... are its replicas, the dearest first."""
+from moe_tool.artifacts.run_stats import PhaseCounters
+
+PRIMARY = 0
+"""Row of an expert's primary form; 1, 2, ... are the cheaper forms, the dearest first"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """One MoE layer's routing of T tokens."""
+    """One MoE layer's routing of T tokens to K of E experts."""
 
     layer: int
     """Decoder-layer index"""
     index: np.ndarray
-    """[T, K] int64: experts wanted"""
+    """[T, K] int64: experts wanted, 0 to E - 1; any of them where `present` is False"""
+    present: np.ndarray
+    """[T, K] bool: False where no stored expert is wanted: an identity expert, or one that was
+    removed. Such a slot stays empty under every policy and counts as nothing"""
     weight: np.ndarray
-    """[T, K] float32: their gate weights"""
+    """[T, K] float32: gate weights; 0 where `present` is False"""
     score: np.ndarray | None
     """[T, E] float16: the router's selection scores, None where no policy asked for them"""
     logits: np.ndarray | None
@@ -30,62 +35,66 @@ class Routing:
     """[T, K-1] float32: what a trained router says that the slots after the heaviest are worth, by
     rank of gate weight; None where no policy asked for it"""
 
+    def is_wanted(self, n_experts: int) -> np.ndarray:
+        """Return which experts each token wants, [T, E] bool."""
+        wanted = np.zeros((len(self.index), n_experts), dtype=bool)
+        token, position = np.nonzero(self.present)
+        wanted[token, self.index[token, position]] = True
+        return wanted
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """Who computes what: for each token the experts to run, and with which weight."""
+    """Experts that compute for each token, in which form and with which weight."""
 
     expert: np.ndarray
-    """[T, K] int64: experts to run; -1 where a slot stays empty (dropped)"""
+    """[T, K] int64: experts to run, 0 to E - 1; any of them where `present` is False"""
+    present: np.ndarray
+    """[T, K] bool: False where nothing runs"""
     weight: np.ndarray
-    """[T, K] float32: the weight of each, scales included; 0 where the slot is empty"""
-    substituted: int
-    """Slots answered by another expert than the one wanted"""
-    dropped: int
-    """Slots answered by nothing"""
-    level: np.ndarray | None = None
-    """[T, K] int64: which form of the expert runs; None: FULL everywhere"""
-    lowered: int = 0
-    """Slots answered by a replica of the expert that is wanted"""
+    """[T, K] float32: the weight of each, scales included; 0 where nothing runs"""
+    form: np.ndarray
+    """[T, K] int64: row of the form that runs, PRIMARY where nothing runs"""
 
 
-def answers_of(
-    routing: Routing, expert: np.ndarray, weight: np.ndarray, level: np.ndarray | None = None
-) -> Answers:
-    """Return the answers with what they do counted.
+def find_present(index: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return valid experts and which slots name a stored one, see `Routing`.
 
     Args:
-        routing: what was asked.
-        expert: [T, K], slot by slot as the routing has them.
-        weight: [T, K].
-        level: [T, K], None: FULL everywhere.
+        index: [T, K] as a router named them; E or more is an identity expert.
+        stored: [E] bool.
     """
-    is_same = expert == routing.index
+    n_experts = len(stored)
+    valid = np.minimum(index, n_experts - 1)
+    present: np.ndarray = (index < n_experts) & stored[valid]
+    return valid, present
+
+
+def keep(routing: Routing) -> Answers:
+    """Return the answers that change nothing."""
     return Answers(
-        expert=expert,
-        weight=weight,
-        level=level,
-        substituted=int(((expert >= 0) & ~is_same).sum()),
-        dropped=int((expert < 0).sum()),
-        lowered=0 if level is None else int((is_same & (level != FULL)).sum()),
+        expert=routing.index,
+        present=routing.present,
+        weight=routing.weight,
+        form=np.full(routing.index.shape, PRIMARY),
     )
 
 
-def leave_out(
-    routing: Routing, is_left_out: np.ndarray, level: np.ndarray | None = None
-) -> Answers:
+def leave_out(routing: Routing, is_left_out: np.ndarray, form: np.ndarray | None = None) -> Answers:
     """Return the answers with some slots empty and the others as they are.
 
     Args:
-        routing: what was asked.
+        routing: the layer call.
         is_left_out: [T, K] bool.
-        level: [T, K] of the others, None: FULL everywhere.
+        form: [T, K] of the others, None: PRIMARY everywhere.
     """
-    return answers_of(
-        routing,
-        np.where(is_left_out, -1, routing.index),
-        np.where(is_left_out, np.float32(0), routing.weight).astype(np.float32),
-        level,
+    present = routing.present & ~is_left_out
+    kept = keep(routing)
+    return replace(
+        kept,
+        present=present,
+        weight=np.where(present, routing.weight, np.float32(0)).astype(np.float32),
+        form=kept.form if form is None else np.where(present, form, PRIMARY),
     )
 
 
@@ -93,16 +102,26 @@ def answer_exactly(routing: Routing, answers: Answers, rows: np.ndarray) -> Answ
     """Return the answers with some tokens answered by what they want.
 
     Args:
-        routing: what was asked.
-        answers: of a policy.
+        routing: the layer call.
+        answers: to it, by a policy.
         rows: [T] bool.
     """
     if not rows.any():
         return answers
     exact = rows[:, None]
-    return answers_of(
-        routing,
-        np.where(exact, routing.index, answers.expert),
-        np.where(exact, routing.weight, answers.weight),
-        None if answers.level is None else np.where(exact, FULL, answers.level),
+    return Answers(
+        expert=np.where(exact, routing.index, answers.expert),
+        present=np.where(exact, routing.present, answers.present),
+        weight=np.where(exact, routing.weight, answers.weight),
+        form=np.where(exact, PRIMARY, answers.form),
+    )
+
+
+def count_answers(routing: Routing, answers: Answers) -> PhaseCounters:
+    """Return counters of the slots that are answered otherwise than wanted, all others 0."""
+    is_other = answers.expert != routing.index
+    return PhaseCounters(
+        substitutions=int((answers.present & is_other).sum()),
+        replica_answers=int((answers.present & ~is_other & (answers.form != PRIMARY)).sum()),
+        drops=int((routing.present & ~answers.present).sum()),
     )

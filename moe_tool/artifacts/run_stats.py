@@ -4,11 +4,14 @@ An access is a unique (forward, layer, expert); a hit finds it resident when the
 Prompt and decode are counted apart: `hit_rate` and `bytes_read_per_token` are of decode.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from moe_tool.artifacts.json_fields import Spread, object_fields
 
 
 @dataclass(slots=True)
-class PhaseCounters:
+class PhaseCounters(Spread):
     """Counters of one phase."""
 
     forwards: int = 0
@@ -16,28 +19,42 @@ class PhaseCounters:
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
-    """Prefetched ones included"""
+    """Bytes read from the bundle, prefetched ones included"""
     whole_bytes: int = 0
-    """What the misses of experts in channels would have read whole"""
+    """Bytes that misses of experts in channels would have read, had every channel been read"""
     channels: int = 0
-    """Of experts in channels that were used"""
+    """Channels of the used experts that are stored in channels"""
     channels_used: int = 0
-    """Those of them that were computed"""
+    """Channels that were computed"""
     prefetches: int = 0
     """Experts that the store was told to expect"""
     prefetch_hits: int = 0
-    """Those of them that the next layer wanted; they count as hits too"""
+    """Prefetched experts that the next layer wanted; they count as hits too"""
     prefetched_bytes: int = 0
     stall_seconds: float = 0.0
     """Time in which the computation waited for a read"""
     substitutions: int = 0
     """(token, expert) slots answered by another expert"""
-    lowered: int = 0
+    replica_answers: int = 0
     """(token, expert) slots answered by a replica of the expert"""
     drops: int = 0
     """(token, expert) slots answered by nothing"""
-    spared_bytes: int = 0
-    """Of experts that were not in memory and were not read, for nothing answered in their place"""
+    skipped_fetch_bytes: int = 0
+    """Bytes of non-resident experts that were not fetched because they were dropped"""
+
+    def __add__(self, other: Self) -> Self:
+        """Return the counters of both."""
+        return type(self)(
+            **{
+                each.name: getattr(self, each.name) + getattr(other, each.name)
+                for each in fields(self)
+            }
+        )
+
+    def keys_of(self, name: str, /) -> dict[str, Any]:
+        """Return counters and rates; those of a field `prompt` have `prompt_` before their name."""
+        before = "prompt_" if name == "prompt" else ""
+        return {f"{before}{key}": value for key, value in object_fields(self).items()}
 
     @property
     def hit_rate(self) -> float:
@@ -46,18 +63,54 @@ class PhaseCounters:
         return self.hits / accesses if accesses else 1.0
 
     @property
+    def prefetch_hit_rate(self) -> float:
+        """Prefetched experts that were wanted, over all prefetched; 0 when there were none."""
+        return self.prefetch_hits / max(1, self.prefetches)
+
+    @property
     def sparsity(self) -> float:
         """Share of the channels of used experts that was left out; 0 when there were none."""
         return 1 - self.channels_used / self.channels if self.channels else 0.0
 
+    @property
+    def changed_answers(self) -> int:
+        """(token, expert) slots answered by anything but the wanted expert itself."""
+        return self.substitutions + self.replica_answers + self.drops
 
-@dataclass(slots=True)
+    @property
+    def bytes_read_per_token(self) -> float:
+        """Bytes read from the bundle over tokens; 0 when there were none."""
+        return self.bytes_read / max(1, self.tokens)
+
+    @property
+    def whole_bytes_per_token(self) -> float:
+        """`whole_bytes` over tokens."""
+        return self.whole_bytes / max(1, self.tokens)
+
+    @property
+    def skipped_fetch_bytes_per_token(self) -> float:
+        """`skipped_fetch_bytes` over tokens."""
+        return self.skipped_fetch_bytes / max(1, self.tokens)
+
+
+@dataclass(slots=True, kw_only=True)
 class RunStats:
     """Counters of a run."""
 
     prompt: PhaseCounters = field(default_factory=PhaseCounters)
     decode: PhaseCounters = field(default_factory=PhaseCounters)
 
+    def __add__(self, other: Self) -> Self:
+        """Return the counters of both."""
+        return type(self)(prompt=self.prompt + other.prompt, decode=self.decode + other.decode)
+
     def phase(self, name: str) -> PhaseCounters:
         """Return the counters of "prompt" or "decode"."""
         return self.prompt if name == "prompt" else self.decode
+
+    def count(self, name: str, counters: PhaseCounters) -> None:
+        """Add to the counters of "prompt" or "decode"."""
+        if name == "prompt":
+            self.prompt += counters
+        else:
+            self.decode += counters

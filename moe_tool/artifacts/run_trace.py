@@ -11,6 +11,7 @@ from moe_tool.artifacts.moe_shape import Count, MoeShape
 from moe_tool.artifacts.pack_plan import EvictionName
 from moe_tool.artifacts.precision import Precision
 from moe_tool.artifacts.schema import FrozenModel
+from moe_tool.budget.slots import min_slots
 
 MAX_LAYERS = 512
 """With experts; four times those of the deepest models"""
@@ -79,7 +80,7 @@ class RunTraceHeader(FrozenModel):
         if n_layers > MAX_LAYERS:
             raise ValueError(f"{n_layers} layers are more than {MAX_LAYERS}")
         n_experts = n_layers * self.shape.experts
-        if not min(self.shape.top_k + 1, n_experts) <= self.n_slots <= n_experts:
+        if not min_slots(self.shape.top_k, n_experts) <= self.n_slots <= n_experts:
             raise ValueError(f"{n_experts} experts do not run in {self.n_slots} slots")
         if any(at not in known or not 0 <= e < self.shape.experts for at, e in self.pinned):
             raise ValueError("a pinned expert does not exist")

@@ -1,15 +1,21 @@
-"""What `bench` is asked for, as the rows that it will have."""
+"""Options of `bench`, as the tests and sessions that they ask for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
-from moe_tool.errors import UsageError
+from moe_tool.artifacts.bench_report import CacheState
+from moe_tool.budget.request import AUTO, MemoryRequest
+from moe_tool.errors import MoeToolError, UsageError
+from moe_tool.formats.hostile_file import read_capped
+from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.models.context_length import context_length
 
 Kind = Literal["pp", "tg"]
 _MAX_THREADS = 1024
-CacheState = Literal["cold", "warm"]
+_MAX_CONFIG_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +28,7 @@ class BenchOptions:
     """Rows tgN: N tokens, one per forward; 0 leaves the row out"""
     depth: tuple[int, ...] = (0,)
     """Tokens that are in context before the clock starts"""
-    memory: tuple[str, ...] = ("auto",)
+    memory: tuple[MemoryRequest, ...] = (AUTO,)
     policy: tuple[str, ...] = ("exact",)
     eviction: tuple[str, ...] = ("lru",)
     prefetch: tuple[str, ...] = ("none",)
@@ -37,12 +43,12 @@ class BenchOptions:
     random: bool = False
     """Random token ids instead of text"""
     seed: int = 0
-    """Of the choice of text, of random ids, and of policies that draw"""
+    """Seeds the choice of text, random ids, and policies that draw"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedTest:
-    """What is timed."""
+    """Tokens that are timed, and how many stand before them."""
 
     kind: Kind
     n_tokens: int
@@ -61,9 +67,9 @@ class SpeedTest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What one session is opened with."""
+    """Options of one session."""
 
-    memory: str
+    memory: MemoryRequest
     threads: int | None
     eviction: str
     prefetch: str
@@ -120,6 +126,23 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
             else "a smaller --prompt-tokens or --generate",
         )
     return tests
+
+
+def refuse_too_long(bundle: Path, options: BenchOptions) -> None:
+    """Refuse tests beyond the model's context before torch is loaded, which takes seconds.
+
+    A bundle that is missing or damaged is left to the run, which says what is wrong with it.
+
+    Raises:
+        UsageError: a test goes beyond the context, or options that mean nothing.
+    """
+    path = bundle / "config.json"
+    try:
+        text = read_capped(path, limit_bytes=_MAX_CONFIG_BYTES, remedy="")
+        limit = context_length(parse_json_object(path, text, remedy=""))
+    except MoeToolError:
+        return
+    list_tests(options, context_limit=limit)
 
 
 def list_settings(options: BenchOptions) -> tuple[Setting, ...]:

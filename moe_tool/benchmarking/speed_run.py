@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from moe_tool.artifacts.bench_report import CacheState
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
-from moe_tool.benchmarking.bench_plan import CacheState, SpeedTest
+from moe_tool.benchmarking.bench_plan import SpeedTest
 from moe_tool.benchmarking.page_cache import drop_page_cache
 from moe_tool.runtime.session import Session
 from moe_tool.runtime.working_set import prefill_chunk
@@ -19,11 +20,11 @@ from moe_tool.runtime.working_set import prefill_chunk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What one run of a test took."""
+    """Time and counters of one run of a test."""
 
     seconds: float
     counters: PhaseCounters
-    """Of the timed tokens alone; not changed afterwards"""
+    """Counters of the timed tokens alone; not changed afterwards"""
 
 
 @torch.inference_mode()
@@ -47,7 +48,7 @@ def run_test(
     # Positions before this one count as prompt, whose misses every policy reads.
     session.prompt_tokens = test.positions if is_prompt else test.depth
     try:
-        chunk = prefill_chunk(session.workload)
+        chunk = prefill_chunk(session.plan.workload)
         _feed(session, cache, ids[: test.depth], chunk)
         if cache_state == "cold":
             _make_cold(session)

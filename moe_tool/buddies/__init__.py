@@ -1,1 +1,1 @@
-"""Who can stand in for whom, from what a profile measured."""
+"""Stand-ins of experts, from what a profile measured."""

@@ -1,4 +1,4 @@
-"""What makes a good stand-in: the measures of `--by`."""
+"""Measures of a good stand-in, as `--by` names them."""
 
 from collections.abc import Callable
 

@@ -1,44 +1,11 @@
-"""What a buddy map promises and what of it is left on held-out tokens."""
-
-from dataclasses import dataclass
+"""Prices of a buddy map, and how they hold on held-out tokens."""
 
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import BuddyMap, LayerBuddies
+from moe_tool.artifacts.buddy_summary import BuddySummary, LayerBuddySummary
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.formats.profile_hdf5 import ProfileReader
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerBuddySummary:
-    """One layer's row. Prices are means over the experts that have a stand-in, 1 where none has."""
-
-    layer: int
-    price_in_sample: float
-    """Of each expert's first stand-in"""
-    price_held_out: float
-    """Of the same stand-ins at the same scales, on held-out tokens"""
-    price_best_held_out: float
-    """Of the best single stand-in, chosen and scaled in hindsight on the held-out tokens"""
-    price_drop: float
-    """Of nothing in place of the expert: 1, or less where experts put out zero"""
-    n_without: int
-    """Experts that have no stand-in"""
-    n_fell_back: int
-    """Experts priced on all sampled tokens, since too few were routed to them in-sample"""
-    n_sampled_held_out: int
-    """Tokens behind the held-out prices; without any they are 1"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuddySummary:
-    """All layers, with the plain means over them."""
-
-    layers: tuple[LayerBuddySummary, ...]
-    price_in_sample: float
-    price_held_out: float
-    price_best_held_out: float
-    price_drop: float
 
 
 def summarize_buddies(profile: ProfileReader, buddy_map: BuddyMap) -> BuddySummary:

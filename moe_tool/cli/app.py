@@ -33,6 +33,7 @@ from moe_tool.cli import (
     tune,
 )
 from moe_tool.cli.console import write_json
+from moe_tool.cli.plugin_help import PluginVerb
 from moe_tool.errors import DiskFullError, MoeToolError, StorageError, UsageError
 
 BUG, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
@@ -63,7 +64,7 @@ for _verb in (
     inspect.inspect,
     demo.demo,
 ):
-    app.command()(_verb)
+    app.command(cls=PluginVerb)(_verb)
 app.add_typer(tune.tune, name="tune")
 
 

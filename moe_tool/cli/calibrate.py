@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory_option
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     BundleArgument,
@@ -16,33 +17,37 @@ from moe_tool.cli.options import (
     ThreadsOption,
 )
 
+_MaxKl = Annotated[
+    float,
+    typer.Option(
+        "--max-kl",
+        metavar="NATS",
+        help="KL(exact || policy) per token that the upper end of the 95 % interval keeps.",
+        show_default=False,
+    ),
+]
+_Tokens = Annotated[
+    int, typer.Option("--tokens", metavar="N", min=3, help="Tokens of text, all domains together.")
+]
+_SeqLen = Annotated[
+    int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of a sequence.")
+]
+
 
 def calibrate(
     bundle: BundleArgument,
     data: DataOption,
-    max_kl: Annotated[
-        float,
-        typer.Option(
-            "--max-kl",
-            metavar="NATS",
-            help="KL(exact || policy) per token that the upper end of the 95 % interval keeps.",
-            show_default=False,
-        ),
-    ],
+    max_kl: _MaxKl,
     policy: Annotated[
         str,
         typer.Option(
             "--policy",
             metavar="NAME[:KEY=N,...]",
-            help="Whose strength is searched: priced, replica, near-tie, prune or prune:learned.",
+            help="Policy whose strength is searched, {searched policies}.",
         ),
     ] = "priced",
-    tokens: Annotated[
-        int, typer.Option("--tokens", metavar="N", min=3, help="Of text, all domains together.")
-    ] = 8192,
-    seq_len: Annotated[
-        int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of a sequence.")
-    ] = 256,
+    tokens: _Tokens = 8192,
+    seq_len: _SeqLen = 256,
     memory: RunMemoryOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
@@ -58,7 +63,7 @@ def calibrate(
 
         from moe_tool.evaluation.calibrate import CalibrateOptions
         from moe_tool.evaluation.calibrate import calibrate as find
-        from moe_tool.reports.terminal import evaluation_table
+        from moe_tool.reports.evaluation_tables import evaluation_table
 
         report = find(
             bundle,
@@ -68,7 +73,7 @@ def calibrate(
                 policy=policy,
                 tokens=tokens,
                 seq_len=seq_len,
-                memory=memory,
+                memory=parse_memory_option(memory),
                 seed=seed,
                 threads=threads,
                 offline=offline,
@@ -78,7 +83,7 @@ def calibrate(
         found = report.calibration
         output.show(
             "settings tried, the strongest first",
-            evaluation_table([(trial.policy, trial.figures) for trial in report.trials]),
+            evaluation_table({trial.policy: trial.figures for trial in report.trials}),
         )
         low, high = found.quality.kl_ci95
         output.say(

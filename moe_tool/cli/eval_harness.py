@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
-from moe_tool.cli.console import open_output
+from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
     BundleArgument,
     EvictionOption,
@@ -23,61 +22,69 @@ from moe_tool.cli.options import (
 from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_tool.evaluation.eval_harness import HarnessReport
+    from moe_tool.artifacts.evaluation_report import HarnessReport
+
+
+_Tasks = Annotated[
+    str,
+    typer.Option(
+        "--tasks",
+        metavar="NAME,...",
+        help="Tasks of lm_eval by name, or YAML files and folders by path (./mine.yaml).",
+        show_default=False,
+    ),
+]
+_Include = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--include",
+        metavar="DIR",
+        help="A folder with more tasks to name. May be repeated.",
+        show_default=False,
+    ),
+]
+_Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Documents per task.", show_default="all"),
+]
+_NumFewshot = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot",
+        metavar="N",
+        min=0,
+        help="Solved examples before each question.",
+        show_default="the task's",
+    ),
+]
+_Context = Annotated[
+    int,
+    typer.Option(
+        "--context",
+        metavar="N",
+        min=2,
+        help="Tokens of context and answer together; what is longer loses its beginning.",
+    ),
+]
+_DecodeContext = Annotated[
+    bool,
+    typer.Option(
+        "--decode-context",
+        help="In log-likelihoods, let the policy answer in the context too, from its second token "
+        "on. Otherwise the context is an exact prompt, and so is the first token that it "
+        "predicts.",
+    ),
+]
 
 
 def eval_harness(
     bundle: BundleArgument,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            "--tasks",
-            metavar="NAME,...",
-            help="Tasks of lm_eval by name, or YAML files and folders by path (./mine.yaml).",
-            show_default=False,
-        ),
-    ],
-    include: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--include",
-            metavar="DIR",
-            help="A folder with more tasks to name. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", min=1, help="Documents per task.", show_default="all"),
-    ] = None,
-    num_fewshot: Annotated[
-        int | None,
-        typer.Option(
-            "--num-fewshot",
-            metavar="N",
-            min=0,
-            help="Solved examples before each question.",
-            show_default="the task's",
-        ),
-    ] = None,
-    context: Annotated[
-        int,
-        typer.Option(
-            "--context",
-            metavar="N",
-            min=2,
-            help="Tokens of context and answer together; what is longer loses its beginning.",
-        ),
-    ] = 4096,
-    decode_context: Annotated[
-        bool,
-        typer.Option(
-            "--decode-context",
-            help="Let the policy answer in the context too, from its second token on: otherwise "
-            "the context is an exact prompt, and so is the first token that it predicts. Of "
-            "log-likelihoods only.",
-        ),
-    ] = False,
+    tasks: _Tasks,
+    include: _Include = None,
+    limit: _Limit = None,
+    num_fewshot: _NumFewshot = None,
+    context: _Context = 4096,
+    decode_context: _DecodeContext = False,
     memory: RunMemoryOption = None,
     policy: PolicyOption = None,
     residency: ResidencyOption = None,
@@ -100,65 +107,48 @@ def eval_harness(
 
         require_lm_eval()
 
-        from moe_tool.reports.harness_table import harness_table
-        from moe_tool.runtime.run_options import RunOptions
+        from moe_tool.runtime.run_options import run_options
 
-        report = run_harness(
-            bundle,
-            RunOptions(
-                memory=memory,
-                policy=policy,
-                residency=residency,
-                eviction=eviction,
-                gates=gates,
-                lossy_prompt=lossy_prefill,
-                seed=seed,
-                threads=threads,
-                context=context,
-            ),
-            HarnessOptions(
-                tasks=names,
-                include=tuple(include or ()),
-                limit=limit,
-                num_fewshot=num_fewshot,
-                decode_context=decode_context,
-                offline=offline,
-            ),
-            progress=output.progress,
+        run = run_options(
+            memory=memory,
+            policy=policy,
+            residency=residency,
+            eviction=eviction,
+            gates=gates,
+            lossy_prompt=lossy_prefill,
+            seed=seed,
+            threads=threads,
+            context=context,
         )
-        output.show(
-            f"policy {report.policy}, {report.residency} residency", harness_table(report.rows)
+        options = HarnessOptions(
+            tasks=names,
+            include=tuple(include or ()),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            decode_context=decode_context,
+            offline=offline,
         )
-        output.say(_footer(report))
-        if report.lossy and report.substitutions + report.lowered + report.drops == 0:
-            output.say(_why_it_did_nothing(report))
-        output.result(report.to_json())
+        report = run_harness(bundle, run, options, progress=output.progress)
+        _show(report, output)
+        output.result(report)
 
 
-def _footer(report: "HarnessReport") -> str:
-    parts = [
-        f"{report.prompt_tokens} + {report.decode_tokens} tokens",
-        f"{report.seconds:.1f} s",
-        f"hit rate {report.hit_rate:.1%}",
-        f"{format_bytes(report.bytes_read_per_token)} read per token",
-        f"stalled {report.stall_seconds:.2f} s",
-        f"{report.substitutions} substitutions",
-        f"peak memory {format_bytes(report.peak_rss_bytes)} "
-        f"of {format_bytes(report.memory_budget_bytes)}",
-    ]
-    if report.lowered:
-        parts.insert(-1, f"{report.lowered} by replicas")
-    if report.drops:
-        parts.insert(-1, f"{report.drops} drops")
-    if report.cut_contexts:
-        parts.insert(1, f"{report.cut_contexts} contexts lost their beginning")
-    return " · ".join(parts)
+def _show(report: "HarnessReport", output: Output) -> None:
+    from moe_tool.reports.evaluation_tables import harness_table
+    from moe_tool.reports.run_lines import harness_line
+
+    setup = report.setup
+    output.show(f"policy {setup.policy}, {setup.residency} residency", harness_table(report))
+    output.say(harness_line(report))
+    if report.lossy and not report.decode.changed_answers:
+        output.say(_why_it_did_nothing(report))
 
 
 def _why_it_did_nothing(report: "HarnessReport") -> str:
-    if report.decode_tokens == 0:
+    policy = report.setup.policy
+    if report.decode.tokens == 0:
         return (
-            f"{report.policy} had nothing to answer: every answer is one token, which the exact "
+            f"{policy} had nothing to answer: every answer is one token, which the exact "
             "context predicts; --decode-context lets the policy act in the context"
         )
-    return f"{report.policy} changed no answer: these figures are those of exact"
+    return f"{policy} changed no answer: these figures are those of exact"

@@ -1,11 +1,12 @@
 """`moe-tool evaluate`: a bundle and a text in, what a policy costs out."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
-from moe_tool.cli.console import open_output
+from moe_tool.budget.request import parse_memory_option
+from moe_tool.budget.sizes import format_bytes
+from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
     BundleArgument,
     DataOption,
@@ -21,35 +22,42 @@ from moe_tool.cli.options import (
     ThreadsOption,
 )
 
+if TYPE_CHECKING:
+    from moe_tool.artifacts.evaluation_report import EvaluationReport
+
+_Tokens = Annotated[
+    int, typer.Option("--tokens", metavar="N", min=1, help="Tokens of text, all domains together.")
+]
+_SeqLen = Annotated[
+    int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
+]
+_Controls = Annotated[
+    bool, typer.Option("--controls", help="Also measure the policy's controls, in one table.")
+]
+_Reference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="MODEL",
+        help="Also compare with this checkpoint, not only with the bundle itself.",
+        show_default=False,
+    ),
+]
+
 
 def evaluate(
     bundle: BundleArgument,
     data: DataOption,
-    tokens: Annotated[
-        int, typer.Option("--tokens", metavar="N", min=1, help="Tokens of text, of all domains.")
-    ] = 4096,
-    seq_len: Annotated[
-        int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
-    ] = 256,
+    tokens: _Tokens = 4096,
+    seq_len: _SeqLen = 256,
     memory: RunMemoryOption = None,
     policy: PolicyOption = None,
     residency: ResidencyOption = None,
     eviction: EvictionOption = None,
     sparse_experts: SparseExpertsOption = None,
     gates: GatesOption = True,
-    controls: Annotated[
-        bool,
-        typer.Option("--controls", help="Also the policy's controls, in one table."),
-    ] = False,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference",
-            metavar="MODEL",
-            help="Also compare with this checkpoint, not only with the bundle itself.",
-            show_default=False,
-        ),
-    ] = None,
+    controls: _Controls = False,
+    reference: _Reference = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     offline: OfflineOption = False,
@@ -68,70 +76,60 @@ def evaluate(
 
         from moe_tool.evaluation.evaluate import EvaluateOptions
         from moe_tool.evaluation.evaluate import evaluate as measure
-        from moe_tool.reports.terminal import (
-            checkpoint_perplexity,
-            equal_bytes_table,
-            evaluation_table,
-        )
 
-        report = measure(
-            bundle,
-            sources,
-            EvaluateOptions(
-                tokens=tokens,
-                seq_len=seq_len,
-                memory=memory,
-                policy=policy,
-                controls=controls,
-                residency=residency,
-                eviction=eviction,
-                sparse_experts=sparse_experts,
-                gates=gates,
-                seed=seed,
-                threads=threads,
-                offline=offline,
-            ),
-            reference=located,
-            progress=output.progress,
+        options = EvaluateOptions(
+            tokens=tokens,
+            seq_len=seq_len,
+            memory=parse_memory_option(memory),
+            policy=policy,
+            controls=controls,
+            residency=residency,
+            eviction=eviction,
+            sparse_experts=sparse_experts,
+            gates=gates,
+            seed=seed,
+            threads=threads,
+            offline=offline,
         )
-        output.show(
-            f"{report.figures.tokens} predictions, {report.residency} residency",
-            evaluation_table([(row.policy, row.figures) for row in report.rows]),
-        )
-        if report.at_no_more_bytes:
-            output.show("at no more bytes per token", equal_bytes_table(report.at_no_more_bytes))
-            output.show(_dominance(report.dominating))
-        if reference is not None:
-            output.show(checkpoint_perplexity(report.figures))
-        if report.sparse_experts is not None:
-            output.show(
-                f"{report.sparsity:.1%} of experts' channels were left out; misses read "
-                f"{format_bytes(report.figures.bytes_read_per_token)} per token, whole experts "
-                f"would have been {format_bytes(report.whole_bytes_per_token)}"
-            )
-        if len(report.domains) > 1 and controls:
-            for domain in report.domains:
-                rows = [(row.policy, row.domains[domain]) for row in report.rows]
-                output.show(domain, evaluation_table(rows))
-        elif len(report.domains) > 1:
-            output.show(
-                f"{report.policy} by domain", evaluation_table(list(report.domains.items()))
-            )
-        output.say(
-            f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
-            f"of {format_bytes(report.memory_budget_bytes)}"
-        )
-        if not controls and report.policy != "exact":
-            output.say("next: the same with --controls shows what the policy is worth")
-        output.result(report.to_json())
+        report = measure(bundle, sources, options, reference=located, progress=output.progress)
+        _show(report, output, controls=controls, has_reference=reference is not None)
+        output.result(report)
 
 
-def _dominance(found: tuple[tuple[str, str], ...]) -> str:
-    if not found:
-        return (
-            "no other lossy policy has both fewer bytes and a lower KL than priced, beyond the "
-            "intervals"
-        )
-    return "both fewer bytes and a lower KL, beyond the intervals: " + ", ".join(
-        f"{policy} than {setting}" for policy, setting in found
+def _show(
+    report: "EvaluationReport", output: Output, *, controls: bool, has_reference: bool
+) -> None:
+    from moe_tool.reports.evaluation_tables import (
+        checkpoint_perplexity,
+        dominance,
+        equal_bytes_table,
+        evaluation_table,
     )
+
+    figures, setup = report.figures, report.setup
+    output.show(
+        f"{figures.tokens} predictions, {setup.residency} residency",
+        evaluation_table(report.by_policy()),
+    )
+    if report.at_no_more_bytes:
+        output.show("at no more bytes per token", equal_bytes_table(report), dominance(report))
+    if has_reference:
+        output.show(checkpoint_perplexity(figures))
+    if setup.sparse_experts is not None:
+        output.show(
+            f"{report.sparsity:.1%} of experts' channels were left out; misses read "
+            f"{format_bytes(figures.bytes_read_per_token.value)} per token, whole experts "
+            f"would have been {format_bytes(report.whole_bytes_per_token)}"
+        )
+    if len(report.domains) > 1 and controls:
+        for domain in report.domains:
+            rows = {row.policy: row.domains[domain] for row in report.rows}
+            output.show(domain, evaluation_table(rows))
+    elif len(report.domains) > 1:
+        output.show(f"{setup.policy} by domain", evaluation_table(report.domains))
+    output.say(
+        f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
+        f"of {format_bytes(setup.memory_budget_bytes)}"
+    )
+    if not controls and setup.policy != "exact":
+        output.say("next: the same with --controls shows what the policy is worth")

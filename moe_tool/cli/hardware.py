@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption
 from moe_tool.errors import MoeToolError, UsageError
@@ -17,40 +17,47 @@ if TYPE_CHECKING:
 _OUT = DEFAULT_FOLDER / "hardware.json"
 
 
+_Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="The profile.", show_default=str(_OUT)),
+]
+_Disk = Annotated[
+    Path | None,
+    typer.Option(
+        "--disk",
+        metavar="DIR",
+        help="A folder on the disk that bundles will lie on: a test file of 1 GiB is written "
+        "there, read and removed.",
+        show_default=".",
+    ),
+]
+_Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick", help="Take a quarter of the time: a test file of 256 MiB, fewer repetitions."
+    ),
+]
+_Shipped = Annotated[
+    str | None,
+    typer.Option(
+        "--shipped",
+        metavar="NAME",
+        help="Measure nothing; write the profile of a usual machine, from data sheets. A "
+        "measured profile is replaced only where --out names it.",
+        show_default=False,
+    ),
+]
+_ShowList = Annotated[
+    bool, typer.Option("--list", help="Name the shipped profiles, and do nothing else.")
+]
+
+
 def hardware(
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="The profile.", show_default=str(_OUT)),
-    ] = None,
-    disk: Annotated[
-        Path | None,
-        typer.Option(
-            "--disk",
-            metavar="DIR",
-            help="A folder on the disk that bundles will lie on: a test file of 1 GiB is written "
-            "there, read and removed.",
-            show_default=".",
-        ),
-    ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="In a quarter of the time: a test file of 256 MiB, fewer repetitions."
-        ),
-    ] = False,
-    shipped: Annotated[
-        str | None,
-        typer.Option(
-            "--shipped",
-            metavar="NAME",
-            help="Measure nothing; write the profile of a usual machine, from data sheets. A "
-            "measured profile is replaced only where --out names it.",
-            show_default=False,
-        ),
-    ] = None,
-    show_list: Annotated[
-        bool, typer.Option("--list", help="Name the shipped profiles, and do nothing else.")
-    ] = False,
+    out: _Out = None,
+    disk: _Disk = None,
+    quick: _Quick = False,
+    shipped: _Shipped = None,
+    show_list: _ShowList = False,
     json: JsonOption = False,
 ) -> None:
     """Measure how fast this machine reads and computes. Takes a minute or two."""

@@ -1,6 +1,5 @@
 """`moe-tool inspect`: what a file or folder is, made from what, and whether it is intact."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -28,34 +27,17 @@ def inspect(
 ) -> None:
     """Say what a file is, what it is from, and if it is intact."""
     with open_output(as_json=json) as output:
-        from moe_tool.cli.describe_artifact import describe_artifact
+        from moe_tool.inspection.describe_artifact import describe_artifact
+        from moe_tool.reports.description_tables import tables_of
         from moe_tool.reports.terminal import facts_table
 
         found = describe_artifact(path, verify=verify, progress=output.progress)
         state = "intact" if found.is_intact else "NOT intact"
         output.show(
-            f"{found.path}: a {found.kind}, {state} ({found.checked})", facts_table(found.facts)
+            f"{found.path}: a {found.kind}, {state} ({found.checked})",
+            facts_table(found.facts),
+            *tables_of(found.tabled),
         )
-        if found.tables:
-            output.show(*found.tables)
-        measured = dict(found.details)
-        if found.routing is not None:
-            from moe_tool.cli.show_routing import show_routing
-
-            show_routing(output, found.coverage, found.routing)
-            measured |= {
-                "coverage": [asdict(row) for row in found.coverage],
-                "routing": asdict(found.routing),
-            }
-        output.result(
-            {
-                "kind": found.kind,
-                "path": found.path,
-                "intact": found.is_intact,
-                "checked": found.checked,
-                **found.facts,
-                **measured,
-            }
-        )
+        output.result(found.to_json())
         if not found.is_intact:
             raise typer.Exit(CorruptArtifactError.exit_code)

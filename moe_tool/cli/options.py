@@ -7,10 +7,9 @@ import typer
 
 PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
-QuantizerName = Literal["rtn", "fitted", "hqq", "gptq"]
 
 MAX_CONTEXT = 2**31
-"""What a plan can hold"""
+"""Largest context that a plan can hold"""
 
 JsonOption = Annotated[
     bool,
@@ -73,9 +72,8 @@ PolicyOption = Annotated[
     typer.Option(
         "--policy",
         metavar="NAME[:KEY=N,...]",
-        help="Who answers when an expert is not in memory: the expert itself, read from disk "
-        "(exact), or something cheaper that changes the text: priced, replica, buddy, near-tie, "
-        "next-ranked, prune, prune:learned, prune:random, drop, random.",
+        help="What answers an expert that is not in memory; all but exact change the text; "
+        "{miss policies}.",
         show_default="what the bundle was calibrated for, or exact",
     ),
 ]
@@ -101,9 +99,8 @@ EvictionOption = Annotated[
     typer.Option(
         "--eviction",
         metavar="NAME[:KEY=N,...]",
-        help="Who leaves the expert cache: lru, lfu, fifo, s3-fifo, static-hot, pinned+lru, "
-        "hobbit, smoe, expertflow or layer-lru; `:per-layer` gives every layer its own part. The "
-        "text stays the same.",
+        help="What leaves the expert cache first, {evictions}; `:per-layer` gives every layer its "
+        "own part. The text stays the same.",
         show_default="the plan's, or lru",
     ),
 ]

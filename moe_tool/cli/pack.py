@@ -1,5 +1,6 @@
 """`moe-tool pack`: a checkpoint in, a bundle out."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,14 +12,13 @@ from moe_tool.artifact_folder import (
     PROFILE_SUFFIX,
     newest_artifact,
 )
-from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
     JsonOption,
     ModelArgument,
     OfflineOption,
     ProfilesOption,
-    QuantizerName,
 )
 
 if TYPE_CHECKING:
@@ -26,119 +26,137 @@ if TYPE_CHECKING:
 
     from moe_tool.artifacts.identity import ModelIdentity
     from moe_tool.artifacts.pack_plan import PackPlan
+    from moe_tool.packing.write_bundle import PackReport
+
+
+_ProfileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        metavar="FILE",
+        help="Order the experts by this profile.",
+        show_default="newest of this model, or none",
+    ),
+]
+_BuddiesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--buddies",
+        metavar="FILE",
+        help="Take the stand-ins of this map along.",
+        show_default="newest of this model, or none",
+    ),
+]
+_PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="Compile this plan of `plan`: its bits, and what `run` follows by itself.",
+        show_default=False,
+    ),
+]
+_BitsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bits",
+        metavar="BITS",
+        help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
+        "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are an "
+        "expert of their own; native keeps the checkpoint's dtype, bit for bit.",
+        show_default="native, or the plan's",
+    ),
+]
+_SkeletonBitsOption = Annotated[
+    Literal["native", "8", "4"] | None,
+    typer.Option(
+        "--skeleton-bits",
+        help="Bits of the matrices outside the experts: attention, shared experts, dense "
+        "layers, head. Routers, norms and the embedding keep the checkpoint's dtype; a head "
+        "tied to the embedding gets a copy of these bits. Below native it is a lossy choice "
+        "like --bits: evaluate --reference says what it costs.",
+        show_default="native, or the plan's",
+    ),
+]
+_ReplicasOption = Annotated[
+    str | None,
+    typer.Option(
+        "--replicas",
+        metavar="LIST",
+        help="Cheaper forms of every expert beside itself, for lossy policies to answer with: "
+        "bits (8, 4, 3, 2, 1; 2:128 shares a scale among 128 inputs instead of 64) and "
+        "low-rank maps, e.g. 3,2:128,rank16. Fitted and priced on the profile's tokens.",
+        show_default="none, or the plan's",
+    ),
+]
+_SparseExpertsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sparse-experts",
+        metavar="SELECTOR",
+        help="Store gated experts channel by channel, for `run --sparse-experts`: up2, up3, "
+        "gate2 or gate3 is the matrix that says which channels a token needs, and its bits; it "
+        "stays in memory of every expert. The rest has 4 bits, gate2:8 has 8. Thresholds are "
+        "measured on the profile's tokens.",
+        show_default=False,
+    ),
+]
+_QuantizerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantizer",
+        metavar="NAME",
+        help="How experts are rounded, {quantizers}. Those that go by the profile's tokens are "
+        "slower and lose far less.",
+        show_default="rtn, or the plan's",
+    ),
+]
+_MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Budget of the whole process while packing, e.g. 4GiB: refused where it does not "
+        "do, kept by taking fewer of the profile's tokens where that helps.",
+        show_default="what it takes",
+    ),
+]
+_OutOption = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
+]
 
 
 def pack(
     model: ModelArgument,
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            "--profile",
-            metavar="FILE",
-            help="Order the experts by this profile.",
-            show_default="newest of this model, or none",
-        ),
-    ] = None,
-    buddies: Annotated[
-        Path | None,
-        typer.Option(
-            "--buddies",
-            metavar="FILE",
-            help="Take the stand-ins of this map along.",
-            show_default="newest of this model, or none",
-        ),
-    ] = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            "--plan",
-            metavar="FILE",
-            help="Compile this plan of `plan`: its bits, and what `run` follows by itself.",
-            show_default=False,
-        ),
-    ] = None,
-    bits: Annotated[
-        str | None,
-        typer.Option(
-            "--bits",
-            metavar="BITS",
-            help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
-            "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are an "
-            "expert of their own; native keeps the checkpoint's dtype, bit for bit.",
-            show_default="native, or the plan's",
-        ),
-    ] = None,
-    skeleton_bits: Annotated[
-        Literal["native", "8", "4"] | None,
-        typer.Option(
-            "--skeleton-bits",
-            help="Bits of the matrices outside the experts: attention, shared experts, dense "
-            "layers, head. Routers, norms and the embedding keep the checkpoint's dtype; a head "
-            "tied to the embedding gets a copy of these bits. Below native it is a lossy choice "
-            "like --bits: evaluate --reference says what it costs.",
-            show_default="native, or the plan's",
-        ),
-    ] = None,
-    replicas: Annotated[
-        str | None,
-        typer.Option(
-            "--replicas",
-            metavar="LIST",
-            help="Cheaper forms of every expert beside itself, for lossy policies to answer with: "
-            "bits (8, 4, 3, 2, 1; 2:128 shares a scale among 128 inputs instead of 64) and "
-            "low-rank maps, e.g. 3,2:128,rank16. Fitted and priced on the profile's tokens.",
-            show_default="none, or the plan's",
-        ),
-    ] = None,
-    sparse_experts: Annotated[
-        str | None,
-        typer.Option(
-            "--sparse-experts",
-            metavar="CHOOSER",
-            help="Store gated experts channel by channel, for `run --sparse-experts`: up2, up3, "
-            "gate2 or gate3 is the matrix that says which channels a token needs, and its bits; it "
-            "stays in memory of every expert. The rest has 4 bits, gate2:8 has 8. Thresholds are "
-            "measured on the profile's tokens.",
-            show_default=False,
-        ),
-    ] = None,
-    quantizer: Annotated[
-        QuantizerName | None,
-        typer.Option(
-            "--quantizer",
-            help="How experts are rounded. rtn: to the nearest code; hqq: with zero points that "
-            "let outliers go. On the profile's tokens, slower and with far less lost, fitted: to "
-            "the nearest, scales by least squares on the outputs; gptq: each error made up for by "
-            "the weights to come, scales too.",
-            show_default="rtn, or the plan's",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help="Budget of the whole process while packing, e.g. 4GiB: refused where it does not "
-            "do, kept by taking fewer of the profile's tokens where that helps.",
-            show_default="what it takes",
-        ),
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
-    ] = Path("bundle"),
+    profile: _ProfileOption = None,
+    buddies: _BuddiesOption = None,
+    plan: _PlanOption = None,
+    bits: _BitsOption = None,
+    skeleton_bits: _SkeletonBitsOption = None,
+    replicas: _ReplicasOption = None,
+    sparse_experts: _SparseExpertsOption = None,
+    quantizer: _QuantizerOption = None,
+    memory: _MemoryOption = None,
+    out: _OutOption = Path("bundle"),
     profiles: ProfilesOption = DEFAULT_FOLDER,
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compile a checkpoint into a bundle. `run` reads it expert by expert."""
     with open_output(as_json=json) as output:
-        followed = None if plan is None else _read_plan(plan)
-        bits = bits or ("native" if followed is None else followed.bits)
-        skeleton_bits = skeleton_bits or ("native" if followed is None else followed.skeleton_bits)
-        quantizer = quantizer or ("rtn" if followed is None else followed.quantizer)
-        if replicas is None:
-            replicas = "" if followed is None else followed.replicas
+        from moe_tool.packing.pack_options import parse_pack_options
+
+        options = parse_pack_options(
+            out=out,
+            bits=bits,
+            skeleton_bits=skeleton_bits,
+            replicas=replicas,
+            sparse_experts=sparse_experts,
+            quantizer=quantizer,
+            plan=None if plan is None else _read_plan(plan),
+            memory=memory,
+        )
 
         from moe_tool.models.locate import locate_model
 
@@ -147,58 +165,36 @@ def pack(
         from moe_tool.models.architecture import open_model
         from moe_tool.packing.pack_bundle import pack_bundle
 
-        if profile is None or buddies is None:
-            opened = open_model(located)
-            opened.checkpoint.close()
-            identity = opened.identity
-            profile = profile or _newest_profile(profiles, identity, output)
-            buddies = buddies or _newest_buddies(profiles, identity, output)
-        report = pack_bundle(
-            located,
-            out=out,
-            bits=bits,
-            skeleton_bits=skeleton_bits,
-            replicas=replicas,
-            sparse_experts=sparse_experts or "",
-            quantizer=quantizer,
-            profile=profile,
-            buddies=buddies,
-            plan=followed,
-            memory_bytes=None if memory is None else parse_bytes(memory),
-            progress=output.progress,
-        )
-        skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
-        output.say(
-            f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
-            f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per weight "
-            f"and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
-            f"{report.seconds:.1f} s, "
-            f"peak memory {format_bytes(report.peak_rss_bytes)}"
-        )
-        if report.error is not None:
-            output.say(f"the experts' outputs are off by {report.error:.2g} of their size")
-        if report.unrouted:
-            output.say(_unrouted(report.unrouted))
-        sparse = " --sparse-experts 0.7" if sparse_experts else ""
-        output.say(f'next: moe-tool run {report.bundle}/{sparse} --prompt "The list"')
-        output.result(
-            {
-                "bundle": report.bundle,
-                "bytes": report.bytes,
-                "expert_bytes": report.expert_bytes,
-                "skeleton_bytes": report.skeleton_bytes,
-                "skeleton_bits": report.skeleton_bits,
-                "bits_per_weight": report.bits_per_weight,
-                "output_error": report.error,
-                "unrouted": report.unrouted,
-                "resumed_records": report.resumed_records,
-                "profile": profile,
-                "buddies": buddies,
-                "plan": plan,
-                "seconds": report.seconds,
-                "peak_rss_bytes": report.peak_rss_bytes,
-            }
-        )
+        opened = open_model(located)
+        with opened.checkpoint:
+            profile = profile or _newest_profile(profiles, opened.identity, output)
+            buddies = buddies or _newest_buddies(profiles, opened.identity, output)
+            report = pack_bundle(
+                opened,
+                located.folder,
+                options,
+                profile=profile,
+                buddies=buddies,
+                progress=output.progress,
+            )
+        _show(report, output, is_sparse=options.channels is not None)
+        output.result(asdict(report) | {"profile": profile, "buddies": buddies, "plan": plan})
+
+
+def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
+    skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
+    output.say(
+        f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
+        f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per weight "
+        f"and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
+        f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
+    )
+    if report.output_error is not None:
+        output.say(f"the experts' outputs are off by {report.output_error:.2g} of their size")
+    if report.unrouted:
+        output.say(_unrouted(report.unrouted))
+    sparse = " --sparse-experts 0.7" if is_sparse else ""
+    output.say(f'next: moe-tool run {report.bundle}/{sparse} --prompt "The list"')
 
 
 def _unrouted(experts: "Sequence[tuple[int, int]]") -> str:

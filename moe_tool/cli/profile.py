@@ -1,13 +1,12 @@
 """`moe-tool profile`: a model and text in, router traces and expert statistics out."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER, profile_path
-from moe_tool.byte_sizes import format_bytes, parse_bytes
+from moe_tool.budget.sizes import format_bytes, parse_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     DataOption,
@@ -19,35 +18,41 @@ from moe_tool.cli.options import (
     SeedOption,
 )
 
+_Tokens = Annotated[
+    int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to trace, all domains together.")
+]
+_SeqLen = Annotated[
+    int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens of one sequence.")
+]
+_Holdout = Annotated[
+    float,
+    typer.Option(
+        "--holdout",
+        metavar="SHARE",
+        min=0,
+        max=0.9,
+        help="Share of the sequences kept apart to check with.",
+    ),
+]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on at the layer where a profile was interrupted.")
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="The profile.", show_default="profiles/NAME.h5"),
+]
+
 
 def profile(
     model: ModelArgument,
     data: DataOption,
-    tokens: Annotated[
-        int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to trace, of all domains.")
-    ] = 65536,
-    seq_len: Annotated[
-        int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens of one sequence.")
-    ] = 512,
-    holdout: Annotated[
-        float,
-        typer.Option(
-            "--holdout",
-            metavar="SHARE",
-            min=0,
-            max=0.9,
-            help="Share of the sequences kept apart to check with.",
-        ),
-    ] = 0.25,
+    tokens: _Tokens = 65536,
+    seq_len: _SeqLen = 512,
+    holdout: _Holdout = 0.25,
     seed: SeedOption = 0,
     memory: ProfileMemoryOption = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on at the layer where a profile was interrupted.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="The profile.", show_default="profiles/NAME.h5"),
-    ] = None,
+    resume: _Resume = False,
+    out: _Out = None,
     profiles: ProfilesOption = DEFAULT_FOLDER,
     offline: OfflineOption = False,
     json: JsonOption = False,
@@ -65,8 +70,8 @@ def profile(
         located = locate_model(model, offline=offline, announce=output.say)
         require_sources(sources, offline=offline)
 
-        from moe_tool.cli.show_routing import show_routing
         from moe_tool.profiling.recorder import record_profile
+        from moe_tool.reports.routing_tables import profile_tables
 
         report = record_profile(
             located,
@@ -82,7 +87,7 @@ def profile(
             offline=offline,
             progress=output.progress,
         )
-        show_routing(output, report.coverage, report.routing)
+        output.show(*profile_tables(report.routing))
         output.say(
             f"wrote {report.profile}: {format_bytes(report.profile_bytes)}; "
             f"{report.tokens} tokens in {report.seconds:.1f} s "
@@ -91,4 +96,4 @@ def profile(
             f"of {format_bytes(report.memory_budget_bytes)}"
         )
         output.say(f"next: moe-tool buddies {report.profile} --k 2")
-        output.result(asdict(report))
+        output.result(report)

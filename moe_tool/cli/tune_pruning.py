@@ -1,11 +1,11 @@
 """`moe-tool tune pruning`: a bundle and text in, routers in it that leave experts out."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import parse_memory_option
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import open_output
 from moe_tool.cli.options import (
     BundleArgument,
@@ -21,33 +21,39 @@ if TYPE_CHECKING:
     from moe_tool.tuning.tune_pruning import TunePruningReport
 
 
+_Rate = Annotated[
+    float,
+    typer.Option(
+        "--rate",
+        metavar="SHARE",
+        help="Share of the experts that the routers choose to be left out. Other shares can be "
+        "asked for when running: --policy prune:learned:rate=0.1.",
+    ),
+]
+_Tokens = Annotated[
+    int,
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        min=1,
+        help="Tokens of text, all domains together; an eighth is kept apart to judge by.",
+    ),
+]
+_SeqLen = Annotated[
+    int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
+]
+_Batch = Annotated[
+    int, typer.Option("--batch", metavar="N", min=1, max=4096, help="Sequences of a step.")
+]
+
+
 def tune_pruning(
     bundle: BundleArgument,
     data: DataOption,
-    rate: Annotated[
-        float,
-        typer.Option(
-            "--rate",
-            metavar="SHARE",
-            help="Of the experts that the model's routers choose, to be left out. Others can be "
-            "asked for when running: --policy prune:learned:rate=0.1.",
-        ),
-    ] = 0.2,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            "--tokens",
-            metavar="N",
-            min=1,
-            help="Of text, all domains together; an eighth is kept apart to judge by.",
-        ),
-    ] = 131072,
-    seq_len: Annotated[
-        int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
-    ] = 256,
-    batch: Annotated[
-        int, typer.Option("--batch", metavar="N", min=1, max=4096, help="Sequences of a step.")
-    ] = 8,
+    rate: _Rate = 0.2,
+    tokens: _Tokens = 131072,
+    seq_len: _SeqLen = 256,
+    batch: _Batch = 8,
     memory: TrainMemoryOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
@@ -76,7 +82,7 @@ def tune_pruning(
                 tokens=tokens,
                 seq_len=seq_len,
                 batch=batch,
-                memory=memory,
+                memory=parse_memory_option(memory),
                 seed=seed,
                 threads=threads,
                 offline=offline,
@@ -93,7 +99,7 @@ def tune_pruning(
             f'next: moe-tool run {bundle}/ --policy prune:learned --prompt "The list"; '
             f"moe-tool evaluate {bundle}/ --policy prune:learned --controls --data ..."
         )
-        output.result(asdict(report))
+        output.result(report)
 
 
 def _worth(report: "TunePruningReport") -> str:

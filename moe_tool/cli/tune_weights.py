@@ -7,94 +7,108 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_tool.byte_sizes import format_bytes, parse_bytes
-from moe_tool.cli.console import open_output
+from moe_tool.budget.sizes import format_bytes, parse_bytes
+from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import BundleArgument, DataOption, JsonOption, OfflineOption, SeedOption
 
 if TYPE_CHECKING:
-    from moe_tool.tuning.tune_weights import TunedLayer
+    from moe_tool.tuning.tune_bundle import TunedLayer
+    from moe_tool.tuning.tune_weights import TuneReport
+
+
+_ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="The checkpoint that the bundle was packed from: a folder, an alias or a hub id.",
+        show_default=False,
+    ),
+]
+_OutOption = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The new bundle. An interrupted one is resumed.",
+        show_default=False,
+    ),
+]
+_StepsOption = Annotated[
+    int, typer.Option("--steps", metavar="N", min=1, max=10**6, help="Updates of every layer.")
+]
+_BatchOption = Annotated[
+    int,
+    typer.Option("--batch", metavar="N", min=1, max=2**20, help="Tokens of an update."),
+]
+_TokensOption = Annotated[
+    int,
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        min=4,
+        help="Of text, all domains together; an eighth is kept apart to judge by.",
+    ),
+]
+_SeqLenOption = Annotated[
+    int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens of one sequence.")
+]
+_OptimizerOption = Annotated[
+    Literal["sgd", "adam"],
+    typer.Option(
+        "--optimizer",
+        help="sgd: with momentum, 4 bytes for a weight of one layer; adam: 8.",
+    ),
+]
+_RoundingOption = Annotated[
+    Literal["nearest", "stochastic"],
+    typer.Option("--rounding", help="How updates become codes again."),
+]
+_FeedbackOption = Annotated[
+    Literal["momentum", "none"],
+    typer.Option(
+        "--feedback",
+        help="Where what rounding loses of an update goes; none: nowhere, the control, which "
+        "moves next to nothing.",
+    ),
+]
+_RateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rate",
+        metavar="X",
+        min=1e-9,
+        max=1e6,
+        help="Learning rate at the start, in steps of a code; a tenth is left at the end.",
+        show_default="0.1 for sgd, 0.01 for adam",
+    ),
+]
+_MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Budget of the whole process, e.g. 4GiB: refused where it does not do.",
+        show_default="what it takes",
+    ),
+]
 
 
 def tune_weights(
     bundle: BundleArgument,
     data: DataOption,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="The checkpoint that the bundle was packed from: a folder, an alias or a hub id.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="The new bundle. An interrupted one is resumed.",
-            show_default=False,
-        ),
-    ],
-    steps: Annotated[
-        int, typer.Option("--steps", metavar="N", min=1, max=10**6, help="Updates of every layer.")
-    ] = 500,
-    batch: Annotated[
-        int,
-        typer.Option("--batch", metavar="N", min=1, max=2**20, help="Tokens of an update."),
-    ] = 1024,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            "--tokens",
-            metavar="N",
-            min=4,
-            help="Of text, all domains together; an eighth is kept apart to judge by.",
-        ),
-    ] = 65536,
-    seq_len: Annotated[
-        int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens of one sequence.")
-    ] = 512,
-    optimizer: Annotated[
-        Literal["sgd", "adam"],
-        typer.Option(
-            "--optimizer",
-            help="sgd: with momentum, 4 bytes for a weight of one layer; adam: 8.",
-        ),
-    ] = "sgd",
-    rounding: Annotated[
-        Literal["nearest", "stochastic"],
-        typer.Option("--rounding", help="How updates become codes again."),
-    ] = "nearest",
-    feedback: Annotated[
-        Literal["momentum", "none"],
-        typer.Option(
-            "--feedback",
-            help="Where what rounding loses of an update goes; none: nowhere, the control, which "
-            "moves next to nothing.",
-        ),
-    ] = "momentum",
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            "--rate",
-            metavar="X",
-            min=1e-9,
-            max=1e6,
-            help="Learning rate at the start, in steps of a code; a tenth is left at the end.",
-            show_default="0.1 for sgd, 0.01 for adam",
-        ),
-    ] = None,
+    model: _ModelOption,
+    out: _OutOption,
+    steps: _StepsOption = 500,
+    batch: _BatchOption = 1024,
+    tokens: _TokensOption = 65536,
+    seq_len: _SeqLenOption = 512,
+    optimizer: _OptimizerOption = "sgd",
+    rounding: _RoundingOption = "nearest",
+    feedback: _FeedbackOption = "momentum",
+    rate: _RateOption = None,
     seed: SeedOption = 0,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help="Budget of the whole process, e.g. 4GiB: refused where it does not do.",
-            show_default="what it takes",
-        ),
-    ] = None,
+    memory: _MemoryOption = None,
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -111,7 +125,7 @@ def tune_weights(
         located = locate_model(model, offline=offline, announce=output.say)
         require_sources(sources, offline=offline)
 
-        from moe_tool.tuning.tune_weights import TuneOptions
+        from moe_tool.tuning.tune_options import TuneOptions
         from moe_tool.tuning.tune_weights import tune_weights as tune
 
         report = tune(
@@ -134,21 +148,25 @@ def tune_weights(
             out=out,
             progress=output.progress,
         )
-        for layer in report.layers:
-            output.show(_layer(layer))
-        if report.untuned:
-            output.say(_untuned(report.untuned))
-        if report.drops_calibration:
-            output.say(f"{bundle}/ was calibrated, for codes that are others now: {out}/ is not")
-        output.say(
-            f"wrote {report.bundle}/: {format_bytes(report.bytes)}; optimizer "
-            f"{format_bytes(report.state_bytes)}, {report.state_bytes_per_weight} bytes for a "
-            f"weight of one layer; {report.seconds:.1f} s, "
-            f"peak memory {format_bytes(report.peak_rss_bytes)}"
-        )
-        output.say(f"next: moe-tool evaluate {report.bundle}/ --reference {model} --data ...")
+        _show(report, bundle, model, output)
         lineage = [step.model_dump(mode="json") for step in report.lineage]
         output.result(asdict(report) | {"lineage": lineage})
+
+
+def _show(report: "TuneReport", bundle: Path, model: str, output: Output) -> None:
+    for layer in report.layers:
+        output.show(_layer(layer))
+    if report.untuned:
+        output.say(_untuned(report.untuned))
+    if report.drops_calibration:
+        output.say(f"{bundle}/ was calibrated; {report.bundle}/ is not, since its codes changed")
+    output.say(
+        f"wrote {report.bundle}/: {format_bytes(report.bytes)}; optimizer "
+        f"{format_bytes(report.state_bytes)}, {report.state_bytes_per_weight} bytes for a "
+        f"weight of one layer; {report.seconds:.1f} s, "
+        f"peak memory {format_bytes(report.peak_rss_bytes)}"
+    )
+    output.say(f"next: moe-tool evaluate {report.bundle}/ --reference {model} --data ...")
 
 
 def _layer(layer: "TunedLayer") -> str:

@@ -1,4 +1,4 @@
-"""What the embedded model has to show, measured on the held-out part of the built-in text."""
+"""Criteria that the embedded model has to meet, on the held-out part of the built-in text."""
 
 import math
 from dataclasses import dataclass

@@ -1,21 +1,17 @@
 """Which policies one table compares."""
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.policies.misses import parse_miss_policy
-from moe_tool.runtime.policy_choice import EXACT
-
-CONTROLS = (EXACT, "priced", "replica", "near-tie", "buddy", "next-ranked", "random", "drop")
+from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
+from moe_tool.runtime.policy_choice import manifest_inputs
 
 
 def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) -> tuple[str, ...]:
     """Return the policies of a table, `policy` among them, each once.
 
     Exact comes first: it shows what the same residency costs in bytes when nothing is answered by
-    something else. Random and drop are what a choice of stand-in has to beat, next-ranked what it
-    has to beat to be worth its map.
-
-    Pruning leaves out what is in memory too: its controls leave out as many experts by the ratio of
-    their gate weights, and at random.
+    something else. Then, unless a policy names controls of its own, come all that answer misses:
+    random and drop are what a choice of stand-in has to beat, next-ranked what it has to beat to
+    be worth its map.
 
     Args:
         policy: the one that was asked for.
@@ -24,11 +20,9 @@ def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) ->
     """
     if not controls:
         return (policy,)
-    learned = manifest.pruning
     choice = parse_miss_policy(policy)
-    if choice.kind == "prune:learned" and learned is not None:
-        rate = choice.values["rate"] if choice.values["rate"] >= 0 else learned.rate
-        top_k = manifest.shape.top_k
-        share = min(1.0, rate * top_k / (top_k - 1))
-        return (EXACT, policy, f"prune:share={share:.6g}", f"prune:random:rate={rate:.6g}")
-    return tuple(dict.fromkeys((EXACT, policy, *CONTROLS)))
+    own = choice.spec.controls
+    found = None if own is None else own(choice.values, manifest_inputs(manifest))
+    if found is None:
+        found = tuple(name for name, spec in MISS_POLICIES.items() if spec.in_controls)
+    return tuple(dict.fromkeys(("exact", policy, *found)))

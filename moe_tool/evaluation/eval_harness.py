@@ -6,12 +6,12 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_tool.artifacts.evaluation_report import HarnessReport, MetricRow
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.evaluation.harness_tasks import (
@@ -22,6 +22,7 @@ from moe_tool.evaluation.harness_tasks import (
 )
 from moe_tool.formats.hub_probe import hub_is_reachable
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.text.hub_datasets import libraries_offline
 
@@ -29,64 +30,8 @@ if TYPE_CHECKING:
     from moe_tool.evaluation.lm_eval_model import BundleLM
 
 _N_BOOTSTRAP = 1000
-"""Of the few metrics whose error has no formula; lm_eval's own 100000 are made by a pool of forked
-processes, outside of the memory budget"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricRow:
-    """One figure of one task or group."""
-
-    task: str
-    version: str
-    filter: str
-    shots: int | None
-    samples: int | None
-    """Documents; None of a group"""
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HarnessReport:
-    """What the tasks gave, and what it took. Rates are of decoding alone, as in a run."""
-
-    bundle: str
-    rows: tuple[MetricRow, ...]
-    policy: str
-    residency: str
-    lossy: bool
-    decode_context: bool
-    limit: int | None
-    lm_eval_version: str
-    cut_contexts: int
-    """Requests whose context was too long and lost its beginning"""
-    prompt_tokens: int
-    """Answered exactly, whatever the policy"""
-    decode_tokens: int
-    """Answered by the policy"""
-    hits: int
-    misses: int
-    hit_rate: float
-    bytes_read_per_token: float
-    stall_seconds: float
-    substitutions: int
-    lowered: int
-    """Slots answered by a replica of the expert"""
-    drops: int
-    prompt_hits: int
-    prompt_misses: int
-    prompt_bytes_read: int
-    memory_budget_bytes: int
-    slots: int
-    seconds: float
-    peak_rss_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields of `--json`."""
-        return asdict(self)
+"""Resamples for the few metrics whose error has no formula; lm_eval's own 100000 are made by a pool
+of forked processes, outside of the memory budget"""
 
 
 def require_lm_eval() -> None:
@@ -123,18 +68,37 @@ def run_harness(
         CorruptArtifactError: the bundle is damaged.
     """
     require_lm_eval()
-    import jinja2
-    import torch
     from lm_eval import __version__ as lm_eval_version
-    from lm_eval.evaluator import evaluate
 
     from moe_tool.evaluation.lm_eval_model import BundleLM
 
     start = time.perf_counter()
-    with (
-        BundleLM(folder, run, decode_context=options.decode_context, progress=progress) as model,
-        ExitStack() as stack,
-    ):
+    with BundleLM(folder, run, decode_context=options.decode_context, progress=progress) as model:
+        rows = metric_rows(_results(model, options, run.seed, progress))
+        policy = model.session.runner.policy.policy
+        return HarnessReport(
+            bundle=str(folder),
+            rows=rows,
+            setup=run_setup(model.session),
+            lossy=policy.lossy,
+            decode_context=options.decode_context,
+            limit=options.limit,
+            lm_eval_version=lm_eval_version,
+            cut_contexts=model.n_cut_contexts,
+            prompt=model.stats.prompt,
+            decode=model.stats.decode,
+            seconds=time.perf_counter() - start,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+
+def _results(model: "BundleLM", options: HarnessOptions, seed: int, progress: Progress) -> Any:
+    """Load the tasks and let lm_eval ask them; see `run_harness`."""
+    import jinja2
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    with ExitStack() as stack:
         refused = stack.enter_context(no_downloaded_metrics())
         stack.enter_context(_no_forks())
         online = not options.offline and hub_is_reachable()
@@ -142,11 +106,11 @@ def run_harness(
             stack.enter_context(libraries_offline())
         loaded = load_tasks(options, refused, is_online=online)
         set_up_tasks(loaded["tasks"], options.num_fewshot, progress)
-        random.seed(run.seed)
-        np.random.seed(run.seed % 2**32)
-        torch.manual_seed(run.seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
         try:
-            results = evaluate(
+            return evaluate(
                 model,
                 loaded,
                 limit=options.limit,
@@ -159,14 +123,6 @@ def run_harness(
                 hint="compare doc_to_text, doc_to_choice and doc_to_target with the fields of the "
                 "data set",
             ) from error
-        return _report(
-            model,
-            folder,
-            options,
-            metric_rows(results),
-            lm_eval_version=lm_eval_version,
-            seconds=time.perf_counter() - start,
-        )
 
 
 def metric_rows(results: Any) -> tuple[MetricRow, ...]:
@@ -197,46 +153,6 @@ def metric_rows(results: Any) -> tuple[MetricRow, ...]:
                 )
             )
     return tuple(rows)
-
-
-def _report(
-    model: "BundleLM",
-    folder: Path,
-    options: HarnessOptions,
-    rows: tuple[MetricRow, ...],
-    *,
-    lm_eval_version: str,
-    seconds: float,
-) -> HarnessReport:
-    session, prompt, decode = model.session, model.stats.prompt, model.stats.decode
-    return HarnessReport(
-        bundle=str(folder),
-        rows=rows,
-        policy=session.runner.policy.name,
-        residency=session.runner.residency,
-        lossy=session.runner.policy.policy.lossy,
-        decode_context=options.decode_context,
-        limit=options.limit,
-        lm_eval_version=lm_eval_version,
-        cut_contexts=model.n_cut_contexts,
-        prompt_tokens=prompt.tokens,
-        decode_tokens=decode.tokens,
-        hits=decode.hits,
-        misses=decode.misses,
-        hit_rate=decode.hit_rate,
-        bytes_read_per_token=decode.bytes_read / decode.tokens if decode.tokens else 0.0,
-        stall_seconds=decode.stall_seconds,
-        substitutions=decode.substitutions,
-        lowered=decode.lowered,
-        drops=decode.drops,
-        prompt_hits=prompt.hits,
-        prompt_misses=prompt.misses,
-        prompt_bytes_read=prompt.bytes_read,
-        memory_budget_bytes=session.plan.budget_bytes,
-        slots=session.plan.n_slots,
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A bundle as a model of EleutherAI's lm-evaluation-harness, with the misses in the loop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from moe_tool.artifacts.known_tokens import require_known_tokens
-from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
+from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.working_set import prefill_chunk
 
 _MAX_GENERATED_TOKENS = 256
-"""Where a task does not say; lm_eval's own default"""
+"""Default for tasks that do not say; lm_eval's own"""
 _UNUSED_WHEN_GREEDY = frozenset({"top_k", "top_p", "min_p"})
 
 
@@ -82,7 +82,7 @@ class BundleLM(TemplateLM):
             self._vocabulary = bundle.manifest.shape.vocabulary
         self.tokenizer = load_tokenizer(folder)
         self.stats = RunStats()
-        """Of all requests so far"""
+        """Counters of all requests so far"""
         self.n_cut_contexts = 0
         """Requests whose context was too long"""
         self._folder, self._options = folder, options
@@ -127,7 +127,7 @@ class BundleLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Positions of a request, answer included."""
-        return self.session.workload.positions
+        return self.session.plan.workload.positions
 
     @property
     def eot_token_id(self) -> int:
@@ -136,7 +136,7 @@ class BundleLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: its first token, or the end of another
+        """Return what stands before a text without context: its first token, or the end of another
         text."""
         return self._special_token("bos_token_id", "eos_token_id")
 
@@ -270,7 +270,7 @@ class BundleLM(TemplateLM):
                 last.cache.crop(-n_behind)  # by a count
             return last
         self._context = last = None  # before there is another
-        chunk = prefill_chunk(self.session.workload)
+        chunk = prefill_chunk(self.session.plan.workload)
         edges = [0, *range(1, len(ids))] if self._decode_context else [*range(0, len(ids), chunk)]
         cache = self.session.new_cache()
         for start, end in zip(edges, [*edges[1:], len(ids)], strict=True):
@@ -336,8 +336,7 @@ class BundleLM(TemplateLM):
 
     def _collect(self) -> None:
         """Add what the session has counted since the request began."""
-        for phase in ("prompt", "decode"):
-            _add(self.stats.phase(phase), self.session.runner.stats.phase(phase))
+        self.stats += self.session.runner.stats
         self.session.runner.stats = RunStats()
 
     def _special_token(self, *names: str) -> int:
@@ -379,8 +378,3 @@ def _require_known(wanted: Mapping[str, Any], *, is_greedy: bool) -> None:
             hint="a task that leaves it out: until, max_gen_toks, do_sample and temperature are "
             "followed",
         )
-
-
-def _add(total: PhaseCounters, part: PhaseCounters) -> None:
-    for counter in fields(PhaseCounters):
-        setattr(total, counter.name, getattr(total, counter.name) + getattr(part, counter.name))

@@ -1,4 +1,4 @@
-"""What would keep a limit of divergence that was not kept: more memory by price, or more text."""
+"""Memory, or tokens of text, that would keep a limit of divergence that was not kept."""
 
 import math
 
@@ -32,11 +32,11 @@ def least_share(
         chosen = cheapest_residents(book, use, room_bytes=room)
         return chosen.nats_per_token * nats_per_price <= max_kl
 
-    low, high = free, len(manifest.own_records)  # `high` holds everything
+    low, high = free, len(manifest.primary_records)  # `high` holds everything
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if keeps(middle) else (middle, high)
-    return high / len(manifest.own_records) if high < len(manifest.own_records) else None
+    return high / len(manifest.primary_records) if high < len(manifest.primary_records) else None
 
 
 def enough_tokens(tokens: int, *, mean: float, upper: float, max_kl: float) -> int | None:

@@ -9,7 +9,6 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.identity import require_same_model
-from moe_tool.experts.combine import run_experts
 from moe_tool.models.architecture import open_model
 from moe_tool.models.layer_stream import LayerStream
 from moe_tool.models.locate import LocatedModel
@@ -100,9 +99,7 @@ class SourceModel:
 
     @torch.no_grad()
     def _answer(self, call: LayerCall) -> torch.Tensor:
-        return run_experts(
-            call.module, call.hidden, call.index, call.weight, partial(self._supply, call.layer)
-        )
+        return call.run_experts(partial(self._supply, call.layer))
 
     def _supply(
         self, layer: int, experts: list[int]

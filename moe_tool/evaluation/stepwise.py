@@ -5,12 +5,13 @@ answered at once, and no token reads a KV cache that earlier answers have alread
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.session import Session
 
@@ -22,7 +23,7 @@ _REFERENCE_CHUNK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCosts:
-    """What the policy did for each token of a batch of sequences, as if each sequence had run
+    """Costs of each token of a batch of sequences, as if each sequence had run
     alone.
 
     An access is a (token, layer, expert), unlike in a run's own counters, where tokens of one
@@ -37,14 +38,19 @@ class TokenCosts:
     """[B, P]: records fetched, not those found in the cache by luck"""
     substitutions: np.ndarray
     """[B, P]"""
-    lowered: np.ndarray
+    replica_answers: np.ndarray
     """[B, P]: slots answered by a replica"""
     drops: np.ndarray
     """[B, P]"""
     expected: np.ndarray
     """[B, P]: nats that the price list expects the answers to cost; NaN without prices"""
-    retreated: np.ndarray
+    exact_fallbacks: np.ndarray
     """[B, P]: 1 where the token was answered exactly to keep a calibrated limit"""
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, int]) -> Self:
+        """Return costs of nothing."""
+        return cls(**{each.name: np.zeros(shape) for each in fields(cls)})
 
 
 Visit = Callable[[int, torch.Tensor], None]
@@ -63,8 +69,7 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
 
     Args:
         session: its policy and residency decide. More than one sequence at a time is meant for
-        frozen residency, where
-            a sequence's answers do not depend on what others have fetched.
+            frozen residency, where a sequence's answers do not depend on what others have fetched.
         ids: [B, S] int64.
         visit: called for positions 1 to S - 2, in order.
 
@@ -72,75 +77,51 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
         One column for each visited position.
     """
     n_sequences, seq_len = ids.shape
-    ledger = np.zeros((8, n_sequences, n_scored(seq_len)))
-    position = 0
+    costs = TokenCosts.zeros((n_sequences, n_scored(seq_len)))
     if session.runner.policy.prices is None:
-        ledger[6] = np.nan
-    bundle = session.bundle
-    sizes = {
-        layer: np.stack(
-            [
-                np.array(bundle.own_record_bytes(layer)),
-                *(
-                    np.full(bundle.manifest.shape.experts, table.record_size_bytes)
-                    for table in bundle.manifest.replicas
-                ),
-            ]
-        )
-        for layer in bundle.manifest.shape.layers
-    }  # [L, E]
+        costs.expected[:] = np.nan
+    record_bytes, column = session.runner.record_bytes, -N_PROMPT_TOKENS
 
     def account(decision: Decision) -> None:
-        wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
-        level = decision.answers.level
-        level = np.full(answer.shape, FULL) if level is None else level
-        # An expert that the bundle does not have is called E: it is no access, and no drop.
-        is_held = wanted < decision.resident.shape[1]
-        is_there = is_held & decision.resident[FULL][np.where(is_held, wanted, 0)]
-        is_answered = (answer >= 0) & is_held
-        answer = np.where(is_answered, answer, 0)
-        is_fetched = is_answered & ~decision.resident[level, answer]
-        column = position - N_PROMPT_TOKENS
-        ledger[0, :, column] += is_there.sum(axis=1)
-        ledger[1, :, column] += is_held.sum(axis=1)
-        ledger[2, :, column] += (is_fetched * sizes[decision.routing.layer][level, answer]).sum(
-            axis=1
-        )
-        ledger[3, :, column] += (is_answered & (answer != wanted)).sum(axis=1)
-        ledger[4, :, column] += (is_held & ~is_answered).sum(axis=1)
-        ledger[5, :, column] += (is_answered & (level != FULL)).sum(axis=1)
+        _account(costs, column, decision, record_bytes[decision.routing.layer])
         if decision.spent is not None:
-            ledger[6, :, column] += session.runner.account.nats_per_price * decision.spent
-        if session.runner.answered_exactly is not None:
-            ledger[7, :, column] = session.runner.answered_exactly
+            costs.expected[:, column] += session.runner.account.nats_per_price * decision.spent
+        if session.runner.forward.exact_fallback is not None:
+            costs.exact_fallbacks[:, column] = session.runner.forward.exact_fallback
 
     cache = session.new_cache()
     session.prompt_tokens = N_PROMPT_TOKENS
     session.runner.on_decision = account
     try:
         for position in range(seq_len - 1):
+            column = position - N_PROMPT_TOKENS
             n_bytes = session.runner.stats.decode.bytes_read
             output = session.model(
                 input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True
             )
             if session.runner.sparsity is not None:  # one sequence: what was read is its own
-                read = session.runner.stats.decode.bytes_read - n_bytes
-                ledger[2, :, position - N_PROMPT_TOKENS] = read
-            if position >= N_PROMPT_TOKENS:
+                costs.bytes_read[:, column] = session.runner.stats.decode.bytes_read - n_bytes
+            if column >= 0:
                 visit(position, output.logits[:, -1])
     finally:
         session.runner.on_decision = None
         session.prompt_tokens = None
-    return TokenCosts(
-        hits=ledger[0],
-        accesses=ledger[1],
-        bytes_read=ledger[2],
-        substitutions=ledger[3],
-        drops=ledger[4],
-        lowered=ledger[5],
-        expected=ledger[6],
-        retreated=ledger[7],
-    )
+    return costs
+
+
+def _account(costs: TokenCosts, column: int, decision: Decision, record_bytes: np.ndarray) -> None:
+    """Add what one layer's answers to one token of every sequence cost."""
+    wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
+    form, is_answered = decision.answers.form, decision.answers.present
+    is_present = decision.routing.present
+    is_there = is_present & decision.resident[PRIMARY][wanted]
+    is_fetched = is_answered & ~decision.resident[form, answer]
+    costs.hits[:, column] += is_there.sum(axis=1)
+    costs.accesses[:, column] += is_present.sum(axis=1)
+    costs.bytes_read[:, column] += (is_fetched * record_bytes[form, answer]).sum(axis=1)
+    costs.substitutions[:, column] += (is_answered & (answer != wanted)).sum(axis=1)
+    costs.drops[:, column] += (is_present & ~is_answered).sum(axis=1)
+    costs.replica_answers[:, column] += (is_answered & (form != PRIMARY)).sum(axis=1)
 
 
 @torch.inference_mode()

@@ -11,8 +11,8 @@ from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 Supplied = Iterator[tuple[int, Mapping[str, FloatWeight | IntegerWeight]]]
 Supply = Callable[[list[int]], Supplied]
-"""Distinct experts, ascending -> each of them once with its weights, in any order. They are not
-used any more when the next one is asked for."""
+"""Distinct experts, ascending -> each of them once with its weights, in any order. Weights are not
+used any more when the next expert is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class _TokensByExpert:
     position: torch.Tensor
     """[n] int64: which of the token's K slots"""
     experts: list[int]
-    """Those that have tokens, ascending"""
+    """Experts that have tokens, ascending"""
     counts: list[int]
     """Slots of each of them"""
 
@@ -36,7 +36,7 @@ def run_experts(
     weight: torch.Tensor,
     supply: Supply,
     *,
-    n_experts: int | None = None,
+    present: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival.
 
@@ -44,38 +44,35 @@ def run_experts(
     token by token as transformers' eager experts do; outputs that are early wait for their turn.
 
     Args:
-        module: an experts module of transformers (`num_experts` and what `expert_forward` uses).
+        module: an experts module of transformers, see `expert_forward`.
         hidden: [T, H] float32.
-        index: [T, K] int64; below 0 or from E on, the slot is skipped.
+        index: [T, K] int64: experts, by any numbers that `supply` takes.
         weight: [T, K] gate weights.
-        supply: called once, with the experts that `index` names.
-        n_experts: E, where `index` numbers more than the module's own: each form of an expert.
+        supply: called once, with the experts of the present slots.
+        present: [T, K] bool: slots that are computed; None: all of them.
 
     Returns:
         [T, H], in the dtype of `hidden`.
     """
     if torch.is_grad_enabled():
         with torch.no_grad():  # 4 us, spared where the caller has done so
-            return run_experts(module, hidden, index, weight, supply, n_experts=n_experts)
-    n_experts = module.num_experts if n_experts is None else n_experts
+            return run_experts(module, hidden, index, weight, supply, present=present)
     if hidden.shape[0] == 1 and hidden.dtype == weight.dtype == torch.float32:
-        slots = index.tolist()[0]
-        gate_of = dict(zip(slots, weight.reshape(-1, 1, 1).unbind(), strict=True))
+        slots = list(zip(index.tolist()[0], weight.reshape(-1, 1, 1).unbind(), strict=True))
+        if present is not None:
+            slots = [slot for slot, fills in zip(slots, present.tolist()[0], strict=True) if fills]
+        gate_of = dict(slots)
         if len(gate_of) == len(slots):  # two equal rows may be rounded otherwise than one
-            wanted = sorted(expert for expert in slots if 0 <= expert < n_experts)
-            return _run_one_token(module, hidden, wanted, gate_of, supply)
-    return _run_tokens(module, hidden, index, weight, supply, n_experts)
+            return _run_one_token(module, hidden, gate_of, supply)
+    return _run_tokens(module, hidden, index, weight, supply, present)
 
 
 def _run_one_token(
-    module: Any,
-    hidden: torch.Tensor,
-    wanted: list[int],
-    gate_of: dict[int, torch.Tensor],
-    supply: Supply,
+    module: Any, hidden: torch.Tensor, gate_of: dict[int, torch.Tensor], supply: Supply
 ) -> torch.Tensor:
     """Do what `_run_tokens` does where nothing has to be gathered: the same products, the same
     order of additions. A gate is [1, 1]: a Python number would have to be made a tensor."""
+    wanted = sorted(gate_of)
     early: dict[int, torch.Tensor] = {}
     final = torch.zeros_like(hidden)
     turn, n_wanted = 0, len(wanted)
@@ -94,9 +91,9 @@ def _run_tokens(
     index: torch.Tensor,
     weight: torch.Tensor,
     supply: Supply,
-    n_experts: int,
+    present: torch.Tensor | None,
 ) -> torch.Tensor:
-    tokens = _sort_by_expert(index, n_experts)
+    tokens = _sort_by_expert(index, present)
     gates = weight[tokens.token, tokens.position, None]  # [n, 1]
     rows = dict(zip(tokens.experts, tokens.token.split_with_sizes(tokens.counts), strict=True))
     gates_of = dict(zip(tokens.experts, gates.split_with_sizes(tokens.counts), strict=True))
@@ -114,7 +111,7 @@ def _run_tokens(
     return final
 
 
-def _sort_by_expert(index: torch.Tensor, n_experts: int) -> _TokensByExpert:
+def _sort_by_expert(index: torch.Tensor, present: torch.Tensor | None) -> _TokensByExpert:
     """Sort slots by expert in one pass.
 
     The eager loop takes `torch.where` of a [K, T] mask per expert: slot by slot, tokens ascending.
@@ -122,10 +119,13 @@ def _sort_by_expert(index: torch.Tensor, n_experts: int) -> _TokensByExpert:
     """
     n_tokens = max(index.shape[0], 1)
     flat = index.T.reshape(-1)  # [K * T]
-    flat = torch.where((flat < 0) | (flat >= n_experts), n_experts, flat)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=n_experts + 1)[:n_experts].tolist()
-    order = order[: sum(counts)]
+    if present is None:
+        order = torch.argsort(flat, stable=True)
+    else:
+        slots = torch.nonzero(present.T.reshape(-1)).flatten()
+        flat = flat[slots]
+        order = slots[torch.argsort(flat, stable=True)]
+    counts = torch.bincount(flat).tolist()
     return _TokensByExpert(
         token=order % n_tokens,
         position=order // n_tokens,

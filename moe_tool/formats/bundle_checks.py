@@ -1,4 +1,4 @@
-"""What has to hold of a bundle's folder before a byte of its weights is read."""
+"""Check a bundle's folder before a byte of its weights is read."""
 
 import hashlib
 import os
@@ -7,25 +7,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
-from moe_tool.artifacts.precision import ChannelPrecision, IntegerPrecision
-from moe_tool.artifacts.routing import FULL
-from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_sections import unknown_required
+from moe_tool.artifacts.form_table import FormTable
+from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, NotFoundError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
-from moe_tool.formats.expert_form import (
-    AnyForm,
-    chooser_form,
-    full_form,
-    own_form,
-    replica_form,
-)
 from moe_tool.formats.foreign_files import foreign_file
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.mask_router_file import MASK_ROUTER_NAME
 from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
+from moe_tool.formats.record_form import RecordForm, record_form
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 
 # What a loader of models or tokenizers may pick up by its name alone.
@@ -34,31 +29,32 @@ REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BundleLevel:
+class BundleForm:
     """One form in which a bundle holds experts."""
 
-    form: AnyForm
-    records: tuple[ExpertRecord, ...]
-    """In file order"""
+    index: int
+    """Position among the forms of the bundle"""
+    table: FormTable
+    form: RecordForm[Any]
 
     @property
     def record_size_bytes(self) -> int:
-        """The same for every record."""
-        return self.form.layout.size_bytes
+        """Size of each record"""
+        return self.table.record_size_bytes
 
     @property
     def size_bytes(self) -> int:
-        """Of all records."""
-        return len(self.records) * self.record_size_bytes
+        """Size of all records"""
+        return self.table.size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedBundle:
-    """What was found."""
+    """A manifest that fits the files of its folder."""
 
     manifest: BundleManifest
-    levels: tuple[BundleLevel, ...]
-    """FULL first, see `BundleReader.levels`"""
+    forms: tuple[BundleForm, ...]
+    """In the order of the manifest's tables"""
     skeleton: Mapping[str, TensorInfo]
 
 
@@ -74,17 +70,15 @@ def check_bundle(folder: Path) -> CheckedBundle:
     with naming(folder):
         _require_finished(folder)
     manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
+    _require_known_sections(folder, manifest)
     _check_policies(folder, manifest)
-    levels = _levels(folder, manifest)
+    forms = _forms(folder, manifest)
     with naming(folder):
         _check_files(folder, manifest)
-    for at, level in enumerate(levels):
-        # First bits of nested experts have no names of their own.
-        if not (FULL < at <= len(manifest.replicas) and manifest.replicas[at - 1].is_base):
-            _check_headers(folder, level)
-    return CheckedBundle(
-        manifest=manifest, levels=levels, skeleton=_check_skeleton(folder, manifest)
-    )
+    for form in forms:
+        if form.table.role != "base":  # first bits of nested experts have no names of their own
+            _check_headers(folder, form)
+    return CheckedBundle(manifest=manifest, forms=forms, skeleton=_check_skeleton(folder, manifest))
 
 
 @contextmanager
@@ -162,6 +156,16 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
             )
 
 
+def _require_known_sections(folder: Path, manifest: BundleManifest) -> None:
+    unknown = unknown_required(manifest.sections)
+    if unknown:
+        raise ArtifactVersionError(
+            f"{folder / MANIFEST} requires the section {quoted(unknown[0])}, which this version of "
+            "moe-tool does not know",
+            hint=f"run the version that wrote it, {quoted(manifest.tool_version)}, or {REPACK}",
+        )
+
+
 def _check_policies(folder: Path, manifest: BundleManifest) -> None:
     """A run can follow what the manifest has it follow."""
     if manifest.plan is not None:
@@ -170,40 +174,30 @@ def _check_policies(folder: Path, manifest: BundleManifest) -> None:
         named_miss_policy(folder / MANIFEST, manifest.calibration.policy, remedy=REPACK)
 
 
-def _levels(folder: Path, manifest: BundleManifest) -> tuple[BundleLevel, ...]:
+def _forms(folder: Path, manifest: BundleManifest) -> tuple[BundleForm, ...]:
     """The forms that the manifest names, with the sizes that follow from them."""
-    shape = manifest.shape
-    try:
-        own = own_form(shape, manifest.precision)
-    except CorruptArtifactError as error:
-        raise CorruptArtifactError(f"{folder / MANIFEST}: {error.message}", hint=REPACK) from error
-    forms: list[tuple[AnyForm, int, tuple[ExpertRecord, ...]]] = [
-        (own, manifest.record_size_bytes, manifest.records)
-    ]
-    for table in manifest.replicas:
-        replica = replica_form(shape, table.precision)
-        forms.append((replica, table.record_size_bytes, table.records))
-    for other in manifest.others:
-        another = full_form(shape, other.precision, is_other=True)
-        forms.append((another, other.record_size_bytes, other.records))
-    if manifest.choosers is not None:
-        assert isinstance(manifest.precision, ChannelPrecision)  # the manifest checks
-        chooser = chooser_form(shape, manifest.precision)
-        forms.append((chooser, manifest.choosers.record_size_bytes, manifest.choosers.records))
-    for form, size_bytes, _ in forms:
-        if form.layout.size_bytes != size_bytes:
+    found = []
+    for index, table in enumerate(manifest.forms):
+        try:
+            form = record_form(manifest.shape, table.precision, table.role)
+        except CorruptArtifactError as error:
             raise CorruptArtifactError(
-                f"{folder / MANIFEST} says a record has {size_bytes} bytes, "
+                f"{folder / MANIFEST}: {error.message}", hint=REPACK
+            ) from error
+        if form.layout.size_bytes != table.record_size_bytes:
+            raise CorruptArtifactError(
+                f"{folder / MANIFEST} says a record has {table.record_size_bytes} bytes, "
                 f"its tensors need {form.layout.size_bytes}",
                 hint=REPACK,
             )
-    return tuple(BundleLevel(form=form, records=records) for form, _, records in forms)
+        found.append(BundleForm(index=index, table=table, form=form))
+    return tuple(found)
 
 
-def _check_headers(folder: Path, level: BundleLevel) -> None:
-    headers = {name: read_header(folder / name) for name in {r.file for r in level.records}}
-    for record in level.records:
-        for segment in level.form.layout.segments:
+def _check_headers(folder: Path, held: BundleForm) -> None:
+    headers = {name: read_header(folder / name) for name in {r.file for r in held.table.records}}
+    for record in held.table.records:
+        for segment in held.form.layout.segments:
             name = f"layer.{record.layer}.expert.{record.expert}.{segment.name}"
             info = headers[record.file].pop(name, None)
             if (
@@ -250,7 +244,7 @@ def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, Tens
 def skeleton_parts(manifest: BundleManifest) -> list[IntegerPart]:
     """Return the tensors that the skeleton's matrices of codes are stored as."""
     precision = manifest.skeleton_precision
-    if not isinstance(precision, IntegerPrecision):
+    if precision.kind != "integer":
         return []
     return [
         part

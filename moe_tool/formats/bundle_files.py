@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
-from moe_tool.formats.expert_record import RecordLayout
+from moe_tool.artifacts.form_table import ALIGNMENT_BYTES, Role
+from moe_tool.artifacts.precision import AnyPrecision
+from moe_tool.formats.record_layout import RecordLayout
 
 MAX_FILE_BYTES = 4 * 2**30
 PART_SUFFIX = ".part"
@@ -26,7 +27,7 @@ class ExpertFile:
     record_size_bytes: int
 
     def offset(self, position: int) -> int:
-        """Where the record at a position starts."""
+        """Return the offset of the record at a position."""
         return len(self.header) + position * self.record_size_bytes
 
 
@@ -42,13 +43,13 @@ class SkeletonEntry:
 
 
 def partial_folder(out: Path) -> Path:
-    """Where a bundle lies until it is finished."""
+    """Return the folder of a bundle until it is finished."""
     return out.parent / (out.name + PART_SUFFIX)
 
 
 def plan_expert_files(
-    order: Sequence[tuple[int, int]], layout: RecordLayout, *, stem: str = "experts"
-) -> list[ExpertFile]:
+    order: Sequence[tuple[int, int]], layout: RecordLayout, *, stem: str
+) -> tuple[ExpertFile, ...]:
     """Spread records over files of at most MAX_FILE_BYTES (a larger record gets one to itself)."""
     per_file = max(1, MAX_FILE_BYTES // layout.size_bytes)
     files: list[ExpertFile] = []
@@ -62,7 +63,20 @@ def plan_expert_files(
                 record_size_bytes=layout.size_bytes,
             )
         )
-    return files
+    return tuple(files)
+
+
+def file_stem(role: Role, precision: AnyPrecision, *, is_alone: bool) -> str:
+    """Return what the names of a table's files begin with.
+
+    Args:
+        role: of the table.
+        precision: of the table.
+        is_alone: no other table has the role.
+    """
+    stem = {"primary": "experts", "base": "experts"}.get(role, f"{role}s")
+    has_name = role == "replica" or not is_alone
+    return f"{stem}-{precision.name.replace(':', 'x').replace('+', 'o')}" if has_name else stem
 
 
 def record_places(
@@ -71,15 +85,15 @@ def record_places(
     """Return the file of every record, and its position there.
 
     Args:
-        order: (level, layer, expert) of the records as they are written.
-        plan: files by level.
+        order: (form, layer, expert) of the records as they are written.
+        plan: files by form.
     """
     places, counts = [], [0] * len(plan)
-    for level, _, _ in order:
-        per_file = len(plan[level][0].records)
-        number, position = divmod(counts[level], per_file)
-        places.append((plan[level][number], position))
-        counts[level] += 1
+    for form, _, _ in order:
+        per_file = len(plan[form][0].records)
+        number, position = divmod(counts[form], per_file)
+        places.append((plan[form][number], position))
+        counts[form] += 1
     return places
 
 

@@ -9,21 +9,19 @@ import numpy as np
 import torch
 import xxhash
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, ExpertRecord
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.form_table import FormRecord
 from moe_tool.artifacts.mask_router import MaskRouter
-from moe_tool.artifacts.routing import FULL
 from moe_tool.errors import CorruptArtifactError, StorageError
 from moe_tool.formats.bundle_checks import (
     REPACK,
-    BundleLevel,
+    BundleForm,
     check_bundle,
     naming,
     skeleton_files,
     skeleton_parts,
 )
-from moe_tool.formats.channel_record import require_chunks
-from moe_tool.formats.expert_form import require_finite
-from moe_tool.formats.expert_record import RecordLayout
+from moe_tool.formats.channel_form import require_chunks
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.integer_parts import are_finite
 from moe_tool.formats.mask_router_file import read_mask_router
@@ -45,28 +43,28 @@ class BundleReader:
         self,
         folder: Path,
         manifest: BundleManifest,
-        levels: tuple[BundleLevel, ...],
+        forms: tuple[BundleForm, ...],
         skeleton: Mapping[str, TensorInfo],
     ) -> None:
         """Use `open`."""
         self.folder = folder
         self.manifest = manifest
-        self.levels = levels
-        """FULL first, then the replicas, then the forms that some experts have instead of FULL's;
-        at last what chooses channels"""
-        n_answering = len(levels) - (manifest.choosers is not None)
-        self.own_levels = (FULL, *range(1 + len(manifest.replicas), n_answering))
-        """Of the experts themselves"""
-        self.chooser_level = n_answering if manifest.choosers is not None else None
-        """None: experts are not in channels"""
+        self.forms = forms
+        """In the order of `manifest.forms`"""
         self._skeleton = skeleton
         self._verified: set[tuple[int, int, int]] = set()  # records that were read and found right
         self._verified_channels: dict[tuple[int, int], np.ndarray] = {}  # [I] bool
         self._expected: set[tuple[int, int]] = set()  # records that the disk was told of
         self._entries = {
-            (level, record.layer, record.expert): record
-            for level, each in enumerate(levels)
-            for record in each.records
+            (held.index, record.layer, record.expert): record
+            for held in forms
+            for record in held.table.records
+        }
+        self._primary_form = {
+            (record.layer, record.expert): held.index
+            for held in forms
+            if held.table.role == "primary"
+            for record in held.table.records
         }
         names = sorted({record.file for record in self._entries.values()})
         with naming(folder):
@@ -83,30 +81,28 @@ class BundleReader:
             StorageError: it cannot be read.
         """
         found = check_bundle(folder)
-        return cls(folder, found.manifest, found.levels, found.skeleton)
-
-    @property
-    def layout(self) -> RecordLayout:
-        """Of the experts' own records."""
-        return self.levels[FULL].form.layout
+        return cls(folder, found.manifest, found.forms, found.skeleton)
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of the experts' own records, without what chooses channels."""
-        return sum(self.levels[level].size_bytes for level in self.own_levels)
+        """Size of the primary records, without channel selectors"""
+        return sum(table.size_bytes for table in self.manifest.primaries)
 
     @property
-    def chooser_bytes(self) -> int:
-        """Bytes of what chooses channels; 0 where nothing does."""
-        return 0 if self.chooser_level is None else self.levels[self.chooser_level].size_bytes
+    def selector_bytes(self) -> int:
+        """Size of the channel selectors; 0 where there are none"""
+        return sum(table.size_bytes for table in self.manifest.selectors)
 
-    def own_record_bytes(self, layer: int) -> list[int]:
-        """Return the size of each expert's own record in a layer; 0 of one that is absent."""
+    def primary_form(self, layer: int, expert: int) -> BundleForm:
+        """Return the primary form of an expert that is stored."""
+        return self.forms[self._primary_form[layer, expert]]
+
+    def primary_record_bytes(self, layer: int) -> list[int]:
+        """Return the size of each expert's primary record in a layer; 0 of one that is removed."""
         sizes = [0] * self.manifest.shape.experts
-        for level in self.own_levels:
-            for record in self.levels[level].records:
-                if record.layer == layer:
-                    sizes[record.expert] = self.levels[level].record_size_bytes
+        for (at, expert), form in self._primary_form.items():
+            if at == layer:
+                sizes[expert] = self.forms[form].record_size_bytes
         return sizes
 
     @property
@@ -119,8 +115,8 @@ class BundleReader:
 
     @property
     def matrix_bytes(self) -> int:
-        """What a forward reads of the skeleton: all but the embedding, of which it reads a row,
-        unless the head is the same table."""
+        """Bytes that a forward reads of the skeleton: all but the embedding, of which it reads a
+        row, unless the head is the same table."""
         sizes = {name: info.size_bytes for name, info in self._skeleton.items()}
         embeddings = sum(size for name, size in sizes.items() if "embed" in name)
         is_tied = not any("lm_head" in name for name in sizes)
@@ -164,9 +160,9 @@ class BundleReader:
             return None
         return read_mask_router(self.folder, self.manifest)
 
-    def record_entry(self, layer: int, expert: int, *, level: int = FULL) -> ExpertRecord:
+    def record_entry(self, layer: int, expert: int, *, form: int) -> FormRecord:
         """Return where a record lies."""
-        return self._entries[level, layer, expert]
+        return self._entries[form, layer, expert]
 
     @property
     def reads_directly(self) -> bool:
@@ -186,7 +182,7 @@ class BundleReader:
         expert: int,
         out: torch.Tensor,
         *,
-        level: int = FULL,
+        form: int,
         n_there: int = 0,
         go_on: GoOn | None = None,
     ) -> None:
@@ -199,7 +195,7 @@ class BundleReader:
             layer: decoder layer.
             expert: of the layer.
             out: uint8 [record_size_bytes], overwritten; 4096-aligned memory saves a copy.
-            level: the form in which the expert is wanted.
+            form: position among `forms` of the form in which the expert is wanted.
             n_there: bytes at the beginning of `out` that are the record's already.
             go_on: asked after each piece; where it gives the read up, `out` holds anything.
 
@@ -208,9 +204,9 @@ class BundleReader:
                 one that was opened; names layer, expert and file.
             StorageError: the disk does not give them.
         """
-        entry = self._entries[level, layer, expert]
-        where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
-        is_known = (level, layer, expert) in self._verified
+        entry = self._entries[form, layer, expert]
+        where = self._where(entry)
+        is_known = (form, layer, expert) in self._verified
         digest = xxhash.xxh3_64()
         if n_there and not is_known:
             digest.update(out[:n_there].numpy().data)
@@ -225,13 +221,11 @@ class BundleReader:
             count = self._files.read_into(
                 entry.file, entry.offset + n_there, out[n_there:], on_piece=in_pieces
             )
-            if count is None:
-                return
-            has_changed = self._files.has_changed(entry.file)
+            has_changed = count is not None and self._files.has_changed(entry.file)
         except OSError as error:
-            raise StorageError(
-                f"{where}: {error.strerror or error}", hint="check the disk"
-            ) from error
+            raise _disk_error(where, error) from error
+        if count is None:
+            return
         if n_there + count < out.numel():
             raise StorageError(
                 f"{where}: the file ended after {n_there + count} of {out.numel()} bytes",
@@ -240,15 +234,21 @@ class BundleReader:
         if has_changed:
             # Even where this record is whole: the manifest in memory may describe another bundle.
             raise _changed(where)
-        if is_known:
-            return
-        if digest.hexdigest() != entry.xxh3:
-            raise CorruptArtifactError(f"{where} is damaged: its hash does not fit", hint=REPACK)
+        if not is_known:
+            self._require_right(form, entry, out, digest.hexdigest())
+
+    def _require_right(self, form: int, entry: FormRecord, record: torch.Tensor, xxh3: str) -> None:
+        if xxh3 != entry.xxh3:
+            raise CorruptArtifactError(
+                f"{self._where(entry)} is damaged: its hash does not fit", hint=REPACK
+            )
         try:
-            require_finite(self.levels[level].form, out)
+            self.forms[form].form.require_finite(record)
         except CorruptArtifactError as error:
-            raise CorruptArtifactError(f"{where}: {error.message}", hint=REPACK) from error
-        self._verified.add((level, layer, expert))
+            raise CorruptArtifactError(
+                f"{self._where(entry)}: {error.message}", hint=REPACK
+            ) from error
+        self._verified.add((form, entry.layer, entry.expert))
 
     def read_channels_into(
         self,
@@ -270,23 +270,22 @@ class BundleReader:
             expert: of the layer.
             weight: the chunks; of `channels`, and of those that come along, overwritten.
             channels: [n] ascending.
-            hashes: [I] uint64, of the expert's chooser.
+            hashes: [I] uint64, of the expert's selector.
 
         Raises:
             CorruptArtifactError, StorageError: as `read_record_into`.
         """
-        entry = self._entries[FULL, layer, expert]
-        where = f"layer {layer} expert {expert} in {self.folder / entry.file}"
+        held = self.primary_form(layer, expert)
+        entry = self._entries[held.index, layer, expert]
+        where = self._where(entry)
         try:
             if (layer, expert) not in self._expected:
                 self._expected.add((layer, expert))
-                self._files.expect(entry.file, entry.offset, self.levels[FULL].record_size_bytes)
+                self._files.expect(entry.file, entry.offset, held.record_size_bytes)
             read = self._files.read_chunks(entry.file, entry.offset, weight.chunks, channels)
             has_changed = self._files.has_changed(entry.file)
         except OSError as error:
-            raise StorageError(
-                f"{where}: {error.strerror or error}", hint="check the disk"
-            ) from error
+            raise _disk_error(where, error) from error
         if has_changed:
             raise _changed(where)
         known = self._verified_channels.setdefault(
@@ -308,7 +307,7 @@ class BundleReader:
             CorruptArtifactError: names the first file or record that differs.
         """
         total = sum(file.size_bytes for file in self.manifest.files)
-        progress.begin("verify", total + sum(level.size_bytes for level in self.levels), "bytes")
+        progress.begin("verify", total + sum(held.size_bytes for held in self.forms), "bytes")
         for entry in self.manifest.files:
             digest = hashlib.sha256()
             with naming(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
@@ -327,11 +326,11 @@ class BundleReader:
         self.mask_router()
         self._verified.clear()
         self._verified_channels.clear()
-        for level, each in enumerate(self.levels):
-            out = torch.empty(each.record_size_bytes, dtype=torch.uint8)
-            for record in each.records:
-                self.read_record_into(record.layer, record.expert, out, level=level)
-                progress.advance(each.record_size_bytes)
+        for held in self.forms:
+            out = torch.empty(held.record_size_bytes, dtype=torch.uint8)
+            for record in held.table.records:
+                self.read_record_into(record.layer, record.expert, out, form=held.index)
+                progress.advance(held.record_size_bytes)
         progress.end()
 
     def close(self) -> None:
@@ -344,12 +343,19 @@ class BundleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _where(self, entry: FormRecord) -> str:
+        return f"layer {entry.layer} expert {entry.expert} in {self.folder / entry.file}"
+
     def _find_damaged_record(self, name: str) -> None:
-        for level, each in enumerate(self.levels):
-            out = torch.empty(each.record_size_bytes, dtype=torch.uint8)
-            for record in each.records:
+        for held in self.forms:
+            out = torch.empty(held.record_size_bytes, dtype=torch.uint8)
+            for record in held.table.records:
                 if record.file == name:
-                    self.read_record_into(record.layer, record.expert, out, level=level)
+                    self.read_record_into(record.layer, record.expert, out, form=held.index)
+
+
+def _disk_error(where: str, error: OSError) -> StorageError:
+    return StorageError(f"{where}: {error.strerror or error}", hint="check the disk")
 
 
 def _changed(where: str) -> CorruptArtifactError:

@@ -1,109 +1,49 @@
-"""Written records as the tables of a manifest."""
+"""Convert written records to the tables of a manifest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from moe_tool.artifacts.bundle_manifest import (
-    ChooserTable,
-    ExpertRecord,
-    OwnTable,
-    ReplicaLayer,
-    ReplicaTable,
-)
-from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import IntegerPrecision, Precision, ReplicaPrecision
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.form_table import FormRecord, FormTable
+from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.formats.bundle_journal import WrittenRecord
-from moe_tool.formats.expert_form import AnyForm
+from moe_tool.formats.bundle_spec import FormPlan
+from moe_tool.formats.record_plan import RecordPlan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordTables:
-    """Fields of a manifest of the same names."""
-
-    records: tuple[ExpertRecord, ...]
-    replicas: tuple[ReplicaTable, ...]
-    others: tuple[OwnTable, ...]
-    choosers: ChooserTable | None
-    errors: tuple[ReplicaLayer, ...] | None
-
-
-def record_tables(
-    shape: MoeShape,
-    forms: Sequence[AnyForm],
-    by_level: Sequence[Sequence[WrittenRecord]],
-    *,
-    replicas: Sequence[ReplicaPrecision],
-    others: Sequence[Precision],
-) -> RecordTables:
+def form_tables(
+    plans: Sequence[FormPlan], records: RecordPlan, written: Sequence[WrittenRecord]
+) -> tuple[FormTable, ...]:
     """Return the tables of all records of a bundle.
 
     Args:
-        shape: of the model.
-        forms: by level: FULL, replicas, others, at last what chooses channels, if anything does.
-        by_level: the records, in file order; none of a base, which lies in the FULL ones.
-        replicas: precisions of their levels.
-        others: precisions of theirs.
+        plans: of the bundle's tables.
+        records: of the same bundle.
+        written: each of its records, in order.
     """
-    first_other = 1 + len(replicas)
-    end_others = first_other + len(others)
-    held = [
-        [_first_bits(record) for record in by_level[FULL]] if _is_base(form) else records
-        for form, records in zip(forms, by_level, strict=True)
-    ]
-    measured = [r for level in (FULL, *range(first_other, end_others)) for r in held[level]]
-    is_measured = any(record.eps is not None for record in measured)
-    return RecordTables(
-        records=_listed(held[FULL]),
-        replicas=tuple(
-            ReplicaTable(
-                precision=precision,
-                record_size_bytes=forms[level].layout.size_bytes,
-                records=_listed(held[level]),
-                prices=_errors(shape, held[level]),
-            )
-            for level, precision in enumerate(replicas, start=1)
-        ),
-        others=tuple(
-            OwnTable(
-                precision=precision,
-                record_size_bytes=forms[level].layout.size_bytes,
-                records=_listed(held[level]),
-            )
-            for level, precision in enumerate(others, start=first_other)
-        ),
-        choosers=ChooserTable(
-            record_size_bytes=forms[end_others].layout.size_bytes,
-            records=_listed(held[end_others]),
-        )
-        if len(forms) > end_others
-        else None,
-        errors=_errors(shape, measured) if is_measured else None,
-    )
-
-
-def _errors(shape: MoeShape, records: Sequence[WrittenRecord]) -> tuple[ReplicaLayer, ...]:
-    """What was measured of one form; 1 where nothing was."""
-    found = {(r.layer, r.expert): r.eps for r in records if r.eps is not None}
+    held: list[list[WrittenRecord]] = [[] for _ in plans]
+    for (form, _, _), record in zip(records.order, written, strict=True):
+        held[form].append(record)
+    nested: dict[AnyPrecision | None, int] = {
+        plan.precision.base: at for at, plan in enumerate(plans) if plan.precision.base
+    }
     return tuple(
-        ReplicaLayer(
-            layer=layer, eps=tuple(found.get((layer, e), 1.0) for e in range(shape.experts))
+        FormTable(
+            role=plan.role,
+            precision=plan.precision,
+            record_size_bytes=records.forms[form].layout.size_bytes,
+            records=tuple(
+                map(_first_bits, held[nested[plan.precision]])
+                if plan.role == "base"
+                else map(_listed, held[form])
+            ),
         )
-        for layer in shape.layers
+        for form, plan in enumerate(plans)
     )
 
 
-def _listed(records: Sequence[WrittenRecord]) -> tuple[ExpertRecord, ...]:
-    """As a manifest has them."""
-    extra = WrittenRecord.model_fields.keys() - ExpertRecord.model_fields.keys()
-    return tuple(ExpertRecord(**each.model_dump(exclude=extra)) for each in records)
+def _listed(record: WrittenRecord) -> FormRecord:
+    return FormRecord(**record.model_dump(exclude={"base_xxh3", "base_eps"}))
 
 
-def _is_base(form: AnyForm) -> bool:
-    precision = form.precision
-    return isinstance(precision, IntegerPrecision) and precision.of_bits is not None
-
-
-def _first_bits(record: WrittenRecord) -> WrittenRecord:
-    """A nested expert's base, as a record of its own."""
-    return record.model_copy(update={"xxh3": record.base_xxh3, "eps": record.base_eps})
+def _first_bits(record: WrittenRecord) -> FormRecord:
+    """Return a nested expert's base as a record of its own."""
+    return _listed(record).model_copy(update={"xxh3": record.base_xxh3, "eps": record.base_eps})

@@ -7,9 +7,10 @@ there names records only once their bytes are on the disk; a resume checks them 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -25,18 +26,9 @@ from moe_tool.artifacts.bundle_manifest import (
     SkeletonTensor,
     TunedWeights,
 )
-from moe_tool.artifacts.identity import ModelIdentity
-from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.bundle_sections import Section
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.artifacts.precision import (
-    ChannelPrecision,
-    ExpertPrecision,
-    IntegerPrecision,
-    NativePrecision,
-    Precision,
-    ReplicaPrecision,
-)
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
@@ -47,29 +39,22 @@ from moe_tool.formats.bundle_files import (
     ExpertFile,
     SkeletonEntry,
     partial_folder,
-    plan_expert_files,
-    record_places,
     safetensors_header,
     split_skeleton,
 )
 from moe_tool.formats.bundle_journal import (
-    BundleOrder,
     WrittenRecord,
     append_to_journal,
     read_journal,
     write_journal,
 )
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.formats.bundle_tables import record_tables
-from moe_tool.formats.expert_form import (
-    AnyForm,
-    chooser_form,
-    full_form,
-    own_form,
-    replica_form,
-)
+from moe_tool.formats.bundle_spec import BundleSpec
+from moe_tool.formats.bundle_tables import form_tables
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.formats.record_file_writer import RecordFileWriter
+from moe_tool.formats.record_form import RecordForm
+from moe_tool.formats.record_plan import plan_records
 
 _SYNC_BYTES = 256 * 2**20
 
@@ -77,58 +62,12 @@ _SYNC_BYTES = 256 * 2**20
 class BundleWriter:
     """One bundle while it is being written."""
 
-    def __init__(
-        self,
-        out: Path,
-        *,
-        identity: ModelIdentity,
-        shape: MoeShape,
-        precision: ExpertPrecision,
-        order: Sequence[tuple[int, int]],
-        replicas: Sequence[ReplicaPrecision] = (),
-        replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
-        others: Sequence[tuple[Precision, Collection[tuple[int, int]]]] = (),
-        absent: Collection[tuple[int, int]] = (),
-        made_from: dict[str, str],
-    ) -> None:
+    def __init__(self, out: Path, spec: BundleSpec) -> None:
         """Use `open`."""
         self._out = out
         self._folder = partial_folder(out)
-        self._asked = BundleOrder(identity, precision, made_from)
-        self._shape = shape
-        self.precision = precision
-        base = precision.base if isinstance(precision, IntegerPrecision) else None
-        if base is not None:  # the first replica, whose records are written with the experts'
-            replicas = (base, *replicas)
-            everybody_else = [order] * (len(replicas) - 1) if replicas_of is None else replicas_of
-            replicas_of = ((), *everybody_else)
-        self._base_bytes = 0 if base is None else replica_form(shape, base).layout.size_bytes
-        self.forms: tuple[AnyForm, ...] = (
-            own_form(shape, precision),
-            *(replica_form(shape, each) for each in replicas),
-            *(full_form(shape, each, is_other=True) for each, _ in others),
-        )
-        has_choosers = isinstance(precision, ChannelPrecision)
-        if isinstance(precision, ChannelPrecision):
-            self.forms += (chooser_form(shape, precision),)
-        """By level"""
-        self._replicas = tuple(replicas)
-        self._others = tuple(precision for precision, _ in others)
-        self._absent = tuple(key for key in order if key in set(absent))
-        everybody = [order] * len(self._replicas)
-        elsewhere = {key for _, keys in others for key in keys} | set(self._absent)
-        most = [key for key in order if key not in elsewhere]
-        cheaper = everybody if replicas_of is None else replicas_of
-        wanted = [set(keys) for keys in (most, *cheaper, *(keys for _, keys in others))]
-        wanted += [set(order)] * has_choosers
-        self._order = [
-            (level, *key) for key in order for level, keys in enumerate(wanted) if key in keys
-        ]
-        self._plan: list[list[ExpertFile]] = [
-            plan_expert_files([key for key in order if key in keys], form.layout, stem=form.stem)
-            for form, keys in zip(self.forms, wanted, strict=True)
-        ]
-        self._places = record_places(self._order, self._plan)
+        self.spec = spec
+        self._plan = plan_records(spec)
         self._records: list[WrittenRecord] = []
         self._unsynced: list[WrittenRecord] = []
         self._unsynced_bytes = 0
@@ -141,34 +80,12 @@ class BundleWriter:
         self.finished = False
 
     @classmethod
-    def open(
-        cls,
-        out: Path,
-        *,
-        identity: ModelIdentity,
-        shape: MoeShape,
-        precision: ExpertPrecision,
-        order: Sequence[tuple[int, int]],
-        replicas: Sequence[ReplicaPrecision] = (),
-        replicas_of: Sequence[Collection[tuple[int, int]]] | None = None,
-        others: Sequence[tuple[Precision, Collection[tuple[int, int]]]] = (),
-        absent: Collection[tuple[int, int]] = (),
-        made_from: dict[str, str],
-    ) -> "BundleWriter":
+    def open(cls, out: Path, spec: BundleSpec) -> "BundleWriter":
         """Begin a bundle, go on with an interrupted one, or find it finished.
 
         Args:
             out: the bundle's folder.
-            identity: of the model.
-            shape: of the model.
-            precision: of the records.
-            order: every (layer, expert) in file order.
-            replicas: how the cheaper forms of experts are written, the dearest first.
-            replicas_of: for each of these the (layer, expert) pairs that get it, at least one;
-                None: all get all.
-            others: experts that have another precision than `precision`; the most bits first.
-            absent: experts that are left out for good.
-            made_from: options and input hashes; a bundle or part of one with others is refused.
+            spec: of the bundle.
 
         Raises:
             UsageError: `out` holds something else, or was made with other options.
@@ -176,18 +93,7 @@ class BundleWriter:
             CorruptArtifactError: what is there is damaged.
             StorageError: the disk refuses.
         """
-        writer = cls(
-            out,
-            identity=identity,
-            shape=shape,
-            precision=precision,
-            order=order,
-            replicas=replicas,
-            replicas_of=replicas_of,
-            others=others,
-            absent=absent,
-            made_from=made_from,
-        )
+        writer = cls(out, spec)
         with storage_errors(writer._folder):
             if out.exists() or out.is_symlink():
                 writer._require_same_finished()
@@ -197,19 +103,24 @@ class BundleWriter:
         return writer
 
     @property
+    def forms(self) -> tuple[RecordForm[Any], ...]:
+        """Forms of the records of each table, in the manifest's order"""
+        return self._plan.forms
+
+    @property
     def n_written(self) -> int:
         """Records written so far, replicas included."""
-        return len(self._order) if self.finished else len(self._records) + len(self._unsynced)
+        return len(self._plan.order) if self.finished else len(self._records) + len(self._unsynced)
 
     @property
     def to_write(self) -> Sequence[tuple[int, int, int]]:
-        """(level, layer, expert) of the records that are still to be written, in order: all forms
+        """(form, layer, expert) of the records that are still to be written, in order: all forms
         of an expert, then the next expert."""
-        return self._order[self.n_written :]
+        return self._plan.order[self.n_written :]
 
     def write_record(
         self,
-        level: int,
+        form: int,
         layer: int,
         expert: int,
         record: torch.Tensor,
@@ -220,19 +131,20 @@ class BundleWriter:
         """Append the next record of the order.
 
         Args:
-            level: of its form.
+            form: position of its table.
             layer: decoder layer.
             expert: of the layer.
             record: uint8 [form's layout.size_bytes].
-            eps: its measured error, see ReplicaLayer; None: not measured.
+            eps: its measured error, see FormRecord; None: not measured.
             base_eps: that of its first bits, where it is nested.
 
         Raises:
             DiskFullError, StorageError: the disk refuses; what was written stays for a resume.
         """
-        assert self._order[self.n_written] == (level, layer, expert)
-        file, position = self._places[self.n_written]
+        assert self._plan.order[self.n_written] == (form, layer, expert)
+        file, position = self._plan.places[self.n_written]
         data = memoryview(record.numpy().data).cast("B")
+        base = data[: self._plan.base_bytes[form]]
         with storage_errors(self._folder / file.name):
             if position == 0:
                 self._open(file, anew=True)
@@ -245,9 +157,7 @@ class BundleWriter:
                     offset=file.offset(position),
                     xxh3=xxhash.xxh3_64_hexdigest(data),
                     eps=eps,
-                    base_xxh3=xxhash.xxh3_64_hexdigest(data[: self._base_bytes])
-                    if level == FULL and self._base_bytes
-                    else None,
+                    base_xxh3=xxhash.xxh3_64_hexdigest(base) if base else None,
                     base_eps=base_eps,
                 )
             )
@@ -258,15 +168,15 @@ class BundleWriter:
             elif self._unsynced_bytes >= _SYNC_BYTES:
                 self._sync()
 
-    def read_back(self, level: int, layer: int, expert: int) -> torch.Tensor:
+    def read_back(self, form: int, layer: int, expert: int) -> torch.Tensor:
         """Return a record that was written, by this run or by the one that it resumes.
 
         Raises:
             StorageError: it cannot be read, or is no longer what was written.
         """
         assert not self.finished
-        number = self._order.index((level, layer, expert))
-        file, position = self._places[number]
+        number = self._plan.order.index((form, layer, expert))
+        file, position = self._plan.places[number]
         entry = [*self._records, *self._unsynced][number]
         path = self._folder / file.name
         with storage_errors(path), open(path, "rb") as opened:
@@ -334,6 +244,7 @@ class BundleWriter:
         prices: tuple[LayerPrices, ...] | None = None,
         plan: PackPlan | None = None,
         lineage: tuple[TunedWeights, ...] = (),
+        sections: Mapping[str, Section] | None = None,
         profile_sha256: str | None,
     ) -> BundleManifest:
         """Write the manifest and give the bundle its name.
@@ -344,53 +255,30 @@ class BundleWriter:
             prices: of leaving an expert out.
             plan: for `run` to follow.
             lineage: what was done to the codes since they were packed.
+            sections: additions by name.
             profile_sha256: where heat and prices come from.
         """
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
-        assert self.n_written == len(self._order)
-        experts = [
-            BundleFile(
-                name=file.name,
-                size_bytes=file.offset(len(file.records)),
-                sha256=self._digests[file.name],
-            )
-            for files in self._plan
-            for file in files
-        ]
-        by_level: list[list[WrittenRecord]] = [[] for _ in self.forms]
-        for (level, _, _), record in zip(self._order, self._records, strict=True):
-            by_level[level].append(record)
-        tables = record_tables(
-            self._shape,
-            self.forms,
-            by_level,
-            replicas=self._replicas,
-            others=self._others,
-        )
+        assert self.n_written == len(self._plan.order)
         manifest = BundleManifest(
             tool_version=__version__,
-            identity=self._asked.identity,
-            shape=self._shape,
-            precision=self.precision,
-            record_size_bytes=self.forms[FULL].layout.size_bytes,
+            identity=self.spec.identity,
+            shape=self.spec.shape,
+            forms=form_tables(self.spec.forms, self._plan, self._records),
+            removed=tuple(key for key in self.spec.order if key in self.spec.removed),
             skeleton=tuple(self._skeleton),
             skeleton_precision=self._skeleton_precision,
             skeleton_linears=self._skeleton_linears,
-            records=tables.records,
-            others=tables.others,
-            absent=self._absent,
-            choosers=tables.choosers,
-            errors=tables.errors,
-            files=(*experts, *self._other_files),
-            made_from=self._asked.made_from,
+            files=(*self._expert_files(), *self._other_files),
+            made_from=dict(self.spec.made_from),
             profile_sha256=profile_sha256,
             heat=heat,
             buddies=buddies,
-            replicas=tables.replicas,
             prices=prices,
             plan=plan,
             lineage=lineage,
+            sections=dict(sections or {}),
         )
         with storage_errors(self._folder):
             write_json_artifact(self._folder / MANIFEST, manifest)
@@ -398,13 +286,18 @@ class BundleWriter:
             self._rename()
         return manifest
 
+    def _expert_files(self) -> Iterator[BundleFile]:
+        for file in chain.from_iterable(self._plan.files):
+            size, digest = file.offset(len(file.records)), self._digests[file.name]
+            yield BundleFile(name=file.name, size_bytes=size, sha256=digest)
+
     def _require_same_finished(self) -> None:
         if not (self._out / MANIFEST).is_file():
             raise UsageError(
                 f"{self._out} exists and is not a bundle", hint="choose another --out, or remove it"
             )
         with BundleReader.open(self._out) as found:
-            self._asked.require_same_bundle(self._out, found.manifest)
+            self.spec.require_same_bundle(self._out, found.manifest)
 
     def _begin_or_resume(self) -> None:
         if self._out.name.endswith(PART_SUFFIX):
@@ -418,11 +311,11 @@ class BundleWriter:
             torn.unlink()
         names = {path.name for path in folder.iterdir()}
         if JOURNAL in names:
-            self._adopt(read_journal(folder, self._asked))
-            write_journal(folder, self._asked, self._records)  # without what a kill tore
+            self._adopt(read_journal(folder, self.spec))
+            write_journal(folder, self.spec, self._records)  # without what a kill tore
         elif MANIFEST in names:  # killed right before the rename
             found = read_json_artifact(folder / MANIFEST, BundleManifest)
-            self._asked.require_same_bundle(folder, found)
+            self.spec.require_same_bundle(folder, found)
             self._rename()
             self._require_same_finished()
             self.finished = True
@@ -432,7 +325,7 @@ class BundleWriter:
                 hint=f"choose another --out, or remove {folder}",
             )
         else:
-            write_journal(folder, self._asked, ())
+            write_journal(folder, self.spec, ())
 
     def _rename(self) -> None:
         sync_folder(self._folder)
@@ -442,9 +335,9 @@ class BundleWriter:
     def _adopt(self, lines: Sequence[bytes]) -> None:
         """Take over the records that are as the journal says, up to the first that is not."""
         for count, line in enumerate(lines):
-            if count >= len(self._order):
+            if count >= len(self._plan.order):
                 return
-            file, position = self._places[count]
+            file, position = self._plan.places[count]
             if position == 0:
                 self._open(file, anew=False)
             record = self._checked(line, file, position)
@@ -454,10 +347,8 @@ class BundleWriter:
             if position == len(file.records) - 1:
                 self._end_file(file)
         held = Counter(record.file for record in self._records)
-        for files in self._plan:
-            for file in files:
-                if file.name in self._open_files:
-                    self._open_files[file.name].cut(held[file.name])
+        for name, opened in self._open_files.items():
+            opened.cut(held[name])
 
     def _checked(self, line: bytes, file: ExpertFile, position: int) -> WrittenRecord | None:
         try:

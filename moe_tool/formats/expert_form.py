@@ -1,206 +1,98 @@
-"""The forms in which a bundle holds an expert: as it is, or as a cheaper replica."""
+"""An expert's record: its matrices in the checkpoint's floats, or as integer codes.
+
+A matrix in floats is one segment of its name; an integer matrix is `NAME.plane0`, `NAME.plane1` ...
+and `NAME.scales`, with zero points `NAME.zeros` (quantization/bit_packing.py); a vector is one
+segment in the checkpoint's dtype.
+
+With a nested precision the record begins with the record of its base, whose scales are here called
+`NAME.base_scales`; what refines it, `NAME.plane1` and `NAME.scales` of every matrix, follows.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName, MoeShape
-from moe_tool.artifacts.precision import (
-    ChannelPrecision,
-    ExpertPrecision,
-    IntegerPrecision,
-    LowRankPrecision,
-    NativePrecision,
-    Precision,
-    ReplicaPrecision,
-    describe_precision,
-)
-from moe_tool.errors import CorruptArtifactError
-from moe_tool.formats.channel_record import (
-    channels_layout,
-    chooser_layout,
-    decode_channels,
-    decode_chooser,
-    has_channels,
-    require_finite_scales,
-)
-from moe_tool.formats.expert_record import (
-    QuantizeExpert,
-    RecordLayout,
-    decode_record,
-    encode_record,
-    nearest,
-    record_layout,
-    require_finite_segments,
-)
-from moe_tool.formats.integer_parts import is_factor
-from moe_tool.quantization.low_rank import LOW_RANK_TENSORS
-from moe_tool.quantization.weights import ExpertWeights
+from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
+from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision
+from moe_tool.formats.integer_parts import integer_parts, is_factor, join_integer_parts
+from moe_tool.formats.record_layout import RecordLayout, lay_out
+from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelForm:
-    """How experts in channels are written: the channels, or what chooses them."""
+class NativeForm:
+    """Experts in the checkpoint's floats."""
 
-    precision: ChannelPrecision
-    shape: MoeShape
     layout: RecordLayout
-    stem: str
-    """Of the names of its files"""
-    is_chooser: bool
 
-    @property
-    def name(self) -> str:
-        """For tables: up2:4"""
-        return describe_precision(self.precision)
+    @classmethod
+    def of(cls, shape: MoeShape, precision: NativePrecision) -> "NativeForm":
+        """Return the form of a model's experts."""
+        return cls(layout=lay_out([(t.name, shape.dtype, t.shape) for t in shape.expert_tensors]))
+
+    def encode(self, content: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
+        """Return a record, uint8 [layout.size_bytes]."""
+        return self.layout.fill(lambda name: content[name].part(""))
 
     def decode(self, record: torch.Tensor) -> ExpertWeights:
-        """Return an expert's channels as views into `record`; a chooser is no expert."""
-        assert not self.is_chooser
-        return decode_channels(self.layout, record, self.shape, self.precision)
+        """Return an expert whose weights are views into `record`."""
+        views = self.layout.views(record)
+        return ExpertWeights({name: FloatWeight(values=view) for name, view in views.items()})
+
+    def require_finite(self, record: torch.Tensor) -> None:
+        """Accept everything: the checkpoint's numbers are kept as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertForm:
-    """How the records of one level are written."""
+class IntegerForm:
+    """Experts as integer codes."""
 
-    precision: Precision | LowRankPrecision
+    precision: IntegerPrecision
     tensors: tuple[ExpertTensor, ...]
     layout: RecordLayout
-    stem: str
-    """Of the names of its files"""
 
-    @property
-    def stored_precision(self) -> Precision:
-        """Of the record's tensors: those of a low-rank map are floats as they are."""
-        return NativePrecision() if isinstance(self.precision, LowRankPrecision) else self.precision
+    @classmethod
+    def of(cls, shape: MoeShape, precision: IntegerPrecision) -> "IntegerForm":
+        """Return the form of a model's experts."""
+        parts: list[tuple[str, str, tuple[int, ...]]] = []
+        refinements: list[tuple[str, str, tuple[int, ...]]] = []
+        for tensor in shape.expert_tensors:
+            if len(tensor.shape) != 2:
+                parts.append((tensor.name, shape.dtype, tensor.shape))
+                continue
+            for part in integer_parts(tensor.name, *tensor.shape, precision):
+                into = refinements if part.is_refinement else parts
+                into.append((part.name, part.dtype, part.shape))
+        layout = lay_out(parts + refinements)
+        return cls(precision=precision, tensors=shape.expert_tensors, layout=layout)
 
-    @property
-    def name(self) -> str:
-        """For tables: native, 4, 2:128, rank16"""
-        return describe_precision(self.precision)
+    def encode(self, content: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
+        """Return a record, uint8 [layout.size_bytes]."""
 
-    def encode(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        *,
-        quantize_expert: QuantizeExpert = nearest,
-    ) -> torch.Tensor:
-        """Return a record, uint8 [layout.size_bytes]; see `encode_record`."""
-        return encode_record(
-            self.layout, weights, self.stored_precision, quantize_expert=quantize_expert
-        )
+        def values(segment: str) -> torch.Tensor:
+            name, _, part = segment.partition(".")
+            return content[name].part(part)
+
+        return self.layout.fill(values)
 
     def decode(self, record: torch.Tensor) -> ExpertWeights:
-        """Return an expert whose weights are views into `record`, uint8 [layout.size_bytes]."""
-        return decode_record(self.layout, record, self.stored_precision, self.tensors)
-
-
-AnyForm = ExpertForm | ChannelForm
-
-
-def require_finite(form: AnyForm, record: torch.Tensor) -> None:
-    """Refuse a record whose scales, thresholds or map hold NaN or infinity.
-
-    Raises:
-        CorruptArtifactError: names the segment.
-    """
-    if isinstance(form, ChannelForm):
-        if form.is_chooser:
-            require_finite_segments(
-                form.layout, record, names=lambda name: is_factor(name) or name == "thresholds"
+        """Return an expert whose weights are views into `record`."""
+        views = self.layout.views(record)
+        weights = ExpertWeights()
+        for tensor in self.tensors:
+            if len(tensor.shape) != 2:
+                weights[tensor.name] = FloatWeight(values=views[tensor.name])
+                continue
+            weights[tensor.name] = join_integer_parts(
+                tensor.name, *tensor.shape, self.precision, views.__getitem__
             )
-            decode_chooser(form.layout, record, form.shape, form.precision)
-        else:
-            found = decode_channels(form.layout, record, form.shape, form.precision)
-            require_finite_scales(found.channels)
-        return
-    is_map = isinstance(form.precision, LowRankPrecision)
-    require_finite_segments(form.layout, record, names=lambda name: is_map or is_factor(name))
+        return weights
 
+    def require_finite(self, record: torch.Tensor) -> None:
+        """Refuse scales and zero points that are NaN or infinite.
 
-def full_form(shape: MoeShape, precision: Precision, *, is_other: bool = False) -> ExpertForm:
-    """Return the form of the experts themselves.
-
-    Args:
-        shape: of the model.
-        precision: of their matrices.
-        is_other: most experts have another precision.
-    """
-    stem = f"experts-{_word(precision)}" if is_other else "experts"
-    return _form(shape.expert_tensors, shape.dtype, precision, precision, stem)
-
-
-def own_form(shape: MoeShape, precision: ExpertPrecision) -> AnyForm:
-    """Return the form of most experts: `full_form`, or their channels.
-
-    Raises:
-        CorruptArtifactError: channels of a model whose experts have none.
-    """
-    if not isinstance(precision, ChannelPrecision):
-        return full_form(shape, precision)
-    _require_channels(shape)
-    return ChannelForm(
-        precision=precision,
-        shape=shape,
-        layout=channels_layout(shape, precision),
-        stem="experts",
-        is_chooser=False,
-    )
-
-
-def chooser_form(shape: MoeShape, precision: ChannelPrecision) -> ChannelForm:
-    """Return the form of what chooses channels.
-
-    Raises:
-        CorruptArtifactError: the model's experts have no channels.
-    """
-    _require_channels(shape)
-    return ChannelForm(
-        precision=precision,
-        shape=shape,
-        layout=chooser_layout(shape, precision),
-        stem="choosers",
-        is_chooser=True,
-    )
-
-
-def _require_channels(shape: MoeShape) -> None:
-    if not has_channels(shape.expert_tensors):
-        raise CorruptArtifactError(
-            "channels of experts that have no joined gate and up projection",
-            hint="pack the bundle again with moe-tool pack",
-        )
-
-
-def replica_form(shape: MoeShape, precision: ReplicaPrecision) -> ExpertForm:
-    """Return the form of a cheaper answer in an expert's place."""
-    stem = f"replicas-{_word(precision)}"
-    if isinstance(precision, IntegerPrecision):
-        return _form(shape.expert_tensors, shape.dtype, precision, precision, stem)
-    sizes = {"rank": precision.rank, "hidden": shape.hidden}
-    tensors = tuple(
-        ExpertTensor(name=name, shape=tuple(sizes[extent] for extent in extents))
-        for name, extents in LOW_RANK_TENSORS.items()
-    )
-    return _form(tensors, "float16", NativePrecision(), precision, stem)
-
-
-def _word(precision: Precision | LowRankPrecision) -> str:
-    return describe_precision(precision).replace(":", "x")
-
-
-def _form(
-    tensors: tuple[ExpertTensor, ...],
-    dtype: FloatName,
-    stored: Precision,
-    precision: Precision | LowRankPrecision,
-    stem: str,
-) -> ExpertForm:
-    return ExpertForm(
-        precision=precision,
-        tensors=tensors,
-        layout=record_layout(tensors, dtype, stored),
-        stem=stem,
-    )
+        Raises:
+            CorruptArtifactError: names the segment.
+        """
+        self.layout.require_finite(record, names=is_factor)

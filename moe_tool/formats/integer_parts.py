@@ -9,14 +9,10 @@ import torch
 
 from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, plane_bytes, plane_widths
-from moe_tool.quantization.weights import IntegerWeight
+from moe_tool.quantization.weights import BASE_SCALES, PLANE, SCALES, ZEROS, IntegerWeight
 
-_SCALES = "scales"
-_ZEROS = "zeros"
-_BASE_SCALES = "base_scales"
 _EXPONENT = 0x7C00
-"""Of a float16 number: all bits set in NaN and infinity"""
-_PLANE = "plane"
+"""Exponent bits of a float16 number: all set in NaN and infinity"""
 _DTYPES = {"uint8": torch.uint8, "float16": torch.float16}
 _SAFETENSORS = {"uint8": "U8", "float16": "F16"}
 
@@ -30,11 +26,11 @@ class IntegerPart:
     """uint8 or float16"""
     shape: tuple[int, ...]
     is_refinement: bool = False
-    """Of a nested matrix: what its base does without"""
+    """Part of a nested matrix that its base does without"""
 
     @property
     def safetensors_dtype(self) -> str:
-        """What a safetensors header calls the dtype."""
+        """Name of the dtype in a safetensors header."""
         return _SAFETENSORS[self.dtype]
 
     @property
@@ -55,7 +51,7 @@ def integer_parts(
     is_nested = precision.base_bits is not None
     planes = [
         IntegerPart(
-            name=f"{name}.{_PLANE}{index}",
+            name=f"{name}.{PLANE}{index}",
             dtype="uint8",
             shape=(plane_bytes(n_outputs, n_inputs, bits),),
             is_refinement=is_nested and index > 0,
@@ -63,8 +59,8 @@ def integer_parts(
         for index, bits in enumerate(plane_widths(precision.width_bits))
     ]
     shape = (n_row_blocks(n_outputs), -(-n_inputs // precision.group), ROWS)
-    factors = [_SCALES]
-    factors += [_ZEROS] * precision.zeros + [_BASE_SCALES] * is_nested
+    factors = [SCALES]
+    factors += [ZEROS] * precision.zeros + [BASE_SCALES] * is_nested
     return (
         *planes,
         *(
@@ -72,7 +68,7 @@ def integer_parts(
                 name=f"{name}.{each}",
                 dtype="float16",
                 shape=shape,
-                is_refinement=is_nested and each == _SCALES,
+                is_refinement=is_nested and each == SCALES,
             )
             for each in factors
         ),
@@ -81,7 +77,7 @@ def integer_parts(
 
 def is_factor(name: str) -> bool:
     """Return whether a part of this name holds scales or zero points."""
-    return name.endswith((f".{_SCALES}", f".{_ZEROS}", f".{_BASE_SCALES}"))
+    return name.endswith((f".{SCALES}", f".{ZEROS}", f".{BASE_SCALES}"))
 
 
 def join_integer_parts(
@@ -99,25 +95,15 @@ def join_integer_parts(
     parts = integer_parts(name, n_outputs, n_inputs, precision)
     return IntegerWeight(
         planes=tuple(read(part.name) for part in parts if not part.is_factor),
-        scales=read(f"{name}.{_SCALES}"),
-        zeros=read(f"{name}.{_ZEROS}") if precision.zeros else None,
-        base_scales=None if precision.base_bits is None else read(f"{name}.{_BASE_SCALES}"),
+        scales=read(f"{name}.{SCALES}"),
+        zeros=read(f"{name}.{ZEROS}") if precision.zeros else None,
+        base_scales=None if precision.base_bits is None else read(f"{name}.{BASE_SCALES}"),
         width_bits=precision.width_bits,
         of_bits=precision.of_bits,
         group=precision.group,
         n_outputs=n_outputs,
         n_inputs=n_inputs,
     )
-
-
-def integer_part(weight: IntegerWeight, name: str) -> torch.Tensor:
-    """Return the part of a matrix that is stored under this name."""
-    part = name.rpartition(".")[2]
-    if part.startswith(_PLANE):
-        return weight.planes[int(part.removeprefix(_PLANE))]
-    found = {_SCALES: weight.scales, _ZEROS: weight.zeros, _BASE_SCALES: weight.base_scales}[part]
-    assert found is not None
-    return found
 
 
 def are_finite(scales: torch.Tensor) -> bool:

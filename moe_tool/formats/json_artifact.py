@@ -125,26 +125,20 @@ def _require_kind(path: Path, parsed: dict[str, Any], wanted: str, remedy: str) 
 
 
 def _require_experts_fit(path: Path, parsed: dict[str, Any], remedy: str) -> None:
-    """A record per expert, by numbers alone, before anything is counted out by them."""
-    shape, records = parsed.get("shape"), parsed.get("records")
-    if not isinstance(shape, dict) or not isinstance(records, list):
+    """A primary record per expert that is not removed, by numbers alone, before anything is counted
+    out by them."""
+    shape, forms = parsed.get("shape"), parsed.get("forms")
+    if not isinstance(shape, dict) or not isinstance(forms, list):
         return
     layers, experts = shape.get("layers"), shape.get("experts")
     if not isinstance(layers, list) or not isinstance(experts, int):
         return
-    count = len(records) + _n_elsewhere(parsed)
+    primaries = [f for f in forms if isinstance(f, dict) and f.get("role") == "primary"]
+    lists = [parsed.get("removed"), *(table.get("records") for table in primaries)]
+    count = sum(len(found) for found in lists if isinstance(found, list))
     if len(layers) * experts != count:
         raise CorruptArtifactError(
             f"{path} is damaged: it has {count} records "
             f"for {len(layers)} layers of {quoted(experts)} experts",
             hint=remedy,
         )
-
-
-def _n_elsewhere(parsed: dict[str, Any]) -> int:
-    """Experts that have another number of bits than most, or are left out."""
-    absent, others = parsed.get("absent"), parsed.get("others")
-    lists = [absent]
-    if isinstance(others, list):
-        lists += [other.get("records") for other in others if isinstance(other, dict)]
-    return sum(len(found) for found in lists if isinstance(found, list))

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import BundleFile, BundleManifest, LearnedPruning
+from moe_tool.artifacts.bundle_manifest import BundleFile, BundleManifest
+from moe_tool.artifacts.bundle_sections import MASK_ROUTER, LearnedPruning, Section
 from moe_tool.artifacts.mask_router import (
     MASK_ROUTER_PARTS,
     LayerMaskRouter,
@@ -52,9 +53,9 @@ def write_mask_router(
     atomic_write_bytes(folder / name, data)
     kept = [file for file in manifest.files if not MASK_ROUTER_NAME.fullmatch(file.name)]
     entry = BundleFile(name=name, size_bytes=len(data), sha256=digest)
-    written = manifest.model_copy(
-        update={"files": (*kept, entry), "pruning": learned.model_copy(update={"file": name})}
-    )
+    body = learned.model_copy(update={"file": name}).model_dump(mode="json")
+    sections = manifest.sections | {MASK_ROUTER: Section(required=False, body=body)}
+    written = manifest.model_copy(update={"files": (*kept, entry), "sections": sections})
     write_json_artifact(folder / MANIFEST, written)
     with storage_errors(folder):
         for path in folder.iterdir():
@@ -71,10 +72,11 @@ def read_mask_router(folder: Path, manifest: BundleManifest) -> MaskRouter:
             holds NaN or infinity.
         NotFoundError, StorageError: it cannot be read.
     """
-    assert manifest.pruning is not None
-    path = folder / manifest.pruning.file
+    pruning = manifest.pruning
+    assert pruning is not None
+    path = folder / pruning.file
     again = f"train it again with moe-tool tune pruning {folder}/ --data ..."
-    entry = next(file for file in manifest.files if file.name == manifest.pruning.file)
+    entry = next(file for file in manifest.files if file.name == pruning.file)
     data = read_capped(path, limit_bytes=entry.size_bytes, remedy=again)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise CorruptArtifactError(f"{path} is damaged: its sha256 does not fit", hint=again)

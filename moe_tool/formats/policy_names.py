@@ -1,4 +1,4 @@
-"""The policies that a file names: ones that there are, with parameters that they can have."""
+"""Check that policies and quantizers named in a file exist and can have its parameters."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import MissChoice, parse_miss_policy
+from moe_tool.quantizers.registry import QUANTIZERS
 
 
 def named_eviction(path: Path, name: str, *, remedy: str) -> EvictionChoice:
@@ -47,7 +48,7 @@ def read_plan(path: Path) -> PackPlan:
 
 
 def require_plan_names(path: Path, plan: PackPlan, *, remedy: str) -> None:
-    """Refuse a plan that names policies or replicas that there are none of.
+    """Refuse a plan that names policies, replicas or a quantizer that there are none of.
 
     Raises:
         CorruptArtifactError: the file that holds it is at fault.
@@ -55,6 +56,8 @@ def require_plan_names(path: Path, plan: PackPlan, *, remedy: str) -> None:
     named_eviction(path, plan.eviction, remedy=remedy)
     if plan.policy is not None:
         named_miss_policy(path, plan.policy, remedy=remedy)
+    if plan.quantizer not in QUANTIZERS:
+        raise CorruptArtifactError(f"{path} names a quantizer that there is none of", hint=remedy)
     try:
         replica_precisions(plan.replicas)
     except ValueError as error:

@@ -62,7 +62,7 @@ _GROUPS: dict[str, type[RoutingCounts] | type[ProbeStatistics]] = {
 
 
 class ProfileHeader(FrozenModel):
-    """What a profile was recorded from, in the root attribute `header` as JSON."""
+    """The origin of a profile, in the root attribute `header` as JSON."""
 
     identity: ModelIdentity
     shape: MoeShape

@@ -1,4 +1,4 @@
-"""What datasets a profile of a model must have, of which shape and dtype."""
+"""The datasets that a profile of a model must have, with shape and dtype."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
+from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 from moe_tool.native.channels import read_runs
 
 PIECE_BYTES = 4 * 2**20
-"""What is read at a time: 2 ms of a disk of 2 GB/s. One thread alone takes 4 % longer for a record
+"""Size of one read: 2 ms of a disk of 2 GB/s. One thread alone takes 4 % longer for a record
 of 26 MB than in one go, but who looks at a piece does so while another thread's is read."""
 OnPiece = Callable[[memoryview], bool]
 """Shown every piece as it comes, in order; False gives the read up."""
@@ -28,7 +28,7 @@ _Identity = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelRead:
-    """What a read of some channels brought."""
+    """The result of reading some channels."""
 
     channels: np.ndarray
     """[n] int64 ascending: those that were asked for, and what lay in short gaps between them"""

@@ -8,7 +8,6 @@ from pydantic import ValidationError
 
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
-from moe_tool.formats.expert_record import record_layout
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.hostile_hdf5 import (
     child_dataset,
@@ -20,14 +19,15 @@ from moe_tool.formats.hostile_hdf5 import (
 )
 from moe_tool.formats.json_artifact import first_complaint
 from moe_tool.formats.policy_names import named_eviction
+from moe_tool.formats.record_form import record_form
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.policies.eviction import EvictionChoice
 
 RUN_TRACE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
 _MAX_UNSCORED_EXPERTS = 2**16
-"""Of all layers, where no scores in the file show that they exist; twice those of the largest
-models"""
+"""Limit on the experts of all layers, where no scores in the file show that they exist; twice those
+of the largest models"""
 _DTYPES: dict[str, type[np.generic]] = {
     "layer": np.int32,
     "is_decode": np.bool_,
@@ -111,7 +111,7 @@ def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
 
 
 def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
-    """What does not fit, None where all does."""
+    """Say what does not fit; None where all does."""
     n_calls, n_layers, n_experts = len(calls.layer), len(header.shape.layers), header.shape.experts
     n_keys = n_layers * n_experts
     if calls.layer.ndim != 1 or calls.is_decode.shape != (n_calls,):
@@ -143,7 +143,7 @@ def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
 
 
 def _size_complaint(header: RunTraceHeader, choice: EvictionChoice, n_scores: int) -> str | None:
-    """What of the numbers that memory is laid out by does not fit the file, None where all does."""
+    """Say which number that memory is laid out by does not fit the file; None where all do."""
     shape = header.shape
     n_experts = len(shape.layers) * shape.experts
     if n_experts > max(_MAX_UNSCORED_EXPERTS, n_scores):
@@ -151,7 +151,7 @@ def _size_complaint(header: RunTraceHeader, choice: EvictionChoice, n_scores: in
     n_left, n_layers = header.n_slots - len(header.pinned), len(shape.layers)
     if choice.per_layer and 0 < n_left < n_layers:
         return f"{n_left} slots are not one for each of {n_layers} layers"
-    layout = record_layout(shape.expert_tensors, shape.dtype, header.precision)
+    layout = record_form(shape, header.precision).layout
     if layout.size_bytes != header.record_size_bytes:
         return f"a record has {header.record_size_bytes} bytes, its shape makes {layout.size_bytes}"
     return None

@@ -62,7 +62,7 @@ _AGAIN = "copy or download the file again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """The place of one tensor."""
 
     name: str
     dtype: str

@@ -21,7 +21,7 @@ _ORDER_BYTES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """What was reached."""
+    """The progress of a training."""
 
     step: int
     """Steps that are done"""

@@ -86,11 +86,11 @@ def measure_disk(
         ("sequential", sequential_bytes),
         *(("random", size) for size in random_bytes),
     ]
-    order = np.random.default_rng(0)
-    rows = []
+    n_readings = len(kinds) * len(READERS) * repetitions
     with storage_errors(folder), _test_file(folder, file_bytes, progress) as file:
-        progress.begin("read the test file", len(kinds) * len(READERS) * repetitions, "readings")
-        buffers = _buffers(max(size for _, size in kinds))
+        progress.begin("read the test file", n_readings, "readings")
+        buffers, order = _buffers(max(size for _, size in kinds)), np.random.default_rng(0)
+        rows = []
         for pattern, size in kinds:
             targets = [buffer[:size] for buffer in buffers]
             for readers in READERS:
@@ -103,13 +103,9 @@ def measure_disk(
                     else:
                         rates.append(_read(file, reads * size, targets[:readers], pass_s))
                     progress.advance()
+                rate = statistics.median(rates)
                 rows.append(
-                    DiskSpeed(
-                        pattern=pattern,
-                        read_bytes=size,
-                        readers=readers,
-                        bytes_per_s=statistics.median(rates),
-                    )
+                    DiskSpeed(pattern=pattern, read_bytes=size, readers=readers, bytes_per_s=rate)
                 )
         progress.end()
     return tuple(rows)
@@ -154,7 +150,7 @@ def _buffers(size_bytes: int) -> list[torch.Tensor]:
     """Memory to read into, as a store's: on large pages, without which large reads took up to three
     times as long. Written to, so that faults belong to nobody's time."""
     pool = SlotPool(n_slots=_N_BUFFERS, slot_size_bytes=size_bytes)
-    return [pool.view(slot).zero_() for slot in range(pool.n_slots)]
+    return [pool.view(slot).zero_() for slot in range(_N_BUFFERS)]
 
 
 def _read_bursts(

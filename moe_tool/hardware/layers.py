@@ -10,7 +10,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ import torch
 from transformers import MixtralConfig, PreTrainedModel
 
 from moe_tool.artifacts.hardware_profile import REST_S, Bits
-from moe_tool.experts.combine import run_experts
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.experts.linear import computes_natively, linear
 from moe_tool.hardware.experts import SiluGatedModule, use_threads
@@ -42,6 +41,7 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 Call = Callable[[], object]
+_Weight = FloatWeight | IntegerWeight
 _VOCABULARY, _N_EXPERTS, _TOP_K = 256, 8, 2
 _DEPTH = 16
 _WARM_UP_TOKENS = 2
@@ -101,28 +101,13 @@ def measure_layers(
     inner = _inner(bits, shape)
     records = cut_records(block, bits, shape.hidden, inner)
     model, layers = _build_model(block, bits, shape)
-    turns = itertools.cycle(records)
-
-    def next_records(wanted: list[int]) -> Iterator[tuple[int, Mapping[str, _Weight]]]:
-        return ((expert, next(turns)) for expert in wanted)
-
-    def run(call: LayerCall) -> torch.Tensor:
-        return run_experts(call.module, call.hidden, call.index, call.weight, next_records)
-
-    slept: list[float] = []
-
-    def run_rested(call: LayerCall) -> torch.Tensor:
-        start = time.perf_counter()
-        time.sleep(REST_S)
-        slept.append(time.perf_counter() - start)
-        return run(call)
-
+    answers = _Answers(records)
     matrices = _matrices(model)
     x = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))
     module = SiluGatedModule()
 
     def one_expert() -> torch.Tensor:
-        return expert_forward(module, next(turns), x)
+        return expert_forward(module, answers.next(), x)
 
     per_layer = len(matrices) // shape.n_layers
     with_experts: list[Call] = []
@@ -130,8 +115,13 @@ def measure_layers(
         with_experts += [*matrices[start : start + per_layer], *[one_expert] * _TOP_K]
     progress.begin("decode layer by layer", 3 * n_tokens, "tokens")
     warm, cold, rested = (
-        _beside(model, layers, answer, alone, n_tokens, budget_s, slept, progress) / shape.n_layers
-        for answer, alone in ((_nothing, matrices), (run, with_experts), (run_rested, with_experts))
+        _beside(model, layers, answer, alone, n_tokens, budget_s, answers.slept, progress)
+        / shape.n_layers
+        for answer, alone in (
+            (_nothing, matrices),
+            (answers.run, with_experts),
+            (answers.run_rested, with_experts),
+        )
     )
     progress.end()
     warm = max(warm, _LEAST_S)
@@ -143,7 +133,32 @@ def measure_layers(
     )
 
 
-_Weight = FloatWeight | IntegerWeight
+class _Answers:
+    """Experts' answers to calls, with the next records in turn."""
+
+    def __init__(self, records: Sequence[Mapping[str, _Weight]]) -> None:
+        self._turns = itertools.cycle(records)
+        self.slept: list[float] = []
+        """Seconds of each sleep"""
+
+    def next(self) -> Mapping[str, _Weight]:
+        """Return the next expert."""
+        return next(self._turns)
+
+    def run(self, call: LayerCall) -> torch.Tensor:
+        """Answer a call."""
+
+        def supply(wanted: list[int]) -> Iterator[tuple[int, Mapping[str, _Weight]]]:
+            return ((expert, self.next()) for expert in wanted)
+
+        return call.run_experts(supply)
+
+    def run_rested(self, call: LayerCall) -> torch.Tensor:
+        """Answer a call after a sleep."""
+        start = time.perf_counter()
+        time.sleep(REST_S)
+        self.slept.append(time.perf_counter() - start)
+        return self.run(call)
 
 
 def _inner(bits: Bits, shape: LayerShape) -> int:

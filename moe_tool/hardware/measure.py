@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from moe_tool import __version__
-from moe_tool.artifacts.hardware_profile import HardwareProfile, LookupSpeed
+from moe_tool.artifacts.hardware_profile import ExpertSpeed, HardwareProfile, LookupSpeed
 from moe_tool.available_memory import available_memory_bytes
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError
 from moe_tool.hardware.disk import measure_disk
 from moe_tool.hardware.experts import Shape, measure_experts
 from moe_tool.hardware.gpu import measure_gpu
-from moe_tool.hardware.layers import LayerShape, measure_layers
+from moe_tool.hardware.layers import LayerShape, LayerTimes, measure_layers
 from moe_tool.hardware.memory import measure_memory
 from moe_tool.hardware.synthetic_records import make_block
 from moe_tool.native.kernels import kernels_in_use, set_threads
@@ -97,15 +97,9 @@ def measure_hardware(
     effort = QUICK if quick else FULL
     kernels = kernels_in_use()
     cores = len(os.sched_getaffinity(0))
-    threads = _thread_counts(cores)
     block_bytes = max(effort.block_bytes, _CACHES_TO_FILL * _last_level_cache_bytes())
     _require_memory(max(effort.memory_bytes, block_bytes) + _ROOM_BYTES)
-    load = os.getloadavg()[0]
-    if load > _BUSY_LOAD:
-        progress.note(
-            f"the load was {load:.2f} over the last minute: what other programs take is missing "
-            f"from the figures; measure again when it is below {_BUSY_LOAD}"
-        )
+    _warn_of_load(progress)
     torch_threads = torch.get_num_threads()
     try:
         disk = measure_disk(
@@ -115,31 +109,14 @@ def measure_hardware(
             progress=progress,
         )
         memory = measure_memory(
-            threads,
+            _thread_counts(cores),
             size_bytes=effort.memory_bytes,
             repetitions=effort.repetitions,
             progress=progress,
         )
         set_threads(cores)
         lookup = _lookup_speeds()  # before experts: it chooses what computes them
-        block = make_block(block_bytes)
-        experts = measure_experts(
-            block,
-            threads=sorted({1, cores}),
-            tokens=effort.tokens,
-            repetitions=effort.repetitions,
-            budget_s=effort.expert_s,
-            shapes=effort.expert_shapes,
-            progress=progress,
-        )
-        layer = measure_layers(
-            block,
-            n_threads=cores,
-            n_tokens=effort.decoded_tokens,
-            budget_s=effort.decode_s,
-            shape=effort.layer_shape,
-            progress=progress,
-        )
+        experts, layer = _measure_compute(effort, cores, block_bytes, progress)
     finally:
         torch.set_num_threads(torch_threads)
         set_threads(cores)
@@ -160,6 +137,39 @@ def measure_hardware(
         cold_bytes=layer.cold_bytes,
         gpu=measure_gpu(progress=progress),
     )
+
+
+def _warn_of_load(progress: Progress) -> None:
+    load = os.getloadavg()[0]
+    if load > _BUSY_LOAD:
+        progress.note(
+            f"the load was {load:.2f} over the last minute: what other programs take is missing "
+            f"from the figures; measure again when it is below {_BUSY_LOAD}"
+        )
+
+
+def _measure_compute(
+    effort: Effort, cores: int, block_bytes: int, progress: Progress
+) -> tuple[tuple[ExpertSpeed, ...], LayerTimes]:
+    block = make_block(block_bytes)
+    experts = measure_experts(
+        block,
+        threads=sorted({1, cores}),
+        tokens=effort.tokens,
+        repetitions=effort.repetitions,
+        budget_s=effort.expert_s,
+        shapes=effort.expert_shapes,
+        progress=progress,
+    )
+    layer = measure_layers(
+        block,
+        n_threads=cores,
+        n_tokens=effort.decoded_tokens,
+        budget_s=effort.decode_s,
+        shape=effort.layer_shape,
+        progress=progress,
+    )
+    return experts, layer
 
 
 def _lookup_speeds() -> tuple[LookupSpeed, ...]:

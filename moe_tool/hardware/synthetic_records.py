@@ -3,7 +3,7 @@ turn."""
 
 import torch
 
-from moe_tool.artifacts.bundle_manifest import ALIGNMENT_BYTES
+from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 from moe_tool.artifacts.hardware_profile import Bits
 from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, plane_bytes, plane_widths
 from moe_tool.quantization.round_to_nearest import GROUP

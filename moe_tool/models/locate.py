@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import NotFoundError, UnsupportedModelError
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.foreign_files import foreign_file

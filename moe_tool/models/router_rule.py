@@ -37,24 +37,26 @@ def router_rule(modules: MoeLayerModules, config: PreTrainedConfig) -> RouterRul
     return None if make is None else make(modules)
 
 
-def weights_of_sets(rule: RouterRule, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def weights_of_sets(
+    rule: RouterRule, logits: torch.Tensor, index: torch.Tensor, present: torch.Tensor
+) -> torch.Tensor:
     """Return the weights that the rule gives sets of different sizes, [T, K] float32; 0 at empty
     slots.
 
     Args:
         rule: of the layer.
         logits: [T, E] float32.
-        index: [T, K] int64; -1 where a slot is empty.
+        index: [T, K] int64.
+        present: [T, K] bool: False where a slot is empty.
     """
-    is_filled = index >= 0  # [T, K]
-    if bool(is_filled.all()):
+    if bool(present.all()):
         return rule.weights(logits, index)
     weights = torch.zeros(index.shape)
-    sizes = is_filled.sum(dim=1)
+    sizes = present.sum(dim=1)
     for size in sorted(set(sizes.tolist()) - {0}):
         row = torch.nonzero(sizes == size).flatten()
         # Filled slots first, in their order.
-        position = (~is_filled[row]).int().argsort(dim=1, stable=True)[:, :size]
+        position = (~present[row]).int().argsort(dim=1, stable=True)[:, :size]
         found = rule.weights(logits[row], index[row].gather(1, position))
         weights[row] = weights[row].scatter(1, position, found.float())
     return weights

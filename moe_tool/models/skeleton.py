@@ -3,12 +3,14 @@ in."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.experts.combine import Supply, run_experts
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.meta_model import CALL_ATTRIBUTE
 from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters
@@ -33,6 +35,23 @@ class LayerCall:
     """[T, K]"""
     router_logits: torch.Tensor | None
     """[T, E]; None when the router was not asked before its experts."""
+
+    def find_present(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a valid expert for each slot, [T, K], and which slots name an expert, [T, K] bool,
+        None: all of them."""
+        n_experts: Any = self.module.num_experts
+        if len(self.index) == 1:  # a token at a time: without another operation of torch
+            highest = max(self.index.tolist()[0])
+        else:
+            highest = int(self.index.max()) if self.index.numel() else 0
+        if highest < n_experts:
+            return self.index, None
+        return self.index.clamp(max=n_experts - 1), self.index < n_experts
+
+    def run_experts(self, supply: Supply) -> torch.Tensor:
+        """Return the weighted sum of the experts' outputs, [T, H], see `combine.run_experts`."""
+        index, present = self.find_present()
+        return run_experts(self.module, self.hidden, index, self.weight, supply, present=present)
 
 
 class Skeleton:

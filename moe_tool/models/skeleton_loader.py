@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_tool.artifacts.bundle_manifest import SkeletonLinear
 from moe_tool.artifacts.moe_shape import MoeShape
@@ -95,6 +95,16 @@ class SkeletonLoader:
             self._missing = self._check_bundle()
         self._kept = {*self._shapes, *_table(self._model)}
         self._steps = sorted(self._plan(), key=self._position)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Configuration of the model."""
+        return self._model.config
+
+    @property
+    def layers(self) -> tuple[MoeLayerModules, ...]:
+        """Every MoE layer, ascending; its tensors may not be loaded yet."""
+        return self._layers
 
     @property
     def held_bytes(self) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_tool.native.kernels import is_built
 
-_CODES = {
+COMPILED = {
     "lru": 0,
     "fifo": 1,
     "lfu": 2,
@@ -17,9 +17,10 @@ _CODES = {
     "expertflow": 6,
     "s3-fifo": 7,
 }
+"""Eviction rules that are compiled, by name, with their codes in replay.h"""
 _N_PARAMETERS = 4
 
-__all__ = ["Calls", "compiled_replay", "compiled_stack_depths", "is_built"]
+__all__ = ["COMPILED", "Calls", "compiled_replay", "compiled_stack_depths", "is_built"]
 
 
 class Calls:
@@ -79,7 +80,7 @@ def compiled_replay(
 
     Args:
         calls: the trace.
-        eviction: a name of the eviction policies that have a class of their own.
+        eviction: key of COMPILED.
         parameters: of the policy, in its order.
         capacity: experts beside the pinned ones.
         per_layer: whether every layer has its own part of it.
@@ -91,14 +92,14 @@ def compiled_replay(
     """
     from moe_tool.native import _kernels  # type: ignore[attr-defined]
 
-    _require(eviction in _CODES, f"{eviction} is not compiled")
+    _require(eviction in COMPILED, f"{eviction} is not compiled")
     values = [*parameters, *([0] * (_N_PARAMETERS - len(parameters)))]
     counts = [np.zeros(calls.n_calls, np.uint16) for _ in range(3)]
     held = None if pinned is None else _contiguous(pinned, np.uint8)
     _require(held is None or len(held) == calls.n_keys, "the pinned experts have another number")
     _kernels.replay(
         calls.packed,
-        _CODES[eviction],
+        COMPILED[eviction],
         struct.pack(f"={_N_PARAMETERS}q", *values),
         capacity,
         per_layer,

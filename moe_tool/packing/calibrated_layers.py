@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.router_trace import TracedTokens
-from moe_tool.experts.combine import run_experts
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.output_divergence import total_divergence
@@ -26,7 +25,7 @@ _MIN_ROWS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSample:
-    """What one expert was given. n tokens to fit on, m held-out ones to measure on."""
+    """The inputs of one expert: n tokens to fit on, m held-out ones to measure on."""
 
     module: Any
     """The experts module of transformers"""
@@ -199,7 +198,7 @@ class CalibratedModel:
 
     def _answer(self, call: LayerCall) -> torch.Tensor:
         self._calls.append(call)
-        return run_experts(call.module, call.hidden, call.index, call.weight, self._supply)
+        return call.run_experts(self._supply)
 
     def _supply(
         self, wanted: list[int]

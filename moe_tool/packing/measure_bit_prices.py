@@ -1,4 +1,4 @@
-"""What each number of bits costs each expert, measured with the quantizer in use: one pass over the
+"""Measure what each number of bits costs each expert, with the quantizer in use: one pass over the
 model, one layer in memory."""
 
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from moe_tool.artifacts.bit_prices import BitPrices, LayerBitPrices, Width
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.identity import require_same_model
 from moe_tool.artifacts.pack_plan import Quantizer
+from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.artifacts.router_trace import mean_squared_gates
-from moe_tool.formats.expert_form import full_form
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.models.architecture import open_model
+from moe_tool.formats.record_form import record_form
+from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.calibrated_layers import CalibratedModel
-from moe_tool.packing.own_forms import parse_precision
-from moe_tool.packing.quantizers import calibrated
-from moe_tool.packing.replicas import MEASURED_TOKENS, ExpertForms
+from moe_tool.packing.calibrated_layers import CalibratedLayer, CalibratedModel
+from moe_tool.packing.expert_records import MEASURED_TOKENS, ExpertRecords
 from moe_tool.packing.write_records import naming
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights
+from moe_tool.quantizers.registry import QUANTIZERS
 
 MEASURED_WIDTHS: tuple[Width, ...] = (1, 2, 3, 4)
-_FELT_WIDTH: Width = 2
+_DISTURBED_WIDTH: Width = 2
 _WATCHED_BYTES = 256 * 2**20
 _MOST_WATCHED = 4096
 
@@ -62,31 +62,19 @@ def measure_bit_prices(
         remedy=f"moe-tool profile {opened.identity.name} --data builtin",
     )
     shape = opened.shape
-    forms = [full_form(shape, parse_precision("--bits", str(width), quantizer)) for width in widths]
-    errors: dict[int, np.ndarray] = {}
+    zeros = QUANTIZERS[quantizer].makes_zeros
+    made = [IntegerPrecision(width_bits=width).with_zeros(zeros) for width in widths]
     with opened.checkpoint:
         walk = CalibratedModel(model.folder, opened, profile.tokens)
         copies = 1 + len(shape.layers)
         walk.watch(min(_MOST_WATCHED, _WATCHED_BYTES // (4 * shape.hidden * copies)))
         progress.begin("measure bits", len(shape.layers) * shape.experts, "experts")
-        for layer in walk.layers():
-            eps = np.zeros((len(forms), shape.experts))
-            coarse: dict[int, ExpertWeights] = {}
-            for expert in range(shape.experts):
-                sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
-                made = ExpertForms(sample, calibrated(quantizer, sample))
-                for at, (width, form) in enumerate(zip(widths, forms, strict=True)):
-                    with naming(opened, layer.layer, expert):
-                        found = made.make(form)
-                    eps[at, expert] = found.eps
-                    if width == _FELT_WIDTH:
-                        coarse[expert] = form.decode(found.record)
-                progress.advance()
-            if coarse:
-                layer.disturb(coarse)
-            errors[layer.layer] = eps
+        errors = {
+            layer.layer: _measure_layer(layer, opened, quantizer, made, progress)
+            for layer in walk.layers()
+        }
         progress.end()
-        felt = _felt(walk, profile, errors, widths)
+        ratios = _kl_ratios(walk, profile, errors, widths)
     return BitPrices(
         tool_version=__version__,
         identity=opened.identity,
@@ -94,10 +82,38 @@ def measure_bit_prices(
         quantizer=quantizer,
         widths=tuple(widths),
         layers=tuple(
-            LayerBitPrices(layer=layer, eps=tuple(map(tuple, eps.tolist())), felt=felt[layer])
+            LayerBitPrices(layer=layer, eps=tuple(map(tuple, eps.tolist())), kl_ratio=ratios[layer])
             for layer, eps in errors.items()
         ),
     )
+
+
+def _measure_layer(
+    layer: CalibratedLayer,
+    opened: OpenedModel,
+    quantizer: Quantizer,
+    precisions: Sequence[IntegerPrecision],
+    progress: Progress,
+) -> np.ndarray:
+    """Return the errors of a layer's experts, [precisions, E], and carry the watched sequences on
+    with the layer at 2 bits."""
+    shape = opened.shape
+    forms = [record_form(shape, precision) for precision in precisions]
+    eps = np.zeros((len(forms), shape.experts))
+    coarse: dict[int, ExpertWeights] = {}
+    for expert in range(shape.experts):
+        sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
+        records = ExpertRecords(sample, quantizer)
+        for at, (precision, form) in enumerate(zip(precisions, forms, strict=True)):
+            with naming(opened, layer.layer, expert):
+                found = records.make(form, precision)
+            eps[at, expert] = found.eps
+            if precision.width_bits == _DISTURBED_WIDTH:
+                coarse[expert] = form.decode(found.record)
+        progress.advance()
+    if coarse:
+        layer.disturb(coarse)
+    return eps
 
 
 def expected_nats(
@@ -119,15 +135,15 @@ def expected_nats(
     return found
 
 
-def _felt(
+def _kl_ratios(
     walk: CalibratedModel,
     profile: ProfileReader,
     errors: dict[int, np.ndarray],
     widths: Sequence[Width],
 ) -> dict[int, float]:
-    if _FELT_WIDTH not in widths:
+    if _DISTURBED_WIDTH not in widths:
         return dict.fromkeys(errors, 1.0)
-    row = list(widths).index(_FELT_WIDTH)
+    row = list(widths).index(_DISTURBED_WIDTH)
     found = {}
     for (layer, eps), measured in zip(errors.items(), walk.divergences(), strict=True):
         expected = expected_nats(profile, layer, profile.statistics(layer), eps[row]).sum()

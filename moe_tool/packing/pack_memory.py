@@ -1,16 +1,15 @@
-"""What packing takes of memory, before it begins: one expert at a time, or one layer where codes
+"""Memory that packing takes, before it begins: one expert at a time, or one layer where codes
 are fitted to what experts are given."""
 
 from dataclasses import dataclass
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
-from moe_tool.byte_sizes import format_bytes
-from moe_tool.errors import BudgetError
+from moe_tool.budget.refusal import name_lines, require_budget
 from moe_tool.models.architecture import OpenedModel
 
 MOST_HIDDEN_BYTES = 128 * 2**20
-"""Of the hidden states that are carried from layer to layer, and again of one layer's inputs"""
+"""Bytes of hidden states that are carried from layer to layer, and again of one layer's inputs"""
 _LEAST_TOKENS = 2048
 """Fewer say too little about an expert"""
 _BATCH_TOKENS = 2048
@@ -18,23 +17,22 @@ _FITTED_TOKENS = 8192
 _MARGIN_BYTES = 160 * 2**20
 """Allocator slack, libraries first touched, file pages under way to the disk"""
 _WORKING_COPIES = 6
-"""Of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what is left
-of it, and what two of these are made from"""
+"""Copies of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what
+is left of it, and what two of these are made from"""
 _SQUARES = 7
 """[in, in] in float32: second moments, damped, ordered, their factor, inverse and its factor"""
 _NESTED_SQUARES = 3
-"""What is kept of the whole codes while the base's are made"""
-_MIB = 2**20
+"""[in, in] kept of the whole codes while the base's are made"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackMemory:
-    """What a pack keeps within."""
+    """Budget of a pack."""
 
     needed_bytes: int
     """Expected peak of the process"""
     hidden_bytes: int
-    """Of the hidden states that may be carried from layer to layer"""
+    """Bytes of hidden states that may be carried from layer to layer"""
 
 
 def plan_pack_memory(
@@ -64,9 +62,8 @@ def plan_pack_memory(
         largest = max(n_out * n_in for n_out, n_in in matrices)
         one = record + copies * largest + read_ahead
         parts["one expert, and the next"] = max(one, 3 * max(skeleton, default=0))
-        needed = sum(parts.values())
-        _require(opened, asked, needed, parts)
-        return PackMemory(needed_bytes=needed, hidden_bytes=0)
+        _require(opened, asked, parts)
+        return PackMemory(needed_bytes=sum(parts.values()), hidden_bytes=0)
     squares = 4 * (_SQUARES + (_NESTED_SQUARES if is_nested else 0))
     inner = max(n_out for n_out, _ in matrices)
     n_batch, n_fitted = min(_BATCH_TOKENS, n_tokens), min(_FITTED_TOKENS, n_tokens)
@@ -80,20 +77,16 @@ def plan_pack_memory(
     parts["a batch, or one expert and what it is given"] = max(batch, record + given + working)
     fixed = sum(parts.values())
     least = 3 * 4 * min(_LEAST_TOKENS, n_tokens) * shape.hidden
-    _require(opened, asked, fixed + least, parts | {"hidden states": least})
+    _require(opened, asked, parts | {"hidden states": least})
     most = min(MOST_HIDDEN_BYTES, 4 * n_tokens * shape.hidden)
     hidden = most if asked is None else min(most, (asked - fixed) // 3)
     return PackMemory(needed_bytes=fixed + 3 * hidden, hidden_bytes=hidden)
 
 
-def _require(opened: OpenedModel, asked: int | None, needed: int, parts: dict[str, int]) -> None:
-    if asked is None or asked >= needed:
-        return
-    nearest = -(-needed // (16 * _MIB)) * 16
-    account = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    raise BudgetError(
-        f"packing {opened.identity.name} needs {format_bytes(needed)}, given "
-        f"{format_bytes(asked)}: {account}",
-        hint=f"give --memory {nearest}MiB or more"
-        + (", or a --quantizer that needs no inputs" if "one layer" in parts else ""),
+def _require(opened: OpenedModel, asked: int | None, parts: dict[str, int]) -> None:
+    require_budget(
+        f"packing {opened.identity.name}",
+        asked,
+        name_lines(parts),
+        instead="a --quantizer that needs no inputs" if "one layer" in parts else None,
     )

@@ -5,19 +5,14 @@ from collections.abc import Sequence
 
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.artifacts.precision import ReplicaPrecision, describe_precision
+from moe_tool.artifacts.precision import ReplicaPrecision
 from moe_tool.errors import UsageError
+from moe_tool.packing.pack_options import PackOptions
 from moe_tool.policies.eviction import parse_eviction
 
 
 def require_plan_fits(
-    plan: PackPlan,
-    identity: ModelIdentity,
-    bits: str,
-    skeleton_bits: str,
-    replicas: str,
-    *,
-    has_heat: bool,
+    options: PackOptions, plan: PackPlan, identity: ModelIdentity, *, has_heat: bool
 ) -> None:
     """Refuse a plan of another model, or options that it was not made for.
 
@@ -30,10 +25,11 @@ def require_plan_fits(
         artifact="the plan",
         remedy=f"moe-tool plan on a profile of {identity.name}",
     )
-    if (bits, skeleton_bits) != (plan.bits, plan.skeleton_bits):
+    asked = (options.bits_name, options.skeleton.name)
+    if asked != (plan.bits, plan.skeleton_bits):
         raise UsageError(
             f"the plan is for --bits {plan.bits} --skeleton-bits {plan.skeleton_bits}, not for "
-            f"{bits} and {skeleton_bits}",
+            f"{asked[0]} and {asked[1]}",
             hint="leave the bits to the plan, or plan again with these",
         )
     if parse_eviction(plan.eviction).pinned_share and not has_heat:
@@ -42,7 +38,7 @@ def require_plan_fits(
             "none",
             hint="--profile FILE, the one that the plan was made from",
         )
-    _require_planned_replicas(plan, replicas)
+    _require_planned_replicas(plan, options.replica_names)
 
 
 def _require_planned_replicas(plan: PackPlan, replicas: str) -> None:
@@ -58,17 +54,17 @@ def _require_planned_replicas(plan: PackPlan, replicas: str) -> None:
 
 def planned_residents(
     plan: PackPlan, forms: Sequence[ReplicaPrecision]
-) -> dict[ReplicaPrecision, frozenset[tuple[int, int]]] | None:
-    """Return of which experts a plan wants each form, None: of all.
+) -> dict[str, frozenset[tuple[int, int]]] | None:
+    """Return of which experts a plan wants each form, by name; None: of all.
 
     Where nothing is read for a miss a form that is not in memory is of no use on the disk.
     """
-    if plan.policy is None or any(form.on_disk_alone for form in plan.forms[1:]):
+    if plan.policy is None or any(form.n_disk_only for form in plan.forms[1:]):
         return None
-    residents = {form.form: frozenset(form.resident) for form in plan.forms}
-    if not {describe_precision(form) for form in forms} <= residents.keys():
+    residents = {form.precision: frozenset(form.resident) for form in plan.forms}
+    if not {form.name for form in forms} <= residents.keys():
         return None  # more replicas were asked for than are planned
-    return {form: residents[describe_precision(form)] for form in forms}
+    return residents
 
 
 def sha256_of_plan(plan: PackPlan) -> str:

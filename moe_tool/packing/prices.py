@@ -1,8 +1,9 @@
-"""What it costs to leave an expert out, as a bundle keeps it."""
+"""Prices of leaving experts out, as a bundle keeps them."""
 
 import numpy as np
 
-from moe_tool.artifacts.bundle_manifest import N_QUANTILES, LayerPrices
+from moe_tool.artifacts.bundle_manifest import LayerPrices
+from moe_tool.artifacts.bundle_sections import N_QUANTILES
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import LayerTrace, mean_squared_gates
 from moe_tool.policies.misses.prune import ratio_to_heaviest

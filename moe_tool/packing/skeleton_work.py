@@ -7,7 +7,7 @@ from moe_tool.artifacts.bundle_manifest import SkeletonLinear
 from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.integer_parts import IntegerPart, integer_part, integer_parts
+from moe_tool.formats.integer_parts import IntegerPart, integer_parts
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.skeleton_source import LinearGroup
 from moe_tool.progress import Progress
@@ -20,7 +20,7 @@ _BLOCK_WEIGHTS = 2**22
 
 
 class SkeletonWork:
-    """What is to be written of one model, and how large it will be."""
+    """The skeleton of one model as it will be written, with its size."""
 
     def __init__(self, opened: OpenedModel, precision: NativePrecision | IntegerPrecision) -> None:
         """Lay out the tensors; nothing is read.
@@ -36,7 +36,7 @@ class SkeletonWork:
         self._linears: list[SkeletonLinear] = []
         source = opened.skeleton
         names = source.tensor_names
-        if isinstance(precision, IntegerPrecision):
+        if precision.kind == "integer":
             names = source.other_names
             for group in source.groups:
                 self._plan_group(group, precision)
@@ -95,10 +95,10 @@ class SkeletonWork:
             self._made = (None, {})  # let go of one group before the next is made
             self._made = (group, self._quantize_group(group))
         weight = self._made[1][name.rpartition(".")[0]]
-        return memoryview(integer_part(weight, name).numpy().data).cast("B")
+        return memoryview(weight.part(name.rpartition(".")[2]).numpy().data).cast("B")
 
     def _quantize_group(self, group: LinearGroup) -> dict[str, IntegerWeight]:
-        assert isinstance(self._precision, IntegerPrecision)
+        assert self._precision.kind == "integer"
         return {
             parameter: _quantize(weight, self._precision)
             for parameter, weight in self._opened.skeleton.read(group)

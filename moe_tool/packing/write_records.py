@@ -4,23 +4,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.pack_plan import Quantizer
-from moe_tool.artifacts.precision import ChannelPrecision, ExpertPrecision
 from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.expert_form import ExpertForm
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.expert_source import ExpertSource
-from moe_tool.packing.calibrated_layers import CalibratedModel, ExpertSample
-from moe_tool.packing.channel_forms import ChannelForms
-from moe_tool.packing.quantizers import calibrated, data_free
-from moe_tool.packing.replicas import MEASURED_TOKENS, ExpertForms
-from moe_tool.policies.hot_set import ExpertKey
+from moe_tool.packing.calibrated_layers import CalibratedModel
+from moe_tool.packing.expert_coding import coded
+from moe_tool.packing.expert_records import MEASURED_TOKENS, ExpertRecords
+from moe_tool.packing.plan_pack import PackJob
+from moe_tool.packing.quantizers import data_free
 from moe_tool.progress import Progress
 
 
@@ -44,12 +42,10 @@ def write_records(
     progress.advance(writer.n_written)
     wanted = list(writer.to_write)
     read = read_ahead(opened.experts, [(layer, expert) for _, layer, expert in wanted])
-    for (level, layer, expert), weights in zip(wanted, read, strict=True):
-        form = writer.forms[level]
-        assert isinstance(form, ExpertForm), "channels are made from what experts are given"
+    for (form, layer, expert), tensors in zip(wanted, read, strict=True):
         with naming(opened, layer, expert):
-            record = form.encode(weights, quantize_expert=quantize_expert)
-        writer.write_record(level, layer, expert, record)
+            weights = coded(tensors, writer.spec.forms[form].precision, quantize_expert)
+        writer.write_record(form, layer, expert, writer.forms[form].encode(weights))
         progress.advance()
     progress.end()
 
@@ -73,23 +69,18 @@ def read_ahead(
 def write_calibrated(
     writer: BundleWriter,
     opened: OpenedModel,
-    folder: Path,
+    job: PackJob,
     tokens: TracedTokens,
-    quantizer: Quantizer,
     progress: Progress,
-    *,
-    hidden_bytes: int,
 ) -> list[ExpertKey]:
     """Write what is missing, one layer in memory at a time, each record with its measured error.
 
     Args:
         writer: of the bundle.
         opened: the model; its checkpoint is open.
-        folder: of the checkpoint.
+        job: of the bundle.
         tokens: of the profile: they go through the model once more.
-        quantizer: of the experts.
         progress: told about every record.
-        hidden_bytes: of the hidden states that are carried from layer to layer.
 
     Returns:
         Experts that were fitted to other experts' tokens, since few or none are sent to them.
@@ -99,36 +90,29 @@ def write_calibrated(
         DiskFullError, StorageError: the disk refuses.
     """
     missing: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for level, *key in writer.to_write:
-        missing[key[0]][key[1]].append(level)
+    for form, layer, expert in writer.to_write:
+        missing[layer][expert].append(form)
     unrouted = []
     progress.begin("pack experts", writer.n_written + len(writer.to_write), "records")
     progress.advance(writer.n_written)
     last = max(missing, default=-1)
-    walk = CalibratedModel(folder, opened, tokens, hidden_bytes=hidden_bytes)
-    for layer in walk.layers(last=last):
-        for expert, levels in missing[layer.layer].items():
-            sample = layer.sample(expert, most_measured=MEASURED_TOKENS)
+    walk = CalibratedModel(job.folder, opened, tokens, hidden_bytes=job.hidden_bytes)
+    for at in walk.layers(last=last):
+        for expert, forms in missing[at.layer].items():
+            sample = at.sample(expert, most_measured=MEASURED_TOKENS)
             if not sample.is_own:
-                unrouted.append((layer.layer, expert))
-            forms = _forms(sample, writer.precision, quantizer)
-            for level in levels:
-                with naming(opened, layer.layer, expert):
-                    made = forms.make(writer.forms[level])
+                unrouted.append((at.layer, expert))
+            records = ExpertRecords(sample, job.quantizer)
+            for form in forms:
+                plan = writer.spec.forms[form]
+                with naming(opened, at.layer, expert):
+                    made = records.make(writer.forms[form], plan.precision, plan.role)
                 writer.write_record(
-                    level, layer.layer, expert, made.record, eps=made.eps, base_eps=made.base_eps
+                    form, at.layer, expert, made.record, eps=made.eps, base_eps=made.base_eps
                 )
                 progress.advance()
     progress.end()
     return unrouted
-
-
-def _forms(
-    sample: ExpertSample, precision: ExpertPrecision, quantizer: Quantizer
-) -> ExpertForms | ChannelForms:
-    if isinstance(precision, ChannelPrecision):
-        return ChannelForms(sample, precision, quantizer)
-    return ExpertForms(sample, calibrated(quantizer, sample))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What every number of bits is expected to cost every expert, as arrays to choose from."""
+"""Expected cost of every width of every expert, as arrays to choose from."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class BitCosts:
     nats: np.ndarray
     """[L, E, W] float64: expected divergence per token"""
     size_bytes: np.ndarray
-    """[W] int64: of a record; 0 where there is none"""
+    """[W] int64: bytes of a record; 0 where there is none"""
     load: np.ndarray
     """[L, E] float64: share of tokens that want the expert"""
 
@@ -44,7 +44,7 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
     cost = np.zeros((len(shape.layers), shape.experts, len(WIDTHS)))
     for at, layer in enumerate(shape.layers):
         each, use = sources.statistics[layer], sources.use[layer].squared_gate
-        felt = 1.0 if prices is None else prices.layers[at].felt
+        kl_ratio = 1.0 if prices is None else prices.layers[at].kl_ratio
         eps = {width: each.eps_bits[:, i] for i, width in enumerate(PRICED_WIDTHS)}
         squared = {width: found.astype(np.float64) ** 2 for width, found in eps.items()}
         if prices is None:
@@ -54,7 +54,7 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
             squared |= {width: np.array(found) ** 2 for width, found in measured}
         squared |= {0: np.full(shape.experts, STRUCTURED), _NATIVE: np.zeros(shape.experts)}
         for column, width in enumerate(WIDTHS):
-            cost[at, :, column] = felt * each.nats * use * squared[width]
+            cost[at, :, column] = kl_ratio * each.nats * use * squared[width]
     sizes = [
         0 if width == 0 else record_size(shape, "native" if width == _NATIVE else str(width))
         for width in WIDTHS

@@ -1,59 +1,18 @@
 """A recorded run against what the simulator makes of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from moe_tool.artifacts.hardware_profile import HardwareProfile
-from moe_tool.artifacts.precision import bits_of
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
+from moe_tool.artifacts.simulation_report import PolicyHits, RunComparison
 from moe_tool.planning.model_costs import costs_of_bytes
 from moe_tool.policies.eviction import Belady, CacheShape, Eviction, EvictionChoice
 from moe_tool.simulator.counts import CallCounts
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
 from moe_tool.simulator.time_model import call_times, forward_seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyHits:
-    """The run's calls under one policy."""
-
-    eviction: str
-    hit_rate: float
-    """Of decoding"""
-    bytes_per_token: float
-    """What was read ahead included"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunComparison:
-    """Counted by the run, and predicted from its calls. Of decoding, unless it says prompt."""
-
-    hits: int
-    predicted_hits: int
-    prompt_hits: int
-    predicted_prompt_hits: int
-    prefetch_hits: int
-    predicted_prefetch_hits: int
-    tokens_per_second: float
-    predicted_tokens_per_second: float
-    stall_ms: float
-    """Per token"""
-    predicted_stall_ms: float
-    policies: tuple[PolicyHits, ...]
-    """Read ahead as the run did. The bound is last, and reads nothing ahead: where a run does, its
-    hits may be above it"""
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether every count is that of the run."""
-        return (self.hits, self.prompt_hits, self.prefetch_hits) == (
-            self.predicted_hits,
-            self.predicted_prompt_hits,
-            self.predicted_prefetch_hits,
-        )
 
 
 def compare_run(
@@ -77,8 +36,8 @@ def compare_run(
         record_bytes=header.record_size_bytes,
         matrix_bytes=header.matrix_bytes,
         n_matrices=header.n_matrices,
-        bits=bits_of(header.precision),
-        skeleton_bits=bits_of(header.skeleton_precision),
+        bits=header.precision.name,
+        skeleton_bits=header.skeleton_precision.name,
         threads=header.threads,
     ).calls
     times = call_times(trace, counts, costs)

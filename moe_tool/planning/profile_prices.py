@@ -1,4 +1,6 @@
-"""A profile's prices as a book, before anything is packed."""
+"""A profile's prices of bits and of answers, before anything is packed."""
+
+import math
 
 import numpy as np
 
@@ -6,11 +8,11 @@ from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS, ExpertStatistics
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits
 from moe_tool.artifacts.precision import IntegerPrecision, precision_from_bits, replica_precisions
-from moe_tool.formats.expert_record import record_layout
+from moe_tool.formats.record_form import record_form
 from moe_tool.planning.model_costs import record_size
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.misses import LayerBook, PriceBook
-from moe_tool.policies.misses.price_book import STRUCTURED, felt_error, leaves_noise
+from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
 def replicas_below(bits: Bits) -> str:
@@ -34,19 +36,20 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
     shape = sources.profile.header.shape
     forms = [f for f in replica_precisions(replicas) if isinstance(f, IntegerPrecision)]
     nobody = np.zeros((shape.experts, 0))
+    sizes = [record_size(shape, bits), *(_replica_size(shape, form) for form in forms)]
     layers = {}
     for layer in shape.layers:
         each = sources.statistics[layer]
         whole = np.zeros(shape.experts)
         layers[layer] = LayerBook(
             nats=STRUCTURED * each.nats,
-            eps=np.stack([whole, *(_felt(each, form) for form in forms)]),
+            record_bytes=np.repeat([sizes], shape.experts, axis=0).T,
+            eps=np.stack([whole, *(_effective_errors(each, form) for form in forms)]),
             buddy=nobody.astype(np.int64),
             buddy_scale=nobody,
             buddy_eps=nobody,
         )
-    sizes = (_replica_size(shape, form) for form in forms)
-    return PriceBook(layers=layers, record_bytes=(record_size(shape, bits), *sizes))
+    return PriceBook(layers=layers)
 
 
 def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
@@ -63,15 +66,38 @@ def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
     assert isinstance(form, IntegerPrecision)
     total = 0.0
     for layer, each in sources.statistics.items():
-        squared = _felt(each, form) ** 2
+        squared = _effective_errors(each, form) ** 2
         total += float((sources.use[layer].squared_gate * each.nats * squared).sum())
     return STRUCTURED * total
 
 
-def _felt(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
+def predicted_loss(statistics: dict[int, ExpertStatistics], bits: Bits) -> float:
+    """Return the share that perplexity is predicted to grow by if all experts have these bits.
+
+    A layer's output error is taken as its experts' mean squared relative error, weighted by their
+    use; times the layer's sensitivity it is KL in nats, and layers add up. Errors of experts that
+    are computed together cancel in part, so that this is an upper estimate.
+
+    Args:
+        statistics: by decoder layer.
+        bits: of every expert.
+    """
+    if bits == "native":
+        return 0.0
+    column = PRICED_WIDTHS.index(int(bits))
+    divergence = 0.0
+    for each in statistics.values():
+        load = each.in_sample.load.astype(np.float64)
+        squared = each.eps_bits[:, column].astype(np.float64) ** 2
+        mean = float((load * squared).sum() / load.sum()) if load.any() else float(squared.mean())
+        divergence += each.sensitivity * mean
+    return math.expm1(min(divergence, 20.0))
+
+
+def _effective_errors(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
     eps = statistics.eps_bits[:, PRICED_WIDTHS.index(form.width_bits)]  # [E]
-    return felt_error(eps, is_noise=leaves_noise(form))
+    return effective_error(eps, is_noise=form.leaves_noise)
 
 
 def _replica_size(shape: MoeShape, form: IntegerPrecision) -> int:
-    return record_layout(shape.expert_tensors, shape.dtype, form).size_bytes
+    return record_form(shape, form).layout.size_bytes

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL
-from moe_tool.policies.hot_set import ExpertKey
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 
 _COVER_AT_MOST = 1.25
@@ -22,7 +22,7 @@ _COVER_AT_MOST_IF_READ = 1.1
 class ResidentChoice:
     """What is in memory."""
 
-    by_level: tuple[tuple[ExpertKey, ...], ...]
+    by_form: tuple[tuple[ExpertKey, ...], ...]
     """The experts held in each form, in the order in which they were chosen; each in one at most"""
     size_bytes: int
     nats_per_token: float
@@ -43,40 +43,50 @@ class ExpertUse:
 class _Layer:
     """The answers that one layer's experts have so far, in nats per token."""
 
-    def __init__(self, use: ExpertUse, book: LayerBook, reading: np.ndarray) -> None:
+    def __init__(self, use: ExpertUse, book: LayerBook, nats_per_mb: float) -> None:
         """Begin with nothing in memory.
 
         Args:
             use: of the experts.
             book: prices.
-            reading: [L]: nats that the bytes of each form are worth.
+            nats_per_mb: what avoiding a read of 10^6 bytes is worth.
         """
-        self.held = np.full(len(book.nats), -1)  # level, -1: none
+        self.held: dict[int, int] = {}  # expert -> form
+        self.sizes = book.record_bytes
+        self.is_stored = np.isfinite(book.eps) & (self.sizes > 0)
         self._whole = use.squared_gate * book.nats  # [E]: of nothing
-        self._in_form = self._whole * np.minimum(book.eps, 1.0) ** 2  # [L, E]
+        self._in_form = self._whole * np.minimum(book.eps, 1.0) ** 2  # [F, E]
         self._stand_in = self._whole[:, None] * _stand_ins(book.buddy, book.buddy_eps) ** 2
         # What a miss costs that is read, in the form for which that is least: nothing costs more.
         often = np.where(use.load > 0, use.load, 1.0)  # what is not wanted costs nothing anyway
-        read = np.where(np.isfinite(book.eps), often * reading[:, None] + self._in_form, np.inf)
+        reading = nats_per_mb * np.maximum(self.sizes, 1) / 1e6
+        read = np.where(self.is_stored, often * reading + self._in_form, np.inf)
         self._other = np.minimum(self._whole, read.min(axis=0))
-        self._own = self._whole.copy()
+        self._self = self._whole.copy()
 
     @property
     def total(self) -> float:
-        return float(np.minimum(self._own, self._other).sum())
+        return float(np.minimum(self._self, self._other).sum())
 
-    def gain(self, expert: int, level: int) -> float:
-        best = np.minimum(self._own, self._other)
-        saved = best[expert] - min(self._in_form[level, expert], self._other[expert])
-        if level == FULL:
+    def added_bytes(self, expert: int, form: int) -> int:
+        """Bytes that a form needs beyond the one held; 0 or less where it is no step up."""
+        if not self.is_stored[form, expert]:
+            return 0
+        before = self.held.get(expert)
+        return int(self.sizes[form, expert] - (0 if before is None else self.sizes[before, expert]))
+
+    def gain(self, expert: int, form: int) -> float:
+        best = np.minimum(self._self, self._other)
+        saved = best[expert] - min(self._in_form[form, expert], self._other[expert])
+        if form == PRIMARY:
             others = np.maximum(best - self._stand_in[:, expert], 0.0)
             saved += others.sum() - others[expert]
         return float(saved)
 
-    def hold(self, expert: int, level: int) -> None:
-        self.held[expert] = level
-        self._own[expert] = self._in_form[level, expert]
-        if level == FULL:
+    def hold(self, expert: int, form: int) -> None:
+        self.held[expert] = form
+        self._self[expert] = self._in_form[form, expert]
+        if form == PRIMARY:
             np.minimum(self._other, self._stand_in[:, expert], out=self._other)
 
 
@@ -103,13 +113,15 @@ def cheapest_residents(
         nats_per_mb: what avoiding a read of 10^6 bytes is worth: where reading is cheap, memory is
             for what is read most; where nothing is read, for what can answer for most.
     """
-    reading = np.array([nats_per_mb * size / 1e6 for size in book.record_bytes])
-    free = _search(book, use, reading, {}, room_bytes)
+    free = _search(book, use, nats_per_mb, {}, room_bytes)
     smallest = _smallest_forms(book)
-    needed = sum(book.record_bytes[level] for level in smallest.values())
-    if needed > room_bytes or all(level == FULL for level in smallest.values()):
+    needed = sum(
+        int(book.layers[layer].record_bytes[form, expert])
+        for (layer, expert), form in smallest.items()
+    )
+    if needed > room_bytes or all(form == PRIMARY for form in smallest.values()):
         return free
-    everybody = _search(book, use, reading, smallest, room_bytes)
+    everybody = _search(book, use, nats_per_mb, smallest, room_bytes)
     at_most = _COVER_AT_MOST if math.isinf(nats_per_mb) else _COVER_AT_MOST_IF_READ
     is_cheap = everybody.nats_per_token <= at_most * free.nats_per_token
     return everybody if is_cheap else free
@@ -118,55 +130,55 @@ def cheapest_residents(
 def _search(
     book: PriceBook,
     use: Mapping[int, ExpertUse],
-    reading: np.ndarray,
-    begin: Mapping[tuple[int, int], int],
+    nats_per_mb: float,
+    begin: Mapping[ExpertKey, int],
     room_bytes: int,
 ) -> ResidentChoice:
-    """Search greedily from what `begin` holds: (layer, expert) -> level."""
-    layers = {number: _Layer(use[number], each, reading) for number, each in book.layers.items()}
-    sizes = book.record_bytes
+    """Search greedily from what `begin` holds: (layer, expert) -> form."""
+    layers = {at: _Layer(use[at], each, nats_per_mb) for at, each in book.layers.items()}
+    n_forms = len(book.record_bytes)
     order = dict(begin)
-    for (number, expert), level in begin.items():
-        layers[number].hold(expert, level)
-    left = room_bytes - sum(sizes[level] for level in begin.values())
+    left = room_bytes
+    for (number, expert), form in begin.items():
+        left -= layers[number].added_bytes(expert, form)
+        layers[number].hold(expert, form)
 
-    def candidate(number: int, expert: int, level: int) -> tuple[float, int, int, int, int] | None:
+    def candidate(number: int, expert: int, form: int) -> tuple[float, int, int, int, int] | None:
         layer = layers[number]
-        before = layer.held[expert]
-        added = sizes[level] - (sizes[before] if before >= 0 else 0)
-        if added <= 0 or not np.isfinite(book.layers[number].eps[level, expert]):
+        added = layer.added_bytes(expert, form)
+        if added <= 0:
             return None
-        return (-layer.gain(expert, level) / added, number, expert, level, added)
+        return (-layer.gain(expert, form) / added, number, expert, form, added)
 
     heap = [
         found
         for number, layer in layers.items()
-        for expert in range(len(layer.held))
-        for level in range(len(sizes))
-        if (found := candidate(number, expert, level)) is not None
+        for expert in range(layer.sizes.shape[1])
+        for form in range(n_forms)
+        if (found := candidate(number, expert, form)) is not None
     ]
     heapq.heapify(heap)
     while heap:
-        ratio, number, expert, level, added = heapq.heappop(heap)
-        now = candidate(number, expert, level)
+        ratio, number, expert, form, added = heapq.heappop(heap)
+        now = candidate(number, expert, form)
         if now is None or now[4] > left:
             continue
         if (now[0], now[4]) != (ratio, added):
             heapq.heappush(heap, now)
             continue
-        layers[number].hold(expert, level)
+        layers[number].hold(expert, form)
         left -= added
         order.pop((number, expert), None)
-        order[number, expert] = level
-        for other in range(len(sizes)):  # a dearer form adds fewer bytes now
+        order[number, expert] = form
+        for other in range(n_forms):  # a dearer form adds fewer bytes now
             again = candidate(number, expert, other)
             if again is not None:
                 heapq.heappush(heap, again)
-    by_level: list[list[ExpertKey]] = [[] for _ in sizes]
-    for key, level in order.items():
-        by_level[level].append(key)
+    by_form: list[list[ExpertKey]] = [[] for _ in range(n_forms)]
+    for key, form in order.items():
+        by_form[form].append(key)
     return ResidentChoice(
-        by_level=tuple(tuple(keys) for keys in by_level),
+        by_form=tuple(tuple(keys) for keys in by_form),
         size_bytes=room_bytes - left,
         nats_per_token=sum(layer.total for layer in layers.values()),
     )
@@ -181,22 +193,23 @@ def free_for_residents(
     Args:
         n_slots: of full experts, that the budget has room for.
         free: of them, for one token's experts.
-        record_bytes: by level.
+        record_bytes: by form.
         nats_per_mb: what avoiding a read of 10^6 bytes is worth; if it is infinite only prompts are
             read for, and they are exact.
     """
-    room = (n_slots - free) * record_bytes[FULL]
+    room = (n_slots - free) * record_bytes[PRIMARY]
     return room if math.isinf(nats_per_mb) else room - sum(record_bytes[1:])
 
 
-def _smallest_forms(book: PriceBook) -> dict[tuple[int, int], int]:
-    """(layer, expert) -> the level of its smallest form."""
-    ascending = sorted(range(len(book.record_bytes)), key=lambda level: book.record_bytes[level])
-    return {
-        (number, expert): next(level for level in ascending if np.isfinite(each.eps[level, expert]))
-        for number, each in book.layers.items()
-        for expert in range(len(each.nats))
-    }
+def _smallest_forms(book: PriceBook) -> dict[ExpertKey, int]:
+    """(layer, expert) -> its smallest form; nothing of an expert that is not stored."""
+    found = {}
+    for number, each in book.layers.items():
+        is_stored = np.isfinite(each.eps) & (each.record_bytes > 0)
+        sizes = np.where(is_stored, each.record_bytes, np.inf)
+        for expert in np.flatnonzero(is_stored.any(axis=0)).tolist():
+            found[number, expert] = int(sizes[:, expert].argmin())
+    return found
 
 
 def _stand_ins(buddy: np.ndarray, eps: np.ndarray) -> np.ndarray:

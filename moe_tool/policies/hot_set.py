@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-ExpertKey = tuple[int, int]
-"""(layer, expert)"""
+from moe_tool.artifacts.expert_ids import ExpertKey
 
 
 def hottest_first(loads: Mapping[int, Sequence[float]]) -> list[ExpertKey]:

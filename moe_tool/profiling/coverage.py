@@ -1,54 +1,15 @@
 """How unevenly a layer uses its experts, and whether that holds for text it was not measured on."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics, RoutingCounts
+from moe_tool.artifacts.routing_report import LayerCoverage
 from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.policies.pin_rule import judge_pins
 from moe_tool.profiling.hot_set import hottest, share_answered
 
 HOT_SHARE = 0.25
 """The hot set is the hottest quarter of the experts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCoverage:
-    """One MoE layer's row of a profile's table. A use is a (token, expert) choice."""
-
-    layer: int
-    n_experts: int
-    n_hot: int
-    """Experts in the hot set: the hottest quarter in-sample, at least one; ties by lower index"""
-    n_tokens: int
-    n_tokens_held_out: int
-    load_skew: float
-    """Load of the hottest expert over the mean load, in-sample; 1 is even, 0 without tokens"""
-    entropy: float
-    """Entropy of the in-sample loads over log E, 0..1; 1 is even"""
-    never_used: int
-    """Experts that no in-sample token chose"""
-    locality: float
-    """Chance that an expert used by a token was used by the previous token, in-sample"""
-    locality_by_chance: float
-    """What it would be if every token drew its experts by the loads alone"""
-    coverage: float
-    """Share of the in-sample uses that the hot set answers"""
-    coverage_held_out: float | None
-    """Share of the held-out uses that the same set answers; None without held-out tokens"""
-    coverage_held_out_best: float | None
-    """Share that the held-out tokens' own hottest quarter answers: the most that a set can"""
-    domain_coverage: tuple[float | None, ...]
-    """[D]: share of each domain's in-sample uses that the hot set answers; None without tokens"""
-    domain_coverage_held_out: tuple[float | None, ...]
-    """[D]: the same of its held-out uses"""
-    domain_distance: float
-    """Largest total variation between two domains' in-sample loads: 0 alike, 1 no shared expert"""
-
-    @property
-    def coverage_by_chance(self) -> float:
-        """Share that a set of this size would answer if all experts were used evenly."""
-        return self.n_hot / self.n_experts
 
 
 def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
@@ -71,7 +32,15 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
     n_experts = len(inside.load)
     hot = hottest(inside.load, n_hot=max(1, int(n_experts * HOT_SHARE)))
     own = hottest(outside.load, n_hot=len(hot))
-    coverage = share_answered(inside.load, hot)
+    coverage = share_answered(inside.load, hot) or 0.0
+    coverage_held_out = share_answered(outside.load, hot)
+    by_domain = tuple(share_answered(load, hot) for load in outside.domain_load)
+    ruling = judge_pins(
+        even=len(hot) / n_experts,
+        in_sample=coverage,
+        held_out=coverage_held_out,
+        by_domain=by_domain,
+    )
     return LayerCoverage(
         layer=layer,
         n_experts=n_experts,
@@ -83,12 +52,13 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         never_used=int((inside.load == 0).sum()),
         locality=inside.same_as_previous,
         locality_by_chance=_locality_by_chance(inside),
-        coverage=0.0 if coverage is None else coverage,
-        coverage_held_out=share_answered(outside.load, hot),
+        coverage=coverage,
+        coverage_held_out=coverage_held_out,
         coverage_held_out_best=share_answered(outside.load, own),
         domain_coverage=tuple(share_answered(load, hot) for load in inside.domain_load),
-        domain_coverage_held_out=tuple(share_answered(load, hot) for load in outside.domain_load),
+        domain_coverage_held_out=by_domain,
         domain_distance=_largest_total_variation(inside.domain_load),
+        pin=ruling.verdict,
     )
 
 

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_tool.artifacts.expert_statistics import RoutingCounts
-from moe_tool.artifacts.routing_report import DomainPair, DomainTransfer, HotSetCoverage, Shares
+from moe_tool.artifacts.routing_report import (
+    DomainPair,
+    DomainTransfer,
+    HotSetCoverage,
+    Shares,
+    mean_of_known,
+)
 from moe_tool.profiling.hot_set import hottest, share_answered
-from moe_tool.profiling.mean_of_known import mean_of_known
 
 HOT_PERCENTS = (10, 25, 50)
 

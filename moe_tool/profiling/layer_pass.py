@@ -10,7 +10,6 @@ import torch
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import LayerTrace
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.experts.combine import run_experts
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.moe_layers import MoeLayerModules
@@ -129,7 +128,7 @@ class LayerPass:
         return trace, statistics
 
     def _answer(self, call: LayerCall) -> torch.Tensor:
-        output = run_experts(call.module, call.hidden, call.index, call.weight, self._supply)
+        output = call.run_experts(self._supply)
         if self._disturbed:
             seed = self._plan.seed * 1_000_003 + call.layer
             return disturb(output, generator=torch.Generator().manual_seed(seed))

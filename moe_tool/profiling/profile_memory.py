@@ -9,12 +9,11 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.byte_sizes import format_bytes
-from moe_tool.errors import BudgetError
+from moe_tool.budget.refusal import name_lines, require_budget, sum_lines
 from moe_tool.models.architecture import OpenedModel
 
 DEFAULT_SHARE = 0.8
-"""Of what is free."""
+"""Share of what is free"""
 _HIDDEN_SHARE = 0.25
 _MARGIN_BYTES = 96 * 2**20
 """Allocator slack and library pages first touched in the pass"""
@@ -56,24 +55,19 @@ def plan_profile_memory(
     used = current_rss_bytes()
     reachable = anonymous_rss_bytes() + available_memory_bytes()
     budget = asked if asked is not None else int(DEFAULT_SHARE * reachable)
-    layer = _layer_bytes(opened)
-    trace = _trace_bytes(opened, n_tokens)
     per_sequence = seq_len * _bytes_per_token(opened) + _score_bytes(opened, seq_len)
-    logits = LOGIT_ROWS * opened.shape.vocabulary * _LOGIT_COPIES * 4
-    smallest = used + max(layer + trace + per_sequence, logits) + _MARGIN_BYTES
-    if budget < smallest:
-        nearest = -(-smallest // (16 * _MIB)) * 16 * _MIB
-        raise BudgetError(
-            f"profiling {opened.identity.name} needs {format_bytes(smallest)}, "
-            f"given {format_bytes(budget)}: "
-            f"process {format_bytes(used)}, one layer {format_bytes(layer)}, "
-            f"trace {format_bytes(trace)}, "
-            f"one sequence {format_bytes(per_sequence)}, "
-            f"logits at the end {format_bytes(logits)}, margin {format_bytes(_MARGIN_BYTES)}",
-            hint=f"give --memory {nearest // _MIB}MiB or more",
-        )
+    pass_lines = {
+        "one layer": _layer_bytes(opened),
+        "trace": _trace_bytes(opened, n_tokens),
+        "one sequence": per_sequence,
+    }
+    logits = {"logits at the end": LOGIT_ROWS * opened.shape.vocabulary * _LOGIT_COPIES * 4}
+    # The logits are computed once the last layer is let go of.
+    largest = max(pass_lines, logits, key=lambda parts: sum(parts.values()))
+    lines = name_lines({"process": used, **largest, "margin": _MARGIN_BYTES})
+    require_budget(f"profiling {opened.identity.name}", budget, lines)
     hidden = n_rows * opened.shape.hidden * 4
-    room = budget - smallest
+    room = budget - sum_lines(lines)
     in_memory = hidden <= min(_HIDDEN_SHARE * budget, room)
     if in_memory:
         room -= hidden
@@ -88,8 +82,8 @@ def plan_profile_memory(
 
 
 def _layer_bytes(opened: OpenedModel) -> int:
-    """All experts of a layer as stored, two of their matrices in float32 while they are priced, the
-    rest in float32."""
+    """Return the bytes of all experts of a layer as stored, of two of their matrices in float32
+    while they are priced, and of the rest in float32."""
     shape = opened.shape
     stored = shape.experts * shape.n_expert_weights * FLOAT_SIZE_BYTES[shape.dtype]
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)

@@ -14,9 +14,9 @@ import torch
 
 from moe_tool import __version__
 from moe_tool.artifacts.router_trace import TracedTokens
-from moe_tool.artifacts.routing_report import RoutingReport
+from moe_tool.artifacts.routing_report import ProfileRouting
 from moe_tool.available_memory import peak_rss_bytes
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes, require_free_disk
 from moe_tool.formats.claimed_artifact import require_unclaimed
@@ -34,7 +34,7 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton_facts import skeleton_facts
 from moe_tool.models.tokenizer import load_tokenizer, tokenizer_sha256
-from moe_tool.profiling.coverage import LayerCoverage, layer_coverage
+from moe_tool.profiling.coverage import layer_coverage
 from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_pass import LayerPass, PassPlan
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
@@ -70,8 +70,7 @@ class ProfileReport:
     memory_budget_bytes: int
     resumed_at_layer: int | None
     domains: tuple[str, ...]
-    coverage: tuple[LayerCoverage, ...]
-    routing: RoutingReport
+    routing: ProfileRouting
 
 
 def record_profile(
@@ -180,8 +179,7 @@ def record_profile(
         memory_budget_bytes=run.plan.memory_bytes,
         resumed_at_layer=first_layer or None,
         domains=sequences.domains,
-        coverage=coverage,
-        routing=routing,
+        routing=ProfileRouting(coverage=coverage, routing=routing),
     )
 
 

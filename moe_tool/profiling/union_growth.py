@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_tool.artifacts.routing_report import UnionGrowth
-from moe_tool.profiling.mean_of_known import mean_of_known
+from moe_tool.artifacts.routing_report import UnionGrowth, mean_of_known
 
 WINDOWS = tuple(range(1, 9))
 """n: consecutive tokens"""

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+PLANE, SCALES, ZEROS, BASE_SCALES = "plane", "scales", "zeros", "base_scales"
+"""Names of the tensors that an integer matrix is stored in"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,6 +21,11 @@ class FloatWeight:
     def shape(self) -> tuple[int, ...]:
         """(out, in) or (out,)"""
         return tuple(self.values.shape)
+
+    def part(self, name: str) -> torch.Tensor:
+        """Return the tensor that a record keeps; `name` is empty, there is one alone."""
+        assert not name
+        return self.values
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -49,6 +57,15 @@ class IntegerWeight:
         """(out, in)"""
         return (self.n_outputs, self.n_inputs)
 
+    def part(self, name: str) -> torch.Tensor:
+        """Return the tensor that a record keeps under a name: plane0, plane1, scales, zeros or
+        base_scales."""
+        if name.startswith(PLANE):
+            return self.planes[int(name.removeprefix(PLANE))]
+        found = {SCALES: self.scales, ZEROS: self.zeros, BASE_SCALES: self.base_scales}[name]
+        assert found is not None
+        return found
+
     @property
     def base(self) -> "IntegerWeight":
         """The matrix that the codes' first bits are; views."""
@@ -79,6 +96,13 @@ class IntegerWeight:
         return 1 if self.width_bits == 1 else 1 << (self.width_bits - 1)
 
 
+class StoredExpert(Protocol):
+    """An expert as a store hands it out, in whatever memory it lies."""
+
+    def to_host(self) -> "ExpertWeights":
+        """Return the expert in memory that the host's kernels can address."""
+
+
 class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
     """An expert's tensors by name.
 
@@ -88,10 +112,14 @@ class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
 
     __slots__ = ("prepared",)
 
-    def __init__(self) -> None:
-        """Hold nothing yet."""
-        super().__init__()
+    def __init__(self, tensors: Mapping[str, FloatWeight | IntegerWeight] | None = None) -> None:
+        """Hold some tensors, or nothing yet."""
+        super().__init__(tensors or {})
         self.prepared: Any = None
+
+    def to_host(self) -> "ExpertWeights":
+        """Return the expert itself: it is in memory that the host's kernels can address."""
+        return self
 
 
 def base_of(

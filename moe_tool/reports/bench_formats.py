@@ -1,16 +1,15 @@
-"""The rows of `bench` as markdown, csv, json and json lines.
-
-Rows are told by their fields' names alone, so that this file stands below the room that measures.
-"""
+"""The rows of `bench` as markdown, csv, json and json lines."""
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.artifacts.bench_report import BenchRow
+from moe_tool.artifacts.json_fields import json_fields
+from moe_tool.artifacts.run_stats import PhaseCounters
+from moe_tool.budget.sizes import format_bytes
 
-Row = Mapping[str, object]
 _COLUMNS = (
     "model",
     "size",
@@ -32,7 +31,7 @@ _COLUMNS = (
 _TEXT_COLUMNS = ("model", "bits", "budget", "policy", "eviction", "prefetch", "test", "cache")
 
 
-def markdown_rows(rows: Sequence[Row]) -> str:
+def markdown_rows(rows: Sequence[BenchRow]) -> str:
     """Return a table with padded columns, readable as it is and as markdown; its bits are those
     of the experts / of the skeleton."""
     lines = [_COLUMNS, *(_cells(row) for row in rows)]
@@ -45,25 +44,26 @@ def markdown_rows(rows: Sequence[Row]) -> str:
     return "\n".join(text + [_line(line, widths) for line in lines[1:]])
 
 
-def csv_rows(rows: Sequence[Row]) -> str:
+def csv_rows(rows: Sequence[BenchRow]) -> str:
     """Return a header and one line per row, every field; lists with a semicolon between entries."""
     stream = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    objects = json_fields(rows)
+    if objects:
+        writer = csv.DictWriter(stream, fieldnames=list(objects[0]), lineterminator="\n")
         writer.writeheader()
-        for row in rows:
+        for row in objects:
             writer.writerow({name: _csv_cell(value) for name, value in row.items()})
     return stream.getvalue().rstrip("\n")
 
 
-def json_rows(rows: Sequence[Row]) -> str:
+def json_rows(rows: Sequence[BenchRow]) -> str:
     """Return one array of objects."""
-    return json.dumps([dict(row) for row in rows], indent=1, ensure_ascii=False, allow_nan=False)
+    return json.dumps(json_fields(rows), indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def json_line(row: Row) -> str:
+def json_line(row: BenchRow) -> str:
     """Return one object on one line."""
-    return json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
+    return json.dumps(json_fields(row), ensure_ascii=False, allow_nan=False)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -74,47 +74,35 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(padded) + " |"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    budget = f"{row['budget']} ({format_bytes(_number(row['budget_bytes']))})"
-    rate, spread = _number(row["tokens_per_second"]), _number(row["tokens_per_second_sd"])
-    peak = format_bytes(_number(row["peak_rss_bytes"]))
+def _cells(row: BenchRow) -> tuple[str, ...]:
+    bundle, setup, timed = row.bundle, row.setup, row.timed
+    peak = format_bytes(row.peak_rss_bytes)
+    sparse = "" if setup.sparse_experts is None else f", sparse {setup.sparse_experts:g}"
     return (
-        str(row["model"]).replace("|", "\\|"),
-        format_bytes(_number(row["size_bytes"])),
-        _count(_number(row["params"])),
-        f"{row['bits']} / {row['skeleton_bits']}",
-        budget,
-        _policy(row),
-        str(row["eviction"]),
-        _prefetch(row),
-        str(row["threads"]),
-        str(row["test"]),
-        f"{rate:.2f} ± {spread:.2f}",
-        f"{_number(row['hit_rate']):.1%}",
-        format_bytes(_number(row["bytes_per_token"])),
-        f"{_number(row['stall_share']):.1%}",
-        peak if row["peak_rss_of"] == "row" else f"{peak} (process)",
-        str(row["cache"]),
+        bundle.model.replace("|", "\\|"),
+        format_bytes(bundle.size_bytes),
+        _count(bundle.params),
+        f"{bundle.bits} / {bundle.skeleton_bits}",
+        f"{row.budget} ({format_bytes(setup.memory_budget_bytes)})",
+        setup.policy + sparse,
+        setup.eviction,
+        setup.prefetch + _prefetched(timed),
+        str(setup.threads),
+        row.test,
+        f"{row.tokens_per_second:.2f} ± {row.tokens_per_second_sd:.2f}",
+        f"{timed.hit_rate:.1%}",
+        format_bytes(timed.bytes_read_per_token),
+        f"{row.stall_share:.1%}",
+        peak if row.peak_rss_of == "row" else f"{peak} (process)",
+        row.cache,
     )
 
 
-def _policy(row: Row) -> str:
-    """With the share of channels that is left out beside it, where that was asked for."""
-    sparse = row["sparse_experts"]
-    return str(row["policy"]) + ("" if sparse is None else f", sparse {_number(sparse):g}")
-
-
-def _prefetch(row: Row) -> str:
-    if not _number(row["prefetches_per_token"]):
-        return str(row["prefetch"])
-    used = f"{_number(row['prefetch_hit_rate']):.0%} used"
-    size = format_bytes(_number(row["prefetched_bytes_per_token"]))
-    return f"{row['prefetch']} ({used}, {size}/token)"
-
-
-def _number(value: object) -> float:
-    assert isinstance(value, int | float)
-    return value
+def _prefetched(timed: PhaseCounters) -> str:
+    if not timed.prefetches:
+        return ""
+    size = format_bytes(timed.prefetched_bytes / timed.tokens)
+    return f" ({timed.prefetch_hit_rate:.0%} used, {size}/token)"
 
 
 def _count(number: float) -> str:

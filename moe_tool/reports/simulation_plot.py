@@ -2,13 +2,11 @@
 
 import html
 import io
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moe_tool.artifacts.simulation_report import BELADY, SimulationReport, rows_by_policy
 from moe_tool.errors import UsageError
-from moe_tool.reports.simulation_table import Row
 
-_BOUND = "belady"
 _STYLES = ("-", "--", "-.", ":")
 _GIB, _MIB = 2**30, 2**20
 
@@ -25,45 +23,45 @@ def require_plot_path(path: Path) -> None:
         )
 
 
-def drawn_plot(
-    path: Path, rows: Mapping[str, Sequence[Row]], *, title: str, cliff_bytes: int
-) -> bytes:
+def drawn_plot(path: Path, report: SimulationReport, *, bits: str) -> bytes:
     """Return a file with both curves, one line a policy, the bound marked as such.
 
     Args:
         path: says the format: .png, .svg or .html.
-        rows: policy -> its budgets, ascending.
-        title: what was replayed, and on which machine.
-        cliff_bytes: one token's experts.
+        report: rows at one or several budgets.
+        bits: of the experts, in words.
     """
     require_plot_path(path)
+    title = f"{report.model}, {bits}, decoding on {report.hardware}"
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    largest = max(row.expert_bytes for each in rows.values() for row in each)
+    rows = rows_by_policy(report.rows)
+    largest = max(row.expert_bytes for row in report.rows)
     unit, unit_bytes = ("GiB", _GIB) if largest >= _GIB else ("MiB", _MIB)
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.6), sharex=True)
     for number, (policy, each) in enumerate(rows.items()):
         x = [row.expert_bytes / unit_bytes for row in each]
         curves = ([100 * row.hit_rate for row in each], [row.tokens_per_second for row in each])
         for axis, y in zip(axes, curves, strict=True):
-            if policy == _BOUND:
+            if policy == BELADY:
                 axis.plot(x, y, color="black", linewidth=2.5, label="belady (bound)", zorder=5)
             else:
                 color = matplotlib.colormaps["tab10"](number % 10)
                 style = _STYLES[number // 10 % len(_STYLES)]
                 axis.plot(x, y, style, color=color, linewidth=1.4, marker=".", label=policy)
+    cliff = report.cliff.bytes / unit_bytes
     for axis, label in zip(axes, ("hits, % of expert uses", "tokens per second"), strict=True):
         axis.set_xlabel(f"memory for experts, {unit}")
         axis.set_ylabel(label)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
-        axis.axvline(cliff_bytes / unit_bytes, color="grey", linestyle=":", linewidth=1)
+        axis.axvline(cliff, color="grey", linestyle=":", linewidth=1)
         axis.annotate(
             "one token's experts",
-            (cliff_bytes / unit_bytes, 0.99),
+            (cliff, 0.99),
             xycoords=("data", "axes fraction"),
             rotation=90,
             va="top",
@@ -77,14 +75,16 @@ def drawn_plot(
     figure.suptitle(title)
     figure.tight_layout()
     stream = io.BytesIO()
-    kind = "svg" if path.suffix.lower() == ".html" else path.suffix.lower().lstrip(".")
+    is_page = path.suffix.lower() == ".html"
+    kind = "svg" if is_page else path.suffix.lower().lstrip(".")
     figure.savefig(stream, format=kind, dpi=130)
     pyplot.close(figure)
-    data = stream.getvalue()
-    if path.suffix.lower() == ".html":
-        picture = data[data.index(b"<svg") :].decode()
-        data = _PAGE.format(title=html.escape(title), picture=picture).encode()
-    return data
+    return _page(stream.getvalue(), title) if is_page else stream.getvalue()
+
+
+def _page(picture: bytes, title: str) -> bytes:
+    drawn = picture[picture.index(b"<svg") :].decode()
+    return _PAGE.format(title=html.escape(title), picture=drawn).encode()
 
 
 _PAGE = """<!doctype html>

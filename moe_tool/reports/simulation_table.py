@@ -1,94 +1,41 @@
-"""The simulator's figures as tables for people."""
+"""Replayed traces as tables, and a recorded run beside its replay."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from rich.table import Table
 
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.artifacts.simulation_report import (
+    PolicyHits,
+    PrefetchRow,
+    PromptRow,
+    RunComparison,
+    SimulatedRow,
+)
+from moe_tool.budget.sizes import format_bytes
+from moe_tool.reports.columns import columns
 
 
-class Row(Protocol):
-    """One budget under one policy."""
-
-    @property
-    def memory(self) -> str: ...
-    @property
-    def slots(self) -> int: ...
-    @property
-    def expert_bytes(self) -> int: ...
-    @property
-    def eviction(self) -> str: ...
-    @property
-    def hit_rate(self) -> float: ...
-    @property
-    def bytes_per_token(self) -> float: ...
-    @property
-    def stall_ms(self) -> float: ...
-    @property
-    def tokens_per_second(self) -> float: ...
-    @property
-    def p50_ms(self) -> float: ...
-    @property
-    def p99_ms(self) -> float: ...
-    @property
-    def to_belady(self) -> float | None: ...
-    @property
-    def limited_by(self) -> str: ...
-
-
-class PromptFigures(Protocol):
-    """A prompt at one budget under one policy."""
-
-    @property
-    def memory(self) -> str: ...
-    @property
-    def eviction(self) -> str: ...
-    @property
-    def hit_rate(self) -> float: ...
-    @property
-    def bytes_per_token(self) -> float: ...
-
-
-class PrefetchFigures(Protocol):
-    """Reading ahead at one budget."""
-
-    @property
-    def memory(self) -> str: ...
-    @property
-    def eviction(self) -> str: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def bytes_per_saved_byte(self) -> float | None: ...
-    @property
-    def stall_saved_ms(self) -> float: ...
-    @property
-    def pays(self) -> bool: ...
-
-
-def hit_rate_table(rows: Mapping[str, Sequence[Row]]) -> Table:
+def hit_rate_table(rows: Mapping[str, Sequence[SimulatedRow]]) -> Table:
     """Return hit rate and tokens per second, a line per policy and a column per budget."""
-    columns = list(dict.fromkeys(row.memory for each in rows.values() for row in each))
-    table = _table("eviction", *columns)
+    budgets = list(dict.fromkeys(row.memory for each in rows.values() for row in each))
+    table = columns("eviction", *budgets, ruled=False)
     for policy, each in rows.items():
         found = {row.memory: row for row in each}
-        cells = [_cell(found.get(memory)) for memory in columns]
+        cells = [_cell(found.get(memory)) for memory in budgets]
         table.add_row(policy, *cells, style="bold" if policy == "belady" else None)
     return table
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: SimulatedRow | None) -> str:
     return "-" if row is None else f"{row.hit_rate:.0%} {_speed(row.tokens_per_second)}"
 
 
-def details_table(rows: Sequence[Row]) -> Table:
+def details_table(rows: Sequence[SimulatedRow]) -> Table:
     """Return everything about a few rows."""
-    table = _table(
+    table = columns(
         "memory", "slots", "experts", "eviction", "hits", "read/token", "stall ms", "tokens/s",
         "p50 ms", "p99 ms", "x belady", "limit",
+        words=(0, 3, 11), ruled=False,
     )  # fmt: skip
     for row in rows:
         table.add_row(
@@ -108,25 +55,26 @@ def details_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def prompt_table(rows: Sequence[PromptFigures]) -> Table:
+def prompt_table(rows: Sequence[PromptRow]) -> Table:
     """Return what prompts read, a line per policy and a column per budget."""
-    columns = list(dict.fromkeys(row.memory for row in rows))
-    table = _table("eviction", *columns)
+    budgets = list(dict.fromkeys(row.memory for row in rows))
+    table = columns("eviction", *budgets, ruled=False)
     for policy in dict.fromkeys(row.eviction for row in rows):
         found = {row.memory: row for row in rows if row.eviction == policy}
         cells = [
             f"{found[m].hit_rate:.0%} {format_bytes(found[m].bytes_per_token)}"
             if m in found
             else "-"
-            for m in columns
+            for m in budgets
         ]
         table.add_row(policy, *cells)
     return table
 
 
-def prefetch_table(rows: Sequence[PrefetchFigures]) -> Table:
+def prefetch_table(rows: Sequence[PrefetchRow]) -> Table:
     """Return what reading ahead would change."""
-    table = _table("memory", "eviction", "depth", "wanted", "bytes/saved", "stall saved ms", "pays")
+    headings = ("memory", "eviction", "depth", "wanted", "bytes/saved", "stall saved ms", "pays")
+    table = columns(*headings, words=(0, 1, 6), ruled=False)
     for row in rows:
         per_byte = row.bytes_per_saved_byte
         table.add_row(
@@ -141,13 +89,28 @@ def prefetch_table(rows: Sequence[PrefetchFigures]) -> Table:
     return table
 
 
+def comparison_table(found: RunComparison) -> Table:
+    """Return what the run counted beside what the replay says."""
+    table = columns("", "run", "replayed", ruled=False)
+    table.add_row("hits while decoding", str(found.hits), str(found.predicted_hits))
+    table.add_row("hits in the prompt", str(found.prompt_hits), str(found.predicted_prompt_hits))
+    table.add_row(
+        "prefetched and wanted", str(found.prefetch_hits), str(found.predicted_prefetch_hits)
+    )
+    table.add_row(
+        "tokens/s", f"{found.tokens_per_second:.2f}", f"{found.predicted_tokens_per_second:.2f}"
+    )
+    table.add_row("stall, ms per token", f"{found.stall_ms:.1f}", f"{found.predicted_stall_ms:.1f}")
+    return table
+
+
+def policies_table(rows: Sequence[PolicyHits]) -> Table:
+    """Return hits and bytes of each policy."""
+    table = columns("eviction", "hits", "read/token", ruled=False)
+    for row in rows:
+        table.add_row(row.eviction, f"{row.hit_rate:.1%}", format_bytes(row.bytes_per_token))
+    return table
+
+
 def _speed(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f}"
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        words = heading in ("eviction", "memory", "limit", "pays")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
-    return table

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.run_trace import RecordedCalls
 
 
@@ -13,7 +13,8 @@ from moe_tool.artifacts.run_trace import RecordedCalls
 class CallRecorder:
     """Mutable: grows by every call."""
 
-    shape: MoeShape
+    ids: LayerIds
+    """Numbers of the model's experts"""
     n_calls_before: int = 0
     """Before the run under way"""
     _layer: list[int] = field(default_factory=list)
@@ -40,10 +41,10 @@ class CallRecorder:
             scores: [E], `gate_scores` of the call.
             guesses: (layer, expert) that the next layers are predicted to name.
         """
-        self._layer.append(self.shape.layers.index(layer))
+        self._layer.append(self.ids.position[layer])
         self._is_decode.append(is_decode)
-        self._keys.append([self._key(layer, expert) for expert in experts])
-        self._guesses.append([self._key(*guess) for guess in guesses])
+        self._keys.append([self.ids.number((layer, expert)) for expert in experts])
+        self._guesses.append([self.ids.number(guess) for guess in guesses])
         self._scores.append(scores)
 
     def begin_run(self) -> None:
@@ -62,9 +63,6 @@ class CallRecorder:
             guesses=_flat(self._guesses),
             scores=np.stack(known) if known and len(known) == len(self._scores) else None,
         )
-
-    def _key(self, layer: int, expert: int) -> int:
-        return self.shape.layers.index(layer) * self.shape.experts + expert
 
 
 def _starts(rows: list[list[int]]) -> np.ndarray:

@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import GenerationConfig
 
 from moe_tool import __version__
-from moe_tool.artifacts.precision import ChannelPrecision
+from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.artifacts.routing import PRIMARY
+from moe_tool.artifacts.run_result import AnswerQuality, RunResult, RunSetup, StopReason
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
@@ -25,14 +26,12 @@ from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens
-from moe_tool.runtime.open_levels import staying_by_form
+from moe_tool.runtime.open_stores import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.text_stream import OnText, TextStream
 from moe_tool.runtime.working_set import prefill_chunk
-
-StopReason = Literal["end_of_text", "max_tokens", "context", "interrupted"]
 
 _MIN_TEMPERATURE = 1e-6
 
@@ -45,87 +44,11 @@ class GenerateOptions:
     temperature: float = 0.0
     """0 takes the most probable token"""
     seed: int = 0
-    """Of sampling"""
+    """Seeds sampling"""
     raw: bool = False
     """Leave the model's chat template out"""
     ignore_eos: bool = False
     """Go on after an end-of-text token"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What a run produced, and what it cost. Rates are of decoding alone: the prompt is counted
-    apart."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    """Generated, an end-of-text token included"""
-    prompt_tokens: int
-    generated_tokens: int
-    seconds_to_first_token: float
-    """From the call to the choice of the first token; loading not included"""
-    tokens_per_second: float
-    """Of the tokens after the first; 0 where there are none"""
-    hit_rate: float
-    hits: int
-    misses: int
-    bytes_read_per_token: float
-    stall_seconds: float
-    substitutions: int
-    lowered: int
-    """Slots answered by a replica of the expert"""
-    drops: int
-    spared_bytes_per_token: float
-    """Of experts that were not in memory and that a drop left unread"""
-    expected_kl: float | None
-    """Nats per decoded token that the answers are expected to have cost; None where the bundle has
-    no prices"""
-    expected_kl_limit: float | None
-    retreated_tokens: int
-    """Answered exactly to keep the limit"""
-    shadow_tokens: int
-    shadow_kl: float | None
-    """Nats per token: the loss of one step, measured on those tokens"""
-    shadow_expected_kl: float | None
-    """Nats per token that those were expected to lose; None where none was shadowed, or without
-    prices"""
-    shadow_seconds: float
-    eviction: str
-    prefetch: str
-    prefetches: int
-    """Experts that the store was told to expect while decoding"""
-    prefetch_hits: int
-    """Those of them that the next layer wanted"""
-    prefetched_bytes: int
-    prompt_hits: int
-    prompt_misses: int
-    prompt_bytes_read: int
-    prompt_stall_seconds: float
-    prompt_substitutions: int
-    prompt_lowered: int
-    prompt_drops: int
-    prompt_expected_kl: float | None
-    """Nats per prompt token, where the policy answered prompts too; None where they were exact"""
-    sparse_experts: float | None
-    """Share of experts' channels that was to be left out; None: of none"""
-    sparsity: float
-    """That was left out while decoding, of the channels of all experts that were used"""
-    whole_bytes_per_token: float
-    """What the misses would have read of experts in channels, had all been read whole"""
-    memory_budget_bytes: int
-    slots: int
-    """Full expert records that the budget has room for; cheaper forms share it"""
-    staying: dict[str, int]
-    """Experts that never leave memory, by form"""
-    policy: str
-    residency: str
-    seconds: float
-    peak_rss_bytes: int
-    """Of the process, at the end"""
-    interrupted: bool
-    """Ended by Ctrl-C: the text is what there was by then"""
-    stop_reason: StopReason
-    """What ended the text: an end-of-text token, --max-tokens, the end of the context or Ctrl-C"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,13 +101,8 @@ def run_prompt(
             progress.note(note)
         result = generate(session, prompt, generation, on_text=on_text)
         if trace_path is not None:
-            write_trace(session, trace_path, decode_seconds=_decode_seconds(result))
+            write_trace(session, trace_path, decode_seconds=result.decode_seconds)
         return result
-
-
-def _decode_seconds(result: RunResult) -> float:
-    rate = result.tokens_per_second
-    return (result.generated_tokens - 1) / rate if rate > 0 else 0.0
 
 
 def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
@@ -202,22 +120,22 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
     pinned = [
         (layer, int(expert))
         for layer in manifest.shape.layers
-        for expert in store.full.pinned_mask(layer).nonzero()[0]
+        for expert in store.pinned_mask(layer)[PRIMARY].nonzero()[0]
     ]
-    assert not isinstance(manifest.precision, ChannelPrecision), "refused when it was opened"
+    (table,) = manifest.primaries  # several, or channels, were refused when it was opened
     header = RunTraceHeader(
         identity=manifest.identity,
         shape=manifest.shape,
-        precision=manifest.precision,
-        record_size_bytes=manifest.record_size_bytes,
+        precision=precision_from_bits(table.name),
+        record_size_bytes=table.record_size_bytes,
         skeleton_precision=manifest.skeleton_precision,
         matrix_bytes=session.bundle.matrix_bytes,
         n_matrices=_n_matrices(session),
-        threads=session.threads.n_threads,
-        n_slots=session.plan.n_slots,
+        threads=session.plan.threads.n_threads,
+        n_slots=session.plan.memory.n_slots,
         pinned=tuple(pinned),
-        eviction=session.setting.eviction.name,
-        prefetch=session.setting.prefetch,
+        eviction=session.plan.eviction.name,
+        prefetch=session.plan.prefetch,
         n_calls_before=session.runner.recorder.n_calls_before,
         prompt_tokens=prompt.tokens,
         decode_tokens=decode.tokens,
@@ -258,7 +176,7 @@ def generate(
     )
     made = generate_ids(session, [ids], options, on_text=on_text)
     text = session.tokenizer.decode(list(made.token_ids[0]), skip_special_tokens=True)
-    return _result(session, made, text=text, n_prompt=len(ids))
+    return _result(session, made, text)
 
 
 def generate_ids(
@@ -285,7 +203,7 @@ def generate_ids(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    room = session.workload.positions - width
+    room = session.plan.workload.positions - width
     config = _generation_config(
         session, options, max_new_tokens=min(options.max_tokens, room), pad=pad, ends=ends
     )
@@ -336,9 +254,10 @@ def _n_matrices(session: Session) -> int:
 def _check(session: Session, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
         raise UsageError("the prompt has no tokens", hint="give --prompt some text")
-    if len(prompts) > session.workload.batch:
+    if len(prompts) > session.plan.workload.batch:
         raise UsageError(
-            f"{len(prompts)} prompts at once, the session was opened for {session.workload.batch}"
+            f"{len(prompts)} prompts at once, the session was opened for "
+            f"{session.plan.workload.batch}"
         )
     if options.max_tokens < 1:
         raise UsageError(f"--max-tokens {options.max_tokens}: at least 1 is needed")
@@ -350,10 +269,10 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
             hint="--temperature 0 takes the likeliest token",
         )
     longest = max(len(prompt) for prompt in prompts)
-    if longest >= session.workload.positions:
+    if longest >= session.plan.workload.positions:
         raise UsageError(
             f"the prompt has {longest} tokens, which leaves no room in a context of "
-            f"{session.workload.positions}",
+            f"{session.plan.workload.positions}",
             hint=_longer_context(session),
         )
 
@@ -361,7 +280,7 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
 def _longer_context(session: Session) -> str:
     """What to do where the context is full: only what the model allows."""
     most = context_length(session.model.config.get_text_config())
-    if most is not None and most <= session.workload.positions:
+    if most is not None and most <= session.plan.workload.positions:
         return f"a shorter prompt: the model was made for {most} positions"
     return f"a shorter prompt, or a larger --context{'' if most is None else f', up to {most}'}"
 
@@ -383,7 +302,7 @@ def _generation_config(
     config.use_cache = True
     config.cache_implementation = None
     config.pad_token_id = pad
-    config.prefill_chunk_size = prefill_chunk(session.workload)
+    config.prefill_chunk_size = prefill_chunk(session.plan.workload)
     config.eos_token_id = None if options.ignore_eos else list(ends.ids) or None
     config.do_sample = options.temperature > 0
     if config.do_sample:
@@ -443,63 +362,51 @@ def _stop_reason(
     return "context" if room < options.max_tokens else "max_tokens"
 
 
-def _result(session: Session, made: Generated, *, text: str, n_prompt: int) -> RunResult:
-    prompt, decode = session.runner.stats.prompt, session.runner.stats.decode
-    account, shadow = session.runner.account, session.shadow
-    n_generated = len(made.token_ids[0])
+def _result(session: Session, made: Generated, text: str) -> RunResult:
     first = made.ended_at if made.first_token_at is None else made.first_token_at
-    n_after_first = max(0, n_generated - 1)
-    decode_seconds = made.ended_at - first
     return RunResult(
         text=text,
         token_ids=made.token_ids[0],
-        prompt_tokens=n_prompt,
-        generated_tokens=n_generated,
+        setup=run_setup(session),
+        staying=staying_by_form(session.manifest, session.plan.rooms),
+        prompt=session.runner.stats.prompt,
+        decode=session.runner.stats.decode,
+        quality=_quality(session),
         seconds_to_first_token=first - made.started_at,
-        tokens_per_second=n_after_first / decode_seconds if decode_seconds > 0 else 0.0,
-        hit_rate=decode.hit_rate,
-        hits=decode.hits,
-        misses=decode.misses,
-        bytes_read_per_token=decode.bytes_read / decode.tokens if decode.tokens else 0.0,
-        stall_seconds=decode.stall_seconds,
-        substitutions=decode.substitutions,
-        lowered=decode.lowered,
-        drops=decode.drops,
-        spared_bytes_per_token=decode.spared_bytes / decode.tokens if decode.tokens else 0.0,
-        expected_kl=None if session.runner.policy.prices is None else account.nats_per_token,
-        expected_kl_limit=account.limit,
-        retreated_tokens=account.exact_tokens,
-        shadow_tokens=0 if shadow is None else shadow.tokens,
-        shadow_kl=None if shadow is None else shadow.nats_per_token,
-        shadow_expected_kl=account.judged_spent / account.judged_tokens
-        if account.judged_tokens and session.runner.policy.prices is not None
-        else None,
-        shadow_seconds=0.0 if shadow is None else shadow.seconds,
-        eviction=session.setting.eviction.name,
-        prefetch=session.setting.prefetch,
-        prefetches=decode.prefetches,
-        prefetch_hits=decode.prefetch_hits,
-        prefetched_bytes=decode.prefetched_bytes,
-        prompt_hits=prompt.hits,
-        prompt_misses=prompt.misses,
-        prompt_bytes_read=prompt.bytes_read,
-        prompt_stall_seconds=prompt.stall_seconds,
-        prompt_substitutions=prompt.substitutions,
-        prompt_lowered=prompt.lowered,
-        prompt_drops=prompt.drops,
-        prompt_expected_kl=account.prompt_spent / max(1, prompt.tokens)
-        if session.runner.is_lossy_prompt and session.runner.policy.prices is not None
-        else None,
-        sparse_experts=session.runner.sparsity,
-        sparsity=decode.sparsity,
-        whole_bytes_per_token=decode.whole_bytes / decode.tokens if decode.tokens else 0.0,
-        memory_budget_bytes=session.plan.budget_bytes,
-        slots=session.plan.n_slots,
-        staying=staying_by_form(session.manifest, session.runner.rooms),
-        policy=session.runner.policy.name,
-        residency=session.runner.residency,
         seconds=made.ended_at - made.started_at,
         peak_rss_bytes=peak_rss_bytes(),
         interrupted=made.interrupted,
         stop_reason=made.stop_reasons[0],
+    )
+
+
+def run_setup(session: Session) -> RunSetup:
+    """Return how a session runs now."""
+    return RunSetup(
+        policy=session.runner.policy.name,
+        residency=session.runner.residency,
+        eviction=session.plan.eviction.name,
+        prefetch=session.plan.prefetch,
+        sparse_experts=session.runner.sparsity,
+        threads=session.plan.threads.n_threads,
+        memory_budget_bytes=session.plan.memory.budget_bytes,
+        slots=session.plan.memory.n_slots,
+    )
+
+
+def _quality(session: Session) -> AnswerQuality:
+    account, shadow = session.runner.account, session.shadow
+    has_prices = session.runner.policy.prices is not None
+    n_prompt, n_judged = session.runner.stats.prompt.tokens, account.judged_tokens
+    return AnswerQuality(
+        expected_kl=account.nats_per_token if has_prices else None,
+        expected_kl_limit=account.limit,
+        exact_fallback_tokens=account.exact_tokens,
+        prompt_expected_kl=account.prompt_spent / max(1, n_prompt)
+        if session.runner.is_lossy_prompt and has_prices
+        else None,
+        shadow_tokens=0 if shadow is None else shadow.tokens,
+        shadow_kl=None if shadow is None else shadow.nats_per_token,
+        shadow_expected_kl=account.judged_spent / n_judged if n_judged and has_prices else None,
+        shadow_seconds=0.0 if shadow is None else shadow.seconds,
     )

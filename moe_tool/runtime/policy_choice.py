@@ -1,17 +1,17 @@
 """A miss policy by name, made from what a bundle knows."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
-from moe_tool.artifacts.precision import describe_precision
-from moe_tool.errors import UsageError
+from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
-from moe_tool.models.skeleton import Skeleton
 from moe_tool.policies.misses import (
     Gates,
     MissChoice,
@@ -19,24 +19,19 @@ from moe_tool.policies.misses import (
     PolicyInputs,
     PriceBook,
     Reweigh,
-    parse_miss_policy,
 )
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
-from moe_tool.runtime.price_list import price_book
-
-EXACT = "exact"
-_WITH_ABSENT = (EXACT, "priced", "prune")
-"""Policies of a bundle that leaves experts out: the others look for every expert that is wanted"""
+from moe_tool.runtime.price_list import price_book, record_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenPolicy:
-    """A miss policy, and what the runtime needs to serve it."""
+    """A miss policy with everything that the runtime needs to serve it."""
 
     choice: MissChoice
     policy: MissPolicy
     prices: PriceBook | None
-    """Of the bundle's answers; None where it was packed without a profile"""
+    """Prices of the bundle's answers; None where it was packed without a profile"""
     rules: Mapping[int, RouterRule]
     """By decoder layer; empty where the policy looks at no selection scores"""
     masks: Mapping[int, MaskTensors] = field(default_factory=dict)
@@ -44,87 +39,84 @@ class ChosenPolicy:
 
     @property
     def name(self) -> str:
-        """As `--policy` takes it."""
+        """The policy with its parameters, as `--policy` takes it."""
         return self.choice.name
 
 
 def choose_policy(
-    name: str, bundle: BundleReader, skeleton: Skeleton, *, gates: bool, seed: int
+    choice: MissChoice,
+    manifest: BundleManifest,
+    layers: Sequence[MoeLayerModules],
+    config: PreTrainedConfig,
+    *,
+    gates: bool,
+    seed: int,
 ) -> ChosenPolicy:
-    """Return the policy that `--policy` names.
+    """Return a policy made from what a bundle knows; a mask router that it asks is not read yet.
 
     Args:
-        name: what `parse_miss_policy` takes.
-        bundle: its stand-ins, thresholds and trained routers are used.
-        skeleton: the loaded model; its routers' rules are used.
+        choice: the policy and its parameters.
+        manifest: of the bundle; its stand-ins, thresholds and prices are used.
+        layers: every MoE layer; its router's rule is used, its tensors need not be loaded.
+        config: of the model.
         gates: whether lossy policies keep BuddyMoE's gates.
         seed: of policies that draw.
 
     Raises:
-        UsageError: the name is unknown, or the bundle lacks what the policy needs.
+        UsageError: the bundle lacks what the policy needs.
         NotFoundError, UnsupportedModelError: as `MissChoice.make`.
-        CorruptArtifactError, StorageError: as `read_mask_router`.
     """
-    choice = parse_miss_policy(name)
-    manifest = bundle.manifest
-    if manifest.absent and choice.kind not in _WITH_ABSENT:
-        raise UsageError(
-            f"--policy {choice.kind}: the bundle leaves {len(manifest.absent)} experts out, and "
-            f"its policy may be {', '.join(_WITH_ABSENT)}",
-            hint="--policy priced",
-        )
-    buddies = None if manifest.buddies is None else manifest.buddies.layers
-    thresholds: Gates | None = None
-    if not gates:
-        thresholds = Gates(entropy_threshold={}, enabled=False)
-    elif buddies is not None:
-        thresholds = Gates(
-            entropy_threshold={entry.layer: entry.entropy_threshold for entry in buddies}
-        )
-    rules = _rules(skeleton)
-    prices = price_book(manifest)
-    entries = manifest.prices or ()
-    inputs = PolicyInputs(
-        gates=thresholds,
-        buddies=buddies,
+    rules = _rules(layers, config)
+    known = manifest_inputs(manifest)
+    inputs = replace(
+        known,
+        gates=known.gates if gates else Gates(entropy_threshold={}, enabled=False),
         reweigh=None if rules is None else {layer: _reweigh(rule) for layer, rule in rules.items()},
-        seed=seed,
         scores_are_logits=rules is None or not any(r.scores_differ for r in rules.values()),
-        prices=prices,
+        seed=seed,
+    )
+    return ChosenPolicy(
+        choice=choice, policy=choice.make(inputs), rules=rules or {}, prices=inputs.prices
+    )
+
+
+def manifest_inputs(manifest: BundleManifest) -> PolicyInputs:
+    """Return what a policy may be made from, as far as it is known without the model."""
+    buddies = None if manifest.buddies is None else manifest.buddies.layers
+    entries = manifest.prices or ()
+    return PolicyInputs(
+        gates=None
+        if buddies is None
+        else Gates(entropy_threshold={entry.layer: entry.entropy_threshold for entry in buddies}),
+        buddies=buddies,
+        prices=price_book(manifest),
         unimportance={entry.layer: np.array(entry.unimportance) for entry in entries},
+        ratios={entry.layer: np.array(entry.ratio) for entry in entries},
         pruning=manifest.pruning,
         top_k=manifest.shape.top_k,
-        ratios={entry.layer: np.array(entry.ratio) for entry in entries},
-        levels=tuple(
-            describe_precision(each)
-            for each in (manifest.precision, *(table.precision for table in manifest.replicas))
-        ),
-    )
-    policy = choice.make(inputs)
-    router = bundle.mask_router() if choice.asks_router else None
-    return ChosenPolicy(
-        choice=choice,
-        policy=policy,
-        rules=rules or {},
-        prices=prices,
-        masks=mask_tensors(router or {}),
+        forms=(manifest.bits, *(table.name for table in manifest.cheaper)),
+        stored={layer: sizes > 0 for layer, sizes in record_sizes(manifest).items()},
     )
 
 
-def require_policy(name: str) -> None:
-    """Refuse a policy that is not known.
+def with_masks(policy: ChosenPolicy, bundle: BundleReader) -> ChosenPolicy:
+    """Return the policy with the bundle's mask routers read, where it asks them.
 
     Raises:
-        UsageError: with those that are.
+        CorruptArtifactError, StorageError: as `read_mask_router`.
     """
-    parse_miss_policy(name)
+    if not policy.choice.asks_router:
+        return policy
+    return replace(policy, masks=mask_tensors(bundle.mask_router() or {}))
 
 
-def _rules(skeleton: Skeleton) -> dict[int, RouterRule] | None:
-    """The routers' rules by layer; None where they are not known."""
+def _rules(
+    layers: Sequence[MoeLayerModules], config: PreTrainedConfig
+) -> dict[int, RouterRule] | None:
+    """Return the routers' rules by layer; None where they are not known."""
     rules = {}
-    for modules in skeleton.layers:
-        rule = router_rule(modules, skeleton.model.config)
+    for modules in layers:
+        rule = router_rule(modules, config)
         if rule is None:
             return None
         rules[modules.layer] = rule
@@ -132,8 +124,9 @@ def _rules(skeleton: Skeleton) -> dict[int, RouterRule] | None:
 
 
 def _reweigh(rule: RouterRule) -> Reweigh:
-    def reweigh(logits: np.ndarray, index: np.ndarray) -> Any:
+    def reweigh(logits: np.ndarray, index: np.ndarray, present: np.ndarray) -> Any:
         wide = torch.from_numpy(logits).to(torch.float32)  # [T, E]
-        return weights_of_sets(rule, wide, torch.from_numpy(index)).to(torch.float32).numpy()
+        weights = weights_of_sets(rule, wide, torch.from_numpy(index), torch.from_numpy(present))
+        return weights.to(torch.float32).numpy()
 
     return reweigh

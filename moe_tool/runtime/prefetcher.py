@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import UsageError
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.prefetch import PREFETCH, ChoosePrefetch
-from moe_tool.store.channel_store import ChannelStore
-from moe_tool.store.expert_store import ExpertStore
-from moe_tool.store.mixed_store import MixedStore
+from moe_tool.store.protocol import ExpertStore
 
 NO_PREFETCH = "none"
 
@@ -27,12 +26,7 @@ class Prefetcher:
     """Decoder layer -> the MoE layer after it"""
 
     @torch.no_grad()
-    def expect(
-        self,
-        call: LayerCall,
-        store: ExpertStore | MixedStore | ChannelStore,
-        counters: PhaseCounters,
-    ) -> None:
+    def expect(self, call: LayerCall, store: ExpertStore, counters: PhaseCounters) -> None:
         """Tell the store what the layer after this call will want.
 
         Args:
@@ -45,46 +39,39 @@ class Prefetcher:
             return
         routed = modules.route(call.hidden)
         index = routed.index.numpy()  # [T, K]
-        resident = store.resident(modules.layer)  # [E]
+        resident = store.resident(modules.layer)[PRIMARY]  # [E]
         experts = self.choose(index, routed.weight.numpy(), resident)
         if experts:
             spare = sorted(set(index.ravel().tolist()))
             store.prefetch(modules.layer, experts, spare=spare, counters=counters)
 
 
-def choose_prefetcher(
-    name: str, layers: Sequence[MoeLayerModules], *, residency: str
-) -> Prefetcher | None:
-    """Return what `--prefetch` names, None for nothing.
+def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetcher | None:
+    """Return what a key of PREFETCH names, None for nothing.
 
     Args:
-        name: a key of PREFETCH.
+        name: checked by `require_prefetch`.
         layers: every MoE layer, ascending.
-        residency: cache or frozen.
-
-    Raises:
-        UsageError: the name is unknown, or the resident experts are frozen.
     """
-    require_prefetch(name)
     choose = PREFETCH[name]
     if choose is None:
         return None
-    if residency == "frozen":
-        raise UsageError(
-            f"--prefetch {name}: the experts in memory are frozen, so none can be read ahead",
-            hint="--policy exact, or --residency cache",
-        )
     following = {modules.layer: after for modules, after in zip(layers, layers[1:], strict=False)}
     return Prefetcher(choose=choose, following=following)
 
 
-def require_prefetch(name: str) -> None:
-    """Refuse a name that is not in the table.
+def require_prefetch(name: str, *, residency: str) -> None:
+    """Refuse a name that is not in the table, or reading ahead into memory that is frozen.
 
     Raises:
-        UsageError: with the names that are.
+        UsageError: with what would work.
     """
     if name not in PREFETCH:
         raise UsageError(
             f"--prefetch {name} is not known", hint=f"use one of {', '.join(PREFETCH)}"
+        )
+    if PREFETCH[name] is not None and residency == "frozen":
+        raise UsageError(
+            f"--prefetch {name}: the experts in memory are frozen, so none can be read ahead",
+            hint="--policy exact, or --residency cache",
         )

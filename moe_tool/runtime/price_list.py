@@ -4,9 +4,10 @@ import numpy as np
 
 from moe_tool.artifacts.buddy_map import Buddy
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.policies.cheapest_residents import ExpertUse
 from moe_tool.policies.misses import LayerBook, PriceBook
-from moe_tool.policies.misses.price_book import STRUCTURED, felt_error, leaves_noise
+from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
 def expert_use(manifest: BundleManifest) -> dict[int, ExpertUse] | None:
@@ -29,19 +30,17 @@ def price_book(manifest: BundleManifest) -> PriceBook | None:
     """
     if manifest.prices is None:
         return None
-    stored = [
-        {(record.layer, record.expert) for record in table.records} for table in manifest.replicas
-    ]
+    sizes = record_sizes(manifest)
     layers = {}
     for at, prices in enumerate(manifest.prices):
         n_experts = len(prices.nats)
-        eps = np.zeros((1 + len(manifest.replicas), n_experts))
-        for level, table in enumerate(manifest.replicas, start=1):
-            is_stored = [(prices.layer, e) in stored[level - 1] for e in range(n_experts)]
-            felt = felt_error(
-                np.array(table.prices[at].eps), is_noise=leaves_noise(table.precision)
-            )
-            eps[level] = np.where(is_stored, felt, np.inf)
+        eps = np.zeros((1 + len(manifest.cheaper), n_experts))
+        for form, table in enumerate(manifest.cheaper, start=1):
+            error = np.full(n_experts, np.inf)
+            for record in table.records:
+                if record.layer == prices.layer and record.eps is not None:
+                    error[record.expert] = record.eps
+            eps[form] = effective_error(error, is_noise=table.precision.leaves_noise)
         lists: tuple[tuple[Buddy, ...], ...] = ((),) * n_experts
         if manifest.buddies is not None:
             lists = manifest.buddies.layers[at].buddies
@@ -57,10 +56,25 @@ def price_book(manifest: BundleManifest) -> PriceBook | None:
         layers[prices.layer] = LayerBook(
             nats=STRUCTURED * np.array(prices.nats),
             eps=eps,
+            record_bytes=sizes[prices.layer],
             buddy=buddy,
             buddy_scale=scale,
-            buddy_eps=felt_error(error, is_noise=False),
+            buddy_eps=effective_error(error, is_noise=False),
         )
-    own_bytes = manifest.own_bytes // max(1, len(manifest.own_records))
-    sizes = (own_bytes, *(table.record_size_bytes for table in manifest.replicas))
-    return PriceBook(layers=layers, record_bytes=sizes)
+    return PriceBook(layers=layers)
+
+
+def record_sizes(manifest: BundleManifest) -> dict[int, np.ndarray]:
+    """Return the size of every record by decoder layer, [F, E] int64; 0 where a form of an expert
+    is not stored."""
+    shape = manifest.shape
+    sizes = {
+        layer: np.zeros((1 + len(manifest.cheaper), shape.experts), dtype=np.int64)
+        for layer in shape.layers
+    }
+    tables = [(PRIMARY, table) for table in manifest.primaries]
+    tables += enumerate(manifest.cheaper, start=1)
+    for form, table in tables:
+        for record in table.records:
+            sizes[record.layer][form, record.expert] = table.record_size_bytes
+    return sizes

@@ -1,175 +1,160 @@
 """Which experts stay for a whole run, and in which form: the hottest of the profile, some of every
-layer, or what makes misses cheapest."""
+layer, or those that make misses cheapest."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.routing import FULL
-from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
-from moe_tool.policies.hot_set import ExpertKey, hottest_first, n_pinned
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.budget.slots import ExpertRoom, bytes_of_slots, min_slots, slots_within
+from moe_tool.policies.cheapest_residents import cheapest_residents
+from moe_tool.policies.hot_set import hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
-from moe_tool.runtime.expert_room import ExpertRoom
 from moe_tool.runtime.price_list import expert_use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LevelRoom:
-    """One level's part of the memory."""
+class FormRoom:
+    """One form's part of the memory."""
 
     n_slots: int
     pinned: tuple[ExpertKey, ...]
+    """Experts that never leave"""
 
 
 def frozen_rooms(
-    manifest: BundleManifest, n_slots: int, choice: MissChoice, prices: PriceBook | None
-) -> tuple[LevelRoom, ...]:
-    """Return who is in memory for a whole run under a policy, by level.
+    manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, prices: PriceBook | None
+) -> tuple[FormRoom, ...]:
+    """Return what is in memory for a whole run under a policy, primary tables first, then cheaper
+    ones.
 
     Args:
         manifest: of the bundle.
-        n_slots: that the budget has for records of full experts; cheaper forms share their bytes.
+        slots: that the budget has for primary records, by table; cheaper forms share their bytes.
         choice: of the policy.
         prices: of the manifest.
     """
-    full = (LevelRoom(n_slots=n_slots, pinned=choose_resident_experts(manifest, n_slots)),)
-    nothing = LevelRoom(n_slots=0, pinned=())
-    n_levels = 1 + len(manifest.replicas)
-    if n_slots >= len(manifest.records) or choice.residents == "hottest":
-        return full + (nothing,) * (n_levels - 1)
+    hottest = hottest_rooms(manifest, slots, share=1.0)
+    if _has_everything(manifest, slots) or choice.residents == "hottest":
+        return hottest
     if choice.residents == "two-precisions":
-        return _two_precisions(manifest, n_slots, choice)
-    nats_per_mb = choice.values.get("nats-per-mb", math.inf)
-    return _cheapest(manifest, n_slots, prices, nats_per_mb) or full + (nothing,) * (n_levels - 1)
+        return _two_precisions(manifest, slots, choice) or hottest
+    return _cheapest(manifest, slots, choice, prices) or hottest
 
 
 def cache_rooms(
-    manifest: BundleManifest, n_slots: int, choice: MissChoice, *, pinned_share: float
-) -> tuple[LevelRoom, ...]:
-    """Return each level's slots where what is in memory changes, see `frozen_rooms`."""
-    nothing = LevelRoom(n_slots=0, pinned=())
-    if choice.residents == "two-precisions" and n_slots < len(manifest.records):
-        rooms = _two_precisions(manifest, n_slots, choice)
-        return tuple(LevelRoom(n_slots=room.n_slots, pinned=()) for room in rooms)
-    pinned: tuple[ExpertKey, ...] = ()
-    if pinned_share:
-        pinned = choose_resident_experts(manifest, n_slots, share=pinned_share)
-    return (LevelRoom(n_slots=n_slots, pinned=pinned),) + (nothing,) * len(manifest.replicas)
+    manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, *, pinned_share: float
+) -> tuple[FormRoom, ...]:
+    """Return each form's slots where what is in memory changes, see `frozen_rooms`."""
+    if choice.residents == "two-precisions" and not _has_everything(manifest, slots):
+        rooms = _two_precisions(manifest, slots, choice)
+        if rooms is not None:
+            return tuple(replace(room, pinned=()) for room in rooms)
+    return hottest_rooms(manifest, slots, share=pinned_share)
 
 
-def mixed_rooms(
-    manifest: BundleManifest, slots: tuple[int, ...], *, pinned_share: float
-) -> tuple[LevelRoom, ...]:
-    """Return the slots of each of the forms that experts have of their own, see `frozen_rooms`.
+def hottest_rooms(
+    manifest: BundleManifest, slots: tuple[int, ...], *, share: float
+) -> tuple[FormRoom, ...]:
+    """Return rooms in which the experts used most stay in their primary form, and nothing in a
+    cheaper one.
 
-    Args:
-        manifest: of a bundle of experts of several widths.
-        slots: by own form.
-        pinned_share: part of the slots that experts may have for the whole run.
-    """
-    ranked = _ranked(manifest)
-    tables = (manifest.records, *(table.records for table in manifest.others))
-    rooms = []
-    for n_slots, records, room in zip(slots, tables, expert_rooms(manifest), strict=True):
-        members = {(record.layer, record.expert) for record in records}
-        count = n_pinned(
-            pinned_share,
-            n_slots=n_slots,
-            n_slots_min=room.n_slots_min,
-            n_experts=len(members),
-        )
-        pinned = [key for key in ranked if key in members][:count] if pinned_share else []
-        rooms.append(LevelRoom(n_slots=n_slots, pinned=tuple(pinned)))
-    return tuple(rooms)
-
-
-def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
-    """Return what slots cost, by the forms that experts have of their own."""
-    sizes = [(manifest.record_size_bytes, len(manifest.records))]
-    sizes += [(table.record_size_bytes, len(table.records)) for table in manifest.others]
-    return tuple(
-        ExpertRoom(
-            record_bytes=size, n_experts=count, n_slots_min=min(manifest.shape.top_k + 1, count)
-        )
-        for size, count in sizes
-    )
-
-
-def choose_resident_experts(
-    manifest: BundleManifest, n_slots: int, *, share: float = 1.0
-) -> tuple[ExpertKey, ...]:
-    """Return the (layer, expert) pairs that stay in memory for a whole run.
-
-    The slots of one token's experts are left free, so that what is not resident can be fetched.
-    With room for everything nothing is left free. Without heat in the manifest the layers take
-    turns, each in file order.
+    The slots of one token's experts are left free, so that what is not resident can be fetched;
+    with room for everything nothing is. Without heat in the manifest the layers take turns, each in
+    file order.
 
     Args:
         manifest: of the bundle.
-        n_slots: slots of the pool.
-        share: part of the slots that they may take.
-
-    Returns:
-        At most `n_slots` pairs, hottest first.
+        slots: by primary table.
+        share: part of the slots that experts may have for the whole run.
     """
-    ranked = _ranked(manifest)
-    count = n_pinned(
-        share, n_slots=n_slots, n_slots_min=n_slots_min(manifest), n_experts=len(ranked)
+    ranked = _ranked(manifest) if share else []
+    rooms = []
+    for n_slots, table, room in zip(slots, manifest.primaries, expert_rooms(manifest), strict=True):
+        members = table.experts
+        count = n_pinned(
+            share, n_slots=n_slots, n_slots_min=room.n_slots_min, n_experts=room.n_experts
+        )
+        pinned = [key for key in ranked if key in members][:count]
+        rooms.append(FormRoom(n_slots=n_slots, pinned=tuple(pinned)))
+    return (*rooms, *(FormRoom(n_slots=0, pinned=()) for _ in manifest.cheaper))
+
+
+def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
+    """Return what slots cost, by primary table."""
+    return tuple(
+        ExpertRoom(
+            record_bytes=table.record_size_bytes,
+            n_experts=len(table.records),
+            n_slots_min=min_slots(manifest.shape.top_k, len(table.records)),
+        )
+        for table in manifest.primaries
     )
-    return tuple(ranked[:count])
 
 
 def n_slots_min(manifest: BundleManifest) -> int:
     """Return the slots that one token needs in one layer, and one to read ahead."""
-    n_experts = manifest.shape.experts * len(manifest.shape.layers)
-    return min(manifest.shape.top_k + 1, n_experts)
+    return min_slots(manifest.shape.top_k, len(manifest.primary_records))
+
+
+def _has_everything(manifest: BundleManifest, slots: tuple[int, ...]) -> bool:
+    tables = zip(slots, manifest.primaries, strict=True)
+    return all(n_slots >= len(table.records) for n_slots, table in tables)
 
 
 def _cheapest(
-    manifest: BundleManifest, n_slots: int, book: PriceBook | None, nats_per_mb: float
-) -> tuple[LevelRoom, ...] | None:
-    """One token's slots of full experts stay free, and one slot of every cheaper form that may be
-    read."""
+    manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, book: PriceBook | None
+) -> tuple[FormRoom, ...] | None:
+    """Return rooms of what makes misses cheapest; None where that is not known, or nothing fits.
+
+    One token's slots of every primary size stay free, and one slot of every cheaper form that may
+    be read.
+    """
     use = expert_use(manifest)
     if book is None or use is None:
         return None
-    free = n_slots_min(manifest)
-    room = free_for_residents(n_slots, free, book.record_bytes, nats_per_mb=nats_per_mb)
-    if room <= 0:
-        return None
-    chosen = cheapest_residents(book, use, room_bytes=room, nats_per_mb=nats_per_mb)
-    full, *cheaper = chosen.by_level
+    nats_per_mb = choice.values["nats-per-mb"]
     n_read = 0 if math.isinf(nats_per_mb) else 1
-    return (
-        LevelRoom(n_slots=len(full) + free, pinned=full),
-        *(LevelRoom(n_slots=len(keys) + n_read, pinned=keys) for keys in cheaper),
-    )
+    rooms = expert_rooms(manifest)
+    free = bytes_of_slots(tuple(room.n_slots_min for room in rooms), rooms)
+    free += n_read * sum(table.record_size_bytes for table in manifest.cheaper)
+    room_bytes = bytes_of_slots(slots, rooms) - free
+    if room_bytes <= 0:
+        return None
+    chosen = cheapest_residents(book, use, room_bytes=room_bytes, nats_per_mb=nats_per_mb)
+    primary, *cheaper = chosen.by_form
+    found = []
+    for table, room in zip(manifest.primaries, rooms, strict=True):
+        members = table.experts
+        held = tuple(key for key in primary if key in members)
+        n_slots = min(len(held) + room.n_slots_min, room.n_experts)
+        found.append(FormRoom(n_slots=n_slots, pinned=held))
+    return (*found, *(FormRoom(n_slots=len(keys) + n_read, pinned=keys) for keys in cheaper))
 
 
 def _two_precisions(
-    manifest: BundleManifest, n_slots: int, choice: MissChoice
-) -> tuple[LevelRoom, ...]:
-    """The hottest experts in full, and in a part of the memory those that follow in a cheaper
-    form."""
-    level = int(choice.values["level"])
+    manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice
+) -> tuple[FormRoom, ...] | None:
+    """Return rooms of the hottest experts in their primary form, and in a part of the memory those
+    that follow in a cheaper form; None where there is no such form or no room."""
+    form = int(choice.values["level"])
+    if form > len(manifest.cheaper):
+        return None
+    low, rooms = manifest.cheaper[form - 1], expert_rooms(manifest)
+    total = bytes_of_slots(slots, rooms)
     free = n_slots_min(manifest)
-    rooms = [LevelRoom(n_slots=n_slots, pinned=choose_resident_experts(manifest, n_slots))]
-    rooms += [LevelRoom(n_slots=0, pinned=()) for _ in manifest.replicas]
-    if level > len(manifest.replicas):
-        return tuple(rooms)
-    low_bytes = manifest.replicas[level - 1].record_size_bytes
-    part = int(choice.values["part"] * n_slots * manifest.record_size_bytes)
-    n_low = max(free, part // low_bytes)
-    taken = -(-n_low * low_bytes // manifest.record_size_bytes)
-    n_high = n_slots - taken
-    if n_high < free:
-        return tuple(rooms)
-    high = choose_resident_experts(manifest, n_high)
-    following = [key for key in _ranked(manifest) if key not in set(high)]
-    low = tuple(following[: max(0, n_low - free)])
-    rooms[FULL] = LevelRoom(n_slots=n_high, pinned=high)
-    rooms[level] = LevelRoom(n_slots=n_low, pinned=low)
-    return tuple(rooms)
+    n_low = max(free, int(choice.values["part"] * total) // low.record_size_bytes)
+    low_bytes = n_low * low.record_size_bytes
+    high_slots = slots_within(total - low_bytes, rooms)
+    if bytes_of_slots(high_slots, rooms) + low_bytes > total:
+        return None
+    found = list(hottest_rooms(manifest, high_slots, share=1.0))
+    high = {key for room in found for key in room.pinned}
+    stored = low.experts
+    following = [key for key in _ranked(manifest) if key in stored and key not in high]
+    at = len(manifest.primaries) + form - 1
+    found[at] = FormRoom(n_slots=n_low, pinned=tuple(following[: max(0, n_low - free)]))
+    return tuple(found)
 
 
 def _ranked(manifest: BundleManifest) -> list[ExpertKey]:
@@ -181,7 +166,7 @@ def _ranked(manifest: BundleManifest) -> list[ExpertKey]:
 def _in_turns(manifest: BundleManifest) -> list[ExpertKey]:
     seen: dict[int, int] = {}
     turns: list[tuple[int, int, int]] = []
-    for record in manifest.own_records:
+    for record in manifest.primary_records:
         turn = seen.get(record.layer, 0)
         seen[record.layer] = turn + 1
         turns.append((turn, record.layer, record.expert))

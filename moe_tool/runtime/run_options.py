@@ -1,40 +1,38 @@
-"""How a session is opened, and what of it a bundle's plan decides."""
+"""How a session is asked to run, and what a bundle's plan or calibration fills in."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.pack_plan import PackPlan
-from moe_tool.byte_sizes import format_bytes
+from moe_tool.budget.request import MemoryRequest, parse_memory_option
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.misses import MissChoice, parse_miss_policy
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.policy_choice import EXACT
-from moe_tool.runtime.prefetcher import NO_PREFETCH
 
-DEFAULT_EVICTION = "lru"
-_DEFAULT_MEMORY = "auto"
+DEFAULT_EVICTION = parse_eviction("lru")
+EXACT_POLICY = parse_miss_policy("exact")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How a session is opened."""
+    """What is asked of a session. None: what the bundle was planned or calibrated for, else the
+    default."""
 
-    memory: str | None = None
-    """Budget of the whole process: "4GiB", "50%" (of the experts), "min" or "auto"; None: that of
-    the bundle's plan, or auto"""
-    policy: str | None = None
-    """What answers a miss while decoding; None: what the bundle was calibrated or planned for, or
-    exact"""
+    memory: MemoryRequest | None = None
+    """Budget of the whole process; default auto"""
+    policy: MissChoice | None = None
+    """Answers misses while decoding; default exact"""
     residency: Residency | None = None
-    """None: cache for exact, frozen for lossy policies"""
-    eviction: str | None = None
-    """Who leaves the expert cache, e.g. "lru", "lfu:halve-every=128" or "lru:per-layer"; None: as
-    the plan has it, or lru"""
+    """Default: cache for exact, frozen for lossy policies"""
+    eviction: EvictionChoice | None = None
+    """Chooses the expert that leaves a full cache; default lru"""
     record_trace: bool = False
-    """Keep what every layer call names, for `Session.recorded`"""
+    """Keep what every layer call names, for `write_trace`"""
     prefetch: str | None = None
-    """What is read while decoding before it is wanted; None: as the plan has it, or nothing"""
+    """Key of policies.prefetch.PREFETCH: experts read while decoding before they are wanted;
+    default none"""
     lossy_prompt: bool = False
-    """Whether the policy answers prompts too, which otherwise are exact"""
+    """The policy answers prompts too, which otherwise are exact"""
     shadow: int = 0
     """Every so many decoded tokens one is also computed exactly, and the step's loss measured; 0:
     none"""
@@ -42,9 +40,9 @@ class RunOptions:
     """Share of an expert's channels that is left out while decoding one sequence, for bundles that
     hold experts in channels; None: all are computed"""
     gates: bool = True
-    """Whether lossy policies keep BuddyMoE's gates"""
+    """Lossy policies keep BuddyMoE's gates"""
     seed: int = 0
-    """Of policies that draw"""
+    """Seed of policies that draw"""
     threads: int | None = None
     """Threads of computation; None: all cores, or all but one where torch computes the experts.
     Set for the whole process."""
@@ -55,60 +53,46 @@ class RunOptions:
     batch: int = 1
     """Sequences at once"""
     caller_bytes: int = 0
-    """What the caller will hold itself while the session runs"""
+    """Memory that the caller itself will hold while the session runs"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What the options leave open, decided."""
+def run_options(
+    *,
+    memory: str | None = None,
+    policy: str | None = None,
+    eviction: str | None = None,
+    **rest: Any,
+) -> RunOptions:
+    """Return the options that words of the command line name.
 
-    memory: str
-    eviction: EvictionChoice
-    prefetch: str
-    note: str | None
-    """What of it is the plan's, in one line; None where nothing is"""
-
-
-def default_residency(options: RunOptions) -> Residency:
-    """Return the residency that was asked for, or that fits the policy."""
-    is_exact = options.policy is None or options.policy == EXACT
-    return options.residency or ("cache" if is_exact else "frozen")
-
-
-def default_policy(manifest: BundleManifest) -> str:
-    """Return what answers misses where nothing else is asked for: what the bundle was calibrated
-    for, else what it was planned for, else exact."""
-    if manifest.calibration is not None:
-        return manifest.calibration.policy
-    if manifest.plan is not None and manifest.plan.policy is not None:
-        return manifest.plan.policy
-    return EXACT
-
-
-def follow_plan(options: RunOptions, plan: PackPlan | None) -> Setting:
-    """Return the setting of a session: what was asked for, else the plan's, else the defaults.
-
-    Under a frozen residency nothing is evicted or read ahead, whatever the plan has.
+    Args:
+        memory: "4GiB", "50%" of the experts, "min" or "auto".
+        policy: "buddy:rho=1", see `parse_miss_policy`.
+        eviction: "lfu:halve-every=128", see `parse_eviction`.
+        rest: other fields of RunOptions, as they are.
 
     Raises:
-        UsageError: the eviction policy is not known.
+        UsageError: a word is not known: with those that are.
     """
-    is_frozen = default_residency(options) == "frozen"
-    memory, eviction, prefetch = options.memory, options.eviction, options.prefetch
-    followed = []
-    if plan is not None:
-        if memory is None:
-            memory = str(plan.memory_bytes)
-            followed.append(f"memory {format_bytes(plan.memory_bytes)}")
-        if eviction is None and not is_frozen:
-            eviction = plan.eviction
-            followed.append(f"eviction {eviction}")
-        if prefetch is None and not is_frozen:
-            prefetch = plan.prefetch
-            followed.append(f"prefetch {prefetch}")
-    return Setting(
-        memory=memory or _DEFAULT_MEMORY,
-        eviction=parse_eviction(eviction or DEFAULT_EVICTION),
-        prefetch=prefetch or NO_PREFETCH,
-        note=f"as planned: {', '.join(followed)}" if followed else None,
+    return RunOptions(
+        memory=parse_memory_option(memory),
+        policy=None if policy is None else parse_miss_policy(policy),
+        eviction=None if eviction is None else parse_eviction(eviction),
+        **rest,
     )
+
+
+def default_policy(manifest: BundleManifest) -> MissChoice:
+    """Return what answers misses where nothing else is asked for: the policy that the bundle was
+    calibrated for, else planned for, else exact."""
+    if manifest.calibration is not None:
+        return parse_miss_policy(manifest.calibration.policy)
+    if manifest.plan is not None and manifest.plan.policy is not None:
+        return parse_miss_policy(manifest.plan.policy)
+    return EXACT_POLICY
+
+
+def default_residency(policy: MissChoice) -> Residency:
+    """Return the residency that fits a policy: exact answers read into a cache, lossy ones keep
+    what is in memory frozen, so that a run is a function of its inputs."""
+    return "cache" if policy == EXACT_POLICY else "frozen"

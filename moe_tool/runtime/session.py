@@ -1,89 +1,58 @@
 """A bundle and a memory budget become a model that is ready to generate: the Python API of
 `run`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.available_memory import (
     anonymous_rss_bytes,
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.errors import BudgetError, CorruptArtifactError, UsageError
+from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
-from moe_tool.models.context_length import context_length
 from moe_tool.models.kv_cache import new_kv_cache
-from moe_tool.models.model_config import read_config
 from moe_tool.models.skeleton import LayerCall, Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.native.kernels import is_native
-from moe_tool.policies.eviction import EvictionChoice, parse_eviction
-from moe_tool.policies.misses import parse_miss_policy
+from moe_tool.policies.misses import MissChoice
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
-from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.foresight import Foresight, foresee
-from moe_tool.runtime.memory_plan import (
-    MARGIN_BYTES,
-    MemoryLine,
-    MemoryPlan,
-    parse_memory,
-    plan_memory,
-)
-from moe_tool.runtime.moe_layer import MoeLayerRunner, Residency
-from moe_tool.runtime.open_levels import choose_rooms, open_levels, staying_by_form
-from moe_tool.runtime.policy_choice import EXACT, choose_policy, require_policy
-from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher, require_prefetch
-from moe_tool.runtime.quality_promise import open_account, quality_note
-from moe_tool.runtime.residency import expert_rooms
-from moe_tool.runtime.run_options import (
-    DEFAULT_EVICTION,
-    RunOptions,
-    Setting,
-    default_policy,
-    default_residency,
-    follow_plan,
-)
+from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
+from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
+from moe_tool.runtime.plan_run import RunPlan, announcements, plan_run, settle, with_policy
+from moe_tool.runtime.policy_choice import with_masks
+from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher
+from moe_tool.runtime.price_list import record_sizes
+from moe_tool.runtime.quality_promise import open_account
+from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.shadow import Shadow
-from moe_tool.runtime.sparse_experts import describe_sparse, require_alone, require_sparse
-from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 
-_FIRST_USE_BYTES = 16 * 2**20
-"""What torch and transformers allocate when a model is first built and run: 8 to 10 MiB from tiny
-models to 16 layers of width 2048, and as much to spare; measured instead once that has happened"""
 _WARM_UP_TOKENS = 2
-_LOSSY_PROMPT = (
-    "lossy prefill: the policy answers the prompt too, and what that leaves in the KV cache stays"
-)
-_EXACT_PROMPT = "lossy prefill changes nothing: the policy reads every miss"
 
 
 @dataclass(slots=True, kw_only=True)
 class Session:
     """A loaded model whose experts come from a bundle. Close it, or use it as a context manager."""
 
-    options: RunOptions
     bundle: BundleReader
+    """Closed with the session"""
     skeleton: Skeleton
     tokenizer: Any
-    plan: MemoryPlan
-    workload: Workload
-    threads: ComputeThreads
-    setting: Setting
-    """What the options leave open is the plan's"""
+    plan: RunPlan
     runner: MoeLayerRunner
+    make_store: MakeStore
     prompt_tokens: int | None = None
     """Positions that count as prompt in the forwards to come; None: a forward of one token with a
     cache is decoding"""
@@ -97,56 +66,45 @@ class Session:
 
     @property
     def manifest(self) -> BundleManifest:
-        """What the bundle says of itself."""
+        """Manifest of the bundle."""
         return self.bundle.manifest
 
     def new_cache(self) -> transformers.DynamicCache:
         """Return an empty KV cache with room for the planned positions."""
-        config = self.model.config
-        return new_kv_cache(config, n_positions=self.workload.positions)
+        return new_kv_cache(self.model.config, n_positions=self.plan.workload.positions)
 
-    def use_policy(self, policy: str, *, residency: Residency) -> None:
+    def use_policy(self, policy: MissChoice, *, residency: Residency) -> None:
         """Answer misses by another policy from now on; what the store holds stays, the pinned set
         follows `residency`.
 
         Raises:
             UsageError: the bundle lacks what the policy needs.
         """
-        require_alone(self.runner.sparsity, policy)
-        prefetcher = choose_prefetcher(
-            self.setting.prefetch, self.skeleton.layers, residency=residency
-        )
-        chosen = choose_policy(
-            policy,
-            self.bundle,
-            self.skeleton,
-            gates=self.options.gates,
-            seed=self.options.seed,
-        )
-        rooms = choose_rooms(
-            self.manifest, self.plan.slots, residency, self.setting.eviction, chosen
-        )
-        if (residency, rooms) != (self.runner.residency, self.runner.rooms):
+        plan = with_policy(self.plan, policy, residency, self.manifest, self.skeleton)
+        plan = replace(plan, policy=with_masks(plan.policy, self.bundle))
+        if (residency, plan.rooms) != (self.plan.residency, self.plan.rooms):
             self.runner.store.close()
-            self.runner.store = open_levels(self.bundle, rooms, self.setting.eviction)
-            self.runner.residency, self.runner.rooms = residency, rooms
-        self.runner.policy = chosen
-        self.runner.account = open_account(self.manifest, chosen)
-        self.runner.prefetcher = prefetcher
+            self.runner.store = self.make_store(self.bundle, plan.rooms, plan.eviction)
+        self.plan = plan
+        self.runner.residency = residency
+        self.runner.policy = plan.policy
+        self.runner.account = open_account(self.manifest, plan.policy)
+        self.runner.prefetcher = choose_prefetcher(plan.prefetch, self.skeleton.layers)
 
     def empty_cache(self) -> None:
         """Forget every expert that is not pinned."""
         self.runner.store.close()
-        self.runner.store = open_levels(self.bundle, self.runner.rooms, self.setting.eviction)
+        self.runner.store = self.make_store(self.bundle, self.plan.rooms, self.plan.eviction)
 
     def close(self) -> None:
-        """Stop the reader threads and let go of the memory."""
+        """Stop the reader threads, let go of the memory and close the bundle."""
         while self._hooks:
             self._hooks.pop().remove()
         if self.runner.attention is not None:
             self.runner.attention.close()
-        torch.set_num_threads(self.threads.n_threads)
+        torch.set_num_threads(self.plan.threads.n_threads)
         self.runner.store.close()
+        self.bundle.close()
 
     def __enter__(self) -> "Session":
         return self
@@ -158,6 +116,13 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _listen(self) -> None:
+        """Hear of every forward."""
+        self._hooks.append(
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        )
+        self._hooks.append(self.model.register_forward_hook(self._after_forward))
 
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,22 +138,20 @@ class Session:
             is_prompt = n_seen == 0 or n_new > 1
         else:
             is_prompt = n_seen < self.prompt_tokens
-        self.runner.phase = "prompt" if is_prompt else "decode"
-        self.runner.n_sequences = n_sequences
-        self.threads.before_forward(n_sequences * n_new)
+        forward = Forward(phase="prompt" if is_prompt else "decode", n_sequences=n_sequences)
+        self.runner.forward = forward
+        self.plan.threads.before_forward(n_sequences * n_new)
         if self.runner.is_shadow:
             return
         if n_seen == 0:
             self.runner.account.begin_sequences(n_sequences)
         if self.runner.attention is not None:
             self.runner.attention.listen(is_prompt)
-        if is_prompt:
-            self.runner.answered_exactly = None
-        else:
+        if not is_prompt:
             if self.shadow is not None and self.shadow.is_due():
                 self._compute_exactly(self.shadow, kwargs)
-            self.runner.answered_exactly = self.runner.account.begin_token()
-        counters = self.runner.stats.phase(self.runner.phase)
+            self.runner.forward = replace(forward, exact_fallback=self.runner.account.begin_token())
+        counters = self.runner.stats.phase(forward.phase)
         counters.forwards += 1
         counters.tokens += n_sequences * n_new
 
@@ -219,6 +182,7 @@ def open_session(
     *,
     tokenizer: Any = None,
     progress: Progress = SILENT,
+    make_store: MakeStore = open_stores,
 ) -> Session:
     """Load a bundle into a memory budget.
 
@@ -232,258 +196,115 @@ def open_session(
         options: budget, policy and what is going to be asked for.
         tokenizer: the bundle's, where the caller has loaded it already.
         progress: told about the loading, and that a policy is lossy.
+        make_store: opens the store that experts come from.
 
     Raises:
-        UsageError: options that contradict each other or the bundle.
-        BudgetError: the budget is below what the session needs.
+        UsageError, BudgetError, NotFoundError, UnsupportedModelError: as `plan_run`.
         CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
     """
     return_freed_memory()
     bundle = BundleReader.open(folder)
-    if options.policy is None:
-        options = replace(options, policy=default_policy(bundle.manifest))
-    _check(options)
-    require_sparse(options, bundle)
-    if options.record_trace and bundle.manifest.others:
-        raise UsageError(
-            "--record-trace: the experts of this bundle have several sizes, and a trace has one",
-            hint="record it with a bundle of one number of --bits: what is wanted is the same",
-        )
-    setting = follow_plan(options, bundle.manifest.plan)
-    request = parse_memory(setting.memory)
-    threads = choose_threads(options.threads, bundle.manifest)
-    threads.begin()
-    if tokenizer is None:
-        tokenizer = load_tokenizer(folder)
-    config = read_config(folder).get_text_config()
-    workload = _workload(options, config)
-    rooms = expert_rooms(bundle.manifest)
+    try:
+        return _load(bundle, options, tokenizer, progress, make_store)
+    except BaseException:
+        bundle.close()
+        raise
 
-    def plan(process_bytes: int) -> MemoryPlan:
-        return plan_memory(
-            request,
-            fixed=(
-                *_fixed_lines(process_bytes, loader.held_bytes, config, bundle, workload, options),
-                *_notes_line(setting.eviction, bundle.manifest),
-                *_router_line(bundle.manifest),
-            ),
-            loading_bytes=process_bytes + loader.held_bytes + loader.largest_bytes,
-            experts=rooms,
-            available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
-        )
 
+def _load(
+    bundle: BundleReader,
+    options: RunOptions,
+    tokenizer: Any,
+    progress: Progress,
+    make_store: MakeStore,
+) -> Session:
+    """Plan the run, then do as planned."""
+    manifest = bundle.manifest
     with bundle.open_skeleton() as checkpoint:
         loader = SkeletonLoader(
-            folder,
+            bundle.folder,
             checkpoint,
-            shape=bundle.manifest.shape,
-            precision=bundle.manifest.skeleton_precision,
-            linears=bundle.manifest.skeleton_linears,
+            shape=manifest.shape,
+            precision=manifest.skeleton_precision,
+            linears=manifest.skeleton_linears,
         )
-        _refuse_early(plan)
+        plan = plan_run(
+            options,
+            bundle,
+            loader,
+            used_bytes=current_rss_bytes(),
+            available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
+        )
+        plan.threads.begin()
+        if tokenizer is None:
+            tokenizer = load_tokenizer(bundle.folder)
         progress.begin("load the skeleton", None, "")
         skeleton = loader.load()
         progress.end()
     _warm_up(skeleton)
-    memory = plan(max(0, current_rss_bytes() - loader.held_bytes))
-    residency = default_residency(options)
-    prefetcher = choose_prefetcher(setting.prefetch, skeleton.layers, residency=residency)
-    assert options.policy is not None
-    policy = choose_policy(
-        options.policy,
-        bundle,
-        skeleton,
-        gates=options.gates,
-        seed=options.seed,
+    plan = settle(
+        plan,
+        manifest,
+        process_bytes=max(0, current_rss_bytes() - plan.skeleton_bytes),
+        available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
     )
-    if setting.note is not None:
-        progress.note(setting.note)
-    if policy.policy.lossy:
-        progress.note(policy.policy.describe())
-    account = open_account(bundle.manifest, policy)
-    note = quality_note(bundle.manifest, policy, n_slots=memory.n_slots)
-    if note is not None:
+    plan = replace(plan, policy=with_masks(plan.policy, bundle))
+    for note in announcements(plan, manifest):
         progress.note(note)
-    if options.lossy_prompt:
-        progress.note(_LOSSY_PROMPT if policy.policy.lossy else _EXACT_PROMPT)
-    if not is_native():
-        progress.note("the native kernels are not in use: torch computes the experts, slower")
-    if options.sparse_experts is not None:  # chosen channels come out of the page cache, in runs
-        progress.note(describe_sparse(options.sparse_experts))
-    else:
+    if options.sparse_experts is None:  # chosen channels come out of the page cache, in runs
         refusal = bundle.read_directly()
         if refusal is not None:
             progress.note(f"{refusal}: experts are read through it, slower")
-    rooms_by_level = choose_rooms(
-        bundle.manifest, memory.slots, residency, setting.eviction, policy
-    )
-    staying = staying_by_form(bundle.manifest, rooms_by_level)
-    if len(staying) > 1:
-        held = ", ".join(
-            f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
-            for form, count in staying.items()
-        )
-        progress.note(f"in memory of {sum(room.n_experts for room in rooms)} experts: {held}")
-    runner = MoeLayerRunner(
-        store=open_levels(bundle, rooms_by_level, setting.eviction),
-        rooms=rooms_by_level,
-        account=account,
-        residency=residency,
-        policy=policy,
-        sparsity=options.sparse_experts,
-        prefetcher=prefetcher,
-        foresight=_foresight(skeleton, setting, options),
-        recorder=CallRecorder(shape=bundle.manifest.shape) if options.record_trace else None,
-        is_lossy_prompt=options.lossy_prompt and policy.policy.lossy,
-        absent=_absent(bundle.manifest),
-        record_bytes={
-            layer: np.array(bundle.own_record_bytes(layer))
-            for layer in bundle.manifest.shape.layers
-        },
-        attention=AttentionSums(skeleton.model, bundle.manifest.shape.layers)
-        if workload.keeps_scores
-        else None,
-    )
-    if bundle.chooser_level is not None:
+    runner = _runner(plan, bundle, skeleton, make_store)
+    if manifest.selectors:
         runner.store.load_pinned(progress)
-    shadow = Shadow(every=options.shadow) if options.shadow and policy.policy.lossy else None
     skeleton.set_experts_function(runner)
+    is_shadowed = options.shadow and plan.policy.policy.lossy
     session = Session(
-        options=options,
         bundle=bundle,
         skeleton=skeleton,
         tokenizer=tokenizer,
-        plan=memory,
-        workload=workload,
-        threads=threads,
-        setting=setting,
+        plan=plan,
         runner=runner,
-        shadow=shadow,
+        make_store=make_store,
+        shadow=Shadow(every=options.shadow) if is_shadowed else None,
     )
-    session._hooks = [
-        skeleton.model.register_forward_pre_hook(session._before_forward, with_kwargs=True),
-        skeleton.model.register_forward_hook(session._after_forward),
-    ]
+    session._listen()
     return session
 
 
-def _absent(manifest: BundleManifest) -> dict[int, torch.Tensor]:
-    if not manifest.absent:
-        return {}
-    shape = manifest.shape
-    found = {layer: torch.zeros(shape.experts, dtype=torch.bool) for layer in shape.layers}
-    for layer, expert in manifest.absent:
-        found[layer][expert] = True
-    return found
-
-
-def _refuse_early(plan: Callable[[int], MemoryPlan]) -> None:
-    """Refuse before anything is loaded what cannot fit even if the first use took nothing.
-
-    The refusal names a budget that leaves room for the first use, so that it works when typed.
-    What lies between is decided by measurement, once the model has been run.
-    """
-    used = current_rss_bytes()
-    try:
-        plan(used)
-    except BudgetError:
-        plan(used + _FIRST_USE_BYTES)
-        raise
-
-
-def _fixed_lines(
-    process_bytes: int,
-    skeleton_bytes: int,
-    config: Any,
-    bundle: BundleReader,
-    workload: Workload,
-    options: RunOptions,
-) -> tuple[MemoryLine, ...]:
-    lines = [
-        MemoryLine(name="process and its libraries", size_bytes=process_bytes),
-        MemoryLine(name="skeleton", size_bytes=skeleton_bytes),
-        MemoryLine(
-            name=f"KV cache, {workload.positions} positions x {workload.batch}",
-            size_bytes=kv_cache_bytes(config, workload),
-        ),
-        MemoryLine(
-            name="working buffers", size_bytes=buffer_bytes(config, bundle.manifest.shape, workload)
-        ),
-        MemoryLine(name="margin", size_bytes=MARGIN_BYTES),
-    ]
-    if bundle.chooser_bytes:
-        lines.append(
-            MemoryLine(name="what chooses experts' channels", size_bytes=bundle.chooser_bytes)
-        )
-    if options.caller_bytes:
-        lines.append(
-            MemoryLine(name="what is done beside the run", size_bytes=options.caller_bytes)
-        )
-    return tuple(lines)
-
-
-def _notes_line(eviction: EvictionChoice, manifest: BundleManifest) -> tuple[MemoryLine, ...]:
-    shape = manifest.shape
-    size_bytes = eviction.notes_bytes(n_layers=len(shape.layers), n_experts=shape.experts)
-    line = MemoryLine(name=f"notes of eviction {eviction.kind}", size_bytes=size_bytes)
-    return (line,) if size_bytes else ()
-
-
-def _router_line(manifest: BundleManifest) -> tuple[MemoryLine, ...]:
-    if manifest.pruning is None:
-        return ()
-    sizes = {file.name: file.size_bytes for file in manifest.files}
-    return (MemoryLine(name="mask routers", size_bytes=sizes[manifest.pruning.file]),)
-
-
-def _check(options: RunOptions) -> None:
-    require_policy(options.policy or EXACT)
-    if options.prefetch is not None:
-        require_prefetch(options.prefetch)
-    is_frozen = default_residency(options) == "frozen"
-    if options.eviction is not None:
-        parse_eviction(options.eviction)
-        if is_frozen and options.eviction != DEFAULT_EVICTION:
-            raise UsageError(
-                f"--eviction {options.eviction}: the experts in memory are frozen, so none is "
-                "evicted",
-                hint="--policy exact, or --residency cache",
-            )
-    if options.record_trace and (is_frozen or options.policy != EXACT):
-        raise UsageError(
-            "--record-trace: what a lossy run asks for is not what the model wants",
-            hint="--policy exact",
-        )
-    for name, value in (
-        ("--threads", options.threads),
-        ("--context", options.context),
-        ("batch", options.batch),
-        ("prompt", options.prompt),
-        ("--shadow", options.shadow or None),
-    ):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: at least 1 is needed")
-
-
-def _workload(options: RunOptions, config: Any) -> Workload:
-    positions = min(options.context, context_length(config) or options.context)
-    prompt = positions if options.prompt is None else min(options.prompt, positions)
-    assert options.policy is not None
-    choice = parse_miss_policy(options.policy)
-    return Workload(
-        batch=options.batch,
-        positions=positions,
-        prompt=prompt,
-        keeps_scores=options.lossy_prompt and choice.weighs_prompts,
+def _runner(
+    plan: RunPlan, bundle: BundleReader, skeleton: Skeleton, make_store: MakeStore
+) -> MoeLayerRunner:
+    """Return the experts function of a planned run, with its stores open."""
+    manifest, shape = bundle.manifest, bundle.manifest.shape
+    is_lossy = plan.policy.policy.lossy
+    return MoeLayerRunner(
+        store=make_store(bundle, plan.rooms, plan.eviction),
+        account=open_account(manifest, plan.policy),
+        residency=plan.residency,
+        policy=plan.policy,
+        sparsity=plan.options.sparse_experts,
+        prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers),
+        foresight=_foresight(skeleton, plan),
+        recorder=CallRecorder(ids=LayerIds(shape.layers, shape.experts))
+        if plan.options.record_trace
+        else None,
+        is_lossy_prompt=plan.options.lossy_prompt and is_lossy,
+        stored=stored_masks(manifest),
+        record_bytes=record_sizes(manifest),
+        attention=AttentionSums(skeleton.model, shape.layers)
+        if plan.workload.keeps_scores
+        else None,
     )
 
 
-def _foresight(skeleton: Skeleton, setting: Setting, options: RunOptions) -> Foresight | None:
-    """Where the eviction policy looks ahead, or a trace is to say what a prefetch saw."""
-    eviction = setting.eviction
-    if "predictions" in eviction.hints:
-        return foresee(skeleton.layers, depth=eviction.parameters["window"])
-    if options.record_trace and setting.prefetch != NO_PREFETCH:
+def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
+    """Return what looks ahead, where the eviction policy asks for it or a trace is to say what a
+    prefetch saw."""
+    if plan.eviction.look_ahead:
+        return foresee(skeleton.layers, depth=plan.eviction.look_ahead)
+    if plan.options.record_trace and plan.prefetch != NO_PREFETCH:
         return foresee(skeleton.layers, depth=1)
     return None
 

@@ -3,20 +3,20 @@ arXiv:2505.05950)."""
 
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.policies.misses import MissChoice
 from moe_tool.quantization.channels import GRID
-from moe_tool.runtime.policy_choice import EXACT
 from moe_tool.runtime.prefetcher import NO_PREFETCH
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 
 
-def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
+def require_sparse(options: RunOptions, policy: MissChoice, bundle: BundleReader) -> None:
     """Refuse options that sparse experts do not go with, or a bundle that cannot.
 
     Raises:
         UsageError: with what would work.
     """
     sparsity = options.sparse_experts
-    if bundle.chooser_level is not None and options.record_trace:
+    if bundle.manifest.selectors and options.record_trace:
         raise UsageError(
             "--record-trace: the experts of this bundle are in channels, which a trace does not "
             "know",
@@ -27,12 +27,12 @@ def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
     name = f"--sparse-experts {sparsity:g}"
     if not 0 <= sparsity <= GRID[-1]:
         raise UsageError(f"{name}: 0 to {GRID[-1]:g} is possible", hint="--sparse-experts 0.7")
-    if bundle.chooser_level is None:
+    if not bundle.manifest.selectors:
         raise UsageError(
             f"{name}: the experts of {bundle.folder} are not in channels",
             hint="moe-tool pack --sparse-experts gate2",
         )
-    require_alone(sparsity, options.policy or EXACT)
+    require_exact(sparsity, policy)
     if options.batch > 1:
         raise UsageError(
             f"{name}: it is for one sequence at a time, {options.batch} are asked for",
@@ -45,16 +45,15 @@ def require_sparse(options: RunOptions, bundle: BundleReader) -> None:
         )
 
 
-def require_alone(sparsity: float | None, policy: str) -> None:
+def require_exact(sparsity: float, policy: MissChoice) -> None:
     """Refuse a lossy policy where channels are left out.
 
     Raises:
         UsageError: it is one.
     """
-    if sparsity is not None and policy != EXACT:
+    if policy != EXACT_POLICY:
         raise UsageError(
-            f"--sparse-experts {sparsity:g} beside --policy {policy}: one thing at a time changes "
-            "the text",
+            f"--sparse-experts {sparsity:g} cannot be combined with --policy {policy.name}",
             hint="--policy exact",
         )
 

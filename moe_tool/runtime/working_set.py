@@ -1,11 +1,15 @@
 """How much memory a model's forward passes take beside its weights, from its configuration
 alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.budget.account import MARGIN_BYTES
+from moe_tool.budget.refusal import MemoryLine, name_lines
 from moe_tool.models.architecture import UNFUSED_ATTENTION
+from moe_tool.models.context_length import context_length
 
 PREFILL_CHUNK_TOKENS = 256
 """Prompt tokens per forward, all sequences of a batch together: longer chunks read fewer experts
@@ -24,7 +28,7 @@ itself"""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a session is going to be asked for."""
+    """Largest request that a session is opened for."""
 
     batch: int
     """B: sequences at once"""
@@ -33,7 +37,49 @@ class Workload:
     prompt: int
     """Prompt tokens of one sequence, at most `positions`"""
     keeps_scores: bool = False
-    """Whether a prompt's attention is computed step by step, score matrices included"""
+    """Whether a prompt's attention is computed step by step, with its score matrices"""
+
+
+def positions_within(config: Any, context: int) -> int:
+    """Return the positions of one sequence: those asked for, capped at what the model was made for.
+
+    Args:
+        config: transformers' configuration of the text model.
+        context: positions asked for.
+    """
+    return min(context, context_length(config) or context)
+
+
+def run_lines(
+    config: Any,
+    shape: MoeShape,
+    workload: Workload,
+    *,
+    process_bytes: int,
+    skeleton_bytes: int,
+    beside: Mapping[str, int],
+) -> tuple[MemoryLine, ...]:
+    """Return the account of a run without its expert slots.
+
+    Args:
+        config: transformers' configuration of the text model.
+        shape: the model's experts.
+        workload: what the session is asked for.
+        process_bytes: the process without the skeleton.
+        skeleton_bytes: the skeleton as it is held.
+        beside: what else is held, by name; what takes nothing is left out.
+    """
+    cache = f"KV cache, {workload.positions} positions x {workload.batch}"
+    return name_lines(
+        {
+            "process and its libraries": process_bytes,
+            "skeleton": skeleton_bytes,
+            cache: kv_cache_bytes(config, workload),
+            "working buffers": buffer_bytes(config, shape, workload),
+            "margin": MARGIN_BYTES,
+            **beside,
+        }
+    )
 
 
 def prefill_chunk(workload: Workload) -> int:

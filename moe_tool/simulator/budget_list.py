@@ -1,17 +1,15 @@
 """The budgets that `simulate --memory` names."""
 
-import re
 from collections.abc import Sequence
 
-from moe_tool.byte_sizes import parse_bytes
+from moe_tool.budget.request import MemoryRequest, parse_memory
 from moe_tool.errors import UsageError
 
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
 _STEP = 10
 
 
-def parse_budgets(texts: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Return (label, share of the experts) of each budget; None for one in bytes or "min".
+def parse_budgets(texts: Sequence[str]) -> list[MemoryRequest]:
+    """Return the budgets of a list, each once.
 
     Args:
         texts: each a list by comma of "50%", "4GiB", "min" or "10%..100%", the last in steps of 10.
@@ -19,34 +17,40 @@ def parse_budgets(texts: Sequence[str]) -> list[tuple[str, float | None]]:
     Raises:
         UsageError: one of them is no budget.
     """
-    found: dict[str, float | None] = {}
+    found: dict[MemoryRequest, None] = {}
     for word in (word.strip() for text in texts for word in text.split(",")):
         first, dots, last = word.partition("..")
         if dots:
             low, high = _percent(first, word), _percent(last, word)
             if low > high:
                 raise UsageError(f"--memory {word} is empty", hint="--memory 10%..100%")
-            value = low
-            while value <= high:
-                found[f"{value:g}%"] = value / 100
-                value += _STEP
-        elif _SHARE.fullmatch(word):
-            found[f"{_percent(word, word):g}%"] = _percent(word, word) / 100
-        elif word.lower() == "min":
-            found["min"] = None
+            while low <= high:
+                found[MemoryRequest(kind="share", share=low / 100)] = None
+                low += _STEP
         else:
-            try:
-                parse_bytes(word)
-            except UsageError as error:
-                raise UsageError(
-                    f"'{word}' is not a memory budget", hint="write 10%..100%, 50%, 4GiB or min"
-                ) from error
-            found[word] = None
-    return list(found.items())
+            found[_budget(word, word)] = None
+    return list(found)
+
+
+def _budget(text: str, word: str) -> MemoryRequest:
+    try:
+        request = parse_memory(text)
+    except UsageError as error:
+        raise UsageError(
+            f"--memory {word} is not a budget: {error.message}",
+            hint="write 10%..100%, 50%, 4GiB or min",
+        ) from error
+    if request.kind == "auto":
+        raise UsageError(
+            "--memory auto: what is free where it runs is not known here", hint="--memory 4GiB"
+        )
+    if request.kind == "share" and not request.share:
+        raise UsageError(f"--memory {word}: above 0% up to 100% is possible", hint="10%..100%")
+    return request
 
 
 def _percent(text: str, word: str) -> float:
-    match = _SHARE.fullmatch(text.strip())
-    if match is None or not 0 < float(match[1]) <= 100:
-        raise UsageError(f"--memory {word}: above 0% up to 100% is possible", hint="10%..100%")
-    return float(match[1])
+    request = _budget(text, word)
+    if request.kind != "share":
+        raise UsageError(f"--memory {word}: a range is of shares", hint="10%..100%")
+    return round(100 * request.share, 6)

@@ -53,28 +53,33 @@ def naive_replay(
             _leave(pending, entry.victim, trace.n_experts)
         if guesses is None:
             continue
-        by_layer: dict[int, list[int]] = {}
-        for key in guesses[number]:
-            by_layer.setdefault(key // trace.n_experts, []).append(key)
+        by_layer = _by_layer(guesses[number], trace.n_experts)
         for target, keys in by_layer.items():
             cache.expect(keys, ahead=target - layer)
         held = set(named)
         for ahead in range(1, prefetch_depth + 1):
             keys = by_layer.get(layer + ahead, [])
-            absent = [key for key in keys if key not in cache]
+            missing = [key for key in keys if key not in cache]
             held |= set(keys)
-            entries = cache.prefetch(absent, held)
+            entries = cache.prefetch(missing, held)
             for entry in entries:
                 _leave(pending, entry.victim, trace.n_experts)
                 pending.setdefault(layer + ahead, []).append(entry.key)
             counts.prefetches[number] += len(entries)
-            if absent:
+            if missing:
                 break
     return counts
 
 
+def _by_layer(keys: list[int], n_experts: int) -> dict[int, list[int]]:
+    grouped: dict[int, list[int]] = {}
+    for key in keys:
+        grouped.setdefault(key // n_experts, []).append(key)
+    return grouped
+
+
 def _leave(pending: dict[int, list[int]], victim: int | None, n_experts: int) -> None:
-    """A prefetch that had to leave before its turn is none any more."""
+    """Forget a prefetch that had to leave before its turn."""
     if victim is not None and victim in pending.get(victim // n_experts, ()):
         pending[victim // n_experts].remove(victim)
 

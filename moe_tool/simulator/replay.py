@@ -1,4 +1,4 @@
-"""A trace through a cache of some capacity, compiled where that was built."""
+"""A trace through a cache of some capacity, by the compiled replay where there is one."""
 
 from collections.abc import Collection
 
@@ -14,8 +14,6 @@ from moe_tool.policies.eviction import Belady, CacheShape, Eviction, EvictionCho
 from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.counts import CallCounts
 from moe_tool.simulator.naive_replay import naive_replay
-
-_PINNING = ("static-hot", "pinned+lru")
 
 
 class Replayer:
@@ -54,7 +52,8 @@ class Replayer:
         prefetch_depth: int = 0,
     ) -> CallCounts:
         """Return what every call finds under a policy; see `naive_replay`."""
-        if self._calls is None:
+        compiled = choice.spec.compiled
+        if self._calls is None or compiled is None:
             return naive_replay(
                 self.trace,
                 choice.make,
@@ -63,8 +62,8 @@ class Replayer:
                 pinned=pinned,
                 prefetch_depth=prefetch_depth,
             )
-        is_plain_lru = choice.kind == "lru" and not (choice.per_layer or pinned or prefetch_depth)
-        if is_plain_lru and capacity >= self._largest_call:
+        is_plain = not (choice.per_layer or pinned or prefetch_depth)
+        if choice.spec.is_stack and is_plain and capacity >= self._largest_call:
             return self._by_depth("lru", capacity)
         mask = None
         if pinned:
@@ -72,7 +71,7 @@ class Replayer:
             mask[list(pinned)] = 1
         hits, prefetches, prefetch_hits = compiled_replay(
             self._calls,
-            "lru" if choice.kind in _PINNING else choice.kind,
+            compiled,
             list(choice.parameters.values()),
             capacity=capacity,
             per_layer=choice.per_layer,
@@ -96,7 +95,7 @@ class Replayer:
         return naive_replay(self.trace, make, capacity=capacity)
 
     def _by_depth(self, kind: str, capacity: int) -> CallCounts:
-        """Both are stack algorithms: one pass over the trace answers for every capacity that holds
+        """Read hits off stack depths: one pass over the trace answers for every capacity that holds
         any call (Mattson et al., IBM Systems Journal 9(2), 1970)."""
         assert self._calls is not None
         depths = self._depths.get(kind)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Routing
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.routing import PRIMARY, Routing, count_answers, find_present
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.misses import MissPolicy, PriceBook
 from moe_tool.simulator.profile_trace import Part, rows_of_part
@@ -23,7 +24,7 @@ class ReplayedMisses:
     bytes_per_token: float
     """Read"""
     hit_rate: float
-    """Of (token, layer, expert) accesses: in memory in full"""
+    """Share of (token, layer, expert) accesses that found the primary form in memory"""
     answered_otherwise: float
     """Slots per token that something else answers"""
     stall_s: float
@@ -50,34 +51,32 @@ def replay_misses(
         part: which sequences.
         policy: any.
         book: its prices judge the answers, whoever gave them.
-        resident: decoder layer -> [L, E] bool.
-        costs: of a layer call; a record that is smaller than a full one is read in that share of
-            the time.
+        resident: decoder layer -> [F, E] bool.
+        costs: of a layer call; a record that is smaller than a primary one is read in that share
+            of the time.
         max_tokens: at most about so many, in whole sequences.
     """
     rows = rows_of_part(profile, part, max_tokens)
-    sizes = np.array(book.record_bytes, dtype=np.float64)
+    primary_bytes = book.record_bytes[PRIMARY]
     nats = np.zeros(len(rows))
     n_bytes = np.zeros(len(rows))
     stall = 0.0
     hits = slots = otherwise = 0
     for layer in profile.header.shape.layers:
-        routing = _routing(profile, layer, rows)
-        held = resident[layer]
+        held, sizes = resident[layer], book.layers[layer].record_bytes
+        routing = _routing(profile, layer, rows, stored=sizes[PRIMARY] > 0)
         answers = policy.decide(routing, held)
         nats += book.spent(routing, answers)
-        level = np.full(answers.expert.shape, FULL) if answers.level is None else answers.level
-        expert = np.maximum(answers.expert, 0)
-        is_read = (answers.expert >= 0) & ~held[level, expert]
-        read = np.where(is_read, sizes[level], 0.0).sum(axis=1)
+        is_read = answers.present & ~held[answers.form, answers.expert]
+        read = np.where(is_read, sizes[answers.form, answers.expert], 0).sum(axis=1)
         n_bytes += read
-        n_here = (answers.expert >= 0).sum(axis=1) - is_read.sum(axis=1)
-        waited = read / sizes[FULL] * costs.read_s - n_here * costs.expert_s
+        n_here = (answers.present & ~is_read).sum(axis=1)
+        waited = read / primary_bytes * costs.read_s - n_here * costs.expert_s
         stall += float(np.maximum(waited, 0.0).sum())
-        is_one = routing.index < held.shape[1]  # not an identity expert
-        hits += int(held[FULL, routing.index[is_one]].sum())
-        slots += int(is_one.sum())
-        otherwise += answers.substituted + answers.dropped + answers.lowered
+        hits += int(held[PRIMARY, routing.index[routing.present]].sum())
+        slots += int(routing.present.sum())
+        counted = count_answers(routing, answers)
+        otherwise += counted.substitutions + counted.replica_answers + counted.drops
     n_tokens = max(1, len(rows))
     return ReplayedMisses(
         tokens=len(rows),
@@ -91,32 +90,36 @@ def replay_misses(
 
 def resident_masks(
     layers: tuple[int, ...],
-    by_level: tuple[tuple[tuple[int, int], ...], ...],
+    by_form: tuple[tuple[ExpertKey, ...], ...],
     *,
     n_experts: int,
 ) -> dict[int, np.ndarray]:
-    """Return who is in memory as decoder layer -> [L, E] bool.
+    """Return which forms are in memory as decoder layer -> [F, E] bool.
 
     Args:
         layers: of the model.
-        by_level: the (layer, expert) pairs that are held in each form.
+        by_form: the (layer, expert) pairs that are held in each form.
         n_experts: E.
     """
-    masks = {layer: np.zeros((len(by_level), n_experts), dtype=bool) for layer in layers}
-    for level, keys in enumerate(by_level):
+    masks = {layer: np.zeros((len(by_form), n_experts), dtype=bool) for layer in layers}
+    for form, keys in enumerate(by_form):
         for layer, expert in keys:
-            masks[layer][level, expert] = True
+            masks[layer][form, expert] = True
     return masks
 
 
-def _routing(profile: ProfileReader, layer: int, rows: np.ndarray) -> Routing:
+def _routing(
+    profile: ProfileReader, layer: int, rows: np.ndarray, *, stored: np.ndarray
+) -> Routing:
     trace = profile.trace(layer)
     logits = trace.router_logits[rows]
     score = logits if trace.selection_score is None else trace.selection_score[rows]
+    index, present = find_present(trace.top_k_index[rows].astype(np.int64), stored)
     return Routing(
         layer=layer,
-        index=trace.top_k_index[rows].astype(np.int64),
-        weight=trace.top_k_weight[rows].astype(np.float32),
+        index=index,
+        present=present,
+        weight=np.where(present, trace.top_k_weight[rows], 0).astype(np.float32),
         score=score,
         logits=logits,
         sequence=np.arange(len(rows)),

@@ -1,11 +1,12 @@
 """Every budget under every policy: what a trace would have cost."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from moe_tool.artifacts.simulation_report import BELADY, Cliff, PrefetchRow, PromptRow, SimulatedRow
 from moe_tool.policies.eviction import EVICTION, EvictionChoice
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import SILENT, Progress
@@ -14,7 +15,6 @@ from moe_tool.simulator.counts import CallCounts
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.time_model import CallCosts, call_times, forward_seconds
 
-BELADY = "belady"
 _CLOSE_TO_BELADY = 1.25
 _MISSES_ANYWAY = 0.3
 _SLOWER = 0.98
@@ -30,71 +30,8 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedRow:
-    """One budget under one policy."""
-
-    memory: str
-    slots: int
-    expert_bytes: int
-    """What the slots take"""
-    eviction: str
-    hit_rate: float
-    bytes_per_token: float
-    """Read from disk, prefetched bytes included"""
-    stall_ms: float
-    """Per token, on average"""
-    tokens_per_second: float
-    p50_ms: float
-    p99_ms: float
-    belady_hit_rate: float
-    """Of the bound at this budget"""
-    to_belady: float | None
-    """Misses over those of the bound; None where the bound misses nothing, and for what misses
-    less, since what it pinned was in memory before the first token"""
-    limited_by: str
-    """budget, policy, working set or -"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefetchRow:
-    """What reading ahead would change at one budget."""
-
-    memory: str
-    eviction: str
-    depth: int
-    accuracy: float
-    """Share of what was read ahead that was wanted"""
-    bytes_per_saved_byte: float | None
-    """Bytes read ahead per byte that was then not demanded; None where none was saved"""
-    stall_saved_ms: float
-    """Per token; below zero where it costs more than it saves"""
-    pays: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptRow:
-    """What a prompt's tokens cost at one budget under one policy."""
-
-    memory: str
-    eviction: str
-    hit_rate: float
-    belady_hit_rate: float
-    bytes_per_token: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cliff:
-    """Where a cache that keeps what was used last begins to work at all."""
-
-    experts: float
-    """That one token calls, all layers together"""
-    bytes: int
-    """What their slots take"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a replay needs to know beside the trace."""
+    """Properties of model and machine that a replay needs."""
 
     record_bytes: int
     n_slots_min: int
@@ -235,15 +172,17 @@ def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
     return sentences
 
 
-def best_policy(rows: Sequence[SimulatedRow], memory: str) -> SimulatedRow:
-    """Return the fastest row of a budget, the bound left out; the first of equal ones."""
-    at_budget = [row for row in rows if row.memory == memory and row.eviction != BELADY]
-    return max(at_budget, key=lambda row: row.tokens_per_second)
-
-
 def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
-    """Return every policy, and the plain ones with a part of the cache for each layer."""
-    return [parse(name) for name in (*EVICTION, "lru:per-layer", "lfu:per-layer")]
+    """Return every policy whose replay is compiled, and the plain ones with a part of the cache for
+    each layer."""
+    slow = replayed_in_python()
+    names = [name for name in EVICTION if name not in slow]
+    return [parse(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
+
+
+def replayed_in_python() -> list[str]:
+    """Return the policies whose replay takes a thousand times as long as a compiled one."""
+    return [name for name, spec in EVICTION.items() if spec.compiled is None]
 
 
 def _row(
@@ -279,18 +218,10 @@ def _row(
 
 
 def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
-    """Who is to blame: the budget below one token's cycle; else the policy, where another order
-    would miss clearly less, or the working set, where nobody could do much better."""
+    """Return what limits a row: the budget below one token's cycle; else the policy, where another
+    order would miss clearly less, or the working set, where nobody could do much better."""
     if is_below_cycle:
         return "budget"
     if miss_rate > _CLOSE_TO_BELADY * bound and miss_rate - bound > 0.02:
         return "policy"
     return "working set" if bound > _MISSES_ANYWAY else "-"
-
-
-def rows_by_policy(rows: Sequence[SimulatedRow]) -> Mapping[str, list[SimulatedRow]]:
-    """Return each policy's rows, by budget; the bound last."""
-    grouped: dict[str, list[SimulatedRow]] = {}
-    for row in sorted(rows, key=lambda row: (row.eviction == BELADY, row.slots)):
-        grouped.setdefault(row.eviction, []).append(row)
-    return grouped

@@ -1,73 +1,73 @@
-"""Experts in channels: what chooses them stays in memory, slots fill channel by channel."""
+"""Experts in channels: their selectors stay in memory, slots fill channel by channel."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 
-from moe_tool.artifacts.routing import FULL
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.formats.bundle_reader import BundleReader, GoOn
-from moe_tool.formats.channel_record import decode_chooser
-from moe_tool.formats.expert_form import ChannelForm
 from moe_tool.policies.eviction import Lru, MakeEviction
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
-from moe_tool.quantization.channels import (
-    ChannelExpert,
-    ChannelWeight,
-    Chooser,
-    ChosenChannels,
-)
-from moe_tool.quantization.weights import ExpertWeights
-from moe_tool.store.expert_store import ExpertStore
-from moe_tool.store.reader import ExpertKey
+from moe_tool.quantization.channels import ChannelExpert, ChannelWeight, Chooser, ChosenChannels
+from moe_tool.store.protocol import SelectChannels, Supply
+from moe_tool.store.record_store import RecordStore
 
 
 class ChannelStore:
     """An `ExpertStore` over records of channels, of which a call may want only some.
 
-    A slot has the record's form: a chosen channel goes to its own place, and stays there as long as
-    the expert does. So an expert is resident from its first use on, and of a resident one only
-    those channels are read that were never wanted before. Who leaves is the `ExpertStore`'s affair,
-    and does not depend on what was chosen.
+    A slot has the record's form: a channel that is read goes to its own place, and stays there as
+    long as the expert does. So an expert is resident from its first use on, and of a resident one
+    only those channels are read that were never wanted before. A `RecordStore` decides what leaves,
+    whatever channels were selected.
     """
 
     def __init__(
         self,
         bundle: BundleReader,
         *,
+        form: int,
         n_slots: int,
         pinned: Sequence[ExpertKey] = (),
         eviction: MakeEviction,
         per_layer: bool = False,
         n_readers: int = 2,
     ) -> None:
-        """Reserve the memory; nothing is read yet. See ExpertStore."""
-        level = bundle.chooser_level
-        assert level is not None, "the bundle's experts are not in channels"
-        records = bundle.levels[level].records
+        """Reserve the memory; nothing is read yet. See RecordStore."""
+        held = bundle.forms[form]
+        (selectors,) = (
+            each
+            for each in bundle.forms
+            if each.table.role == "selector" and each.table.precision == held.table.precision
+        )
+        keys = [(record.layer, record.expert) for record in selectors.table.records]
         self._bundle = bundle
-        self._record_bytes = bundle.levels[FULL].record_size_bytes
-        self._form = bundle.levels[FULL].form
-        self._n_channels = self._form.layout.segments[0].shape[0]
-        self._chooser_form = bundle.levels[level].form
-        self._choosers = ExpertStore(
+        self._held = held
+        self._n_channels = held.form.layout.segments[0].shape[0]
+        self._selector_form = selectors.form
+        self._selectors = RecordStore(
             bundle,
-            level=level,
-            n_slots=len(records),
-            pinned=[(record.layer, record.expert) for record in records],
+            form=selectors.index,
+            n_slots=len(keys),
+            pinned=keys,
             eviction=Lru,
             n_readers=n_readers,
         )
         self._decoded: dict[ExpertKey, Chooser] = {}
+        self._selected: Mapping[int, ChosenChannels] = {}
+        """Expert -> channels that the next call will use of it; of others, all"""
         self._wanted: Mapping[ExpertKey, np.ndarray] = {}
         """Channels that the call under way has read; of an expert that is not named, all"""
         self._there: dict[ExpertKey, np.ndarray] = {}
-        """[I] bool: what of an expert lies in its slot"""
-        self._store = ExpertStore(
+        """Expert -> channels that lie in its slot, [I] bool"""
+        self._store = RecordStore(
             bundle,
+            form=form,
             n_slots=n_slots,
             pinned=pinned,
             eviction=eviction,
@@ -77,69 +77,63 @@ class ChannelStore:
         )
 
     def resident(self, layer: int) -> np.ndarray:
-        """Return which experts of a layer have a slot now, [E] bool."""
+        """Return which experts of a layer have a slot now, [1, E] bool."""
         return self._store.resident(layer)
 
     def pinned_mask(self, layer: int) -> np.ndarray:
-        """Return which experts of a layer never leave, [E] bool."""
+        """Return which experts of a layer never leave, [1, E] bool."""
         return self._store.pinned_mask(layer)
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the eviction policy wants to be told."""
+        """What the eviction policy wants to be told beside the accesses."""
         return self._store.hints
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
-        """Read what never leaves: what chooses channels, then pinned experts."""
-        self._choosers.load_pinned(progress)
+        """Read what never leaves: channel selectors, then pinned experts."""
+        self._selectors.load_pinned(progress)
         self._store.load_pinned(progress)
 
-    def chooser(self, layer: int, expert: int) -> Chooser:
-        """Return what chooses an expert's channels; views of memory that stays."""
+    def selector(self, layer: int, expert: int) -> Chooser:
+        """Return an expert's channel selector; views of memory that stays."""
         key = (layer, expert)
         found = self._decoded.get(key)
         if found is None:
-            self._choosers.load_pinned()
-            record = self._choosers.record_of(key)
-            form = self._chooser_form
-            assert record is not None and isinstance(form, ChannelForm)
-            found = decode_chooser(form.layout, record, form.shape, form.precision)
+            self._selectors.load_pinned()
+            record = self._selectors.record_of(key)
+            assert record is not None
+            found = self._selector_form.decode(record)
             self._decoded[key] = found
         return found
+
+    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
+        """Let the next call use no more of these experts than the channels that `select` names."""
+        self._selected = {expert: select(self.selector(layer, expert)) for expert in experts}
 
     def acquire(
         self,
         layer: int,
-        experts: Sequence[int],
+        numbers: Sequence[int],
         counters: PhaseCounters,
         *,
         scores: np.ndarray | None = None,
-        chosen: Mapping[int, ChosenChannels] | None = None,
-    ) -> Iterator[tuple[int, ExpertWeights]]:
-        """Yield each expert with its weights, see ExpertStore.
-
-        Args:
-            layer: decoder layer.
-            experts: distinct experts of the layer.
-            counters: added to; bytes are those that were read.
-            scores: of the call.
-            chosen: expert -> the channels that will be used of it; None: all of all.
-        """
-        for expert in experts:
-            self.chooser(layer, expert)  # before a reader thread asks
-        chosen = chosen or {}
-        self._wanted = {(layer, e): each.index.numpy() for e, each in chosen.items()}
+    ) -> Supply:
+        """Yield each expert with its weights; see ExpertStore."""
+        for expert in numbers:
+            self.selector(layer, expert)  # before a reader thread asks
+        selected, self._selected = self._selected, {}
+        self._wanted = {(layer, e): each.index.numpy() for e, each in selected.items()}
         n_misses = counters.misses
-        supply = self._store.acquire(layer, experts, counters, scores=scores)
-        counters.whole_bytes += (counters.misses - n_misses) * self._record_bytes
-        return self._supply(layer, supply, chosen, counters)
+        supply = self._store.acquire(layer, numbers, counters, scores=scores)
+        counters.whole_bytes += (counters.misses - n_misses) * self._held.record_size_bytes
+        return self._supply(layer, supply, selected, counters)
 
     def prefetch(
         self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
         """Expect experts to be named by the next call, and read them whole."""
         for expert in experts:
-            self.chooser(layer, expert)
+            self.selector(layer, expert)
         self._store.prefetch(layer, experts, spare=spare, counters=counters)
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
@@ -149,26 +143,26 @@ class ChannelStore:
     def close(self) -> None:
         """Stop reading and give the memory back."""
         self._store.close()
-        self._choosers.close()
+        self._selectors.close()
 
     def _supply(
         self,
         layer: int,
-        supply: Iterator[tuple[int, ExpertWeights]],
-        chosen: Mapping[int, ChosenChannels],
+        supply: Supply,
+        selected: Mapping[int, ChosenChannels],
         counters: PhaseCounters,
-    ) -> Iterator[tuple[int, ExpertWeights]]:
+    ) -> Supply:
         for expert, weights in supply:
-            assert isinstance(weights, ChannelExpert)
-            found = ChannelExpert(weights.channels, self.chooser(layer, expert))
-            found.chosen = chosen.get(expert)
+            channels = cast(ChannelExpert, weights).channels
+            found = ChannelExpert(channels, self.selector(layer, expert))
+            found.chosen = selected.get(expert)
             key = (layer, expert)
             there = self._there[key]
             wanted = self._wanted.get(key)
             missing = np.flatnonzero(~there) if wanted is None else wanted[~there[wanted]]
             if len(missing):  # it was resident, with other channels
                 started = time.perf_counter()
-                counters.bytes_read += self._add(key, weights.channels, missing)
+                counters.bytes_read += self._add(key, channels, missing)
                 counters.stall_seconds += time.perf_counter() - started
             counters.channels += self._n_channels
             counters.channels_used += self._n_channels if wanted is None else len(wanted)
@@ -187,16 +181,13 @@ class ChannelStore:
         key = (layer, expert)
         wanted = self._wanted.get(key)
         if wanted is None:
-            self._bundle.read_record_into(layer, expert, out, n_there=n_there, go_on=go_on)
+            self._bundle.read_record_into(
+                layer, expert, out, form=self._held.index, n_there=n_there, go_on=go_on
+            )
             self._there[key] = np.ones(self._n_channels, dtype=bool)
             return None
         self._there[key] = np.zeros(self._n_channels, dtype=bool)
-        return self._add(key, self._channels(out), wanted)
-
-    def _channels(self, record: torch.Tensor) -> ChannelWeight:
-        found = self._form.decode(record)
-        assert isinstance(found, ChannelExpert)
-        return found.channels
+        return self._add(key, self._held.form.decode(out).channels, wanted)
 
     def _add(self, key: ExpertKey, weight: ChannelWeight, missing: np.ndarray) -> int:
         """Read channels to their places; return how many bytes that were."""

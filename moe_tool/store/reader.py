@@ -9,10 +9,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.formats.bundle_reader import GoOn
-
-ExpertKey = tuple[int, int]
-"""(layer, expert)"""
 
 
 class Read(Protocol):
@@ -38,9 +36,9 @@ class Arrival:
 
     key: ExpertKey
     error: BaseException | None
-    """What the read failed with; the memory then holds anything"""
+    """Failure of the read, after which the memory holds anything; None where it succeeded"""
     n_bytes: int
-    """That were read"""
+    """Bytes that were read"""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -50,7 +48,7 @@ class _Job:
     n_there: int
     is_prefetch: bool
     arrivals: SimpleQueue["_Job"] | None
-    """Where its end is told; None: a prefetch that nobody waits for"""
+    """Queue that is told of its end; None: a prefetch that nobody waits for"""
     state: Literal["queued", "running", "done"] = "queued"
     is_dropped: bool = False
     n_bytes: int = 0

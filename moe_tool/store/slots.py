@@ -17,7 +17,6 @@ class SlotPool:
             slot_size_bytes: a multiple of the page size.
         """
         assert n_slots >= 1 and slot_size_bytes % mmap.PAGESIZE == 0
-        self.n_slots = n_slots
         self._slot_size_bytes = slot_size_bytes
         self._mapping = mmap.mmap(
             -1, n_slots * slot_size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -27,28 +26,12 @@ class SlotPool:
         with suppress(OSError):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        self._free = list(range(n_slots - 1, -1, -1))
-
-    @property
-    def n_free(self) -> int:
-        """Number of slots that nobody took."""
-        return len(self._free)
 
     def view(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, [slot_size_bytes] uint8; writing to it writes to the slot."""
         start = slot * self._slot_size_bytes
         return self._bytes[start : start + self._slot_size_bytes]
 
-    def take(self) -> int:
-        """Return a free slot, which is no longer free; there has to be one."""
-        return self._free.pop()
-
-    def give(self, slot: int) -> None:
-        """Make a slot free again."""
-        assert slot not in self._free, f"slot {slot} is free already"
-        self._free.append(slot)
-
     def close(self) -> None:
         """Give all memory back at once; views that are still held read zeros from now on."""
         self._mapping.madvise(mmap.MADV_DONTNEED)
-        self._free.clear()

@@ -1,7 +1,7 @@
 """Documents packed into token sequences of one length, with boundaries and a held-out part."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,6 @@ from moe_tool.text.sources import TextSource, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Progress = Callable[[int, int], None]
 
 _logger = logging.getLogger(__name__)
 _GUESSED_CHARACTERS_PER_TOKEN = 4
@@ -51,7 +49,6 @@ def build_sequences(
     holdout: float,
     seed: int,
     offline: bool = False,
-    progress: Progress | None = None,
 ) -> TokenSequences:
     """Return about `n_tokens` tokens of the sources as whole sequences, the domains in equal
     shares.
@@ -72,7 +69,6 @@ def build_sequences(
             domain.
         seq_len: S, tokens per sequence, at least 2.
         holdout: share of each domain's sequences, 0 to below 1.
-        progress: called with (tokens so far, tokens wanted).
 
     Raises:
         UsageError: n_tokens, seq_len or holdout out of range.
@@ -82,16 +78,11 @@ def build_sequences(
     """
     _check_arguments(n_tokens, seq_len, holdout)
     n_sequences = max(round(n_tokens / seq_len), len(sources))
-    streams = [
-        _TokenStream(
-            source,
-            tokenizer,
-            seq_len=seq_len,
-            documents=read_documents(source, seed=seed, offline=offline),
-        )
-        for source in sources
-    ]
-    n_per_domain = _fill(streams, n_sequences, seq_len=seq_len, progress=progress)
+    streams = []
+    for source in sources:
+        documents = read_documents(source, seed=seed, offline=offline)
+        streams.append(_TokenStream(source, tokenizer, seq_len=seq_len, documents=documents))
+    n_per_domain = _fill(streams, n_sequences, seq_len=seq_len)
     n_found = sum(n_per_domain)
     if n_found < n_sequences:
         _logger.warning(
@@ -100,6 +91,23 @@ def build_sequences(
             n_sequences * seq_len,
         )
 
+    ids, document, held_out = _cut(streams, n_per_domain, holdout=holdout, seed=seed)
+    require_known_tokens([ids.max()], vocabulary, tokenizer=tokenizer)
+    return TokenSequences(
+        ids=ids,
+        domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
+        document=document,
+        held_out=held_out,
+        domains=tuple(source.domain for source in sources),
+        sources=tuple(f"{source.domain}={source.spec}" for source in sources),
+        seed=seed,
+    )
+
+
+def _cut(
+    streams: Sequence["_TokenStream"], n_per_domain: Sequence[int], *, holdout: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids [N, S], documents [N, S] and held-out sequences [N] of all domains."""
     rng = np.random.default_rng(seed)
     ids, documents, held_out = [], [], []
     first_document = 0
@@ -109,16 +117,7 @@ def build_sequences(
         documents.append(domain_documents + first_document)
         held_out.append(_choose_held_out(domain_documents, holdout=holdout, rng=rng))
         first_document = int(documents[-1][-1, -1]) + 1
-        require_known_tokens([domain_ids.max()], vocabulary, tokenizer=tokenizer)
-    return TokenSequences(
-        ids=np.concatenate(ids),
-        domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
-        document=np.concatenate(documents),
-        held_out=np.concatenate(held_out),
-        domains=tuple(source.domain for source in sources),
-        sources=tuple(f"{source.domain}={source.spec}" for source in sources),
-        seed=seed,
-    )
+    return np.concatenate(ids), np.concatenate(documents), np.concatenate(held_out)
 
 
 def _check_arguments(n_tokens: int, seq_len: int, holdout: float) -> None:
@@ -201,9 +200,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[np.n
     return rows
 
 
-def _fill(
-    streams: list[_TokenStream], n_sequences: int, *, seq_len: int, progress: Progress | None
-) -> list[int]:
+def _fill(streams: list[_TokenStream], n_sequences: int, *, seq_len: int) -> list[int]:
     """Read the streams and return how many sequences each gives.
 
     The shares are equal; where a source is short, the others make up for it.
@@ -220,10 +217,6 @@ def _fill(
                     f" {stream.n_tokens} tokens, fewer than one sequence of {seq_len}",
                     hint="give more text or a smaller --seq-len",
                 )
-            if progress is not None:
-                pairs = zip(streams, shares, strict=True)
-                n_ready = sum(min(read.n_tokens, share * seq_len) for read, share in pairs)
-                progress(n_ready, n_sequences * seq_len)
         if all(share <= limit for share, limit in zip(shares, limits, strict=True)):
             return shares
 

@@ -11,6 +11,7 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.mask_scores import slot_order
 from moe_tool.runtime.session import Session
+from moe_tool.store.protocol import on_host
 from moe_tool.tuning.weighed_experts import weighed_experts
 
 ChooseMask = Callable[[LayerCall], torch.Tensor]
@@ -31,22 +32,23 @@ class MaskedExperts:
 
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
-        call = self.session.runner.without_absent(call)
         if self.watch is not None:
             self.watch(call)
 
         def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
-            return self.session.runner.store.acquire(call.layer, wanted, PhaseCounters())
+            return on_host(self.session.runner.store.acquire(call.layer, wanted, PhaseCounters()))
 
         if self.mask is None:
-            return run_experts(call.module, call.hidden, call.index, call.weight, supply)
+            return call.run_experts(supply)
         ranked = self.mask(call)
         mask = ranked.gather(1, slot_order(call.weight).argsort(dim=1))  # [T, K], slot by slot
         weight = call.weight * mask
         if not mask.requires_grad:  # what is left out is not computed, as in a run
-            index = torch.where(mask > 0, call.index, -1)
-            return run_experts(call.module, call.hidden, index, weight, supply)
-        return weighed_experts(call.module, call.hidden, call.index, weight, supply)
+            return run_experts(
+                call.module, call.hidden, call.index, weight, supply, present=mask > 0
+            )
+        index, present = call.find_present()
+        return weighed_experts(call.module, call.hidden, index, weight, supply, present=present)
 
     def logits(self, ids: torch.Tensor, *, mask: ChooseMask | None = None) -> torch.Tensor:
         """Return the model's predictions in one wide forward, [B, S, V].

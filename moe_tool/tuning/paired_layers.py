@@ -164,12 +164,13 @@ class PairedModel:
         if weights is None:
             return call.hidden if self._answers_inputs else torch.zeros_like(call.hidden)
         n_experts = self._opened.shape.experts
-        is_there = torch.tensor([expert in weights for expert in range(n_experts)] + [False])
-        index = call.index.clamp(0, n_experts)
+        is_there = torch.tensor([expert in weights for expert in range(n_experts)])
+        index, present = call.find_present()
         return run_experts(
             call.module,
             call.hidden,
-            torch.where(is_there[index], index, n_experts),
+            index,
             call.weight,
             lambda wanted: ((expert, weights[expert]) for expert in wanted),
+            present=is_there[index] if present is None else is_there[index] & present,
         )

@@ -1,9 +1,8 @@
-"""What tuning takes of memory, before it begins: one layer, exact or as codes that move."""
+"""Memory that tuning takes, before it begins: one layer, exact or as codes that move."""
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
-from moe_tool.byte_sizes import format_bytes
-from moe_tool.errors import BudgetError
+from moe_tool.budget.refusal import name_lines, require_budget
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.tuning.paired_layers import BATCH_TOKENS
 
@@ -13,8 +12,8 @@ _HIDDEN_COPIES = 8
 """[T, H] in float32 at once: both streams, the bundle's without its experts, what experts are given
 batch by batch, the same in one piece, the target, and what two of these are made from"""
 _WORKING_COPIES = 6
-"""Of the largest matrix in float32: weights, slopes, gradient, what is wanted, what is lost"""
-_MIB = 2**20
+"""Copies of the largest matrix in float32: weights, slopes, gradient, what is wanted, what is
+lost"""
 
 
 def require_tune_memory(
@@ -57,13 +56,9 @@ def require_tune_memory(
         "text": 4 * _HIDDEN_COPIES * tokens * shape.hidden,
         "a batch": 4 * max(batch, BATCH_TOKENS) * (16 * shape.hidden + shape.top_k * 3 * inner),
     }
-    needed = sum(parts.values())
-    if asked is not None and asked < needed:
-        nearest = -(-needed // (16 * _MIB)) * 16
-        account = ", ".join(f"{name} {format_bytes(each)}" for name, each in parts.items())
-        raise BudgetError(
-            f"tuning a bundle of {opened.identity.name} needs {format_bytes(needed)}, given "
-            f"{format_bytes(asked)}: {account}",
-            hint=f"give --memory {nearest}MiB or more, or fewer --tokens",
-        )
-    return needed
+    return require_budget(
+        f"tuning a bundle of {opened.identity.name}",
+        asked,
+        name_lines(parts),
+        instead="fewer --tokens",
+    )

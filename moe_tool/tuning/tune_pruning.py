@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest, LearnedPruning
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import BudgetError, DataSourceError, UnsupportedModelError, UsageError
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.formats.atomic_write import storage_errors
@@ -28,8 +30,7 @@ from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.policy_choice import EXACT
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -57,7 +58,7 @@ class TunePruningOptions:
     """Capped at what the model was made for"""
     batch: int = 8
     """Sequences of a step"""
-    memory: str | None = None
+    memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
     """Of the choice of text and of every draw"""
@@ -142,7 +143,7 @@ def tune_pruning(
     ) as session:
         experts = MaskedExperts(session=session)
         session.skeleton.set_experts_function(experts)
-        micro_batch = session.workload.batch
+        micro_batch = session.plan.workload.batch
         training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
         verdict = judge_pruning(
             experts,
@@ -153,7 +154,7 @@ def tune_pruning(
             micro_batch=micro_batch,
             progress=progress,
         )
-        budget_bytes = session.plan.budget_bytes
+        budget_bytes = session.plan.memory.budget_bytes
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
@@ -190,14 +191,14 @@ def tune_pruning(
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
-    if manifest.choosers is not None:
+    if manifest.selectors:
         raise UsageError(
             f"the experts of {folder} are in channels, through which nothing is trained",
             hint="tune a bundle that was packed without --sparse-experts",
         )
-    if manifest.absent:
+    if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.absent)} experts out already: mask routers are for "
+            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
             "bundles of all experts",
             hint="pack one with --bits, or with a plan that leaves none out",
         )
@@ -258,8 +259,8 @@ def _open(
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.
-        memory=options.memory or "auto",
-        policy=EXACT,
+        memory=options.memory or AUTO,
+        policy=EXACT_POLICY,
         residency="cache",
         seed=options.seed,
         threads=options.threads,
@@ -299,7 +300,7 @@ def _train(
     folder: Path, experts: MaskedExperts, plan: TrainingPlan, order: bytes, progress: Progress
 ) -> MaskTraining:
     session = experts.session
-    micro_batch = session.workload.batch
+    micro_batch = session.plan.workload.batch
     training = MaskTraining(session.manifest.shape, plan)
     path = folder / _STATE
     reached = read_training_state(path, order, training.state(), n_steps=plan.n_steps)

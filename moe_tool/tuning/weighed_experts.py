@@ -16,18 +16,27 @@ from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWei
 
 
 def weighed_experts(
-    module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, supply: Supply
+    module: Any,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    supply: Supply,
+    *,
+    present: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum of the experts' outputs, [T, H]; see `run_experts`.
 
     Args:
         module: an experts module of transformers.
         hidden: [T, H] float32.
-        index: [T, K] int64; below 0 or from E on, the slot is skipped.
+        index: [T, K] int64: experts.
         weight: [T, K] float32.
         supply: called once here, and once on the way back.
+        present: [T, K] bool: slots that are computed; None: all of them.
     """
-    made: torch.Tensor = _Weighed.apply(hidden, weight, module, index, supply)  # type: ignore[no-untyped-call]
+    if present is None:
+        present = torch.ones(index.shape, dtype=torch.bool)
+    made: torch.Tensor = _Weighed.apply(hidden, weight, module, index, present, supply)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -39,21 +48,21 @@ class _Weighed(torch.autograd.Function):
         weight: torch.Tensor,
         module: Any,
         index: torch.Tensor,
+        present: torch.Tensor,
         supply: Supply,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.module, ctx.index, ctx.supply = module, index, supply
-        return run_experts(module, hidden, index, weight, supply)
+        ctx.module, ctx.index, ctx.present, ctx.supply = module, index, present, supply
+        return run_experts(module, hidden, index, weight, supply, present=present)
 
     @staticmethod
     def backward(ctx: Any, by_output: torch.Tensor) -> tuple[Any, ...]:
         hidden, weight = ctx.saved_tensors
         index: torch.Tensor = ctx.index
+        present: torch.Tensor = ctx.present
         by_hidden, by_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        is_one = (index >= 0) & (index < ctx.module.num_experts)
-        wanted = torch.unique(index[is_one]).tolist()
-        for expert, weights in ctx.supply(wanted):
-            rows, slots = torch.nonzero(index == expert, as_tuple=True)
+        for expert, weights in ctx.supply(torch.unique(index[present]).tolist()):
+            rows, slots = torch.nonzero((index == expert) & present, as_tuple=True)
             coming = by_output[rows]  # [n, H]
             with torch.enable_grad():
                 x = hidden[rows].detach().requires_grad_()
@@ -61,7 +70,7 @@ class _Weighed(torch.autograd.Function):
             (by_x,) = torch.autograd.grad(y, x, coming * weight[rows, slots, None])
             by_hidden.index_add_(0, rows, by_x)
             by_weight[rows, slots] = (coming * y.detach()).sum(dim=1)
-        return by_hidden, by_weight, None, None, None
+        return by_hidden, by_weight, None, None, None, None
 
 
 def _expanded_forward(module: Any, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:

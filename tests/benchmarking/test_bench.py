@@ -5,25 +5,27 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_tool.benchmarking.bench import BenchReport, bench
+from moe_tool.artifacts.bench_report import BenchReport
+from moe_tool.artifacts.json_fields import json_fields
+from moe_tool.benchmarking.bench import bench
 from moe_tool.benchmarking.bench_plan import BenchOptions, SpeedTest, list_tests
 from moe_tool.benchmarking.bench_tokens import bench_tokens
 from moe_tool.benchmarking.speed_run import run_test
+from moe_tool.budget.request import parse_memory
 from moe_tool.cli.app import run_command
 from moe_tool.demo import demo_model_path
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
+from tests.packed import pack_bundle
 
 SMALL = ("--prompt-tokens", "16", "--generate", "4", "--repetitions", "2", "--threads", "1")
 
@@ -41,7 +43,7 @@ def report(bundle: Path) -> BenchReport:
         prompt_tokens=(16, 0),
         generate=(4, 6),
         depth=(0, 8),
-        memory=("50%", "min", "100%"),
+        memory=tuple(map(parse_memory, ("50%", "min", "100%"))),
         policy=("exact", "drop"),
         threads=(1,),
         repetitions=2,
@@ -58,36 +60,40 @@ def test_there_is_a_row_for_every_combination(report: BenchReport) -> None:
         for policy in ("exact", "drop")
         for test in tests
     ]
-    assert [(row.budget, row.policy, row.test) for row in report.rows] == expected
+    assert [(row.budget, row.setup.policy, row.test) for row in report.rows] == expected
 
 
 def test_its_figures_are_those_of_the_bundle(report: BenchReport, bundle: Path) -> None:
     with BundleReader.open(bundle) as reader:
-        record = reader.manifest.record_size_bytes
+        record = reader.manifest.primaries[0].record_size_bytes
         accesses = len(reader.manifest.shape.layers) * reader.manifest.shape.top_k
-        n_experts = len(reader.manifest.records)
+        n_experts = len(reader.manifest.primary_records)
     n_weights = sum(t.numel() for t in _tensors(demo_model_path()))
     for row in report.rows:
-        assert (row.model, row.bits, row.threads, row.cache) == ("demo", "8", 1, "warm")
-        assert row.params == n_weights
-        assert row.size_bytes <= sum(file.stat().st_size for file in bundle.iterdir())
+        assert (row.bundle.model, row.bundle.bits) == ("demo", "8")
+        assert (row.setup.threads, row.cache) == (1, "warm")
+        assert row.bundle.params == n_weights
+        assert row.bundle.size_bytes <= sum(file.stat().st_size for file in bundle.iterdir())
         low, high = min(row.tokens_per_second_all), max(row.tokens_per_second_all)
         assert low <= row.tokens_per_second <= high
         # Of two numbers the sample deviation is their distance over the root of two.
         assert row.tokens_per_second_sd == pytest.approx((high - low) / 2**0.5)
         assert 0 <= row.stall_share <= 1
         assert row.tokens_from == "text"
-        if row.test.startswith("tg") and row.policy == "exact":
-            misses = (1 - row.hit_rate) * accesses
-            assert row.bytes_per_token == pytest.approx(misses * record)
-        if row.test.startswith("tg") and row.policy == "drop":
-            assert row.bytes_per_token == 0
+        if row.test.startswith("tg") and row.setup.policy == "exact":
+            misses = (1 - row.timed.hit_rate) * accesses
+            assert row.timed.bytes_read_per_token == pytest.approx(misses * record)
+        if row.test.startswith("tg") and row.setup.policy == "drop":
+            assert row.timed.bytes_read_per_token == 0
         if row.budget == "100%":
-            assert row.slots == n_experts
+            assert row.setup.slots == n_experts
     by_budget = {row.budget: row for row in report.rows if row.test == "tg6"}
-    exact = {row.budget: row for row in report.rows if (row.test, row.policy) == ("tg6", "exact")}
-    assert by_budget["min"].slots < by_budget["50%"].slots < by_budget["100%"].slots
-    assert exact["min"].hit_rate < exact["100%"].hit_rate
+    exact = {
+        row.budget: row for row in report.rows if (row.test, row.setup.policy) == ("tg6", "exact")
+    }
+    assert by_budget["min"].setup.slots < by_budget["50%"].setup.slots
+    assert by_budget["50%"].setup.slots < by_budget["100%"].setup.slots
+    assert exact["min"].timed.hit_rate < exact["100%"].timed.hit_rate
 
 
 def _tensors(folder: Path) -> list[torch.Tensor]:
@@ -97,10 +103,10 @@ def _tensors(folder: Path) -> list[torch.Tensor]:
 
 
 def test_every_format_says_the_same(report: BenchReport) -> None:
-    rows = [asdict(row) for row in report.rows]
+    rows = report.rows
     parsed = json.loads(json_rows(rows))
     assert [entry["test"] for entry in parsed] == [row.test for row in report.rows]
-    assert set(parsed[0]) == set(rows[0])
+    assert parsed == json.loads(json.dumps(json_fields(rows)))
     table = list(csv.DictReader(io.StringIO(csv_rows(rows))))
     assert [float(row["tokens_per_second"]) for row in table] == [
         row.tokens_per_second for row in report.rows
@@ -120,29 +126,26 @@ def test_rows_with_and_without_prefetch_stand_side_by_side(bundle: Path) -> None
     options = BenchOptions(
         prompt_tokens=(16,),
         generate=(12,),
-        memory=("50%",),
+        memory=(parse_memory("50%"),),
         prefetch=("none", "next-layer"),
         threads=(1,),
         repetitions=2,
     )
     rows = bench(bundle, options).rows
-    assert [(row.prefetch, row.test) for row in rows] == [
+    assert [(row.setup.prefetch, row.test) for row in rows] == [
         (prefetch, test) for prefetch in ("none", "next-layer") for test in ("pp16", "tg12")
     ]
-    plain, ahead = rows[1], rows[3]
-    assert plain.prefetches_per_token == plain.prefetched_bytes_per_token == 0
-    assert rows[2].prefetches_per_token == 0  # a prompt
+    plain, ahead = rows[1].timed, rows[3].timed
+    assert plain.prefetches == plain.prefetched_bytes == 0
+    assert rows[2].timed.prefetches == 0  # a prompt
     with BundleReader.open(bundle) as reader:
-        record = reader.manifest.record_size_bytes
+        record = reader.manifest.primaries[0].record_size_bytes
         accesses = len(reader.manifest.shape.layers) * reader.manifest.shape.top_k
-    # hits and misses are of the same 24 tokens
-    used = ahead.prefetches_per_token * ahead.prefetch_hit_rate
-    assert 0 < used <= ahead.prefetches_per_token
-    assert used * record <= ahead.prefetched_bytes_per_token
-    misses = (1 - ahead.hit_rate) * accesses
-    demanded = ahead.bytes_per_token - ahead.prefetched_bytes_per_token
-    assert demanded == pytest.approx(misses * record)
-    lines = markdown_rows([asdict(row) for row in rows]).splitlines()
+    assert ahead.tokens == 24 and ahead.hits + ahead.misses == 24 * accesses
+    assert 0 < ahead.prefetch_hits <= ahead.prefetches
+    assert ahead.prefetch_hits * record <= ahead.prefetched_bytes
+    assert ahead.bytes_read - ahead.prefetched_bytes == ahead.misses * record
+    lines = markdown_rows(rows).splitlines()
     assert "| none " in lines[3]
     assert f"| next-layer ({ahead.prefetch_hit_rate:.0%} used, " in lines[5]
 
@@ -151,7 +154,7 @@ def test_a_cold_run_reads_what_a_warm_one_has(bundle: Path) -> None:
     """With room for all, the second run of the same tokens reads nothing, unless made cold."""
     test = SpeedTest(kind="tg", n_tokens=4, depth=3)
     ids = torch.arange(2, 9)
-    with open_session(bundle, RunOptions(memory="100%", threads=1, context=16)) as session:
+    with open_session(bundle, run_options(memory="100%", threads=1, context=16)) as session:
         shape = session.manifest.shape
         first = run_test(session, test, ids, cache_state="cold")
         warm = run_test(session, test, ids, cache_state="warm")

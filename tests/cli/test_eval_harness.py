@@ -9,8 +9,8 @@ import pytest
 
 from moe_tool.cli.app import run_command
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from tests.evaluation.small_tasks import write_tasks
+from tests.packed import pack_bundle
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_json_is_one_object(
     assert run_command([*arguments, "--limit", "1", "--offline", "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)
     assert [row["task"] for row in fields["rows"]] == ["tiny_choice", "tiny_text"]
-    assert fields["policy"] == "exact" and fields["decode_tokens"] > 0
+    assert fields["policy"] == "exact" and fields["tokens"] > 0
     assert {"hit_rate", "bytes_read_per_token", "substitutions", "slots"} <= fields.keys()
 
 

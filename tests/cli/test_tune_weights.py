@@ -8,7 +8,7 @@ import pytest
 
 from moe_tool.cli.app import run_command
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
+from tests.packed import pack_bundle
 
 QUICK = ["--data", "builtin", "--tokens", "512", "--seq-len", "32", "--steps", "4", "--batch", "64"]
 

@@ -1,11 +1,14 @@
 """What every eviction policy has to keep to, run over all of them."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_tool.errors import UsageError
+from moe_tool.native.replay import COMPILED
 from moe_tool.policies.eviction import EVICTION, CacheShape, ExpertCache, parse_eviction
 
 N_LAYERS, N_EXPERTS = 3, 4
@@ -119,6 +122,39 @@ def test_what_is_no_policy_is_refused_with_those_that_are(text):
     with pytest.raises(UsageError) as error:
         parse_eviction(text)
     assert error.value.hint
+
+
+@pytest.mark.parametrize("spec", EVICTION.values(), ids=list(EVICTION))
+def test_a_spec_fits_its_policy(spec):
+    assert spec.summary and "\n" not in spec.summary
+    for parameter in spec.parameters.values():
+        assert parameter.is_whole and parameter.help
+        assert parameter.least <= parameter.default <= parameter.most
+    assert spec.compiled is None or spec.compiled in COMPILED
+    assert (spec.look_ahead is not None) == ("predictions" in spec.make.hints)
+    assert spec.look_ahead is None or spec.look_ahead in spec.parameters
+    assert 0 <= spec.pinned_share <= 1
+
+
+@pytest.mark.parametrize("name", sorted(EVICTION))
+def test_a_policy_remembers_no_more_than_it_says(name):
+    n_layers, n_experts = 4, 256
+    choice = parse_eviction(name)
+    said = choice.notes_bytes(n_layers=n_layers, n_experts=n_experts)
+    few = 64 * n_layers * n_experts  # a few numbers per expert
+    shape = CacheShape(n_layers=n_layers, n_experts=n_experts, capacity=8)
+    tracemalloc.start()
+    policy = choice.make(shape)
+    for forward in range(100):
+        for layer in range(n_layers):
+            policy.begin_call(layer)
+            policy.observe(layer, np.full(n_experts, 2**15, np.uint16))
+            policy.add(layer * n_experts + forward)
+            policy.expect([(layer + 1) % n_layers * n_experts], ahead=1)
+            policy.evict(())
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held <= said + few
 
 
 def test_names_are_what_they_were_made_from():

@@ -1,7 +1,7 @@
 """What every miss policy has to keep to, run over all of them."""
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_tool.artifacts.buddy_map import Buddy, LayerBuddies
-from moe_tool.artifacts.bundle_manifest import LearnedPruning, QualityFigure
-from moe_tool.artifacts.routing import Routing
+from moe_tool.artifacts.bundle_sections import LearnedPruning
+from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.artifacts.routing import Routing, count_answers
+from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.policies.misses import (
     MISS_POLICIES,
     Gates,
@@ -20,35 +22,23 @@ from moe_tool.policies.misses import (
     parse_miss_policy,
 )
 from moe_tool.policies.misses.buddy import buddy_tables
+from moe_tool.policies.misses.needs import GATES
 
 N_EXPERTS, TOP_K, LAYER = 8, 3, 2
-LOSSY = sorted(set(MISS_POLICIES) - {"exact"})
-GATED = ["buddy", "drop", "next-ranked", "random"]
-INERT = {
-    "buddy": "rho=0",
-    "drop": "rho=0",
-    "next-ranked": "rho=0",
-    "random": "rho=0",
-    "near-tie": "alpha=0",
-    "replica": "high=1",
-    "prune": "share=0",
-    "prune:learned": "rate=0",
-    "prune:random": "rate=0",
-    "priced": "nats-per-mb=0",
-}
-FIRES = {"near-tie": "alpha=1", "replica": "high=0.3,low=0.5", "prune": "share=0.8"}
-PRUNES = {name for name in MISS_POLICIES if name.startswith("prune")}
-"""They leave out what is in memory too"""
-"""What makes a policy act on the cases below, beside its defaults"""
+LOSSY = [spec for spec in MISS_POLICIES.values() if spec.is_lossy]
+GATED = [name for name, spec in MISS_POLICIES.items() if GATES in spec.needs]
+PRUNES = {name for name, spec in MISS_POLICIES.items() if spec.acts_on_hits}
+NOTHING = PolicyInputs(top_k=1)
 
 
-def _softmax_weights(logits, index):
-    chosen = np.exp(np.take_along_axis(logits.astype(np.float32), np.maximum(index, 0), axis=1))
-    chosen = np.where(index < 0, 0, chosen)
-    return chosen / chosen.sum(axis=1, keepdims=True)
+def _softmax_weights(logits, index, present):
+    chosen = np.exp(np.take_along_axis(logits.astype(np.float32), index, axis=1))
+    chosen = np.where(present, chosen, 0)
+    total = chosen.sum(axis=1, keepdims=True)
+    return np.divide(chosen, total, out=np.zeros_like(chosen), where=total > 0)
 
 
-def _build(name, gates):
+def _inputs(gates):
     buddies = LayerBuddies(
         layer=LAYER,
         entropy_threshold=0.2,
@@ -71,42 +61,47 @@ def _build(name, gates):
     book = LayerBook(
         nats=rng.uniform(0.1, 1, N_EXPERTS),
         eps=np.stack([np.zeros(N_EXPERTS), rng.uniform(0.05, 0.9, N_EXPERTS)]),
+        record_bytes=np.repeat([[8192], [4096]], N_EXPERTS, axis=1),
         buddy=buddy_tables((buddies,))[LAYER].expert,
         buddy_scale=buddy_tables((buddies,))[LAYER].scale.astype(np.float64),
         buddy_eps=np.full((N_EXPERTS, 3), 0.5),
     )
-    return parse_miss_policy(name).make(
-        PolicyInputs(
-            gates=gates,
-            buddies=(buddies,),
-            reweigh={LAYER: _softmax_weights},
-            prices=PriceBook(layers={LAYER: book}, record_bytes=(8192, 4096)),
-            unimportance={LAYER: np.linspace(0, 1, 21)},
-            ratios={LAYER: np.linspace(0, 1, 21)},
-            levels=("native", "2"),
-            pruning=LearnedPruning(
-                file="x",
-                rate=0.3,
-                offsets=tuple(np.linspace(-2, 2, 21)),
-                penalty=0.1,
-                quality=QualityFigure(kl=0.1, kl_ci95=(0.1, 0.1), tokens=1),
-                tokens=1,
-                seed=0,
-                sources=(),
-            ),
-            top_k=TOP_K,
-        )
+    return PolicyInputs(
+        gates=gates,
+        buddies=(buddies,),
+        reweigh={LAYER: _softmax_weights},
+        prices=PriceBook(layers={LAYER: book}),
+        unimportance={LAYER: np.linspace(0, 1, 21)},
+        ratios={LAYER: np.linspace(0, 1, 21)},
+        forms=("native", "2"),
+        pruning=LearnedPruning(
+            file="x",
+            rate=0.3,
+            offsets=tuple(np.linspace(-2, 2, 21)),
+            penalty=0.1,
+            quality=QualityFigure(kl=0.1, kl_ci95=(0.1, 0.1), tokens=1),
+            tokens=1,
+            seed=0,
+            sources=(),
+        ),
+        top_k=TOP_K,
     )
 
 
-def _routing(seed, n_tokens):
+def _build(name, gates):
+    return parse_miss_policy(name).make(_inputs(gates))
+
+
+def _routing(seed, n_tokens, *, removed=()):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(n_tokens, N_EXPERTS)).astype(np.float16)
     index = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]
+    present = ~np.isin(index, list(removed))
     return Routing(
         layer=LAYER,
         index=index,
-        weight=_softmax_weights(logits, index),
+        present=present,
+        weight=_softmax_weights(logits, index, present),
         score=logits,
         logits=logits,
         sequence=rng.integers(0, 3, size=n_tokens),
@@ -114,7 +109,7 @@ def _routing(seed, n_tokens):
     )
 
 
-GATES = st.builds(
+SOME_GATES = st.builds(
     Gates,
     entropy_threshold=st.sampled_from([{LAYER: 0.0}, {LAYER: 0.9}, {LAYER: 1.0}]),
     bypass_share=st.sampled_from([0.0, 0.4, 0.6, 1.1]),
@@ -127,37 +122,45 @@ CASES = {
     "resident": st.lists(st.booleans(), min_size=2 * N_EXPERTS, max_size=2 * N_EXPERTS).map(
         lambda row: np.array(row).reshape(2, N_EXPERTS)
     ),
-    "gates": GATES,
+    "gates": SOME_GATES,
 }
 
 
 @settings(max_examples=150, deadline=None)
-@given(**CASES)
+@given(**CASES, removed=st.sets(st.integers(0, N_EXPERTS - 1), max_size=3))
 @pytest.mark.parametrize("name", sorted(MISS_POLICIES))
-def test_answers_are_distinct_resident_within_the_cap_and_counted(
-    name, seed, n_tokens, resident, gates
+def test_answers_are_distinct_resident_and_within_the_cap(
+    name, seed, n_tokens, resident, gates, removed
 ):
-    routing = _routing(seed, n_tokens)
+    routing = _routing(seed, n_tokens, removed=removed)
+    resident = resident.copy()
+    resident[:, list(removed)] = False
     before, mask = copy.deepcopy(routing), resident.copy()
     answers = _build(name, gates).decide(routing, resident)
-    changed = answers.expert != routing.index
+    is_there = answers.present
+    assert not (is_there & ~routing.present).any()  # what is removed stays empty
+    is_other = is_there & (answers.expert != routing.index)
+    is_dropped = routing.present & ~is_there
+    changed = is_other | is_dropped
     cap = gates.max_substitutions if gates.enabled and name in GATED else TOP_K
     assert (changed.sum(axis=1) <= (2 if cap is None else cap)).all()
-    for row, wanted in zip(answers.expert, routing.index, strict=True):
-        kept = row[row >= 0]
+    for row, fills, wanted in zip(answers.expert, is_there, routing.index, strict=True):
+        kept = row[fills]
         assert len(set(kept)) == len(kept)
-        stand_ins = set(kept) - set(wanted)
-        assert all(resident[0, expert] for expert in stand_ins)
+        assert all(resident[0, expert] for expert in set(kept) - set(wanted))
+        assert not set(kept) & removed
     if name not in PRUNES:
         assert not changed[resident[0][routing.index]].any()  # only misses are answered otherwise
-    if answers.level is not None:
-        is_low = answers.level > 0
-        assert (answers.expert == routing.index)[is_low].all()
-        assert answers.lowered == is_low.sum()
-        assert name != "priced" or resident[1][answers.expert[is_low]].all()  # nothing is read
-    assert answers.dropped == (answers.expert < 0).sum()
-    assert answers.substituted == changed.sum() - answers.dropped
-    assert (answers.weight[answers.expert < 0] == 0).all()
+    is_low = answers.form > 0
+    assert (is_there & (answers.expert == routing.index))[is_low].all()
+    assert name != "priced" or resident[1][answers.expert[is_low]].all()  # nothing is read
+    counted = count_answers(routing, answers)
+    assert counted == PhaseCounters(
+        substitutions=int(is_other.sum()),
+        replica_answers=int(is_low.sum()),
+        drops=int(is_dropped.sum()),
+    )
+    assert (answers.weight[~is_there] == 0).all()
     untouched = ~changed.any(axis=1)
     assert (answers.weight[untouched] == routing.weight[untouched]).all()
     assert answers.expert.dtype == np.int64 and answers.weight.dtype == np.float32
@@ -175,33 +178,30 @@ def test_the_same_question_gets_the_same_answer(name, seed, n_tokens, resident, 
     again = _build(name, gates).decide(routing, resident)
     for other in (policy.decide(routing, resident), again):
         assert (first.expert == other.expert).all() and (first.weight == other.weight).all()
+        assert (first.present == other.present).all() and (first.form == other.form).all()
 
 
 def _is_exact(answers, routing):
-    return (answers.expert == routing.index).all() and (answers.weight == routing.weight).all()
+    is_plain = count_answers(routing, answers) == PhaseCounters()
+    return is_plain and (answers.weight == routing.weight).all()
 
 
 FIRING = Gates(entropy_threshold={LAYER: 0.0}, bypass_share=1.1, max_substitutions=3)
 SOME = np.stack([np.arange(N_EXPERTS) % 2 == 0, np.arange(N_EXPERTS) % 4 == 1])
 
 
-@pytest.mark.parametrize("name", LOSSY)
-def test_at_strength_it_fires_and_is_counted(name):
+@pytest.mark.parametrize("spec", LOSSY, ids=lambda spec: spec.name)
+def test_at_strength_it_fires_and_is_counted(spec):
     routing = _routing(0, 20)
-    spec = f"{name}:{FIRES[name]}" if name in FIRES else name
-    answers = _build(spec, FIRING).decide(routing, SOME)
-    assert answers.substituted + answers.dropped + answers.lowered > 0
-    is_low = answers.level is not None and (answers.level > 0).any()
-    assert is_low or not _is_exact(answers, routing)
+    answers = _build(spec.named(spec.fires), FIRING).decide(routing, SOME)
+    assert count_answers(routing, answers) != PhaseCounters()
 
 
-@pytest.mark.parametrize("name", LOSSY)
-def test_at_zero_strength_it_is_inert(name):
+@pytest.mark.parametrize("spec", MISS_POLICIES.values(), ids=list(MISS_POLICIES))
+def test_the_inert_setting_is_exact(spec):
     routing = _routing(0, 20)
-    answers = _build(f"{name}:{INERT[name]}", FIRING).decide(routing, SOME)
+    answers = _build(spec.named(spec.inert), FIRING).decide(routing, SOME)
     assert _is_exact(answers, routing)
-    assert answers.level is None or not answers.level.any()
-    assert answers.substituted == answers.dropped == answers.lowered == 0
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -232,7 +232,8 @@ def test_a_smaller_cap_substitutes_less(name):
     found = []
     for cap in range(TOP_K + 1):
         answers = _build(name, replace(FIRING, max_substitutions=cap)).decide(routing, SOME)
-        found.append(answers.substituted + answers.dropped)
+        counted = count_answers(routing, answers)
+        found.append(counted.substitutions + counted.drops)
     assert found == sorted(found) and found[0] == 0 and found[1] < found[-1]
 
 
@@ -240,5 +241,53 @@ def test_a_smaller_cap_substitutes_less(name):
 def test_a_policy_says_in_one_line_what_it_does_and_whether_it_loses(name):
     policy = _build(name, FIRING)
     assert policy.describe().startswith(name) and "\n" not in policy.describe()
-    assert policy.lossy is (name != "exact")
+    assert policy.lossy is MISS_POLICIES[name].is_lossy
     assert ("may differ" in policy.describe()) is policy.lossy
+
+
+@pytest.mark.parametrize("spec", MISS_POLICIES.values(), ids=list(MISS_POLICIES))
+def test_a_spec_is_whole(spec):
+    assert spec.summary and "\n" not in spec.summary
+    for parameter in spec.parameters.values():
+        assert parameter.help and parameter.least <= parameter.default <= parameter.most
+    for words in (spec.inert, spec.fires or ""):
+        assert parse_miss_policy(spec.named(words)).kind == spec.name
+    for name, values in spec.alternatives.items():
+        for value in values:
+            assert parse_miss_policy(spec.named("")).with_value(name, value).values[name] == value
+    assert len({need.name for need in spec.needs}) == len(spec.needs)
+
+
+def _without(need):
+    """Inputs that lack one need alone, None where nothing can lack it."""
+    for field in fields(PolicyInputs):
+        less = replace(_inputs(FIRING), **{field.name: getattr(NOTHING, field.name)})
+        if not need.is_met(less):
+            return less
+    return None
+
+
+@pytest.mark.parametrize("spec", LOSSY, ids=lambda spec: spec.name)
+def test_what_it_needs_is_refused_by_name_with_a_hint(spec):
+    parse_miss_policy(spec.name).make(_inputs(FIRING))
+    for need in spec.needs:
+        less = _without(need)
+        if less is not None:
+            with pytest.raises(need.error) as refusal:
+                parse_miss_policy(spec.name).make(less)
+            assert spec.name in refusal.value.message and refusal.value.hint == need.hint
+
+
+@pytest.mark.parametrize("spec", [s for s in LOSSY if s.strength], ids=lambda spec: spec.name)
+def test_the_strongest_setting_changes_most_and_the_grid_stays_in_bounds(spec):
+    inputs = _inputs(FIRING)
+    grid = spec.strength.grid(inputs)
+    assert list(grid.points) == sorted(set(grid.points), reverse=True)
+    choice, routing, changed = parse_miss_policy(spec.name), _routing(0, 200), []
+    for strength in grid.points:
+        setting = choice.with_value(spec.strength.parameter, grid.value(strength))
+        counted = count_answers(routing, setting.make(inputs).decide(routing, SOME))
+        changed.append(counted.substitutions + counted.replica_answers + counted.drops)
+    assert changed == sorted(changed, reverse=True) and changed[0] > changed[-1]
+    low, high = grid.points[2], grid.points[1]
+    assert low < grid.middle(low, high) < high

@@ -5,19 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.cli.describe_artifact import describe_artifact
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
+from tests.packed import pack_bundle
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 
@@ -39,8 +40,8 @@ def packed(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def worst(packed: Path, sources: tuple[TextSource, ...]) -> float:
     """KL of the strongest setting."""
-    options = EvaluateOptions(tokens=512, seq_len=32, memory="40%", policy="priced")
-    return evaluate(packed, sources, options).figures.kl_mean
+    options = EvaluateOptions(tokens=512, seq_len=32, memory=parse_memory("40%"), policy="priced")
+    return evaluate(packed, sources, options).figures.kl_mean.value
 
 
 def _calibrate(
@@ -49,7 +50,9 @@ def _calibrate(
     return calibrate(
         packed,
         sources,
-        CalibrateOptions(max_kl=max_kl, policy=policy, tokens=512, seq_len=32, memory="40%"),
+        CalibrateOptions(
+            max_kl=max_kl, policy=policy, tokens=512, seq_len=32, memory=parse_memory("40%")
+        ),
     )
 
 
@@ -67,10 +70,12 @@ def test_a_limit_between_nothing_and_the_worst_is_kept_and_nearly_used(
     assert after.calibration == found
     assert after.model_copy(update={"calibration": before.calibration}) == before
     # the expected loss is in measured nats where it was calibrated
-    options = EvaluateOptions(tokens=512, seq_len=32, memory="40%", retreats=True)
+    options = EvaluateOptions(
+        tokens=512, seq_len=32, memory=parse_memory("40%"), exact_fallback=True
+    )
     again = evaluate(packed, sources, options)
-    assert again.policy == found.policy
-    assert again.figures.kl_mean <= worst / 3 * 1.1
+    assert again.setup.policy == found.policy
+    assert again.figures.kl_mean.value <= worst / 3 * 1.1
     assert again.figures.expected_kl == pytest.approx(found.quality.kl, rel=0.5)
 
 
@@ -84,19 +89,19 @@ def test_a_run_follows_it_says_so_and_exact_overrides(
     packed: Path, sources: tuple[TextSource, ...], worst: float
 ) -> None:
     _calibrate(packed, sources, worst / 3)
-    with open_session(packed, RunOptions(memory="40%", context=64)) as session:
+    with open_session(packed, run_options(memory="40%", context=64)) as session:
         assert session.runner.policy.policy.lossy and session.runner.residency == "frozen"
         assert session.runner.account.limit == worst / 3
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         assert session.runner.account.tokens == 11
         assert session.runner.account.spent > 0
-    with open_session(packed, RunOptions(memory="40%", policy="exact", context=64)) as session:
+    with open_session(packed, run_options(memory="40%", policy="exact", context=64)) as session:
         assert not session.runner.policy.policy.lossy
         assert session.runner.account.limit is None
 
 
 def test_text_above_the_limit_makes_it_retreat(packed: Path) -> None:
-    with open_session(packed, RunOptions(memory="40%", policy="priced", context=64)) as session:
+    with open_session(packed, run_options(memory="40%", policy="priced", context=64)) as session:
         session.runner.account.limit = 1e-9
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         account, stats = session.runner.account, session.runner.stats.decode
@@ -127,7 +132,7 @@ def test_a_shadowed_step_of_an_exact_policy_loses_nothing_and_changes_nothing(
 ) -> None:
     made = {}
     for shadow in (0, 3):
-        options = RunOptions(memory="40%", policy="priced", context=64, shadow=shadow)
+        options = run_options(memory="40%", policy="priced", context=64, shadow=shadow)
         with open_session(packed, options) as session:
             made[shadow] = generate_ids(
                 session, [PROMPT], GenerateOptions(max_tokens=20, ignore_eos=True)
@@ -138,7 +143,7 @@ def test_a_shadowed_step_of_an_exact_policy_loses_nothing_and_changes_nothing(
                 loss = session.shadow.nats_per_token
                 assert loss is not None and loss > 0
     assert made[0] == made[3]
-    options = RunOptions(memory="40%", policy="priced:nats-per-mb=1e-30", context=64, shadow=2)
+    options = run_options(memory="40%", policy="priced:nats-per-mb=1e-30", context=64, shadow=2)
     with open_session(packed, options) as session:
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=9, ignore_eos=True))
         assert session.shadow is not None and session.shadow.tokens == 4

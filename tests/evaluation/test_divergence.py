@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from moe_tool.evaluation import divergence
-from moe_tool.evaluation.divergence import compare_logits, negative_log_likelihood
-from moe_tool.evaluation.perplexity import perplexity
+from moe_tool.evaluation.divergence import compare_logits, negative_log_likelihood, perplexity
 
 
 def test_kl_of_two_coins_equals_the_hand_computed_value() -> None:

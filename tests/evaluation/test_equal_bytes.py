@@ -5,22 +5,21 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from moe_tool.artifacts.evaluation_report import Estimate, Figures
 from moe_tool.evaluation.equal_bytes import (
     compare_at_equal_bytes,
     dominating,
     priced_settings,
 )
-from moe_tool.evaluation.figures import Figures
 from moe_tool.policies.misses import LayerBook, PriceBook
 
 
 def _row(n_bytes: float, kl: float, *, spread: float = 0.1, is_alone: bool = False) -> Figures:
-    given = {
-        "bytes_read_per_token": n_bytes,
-        "bytes_read_per_token_ci95": None if is_alone else (0.9 * n_bytes, 1.1 * n_bytes),
-        "kl_mean": kl,
-        "kl_mean_ci95": None if is_alone else (kl * (1 - spread), kl * (1 + spread)),
-    }
+    def estimate(value: float, by: float) -> Estimate:
+        ci95 = None if is_alone else (value * (1 - by), value * (1 + by))
+        return Estimate(value=value, ci95=ci95)
+
+    given = {"bytes_read_per_token": estimate(n_bytes, 0.1), "kl_mean": estimate(kl, spread)}
     return Figures(**{field.name: given.get(field.name, 0) for field in fields(Figures)})
 
 
@@ -70,13 +69,13 @@ def test_settings_lie_around_the_price_of_a_middling_expert() -> None:
             layer: LayerBook(
                 nats=np.array([1.0, 3.0]) * layer,
                 eps=np.zeros((1, 2)),
+                record_bytes=np.full((1, 2), 500_000),
                 buddy=none.astype(np.int64),
                 buddy_scale=none,
                 buddy_eps=none,
             )
             for layer in (1, 3)
         },
-        record_bytes=(500_000,),
     )
     assert book.typical_nats_per_mb == pytest.approx((2 / 4 + 6 / 4) / 2 / 0.5)
     found = priced_settings(book)

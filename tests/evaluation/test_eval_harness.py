@@ -15,9 +15,9 @@ from moe_tool.evaluation.eval_harness import (
 )
 from moe_tool.evaluation.harness_tasks import HarnessOptions
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from tests.evaluation.small_tasks import DOCUMENTS, write_tasks
+from tests.packed import pack_bundle
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm_eval is an extra"
@@ -38,7 +38,7 @@ def run(
 ) -> HarnessReport:
     return run_harness(
         bundle,
-        RunOptions(memory="50%", policy=policy, gates=False),
+        run_options(memory="50%", policy=policy, gates=False),
         HarnessOptions(tasks=tuple(map(str, tasks)), offline=True, **options),  # type: ignore[arg-type]
     )
 
@@ -56,12 +56,12 @@ def test_local_tasks_are_answered_and_counted(bundle: Path, tmp_path: Path) -> N
     assert choice.value in (0.0, 0.25, 0.5, 0.75, 1.0)
     assert choice.stderr is not None and choice.stderr >= 0
     assert (choice.version, choice.shots, choice.higher_is_better) == ("1.0", 0, True)
-    assert report.hits + report.misses > 0 and report.bytes_read_per_token > 0
+    assert report.decode.hits + report.decode.misses > 0 and report.decode.bytes_read > 0
     # Of a question, the answers are fed but for their last byte, and its text once.
     fed = [len(choice) - 1 for document in DOCUMENTS for choice in document["choices"]]
     n_generated = 8 - 1
-    assert report.decode_tokens <= sum(fed) + len(DOCUMENTS) * n_generated
-    assert report.decode_tokens >= sum(fed)
+    assert report.decode.tokens <= sum(fed) + len(DOCUMENTS) * n_generated
+    assert report.decode.tokens >= sum(fed)
 
 
 @needs_lm_eval
@@ -72,8 +72,8 @@ def test_limit_shots_and_policy_are_followed(bundle: Path, tmp_path: Path) -> No
         bundle, "tiny_choice", policy="random", include=(tmp_path,), limit=2, num_fewshot=1
     )
     assert [(row.shots, row.samples) for row in report.rows] == [(1, 2)]
-    assert report.lossy and report.substitutions > 0 and report.residency == "frozen"
-    assert report.bytes_read_per_token == 0
+    assert report.lossy and report.decode.substitutions > 0 and report.setup.residency == "frozen"
+    assert report.decode.bytes_read == 0
     again = run(bundle, "tiny_choice", policy="random", include=(tmp_path,), limit=2, num_fewshot=1)
     assert again.rows == report.rows
 

@@ -10,14 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe_tool.artifacts.json_fields import json_fields
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError, WrongModelError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.stepwise import exact_logits, n_scored, run_stepwise
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
+from tests.packed import pack_bundle
 
 SEQ_LEN = 16
 
@@ -39,7 +41,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[TextSource, ...]:
 
 
 def _options(**fields: object) -> EvaluateOptions:
-    settings = {"tokens": 6 * SEQ_LEN, "seq_len": SEQ_LEN, "memory": "50%", "gates": False}
+    settings = {
+        "tokens": 6 * SEQ_LEN,
+        "seq_len": SEQ_LEN,
+        "memory": parse_memory("50%"),
+        "gates": False,
+    }
     return EvaluateOptions(**{**settings, **fields})  # type: ignore[arg-type]
 
 
@@ -55,25 +62,25 @@ def test_the_table_has_every_policy_that_the_bundle_can_run(
         "random",
     ]
     assert list(report.skipped) == ["priced", "replica", "buddy"]
-    assert report.residency == "frozen"
+    assert report.setup.residency == "frozen"
     rows = {row.policy: row.figures for row in report.rows}
     exact, drop = rows["exact"], rows["drop"]
-    assert exact.kl_mean == exact.kl_p99 == 0.0
-    assert exact.top1_agreement == 1.0
-    assert exact.perplexity == exact.perplexity_exact == drop.perplexity_exact
-    assert exact.bytes_read_per_token > 0
+    assert exact.kl_mean.value == exact.kl_p99.value == 0.0
+    assert exact.top1_agreement.value == 1.0
+    assert exact.perplexity.value == exact.perplexity_exact.value == drop.perplexity_exact.value
+    assert exact.bytes_read_per_token.value > 0
     assert exact.substitutions_per_token == exact.drops_per_token == 0
-    assert drop.kl_mean > 1e-4 and drop.kl_p99 > drop.kl_mean
-    assert drop.bytes_read_per_token == 0
+    assert drop.kl_mean.value > 1e-4 and drop.kl_p99.value > drop.kl_mean.value
+    assert drop.bytes_read_per_token.value == 0
     assert drop.drops_per_token > 0
     assert rows["random"].substitutions_per_token > 0
     assert report.figures == drop
-    assert drop.kl_mean_ci95 is not None
-    assert drop.kl_mean_ci95[0] <= drop.kl_mean <= drop.kl_mean_ci95[1]
+    assert drop.kl_mean.ci95 is not None
+    assert drop.kl_mean.ci95[0] <= drop.kl_mean.value <= drop.kl_mean.ci95[1]
     assert drop.tokens == 6 * (SEQ_LEN - 2)
     assert sorted(report.domains) == ["digits", "letters"]
     assert sum(figures.tokens for figures in report.domains.values()) == drop.tokens
-    fields = json.loads(json.dumps(report.to_json()))
+    fields = json.loads(json.dumps(json_fields(report)))
     for name in ("tokens", "perplexity", "kl_mean", "kl_mean_ci95", "hit_rate", "domains"):
         assert name in fields
 
@@ -101,15 +108,15 @@ def test_exact_perplexity_equals_that_of_the_ordinary_model(
     with torch.no_grad():
         logits = model(ids).logits[0, 1:-1]
     loss = torch.nn.functional.cross_entropy(logits, ids[0, 2:]).item()
-    assert report.figures.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-    assert report.residency == "cache"
-    assert report.figures.perplexity_ci95 is None  # one sequence
-    assert 0 < report.figures.hit_rate < 1
+    assert report.figures.perplexity.value == pytest.approx(math.exp(loss), rel=1e-5)
+    assert report.setup.residency == "cache"
+    assert report.figures.perplexity.ci95 is None  # one sequence
+    assert 0 < report.figures.hit_rate.value < 1
 
 
 def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Path) -> None:
     ids = torch.randint(0, 256, (3, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    options = RunOptions(memory="50%", residency="frozen", context=SEQ_LEN, batch=3)
+    options = run_options(memory="50%", residency="frozen", context=SEQ_LEN, batch=3)
     with open_session(bundle, options) as session:
         wide = exact_logits(session, ids)
         seen = []
@@ -124,15 +131,16 @@ def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Pa
         shape = session.manifest.shape
         assert (costs.accesses == shape.top_k * len(shape.layers)).all()
         misses = costs.accesses - costs.hits
-        assert (costs.bytes_read == misses * session.manifest.record_size_bytes).all()
+        assert (costs.bytes_read == misses * session.manifest.primaries[0].record_size_bytes).all()
 
 
 def test_with_everything_resident_no_policy_costs_anything(
     bundle: Path, sources: tuple[TextSource, ...]
 ) -> None:
-    report = evaluate(bundle, sources, _options(policy="drop", memory="100%"))
-    assert report.figures.hit_rate == 1.0
-    assert report.figures.kl_mean == pytest.approx(0.0, abs=1e-6)  # one wide forward, many small
+    report = evaluate(bundle, sources, _options(policy="drop", memory=parse_memory("100%")))
+    assert report.figures.hit_rate.value == 1.0
+    # one wide forward, many small
+    assert report.figures.kl_mean.value == pytest.approx(0.0, abs=1e-6)
     assert report.figures.drops_per_token == 0
 
 
@@ -142,10 +150,11 @@ def test_a_native_bundle_is_its_checkpoint(
     model = LocatedModel(folder=tiny_checkpoint("mixtral"), name="mixtral")
     report = evaluate(bundle, sources, _options(policy="drop"), reference=model)
     figures = report.figures
-    assert figures.kl_source_exact_mean == pytest.approx(0.0, abs=1e-6)
-    assert figures.kl_source_mean == pytest.approx(figures.kl_mean, rel=1e-2)
-    assert figures.perplexity_source == pytest.approx(figures.perplexity_exact, rel=1e-5)
-    assert report.to_json()["perplexity_source"] == figures.perplexity_source
+    assert figures.kl_source_exact_mean.value == pytest.approx(0.0, abs=1e-6)
+    assert figures.kl_source_mean.value == pytest.approx(figures.kl_mean.value, rel=1e-2)
+    source, exact = figures.perplexity_source.value, figures.perplexity_exact.value
+    assert source == pytest.approx(exact, rel=1e-5)
+    assert json_fields(report)["perplexity_source"] == figures.perplexity_source.value
     alone = evaluate(bundle, sources, _options(policy="drop"))
     assert alone.figures.perplexity_source is None
 
@@ -165,7 +174,7 @@ def test_under_cache_residency_the_order_of_sequences_does_not_matter(
     both = evaluate(bundle, sources, options)
     again = evaluate(bundle, sources, options)
     assert both.figures == again.figures
-    assert both.residency == "cache"
+    assert both.setup.residency == "cache"
 
 
 def test_too_short_sequences_are_refused(bundle: Path, sources: tuple[TextSource, ...]) -> None:

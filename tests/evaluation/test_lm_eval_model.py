@@ -11,12 +11,13 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.demo import demo_model_path
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.evaluation.lm_eval_model import BundleLM
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
+from tests.packed import pack_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -46,10 +47,10 @@ def model() -> Iterator[torch.nn.Module]:
 
 def open_model(bundle: Path, policy: str = "exact", **options: object) -> BundleLM:
     decode_context = bool(options.pop("decode_context", False))
-    run = {"memory": "50%", "gates": False, "context": 128, **options}
+    run = {"memory": parse_memory("50%"), "gates": False, "context": 128, **options}
     return BundleLM(
         bundle,
-        RunOptions(policy=policy, **run),  # type: ignore[arg-type]
+        run_options(policy=policy, **run),  # type: ignore[arg-type]
         decode_context=decode_context,
     )
 

@@ -16,12 +16,12 @@ def _priced(n_experts: int = 10):
             0: LayerBook(
                 nats=np.ones(n_experts),
                 eps=np.zeros((1, n_experts)),
+                record_bytes=np.full((1, n_experts), 4096),
                 buddy=none.astype(np.int64),
                 buddy_scale=none,
                 buddy_eps=none,
             )
         },
-        record_bytes=(4096,),
     )
     manifest = SimpleNamespace(
         prices=[SimpleNamespace(layer=0, use=[0.1] * n_experts)],

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from moe_tool.formats.expert_record import decode_record, encode_record, record_layout
 from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -11,7 +12,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.experts.expert_forward import expert_forward
-from moe_tool.formats.expert_record import decode_record, encode_record, record_layout
 from moe_tool.native.kernels import is_native
 from moe_tool.quantization.weights import FloatWeight
 

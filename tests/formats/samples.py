@@ -17,10 +17,12 @@ from moe_tool.artifacts.precision import NativePrecision, precision_from_bits
 from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
 from moe_tool.formats import bundle_files
 from moe_tool.formats.bundle_files import SkeletonEntry
+from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileHeader, write_layer_part, write_profile
 from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.packing.expert_coding import coded
 
 LAYERS, EXPERTS, TOP_K = (0, 2), 3, 2
 IDENTITY = ModelIdentity(name="tiny", model_type="mixtral", quick="1" * 64)
@@ -77,11 +79,11 @@ def open_writer(out: Path, *, bits: str = "8", **changed: Any) -> BundleWriter:
     arguments: dict[str, Any] = {
         "identity": IDENTITY,
         "shape": SHAPE,
-        "precision": precision_from_bits(bits),
-        "order": ORDER,
+        "order": tuple(ORDER),
+        "forms": planned_forms({precision_from_bits(bits): ORDER}),
         "made_from": MADE_FROM,
     }
-    return BundleWriter.open(out, **(arguments | changed))
+    return BundleWriter.open(out, BundleSpec(**(arguments | changed)))
 
 
 def write_bundle(out: Path, source: Path, **changed: Any) -> None:
@@ -89,7 +91,8 @@ def write_bundle(out: Path, source: Path, **changed: Any) -> None:
     writer = open_writer(out, **changed)
     if not writer.finished:
         for layer, expert_id in ORDER[writer.n_written :]:
-            record = writer.forms[0].encode(expert(layer, expert_id))
+            weights = coded(expert(layer, expert_id), writer.spec.forms[0].precision)
+            record = writer.forms[0].encode(weights)
             writer.write_record(0, layer, expert_id, record)
         with Checkpoint.open_folder(source) as checkpoint:
             entries = [

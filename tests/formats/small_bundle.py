@@ -9,7 +9,9 @@ from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
 from moe_tool.artifacts.precision import NativePrecision, precision_from_bits
 from moe_tool.formats.bundle_files import SkeletonEntry
+from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.packing.expert_coding import coded
 
 IDENTITY = ModelIdentity(name="tiny", model_type="mixtral", quick="1" * 64)
 SHAPE = MoeShape(
@@ -50,19 +52,20 @@ def open_writer(
     order: Sequence[tuple[int, int]] = ORDER,
 ) -> BundleWriter:
     """Begin the small bundle, or go on with it."""
-    return BundleWriter.open(
-        out,
+    spec = BundleSpec(
         identity=identity,
         shape=SHAPE,
-        precision=precision_from_bits(bits),
-        order=order,
+        order=tuple(order),
+        forms=planned_forms({precision_from_bits(bits): order}),
         made_from=made_from,
     )
+    return BundleWriter.open(out, spec)
 
 
 def encoded(writer: BundleWriter, layer: int, expert: int) -> torch.Tensor:
     """Return the record of one expert."""
-    return writer.forms[0].encode(expert_weights(layer, expert))
+    weights = coded(expert_weights(layer, expert), writer.spec.forms[0].precision)
+    return writer.forms[0].encode(weights)
 
 
 def write_rest(writer: BundleWriter) -> None:

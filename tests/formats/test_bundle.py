@@ -44,11 +44,11 @@ def test_every_record_comes_back(tmp_path: Path, bits: str) -> None:
     folder = write_bundle(tmp_path / "bundle", bits=bits)
     writer = open_writer(tmp_path / "unused", bits=bits)
     with BundleReader.open(folder) as reader:
-        out = torch.empty(reader.layout.size_bytes, dtype=torch.uint8)
+        out = torch.empty(reader.forms[0].record_size_bytes, dtype=torch.uint8)
         for layer, expert in ORDER:
-            reader.read_record_into(layer, expert, out)
+            reader.read_record_into(layer, expert, out, form=0)
             assert torch.equal(out, encoded(writer, layer, expert))
-        assert reader.expert_bytes == 8 * reader.layout.size_bytes
+        assert reader.expert_bytes == 8 * reader.forms[0].record_size_bytes
         reader.verify_all()
 
 
@@ -67,9 +67,10 @@ def test_the_safetensors_library_reads_every_file(tmp_path: Path) -> None:
 def test_records_lie_aligned_in_the_order_asked_for(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "bundle")
     manifest = read_json_artifact(folder / "manifest.json", BundleManifest)
-    assert [(r.layer, r.expert) for r in manifest.records] == ORDER
-    offsets = [record.offset for record in manifest.records]
-    size = manifest.record_size_bytes
+    (table,) = manifest.forms
+    assert [(r.layer, r.expert) for r in table.records] == ORDER
+    offsets = [record.offset for record in table.records]
+    size = table.record_size_bytes
     assert offsets == [offsets[0] + i * size for i in range(8)] and offsets[0] % 4096 == 0
 
 
@@ -224,7 +225,7 @@ def test_a_finished_bundle_is_found_finished_and_left_alone(tmp_path: Path) -> N
     writer = open_writer(tmp_path / "bundle")
     assert writer.finished and writer.n_written == 8 and not writer.to_write
     manifest = writer.finish(heat=None, buddies=None, profile_sha256=None)
-    assert len(manifest.records) == 8
+    assert len(manifest.primary_records) == 8
     assert folder_bytes(folder) == before
 
 
@@ -233,7 +234,7 @@ def test_a_finished_bundle_is_found_finished_and_left_alone(tmp_path: Path) -> N
     ("asked", "error", "words"),
     [
         (other("2"), WrongModelError, ("tiny", "other", "111111111111", "222222222222")),
-        ({"bits": "8"}, UsageError, ("precision", "'4'", "'8'")),
+        ({"bits": "8"}, UsageError, ("forms", "'primary 4'", "'primary 8'")),
         ({"made_from": MADE_FROM | {"profile": "abc"}}, UsageError, ("profile", "none", "abc")),
         ({"made_from": MADE_FROM | {"more": "1"}}, UsageError, ("more", "none", "1")),
     ],

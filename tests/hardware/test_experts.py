@@ -7,7 +7,7 @@ from moe_tool.artifacts.hardware_profile import BITS
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.experts.expert_forward import expert_forward
-from moe_tool.formats.expert_record import record_layout
+from moe_tool.formats.record_form import record_form
 from moe_tool.hardware import experts
 from moe_tool.hardware.experts import SiluGatedModule, fit_two, measure_experts, use_threads
 from moe_tool.hardware.synthetic_records import (
@@ -20,6 +20,7 @@ from moe_tool.hardware.synthetic_records import (
 from moe_tool.native.kernels import is_native
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import IntegerWeight
+from tests.formats.shapes import shape_of
 
 H, I = 96, 64  # noqa: E741
 
@@ -42,7 +43,7 @@ def test_a_record_has_the_size_that_a_bundle_gives_it(bits: str) -> None:
         ExpertTensor(name="gate_up_proj", shape=(2 * I, H)),
         ExpertTensor(name="down_proj", shape=(H, I)),
     ]
-    layout = record_layout(tensors, "bfloat16", precision_from_bits(bits))
+    layout = record_form(shape_of(tensors), precision_from_bits(bits)).layout
     assert record_bytes(bits, H, I) == layout.size_bytes
 
 

@@ -124,12 +124,13 @@ def test_an_empty_slot_is_left_out_of_the_set(
     _, modules, rule = load(tiny_checkpoint(arch))
     logits = modules.route(inputs()).logits
     index = torch.tensor([[4, 0, 2]]).repeat(500, 1)
-    index[:100, 1] = -1
-    index[100:200, 0] = -1
-    index[200:300, :2] = -1
-    index[300:400] = -1
-    found = weights_of_sets(rule, logits, index)
-    assert (found[index < 0] == 0).all()
+    present = torch.ones(index.shape, dtype=torch.bool)
+    present[:100, 1] = False
+    present[100:200, 0] = False
+    present[200:300, :2] = False
+    present[300:400] = False
+    found = weights_of_sets(rule, logits, index, present)
+    assert (found[~present] == 0).all()
     for rows, kept in (
         (slice(0, 100), [4, 2]),
         (slice(100, 200), [0, 2]),

@@ -14,8 +14,8 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton_facts import skeleton_facts
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.skeleton_work import SkeletonWork
+from tests.packed import pack_bundle
 from tests.tiny_models import TINY, VOCABULARY
 
 

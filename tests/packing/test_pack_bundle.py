@@ -11,18 +11,17 @@ from moe_tool.buddies.build_buddy_map import build_buddy_map
 from moe_tool.errors import UsageError, WrongModelError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.expert_record import decode_record
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.record_order import order_experts
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 from tests.tiny_models import make_tiny_checkpoint
 
 
@@ -44,13 +43,11 @@ def test_native_bundle_keeps_every_bit(
     pack_bundle(located(folder), out=tmp_path / "b")
     opened = open_model(located(folder))
     with opened.checkpoint, BundleReader.open(tmp_path / "b") as bundle:
-        record = torch.empty(bundle.layout.size_bytes, dtype=torch.uint8)
-        manifest = bundle.manifest
-        for entry in manifest.records:
-            bundle.read_record_into(entry.layer, entry.expert, record)
-            found = decode_record(
-                bundle.layout, record, manifest.precision, manifest.shape.expert_tensors
-            )
+        (held,) = bundle.forms
+        record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
+        for entry in held.table.records:
+            bundle.read_record_into(entry.layer, entry.expert, record, form=0)
+            found = held.form.decode(record)
             for name, wanted in opened.experts.read(entry.layer, entry.expert).items():
                 weight = found[name]
                 assert isinstance(weight, FloatWeight)
@@ -69,12 +66,9 @@ def test_quantized_bundle_holds_round_to_nearest_codes(
     report = pack_bundle(located(folder), out=tmp_path / "b", bits=bits)
     opened = open_model(located(folder))
     with opened.checkpoint, BundleReader.open(tmp_path / "b") as bundle:
-        record = torch.empty(bundle.layout.size_bytes, dtype=torch.uint8)
-        bundle.read_record_into(1, 3, record)
-        shape = bundle.manifest.shape
-        found = decode_record(
-            bundle.layout, record, bundle.manifest.precision, shape.expert_tensors
-        )
+        record = torch.empty(bundle.forms[0].record_size_bytes, dtype=torch.uint8)
+        bundle.read_record_into(1, 3, record, form=0)
+        found = bundle.forms[0].form.decode(record)
         for name, tensor in opened.experts.read(1, 3).items():
             weight = found[name]
             if tensor.ndim == 1:
@@ -109,7 +103,7 @@ def test_records_and_heat_follow_the_profile(
     assert manifest.heat is not None and manifest.buddies is not None
     assert manifest.buddies.layers == buddies.layers
     for heat in manifest.heat:
-        order = [record.expert for record in manifest.records if record.layer == heat.layer]
+        order = [record.expert for record in manifest.primary_records if record.layer == heat.layer]
         assert order == wanted[heat.layer]
         assert sum(heat.load) == pytest.approx(manifest.shape.top_k)
 

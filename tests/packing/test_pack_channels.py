@@ -10,7 +10,7 @@ import pytest
 import torch
 import xxhash
 
-from moe_tool.artifacts.precision import channel_precision, describe_precision
+from moe_tool.artifacts.precision import channel_precision
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.experts.channel_forward import (
@@ -24,13 +24,10 @@ from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.experts.gate import gate_output
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.channel_record import decode_chooser
-from moe_tool.formats.expert_form import ChannelForm
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.calibrated_layers import CalibratedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.eviction import Lru
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.channels import (
@@ -42,6 +39,7 @@ from moe_tool.quantization.channels import (
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 
 ARCHITECTURES = {"mixtral": "gate2", "gpt_oss": "up3:8:32"}
 """gpt_oss has biases, and rows of gate and up alternate"""
@@ -75,14 +73,12 @@ def packed(
 def read_expert(reader: BundleReader, layer: int, expert: int) -> ChannelExpert:
     found = []
     for level in (0, 1):
-        record = torch.empty(reader.levels[level].record_size_bytes, dtype=torch.uint8)
-        reader.read_record_into(layer, expert, record, level=level)
+        record = torch.empty(reader.forms[level].record_size_bytes, dtype=torch.uint8)
+        reader.read_record_into(layer, expert, record, form=level)
         found.append(record)
-    weights = reader.levels[0].form.decode(found[0])
+    weights = reader.forms[0].form.decode(found[0])
     assert isinstance(weights, ChannelExpert)
-    form = reader.levels[1].form
-    assert isinstance(form, ChannelForm)
-    weights.chooser = decode_chooser(form.layout, found[1], form.shape, form.precision)
+    weights.chooser = reader.forms[1].form.decode(found[1])
     return weights
 
 
@@ -155,19 +151,19 @@ def test_thresholds_leave_out_what_they_say_of_every_expert(
 def test_bytes_are_those_of_the_formula(packed: tuple[LocatedModel, Path, Path]) -> None:
     _, _, bundle = packed
     with BundleReader.open(bundle) as reader:
-        shape, precision = reader.manifest.shape, reader.manifest.precision
+        shape, precision = reader.manifest.shape, reader.forms[0].table.precision
         assert precision.kind == "channels"
         n_hidden, n_channels = next(t.shape for t in shape.expert_tensors if t.name == "down_proj")
         groups = -(-n_hidden // precision.group)
         chunk = 2 * (n_hidden * precision.width_bits // 8 + 2 * groups)
         page = 4096
-        assert reader.levels[0].record_size_bytes <= n_channels * chunk + page
+        assert reader.forms[0].record_size_bytes <= n_channels * chunk + page
         scales = 2 * groups * -(-n_channels // 16) * 16
-        codes = -(-n_channels // 16) * 16 * n_hidden * precision.chooser_bits // 8
+        codes = -(-n_channels // 16) * 16 * n_hidden * precision.selector_bits // 8
         vectors = 4 * (2 * n_channels + n_hidden)
         parts = codes + scales + 8 * n_channels + vectors
-        assert reader.levels[1].record_size_bytes <= parts + 7 * page
-        assert reader.manifest.own_bytes == reader.expert_bytes + reader.chooser_bytes
+        assert reader.forms[1].record_size_bytes <= parts + 7 * page
+        assert reader.manifest.primary_bytes == reader.expert_bytes + reader.selector_bytes
 
 
 @pytest.mark.parametrize("after", [1, 8])
@@ -216,7 +212,7 @@ def test_what_cannot_be_packed_is_refused(
 
 
 def test_channels_need_a_profile(packed: tuple[LocatedModel, Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is none"):
+    with pytest.raises(UsageError, match="there is no profile"):
         pack_bundle(packed[0], out=tmp_path / "b", sparse_experts="up2")
 
 
@@ -228,7 +224,7 @@ def test_every_quantizer_makes_channels_that_are_near(
     report = pack_bundle(
         model, out=tmp_path / "b", sparse_experts="gate3", quantizer=quantizer, profile=profile
     )
-    assert report.error is not None and 0 < report.error < 0.35
+    assert report.output_error is not None and 0 < report.output_error < 0.35
     with BundleReader.open(tmp_path / "b") as reader:
         reader.verify_all()
         assert chooser_of(read_expert(reader, reader.manifest.shape.layers[0], 0)).is_gate
@@ -236,7 +232,7 @@ def test_every_quantizer_makes_channels_that_are_near(
 
 @pytest.mark.parametrize("name", ["up2:4", "gate3:8", "up3:4:128"])
 def test_a_precision_is_named_as_it_is_read(name: str) -> None:
-    assert describe_precision(channel_precision(name)) == name
+    assert channel_precision(name).name == name
 
 
 # --- hostile files ---
@@ -252,23 +248,29 @@ def copy_of(bundle: Path, out: Path, changed: str) -> Path:
     return out
 
 
+def _other_width(manifest: dict) -> None:
+    for table in manifest["forms"]:
+        table["precision"]["width_bits"] ^= 12  # 8 and 4
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m: m.update(choosers=None), "go together"),
-        (lambda m: m.update(precision={"kind": "native"}), "go together"),
-        (lambda m: m["choosers"]["records"].pop(), "not those of the experts"),
-        (lambda m: m["choosers"]["records"].reverse(), "not those of the experts"),
-        (lambda m: m["choosers"]["records"][0].update(offset=4097), "not aligned"),
-        (lambda m: m["choosers"]["records"][0].update(offset=2**40), "ends beyond"),
-        (lambda m: m["choosers"].update(records=m["records"]), "records of two forms"),
-        (lambda m: m["precision"].update(width_bits=8 if m["precision"]["width_bits"] == 4 else 4),
-         "its tensors need"),
-        (lambda m: m["precision"].update(chooser_bits=1), "chooser_bits"),
-        (lambda m: m["precision"].update(chosen_by="down"), "chosen_by"),
-        (lambda m: m["choosers"].update(record_size_bytes=4096), "its tensors need"),
+        (lambda m: m["forms"].pop(), "go together"),
+        (lambda m: m["forms"][0].update(precision={"kind": "native"}), "go together"),
+        (lambda m: m["forms"][1]["records"].pop(), "not those of the experts"),
+        (lambda m: m["forms"][1]["records"].reverse(), "not those of the experts"),
+        (lambda m: m["forms"][1]["records"][0].update(offset=4097), "not aligned"),
+        (lambda m: m["forms"][1]["records"][0].update(offset=2**40), "ends beyond"),
+        (lambda m: m["forms"][1].update(records=m["forms"][0]["records"]), "records of two forms"),
+        (_other_width, "its tensors need"),
+        (lambda m: m["forms"][0]["precision"].update(selector_bits=1), "selector_bits"),
+        (lambda m: m["forms"][0]["precision"].update(selected_by="down"), "selected_by"),
+        (lambda m: m["forms"][1].update(record_size_bytes=4096), "its tensors need"),
         (lambda m: m["shape"]["expert_tensors"][0].update(name="up_proj"), "no joined gate"),
-        (lambda m: m["absent"].append([0, 0]), "25 records"),
+        (lambda m: m["removed"].append([0, 0]), "25 records"),
+        (lambda m: m["forms"].reverse(), "not in the order"),
+        (lambda m: m["forms"][1].update(role="replica"), "no form for the role"),
     ],
 )  # fmt: skip
 def test_a_forged_manifest_is_refused(
@@ -291,8 +293,8 @@ def forge(
 ) -> Path:  # noqa: E501
     """A copy with another first record of a level, whose own hash is right."""
     with BundleReader.open(bundle) as reader:
-        entry = reader.levels[level].records[0]
-        size = reader.levels[level].record_size_bytes
+        entry = reader.forms[level].table.records[0]
+        size = reader.forms[level].record_size_bytes
         folder = copy_of(bundle, out, entry.file)
         data = bytearray((folder / entry.file).read_bytes())
         record = data[entry.offset : entry.offset + size]
@@ -300,8 +302,7 @@ def forge(
     data[entry.offset : entry.offset + size] = record
     (folder / entry.file).write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_text())
-    table = manifest["records"] if level == 0 else manifest["choosers"]["records"]
-    table[0]["xxh3"] = xxhash.xxh3_64_hexdigest(bytes(record))
+    manifest["forms"][level]["records"][0]["xxh3"] = xxhash.xxh3_64_hexdigest(bytes(record))
     del manifest["sha256"]
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -310,7 +311,7 @@ def forge(
 
 def _set_thresholds(values: list[float]) -> Callable[[BundleReader, bytearray], None]:
     def change(reader: BundleReader, record: bytearray) -> None:
-        layout = reader.levels[1].form.layout
+        layout = reader.forms[1].form.layout
         segment = next(s for s in layout.segments if s.name == "thresholds")
         raw = np.array(values, dtype="<f2").tobytes()
         record[segment.offset : segment.offset + len(raw)] = raw
@@ -334,11 +335,11 @@ def acquire(
     store: ChannelStore, key: tuple[int, int], chosen: list[int] | None
 ) -> tuple[ChannelExpert, PhaseCounters]:
     counters = PhaseCounters()
-    found = None
     if chosen is not None:
         index = torch.tensor(chosen, dtype=torch.int32)
-        found = {key[1]: ChosenChannels(index=index, values=torch.zeros(1, len(chosen)))}
-    ((_, weights),) = store.acquire(key[0], [key[1]], counters, chosen=found)
+        found = ChosenChannels(index=index, values=torch.zeros(1, len(chosen)))
+        store.select_channels(key[0], [key[1]], lambda selector: found)
+    ((_, weights),) = store.acquire(key[0], [key[1]], counters)
     assert isinstance(weights, ChannelExpert)
     return weights, counters
 
@@ -347,17 +348,17 @@ def test_only_missing_channels_are_read_and_a_later_whole_call_gets_the_rest(
     packed: tuple[LocatedModel, Path, Path],
 ) -> None:
     with BundleReader.open(packed[2]) as reader:
-        entry = reader.levels[0].records[0]
+        entry = reader.forms[0].table.records[0]
         key = (entry.layer, entry.expert)
         whole = read_expert(reader, *key).channels.chunks
         chunk = whole.shape[1]
         far = 1 + -(-512 // chunk)  # beyond a gap that is read through
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         wanted = [0, 1, 1 + far + 1]
         weights, counters = acquire(store, key, wanted)
         assert (counters.hits, counters.misses) == (0, 1)
         assert counters.bytes_read == 3 * chunk
-        assert counters.whole_bytes == reader.levels[0].record_size_bytes
+        assert counters.whole_bytes == reader.forms[0].record_size_bytes
         assert counters.channels_used == 3 and counters.channels == len(whole)
         assert torch.equal(weights.channels.chunks[wanted], whole[wanted])
         _, again = acquire(store, key, wanted)
@@ -373,10 +374,10 @@ def test_only_missing_channels_are_read_and_a_later_whole_call_gets_the_rest(
 
 def test_what_lies_in_a_short_gap_comes_along(packed: tuple[LocatedModel, Path, Path]) -> None:
     with BundleReader.open(packed[2]) as reader:
-        entry = reader.levels[0].records[0]
+        entry = reader.forms[0].table.records[0]
         key = (entry.layer, entry.expert)
         whole = read_expert(reader, *key).channels.chunks
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         _, counters = acquire(store, key, [3, 5])
         assert counters.bytes_read == 3 * whole.shape[1]
         _, again = acquire(store, key, [4])
@@ -391,29 +392,29 @@ def test_a_damaged_channel_is_found_when_it_is_read(
     """By its own hash, which stands in the chooser: that of the record was forged."""
 
     def change(reader: BundleReader, record: bytearray) -> None:
-        form = reader.levels[0].form
+        form = reader.forms[0].form
         record[20 * form.layout.segments[0].shape[1] + 3] ^= 1
 
     if hash_is_right:
         folder = forge(packed[2], tmp_path / "b", 0, change)
     else:
         with BundleReader.open(packed[2]) as reader:
-            entry = reader.levels[0].records[0]
+            entry = reader.forms[0].table.records[0]
             folder = copy_of(packed[2], tmp_path / "b", entry.file)
             data = bytearray((folder / entry.file).read_bytes())
             part = data[entry.offset :]
             change(reader, part)
             (folder / entry.file).write_bytes(data[: entry.offset] + part)
     with BundleReader.open(folder) as reader:
-        entry = reader.levels[0].records[0]
+        entry = reader.forms[0].table.records[0]
         key = (entry.layer, entry.expert)
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         acquire(store, key, [0, 1])
         with pytest.raises(CorruptArtifactError, match=f"expert {key[1]} in .*channel 20"):
             acquire(store, key, [0, 20])
         store.close()
     with BundleReader.open(folder) as reader:
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         with pytest.raises(CorruptArtifactError, match="channel 20"):
             acquire(store, key, [20])
         store.close()
@@ -423,10 +424,10 @@ def test_a_bundle_that_changes_meanwhile_is_refused(
     packed: tuple[LocatedModel, Path, Path], tmp_path: Path
 ) -> None:
     with BundleReader.open(packed[2]) as reader:
-        entry = reader.levels[0].records[0]
+        entry = reader.forms[0].table.records[0]
     folder = copy_of(packed[2], tmp_path / "b", entry.file)
     with BundleReader.open(folder) as reader:
-        store = ChannelStore(reader, n_slots=3, eviction=Lru)
+        store = ChannelStore(reader, form=0, n_slots=3, eviction=Lru)
         key = (entry.layer, entry.expert)
         acquire(store, key, [0, 1])
         os.utime(folder / entry.file, ns=(1, 1))

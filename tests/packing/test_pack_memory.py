@@ -8,8 +8,8 @@ import pytest
 from moe_tool.errors import BudgetError
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.pack_memory import MOST_HIDDEN_BYTES, plan_pack_memory
+from tests.packed import pack_bundle
 from tests.packing.test_pack_bundle import located, profile_of
 
 MIB = 2**20
@@ -23,7 +23,7 @@ def test_the_least_budget_is_named_and_works(
     opened = open_model(LocatedModel(folder=tiny_checkpoint("mixtral"), name="tiny"))
     with opened.checkpoint:
         free = plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=None)
-        with pytest.raises(BudgetError, match=r"needs .* given 1\.00 MiB") as refused:
+        with pytest.raises(BudgetError, match=r"needs .* has 1\.00 MiB") as refused:
             plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=MIB)
         hint = refused.value.hint or ""
         nearest = int(hint.split("--memory ")[1].split("MiB")[0]) * MIB
@@ -38,17 +38,17 @@ def test_a_budget_changes_no_byte_where_it_is_large_enough(
 ) -> None:
     folder = tiny_checkpoint("mixtral", "bfloat16")
     profile = profile_of(folder, tmp_path / "p.h5")
-    for name, memory in (("a", None), ("b", 8 * 2**30)):
+    for name, memory in (("a", None), ("b", "8GiB")):
         pack_bundle(
             located(folder),
             out=tmp_path / name,
             bits="2",
             quantizer="gptq",
             profile=profile,
-            memory_bytes=memory,
+            memory=memory,
         )
     for path in (tmp_path / "a").glob("experts-*"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     with pytest.raises(BudgetError):
-        pack_bundle(located(folder), out=tmp_path / "c", bits="4", memory_bytes=MIB)
+        pack_bundle(located(folder), out=tmp_path / "c", bits="4", memory="1MiB")
     assert not (tmp_path / "c").exists() and not (tmp_path / "c.part").exists()

@@ -15,15 +15,15 @@ from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import open_model
 from moe_tool.models.layer_stream import LayerStream
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, round_trip
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
 from moe_tool.runtime.price_list import price_book
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
 
 LIST = "4,2:128,1,rank8,rank2"
@@ -58,7 +58,7 @@ def test_every_form_of_every_expert_is_there_and_verified(
 ) -> None:
     opened = open_model(model)
     with opened.checkpoint, BundleReader.open(bundle) as reader:
-        assert [level.form.name for level in reader.levels] == [
+        assert [held.table.name for held in reader.forms] == [
             "native",
             "4",
             "2:128",
@@ -68,10 +68,10 @@ def test_every_form_of_every_expert_is_there_and_verified(
         ]
         reader.verify_all()
         for level, width, group in ((1, 4, 64), (2, 2, 128), (3, 1, 64)):
-            held = reader.levels[level]
+            held = reader.forms[level]
             record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
-            layer, expert = held.records[5].layer, held.records[5].expert
-            reader.read_record_into(layer, expert, record, level=level)
+            layer, expert = held.table.records[5].layer, held.table.records[5].expert
+            reader.read_record_into(layer, expert, record, form=level)
             found = held.form.decode(record)["down_proj"]
             assert isinstance(found, IntegerWeight)
             wanted = round_trip(opened.experts.read(layer, expert)["down_proj"], width, group=group)
@@ -84,8 +84,8 @@ def test_prices_are_those_of_the_records_on_tokens_that_they_were_not_made_from(
     """Bits are ordered as widths are, and a price is what the form does to inputs like those."""
     opened = open_model(model)
     with opened.checkpoint, BundleReader.open(bundle) as reader:
-        tables = reader.manifest.replicas
-        means = [np.mean([entry.eps for entry in table.prices]) for table in tables]
+        tables = reader.manifest.cheaper
+        means = [np.mean([record.eps for record in table.records]) for table in tables]
         assert means[0] < means[1] < means[2]
         assert means[3] < means[4] <= 1.05
         layer = reader.manifest.shape.layers[0]
@@ -97,12 +97,13 @@ def test_prices_are_those_of_the_records_on_tokens_that_they_were_not_made_from(
             module, {name: FloatWeight(values=value) for name, value in exact.items()}, x
         )
         for level in (1, 2):
-            held = reader.levels[level]
+            held = reader.forms[level]
             record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
-            reader.read_record_into(layer, 0, record, level=level)
+            reader.read_record_into(layer, 0, record, form=level)
             answer = expert_forward(module, held.form.decode(record), x)
             error = float((truth - answer).norm() / truth.norm())
-            assert tables[level - 1].prices[0].eps[0] == pytest.approx(error, rel=0.5)
+            eps = reader.record_entry(layer, 0, form=level).eps
+            assert eps == pytest.approx(error, rel=0.5)
 
 
 @pytest.mark.parametrize("after", [0, 1, 7, 30])
@@ -118,7 +119,7 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
 
     def killing(
         self: BundleWriter,
-        level: int,
+        form: int,
         layer: int,
         expert: int,
         record: torch.Tensor,
@@ -128,7 +129,7 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
     ) -> None:
         if self.n_written == after:
             raise Killed
-        write(self, level, layer, expert, record, eps=eps, base_eps=base_eps)
+        write(self, form, layer, expert, record, eps=eps, base_eps=base_eps)
 
     monkeypatch.setattr(BundleWriter, "write_record", killing)
     with pytest.raises(Killed):
@@ -161,7 +162,7 @@ def test_replicas_that_are_none_are_refused(
 
 
 def test_replicas_need_a_profile(model: LocatedModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is none"):
+    with pytest.raises(UsageError, match="there is no profile"):
         pack_bundle(model, out=tmp_path / "b", replicas="2")
 
 
@@ -171,28 +172,37 @@ def test_a_damaged_replica_is_named(bundle: Path, tmp_path: Path) -> None:
     for path in bundle.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     with BundleReader.open(copy) as reader:
-        entry = reader.levels[4].records[3]
+        entry = reader.forms[4].table.records[3]
     data = bytearray((copy / entry.file).read_bytes())
     data[entry.offset + 17] ^= 64
     (copy / entry.file).write_bytes(data)
     with BundleReader.open(copy) as reader:
-        out = torch.empty(reader.levels[4].record_size_bytes, dtype=torch.uint8)
+        out = torch.empty(reader.forms[4].record_size_bytes, dtype=torch.uint8)
         with pytest.raises(CorruptArtifactError, match=entry.file):
-            reader.read_record_into(entry.layer, entry.expert, out, level=4)
+            reader.read_record_into(entry.layer, entry.expert, out, form=4)
 
 
-def _planned(bundle: Path, policy: str, on_disk_alone: int) -> PackPlan:
+def _planned(bundle: Path, policy: str, n_disk_only: int) -> PackPlan:
     manifest = BundleReader.open(bundle).manifest
     layers = manifest.shape.layers
     forms = (
-        PlannedForm(form="native", record_bytes=4096, resident=((layers[0], 1),), on_disk_alone=9),
         PlannedForm(
-            form="4",
+            role="primary",
+            precision="native",
+            record_bytes=4096,
+            resident=((layers[0], 1),),
+            n_disk_only=9,
+        ),
+        PlannedForm(
+            role="replica",
+            precision="4",
             record_bytes=4096,
             resident=((layers[-1], 2), (layers[0], 0)),
-            on_disk_alone=on_disk_alone,
+            n_disk_only=n_disk_only,
         ),
-        PlannedForm(form="1", record_bytes=4096, resident=(), on_disk_alone=on_disk_alone),
+        PlannedForm(
+            role="replica", precision="1", record_bytes=4096, resident=(), n_disk_only=n_disk_only
+        ),
     )
     return made_plan(
         identity=manifest.identity,
@@ -207,11 +217,11 @@ def _planned(bundle: Path, policy: str, on_disk_alone: int) -> PackPlan:
 def test_a_plan_that_reads_no_replica_packs_only_those_that_stay(
     bundle: Path, model: LocatedModel, profile: Path, tmp_path: Path
 ) -> None:
-    plan = _planned(bundle, "priced", on_disk_alone=0)
+    plan = _planned(bundle, "priced", n_disk_only=0)
     out = tmp_path / "b"
     report = pack_bundle(model, out=out, replicas="4,1", profile=profile, plan=plan)
     with BundleReader.open(out) as reader:
-        (table,) = reader.manifest.replicas  # of the form with one bit none stays
+        (table,) = reader.manifest.cheaper  # of the form with one bit none stays
         assert {(r.layer, r.expert) for r in table.records} == set(plan.forms[1].resident)
         assert report.replica_bytes == 2 * table.record_size_bytes
         reader.verify_all()
@@ -223,20 +233,20 @@ def test_a_plan_that_reads_no_replica_packs_only_those_that_stay(
             for expert in np.isfinite(each.eps[1]).nonzero()[0]
         ]
         assert set(stored) == set(plan.forms[1].resident)
-    options = RunOptions(memory="50%", policy="priced", context=64)
+    options = run_options(memory="50%", policy="priced", context=64)
     with open_session(out, options) as session:
         generate_ids(session, [[256, 84, 104]], GenerateOptions(max_tokens=6, ignore_eos=True))
         counters = session.runner.stats.decode
-        assert counters.bytes_read == 0 and counters.lowered + counters.drops > 0
+        assert counters.bytes_read == 0 and counters.replica_answers + counters.drops > 0
 
 
 def test_a_plan_that_may_read_replicas_packs_all(
     bundle: Path, model: LocatedModel, profile: Path, tmp_path: Path
 ) -> None:
-    plan = _planned(bundle, "priced:nats-per-mb=0.1", on_disk_alone=3)
+    plan = _planned(bundle, "priced:nats-per-mb=0.1", n_disk_only=3)
     pack_bundle(model, out=tmp_path / "b", replicas="4,1", profile=profile, plan=plan)
     manifest = BundleReader.open(tmp_path / "b").manifest
-    assert [len(table.records) for table in manifest.replicas] == [len(manifest.records)] * 2
+    assert [len(table.records) for table in manifest.cheaper] == [len(manifest.primary_records)] * 2
 
 
 def test_gptq_makes_records_of_the_same_kind_that_err_less(
@@ -249,17 +259,15 @@ def test_gptq_makes_records_of_the_same_kind_that_err_less(
     with BundleReader.open(out) as reader, BundleReader.open(plain) as nearest:
         reader.verify_all()
         assert reader.manifest.made_from["quantizer"] == "gptq"
-        assert reader.manifest.record_size_bytes == nearest.manifest.record_size_bytes
-        eps = [
-            np.mean([each.eps for each in r.manifest.replicas[0].prices]) for r in (reader, nearest)
-        ]
+        assert reader.forms[0].record_size_bytes == nearest.forms[0].record_size_bytes
+        eps = [np.mean([each.eps for each in r.forms[1].table.records]) for r in (reader, nearest)]
         assert eps[0] < 0.9 * eps[1]
         ours, theirs = (
-            torch.empty(r.manifest.record_size_bytes, dtype=torch.uint8) for r in (reader, nearest)
+            torch.empty(r.forms[0].record_size_bytes, dtype=torch.uint8) for r in (reader, nearest)
         )
         layer = reader.manifest.shape.layers[0]
-        reader.read_record_into(layer, 0, ours)
-        nearest.read_record_into(layer, 0, theirs)
+        reader.read_record_into(layer, 0, ours, form=0)
+        nearest.read_record_into(layer, 0, theirs, form=0)
         assert not torch.equal(ours, theirs)  # the experts themselves too
 
 

@@ -15,8 +15,9 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing import skeleton_work
-from moe_tool.packing.pack_bundle import PackReport, pack_bundle
+from moe_tool.packing.write_bundle import PackReport
 from moe_tool.quantization.round_to_nearest import quantize
+from tests.packed import pack_bundle
 
 # Counted by hand from tests/tiny_models.py: three layers of attention and of dense or shared
 # multi-layer perceptrons (three matrices each), and the head.

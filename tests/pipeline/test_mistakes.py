@@ -87,7 +87,7 @@ def test_a_budget_too_small_says_what_is_needed(pipeline: Pipeline) -> None:
     done = moe_tool(
         "run", "bundle", "--prompt", "the list", "--memory", "1MiB", folder=pipeline.folder
     )
-    refused(done, 4, "1048576 bytes", "needed")
+    refused(done, 4, "has 1.00 MiB (1048576 bytes)", "needs")
 
 
 def test_an_unknown_policy_is_a_usage_error(pipeline: Pipeline) -> None:

@@ -44,14 +44,15 @@ def test_simulate_draws_a_page_and_reads_chosen_rows(pipeline: Pipeline, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("simulate", "--memory", "x"), 2, "not a memory budget"),
+        (("simulate", "--memory", "x"), 2, "not a budget"),
         (("simulate", "--eviction", "belady"), 2, "not known"),
         (("simulate", "--plot", "out.pdf"), 2, ".png"),
         (("simulate", "nowhere.h5"), 3, "nowhere.h5"),
         (("simulate", "--hardware", "abacus"), 2, "laptop-16gb"),
         (("simulate", "words.txt"), 3, "words.txt"),
-        (("plan", "--memory", "1MiB"), 4, "at least"),
+        (("plan", "--memory", "1MiB"), 4, "nearest that works"),
         (("plan", "--memory", "x"), 2, "not a memory budget"),
+        (("plan", "--memory", "auto"), 2, "--memory auto"),
         (("plan", "--memory", "50%", "--max-loss", "much"), 2, "--max-loss"),
         (("plan", "--memory", "50%", "--disk", "fast"), 2, "not a size"),
         (("plan",), 2, "--memory"),
@@ -184,10 +185,10 @@ def test_a_limit_of_divergence_is_planned_for_packed_and_kept(
     run = moe_tool(*words, "--memory", "50%", folder=pipeline.folder)
     assert run.code == 0, run.stderr
     assert run.fields["policy"] == loose["policy"] and "planned: expected KL" in run.stderr
-    assert run.fields["lowered"] > 0
+    assert run.fields["replica_answers"] > 0
     assert run.fields["expected_kl_limit"] == pytest.approx(0.5 - loose["prediction"]["kl_of_bits"])
     plain = moe_tool(*words, "--policy", "exact", folder=pipeline.folder)
-    assert plain.fields["policy"] == "exact" and plain.fields["lowered"] == 0
+    assert plain.fields["policy"] == "exact" and plain.fields["replica_answers"] == 0
     without = moe_tool(
         *("pack", pipeline.model, "--plan", plan, "--replicas", "8", "--out", tmp_path / "c"),
         folder=pipeline.folder,

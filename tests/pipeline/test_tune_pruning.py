@@ -33,6 +33,6 @@ def test_a_bundle_is_tuned_evaluated_and_run(pipeline: Pipeline, tmp_path: Path)
 
     done = moe_tool(*run, "--policy", "prune:learned", "--json", folder=tmp_path)
     assert done.code == 0, done.stderr
-    assert done.fields["drops"] > 0 and done.fields["spared_bytes_per_token"] > 0
+    assert done.fields["drops"] > 0 and done.fields["skipped_fetch_bytes_per_token"] > 0
     assert "prune:learned: about 20% of a token's experts are left out" in done.stderr
     assert "not read for them" in done.stderr

@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import UsageError
-from moe_tool.planning.bit_price import predicted_loss
 from moe_tool.planning.model_costs import costs_of_bytes
 from moe_tool.planning.pinning import check_pins, rank_experts
-from moe_tool.runtime.run_options import RunOptions, follow_plan
+from moe_tool.planning.profile_prices import predicted_loss
+from moe_tool.runtime.plan_run import follow_plan
+from moe_tool.runtime.run_options import run_options
 from tests.formats import samples
 from tests.hardware.made_profile import made_profile
 
@@ -86,20 +88,21 @@ def test_a_session_follows_a_plan_where_nothing_else_is_asked_for():
     from tests.planning.made_plan import made_plan
 
     plan = made_plan(memory_bytes=2**30, eviction="lfu:per-layer", prefetch="next-layer")
-    found = follow_plan(RunOptions(), plan)
+    found = follow_plan(run_options(), plan, "cache")
     assert (found.memory, found.eviction.name, found.prefetch) == (
-        str(2**30),
+        MemoryRequest(kind="bytes", size_bytes=2**30),
         "lfu:per-layer",
         "next-layer",
     )
     assert "lfu:per-layer" in str(found.note)
-    own = follow_plan(RunOptions(memory="50%", eviction="fifo", prefetch="none"), plan)
-    assert (own.memory, own.eviction.name, own.prefetch, own.note) == ("50%", "fifo", "none", None)
-    frozen = follow_plan(RunOptions(policy="drop"), plan)
-    assert (frozen.eviction.name, frozen.prefetch, frozen.memory) == ("lru", "none", str(2**30))
-    plain = follow_plan(RunOptions(), None)
-    assert (plain.memory, plain.eviction.name, plain.prefetch, plain.note) == (
+    own = follow_plan(run_options(memory="50%", eviction="fifo", prefetch="none"), plan, "cache")
+    assert (str(own.memory), own.eviction.name, own.prefetch) == ("50%", "fifo", "none")
+    assert own.note is None
+    frozen = follow_plan(run_options(policy="drop"), plan, "frozen")
+    assert (frozen.eviction.name, frozen.prefetch, frozen.memory) == ("lru", "none", found.memory)
+    plain = follow_plan(run_options(), None, "cache")
+    assert (str(plain.memory), plain.eviction.name, plain.prefetch, plain.note) == (
         "auto", "lru", "none", None,
     )  # fmt: skip
     with pytest.raises(UsageError):
-        follow_plan(RunOptions(eviction="x"), plan)
+        run_options(eviction="x")

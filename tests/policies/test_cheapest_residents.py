@@ -17,12 +17,12 @@ def _book(nats, eps, *, buddy=None, buddy_eps=None, sizes):
             0: LayerBook(
                 nats=np.array(nats, dtype=float),
                 eps=np.array(eps, dtype=float),
+                record_bytes=np.repeat([sizes], n_experts, axis=0).T,
                 buddy=none if buddy is None else np.array(buddy),
                 buddy_scale=np.ones((n_experts, 0 if buddy is None else len(buddy[0]))),
                 buddy_eps=none.astype(float) if buddy_eps is None else np.array(buddy_eps),
             )
         },
-        record_bytes=sizes,
     )
 
 
@@ -46,7 +46,7 @@ def _price(book, use, held):
 def test_the_hot_and_the_dear_are_held_and_what_is_left_is_filled():
     book = _book([1, 1, 4, 1], [[0, 0, 0, 0]], sizes=(10,))
     chosen = cheapest_residents(book, _use([0.1, 0.4, 0.2, 0.3]), room_bytes=25)
-    assert chosen.by_level == (((0, 2), (0, 1)),)
+    assert chosen.by_form == (((0, 2), (0, 1)),)
     assert chosen.size_bytes == 20
     assert chosen.nats_per_token == pytest.approx(0.1 + 0.3)
 
@@ -54,9 +54,9 @@ def test_the_hot_and_the_dear_are_held_and_what_is_left_is_filled():
 def test_a_cheap_form_of_everybody_beats_the_whole_of_some():
     book = _book([1] * 4, [[0] * 4, [0.1] * 4], sizes=(16, 4))
     chosen = cheapest_residents(book, _use([0.25] * 4), room_bytes=16)
-    assert chosen.by_level[0] == () and len(chosen.by_level[1]) == 4
+    assert chosen.by_form[0] == () and len(chosen.by_form[1]) == 4
     more = cheapest_residents(book, _use([0.25] * 4), room_bytes=29)
-    assert len(more.by_level[0]) == 1 and len(more.by_level[1]) == 3  # one is upgraded
+    assert len(more.by_form[0]) == 1 and len(more.by_form[1]) == 3  # one is upgraded
     assert more.size_bytes == 28
 
 
@@ -69,14 +69,14 @@ def test_an_expert_that_two_others_can_lean_on_comes_first():
         sizes=(1,),
     )
     chosen = cheapest_residents(book, _use([0.4, 0.3, 0.3]), room_bytes=1)
-    assert chosen.by_level == (((0, 1),),)
+    assert chosen.by_form == (((0, 1),),)
 
 
 def test_what_is_not_stored_is_never_held_and_no_room_holds_nothing():
     book = _book([1, 1], [[0, 0], [np.inf, 0.1]], sizes=(100, 1))
     chosen = cheapest_residents(book, _use([0.9, 0.1]), room_bytes=50)
-    assert chosen.by_level == ((), ((0, 1),))
-    assert cheapest_residents(book, _use([1, 1]), room_bytes=0).by_level == ((), ())
+    assert chosen.by_form == ((), ((0, 1),))
+    assert cheapest_residents(book, _use([1, 1]), room_bytes=0).by_form == ((), ())
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -102,7 +102,7 @@ def test_close_to_the_best_of_all_choices(seed):
     )
     chosen = cheapest_residents(book, _use(use), room_bytes=room)
     held = [-1] * n
-    for level, keys in enumerate(chosen.by_level):
+    for level, keys in enumerate(chosen.by_form):
         for _, expert in keys:
             assert held[expert] == -1
             held[expert] = level
@@ -117,10 +117,10 @@ def test_every_expert_has_an_answer_that_needs_no_read_where_there_is_room():
     book = _book([1] * 4, [[0] * 4, [0.5] * 4], sizes=(10, 2))
     use = _use([1.0, 0.1, 0.1, 0.0])
     chosen = cheapest_residents(book, use, room_bytes=17)
-    assert {key for keys in chosen.by_level for key in keys} == {(0, e) for e in range(4)}
-    assert chosen.by_level[0] == ((0, 0),)
+    assert {key for keys in chosen.by_form for key in keys} == {(0, e) for e in range(4)}
+    assert chosen.by_form[0] == ((0, 0),)
     tight = cheapest_residents(book, use, room_bytes=7)
-    assert len(tight.by_level[1]) == 3  # no room for all: the unused one is left out
+    assert len(tight.by_form[1]) == 3  # no room for all: the unused one is left out
 
 
 def test_where_reading_is_cheap_memory_is_for_what_is_read_most():
@@ -128,10 +128,10 @@ def test_where_reading_is_cheap_memory_is_for_what_is_read_most():
     book = _book([1, 1, 1], [[0] * 3], sizes=(10_000_000,))
     use = _use([0.5, 0.2, 0.1], load=[0.5, 0.9, 0.1])
     frozen = cheapest_residents(book, use, room_bytes=10_000_000)
-    assert frozen.by_level == (((0, 0),),)
+    assert frozen.by_form == (((0, 0),),)
     assert frozen.nats_per_token == pytest.approx(0.2 + 0.1)
     patient = cheapest_residents(book, use, room_bytes=10_000_000, nats_per_mb=0.001)
-    assert patient.by_level == (((0, 1),),)
+    assert patient.by_form == (((0, 1),),)
     assert patient.nats_per_token == pytest.approx(0.01 * (0.5 + 0.1))  # 10 MB each time
 
 
@@ -168,7 +168,7 @@ def test_close_to_the_best_of_all_choices_where_some_misses_are_read(seed, nats_
     )
     chosen = cheapest_residents(book, _use(squared, load), room_bytes=room, nats_per_mb=nats_per_mb)
     held = [-1] * n
-    for level, keys in enumerate(chosen.by_level):
+    for level, keys in enumerate(chosen.by_form):
         for _, expert in keys:
             held[expert] = level
     assert chosen.nats_per_token == pytest.approx(price(held))

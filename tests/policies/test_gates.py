@@ -14,6 +14,7 @@ def _routing(index, weight, *, sequence=None):
     return Routing(
         layer=5,
         index=index,
+        present=np.ones(index.shape, dtype=bool),
         weight=np.array(weight, dtype=np.float32),
         score=None,
         logits=None,

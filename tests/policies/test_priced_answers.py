@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_tool.artifacts.routing import Routing, answer_exactly, answers_of
+from moe_tool.artifacts.routing import Answers, Routing, answer_exactly, count_answers
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses import LayerBook, PolicyInputs, PriceBook, parse_miss_policy
 from moe_tool.policies.misses.priced import Priced
 from moe_tool.policies.misses.prune import most_important, token_importance
 from moe_tool.policies.misses.replica import unimportance
+from tests.policies.shown_answers import shown
 
 LAYER = 7
 BOOK = PriceBook(
@@ -19,12 +20,12 @@ BOOK = PriceBook(
         LAYER: LayerBook(
             nats=np.array([1.0, 1.0, 2.0, 1.0, 1.0, 1.0]),
             eps=np.array([[0.0] * 6, [0.1, 0.1, 0.1, 0.1, np.inf, 0.1], [0.5] * 6]),
+            record_bytes=np.repeat([[4_000_000], [1_000_000], [500_000]], 6, axis=1),
             buddy=np.array([[1, 2], [-1, -1], [3, -1], [-1, -1], [-1, -1], [-1, -1]]),
             buddy_scale=np.array([[2.0, 0.5], [0, 0], [1.0, 0], [0, 0], [0, 0], [0, 0]]),
             buddy_eps=np.array([[0.3, 0.2], *[[np.inf, np.inf]] * 5]),
         )
     },
-    record_bytes=(4_000_000, 1_000_000, 500_000),
 )
 
 
@@ -33,6 +34,7 @@ def _routing(index, weight, *, logits=None):
     return Routing(
         layer=LAYER,
         index=np.array(index, dtype=np.int64),
+        present=np.ones(np.shape(index), dtype=bool),
         weight=np.array(weight, dtype=np.float32),
         score=logits,
         logits=logits,
@@ -47,7 +49,7 @@ def _resident(full=(), first=(), second=()):
     return mask
 
 
-def _softmax_among(logits, index):
+def _softmax_among(logits, index, present):
     raised = np.exp(np.take_along_axis(logits.astype(np.float64), index, axis=1))
     return (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
 
@@ -64,7 +66,7 @@ def _priced(nats_per_mb=math.inf, *, reroute=2.0, book=BOOK):
 
 def _decide(routing, resident, nats_per_mb=math.inf):
     answers = _priced(nats_per_mb).decide(routing, resident)
-    return answers.expert.tolist(), answers.level.tolist(), answers.weight.tolist()
+    return shown(answers), answers.form.tolist(), answers.weight.tolist()
 
 
 def test_the_form_with_the_least_error_that_is_there_answers():
@@ -99,15 +101,18 @@ def test_reading_costs_patience_and_a_heavier_slot_is_worth_more_of_it():
     assert _decide(routing, _resident(full=[0]), 0.001)[1] == [[0, 1]]
     assert _decide(routing, _resident(full=[0]), 1e-6)[1] == [[0, 0]]
     with_nothing = _priced(0.0).decide(routing, _resident(full=[0]))
-    assert with_nothing.expert.tolist() == [[3, 5]] and with_nothing.level is None
+    assert shown(with_nothing) == [[3, 5]] and not with_nothing.form.any()
 
 
 def test_spent_is_the_square_of_weight_and_error_times_the_nats():
     routing = _routing([[0, 2]], [[0.5, 0.5]])
 
-    def spent(expert, weight, level):
-        answers = answers_of(
-            routing, np.array([expert]), np.array([weight], np.float32), np.array([level])
+    def spent(expert, weight, form):
+        answers = Answers(
+            expert=np.maximum([expert], 0),
+            present=np.array([expert]) >= 0,
+            weight=np.array([weight], np.float32),
+            form=np.array([form]),
         )
         return float(BOOK.spent(routing, answers)[0])
 
@@ -124,9 +129,10 @@ def test_spent_is_the_square_of_weight_and_error_times_the_nats():
 def test_tokens_that_are_to_be_exact_are():
     routing = _routing([[0, 4], [0, 4]], [[0.5, 0.5], [0.5, 0.5]])
     answers = _priced().decide(routing, _resident(full=[4]))
-    assert answers.dropped == 2
+    assert count_answers(routing, answers).drops == 2
     kept = answer_exactly(routing, answers, np.array([False, True]))
-    assert kept.expert.tolist() == [[-1, 4], [0, 4]] and kept.dropped == 1
+    assert shown(kept) == [[-1, 4], [0, 4]]
+    assert count_answers(routing, kept).drops == 1
     assert kept.weight[1].tolist() == [0.5, 0.5]
 
 
@@ -137,7 +143,7 @@ def test_open_slots_are_rerouted_where_the_router_loses_little_by_it():
 
     def decide(reroute, resident=resident):
         answers = _priced(reroute=reroute).decide(routing, resident)
-        return answers.expert.tolist(), answers.weight.astype(float).round(3).tolist()
+        return shown(answers), answers.weight.astype(float).round(3).tolist()
 
     nothing = ([[-1, -1]], [[0.0, 0.0]])
     # 0 and the first of its equals, 1, have 0.30 of the router's 1; what was wanted has 0.60
@@ -165,7 +171,7 @@ SCORES = [[np.log(p) for p in (0.40, 0.21, 0.20, 0.12, 0.05, 0.02)]]
     ],
 )
 def test_near_ties_are_swapped_within_the_bands(alpha, full, expected):
-    def reweigh(logits, index):
+    def reweigh(logits, index, present):
         chosen = np.exp(np.take_along_axis(logits.astype(np.float32), index, axis=1))
         return chosen / chosen.sum(axis=1, keepdims=True)
 
@@ -174,7 +180,7 @@ def test_near_ties_are_swapped_within_the_bands(alpha, full, expected):
     )
     routing = _routing([[0, 1]], [[0.66, 0.34]], logits=SCORES)
     answers = policy.decide(routing, _resident(full=full))
-    assert answers.expert.tolist() == [expected]
+    assert shown(answers) == [expected]
     if expected != [0, 1]:
         share = np.exp(SCORES[0][expected[1]]) / (0.40 + np.exp(SCORES[0][expected[1]]))
         assert answers.weight[0, 1] == pytest.approx(share, rel=1e-2)
@@ -185,13 +191,13 @@ def test_unimportance_is_the_weight_above_and_the_heaviest_is_always_whole():
         [pytest.approx(0.8), 0.0, pytest.approx(0.5)]
     ]
     policy = parse_miss_policy("replica:high=0.4,low=0.3").make(
-        PolicyInputs(levels=("native", "4", "2"))
+        PolicyInputs(forms=("native", "4", "2"))
     )  # without a profile the shares are the thresholds: 0.4 and 0.7
     routing = _routing([[1, 2, 3]], [[0.2, 0.5, 0.3]])
     answers = policy.decide(routing, _resident())
-    assert answers.expert.tolist() == [[-1, 2, 3]] and answers.level.tolist() == [[0, 0, 1]]
+    assert shown(answers) == [[-1, 2, 3]] and answers.form.tolist() == [[0, 0, 1]]
     there = policy.decide(routing, _resident(full=[1, 3]))
-    assert there.expert.tolist() == [[1, 2, 3]]
+    assert shown(there) == [[1, 2, 3]]
 
 
 def test_the_tokens_of_a_prompt_that_matter_most_are_spared():
@@ -208,9 +214,9 @@ def test_the_tokens_of_a_prompt_that_matter_most_are_spared():
     )
     routing = _routing([[0, 1]] * 2, [[0.8, 0.2]] * 2)
     routing = replace(routing, sequence=np.zeros(2, np.int64))
-    assert policy.decide(routing, _resident()).expert.tolist() == [[0, -1], [0, -1]]
+    assert shown(policy.decide(routing, _resident())) == [[0, -1], [0, -1]]
     prompt = replace(routing, importance=np.array([1.0, 2.0], np.float32))
-    assert policy.decide(prompt, _resident()).expert.tolist() == [[0, -1], [0, 1]]
+    assert shown(policy.decide(prompt, _resident())) == [[0, -1], [0, 1]]
 
 
 def test_pruning_leaves_out_light_slots_that_are_there_and_never_the_heaviest():
@@ -219,7 +225,7 @@ def test_pruning_leaves_out_light_slots_that_are_there_and_never_the_heaviest():
     )
     routing = _routing([[1, 2], [1, 2], [3, 0]], [[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]])
     answers = policy.decide(routing, np.ones((3, 6), dtype=bool))
-    assert answers.expert.tolist() == [[1, -1], [1, 2], [-1, 0]]
+    assert shown(answers) == [[1, -1], [1, 2], [-1, 0]]
     assert answers.weight[0].tolist() == [pytest.approx(0.7), 0]
 
 

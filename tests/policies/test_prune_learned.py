@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_tool.artifacts.routing import Routing
+from moe_tool.artifacts.routing import Routing, count_answers
+from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import NotFoundError, UnsupportedModelError, UsageError
 from moe_tool.policies.misses import PolicyInputs, parse_miss_policy
 from moe_tool.policies.misses.prune_learned import PruneLearned, n_kept, rate_offsets
 from moe_tool.policies.misses.prune_random import PruneRandom
 from tests.formats.made_mask_router import LEARNED
+from tests.policies.shown_answers import shown
 
 EVERYTHING = np.ones((1, 8), dtype=bool)
 
@@ -22,6 +24,7 @@ def _routing(weight, worth):
     return Routing(
         layer=0,
         index=np.tile(np.arange(weight.shape[1]), (len(weight), 1)),
+        present=np.ones(weight.shape, dtype=bool),
         weight=weight,
         score=None,
         logits=None,
@@ -34,17 +37,17 @@ def test_a_token_keeps_its_heaviest_as_far_as_the_logits_rise() -> None:
     # By rank: heaviest, second, third. Patterns' logits at offset 1 are 0, 1, 0 and 0, -3, 1.
     routing = _routing([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]], [[2.0, 0.0], [-2.0, 5.0]])
     answers = PruneLearned(offset=1.0, rate=0.2).decide(routing, EVERYTHING)
-    assert answers.expert.tolist() == [[-1, 1, 2], [0, 1, 2]]
+    assert shown(answers) == [[-1, 1, 2], [0, 1, 2]]
     np.testing.assert_array_equal(
         answers.weight, np.array([[0, 0.5, 0.3], [0.6, 0.1, 0.3]], dtype=np.float32)
     )
-    assert (answers.dropped, answers.substituted) == (1, 0)
+    assert count_answers(routing, answers) == PhaseCounters(drops=1)
 
 
 def test_without_a_limit_everything_is_kept_whatever_the_routers_say() -> None:
     routing = _routing([[0.5, 0.5]], [[-1e30]])
     answers = PruneLearned(offset=-math.inf, rate=0).decide(routing, EVERYTHING)
-    assert answers.expert is routing.index and answers.dropped == 0
+    assert answers.expert is routing.index and answers.present.all()
 
 
 @settings(max_examples=200, deadline=None)
@@ -113,7 +116,7 @@ def test_random_pruning_leaves_out_its_share_and_never_the_heaviest() -> None:
     rng = np.random.default_rng(2)
     weight = rng.dirichlet([1, 1, 1], size=5000)
     answers = PruneRandom(share=0.3, seed=4).decide(_routing(weight, np.zeros((5000, 2))), None)
-    assert answers.dropped / 10000 == pytest.approx(0.3, abs=0.02)
-    assert (answers.expert[np.arange(5000), weight.argmax(axis=1)] >= 0).all()
+    assert (~answers.present).sum() / 10000 == pytest.approx(0.3, abs=0.02)
+    assert answers.present[np.arange(5000), weight.argmax(axis=1)].all()
     again = PruneRandom(share=0.3, seed=4).decide(_routing(weight, np.zeros((5000, 2))), None)
-    np.testing.assert_array_equal(again.expert, answers.expert)
+    np.testing.assert_array_equal(again.present, answers.present)

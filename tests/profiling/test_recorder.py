@@ -240,7 +240,7 @@ def test_too_small_budget_is_refused_with_one_that_works(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint("mixtral")
-    with pytest.raises(BudgetError, match="needs .* given 1.00 MiB") as refused:
+    with pytest.raises(BudgetError, match="needs .* has 1.00 MiB") as refused:
         record(folder, tmp_path / "p.h5", memory_bytes=2**20)
     assert not (tmp_path / "p.h5").exists()
     assert refused.value.hint is not None

@@ -1,9 +1,5 @@
 """The tables of a profile's routing say what was measured, and a dash where nothing was."""
 
-import io
-
-from rich.console import Console
-
 from moe_tool.artifacts.routing_report import (
     DomainPair,
     DomainTransfer,
@@ -11,12 +7,14 @@ from moe_tool.artifacts.routing_report import (
     HotSetCoverage,
     LayerRouting,
     NextGate,
+    ProfileRouting,
     ReuseBin,
     ReuseHistogram,
     RoutingReport,
     UnionGrowth,
 )
-from moe_tool.reports.routing_tables import routing_tables
+from moe_tool.reports.routing_tables import profile_tables
+from tests.reports.made_results import drawn, layer_coverage
 
 GROWTH = UnionGrowth(n_tokens=(1, 2, 3), measured=(1.0, 1.5, None), by_chance=(1.0, 1.75, 2.25))
 NOTHING = ReuseHistogram(
@@ -70,15 +68,18 @@ def report(
     )
 
 
-def drawn(made: RoutingReport) -> list[str]:
-    stream = io.StringIO()
-    console = Console(file=stream, width=160, markup=False, emoji=False, highlight=False)
-    console.print(*routing_tables(made), sep="\n", soft_wrap=True)
-    return [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+def tables(made: RoutingReport) -> list[str]:
+    return drawn(*profile_tables(ProfileRouting(coverage=(layer_coverage(),), routing=made)))
+
+
+def test_a_layer_has_its_own_row_with_a_column_for_each_domain() -> None:
+    lines = tables(report())
+    assert "docs [code] hot set" in " ".join(lines[:4])
+    assert "3 1.50 0.875 1 25.0% (12.5%) 40.0% -> - 50.0% -> - 25.0% -> 12.5% unknown" in lines
 
 
 def test_domains_have_a_matrix_and_a_worst_pair() -> None:
-    lines = drawn(
+    lines = tables(
         report(
             domains=DomainTransfer(
                 shares=((0.5, 0.125), (None, 0.625)),
@@ -93,7 +94,7 @@ def test_domains_have_a_matrix_and_a_worst_pair() -> None:
 
 
 def test_what_was_not_measured_is_a_dash_and_no_empty_table() -> None:
-    lines = drawn(report(held_out=None))
+    lines = tables(report(held_out=None))
     assert "25 % 2 25.0% 40.0% - -" in lines
     text = "\n".join(lines)
     assert "worst pair" not in text and "earlier MoE layer" not in text
@@ -105,10 +106,10 @@ def test_what_was_not_measured_is_a_dash_and_no_empty_table() -> None:
 
 def test_next_gates_are_held_out_where_something_is() -> None:
     gate = NextGate(depth=1, from_layer=0, in_sample=prediction(0.5), held_out=prediction(0.75))
-    lines = drawn(report(next_gates=((), (gate,))))
+    lines = tables(report(next_gates=((), (gate,))))
     assert "1 50.0% 75.0% 25.0% 87.5% (31.2%) 75.0% (layer 2) 75.0% (layer 2)" in lines
     gate = NextGate(depth=1, from_layer=0, in_sample=prediction(0.5), held_out=None)
-    lines = drawn(report(next_gates=((), (gate,))))
+    lines = tables(report(next_gates=((), (gate,))))
     assert "1 50.0% - 25.0% 87.5% (31.2%) 50.0% (layer 2) 50.0% (layer 2)" in lines
 
 
@@ -127,7 +128,7 @@ def test_reuse_adds_up_to_what_caches_answer() -> None:
         first_uses=2,
         bins=(ReuseBin(low=0, high=0, uses=6), ReuseBin(low=1, high=1, uses=0)),
     )
-    lines = drawn(report(reuse=model, within=within))
+    lines = tables(report(reuse=model, within=within))
     assert "0 12.5% ### 1: 12.5% 75.0% ################## 1: 75.0%" in lines
     assert "1 25.0% ###### 2: 37.5% 0.0% 2: 75.0%" in lines
     assert "2-3 37.5% ######### 4: 75.0%" in lines

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
+from tests.packed import pack_bundle
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_tool.progress import SILENT
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 
 
@@ -38,7 +38,7 @@ def test_a_file_system_that_refuses_is_announced_once(
         return working(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refuse)
-    with open_session(tiny_bundle("mixtral"), RunOptions(context=16), progress=notes) as session:
+    with open_session(tiny_bundle("mixtral"), run_options(context=16), progress=notes) as session:
         session.empty_cache()
     (said,) = notes.about_reading()
     assert "O_DIRECT: Invalid argument" in said and "slower" in said
@@ -46,7 +46,7 @@ def test_a_file_system_that_refuses_is_announced_once(
 
 def test_nothing_is_said_where_it_works(tiny_bundle: Callable[..., Path]) -> None:
     notes = _Notes()
-    with open_session(tiny_bundle("mixtral"), RunOptions(context=16), progress=notes) as session:
+    with open_session(tiny_bundle("mixtral"), run_options(context=16), progress=notes) as session:
         refusal = session.bundle.read_directly()
         assert session.bundle.reads_directly == (refusal is None)
     assert notes.about_reading() == [] or refusal is not None
@@ -57,7 +57,7 @@ def test_missing_kernels_are_announced_once(
     is_native: bool, tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = _Notes()
-    monkeypatch.setattr("moe_tool.runtime.session.is_native", lambda: is_native)
-    with open_session(tiny_bundle("mixtral"), RunOptions(context=16), progress=notes):
+    monkeypatch.setattr("moe_tool.runtime.plan_run.is_native", lambda: is_native)
+    with open_session(tiny_bundle("mixtral"), run_options(context=16), progress=notes):
         pass
     assert sum("native kernels" in text for text in notes.said) == (0 if is_native else 1)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.run_trace_hdf5 import is_run_trace, read_run_trace
 from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.planning.compare_run import compare_run
 from moe_tool.policies.eviction import EVICTION, parse_eviction
 from moe_tool.runtime.generation import GenerateOptions, generate_ids, write_trace
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import RunOptions, run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
@@ -22,7 +23,7 @@ from moe_tool.simulator.run_trace import recorded_trace, replay_run
 TinyBundle = Callable[..., Path]
 PROMPT = list(range(3, 14))
 NAMES = [*EVICTION, "lru:per-layer", "lfu:halve-every=5,per-layer", "smoe:per-layer"]
-OPTIONS = RunOptions(context=64, record_trace=True)
+OPTIONS = run_options(context=64, record_trace=True)
 GENERATION = GenerateOptions(max_tokens=16, ignore_eos=True)
 
 
@@ -39,9 +40,9 @@ def test_the_text_is_the_same_and_predicted_hits_are_those_counted(
     tiny_bundle: TinyBundle, tmp_path: Path, arch: str, name: str
 ) -> None:
     bundle, trace = tiny_bundle(arch), tmp_path / "run.h5"
-    resident = _run(bundle, trace, replace(OPTIONS, memory="100%"))
+    resident = _run(bundle, trace, replace(OPTIONS, memory=parse_memory("100%")))
     for memory in ("40%", "60%", "80%"):
-        options = replace(OPTIONS, memory=memory, eviction=name)
+        options = replace(OPTIONS, memory=parse_memory(memory), eviction=parse_eviction(name))
         assert _run(bundle, trace, options) == resident
         header, calls = read_run_trace(trace)
         report = compare_run(header, calls, shipped_profile("laptop-16gb"))
@@ -67,7 +68,9 @@ def test_what_is_read_ahead_is_predicted_too(
     tiny_bundle: TinyBundle, tmp_path: Path, name: str
 ) -> None:
     trace = tmp_path / "run.h5"
-    options = replace(OPTIONS, memory="60%", eviction=name, prefetch="next-layer")
+    options = replace(
+        OPTIONS, memory=parse_memory("60%"), eviction=parse_eviction(name), prefetch="next-layer"
+    )
     _run(tiny_bundle("mixtral"), trace, options)
     header, calls = read_run_trace(trace)
     report = compare_run(header, calls, shipped_profile("laptop-16gb"), [parse_eviction(name)])
@@ -84,7 +87,9 @@ def test_a_second_run_of_a_session_counts_from_the_cache_that_the_first_left(
     tiny_bundle: TinyBundle, tmp_path: Path
 ) -> None:
     trace = tmp_path / "run.h5"
-    with open_session(tiny_bundle("mixtral"), replace(OPTIONS, memory="60%")) as session:
+    with open_session(
+        tiny_bundle("mixtral"), replace(OPTIONS, memory=parse_memory("60%"))
+    ) as session:
         for _ in range(2):
             generate_ids(session, [PROMPT], GENERATION)
         write_trace(session, trace, decode_seconds=1.0)
@@ -100,11 +105,14 @@ def test_a_second_run_of_a_session_counts_from_the_cache_that_the_first_left(
 def test_what_cannot_be_is_refused(tiny_bundle: TinyBundle) -> None:
     bundle = tiny_bundle("mixtral")
     refused: tuple[tuple[RunOptions, type[Exception], str], ...] = (
-        (RunOptions(eviction="mru"), UsageError, "mru"),
-        (RunOptions(eviction="lfu", residency="frozen"), UsageError, "frozen"),
-        (RunOptions(eviction="lfu", policy="drop"), UsageError, "frozen"),
-        (RunOptions(record_trace=True, policy="drop", residency="cache"), UsageError, "lossy"),
-        (RunOptions(eviction="lru:per-layer", memory="min", context=64), BudgetError, "layers"),
+        (run_options(eviction="lfu", residency="frozen"), UsageError, "frozen"),
+        (run_options(eviction="lfu", policy="drop"), UsageError, "frozen"),
+        (
+            run_options(record_trace=True, policy="drop", residency="cache"),
+            UsageError,
+            "requires --policy exact",
+        ),
+        (run_options(eviction="lru:per-layer", memory="min", context=64), BudgetError, "layers"),
     )
     for options, error, words in refused:
         if "layers" in words and tiny_layers(bundle) <= 3:
@@ -114,25 +122,25 @@ def test_what_cannot_be_is_refused(tiny_bundle: TinyBundle) -> None:
 
 
 def tiny_layers(bundle: Path) -> int:
-    with open_session(bundle, RunOptions(context=64)) as session:
+    with open_session(bundle, run_options(context=64)) as session:
         return len(session.manifest.shape.layers)
 
 
 def test_what_smoe_remembers_is_in_the_memory_account(tiny_bundle: TinyBundle) -> None:
     def lines(eviction: str) -> dict[str, int]:
-        options = RunOptions(eviction=eviction, memory="100%", context=64)
+        options = run_options(eviction=eviction, memory="100%", context=64)
         with open_session(tiny_bundle("mixtral"), options) as session:
-            return {line.name: line.size_bytes for line in session.plan.lines}
+            return {line.name: line.size_bytes for line in session.plan.memory.lines}
 
-    with open_session(tiny_bundle("mixtral"), RunOptions(context=64)) as session:
-        n_experts = len(session.manifest.records)
-    assert lines("smoe:window=1024")["notes of eviction smoe"] == 2048 * n_experts
-    assert "notes" not in " ".join(lines("lru"))
+    with open_session(tiny_bundle("mixtral"), run_options(context=64)) as session:
+        n_experts = len(session.manifest.primary_records)
+    assert lines("smoe:window=1024")["eviction state of smoe"] == 2048 * n_experts
+    assert "state" not in " ".join(lines("lru"))
 
 
 def test_the_trace_is_what_it_says(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
     trace = tmp_path / "run.h5"
-    _run(tiny_bundle("mixtral"), trace, replace(OPTIONS, memory="50%"))
+    _run(tiny_bundle("mixtral"), trace, replace(OPTIONS, memory=parse_memory("50%")))
     assert is_run_trace(trace)
     header, calls = read_run_trace(trace)
     assert header.prompt_tokens == len(PROMPT) and header.decode_tokens == 15

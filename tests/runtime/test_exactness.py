@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from tests.tiny_models import TINY
 
@@ -41,9 +41,9 @@ def _transformers_tokens(folder: Path, prompts: tuple[list[int], ...]) -> list[l
 def test_tokens_equal_those_of_transformers(
     arch: str, tiny_checkpoint: Callable[..., Path], tiny_bundle: TinyBundle
 ) -> None:
-    options = RunOptions(memory="min", context=64, prompt=32, batch=3)
+    options = run_options(memory="min", context=64, prompt=32, batch=3)
     with open_session(tiny_bundle(arch), options) as session:
-        assert session.plan.n_slots == session.manifest.shape.top_k + 1
+        assert session.plan.memory.n_slots == session.manifest.shape.top_k + 1
         for prompts in (PROMPTS[:1], PROMPTS):
             made = generate_ids(session, prompts, GenerateOptions(max_tokens=N_TOKENS))
             expected = _transformers_tokens(tiny_checkpoint(arch), prompts)
@@ -69,7 +69,7 @@ def test_the_memory_budget_changes_no_bit_of_the_logits(bits: str, tiny_bundle: 
     bundle = tiny_bundle("qwen3_moe", bits=bits, dtype="bfloat16")
     found = []
     for memory in ("min", "50%", "100%"):
-        with open_session(bundle, RunOptions(memory=memory, context=64)) as session:
+        with open_session(bundle, run_options(memory=memory, context=64)) as session:
             found.append(_all_logits(session))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
@@ -97,16 +97,18 @@ def _replay(calls: list[tuple[int, list[int]]], n_slots: int) -> list[tuple[int,
 
 def test_hits_equal_those_of_a_naive_replay(tiny_bundle: TinyBundle) -> None:
     calls: list[tuple[str, int, list[int]]] = []
-    with open_session(tiny_bundle("mixtral"), RunOptions(memory="40%", context=64)) as session:
+    with open_session(tiny_bundle("mixtral"), run_options(memory="40%", context=64)) as session:
 
         def log_and_run(call: LayerCall) -> torch.Tensor:
-            calls.append((session.runner.phase, call.layer, torch.unique(call.index).tolist()))
+            calls.append(
+                (session.runner.forward.phase, call.layer, torch.unique(call.index).tolist())
+            )
             return session.runner(call)
 
         session.skeleton.set_experts_function(log_and_run)
         generate_ids(session, PROMPTS[:1], GenerateOptions(max_tokens=20, ignore_eos=True))
-        stats, n_slots = session.runner.stats, session.plan.n_slots
-        record_bytes = session.manifest.record_size_bytes
+        stats, n_slots = session.runner.stats, session.plan.memory.n_slots
+        record_bytes = session.manifest.primaries[0].record_size_bytes
     counts = _replay([(layer, experts) for _, layer, experts in calls], n_slots)
     for phase in ("prompt", "decode"):
         of_phase = [count for count, call in zip(counts, calls, strict=True) if call[0] == phase]

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from moe_tool.errors import BudgetError, CorruptArtifactError, UsageError
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.runtime.generation import GenerateOptions, generate, generate_ids, run_prompt
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 
 TinyBundle = Callable[..., Path]
@@ -19,7 +19,7 @@ TinyBundle = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def session(tiny_bundle: TinyBundle) -> Iterator[Session]:
-    with open_session(tiny_bundle("mixtral"), RunOptions(memory="50%", context=48)) as opened:
+    with open_session(tiny_bundle("mixtral"), run_options(memory="50%", context=48)) as opened:
         yield opened
 
 
@@ -28,13 +28,17 @@ def test_the_pieces_of_text_add_up_to_the_result(session: Session) -> None:
     options = GenerateOptions(max_tokens=20, ignore_eos=True)
     result = generate(session, "The list", options, on_text=pieces.append)
     assert "".join(pieces) == result.text
-    assert result.prompt_tokens == 8
+    assert result.prompt.tokens == 8
     assert result.generated_tokens == len(result.token_ids) == 20
-    assert result.policy == "exact" and result.residency == "cache"
+    assert result.setup.policy == "exact" and result.setup.residency == "cache"
     assert 0 < result.seconds_to_first_token < result.seconds
     assert result.tokens_per_second > 0
-    assert result.bytes_read_per_token == (result.misses * session.manifest.record_size_bytes / 19)
-    assert result.prompt_hits + result.prompt_misses > 0
+    assert result.decode.tokens == 19
+    assert (
+        result.decode.bytes_read
+        == result.decode.misses * session.manifest.primaries[0].record_size_bytes
+    )
+    assert result.prompt.hits + result.prompt.misses > 0
     assert not result.interrupted
     assert result.stop_reason == "max_tokens"
 
@@ -139,8 +143,8 @@ def test_an_empty_list_of_end_tokens_is_none_at_all(session: Session) -> None:
 def test_the_chat_template_is_used_unless_raw(session: Session) -> None:
     session.tokenizer.chat_template = "<{{ messages[0]['content'] }}>"
     try:
-        assert generate(session, "ab", GenerateOptions(max_tokens=1)).prompt_tokens == 4
-        assert generate(session, "ab", GenerateOptions(max_tokens=1, raw=True)).prompt_tokens == 2
+        assert generate(session, "ab", GenerateOptions(max_tokens=1)).prompt.tokens == 4
+        assert generate(session, "ab", GenerateOptions(max_tokens=1, raw=True)).prompt.tokens == 2
         session.tokenizer.chat_template = "{{ raise_exception('no') }}"
         with pytest.raises(UsageError, match="chat template"):
             generate(session, "ab", GenerateOptions(max_tokens=1))
@@ -171,7 +175,7 @@ def test_long_prompts_go_through_in_chunks(tiny_bundle: TinyBundle) -> None:
     greedy = GenerateOptions(max_tokens=16, ignore_eos=True)
     found = []
     for planned in (61, 16):
-        options = RunOptions(memory="50%", context=96, prompt=planned)
+        options = run_options(memory="50%", context=96, prompt=planned)
         with open_session(tiny_bundle("gpt_oss"), options) as session:
             found.append(generate_ids(session, [prompt], greedy).token_ids)
             assert session.runner.stats.prompt.forwards == (1 if planned == 61 else 4)
@@ -183,12 +187,12 @@ def test_run_prompt_plans_for_this_prompt_alone(tiny_bundle: TinyBundle) -> None
     result = run_prompt(
         tiny_bundle("mixtral"),
         "The list",
-        options=RunOptions(memory="min"),
+        options=run_options(memory="min"),
         generation=GenerateOptions(max_tokens=5, ignore_eos=True),
     )
     assert result.generated_tokens == 5
     assert result.stop_reason == "max_tokens"
-    assert result.slots == 3
+    assert result.setup.slots == 3
 
 
 def test_a_run_says_which_end_tokens_it_adds(
@@ -207,7 +211,7 @@ def test_a_run_says_which_end_tokens_it_adds(
         run_prompt(
             tiny_bundle("mixtral"),
             "The list",
-            options=RunOptions(memory="min"),
+            options=run_options(memory="min"),
             generation=GenerateOptions(max_tokens=1, ignore_eos=ignore_eos),
             progress=progress,
         )
@@ -218,7 +222,7 @@ def test_a_run_says_which_end_tokens_it_adds(
 
 def test_what_is_no_bundle_is_told_before_the_prompt_is_read(tmp_path: Path) -> None:
     with pytest.raises(CorruptArtifactError, match=r"no manifest\.json"):
-        run_prompt(tmp_path, "x", options=RunOptions(), generation=GenerateOptions())
+        run_prompt(tmp_path, "x", options=run_options(), generation=GenerateOptions())
 
 
 def test_a_full_context_says_how_much_there_could_be(session: Session) -> None:
@@ -230,11 +234,11 @@ def test_a_full_context_says_how_much_there_could_be(session: Session) -> None:
 def test_too_small_a_budget_is_refused_with_one_that_works(tiny_bundle: TinyBundle) -> None:
     bundle = tiny_bundle("mixtral")
     with pytest.raises(BudgetError) as caught:
-        open_session(bundle, RunOptions(memory="100MiB", context=32))
+        open_session(bundle, run_options(memory="100MiB", context=32))
     assert caught.value.hint is not None
     suggestion = caught.value.hint.split()[1].rstrip(",")
-    with open_session(bundle, RunOptions(memory=suggestion, context=32)) as session:
-        assert session.plan.n_slots >= 3
+    with open_session(bundle, run_options(memory=suggestion, context=32)) as session:
+        assert session.plan.memory.n_slots >= 3
 
 
 @pytest.mark.parametrize(

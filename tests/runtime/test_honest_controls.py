@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing
+from moe_tool.artifacts.routing import PRIMARY, Answers, Routing
 from moe_tool.evaluation.stepwise import run_stepwise
-from moe_tool.policies.misses import MissPolicy
+from moe_tool.policies.misses import MissPolicy, parse_miss_policy
 from moe_tool.runtime.moe_layer import Decision
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
+from tests.policies.shown_answers import shown
 
 CONTROLS = ("drop", "random", "next-ranked")
 IDS = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (8, 64)))
@@ -26,12 +27,12 @@ IDS = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (8, 64)))
 def decisions(tiny_bundle: Callable[..., Path]) -> dict[str, list[Decision]]:
     """What each control saw and answered, on the same text, at half of the experts."""
     found: dict[str, list[Decision]] = {}
-    options = RunOptions(
+    options = run_options(
         memory="50%", policy="exact", residency="frozen", context=64, batch=8, gates=False
     )
     with open_session(tiny_bundle("mixtral"), options) as session:
         for name in CONTROLS:
-            session.use_policy(name, residency="frozen")
+            session.use_policy(parse_miss_policy(name), residency="frozen")
             found[name] = _listen(session)
     return found
 
@@ -76,7 +77,7 @@ def test_all_face_the_same_residents_and_at_first_the_same_misses(
         assert len(own) == len(reference)
         # Nothing above the first layer has been changed at the first scored token.
         assert (own[0].routing.index == reference[0].routing.index).all()
-        is_missing = ~own[0].resident[FULL][own[0].routing.index]
+        is_missing = ~own[0].resident[PRIMARY][own[0].routing.index]
         assert is_missing.any() and not is_missing.all()
 
 
@@ -84,8 +85,8 @@ def test_drop_leaves_exactly_the_missing_slots_empty(
     decisions: dict[str, list[Decision]],
 ) -> None:
     for each in decisions["drop"]:
-        is_missing = ~each.resident[FULL][each.routing.index]
-        np.testing.assert_array_equal(each.answers.expert < 0, is_missing)
+        is_missing = ~each.resident[PRIMARY][each.routing.index]
+        np.testing.assert_array_equal(~each.answers.present, is_missing)
         kept = each.answers.expert[~is_missing]
         np.testing.assert_array_equal(kept, each.routing.index[~is_missing])
         np.testing.assert_array_equal(
@@ -99,8 +100,8 @@ def test_random_draws_evenly_among_everybody_in_memory_that_the_token_does_not_u
     drawn: dict[int, Counter[int]] = {}
     expected: dict[int, Counter[int]] = {}
     for each in decisions["random"]:
-        layer, held = each.routing.layer, set(each.resident[FULL].nonzero()[0].tolist())
-        pairs = zip(each.routing.index.tolist(), each.answers.expert.tolist(), strict=True)
+        layer, held = each.routing.layer, set(each.resident[PRIMARY].nonzero()[0].tolist())
+        pairs = zip(each.routing.index.tolist(), shown(each.answers), strict=True)
         for wanted, used in pairs:
             missing = [e for e in wanted if e not in held]
             stand_ins = [e for e in used if e not in wanted]
@@ -125,11 +126,11 @@ def test_next_ranked_takes_the_best_scored_of_those_in_memory(
 ) -> None:
     n_checked = 0
     for each in decisions["next-ranked"]:
-        held = each.resident[FULL]
+        held = each.resident[PRIMARY]
         assert each.routing.score is not None
         for token, wanted in enumerate(each.routing.index):
-            used = each.answers.expert[token]
-            stand_ins = [e for e in used.tolist() if e >= 0 and e not in wanted]
+            used = shown(each.answers)[token]
+            stand_ins = [e for e in used if e >= 0 and e not in wanted]
             free = [e for e in held.nonzero()[0].tolist() if e not in wanted]
             ranked = sorted(free, key=lambda e: -float(each.routing.score[token, e]))
             assert sorted(stand_ins) == sorted(ranked[: len(stand_ins)])

@@ -12,19 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
+from tests.packed import pack_bundle
 from tests.tiny_models import tiny_tokenizer
 
 _RUN = """
 import dataclasses, json, sys
 from pathlib import Path
 from moe_tool.runtime.generation import GenerateOptions, run_prompt
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 folder, memory, n_prompt, max_tokens = sys.argv[1:]
 result = run_prompt(
     Path(folder),
     "word " * (int(n_prompt) // 5),
-    options=RunOptions(memory=memory),
+    options=run_options(memory=memory),
     generation=GenerateOptions(max_tokens=int(max_tokens), ignore_eos=True),
 )
 print(json.dumps(dataclasses.asdict(result)))

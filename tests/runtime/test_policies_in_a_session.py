@@ -12,29 +12,22 @@ from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
+from tests.packed import pack_bundle
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 GREEDY = GenerateOptions(max_tokens=24, ignore_eos=True)
-LOSSY = [name for name in MISS_POLICIES if name != "exact"]
+LOSSY = [name for name, spec in MISS_POLICIES.items() if spec.is_lossy]
 ARCHITECTURES = ("qwen3_moe", "mixtral", "gpt_oss")
-FIRES = {"near-tie": "near-tie:alpha=1", "replica": "replica:high=0.2,low=0.5"}
-"""What makes a policy act on a tiny random model, beside its defaults"""
-INERT = {
-    "near-tie": "near-tie:alpha=0",
-    "replica": "replica:high=1",
-    "prune": "prune:share=0",
-    "prune:learned": "prune:learned:rate=0",
-    "prune:random": "prune:random:rate=0",
-    "priced": "priced:nats-per-mb=0",
-}
+ANSWERS_MISSES = [name for name in LOSSY if not MISS_POLICIES[name].acts_on_hits]
+FIRES = {name: MISS_POLICIES[name].named(MISS_POLICIES[name].fires or "") for name in LOSSY}
+INERT = {name: MISS_POLICIES[name].named(MISS_POLICIES[name].inert) for name in LOSSY}
 
 
 def _buddy_map(manifest: BundleManifest) -> BuddyMap:
@@ -106,7 +99,7 @@ def bundle(bundles: dict[str, Path]) -> Path:
 def _open(bundle: Path, policy: str, memory: str, **options: object) -> Session:
     return open_session(
         bundle,
-        RunOptions(memory=memory, policy=policy, context=64, **options),  # type: ignore[arg-type]
+        run_options(memory=memory, policy=policy, context=64, **options),  # type: ignore[arg-type]
     )
 
 
@@ -114,16 +107,17 @@ def _open(bundle: Path, policy: str, memory: str, **options: object) -> Session:
 def test_the_same_run_twice_gives_the_same_tokens(policy: str, bundle: Path) -> None:
     made, accounts = [], []
     for threads in (1, 2):
-        spec = FIRES.get(policy, policy)
+        spec = FIRES[policy]
         with _open(bundle, spec, "50%", seed=3, gates=False, threads=threads) as session:
             made.append(generate_ids(session, [PROMPT], GREEDY).token_ids)
             made.append(generate_ids(session, [PROMPT], GREEDY).token_ids)  # a warm cache
             stats = session.runner.stats
             counters = stats.decode
-            assert counters.substitutions + counters.drops + counters.lowered > 0
-            assert stats.prompt.substitutions + stats.prompt.drops + stats.prompt.lowered == 0
+            assert counters.substitutions + counters.drops + counters.replica_answers > 0
+            prompt = stats.prompt
+            assert prompt.substitutions + prompt.drops + prompt.replica_answers == 0
             assert stats.decode.misses > 0
-            answered = (counters.substitutions, counters.drops, counters.lowered)
+            answered = (counters.substitutions, counters.drops, counters.replica_answers)
             accounts.append((answered, counters.hits, round(session.runner.account.spent, 6)))
     assert accounts[0] == accounts[1]
     assert made[0] == made[1] == made[2] == made[3]
@@ -141,7 +135,7 @@ def _logits(session: Session) -> torch.Tensor:
     return torch.cat(logits)
 
 
-@pytest.mark.parametrize("policy", [name for name in LOSSY if not name.startswith("prune")])
+@pytest.mark.parametrize("policy", ANSWERS_MISSES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_with_everything_resident_it_is_exact_bit_for_bit(
     policy: str, arch: str, bundles: dict[str, Path]
@@ -160,16 +154,16 @@ def test_at_zero_strength_it_is_inert_and_at_strength_it_fires(
 ) -> None:
     with _open(bundles[arch], "exact", "min") as session:
         exact = _logits(session)
-    inert = INERT.get(policy, f"{policy}:rho=0")
+    inert = INERT[policy]
     with _open(bundles[arch], inert, "50%") as session:
         assert torch.equal(_logits(session), exact)
         stats = session.runner.stats.decode
         assert stats.misses > 0
-        assert stats.substitutions == stats.drops == stats.lowered == 0
-    with _open(bundles[arch], FIRES.get(policy, policy), "50%", gates=False) as session:
+        assert stats.substitutions == stats.drops == stats.replica_answers == 0
+    with _open(bundles[arch], FIRES[policy], "50%", gates=False) as session:
         assert not torch.equal(_logits(session), exact)
         stats = session.runner.stats.decode
-        assert stats.substitutions + stats.drops + stats.lowered > 0
+        assert stats.substitutions + stats.drops + stats.replica_answers > 0
 
 
 def test_sequences_of_a_batch_are_answered_as_if_alone(bundle: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from moe_tool.errors import UsageError
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import RunOptions, run_options
 from moe_tool.runtime.session import Session, open_session
 from tests.tiny_models import TINY
 
@@ -31,7 +31,7 @@ def _decode(session: Session) -> torch.Tensor:
 
 
 def _options(memory: str, prefetch: str) -> RunOptions:
-    return RunOptions(memory=memory, prefetch=prefetch, context=64, prompt=32, batch=2)
+    return run_options(memory=memory, prefetch=prefetch, context=64, prompt=32, batch=2)
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -59,7 +59,7 @@ def test_no_budget_makes_a_difference(memory: str, bits: str, tiny_bundle: TinyB
 
 def test_a_call_that_needs_every_slot_prefetches_nothing(tiny_bundle: TinyBundle) -> None:
     with open_session(tiny_bundle("mixtral"), _options("min", "next-layer")) as session:
-        assert session.plan.n_slots == 3
+        assert session.plan.memory.n_slots == 3
 
         def four_experts(call: LayerCall) -> torch.Tensor:
             index = torch.tensor([[0, 1], [2, 3]])
@@ -124,15 +124,18 @@ def _ranked_by_hand(router: torch.nn.Module, layer: int, hidden: torch.Tensor) -
 
 @pytest.mark.parametrize("memory", ["min", "40%", "70%"])
 def test_counts_equal_those_of_a_naive_replay(memory: str, tiny_bundle: TinyBundle) -> None:
-    options = RunOptions(memory=memory, prefetch="next-layer", context=64)
+    options = run_options(memory=memory, prefetch="next-layer", context=64)
     with open_session(tiny_bundle("mixtral"), options) as session:
-        replay, record_bytes = _Replay(session.plan.n_slots), session.manifest.record_size_bytes
+        replay, record_bytes = (
+            _Replay(session.plan.memory.n_slots),
+            session.manifest.primaries[0].record_size_bytes,
+        )
         routers = {modules.layer: modules.router for modules in session.skeleton.layers}
 
         def replay_and_run(call: LayerCall) -> torch.Tensor:
             wanted = [(call.layer, expert) for expert in torch.unique(call.index).tolist()]
             replay.call(wanted)
-            if session.runner.phase == "decode" and call.layer + 1 in routers:
+            if session.runner.forward.phase == "decode" and call.layer + 1 in routers:
                 after = call.layer + 1
                 replay.expect(wanted, _ranked_by_hand(routers[after], after, call.hidden))
             return session.runner(call)
@@ -149,19 +152,19 @@ def test_counts_equal_those_of_a_naive_replay(memory: str, tiny_bundle: TinyBund
 
 
 def test_frozen_experts_leave_nothing_to_read_ahead(tiny_bundle: TinyBundle) -> None:
-    options = RunOptions(policy="drop", gates=False, prefetch="next-layer", context=64)
+    options = run_options(policy="drop", gates=False, prefetch="next-layer", context=64)
     with pytest.raises(UsageError, match="--prefetch next-layer: .* frozen"):
         open_session(tiny_bundle("mixtral"), options)
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_known(tiny_bundle: TinyBundle) -> None:
     with pytest.raises(UsageError, match="--prefetch clairvoyant") as error:
-        open_session(tiny_bundle("mixtral"), RunOptions(prefetch="clairvoyant"))
+        open_session(tiny_bundle("mixtral"), run_options(prefetch="clairvoyant"))
     assert "none, next-layer" in str(error.value.hint)
 
 
 def test_a_lossy_policy_over_a_cache_may_read_ahead(tiny_bundle: TinyBundle) -> None:
-    options = RunOptions(
+    options = run_options(
         policy="drop", gates=False, residency="cache", memory="40%", prefetch="next-layer"
     )
     with open_session(tiny_bundle("mixtral"), options) as session:

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
-from moe_tool.experts.channel_forward import channel_sizes, chooser_values
+from moe_tool.experts.channel_forward import channel_sizes, choose_channels, chooser_values
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime import moe_layer
-from moe_tool.runtime.channel_choice import choose_for_call
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
-from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 
 PROMPT = [256, *b"The list of the things"]
 
@@ -50,7 +50,8 @@ def logits(session: Session, n_tokens: int = 6) -> tuple[torch.Tensor, torch.Ten
 
 def open_sparse(bundle: Path, sparsity: float | None, memory: str = "40%") -> Session:
     return open_session(
-        bundle, RunOptions(memory=memory, sparse_experts=sparsity, context=64, threads=1)
+        bundle,
+        run_options(memory=memory, sparse_experts=sparsity, context=64, threads=1),
     )
 
 
@@ -81,14 +82,14 @@ def test_prompts_are_whole_and_memory_changes_nothing(bundle: Path) -> None:
 
 def test_fewer_channels_are_farther_off_and_fewer_bytes(bundle: Path) -> None:
     text = parse_sources(["builtin:eval"])
-    options = EvaluateOptions(tokens=128, seq_len=32, memory="40%", threads=1)
+    options = EvaluateOptions(tokens=128, seq_len=32, memory=parse_memory("40%"), threads=1)
     divergences, read = [], []
     for sparsity in (0.0, 0.5, 0.8, 0.95):
         report = evaluate(bundle, text, replace(options, sparse_experts=sparsity))
-        divergences.append(report.figures.kl_mean)
-        read.append(report.figures.bytes_read_per_token)
+        divergences.append(report.figures.kl_mean.value)
+        read.append(report.figures.bytes_read_per_token.value)
         assert report.sparsity == pytest.approx(sparsity, abs=0.06)
-        assert report.figures.bytes_read_per_token <= report.whole_bytes_per_token
+        assert report.figures.bytes_read_per_token.value <= report.whole_bytes_per_token
         assert report.policy == f"exact, sparse {sparsity:g}" == report.rows[0].policy
     assert divergences == sorted(divergences) and divergences[0] < 1e-6 < divergences[1]
     assert read == sorted(read, reverse=True) and read[-1] < 0.5 * read[0]
@@ -99,19 +100,16 @@ def test_masks_are_those_of_the_layers_own_input(
 ) -> None:
     seen = 0
 
-    def choose(call, experts, store, sparsity):  # type: ignore[no-untyped-def]
+    def choose(module, selector, hidden, sparsity):  # type: ignore[no-untyped-def]
         nonlocal seen
-        found = choose_for_call(call, experts, store, sparsity)
-        for expert, chosen in found.items():
-            chooser = store.chooser(call.layer, expert)
-            values = chooser_values(call.module, chooser, call.hidden)
-            sizes = channel_sizes(call.module, chooser, values)[0]
-            wanted = [c for c, size in enumerate(sizes) if size >= chooser.threshold(sparsity)]
-            assert chosen.index.tolist() == wanted
-            seen += 1
-        return found
+        chosen = choose_channels(module, selector, hidden, sparsity)
+        sizes = channel_sizes(module, selector, chooser_values(module, selector, hidden))[0]
+        wanted = [c for c, size in enumerate(sizes) if size >= selector.threshold(sparsity)]
+        assert chosen.index.tolist() == wanted
+        seen += 1
+        return chosen
 
-    monkeypatch.setattr(moe_layer, "choose_for_call", choose)
+    monkeypatch.setattr(moe_layer, "choose_channels", choose)
     with open_sparse(bundle, 0.6) as session:
         logits(session)
         assert seen == session.runner.stats.decode.hits + session.runner.stats.decode.misses
@@ -122,17 +120,14 @@ def test_a_missed_channel_costs_accuracy_and_nothing_else(
 ) -> None:
     """A predictor that is wrong about everything: no channel at all is chosen."""
 
-    def nothing(call, experts, store, sparsity):  # type: ignore[no-untyped-def]
-        found = choose_for_call(call, experts, store, sparsity)
+    def nothing(module, selector, hidden, sparsity):  # type: ignore[no-untyped-def]
+        found = choose_channels(module, selector, hidden, sparsity)
         none = slice(0, 0)
-        return {
-            expert: replace(each, index=each.index[none], values=each.values[:, none])
-            for expert, each in found.items()
-        }
+        return replace(found, index=found.index[none], values=found.values[:, none])
 
     with open_sparse(bundle, 0.5) as session:
         _, wanted = logits(session)
-    monkeypatch.setattr(moe_layer, "choose_for_call", nothing)
+    monkeypatch.setattr(moe_layer, "choose_channels", nothing)
     with open_sparse(bundle, 0.5) as session:
         _, found = logits(session)
         assert torch.isfinite(found).all() and not torch.equal(found, wanted)
@@ -152,13 +147,12 @@ def test_torch_computes_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_policies_of_the_others_still_run_on_whole_channels(bundle: Path) -> None:
-    options = RunOptions(memory="40%", gates=False, context=64, threads=1)
+    options = run_options(memory="40%", gates=False, context=64, threads=1)
     with open_session(bundle, options) as session:
         for policy in ("drop", "next-ranked"):
-            session.use_policy(policy, residency="frozen")
+            session.use_policy(parse_miss_policy(policy), residency="frozen")
             _, found = logits(session)
             assert torch.isfinite(found).all()
-            assert isinstance(session.runner.store.full, ChannelStore)
 
 
 def test_text_and_account_of_a_run(bundle: Path) -> None:
@@ -168,7 +162,7 @@ def test_text_and_account_of_a_run(bundle: Path) -> None:
         assert len(made.token_ids[0]) == 12
         decode = session.runner.stats.decode
         assert decode.misses and 0 < decode.bytes_read < decode.whole_bytes
-        assert decode.whole_bytes == decode.misses * session.manifest.record_size_bytes
+        assert decode.whole_bytes == decode.misses * session.manifest.primaries[0].record_size_bytes
 
 
 @pytest.mark.parametrize(
@@ -177,7 +171,7 @@ def test_text_and_account_of_a_run(bundle: Path) -> None:
         ({"sparse_experts": 1.0}, "0 to 0.95"),
         ({"sparse_experts": -0.1}, "0 to 0.95"),
         ({"sparse_experts": float("nan")}, "0 to 0.95"),
-        ({"policy": "drop"}, "one thing at a time"),
+        ({"policy": "drop"}, "cannot be combined"),
         ({"batch": 2}, "one sequence at a time"),
         ({"prefetch": "next-layer"}, "read ahead"),
         ({"record_trace": True}, "a trace does not"),
@@ -187,11 +181,11 @@ def test_what_does_not_go_together_is_refused(
     options: dict[str, object], says: str, bundle: Path
 ) -> None:
     with pytest.raises(UsageError, match=says):
-        open_session(bundle, RunOptions(**{"sparse_experts": 0.5, **options}))  # type: ignore[arg-type]
+        open_session(bundle, run_options(**{"sparse_experts": 0.5, **options}))  # type: ignore[arg-type]
 
 
 def test_another_bundle_has_no_channels(tiny_bundle: Callable[..., Path], bundle: Path) -> None:
     with pytest.raises(UsageError, match="not in channels"):
-        open_session(tiny_bundle("mixtral", bits="4"), RunOptions(sparse_experts=0.5))
-    with open_sparse(bundle, 0.5) as session, pytest.raises(UsageError, match="one thing"):
-        session.use_policy("drop", residency="frozen")
+        open_session(tiny_bundle("mixtral", bits="4"), run_options(sparse_experts=0.5))
+    with open_sparse(bundle, 0.5) as session, pytest.raises(UsageError, match="cannot be combined"):
+        session.use_policy(parse_miss_policy("drop"), residency="frozen")

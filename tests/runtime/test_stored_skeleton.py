@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.stored_modules import StoredEmbedding, StoredLinear
 from moe_tool.native.kernels import is_native
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.tokens import round_trip_tokens
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 from moe_tool.runtime.generation import GenerateOptions, generate_ids
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
+from tests.packed import pack_bundle
 from tests.tiny_models import TINY
 
-OPTIONS = RunOptions(memory="min", context=64, threads=1)
+OPTIONS = run_options(memory="min", context=64, threads=1)
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 TIED = ("granitemoe", "ernie4_5_moe")
 TinyBundle = Callable[..., Path]
@@ -84,7 +84,7 @@ def test_threads_change_no_bit(arch: str, skeleton_bits: str, tiny_bundle: TinyB
     found = []
     try:
         for threads in (1, 2, 3):
-            options = RunOptions(memory="min", context=64, threads=threads)
+            options = run_options(memory="min", context=64, threads=threads)
             with open_session(bundle, options) as session:
                 found.append(logits_of(session.model))
     finally:
@@ -141,7 +141,7 @@ def test_memory_is_that_of_the_stored_bytes(
     stored = load_file(bundle / "skeleton-00001.safetensors")
     with open_session(bundle, OPTIONS) as session:
         found = held_bytes(session)
-        line = next(line for line in session.plan.lines if line.name == "skeleton")
+        line = next(line for line in session.plan.memory.lines if line.name == "skeleton")
     assert line.size_bytes == found
     # Norms, biases, routers and one-output gates become the float32 that is computed with.
     whole = [t for name, t in stored.items() if is_widened(name, t)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_tool.artifacts.routing import FULL, Routing
+from moe_tool.artifacts.routing import PRIMARY, Routing
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.misses import (
     Gates,
@@ -34,13 +34,13 @@ def _book() -> PriceBook:
             layer: LayerBook(
                 nats=rng.uniform(0.5, 2, n),
                 eps=np.stack([np.zeros(n), rng.uniform(0.1, 0.5, n)]),
+                record_bytes=np.repeat([[SIZES[0]], [SIZES[1]]], n, axis=1),
                 buddy=np.zeros((n, 0), dtype=np.int64),
                 buddy_scale=np.zeros((n, 0)),
                 buddy_eps=np.zeros((n, 0)),
             )
             for layer in samples.LAYERS
         },
-        record_bytes=SIZES,
     )
 
 
@@ -69,7 +69,7 @@ def test_sums_are_those_of_every_slot_answered_alone(tmp_path: Path, patience: f
                 for expert, weight in pairs:
                     slots += 1
                     whole = each.nats[expert] * float(weight) ** 2
-                    if masks[layer][FULL, expert]:
+                    if masks[layer][PRIMARY, expert]:
                         hits += 1
                         computed += 1
                         continue

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow, best_policy
 from moe_tool.errors import UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.eviction import parse_eviction
@@ -10,11 +11,8 @@ from moe_tool.simulator.budget_list import parse_budgets
 from moe_tool.simulator.profile_trace import decode_trace, part_to_replay, prompt_trace
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.simulate import (
-    BELADY,
     Budget,
     Machine,
-    SimulatedRow,
-    best_policy,
     find_cliff,
     find_slower,
     simulate_decoding,
@@ -154,17 +152,20 @@ def test_a_profiles_tokens_are_replayed_one_by_one_and_in_chunks(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        (["10%..30%"], [("10%", 0.1), ("20%", 0.2), ("30%", 0.3)]),
-        (["50%,4GiB", "50%"], [("50%", 0.5), ("4GiB", None)]),
-        (["12.5%"], [("12.5%", 0.125)]),
-        (["min, 50%"], [("min", None), ("50%", 0.5)]),
+        (["10%..30%"], ["10%", "20%", "30%"]),
+        (["7%..57%"], ["7%", "17%", "27%", "37%", "47%", "57%"]),
+        (["50%,4GiB", "50%"], ["50%", "4GiB"]),
+        (["12.5%"], ["12.5%"]),
+        (["min, 50%"], ["min", "50%"]),
     ],
 )
 def test_budgets_are_shares_or_bytes(texts, expected):
-    assert parse_budgets(texts) == expected
+    assert [str(budget) for budget in parse_budgets(texts)] == expected
 
 
-@pytest.mark.parametrize("text", ["", "x", "0%", "101%", "30%..10%", "..", "10%..", "-1%", "nan%"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "0%", "101%", "30%..10%", "..", "10%..", "-1%", "nan%", "auto"]
+)
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(UsageError):
         parse_budgets([text])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.policies.eviction import Lru
-from moe_tool.store.expert_store import ExpertStore
+from moe_tool.store.record_store import RecordStore
 from tests.store.fake_bundle import RECORD_BYTES, FakeBundle, tag
 
 KEYS = [(layer, expert) for layer in (0, 1) for expert in range(4)]
@@ -27,7 +27,7 @@ def open_store(bundle):
     stores = []
 
     def build(**options):
-        stores.append(ExpertStore(bundle, eviction=Lru, **options))
+        stores.append(RecordStore(bundle, form=0, eviction=Lru, **options))
         return stores[-1]
 
     yield build
@@ -54,12 +54,12 @@ def _use(store, layer, experts, *, expected=None, counters=None):
 
 
 def _expect(store, layer, experts, counters):
-    absent = [expert for expert in experts if not store.resident(layer)[expert]]
+    absent = [expert for expert in experts if not store.resident(layer)[0][expert]]
     store.prefetch(layer, absent, spare=experts, counters=counters)
 
 
 def _content(store):
-    return {(layer, e) for layer in (0, 1) for e in store.resident(layer).nonzero()[0]}
+    return {(layer, e) for layer in (0, 1) for e in store.resident(layer)[0].nonzero()[0]}
 
 
 class _Replay:
@@ -120,7 +120,9 @@ def test_any_calls_and_guesses_give_right_bytes_and_the_counts_of_a_plain_replay
     bundle, replay, counters = FakeBundle(), _Replay(n_slots, pinned), PhaseCounters()
     bundle.delay_s = {key: data.draw(st.sampled_from((0, 0.0005, 0.001))) for key in KEYS}
     n_readers = data.draw(st.integers(1, 3))
-    store = ExpertStore(bundle, n_slots=n_slots, pinned=pinned, eviction=Lru, n_readers=n_readers)
+    store = RecordStore(
+        bundle, form=0, n_slots=n_slots, pinned=pinned, eviction=Lru, n_readers=n_readers
+    )
     try:
         n_wanted = 0
         for layer, experts, expected in data.draw(CALLS):
@@ -146,7 +148,7 @@ def test_any_calls_and_guesses_give_right_bytes_and_the_counts_of_a_plain_replay
 def test_failures_and_abandoned_calls_between_guesses_leave_the_store_in_order(data):
     n_slots = data.draw(st.integers(1, 5))
     bundle = FakeBundle()
-    store = ExpertStore(bundle, n_slots=n_slots, eviction=Lru, n_readers=2)
+    store = RecordStore(bundle, form=0, n_slots=n_slots, eviction=Lru, n_readers=2)
     steps = st.tuples(
         st.sampled_from((0, 1)),
         EXPERTS,
@@ -289,7 +291,7 @@ def test_a_damaged_record_is_named_when_it_is_wanted_and_not_before(bundle, open
     _use(store, 0, [0], expected=(1, [2]))
     with pytest.raises(CorruptArtifactError, match="layer 1 expert 2"):
         _use(store, 1, [2])
-    assert not store.resident(1).any()
+    assert not store.resident(1)[0].any()
     _use(store, 0, [0], expected=(1, [3]))
     assert _use(store, 1, [0]) == [0]  # 3 turned out not to be wanted
     bundle.broken = set()
@@ -298,7 +300,7 @@ def test_a_damaged_record_is_named_when_it_is_wanted_and_not_before(bundle, open
 
 def test_closing_joins_the_threads_in_the_middle_of_a_prefetch(bundle):
     before = threading.active_count()
-    store = ExpertStore(bundle, n_slots=6, eviction=Lru)
+    store = RecordStore(bundle, form=0, n_slots=6, eviction=Lru)
     bundle.delay_s[1, 2] = 0.02
     _use(store, 0, [0], expected=(1, [2, 3]))
     store.close()

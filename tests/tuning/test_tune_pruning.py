@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_tool.artifacts.pack_plan import LayerBits
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import (
     BudgetError,
     CorruptArtifactError,
@@ -21,17 +22,19 @@ from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel, locate_model
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
-from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
 from moe_tool.tuning import tune_pruning as story
 from moe_tool.tuning.train_mask_router import MaskTraining
 from moe_tool.tuning.tune_pruning import TunePruningOptions, tune_pruning
+from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
 
-SMALL = TunePruningOptions(tokens=1024, seq_len=32, batch=4, threads=1, rate=0.2, memory="100%")
+SMALL = TunePruningOptions(
+    tokens=1024, seq_len=32, batch=4, threads=1, rate=0.2, memory=parse_memory("100%")
+)
 STATE = ".pruning-training.safetensors"
 
 
@@ -51,7 +54,9 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, whose experts are trained, with its routers trained for a moment."""
     out = tmp_path_factory.mktemp("demo") / "bundle"
     pack_bundle(locate_model("demo", offline=True, announce=print), out=out, bits="4")
-    options = TunePruningOptions(tokens=8192, seq_len=64, batch=4, threads=1, memory="100%")
+    options = TunePruningOptions(
+        tokens=8192, seq_len=64, batch=4, threads=1, memory=parse_memory("100%")
+    )
     tune_pruning(out, parse_sources(["builtin"]), options)
     return out
 
@@ -67,7 +72,7 @@ def test_learned_pruning_keeps_to_its_rates_and_beats_random(demo_bundle: Path) 
             seq_len=64,
             policy=names[1],
             also=(*names, "exact", "prune:random:rate=0.2"),
-            memory="50%",
+            memory=parse_memory("50%"),
             threads=1,
         ),
     )
@@ -75,29 +80,29 @@ def test_learned_pruning_keeps_to_its_rates_and_beats_random(demo_bundle: Path) 
     shape = BundleReader.open(demo_bundle).manifest.shape
     chosen = len(shape.layers) * shape.top_k
     left_out = [rows[name].drops_per_token / chosen for name in names]
-    assert left_out[0] == 0 and rows[names[0]].kl_mean == pytest.approx(0, abs=1e-5)
+    assert left_out[0] == 0 and rows[names[0]].kl_mean.value == pytest.approx(0, abs=1e-5)
     np.testing.assert_allclose(left_out, rates, atol=0.04)
-    kl = [rows[name].kl_mean for name in names]
-    read = [rows[name].bytes_read_per_token for name in names]
+    kl = [rows[name].kl_mean.value for name in names]
+    read = [rows[name].bytes_read_per_token.value for name in names]
     assert kl == sorted(kl) and read == sorted(read, reverse=True)
-    assert read[0] == rows["exact"].bytes_read_per_token
+    assert read[0] == rows["exact"].bytes_read_per_token.value
     random = rows["prune:random:rate=0.2"]
     assert random.drops_per_token / chosen == pytest.approx(0.2, abs=0.02)
-    assert 0 < rows[names[1]].kl_mean < 0.7 * random.kl_mean
+    assert 0 < rows[names[1]].kl_mean.value < 0.7 * random.kl_mean.value
 
 
 def test_what_a_drop_leaves_unread_is_counted(demo_bundle: Path) -> None:
     read, spared = [], []
     for policy in ("prune:learned:rate=0", "prune:learned:rate=0.35"):
-        options = RunOptions(policy=policy, memory="50%", context=64, threads=1)
+        options = run_options(policy=policy, memory="50%", context=64, threads=1)
         with open_session(demo_bundle, options) as session:
             ids = torch.tensor([list(range(5, 21))])
             cache = session.model(input_ids=ids, use_cache=True).past_key_values
             session.model(input_ids=torch.tensor([[30]]), past_key_values=cache)
             counters = session.runner.stats.decode
             read.append(counters.bytes_read)
-            spared.append(counters.spared_bytes)
-            record = session.bundle.layout.size_bytes
+            spared.append(counters.skipped_fetch_bytes)
+            record = session.bundle.forms[0].record_size_bytes
     assert spared[0] == 0
     assert spared[1] > 0 and spared[1] % record == 0
     assert read[1] <= read[0]
@@ -210,9 +215,9 @@ def test_what_cannot_be_is_refused(bundle: Path, sources: tuple[TextSource, ...]
     with pytest.raises(DataSourceError, match="too few"):
         tune_pruning(bundle, sources, replace(SMALL, tokens=32))
     with pytest.raises(BudgetError):
-        tune_pruning(bundle, sources, replace(SMALL, memory="1MiB"))
+        tune_pruning(bundle, sources, replace(SMALL, memory=parse_memory("1MiB")))
     with pytest.raises(NotFoundError, match="nothing was learned"):
-        open_session(bundle, RunOptions(policy="prune:learned", memory="50%", context=64))
+        open_session(bundle, run_options(policy="prune:learned", memory="50%", context=64))
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
@@ -228,7 +233,8 @@ def test_other_architectures_are_trained_too(
     report = tune_pruning(bundle, sources, SMALL)
     assert report.left_out == pytest.approx(0.2, abs=0.03) and report.kl > 0
     with open_session(
-        bundle, RunOptions(policy="prune:learned", memory="50%", context=64, threads=1)
+        bundle,
+        run_options(policy="prune:learned", memory="50%", context=64, threads=1),
     ) as session:
         ids = torch.tensor([[5, 6, 7, 8]])
         cache = session.model(input_ids=ids, use_cache=True).past_key_values
@@ -266,6 +272,6 @@ def test_the_budget_of_a_plan_is_for_running(
         plan = made_plan(identity=profile.header.identity, bits="4", memory_bytes=2**20)
     pack_bundle(model, out=tmp_path / "b", bits="4", plan=plan, profile=tmp_path / "p.h5")
     with pytest.raises(BudgetError):
-        open_session(tmp_path / "b", RunOptions(context=64))
+        open_session(tmp_path / "b", run_options(context=64))
     report = tune_pruning(tmp_path / "b", sources, replace(SMALL, memory=None))
     assert report.memory_budget_bytes > 2**20

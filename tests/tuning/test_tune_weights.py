@@ -29,13 +29,14 @@ from moe_tool.models.layer_stream import LayerStream
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.weights import FloatWeight
 from moe_tool.text.sequences import build_sequences
 from moe_tool.text.sources import parse_sources
 from moe_tool.tuning.paired_layers import PairedModel
-from moe_tool.tuning.tune_weights import TuneOptions, TuneReport, tune_weights
+from moe_tool.tuning.tune_options import TuneOptions
+from moe_tool.tuning.tune_weights import TuneReport, tune_weights
+from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
 from tests.tiny_models import TINY, make_tiny_checkpoint
 
@@ -103,17 +104,10 @@ def divergence(bundle: Path, model: LocatedModel) -> float:
                         found = opened.experts.read(layer, expert)
                         yield expert, {n: FloatWeight(values=v) for n, v in found.items()}
                         continue
-                    level = next(
-                        at
-                        for at in reader.own_levels
-                        if any(
-                            (r.layer, r.expert) == (layer, expert)
-                            for r in reader.levels[at].records
-                        )
-                    )
-                    record = torch.empty(reader.levels[level].record_size_bytes, dtype=torch.uint8)
-                    reader.read_record_into(layer, expert, record, level=level)
-                    yield expert, reader.levels[level].form.decode(record)
+                    held = reader.primary_form(layer, expert)
+                    record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
+                    reader.read_record_into(layer, expert, record, form=held.index)
+                    yield expert, held.form.decode(record)
 
             stream.set_experts_function(
                 lambda c, supply=supply: run_experts(
@@ -159,9 +153,9 @@ def test_scales_stay_and_only_codes_move(
         for expert in range(8):
             records = []
             for reader in (old, new):
-                record = torch.empty(reader.levels[0].record_size_bytes, dtype=torch.uint8)
-                reader.read_record_into(1, expert, record)
-                records.append(reader.levels[0].form.decode(record))
+                record = torch.empty(reader.forms[0].record_size_bytes, dtype=torch.uint8)
+                reader.read_record_into(1, expert, record, form=0)
+                records.append(reader.forms[0].form.decode(record))
             for name, weight in records[0].items():
                 other = records[1][name]
                 assert torch.equal(weight.scales, other.scales)  # type: ignore[union-attr]
@@ -180,9 +174,7 @@ def test_the_manifest_says_where_the_codes_come_from(
     assert (step.steps, step.batch_tokens, step.tokens) == (60, 256, 4096)
     assert (step.optimizer, step.rounding, step.rate, step.seed) == ("sgd", "nearest", 0.1, 0)
     assert step.sources == ("docs=builtin:docs", "code=builtin:code")
-    assert manifest.errors is not None
-    eps = [price for entry in manifest.errors for price in entry.eps]
-    assert all(0 < price < 1 for price in eps)
+    assert all(r.eps is not None and 0 < r.eps < 1 for r in manifest.primary_records)
 
 
 def test_a_tuned_bundle_may_be_tuned_again(
@@ -249,7 +241,7 @@ def test_where_tuning_does_not_help_a_layer_stays_as_it_was(
     assert (tmp_path / "t" / name).read_bytes() == (bundle / name).read_bytes()
 
 
-def test_experts_of_floats_absent_ones_and_several_widths(
+def test_experts_of_floats_removed_ones_and_several_widths(
     model: LocatedModel, tmp_path: Path
 ) -> None:
     opened = open_model(model)
@@ -263,14 +255,15 @@ def test_experts_of_floats_absent_ones_and_several_widths(
     old, new = contents(tmp_path / "b"), contents(tmp_path / "t")
     assert old.keys() == new.keys()
     assert new["experts-native-00001.safetensors"] == old["experts-native-00001.safetensors"]
-    assert new["experts-00001.safetensors"] != old["experts-00001.safetensors"]
+    assert new["experts-2-00001.safetensors"] != old["experts-2-00001.safetensors"]
     with BundleReader.open(tmp_path / "t") as reader:
         reader.verify_all()
         manifest = reader.manifest
-    assert manifest.absent == tuple((layer, 0) for layer in opened.shape.layers)
-    assert manifest.plan == plan and manifest.errors is not None
-    for entry in manifest.errors:
-        assert entry.eps[0] == 1.0 and entry.eps[1] == 0.0 and 0 < entry.eps[7] < entry.eps[2]
+    assert manifest.removed == tuple((layer, 0) for layer in opened.shape.layers)
+    assert manifest.plan == plan
+    eps = {(r.layer, r.expert): r.eps for r in manifest.primary_records}
+    for layer in opened.shape.layers:
+        assert eps[layer, 1] == 0.0 and 0 < eps[layer, 7] < eps[layer, 2]  # type: ignore[operator]
 
 
 def test_replicas_are_taken_along_with_their_prices(model: LocatedModel, tmp_path: Path) -> None:
@@ -281,7 +274,7 @@ def test_replicas_are_taken_along_with_their_prices(model: LocatedModel, tmp_pat
     old, new = (
         read_json_artifact(tmp_path / name / MANIFEST, BundleManifest) for name in ("b", "t")
     )
-    assert new.replicas == old.replicas and new.heat == old.heat and new.prices == old.prices
+    assert new.cheaper == old.cheaper and new.heat == old.heat and new.prices == old.prices
 
 
 def test_an_expert_that_no_text_reaches_is_left_and_named(tmp_path: Path) -> None:
@@ -293,7 +286,7 @@ def test_an_expert_that_no_text_reaches_is_left_and_named(tmp_path: Path) -> Non
     assert 0 < len(report.untuned) <= 16
     with BundleReader.open(tmp_path / "b") as old, BundleReader.open(tmp_path / "t") as new:
         for layer, expert in report.untuned:
-            entries = [reader.record_entry(layer, expert).xxh3 for reader in (old, new)]
+            entries = [reader.record_entry(layer, expert, form=0).xxh3 for reader in (old, new)]
             assert entries[0] == entries[1]
 
 
@@ -343,7 +336,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_written(
         (bundle, other, QUICK, WrongModelError, "was made from tiny"),
         (bundle, model, replace(QUICK, tokens=32), UsageError, "one sequence"),
         (bundle, model, replace(QUICK, rate=-1.0), UsageError, "--rate"),
-        (bundle, model, replace(QUICK, memory_bytes=2**20), BudgetError, "given 1.00 MiB"),
+        (bundle, model, replace(QUICK, memory_bytes=2**20), BudgetError, "has 1.00 MiB"),
     ]
     for folder, located, options, error, says in cases:
         with pytest.raises(error, match=says):

@@ -46,7 +46,6 @@ def _case(arch: str, seed: int = 0):
     hidden = torch.randn(N_TOKENS, 64, generator=draw)
     scores = torch.rand(N_TOKENS, module.num_experts, generator=draw)
     weight, index = scores.topk(3, dim=1)
-    index[2, 1] = module.num_experts  # no expert
     return module, weights, hidden, index, weight
 
 
@@ -78,10 +77,15 @@ def _plainly(module, weights, hidden, index, weight):
 @pytest.mark.parametrize("arch", ["mixtral", "gpt_oss"])
 def test_gradients_are_those_of_the_dense_sum(arch: str) -> None:
     module, weights, hidden, index, weight = _case(arch)
+    present = torch.ones(index.shape, dtype=torch.bool)
+    present[2, 1] = False
     found, wanted = [], []
     for forward, kept in (
-        (lambda h, w: weighed_experts(module, h, index, w, _supply(weights)), found),
-        (lambda h, w: _plainly(module, weights, h, index, w), wanted),
+        (
+            lambda h, w: weighed_experts(module, h, index, w, _supply(weights), present=present),
+            found,
+        ),
+        (lambda h, w: _plainly(module, weights, h, index, w * present), wanted),
     ):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         output = forward(*leaves)
@@ -96,9 +100,7 @@ def test_a_hard_mask_gives_the_dense_sum_with_masked_weights() -> None:
     module, weights, hidden, index, weight = _case("mixtral", seed=1)
     mask = torch.ones_like(weight)
     mask[::2, 1:] = 0
-    left_out = run_experts(
-        module, hidden, torch.where(mask > 0, index, -1), weight * mask, _supply(weights)
-    )
+    left_out = run_experts(module, hidden, index, weight * mask, _supply(weights), present=mask > 0)
     masked = weighed_experts(module, hidden, index, weight * mask, _supply(weights))
     dense = _plainly(module, weights, hidden, index, weight * mask)
     torch.testing.assert_close(left_out, dense, atol=1e-5, rtol=1e-5)

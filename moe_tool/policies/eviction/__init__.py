@@ -1,11 +1,13 @@
 """Which expert leaves the cache when another one needs its slot."""
 
 from moe_tool.policies.eviction.belady import Belady
-from moe_tool.policies.eviction.choice import EVICTION, EvictionChoice, parse_eviction
+from moe_tool.policies.eviction.choice import EvictionChoice, parse_eviction
 from moe_tool.policies.eviction.expert_cache import Entry, ExpertCache, MakeEviction
 from moe_tool.policies.eviction.lru import Lru
 from moe_tool.policies.eviction.protocol import CacheShape, Eviction
+from moe_tool.policies.eviction.registry import EVICTION
 from moe_tool.policies.eviction.smoe import gate_scores
+from moe_tool.policies.eviction.spec import EvictionSpec
 
 __all__ = [
     "EVICTION",
@@ -14,6 +16,7 @@ __all__ = [
     "Entry",
     "Eviction",
     "EvictionChoice",
+    "EvictionSpec",
     "ExpertCache",
     "Lru",
     "MakeEviction",

@@ -7,6 +7,8 @@ import numpy as np
 
 from moe_tool.policies.eviction.protocol import CacheShape, Hint
 from moe_tool.policies.eviction.ranked import Ranked
+from moe_tool.policies.eviction.spec import EvictionSpec
+from moe_tool.policies.parameters import Parameter
 
 _HIGH = 2**60
 
@@ -66,3 +68,22 @@ class Expertflow(Ranked):
 
     def _raise(self, key: int, call: int) -> None:
         self._high_until[key] = max(self._high_until[key], call)
+
+
+SPEC = EvictionSpec(
+    name="expertflow",
+    summary="what was neither just used nor is predicted soon",
+    make=Expertflow,
+    parameters={
+        "window": Parameter(
+            help="layer calls that are looked back and ahead",
+            default=2,
+            least=1,
+            most=10**6,
+            is_whole=True,
+        )
+    },
+    source="arXiv:2510.26730",
+    compiled="expertflow",
+    look_ahead="window",
+)

@@ -1,6 +1,7 @@
 """The expert that came first leaves first, used since or not."""
 
 from moe_tool.policies.eviction.ranked import Ranked
+from moe_tool.policies.eviction.spec import EvictionSpec
 
 
 class Fifo(Ranked):
@@ -15,3 +16,6 @@ class Fifo(Ranked):
 
     def touch(self, key: int) -> None:
         """A use changes nothing."""
+
+
+SPEC = EvictionSpec(name="fifo", summary="what came first", make=Fifo, compiled="fifo")

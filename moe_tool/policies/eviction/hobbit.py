@@ -4,6 +4,8 @@ import numpy as np
 
 from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
+from moe_tool.policies.eviction.spec import EvictionSpec
+from moe_tool.policies.parameters import Parameter
 
 
 class Hobbit(Ranked):
@@ -42,3 +44,22 @@ class Hobbit(Ranked):
         super().begin_call(layer)
         nearness = self.shape.n_layers - self.turns_until() + 1
         self.layer_ranks = self.forward * self._of_distance * nearness
+
+
+def _weight(of: str) -> Parameter:
+    return Parameter(help=f"weight of {of}, percent", default=25, most=10**6, is_whole=True)
+
+
+SPEC = EvictionSpec(
+    name="hobbit",
+    summary="the least of recency, uses and nearness of the layer's turn, weighted",
+    make=Hobbit,
+    parameters={
+        "lru": _weight("recency"),
+        "lfu": _weight("uses"),
+        "lhu": _weight("uses at high precision"),
+        "fld": _weight("nearness of the layer's turn"),
+    },
+    source="arXiv:2411.01433",
+    compiled="hobbit",
+)

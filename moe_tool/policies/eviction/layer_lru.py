@@ -2,6 +2,8 @@
 
 from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
+from moe_tool.policies.eviction.spec import EvictionSpec
+from moe_tool.policies.parameters import Parameter
 
 
 class LayerLru(Ranked):
@@ -32,3 +34,21 @@ class LayerLru(Ranked):
         """See `Eviction`."""
         super().begin_call(layer)
         self.layer_ranks = -100 * self.turns_until()
+
+
+SPEC = EvictionSpec(
+    name="layer-lru",
+    summary="whose layer's turn is farthest ahead, with a share of a round for every forward "
+    "without use",
+    make=LayerLru,
+    parameters={
+        "age": Parameter(
+            help="share of a round that a forward without use adds, percent",
+            default=25,
+            least=1,
+            most=10**6,
+            is_whole=True,
+        )
+    },
+    compiled="layer-lru",
+)

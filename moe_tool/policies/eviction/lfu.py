@@ -4,6 +4,8 @@ import numpy as np
 
 from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
+from moe_tool.policies.eviction.spec import EvictionSpec
+from moe_tool.policies.parameters import Parameter
 
 _USES_BITS = 40
 _MAX_COUNT = 2**20
@@ -46,3 +48,20 @@ class Lfu(Ranked):
 
     def _rank(self, key: int) -> None:
         self.rank(key, (int(self._counts[key]) << _USES_BITS) + int(self._last_use[key]))
+
+
+SPEC = EvictionSpec(
+    name="lfu",
+    summary="what was used least, old uses counting half",
+    make=Lfu,
+    parameters={
+        "halve-every": Parameter(
+            help="forwards after which all counts are halved",
+            default=64,
+            least=1,
+            most=10**6,
+            is_whole=True,
+        )
+    },
+    compiled="lfu",
+)

@@ -1,6 +1,7 @@
 """The least recently used expert leaves first."""
 
 from moe_tool.policies.eviction.ranked import Ranked
+from moe_tool.policies.eviction.spec import EvictionSpec
 
 
 class Lru(Ranked):
@@ -14,3 +15,12 @@ class Lru(Ranked):
         self.rank(key, self._uses)
 
     add = touch
+
+
+SPEC = EvictionSpec(
+    name="lru",
+    summary="what was used longest ago",
+    make=Lru,
+    compiled="lru",
+    is_stack=True,
+)

@@ -1,4 +1,4 @@
-"""What a cache of experts asks of an eviction policy."""
+"""Methods that a cache of experts calls on its eviction policy."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ Hint = Literal["scores", "predictions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheShape:
-    """What a policy has to choose from. An expert's key is its layer's position among the MoE
+    """The experts that a policy chooses from. An expert's key is its layer's position among the MoE
     layers times `n_experts`, plus its number."""
 
     n_layers: int
     """MoE layers"""
     n_experts: int
-    """Of one layer"""
+    """Experts of one layer"""
     capacity: int
     """Experts in the cache at most, pinned ones not counted"""
 
@@ -35,7 +35,7 @@ class Eviction(Protocol):
     """
 
     hints: ClassVar[frozenset[Hint]]
-    """What it wants to be told beside the accesses"""
+    """Notes that it wants beside the accesses"""
 
     def begin_call(self, layer: int) -> None:
         """Take note that a layer is called, by its position; forwards go through them ascending."""

@@ -69,10 +69,10 @@ class Ranked:
         self._flat[key] = _ABSENT
 
     def observe(self, layer: int, scores: np.ndarray) -> None:
-        """Nothing follows from scores."""
+        """No-op: ignores router scores."""
 
     def expect(self, keys: Sequence[int], *, ahead: int) -> None:
-        """Nothing follows from predictions."""
+        """No-op: ignores predictions."""
 
     def turns_until(self) -> np.ndarray:
         """Return how many layer calls from now each layer's turn is, [L] int64 of 1..L; L for the

@@ -1,5 +1,5 @@
-"""Three queues: a small one for what may be used once, a main one, and the names of what left the
-small one (Yang et al., SOSP 2023)."""
+"""S3-FIFO: a small queue for what may be used once, a main one, and a ghost queue of experts that
+left the small one (Yang et al., SOSP 2023)."""
 
 from collections.abc import Collection, Sequence
 from typing import ClassVar
@@ -7,13 +7,15 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.spec import EvictionSpec
+from moe_tool.policies.parameters import Parameter
 
 _MAX_USES = 3
 
 
 class S3Fifo:
     """A newcomer enters the small queue, a tenth of the cache, and moves to the main one if it was
-    used again by the time it would leave. Who comes back soon after it left enters the main one."""
+    used again by the time it would leave. Ghost-queue hits enter the main queue."""
 
     hints: ClassVar[frozenset[Hint]] = frozenset()
 
@@ -32,7 +34,7 @@ class S3Fifo:
         self._ghosts: dict[int, None] = {}
 
     def begin_call(self, layer: int) -> None:
-        """Layers are all one to it."""
+        """No-op: S3-FIFO does not use the layer's position."""
 
     def touch(self, key: int) -> None:
         """See `Eviction`."""
@@ -81,13 +83,31 @@ class S3Fifo:
         self._main.pop(key, None)
 
     def observe(self, layer: int, scores: np.ndarray) -> None:
-        """Nothing follows from scores."""
+        """No-op: ignores router scores."""
 
     def expect(self, keys: Sequence[int], *, ahead: int) -> None:
-        """Nothing follows from predictions."""
+        """No-op: ignores predictions."""
 
 
 def _pop(queue: dict[int, None]) -> int:
     key = next(iter(queue))
     del queue[key]
     return key
+
+
+SPEC = EvictionSpec(
+    name="s3-fifo",
+    summary="what was used once: three queues",
+    make=S3Fifo,
+    parameters={
+        "small": Parameter(
+            help="the small queue's part of the cache, percent",
+            default=10,
+            least=1,
+            most=10**6,
+            is_whole=True,
+        )
+    },
+    source="Yang et al., SOSP 2023",
+    compiled="s3-fifo",
+)

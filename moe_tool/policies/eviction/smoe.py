@@ -1,11 +1,14 @@
-"""The expert that the routers thought least of lately leaves first: arXiv:2508.18983, SMoE."""
+"""Evict the expert with the lowest moving-average gate score: arXiv:2508.18983, SMoE."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
 
 from moe_tool.policies.eviction.protocol import CacheShape, Hint
 from moe_tool.policies.eviction.ranked import Ranked
+from moe_tool.policies.eviction.spec import EvictionSpec
+from moe_tool.policies.parameters import Parameter
 
 SCORE_ONE = 2**15
 """The score of certainty"""
@@ -27,8 +30,8 @@ class Smoe(Ranked):
         super().__init__(shape)
         self._window = window
         self._scores: dict[int, np.ndarray] = {}
-        """Layer -> [window, E] uint16, of those that were called: with `per-layer` a policy sees
-        but one"""
+        """Layer -> [window, E] uint16; only layers that were called, since with `per-layer` a
+        policy sees but one"""
         self._calls = np.zeros(shape.n_layers, dtype=np.int64)
         self._means = np.zeros((shape.n_layers, shape.n_experts), dtype=np.int64)
 
@@ -66,3 +69,27 @@ def gate_scores(logits: np.ndarray) -> np.ndarray:
     shares = odds / odds.sum(axis=-1, keepdims=True)
     scores: np.ndarray = np.rint(shares.mean(axis=-2) * SCORE_ONE).astype(np.uint16)
     return scores
+
+
+def _notes_bytes(parameters: Mapping[str, int], *, n_layers: int, n_experts: int) -> int:
+    """Return the bytes of the scores in the window, uint16."""
+    return 2 * n_layers * n_experts * parameters["window"]
+
+
+SPEC = EvictionSpec(
+    name="smoe",
+    summary="the least mean gate score lately",
+    make=Smoe,
+    parameters={
+        "window": Parameter(
+            help="calls of the layer that are averaged over",
+            default=16,
+            least=1,
+            most=1024,
+            is_whole=True,
+        )
+    },
+    source="arXiv:2508.18983",
+    compiled="smoe",
+    notes_bytes=_notes_bytes,
+)

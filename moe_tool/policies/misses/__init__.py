@@ -1,9 +1,12 @@
 """Who answers when a wanted expert is not in the fast tier."""
 
-from moe_tool.policies.misses.choice import MISS_POLICIES, MissChoice, parse_miss_policy
+from moe_tool.policies.misses.choice import MissChoice, parse_miss_policy
 from moe_tool.policies.misses.gates import Gates
 from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, Reweigh
+from moe_tool.policies.misses.registry import MISS_POLICIES
+from moe_tool.policies.misses.spec import PolicySpec
+from moe_tool.policies.misses.strength import StrengthGrid
 
 __all__ = [
     "MISS_POLICIES",
@@ -12,7 +15,9 @@ __all__ = [
     "MissChoice",
     "MissPolicy",
     "PolicyInputs",
+    "PolicySpec",
     "PriceBook",
     "Reweigh",
+    "StrengthGrid",
     "parse_miss_policy",
 ]

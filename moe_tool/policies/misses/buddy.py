@@ -7,10 +7,13 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import LayerBuddies
-from moe_tool.artifacts.routing import Answers, Routing
-from moe_tool.policies.misses.gates import Gates, open_slots
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import Answers, Routing, keep
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
+from moe_tool.policies.misses.needs import BUDDIES, GATES
+from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
+from moe_tool.policies.parameters import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,3 +103,31 @@ def _relative_logits(routing: Routing, token: np.ndarray) -> np.ndarray:
     low, high = logits.min(axis=1, keepdims=True), logits.max(axis=1, keepdims=True)
     relative: np.ndarray = (logits - low) / np.where(high > low, high - low, 1)
     return relative
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Buddy:
+    assert inputs.gates is not None and inputs.buddies is not None
+    return Buddy(
+        gates=inputs.gates.tuned(values),
+        tables=buddy_tables(inputs.buddies),
+        logit_weight=values["eta"],
+    )
+
+
+SPEC = PolicySpec(
+    name="buddy",
+    summary="the best of its listed stand-ins that is resident and free, times its fitted scale; "
+    "without one, itself",
+    make=_make,
+    inert="rho=0",
+    parameters={
+        **GATE_PARAMETERS,
+        "eta": Parameter(
+            help="weight of this token's router logit in the choice; 0 follows the lists alone",
+            default=0,
+            most=100,
+        ),
+    },
+    needs=(BUDDIES, GATES),
+    source="BuddyMoE, arXiv:2511.10054",
+)

@@ -5,9 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing
-from moe_tool.policies.misses.gates import Gates, open_slots
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
+from moe_tool.policies.misses.needs import GATES
+from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.spec import PolicySpec, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +26,7 @@ class Drop:
         return f"drop: a missing expert is left out, text may differ ({self.gates.describe()})"
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with expert -1 and weight 0 in open slots, heaviest slots first."""
+        """Return the routing with open slots empty, the heaviest ones first."""
         slots = open_slots(self.gates, routing, resident)
         if slots is None:
             return keep(routing)
@@ -32,9 +34,20 @@ class Drop:
         ranked &= np.cumsum(ranked, axis=1) <= slots.limit
         dropped = np.zeros_like(ranked)
         np.put_along_axis(dropped, slots.order, ranked, axis=1)
-        return Answers(
-            expert=np.where(dropped, -1, routing.index),
-            weight=np.where(dropped, np.float32(0), routing.weight),
-            substituted=0,
-            dropped=int(dropped.sum()),
-        )
+        return leave_out(routing, dropped)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Drop:
+    assert inputs.gates is not None
+    return Drop(gates=inputs.gates.tuned(values))
+
+
+SPEC = PolicySpec(
+    name="drop",
+    summary="nothing",
+    make=_make,
+    inert="rho=0",
+    parameters=GATE_PARAMETERS,
+    needs=(GATES,),
+    source="a control of buddy",
+)

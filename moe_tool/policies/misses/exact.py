@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import Answers, Routing, keep
+from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.spec import PolicySpec, Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,3 +25,16 @@ class Exact:
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
         """Return the routing unchanged."""
         return keep(routing)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Exact:
+    return Exact()
+
+
+SPEC = PolicySpec(
+    name="exact",
+    summary="itself, read from the bundle while the layer's resident experts compute",
+    make=_make,
+    inert="",
+    fires=None,
+)

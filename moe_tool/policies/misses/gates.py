@@ -1,12 +1,36 @@
 """When a miss may be answered by something else: BuddyMoE's gates, shared by all lossy policies."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Routing
+from moe_tool.artifacts.routing import PRIMARY, Routing
 from moe_tool.policies.entropy import token_activating_entropy
+from moe_tool.policies.parameters import Parameter
+
+GATE_PARAMETERS: Mapping[str, Parameter] = {
+    "rho": Parameter(
+        help="slots of a token in a layer that may be answered otherwise; -1: half of K, rounded "
+        "up",
+        default=-1,
+        least=-1,
+        most=1024,
+        is_whole=True,
+    ),
+    "beta": Parameter(
+        help="share of a sequence's slots from which on, if they are missing, it is answered "
+        "exactly",
+        default=0.6,
+        most=2,
+    ),
+    "gamma": Parameter(
+        help="distance of a token's two heaviest gate weights, as shares of all, above which it "
+        "is answered exactly; 1: never",
+        default=1,
+    ),
+}
+"""Parameters of every gated policy"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +53,15 @@ class Gates:
     all, is answered exactly; 1: none is"""
     enabled: bool = True
     """False: every miss of a decode step may be answered otherwise"""
+
+    def tuned(self, values: Mapping[str, float]) -> "Gates":
+        """Return the gates with the values of GATE_PARAMETERS that differ from their defaults."""
+        found = replace(self, max_margin=values["gamma"])
+        if values["beta"] != GATE_PARAMETERS["beta"].default:
+            found = replace(found, bypass_share=values["beta"])
+        if values["rho"] >= 0:
+            found = replace(found, max_substitutions=int(values["rho"]))
+        return found
 
     def describe(self) -> str:
         """Return the gates in a few words."""
@@ -56,12 +89,12 @@ def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlot
     Args:
         gates: the thresholds.
         routing: one layer call.
-        resident: [L, E] bool.
+        resident: [F, E] bool.
     """
-    if resident[FULL].all():
+    if resident[PRIMARY].all():
         return None
     top_k = routing.index.shape[1]
-    missing = ~resident[FULL][routing.index]  # [T, K]
+    missing = routing.present & ~resident[PRIMARY][routing.index]  # [T, K]
     limit = top_k
     if gates.enabled:
         rho = gates.max_substitutions
@@ -69,7 +102,7 @@ def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlot
         entropy = token_activating_entropy(routing.weight)  # [T]
         willing = entropy > gates.entropy_threshold[routing.layer]
         willing &= _margin(routing.weight) <= gates.max_margin
-        willing &= _missing_share(missing, routing.sequence) < gates.bypass_share
+        willing &= _missing_share(missing, routing) < gates.bypass_share
         missing = missing & willing[:, None]
     if limit <= 0 or not missing.any():
         return None
@@ -89,10 +122,10 @@ def _margin(weight: np.ndarray) -> np.ndarray:
     return margin
 
 
-def _missing_share(missing: np.ndarray, sequence: np.ndarray) -> np.ndarray:
-    """Return for each token the share of its sequence's slots that are missing, [T]."""
-    _, member = np.unique(sequence, return_inverse=True)
+def _missing_share(missing: np.ndarray, routing: Routing) -> np.ndarray:
+    """Return for each token the share of its sequence's present slots that are missing, [T]."""
+    _, member = np.unique(routing.sequence, return_inverse=True)
     n_missing = np.bincount(member, weights=missing.sum(axis=1))
-    n_slots = np.bincount(member) * missing.shape[1]
-    share: np.ndarray = n_missing / n_slots  # by sequence
+    n_slots = np.bincount(member, weights=routing.present.sum(axis=1))
+    share: np.ndarray = n_missing / np.maximum(n_slots, 1)  # by sequence
     return share[member]

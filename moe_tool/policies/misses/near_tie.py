@@ -1,13 +1,17 @@
 """A wanted expert that hardly outscored the rest gives way to a resident one that hardly lost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing, answers_of
-from moe_tool.policies.misses.protocol import Reweigh, as_shares, keep
+from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
+from moe_tool.policies.misses.needs import WEIGHT_RULE
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, as_shares
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.parameters import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +50,12 @@ class NearTie:
         assert routing.score is not None and routing.logits is not None, "the policy asked for them"
         score = as_shares(routing.score, are_logits=self.scores_are_logits)  # [T, E]
         every = np.arange(len(score))[:, None]
-        is_chosen = np.zeros(score.shape, dtype=bool)
-        is_chosen[every, routing.index] = True
+        is_chosen = routing.is_wanted(n_experts)
         limit = np.where(is_chosen, -np.inf, score).max(axis=1, keepdims=True)  # [T, 1]
         own = score[every, routing.index]  # [T, K]
-        gives_way = (own < (1 + self.alpha) * limit) & ~resident[FULL][routing.index]
-        may_come = ~is_chosen & resident[FULL] & (score > (1 - self.alpha) * limit)
+        gives_way = routing.present & ~resident[PRIMARY][routing.index]
+        gives_way &= own < (1 + self.alpha) * limit
+        may_come = ~is_chosen & resident[PRIMARY] & (score > (1 - self.alpha) * limit)
         ranked = np.argsort(np.where(may_come, -score, np.inf), axis=1, kind="stable")
         n_coming = may_come.sum(axis=1)
         expert = routing.index.copy()
@@ -65,5 +69,33 @@ class NearTie:
         if not moved.size:
             return keep(routing)
         weight = routing.weight.astype(np.float32)
-        weight[moved] = self.reweigh[routing.layer](routing.logits[moved], expert[moved])
-        return answers_of(routing, expert, weight)
+        weight[moved] = self.reweigh[routing.layer](
+            routing.logits[moved], expert[moved], routing.present[moved]
+        )
+        return replace(keep(routing), expert=expert, weight=weight)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> NearTie:
+    assert inputs.reweigh is not None
+    return NearTie(
+        alpha=values["alpha"],
+        reweigh=inputs.reweigh,
+        scores_are_logits=inputs.scores_are_logits,
+    )
+
+
+SPEC = PolicySpec(
+    name="near-tie",
+    summary="where it hardly outscored the rest: a resident expert that hardly lost",
+    make=_make,
+    inert="alpha=0",
+    fires="alpha=1",
+    parameters={
+        "alpha": Parameter(
+            help="width of the bands around the best score that was not chosen", default=0.3
+        )
+    },
+    needs=(WEIGHT_RULE,),
+    strength=ShareStrength(parameter="alpha"),
+    source="SMoE, arXiv:2508.18983",
+)

@@ -1,14 +1,16 @@
 """A token is re-routed to its next-ranked resident experts, weighed as the model would."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, answers_of
-from moe_tool.policies.misses.gates import Gates, OpenSlots, open_slots
-from moe_tool.policies.misses.protocol import Reweigh, keep
+from moe_tool.artifacts.routing import Answers, Routing, keep
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, OpenSlots, open_slots
+from moe_tool.policies.misses.needs import GATES, WEIGHT_RULE
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh
+from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 
 
@@ -50,28 +52,45 @@ class NextRanked:
             reachable = np.isfinite(ranked[np.arange(token.size), best])
             return Pick(expert=np.where(reachable, best, -1))
 
-        expert = substitute(routing, resident, slots, pick).expert
-        expert = _leave_out(routing, resident, slots, expert)
-        weight = routing.weight.astype(np.float32)
-        moved = np.flatnonzero((expert != routing.index).any(axis=1))
+        answers = substitute(routing, resident, slots, pick)
+        expert, weight = answers.expert, answers.weight
+        present = routing.present & ~_left_out(routing, slots, expert)
+        is_other = (expert != routing.index) | (present != routing.present)
+        moved = np.flatnonzero(is_other.any(axis=1))
         if moved.size:
-            weight[moved] = self.reweigh[routing.layer](routing.logits[moved], expert[moved])
-        return answers_of(routing, expert, weight)
+            weight[moved] = self.reweigh[routing.layer](
+                routing.logits[moved], expert[moved], present[moved]
+            )
+        return replace(answers, present=present)
 
 
-def _leave_out(
-    routing: Routing, resident: np.ndarray, slots: OpenSlots, expert: np.ndarray
-) -> np.ndarray:
-    """Return the answers without the open slots for which no resident was left, as far as the gates
-    let a token's slots be answered otherwise."""
-    ranked_open = np.take_along_axis(slots.open, slots.order, axis=1)  # [T, K] by gate weight
-    ranked = np.take_along_axis(expert, slots.order, axis=1)
-    wanted = np.take_along_axis(routing.index, slots.order, axis=1)
-    n_replaced = (ranked != wanted).sum(axis=1, keepdims=True)
-    is_left = ranked_open & (ranked == wanted)
+def _left_out(routing: Routing, slots: OpenSlots, expert: np.ndarray) -> np.ndarray:
+    """Return the open slots for which no resident was left, as far as the gates let a token's slots
+    be answered otherwise, [T, K] bool."""
+    order = slots.order  # by gate weight
+    is_replaced = np.take_along_axis(expert != routing.index, order, axis=1)
+    is_left = np.take_along_axis(slots.open, order, axis=1) & ~is_replaced
+    n_replaced = is_replaced.sum(axis=1, keepdims=True)
     is_left &= n_replaced + np.cumsum(is_left, axis=1) <= slots.limit
-    nothing = is_left.all(axis=1)
-    is_left[nothing, 0] = False
-    result = np.empty_like(expert)
-    np.put_along_axis(result, slots.order, np.where(is_left, -1, ranked), axis=1)
-    return result
+    is_empty = is_left | ~np.take_along_axis(routing.present, order, axis=1)
+    is_left[is_empty.all(axis=1), 0] = False  # a token with nothing else reads its heaviest
+    found: np.ndarray = np.empty_like(is_left)
+    np.put_along_axis(found, order, is_left, axis=1)
+    return found
+
+
+def _make(inputs: PolicyInputs, values: Values) -> NextRanked:
+    assert inputs.gates is not None and inputs.reweigh is not None
+    return NextRanked(gates=inputs.gates.tuned(values), reweigh=inputs.reweigh)
+
+
+SPEC = PolicySpec(
+    name="next-ranked",
+    summary="the resident expert that this token's router ranks next, the whole set weighed anew "
+    "by the model's rule; where residents run out the set is smaller",
+    make=_make,
+    inert="rho=0",
+    parameters=GATE_PARAMETERS,
+    needs=(GATES, WEIGHT_RULE),
+    source="the fallback of eMoE, arXiv:2503.06823, and the substitute of SMoE, arXiv:2508.18983",
+)

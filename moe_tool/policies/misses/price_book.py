@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.precision import IntegerPrecision, ReplicaPrecision
-from moe_tool.artifacts.routing import FULL, Answers, Routing
+from moe_tool.artifacts.routing import PRIMARY, Answers, Routing
 
 STRUCTURED = 2.0
 """What an error that has structure costs over noise of the same size.
@@ -21,8 +20,8 @@ rank or one bit, lies where the next layers look: on two trained models measured
 expected was 0.8 to 1.6 for the former and 1.7 to 2.8 for the latter."""
 
 
-def felt_error(eps: np.ndarray, *, is_noise: bool) -> np.ndarray:
-    """Return relative errors as the model feels them, so that nothing in an expert's place is 1.
+def effective_error(eps: np.ndarray, *, is_noise: bool) -> np.ndarray:
+    """Return relative errors by their effect on the output, where dropping the expert is 1.
 
     Args:
         eps: error relative to the expert's own output.
@@ -35,20 +34,17 @@ def felt_error(eps: np.ndarray, *, is_noise: bool) -> np.ndarray:
     return wide / np.sqrt(STRUCTURED) if is_noise else wide
 
 
-def leaves_noise(form: ReplicaPrecision) -> bool:
-    """Return whether what a form leaves as error is noise."""
-    return isinstance(form, IntegerPrecision) and form.width_bits > 1
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBook:
-    """One layer's prices. E experts, L levels, B listed stand-ins."""
+    """One layer's prices. E experts, F forms, B listed stand-ins."""
 
     nats: np.ndarray
     """[E] float64: of a slot with gate weight 1 that is answered by nothing"""
     eps: np.ndarray
-    """[L, E] float64: relative error of each form, as it is felt; 0 at FULL, infinite where it is
+    """[F, E] float64: effective error of each form; 0 at PRIMARY, infinite where a cheaper form is
     not stored"""
+    record_bytes: np.ndarray
+    """[F, E] int64: size of each record; 0 where a form is not stored"""
     buddy: np.ndarray
     """[E, B] int64: listed stand-ins; -1 where there is none"""
     buddy_scale: np.ndarray
@@ -96,15 +92,18 @@ class PriceBook:
 
     layers: Mapping[int, LayerBook]
     """By decoder layer"""
-    record_bytes: tuple[int, ...]
-    """By level"""
+
+    @property
+    def record_bytes(self) -> tuple[int, ...]:
+        """Mean size of a stored record, by form."""
+        sizes = np.concatenate([each.record_bytes for each in self.layers.values()], axis=1)
+        return tuple(int(row.sum() // max(1, np.count_nonzero(row))) for row in sizes)
 
     @property
     def typical_nats_per_mb(self) -> float:
-        """What leaving out a middling expert at half the gate weight costs, per 10^6 bytes of it:
-        the patience around which answers change."""
+        """KL per MB of dropping an average expert at gate weight 0.5: around it answers change."""
         nats = [float(each.nats.mean()) / 4 for each in self.layers.values()]
-        return sum(nats) / len(nats) / (self.record_bytes[FULL] / 1e6)
+        return sum(nats) / len(nats) / (self.record_bytes[PRIMARY] / 1e6)
 
     def spent(self, routing: Routing, answers: Answers) -> np.ndarray:
         """Return what the answers are expected to add to the divergence, [T] float64 nats.
@@ -117,17 +116,16 @@ class PriceBook:
         """
         book = self.layers[routing.layer]
         wanted, used = routing.index.reshape(-1), answers.expert.reshape(-1)
+        form = answers.form.reshape(-1)
         # Rounded: the last bits differ with the number of threads, and the account must not.
         weight = routing.weight.reshape(-1).astype(np.float16).astype(np.float64)
         used_weight = answers.weight.reshape(-1).astype(np.float16).astype(np.float64)
-        level = np.full(len(used), FULL) if answers.level is None else answers.level.reshape(-1)
-        outside = wanted >= len(book.nats)  # an identity expert
-        wanted, used = np.where(outside, 0, wanted), np.where(outside, -1, used)
-        eps = book.eps[level, np.maximum(used, 0)]
-        same = book.nats[wanted] * ((weight - used_weight) ** 2 + (used_weight * eps) ** 2)
-        other = book.stand_in_cost(wanted, weight, np.maximum(used, 0), used_weight)
+        same = book.nats[wanted] * (
+            (weight - used_weight) ** 2 + (used_weight * book.eps[form, used]) ** 2
+        )
+        other = book.stand_in_cost(wanted, weight, used, used_weight)
         dropped = book.nats[wanted] * weight**2
-        cost = np.where(used == wanted, same, np.where(used < 0, dropped, other))
-        cost = np.where(outside, 0.0, cost)
-        total: np.ndarray = cost.reshape(routing.index.shape).sum(axis=1)
+        cost = np.where(used == wanted, same, other).reshape(routing.index.shape)
+        cost = np.where(answers.present, cost, dropped.reshape(cost.shape))
+        total: np.ndarray = np.where(routing.present, cost, 0.0).sum(axis=1)
         return total

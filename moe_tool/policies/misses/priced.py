@@ -7,22 +7,26 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing, answers_of
+from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
+from moe_tool.policies.misses.needs import PRICES
 from moe_tool.policies.misses.price_book import LayerBook, PriceBook
-from moe_tool.policies.misses.protocol import Reweigh, as_shares, keep
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, as_shares
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import PriceStrength
+from moe_tool.policies.parameters import Parameter
 
-_OWN, _NOTHING = -1, -2
+_SELF, _NOTHING = -1, -2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Priced:
-    """Takes for every missing expert the least of price + patience * bytes still to be read.
+    """Takes for every missing expert the least of price + nats per MB * bytes still to be read.
 
     The answers: the expert in a cheaper form, in memory or read for it; a listed stand-in in
     memory, with its scale; nothing; the expert itself, read from the bundle. What a read is waited
     for follows from its bytes, never from a clock, and a token pays for its own reads alone: so its
-    answers do not depend on the company it is in. Slots are answered in descending gate weight, and
-    no stand-in is used twice by a token.
+    answers do not depend on the batch that it is in. Slots are answered in descending gate weight,
+    and no stand-in is used twice by a token.
 
     Slots for which a stand-in or nothing is the best there is are re-routed together instead, to
     the residents that the router ranks next, weighed by the model's own rule: where the router's
@@ -55,87 +59,87 @@ class Priced:
     def describe(self) -> str:
         """Return one line for the announcement."""
         if math.isinf(self.nats_per_mb):
-            patience = "nothing is read for a miss"
+            price = "nothing is read for a miss"
         else:
-            patience = f"a read of 1 MB is worth {self.nats_per_mb:.3g} nats"
-        return f"priced: the cheapest answer to a missing expert, text may differ ({patience})"
+            price = f"a read of 1 MB is worth {self.nats_per_mb:.3g} nats"
+        return f"priced: the cheapest answer to a missing expert, text may differ ({price})"
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
         """Return the cheapest answers; see MissPolicy."""
-        if resident[FULL].all() or self.nats_per_mb == 0:
+        if resident[PRIMARY].all() or self.nats_per_mb == 0:
             return keep(routing)
         book = self.book.layers[routing.layer]
-        level, column = self._cheapest(book, routing, resident)
+        form, column = self._cheapest(book, routing, resident)
         expert, weight = routing.index.copy(), routing.weight.astype(np.float32)
         token, position = np.nonzero(column >= 0)
         wanted, listed = routing.index[token, position], column[token, position]
         expert[token, position] = book.buddy[wanted, listed]
         weight[token, position] *= book.buddy_scale[wanted, listed].astype(np.float32)
-        is_nothing = column == _NOTHING
-        expert[is_nothing], weight[is_nothing] = -1, 0
+        present = routing.present & (column != _NOTHING)
+        weight[column == _NOTHING] = 0
+        answers = Answers(expert=expert, present=present, weight=weight, form=form)
         if self.needs_logits:
-            self._reroute(routing, resident, column != _OWN, expert, weight)
-        return answers_of(routing, expert, weight, level)
+            self._reroute(routing, resident, column != _SELF, answers)
+        return answers
 
     def _cheapest(
         self, book: LayerBook, routing: Routing, resident: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which form of the wanted expert answers each slot, [T, K], and which of its listed
-        stand-ins does, _OWN for none and _NOTHING for nothing at all, [T, K]."""
+        stand-ins does, _SELF for none and _NOTHING for nothing at all, [T, K]."""
         n_tokens, top_k = routing.index.shape
-        n_levels, n_experts = resident.shape
-        level = np.full(routing.index.shape, FULL)
-        column = np.full(routing.index.shape, _OWN)
+        n_forms, n_experts = resident.shape
+        form = np.full(routing.index.shape, PRIMARY)
+        column = np.full(routing.index.shape, _SELF)
         every = np.arange(n_tokens)
-        used = np.zeros((n_tokens, n_experts + 1), dtype=bool)
-        used[every[:, None], np.minimum(routing.index, n_experts)] = True
-        reading = np.array([self.nats_per_mb * size / 1e6 for size in self.book.record_bytes])
+        used = routing.is_wanted(n_experts)
+        missing = routing.present & ~resident[PRIMARY][routing.index]
+        with np.errstate(invalid="ignore"):  # inf * 0 bytes of what is not stored
+            reading = np.where(resident, 0.0, self.nats_per_mb * book.record_bytes / 1e6)  # [F, E]
+        extra = np.where(np.isfinite(book.eps), reading, np.inf)
+        squared = np.where(np.isfinite(book.eps), book.eps, 0.0) ** 2  # [F, E]
         order = np.argsort(-routing.weight, axis=1, kind="stable")
         for rank in range(top_k):
             position = order[:, rank]
-            wanted = routing.index[every, position]
-            token = np.flatnonzero(wanted < n_experts)
-            token = token[~resident[FULL, wanted[token]]]
+            token = np.flatnonzero(missing[every, position])
             if not token.size:
                 continue
-            wanted, position = wanted[token], position[token]
+            position = position[token]
+            wanted = routing.index[token, position]
             gate = routing.weight[token, position].astype(np.float64)
             whole = book.nats[wanted] * gate**2  # of nothing, [n]
-            # [n, L]: in each form, here or read
-            forms = whole[:, None] * book.eps[:, wanted].T ** 2
-            forms = forms + np.where(resident[:, wanted].T, 0.0, reading[:n_levels])
+            # [n, F]: in each form, here or read
+            forms = whole[:, None] * squared[:, wanted].T + extra[:, wanted].T
             listed = book.buddy[wanted]  # [n, B]
-            free = (listed >= 0) & resident[FULL, np.maximum(listed, 0)]
+            free = (listed >= 0) & resident[PRIMARY, np.maximum(listed, 0)]
             free &= ~used[token[:, None], np.maximum(listed, 0)]
             others = np.where(free, whole[:, None] * book.buddy_eps[wanted] ** 2, np.inf)
             costs = np.concatenate([forms, others, whole[:, None]], axis=1)
             best = costs.argmin(axis=1)  # the earlier one of equals
-            is_buddy = (best >= n_levels) & (best < costs.shape[1] - 1)
+            is_buddy = (best >= n_forms) & (best < costs.shape[1] - 1)
             column[token, position] = np.where(
-                best < n_levels, _OWN, np.where(is_buddy, best - n_levels, _NOTHING)
+                best < n_forms, _SELF, np.where(is_buddy, best - n_forms, _NOTHING)
             )
-            level[token, position] = np.where(best < n_levels, best, FULL)
-            used[token[is_buddy], listed[is_buddy, best[is_buddy] - n_levels]] = True
-        return level, column
+            form[token, position] = np.where(best < n_forms, best, PRIMARY)
+            used[token[is_buddy], listed[is_buddy, best[is_buddy] - n_forms]] = True
+        return form, column
 
     def _reroute(
         self,
         routing: Routing,
         resident: np.ndarray,
         is_open: np.ndarray,
-        expert: np.ndarray,
-        weight: np.ndarray,
+        answers: Answers,
     ) -> None:
         """Re-route the open slots of the tokens where that is worth it, in place.
 
         Args:
-            routing: what was asked.
-            resident: [L, E].
+            routing: the layer call.
+            resident: [F, E].
             is_open: [T, K]: slots that no form of the wanted expert answers.
-            expert: [T, K], of the other answers.
-            weight: [T, K], likewise.
+            answers: of the call, changed.
         """
-        row = np.flatnonzero(is_open.any(axis=1))
+        row = np.flatnonzero(is_open.any(axis=1) & routing.present.all(axis=1))
         if not row.size:
             return
         assert routing.score is not None and routing.logits is not None, "the policy asked for them"
@@ -144,17 +148,52 @@ class Priced:
         score = as_shares(routing.score[row], are_logits=self.scores_are_logits)  # [n, E]
         every = np.arange(len(row))[:, None]
         n_experts = score.shape[1]
-        here = np.broadcast_to(resident[FULL], score.shape).copy()
-        inside = np.minimum(wanted, n_experts - 1)
-        np.put_along_axis(here, inside, False, axis=1)
+        here = np.broadcast_to(resident[PRIMARY], score.shape).copy()
+        np.put_along_axis(here, wanted, False, axis=1)
         ranked = np.argsort(np.where(here, -score, np.inf), axis=1, kind="stable")
         turn = np.minimum(np.cumsum(opened, axis=1) - 1, n_experts - 1)
-        new = np.where(opened, ranked[every, np.maximum(turn, 0)], inside)  # [n, K]
+        new = np.where(opened, ranked[every, np.maximum(turn, 0)], wanted)  # [n, K]
         kept = score[every, new].sum(axis=1)
-        asked = score[every, inside].sum(axis=1)
-        moves = kept >= self.reroute * asked
-        moves &= (opened.sum(axis=1) <= here.sum(axis=1)) & (wanted < n_experts).all(axis=1)
+        moves = kept >= self.reroute * score[every, wanted].sum(axis=1)
+        moves &= opened.sum(axis=1) <= here.sum(axis=1)
         row, new = row[moves], new[moves]
         if row.size:
-            expert[row] = new
-            weight[row] = self.reweigh[routing.layer](routing.logits[row], new)
+            present = np.ones(new.shape, dtype=bool)
+            answers.expert[row], answers.present[row] = new, present
+            answers.weight[row] = self.reweigh[routing.layer](routing.logits[row], new, present)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Priced:
+    assert inputs.prices is not None
+    return Priced(
+        book=inputs.prices,
+        nats_per_mb=values["nats-per-mb"],
+        reroute=values["reroute"],
+        reweigh=inputs.reweigh,
+        scores_are_logits=inputs.scores_are_logits,
+    )
+
+
+SPEC = PolicySpec(
+    name="priced",
+    summary="whatever is expected to cost least: a cheaper form, a listed stand-in, the residents "
+    "that the router ranks next, nothing, or itself",
+    make=_make,
+    inert="nats-per-mb=0",
+    parameters={
+        "nats-per-mb": Parameter(
+            help="what avoiding a read of 10^6 bytes is worth; inf never reads",
+            default=math.inf,
+            most=math.inf,
+        ),
+        "reroute": Parameter(
+            help="share of the router's scores that re-routing has to keep; above 1: none",
+            default=0.5,
+            most=2,
+        ),
+    },
+    needs=(PRICES,),
+    residents="cheapest",
+    strength=PriceStrength(parameter="nats-per-mb", policy="priced"),
+    alternatives={"reroute": (2.0, 0.75)},
+)

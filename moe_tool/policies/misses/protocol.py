@@ -7,22 +7,22 @@ from typing import Protocol
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import LayerBuddies
-from moe_tool.artifacts.bundle_manifest import LearnedPruning
+from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.routing import Answers, Routing
 from moe_tool.policies.misses.gates import Gates
 from moe_tool.policies.misses.price_book import PriceBook
 
-Reweigh = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(logits [T, E], index [T, K]) -> [T, K]: the gate weights that the model's rule gives a set; a
-slot of -1 is empty, is left out of the set and weighs 0."""
+Reweigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""(logits [T, E], index [T, K], present [T, K] bool) -> [T, K] float32: the gate weights that the
+model's rule gives a set of experts; a slot that is not present is no part of it and weighs 0."""
 
 
 class MissPolicy(Protocol):
     """Says who answers when an expert is wanted that is not in the fast tier.
 
-    Pure: the same routing and residency give the same answers. A slot that no policy fills
-    keeps the expert that it wanted: the runtime fetches every expert in `Answers.expert` that is
-    not resident.
+    Pure: the same routing and residency give the same answers. A slot that no policy fills keeps
+    the expert that it wanted: the runtime fetches every expert of a present slot that is not
+    resident. A slot that is not present in the routing is not present in the answers either.
     """
 
     @property
@@ -45,8 +45,8 @@ class MissPolicy(Protocol):
 
         Args:
             routing: one layer call.
-            resident: [L, E] bool: which forms of which experts are in memory; row FULL is the
-                experts themselves.
+            resident: [F, E] bool: which forms of which experts are in memory; row PRIMARY is the
+                experts' primary forms.
         """
 
 
@@ -72,14 +72,12 @@ class PolicyInputs:
     """Of the bundle's trained mask routers; None where there are none"""
     top_k: int = 2
     """K"""
-    levels: tuple[str, ...] = ("native",)
-    """What each level is called"""
+    forms: tuple[str, ...] = ("native",)
+    """Name of each form, the primary one first"""
+    stored: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Decoder layer -> [F, E] bool: forms in the bundle; empty where it has every form of every
+    expert"""
     seed: int = 0
-
-
-def keep(routing: Routing) -> Answers:
-    """Return the answers that change nothing."""
-    return Answers(expert=routing.index, weight=routing.weight, substituted=0, dropped=0)
 
 
 def as_shares(score: np.ndarray, *, are_logits: bool) -> np.ndarray:

@@ -6,8 +6,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, leave_out
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
+from moe_tool.errors import UsageError
+from moe_tool.policies.misses.needs import PROMPT_IMPORTANCE, RATIO_QUANTILES
+from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.quantiles import read_quantile
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.parameters import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,3 +99,56 @@ def ratio_to_heaviest(weight: np.ndarray) -> np.ndarray:
     largest = wide.max(axis=1, keepdims=True)
     ratio: np.ndarray = np.divide(wide, largest, out=np.zeros_like(wide), where=largest > 0)
     return ratio
+
+
+def largest_rate(inputs: PolicyInputs) -> float:
+    """Return the share of all slots that the slots after the heaviest are."""
+    return (inputs.top_k - 1) / inputs.top_k
+
+
+def share_of_light(inputs: PolicyInputs, name: str, rate: float) -> float:
+    """Return the share of the slots after the heaviest that a share of all slots is.
+
+    Raises:
+        UsageError: it is more than all of them; names the policy.
+    """
+    most = largest_rate(inputs)
+    if rate > most:
+        raise UsageError(
+            f"--policy {name}: a rate of {rate:g} would leave a token without experts",
+            hint=f"of {inputs.top_k} experts per token {most:g} can be left out",
+        )
+    return min(1.0, rate / most)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Prune:
+    share = values["share"]
+    limit = {layer: read_quantile(found, share) for layer, found in inputs.ratios.items()}
+    if share == 0:
+        limit = dict.fromkeys(limit, 0.0)
+    return Prune(limit=limit, share=share, protect=values["protect"])
+
+
+SPEC = PolicySpec(
+    name="prune",
+    summary="(hits too) nothing, where its gate weight is small beside the token's heaviest",
+    make=_make,
+    inert="share=0",
+    fires="share=0.8",
+    parameters={
+        "share": Parameter(
+            help="lightest share of the profile's slots after the heaviest, which is left out",
+            default=0.5,
+        ),
+        "protect": Parameter(
+            help="share of a prompt's tokens, the largest and most attended to, that "
+            "--lossy-prefill spares",
+            default=0.02,
+        ),
+    },
+    needs=(RATIO_QUANTILES, PROMPT_IMPORTANCE),
+    acts_on_hits=True,
+    strength=ShareStrength(parameter="share"),
+    in_controls=False,
+    source="MC, arXiv:2410.06270",
+)

@@ -1,12 +1,19 @@
 """The experts of a token that a trained router finds not worth it are left out, here or not."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, leave_out
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
+from moe_tool.policies.misses.needs import MASK_ROUTER, SEVERAL_EXPERTS
+from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.prune import largest_rate, share_of_light
+from moe_tool.policies.misses.quantiles import read_quantile
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.parameters import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,3 +94,46 @@ def rate_offsets(worth: np.ndarray, shares: np.ndarray) -> np.ndarray:
         found.append(lowest if share <= 0 else highest if share >= 1 else high)
     result: np.ndarray = np.maximum.accumulate(np.array(found))
     return result
+
+
+def _rate(values: Values, inputs: PolicyInputs) -> float:
+    assert inputs.pruning is not None
+    return inputs.pruning.rate if values["rate"] < 0 else values["rate"]
+
+
+def _make(inputs: PolicyInputs, values: Values) -> PruneLearned:
+    assert inputs.pruning is not None
+    rate = _rate(values, inputs)
+    share = share_of_light(inputs, "prune:learned", rate)
+    table = np.array(inputs.pruning.offsets)
+    return PruneLearned(offset=-math.inf if share == 0 else read_quantile(table, share), rate=rate)
+
+
+def _controls(values: Values, inputs: PolicyInputs) -> tuple[str, ...] | None:
+    """Return what leaves out as many experts: by the ratio of gate weights, and at random."""
+    if inputs.pruning is None:
+        return None
+    rate = _rate(values, inputs)
+    share = min(1.0, rate / largest_rate(inputs))
+    return (f"prune:share={share:.6g}", f"prune:random:rate={rate:.6g}")
+
+
+SPEC = PolicySpec(
+    name="prune:learned",
+    summary="(hits too) nothing, where a router trained by `tune pruning` finds it not worth it",
+    make=_make,
+    inert="rate=0",
+    parameters={
+        "rate": Parameter(
+            help="share of the chosen experts that is left out; -1: the one trained for",
+            default=-1,
+            least=-1,
+        )
+    },
+    needs=(SEVERAL_EXPERTS, MASK_ROUTER),
+    acts_on_hits=True,
+    strength=ShareStrength(parameter="rate", most=largest_rate),
+    in_controls=False,
+    controls=_controls,
+    source="MC#, arXiv:2510.10962",
+)

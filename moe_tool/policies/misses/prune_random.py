@@ -5,9 +5,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, leave_out
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
+from moe_tool.policies.misses.needs import SEVERAL_EXPERTS
+from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.prune import share_of_light
 from moe_tool.policies.misses.random_draw import draw_uniform
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.parameters import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +41,23 @@ class PruneRandom:
         if not is_left_out.any():
             return keep(routing)
         return leave_out(routing, is_left_out)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> PruneRandom:
+    share = share_of_light(inputs, "prune:random", values["rate"])
+    return PruneRandom(share=share, seed=inputs.seed)
+
+
+SPEC = PolicySpec(
+    name="prune:random",
+    summary="(hits too) nothing, at random, but never a token's heaviest",
+    make=_make,
+    inert="rate=0",
+    parameters={
+        "rate": Parameter(help="share of the chosen experts that is left out", default=0.2)
+    },
+    needs=(SEVERAL_EXPERTS,),
+    acts_on_hits=True,
+    in_controls=False,
+    source="the control of the other two",
+)

@@ -5,10 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing
-from moe_tool.policies.misses.gates import Gates, open_slots
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import Answers, Routing, keep
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
+from moe_tool.policies.misses.needs import GATES
+from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.random_draw import hash_routing, mix
+from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 
 
@@ -50,3 +52,19 @@ class RandomResident:
             return Pick(expert=np.where(n_free > 0, chosen, -1))
 
         return substitute(routing, resident, slots, pick)
+
+
+def _make(inputs: PolicyInputs, values: Values) -> RandomResident:
+    assert inputs.gates is not None
+    return RandomResident(gates=inputs.gates.tuned(values), seed=inputs.seed)
+
+
+SPEC = PolicySpec(
+    name="random",
+    summary="a random resident expert; a hash of seed and routing, so that a run can be repeated",
+    make=_make,
+    inert="rho=0",
+    parameters=GATE_PARAMETERS,
+    needs=(GATES,),
+    source="BuddyMoE's control",
+)

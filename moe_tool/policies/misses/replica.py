@@ -1,12 +1,19 @@
 """A missing expert is read in full, read cheaply or left out, by how much it matters here."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing, leave_out
-from moe_tool.policies.misses.protocol import keep
+from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep, leave_out
+from moe_tool.errors import UsageError
+from moe_tool.policies.misses.needs import REPLICAS
+from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.quantiles import read_quantile
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.parameters import Parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +27,11 @@ class Replica:
 
     t1: float
     t2: float
-    level: int
-    """Of the cheaper form"""
+    form: int
+    """Row of the cheaper form"""
+    stored: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Decoder layer -> [F, E] bool: forms in the bundle; empty where it has every form of every
+    expert. An expert without the cheaper form is fetched in full in its place"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
@@ -34,16 +44,18 @@ class Replica:
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with the level of every slot."""
-        if resident[FULL].all():
+        """Return the routing with the form of every slot."""
+        if resident[PRIMARY].all():
             return keep(routing)
         s = unimportance(routing.weight)
-        missing = ~resident[FULL][routing.index]
+        missing = routing.present & ~resident[PRIMARY][routing.index]
         is_low = missing & (s > self.t1) & (s <= self.t2)
+        if self.stored:
+            is_low &= self.stored[routing.layer][self.form][routing.index]
         is_left_out = missing & (s > self.t1) & (s > self.t2)
         if not (is_low | is_left_out).any():
             return keep(routing)
-        return leave_out(routing, is_left_out, np.where(is_low, self.level, FULL))
+        return leave_out(routing, is_left_out, np.where(is_low, self.form, PRIMARY))
 
 
 def unimportance(weight: np.ndarray) -> np.ndarray:
@@ -63,3 +75,47 @@ def unimportance(weight: np.ndarray) -> np.ndarray:
     result: np.ndarray = np.empty_like(share)
     np.put_along_axis(result, order, share, axis=1)
     return result
+
+
+def _make(inputs: PolicyInputs, values: Values) -> Replica:
+    form, n_forms = int(values["level"]), len(inputs.forms)
+    if form >= n_forms:
+        raise UsageError(
+            f"--policy replica: there is no level {form}",
+            hint=f"the bundle has replicas 1 to {n_forms - 1}: {', '.join(inputs.forms[1:])}",
+        )
+    shares = (values["high"], min(1.0, values["high"] + values["low"]))
+    if inputs.unimportance:
+        table = np.mean(list(inputs.unimportance.values()), axis=0)
+        t1, t2 = (read_quantile(table, share) for share in shares)
+    else:
+        t1, t2 = shares
+    return Replica(t1=t1, t2=t2, form=form, stored=inputs.stored)
+
+
+SPEC = PolicySpec(
+    name="replica",
+    summary="itself in full, in a cheaper form, or nothing, by how much gate weight lies above its "
+    "slot",
+    make=_make,
+    inert="high=1",
+    fires="high=0.3,low=0.5",
+    parameters={
+        "high": Parameter(
+            help="share of slots, by the profile, that is read in full", default=0.67
+        ),
+        "low": Parameter(help="share of slots that is answered in the cheaper form", default=0.3),
+        "level": Parameter(
+            help="the cheaper form: 1 for the first of `pack --replicas`",
+            default=1,
+            least=1,
+            most=64,
+            is_whole=True,
+        ),
+        "part": Parameter(help="share of the memory that cheaper forms get", default=0.2),
+    },
+    needs=(REPLICAS,),
+    residents="two-precisions",
+    strength=ShareStrength(parameter="high", falls=True),
+    source="HOBBIT, arXiv:2411.01433",
+)

@@ -5,11 +5,11 @@ slots in descending gate weight make it reproducible. Nothing loops over tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_tool.artifacts.routing import FULL, Answers, Routing
+from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.gates import OpenSlots
 
 
@@ -35,22 +35,21 @@ def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: P
 
     Args:
         routing: one layer call.
-        resident: [L, E] bool.
+        resident: [F, E] bool.
         slots: what the gates let through.
         pick: chooses among free experts; called once for each of the K ranks of gate weight.
     """
     n_tokens, top_k = routing.index.shape
     every = np.arange(n_tokens)
     expert, weight = routing.index.copy(), routing.weight.copy()
-    used = np.zeros((n_tokens, resident.shape[1]), dtype=bool)
-    used[every[:, None], routing.index] = True
+    used = routing.is_wanted(resident.shape[1])
     n_filled = np.zeros(n_tokens, dtype=np.int64)
     for rank in range(top_k):
         position = slots.order[:, rank]
         token = np.flatnonzero(slots.open[every, position] & (n_filled < slots.limit))
         if token.size == 0:
             continue
-        picked = pick(token, position[token], resident[FULL] & ~used[token])
+        picked = pick(token, position[token], resident[PRIMARY] & ~used[token])
         found = picked.expert >= 0
         token, chosen = token[found], picked.expert[found]
         position = position[token]
@@ -59,4 +58,4 @@ def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: P
             weight[token, position] *= picked.scale[found]
         used[token, chosen] = True
         n_filled[token] += 1
-    return Answers(expert=expert, weight=weight, substituted=int(n_filled.sum()), dropped=0)
+    return replace(keep(routing), expert=expert, weight=weight)

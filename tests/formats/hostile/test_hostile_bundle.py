@@ -45,8 +45,12 @@ def manifest(name, change: Callable, says, error=CorruptArtifactError):
     return Case(name=name, damage=in_file(MANIFEST, json_changed(change)), says=says, error=error)
 
 
+def table(name, change: Callable, says):
+    return manifest(name, lambda parsed: change(parsed["forms"][0]), says)
+
+
 def record(name, says, **changed):
-    return manifest(name, lambda parsed: parsed["records"][0].update(changed), says)
+    return manifest(name, lambda parsed: parsed["forms"][0]["records"][0].update(changed), says)
 
 
 def listed(case, says, **changed):
@@ -78,7 +82,7 @@ def swapped(folder: Path) -> None:
 
 
 def two_experts_swapped(parsed) -> None:
-    first, second = parsed["records"][:2]
+    first, second = parsed["forms"][0]["records"][:2]
     first["expert"], second["expert"] = second["expert"], first["expert"]
 
 
@@ -110,18 +114,19 @@ def bundle(whole: Path, tmp_path: Path) -> Path:
     file("manifest a link", MANIFEST, linked, "is a link"),
     file("key twice", MANIFEST, replaced(b'"kind"', b'"kind": "bundle", "kind"'), "twice"),
     Case(name="half-written", damage=unfinished, says="half-written"),
-    manifest("next version", lambda p: p.update(format_version=3), "'3'", ArtifactVersionError),
-    manifest("last version", lambda p: p.update(format_version=1), "'1'", ArtifactVersionError),
+    manifest("next version", lambda p: p.update(format_version=4), "'4'", ArtifactVersionError),
+    manifest("last version", lambda p: p.update(format_version=2), "'2'", ArtifactVersionError),
     manifest("another kind", lambda p: p.update(kind="buddies"), "a buddy map, not a bundle"),
     manifest("another record layout", lambda p: p.update(record_layout="x"), "record_layout"),
-    manifest("no records", lambda p: p.update(records=[]), "0 records"),
-    manifest("a record missing", lambda p: p["records"].pop(), "5 records"),
-    manifest("one expert twice", lambda p: p["records"][0].update(expert=0), "exactly once"),
+    manifest("no forms", lambda p: p.update(forms=[]), "0 records"),
+    table("no records", lambda t: t.update(records=[]), "0 records"),
+    table("a record missing", lambda t: t["records"].pop(), "5 records"),
+    table("one expert twice", lambda t: t["records"][0].update(expert=0), "exactly once"),
     manifest("two experts swapped", two_experts_swapped, "does not hold layer.0.expert.0"),
-    manifest("another record size", lambda p: p.update(record_size_bytes=4096), "4096 bytes"),
-    manifest("absurd record size", lambda p: p.update(record_size_bytes=2**60), "record_size"),
-    manifest("another width", lambda p: p["precision"].update(width_bits=5), "width_bits"),
-    manifest("native for integers", lambda p: p.update(precision={"kind": "native"}), "record"),
+    table("another record size", lambda t: t.update(record_size_bytes=4096), "4096 bytes"),
+    table("absurd record size", lambda t: t.update(record_size_bytes=2**60), "record_size"),
+    table("another width", lambda t: t["precision"].update(width_bits=5), "width_bits"),
+    table("native for integers", lambda t: t.update(precision={"kind": "native"}), "record"),
     manifest("a file twice", lambda p: p["files"].append(p["files"][0]), "listed twice"),
     manifest(
         "lists itself",
@@ -192,9 +197,9 @@ def read_records(folder: Path, *, verify: bool = False) -> None:
     with BundleReader.open(folder) as reader:
         if verify:
             reader.verify_all()
-        out = torch.empty(reader.layout.size_bytes, dtype=torch.uint8)
+        out = torch.empty(reader.forms[0].record_size_bytes, dtype=torch.uint8)
         for layer, expert in samples.ORDER:
-            reader.read_record_into(layer, expert, out)
+            reader.read_record_into(layer, expert, out, form=0)
 
 
 def with_scale(value: float, *, rehash: bool) -> Callable[[Path], None]:
@@ -202,9 +207,11 @@ def with_scale(value: float, *, rehash: bool) -> Callable[[Path], None]:
 
     def damage(folder: Path) -> None:
         with BundleReader.open(folder) as reader:
-            entry = reader.record_entry(2, 0)
-            (scales,) = [s for s in reader.layout.segments if s.name == "down_proj.scales"]
-            size = reader.layout.size_bytes
+            entry = reader.record_entry(2, 0, form=0)
+            (scales,) = [
+                s for s in reader.forms[0].form.layout.segments if s.name == "down_proj.scales"
+            ]
+            size = reader.forms[0].record_size_bytes
         path = folder / entry.file
         data = bytearray(path.read_bytes())
         start = entry.offset + scales.offset
@@ -215,7 +222,7 @@ def with_scale(value: float, *, rehash: bool) -> Callable[[Path], None]:
         parsed = json.loads((folder / MANIFEST).read_bytes())
         del parsed["sha256"]
         digest = xxhash.xxh3_64_hexdigest(bytes(data[entry.offset : entry.offset + size]))
-        for found in parsed["records"]:
+        for found in parsed["forms"][0]["records"]:
             if (found["layer"], found["expert"]) == (2, 0):
                 found["xxh3"] = digest
         for found in parsed["files"]:
@@ -289,9 +296,9 @@ def test_a_bundle_opens_from_inside(bundle: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_file_that_shrinks_after_opening(bundle: Path) -> None:
     with BundleReader.open(bundle) as reader:
         cut(5000)(bundle / RECORDS)
-        out = torch.empty(reader.layout.size_bytes, dtype=torch.uint8)
+        out = torch.empty(reader.forms[0].record_size_bytes, dtype=torch.uint8)
         with pytest.raises(StorageError, match="layer 0 expert 1 .* ended after") as error:
-            reader.read_record_into(0, 1, out)
+            reader.read_record_into(0, 1, out, form=0)
     assert error.value.exit_code == 3
 
 
@@ -301,6 +308,6 @@ def test_a_disk_that_does_not_answer(bundle: Path, monkeypatch: pytest.MonkeyPat
 
     with BundleReader.open(bundle) as reader:
         monkeypatch.setattr(os, "preadv", fail)
-        out = torch.empty(reader.layout.size_bytes, dtype=torch.uint8)
+        out = torch.empty(reader.forms[0].record_size_bytes, dtype=torch.uint8)
         with pytest.raises(StorageError, match="layer 0 expert 1 .*Input/output error"):
-            reader.read_record_into(0, 1, out)
+            reader.read_record_into(0, 1, out, form=0)

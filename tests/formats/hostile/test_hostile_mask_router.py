@@ -116,16 +116,18 @@ def test_a_forgery_is_refused(bundle: Path, change: Callable, says: str) -> None
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda p: p.update(file="../x.safetensors"), "pruning.file"),
+        (lambda p: p.update(file="../x.safetensors"), "mask-router.file"),
         (lambda p: p.update(file="other.safetensors"), "the file of the pruning is not listed"),
-        (lambda p: p["offsets"].pop(), "pruning.offsets"),
+        (lambda p: p["offsets"].pop(), "mask-router.offsets"),
         (lambda p: p["offsets"].reverse(), "the offsets of the pruning fall"),
-        (lambda p: p.update(rate=1.0), "pruning.rate"),
-        (lambda p: p.update(unknown=1), "pruning.unknown"),
+        (lambda p: p.update(rate=1.0), "mask-router.rate"),
+        (lambda p: p.update(unknown=1), "mask-router.unknown"),
     ],
 )
 def test_a_forged_manifest_is_refused(bundle: Path, change: Callable, says: str) -> None:
-    json_changed(lambda parsed: change(parsed["pruning"]))(bundle / "manifest.json")
+    json_changed(lambda parsed: change(parsed["sections"]["mask-router"]["body"]))(
+        bundle / "manifest.json"
+    )
     assert says in _refusal(bundle)
 
 

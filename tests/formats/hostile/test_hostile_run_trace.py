@@ -9,7 +9,7 @@ import pytest
 from moe_tool.artifacts.precision import NativePrecision
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, MoeToolError
-from moe_tool.formats.expert_record import record_layout
+from moe_tool.formats.record_form import record_form
 from moe_tool.formats.run_trace_hdf5 import read_run_trace, write_run_trace
 from tests.formats import samples
 from tests.formats.hostile.damage import hdf5_changed
@@ -18,9 +18,7 @@ HEADER = RunTraceHeader(
     identity=samples.IDENTITY,
     shape=samples.SHAPE,
     precision=NativePrecision(),
-    record_size_bytes=record_layout(
-        samples.SHAPE.expert_tensors, samples.SHAPE.dtype, NativePrecision()
-    ).size_bytes,
+    record_size_bytes=record_form(samples.SHAPE, NativePrecision()).layout.size_bytes,
     skeleton_precision=NativePrecision(),
     matrix_bytes=10,
     n_matrices=1,

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton_loader import SkeletonLoader
-from moe_tool.packing.pack_bundle import pack_bundle
 from tests.formats.hostile.damage import Case, Damage, cut, flip, in_file, json_changed
 from tests.formats.hostile.refusal import cases, require_refusal
+from tests.packed import pack_bundle
 from tests.tiny_models import make_tiny_checkpoint
 
 MANIFEST, SKELETON = "manifest.json", "skeleton-00001.safetensors"
@@ -243,7 +243,7 @@ def test_an_older_bundle_is_refused_with_the_command(bundle: Path) -> None:
         del parsed["skeleton_precision"], parsed["skeleton_linears"]
 
     json_changed(older)(bundle / MANIFEST)
-    with pytest.raises(Exception, match=r"format version '1', wanted 2") as caught:
+    with pytest.raises(Exception, match=r"format version '1', wanted 3") as caught:
         BundleReader.open(bundle)
     assert type(caught.value).__name__ == "ArtifactVersionError"
     assert "moe-tool pack" in str(caught.value)

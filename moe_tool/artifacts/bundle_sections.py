@@ -1,0 +1,85 @@
+"""Named sections of a bundle manifest: what a later form, row table or predictor adds to it without
+a new version.
+
+A row of SECTIONS makes a name known, with the schema of its body. A section of a name that is not
+known is kept and ignored where it is optional, and refused by name where it is required.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field, JsonValue, ValidationError, model_validator
+
+from moe_tool.artifacts.form_table import Basename, Price
+from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.artifacts.schema import FrozenModel
+
+SectionName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,63}$")]
+MASK_ROUTER = "mask-router"
+N_QUANTILES = 21
+
+
+class Section(FrozenModel):
+    """One section."""
+
+    required: bool
+    """A reader that does not know the section has to refuse the bundle"""
+    body: dict[str, JsonValue]
+
+
+class LearnedPruning(FrozenModel):
+    """Mask routers that `moe-tool tune pruning` trained: what `prune:learned` asks."""
+
+    file: Basename
+    """Safetensors file of the routers' tensors"""
+    rate: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the chosen experts that they were trained to leave out"""
+    offsets: Annotated[
+        tuple[Annotated[float, Field(ge=-1e30, le=1e30)], ...],
+        Field(min_length=N_QUANTILES, max_length=N_QUANTILES),
+    ]
+    """Worth above which a slot is kept, so that on held-out tokens 0 %, 5 %, ... 100 % of the slots
+    after the heaviest are left out; never falls"""
+    penalty: Price
+    """Nats per kept slot after the heaviest, at the end of the training"""
+    quality: QualityFigure
+    """KL(exact || pruned) at that rate, on held-out tokens"""
+    tokens: Annotated[int, Field(ge=1, le=2**40)]
+    """Tokens trained on"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
+    """Origin of the text"""
+
+    @model_validator(mode="after")
+    def _rising(self) -> "LearnedPruning":
+        if list(self.offsets) != sorted(self.offsets):
+            raise ValueError("the offsets of the pruning fall")
+        return self
+
+
+SECTIONS: dict[str, type[FrozenModel]] = {MASK_ROUTER: LearnedPruning}
+"""Name -> schema of the body"""
+
+
+def parse_section(name: str, section: Section) -> FrozenModel | None:
+    """Return the body of a section; None where the name is not known.
+
+    Raises:
+        ValueError: the body is not as the schema wants it.
+    """
+    schema = SECTIONS.get(name)
+    if schema is None:
+        return None
+    try:
+        # The JSON mode takes lists for tuples, which the strict Python mode would refuse.
+        return schema.model_validate_json(json.dumps(section.body))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, (name, *first["loc"])))
+        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def unknown_required(sections: Mapping[str, Section]) -> list[str]:
+    """Return the names of required sections that this version does not know."""
+    return sorted(name for name, each in sections.items() if each.required and name not in SECTIONS)

@@ -1,0 +1,48 @@
+"""Names of experts, and the only codec between pairs of numbers and one flat number."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+ExpertKey = tuple[int, int]
+"""(decoder layer, expert)"""
+
+
+class FormIds:
+    """One layer's experts in every form as flat numbers: form after form, E numbers each."""
+
+    def __init__(self, n_experts: int) -> None:
+        """Number the forms of E experts."""
+        self.n_experts = n_experts
+
+    def numbers(self, form: np.ndarray, expert: np.ndarray) -> np.ndarray:
+        """Return the flat number of each pair, elementwise."""
+        found: np.ndarray = form * self.n_experts + expert
+        return found
+
+    def number(self, form: int, expert: int) -> int:
+        """Return one expert's flat number in one form."""
+        return form * self.n_experts + expert
+
+    def pair(self, number: int) -> tuple[int, int]:
+        """Return (form, expert) of a flat number."""
+        return divmod(number, self.n_experts)
+
+
+class LayerIds:
+    """A model's experts as flat numbers: MoE layer after MoE layer, E numbers each."""
+
+    def __init__(self, layers: Sequence[int], n_experts: int) -> None:
+        """Number the experts of decoder layers, ascending."""
+        self.position = {layer: at for at, layer in enumerate(layers)}
+        """Decoder layer -> its position among the MoE layers"""
+        self._first = {layer: at * n_experts for layer, at in self.position.items()}
+        self._keys = [(layer, expert) for layer in layers for expert in range(n_experts)]
+
+    def number(self, key: ExpertKey) -> int:
+        """Return an expert's flat number."""
+        return self._first[key[0]] + key[1]
+
+    def key(self, number: int) -> ExpertKey:
+        """Return (decoder layer, expert) of a flat number."""
+        return self._keys[number]

@@ -1,0 +1,159 @@
+"""Replayed traces, by budget and policy, and a recorded run beside its replay."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+BELADY = "belady"
+"""Name of the bound's rows"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedRow:
+    """One budget under one policy."""
+
+    memory: str
+    slots: int
+    expert_bytes: int
+    """Size of the slots"""
+    eviction: str
+    hit_rate: float
+    bytes_per_token: float
+    """Read from disk, prefetched bytes included"""
+    stall_ms: float
+    """Per token, on average"""
+    tokens_per_second: float
+    p50_ms: float
+    p99_ms: float
+    belady_hit_rate: float
+    """Hit rate of the bound at this budget"""
+    to_belady: float | None
+    """Misses over those of the bound; None where the bound misses nothing, and for what misses
+    less, since what it pinned was in memory before the first token"""
+    limited_by: str
+    """budget, policy, working set or -"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchRow:
+    """Effect of reading ahead at one budget."""
+
+    memory: str
+    eviction: str
+    depth: int
+    accuracy: float
+    """Share of what was read ahead that was wanted"""
+    bytes_per_saved_byte: float | None
+    """Bytes read ahead per byte that was then not demanded; None where none was saved"""
+    stall_saved_ms: float
+    """Per token; below zero where it costs more than it saves"""
+    pays: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRow:
+    """Cost of a prompt's tokens at one budget under one policy."""
+
+    memory: str
+    eviction: str
+    hit_rate: float
+    belady_hit_rate: float
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cliff:
+    """Smallest cache in which keeping the last used experts gives hits at all."""
+
+    experts: float
+    """Experts that one token calls, all layers together"""
+    bytes: int
+    """Size of their slots"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyHits:
+    """The run's calls under one policy."""
+
+    eviction: str
+    hit_rate: float
+    """Hit rate of decoding"""
+    bytes_per_token: float
+    """Bytes read while decoding, prefetched ones included"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunComparison:
+    """Counted by the run, and predicted from its calls. Of decoding, unless it says prompt."""
+
+    hits: int
+    predicted_hits: int
+    prompt_hits: int
+    predicted_prompt_hits: int
+    prefetch_hits: int
+    predicted_prefetch_hits: int
+    tokens_per_second: float
+    predicted_tokens_per_second: float
+    stall_ms: float
+    """Per token"""
+    predicted_stall_ms: float
+    policies: tuple[PolicyHits, ...]
+    """Read ahead as the run did. The bound is last, and reads nothing ahead: where a run does, its
+    hits may be above it"""
+
+    @property
+    def is_equal(self) -> bool:
+        """Return whether every count is that of the run."""
+        return (self.hits, self.prompt_hits, self.prefetch_hits) == (
+            self.predicted_hits,
+            self.predicted_prompt_hits,
+            self.predicted_prefetch_hits,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationReport:
+    """A profile's trace under every budget and policy."""
+
+    profile: Path
+    model: str
+    hardware: str
+    """Name of the machine that times are for"""
+    bits: str
+    """Bits of the experts: native, 8, 4"""
+    part: str
+    """Tokens that were replayed: held-out, or in-sample where nothing is held out"""
+    tokens: int
+    experts: int
+    """Experts of all layers"""
+    rows: tuple[SimulatedRow, ...]
+    """Decoding, budget by budget, the bound last"""
+    gaps: tuple[tuple[str, str], ...]
+    """(budget, policy) where a layer's part of the cache would not hold one token's experts"""
+    prompt_rows: tuple[PromptRow, ...]
+    unheard: tuple[str, ...]
+    """Policies that prompts have no scores for"""
+    prefetch_rows: tuple[PrefetchRow, ...]
+    cliff: Cliff
+    warnings: tuple[str, ...]
+    accesses_per_second: float
+
+    def best(self) -> list[SimulatedRow]:
+        """Return the fastest row of each budget."""
+        return [
+            best_policy(self.rows, label) for label in dict.fromkeys(r.memory for r in self.rows)
+        ]
+
+
+def best_policy(rows: Sequence[SimulatedRow], memory: str) -> SimulatedRow:
+    """Return the fastest row of a budget, the bound left out; the first of equal ones."""
+    at_budget = [row for row in rows if row.memory == memory and row.eviction != BELADY]
+    return max(at_budget, key=lambda row: row.tokens_per_second)
+
+
+def rows_by_policy(rows: Sequence[SimulatedRow]) -> Mapping[str, list[SimulatedRow]]:
+    """Return each policy's rows, by budget; the bound last."""
+    grouped: dict[str, list[SimulatedRow]] = {}
+    for row in sorted(rows, key=lambda row: (row.eviction == BELADY, row.slots)):
+        grouped.setdefault(row.eviction, []).append(row)
+    return grouped

@@ -1,0 +1,103 @@
+"""The one refusal of a memory budget: what is needed, what there is, the nearest that works."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_tool.budget.sizes import format_bytes
+from moe_tool.errors import BudgetError
+
+_STEP_BYTES = 16 * 2**20
+_SLACK_BYTES = 16 * 2**20
+"""The process's own size differs by a few MiB from start to start; a suggested budget has to work
+when typed in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLine:
+    """One entry of a memory account."""
+
+    name: str
+    size_bytes: int
+
+
+def name_lines(parts: Mapping[str, int]) -> tuple[MemoryLine, ...]:
+    """Return one line per name in bytes; those that take nothing are left out."""
+    return tuple(MemoryLine(name=name, size_bytes=size) for name, size in parts.items() if size)
+
+
+def sum_lines(lines: tuple[MemoryLine, ...]) -> int:
+    """Return the sum of the lines in bytes."""
+    return sum(line.size_bytes for line in lines)
+
+
+def suggested_budget(needed_bytes: int) -> str:
+    """Return the smallest round budget that works, as it can be typed after `--memory`."""
+    return f"{math.ceil((needed_bytes + _SLACK_BYTES) / _STEP_BYTES) * _STEP_BYTES // 2**20}MiB"
+
+
+def require_budget(
+    work: str,
+    budget_bytes: int | None,
+    lines: tuple[MemoryLine, ...],
+    *,
+    peak_bytes: int = 0,
+    instead: str | None = None,
+) -> int:
+    """Return the least budget that work can be done in.
+
+    Args:
+        work: subject of a sentence.
+        budget_bytes: None: no limit.
+        lines: account of the least that the work takes.
+        peak_bytes: bytes held at a time that the lines do not show.
+        instead: what else would help where the budget is too small.
+
+    Raises:
+        BudgetError: the budget is below that.
+    """
+    needed = max(sum_lines(lines), peak_bytes)
+    if budget_bytes is None or budget_bytes >= needed:
+        return needed
+    nearest = suggested_budget(needed)
+    raise BudgetError(
+        f"the memory budget is too small: {work} needs {_exact(needed)}, has "
+        f"{_exact(budget_bytes)}; the nearest that works is {nearest}\n{describe_lines(lines)}",
+        hint=f"--memory {nearest}" + ("" if instead is None else f", or {instead}"),
+    )
+
+
+def lacks_memory(
+    needed_bytes: int, *, least_bytes: int, free_bytes: int, lines: tuple[MemoryLine, ...]
+) -> BudgetError:
+    """Return the refusal of a run that takes more than the machine has free.
+
+    Args:
+        needed_bytes: bytes that the run takes within its budget.
+        least_bytes: bytes that it takes with the fewest expert slots.
+        free_bytes: bytes that the process could grow to.
+        lines: account of the run.
+    """
+    if least_bytes <= free_bytes:
+        hint = "--memory auto takes what is free; --memory min takes the least that works"
+        nearest = f"the least that works is {_exact(least_bytes)}"
+    else:
+        hint = "a shorter --context, --bits 4 when packing, or a machine with more memory"
+        nearest = f"no budget works: the least is {_exact(least_bytes)}"
+    return BudgetError(
+        f"the run needs {_exact(needed_bytes)}, has {_exact(free_bytes)} free here; {nearest}\n"
+        f"{describe_lines(lines)}",
+        hint=hint,
+    )
+
+
+def describe_lines(lines: tuple[MemoryLine, ...]) -> str:
+    """Return an account as indented text, one line per entry."""
+    width = max(len(line.name) for line in lines)
+    return "\n".join(
+        f"  {line.name:<{width}}  {format_bytes(line.size_bytes):>12}" for line in lines
+    )
+
+
+def _exact(size_bytes: int) -> str:
+    return f"{format_bytes(size_bytes)} ({size_bytes} bytes)"

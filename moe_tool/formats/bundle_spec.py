@@ -1,0 +1,111 @@
+"""A bundle that is asked for: the model, which experts get which forms, and what else it depends
+on."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.form_table import FormTable, Role
+from moe_tool.artifacts.identity import ModelIdentity, require_same_model
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.precision import AnyPrecision, ExpertPrecision, ReplicaPrecision
+from moe_tool.errors import UsageError
+from moe_tool.formats.hostile_file import quoted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormPlan:
+    """One table of a bundle before it is written."""
+
+    role: Role
+    precision: AnyPrecision
+    experts: frozenset[tuple[int, int]]
+    """(layer, expert) of those that get a record"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleSpec:
+    """The contents that a bundle is to have, and what it is made from."""
+
+    identity: ModelIdentity
+    shape: MoeShape
+    order: tuple[tuple[int, int], ...]
+    """(layer, expert) in file order, removed ones included"""
+    forms: tuple[FormPlan, ...]
+    """In the manifest's order, see `planned_forms`"""
+    removed: frozenset[tuple[int, int]] = frozenset()
+    made_from: Mapping[str, str]
+    """Options and input hashes; a bundle or part of one with others is refused"""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Everything that has to be the same for a resume, by name"""
+        return {"forms": _named(self.forms), **self.made_from}
+
+    def require_same_bundle(self, folder: Path, found: BundleManifest) -> None:
+        """Refuse a finished bundle of another specification.
+
+        Raises:
+            WrongModelError, UsageError: name what was found and what is wanted.
+        """
+        options = {"forms": _named(found.forms), **found.made_from}
+        self.require_same(folder, found.identity, options)
+
+    def require_same(
+        self, folder: Path, identity: ModelIdentity, options: Mapping[str, str]
+    ) -> None:
+        """Refuse a folder that was begun for another model or with other options.
+
+        Raises:
+            WrongModelError, UsageError: name what was found and what is wanted.
+        """
+        remedy = f"choose another --out, or remove {folder}"
+        require_same_model(identity, self.identity, artifact=f"the bundle {folder}", remedy=remedy)
+        wanted = self.options
+        names = options.keys() | wanted.keys()
+        for key in sorted(names, key=lambda name: (name == "forms", name)):  # they follow from all
+            old, new = options.get(key, "none"), wanted.get(key, "none")
+            if old != new:
+                raise UsageError(
+                    f"{folder} was packed with {key} {quoted(old)}, asked is {quoted(new)}",
+                    hint=f"repeat the command with the same options, {remedy}",
+                )
+
+
+def planned_forms(
+    primaries: Mapping[ExpertPrecision, Collection[tuple[int, int]]],
+    replicas: Mapping[ReplicaPrecision, Collection[tuple[int, int]]] | None = None,
+) -> tuple[FormPlan, ...]:
+    """Return the tables of a bundle in the manifest's order: primaries, the most bits first; then
+    replicas and the first bits of nested experts, the dearest first; then channel selectors.
+
+    Args:
+        primaries: precision -> (layer, expert) of its experts.
+        replicas: likewise.
+    """
+    return (
+        *_tables("primary", primaries),
+        *sorted(
+            (
+                *_tables("base", {p.base: keys for p, keys in primaries.items() if p.base}),
+                *_tables("replica", replicas or {}),
+            ),
+            key=_by_cost,
+        ),
+        *_tables("selector", {p: k for p, k in primaries.items() if "selector" in p.roles}),
+    )
+
+
+def _tables(role: Role, experts: Mapping[Any, Collection[tuple[int, int]]]) -> list[FormPlan]:
+    plans = [FormPlan(role=role, precision=p, experts=frozenset(k)) for p, k in experts.items()]
+    return sorted(plans, key=_by_cost)
+
+
+def _by_cost(plan: FormPlan) -> tuple[tuple[int, int, int], str]:
+    return plan.precision.order_key, plan.precision.name
+
+
+def _named(forms: Sequence[FormPlan] | Sequence[FormTable]) -> str:
+    return ", ".join(f"{form.role} {form.precision.name}" for form in forms)

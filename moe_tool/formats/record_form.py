@@ -1,0 +1,65 @@
+"""The protocol of an expert's forms: written to a record, read from one, and checked there."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from moe_tool.artifacts.form_table import Role
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.precision import AnyPrecision
+from moe_tool.formats.channel_form import ChannelForm
+from moe_tool.formats.expert_form import IntegerForm, NativeForm
+from moe_tool.formats.low_rank_form import LowRankForm
+from moe_tool.formats.record_layout import RecordLayout
+from moe_tool.formats.selector_form import SelectorForm
+
+Content = TypeVar("Content")
+
+
+class RecordForm(Protocol[Content]):
+    """How the records of one table are written."""
+
+    @property
+    def layout(self) -> RecordLayout:
+        """Segments of a record"""
+
+    def encode(self, content: Content) -> torch.Tensor:
+        """Return a record, uint8 [layout.size_bytes]; the same content gives the same bytes."""
+
+    def decode(self, record: torch.Tensor) -> Content:
+        """Return what a record holds; views into it, nothing is copied."""
+
+    def require_finite(self, record: torch.Tensor) -> None:
+        """Refuse a record whose numbers cannot be computed with.
+
+        Raises:
+            CorruptArtifactError: scales, thresholds or a map hold NaN or infinity; names the
+                segment.
+        """
+
+
+_Make = Callable[[MoeShape, Any], RecordForm[Any]]
+_FORMS: Mapping[str, _Make] = {
+    "native": NativeForm.of,
+    "integer": IntegerForm.of,
+    "low-rank": LowRankForm.of,
+    "channels": ChannelForm.of,
+}
+
+
+def record_form(
+    shape: MoeShape, precision: AnyPrecision, role: Role = "primary"
+) -> RecordForm[Any]:
+    """Return the form of the records of a table.
+
+    Args:
+        shape: of the model.
+        precision: of the table.
+        role: of the table: a selector's records are others than those of the channels.
+
+    Raises:
+        CorruptArtifactError: channels of a model whose experts have none.
+    """
+    make: _Make = SelectorForm.of if role == "selector" else _FORMS[precision.kind]
+    return make(shape, precision)

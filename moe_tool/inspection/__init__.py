@@ -1,0 +1,1 @@
+"""Artifacts described: one describer for each kind, from file to facts."""

@@ -1,0 +1,109 @@
+"""A bundle's facts: what is packed how, and what it was measured to cost."""
+
+from pathlib import Path
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.inspection.description import Description, model_facts, shape_facts
+from moe_tool.progress import Progress
+
+
+def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Description:
+    """Describe a folder that `pack` wrote.
+
+    Raises:
+        CorruptArtifactError, ArtifactVersionError: it is damaged, or of another version.
+    """
+    with BundleReader.open(path) as reader:
+        if verify:
+            reader.verify_all(progress)
+        manifest = reader.manifest
+    return Description(
+        kind="bundle",
+        path=path,
+        checked="every hash" if verify else "sizes and headers",
+        facts=_facts(manifest),
+        details={
+            name: found
+            for name, found in manifest.model_dump(
+                mode="json", include={"calibration", "lineage", "pruning"}
+            ).items()
+            if found
+        },
+    )
+
+
+def _facts(manifest: BundleManifest) -> dict[str, object]:
+    return (
+        model_facts(manifest.identity)
+        | shape_facts(manifest.shape)
+        | {
+            "bits": _primary_bits(manifest),
+            "skeleton_bits": manifest.skeleton_precision.name,
+            "bytes": sum(file.size_bytes for file in manifest.files),
+            "record_bytes": manifest.primaries[0].record_size_bytes,
+            "expert_bytes": manifest.primary_bytes,
+            "record_layout": manifest.record_layout,
+            "profile_sha256": manifest.profile_sha256,
+            "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
+            "replicas": ", ".join(each.name for each in manifest.cheaper) or "none",
+            "tool_version": manifest.tool_version,
+        }
+        | _lineage_facts(manifest)
+        | _policy_facts(manifest)
+        | _pruning_facts(manifest)
+    )
+
+
+def _primary_bits(manifest: BundleManifest) -> str:
+    """Return one number, or how many experts have which."""
+    found = manifest.primary_counts
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{bits}: {count}" for bits, count in sorted(found.items()))
+
+
+def _lineage_facts(manifest: BundleManifest) -> dict[str, object]:
+    if not manifest.lineage:
+        return {}
+    last = manifest.lineage[-1]
+    return {
+        "tuned": f"{last.steps} steps of {last.optimizer}, {last.rounding} rounding, "
+        f"on {', '.join(last.sources)}",
+        "tuned_from": last.parent_sha256,
+    }
+
+
+def _policy_facts(manifest: BundleManifest) -> dict[str, object]:
+    """Return what answers misses by default, and what that was measured to cost."""
+    calibration, plan = manifest.calibration, manifest.plan
+    if calibration is None:
+        if plan is None or plan.policy is None:
+            return {"policy": "exact"}
+        return {"policy": plan.policy, "expected_kl": plan.prediction.kl}
+
+    return {
+        "policy": calibration.policy,
+        "calibrated_to": f"KL {calibration.max_kl:g} with {calibration.expert_slots} expert slots",
+        "calibrated_on": ", ".join(calibration.sources),
+        "measured": _measured(calibration.quality),
+        **{f"measured_{domain}": _measured(each) for domain, each in calibration.domains.items()},
+    }
+
+
+def _pruning_facts(manifest: BundleManifest) -> dict[str, object]:
+    """Return what the trained mask routers leave out, and what that was measured to cost."""
+    pruning = manifest.pruning
+    if pruning is None:
+        return {}
+    return {
+        "pruning": f"trained to leave out {pruning.rate:.0%} of the experts",
+        "pruning_measured": _measured(pruning.quality),
+        "pruning_trained_on": ", ".join(pruning.sources),
+    }
+
+
+def _measured(quality: QualityFigure) -> str:
+    low, high = quality.kl_ci95
+    return f"KL {quality.kl:.4f} [{low:.4f}, {high:.4f}] over {quality.tokens} tokens"

@@ -1,0 +1,63 @@
+"""Description of an artifact, and the facts that several kinds share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_tool.artifacts.bit_prices import BitPrices
+from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.identity import ModelIdentity
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.pack_plan import PackPlan
+from moe_tool.artifacts.routing_report import ProfileRouting
+
+Tabled = BitPrices | HardwareProfile | PackPlan | ProfileRouting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """One artifact, described."""
+
+    kind: str
+    path: Path
+    checked: str
+    """Evidence for `is_intact`"""
+    facts: dict[str, object]
+    """In the order in which they are shown"""
+    is_intact: bool = True
+    """False for what was never finished; what is damaged is not described but refused"""
+    details: dict[str, object] = field(default_factory=dict)
+    """Longer parts that `--json` alone has"""
+    tabled: Tabled | None = None
+    """Artifact that people see as tables below the facts"""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fields of `--json`."""
+        return {
+            "kind": self.kind,
+            "path": self.path,
+            "intact": self.is_intact,
+            "checked": self.checked,
+            **self.facts,
+            **self.details,
+        }
+
+
+def model_facts(identity: ModelIdentity) -> dict[str, object]:
+    """Return which model an artifact is from."""
+    return {
+        "model": identity.name,
+        "model_type": identity.model_type,
+        "identity": identity.quick,
+        "full_identity": identity.full,
+    }
+
+
+def shape_facts(shape: MoeShape) -> dict[str, object]:
+    """Return how large a model is."""
+    return {
+        "decoder_layers": shape.n_decoder_layers,
+        "layers": len(shape.layers),
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "dtype": shape.dtype,
+    }

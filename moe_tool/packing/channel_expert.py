@@ -1,0 +1,97 @@
+"""One expert in channels: made from its inputs, with thresholds (FloE, arXiv:2505.05950).
+
+The matrix that selects is quantized as any other, by the quantizer that was asked for. A row or a
+column of a channel has scales of its own along its whole length, so columns are rounded to the
+nearest. Where the quantizer refits the last matrix, as gptq does, it is first fitted to
+what the rounded ones before it give.
+"""
+
+import numpy as np
+import torch
+
+from moe_tool.artifacts.pack_plan import Quantizer
+from moe_tool.artifacts.precision import ChannelPrecision
+from moe_tool.experts.channel_forward import (
+    channel_gate,
+    channel_sizes,
+    chooser_values,
+    split_halves,
+)
+from moe_tool.formats.channel_form import FIRST, LAST, chunk_hashes
+from moe_tool.packing.calibrated_layers import ExpertSample
+from moe_tool.packing.quantizers import calibrated, last_matrix_after
+from moe_tool.quantization.channels import (
+    GRID,
+    ChannelExpert,
+    ChannelWeight,
+    Chooser,
+    pack_channels,
+)
+from moe_tool.quantization.round_to_nearest import dequantize
+from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantizers.registry import QUANTIZERS
+from moe_tool.quantizers.rtn import nearest
+
+_THRESHOLD_TOKENS = 1024
+_FLOAT16_MAX = 65504.0
+
+
+def channel_expert(
+    sample: ExpertSample, precision: ChannelPrecision, quantizer: Quantizer
+) -> ChannelExpert:
+    """Return an expert's channels with their selector.
+
+    Args:
+        sample: of the expert.
+        precision: of its parts.
+        quantizer: of the matrix that selects, and of rows.
+
+    Raises:
+        CorruptArtifactError: a weight is NaN or infinite.
+        UnsupportedModelError: the expert has no gate that is known.
+    """
+    gate = channel_gate(sample.module)
+    gates, ups = (half.contiguous() for half in split_halves(gate, sample.tensors[FIRST]))
+    is_gate = precision.selected_by == "gate"
+    selecting, other = (gates, ups) if is_gate else (ups, gates)
+    quantize = calibrated(quantizer, sample)
+    weight = quantize({"selector": selecting}, precision.selector)["selector"]
+    # Channels have no zero points.
+    symmetric = nearest if QUANTIZERS[quantizer].makes_zeros else quantize
+    row = symmetric({"row": other}, precision.rows)["row"]
+    last = sample.tensors[LAST]
+    if QUANTIZERS[quantizer].refit_last is not None:
+        joined = torch.empty(sample.tensors[FIRST].shape)
+        to_gates, to_ups = split_halves(gate, joined)
+        to_selecting, to_other = (to_gates, to_ups) if is_gate else (to_ups, to_gates)
+        to_selecting.copy_(dequantize(weight))
+        to_other.copy_(dequantize(row))
+        last = last_matrix_after(quantizer, sample, last, {FIRST: joined})
+    column = nearest({"column": last.T.contiguous()}, precision.rows)["column"]
+    channels = pack_channels(row, column)
+    return ChannelExpert(channels, _selector(sample, weight, channels, is_gate=is_gate))
+
+
+def _selector(
+    sample: ExpertSample, weight: IntegerWeight, channels: ChannelWeight, *, is_gate: bool
+) -> Chooser:
+    """With the sizes of its output on the expert's own tokens, whatever channel they are of."""
+    selector = Chooser(
+        weight=weight,
+        is_gate=is_gate,
+        thresholds=np.zeros(len(GRID), dtype=np.float32),
+        hashes=chunk_hashes(channels.chunks),
+        biases={
+            name: FloatWeight(values=value)
+            for name, value in sample.tensors.items()
+            if value.dim() == 1
+        },
+    )
+    inputs = sample.fitted_on
+    inputs = inputs[:: max(1, -(-len(inputs) // _THRESHOLD_TOKENS))]
+    if len(inputs):
+        module = sample.module
+        sizes = channel_sizes(module, selector, chooser_values(module, selector, inputs))
+        found = np.quantile(sizes.numpy(), GRID, method="inverted_cdf")
+        selector.thresholds[1:] = np.minimum(found[1:], _FLOAT16_MAX)
+    return selector

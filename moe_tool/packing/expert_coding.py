@@ -1,0 +1,33 @@
+"""An expert's tensors as a record of some precision holds them: floats, or codes of a quantizer."""
+
+from collections.abc import Mapping
+
+import torch
+
+from moe_tool.artifacts.precision import AnyPrecision
+from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantizers.rtn import nearest
+from moe_tool.quantizers.spec import QuantizeExpert
+
+
+def coded(
+    weights: Mapping[str, torch.Tensor],
+    precision: AnyPrecision,
+    quantize_expert: QuantizeExpert = nearest,
+) -> dict[str, FloatWeight | IntegerWeight]:
+    """Return an expert's tensors as a record of a precision holds them.
+
+    Args:
+        weights: the expert in canonical form, in the checkpoint's dtype.
+        precision: of matrices; vectors stay as they are.
+        quantize_expert: makes the codes where the precision has any.
+
+    Raises:
+        CorruptArtifactError: a weight to be quantized is NaN or infinite.
+    """
+    found: dict[str, FloatWeight | IntegerWeight] = {
+        name: FloatWeight(values=value) for name, value in weights.items()
+    }
+    if precision.kind == "integer":
+        found |= quantize_expert(weights, precision)
+    return found

@@ -1,0 +1,121 @@
+"""Read what a profile and a buddy map add to a bundle, checked against the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_tool.artifacts.buddy_map import BuddyMap
+from moe_tool.artifacts.bundle_manifest import BundleBuddies, LayerHeat, LayerPrices
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.identity import ModelIdentity, require_same_model
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.json_artifact import read_json_artifact
+from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.packing.prices import layer_prices
+from moe_tool.packing.record_order import order_experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileFacts:
+    """A profile as packing needs it, or the defaults without one."""
+
+    sha256: str | None
+    heat: tuple[LayerHeat, ...] | None
+    order: tuple[ExpertKey, ...]
+    """(layer, expert) in file order"""
+    full_hash: str | None
+    """Hash of the whole checkpoint: the profile read every tensor of it"""
+    prices: tuple[LayerPrices, ...] | None
+    tokens: TracedTokens | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackInputs:
+    """Everything that is packed beside the checkpoint."""
+
+    profile: ProfileFacts
+    buddies: BundleBuddies | None
+    buddies_name: str
+    """Tells one buddy map from another; none without one"""
+
+
+def read_pack_inputs(
+    profile: Path | None, buddies: Path | None, identity: ModelIdentity, shape: MoeShape
+) -> PackInputs:
+    """Read a profile and a buddy map.
+
+    Args:
+        profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
+            replicas are fitted to and measured on.
+        buddies: buddy map of this model.
+        identity: of the model.
+        shape: of the model.
+
+    Raises:
+        WrongModelError: one of them belongs to another model.
+        CorruptArtifactError: one of them is damaged.
+    """
+    stand_ins, name = _read_buddies(buddies, identity, shape)
+    return PackInputs(
+        profile=_read_profile(profile, identity, shape), buddies=stand_ins, buddies_name=name
+    )
+
+
+def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -> ProfileFacts:
+    if path is None:
+        unread = tuple((layer, e) for layer in shape.layers for e in range(shape.experts))
+        return ProfileFacts(
+            sha256=None, heat=None, order=unread, full_hash=None, prices=None, tokens=None
+        )
+    with ProfileReader.open(path) as profile:
+        require_same_model(
+            profile.header.identity,
+            identity,
+            artifact=f"the profile {path}",
+            remedy=f"moe-tool profile {identity.name} --data builtin",
+        )
+        heat, order, prices = [], [], []
+        for layer in shape.layers:
+            statistics = profile.statistics(layer)
+            prices.append(layer_prices(layer, statistics, profile.trace(layer)))
+            counts = statistics.in_sample
+            share = np.minimum(counts.load / max(counts.n_tokens, 1), 1.0)
+            heat.append(LayerHeat(layer=layer, load=tuple(float(x) for x in share)))
+            order += [(layer, e) for e in order_experts(counts.load, counts.coactivation)]
+        return ProfileFacts(
+            sha256=profile.sha256,
+            heat=tuple(heat),
+            order=tuple(order),
+            full_hash=profile.header.identity.full,
+            prices=tuple(prices),
+            tokens=profile.tokens,
+        )
+
+
+def _read_buddies(
+    path: Path | None, identity: ModelIdentity, shape: MoeShape
+) -> tuple[BundleBuddies | None, str]:
+    if path is None:
+        return None, "none"
+    found = read_json_artifact(path, BuddyMap)
+    require_same_model(
+        found.identity,
+        identity,
+        artifact=f"the buddy map {path}",
+        remedy=f"moe-tool buddies on a profile of {identity.name}",
+    )
+    fits = [entry.layer for entry in found.layers] == list(shape.layers) and all(
+        len(entry.buddies) == shape.experts for entry in found.layers
+    )
+    if not fits:
+        raise CorruptArtifactError(
+            f"the buddy map {path} does not fit the model's "
+            f"{len(shape.layers)} layers of {shape.experts} experts",
+            hint="make it again with moe-tool buddies",
+        )
+    return BundleBuddies(
+        by=found.by, layers=found.layers
+    ), f"{found.by}-{found.k}-{found.profile_sha256}"

@@ -1,0 +1,132 @@
+"""How a checkpoint is to be packed: the options of `pack`, parsed once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
+from moe_tool.artifacts.precision import (
+    ChannelPrecision,
+    IntegerPrecision,
+    LowRankPrecision,
+    NativePrecision,
+    channel_precision,
+    precision_from_bits,
+    replica_precisions,
+)
+from moe_tool.budget.sizes import parse_bytes
+from moe_tool.errors import UsageError
+from moe_tool.quantizers.registry import parse_quantizer
+
+WholePrecision = NativePrecision | IntegerPrecision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackOptions:
+    """A request to pack; zero points come with the quantizer and are not set here."""
+
+    out: Path
+    """Folder of the bundle; until it is finished its name ends in `.part`"""
+    bits: WholePrecision | None = NativePrecision()
+    """Primary precision of every expert; None: mixed, as the plan says"""
+    skeleton: WholePrecision = NativePrecision()
+    """Precision of the matrices outside experts and routers"""
+    replicas: tuple[IntegerPrecision | LowRankPrecision, ...] = ()
+    """Cheaper forms of experts, for lossy policies, the dearest first"""
+    channels: ChannelPrecision | None = None
+    """Precision of experts in channels; None: experts are whole"""
+    quantizer: Quantizer = "rtn"
+    plan: PackPlan | None = None
+    """Goes into the manifest, for `run` to follow"""
+    memory_bytes: int | None = None
+    """Budget of the whole process; None: what packing takes"""
+
+    @property
+    def bits_name(self) -> str:
+        """As `--bits` takes it"""
+        return "mixed" if self.bits is None else self.bits.name
+
+    @property
+    def replica_names(self) -> str:
+        """As `--replicas` takes it"""
+        return ",".join(each.name for each in self.replicas)
+
+
+def parse_pack_options(
+    *,
+    out: Path,
+    bits: str | None = None,
+    skeleton_bits: str | None = None,
+    replicas: str | None = None,
+    sparse_experts: str | None = None,
+    quantizer: Quantizer | None = None,
+    plan: PackPlan | None = None,
+    memory: str | None = None,
+) -> PackOptions:
+    """Return the options as the command line has them; None: as the plan says, or the default.
+
+    Raises:
+        UsageError: a word is not known, with those that are.
+    """
+    if plan is not None:
+        bits, skeleton_bits = bits or plan.bits, skeleton_bits or plan.skeleton_bits
+        quantizer = quantizer or plan.quantizer
+        replicas = plan.replicas if replicas is None else replicas
+    return PackOptions(
+        out=out,
+        bits=None if bits == "mixed" else parse_precision("--bits", bits or "native"),
+        skeleton=_skeleton(skeleton_bits or "native"),
+        replicas=_replicas(replicas or ""),
+        channels=_channels(sparse_experts, bits) if sparse_experts else None,
+        quantizer=parse_quantizer(quantizer or "rtn").name,
+        plan=plan,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+    )
+
+
+def parse_precision(option: str, bits: str) -> WholePrecision:
+    """Return the precision that an option names.
+
+    Raises:
+        UsageError: with those that there are.
+    """
+    try:
+        return precision_from_bits(bits)
+    except ValueError:
+        raise UsageError(
+            f"{option} {bits} is not known", hint="use native, 8, 4, 3, 2, 1, 2:128 or 2+2"
+        ) from None
+
+
+def _skeleton(bits: str) -> WholePrecision:
+    found = parse_precision("--skeleton-bits", bits)
+    if found.base is not None:
+        raise UsageError(
+            f"--skeleton-bits {bits}: only experts are nested", hint="--skeleton-bits 4"
+        )
+    return found
+
+
+def _replicas(text: str) -> tuple[IntegerPrecision | LowRankPrecision, ...]:
+    try:
+        return replica_precisions(text)
+    except ValueError:
+        raise UsageError(
+            f"--replicas {text} is not known",
+            hint="name widths of 8, 4, 3, 2 or 1 bits, and ranks: --replicas 3,2:128,rank16",
+        ) from None
+
+
+def _channels(name: str, bits: str | None) -> ChannelPrecision:
+    try:
+        found = channel_precision(name)
+    except ValueError:
+        raise UsageError(
+            f"--sparse-experts {name} is not known",
+            hint="use up2, up3, gate2 or gate3; gate2:8 has channels of 8 bits instead of 4",
+        ) from None
+    if bits not in (None, "native"):
+        raise UsageError(
+            f"--bits {bits} beside --sparse-experts {name}: the latter has the bits of all parts",
+            hint=f"--sparse-experts {found.selected_by}{found.selector_bits}:8",
+        )
+    return found

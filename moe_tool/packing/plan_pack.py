@@ -1,0 +1,168 @@
+"""Plan a pack: every decision and every refusal, before anything is written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_tool.artifacts.bundle_manifest import BundleBuddies
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
+from moe_tool.artifacts.precision import Precision, ReplicaPrecision
+from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.errors import UsageError
+from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
+from moe_tool.models.architecture import OpenedModel
+from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
+from moe_tool.packing.pack_memory import plan_pack_memory
+from moe_tool.packing.pack_options import PackOptions
+from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
+from moe_tool.packing.primary_forms import PrimaryForms, primary_forms
+from moe_tool.quantizers.registry import QUANTIZERS
+
+_Replicas = Mapping[ReplicaPrecision, frozenset[ExpertKey]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackJob:
+    """All that is decided about a bundle."""
+
+    folder: Path
+    """Folder of the checkpoint"""
+    out: Path
+    spec: BundleSpec
+    skeleton: Precision
+    quantizer: Quantizer
+    plan: PackPlan | None
+    profile: ProfileFacts
+    buddies: BundleBuddies | None
+    tokens: TracedTokens | None
+    """Tokens that go through the model once more, where forms are fitted or measured; None: each
+    expert is packed by its weights alone"""
+    hidden_bytes: int
+    """Size of the hidden states that may be carried from layer to layer"""
+
+
+def plan_pack(
+    options: PackOptions, opened: OpenedModel, folder: Path, inputs: PackInputs
+) -> PackJob:
+    """Return what is to be packed.
+
+    Args:
+        options: of `pack`.
+        opened: the model.
+        folder: of its checkpoint.
+        inputs: profile and buddy map of the same model.
+
+    Raises:
+        BudgetError: the memory budget is too small: with what would do.
+        UsageError: options do not go together, or not with the model.
+        WrongModelError: the plan belongs to another model.
+        CorruptArtifactError: the plan's bits do not fit the model.
+    """
+    plan, profile = options.plan, inputs.profile
+    if plan is not None:
+        require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
+    primaries = primary_forms(options, opened.shape)
+    _require_alone(options)
+    replicas = _replicas(options, primaries, opened.shape)
+    reason = _needs_tokens(options, primaries, replicas)
+    if reason is not None and profile.tokens is None:
+        raise UsageError(
+            f"{reason}, and there is no profile", hint="--profile FILE, of moe-tool profile"
+        )
+    tokens = None if reason is None else profile.tokens
+    memory = plan_pack_memory(
+        opened,
+        n_tokens=0 if tokens is None else tokens.ids.size,
+        is_nested=primaries.is_nested,
+        asked=options.memory_bytes,
+    )
+    return PackJob(
+        folder=folder,
+        out=options.out,
+        spec=BundleSpec(
+            identity=opened.identity.model_copy(update={"full": profile.full_hash}),
+            shape=opened.shape,
+            order=profile.order,
+            forms=planned_forms(primaries.experts, replicas),
+            removed=primaries.removed,
+            made_from=_made_from(options, inputs, replicas),
+        ),
+        skeleton=options.skeleton,
+        quantizer=options.quantizer,
+        plan=plan,
+        profile=profile,
+        buddies=inputs.buddies,
+        tokens=tokens,
+        hidden_bytes=memory.hidden_bytes,
+    )
+
+
+def _require_alone(options: PackOptions) -> None:
+    if options.channels is not None and (options.replicas or options.plan is not None):
+        raise UsageError(
+            f"--sparse-experts {options.channels.name} beside --replicas or --plan: experts in "
+            "channels have no other forms, and plans do not know them",
+            hint="leave the others out",
+        )
+
+
+def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) -> _Replicas:
+    """Which experts get which cheaper form: those whose own form is dearer, as far as a plan has a
+    use for it."""
+    too_wide = [f.rank for f in options.replicas if f.kind == "low-rank" and f.rank > shape.hidden]
+    if too_wide:
+        raise UsageError(
+            f"--replicas rank{max(too_wide)}: the model is {shape.hidden} wide",
+            hint="a rank that saves something is a small part of the width",
+        )
+    planned = None if options.plan is None else planned_residents(options.plan, options.replicas)
+    found: dict[ReplicaPrecision, frozenset[ExpertKey]] = {}
+    for form in options.replicas:
+        dearer = [keys for own, keys in primaries.experts.items() if own.order_key < form.order_key]
+        if not dearer:
+            raise UsageError(
+                f"--replicas {form.name} beside --bits {options.bits_name}: a replica is cheaper "
+                "than the expert, and no expert has more bits",
+                hint="name fewer bits, or leave --replicas out",
+            )
+        experts = frozenset().union(*dearer)
+        if planned is not None:
+            experts &= planned[form.name]
+        if experts:
+            found[form.with_zeros(QUANTIZERS[options.quantizer].makes_zeros)] = experts
+    return found
+
+
+def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Replicas) -> str | None:
+    """Why a profile's tokens have to go through the model; None where they need not."""
+    if options.channels is not None:
+        name = options.channels.name
+        return f"--sparse-experts {name}: thresholds are measured on a profile's tokens"
+    if replicas:
+        return "--replicas are fitted to a profile's tokens and priced on them"
+    if primaries.is_nested:
+        bits = options.bits_name
+        return f"--bits {bits}: the first bits are priced on a profile's tokens"
+    if QUANTIZERS[options.quantizer].needs_inputs and primaries.has_codes:
+        return f"--quantizer {options.quantizer} goes by what experts are given"
+    return None
+
+
+def _made_from(options: PackOptions, inputs: PackInputs, replicas: _Replicas) -> dict[str, str]:
+    found = {
+        "bits": options.bits_name,
+        "skeleton_bits": options.skeleton.name,
+        "profile": inputs.profile.sha256 or "none",
+        "buddies": inputs.buddies_name,
+    }
+    if replicas:
+        found["replicas"] = ",".join(form.name for form in replicas)
+    if options.channels is not None:
+        found["sparse_experts"] = options.channels.name
+    if options.quantizer != "rtn":
+        found["quantizer"] = options.quantizer
+    if options.plan is not None:
+        found["plan"] = sha256_of_plan(options.plan)
+    return found

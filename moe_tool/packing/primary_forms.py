@@ -1,0 +1,125 @@
+"""Which expert has which primary precision: one for all, or each as a plan says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
+from moe_tool.artifacts.precision import (
+    NATIVE_WIDTH,
+    ChannelPrecision,
+    ExpertPrecision,
+    precision_from_bits,
+)
+from moe_tool.errors import CorruptArtifactError, UsageError
+from moe_tool.formats.channel_form import has_channels
+from moe_tool.packing.pack_options import PackOptions, WholePrecision
+from moe_tool.quantizers.registry import QUANTIZERS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrimaryForms:
+    """The primary precisions of a bundle's experts."""
+
+    experts: Mapping[ExpertPrecision, frozenset[ExpertKey]]
+    """Precision -> (layer, expert) of the experts that have it"""
+    removed: frozenset[ExpertKey] = frozenset()
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the first bits of some experts are experts too."""
+        return any(precision.base is not None for precision in self.experts)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any whole expert is quantized."""
+        return any(precision.is_coded for precision in self.experts)
+
+
+def primary_forms(options: PackOptions, shape: MoeShape) -> PrimaryForms:
+    """Return the precisions of all experts.
+
+    Args:
+        options: of `pack`.
+        shape: of the model.
+
+    Raises:
+        UsageError: bits are mixed without a plan, the quantizer cannot make them, or the experts
+            have no channels.
+        CorruptArtifactError: the plan's bits do not fit the model.
+    """
+    if options.channels is None and options.bits is None:
+        return _as_planned(options.plan, shape, options.quantizer)
+    everyone = frozenset((layer, e) for layer in shape.layers for e in range(shape.experts))
+    if options.channels is not None:
+        return PrimaryForms(experts={_channels(options.channels, options, shape): everyone})
+    assert options.bits is not None
+    return PrimaryForms(experts={made_by(options.quantizer, options.bits): everyone})
+
+
+def made_by(quantizer: Quantizer, precision: WholePrecision) -> WholePrecision:
+    """Return the precision with the zero points that a quantizer makes.
+
+    Raises:
+        UsageError: the quantizer cannot make it.
+    """
+    spec = QUANTIZERS[quantizer]
+    if precision.kind == "integer" and precision.zeros and not spec.makes_zeros:
+        able = [each.name for each in QUANTIZERS.values() if each.makes_zeros]
+        raise UsageError(
+            f"--bits {precision.name}: only --quantizer {', '.join(able)} makes zero points",
+            hint="leave out the z",
+        )
+    if precision.base is not None and not spec.can_nest:
+        able = [each.name for each in QUANTIZERS.values() if each.can_nest]
+        raise UsageError(
+            f"--bits {precision.name}: nested bits need symmetric codes; {quantizer} uses zero "
+            "points",
+            hint=f"--quantizer {', '.join(able)}",
+        )
+    return precision.with_zeros(spec.makes_zeros)
+
+
+def _as_planned(plan: PackPlan | None, shape: MoeShape, quantizer: Quantizer) -> PrimaryForms:
+    if plan is None or plan.bits != "mixed":
+        raise UsageError(
+            "--bits mixed: which expert gets how many bits is what a plan says",
+            hint="--plan FILE, of moe-tool plan --average-bits",
+        )
+    entries = plan.expert_bits
+    if [(e.layer, len(e.bits)) for e in entries] != [(x, shape.experts) for x in shape.layers]:
+        raise CorruptArtifactError(
+            f"the plan's bits are not those of {len(shape.layers)} layers of {shape.experts} "
+            "experts",
+            hint="plan again with moe-tool plan",
+        )
+    of_bits: dict[str, set[ExpertKey]] = {}
+    for entry in entries:
+        for expert, bits in enumerate(entry.bits):
+            of_bits.setdefault(str(bits), set()).add((entry.layer, expert))
+    removed = frozenset(of_bits.pop("0", set()))
+    if not of_bits:
+        raise UsageError("the plan leaves every expert out", hint="plan with more --average-bits")
+    return PrimaryForms(
+        experts={
+            made_by(quantizer, _planned(bits)): frozenset(keys) for bits, keys in of_bits.items()
+        },
+        removed=removed,
+    )
+
+
+def _planned(bits: str) -> WholePrecision:
+    return precision_from_bits("native" if bits == str(NATIVE_WIDTH) else bits)
+
+
+def _channels(
+    precision: ChannelPrecision, options: PackOptions, shape: MoeShape
+) -> ChannelPrecision:
+    if not has_channels(shape.expert_tensors):
+        raise UsageError(
+            f"--sparse-experts {precision.name}: the experts of {shape.model_type} have no joined "
+            "gate and up projection, so no channels that a gate could close",
+            hint="leave --sparse-experts out",
+        )
+    return precision.with_zeros(QUANTIZERS[options.quantizer].makes_zeros)

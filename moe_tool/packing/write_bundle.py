@@ -1,0 +1,132 @@
+"""Walk a pack job: write the experts' records, the skeleton, the tokenizer and the manifest."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.models.architecture import OpenedModel
+from moe_tool.packing.plan_pack import PackJob
+from moe_tool.packing.skeleton_work import SkeletonWork
+from moe_tool.packing.write_records import write_calibrated, write_records
+from moe_tool.progress import SILENT, Progress
+
+# Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
+# folder is copied.
+_COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_COMPANION_MAX_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackReport:
+    """A finished bundle in numbers."""
+
+    bundle: Path
+    bytes: int
+    """All files"""
+    expert_bytes: int
+    """Expert records, alignment included, without replicas"""
+    replica_bytes: int
+    skeleton_bytes: int
+    skeleton_bits: str
+    """native, 8 or 4"""
+    bits_per_weight: float
+    """Bits per expert weight, scales and alignment included"""
+    seconds: float
+    peak_rss_bytes: int
+    output_error: float | None
+    """Relative error of the experts' outputs on held-out tokens: mean over stored experts; None:
+    not measured"""
+    unrouted: tuple[ExpertKey, ...]
+    """Experts that few tokens or none were sent to: fitted to those of others"""
+    resumed_records: int
+    """Records found finished from an interrupted run"""
+
+
+def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT) -> PackReport:
+    """Compile a checkpoint into a bundle, one expert in memory at a time, or one layer where codes
+    are fitted.
+
+    An interrupted run is resumed when called again with the same job.
+
+    Args:
+        job: of `plan_pack`.
+        opened: the model of the job; its checkpoint stays open and belongs to the caller.
+        progress: told about every record.
+
+    Raises:
+        UsageError: the bundle's folder holds something else.
+        DiskFullError: the bundle would not fit on the disk.
+        CorruptArtifactError, StorageError: the checkpoint is damaged, or a disk refuses.
+    """
+    start = time.perf_counter()
+    skeleton = SkeletonWork(opened, job.skeleton)
+    writer = BundleWriter.open(job.out, job.spec)
+    resumed = writer.n_written
+    unrouted: list[ExpertKey] = []
+    if not writer.finished:
+        records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
+        require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
+        try:
+            if job.tokens is None:
+                write_records(writer, opened, job.quantizer, progress)
+            else:
+                unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
+        finally:
+            writer.suspend()
+        skeleton.write(writer, progress)
+        for name, data in _companions(job.folder):
+            writer.add_file(name, data)
+    manifest = writer.finish(
+        heat=job.profile.heat,
+        buddies=job.buddies,
+        prices=job.profile.prices,
+        plan=job.plan,
+        profile_sha256=job.profile.sha256,
+    )
+    n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
+    return PackReport(
+        bundle=job.out,
+        bytes=sum(file.size_bytes for file in manifest.files),
+        expert_bytes=manifest.primary_bytes,
+        replica_bytes=sum(table.size_bytes for table in manifest.cheaper if table.role != "base"),
+        skeleton_bytes=skeleton.size_bytes,
+        skeleton_bits=job.skeleton.name,
+        bits_per_weight=8 * manifest.primary_bytes / n_weights,
+        output_error=_error(manifest),
+        unrouted=tuple(unrouted),
+        seconds=time.perf_counter() - start,
+        peak_rss_bytes=peak_rss_bytes(),
+        resumed_records=resumed,
+    )
+
+
+def _error(manifest: BundleManifest) -> float | None:
+    found = [record.eps for record in manifest.primary_records if record.eps is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _companions(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for name in _COMPANION_FILES:
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= _COMPANION_MAX_BYTES:
+            yield name, path.read_bytes()

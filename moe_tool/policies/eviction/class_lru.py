@@ -1,0 +1,89 @@
+"""Least recently used within two classes of experts: used once, and used again (segmented LRU).
+
+R. Karedla, J. S. Love, B. G. Wherry, Caching strategies to improve disk system performance, IEEE
+Computer 27(3), 1994.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.spec import EvictionSpec
+from moe_tool.policies.parameters import Parameter
+
+
+class ClassLru:
+    """A newcomer is on probation; a use while it is cached makes it a protected one.
+
+    Where more experts are protected than their class has room for, the least recently used of them
+    goes back on probation, as its most recently used. The least recently used on probation leaves
+    first.
+    """
+
+    hints: ClassVar[frozenset[Hint]] = frozenset()
+
+    def __init__(self, shape: CacheShape, *, protected: int = 80) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            shape: of the cache.
+            protected: room of the protected class, in percent of the capacity.
+        """
+        self._n_protected = shape.capacity * protected // 100
+        self._probation: dict[int, None] = {}  # least recently used first, as the other
+        self._protected: dict[int, None] = {}
+
+    def begin_call(self, layer: int) -> None:
+        """No-op: the layer's position does not matter."""
+
+    def touch(self, key: int) -> None:
+        """See `Eviction`."""
+        self._probation.pop(key, None)
+        self._protected.pop(key, None)
+        self._protected[key] = None
+        if len(self._protected) > self._n_protected:
+            oldest = next(iter(self._protected))
+            del self._protected[oldest]
+            self._probation[oldest] = None
+
+    def add(self, key: int) -> None:
+        """See `Eviction`."""
+        self._probation[key] = None
+
+    def evict(self, protected: Collection[int]) -> int:
+        """See `Eviction`."""
+        for segment in (self._probation, self._protected):
+            for key in segment:
+                if key not in protected:
+                    del segment[key]
+                    return key
+        raise LookupError("every cached expert is protected")
+
+    def discard(self, key: int) -> None:
+        """See `Eviction`."""
+        self._probation.pop(key, None)
+        self._protected.pop(key, None)
+
+    def observe(self, layer: int, scores: np.ndarray) -> None:
+        """No-op: ignores router scores."""
+
+    def expect(self, keys: Sequence[int], *, ahead: int) -> None:
+        """No-op: ignores predictions."""
+
+
+SPEC = EvictionSpec(
+    name="class-lru",
+    summary="what was used longest ago of those used once, then of those used again while cached",
+    make=ClassLru,
+    parameters={
+        "protected": Parameter(
+            help="most of the cache that experts used again may hold, percent",
+            default=80,
+            most=100,
+            is_whole=True,
+        )
+    },
+    source="segmented LRU, Karedla et al. 1994",
+)

@@ -1,0 +1,100 @@
+"""Least frequently used, where an expert that left and comes back has half of its count still."""
+
+from collections.abc import Collection
+
+from moe_tool.policies.eviction.protocol import CacheShape
+from moe_tool.policies.eviction.ranked import Ranked
+from moe_tool.policies.eviction.spec import EvictionSpec
+from moe_tool.policies.parameters import Parameter
+
+_USES_BITS = 40
+_MAX_COUNT = 2**20
+
+
+class LfuGhost(Ranked):
+    """Uses since an expert entered the cache, plus half of what it left with the last time.
+
+    Only the last experts that left are remembered, as many as `ghosts` says; all others begin at
+    nothing, so that a count says what was wanted lately. All counts, of cached experts and ghosts,
+    are halved from time to time. Of equal counts the least recently used leaves first.
+    """
+
+    def __init__(self, shape: CacheShape, *, ghosts: int = 100, halve_every: int = 64) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            shape: of the cache.
+            ghosts: experts that are remembered after they left, in percent of the capacity.
+            halve_every: forwards after which all counts are halved.
+        """
+        super().__init__(shape)
+        self._n_ghosts = shape.capacity * ghosts // 100
+        self._halve_every = halve_every
+        self._counts: dict[int, int] = {}
+        self._last_use: dict[int, int] = {}
+        self._ghosts: dict[int, int] = {}  # key -> halved count, the first that left first
+        self._uses = 0
+
+    def begin_call(self, layer: int) -> None:
+        """See `Eviction`."""
+        before = self.forward
+        super().begin_call(layer)
+        if self.forward != before and self.forward % self._halve_every == 0:
+            self._counts = {key: count >> 1 for key, count in self._counts.items()}
+            self._ghosts = {key: count >> 1 for key, count in self._ghosts.items() if count > 1}
+            for key in self._counts:
+                self._rank(key)
+
+    def touch(self, key: int) -> None:
+        """See `Eviction`."""
+        self._uses += 1
+        self._counts[key] = min(self._counts[key] + 1, _MAX_COUNT)
+        self._last_use[key] = self._uses
+        self._rank(key)
+
+    def add(self, key: int) -> None:
+        """See `Eviction`."""
+        self._counts[key] = self._ghosts.pop(key, 0)
+        self.touch(key)
+
+    def evict(self, protected: Collection[int]) -> int:
+        """See `Eviction`."""
+        victim = super().evict(protected)
+        self._remember(victim, self._counts.pop(victim) >> 1)
+        return victim
+
+    def discard(self, key: int) -> None:
+        """See `Eviction`. It leaves with what it had before it came: that was no use."""
+        super().discard(key)
+        self._remember(key, self._counts.pop(key) - 1)
+
+    def _remember(self, key: int, count: int) -> None:
+        if count > 0:
+            self._ghosts[key] = count
+        if len(self._ghosts) > self._n_ghosts:
+            del self._ghosts[next(iter(self._ghosts))]
+
+    def _rank(self, key: int) -> None:
+        self.rank(key, (self._counts[key] << _USES_BITS) + self._last_use[key])
+
+
+SPEC = EvictionSpec(
+    name="lfu-ghost",
+    summary="what was used least since it came, plus half of its count from before it last left",
+    make=LfuGhost,
+    parameters={
+        "ghosts": Parameter(
+            help="experts remembered after they left, percent of the cache's slots",
+            default=100,
+            most=10**4,
+            is_whole=True,
+        ),
+        "halve-every": Parameter(
+            help="forwards after which all counts are halved",
+            default=64,
+            least=1,
+            most=10**6,
+            is_whole=True,
+        ),
+    },
+)

@@ -1,0 +1,13 @@
+"""The profile's hottest experts stay for the whole run; the slots of one token are for the rest."""
+
+from moe_tool.policies.eviction.lru import Lru
+from moe_tool.policies.eviction.spec import EvictionSpec
+
+SPEC = EvictionSpec(
+    name="static-hot",
+    summary="nothing but the slots of one token: the hottest experts of the profile stay",
+    make=Lru,
+    pinned_share=1.0,
+    compiled="lru",
+    is_stack=True,
+)

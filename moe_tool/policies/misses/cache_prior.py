@@ -1,0 +1,120 @@
+"""Experts in memory get a bonus on the router's scores before the top K are chosen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
+from moe_tool.policies.misses.needs import WEIGHT_RULE
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh
+from moe_tool.policies.misses.spec import PolicySpec, Values
+from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.parameters import Parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePrior:
+    """The cache prior of Mixture of Cache-Conditional Experts (arXiv:2412.00099).
+
+    lambda times the range of the router's scores is added to the scores of resident experts, the
+    best K are chosen anew, and weighed by the model's own rule on the scores as they were. A
+    token's best experts are kept whatever it takes.
+    Deviations: the range is that of the token's own scores, not a mean over the tokens before it,
+    so that an answer depends on nothing but routing and residency. Scores are those that the model
+    selects by; where these are not the logits, the range is theirs.
+    """
+
+    share: float
+    """lambda: bonus of a resident expert, as a share of the range of the token's scores"""
+    n_kept: int
+    """J: best experts of a token that are never given up"""
+    reweigh: Mapping[int, Reweigh]
+    """By decoder layer"""
+    lossy: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
+    needs_score: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Return one line for the announcement."""
+        return (
+            "cache-prior: experts in memory are ranked higher, text may differ "
+            f"(by {self.share:.0%} of the range of the router's scores)"
+        )
+
+    def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
+        """Return the routing with missing experts outranked by resident ones."""
+        here = resident[PRIMARY]
+        if self.share <= 0 or here.all():
+            return keep(routing)
+        assert routing.score is not None and routing.logits is not None, "the policy asked for them"
+        score = routing.score.astype(np.float64)  # [T, E]
+        every = np.arange(len(score))[:, None]
+        own = score[every, routing.index]  # [T, K]
+        may_go = routing.present & ~here[routing.index] & ~self._best(routing, own)
+        may_come = here & ~routing.is_wanted(len(here)) & np.isfinite(score)
+        raised = np.where(may_come, score + self.share * _range(score)[:, None], -np.inf)
+        coming = np.argsort(-raised, axis=1, kind="stable")
+        going = np.argsort(np.where(may_go, own, np.inf), axis=1, kind="stable")
+        expert = routing.index.copy()
+        for place in range(min(expert.shape[1], len(here))):  # the lowest that may go first
+            position, newcomer = going[:, place], coming[:, place]
+            moves = may_go[every[:, 0], position]
+            moves &= raised[every[:, 0], newcomer] > own[every[:, 0], position]
+            token = np.flatnonzero(moves)
+            expert[token, position[token]] = newcomer[token]
+        moved = np.flatnonzero((expert != routing.index).any(axis=1))
+        if not moved.size:
+            return keep(routing)
+        weight = routing.weight.astype(np.float32)
+        weight[moved] = self.reweigh[routing.layer](
+            routing.logits[moved], expert[moved], routing.present[moved]
+        )
+        return replace(keep(routing), expert=expert, weight=weight)
+
+    def _best(self, routing: Routing, own: np.ndarray) -> np.ndarray:
+        """Return which slots are among a token's best ones, [T, K] bool."""
+        order = np.argsort(np.where(routing.present, -own, np.inf), axis=1, kind="stable")
+        found = np.zeros(own.shape, dtype=bool)
+        np.put_along_axis(found, order[:, : self.n_kept], True, axis=1)
+        return found
+
+
+def _range(score: np.ndarray) -> np.ndarray:
+    """Return the distance of each token's best and worst finite scores, [T]."""
+    finite = np.isfinite(score)
+    highest = np.where(finite, score, -np.inf).max(axis=1, initial=-np.inf)
+    lowest = np.where(finite, score, np.inf).min(axis=1, initial=np.inf)
+    found: np.ndarray = np.where(finite.any(axis=1), highest - lowest, 0.0)
+    return found
+
+
+def _make(inputs: PolicyInputs, values: Values) -> CachePrior:
+    assert inputs.reweigh is not None
+    return CachePrior(share=values["lambda"], n_kept=int(values["keep"]), reweigh=inputs.reweigh)
+
+
+SPEC = PolicySpec(
+    name="cache-prior",
+    summary="a resident expert that outranks it once all resident ones get a bonus on the router's "
+    "scores, the whole set weighed anew by the model's rule",
+    make=_make,
+    inert="lambda=0",
+    fires="lambda=1",
+    parameters={
+        "lambda": Parameter(
+            help="bonus of resident experts, as a share of the range of the token's scores",
+            default=0.2,
+        ),
+        "keep": Parameter(
+            help="best experts of a token that are never given up",
+            default=1,
+            most=1024,
+            is_whole=True,
+        ),
+    },
+    needs=(WEIGHT_RULE,),
+    strength=ShareStrength(parameter="lambda"),
+    source="Mixture of Cache-Conditional Experts, arXiv:2412.00099",
+)

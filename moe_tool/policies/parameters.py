@@ -1,0 +1,88 @@
+"""Numbers written behind a policy's name: bounds, defaults, and how they are read and written."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_tool.errors import UsageError
+
+_WHOLE = re.compile(r"-?[0-9]{1,9}")
+"""At most nine digits: int() refuses thousands of them"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One number that a policy takes."""
+
+    help: str
+    """Meaning and unit, for --help and docs"""
+    default: float
+    least: float = 0
+    most: float = 1
+    is_whole: bool = False
+
+    @property
+    def bounds(self) -> str:
+        """The values that are possible, in words."""
+        kind = "whole, " if self.is_whole else ""
+        return f"{kind}{number_text(self.least)} to {number_text(self.most)}"
+
+
+def read_parameter(place: str, word: str, parameters: Mapping[str, Parameter]) -> tuple[str, float]:
+    """Return the name and the value that a word like "alpha=0.3" gives.
+
+    Args:
+        place: option and text that the word comes from, for a refusal.
+        word: between two commas.
+        parameters: by name, those that are possible.
+
+    Raises:
+        UsageError: the parameter is unknown, or it cannot have this value.
+    """
+    name, _, text = word.partition("=")
+    if name not in parameters:
+        known = ", ".join(f"{each}={number_text(p.default)}" for each, p in parameters.items())
+        raise UsageError(
+            f"{place}: {word!r} is not known",
+            hint=f"it takes {known}" if known else "it takes no parameter",
+        )
+    allowed = parameters[name]
+    value = _read_number(text, allowed)
+    if not allowed.least <= value <= allowed.most:
+        kind = "a whole number" if allowed.is_whole else "a number"
+        raise UsageError(
+            f"{place}: {word!r} is out of range",
+            hint=f"{kind} from {number_text(allowed.least)} to {number_text(allowed.most)} is "
+            "possible",
+        )
+    return name, value
+
+
+def changed_words(
+    values: Mapping[str, float], parameters: Mapping[str, Parameter]
+) -> tuple[str, ...]:
+    """Return the words that say how values differ from the defaults."""
+    return tuple(
+        f"{name}={number_text(value)}"
+        for name, value in values.items()
+        if value != parameters[name].default
+    )
+
+
+def number_text(value: float) -> str:
+    """Return the shortest text that is read as the same number."""
+    if isinstance(value, int):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _read_number(text: str, allowed: Parameter) -> float:
+    """Return the number that a text stands for; NaN, which is in no range, where there is none."""
+    if allowed.is_whole:
+        return int(text) if _WHOLE.fullmatch(text) else math.nan
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

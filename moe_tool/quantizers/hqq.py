@@ -1,0 +1,39 @@
+"""Rounding with zero points that are robust to outliers, by the weights (HQQ)."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from moe_tool.artifacts.precision import IntegerPrecision
+from moe_tool.quantizers.spec import QuantizeExpert, QuantizerSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_tool.quantization.weights import IntegerWeight
+    from moe_tool.quantizers.inputs import ExpertInputs
+
+
+def _quantize(
+    weights: "Mapping[str, torch.Tensor]", precision: IntegerPrecision
+) -> "dict[str, IntegerWeight]":
+    from moe_tool.quantization.hqq import quantize_hqq
+    from moe_tool.quantizers.inputs import matrices
+
+    assert precision.zeros
+    return {
+        name: quantize_hqq(weight, precision.width_bits, group=precision.group)
+        for name, weight in matrices(weights)
+    }
+
+
+def _make(inputs: "ExpertInputs | None") -> QuantizeExpert:
+    return _quantize
+
+
+SPEC = QuantizerSpec(
+    name="hqq",
+    summary="to the nearest code, with zero points robust to outliers",
+    make=_make,
+    makes_zeros=True,
+    source="Badri and Shaji 2023",
+)

@@ -1,0 +1,73 @@
+"""What one expert's matrices are given on a profile's tokens."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from moe_tool.experts.expert_forward import inner_activations
+from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+
+LAST = "down_proj"
+"""The matrix that is given what the others compute"""
+_MOST_TOKENS = 8192
+
+
+class ExpertInputs:
+    """Tokens that an expert is given, with what follows from them at any number of bits."""
+
+    def __init__(
+        self, module: Any, tensors: Mapping[str, torch.Tensor], tokens: torch.Tensor
+    ) -> None:
+        """Take evenly spaced tokens where there are too many.
+
+        Args:
+            module: the experts module of transformers.
+            tensors: the exact expert.
+            tokens: [n, H] float32.
+        """
+        step = max(1, -(-len(tokens) // _MOST_TOKENS))
+        self._module = module
+        self._tensors = tensors
+        self._tokens = tokens[::step]
+
+    @cached_property
+    def exact_inner(self) -> torch.Tensor:
+        """[n, I] float32: what the last matrix is given by exact ones before it"""
+        return self.inner_of({})
+
+    @cached_property
+    def _first_moments(self) -> torch.Tensor:
+        return second_moments(self._tokens)
+
+    @cached_property
+    def _last_moments(self) -> torch.Tensor:
+        return second_moments(self.exact_inner)
+
+    def moments(self, name: str) -> torch.Tensor:
+        """Return the second moments of a matrix's inputs in the exact expert, [in, in] float32."""
+        return self._last_moments if name == LAST else self._first_moments
+
+    @torch.no_grad()
+    def inner_of(self, found: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
+        """Return what the last matrix is given by inexact ones before it, [n, I] float32.
+
+        Args:
+            found: tensors that take the place of the exact ones.
+        """
+        weights: dict[str, FloatWeight | IntegerWeight] = {
+            name: FloatWeight(values=value) for name, value in self._tensors.items()
+        }
+        weights.update(found)
+        return inner_activations(self._module, weights, self._tokens)
+
+
+def second_moments(inputs: torch.Tensor) -> torch.Tensor:
+    """Return the mean of x x^T, [in, in] float32, of [n, in]; zero without inputs."""
+    return inputs.T @ inputs / max(1, len(inputs))
+
+
+def matrices(weights: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Return an expert's matrices by name, without its vectors."""
+    return [(name, weight) for name, weight in weights.items() if weight.dim() == 2]

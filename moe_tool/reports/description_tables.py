@@ -1,0 +1,42 @@
+"""The tables below an artifact's facts, by what the artifact is."""
+
+from collections.abc import Sequence
+from functools import singledispatch
+
+from rich.table import Table
+
+from moe_tool.artifacts.bit_prices import BitPrices
+from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.pack_plan import PackPlan
+from moe_tool.artifacts.routing_report import ProfileRouting
+from moe_tool.reports.hardware_table import experts_table, lookup_table, speeds_table
+from moe_tool.reports.plan_table import bit_prices_table, forms_table, lines_table
+from moe_tool.reports.routing_tables import profile_tables
+
+
+@singledispatch
+def tables_of(artifact: object) -> Sequence[Table]:
+    """Return the tables of an artifact; none of what has no table."""
+    return ()
+
+
+@tables_of.register
+def _(artifact: BitPrices) -> Sequence[Table]:
+    return (bit_prices_table(artifact),)
+
+
+@tables_of.register
+def _(artifact: HardwareProfile) -> Sequence[Table]:
+    tables = [speeds_table(artifact), experts_table(artifact)]
+    return [*tables, lookup_table(artifact)] if artifact.lookup else tables
+
+
+@tables_of.register
+def _(artifact: PackPlan) -> Sequence[Table]:
+    tables = [lines_table(artifact.lines)]
+    return [*tables, forms_table(artifact)] if artifact.forms else tables
+
+
+@tables_of.register
+def _(artifact: ProfileRouting) -> Sequence[Table]:
+    return tuple(profile_tables(artifact))

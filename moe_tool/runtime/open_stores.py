@@ -1,0 +1,131 @@
+"""The stores of a session: which forms of which experts stay in memory, and slots for the rest."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.precision import AnyPrecision
+from moe_tool.errors import BudgetError
+from moe_tool.formats.bundle_checks import BundleForm
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.policies.eviction import EvictionChoice
+from moe_tool.policies.eviction.lru import Lru
+from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.policy_choice import ChosenPolicy
+from moe_tool.runtime.residency import FormRoom, cache_rooms, frozen_rooms
+from moe_tool.store.channel_store import ChannelStore
+from moe_tool.store.form_stores import FormStores
+from moe_tool.store.protocol import ExpertStore
+from moe_tool.store.record_store import RecordStore
+
+_N_READERS = 2
+MakeStore = Callable[[BundleReader, tuple[FormRoom, ...], EvictionChoice], ExpertStore]
+"""(bundle, rooms in the order of `bundle.forms`, eviction of primary forms) -> a store with nothing
+read yet; the bundle stays open as long as the store"""
+
+
+def choose_rooms(
+    manifest: BundleManifest,
+    slots: tuple[int, ...],
+    residency: Residency,
+    eviction: EvictionChoice,
+    policy: ChosenPolicy,
+) -> tuple[FormRoom, ...]:
+    """Return each form's part of the memory, in the order of `manifest.forms`.
+
+    Args:
+        manifest: of the bundle.
+        slots: that the budget has for primary records, by table.
+        residency: whether what is in memory changes.
+        eviction: of primary forms.
+        policy: what answers misses.
+    """
+    choice = policy.choice
+    if residency == "frozen":
+        rooms = frozen_rooms(manifest, slots, choice, policy.prices)
+    else:
+        rooms = cache_rooms(manifest, slots, choice, pinned_share=eviction.pinned_share)
+    if choice.residents == "two-precisions" and sum(slots) < len(manifest.primary_records):
+        at = len(manifest.primaries) + int(choice.values["level"]) - 1
+        if not rooms[at].n_slots:
+            raise BudgetError(
+                f"--policy {policy.name}: {sum(slots)} expert slots leave no room for cheaper "
+                "forms beside what a token needs",
+                hint="more --memory, e.g. 20%, or --policy exact",
+            )
+    return rooms
+
+
+def staying_by_form(manifest: BundleManifest, rooms: tuple[FormRoom, ...]) -> dict[str, int]:
+    """Return how many experts never leave memory, by the form's name; forms of which none stays are
+    left out."""
+    found: dict[str, int] = {}
+    for table, room in zip(manifest.forms, rooms, strict=False):  # selectors have none
+        if room.pinned:
+            found[table.name] = found.get(table.name, 0) + len(room.pinned)
+    return found
+
+
+def stored_masks(manifest: BundleManifest) -> dict[int, torch.Tensor]:
+    """Return which experts the bundle has, decoder layer -> [E] bool; empty where it has all."""
+    if not manifest.removed:
+        return {}
+    return {layer: torch.from_numpy(manifest.stored(layer)) for layer in manifest.shape.layers}
+
+
+def open_stores(
+    bundle: BundleReader, rooms: tuple[FormRoom, ...], eviction: EvictionChoice
+) -> FormStores:
+    """Return one store for each form of which there is to be anything in memory; see MakeStore."""
+    shape = bundle.manifest.shape
+    n_primaries = len(bundle.manifest.primaries)
+    cheaper: dict[AnyPrecision, RecordStore] = {}
+    for held, room in zip(bundle.forms[n_primaries:], rooms[n_primaries:], strict=False):
+        if room.n_slots:
+            cheaper[held.table.precision] = RecordStore(
+                bundle,
+                form=held.index,
+                n_slots=room.n_slots,
+                pinned=room.pinned,
+                eviction=Lru,
+                n_readers=_N_READERS,
+            )
+    primaries: list[ExpertStore] = []
+    primary_of: dict[int, list[int | None]] = {
+        layer: [None] * shape.experts for layer in shape.layers
+    }
+    for held, room in zip(bundle.forms, rooms[:n_primaries], strict=False):
+        if room.n_slots:
+            for record in held.table.records:
+                primary_of[record.layer][record.expert] = len(primaries)
+            nested = held.table.precision.base
+            base = None if nested is None else cheaper.get(nested)
+            primaries.append(_open_primary(bundle, held, room, eviction, base))
+    return FormStores(
+        primaries,
+        [cheaper.get(table.precision) for table in bundle.manifest.cheaper],
+        primary_of=primary_of,
+    )
+
+
+def _open_primary(
+    bundle: BundleReader,
+    held: BundleForm,
+    room: FormRoom,
+    eviction: EvictionChoice,
+    base: RecordStore | None,
+) -> ExpertStore:
+    open_store: Callable[..., ExpertStore] = partial(RecordStore, base=base)
+    if "selector" in held.table.precision.roles:
+        open_store = ChannelStore
+    return open_store(
+        bundle,
+        form=held.index,
+        n_slots=room.n_slots,
+        pinned=room.pinned,
+        eviction=eviction.make,
+        per_layer=eviction.per_layer,
+        n_readers=_N_READERS,
+    )

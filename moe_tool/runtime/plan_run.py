@@ -1,0 +1,352 @@
+"""Decide everything about a run before anything large is loaded, and refuse what cannot be."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.pack_plan import PackPlan
+from moe_tool.budget.account import MemoryPlan, plan_memory
+from moe_tool.budget.refusal import MemoryLine
+from moe_tool.budget.request import AUTO, MemoryRequest
+from moe_tool.budget.sizes import format_bytes
+from moe_tool.errors import BudgetError, UsageError
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.skeleton import Skeleton
+from moe_tool.models.skeleton_loader import SkeletonLoader
+from moe_tool.native.kernels import is_native
+from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.misses import MissChoice
+from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
+from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
+from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
+from moe_tool.runtime.prefetcher import NO_PREFETCH, require_prefetch
+from moe_tool.runtime.quality_promise import quality_note
+from moe_tool.runtime.residency import FormRoom, expert_rooms
+from moe_tool.runtime.run_options import (
+    DEFAULT_EVICTION,
+    EXACT_POLICY,
+    RunOptions,
+    default_policy,
+    default_residency,
+)
+from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
+from moe_tool.runtime.working_set import Workload, positions_within, run_lines
+
+_FIRST_USE_BYTES = 16 * 2**20
+"""Memory that torch and transformers allocate when a model is first built and run: 8 to 10 MiB from
+tiny models to 16 layers of width 2048, and as much to spare; measured instead once that has
+happened"""
+_LOSSY_PROMPT = (
+    "lossy prefill: the policy answers the prompt too, and what that leaves in the KV cache stays"
+)
+_EXACT_PROMPT = "lossy prefill changes nothing: the policy reads every miss"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Memory that a run takes whatever the size of the process turns out to be."""
+
+    request: MemoryRequest
+    """Budget that was asked for or planned"""
+    fixed: tuple[MemoryLine, ...]
+    """Account without the process and the expert slots"""
+    loading_bytes: int
+    """Memory that loading the skeleton takes at its peak, beside the process"""
+
+    def within(
+        self, manifest: BundleManifest, process_bytes: int, available_bytes: int
+    ) -> MemoryPlan:
+        """Return the account with the slots that the budget leaves.
+
+        Raises:
+            BudgetError: the budget is below what the run needs.
+        """
+        process = MemoryLine(name="process and its libraries", size_bytes=process_bytes)
+        return plan_memory(
+            self.request,
+            fixed=(process, *self.fixed),
+            loading_bytes=process_bytes + self.loading_bytes,
+            experts=expert_rooms(manifest),
+            available_bytes=available_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """A run with everything decided: `open_session` only walks it."""
+
+    options: RunOptions
+    """As they were asked for, before the bundle's plan filled anything in"""
+    policy: ChosenPolicy
+    residency: Residency
+    eviction: EvictionChoice
+    prefetch: str
+    """Key of policies.prefetch.PREFETCH"""
+    workload: Workload
+    threads: ComputeThreads
+    footprint: Footprint
+    skeleton_bytes: int
+    """Size of the loaded skeleton"""
+    memory: MemoryPlan
+    """Where the bytes go: an estimate until `settle` knows the size of the process"""
+    rooms: tuple[FormRoom, ...]
+    """Slots and pinned experts of each form"""
+    followed: str | None
+    """Which settings are the bundle's plan's, in one line; None where none is"""
+
+
+def plan_run(
+    options: RunOptions,
+    bundle: BundleReader,
+    skeleton: SkeletonLoader,
+    *,
+    used_bytes: int,
+    available_bytes: int,
+) -> RunPlan:
+    """Return the plan of a run. Nothing is loaded, read or changed.
+
+    What cannot fit even if the first use of the model took no memory is refused here; the refusal
+    names a budget that leaves room for it. What lies between is decided by `settle`.
+
+    Args:
+        options: what is asked for.
+        bundle: its manifest says what there is.
+        skeleton: checked, not yet loaded.
+        used_bytes: size of the process now.
+        available_bytes: what the process could grow to, its present size included.
+
+    Raises:
+        UsageError: options that contradict each other or the bundle.
+        BudgetError: the budget is below what the session needs.
+        NotFoundError, UnsupportedModelError: the policy lacks what it asks.
+    """
+    manifest = bundle.manifest
+    choice = options.policy or default_policy(manifest)
+    residency = options.residency or default_residency(choice)
+    _check(options, choice, residency, manifest)
+    require_sparse(options, choice, bundle)
+    followed = follow_plan(options, manifest.plan, residency)
+    require_prefetch(followed.prefetch, residency=residency)
+    config = skeleton.config.get_text_config()
+    workload = _workload(options, choice, config)
+    footprint = Footprint(
+        request=followed.memory,
+        fixed=run_lines(
+            config,
+            manifest.shape,
+            workload,
+            process_bytes=0,
+            skeleton_bytes=skeleton.held_bytes,
+            beside=_beside(bundle, followed.eviction, options.caller_bytes),
+        ),
+        loading_bytes=skeleton.held_bytes + skeleton.largest_bytes,
+    )
+    memory = _estimate(footprint, manifest, used_bytes, available_bytes)
+    policy = choose_policy(
+        choice,
+        manifest,
+        skeleton.layers,
+        skeleton.config,
+        gates=options.gates,
+        seed=options.seed,
+    )
+    return RunPlan(
+        options=options,
+        policy=policy,
+        residency=residency,
+        eviction=followed.eviction,
+        prefetch=followed.prefetch,
+        workload=workload,
+        threads=choose_threads(options.threads, manifest),
+        footprint=footprint,
+        skeleton_bytes=skeleton.held_bytes,
+        memory=memory,
+        rooms=choose_rooms(manifest, memory.slots, residency, followed.eviction, policy),
+        followed=followed.note,
+    )
+
+
+def settle(
+    plan: RunPlan, manifest: BundleManifest, *, process_bytes: int, available_bytes: int
+) -> RunPlan:
+    """Return the plan with the slots that are left now that the size of the process is known.
+
+    Args:
+        plan: of `plan_run`.
+        manifest: of the bundle.
+        process_bytes: size of the process without the skeleton, after a first forward.
+        available_bytes: what the process could grow to, its present size included.
+
+    Raises:
+        BudgetError: the budget is below what the session needs.
+    """
+    memory = plan.footprint.within(manifest, process_bytes, available_bytes)
+    rooms = choose_rooms(manifest, memory.slots, plan.residency, plan.eviction, plan.policy)
+    return replace(plan, memory=memory, rooms=rooms)
+
+
+def with_policy(
+    plan: RunPlan,
+    choice: MissChoice,
+    residency: Residency,
+    manifest: BundleManifest,
+    skeleton: Skeleton,
+) -> RunPlan:
+    """Return the plan with another policy in the same memory.
+
+    Raises:
+        UsageError: the run leaves channels out or reads ahead, which the policy does not go with,
+            or the bundle lacks what it needs.
+        BudgetError: the memory has no room for what the policy answers with.
+        NotFoundError, UnsupportedModelError: as `choose_policy`.
+    """
+    if plan.options.sparse_experts is not None:
+        require_exact(plan.options.sparse_experts, choice)
+    require_prefetch(plan.prefetch, residency=residency)
+    policy = choose_policy(
+        choice,
+        manifest,
+        skeleton.layers,
+        skeleton.model.config,
+        gates=plan.options.gates,
+        seed=plan.options.seed,
+    )
+    rooms = choose_rooms(manifest, plan.memory.slots, residency, plan.eviction, policy)
+    return replace(plan, policy=policy, residency=residency, rooms=rooms)
+
+
+def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
+    """Return what a person is told before the first token: what was planned, what is lossy, what
+    is slower than it could be."""
+    is_lossy = plan.policy.policy.lossy
+    notes = [plan.followed] if plan.followed is not None else []
+    if is_lossy:
+        notes.append(plan.policy.policy.describe())
+    promise = quality_note(manifest, plan.policy, n_slots=plan.memory.n_slots)
+    if promise is not None:
+        notes.append(promise)
+    if plan.options.lossy_prompt:
+        notes.append(_LOSSY_PROMPT if is_lossy else _EXACT_PROMPT)
+    if not is_native():
+        notes.append("the native kernels are not in use: torch computes the experts, slower")
+    if plan.options.sparse_experts is not None:
+        notes.append(describe_sparse(plan.options.sparse_experts))
+    staying = staying_by_form(manifest, plan.rooms)
+    if len(staying) > 1:
+        notes.append(_staying(staying, n_experts=len(manifest.primary_records)))
+    return notes
+
+
+def _staying(staying: Mapping[str, int], *, n_experts: int) -> str:
+    held = ", ".join(
+        f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
+        for form, count in staying.items()
+    )
+    return f"in memory of {n_experts} experts: {held}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """Settings of which some are the bundle's plan's."""
+
+    memory: MemoryRequest
+    eviction: EvictionChoice
+    prefetch: str
+    note: str | None
+
+
+def follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency) -> Followed:
+    """Take what was asked for, else the plan's, else the defaults.
+
+    Under a frozen residency nothing is evicted or read ahead, whatever the plan has.
+    """
+    memory, eviction, prefetch = options.memory, options.eviction, options.prefetch
+    words = []
+    if plan is not None:
+        if memory is None:
+            memory = MemoryRequest(kind="bytes", size_bytes=plan.memory_bytes)
+            words.append(f"memory {format_bytes(plan.memory_bytes)}")
+        if eviction is None and residency != "frozen":
+            eviction = parse_eviction(plan.eviction)
+            words.append(f"eviction {plan.eviction}")
+        if prefetch is None and residency != "frozen":
+            prefetch = plan.prefetch
+            words.append(f"prefetch {prefetch}")
+    return Followed(
+        memory=memory or AUTO,
+        eviction=eviction or DEFAULT_EVICTION,
+        prefetch=prefetch or NO_PREFETCH,
+        note=f"as planned: {', '.join(words)}" if words else None,
+    )
+
+
+def _check(
+    options: RunOptions, policy: MissChoice, residency: Residency, manifest: BundleManifest
+) -> None:
+    """Refuse options that contradict each other."""
+    if options.eviction not in (None, DEFAULT_EVICTION) and residency == "frozen":
+        raise UsageError(
+            f"--eviction {options.eviction.name}: the experts in memory are frozen, so none is "
+            "evicted",
+            hint="--policy exact, or --residency cache",
+        )
+    if options.record_trace and (residency == "frozen" or policy != EXACT_POLICY):
+        raise UsageError("--record-trace requires --policy exact", hint="--policy exact")
+    if options.record_trace and len(manifest.primaries) > 1:
+        raise UsageError(
+            "--record-trace: the experts of this bundle have several sizes, and a trace has one",
+            hint="record it with a bundle of one number of --bits: what is wanted is the same",
+        )
+    for name, value in (
+        ("--threads", options.threads),
+        ("--context", options.context),
+        ("batch", options.batch),
+        ("prompt", options.prompt),
+        ("--shadow", options.shadow or None),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: at least 1 is needed")
+
+
+def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
+    positions = positions_within(config, options.context)
+    return Workload(
+        batch=options.batch,
+        positions=positions,
+        prompt=positions if options.prompt is None else min(options.prompt, positions),
+        keeps_scores=options.lossy_prompt and policy.weighs_prompts,
+    )
+
+
+def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -> dict[str, int]:
+    """Return what a run holds beside the model, in bytes by name."""
+    manifest, shape = bundle.manifest, bundle.manifest.shape
+    pruning = manifest.pruning
+    return {
+        "channel selectors": bundle.selector_bytes,
+        "caller workspace": caller_bytes,
+        f"eviction state of {eviction.kind}": eviction.notes_bytes(
+            n_layers=len(shape.layers), n_experts=shape.experts
+        ),
+        "mask routers": sum(
+            file.size_bytes
+            for file in manifest.files
+            if pruning is not None and file.name == pruning.file
+        ),
+    }
+
+
+def _estimate(
+    footprint: Footprint, manifest: BundleManifest, used_bytes: int, available_bytes: int
+) -> MemoryPlan:
+    """Return the account as if the first use of the model took no memory.
+
+    A refusal names a budget that leaves room for that use, so that it works when typed.
+    """
+    try:
+        return footprint.within(manifest, used_bytes, available_bytes)
+    except BudgetError:
+        footprint.within(manifest, used_bytes + _FIRST_USE_BYTES, available_bytes)
+        raise

@@ -1,0 +1,144 @@
+"""The experts of a bundle in every form that is in memory: one store for each record size."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+
+from moe_tool.artifacts.expert_ids import FormIds
+from moe_tool.artifacts.run_stats import PhaseCounters
+from moe_tool.policies.eviction.protocol import Hint
+from moe_tool.progress import SILENT, Progress
+from moe_tool.store.protocol import ExpertStore, SelectChannels, Supply
+
+
+class FormStores:
+    """An `ExpertStore` that hands every expert and form to the store that holds it.
+
+    Each store has slots, pins and readers of its own, so that what is read in one form never
+    displaces what is held in another.
+    """
+
+    def __init__(
+        self,
+        primaries: Sequence[ExpertStore],
+        cheaper: Sequence[ExpertStore | None] = (),
+        *,
+        primary_of: Mapping[int, Sequence[int | None]],
+    ) -> None:
+        """Take the stores over.
+
+        Args:
+            primaries: of the experts' primary forms.
+            cheaper: of each cheaper form; None: nothing of it is in memory or will be.
+            primary_of: decoder layer -> position among `primaries` of each expert's store, [E];
+                None: the expert was removed.
+        """
+        self._primaries = tuple(primaries)
+        self._cheaper = tuple(cheaper)
+        self._stores = tuple(each for each in (*primaries, *cheaper) if each is not None)
+        self._primary_of = primary_of
+        n_experts = len(next(iter(primary_of.values())))
+        self._ids = FormIds(n_experts)
+        self._none = np.zeros((1, n_experts), dtype=bool)
+
+    @property
+    def hints(self) -> frozenset[Hint]:
+        """What the eviction policy of the primary forms wants to be told."""
+        return self._primaries[0].hints
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Return which forms of a layer are in memory now, [F, E] bool."""
+        return self._joined(
+            [store.resident(layer) for store in self._primaries],
+            [self._none if each is None else each.resident(layer) for each in self._cheaper],
+        )
+
+    def pinned_mask(self, layer: int) -> np.ndarray:
+        """Return which forms of a layer never leave, [F, E] bool."""
+        return self._joined(
+            [store.pinned_mask(layer) for store in self._primaries],
+            [self._none if each is None else each.pinned_mask(layer) for each in self._cheaper],
+        )
+
+    def load_pinned(self, progress: Progress = SILENT) -> None:
+        """Read what never leaves, form by form; see ExpertStore."""
+        for store in self._stores:
+            store.load_pinned(progress)
+
+    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
+        """Let the next call use no more of these experts than the channels that `select` names."""
+        for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
+            store.select_channels(layer, part, select)
+
+    def acquire(
+        self,
+        layer: int,
+        numbers: Sequence[int],
+        counters: PhaseCounters,
+        *,
+        scores: np.ndarray | None = None,
+    ) -> Supply:
+        """Yield each expert with its weights; see ExpertStore.
+
+        The reads of all forms begin at once; cheap forms, which are mostly there, come first.
+        """
+        by_form: dict[int, list[int]] = {}
+        for number in numbers:
+            form, expert = self._ids.pair(number)
+            by_form.setdefault(form, []).append(expert)
+        primary = by_form.pop(0, [])
+        # All primaries are called: each judges what it read ahead by what this call names of it.
+        parts = [primary] if len(self._primaries) == 1 else self._split(layer, primary)
+        supplies = [
+            store.acquire(layer, part, counters, scores=scores)
+            for store, part in zip(self._primaries, parts, strict=True)
+        ]
+        if not by_form and len(supplies) == 1:
+            return supplies[0]
+        cheap = []
+        for form in sorted(by_form, reverse=True):
+            store = self._cheaper[form - 1]
+            assert store is not None, "a policy named a form that is not held"
+            supply = store.acquire(layer, by_form[form], counters)
+            cheap.append(self._numbered(supply, form))
+        return chain.from_iterable([*cheap, *supplies])
+
+    def prefetch(
+        self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
+    ) -> None:
+        """Expect experts to be named by the next call; see ExpertStore."""
+        parts, spared = self._split(layer, experts), self._split(layer, spare)
+        for store, part, kept in zip(self._primaries, parts, spared, strict=True):
+            if part:
+                store.prefetch(layer, part, spare=kept, counters=counters)
+
+    def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
+        """Tell the eviction policies what a call to come is predicted to name."""
+        for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
+            store.expect(layer, part, ahead=ahead)
+
+    def close(self) -> None:
+        """Close all stores."""
+        for store in self._stores:
+            store.close()
+
+    def _joined(self, primaries: list[np.ndarray], cheaper: list[np.ndarray]) -> np.ndarray:
+        """Return [F, E] of one [1, E] by primary store and one by cheaper form."""
+        if len(primaries) == 1 and not cheaper:
+            return primaries[0]
+        return np.concatenate([np.logical_or.reduce(primaries), *cheaper])
+
+    def _split(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
+        """Return experts by the primary store that holds them, in their order; removed ones are in
+        none."""
+        parts: list[list[int]] = [[] for _ in self._primaries]
+        for expert in experts:
+            at = self._primary_of[layer][expert]
+            if at is not None:
+                parts[at].append(expert)
+        return parts
+
+    def _numbered(self, supply: Supply, form: int) -> Supply:
+        for expert, weights in supply:
+            yield self._ids.number(form, expert), weights

@@ -1,0 +1,325 @@
+"""Records of one size in memory: a cache over the bundle, read on worker threads."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.run_stats import PhaseCounters
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.policies.eviction import Entry, MakeEviction
+from moe_tool.policies.eviction.protocol import Hint
+from moe_tool.progress import SILENT, Progress
+from moe_tool.quantization.weights import ExpertWeights
+from moe_tool.store.protocol import SelectChannels, Supply
+from moe_tool.store.reader import Arrival, Read, RecordReader
+from moe_tool.store.slot_book import SlotBook, require_slots
+from moe_tool.store.slots import SlotPool
+
+
+@dataclass(slots=True, kw_only=True)
+class _Fetch:
+    """One read of a layer call."""
+
+    key: ExpertKey
+    slot: int
+    after: ExpertKey | None
+    """Expert of the same call that has to be done with the slot before the read may start"""
+    n_there: int = 0
+    """Bytes that need not be read: the expert's base was in memory"""
+    is_read: bool = False
+    is_prefetched: bool = False
+    """Whether the read was begun by the call before"""
+
+
+class RecordStore:
+    """An `ExpertStore` of one form: a pool of slots for all layers, each with a whole record.
+
+    What a layer call evicts is settled when it starts, by a `SlotBook`: which read arrives first
+    changes nothing, so the content after a call is that of a plain replay. Where a call names more
+    experts than there are slots, its later reads wait until its earlier experts were computed.
+
+    Between two calls stand prefetches: experts that the next call is expected to name. They take
+    their slots when they are asked for, and count as resident from then on, read or not. The next
+    call keeps those that it names, waiting where they are still to come, and strikes out the others
+    as if they had never been there: the content is a plain replay again.
+
+    One consumer thread calls everything; the reader threads touch nothing but the slots they fill.
+    """
+
+    def __init__(
+        self,
+        bundle: BundleReader,
+        *,
+        form: int,
+        n_slots: int,
+        pinned: Sequence[ExpertKey] = (),
+        eviction: MakeEviction,
+        per_layer: bool = False,
+        n_readers: int = 2,
+        base: "RecordStore | None" = None,
+        read: Read | None = None,
+    ) -> None:
+        """Reserve the slots and start the readers; nothing is read yet.
+
+        Args:
+            bundle: stays open as long as the store; belongs to the caller.
+            form: position among `bundle.forms` of the form in which the store holds experts.
+            n_slots: records that memory holds at once, pinned ones included.
+            pinned: experts that never leave; read by `load_pinned`, at the latest with the first
+                call.
+            eviction: makes the policy of what is not pinned.
+            per_layer: every layer has its own equal part of the slots that are not pinned.
+            n_readers: worker threads.
+            base: holds the first bits of nested experts: of one that is there only the rest is
+                read.
+            read: fills a slot; None: with the whole record, out of the bundle.
+
+        Raises:
+            BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.
+        """
+        self._held = bundle.forms[form]
+        shape, n_all = bundle.manifest.shape, len(self._held.table.records)
+        n_pinned = len(frozenset(pinned))
+        reads = self._held.table.role == "primary"  # of other forms none need ever be read
+        require_slots(
+            shape,
+            n_slots=n_slots,
+            n_pinned=n_pinned,
+            n_all=n_all,
+            per_layer=per_layer,
+            reads=reads,
+        )
+        n_slots = min(n_slots, n_all)
+        self._book = SlotBook(
+            shape, n_slots=n_slots, pinned=pinned, eviction=eviction, per_layer=per_layer
+        )
+        self._base = base
+        self._slots = SlotPool(n_slots=n_slots, slot_size_bytes=self._held.record_size_bytes)
+        self._decoded: dict[int, ExpertWeights] = {}
+        """Slot -> views of it, whatever record lies there, with what a kernel prepares of them"""
+        self._reader = RecordReader(
+            read or partial(bundle.read_record_into, form=form), n_readers=n_readers
+        )
+        self._is_pinned_read = not n_pinned
+        self._call: Supply | None = None
+        self._named: Sequence[ExpertKey] = ()
+        """Experts of the call under way"""
+        self._fetches: dict[ExpertKey, _Fetch] = {}
+        """Reads of the call under way"""
+        self._prefetches: dict[ExpertKey, int] = {}
+        """Expert -> slot, for the call that comes next"""
+        self._is_prefetching = False
+
+    @property
+    def hints(self) -> frozenset[Hint]:
+        """What the eviction policy wants to be told beside the accesses."""
+        return self._book.hints
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Return which experts of a layer are in memory now, [1, E] bool."""
+        return self._book.resident(layer)
+
+    def pinned_mask(self, layer: int) -> np.ndarray:
+        """Return which experts of a layer never leave, [1, E] bool."""
+        return self._book.pinned_mask(layer)
+
+    def load_pinned(self, progress: Progress = SILENT) -> None:
+        """Read the pinned experts that are not in memory yet, in file order; see ExpertStore."""
+        self._end_call()
+        self._read_pinned(progress)
+
+    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
+        """Do nothing: the experts are whole."""
+
+    def _read_pinned(self, progress: Progress) -> None:
+        pinned, slot_of = self._book.pinned, self._book.slot_of
+        keys = [(record.layer, record.expert) for record in self._held.table.records]
+        missing = [key for key in keys if key in pinned and key not in slot_of]
+        if not missing:
+            self._is_pinned_read = True
+            return
+        progress.begin("loading experts", len(missing), "experts")
+        # Nothing else enters a slot before all of these have theirs.
+        for key in missing:
+            self._fetches[key] = _Fetch(key=key, slot=self._book.take(key), after=None)
+        try:
+            for fetch in self._fetches.values():
+                self._start(fetch)
+            while self._reader.n_under_way:
+                self._take_arrival()
+                progress.advance()
+            self._is_pinned_read = True
+        finally:
+            self._settle()
+            progress.end()
+
+    def acquire(
+        self,
+        layer: int,
+        numbers: Sequence[int],
+        counters: PhaseCounters,
+        *,
+        scores: np.ndarray | None = None,
+    ) -> Supply:
+        """Yield each expert with its weights, views of a slot; see ExpertStore."""
+        self._end_call()
+        if not self._is_pinned_read:
+            self._read_pinned(SILENT)
+        wanted = [(layer, expert) for expert in numbers]
+        assert len(set(numbers)) == len(wanted), "an expert is named twice"
+        if self._is_prefetching:
+            self._judge_prefetches(wanted, counters)
+        slot_of = self._book.slot_of
+        present = {key: slot_of[key] for key in wanted if key in slot_of}
+        n_misses = len(wanted) - len(present)
+        counters.hits += len(present)
+        counters.misses += n_misses
+        entries = self._book.access(layer, wanted, scores)
+        self._named = wanted
+        if entries:
+            self._plan(entries, named=set(wanted))
+            for fetch in self._fetches.values():
+                if fetch.after is None and not fetch.is_prefetched:
+                    self._start(fetch)
+        self._call = self._supply(present, counters)
+        return self._call
+
+    def prefetch(
+        self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
+    ) -> None:
+        """Expect experts to be named by the next call; see ExpertStore."""
+        self._is_prefetching = True
+        wanted = [(layer, expert) for expert in experts]
+        held = {*self._named, *wanted, *((layer, expert) for expert in spare)}
+        assert not any(key in self._book.slot_of for key in wanted), "one is resident"
+        for entry in self._book.prefetch(wanted, held):
+            key, slot, victim = self._book.enter(entry)
+            if victim is not None:
+                self._prefetches.pop(victim, None)
+            self._prefetches[key] = slot
+            n_there = self._copy_base(key, slot)
+            self._reader.prefetch(key, self._slots.view(slot), n_there=n_there)
+            counters.prefetches += 1
+
+    def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
+        """Tell the eviction policy what a call to come is predicted to name."""
+        self._book.expect([(layer, expert) for expert in experts], ahead=ahead)
+
+    def close(self) -> None:
+        """Stop reading, join the threads, give the memory back."""
+        self._end_call()
+        self._reader.close()
+        self._slots.close()
+
+    def _end_call(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call.close()  # type: ignore[attr-defined]  # a generator
+        if self._fetches:  # it was never asked for its first expert
+            self._settle()
+        self._named = ()
+
+    def _judge_prefetches(self, wanted: Sequence[ExpertKey], counters: PhaseCounters) -> None:
+        """Keep the prefetches that a call names, strike out the others."""
+        named = set(wanted)
+        prefetches, self._prefetches = self._prefetches, {}
+        for key, slot in prefetches.items():
+            if key not in named:
+                self._reader.drop(key)
+                self._book.strike_out(key)
+                continue
+            counters.prefetch_hits += 1
+            if not self._reader.claim(key):
+                self._fetches[key] = _Fetch(key=key, slot=slot, after=None, is_prefetched=True)
+        self._count_prefetched(counters)
+
+    def _count_prefetched(self, counters: PhaseCounters) -> None:
+        n_bytes = self._reader.take_prefetched_bytes()
+        counters.prefetched_bytes += n_bytes
+        counters.bytes_read += n_bytes
+
+    def _supply(self, present: dict[ExpertKey, int], counters: PhaseCounters) -> Supply:
+        fetches = self._fetches
+        waiting = {fetch.after: fetch for fetch in fetches.values() if fetch.after is not None}
+        try:
+            for key, slot in present.items():
+                if key in fetches:
+                    continue  # prefetched, but not there yet
+                yield key[1], self._weights(slot)
+                if waiting:
+                    self._start_after(key, waiting)
+            while self._reader.n_under_way:
+                started = time.perf_counter()
+                arrival = self._take_arrival()
+                fetch = self._fetches[arrival.key]
+                counters.stall_seconds += time.perf_counter() - started
+                if fetch.is_prefetched:
+                    self._count_prefetched(counters)
+                else:
+                    counters.bytes_read += arrival.n_bytes
+                yield fetch.key[1], self._weights(fetch.slot)
+                self._start_after(fetch.key, waiting)
+        finally:
+            self._settle()
+
+    def _plan(self, entries: Sequence[Entry], *, named: set[ExpertKey]) -> None:
+        """Give every miss its slot, with the books as they will be afterwards."""
+        for entry in entries:
+            key, slot, victim = self._book.enter(entry)
+            after = victim if victim in named else None
+            self._fetches[key] = _Fetch(key=key, slot=slot, after=after)
+
+    def _start(self, fetch: _Fetch) -> None:
+        fetch.n_there = self._copy_base(fetch.key, fetch.slot)
+        self._reader.start(fetch.key, self._slots.view(fetch.slot), n_there=fetch.n_there)
+
+    def _copy_base(self, key: ExpertKey, slot: int) -> int:
+        """Copy an expert's first bits into its slot where they are in memory; return how many
+        bytes that were."""
+        held = None if self._base is None else self._base.record_of(key)
+        view = self._slots.view(slot)
+        if held is None or not self._reader.is_free(view):
+            return 0
+        view[: held.numel()] = held
+        return held.numel()
+
+    def record_of(self, key: ExpertKey) -> torch.Tensor | None:
+        """Return an expert's record as it lies in its slot, uint8 [record size]; None where it is
+        not in memory. It stays until the next call."""
+        slot = self._book.slot_of.get(key)
+        if slot is None or key in self._fetches or key in self._prefetches:
+            return None
+        return self._slots.view(slot)
+
+    def _start_after(self, key: ExpertKey, waiting: dict[ExpertKey, _Fetch]) -> None:
+        fetch = waiting.pop(key, None)
+        if fetch is not None:
+            self._start(fetch)
+
+    def _take_arrival(self) -> Arrival:
+        arrival = self._reader.next_arrival()
+        if arrival.error is not None:
+            raise arrival.error
+        self._fetches[arrival.key].is_read = True
+        return arrival
+
+    def _settle(self) -> None:
+        """Let no demanded read run on, and strike from the books what was never read."""
+        fetches, self._fetches = self._fetches, {}
+        for key in self._reader.stop():
+            fetches[key].is_read = True
+        for key, fetch in fetches.items():
+            if not fetch.is_read and self._book.slot_of.get(key) == fetch.slot:
+                self._book.strike_out(key)
+
+    def _weights(self, slot: int) -> ExpertWeights:
+        weights = self._decoded.get(slot)
+        if weights is None:
+            weights = self._held.form.decode(self._slots.view(slot))
+            self._decoded[slot] = weights
+        return weights

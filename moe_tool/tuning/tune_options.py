@@ -1,0 +1,55 @@
+"""How the codes of a bundle are tuned: the options of `tune weights`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_tool.errors import UsageError
+from moe_tool.tuning.eco import EcoRule, Optimizer, Rounding
+
+RATES: Mapping[Optimizer, float] = {"sgd": 0.1, "adam": 0.01}
+"""Learning rates where none is asked for"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOptions:
+    """How a bundle is tuned."""
+
+    steps: int = 500
+    """Steps of every layer"""
+    batch: int = 1024
+    """Tokens of a step"""
+    tokens: int = 65536
+    """Tokens of text, all domains together, held-out ones included"""
+    seq_len: int = 512
+    optimizer: Optimizer = "sgd"
+    rounding: Rounding = "nearest"
+    feedback: Literal["momentum", "none"] = "momentum"
+    """Destination of the rounding error; none: the control"""
+    rate: float | None = None
+    """Learning rate at the start, in codes, see `TuneSchedule`; None: as RATES says"""
+    seed: int = 0
+    memory_bytes: int | None = None
+    offline: bool = False
+
+    @property
+    def first_rate(self) -> float:
+        """The learning rate that is meant."""
+        return RATES[self.optimizer] if self.rate is None else self.rate
+
+    @property
+    def rule(self) -> EcoRule:
+        """How a step becomes codes"""
+        return EcoRule(optimizer=self.optimizer, rounding=self.rounding, feedback=self.feedback)
+
+    def require_possible(self) -> None:
+        """Refuse numbers that mean nothing.
+
+        Raises:
+            UsageError: with what is needed.
+        """
+        for name, value in (("steps", self.steps), ("batch", self.batch)):
+            if value < 1:
+                raise UsageError(f"--{name} {value}: at least 1 is needed")
+        if not 0 < self.first_rate <= 1e6:
+            raise UsageError(f"--rate {self.first_rate:g}: not possible", hint="in codes, e.g. 0.1")
