@@ -3,7 +3,7 @@ counted."""
 
 import copy
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from moe_tool.models.generation_settings import FOLLOWED_SETTINGS
 from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens
+from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens, stop_reason, until_end
 from moe_tool.runtime.open_stores import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
@@ -232,11 +232,13 @@ def generate_ids(
         session.prompt_tokens = None
         session.model.generation_config = own_config
     stops = frozenset(config.eos_token_id or ())
-    rows = [_until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
+    rows = [until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
     return Generated(
         token_ids=tuple(rows),
         stop_reasons=tuple(
-            _stop_reason(row, stops, room=room, options=options, interrupted=interrupted)
+            stop_reason(
+                row, stops, room=room, max_tokens=options.max_tokens, interrupted=interrupted
+            )
             for row in rows
         ),
         started_at=started_at,
@@ -337,29 +339,6 @@ def _pad_token(session: Session, ends: EndTokens) -> int:
     candidates = (session.tokenizer.pad_token_id, config.pad_token_id, *ends.ids, 0)
     vocabulary = session.manifest.shape.vocabulary
     return next(int(each) for each in candidates if each is not None and 0 <= each < vocabulary)
-
-
-def _until_end(row: list[int], stops: Set[int]) -> tuple[int, ...]:
-    """A row without the padding that follows its end-of-text token."""
-    for position, token in enumerate(row):
-        if token in stops:
-            return tuple(row[: position + 1])
-    return tuple(row)
-
-
-def _stop_reason(
-    row: Sequence[int],
-    stops: Set[int],
-    *,
-    room: int,
-    options: GenerateOptions,
-    interrupted: bool,
-) -> StopReason:
-    if row and row[-1] in stops:
-        return "end_of_text"
-    if interrupted:
-        return "interrupted"
-    return "context" if room < options.max_tokens else "max_tokens"
 
 
 def _result(session: Session, made: Generated, text: str) -> RunResult:
