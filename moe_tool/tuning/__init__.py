@@ -1,1 +1,1 @@
-"""What is trained of a bundle."""
+"""Training of a bundle's codes and routers."""

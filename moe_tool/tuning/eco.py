@@ -57,7 +57,7 @@ class EcoRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EcoState:
-    """What a rule keeps of one matrix, beside its codes and their scales."""
+    """State of a rule for one matrix, beside its codes and their scales."""
 
     step: int
     """Updates so far"""
@@ -70,7 +70,7 @@ class EcoState:
 
     @property
     def size_bytes(self) -> int:
-        """Of all that is kept."""
+        """Size of all that is kept."""
         held = (self.momentum, self.variance, self.residual)
         return sum(each.numel() * each.element_size() for each in held if each is not None)
 

@@ -14,7 +14,7 @@ _LAST = "down_proj"
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ExpertPass:
-    """What a forward leaves for the way back. n tokens."""
+    """Values that a forward leaves for the way back. n tokens."""
 
     x: torch.Tensor
     """[n, H]"""

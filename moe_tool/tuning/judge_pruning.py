@@ -1,4 +1,4 @@
-"""What trained mask routers are worth, on text that they were not trained on."""
+"""Judge trained mask routers on text that they were not trained on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ gradients (arXiv:1611.01144, arXiv:1611.00712).
 import torch
 
 _LEAST = 1e-9
-"""Of a uniform draw: its logarithm is asked for"""
+"""Least value of a uniform draw: its logarithm is asked for"""
 
 
 def pattern_logits(worth: torch.Tensor) -> torch.Tensor:

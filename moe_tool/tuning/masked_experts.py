@@ -1,4 +1,4 @@
-"""What the MoE layers of a session call while its mask routers learn."""
+"""The experts function of a session while its mask routers learn."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

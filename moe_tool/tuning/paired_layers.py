@@ -30,7 +30,7 @@ class PairedLayer:
     module: Any
     """The experts module of transformers"""
     text: LayerText
-    """What the bundle's experts are given, and what would make up for all that the layers so far
+    """Inputs of the bundle's experts, and what would make up for all that the layers so far
     have lost"""
     held_out: torch.Tensor
     """[T] bool"""
@@ -150,7 +150,7 @@ class PairedModel:
         return [layer.forward(states) for states in hidden]
 
     def _collected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the experts were given by the batches since the last call."""
+        """Return the inputs of the experts by the batches since the last call."""
         calls, self._calls = self._calls, []
         return (
             torch.cat([call.hidden for call in calls]).float(),

@@ -18,7 +18,7 @@ from moe_tool.tuning.masked_experts import ChooseMask, MaskedExperts
 
 _LEARNING_RATE = 0.03
 _LAST_LEARNING_RATE = 0.02
-"""Of the first one, in the last step"""
+"""Learning rate of the last step, relative to the first one's"""
 _TYPICAL_HIDDEN = 256
 """A step moves a product of H terms by H times the learning rate at most: what was found for this
 width is divided by the rest"""
@@ -34,10 +34,10 @@ _Parameters = Mapping[int, MaskTensors]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """What is trained for, and on what."""
+    """The aim of a training, and its tokens."""
 
     share: float
-    """Of the slots after the heaviest to be left out, 0 to 1"""
+    """Share of the slots after the heaviest to be left out, 0 to 1"""
     ids: torch.Tensor
     """[N, S] int64"""
     batch: int

@@ -20,7 +20,7 @@ _MEASURED_AT_ONCE = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerText:
-    """What a layer's experts are given, and what is wanted of them. T tokens."""
+    """Inputs of a layer's experts, and the output that is wanted. T tokens."""
 
     inputs: torch.Tensor
     """[T, H] float32"""
@@ -68,9 +68,9 @@ class TunedExpert:
     matrices: dict[str, CodeMatrix]
     """By name"""
     states: dict[str, EcoState] = field(default_factory=dict)
-    """Of the matrices; empty where the expert is to stay as it is"""
+    """States of the matrices; empty where the expert is to stay as it is"""
     units: dict[str, float] = field(default_factory=dict)
-    """Of the matrices' gradients: the mean size of the first"""
+    """Mean size of the first gradient of each matrix"""
 
     def values(self, name: str) -> torch.Tensor:
         """Return a tensor in float32."""
@@ -84,7 +84,7 @@ class TunedExpert:
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer, for this expert."""
+        """Size of the optimizer's state for this expert."""
         return sum(state.size_bytes for state in self.states.values())
 
 
@@ -180,7 +180,7 @@ def layer_error(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """What one expert did for a batch. n tokens."""
+    """Forward of one expert for a batch. n tokens."""
 
     token: torch.Tensor
     """[n] int64, of the batch"""

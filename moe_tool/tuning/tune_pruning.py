@@ -33,7 +33,7 @@ from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
-from moe_tool.tuning.judge_pruning import judge_pruning
+from moe_tool.tuning.judge_pruning import Verdict, judge_pruning
 from moe_tool.tuning.masked_experts import MaskedExperts
 from moe_tool.tuning.pruning_memory import training_bytes, verdict_bytes
 from moe_tool.tuning.train_mask_router import MaskTraining, TrainingPlan
@@ -47,12 +47,12 @@ _MIN_SEQ_LEN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningOptions:
-    """What is trained for, and on how much text."""
+    """The aim of a training, and its text."""
 
     rate: float = 0.2
     """Share of the chosen experts to be left out"""
     tokens: int = 131072
-    """Of text, all domains together; an eighth is kept apart"""
+    """Tokens of text, all domains together; an eighth is kept apart"""
     seq_len: int = 256
     """Capped at what the model was made for"""
     batch: int = 8
@@ -60,14 +60,14 @@ class TunePruningOptions:
     memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
-    """Of the choice of text and of every draw"""
+    """Seed of the choice of text and of every draw"""
     threads: int | None = None
     offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningReport:
-    """What was learned, and what it is worth on text that was kept apart."""
+    """A training in numbers, measured on text that was kept apart."""
 
     bundle: str
     file: str
@@ -79,7 +79,7 @@ class TunePruningReport:
     """Nats per token: KL(exact || pruned) there"""
     kl_ci95: tuple[float, float]
     kl_by_ratio: float
-    """Of MC's rule at the same rate: each layer's slots that are lightest beside the heaviest"""
+    """KL of MC's rule at the same rate: each layer's slots that are lightest beside the heaviest"""
     left_out_by_layer: dict[int, float]
     """Share of the chosen experts"""
     steps: int
@@ -109,12 +109,6 @@ def tune_pruning(
     see gate weights and experts, and what a slot has to be worth is set afterwards on held-out
     text, by one number for all layers: so each rate can be asked for at run time.
 
-    Args:
-        folder: of the bundle.
-        sources: the text, one domain each.
-        options: rate, text, memory.
-        progress: told about every step.
-
     Raises:
         UnsupportedModelError: the model has one expert per token.
         UsageError: a rate that cannot be, or too little text.
@@ -125,68 +119,88 @@ def tune_pruning(
     start = time.perf_counter()
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
-    shape = manifest.shape
     _require_whole(folder, manifest)
-    share = _share_of_light(options.rate, shape)
+    share = _share_of_light(options.rate, manifest.shape)
     text = _text(folder, sources, options)
     ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
     held_out = ids[torch.from_numpy(text.held_out)]
-    plan = TrainingPlan(
-        share=share,
-        ids=ids[torch.from_numpy(~text.held_out)],
-        batch=options.batch,
-        seed=options.seed,
-    )
+    rows = ids[torch.from_numpy(~text.held_out)]
+    plan = TrainingPlan(share=share, ids=rows, batch=options.batch, seed=options.seed)
     with _open(
         folder, options, manifest, n_held_out=held_out.numel(), progress=progress
     ) as session:
-        experts = MaskedExperts(session=session)
-        session.skeleton.set_experts_function(experts)
-        micro_batch = session.plan.workload.batch
-        training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
-        verdict = judge_pruning(
-            experts,
-            {layer: router.frozen() for layer, router in training.routers.items()},
-            shape,
-            held_out,
-            share=share,
-            micro_batch=micro_batch,
-            progress=progress,
-        )
+        training, verdict = _learn(folder, session, plan, held_out, options, progress)
         budget_bytes = session.plan.memory.budget_bytes
+    learned = _put_into(folder, manifest, text.sources, options, training, verdict)
+    most = (manifest.shape.top_k - 1) / manifest.shape.top_k
+    return TunePruningReport(
+        bundle=str(folder),
+        file=learned.file,
+        rate=options.rate,
+        left_out=most * float(np.mean(list(verdict.left_out.values()))),
+        kl=learned.quality.kl,
+        kl_ci95=learned.quality.kl_ci95,
+        kl_by_ratio=float(verdict.kl_by_ratio.mean()),
+        left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
+        steps=plan.n_steps,
+        tokens=learned.tokens,
+        held_out_tokens=held_out.numel(),
+        penalty=learned.penalty,
+        memory_budget_bytes=budget_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _learn(
+    folder: Path,
+    session: Session,
+    plan: TrainingPlan,
+    held_out: torch.Tensor,
+    options: TunePruningOptions,
+    progress: Progress,
+) -> tuple[MaskTraining, Verdict]:
+    manifest = session.manifest
+    experts = MaskedExperts(session=session)
+    session.skeleton.set_experts_function(experts)
+    training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
+    verdict = judge_pruning(
+        experts,
+        {layer: router.frozen() for layer, router in training.routers.items()},
+        manifest.shape,
+        held_out,
+        share=plan.share,
+        micro_batch=session.plan.workload.batch,
+        progress=progress,
+    )
+    return training, verdict
+
+
+def _put_into(
+    folder: Path,
+    manifest: BundleManifest,
+    sources: tuple[str, ...],
+    options: TunePruningOptions,
+    training: MaskTraining,
+    verdict: Verdict,
+) -> LearnedPruning:
+    """Write the routers into the bundle; return what its manifest says of them."""
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
         offsets=tuple(float(offset) for offset in verdict.offsets),
         penalty=training.penalty_per_slot,
         quality=verdict.quality(options.seed),
-        tokens=plan.ids.numel(),
+        tokens=training.plan.ids.numel(),
         seed=options.seed,
-        sources=text.sources,
+        sources=sources,
     )
     router = {layer: each.to_arrays() for layer, each in training.routers.items()}
-    written = write_mask_router(folder, manifest, router, learned)
+    written = write_mask_router(folder, manifest, router, learned).pruning
     with storage_errors(folder):
         (folder / _STATE).unlink(missing_ok=True)
-    assert written.pruning is not None
-    most = (shape.top_k - 1) / shape.top_k
-    return TunePruningReport(
-        bundle=str(folder),
-        file=written.pruning.file,
-        rate=options.rate,
-        left_out=most * float(np.mean(list(verdict.left_out.values()))),
-        kl=written.pruning.quality.kl,
-        kl_ci95=written.pruning.quality.kl_ci95,
-        kl_by_ratio=float(verdict.kl_by_ratio.mean()),
-        left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
-        steps=plan.n_steps,
-        tokens=plan.ids.numel(),
-        held_out_tokens=held_out.numel(),
-        penalty=written.pruning.penalty,
-        memory_budget_bytes=budget_bytes,
-        peak_rss_bytes=peak_rss_bytes(),
-        seconds=time.perf_counter() - start,
-    )
+    assert written is not None
+    return written
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
@@ -204,7 +218,7 @@ def _require_whole(folder: Path, manifest: BundleManifest) -> None:
 
 
 def _share_of_light(rate: float, shape: MoeShape) -> float:
-    """The share of the slots after the heaviest that a share of all is."""
+    """Return the share of the slots after the heaviest that a share of all is."""
     if shape.top_k < 2:
         raise UnsupportedModelError(
             "this model has one expert per token, so nothing of it can be pruned",
@@ -280,8 +294,9 @@ def _open(
 
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
-    """What decides the outcome of a training: another one does not go on with its state."""
-    weights = manifest.model_dump_json(include={"identity", "records", "others", "skeleton"})
+    """Return a digest of all that decides the outcome of a training: another training does not go
+    on with its state."""
+    weights = manifest.model_dump_json(include={"identity", "forms", "removed", "skeleton"})
     return order_digest(
         {
             "bundle": hashlib.sha256(weights.encode()).hexdigest(),

@@ -74,7 +74,7 @@ class _Weighed(torch.autograd.Function):
 
 
 def _expanded_forward(module: Any, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
-    """What `expert_forward` computes, of float32 matrices, differentiable in `x`."""
+    """The same as `expert_forward`, of float32 matrices, differentiable in `x`."""
     inner = _product(weights, "gate_up_proj" if module.has_gate else "up_proj", x)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     output = _product(weights, "down_proj", inner)
