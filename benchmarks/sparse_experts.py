@@ -39,6 +39,7 @@ from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.pack_options import parse_pack_options
 from moe_tool.policies.eviction import Lru
 from moe_tool.quantization.channels import ChannelWeight, row_bytes
+from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.channel_store import ChannelStore
@@ -215,7 +216,7 @@ def main() -> None:
     parser.add_argument("profile", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--selectors", default="gate2,up2")
-    parser.add_argument("--quantizer", default="gptq", choices=["rtn", "hqq", "fitted", "gptq"])
+    parser.add_argument("--quantizer", default="gptq", choices=list(QUANTIZERS))
     parser.add_argument("--sparsity", default="0,0.5,0.7,0.8,0.9")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -261,8 +262,15 @@ def _compare(
     sources = parse_sources([str(a.text)])
     with open_session(plain, run_options(memory=a.memory, context=64)) as session:
         tokenizer, record_4 = session.tokenizer, session.manifest.primaries[0].record_size_bytes
+        vocabulary = session.manifest.shape.vocabulary
     text = build_sequences(
-        sources, tokenizer, n_tokens=a.tokens, seq_len=a.seq_len, holdout=0.0, seed=0
+        sources,
+        tokenizer,
+        vocabulary=vocabulary,
+        n_tokens=a.tokens,
+        seq_len=a.seq_len,
+        holdout=0.0,
+        seed=0,
     )
     rates = speeds({None: plain, **dict.fromkeys(sparsities, bundle)}, text.ids, a)
     yield {name: None for name in HEADINGS} | {

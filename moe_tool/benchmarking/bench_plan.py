@@ -11,6 +11,7 @@ from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import MoeToolError, UsageError
 from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.models.context_length import context_length
 
 Kind = Literal["pp", "tg"]
 _MAX_THREADS = 1024
@@ -138,10 +139,10 @@ def refuse_too_long(bundle: Path, options: BenchOptions) -> None:
     path = bundle / "config.json"
     try:
         text = read_capped(path, limit_bytes=_MAX_CONFIG_BYTES, remedy="")
-        limit = parse_json_object(path, text, remedy="").get("max_position_embeddings")
+        limit = context_length(parse_json_object(path, text, remedy=""))
     except MoeToolError:
         return
-    list_tests(options, context_limit=limit if type(limit) is int else None)
+    list_tests(options, context_limit=limit)
 
 
 def list_settings(options: BenchOptions) -> tuple[Setting, ...]:

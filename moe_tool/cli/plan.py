@@ -90,7 +90,7 @@ def plan(
         if refused:
             raise refused[0][1]
         report = reports[0]
-        out = _write(report.plan, out or plan_path(profiles, profile))
+        out = _write(report.plan, out, default=plan_path(profiles, profile))
         show_plan(report, output)
         output.say(f"wrote {out}; next: {pack_command(report.plan, out, model)}")
         output.result({"plan_file": out, **plan_fields(report)})
@@ -129,10 +129,11 @@ def _plans(
     from moe_tool.packing.kept_bit_prices import kept_bit_prices
     from moe_tool.planning.build_plan import build_plan, plan_curve
     from moe_tool.planning.plan_sources import read_sources
+    from moe_tool.quantizers.registry import QUANTIZERS
 
     with ProfileReader.open(profile) as reader:
         prices = None
-        if request.quantizer != "rtn":
+        if not QUANTIZERS[request.quantizer].is_profiled:
             prices = kept_bit_prices(
                 reader,
                 request.quantizer,
@@ -151,9 +152,11 @@ def _plans(
         return plan_curve(build, budgets)
 
 
-def _write(plan: "PackPlan", out: Path) -> Path:
+def _write(plan: "PackPlan", out: Path | None, *, default: Path) -> Path:
+    from moe_tool.formats.claimed_artifact import require_unclaimed
     from moe_tool.formats.json_artifact import write_json_artifact
 
+    out = out or require_unclaimed(default, plan.identity)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json_artifact(out, plan)
     return out

@@ -22,7 +22,8 @@ from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.write_bundle import PackReport
 from moe_tool.profiling.recorder import ProfileReport, record_profile
 from moe_tool.progress import Progress
-from moe_tool.runtime.generation import GenerateOptions, run_prompt
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.text.sources import parse_sources
 

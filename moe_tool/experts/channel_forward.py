@@ -134,7 +134,7 @@ def channel_forward(module: Any, expert: ChannelExpert, x: torch.Tensor) -> torc
 
 
 def _other_bias(gate: Gate, selector: Selector, index: torch.Tensor | None) -> torch.Tensor | None:
-    """Of the matrix that does not choose, [C] float32."""
+    """Return the bias of the matrix that does not select channels, [C] float32."""
     bias = selector.biases.get("gate_up_proj_bias")
     if bias is None:
         return None

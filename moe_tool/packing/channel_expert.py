@@ -19,7 +19,6 @@ from moe_tool.experts.channel_forward import (
 )
 from moe_tool.formats.channel_form import FIRST, LAST, chunk_hashes
 from moe_tool.packing.calibrated_layers import ExpertSample
-from moe_tool.packing.quantizers import calibrated, last_matrix_after
 from moe_tool.quantization.channels import (
     GRID,
     ChannelExpert,
@@ -54,19 +53,20 @@ def channel_expert(
     gates, ups = (half.contiguous() for half in split_halves(gate, sample.tensors[FIRST]))
     is_gate = precision.selected_by == "gate"
     selecting, other = (gates, ups) if is_gate else (ups, gates)
-    quantize = calibrated(quantizer, sample)
+    spec, inputs = QUANTIZERS[quantizer], sample.inputs
+    quantize = spec.make(inputs)
     weight = quantize({"selector": selecting}, precision.selector)["selector"]
     # Channels have no zero points.
-    symmetric = nearest if QUANTIZERS[quantizer].makes_zeros else quantize
+    symmetric = nearest if spec.makes_zeros else quantize
     row = symmetric({"row": other}, precision.rows)["row"]
     last = sample.tensors[LAST]
-    if QUANTIZERS[quantizer].refit_last is not None:
+    if spec.refit_last is not None:
         joined = torch.empty(sample.tensors[FIRST].shape)
         to_gates, to_ups = split_halves(gate, joined)
         to_selecting, to_other = (to_gates, to_ups) if is_gate else (to_ups, to_gates)
         to_selecting.copy_(dequantize(weight))
         to_other.copy_(dequantize(row))
-        last = last_matrix_after(quantizer, sample, last, {FIRST: joined})
+        last = spec.refit_last(inputs, last, {FIRST: FloatWeight(values=joined)})
     column = nearest({"column": last.T.contiguous()}, precision.rows)["column"]
     channels = pack_channels(row, column)
     return ChannelExpert(channels, _selector(sample, weight, channels, is_gate=is_gate))

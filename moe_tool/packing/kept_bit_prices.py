@@ -8,6 +8,7 @@ from moe_tool.artifact_folder import bit_prices_path
 from moe_tool.artifacts.bit_prices import BitPrices
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.errors import ArtifactVersionError, MoeToolError, NotFoundError
+from moe_tool.formats.claimed_artifact import require_unclaimed
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel, locate_model
@@ -39,6 +40,7 @@ def kept_bit_prices(
     Raises:
         NotFoundError: there is nothing to measure on.
         CorruptArtifactError, WrongModelError: an input is damaged or of another model.
+        UsageError: another model's prices lie under that name.
     """
     path = bit_prices_path(folder, profile.path, quantizer)
     kept = _read(path, announce)
@@ -47,6 +49,8 @@ def kept_bit_prices(
             announce(f"bit prices: {path}, measured with {quantizer}")
             return kept
         announce(f"bit prices: {path} is of another profile and is measured again")
+    identity = profile.header.identity
+    require_unclaimed(path, identity, remedy=f"--profiles {path.parent / identity.quick[:12]}")
     located = _locate(profile.header.identity.name, quantizer, model, offline, announce)
     announce(f"bit prices: every expert at 1 to 4 bits with {quantizer}, one pass, kept for later")
     found = measure_bit_prices(located, profile, quantizer, progress=progress)

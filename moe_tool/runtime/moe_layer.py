@@ -1,4 +1,4 @@
-"""What every MoE layer of a running model calls: decide, fetch, compute, account."""
+"""The experts function of a running model, layer by layer: decide, fetch, compute, account."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -67,14 +67,14 @@ class MoeLayerRunner:
     store: ExpertStore
     residency: Residency
     policy: ChosenPolicy
-    """What answers misses while decoding"""
+    """Policy that answers misses while decoding"""
     sparsity: float | None = None
     """Share of an expert's channels that is left out while decoding one sequence; None: all are
     computed"""
     prefetcher: Prefetcher | None = None
     """Reads ahead while decoding: a prompt's tokens want nearly every expert of a layer anyway"""
     foresight: Foresight | None = None
-    """What the eviction policy is told of the layers to come while decoding"""
+    """Tells the eviction policy of the layers to come while decoding"""
     recorder: CallRecorder | None = None
     """Told about every call"""
     stats: RunStats = field(default_factory=RunStats)
@@ -196,7 +196,7 @@ class MoeLayerRunner:
             guesses: list[Guess] = []
             if is_decode:  # while the reads are under way
                 if self.foresight is not None:
-                    guesses = self.foresight.look(call)
+                    guesses = self.foresight.look(call, self.stored)
                     for guess in guesses:
                         self.store.expect(guess.layer, guess.experts, ahead=guess.ahead)
                 if self.prefetcher is not None:

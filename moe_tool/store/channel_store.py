@@ -86,7 +86,7 @@ class ChannelStore:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the eviction policy wants to be told beside the accesses."""
+        """Hints that the eviction policy asks for beside the accesses"""
         return self._store.hints
 
     def load_pinned(self, progress: Progress = SILENT) -> None:

@@ -1,4 +1,4 @@
-"""What the runtime asks of the experts in memory, wherever and however they lie there."""
+"""Interface of the experts in memory, wherever and however they lie there."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -27,7 +27,7 @@ class ExpertStore(Protocol):
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the eviction policy wants to be told beside the accesses."""
+        """Hints that the eviction policy asks for beside the accesses"""
 
     def resident(self, layer: int) -> np.ndarray:
         """Return which forms of a layer are in memory now, [F, E] bool; pinned ones always are."""

@@ -1,1 +1,1 @@
-"""Training of a bundle's codes and routers."""
+"""Training of a bundle: codes of experts, and mask routers."""

@@ -12,6 +12,7 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.bundle_sections import LearnedPruning
+from moe_tool.artifacts.evaluation_report import Estimate
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.request import AUTO, MemoryRequest
@@ -26,6 +27,7 @@ from moe_tool.formats.training_state import (
     read_training_state,
     write_training_state,
 )
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
@@ -47,12 +49,12 @@ _MIN_SEQ_LEN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningOptions:
-    """The aim of a training, and its text."""
+    """What is trained for, and on how much text."""
 
     rate: float = 0.2
     """Share of the chosen experts to be left out"""
     tokens: int = 131072
-    """Tokens of text, all domains together; an eighth is kept apart"""
+    """Of text, all domains together; an eighth is kept apart"""
     seq_len: int = 256
     """Capped at what the model was made for"""
     batch: int = 8
@@ -60,28 +62,27 @@ class TunePruningOptions:
     memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
-    """Seed of the choice of text and of every draw"""
+    """Of the choice of text and of every draw"""
     threads: int | None = None
     offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningReport:
-    """A training in numbers, measured on text that was kept apart."""
+    """Trained routers, and their worth on text that was kept apart."""
 
     bundle: str
     file: str
     rate: float
-    """Wanted"""
+    """Share of the chosen experts that was to be left out"""
     left_out: float
     """Share of the chosen experts that was left out of the held-out text"""
-    kl: float
-    """Nats per token: KL(exact || pruned) there"""
-    kl_ci95: tuple[float, float]
+    kl: Estimate
+    """KL(exact || pruned) there, nats per token"""
     kl_by_ratio: float
     """KL of MC's rule at the same rate: each layer's slots that are lightest beside the heaviest"""
     left_out_by_layer: dict[int, float]
-    """Share of the chosen experts"""
+    """Share of the chosen experts, by layer"""
     steps: int
     tokens: int
     held_out_tokens: int
@@ -109,6 +110,12 @@ def tune_pruning(
     see gate weights and experts, and what a slot has to be worth is set afterwards on held-out
     text, by one number for all layers: so each rate can be asked for at run time.
 
+    Args:
+        folder: of the bundle.
+        sources: the text, one domain each.
+        options: rate, text, memory.
+        progress: told about every step.
+
     Raises:
         UnsupportedModelError: the model has one expert per token.
         UsageError: a rate that cannot be, or too little text.
@@ -121,29 +128,24 @@ def tune_pruning(
         manifest = bundle.manifest
     _require_whole(folder, manifest)
     share = _share_of_light(options.rate, manifest.shape)
-    text = _text(folder, sources, options)
-    ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
-    held_out = ids[torch.from_numpy(text.held_out)]
-    rows = ids[torch.from_numpy(~text.held_out)]
-    plan = TrainingPlan(share=share, ids=rows, batch=options.batch, seed=options.seed)
-    with _open(
-        folder, options, manifest, n_held_out=held_out.numel(), progress=progress
-    ) as session:
-        training, verdict = _learn(folder, session, plan, held_out, options, progress)
+    text = _text(folder, sources, options, vocabulary=manifest.shape.vocabulary)
+    plan, held_out = _split(text, options, share)
+    opened = _open(folder, options, manifest, n_held_out=held_out.numel(), progress=progress)
+    with opened as session:
+        training, verdict = _train_and_judge(session, folder, options, plan, held_out, progress)
         budget_bytes = session.plan.memory.budget_bytes
-    learned = _put_into(folder, manifest, text.sources, options, training, verdict)
+    learned = _write(folder, manifest, options, training, verdict, plan, text.sources)
     most = (manifest.shape.top_k - 1) / manifest.shape.top_k
     return TunePruningReport(
         bundle=str(folder),
         file=learned.file,
         rate=options.rate,
         left_out=most * float(np.mean(list(verdict.left_out.values()))),
-        kl=learned.quality.kl,
-        kl_ci95=learned.quality.kl_ci95,
+        kl=Estimate(value=learned.quality.kl, ci95=learned.quality.kl_ci95),
         kl_by_ratio=float(verdict.kl_by_ratio.mean()),
         left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
         steps=plan.n_steps,
-        tokens=learned.tokens,
+        tokens=plan.ids.numel(),
         held_out_tokens=held_out.numel(),
         penalty=learned.penalty,
         memory_budget_bytes=budget_bytes,
@@ -152,22 +154,36 @@ def tune_pruning(
     )
 
 
-def _learn(
-    folder: Path,
+def _split(
+    text: TokenSequences, options: TunePruningOptions, share: float
+) -> tuple[TrainingPlan, torch.Tensor]:
+    """Return what is trained on, and the sequences to judge by, [n, S]."""
+    ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
+    plan = TrainingPlan(
+        share=share,
+        ids=ids[torch.from_numpy(~text.held_out)],
+        batch=options.batch,
+        seed=options.seed,
+    )
+    return plan, ids[torch.from_numpy(text.held_out)]
+
+
+def _train_and_judge(
     session: Session,
+    folder: Path,
+    options: TunePruningOptions,
     plan: TrainingPlan,
     held_out: torch.Tensor,
-    options: TunePruningOptions,
     progress: Progress,
 ) -> tuple[MaskTraining, Verdict]:
-    manifest = session.manifest
     experts = MaskedExperts(session=session)
     session.skeleton.set_experts_function(experts)
-    training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
+    order = _order(session.manifest, plan, options)
+    training = _train(folder, experts, plan, order, progress)
     verdict = judge_pruning(
         experts,
         {layer: router.frozen() for layer, router in training.routers.items()},
-        manifest.shape,
+        session.manifest.shape,
         held_out,
         share=plan.share,
         micro_batch=session.plan.workload.batch,
@@ -176,31 +192,32 @@ def _learn(
     return training, verdict
 
 
-def _put_into(
+def _write(
     folder: Path,
     manifest: BundleManifest,
-    sources: tuple[str, ...],
     options: TunePruningOptions,
     training: MaskTraining,
     verdict: Verdict,
+    plan: TrainingPlan,
+    sources: tuple[str, ...],
 ) -> LearnedPruning:
-    """Write the routers into the bundle; return what its manifest says of them."""
+    """Put the routers into the bundle, and remove the state of the training."""
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
         offsets=tuple(float(offset) for offset in verdict.offsets),
         penalty=training.penalty_per_slot,
         quality=verdict.quality(options.seed),
-        tokens=training.plan.ids.numel(),
+        tokens=plan.ids.numel(),
         seed=options.seed,
         sources=sources,
     )
     router = {layer: each.to_arrays() for layer, each in training.routers.items()}
-    written = write_mask_router(folder, manifest, router, learned).pruning
+    written = write_mask_router(folder, manifest, router, learned)
     with storage_errors(folder):
         (folder / _STATE).unlink(missing_ok=True)
-    assert written is not None
-    return written
+    assert written.pruning is not None
+    return written.pruning
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
@@ -218,7 +235,7 @@ def _require_whole(folder: Path, manifest: BundleManifest) -> None:
 
 
 def _share_of_light(rate: float, shape: MoeShape) -> float:
-    """Return the share of the slots after the heaviest that a share of all is."""
+    """The share of the slots after the heaviest that a share of all is."""
     if shape.top_k < 2:
         raise UnsupportedModelError(
             "this model has one expert per token, so nothing of it can be pruned",
@@ -234,15 +251,16 @@ def _share_of_light(rate: float, shape: MoeShape) -> float:
 
 
 def _text(
-    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions
+    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions, *, vocabulary: int
 ) -> TokenSequences:
-    longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
     if seq_len < _MIN_SEQ_LEN:
         raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
     text = build_sequences(
         sources,
         load_tokenizer(folder),
+        vocabulary=vocabulary,
         n_tokens=options.tokens,
         seq_len=seq_len,
         holdout=_HELD_OUT,
@@ -267,7 +285,7 @@ def _open(
 ) -> Session:
     """Open the session with as many sequences in a forward as the budget allows."""
     config = read_config(folder).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.
@@ -277,7 +295,7 @@ def _open(
         seed=options.seed,
         threads=options.threads,
         context=seq_len,
-        prompt=seq_len,
+        prompt_tokens=seq_len,
     )
     beside = verdict_bytes(manifest.shape, n_tokens=n_held_out)
     beside += divergence_scratch_bytes(manifest.shape.vocabulary)
@@ -294,8 +312,7 @@ def _open(
 
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
-    """Return a digest of all that decides the outcome of a training: another training does not go
-    on with its state."""
+    """What decides the outcome of a training: another one does not go on with its state."""
     weights = manifest.model_dump_json(include={"identity", "forms", "removed", "skeleton"})
     return order_digest(
         {

@@ -37,6 +37,7 @@ from moe_tool.quantization.channels import (
     dequantize_channels,
 )
 from moe_tool.quantization.round_to_nearest import dequantize
+from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sources import parse_sources
 from tests.packed import pack_bundle
@@ -216,7 +217,7 @@ def test_channels_need_a_profile(packed: tuple[LocatedModel, Path, Path], tmp_pa
         pack_bundle(packed[0], out=tmp_path / "b", sparse_experts="up2")
 
 
-@pytest.mark.parametrize("quantizer", ["hqq", "fitted", "gptq"])
+@pytest.mark.parametrize("quantizer", sorted(set(QUANTIZERS) - {"rtn"}))
 def test_every_quantizer_makes_channels_that_are_near(
     quantizer: str, packed: tuple[LocatedModel, Path, Path], tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ def profile(model: LocatedModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def answers(bundle: Path, **options: Any) -> tuple[torch.Tensor, tuple[int, ...], int]:
     """Return logits of a prompt, tokens that follow, and how many slots a cheaper form answered."""
-    asked = run_options(context=64, prompt=32, **options)
+    asked = run_options(context=64, prompt_tokens=32, **options)
     with open_session(bundle, asked) as session, torch.inference_mode():
         logits = session.model(input_ids=torch.tensor([PROMPT])).logits
         made = generate_ids(session, (PROMPT,), GenerateOptions(max_tokens=10, ignore_eos=True))
