@@ -313,7 +313,7 @@ def _open(
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
     """What decides the outcome of a training: another one does not go on with its state."""
-    weights = manifest.model_dump_json(include={"identity", "records", "others", "skeleton"})
+    weights = manifest.model_dump_json(include={"identity", "forms", "removed", "skeleton"})
     return order_digest(
         {
             "bundle": hashlib.sha256(weights.encode()).hexdigest(),
