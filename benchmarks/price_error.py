@@ -126,9 +126,9 @@ def measure(a: argparse.Namespace, budget: str, policies: list[str]) -> list[dic
             "memory": budget,
             "policy": row.policy,
             "expected": expected[row.policy],
-            "measured": row.figures.kl_mean,
-            "ratio": row.figures.kl_mean / max(1e-12, expected[row.policy]),
-            "kb_per_token": row.figures.bytes_read_per_token / 1e3,
+            "measured": row.figures.kl_mean.value,
+            "ratio": row.figures.kl_mean.value / max(1e-12, expected[row.policy]),
+            "kb_per_token": row.figures.bytes_read_per_token.value / 1e3,
         }
         for row in report.rows
     ]

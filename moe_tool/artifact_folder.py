@@ -54,5 +54,5 @@ def newest_artifact(
 
 
 def _file_stem(model_name: str) -> str:
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "--", model_name.strip("/")).lstrip(".-")
+    stem = re.sub(r"[^\w.-]+", "--", model_name.strip("/")).lstrip(".-")
     return stem or "model"

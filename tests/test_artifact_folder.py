@@ -46,4 +46,6 @@ def test_names_of_models_become_file_names(tmp_path: Path) -> None:
     )
     assert profile_path(tmp_path, "../../etc") == tmp_path / "etc.h5"
     assert profile_path(tmp_path, "..") == tmp_path / "model.h5"
+    assert profile_path(tmp_path, "模型") == tmp_path / "模型.h5"
+    assert profile_path(tmp_path, "专家 2") == tmp_path / "专家--2.h5"
     assert buddies_path(tmp_path, Path("elsewhere/demo.h5")) == tmp_path / "demo.buddies.json"

@@ -74,7 +74,7 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
-    """All rows, in the order in which they ran."""
+    """Rows of all tests, in the order in which they ran."""
 
     bundle: str
     repetitions: int

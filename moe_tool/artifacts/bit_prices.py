@@ -1,4 +1,4 @@
-"""Cost of every number of bits for every expert, as measured with one quantizer."""
+"""Error of every expert at every width, as measured with one quantizer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -22,8 +22,8 @@ class LayerBitPrices(FrozenModel):
     eps: Annotated[tuple[tuple[Error, ...], ...], Field(min_length=1, max_length=5)]
     """[widths][E]: error of the expert's output relative to itself, on held-out tokens"""
     kl_ratio: Annotated[float, Field(ge=0, le=1e6)]
-    """Measured divergence of the model with this layer alone at 2 bits, over what its errors times
-    the profile's sensitivity of the layer predict; 1 where it was not measured"""
+    """Measured over predicted divergence of the model with this layer alone at 2 bits, predicted by
+    its errors times the profile's sensitivity of the layer; 1 where it was not measured"""
 
 
 class BitPrices(FrozenModel):

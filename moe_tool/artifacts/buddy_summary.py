@@ -1,4 +1,4 @@
-"""What stand-ins leave as error: a buddy map's prices, in-sample and held-out."""
+"""Errors that stand-ins leave: a buddy map's prices, in-sample and held-out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ class LayerBuddySummary:
 
     layer: int
     price_in_sample: float
-    """Of each expert's first stand-in"""
+    """Price of each expert's first stand-in"""
     price_held_out: float
-    """Of the same stand-ins at the same scales, on held-out tokens"""
+    """Price of the same stand-ins at the same scales, on held-out tokens"""
     price_best_held_out: float
-    """Of the best single stand-in, chosen and scaled in hindsight on the held-out tokens"""
+    """Price of the best single stand-in, chosen and scaled in hindsight on the held-out tokens"""
     price_drop: float
-    """Of nothing in place of the expert: 1, or less where experts put out zero"""
+    """Price of nothing in place of the expert: 1, or less where experts put out zero"""
     n_without: int
     """Experts that have no stand-in"""
     n_fell_back: int
@@ -29,7 +29,7 @@ class LayerBuddySummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuddySummary(Spread):
-    """All layers, with the plain means over them."""
+    """Rows of all layers, with the plain means over them."""
 
     layers: tuple[LayerBuddySummary, ...]
     price_in_sample: float

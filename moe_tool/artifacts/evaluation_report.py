@@ -1,4 +1,4 @@
-"""What a policy costs on a text: figures with their intervals, rows and reports."""
+"""Evaluation results: figures with their intervals, rows and reports."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,7 +35,7 @@ class Estimate(Spread):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures(Spread):
-    """What a policy costs, in quality and in bytes."""
+    """Costs of a policy, in quality and in bytes."""
 
     tokens: int
     """Scored predictions"""
@@ -103,7 +103,7 @@ class EvaluationReport:
     sparsity: float
     """Share of experts' channels that was left out"""
     whole_bytes_per_token: float
-    """What misses would have read of experts in channels, had all been read whole"""
+    """Bytes that misses of experts in channels would have read, had all been read whole"""
     seconds: float
     peak_rss_bytes: int
 
@@ -144,7 +144,7 @@ class MetricRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessReport:
-    """What tasks of lm_eval gave, and what they took. Rates are of decoding alone."""
+    """Metrics of lm_eval's tasks, and their cost. Rates are of decoding alone."""
 
     bundle: str
     rows: tuple[MetricRow, ...]

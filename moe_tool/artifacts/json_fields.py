@@ -18,16 +18,22 @@ class Spread:
 
 
 def json_fields(value: Any) -> Any:
-    """Return a result as JSON has it: dataclasses and models as objects, also inside others."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if is_dataclass(value) and not isinstance(value, type):
-        return object_fields(value)
+    """Return a value in JSON's own types: results as objects, arrays as lists, paths by their text,
+    null for a number that JSON cannot say."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else None
     if isinstance(value, Mapping):
-        return {key: json_fields(each) for key, each in value.items()}
+        return {str(key): json_fields(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [json_fields(each) for each in value]
-    return value
+    if isinstance(value, BaseModel):
+        return json_fields(value.model_dump(mode="json"))
+    if is_dataclass(value):
+        return object_fields(value)
+    as_list = getattr(value, "tolist", None)  # numpy's arrays and scalars
+    return json_fields(as_list()) if callable(as_list) else str(value)
 
 
 def object_fields(result: Any) -> dict[str, Any]:
@@ -37,6 +43,6 @@ def object_fields(result: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         value = getattr(result, name)
-        keys = value.keys_of(name) if isinstance(value, Spread) else {name: json_fields(value)}
-        found |= keys
+        keys = value.keys_of(name) if isinstance(value, Spread) else {name: value}
+        found |= json_fields(keys)
     return found

@@ -9,7 +9,7 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Count, Index
 from moe_tool.artifacts.schema import FrozenModel
 
-PLAN_VERSION: Literal[1] = 1
+PLAN_VERSION: Literal[2] = 2
 Bits = Annotated[str, Field(pattern=r"^(native|mixed|[12348]z?(:(32|64|128))?)$")]
 """Of the experts, as `pack --bits` takes it; mixed: each has its own number"""
 Quantizer = Annotated[str, Field(pattern=r"^[a-z0-9\-]{1,32}$")]
@@ -39,28 +39,30 @@ class LayerBits(FrozenModel):
 class PlannedForm(FrozenModel):
     """One form of the experts, and of which experts it is in memory."""
 
-    form: Annotated[str, Field(pattern=r"^(native|rank\d{1,4}|\dz?(:\d{2,3})?)$")]
-    """Name of its precision"""
+    role: Literal["primary", "replica"]
+    precision: Annotated[str, Field(pattern=r"^(native|rank\d{1,4}|\dz?(:\d{2,3})?)$")]
+    """Name of the precision"""
     record_bytes: SizeBytes
     resident: tuple[tuple[Index, Index], ...]
     """(layer, expert), the most worth their bytes first"""
-    on_disk_alone: Annotated[int, Field(ge=0, le=2**32)]
-    """Experts that this form is packed of, and not in memory; of all others it is absent"""
+    n_disk_only: Annotated[int, Field(ge=0, le=2**32)]
+    """Experts that have a record of this form and are not in memory in it; the others, beside
+    those in memory, have none"""
 
 
 class PlanPrediction(FrozenModel):
-    """What a run is predicted to do, from the profile's held-out tokens."""
+    """Predicted behaviour of a run, from the profile's held-out tokens."""
 
     tokens_per_second: Positive
     error: Annotated[float, Field(ge=0, le=10)]
-    """Relative; what the prediction was found to be off by on the models that it was tried on"""
+    """Relative error that the prediction was found to have on the models that it was tried on"""
     hit_rate: Annotated[float, Field(ge=0, le=1)]
     bytes_per_token: Positive
     to_belady: Positive | None
     """Misses over those of the best possible order; None where that has none"""
     seconds_to_first_token: Positive
     prompt_tokens: Count
-    """Of the prompt that this is for"""
+    """Length of the prompt that the time to the first token is for"""
     expert_slots: Count
     loss: Positive | None
     """Added perplexity as a share, by the profile's prices of these bits; None where it has none"""
@@ -68,19 +70,19 @@ class PlanPrediction(FrozenModel):
     """Nats per token against the checkpoint, bits and lossy answers together, by the profile's
     prices; None where misses are answered exactly"""
     kl_of_bits: Positive = 0.0
-    """What of it is the experts' own bits"""
+    """Part of `kl` that the experts' bits cost by themselves"""
 
 
 class PackPlan(FrozenModel):
     """The artifact of `moe-tool plan`: followed by `pack --plan`, then by `run`."""
 
     kind: Literal["plan"] = "plan"
-    format_version: Literal[1] = PLAN_VERSION
+    format_version: Literal[2] = PLAN_VERSION
     tool_version: str
     identity: ModelIdentity
     profile_sha256: HexDigest
     hardware: Annotated[str, Field(max_length=256)]
-    """Of which machine the speeds are"""
+    """Name of the machine that the speeds are of"""
     memory_bytes: SizeBytes
     """Budget of the whole process"""
     context: Count
@@ -90,21 +92,21 @@ class PackPlan(FrozenModel):
     expert_bits: Annotated[tuple[LayerBits, ...], Field(max_length=4096)] = ()
     """One entry per layer where `bits` is mixed"""
     quantizer: Quantizer = "rtn"
-    """That the errors were measured with, for `pack` to use"""
+    """Quantizer that the errors were measured with, for `pack` to use"""
     eviction: EvictionName
     prefetch: Literal["none", "next-layer"]
     replicas: Annotated[str, Field(pattern=r"^[a-z0-9:,]{0,200}$")] = ""
     """Cheaper forms to be packed beside every expert, as `pack --replicas` takes them"""
     policy: Annotated[str, Field(pattern=r"^[a-z0-9:=,.+\-]{1,200}$")] | None = None
-    """What answers misses, as `--policy` takes it; None: every miss is read"""
+    """Policy that answers misses, as `--policy` takes it; None: every miss is read"""
     max_kl: Positive | None = None
-    """What the prediction was to keep; None where misses are answered exactly"""
+    """Limit that the prediction keeps; None where misses are answered exactly"""
     forms: Annotated[tuple[PlannedForm, ...], Field(max_length=16)] = ()
-    """Under a lossy policy: who is in memory, the experts themselves first. `run` decides again by
-    the same rule, with the prices measured by `pack` and the memory that there is then"""
+    """Residents under a lossy policy by form, the primary one first. `run` decides again by the
+    same rule, with the prices measured by `pack` and the memory that there is then"""
     prediction: PlanPrediction
     lines: Annotated[tuple[PlanLine, ...], Field(max_length=64)]
-    """Of the memory account"""
+    """Memory account"""
 
     @model_validator(mode="after")
     def _has_bits(self) -> "PackPlan":

@@ -1,9 +1,12 @@
-"""What a run of a bundle produced, and what it cost."""
+"""Result of a run of a bundle: text, costs and quality."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from moe_tool.artifacts.json_fields import Spread
 from moe_tool.artifacts.run_stats import PhaseCounters
+
+StopReason = Literal["end_of_text", "max_tokens", "context", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +27,7 @@ class RunSetup(Spread):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerQuality(Spread):
-    """What answers other than the wanted expert are expected to have cost, and were measured to."""
+    """Expected and measured cost of answers other than the wanted expert."""
 
     expected_kl: float | None
     """Nats per decoded token; None where the bundle has no prices"""
@@ -64,6 +67,8 @@ class RunResult:
     """Largest resident size of the process, at the end"""
     interrupted: bool
     """Ended by Ctrl-C: the text is what there was by then"""
+    stop_reason: StopReason
+    """Cause of the end: an end-of-text token, --max-tokens, the end of the context or Ctrl-C"""
 
     @property
     def generated_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""What replayed traces would cost, by budget and policy, and a recorded run beside its replay."""
+"""Replayed traces, by budget and policy, and a recorded run beside its replay."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class SimulatedRow:
     memory: str
     slots: int
     expert_bytes: int
-    """What the slots take"""
+    """Size of the slots"""
     eviction: str
     hit_rate: float
     bytes_per_token: float
@@ -26,7 +26,7 @@ class SimulatedRow:
     p50_ms: float
     p99_ms: float
     belady_hit_rate: float
-    """Of the bound at this budget"""
+    """Hit rate of the bound at this budget"""
     to_belady: float | None
     """Misses over those of the bound; None where the bound misses nothing, and for what misses
     less, since what it pinned was in memory before the first token"""
@@ -36,7 +36,7 @@ class SimulatedRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefetchRow:
-    """What reading ahead would change at one budget."""
+    """Effect of reading ahead at one budget."""
 
     memory: str
     eviction: str
@@ -52,7 +52,7 @@ class PrefetchRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRow:
-    """What a prompt's tokens cost at one budget under one policy."""
+    """Cost of a prompt's tokens at one budget under one policy."""
 
     memory: str
     eviction: str
@@ -63,12 +63,12 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cliff:
-    """Where a cache that keeps what was used last begins to work at all."""
+    """Smallest cache in which keeping the last used experts gives hits at all."""
 
     experts: float
-    """That one token calls, all layers together"""
+    """Experts that one token calls, all layers together"""
     bytes: int
-    """What their slots take"""
+    """Size of their slots"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +77,9 @@ class PolicyHits:
 
     eviction: str
     hit_rate: float
-    """Of decoding"""
+    """Hit rate of decoding"""
     bytes_per_token: float
-    """What was read ahead included"""
+    """Bytes read while decoding, prefetched ones included"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class RunComparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether every count is that of the run."""
+        """Return whether every count is that of the run."""
         return (self.hits, self.prompt_hits, self.prefetch_hits) == (
             self.predicted_hits,
             self.predicted_prompt_hits,

@@ -23,6 +23,7 @@ from moe_tool.benchmarking.bench_tokens import bench_tokens
 from moe_tool.benchmarking.speed_run import Sample, run_test
 from moe_tool.errors import NotFoundError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import parse_eviction
@@ -68,7 +69,7 @@ def bench(
     load = os.getloadavg()[0]
     _check_names(options)
     with BundleReader.open(folder) as reader:
-        limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+        limit = context_length(read_config(folder).get_text_config())
         tests = list_tests(options, context_limit=limit)
         bundle = _describe(reader)
         vocabulary = reader.manifest.shape.vocabulary
@@ -150,7 +151,7 @@ def _open(
         prefetch=setting.prefetch,
         sparse_experts=setting.sparse_experts,
         context=max(test.positions for test in tests),
-        prompt=max(1, *(t.positions if t.kind == "pp" else t.depth for t in tests)),
+        prompt_tokens=max(1, *(t.positions if t.kind == "pp" else t.depth for t in tests)),
     )
     session = open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress)
     try:

@@ -1,4 +1,4 @@
-"""What `bench` is asked for, as the rows that it will have."""
+"""Options of `bench`, as the tests and sessions that they ask for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.errors import MoeToolError, UsageError
 from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.models.context_length import context_length
 
 Kind = Literal["pp", "tg"]
 _MAX_THREADS = 1024
@@ -42,12 +43,12 @@ class BenchOptions:
     random: bool = False
     """Random token ids instead of text"""
     seed: int = 0
-    """Of the choice of text, of random ids, and of policies that draw"""
+    """Seeds the choice of text, random ids, and policies that draw"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedTest:
-    """What is timed."""
+    """Tokens that are timed, and how many stand before them."""
 
     kind: Kind
     n_tokens: int
@@ -66,7 +67,7 @@ class SpeedTest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What one session is opened with."""
+    """Options of one session."""
 
     memory: MemoryRequest
     threads: int | None
@@ -138,10 +139,10 @@ def refuse_too_long(bundle: Path, options: BenchOptions) -> None:
     path = bundle / "config.json"
     try:
         text = read_capped(path, limit_bytes=_MAX_CONFIG_BYTES, remedy="")
-        limit = parse_json_object(path, text, remedy="").get("max_position_embeddings")
+        limit = context_length(parse_json_object(path, text, remedy=""))
     except MoeToolError:
         return
-    list_tests(options, context_limit=limit if type(limit) is int else None)
+    list_tests(options, context_limit=limit)
 
 
 def list_settings(options: BenchOptions) -> tuple[Setting, ...]:

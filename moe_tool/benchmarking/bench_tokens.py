@@ -42,26 +42,26 @@ def bench_tokens(
     """
     if not random:
         try:
-            ids = _text_ids(tokenizer, n_tokens, seed)
+            ids = _text_ids(tokenizer, n_tokens, vocabulary, seed)
         except DataSourceError as error:
             progress.note(f"random token ids instead of text: {error.message}")
         else:
-            if ids is not None and ids.max() < vocabulary:
+            if ids is not None:
                 return torch.from_numpy(np.resize(ids, n_tokens)), "text"
-            why = "the bundle has no tokenizer" if ids is None else "its tokenizer has larger ids"
-            progress.note(f"random token ids instead of text: {why}")
+            progress.note("random token ids instead of text: the bundle has no tokenizer")
     # The first two ids of most vocabularies open and close a text.
     low = min(2, vocabulary - 1)
     drawn = np.random.default_rng(seed).integers(low, vocabulary, n_tokens)
     return torch.from_numpy(drawn), "random"
 
 
-def _text_ids(tokenizer: Any, n_tokens: int, seed: int) -> np.ndarray | None:
+def _text_ids(tokenizer: Any, n_tokens: int, vocabulary: int, seed: int) -> np.ndarray | None:
     if tokenizer is None:
         return None
     text = build_sequences(
         parse_sources([SOURCE]),
         tokenizer,
+        vocabulary=vocabulary,
         n_tokens=n_tokens,
         seq_len=_BLOCK_TOKENS,
         holdout=0.0,

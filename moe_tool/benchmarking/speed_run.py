@@ -20,11 +20,11 @@ from moe_tool.runtime.working_set import prefill_chunk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What one run of a test took."""
+    """Time and counters of one run of a test."""
 
     seconds: float
     counters: PhaseCounters
-    """Of the timed tokens alone; not changed afterwards"""
+    """Counters of the timed tokens alone; not changed afterwards"""
 
 
 @torch.inference_mode()

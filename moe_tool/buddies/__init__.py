@@ -1,1 +1,1 @@
-"""Who can stand in for whom, from what a profile measured."""
+"""Buddy maps: ranked substitutes for every expert, from a profile."""

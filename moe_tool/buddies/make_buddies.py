@@ -6,18 +6,24 @@ from moe_tool.artifacts.buddy_map import Similarity
 from moe_tool.artifacts.buddy_summary import BuddyReport
 from moe_tool.buddies.build_buddy_map import build_buddy_map
 from moe_tool.buddies.summary import summarize_buddies
+from moe_tool.formats.claimed_artifact import require_unclaimed
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 
 
-def make_buddies(profile: Path, *, k: int, by: Similarity, out: Path) -> BuddyReport:
+def make_buddies(
+    profile: Path, *, k: int, by: Similarity, out: Path, may_replace: bool = True
+) -> BuddyReport:
     """Build the map of a profile and write it to `out`.
 
     Raises:
         NotFoundError, CorruptArtifactError: the profile.
-        UsageError: k is not below the number of experts.
+        UsageError: k is not below the number of experts, or `out` is another model's map and must
+            not be replaced.
     """
     with ProfileReader.open(profile) as reader:
+        if not may_replace:
+            require_unclaimed(out, reader.header.identity)
         buddy_map = build_buddy_map(reader, k=k, by=by)
         summary = summarize_buddies(reader, buddy_map)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,9 @@
-"""Where the bytes of a process go, line by line, and how many expert slots a budget buys."""
+"""Account of a process in memory, line by line, with the expert slots that a budget buys."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_tool.budget.refusal import MemoryLine, lacks_memory, too_small
+from moe_tool.budget.refusal import MemoryLine, lacks_memory, require_budget, sum_lines
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, bytes_of_slots, slots_within, split_slots
 
@@ -35,42 +34,6 @@ class MemoryPlan:
         return sum_lines(self.lines)
 
 
-def name_lines(parts: Mapping[str, int]) -> tuple[MemoryLine, ...]:
-    """Return one line per name in bytes; those that take nothing are left out."""
-    return tuple(MemoryLine(name=name, size_bytes=size) for name, size in parts.items() if size)
-
-
-def sum_lines(lines: tuple[MemoryLine, ...]) -> int:
-    """Return the sum of the lines in bytes."""
-    return sum(line.size_bytes for line in lines)
-
-
-def require_budget(
-    work: str,
-    budget_bytes: int | None,
-    lines: tuple[MemoryLine, ...],
-    *,
-    instead: str | None = None,
-) -> int:
-    """Return the bytes that work takes.
-
-    Args:
-        work: what is to be done, as the subject of a sentence.
-        budget_bytes: None: no limit.
-        lines: the least that the work takes.
-        instead: what else would help where the budget is too small.
-
-    Raises:
-        BudgetError: the budget is below that.
-    """
-    needed = sum_lines(lines)
-    if budget_bytes is not None and budget_bytes < needed:
-        raise too_small(
-            work, needed_bytes=needed, given_bytes=budget_bytes, lines=lines, instead=instead
-        )
-    return needed
-
-
 def plan_memory(
     request: MemoryRequest,
     *,
@@ -93,29 +56,22 @@ def plan_memory(
         BudgetError: the budget is below the minimum, or the machine has less free than the plan
         takes.
     """
-    fixed_bytes = sum_lines(fixed)
-    slots = split_slots(0, experts)
-    needed = max(fixed_bytes + bytes_of_slots(slots, experts), loading_bytes)
-    if request.kind == "share":
+    budget = request.size_bytes if request.kind == "bytes" else None
+    if request.kind == "auto":
+        assert available_bytes is not None  # what is free elsewhere nobody knows
+        budget = int(available_bytes * (1 - _AUTO_MARGIN_SHARE))
+    needed = require_budget(
+        "the run",
+        budget,
+        (*fixed, _slot_line(split_slots(0, experts), experts)),
+        peak_bytes=loading_bytes,
+        instead="--memory min for the least that works",
+    )
+    if budget is not None:
+        slots = slots_within(budget - sum_lines(fixed), experts)
+    else:
         n_experts = sum(room.n_experts for room in experts)
-        slots = split_slots(math.floor(request.share * n_experts), experts)
-    elif request.kind == "slots":
-        slots = split_slots(request.n_slots, experts)
-    elif request.kind != "min":
-        budget = request.size_bytes
-        if request.kind == "auto":
-            assert available_bytes is not None  # what is free elsewhere nobody knows
-            budget = int(available_bytes * (1 - _AUTO_MARGIN_SHARE))
-        if budget < needed:
-            lines = (*fixed, _slot_line(slots, experts))
-            raise too_small(
-                "the run",
-                needed_bytes=needed,
-                given_bytes=budget,
-                lines=lines,
-                instead="--memory min for the least that works",
-            )
-        slots = slots_within(budget - fixed_bytes, experts)
+        slots = split_slots(request.n_slots + math.floor(request.share * n_experts), experts)
     lines = (*fixed, _slot_line(slots, experts))
     total = max(sum_lines(lines), loading_bytes)
     if available_bytes is not None and total > available_bytes:

@@ -1,6 +1,7 @@
 """The one refusal of a memory budget: what is needed, what there is, the nearest that works."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_tool.budget.sizes import format_bytes
@@ -20,32 +21,48 @@ class MemoryLine:
     size_bytes: int
 
 
+def name_lines(parts: Mapping[str, int]) -> tuple[MemoryLine, ...]:
+    """Return one line per name in bytes; those that take nothing are left out."""
+    return tuple(MemoryLine(name=name, size_bytes=size) for name, size in parts.items() if size)
+
+
+def sum_lines(lines: tuple[MemoryLine, ...]) -> int:
+    """Return the sum of the lines in bytes."""
+    return sum(line.size_bytes for line in lines)
+
+
 def suggested_budget(needed_bytes: int) -> str:
     """Return the smallest round budget that works, as it can be typed after `--memory`."""
     return f"{math.ceil((needed_bytes + _SLACK_BYTES) / _STEP_BYTES) * _STEP_BYTES // 2**20}MiB"
 
 
-def too_small(
+def require_budget(
     work: str,
-    *,
-    needed_bytes: int,
-    given_bytes: int,
+    budget_bytes: int | None,
     lines: tuple[MemoryLine, ...],
-    instead: str | None,
-) -> BudgetError:
-    """Return the refusal of a budget that is below what the work needs.
+    *,
+    peak_bytes: int = 0,
+    instead: str | None = None,
+) -> int:
+    """Return the least budget that work can be done in.
 
     Args:
-        work: what is refused, as the subject of a sentence.
-        needed_bytes: least budget that works.
-        given_bytes: the budget.
-        lines: account of what is needed.
-        instead: what else would help, for the hint; None: nothing.
+        work: subject of a sentence.
+        budget_bytes: None: no limit.
+        lines: account of the least that the work takes.
+        peak_bytes: bytes held at a time that the lines do not show.
+        instead: what else would help where the budget is too small.
+
+    Raises:
+        BudgetError: the budget is below that.
     """
-    nearest = suggested_budget(needed_bytes)
-    return BudgetError(
-        f"the memory budget is too small: {work} needs {_exact(needed_bytes)}, has "
-        f"{_exact(given_bytes)}; the nearest that works is {nearest}\n{describe_lines(lines)}",
+    needed = max(sum_lines(lines), peak_bytes)
+    if budget_bytes is None or budget_bytes >= needed:
+        return needed
+    nearest = suggested_budget(needed)
+    raise BudgetError(
+        f"the memory budget is too small: {work} needs {_exact(needed)}, has "
+        f"{_exact(budget_bytes)}; the nearest that works is {nearest}\n{describe_lines(lines)}",
         hint=f"--memory {nearest}" + ("" if instead is None else f", or {instead}"),
     )
 

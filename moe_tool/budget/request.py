@@ -1,4 +1,4 @@
-"""What `--memory` asks for: bytes, a share of the experts, a number of slots, min or auto."""
+"""Grammar of `--memory`: bytes, a share of the experts, a number of slots, min or auto."""
 
 import re
 from dataclasses import dataclass

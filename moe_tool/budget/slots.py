@@ -1,4 +1,4 @@
-"""What expert slots cost where records have several sizes, and how a budget is divided."""
+"""Expert slots where records have several sizes: their bytes, and who gets how many."""
 
 from dataclasses import dataclass
 

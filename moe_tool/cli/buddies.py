@@ -48,7 +48,7 @@ def buddies(
         from moe_tool.reports.terminal import buddies_table
 
         default = buddies_path(profiles, profile)
-        made = make_buddies(profile, k=k, by=by, out=out or default)
+        made = make_buddies(profile, k=k, by=by, out=out or default, may_replace=out is not None)
         output.show(
             "what a stand-in leaves as error, relative to the expert's output (1: all of it)",
             buddies_table(made.summary),

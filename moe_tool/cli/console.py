@@ -1,4 +1,4 @@
-"""What a verb says and where: results on stdout, the rest on stderr, bars only on a terminal."""
+"""Output of a verb: results on stdout, the rest on stderr, bars only on a terminal."""
 
 import json
 import sys
@@ -59,8 +59,8 @@ class Output:
         where they lack."""
         if not self.as_json:
             return
-        whole = {"seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()} | json_fields(found)
-        write_json(whole, self._data)
+        measured = {"seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()}
+        write_json(measured | json_fields(found), self._data)
 
 
 @contextmanager
@@ -76,22 +76,8 @@ def open_output(*, as_json: bool) -> Iterator[Output]:
 
 def write_json(fields: Mapping[str, object], stream: TextIO) -> None:
     """Write one JSON object on one line; a number that JSON cannot say becomes null."""
-    stream.write(json.dumps(_plain(fields), ensure_ascii=False, allow_nan=False) + "\n")
+    stream.write(json.dumps(json_fields(fields), ensure_ascii=False, allow_nan=False) + "\n")
     stream.flush()
-
-
-def _plain(value: object) -> object:
-    """JSON's own types; arrays as lists, paths by their text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    as_list = getattr(value, "tolist", None)  # numpy's arrays and scalars
-    return _plain(as_list()) if callable(as_list) else str(value)
 
 
 def _console(stream: TextIO) -> "Console":

@@ -9,7 +9,7 @@ PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
 
 MAX_CONTEXT = 2**31
-"""What a plan can hold"""
+"""Largest context that a plan can hold"""
 
 JsonOption = Annotated[
     bool,

@@ -83,6 +83,7 @@ def profile(
             seed=seed,
             memory_bytes=memory_bytes,
             resume=resume,
+            may_replace=out is not None,
             offline=offline,
             progress=output.progress,
         )

@@ -16,14 +16,14 @@ from moe_tool.buddies.make_buddies import make_buddies
 from moe_tool.budget.request import parse_memory
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
-from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import locate_model
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.write_bundle import PackReport
 from moe_tool.profiling.recorder import ProfileReport, record_profile
 from moe_tool.progress import Progress
-from moe_tool.runtime.generation import GenerateOptions, run_prompt
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.text.sources import parse_sources
 
@@ -55,14 +55,14 @@ class DemoReport:
     buddies: BuddyReport
     pack: PackReport
     roomy: RunResult
-    """All experts in memory"""
+    """Run with all experts in memory"""
     tight: RunResult
-    """As little memory as works"""
+    """Run in as little memory as works"""
     evaluation: EvaluationReport
 
     @property
     def exact(self) -> bool:
-        """Whether both runs gave the same tokens, whatever the memory."""
+        """Return whether both runs gave the same tokens, whatever the memory."""
         return self.roomy.token_ids == self.tight.token_ids
 
 
@@ -76,24 +76,20 @@ def run_pipeline(folder: Path, *, progress: Progress) -> DemoReport:
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
     stages: list[Stage] = []
 
-    def stage(title: str, work: Callable[[], T], outcome: Callable[[T], str]) -> T:
+    def stage(title: str, work: Callable[[], tuple[T, str]]) -> T:
         progress.note(f"{title} ...")
         start = time.perf_counter()
-        result = work()
+        result, outcome = work()
         seconds = time.perf_counter() - start
-        stages.append(Stage(title=title, outcome=outcome(result), seconds=seconds))
+        stages.append(Stage(title=title, outcome=outcome, seconds=seconds))
         return result
 
-    profile = stage("profile", lambda: _profile(folder, progress), _profiled)
-    out = buddies_path(folder, profile.profile)
-    buddies = stage(
-        "buddies", lambda: make_buddies(profile.profile, k=2, by="output", out=out), _mapped
-    )
-    pack = stage("pack", lambda: _pack(folder, profile, buddies, progress), _packed)
-    bundle = pack.bundle
-    roomy = stage("run, all experts in memory", lambda: _run(bundle, "100%", progress), _ran)
-    tight = stage("run, as little memory as works", lambda: _run(bundle, "min", progress), _ran)
-    evaluation = stage("evaluate", lambda: _evaluate(bundle, progress), _evaluated)
+    profile = stage("profile", lambda: _profile(folder, progress))
+    buddies = stage("buddies", lambda: _buddies(folder, profile))
+    pack = stage("pack", lambda: _pack(folder, profile, buddies, progress))
+    roomy = stage("run, all experts in memory", lambda: _run(pack.bundle, "100%", progress))
+    tight = stage("run, as little memory as works", lambda: _run(pack.bundle, "min", progress))
+    evaluation = stage("evaluate", lambda: _evaluate(pack.bundle, progress))
     return DemoReport(
         stages=tuple(stages),
         profile=profile,
@@ -105,8 +101,8 @@ def run_pipeline(folder: Path, *, progress: Progress) -> DemoReport:
     )
 
 
-def _profile(folder: Path, progress: Progress) -> ProfileReport:
-    return record_profile(
+def _profile(folder: Path, progress: Progress) -> tuple[ProfileReport, str]:
+    report = record_profile(
         locate_model("demo", offline=True),
         parse_sources(["builtin"]),
         out=profile_path(folder, "demo"),
@@ -114,18 +110,17 @@ def _profile(folder: Path, progress: Progress) -> ProfileReport:
         seq_len=_SEQ_LEN,
         progress=progress,
     )
-
-
-def _profiled(report: ProfileReport) -> str:
-    return (
+    return report, (
         f"{report.tokens} tokens of {' and '.join(report.domains)} through {report.layers} "
         f"layers of {report.experts} experts, {report.top_k} per token; "
         f"{report.tokens_per_second:.0f} tokens/s"
     )
 
 
-def _mapped(report: BuddyReport) -> str:
-    return (
+def _buddies(folder: Path, profile: ProfileReport) -> tuple[BuddyReport, str]:
+    out = buddies_path(folder, profile.profile)
+    report = make_buddies(profile.profile, k=2, by="output", out=out)
+    return report, (
         f"two stand-ins per expert; the best leaves {report.summary.price_in_sample:.2f} of the "
         f"output as error, {report.summary.price_held_out:.2f} on held-out text"
     )
@@ -133,45 +128,35 @@ def _mapped(report: BuddyReport) -> str:
 
 def _pack(
     folder: Path, profile: ProfileReport, buddies: BuddyReport, progress: Progress
-) -> PackReport:
-    located = locate_model("demo", offline=True)
-    opened = open_model(located)
-    with opened.checkpoint:
-        return pack_bundle(
-            opened,
-            located.folder,
-            PackOptions(out=folder / "bundle"),
-            profile=profile.profile,
-            buddies=buddies.buddies,
-            progress=progress,
-        )
-
-
-def _packed(report: PackReport) -> str:
-    return (
+) -> tuple[PackReport, str]:
+    report = pack_bundle(
+        locate_model("demo", offline=True),
+        PackOptions(out=folder / "bundle"),
+        profile=profile.profile,
+        buddies=buddies.buddies,
+        progress=progress,
+    )
+    return report, (
         f"{format_bytes(report.bytes)}, experts {format_bytes(report.expert_bytes)} at "
         f"{report.bits_per_weight:.1f} bits per weight"
     )
 
 
-def _run(bundle: Path, memory: str, progress: Progress) -> RunResult:
-    return run_prompt(
+def _run(bundle: Path, memory: str, progress: Progress) -> tuple[RunResult, str]:
+    result = run_prompt(
         bundle,
         PROMPT,
         options=run_options(memory=memory),
         generation=GenerateOptions(max_tokens=_GENERATED_TOKENS),
         progress=progress,
     )
-
-
-def _ran(result: RunResult) -> str:
-    return (
+    return result, (
         f"{result.generated_tokens} tokens, {result.tokens_per_second:.0f} tokens/s, "
         f"{result.setup.slots} experts in memory, hit rate {result.decode.hit_rate:.0%}"
     )
 
 
-def _evaluate(bundle: Path, progress: Progress) -> EvaluationReport:
+def _evaluate(bundle: Path, progress: Progress) -> tuple[EvaluationReport, str]:
     options = EvaluateOptions(
         tokens=_EVALUATION_TOKENS,
         seq_len=_EVALUATION_SEQ_LEN,
@@ -179,11 +164,8 @@ def _evaluate(bundle: Path, progress: Progress) -> EvaluationReport:
         policy="buddy",
         controls=True,
     )
-    return evaluate(bundle, parse_sources(["builtin:eval"]), options, progress=progress)
-
-
-def _evaluated(report: EvaluationReport) -> str:
-    return (
+    report = evaluate(bundle, parse_sources(["builtin:eval"]), options, progress=progress)
+    return report, (
         f"perplexity {report.figures.perplexity_exact.value:.1f}; buddies for misses cost "
         f"{report.figures.kl_mean.value:.3f} nats per token"
     )

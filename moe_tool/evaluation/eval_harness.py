@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from moe_tool.evaluation.lm_eval_model import BundleLM
 
 _N_BOOTSTRAP = 1000
-"""Of the few metrics whose error has no formula; lm_eval's own 100000 are made by a pool of forked
-processes, outside of the memory budget"""
+"""Resamples for the few metrics whose error has no formula; lm_eval's own 100000 are made by a pool
+of forked processes, outside of the memory budget"""
 
 
 def require_lm_eval() -> None:

@@ -26,6 +26,7 @@ from moe_tool.evaluation.measure_policies import measure_policies
 from moe_tool.evaluation.source_model import SourceModel
 from moe_tool.evaluation.stepwise import reference_chunk
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.context_length import context_length
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
@@ -55,7 +56,7 @@ _MIN_SEQ_LEN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """What is measured, and how the bundle runs meanwhile."""
+    """Text, policies, and how the bundle runs meanwhile."""
 
     tokens: int = 4096
     """Tokens of text, all domains together; the first two of each sequence are not scored"""
@@ -84,7 +85,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """What is to be measured, after options, bundle and text were read."""
+    """The measurement to be made, after options, bundle and text were read."""
 
     manifest: BundleManifest
     policy: str
@@ -126,7 +127,7 @@ def evaluate(
         CorruptArtifactError: the bundle or the checkpoint is damaged.
     """
     start = time.perf_counter()
-    asked = _read(folder, sources, options)
+    asked = _read(folder, sources, options, progress)
     ran = _run(folder, asked, options, reference=reference, progress=progress)
     measured = ran.measured
     setup = replace(ran.setup, policy=asked.policy)
@@ -153,7 +154,9 @@ def evaluate(
     )
 
 
-def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions) -> _Asked:
+def _read(
+    folder: Path, sources: Sequence[TextSource], options: EvaluateOptions, progress: Progress
+) -> _Asked:
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
     if options.sparse_experts is not None:
@@ -161,18 +164,20 @@ def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions)
     asked = None if options.policy is None else parse_miss_policy(options.policy)
     policy = asked or default_policy(manifest)
     tokenizer = load_tokenizer(folder)
-    longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
     if seq_len < _MIN_SEQ_LEN:
         raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
     text = build_sequences(
         sources,
         tokenizer,
+        vocabulary=bundle.manifest.shape.vocabulary,
         n_tokens=options.tokens,
         seq_len=seq_len,
         holdout=0.0,
         seed=options.seed,
         offline=options.offline,
+        progress=progress,
     )
     usual: Residency = "frozen" if options.controls else default_residency(policy)
     return _Asked(
@@ -187,7 +192,7 @@ def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ran:
-    """What the session left behind, which is closed by then."""
+    """Results of the session, which is closed by then."""
 
     measured: dict[str, Measured]
     skipped: dict[str, str]
@@ -270,7 +275,7 @@ def _open(
         seed=options.seed,
         threads=options.threads,
         context=seq_len,
-        prompt=seq_len,
+        prompt_tokens=seq_len,
     )
     while True:
         fitted = replace(run, batch=batch, caller_bytes=batch * per_sequence + scratch)

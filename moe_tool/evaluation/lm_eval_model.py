@@ -18,18 +18,20 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from moe_tool.artifacts.known_tokens import require_known_tokens
 from moe_tool.artifacts.run_stats import RunStats
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.working_set import prefill_chunk
 
 _MAX_GENERATED_TOKENS = 256
-"""Where a task does not say; lm_eval's own default"""
+"""Default for tasks that do not say; lm_eval's own"""
 _UNUSED_WHEN_GREEDY = frozenset({"top_k", "top_p", "min_p"})
 
 
@@ -77,8 +79,8 @@ class BundleLM(TemplateLM):
             CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
         """
         super().__init__()
-        with BundleReader.open(folder):
-            pass
+        with BundleReader.open(folder) as bundle:
+            self._vocabulary = bundle.manifest.shape.vocabulary
         self.tokenizer = load_tokenizer(folder)
         self.stats = RunStats()
         """Counters of all requests so far"""
@@ -135,7 +137,7 @@ class BundleLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: its first token, or the end of another
+        """Return what stands before a text without context: its first token, or the end of another
         text."""
         return self._special_token("bos_token_id", "eos_token_id")
 
@@ -143,11 +145,17 @@ class BundleLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Return token ids; with None the tokenizer decides on special tokens, but a text that
-        begins with its first token gets no other."""
+        begins with its first token gets no other.
+
+        Raises:
+            DataSourceError: the model does not know one of them.
+        """
         if add_special_tokens is None:
             first = getattr(self.tokenizer, "bos_token", None)
             add_special_tokens = not (first and string.startswith(first))
-        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        ids = list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        require_known_tokens(ids, self._vocabulary, tokenizer=self.tokenizer)
+        return ids
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False

@@ -1,4 +1,4 @@
-"""What would keep a limit of divergence that was not kept: more memory by price, or more text."""
+"""Memory, or tokens of text, that would keep a limit of divergence that was not kept."""
 
 import math
 

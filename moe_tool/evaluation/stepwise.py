@@ -23,7 +23,7 @@ _REFERENCE_CHUNK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCosts:
-    """What the policy did for each token of a batch of sequences, as if each sequence had run
+    """Costs of each token of a batch of sequences, as if each sequence had run
     alone.
 
     An access is a (token, layer, expert), unlike in a run's own counters, where tokens of one

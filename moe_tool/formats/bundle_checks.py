@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from moe_tool.artifacts.bundle_sections import unknown_required
 from moe_tool.artifacts.form_table import FormTable
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, NotFoundError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
+from moe_tool.formats.foreign_files import foreign_file
 from moe_tool.formats.hostile_file import quoted, unreadable
 from moe_tool.formats.integer_parts import IntegerPart, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
@@ -101,9 +103,12 @@ def _require_finished(folder: Path) -> None:
     if folder.name.endswith(PART_SUFFIX) or JOURNAL in names:
         raise CorruptArtifactError(f"{folder} is a half-written bundle", hint=resume)
     if MANIFEST not in names:
+        pack = f"moe-tool pack {shlex.quote(str(folder))} --out bundle/"
         raise CorruptArtifactError(
             f"{folder} is not a bundle: it has no {MANIFEST}",
-            hint="make a bundle of a checkpoint with moe-tool pack",
+            hint=f"it looks like a checkpoint: {pack}"
+            if "config.json" in names
+            else "make a bundle of a checkpoint with moe-tool pack",
         )
     if (folder / MANIFEST).is_symlink():
         raise CorruptArtifactError(
@@ -117,8 +122,9 @@ def _names(folder: Path) -> set[str] | None:
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
-        raise CorruptArtifactError(
-            f"{folder} is not a folder, so not a bundle", hint=REPACK
+        raise foreign_file(folder) or CorruptArtifactError(
+            f"{folder} is not a folder, so not a bundle",
+            hint="give the folder that moe-tool pack has written",
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""safetensors files read as hostile input: the whole header is checked before any tensor is used.
+"""safetensors files read as hostile input: the whole header is checked before any tensor is read.
 
-Bytes are read with pread into fresh tensors, not mapped: mapped pages count as resident memory,
-and a budget is a promise.
+Bytes are read with pread into fresh tensors, not mapped, because mapped pages count as resident
+memory and would break the memory budget.
 """
 
 import math
@@ -21,11 +21,13 @@ from moe_tool.errors import (
     StorageError,
     UnsupportedModelError,
 )
+from moe_tool.formats.finite_numbers import are_finite
+from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
 from moe_tool.formats.hostile_file import open_plain_file, quoted, read_capped, unreadable
 from moe_tool.formats.strict_json import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit."""
+"""Largest header accepted, the safetensors library's own limit."""
 _MAX_INDEX_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _DROP_CACHE_BYTES = 2**20
@@ -60,15 +62,15 @@ _AGAIN = "copy or download the file again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """The place of one tensor."""
+    """Place, dtype and shape of one tensor."""
 
     name: str
     dtype: str
-    """safetensors' name: F32, BF16, F16, U8, ..."""
+    """Dtype by safetensors' name: F32, BF16, F16, U8, ..."""
     shape: tuple[int, ...]
     file: Path
     offset: int
-    """From the start of the file"""
+    """Offset in bytes from the start of the file"""
     size_bytes: int
 
 
@@ -91,6 +93,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"a safetensors file has at least {_LENGTH_BYTES}",
                     hint=_AGAIN,
                 )
+            foreign = foreign_content(path, prefix + file.read(BEGINNING_BYTES - _LENGTH_BYTES))
+            if foreign is not None:
+                raise foreign
+            file.seek(_LENGTH_BYTES)
             header_bytes = int.from_bytes(prefix, "little")
             if header_bytes > MAX_HEADER_BYTES or _LENGTH_BYTES + header_bytes > file_bytes:
                 raise CorruptArtifactError(
@@ -111,21 +117,25 @@ class Checkpoint:
     """Tensors of one or several safetensors files, every header checked, read by name."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Use `open_folder` or `open_files`."""
+        """Keep the checked headers; call `open_folder` or `open_files` instead."""
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(sorted(tensors.items())))
         self.total_bytes = sum(info.size_bytes for info in tensors.values())
         self.bytes_read = 0
         self.on_read: Callable[[str, int | None, memoryview], None] | None = None
-        """Told the name, the row if only one was read, and the bytes of whatever is read"""
+        """Callback on every read: tensor name, row if only one was read, bytes"""
+        self.requires_finite = False
+        """Whether tensors with NaN or infinity are refused, as in a model's weights"""
         self._files: dict[Path, int] = {}
 
     @classmethod
     def open_folder(cls, folder: Path) -> "Checkpoint":
         """Open model.safetensors, or the shards that model.safetensors.index.json names.
 
+        What is read of it has to be finite.
+
         Raises:
             NotFoundError: the folder holds neither.
-            UnsupportedModelError: it holds only a pickled checkpoint.
+            UnsupportedModelError: it holds weights in another form, e.g. pickled.
             CorruptArtifactError: index and shards contradict each other, or a shard is damaged.
         """
         try:
@@ -136,16 +146,24 @@ class Checkpoint:
             ) from error
         except OSError as error:
             raise unreadable(folder, error) from error
-        if _SINGLE in names:  # before the index, as transformers has it
-            return cls(read_header(folder / _SINGLE))
-        if _INDEX in names:
-            return cls._open_sharded(folder, folder / _INDEX)
+        if _SINGLE in names or _INDEX in names:
+            is_single = _SINGLE in names  # before the index, as in transformers
+            checkpoint = (
+                cls(read_header(folder / _SINGLE))
+                if is_single
+                else cls._open_sharded(folder, folder / _INDEX)
+            )
+            checkpoint.requires_finite = True
+            return checkpoint
         if any(name.endswith(_PICKLES) for name in names):
             raise UnsupportedModelError(
                 f"{folder} holds only a pickled checkpoint, which is never read: "
                 "pickles can run code",
                 hint="convert it to safetensors, e.g. with transformers' save_pretrained",
             )
+        foreign = foreign_folder(folder)
+        if foreign is not None:
+            raise foreign
         raise NotFoundError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
             hint="download the checkpoint's safetensors files",
@@ -153,7 +171,7 @@ class Checkpoint:
 
     @classmethod
     def open_files(cls, files: Sequence[Path]) -> "Checkpoint":
-        """Open the tensors of several files together; a name in two of them is refused."""
+        """Open several files together; a tensor name in two of them is refused."""
         tensors: dict[str, TensorInfo] = {}
         for path in files:
             for name, info in read_header(path).items():
@@ -197,9 +215,9 @@ class Checkpoint:
         """Return one tensor, or one slice of it along the first dimension.
 
         Raises:
-            CorruptArtifactError: the file became shorter.
+            CorruptArtifactError: the file became shorter, or it holds NaN or infinity and must not.
             UnsupportedModelError: torch has no such dtype.
-            StorageError: the disk does not answer.
+            StorageError: the read fails.
         """
         info = self.tensors[name]
         if info.dtype not in _DTYPES:
@@ -216,7 +234,11 @@ class Checkpoint:
         return raw.view(_DTYPES[info.dtype]).view(shape)
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of one tensor, whatever its dtype."""
+        """Return the bytes of one tensor, whatever its dtype.
+
+        Raises:
+            CorruptArtifactError, StorageError: as `read`.
+        """
         info = self.tensors[name]
         data = bytearray(info.size_bytes)
         self._read_into(info, data, info.offset, None)
@@ -260,6 +282,17 @@ class Checkpoint:
         self.bytes_read += len(view)
         if self.on_read is not None:
             self.on_read(info.name, row, view)
+        if self.requires_finite and len(view) > 0 and info.dtype in _DTYPES:
+            _require_finite(info, row, view)
+
+
+def _require_finite(info: TensorInfo, row: int | None, view: memoryview) -> None:
+    if not are_finite(torch.frombuffer(view, dtype=_DTYPES[info.dtype])):
+        where = "" if row is None else f" (row {row})"
+        raise CorruptArtifactError(
+            f"{info.file}: tensor {quoted(info.name)}{where} holds NaN or infinity",
+            hint=f"{_AGAIN}; if it was published like that, use another version of the model",
+        )
 
 
 def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:
@@ -308,7 +341,7 @@ def _is_counts(value: Any) -> bool:
 def _require_tiling(
     path: Path, infos: Mapping[str, TensorInfo], *, data_start: int, file_bytes: int
 ) -> None:
-    """No holes, no overlaps, nothing behind the last tensor."""
+    """Refuse holes, overlaps and bytes after the last tensor."""
     position = data_start
     for info in sorted(infos.values(), key=lambda i: (i.offset, i.size_bytes)):
         if info.offset != position:

@@ -1,4 +1,4 @@
-"""What a file or folder is, made from what: the kind is found, and its describer asked."""
+"""Find out what kind of artifact a file or folder is, and ask its describer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is said of an artifact, and the facts that several kinds share."""
+"""Description of an artifact, and the facts that several kinds share."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +20,15 @@ class Description:
     kind: str
     path: Path
     checked: str
-    """What `is_intact` rests on"""
+    """Evidence for `is_intact`"""
     facts: dict[str, object]
     """In the order in which they are shown"""
     is_intact: bool = True
     """False for what was never finished; what is damaged is not described but refused"""
     details: dict[str, object] = field(default_factory=dict)
-    """What is too long for facts, as `--json` has it"""
+    """Longer parts that `--json` alone has"""
     tabled: Tabled | None = None
-    """What people see as tables below the facts"""
+    """Artifact that people see as tables below the facts"""
 
     def to_json(self) -> dict[str, object]:
         """Return the fields of `--json`."""

@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from pydantic import ValidationError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName, MoeShape
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
+from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.checkpoint_identity import checkpoint_identity
+from moe_tool.models.context_length import context_length
 from moe_tool.models.expert_source import ExpertSource, is_transposed
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.meta_model import build_meta_model
@@ -41,7 +44,7 @@ class OpenedModel:
     """Everything but the routed experts."""
     experts: ExpertSource
     max_positions: int
-    """Longest sequence that the model's positions allow"""
+    """Longest sequence that the model's positions allow; a large number where it does not say"""
     unfused_attention_heads: int
     """Query heads whose score matrices are in memory in full; 0 where a fused kernel takes them"""
 
@@ -57,6 +60,7 @@ def open_model(model: LocatedModel) -> OpenedModel:
     meta = build_meta_model(model.folder)
     checkpoint = Checkpoint.open_folder(model.folder)
     try:
+        _require_merged(checkpoint)
         tensor_map = TensorMap(meta, checkpoint)
         experts = ExpertSource(meta, checkpoint)
         tensor_map.check_skeleton()
@@ -77,20 +81,25 @@ def open_model(model: LocatedModel) -> OpenedModel:
         shape=shape,
         skeleton=SkeletonSource(meta, tensor_map, checkpoint),
         experts=experts,
-        max_positions=max_positions(meta),
+        max_positions=context_length(meta.config.get_text_config()) or 2**30,
         unfused_attention_heads=_unfused_attention_heads(meta),
     )
+
+
+def _require_merged(checkpoint: Checkpoint) -> None:
+    """Refuse tensors named as a wrapper for adapters names them: to the model they are missing."""
+    for name in checkpoint.tensors:
+        if name.startswith("base_model.") or ".base_layer." in name:
+            raise UnsupportedModelError(
+                f"the checkpoint was saved with an adapter around it, as {quoted(name)} says",
+                hint="merge it, with peft's merge_and_unload and save_pretrained, and give the "
+                "folder of that",
+            )
 
 
 def _unfused_attention_heads(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     return int(config.num_attention_heads) if config.model_type in UNFUSED_ATTENTION else 0
-
-
-def max_positions(model: PreTrainedModel) -> int:
-    """Return the longest sequence that a model's positions allow; a large number where it does not
-    say."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30)
 
 
 def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
@@ -123,8 +132,13 @@ def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
 
 
 def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatName) -> MoeShape:
-    """Return the shape of a model from one of its MoE layers; `dtype`: of the experts on disk."""
+    """Return the shape of a model from one of its MoE layers; `dtype`: of the experts on disk.
+
+    Raises:
+        CorruptArtifactError: config.json describes a shape, or groups, that no router can have.
+    """
     config = model.config.get_text_config()
+    _require_groups(config, modules)
     try:
         return MoeShape(
             model_type=model.config.model_type,
@@ -144,6 +158,28 @@ def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatN
         raise CorruptArtifactError(
             f"config.json describes no mixture of experts: {where + ': ' if where else ''}{reason}",
             hint="download the checkpoint again",
+        ) from error
+
+
+def _require_groups(config: PreTrainedConfig, modules: MoeLayerModules) -> None:
+    """Refuse groups of experts that the router's arithmetic cannot make.
+
+    Some routers pass over the groups that their configuration names, so the router is asked: on
+    the meta device that computes shapes alone.
+    """
+    groups, experts = getattr(config, "n_group", None), cast(int, modules.experts.num_experts)
+    if not isinstance(groups, int) or groups == 1:
+        return
+    weight = next(modules.router.parameters())
+    try:
+        modules.route(torch.zeros(1, config.hidden_size, device=weight.device, dtype=weight.dtype))
+    except Exception as error:  # torch and the routers refuse with errors of many kinds
+        chosen = getattr(config, "topk_group", None)
+        raise CorruptArtifactError(
+            f"config.json describes no mixture of experts: {experts} experts cannot be routed in "
+            f"{groups} groups (n_group) of which {chosen} are chosen (topk_group)",
+            hint="n_group has to divide the number of experts into groups of two or more; a "
+            "pruned checkpoint needs groups that fit what is left, e.g. n_group 1 and topk_group 1",
         ) from error
 
 

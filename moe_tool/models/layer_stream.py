@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import read_shape
 from moe_tool.models.expert_source import ExpertSource
@@ -179,13 +181,19 @@ class LayerStream:
                 self.initial_hidden(torch.zeros(shape, dtype=torch.int64))
             call = self._arguments[shape][index]
             output = module(hidden, *call.args, **call.kwargs)
-            if not isinstance(output, tuple):
-                return output  # type: ignore[no-any-return]
-            if any(extra is not None for extra in output[1:]):
-                raise unsupported(
-                    self.shape.model_type, "its layers return more than hidden states"
+            if isinstance(output, tuple):
+                if any(extra is not None for extra in output[1:]):
+                    raise unsupported(
+                        self.shape.model_type, "its layers return more than hidden states"
+                    )
+                output = output[0]
+            if not are_finite(output):
+                raise CorruptArtifactError(
+                    f"layer {index} gives hidden states that are not finite",
+                    hint="its weights are finite, so it overflows in float32: download the "
+                    "checkpoint again, or use another version of the model",
                 )
-            return output[0]  # type: ignore[no-any-return]
+            return output  # type: ignore[no-any-return]
 
         return forward
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import NotFoundError, UnsupportedModelError
 from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.formats.foreign_files import foreign_file
 from moe_tool.formats.hub_probe import hub_is_reachable
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
@@ -70,13 +71,18 @@ def locate_model(
         announce: is told in one sentence what will be downloaded and how large it is.
 
     Raises:
-        NotFoundError: it is in no place that was looked at, and cannot be fetched.
+        NotFoundError: it is in no place that was looked at, and cannot be fetched, or is a file.
         DiskFullError: the download does not fit.
-        UnsupportedModelError: the hub has it without safetensors files.
+        UnsupportedModelError: the hub has it without safetensors files, or it is a GGUF file.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return LocatedModel(folder=folder, name=folder.resolve().name)
+    if folder.is_file() and model.lower() not in ALIASES:
+        raise foreign_file(folder) or NotFoundError(
+            f"{folder} is a file, a model is a folder",
+            hint=f"give the folder of the checkpoint, e.g. {folder.parent}",
+        )
     target = ALIASES.get(model.lower(), model)
     if Path(target).is_absolute() and Path(target).is_dir():
         return LocatedModel(folder=Path(target), name=model)

@@ -34,7 +34,9 @@ def build_meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTra
         config.output_router_logits = False  # the hooks of the router collect them already
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=False
+            )
     except (
         Exception
     ) as error:  # any layer's constructor may fail on a value that fits the type only

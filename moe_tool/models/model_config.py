@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
+from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.moe_layers import unsupported
 
@@ -23,9 +24,23 @@ _COUNTS = (
     "num_experts_per_tok",
     "num_local_experts",
 )
-_NEVER_USED = ("auto_map", "num_labels", "id2label", "label2id")
-"""Code is never run, and labels are not for language models"""
+_NEVER_USED = frozenset(
+    (
+        # code, which is never run, and labels, which are not for language models
+        *("auto_map", "num_labels", "id2label", "label2id", "problem_type"),
+        # how a call answers, which every call here says itself
+        *("return_dict", "use_return_dict", "use_cache", "torchscript"),
+        *("output_attentions", "output_hidden_states", "output_router_logits"),
+        # kernels and ways to train: of the machine that the model was saved on
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+        *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+        *("_attn_implementation_autoset", "_flash_attn_2_enabled", "gradient_checkpointing"),
+    )
+)
+"""Keys that say nothing of what the model computes; left over from other people's runs"""
 _HINT = "download the checkpoint again"
+_QUANTIZED_FILES = {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
+"""Where formats are described that config.json does not name"""
 _RECORD_AGAIN = "record the profile again with moe-tool profile"
 
 
@@ -39,21 +54,23 @@ def read_config(folder: Path) -> PreTrainedConfig:
             weights are quantized.
     """
     path = folder / "config.json"
-    return _config_of(path, _read_json(path), _HINT)
+    raw = _read_json(path)
+    for name in _QUANTIZED_FILES:
+        if (folder / name).is_file():
+            raise _quantized(str(raw.get("model_type")), _QUANTIZED_FILES[name])
+    return _config_of(path, raw, _HINT)
 
 
 def read_config_text(folder: Path) -> str:
     """Return what config.json says as one line of JSON, for `config_from_json`.
 
-    Labels and the names of a model's own Python code are left out: neither is ever used.
+    Keys that say nothing of what the model computes are left out: none is ever used.
 
     Raises:
         NotFoundError, CorruptArtifactError: as `read_config`.
     """
     path = folder / "config.json"
-    raw = _read_json(path)
-    for key in _NEVER_USED:
-        raw.pop(key, None)
+    raw = _without_leftovers(_read_json(path))
     try:
         return json.dumps(raw, separators=(",", ":"), allow_nan=False)
     except ValueError as error:  # 1e999 is read as infinity
@@ -109,25 +126,38 @@ def _config_of(path: Path, raw: dict[str, Any], hint: str) -> PreTrainedConfig:
             hint=hint,
         )
     _require_counts(path, raw, hint)
-    for key in _NEVER_USED:
-        raw.pop(key, None)
     try:
-        return CONFIG_MAPPING[model_type].from_dict(raw)
+        return CONFIG_MAPPING[model_type].from_dict(_without_leftovers(raw))
     except Exception as error:  # each configuration class refuses bad values with errors of its own
         raise bad_config(path, error, hint) from error
+
+
+def _without_leftovers(raw: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, and those of its parts, without what is never used."""
+    return {
+        key: _without_leftovers(value) if isinstance(value, dict) else value
+        for key, value in raw.items()
+        if key not in _NEVER_USED
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     hint = "use the folder of a checkpoint in Hugging Face format"
     if not path.is_file():
-        raise NotFoundError(f"{path.parent} has no config.json", hint=hint)
+        raise foreign_folder(path.parent) or NotFoundError(
+            f"{path.parent} has no config.json", hint=hint
+        )
     size_bytes = path.stat().st_size
     if size_bytes > _MAX_CONFIG_BYTES:
         raise CorruptArtifactError(
             f"{path} has {size_bytes} bytes, wanted at most {_MAX_CONFIG_BYTES}", hint=hint
         )
+    data = path.read_bytes()
+    foreign = foreign_content(path, data[:BEGINNING_BYTES])
+    if foreign is not None:
+        raise foreign
     try:
-        raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        raw = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(f"{path} is not JSON: {error}", hint=hint) from error
     if not isinstance(raw, dict):
@@ -155,12 +185,16 @@ def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
 
 def _refuse_quantized(model_type: str, raw: dict[str, Any]) -> None:
     quantization = raw.get("quantization_config")
-    if quantization is None:
-        return
-    method = (
-        quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-    )
-    raise UnsupportedModelError(
-        f"this {model_type} checkpoint is stored in {str(method)[:32]} format, which is not read",
+    if quantization is not None:
+        is_named = isinstance(quantization, dict) and "quant_method" in quantization
+        method = str(quantization["quant_method"])[:32] if is_named else "unknown"
+        raise _quantized(model_type, method)
+    if isinstance(raw.get("quantization"), dict):
+        raise _quantized(model_type, "mlx")
+
+
+def _quantized(model_type: str, method: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"this {model_type[:64]} checkpoint is stored in {method} format, which is not read",
         hint="use a float32, bfloat16 or float16 version of the checkpoint",
     )

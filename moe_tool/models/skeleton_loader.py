@@ -1,22 +1,22 @@
 """Load everything but the routed experts: check, measure, then read, tensor by tensor."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_tool.artifacts.bundle_manifest import SkeletonLinear
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision, Precision
+from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.errors import CorruptArtifactError, WrongModelError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.integer_parts import integer_parts, join_integer_parts
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import read_shape, structure
+from moe_tool.models.generation_settings import read_generation_settings
 from moe_tool.models.meta_model import build_meta_model
 from moe_tool.models.moe_layers import MoeLayerModules, unsupported
 from moe_tool.models.skeleton import (
@@ -136,12 +136,12 @@ class SkeletonLoader:
                 self._load_group(step.target)
         self._tie()
         _require_loaded(model)
-        _load_generation_config(model, self._folder)
+        model.generation_config = read_generation_settings(self._folder) or model.generation_config
         hook_routers(self._layers)
         return Skeleton(model=model, shape=self._shape, layers=self._layers)
 
     def _part_names(self, linear: SkeletonLinear) -> tuple[str, ...]:
-        assert isinstance(self._precision, IntegerPrecision)
+        assert self._precision.kind == "integer"
         parts = integer_parts(linear.parameter, linear.n_outputs, linear.n_inputs, self._precision)
         return tuple(part.name for part in parts)
 
@@ -213,7 +213,7 @@ class SkeletonLoader:
 
     def _load_codes(self, name: str) -> None:
         linear = self._linears[name]
-        assert isinstance(self._precision, IntegerPrecision)
+        assert self._precision.kind == "integer"
         weight = join_integer_parts(
             name, linear.n_outputs, linear.n_inputs, self._precision, self._checkpoint.read
         )
@@ -296,17 +296,3 @@ def _require_loaded(model: PreTrainedModel) -> None:
         for name, tensor in kind:
             if tensor.is_meta:
                 raise unsupported(model.config.model_type, f"{name} is in no checkpoint")
-
-
-def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    path = folder / "generation_config.json"
-    if not os.path.lexists(path):
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # it refuses bad files with errors of many kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CorruptArtifactError(
-            f"{path} is damaged: {reason}",
-            hint="download the checkpoint again, or remove the file",
-        ) from error

@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from moe_tool.errors import CorruptArtifactError
+from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.models.moe_layers import (
     MoeLayerModules,
@@ -175,8 +175,10 @@ class TensorMap:
         """Compare names and shapes of all routed experts with the model.
 
         Raises:
+            UnsupportedModelError: layers have different numbers of experts.
             CorruptArtifactError: a tensor is missing or has another shape; the first is named.
         """
+        self._require_even_layers()
         for full_name in self._full_names.values():
             by_expert = self._experts.get(full_name)
             shape = self._shapes[full_name]
@@ -190,6 +192,23 @@ class TensorMap:
                 self._check_stacked(full_name, by_expert)
             else:
                 self._check_separate(full_name, by_expert)
+
+    def _require_even_layers(self) -> None:
+        """Refuse layers that were pruned to different numbers of experts, numbered without gaps."""
+        counts: dict[int, int] = {}
+        for (layer, _), full_name in self._full_names.items():
+            experts = set(self._experts.get(full_name, {}))
+            if experts and experts == set(range(len(experts))):
+                counts.setdefault(layer, len(experts))
+        first = next(iter(counts), None)
+        for layer, count in counts.items():
+            if first is not None and count != counts[first]:
+                raise UnsupportedModelError(
+                    f"layer {first} has {counts[first]} experts and layer {layer} has {count}: "
+                    "layers with different numbers of experts are not read",
+                    hint="use a version with the same number in every layer; if config.json has "
+                    "one number and the model was not pruned, download the checkpoint again",
+                )
 
     def _sort(self) -> None:
         apart = {name for names in self._apart.values() for name in names}

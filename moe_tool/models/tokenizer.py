@@ -4,9 +4,19 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.errors import (
+    CorruptArtifactError,
+    MoeToolError,
+    NotFoundError,
+    UnsupportedModelError,
+)
+from moe_tool.formats.foreign_files import foreign_file
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+_WITHOUT_CODE = (
+    "if tokenizer.json holds the whole tokenizer, take auto_map out of tokenizer_config.json; "
+    "otherwise use a version of the checkpoint that transformers reads by itself"
+)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -15,6 +25,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         NotFoundError: the folder holds no tokenizer.
+        UnsupportedModelError: it needs Python code of its own.
         CorruptArtifactError: it cannot be read.
     """
     from transformers import AutoTokenizer
@@ -24,9 +35,21 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} holds no tokenizer ({', '.join(_FILES[:3])})",
             hint="copy the tokenizer files of the checkpoint into the folder",
         )
+    for name in _FILES[:3]:
+        foreign = foreign_file(folder / name)
+        if foreign is not None:
+            raise foreign
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Left open, transformers asks on stdin whether it may run the folder's code.
+        return AutoTokenizer.from_pretrained(
+            folder, config=_config(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raises bare Exception, transformers half a dozen kinds
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"the tokenizer in {folder} needs Python code of its own, which is never executed",
+                hint=_WITHOUT_CODE,
+            ) from error
         reason = (
             str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         )
@@ -34,6 +57,19 @@ def load_tokenizer(folder: Path) -> Any:
             f"the tokenizer in {folder} cannot be read: {reason}",
             hint="copy the tokenizer files of the checkpoint again",
         ) from error
+
+
+def _config(folder: Path) -> Any:
+    """The model's configuration as this tool reads it: transformers would stumble over leftovers
+    that have nothing to do with tokens. None where there is none: transformers does without."""
+    from moe_tool.models.model_config import read_config
+
+    try:
+        config = read_config(folder)
+    except MoeToolError:
+        return None
+    config._name_or_path = str(folder)
+    return config
 
 
 def tokenizer_sha256(folder: Path) -> str:

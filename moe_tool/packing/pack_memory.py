@@ -1,15 +1,15 @@
-"""What packing takes of memory, before it begins: one expert at a time, or one layer where codes
+"""Memory that packing takes, before it begins: one expert at a time, or one layer where codes
 are fitted to what experts are given."""
 
 from dataclasses import dataclass
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
-from moe_tool.budget.account import name_lines, require_budget
+from moe_tool.budget.refusal import name_lines, require_budget
 from moe_tool.models.architecture import OpenedModel
 
 MOST_HIDDEN_BYTES = 128 * 2**20
-"""Of the hidden states that are carried from layer to layer, and again of one layer's inputs"""
+"""Bytes of hidden states that are carried from layer to layer, and again of one layer's inputs"""
 _LEAST_TOKENS = 2048
 """Fewer say too little about an expert"""
 _BATCH_TOKENS = 2048
@@ -17,22 +17,22 @@ _FITTED_TOKENS = 8192
 _MARGIN_BYTES = 160 * 2**20
 """Allocator slack, libraries first touched, file pages under way to the disk"""
 _WORKING_COPIES = 6
-"""Of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what is left
-of it, and what two of these are made from"""
+"""Copies of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what
+is left of it, and what two of these are made from"""
 _SQUARES = 7
 """[in, in] in float32: second moments, damped, ordered, their factor, inverse and its factor"""
 _NESTED_SQUARES = 3
-"""What is kept of the whole codes while the base's are made"""
+"""[in, in] kept of the whole codes while the base's are made"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackMemory:
-    """What a pack keeps within."""
+    """Budget of a pack."""
 
     needed_bytes: int
     """Expected peak of the process"""
     hidden_bytes: int
-    """Of the hidden states that may be carried from layer to layer"""
+    """Bytes of hidden states that may be carried from layer to layer"""
 
 
 def plan_pack_memory(

@@ -59,9 +59,9 @@ def planned_residents(
 
     Where nothing is read for a miss a form that is not in memory is of no use on the disk.
     """
-    if plan.policy is None or any(form.on_disk_alone for form in plan.forms[1:]):
+    if plan.policy is None or any(form.n_disk_only for form in plan.forms[1:]):
         return None
-    residents = {form.form: frozenset(form.resident) for form in plan.forms}
+    residents = {form.precision: frozenset(form.resident) for form in plan.forms}
     if not {form.name for form in forms} <= residents.keys():
         return None  # more replicas were asked for than are planned
     return residents

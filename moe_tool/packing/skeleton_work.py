@@ -5,7 +5,6 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import SkeletonLinear
 from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision
-from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.integer_parts import IntegerPart, integer_parts
@@ -63,7 +62,7 @@ class SkeletonWork:
         """Write the skeleton, one group of tensors in memory at a time.
 
         Raises:
-            CorruptArtifactError: a matrix to be quantized holds NaN or infinity.
+            CorruptArtifactError: a tensor holds NaN or infinity.
             StorageError: the checkpoint cannot be read, or the disk refuses.
         """
         progress.begin("pack the skeleton", self.size_bytes, "bytes")
@@ -100,16 +99,10 @@ class SkeletonWork:
 
     def _quantize_group(self, group: LinearGroup) -> dict[str, IntegerWeight]:
         assert self._precision.kind == "integer"
-        made = {}
-        for parameter, weight in self._opened.skeleton.read(group):
-            try:
-                made[parameter] = _quantize(weight, self._precision)
-            except CorruptArtifactError as error:
-                raise CorruptArtifactError(
-                    f"{parameter} of {self._opened.identity.name}: {error.message}",
-                    hint=error.hint,
-                ) from error
-        return made
+        return {
+            parameter: _quantize(weight, self._precision)
+            for parameter, weight in self._opened.skeleton.read(group)
+        }
 
 
 def _quantize(weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeight:

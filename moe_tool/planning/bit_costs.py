@@ -1,4 +1,4 @@
-"""What every number of bits is expected to cost every expert, as arrays to choose from."""
+"""Expected cost of every width of every expert, as arrays to choose from."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class BitCosts:
     nats: np.ndarray
     """[L, E, W] float64: expected divergence per token"""
     size_bytes: np.ndarray
-    """[W] int64: of a record; 0 where there is none"""
+    """[W] int64: bytes of a record; 0 where there is none"""
     load: np.ndarray
     """[L, E] float64: share of tokens that want the expert"""
 

@@ -1,16 +1,18 @@
-"""Where the bytes of a run will go, before there is a run."""
+"""Memory account of a run before there is one."""
 
 from dataclasses import dataclass
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
-from moe_tool.budget.account import MemoryPlan, plan_memory, sum_lines
-from moe_tool.budget.refusal import MemoryLine
+from moe_tool.budget.account import MemoryPlan, plan_memory
+from moe_tool.budget.refusal import MemoryLine, sum_lines
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, min_slots
 from moe_tool.models.model_config import config_from_json
 from moe_tool.planning.model_costs import record_size
+from moe_tool.planning.plan_request import PlanRequest
+from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 PROCESS_BYTES = 424 * 2**20
@@ -29,6 +31,20 @@ class FixedMemory:
     def total_bytes(self) -> int:
         """Sum of the lines in bytes."""
         return sum_lines(self.lines)
+
+    def within(self, memory: MemoryRequest, rooms: tuple[ExpertRoom, ...]) -> MemoryPlan:
+        """Return the lines and expert slots of a budget, anything but auto.
+
+        Raises:
+            BudgetError: it is too small: with the least that works.
+        """
+        return plan_memory(
+            memory,
+            fixed=self.lines,
+            loading_bytes=self.loading_bytes,
+            experts=rooms,
+            available_bytes=None,
+        )
 
 
 def fixed_memory(
@@ -49,7 +65,7 @@ def fixed_memory(
         lines=run_lines(
             config,
             shape,
-            Workload(batch=1, positions=positions, prompt=positions),
+            Workload(batch=1, positions=positions, prompt_tokens=positions),
             process_bytes=PROCESS_BYTES,
             skeleton_bytes=held,
             beside={},
@@ -58,42 +74,29 @@ def fixed_memory(
     )
 
 
-def account(
-    memory: MemoryRequest,
-    shape: MoeShape,
-    skeleton: SkeletonFacts,
-    *,
-    bits: Bits,
-    skeleton_bits: SkeletonBits,
-    context: int,
+def account_of_bits(
+    memory: MemoryRequest, sources: PlanSources, request: PlanRequest, bits: Bits
 ) -> MemoryPlan:
-    """Return the lines and expert slots of a budget.
+    """Return the account of a budget with all experts at one precision, see `within`."""
+    shape = sources.profile.header.shape
+    fixed = fixed_memory(
+        shape,
+        sources.skeleton,
+        skeleton_bits=request.skeleton_bits,
+        context=request.context,
+    )
+    return fixed.within(memory, rooms_of_bits(shape, bits))
 
-    Args:
-        memory: the budget, anything but auto.
-        shape: of the model.
-        skeleton: of the same model.
-        bits: of the experts.
-        skeleton_bits: of the other matrices.
-        context: positions of the one sequence.
 
-    Raises:
-        BudgetError: it is too small: with the least that works.
-    """
-    fixed = fixed_memory(shape, skeleton, skeleton_bits=skeleton_bits, context=context)
+def rooms_of_bits(shape: MoeShape, bits: Bits) -> tuple[ExpertRoom, ...]:
+    """Return the one pool that all experts at one precision share."""
     n_experts = shape.experts * len(shape.layers)
-    return plan_memory(
-        memory,
-        fixed=fixed.lines,
-        loading_bytes=fixed.loading_bytes,
-        experts=(
-            ExpertRoom(
-                record_bytes=record_size(shape, bits),
-                n_experts=n_experts,
-                n_slots_min=min_slots(shape.top_k, n_experts),
-            ),
+    return (
+        ExpertRoom(
+            record_bytes=record_size(shape, bits),
+            n_experts=n_experts,
+            n_slots_min=min_slots(shape.top_k, n_experts),
         ),
-        available_bytes=None,
     )
 
 

@@ -42,7 +42,7 @@ def allocate_average(
             np.broadcast_to(size, (n_layers * n_experts, len(WIDTHS))),
             room,
         )
-        assert found is not None  # all may be absent
+        assert found is not None  # all may be removed
         return found.reshape(n_layers, n_experts)
 
     chosen = best(nats)
@@ -60,40 +60,31 @@ def allocate_bytes(costs: BitCosts, room_bytes: int) -> np.ndarray:
         np.broadcast_to(costs.size_bytes, (n_layers * n_experts, n_widths)),
         room_bytes,
     )
-    assert found is not None  # all may be absent
+    assert found is not None  # all may be removed
     return found.reshape(n_layers, n_experts)
 
 
-def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray | None:
-    """Return the fewest bytes whose expected loss is allowed, [L, E] int64 columns of WIDTHS; None
-    where no choice is.
+def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray:
+    """Return the fewest bytes whose expected loss is allowed, [L, E] int64 columns of WIDTHS.
 
     By bisection: the loss falls with every byte more.
 
     Args:
         costs: of all experts.
-        max_nats: per token.
+        max_nats: per token, at least 0, which every expert as it is keeps.
     """
     n_experts = costs.nats.shape[0] * costs.nats.shape[1]
     step = int(np.gcd.reduce(costs.size_bytes))
     low, high = -1, n_experts * int(costs.size_bytes.max()) // step
-    best = None
-    while high - low > 1 or best is None:
-        middle = high if best is None else (low + high) // 2
+    best = allocate_bytes(costs, high * step)
+    while high - low > 1:
+        middle = (low + high) // 2
         found = allocate_bytes(costs, middle * step)
         if _nats(costs, found) <= max_nats:
             best, high = found, middle
-        elif best is None:
-            return None
         else:
             low = middle
     return best
-
-
-def other_allocations(costs: BitCosts, average_bits: float) -> tuple[Allocation, ...]:
-    """Return what the same bits are expected to give when they are handed out otherwise."""
-    named = control_allocations(costs, average_bits)
-    return tuple(describe(name, costs, chosen) for name, chosen in named.items())
 
 
 def control_allocations(costs: BitCosts, average_bits: float) -> dict[str, np.ndarray]:

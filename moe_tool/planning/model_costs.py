@@ -1,13 +1,17 @@
-"""What one model costs on one machine: bytes of a record, seconds of a layer call."""
+"""Costs of one model on one machine: bytes of a record, seconds of a layer call."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
+from moe_tool.budget.slots import min_slots
 from moe_tool.formats.record_form import record_form
+from moe_tool.simulator.simulate import Machine
 from moe_tool.simulator.time_model import CallCosts
 
 _ASLEEP_S = 0.003
@@ -16,11 +20,11 @@ _ASLEEP_S = 0.003
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCosts:
-    """At one precision."""
+    """Costs at one precision."""
 
     record_bytes: int
     matrix_bytes: int
-    """That a forward reads of the skeleton; 0 where the profile does not say"""
+    """Bytes of the skeleton that a forward reads; 0 where the profile does not say"""
     calls: CallCosts
 
 
@@ -57,6 +61,25 @@ def model_costs(
         bits=bits,
         skeleton_bits=skeleton_bits,
         threads=threads,
+    )
+
+
+def replay_machine(
+    shape: MoeShape, costs: ModelCosts, ranked: Sequence[tuple[int, int]]
+) -> Machine:
+    """Return what a replay needs to know of a model on a machine.
+
+    Args:
+        shape: of the model.
+        costs: of its layer calls.
+        ranked: (layer, expert), the most used first; those that a policy may pin.
+    """
+    ids = LayerIds(shape.layers, shape.experts)
+    return Machine(
+        record_bytes=costs.record_bytes,
+        n_slots_min=min_slots(shape.top_k, shape.experts * len(shape.layers)),
+        costs=costs.calls,
+        hottest=[ids.number(key) for key in ranked],
     )
 
 
@@ -99,7 +122,7 @@ def costs_of_bytes(
 
 
 def _matrix_bytes(shape: MoeShape, skeleton: SkeletonFacts | None, bits: SkeletonBits) -> int:
-    """All matrices with the head; of an embedding a row is read, which is nothing."""
+    """Matrices with the head; of an embedding a row is read, which is nothing."""
     if skeleton is None:
         return 0
     if bits == "native":

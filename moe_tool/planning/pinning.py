@@ -1,4 +1,4 @@
-"""Whether the hottest experts of a profile are hot elsewhere too, before any is pinned."""
+"""Check that the hottest experts of a profile are hot elsewhere too, before any is pinned."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from moe_tool.policies.pin_rule import judge_pins
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinCheck:
-    """What a pinned set answers."""
+    """Uses that a pinned set answers."""
 
     n_pinned: int
     even: float
@@ -21,7 +21,7 @@ class PinCheck:
     held_out: float | None
     """None where nothing is held out"""
     by_domain: tuple[float | None, ...]
-    """Of the held-out uses of each domain; None for one without"""
+    """Share of the held-out uses of each domain; None for a domain without any"""
 
     @property
     def refusal(self) -> str | None:

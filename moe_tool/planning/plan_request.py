@@ -1,18 +1,27 @@
-"""What is to be planned for."""
+"""Request for a plan, and the refusals that need nothing but the request."""
 
 from dataclasses import dataclass
 
-from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
+from moe_tool.artifacts.pack_plan import Bits, Quantizer, SkeletonBits
 from moe_tool.budget.request import EVERY_EXPERT, MemoryRequest
+from moe_tool.errors import UsageError
+from moe_tool.planning.allocate_bits import WIDTHS
+
+_MAX_CONTEXT = 2**31
+_MAX_KL = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What is to be planned for."""
+    """Budget and limits of a plan."""
 
     memory: MemoryRequest = EVERY_EXPERT
     bits: Bits | None = None
-    """None: the fastest whose predicted loss is allowed"""
+    """Precision of every expert, or mixed; None: the fastest that the limits allow"""
+    average_bits: float | None = None
+    """Average width of the experts' weights where each has its own; None: by memory or limit"""
+    quantizer: Quantizer = "rtn"
+    """Quantizer that mixed widths are to be packed with"""
     skeleton_bits: SkeletonBits = "native"
     max_loss: float = 0.01
     """Perplexity that fewer bits may add, as a share, where misses are answered exactly"""
@@ -20,3 +29,56 @@ class PlanRequest:
     """Nats per token that bits and lossy answers may cost together; None: misses are answered
     exactly"""
     context: int = 4096
+
+    @property
+    def is_mixed(self) -> bool:
+        """Return whether every expert gets a width of its own."""
+        return self.bits == "mixed" or self.average_bits is not None
+
+
+def check_request(request: PlanRequest) -> None:
+    """Refuse what cannot be planned for, whatever the model.
+
+    Raises:
+        UsageError: a number that means nothing, or options that contradict each other.
+    """
+    if not 0 <= request.max_loss < 100 or not 1 <= request.context <= _MAX_CONTEXT:
+        raise UsageError(
+            f"--max-loss {request.max_loss:.4g}, --context {request.context}: not possible",
+            hint="--max-loss 1% --context 4096",
+        )
+    if request.max_kl is not None and not 0 <= request.max_kl < _MAX_KL:
+        raise UsageError(f"--max-kl {request.max_kl:.4g}: not possible", hint="--max-kl 0.01")
+    if request.memory.kind == "auto":
+        raise UsageError(
+            "--memory auto: what will be free where the plan runs is not known",
+            hint="--memory 8GiB, or 100% for all experts",
+        )
+    if request.is_mixed:
+        _check_mixed(request)
+    elif request.quantizer != "rtn":
+        raise UsageError(
+            "--quantizer is for mixed bits; pack has a --quantizer of its own",
+            hint="--average-bits 2.5, or --bits mixed with --memory SIZE",
+        )
+
+
+def _check_mixed(request: PlanRequest) -> None:
+    average = request.average_bits
+    if request.bits not in (None, "mixed"):
+        raise UsageError(
+            f"--bits {request.bits} and --average-bits contradict", hint="give one of them"
+        )
+    if average is not None and not 0 < average <= WIDTHS[-1]:
+        raise UsageError(f"--average-bits {average:g}: not possible", hint="--average-bits 2.5")
+    has_size = request.memory.kind == "bytes"
+    if not has_size and request.memory != EVERY_EXPERT:
+        raise UsageError(
+            f"--memory {request.memory}: with mixed bits a share of the experts has no size",
+            hint="--memory SIZE in bytes, or leave it out with --average-bits",
+        )
+    if not has_size and average is None and request.max_kl is None:
+        raise UsageError(
+            "--bits mixed: how many bytes, or how much loss?",
+            hint="--memory SIZE, --average-bits 2.5 or --max-kl 0.01",
+        )

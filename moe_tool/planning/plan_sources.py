@@ -1,4 +1,4 @@
-"""What planning needs of a profile, read once for any number of budgets."""
+"""Inputs of planning from a profile, read once for any number of budgets."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ _MAX_SEARCH_ACCESSES = 200_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSources:
-    """All that a profile says to a planner."""
+    """A profile as a planner needs it."""
 
     profile: ProfileReader
     skeleton: SkeletonFacts

@@ -1,4 +1,6 @@
-"""A profile's prices as a book, before anything is packed."""
+"""A profile's prices of bits and of answers, before anything is packed."""
+
+import math
 
 import numpy as np
 
@@ -32,7 +34,7 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
         replicas: widths, as `replicas_below` names them.
     """
     shape = sources.profile.header.shape
-    forms = [f for f in replica_precisions(replicas) if isinstance(f, IntegerPrecision)]
+    forms = [f for f in replica_precisions(replicas) if f.kind == "integer"]
     nobody = np.zeros((shape.experts, 0))
     sizes = [record_size(shape, bits), *(_replica_size(shape, form) for form in forms)]
     layers = {}
@@ -41,8 +43,8 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
         whole = np.zeros(shape.experts)
         layers[layer] = LayerBook(
             nats=STRUCTURED * each.nats,
-            eps=np.stack([whole, *(_felt(each, form) for form in forms)]),
             record_bytes=np.repeat([sizes], shape.experts, axis=0).T,
+            eps=np.stack([whole, *(_effective_errors(each, form) for form in forms)]),
             buddy=nobody.astype(np.int64),
             buddy_scale=nobody,
             buddy_eps=nobody,
@@ -61,15 +63,38 @@ def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
     if bits == "native":
         return 0.0
     form = precision_from_bits(bits)
-    assert isinstance(form, IntegerPrecision)
+    assert form.kind == "integer"
     total = 0.0
     for layer, each in sources.statistics.items():
-        squared = _felt(each, form) ** 2
+        squared = _effective_errors(each, form) ** 2
         total += float((sources.use[layer].squared_gate * each.nats * squared).sum())
     return STRUCTURED * total
 
 
-def _felt(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
+def predicted_loss(statistics: dict[int, ExpertStatistics], bits: Bits) -> float:
+    """Return the share that perplexity is predicted to grow by if all experts have these bits.
+
+    A layer's output error is taken as its experts' mean squared relative error, weighted by their
+    use; times the layer's sensitivity it is KL in nats, and layers add up. Errors of experts that
+    are computed together cancel in part, so that this is an upper estimate.
+
+    Args:
+        statistics: by decoder layer.
+        bits: of every expert.
+    """
+    if bits == "native":
+        return 0.0
+    column = PRICED_WIDTHS.index(int(bits))
+    divergence = 0.0
+    for each in statistics.values():
+        load = each.in_sample.load.astype(np.float64)
+        squared = each.eps_bits[:, column].astype(np.float64) ** 2
+        mean = float((load * squared).sum() / load.sum()) if load.any() else float(squared.mean())
+        divergence += each.sensitivity * mean
+    return math.expm1(min(divergence, 20.0))
+
+
+def _effective_errors(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
     eps = statistics.eps_bits[:, PRICED_WIDTHS.index(form.width_bits)]  # [E]
     return effective_error(eps, is_noise=form.leaves_noise)
 

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import SkeletonBits
 from moe_tool.artifacts.simulation_report import PrefetchRow, SimulationReport, best_policy
-from moe_tool.budget.slots import min_slots
+from moe_tool.budget.slots import split_slots
 from moe_tool.errors import ArtifactVersionError, UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.planning.memory_account import account
-from moe_tool.planning.model_costs import model_costs
+from moe_tool.planning.memory_account import fixed_memory, rooms_of_bits
+from moe_tool.planning.model_costs import model_costs, replay_machine
 from moe_tool.planning.pinning import rank_experts
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.progress import SILENT, Progress
@@ -34,7 +33,7 @@ _PREFETCH_DEPTHS = (1, 2, 3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateOptions:
-    """What is replayed."""
+    """Budgets, policies and precision to replay."""
 
     choices: Sequence[EvictionChoice]
     memory: Sequence[str] = ("10%..100%",)
@@ -147,35 +146,26 @@ def _machine(
         shape, skeleton, hardware, bits=options.bits, skeleton_bits=options.skeleton_bits
     )
     ranked = rank_experts({layer: profile.statistics(layer) for layer in shape.layers})
-    ids = LayerIds(shape.layers, shape.experts)
-    return Machine(
-        record_bytes=costs.record_bytes,
-        n_slots_min=min_slots(shape.top_k, shape.experts * len(shape.layers)),
-        costs=costs.calls,
-        hottest=[ids.number(key) for key in ranked],
-    )
+    return replay_machine(shape, costs, ranked)
 
 
 def _budgets(profile: ProfileReader, options: SimulateOptions) -> list[Budget]:
     shape, skeleton = profile.header.shape, profile.header.skeleton
-    n_experts = shape.experts * len(shape.layers)
+    rooms, fixed = rooms_of_bits(shape, options.bits), None
+    if skeleton is not None:
+        fixed = fixed_memory(
+            shape, skeleton, skeleton_bits=options.skeleton_bits, context=options.context
+        )
     found = []
     for request in parse_budgets(options.memory):
         if request.kind == "share":
-            n_slots = max(min_slots(shape.top_k, n_experts), int(request.share * n_experts))
-        elif skeleton is None:
+            n_slots = sum(split_slots(int(request.share * rooms[0].n_experts), rooms))
+        elif fixed is None:
             raise ArtifactVersionError(
                 f"--memory {request}: {profile.path} does not say what else takes memory",
                 hint="record it again with moe-tool profile, or give a share: --memory 50%",
             )
         else:
-            n_slots = account(
-                request,
-                shape,
-                skeleton,
-                bits=options.bits,
-                skeleton_bits=options.skeleton_bits,
-                context=options.context,
-            ).n_slots
+            n_slots = fixed.within(request, rooms).n_slots
         found.append(Budget(label=str(request), n_slots=n_slots))
     return sorted(found, key=lambda budget: budget.n_slots)

@@ -15,7 +15,7 @@ from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 _COVER_AT_MOST = 1.25
 """Times the expected price, that an answer for everybody may cost"""
 _COVER_AT_MOST_IF_READ = 1.1
-"""The same where a miss may be read as well"""
+"""Times the expected price, where a miss may be read as well"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

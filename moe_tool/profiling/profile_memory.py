@@ -9,11 +9,11 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.budget.account import name_lines, require_budget, sum_lines
+from moe_tool.budget.refusal import name_lines, require_budget, sum_lines
 from moe_tool.models.architecture import OpenedModel
 
 DEFAULT_SHARE = 0.8
-"""Of what is free."""
+"""Share of what is free"""
 _HIDDEN_SHARE = 0.25
 _MARGIN_BYTES = 96 * 2**20
 """Allocator slack and library pages first touched in the pass"""
@@ -82,8 +82,8 @@ def plan_profile_memory(
 
 
 def _layer_bytes(opened: OpenedModel) -> int:
-    """All experts of a layer as stored, two of their matrices in float32 while they are priced, the
-    rest in float32."""
+    """Return the bytes of all experts of a layer as stored, of two of their matrices in float32
+    while they are priced, and of the rest in float32."""
     shape = opened.shape
     stored = shape.experts * shape.n_expert_weights * FLOAT_SIZE_BYTES[shape.dtype]
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)

@@ -2,21 +2,20 @@
 
 from collections.abc import Mapping
 
-from rich import box
 from rich.table import Table
 
 from moe_tool.artifacts.evaluation_report import Estimate, EvaluationReport, Figures, HarnessReport
 from moe_tool.budget.sizes import format_bytes
+from moe_tool.reports.columns import columns
 
 
 def evaluation_table(rows: Mapping[str, Figures]) -> Table:
     """Return one row per label: quality with its 95 % interval, then what it cost."""
     has_source = any(figures.kl_source_mean is not None for figures in rows.values())
-    table = _table("", "perplexity", "KL(exact || it)", "99 %", "top-1")
-    if has_source:
-        table.add_column("KL(checkpoint || it)", justify="right")
-    for heading in ("hit rate", "read/token", "substituted", "by replicas", "dropped"):
-        table.add_column(heading, justify="right")
+    source_heading = ["KL(checkpoint || it)"] if has_source else []
+    quality = ("perplexity", "KL(exact || it)", "99 %", "top-1", *source_heading)
+    costs = ("hit rate", "read/token", "substituted", "by replicas", "dropped")
+    table = columns("", *quality, *costs)
     for label, figures in rows.items():
         source = [_estimate(figures.kl_source_mean, 4)]
         table.add_row(
@@ -38,11 +37,8 @@ def evaluation_table(rows: Mapping[str, Figures]) -> Table:
 def equal_bytes_table(report: EvaluationReport) -> Table:
     """Return one row per policy: its bytes and divergence, then those of `priced`."""
     figures = report.by_policy()
-    table = _table("", "read/token", "KL(exact || it)")
-    table.add_column("at no more bytes")
-    for heading in ("read/token", "KL(exact || it)", "KL / KL"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    pair = ("read/token", "KL(exact || it)")
+    table = columns("", *pair, "at no more bytes", *pair, "KL / KL", "", words=(0, 3, 7))
     for row in report.at_no_more_bytes:
         table.add_row(
             row.policy,
@@ -76,11 +72,8 @@ def checkpoint_perplexity(figures: Figures) -> str:
 
 def harness_table(report: HarnessReport) -> Table:
     """Return a row per figure; an arrow says which way is better."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("task", "filter", "metric"):
-        table.add_column(title)
-    for title in ("shots", "documents", "value", "± stderr"):
-        table.add_column(title, justify="right")
+    headings = ("task", "filter", "metric", "shots", "documents", "value", "± stderr")
+    table = columns(*headings, words=(0, 1, 2))
     for row in report.rows:
         arrow = {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
         table.add_row(
@@ -92,14 +85,6 @@ def harness_table(report: HarnessReport) -> Table:
             f"{row.value:.4f}",
             "" if row.stderr is None else f"{row.stderr:.4f}",
         )
-    return table
-
-
-def _table(*headings: str) -> Table:
-    """A table whose first column is a label and whose others are numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if position == 0 else "right")
     return table
 
 

@@ -1,10 +1,10 @@
 """A hardware profile as tables for a terminal."""
 
-from rich import box
 from rich.table import Table
 
 from moe_tool.artifacts.hardware_profile import BITS, REST_S, HardwareProfile, LookupSpeed
 from moe_tool.budget.sizes import format_bytes
+from moe_tool.reports.columns import columns
 
 
 def origin_of(profile: HardwareProfile) -> str:
@@ -19,7 +19,7 @@ def origin_of(profile: HardwareProfile) -> str:
 
 def speeds_table(profile: HardwareProfile) -> Table:
     """Return disk, memory, decoder layer and GPU, a line each."""
-    table = _table("what", "how", "speed", n_words=2)
+    table = columns("what", "how", "speed", words=(0, 1))
     for disk in profile.disk:
         how = f"{disk.pattern}, {format_bytes(disk.read_bytes)}, {_many(disk.readers, 'reader')}"
         table.add_row("disk", how, _rate(disk.bytes_per_s))
@@ -48,7 +48,7 @@ def experts_table(profile: HardwareProfile) -> Table:
     """Return a row per width and number of threads, a column per number of tokens: what one call
     takes for its size, and beside it."""
     tokens = sorted({row.tokens for row in profile.experts})
-    table = _table("bits", "threads", *(f"{_many(n, 'token')} at once" for n in tokens), n_words=1)
+    table = columns("bits", "threads", *(f"{_many(n, 'token')} at once" for n in tokens))
     found = {(row.bits, row.threads, row.tokens): row for row in profile.experts}
     for bits in BITS:
         for threads in sorted({row.threads for row in profile.experts if row.bits == bits}):
@@ -66,7 +66,7 @@ def lookup_table(profile: HardwareProfile) -> Table:
     """Return a row per width: which way its products are done at each number of tokens, and how
     long either takes; empty where nothing was measured."""
     tokens = sorted({row.tokens for row in profile.lookup})
-    table = _table("bits", *(_many(n, "token") for n in tokens), n_words=1)
+    table = columns("bits", *(_many(n, "token") for n in tokens))
     found = {(row.bits, row.tokens): row for row in profile.lookup}
     for bits in sorted({row.bits for row in profile.lookup}):
         cells = []
@@ -80,14 +80,6 @@ def lookup_table(profile: HardwareProfile) -> Table:
 def _both_ways(row: LookupSpeed) -> str:
     used = "looked up" if row.is_used else "multiplied"
     return f"{used}: {1e6 * row.lookup_s:.0f} us, {1e6 * row.multiply_s:.0f} us"
-
-
-def _table(*headings: str, n_words: int) -> Table:
-    """A table whose first columns are words and whose others are numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if position < n_words else "right")
-    return table
 
 
 def _many(number: int, what: str) -> str:

@@ -8,6 +8,7 @@ from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine
 from moe_tool.artifacts.simulation_report import SimulatedRow
 from moe_tool.budget.sizes import format_bytes
+from moe_tool.reports.columns import columns
 
 
 def rows_to_show(
@@ -33,16 +34,14 @@ def lines_table(lines: Sequence[PlanLine]) -> Table:
 
 def forms_table(plan: PackPlan) -> Table:
     """Return how many experts are in memory in which form."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("form")
-    for heading in ("in memory", "on disk alone", "one takes", "all of them"):
-        table.add_column(heading, justify="right")
+    headings = ("form", "in memory", "on disk only", "one takes", "all of them")
+    table = columns(*headings, ruled=False)
     for form in plan.forms:
         held = len(form.resident)
         table.add_row(
-            form.form,
+            form.precision,
             str(held),
-            str(form.on_disk_alone),
+            str(form.n_disk_only),
             format_bytes(form.record_bytes),
             format_bytes(held * form.record_bytes),
         )
@@ -52,12 +51,10 @@ def forms_table(plan: PackPlan) -> Table:
 def allocations_table(allocations: Sequence[Allocation]) -> Table:
     """Return how many experts get how many bits, one way to hand them out a line."""
     widths = sorted({width for each in allocations for width in each.experts})
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("bits handed out")
-    names = {0: "absent", 16: "native"}
+    names = {0: "removed", 16: "native"}
     headings = [names.get(width, f"{width} bit{'s' * (width > 1)}") for width in widths]
-    for heading in ("average", "expected KL", "bytes", *headings):
-        table.add_column(heading, justify="right")
+    of_all = ("bits handed out", "average", "expected KL", "bytes")
+    table = columns(*of_all, *headings, ruled=False)
     for each in allocations:
         table.add_row(
             each.name,
@@ -71,9 +68,8 @@ def allocations_table(allocations: Sequence[Allocation]) -> Table:
 
 def bit_prices_table(prices: BitPrices) -> Table:
     """Return the mean error of a layer's experts at each width, one layer a line."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("layer", *(f"error at {width} bits" for width in prices.widths), "KL ratio"):
-        table.add_column(heading, justify="right")
+    errors = (f"error at {width} bits" for width in prices.widths)
+    table = columns("layer", *errors, "KL ratio", words=(), ruled=False)
     for entry in prices.layers:
         means = (sum(row) / len(row) for row in entry.eps)
         table.add_row(
@@ -84,11 +80,8 @@ def bit_prices_table(prices: BitPrices) -> Table:
 
 def curve_table(plans: Sequence[PackPlan]) -> Table:
     """Return the plans of several budgets, one a line."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("memory", "bits", "misses"):
-        table.add_column(heading)
-    for heading in ("slots", "hits", "read/token", "tokens/s", "first token s", "KL"):
-        table.add_column(heading, justify="right")
+    numbers = ("slots", "hits", "read/token", "tokens/s", "first token s", "KL")
+    table = columns("memory", "bits", "misses", *numbers, words=(0, 1, 2), ruled=False)
     for plan in plans:
         found = plan.prediction
         table.add_row(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
 from rich.table import Table
 
 from moe_tool.artifacts.routing_report import (
@@ -13,6 +12,7 @@ from moe_tool.artifacts.routing_report import (
     ReuseHistogram,
     RoutingReport,
 )
+from moe_tool.reports.columns import columns
 
 _MATRIX_PERCENT = 25
 _BAR_CELLS = 24
@@ -38,8 +38,7 @@ def _coverage_table(found: ProfileRouting) -> Table:
     """Return one row per MoE layer."""
     rows = found.coverage
     chance = f"{rows[0].coverage_by_chance:.0%}" if rows else ""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in (
+    table = columns(
         "layer",
         "load\nmax/mean",
         "entropy",
@@ -48,8 +47,7 @@ def _coverage_table(found: ProfileRouting) -> Table:
         f"hottest quarter (even: {chance})\nin-sample -> held-out",
         *(f"\n{domain}" for domain in found.routing.domains),
         "\nhot set",
-    ):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    )
     for row in rows:
         by_domain = zip(row.domain_coverage, row.domain_coverage_held_out, strict=True)
         table.add_row(
@@ -72,14 +70,14 @@ def _then(inside: float | None, outside: float | None) -> str:
 
 def _hot_sets_table(rows: Sequence[HotSetCoverage]) -> Table:
     has_domains = any(row.domains is not None for row in rows)
-    table = _table(
-        "uses that the hottest experts answer, mean over layers",
+    table = columns(
         "hottest",
         "experts",
         "even",
         "in-sample",
         "held-out",
         "best set of\neach sequence",
+        title="uses that the hottest experts answer, mean over layers",
     )
     if has_domains:
         for heading in ("same\ndomain", "other\ndomains"):
@@ -99,10 +97,10 @@ def _hot_sets_table(rows: Sequence[HotSetCoverage]) -> Table:
 
 
 def _domains_table(row: HotSetCoverage, domains: Sequence[str]) -> Table:
-    table = _table(
-        f"hottest {row.percent} % of a domain (row) on held-out text of another (column)",
+    table = columns(
         "hot in",
         *domains,
+        title=f"hottest {row.percent} % of a domain (row) on held-out text of another (column)",
     )
     assert row.domains is not None
     for domain, shares in zip(domains, row.domains.shares, strict=True):
@@ -111,8 +109,7 @@ def _domains_table(row: HotSetCoverage, domains: Sequence[str]) -> Table:
 
 
 def _next_gate_table(report: RoutingReport) -> Table:
-    table = _table(
-        "choices that a router names on the input of an earlier MoE layer",
+    table = columns(
         "layers\nahead",
         "in-sample",
         "held-out",
@@ -120,6 +117,7 @@ def _next_gate_table(report: RoutingReport) -> Table:
         "largest gate weight\n(by chance)",
         "worst layer",
         "best layer",
+        title="choices that a router names on the input of an earlier MoE layer",
     )
     for row in report.next_gate:
         prediction = row.held_out or row.in_sample
@@ -152,10 +150,10 @@ def _at_depth(rows: Sequence[NextGate], depth: int) -> GatePrediction | None:
 
 def _union_table(report: RoutingReport) -> Table:
     growth = report.union_growth
-    table = _table(
-        "different experts that tokens in a row touch in a layer, in units of one token's",
+    table = columns(
         "tokens in a row",
         *(str(n_tokens) for n_tokens in growth.n_tokens),
+        title="different experts that tokens in a row touch in a layer, in units of one token's",
     )
     table.add_row("mean over layers", *(_times(value) for value in growth.measured))
     by_length = [
@@ -169,19 +167,22 @@ def _union_table(report: RoutingReport) -> Table:
 
 
 def _reuse_table(model: ReuseHistogram, within_layer: ReuseHistogram) -> Table:
-    table = _table(
-        "other experts used between two uses of the same one, held-out; "
-        "a cache of so many answers so much",
+    table = columns(
         "in between",
+        "all layers",
+        "cache of all",
+        "within the layer",
+        "cache per layer",
+        words=(0, 1, 3),
+        title="other experts used between two uses of the same one, held-out; "
+        "a cache of so many answers so much",
     )
-    for heading in ("all layers", "cache of all", "within the layer", "cache per layer"):
-        table.add_column(heading, justify="left" if "cache" not in heading else "right")
     n_rows = max(len(model.bins), len(within_layer.bins))
-    columns = [list(_reuse_cells(histogram, n_rows)) for histogram in (model, within_layer)]
+    cells = [list(_reuse_cells(histogram, n_rows)) for histogram in (model, within_layer)]
     for row in range(n_rows):
         one = model.bins[row] if row < len(model.bins) else within_layer.bins[row]
         label = str(one.low) if one.low == one.high else f"{one.low}-{one.high}"
-        table.add_row(label, *columns[0][row], *columns[1][row])
+        table.add_row(label, *cells[0][row], *cells[1][row])
     firsts = (_bar(one.first_uses, one.uses) for one in (model, within_layer))
     table.add_row("first use", next(firsts), "", next(firsts), "")
     return table
@@ -201,14 +202,6 @@ def _reuse_cells(histogram: ReuseHistogram, n_rows: int) -> Iterator[tuple[str, 
 def _bar(count: int, of: int) -> str:
     share = count / of if of else 0.0
     return f"{share:6.1%} {'#' * round(share * _BAR_CELLS)}"
-
-
-def _table(title: str, *headings: str) -> Table:
-    """A table whose first column is a label and whose others are numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if position == 0 else "right")
-    return table
 
 
 def _percent(share: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a run cost, on one line."""
+"""The cost of a run or of tasks, on one line."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,8 @@ def run_line(result: RunResult) -> str:
     """Return tokens, rates, reads and changed answers of a continued prompt."""
     counters, quality = result.decode, result.quality
     parts = [
-        f"{result.prompt.tokens} + {result.generated_tokens} tokens",
+        f"{result.prompt.tokens} + {result.generated_tokens} tokens"
+        + (", where the context ends" if result.stop_reason == "context" else ""),
         f"first after {result.seconds_to_first_token:.2f} s",
         f"{result.tokens_per_second:.1f} tokens/s",
         *_reads(counters),

@@ -12,15 +12,16 @@ from moe_tool.artifacts.simulation_report import (
     SimulatedRow,
 )
 from moe_tool.budget.sizes import format_bytes
+from moe_tool.reports.columns import columns
 
 
 def hit_rate_table(rows: Mapping[str, Sequence[SimulatedRow]]) -> Table:
     """Return hit rate and tokens per second, a line per policy and a column per budget."""
-    columns = list(dict.fromkeys(row.memory for each in rows.values() for row in each))
-    table = _table("eviction", *columns)
+    budgets = list(dict.fromkeys(row.memory for each in rows.values() for row in each))
+    table = columns("eviction", *budgets, ruled=False)
     for policy, each in rows.items():
         found = {row.memory: row for row in each}
-        cells = [_cell(found.get(memory)) for memory in columns]
+        cells = [_cell(found.get(memory)) for memory in budgets]
         table.add_row(policy, *cells, style="bold" if policy == "belady" else None)
     return table
 
@@ -31,9 +32,10 @@ def _cell(row: SimulatedRow | None) -> str:
 
 def details_table(rows: Sequence[SimulatedRow]) -> Table:
     """Return everything about a few rows."""
-    table = _table(
+    table = columns(
         "memory", "slots", "experts", "eviction", "hits", "read/token", "stall ms", "tokens/s",
         "p50 ms", "p99 ms", "x belady", "limit",
+        words=(0, 3, 11), ruled=False,
     )  # fmt: skip
     for row in rows:
         table.add_row(
@@ -55,15 +57,15 @@ def details_table(rows: Sequence[SimulatedRow]) -> Table:
 
 def prompt_table(rows: Sequence[PromptRow]) -> Table:
     """Return what prompts read, a line per policy and a column per budget."""
-    columns = list(dict.fromkeys(row.memory for row in rows))
-    table = _table("eviction", *columns)
+    budgets = list(dict.fromkeys(row.memory for row in rows))
+    table = columns("eviction", *budgets, ruled=False)
     for policy in dict.fromkeys(row.eviction for row in rows):
         found = {row.memory: row for row in rows if row.eviction == policy}
         cells = [
             f"{found[m].hit_rate:.0%} {format_bytes(found[m].bytes_per_token)}"
             if m in found
             else "-"
-            for m in columns
+            for m in budgets
         ]
         table.add_row(policy, *cells)
     return table
@@ -71,7 +73,8 @@ def prompt_table(rows: Sequence[PromptRow]) -> Table:
 
 def prefetch_table(rows: Sequence[PrefetchRow]) -> Table:
     """Return what reading ahead would change."""
-    table = _table("memory", "eviction", "depth", "wanted", "bytes/saved", "stall saved ms", "pays")
+    headings = ("memory", "eviction", "depth", "wanted", "bytes/saved", "stall saved ms", "pays")
+    table = columns(*headings, words=(0, 1, 6), ruled=False)
     for row in rows:
         per_byte = row.bytes_per_saved_byte
         table.add_row(
@@ -88,10 +91,7 @@ def prefetch_table(rows: Sequence[PrefetchRow]) -> Table:
 
 def comparison_table(found: RunComparison) -> Table:
     """Return what the run counted beside what the replay says."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for heading in ("run", "replayed"):
-        table.add_column(heading, justify="right")
+    table = columns("", "run", "replayed", ruled=False)
     table.add_row("hits while decoding", str(found.hits), str(found.predicted_hits))
     table.add_row("hits in the prompt", str(found.prompt_hits), str(found.predicted_prompt_hits))
     table.add_row(
@@ -106,7 +106,7 @@ def comparison_table(found: RunComparison) -> Table:
 
 def policies_table(rows: Sequence[PolicyHits]) -> Table:
     """Return hits and bytes of each policy."""
-    table = _table("eviction", "hits", "read/token")
+    table = columns("eviction", "hits", "read/token", ruled=False)
     for row in rows:
         table.add_row(row.eviction, f"{row.hit_rate:.1%}", format_bytes(row.bytes_per_token))
     return table
@@ -114,11 +114,3 @@ def policies_table(rows: Sequence[PolicyHits]) -> Table:
 
 def _speed(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f}"
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        words = heading in ("eviction", "memory", "limit", "pays")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
-    return table

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from rich import box
 from rich.table import Table
 
 from moe_tool.artifacts.buddy_summary import BuddySummary, LayerBuddySummary
 from moe_tool.budget.sizes import format_bytes
+from moe_tool.reports.columns import columns
 
 
 def facts_table(facts: Mapping[str, object]) -> Table:
@@ -19,7 +19,7 @@ def facts_table(facts: Mapping[str, object]) -> Table:
 
 def buddies_table(summary: BuddySummary) -> Table:
     """Return one row per MoE layer, and their mean."""
-    table = _table(
+    table = columns(
         "layer",
         "in-sample",
         "held-out",
@@ -37,20 +37,9 @@ def buddies_table(summary: BuddySummary) -> Table:
 
 def stages_table(rows: Sequence[tuple[str, str, float]]) -> Table:
     """Return one row per (stage, what came out, seconds)."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("stage", "what happened"):
-        table.add_column(heading)
-    table.add_column("seconds", justify="right")
+    table = columns("stage", "what happened", "seconds", words=(0, 1))
     for stage, outcome, seconds in rows:
         table.add_row(stage, outcome, f"{seconds:.1f}")
-    return table
-
-
-def _table(*headings: str) -> Table:
-    """A table whose first column is a label and whose others are numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if position == 0 else "right")
     return table
 
 

@@ -22,7 +22,7 @@ from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.eviction import gate_scores
 from moe_tool.policies.misses.prune import token_importance
-from moe_tool.quantization.channels import Chooser, ChosenChannels
+from moe_tool.quantization.channels import ChosenChannels, Selector
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
@@ -218,7 +218,7 @@ class MoeLayerRunner:
         if self.is_shadow or len(call.hidden) > 1:
             return
 
-        def select(selector: Chooser) -> ChosenChannels:
+        def select(selector: Selector) -> ChosenChannels:
             return choose_channels(call.module, selector, call.hidden, sparsity)
 
         self.store.select_channels(call.layer, wanted, select)

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from moe_tool.artifacts.known_tokens import require_known_tokens
 from moe_tool.errors import UsageError
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool, vocabulary: int) -> list[int]:
     """Return the token ids of a prompt, as one user turn of the model's chat template when it has
     one.
 
@@ -13,30 +14,65 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> list[int]:
         tokenizer: of transformers.
         prompt: the text.
         raw: leave the chat template out.
+        vocabulary: V of the model that the tokens are for.
 
     Raises:
-        UsageError: the prompt has no tokens, or the template refuses it.
+        UsageError: the prompt has no tokens, or the template refuses it or leaves it out.
+        DataSourceError: the model does not know one of its tokens.
     """
     if not prompt:
         raise UsageError("the prompt is empty", hint="give --prompt some text")
     if getattr(tokenizer, "chat_template", None) and not raw:
-        ids = _apply_template(tokenizer, prompt)
+        text = _apply_template(tokenizer, prompt)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         ids = list(tokenizer(prompt)["input_ids"])
     if not ids:
         raise UsageError("the prompt has no tokens", hint="give --prompt some text")
+    require_known_tokens(ids, vocabulary, tokenizer=tokenizer)
     return ids
 
 
-def _apply_template(tokenizer: Any, prompt: str) -> list[int]:
-    turns = [{"role": "user", "content": prompt}]
-    try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except (
-        Exception
-    ) as error:  # a template is a program of the model's author: it may fail in any way
+def _apply_template(tokenizer: Any, prompt: str) -> str:
+    """Return the turn as text, by the first form of it in which the prompt survives."""
+    forms = (_as_text, _as_parts)
+    failure: Exception | None = None
+    rendered = []
+    for form in forms:
+        try:
+            text = _render(tokenizer, form(prompt))
+        except (
+            Exception
+        ) as error:  # a template is a program of the model's author: it may fail in any way
+            failure = failure or error
+            continue
+        if prompt.strip() in text:
+            return text
+        rendered.append((form, text))
+    for form, text in rendered:
+        # Not there word for word, but not ignored either: the template rewrites what it is given.
+        if text != _render(tokenizer, form(f"{prompt} {prompt}")):
+            return text
+    if failure is not None:
         raise UsageError(
-            f"the model's chat template does not take this prompt: {str(error)[:300]}",
+            f"the model's chat template does not take this prompt: {str(failure)[:300]}",
             hint="--raw leaves the template out",
-        ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ) from failure
+    raise UsageError(
+        "the model's chat template leaves the prompt out of its text",
+        hint="--raw leaves the template out",
+    )
+
+
+def _render(tokenizer: Any, content: object) -> str:
+    turns = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _as_text(prompt: str) -> object:
+    return prompt
+
+
+def _as_parts(prompt: str) -> object:
+    """Templates of multimodal families go through parts, and find none in a string."""
+    return [{"type": "text", "text": prompt}]

@@ -60,7 +60,7 @@ def cache_rooms(
 def forms_read(manifest: BundleManifest, choice: MissChoice) -> tuple[int, ...]:
     """Return the cheaper forms that a policy may have read for a miss, as rows after PRIMARY."""
     if choice.residents == "two-precisions":
-        return (int(choice.values["level"]),)
+        return (int(choice.values["form"]),)
     if choice.residents == "cheapest" and not math.isinf(choice.values["nats-per-mb"]):
         return tuple(range(1, 1 + len(manifest.cheaper)))
     return ()
@@ -161,7 +161,7 @@ def _two_precisions(
 ) -> tuple[FormRoom, ...] | None:
     """Return rooms of the hottest experts in their primary form, and in a part of the memory those
     that follow in a cheaper form; None where there is no such form or no room."""
-    form = int(choice.values["level"])
+    form = int(choice.values["form"])
     if form > len(manifest.cheaper):
         return None
     low, rooms = manifest.cheaper[form - 1], expert_rooms(manifest)

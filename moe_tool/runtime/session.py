@@ -17,6 +17,7 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
+from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.kv_cache import new_kv_cache
@@ -118,11 +119,10 @@ class Session:
 
     def _listen(self) -> None:
         """Hear of every forward."""
-        self._hooks.append(
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        )
-        if self.shadow is not None:
-            self._hooks.append(self.model.register_forward_hook(self._after_forward))
+        self._hooks += [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
+        ]
 
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -163,6 +163,13 @@ class Session:
             self.runner.is_shadow = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not bool(torch.isfinite(output.logits.amax())):  # NaN is passed on; -inf is a mask
+            raise CorruptArtifactError(
+                f"the model of {self.bundle.folder} gives logits that are not finite, from which "
+                "nothing can be predicted",
+                hint=f"moe-tool inspect {self.bundle.folder} --verify tells whether the bundle is "
+                "damaged; if it is intact, download the checkpoint again and pack it",
+            )
         if self.shadow is not None and not self.runner.is_shadow:
             divergence = self.shadow.compare(output.logits[:, -1])
             if divergence is not None:
@@ -198,20 +205,26 @@ def open_session(
     return_freed_memory()
     bundle = BundleReader.open(folder)
     try:
-        return _load(bundle, options, tokenizer, progress, make_store)
+        return load_session(
+            bundle, options, tokenizer=tokenizer, progress=progress, make_store=make_store
+        )
     except BaseException:
         bundle.close()
         raise
 
 
-def _load(
+def load_session(
     bundle: BundleReader,
     options: RunOptions,
-    tokenizer: Any,
-    progress: Progress,
-    make_store: MakeStore,
+    *,
+    tokenizer: Any = None,
+    progress: Progress = SILENT,
+    make_store: MakeStore = open_stores,
 ) -> Session:
-    """Plan the run, then do as planned."""
+    """Plan the run of an open bundle, then do as planned; see `open_session`.
+
+    The session closes the bundle; where this fails, it is the caller's.
+    """
     manifest = bundle.manifest
     with bundle.open_skeleton() as checkpoint:
         loader = SkeletonLoader(
@@ -242,12 +255,7 @@ def _load(
         available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
     )
     plan = replace(plan, policy=with_masks(plan.policy, bundle))
-    for note in announcements(plan, manifest):
-        progress.note(note)
-    if options.sparse_experts is None:  # chosen channels come out of the page cache, in runs
-        refusal = bundle.read_directly()
-        if refusal is not None:
-            progress.note(f"{refusal}: experts are read through it, slower")
+    _announce(plan, bundle, progress)
     runner = _runner(plan, bundle, skeleton, make_store)
     if manifest.selectors:
         runner.store.load_pinned(progress)
@@ -264,6 +272,16 @@ def _load(
     )
     session._listen()
     return session
+
+
+def _announce(plan: RunPlan, bundle: BundleReader, progress: Progress) -> None:
+    """Say how the run goes, once it is known whether the file system reads directly."""
+    for note in announcements(plan, bundle.manifest):
+        progress.note(note)
+    if plan.options.sparse_experts is None:  # selected channels come from the page cache, in runs
+        refusal = bundle.read_directly()
+        if refusal is not None:
+            progress.note(f"{refusal}: experts are read through it, slower")
 
 
 def _runner(

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.budget.account import MARGIN_BYTES, name_lines
-from moe_tool.budget.refusal import MemoryLine
+from moe_tool.budget.account import MARGIN_BYTES
+from moe_tool.budget.refusal import MemoryLine, name_lines
 from moe_tool.models.architecture import UNFUSED_ATTENTION
+from moe_tool.models.context_length import context_length
 
 PREFILL_CHUNK_TOKENS = 256
 """Prompt tokens per forward, all sequences of a batch together: longer chunks read fewer experts
@@ -27,16 +28,16 @@ itself"""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a session is going to be asked for."""
+    """Largest request that a session is opened for."""
 
     batch: int
     """B: sequences at once"""
     positions: int
     """Prompt and generated tokens of one sequence"""
-    prompt: int
+    prompt_tokens: int
     """Prompt tokens of one sequence, at most `positions`"""
     keeps_scores: bool = False
-    """Whether a prompt's attention is computed step by step, score matrices included"""
+    """True where a prompt's attention is computed step by step, with its score matrices"""
 
 
 def positions_within(config: Any, context: int) -> int:
@@ -46,7 +47,7 @@ def positions_within(config: Any, context: int) -> int:
         config: transformers' configuration of the text model.
         context: positions asked for.
     """
-    return min(context, getattr(config, "max_position_embeddings", None) or context)
+    return min(context, context_length(config) or context)
 
 
 def run_lines(
@@ -84,7 +85,7 @@ def run_lines(
 def prefill_chunk(workload: Workload) -> int:
     """Return the prompt tokens per sequence that one forward takes."""
     share = max(16, PREFILL_CHUNK_TOKENS // workload.batch)
-    return max(1, min(share, workload.prompt))
+    return max(1, min(share, workload.prompt_tokens))
 
 
 def kv_cache_bytes(config: Any, workload: Workload) -> int:

@@ -1,4 +1,4 @@
-"""A trace through the engine's own cache, call by call: the definition of what a replay counts."""
+"""Reference replay of a trace through the engine's own cache; it defines what is counted."""
 
 from collections.abc import Collection
 
@@ -18,16 +18,16 @@ def naive_replay(
     pinned: Collection[int] = (),
     prefetch_depth: int = 0,
 ) -> CallCounts:
-    """Return what every call of a trace finds in a cache that begins empty.
+    """Return the counts of every call of a trace, with a cache that begins empty.
 
     Args:
         trace: the calls.
-        make: the eviction policy.
-        capacity: experts beside the pinned ones.
-        per_layer: whether every layer has its own part of it.
-        pinned: keys that are always there.
-        prefetch_depth: 1 reads what the next layer is predicted to name while this one computes; n
-            looks at up to n layers, past one only if all that it is predicted to name is there.
+        make: factory of the eviction policy.
+        capacity: cached experts, pinned ones not counted.
+        per_layer: whether the capacity is divided among the layers.
+        pinned: keys that are always in memory.
+        prefetch_depth: 1 prefetches the experts predicted for the next layer; n up to n layers
+            ahead, but a layer only if all experts predicted for nearer ones are in the cache.
     """
     cache = ExpertCache(
         make,
@@ -38,14 +38,13 @@ def naive_replay(
         pinned=pinned,
     )
     counts = CallCounts.zeros(trace.n_calls)
-    pending: dict[int, list[int]] = {}  # layer -> prefetched for its next call
+    pending: dict[int, list[int]] = {}  # layer -> keys prefetched for its next call
     guesses = _guesses(trace)
     for number, (layer, named) in enumerate(zip(trace.layer.tolist(), trace.calls(), strict=True)):
         expected = pending.pop(layer, [])
+        counts.prefetch_hits[number] = sum(key in named for key in expected)
         for key in expected:
-            if key in named:
-                counts.prefetch_hits[number] += 1
-            else:
+            if key not in named:
                 cache.discard(key)
         cache.begin_call(layer, None if trace.scores is None else trace.scores[number])
         counts.hits[number] = sum(key in cache for key in named)
@@ -53,28 +52,33 @@ def naive_replay(
             _leave(pending, entry.victim, trace.n_experts)
         if guesses is None:
             continue
-        by_layer: dict[int, list[int]] = {}
-        for key in guesses[number]:
-            by_layer.setdefault(key // trace.n_experts, []).append(key)
+        by_layer = _by_layer(guesses[number], trace.n_experts)
         for target, keys in by_layer.items():
             cache.expect(keys, ahead=target - layer)
         held = set(named)
         for ahead in range(1, prefetch_depth + 1):
             keys = by_layer.get(layer + ahead, [])
-            absent = [key for key in keys if key not in cache]
+            missing = [key for key in keys if key not in cache]
             held |= set(keys)
-            entries = cache.prefetch(absent, held)
+            entries = cache.prefetch(missing, held)
             for entry in entries:
                 _leave(pending, entry.victim, trace.n_experts)
                 pending.setdefault(layer + ahead, []).append(entry.key)
             counts.prefetches[number] += len(entries)
-            if absent:
+            if missing:
                 break
     return counts
 
 
+def _by_layer(keys: list[int], n_experts: int) -> dict[int, list[int]]:
+    grouped: dict[int, list[int]] = {}
+    for key in keys:
+        grouped.setdefault(key // n_experts, []).append(key)
+    return grouped
+
+
 def _leave(pending: dict[int, list[int]], victim: int | None, n_experts: int) -> None:
-    """A prefetch that had to leave before its turn is none any more."""
+    """Forget a prefetch that was evicted before its layer's call."""
     if victim is not None and victim in pending.get(victim // n_experts, ()):
         pending[victim // n_experts].remove(victim)
 

@@ -8,12 +8,12 @@ import numpy as np
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
-from moe_tool.quantization.channels import Chooser, ChosenChannels
+from moe_tool.quantization.channels import ChosenChannels, Selector
 from moe_tool.quantization.weights import ExpertWeights, StoredExpert
 
 Supply = Iterator[tuple[int, StoredExpert]]
 """(number, expert) of each expert of a call, valid until the iterator's next step"""
-SelectChannels = Callable[[Chooser], ChosenChannels]
+SelectChannels = Callable[[Selector], ChosenChannels]
 """Says which channels of an expert a call needs, by the expert's selector"""
 
 

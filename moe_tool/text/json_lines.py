@@ -6,21 +6,24 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moe_tool.errors import DataSourceError
+from moe_tool.text import TEXT_FIELDS
 
-TEXT_FIELDS = ("text", "content")
-
+_ONE_STRING = (
+    "write each text as one string into a field 'text'; turns of a chat are joined first, "
+    "e.g. by the tokenizer's chat template"
+)
 _BLOCK_BYTES = 65536
 _MAX_LINE_BYTES = 64 * 2**20
 
 
 def count_line_blocks(size_bytes: int) -> int:
-    """Return how many blocks of lines a file of this size has."""
+    """Return the number of blocks of lines of a file of this size."""
     return -(-size_bytes // _BLOCK_BYTES)
 
 
 def read_line_block(file: Path, block: int) -> Iterator[str]:
     """Yield the texts of the lines that begin in block number `block`, bytes [block, block + 1) *
-    65536; blank lines are passed over.
+    65536; blank lines are passed over, and a text that is null is empty.
 
     Raises:
         DataSourceError: a line that is no JSON object, has no text field, or is longer than 64 MiB;
@@ -31,7 +34,7 @@ def read_line_block(file: Path, block: int) -> Iterator[str]:
         if block > 0:
             stream.seek(block * _BLOCK_BYTES - 1)
             if not stream.readline(_BLOCK_BYTES + 1).endswith(b"\n"):
-                return  # a line from before goes on through all of this block
+                return  # a line from an earlier block covers all of this one
         while (start := stream.tell()) < end:
             line = stream.readline(_MAX_LINE_BYTES)
             if not line:
@@ -58,6 +61,21 @@ def _text_of_line(file: Path, line: bytes, start: int) -> str:
     for field in TEXT_FIELDS:
         if isinstance(row.get(field), str):
             return str(row[field])
+    named = [field for field in TEXT_FIELDS if field in row]
+    if any(row[field] is None for field in named):
+        return ""  # as an empty row of a table
+    if named:
+        raise DataSourceError(
+            f"{_place(file, start)}: the field {named[0]} holds a {type(row[named[0]]).__name__}, "
+            "not text",
+            hint=_ONE_STRING,
+        )
+    if row and not any(isinstance(value, str) for value in row.values()):
+        raise DataSourceError(
+            f"{_place(file, start)}: no text in the field {' or '.join(TEXT_FIELDS)};"
+            f" fields found, none of them a string: {', '.join(row)}",
+            hint=_ONE_STRING,
+        )
     raise DataSourceError(
         f"{_place(file, start)}: no text in the field {' or '.join(TEXT_FIELDS)};"
         f" fields found: {', '.join(row) or 'none'}",

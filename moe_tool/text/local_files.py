@@ -11,6 +11,7 @@ from moe_tool.text.interleave import interleave_blocks
 from moe_tool.text.json_lines import count_line_blocks, read_line_block
 from moe_tool.text.parquet_rows import count_row_groups, read_row_group
 from moe_tool.text.text_blocks import block_range, count_blocks
+from moe_tool.text.text_encoding import UTF8_BOM, conversion_hint, name_encoding
 
 _TEXT_NAMES = (
     *("txt", "text", "md", "rst", "tex", "html", "xml", "csv", "tsv"),
@@ -48,9 +49,9 @@ def read_local_documents(path: Path, *, seed: int) -> Iterator[str]:
     SUPPORTED_SUFFIXES.
 
     Plain text comes in blocks of about 8 kB cut at blank lines, .jsonl by line, .parquet by row.
-    Hidden files and folders are passed over, and so are empty files beside others. Files are
-    visited in rounds (interleave_blocks), so a sample is spread over all of them; no file is read
-    further than the sample needs.
+    Links to folders are followed, each folder once. Hidden files and folders are skipped, and empty
+    files beside others. Files are visited in rounds (interleave_blocks), so that a sample is spread
+    over all of them; no file is read further than the sample needs.
 
     Raises:
         NotFoundError: nothing is at this path.
@@ -84,7 +85,13 @@ def _documents(files: list[Path], n_blocks: list[int], *, seed: int) -> Iterator
 
 def _files_below(folder: Path) -> list[Path]:
     found = []
-    for parent, subfolders, names in os.walk(folder):
+    visited = set()
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        place = os.stat(parent)
+        if (place.st_dev, place.st_ino) in visited:  # a link back to a folder already visited
+            subfolders.clear()
+            continue
+        visited.add((place.st_dev, place.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [
             Path(parent) / name
@@ -133,8 +140,15 @@ def _read_text_block(file: Path, block: int) -> str:
         read = _reader(stream.seek, stream.read)
         start, end = block_range(block, size_bytes=file.stat().st_size, read=read)
         content = read(start, end - start)
+        beginning = read(0, 4)
     if start == 0:
-        content = content.removeprefix(b"\xef\xbb\xbf")
+        content = content.removeprefix(UTF8_BOM)
+    kind = name_encoding(beginning)
+    if kind is not None:
+        raise DataSourceError(
+            f"text source {file}: it is {kind}, not UTF-8 text",
+            hint=conversion_hint(file, beginning=beginning),
+        )
     if b"\0" in content:
         raise DataSourceError(
             f"text source {file}: it is binary (a zero byte at {start + content.index(0)})",
@@ -146,7 +160,7 @@ def _read_text_block(file: Path, block: int) -> str:
         raise DataSourceError(
             f"text source {file}: it is not UTF-8"
             f" (byte 0x{content[error.start]:02x} at {start + error.start})",
-            hint=f"convert it: iconv -t UTF-8 {file.name} > utf8-{file.name}",
+            hint=conversion_hint(file, beginning=beginning),
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_tool.errors import DataSourceError
-from moe_tool.text.json_lines import TEXT_FIELDS
+from moe_tool.text import TEXT_FIELDS
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -16,7 +16,7 @@ _ROWS_PER_READ = 1024
 
 
 def count_row_groups(file: Path) -> int:
-    """Return the number of row groups, each of which can be read by itself.
+    """Return the number of row groups, which can be read independently.
 
     Raises:
         DataSourceError: not a parquet file, or one without a text column.
@@ -27,8 +27,8 @@ def count_row_groups(file: Path) -> int:
 
 
 def read_row_group(file: Path, row_group: int, *, rng: np.random.Generator) -> Iterator[str]:
-    """Yield the texts of one row group, shuffled among each 1024 rows; rows without text are passed
-    over.
+    """Yield the texts of one row group, shuffled within each 1024 rows; rows without text are
+    skipped.
 
     Raises:
         DataSourceError: damaged data.
@@ -45,7 +45,7 @@ def read_row_group(file: Path, row_group: int, *, rng: np.random.Generator) -> I
                 for row in rng.permutation(len(texts)):
                     text = texts[int(row)].as_py()
                     if text:
-                        yield text
+                        yield text.decode("utf-8") if isinstance(text, bytes) else text
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataSourceError(
                 f"text source {file}, row group {row_group}: damaged ({error})"
@@ -65,17 +65,32 @@ def _open(file: Path) -> "pyarrow.parquet.ParquetFile":
 
 
 def _text_column(file: Path, parquet: "pyarrow.parquet.ParquetFile") -> str:
-    import pyarrow
-
     schema = parquet.schema_arrow
-    for name in TEXT_FIELDS:
-        if name in schema.names and schema.field(name).type in (
-            pyarrow.string(),
-            pyarrow.large_string(),
-        ):
+    named = [name for name in TEXT_FIELDS if name in schema.names]
+    for name in named:
+        if _holds_text(schema.field(name).type):
             return name
+    if named:
+        raise DataSourceError(
+            f"text source {file}: the column {named[0]} holds {schema.field(named[0]).type}, not "
+            "text",
+            hint="write each row's text as one string into a column 'text'",
+        )
+    found = [f"{field.name} ({str(field.type)[:40]})" for field in schema]
     raise DataSourceError(
         f"text source {file}: no text column {' or '.join(TEXT_FIELDS)};"
-        f" columns found: {', '.join(schema.names) or 'none'}",
-        hint="rename the column that holds the text to 'text'",
+        f" columns found: {', '.join(found) or 'none'}",
+        hint="rename the column that holds the text, one string per row, to 'text'",
     )
+
+
+def _holds_text(kind: "pyarrow.DataType") -> bool:
+    """Whether an Arrow type is one of strings: plain, large, views, bytes of UTF-8, or a dictionary
+    of these, as Polars and others write them."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    text = (types.is_string, types.is_large_string, types.is_string_view)
+    data = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    return any(is_kind(kind) for is_kind in (*text, *data))

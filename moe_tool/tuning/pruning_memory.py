@@ -1,4 +1,4 @@
-"""What training a bundle's mask routers takes beside the session that it trains in."""
+"""Memory that training a bundle's mask routers takes beside the session that it trains in."""
 
 from typing import Any
 
@@ -15,9 +15,11 @@ _LOGIT_COPIES = 7
 """[T, V] tensors alive at once where the loss is computed: both models' logits, their logarithms,
 what the divergence is of, and its gradients"""
 _EXPERT_COPIES = 4
-"""Of an expert in float32 on the way back: its matrices, and what the largest is made from"""
+"""Copies of an expert in float32 on the way back: its matrices, and what the largest is made
+from"""
 _ROUTER_COPIES = 8
-"""Of the routers: parameters, gradients, both moments, and these once more as they are saved"""
+"""Copies of the routers: parameters, gradients, both moments, and these once more as they are
+saved"""
 
 
 def training_bytes(config: Any, shape: MoeShape, *, batch: int, seq_len: int) -> int:

@@ -1,8 +1,8 @@
-"""What tuning takes of memory, before it begins: one layer, exact or as codes that move."""
+"""Memory that tuning takes, before it begins: one layer, exact or as codes that move."""
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
-from moe_tool.budget.account import name_lines, require_budget
+from moe_tool.budget.refusal import name_lines, require_budget
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.tuning.paired_layers import BATCH_TOKENS
 
@@ -12,7 +12,8 @@ _HIDDEN_COPIES = 8
 """[T, H] in float32 at once: both streams, the bundle's without its experts, what experts are given
 batch by batch, the same in one piece, the target, and what two of these are made from"""
 _WORKING_COPIES = 6
-"""Of the largest matrix in float32: weights, slopes, gradient, what is wanted, what is lost"""
+"""Copies of the largest matrix in float32: weights, slopes, gradient, what is wanted, what is
+lost"""
 
 
 def require_tune_memory(

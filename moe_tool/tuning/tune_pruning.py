@@ -12,6 +12,7 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.bundle_sections import LearnedPruning
+from moe_tool.artifacts.evaluation_report import Estimate
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.request import AUTO, MemoryRequest
@@ -26,6 +27,7 @@ from moe_tool.formats.training_state import (
     read_training_state,
     write_training_state,
 )
+from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
@@ -33,7 +35,7 @@ from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
-from moe_tool.tuning.judge_pruning import judge_pruning
+from moe_tool.tuning.judge_pruning import Verdict, judge_pruning
 from moe_tool.tuning.masked_experts import MaskedExperts
 from moe_tool.tuning.pruning_memory import training_bytes, verdict_bytes
 from moe_tool.tuning.train_mask_router import MaskTraining, TrainingPlan
@@ -67,21 +69,20 @@ class TunePruningOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningReport:
-    """What was learned, and what it is worth on text that was kept apart."""
+    """Trained routers, and their worth on text that was kept apart."""
 
     bundle: str
     file: str
     rate: float
-    """Wanted"""
+    """Share of the chosen experts that was to be left out"""
     left_out: float
     """Share of the chosen experts that was left out of the held-out text"""
-    kl: float
-    """Nats per token: KL(exact || pruned) there"""
-    kl_ci95: tuple[float, float]
+    kl: Estimate
+    """KL(exact || pruned) there, nats per token"""
     kl_by_ratio: float
-    """Of MC's rule at the same rate: each layer's slots that are lightest beside the heaviest"""
+    """KL of MC's rule at the same rate: each layer's slots that are lightest beside the heaviest"""
     left_out_by_layer: dict[int, float]
-    """Share of the chosen experts"""
+    """Share of the chosen experts, by layer"""
     steps: int
     tokens: int
     held_out_tokens: int
@@ -125,35 +126,82 @@ def tune_pruning(
     start = time.perf_counter()
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
-    shape = manifest.shape
     _require_whole(folder, manifest)
-    share = _share_of_light(options.rate, shape)
-    text = _text(folder, sources, options)
+    share = _share_of_light(options.rate, manifest.shape)
+    text = _text(folder, sources, options, vocabulary=manifest.shape.vocabulary)
+    plan, held_out = _split(text, options, share)
+    opened = _open(folder, options, manifest, n_held_out=held_out.numel(), progress=progress)
+    with opened as session:
+        training, verdict = _train_and_judge(session, folder, options, plan, held_out, progress)
+        budget_bytes = session.plan.memory.budget_bytes
+    learned = _write(folder, manifest, options, training, verdict, plan, text.sources)
+    most = (manifest.shape.top_k - 1) / manifest.shape.top_k
+    return TunePruningReport(
+        bundle=str(folder),
+        file=learned.file,
+        rate=options.rate,
+        left_out=most * float(np.mean(list(verdict.left_out.values()))),
+        kl=Estimate(value=learned.quality.kl, ci95=learned.quality.kl_ci95),
+        kl_by_ratio=float(verdict.kl_by_ratio.mean()),
+        left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
+        steps=plan.n_steps,
+        tokens=plan.ids.numel(),
+        held_out_tokens=held_out.numel(),
+        penalty=learned.penalty,
+        memory_budget_bytes=budget_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _split(
+    text: TokenSequences, options: TunePruningOptions, share: float
+) -> tuple[TrainingPlan, torch.Tensor]:
+    """Return what is trained on, and the sequences to judge by, [n, S]."""
     ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
-    held_out = ids[torch.from_numpy(text.held_out)]
     plan = TrainingPlan(
         share=share,
         ids=ids[torch.from_numpy(~text.held_out)],
         batch=options.batch,
         seed=options.seed,
     )
-    with _open(
-        folder, options, manifest, n_held_out=held_out.numel(), progress=progress
-    ) as session:
-        experts = MaskedExperts(session=session)
-        session.skeleton.set_experts_function(experts)
-        micro_batch = session.plan.workload.batch
-        training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
-        verdict = judge_pruning(
-            experts,
-            {layer: router.frozen() for layer, router in training.routers.items()},
-            shape,
-            held_out,
-            share=share,
-            micro_batch=micro_batch,
-            progress=progress,
-        )
-        budget_bytes = session.plan.memory.budget_bytes
+    return plan, ids[torch.from_numpy(text.held_out)]
+
+
+def _train_and_judge(
+    session: Session,
+    folder: Path,
+    options: TunePruningOptions,
+    plan: TrainingPlan,
+    held_out: torch.Tensor,
+    progress: Progress,
+) -> tuple[MaskTraining, Verdict]:
+    experts = MaskedExperts(session=session)
+    session.skeleton.set_experts_function(experts)
+    order = _order(session.manifest, plan, options)
+    training = _train(folder, experts, plan, order, progress)
+    verdict = judge_pruning(
+        experts,
+        {layer: router.frozen() for layer, router in training.routers.items()},
+        session.manifest.shape,
+        held_out,
+        share=plan.share,
+        micro_batch=session.plan.workload.batch,
+        progress=progress,
+    )
+    return training, verdict
+
+
+def _write(
+    folder: Path,
+    manifest: BundleManifest,
+    options: TunePruningOptions,
+    training: MaskTraining,
+    verdict: Verdict,
+    plan: TrainingPlan,
+    sources: tuple[str, ...],
+) -> LearnedPruning:
+    """Put the routers into the bundle, and remove the state of the training."""
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
@@ -162,31 +210,14 @@ def tune_pruning(
         quality=verdict.quality(options.seed),
         tokens=plan.ids.numel(),
         seed=options.seed,
-        sources=text.sources,
+        sources=sources,
     )
     router = {layer: each.to_arrays() for layer, each in training.routers.items()}
     written = write_mask_router(folder, manifest, router, learned)
     with storage_errors(folder):
         (folder / _STATE).unlink(missing_ok=True)
     assert written.pruning is not None
-    most = (shape.top_k - 1) / shape.top_k
-    return TunePruningReport(
-        bundle=str(folder),
-        file=written.pruning.file,
-        rate=options.rate,
-        left_out=most * float(np.mean(list(verdict.left_out.values()))),
-        kl=written.pruning.quality.kl,
-        kl_ci95=written.pruning.quality.kl_ci95,
-        kl_by_ratio=float(verdict.kl_by_ratio.mean()),
-        left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
-        steps=plan.n_steps,
-        tokens=plan.ids.numel(),
-        held_out_tokens=held_out.numel(),
-        penalty=written.pruning.penalty,
-        memory_budget_bytes=budget_bytes,
-        peak_rss_bytes=peak_rss_bytes(),
-        seconds=time.perf_counter() - start,
-    )
+    return written.pruning
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
@@ -220,15 +251,16 @@ def _share_of_light(rate: float, shape: MoeShape) -> float:
 
 
 def _text(
-    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions
+    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions, *, vocabulary: int
 ) -> TokenSequences:
-    longest = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
     if seq_len < _MIN_SEQ_LEN:
         raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
     text = build_sequences(
         sources,
         load_tokenizer(folder),
+        vocabulary=vocabulary,
         n_tokens=options.tokens,
         seq_len=seq_len,
         holdout=_HELD_OUT,
@@ -253,7 +285,7 @@ def _open(
 ) -> Session:
     """Open the session with as many sequences in a forward as the budget allows."""
     config = read_config(folder).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
         # Not the plan's: it was made for running, and training takes more.
@@ -263,7 +295,7 @@ def _open(
         seed=options.seed,
         threads=options.threads,
         context=seq_len,
-        prompt=seq_len,
+        prompt_tokens=seq_len,
     )
     beside = verdict_bytes(manifest.shape, n_tokens=n_held_out)
     beside += divergence_scratch_bytes(manifest.shape.vocabulary)

@@ -13,7 +13,7 @@ from moe_tool.artifacts.bundle_manifest import TunedWeights
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.identity import require_same_model
 from moe_tool.available_memory import peak_rss_bytes
-from moe_tool.errors import CorruptArtifactError, DataSourceError, UsageError
+from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_files import MANIFEST
 from moe_tool.formats.bundle_reader import BundleReader
@@ -93,7 +93,7 @@ def tune_weights(
     opened = open_model(model)
     with opened.checkpoint, BundleReader.open(bundle) as reader:
         _require_tunable(bundle, reader, opened)
-        sequences = _text(model, opened, sources, options)
+        sequences = _text(model, opened, sources, options, progress)
         needed = _memory(opened, reader, sequences, options)
         copied = CopiedBundle(reader, out, _lineage(bundle, sequences, options))
         resumed = copied.writer.n_written
@@ -166,24 +166,23 @@ def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) ->
 
 
 def _text(
-    model: LocatedModel, opened: OpenedModel, sources: Sequence[TextSource], options: TuneOptions
+    model: LocatedModel,
+    opened: OpenedModel,
+    sources: Sequence[TextSource],
+    options: TuneOptions,
+    progress: Progress,
 ) -> TokenSequences:
     sequences = build_sequences(
         sources,
         load_tokenizer(model.folder),
+        vocabulary=opened.shape.vocabulary,
         n_tokens=options.tokens,
         seq_len=min(options.seq_len, opened.max_positions),
         holdout=_HOLDOUT,
         seed=options.seed,
         offline=options.offline,
+        progress=progress,
     )
-    largest = int(sequences.ids.max())
-    if largest >= opened.shape.vocabulary:
-        raise DataSourceError(
-            f"the tokenizer of {model.name} makes token {largest}, "
-            f"the model knows {opened.shape.vocabulary}",
-            hint="use the tokenizer that belongs to the checkpoint",
-        )
     if not sequences.held_out.any():
         raise UsageError(
             f"--tokens {options.tokens}: one sequence cannot be both learned from and judged by",

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from moe_tool.budget.account import MemoryPlan, name_lines, plan_memory, require_budget
-from moe_tool.budget.refusal import MemoryLine, suggested_budget
+from moe_tool.budget.account import MemoryPlan, plan_memory
+from moe_tool.budget.refusal import MemoryLine, name_lines, require_budget, suggested_budget
 from moe_tool.budget.request import MemoryRequest, parse_memory
 from moe_tool.budget.slots import ExpertRoom, min_slots, slots_within, split_slots
 from moe_tool.errors import BudgetError

@@ -96,7 +96,13 @@ def test_exact_perplexity_equals_that_of_the_ordinary_model(
     from moe_tool.text.sequences import build_sequences
 
     text = build_sequences(
-        sources[:1], load_tokenizer(bundle), n_tokens=SEQ_LEN, seq_len=SEQ_LEN, holdout=0, seed=1
+        sources[:1],
+        load_tokenizer(bundle),
+        vocabulary=260,
+        n_tokens=SEQ_LEN,
+        seq_len=SEQ_LEN,
+        holdout=0,
+        seed=1,
     )
     ids = torch.from_numpy(text.ids.astype(np.int64))
     with torch.no_grad():

@@ -9,13 +9,14 @@ import pytest
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
+from moe_tool.models.meta_model import build_meta_model
 from moe_tool.models.model_config import config_from_json, read_config, read_config_text
 from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 from tests.tiny_models import TINY
 
 WORKLOADS = (
-    Workload(batch=1, positions=200, prompt=100),
-    Workload(batch=3, positions=64, prompt=1),
+    Workload(batch=1, positions=200, prompt_tokens=100),
+    Workload(batch=3, positions=64, prompt_tokens=1),
 )
 
 
@@ -42,6 +43,37 @@ def test_labels_and_code_are_not_copied(
     (tmp_path / "config.json").write_text(json.dumps(raw))
     text = read_config_text(tmp_path)
     assert "evil" not in text and "id2label" not in text and "\n" not in text
+
+
+LEFTOVERS = {
+    "return_dict": False,
+    "use_cache": False,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "output_router_logits": True,
+    "torchscript": True,
+    "attn_implementation": "flash_attention_2",
+    "_attn_implementation": "flash_attention_2",
+    "_attn_implementation_autoset": True,
+    "_experts_implementation": "grouped_mm",
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_other_runs_left_over_changes_nothing(
+    nested: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("mixtral")
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"part": LEFTOVERS, "kept": 1} if nested else LEFTOVERS
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    text = read_config_text(tmp_path)
+    assert not [name for name in LEFTOVERS if f'"{name}"' in text]
+    config = read_config(tmp_path)
+    wanted = read_config(folder)
+    assert config.return_dict and config.use_cache
+    assert config._attn_implementation == wanted._attn_implementation
+    assert build_meta_model(tmp_path).config._attn_implementation == "sdpa"
 
 
 def test_infinity_in_a_file_is_refused(tmp_path: Path) -> None:

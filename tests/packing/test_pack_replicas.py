@@ -18,7 +18,8 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, round_trip
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.price_list import price_book
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
@@ -182,18 +183,27 @@ def test_a_damaged_replica_is_named(bundle: Path, tmp_path: Path) -> None:
             reader.read_record_into(entry.layer, entry.expert, out, form=4)
 
 
-def _planned(bundle: Path, policy: str, on_disk_alone: int) -> PackPlan:
+def _planned(bundle: Path, policy: str, n_disk_only: int) -> PackPlan:
     manifest = BundleReader.open(bundle).manifest
     layers = manifest.shape.layers
     forms = (
-        PlannedForm(form="native", record_bytes=4096, resident=((layers[0], 1),), on_disk_alone=9),
         PlannedForm(
-            form="4",
+            role="primary",
+            precision="native",
+            record_bytes=4096,
+            resident=((layers[0], 1),),
+            n_disk_only=9,
+        ),
+        PlannedForm(
+            role="replica",
+            precision="4",
             record_bytes=4096,
             resident=((layers[-1], 2), (layers[0], 0)),
-            on_disk_alone=on_disk_alone,
+            n_disk_only=n_disk_only,
         ),
-        PlannedForm(form="1", record_bytes=4096, resident=(), on_disk_alone=on_disk_alone),
+        PlannedForm(
+            role="replica", precision="1", record_bytes=4096, resident=(), n_disk_only=n_disk_only
+        ),
     )
     return made_plan(
         identity=manifest.identity,
@@ -208,7 +218,7 @@ def _planned(bundle: Path, policy: str, on_disk_alone: int) -> PackPlan:
 def test_a_plan_that_reads_no_replica_packs_only_those_that_stay(
     bundle: Path, model: LocatedModel, profile: Path, tmp_path: Path
 ) -> None:
-    plan = _planned(bundle, "priced", on_disk_alone=0)
+    plan = _planned(bundle, "priced", n_disk_only=0)
     out = tmp_path / "b"
     report = pack_bundle(model, out=out, replicas="4,1", profile=profile, plan=plan)
     with BundleReader.open(out) as reader:
@@ -234,7 +244,7 @@ def test_a_plan_that_reads_no_replica_packs_only_those_that_stay(
 def test_a_plan_that_may_read_replicas_packs_all(
     bundle: Path, model: LocatedModel, profile: Path, tmp_path: Path
 ) -> None:
-    plan = _planned(bundle, "priced:nats-per-mb=0.1", on_disk_alone=3)
+    plan = _planned(bundle, "priced:nats-per-mb=0.1", n_disk_only=3)
     pack_bundle(model, out=tmp_path / "b", replicas="4,1", profile=profile, plan=plan)
     manifest = BundleReader.open(tmp_path / "b").manifest
     assert [len(table.records) for table in manifest.cheaper] == [len(manifest.primary_records)] * 2

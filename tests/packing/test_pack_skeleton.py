@@ -173,6 +173,6 @@ def test_a_weight_that_is_no_number_is_named(
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][3, 5] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CorruptArtifactError, match=r"lm_head\.weight of tiny: .* NaN"):
+    with pytest.raises(CorruptArtifactError, match=r"'lm_head\.weight' holds NaN"):
         pack(folder, tmp_path / "b", "8")
     assert not (tmp_path / "b").exists()

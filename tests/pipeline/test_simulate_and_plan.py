@@ -44,14 +44,15 @@ def test_simulate_draws_a_page_and_reads_chosen_rows(pipeline: Pipeline, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("simulate", "--memory", "x"), 2, "not a memory budget"),
+        (("simulate", "--memory", "x"), 2, "not a budget"),
         (("simulate", "--eviction", "belady"), 2, "not known"),
         (("simulate", "--plot", "out.pdf"), 2, ".png"),
         (("simulate", "nowhere.h5"), 3, "nowhere.h5"),
         (("simulate", "--hardware", "abacus"), 2, "laptop-16gb"),
         (("simulate", "words.txt"), 3, "words.txt"),
-        (("plan", "--memory", "1MiB"), 4, "at least"),
+        (("plan", "--memory", "1MiB"), 4, "nearest that works"),
         (("plan", "--memory", "x"), 2, "not a memory budget"),
+        (("plan", "--memory", "auto"), 2, "--memory auto"),
         (("plan", "--memory", "50%", "--max-loss", "much"), 2, "--max-loss"),
         (("plan", "--memory", "50%", "--disk", "fast"), 2, "not a size"),
         (("plan",), 2, "--memory"),

@@ -1,4 +1,4 @@
-"""Plans with lossy answers, by hand: prices from a profile, the choice among ways."""
+"""What lossy answers are expected to cost, by hand: prices from a profile."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,6 @@ import pytest
 from moe_tool.artifacts.router_trace import mean_squared_gates
 from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.planning.choose_lossy import LimitedChoice, fastest_choice
 from moe_tool.planning.profile_prices import nats_of_bits, profile_prices, replicas_below
 from moe_tool.policies.cheapest_residents import ExpertUse
 from moe_tool.policies.misses.price_book import STRUCTURED
@@ -57,14 +56,6 @@ def test_bits_cost_what_all_their_errors_add_up_to(tmp_path: Path) -> None:
     )
     assert nats_of_bits(sources, "4") == pytest.approx(by_hand)
     assert nats_of_bits(sources, "native") == 0
-
-
-def test_what_costs_less_wins_among_those_that_are_nearly_as_fast() -> None:
-    def choice(speed: float, nats: float) -> LimitedChoice:
-        return LimitedChoice(way=None, lossy=None, nats_of_bits=nats, tokens_per_second=speed)
-
-    found = fastest_choice([choice(10.0, 0.02), choice(9.9, 0.001), choice(9.0, 0.0)])
-    assert (found.tokens_per_second, found.nats_per_token) == (9.9, 0.001)
 
 
 def test_use_is_the_mean_squared_gate_of_all_tokens() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import UsageError
-from moe_tool.planning.bit_price import predicted_loss
 from moe_tool.planning.model_costs import costs_of_bytes
 from moe_tool.planning.pinning import check_pins, rank_experts
+from moe_tool.planning.profile_prices import predicted_loss
 from moe_tool.runtime.plan_run import follow_plan
 from moe_tool.runtime.run_options import run_options
 from tests.formats import samples

@@ -27,7 +27,7 @@ def test_no_key_of_a_result_is_written_twice() -> None:
     keys = [key for name, group in zip(names, groups, strict=True) for key in group.keys_of(name)]
     own = [
         "text", "token_ids", "staying", "seconds_to_first_token", "seconds", "peak_rss_bytes",
-        "interrupted", "generated_tokens", "decode_seconds", "tokens_per_second",
+        "interrupted", "stop_reason", "generated_tokens", "decode_seconds", "tokens_per_second",
     ]  # fmt: skip
     assert len(set(keys + own)) == len(keys + own)
     assert set(json_fields(result)) == set(keys + own)
@@ -40,7 +40,7 @@ def test_an_interval_stands_beside_its_figure() -> None:
         PolicyRow(policy="priced", figures=figures(kl=0.5), domains={"a": domain}),
     ]
     found = json_fields(evaluation(*rows))
-    assert (found["kl_mean"], found["kl_mean_ci95"]) == (0.5, (0.25, 1.0))
+    assert (found["kl_mean"], found["kl_mean_ci95"]) == (0.5, [0.25, 1.0])
     assert found["perplexity_source"] is None
     assert [row["kl_mean"] for row in found["rows"]] == [0.0, 0.5]
     assert found["domains"]["a"]["kl_mean"] == 1.0

@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ def _letter_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = _letter_tokenizer()
+VOCABULARY = 30
 DOCUMENTS = st.lists(st.text("abcdefghij", min_size=1, max_size=40), min_size=1, max_size=30)
 
 
@@ -42,6 +44,7 @@ def _build(
         return build_sequences(
             [TextSource(domain=domain, spec="./x.txt") for domain in documents],
             TOKENIZER,
+            vocabulary=VOCABULARY,
             n_tokens=n_tokens,
             seq_len=seq_len,
             holdout=holdout,
@@ -138,13 +141,51 @@ def test_too_little_text_is_used_with_a_warning(caplog: pytest.LogCaptureFixture
     assert "hold 6 of the 99 tokens" in caplog.text
 
 
+def test_tokenizing_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listener:
+        told: ClassVar[list[object]] = []
+
+        def begin(self, *task: object) -> None:
+            self.told.append(task)
+
+        def advance(self, amount: int = 1) -> None:
+            self.told.append(amount)
+
+        def end(self) -> None:
+            self.told.append("end")
+
+        def note(self, text: str) -> None:
+            raise AssertionError(text)
+
+    # 6 tokens of each are wanted at first; b has only 3, so that 3 more of a are taken.
+    documents = {"a": ["abc"] * 9, "b": ["x"]}
+    monkeypatch.setattr(
+        sequences, "read_documents", lambda source, **_: iter(documents[source.domain])
+    )
+    build_sequences(
+        [TextSource(domain=domain, spec="./x.txt") for domain in documents],
+        TOKENIZER,
+        vocabulary=VOCABULARY,
+        n_tokens=12,
+        seq_len=3,
+        holdout=0.0,
+        seed=3,
+        progress=Listener(),
+    )
+    assert Listener.told[0] == ("tokenize", 12, "tokens")
+    assert Listener.told[-1] == "end"
+    assert Listener.told[1:-1] == [6, 3, 3]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"n_tokens": 0}, {"seq_len": 1}, {"holdout": 1.0}, {"holdout": -0.1}]
 )
 def test_arguments_out_of_range_are_usage_errors(wrong: dict[str, float]) -> None:
     arguments: dict[str, float] = {"n_tokens": 10, "seq_len": 4, "holdout": 0.25, **wrong}
     with pytest.raises(UsageError):
-        build_sequences(parse_sources(["builtin"]), TOKENIZER, seed=0, **arguments)
+        build_sequences(
+            parse_sources(["builtin"]), TOKENIZER, vocabulary=VOCABULARY, seed=0, **arguments
+        )
 
 
 def test_tokens_depend_on_seed_and_sources_alone(tmp_path: Path) -> None:
@@ -153,7 +194,13 @@ def test_tokens_depend_on_seed_and_sources_alone(tmp_path: Path) -> None:
 
     def build(seed: int, n_tokens: int = 4000) -> TokenSequences:
         return build_sequences(
-            sources, TOKENIZER, n_tokens=n_tokens, seq_len=64, holdout=0.25, seed=seed
+            sources,
+            TOKENIZER,
+            vocabulary=VOCABULARY,
+            n_tokens=n_tokens,
+            seq_len=64,
+            holdout=0.25,
+            seed=seed,
         )
 
     first, again, other, longer = build(0), build(0), build(1), build(0, 40_000)

@@ -88,6 +88,7 @@ def divergence(bundle: Path, model: LocatedModel) -> float:
         ids = build_sequences(
             parse_sources(["builtin:eval"]),
             load_tokenizer(model.folder),
+            vocabulary=opened.shape.vocabulary,
             n_tokens=512,
             seq_len=64,
             holdout=0.0,

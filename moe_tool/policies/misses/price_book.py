@@ -91,7 +91,7 @@ class PriceBook:
     """Prices of all layers, as the planner, the policies and the account know them."""
 
     layers: Mapping[int, LayerBook]
-    """By decoder layer"""
+    """Decoder layer -> prices"""
 
     @property
     def record_bytes(self) -> tuple[int, ...]:

@@ -1,0 +1,83 @@
+"""What people give in place of a checkpoint: recognized by name, told with the way on."""
+
+import shlex
+from pathlib import Path
+
+from moe_tool.errors import CorruptArtifactError, MoeToolError, UnsupportedModelError
+
+BEGINNING_BYTES = 64
+"""Enough of a file to recognize it by"""
+_READ = ("model.safetensors", "model.safetensors.index.json")
+_NO_GGUF = (
+    "GGUF is not read: give the folder of the checkpoint that it was made from, in safetensors"
+)
+
+
+def foreign_content(path: Path, beginning: bytes) -> MoeToolError | None:
+    """Return the error for a file that is something else altogether, None where it is not known.
+
+    Args:
+        path: named in the error.
+        beginning: its first BEGINNING_BYTES, or fewer.
+    """
+    text = beginning.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        return CorruptArtifactError(
+            f"{path} is a Git LFS pointer, not the file that it points to",
+            hint="git lfs pull in the clone, or download the file itself",
+        )
+    if text.startswith((b"<!doctype", b"<html")):
+        return CorruptArtifactError(
+            f"{path} is a web page, not the file",
+            hint="download the file itself; a gated model needs hf auth login first",
+        )
+    if beginning.startswith(b"GGUF"):
+        return UnsupportedModelError(f"{path} is a GGUF file", hint=_NO_GGUF)
+    return None
+
+
+def foreign_file(path: Path) -> MoeToolError | None:
+    """Return what `foreign_content` says of a file; None where there is no file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return foreign_content(path, file.read(BEGINNING_BYTES))
+
+
+def foreign_folder(folder: Path) -> MoeToolError | None:
+    """Return the error for a folder that holds weights in another way than a checkpoint, None where
+    it holds no weights, or a checkpoint's."""
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except OSError:
+        return None
+    if not names.isdisjoint(_READ):
+        return None
+    if "adapter_config.json" in names or "adapter_model.safetensors" in names:
+        return UnsupportedModelError(
+            f"{folder} holds an adapter, not a model",
+            hint="merge it into its base model, with peft's merge_and_unload and save_pretrained, "
+            "and give the folder of that",
+        )
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    if weights and all(name.startswith("consolidated") for name in weights):
+        return UnsupportedModelError(
+            f"{folder} holds the weights only as {weights[0]}, which names tensors in its own way",
+            hint="download model.safetensors, or its shards and model.safetensors.index.json",
+        )
+    if len(weights) == 1:
+        return CorruptArtifactError(
+            f"{folder} holds {weights[0]}, but no model.safetensors.index.json that names it",
+            hint=f"if it is the whole model, call it model.safetensors: "
+            f"mv {shlex.quote(str(folder / weights[0]))} {shlex.quote(str(folder / _READ[0]))}; "
+            "otherwise download the index and all its shards",
+        )
+    if weights:
+        return CorruptArtifactError(
+            f"{folder} holds {len(weights)} safetensors files, but no model.safetensors.index.json "
+            "that says what lies where",
+            hint="download model.safetensors.index.json of the same checkpoint into the folder",
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return UnsupportedModelError(f"{folder} holds its weights as GGUF", hint=_NO_GGUF)
+    return None

@@ -1,0 +1,96 @@
+"""A way to pack and run a model within a budget, with what it is expected to give."""
+
+from dataclasses import dataclass
+
+from moe_tool.artifacts.bit_prices import Allocation
+from moe_tool.artifacts.pack_plan import Bits, LayerBits, Quantizer
+from moe_tool.artifacts.simulation_report import SimulatedRow
+from moe_tool.budget.account import MemoryPlan
+from moe_tool.planning.model_costs import ModelCosts
+from moe_tool.policies.cheapest_residents import ResidentChoice
+from moe_tool.simulator.replay_misses import ReplayedMisses
+from moe_tool.simulator.simulate import Machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedExperts:
+    """Experts as they are to be packed: at one precision, or each at a width of its own."""
+
+    bits: Bits
+    expert_bits: tuple[LayerBits, ...] = ()
+    """Widths of all experts where `bits` is mixed"""
+    allocations: tuple[Allocation, ...] = ()
+    """Widths in numbers where `bits` is mixed, then other ways to hand out as many bits"""
+    quantizer: Quantizer = "rtn"
+    compute_bits: Bits
+    """Precision whose products are about as fast"""
+    n_experts: int
+    """Experts of all layers, removed ones included"""
+    n_stored: int
+    """Experts that have a record"""
+    memory: MemoryPlan
+    """Account of the budget with records of these sizes"""
+    costs: ModelCosts
+    machine: Machine
+    nats: float
+    """Expected divergence from the checkpoint in nats per token, with every miss read"""
+    loss: float
+    """Expected perplexity added, as a share"""
+
+    @property
+    def is_resident(self) -> bool:
+        """Return whether the budget holds every expert."""
+        return self.memory.n_slots >= self.n_stored
+
+    @property
+    def replayed_slots(self) -> int:
+        """Slots of a replay, in which every expert is wanted."""
+        return self.n_experts if self.is_resident else self.memory.n_slots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionReplays:
+    """Decoding with every miss read, under every eviction policy that was tried."""
+
+    rows: tuple[SimulatedRow, ...]
+    """Policies that read least first, which are the fastest; the bound left out"""
+    lru: SimulatedRow
+    bound: SimulatedRow
+    notes: tuple[str, ...] = ()
+    """Why policies were not tried"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossyAnswers:
+    """Decoding with misses answered by price."""
+
+    policy: str
+    replicas: str
+    """Cheaper forms to be packed, as `pack --replicas` takes them"""
+    record_bytes: tuple[int, ...]
+    """Bytes of a record of the primary form and of each replica"""
+    residents: ResidentChoice
+    replayed: ReplayedMisses
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """Packed experts with one way to answer misses."""
+
+    experts: PackedExperts
+    exact: EvictionReplays
+    lossy: LossyAnswers | None = None
+    """None: every miss is read, under the first of the `exact` rows"""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted speed of decoding."""
+        best = self.exact.rows[0]
+        return best.tokens_per_second if self.lossy is None else self.lossy.tokens_per_second
+
+    @property
+    def nats_per_token(self) -> float:
+        """Expected divergence from the checkpoint, bits and answers together."""
+        answers = 0.0 if self.lossy is None else self.lossy.replayed.nats_per_token
+        return self.experts.nats + answers

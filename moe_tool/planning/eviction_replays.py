@@ -1,0 +1,139 @@
+"""Every eviction policy that may be planned, replayed at one precision and budget, and ranked."""
+
+from dataclasses import replace
+
+from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow
+from moe_tool.planning.candidate import EvictionReplays, PackedExperts
+from moe_tool.planning.pinning import check_pins
+from moe_tool.planning.plan_sources import PlanSources
+from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.hot_set import n_pinned
+from moe_tool.progress import Progress
+from moe_tool.simulator.simulate import (
+    Budget,
+    Machine,
+    replay_choice,
+    simulate_decoding,
+)
+
+_SIMPLE_FIRST = 0.99
+"""A policy has to read so much less than one named before it"""
+_DEFAULT = "lru"
+_CANDIDATES = (
+    _DEFAULT,
+    "layer-lru",
+    "lfu",
+    "lfu:halve-every=512",
+    "s3-fifo",
+    "pinned+lru",
+    "static-hot",
+    "lru:per-layer",
+    "lfu:per-layer",
+)
+_HOBBIT_MIXES = ((70, 0, 30), (45, 35, 20), (20, 70, 10), (20, 40, 40), (10, 20, 70), (0, 80, 20))
+"""Percent of recency, frequency and layer distance; frequency counts once, since every use is one
+at high precision"""
+
+
+def replay_evictions(
+    sources: PlanSources, experts: PackedExperts, label: str, progress: Progress
+) -> EvictionReplays:
+    """Return decoding under every eviction policy that fits the budget, ranked by bytes read.
+
+    Experts of mixed widths are replayed under lru alone: a pool each is not simulated.
+
+    Args:
+        sources: of the profile.
+        experts: as they are packed, with the account of the budget.
+        label: of the budget.
+        progress: told about the replays.
+    """
+    budget = Budget(label=label, n_slots=experts.replayed_slots)
+    choices, notes = _choices(sources, experts, budget)
+    rows, _ = simulate_decoding(
+        sources.replayed, choices, [budget], experts.machine, progress=progress
+    )
+    if experts.is_resident:
+        rows = [_once_filled(row) for row in rows]
+    return _rank(rows, notes)
+
+
+def replay_one(
+    sources: PlanSources, experts: PackedExperts, eviction: str, budget: Budget
+) -> EvictionReplays | None:
+    """Return decoding under one eviction policy at another number of slots; None where the policy
+    cannot work with so few."""
+    choice = parse_eviction(eviction)
+    rows, _ = simulate_decoding(sources.replayed, [choice], [budget], experts.machine)
+    if all(row.eviction == BELADY for row in rows):
+        return None
+    return _rank(rows, [])
+
+
+def _rank(rows: list[SimulatedRow], notes: list[str]) -> EvictionReplays:
+    """Rank rows, the bound among them, by bytes read; a later one has to read noticeably less than
+    one named before it."""
+    bound = next(row for row in rows if row.eviction == BELADY)
+    ranked: list[SimulatedRow] = []
+    for row in rows:
+        if row.eviction == BELADY:
+            continue
+        at = next(
+            (
+                i
+                for i, other in enumerate(ranked)
+                if row.bytes_per_token < _SIMPLE_FIRST * other.bytes_per_token
+            ),
+            len(ranked),
+        )
+        ranked.insert(at, row)
+    lru = next((row for row in ranked if row.eviction == _DEFAULT), ranked[0])
+    return EvictionReplays(rows=tuple(ranked), lru=lru, bound=bound, notes=tuple(notes))
+
+
+def _once_filled(row: SimulatedRow) -> SimulatedRow:
+    """Return the steady state where everything fits; the initial load is left out."""
+    return replace(row, hit_rate=1.0, bytes_per_token=0.0, belady_hit_rate=1.0, to_belady=None)
+
+
+def _choices(
+    sources: PlanSources, experts: PackedExperts, budget: Budget
+) -> tuple[list[EvictionChoice], list[str]]:
+    """Return the policies that may be planned, and why others may not."""
+    plain, machine = [parse_eviction(_DEFAULT)], experts.machine
+    if experts.bits == "mixed":
+        return plain, []
+    if experts.is_resident:
+        return plain, ["every expert stays in memory: nothing is ever evicted"]
+    notes: list[str] = []
+    names = list(_CANDIDATES)
+    for share, name in ((1.0, "static-hot"), (0.5, "pinned+lru")):
+        count = n_pinned(
+            share,
+            n_slots=budget.n_slots,
+            n_slots_min=machine.n_slots_min,
+            n_experts=experts.n_experts,
+        )
+        if count == 0:
+            names.remove(name)
+            continue
+        refusal = check_pins(sources.statistics, sources.ranked, count).refusal
+        if refusal is not None:
+            names.remove(name)
+            notes.append(f"no {name}: {refusal}")
+    names.append(_best_hobbit(sources, machine, budget))
+    return [parse_eviction(name) for name in names], notes
+
+
+def _best_hobbit(sources: PlanSources, machine: Machine, budget: Budget) -> str:
+    """HOBBIT with the weights that miss least on the calibration trace, as the paper has it."""
+
+    def hits(mix: tuple[int, int, int]) -> int:
+        counts = replay_choice(sources.searched, parse_eviction(_hobbit(mix)), budget, machine)
+        return 0 if counts is None else int(counts.hits.sum())
+
+    return _hobbit(max(_HOBBIT_MIXES, key=hits))
+
+
+def _hobbit(mix: tuple[int, int, int]) -> str:
+    return f"hobbit:lru={mix[0]},lfu={mix[1]},lhu=0,fld={mix[2]}"

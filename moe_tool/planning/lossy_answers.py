@@ -1,0 +1,72 @@
+"""Answers to misses by price: who is in memory in which form, at how many nats per MB misses are
+read, and what each choice is expected to cost."""
+
+import math
+
+from moe_tool.planning.candidate import LossyAnswers, PackedExperts
+from moe_tool.planning.plan_sources import PlanSources
+from moe_tool.planning.profile_prices import profile_prices, replicas_below
+from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
+from moe_tool.policies.misses import PolicyInputs, parse_miss_policy
+from moe_tool.simulator.profile_trace import part_to_replay
+from moe_tool.simulator.replay_misses import ReplayedMisses, replay_misses, resident_masks
+from moe_tool.simulator.time_model import CallCosts
+
+_NATS_PER_MB_FACTORS = (math.inf, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+"""Multiples of the typical price of a megabyte; infinite: no miss is read. Around 1 something
+changes"""
+_MAX_TOKENS = 8192
+
+
+def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) -> list[LossyAnswers]:
+    """Return the ways to answer misses by price, those that read least first; none for experts of
+    mixed widths, whose prices a profile does not have.
+
+    Args:
+        sources: of the profile.
+        experts: as they are packed.
+        n_slots: primary records that the budget has room for.
+    """
+    if experts.bits == "mixed" or n_slots >= experts.n_experts:
+        return []
+    shape = sources.profile.header.shape
+    replicas = replicas_below(experts.bits)
+    book = profile_prices(sources, experts.bits, replicas)
+    part = part_to_replay(sources.profile)
+    found = []
+    for factor in _NATS_PER_MB_FACTORS:
+        price = float(f"{factor * book.typical_nats_per_mb:.4g}")
+        room = free_for_residents(
+            n_slots, experts.machine.n_slots_min, book.record_bytes, nats_per_mb=price
+        )
+        if room <= 0:
+            continue
+        residents = cheapest_residents(book, sources.use, room_bytes=room, nats_per_mb=price)
+        choice = parse_miss_policy("priced").with_value("nats-per-mb", price)
+        replayed = replay_misses(
+            sources.profile,
+            part,
+            choice.make(PolicyInputs(prices=book)),
+            book,
+            resident_masks(shape.layers, residents.by_form, n_experts=shape.experts),
+            experts.machine.costs,
+            max_tokens=_MAX_TOKENS,
+        )
+        found.append(
+            LossyAnswers(
+                policy=choice.name,
+                replicas=replicas,
+                record_bytes=book.record_bytes,
+                residents=residents,
+                replayed=replayed,
+                tokens_per_second=1 / _token_seconds(sources, experts.machine.costs, replayed),
+            )
+        )
+    return found
+
+
+def _token_seconds(sources: PlanSources, costs: CallCosts, replayed: ReplayedMisses) -> float:
+    """A token's time: nothing is left out, so that every slot is computed."""
+    shape = sources.profile.header.shape
+    per_layer = costs.layer_s + shape.top_k * costs.expert_s
+    return costs.forward_s + len(shape.layers) * per_layer + replayed.stall_s

@@ -1,0 +1,185 @@
+"""Experts as they could be packed for a budget: all at one precision, or the widths that lose
+least."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from moe_tool.artifacts.bit_prices import Allocation, BitPrices
+from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.budget.request import MemoryRequest
+from moe_tool.budget.slots import ExpertRoom, min_slots
+from moe_tool.errors import UsageError
+from moe_tool.planning.allocate_bits import WIDTHS
+from moe_tool.planning.bit_costs import BitCosts, bit_costs
+from moe_tool.planning.candidate import PackedExperts
+from moe_tool.planning.memory_account import FixedMemory, account_of_bits, fixed_memory
+from moe_tool.planning.mixed_allocations import (
+    allocate_average,
+    allocate_bytes,
+    allocate_within,
+    control_allocations,
+    describe,
+    layer_bits,
+)
+from moe_tool.planning.model_costs import ModelCosts, model_costs, replay_machine
+from moe_tool.planning.plan_request import PlanRequest
+from moe_tool.planning.plan_sources import PlanSources
+from moe_tool.planning.profile_prices import nats_of_bits, predicted_loss
+
+
+def uniform_experts(
+    sources: PlanSources, hardware: HardwareProfile, request: PlanRequest, bits: Bits
+) -> PackedExperts:
+    """Return all experts at one precision.
+
+    Args:
+        sources: of the profile.
+        hardware: the machine that it is for.
+        request: budget and skeleton.
+        bits: precision of the experts.
+
+    Raises:
+        BudgetError: they do not fit: with the least that works.
+    """
+    shape = sources.profile.header.shape
+    memory = account_of_bits(request.memory, sources, request, bits)
+    costs = model_costs(
+        shape, sources.skeleton, hardware, bits=bits, skeleton_bits=request.skeleton_bits
+    )
+    n_experts = shape.experts * len(shape.layers)
+    return PackedExperts(
+        bits=bits,
+        compute_bits=bits,
+        n_experts=n_experts,
+        n_stored=n_experts,
+        memory=memory,
+        costs=costs,
+        machine=replay_machine(shape, costs, sources.ranked),
+        nats=nats_of_bits(sources, bits),
+        loss=predicted_loss(sources.statistics, bits),
+    )
+
+
+def mixed_experts(
+    sources: PlanSources,
+    hardware: HardwareProfile,
+    request: PlanRequest,
+    prices: BitPrices | None,
+) -> PackedExperts:
+    """Return experts of the widths with the least expected loss.
+
+    Args:
+        sources: of the profile.
+        hardware: the machine that it is for.
+        request: budget and limits.
+        prices: measured with the quantizer in use; None: it is rtn.
+
+    Raises:
+        BudgetError: the budget does not hold what is beside the experts.
+        UsageError: a limit that no widths keep, or that leaves no expert.
+    """
+    shape, costs = sources.profile.header.shape, bit_costs(sources, prices)
+    fixed = fixed_memory(
+        shape, sources.skeleton, skeleton_bits=request.skeleton_bits, context=request.context
+    )
+    chosen = _allocate(costs, request, _expert_room(request.memory, fixed, costs))
+    found = describe("over all layers", costs, chosen)
+    rooms = _rooms(shape, found, costs)
+    mean = _mean_costs(sources, hardware, request, costs, chosen)
+    others = control_allocations(costs, request.average_bits or found.average_bits)
+    return PackedExperts(
+        bits="mixed",
+        expert_bits=layer_bits(shape.layers, chosen),
+        allocations=(found, *(describe(name, costs, each) for name, each in others.items())),
+        quantizer="rtn" if prices is None else prices.quantizer,
+        compute_bits=str(min((1, 2, 3, 4, 8), key=lambda width: abs(width - found.average_bits))),
+        n_experts=shape.experts * len(shape.layers),
+        n_stored=sum(room.n_experts for room in rooms),
+        memory=fixed.within(request.memory, rooms),
+        costs=mean,
+        machine=replay_machine(shape, mean, []),
+        nats=found.nats,
+        loss=math.expm1(min(found.nats, 20.0)),
+    )
+
+
+def _expert_room(memory: MemoryRequest, fixed: FixedMemory, costs: BitCosts) -> int | None:
+    """Return the bytes that a budget leaves for experts; None: as many as they take."""
+    if memory.kind != "bytes":
+        return None
+    if memory.size_bytes < max(fixed.total_bytes, fixed.loading_bytes):
+        size, n = int(costs.size_bytes[WIDTHS.index(1)]), costs.load.size
+        # Refuses, and names a budget for all experts at 1 bit: none could be in memory.
+        fixed.within(memory, (ExpertRoom(record_bytes=size, n_experts=n, n_slots_min=n),))
+    return memory.size_bytes - fixed.total_bytes
+
+
+def _allocate(costs: BitCosts, request: PlanRequest, room_bytes: int | None) -> np.ndarray:
+    """Return columns of WIDTHS, [L, E]: by the average, else by the limit, else by the memory."""
+    if request.average_bits is not None:
+        return allocate_average(costs, request.average_bits, room_bytes=room_bytes)
+    if request.max_kl is not None:
+        return allocate_within(costs, request.max_kl)
+    assert room_bytes is not None  # check_request
+    return allocate_bytes(costs, room_bytes)
+
+
+def _rooms(shape: MoeShape, found: Allocation, costs: BitCosts) -> tuple[ExpertRoom, ...]:
+    rooms = tuple(
+        ExpertRoom(
+            record_bytes=int(costs.size_bytes[WIDTHS.index(width)]),
+            n_experts=count,
+            n_slots_min=min_slots(shape.top_k, count),
+        )
+        for width, count in found.experts.items()
+        if width
+    )
+    if not rooms:
+        raise UsageError(
+            "nothing would be left of the experts", hint="--average-bits 2.5, or a larger --memory"
+        )
+    return rooms
+
+
+def _mean_costs(
+    sources: PlanSources,
+    hardware: HardwareProfile,
+    request: PlanRequest,
+    costs: BitCosts,
+    chosen: np.ndarray,
+) -> ModelCosts:
+    """Return a call's costs, those of each width weighted by how often its experts are wanted."""
+    stored = {width: chosen == column for column, width in enumerate(WIDTHS)}
+    total = float(costs.load.sum()) or 1.0
+    each = {
+        width: model_costs(
+            sources.profile.header.shape,
+            sources.skeleton,
+            hardware,
+            bits="native" if width == WIDTHS[-1] else str(width),
+            skeleton_bits=request.skeleton_bits,
+        )
+        for width, is_in in stored.items()
+        if width and is_in.any()
+    }
+    shares = {width: float(costs.load[stored[width]].sum()) / total for width in each}
+    first = next(iter(each.values()))
+    calls = {
+        name: _mean(shares, {width: getattr(of.calls, name) for width, of in each.items()})
+        for name in ("layer_s", "expert_s", "read_one_s", "read_s")
+    }
+    record_bytes = _mean(shares, {width: of.record_bytes for width, of in each.items()})
+    return ModelCosts(
+        record_bytes=max(1, round(record_bytes)),
+        matrix_bytes=first.matrix_bytes,
+        calls=replace(first.calls, **calls),
+    )
+
+
+def _mean(shares: Mapping[int, float], values: Mapping[int, float]) -> float:
+    return sum(share * float(values[width]) for width, share in shares.items())

@@ -1,0 +1,104 @@
+"""Notes beside a plan: why this candidate, what was left out, how far the prediction holds."""
+
+from collections.abc import Mapping, Sequence
+
+from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.simulation_report import PrefetchRow
+from moe_tool.planning.candidate import Candidate
+from moe_tool.planning.make_pack_plan import PREDICTION_ERROR
+from moe_tool.planning.plan_request import PlanRequest
+from moe_tool.quantizers.registry import QUANTIZERS
+
+_MOSTLY_FIXED = 0.5
+
+
+def bit_notes(
+    request: PlanRequest, losses: Mapping[Bits, float], unfit: Sequence[Bits]
+) -> list[str]:
+    """Return why precisions are no candidates where the loss is limited.
+
+    Args:
+        request: budget and limits.
+        losses: predicted loss of each precision.
+        unfit: precisions that are allowed and do not fit.
+    """
+    notes = [
+        f"{bits} bits: predicted to add {loss:.1%} perplexity, {request.max_loss:.1%} are allowed"
+        for bits, loss in losses.items()
+        if loss > request.max_loss
+    ]
+    if unfit:
+        notes.append(f"{', '.join(unfit)}: does not fit into {request.memory}")
+    return notes
+
+
+def limit_note(candidate: Candidate) -> str:
+    """Return what is expected of a candidate under a limit of divergence."""
+    experts, lossy = candidate.experts, candidate.lossy
+    if lossy is None:
+        return f"every miss is read: expected KL {candidate.nats_per_token:.2g}, that of the bits"
+    replayed, exact = lossy.replayed, candidate.exact.rows[0].tokens_per_second
+    return (
+        f"lossy: expected KL {candidate.nats_per_token:.2g} nats per token, {experts.nats:.2g} "
+        f"of it the experts' {experts.bits} bits; {replayed.answered_otherwise:.1f} slots of a "
+        f"token are answered by something cheaper, {replayed.hit_rate:.0%} by the expert in memory;"
+        f" with every miss read it would be {exact:.2f} tokens/s. Prices, not measurements: "
+        "moe-tool calibrate measures"
+    )
+
+
+def eviction_note(candidate: Candidate) -> str:
+    """Return what speaks for the eviction policy that was taken."""
+    exact = candidate.exact
+    best, lru, bound = exact.rows[0], exact.lru, exact.bound
+    if not lru.bytes_per_token:
+        return f"eviction {best.eviction}: nothing is read once the cache is full"
+    share = 1 - best.bytes_per_token / lru.bytes_per_token
+    less = "as much as lru" if abs(share) < 0.005 else f"{share:.0%} less than lru"
+    over = ""
+    if bound.bytes_per_token:
+        over = f", {best.bytes_per_token / bound.bytes_per_token:.2f} times the bound"
+    behind = "; ".join(
+        f"{row.eviction} {row.bytes_per_token / best.bytes_per_token:.2f} times as much"
+        for row in exact.rows[1:3]
+        if best.bytes_per_token
+    )
+    return f"eviction {best.eviction}: reads {less}{over}" + (f"; {behind}" if behind else "")
+
+
+def overhead_notes(candidate: Candidate, n_layers: int) -> list[str]:
+    """Return that `PREDICTION_ERROR` does not apply where per-layer overhead dominates."""
+    share = n_layers * candidate.experts.machine.costs.layer_s
+    share *= candidate.exact.rows[0].tokens_per_second
+    if share < _MOSTLY_FIXED:
+        return []
+    return [
+        f"a tiny model: {min(share, 1.0):.0%} of a token's time is Python between its matrices, "
+        f"which the load of the machine changes by more than {PREDICTION_ERROR:.0%}"
+    ]
+
+
+def prefetch_note(row: PrefetchRow) -> str:
+    """Return whether reading ahead pays, with its figures."""
+    per_byte = row.bytes_per_saved_byte
+    cost = "saves no byte" if per_byte is None else f"reads {per_byte:.1f} bytes per byte saved"
+    verdict = "pays" if row.pays else "does not pay"
+    change = "less" if row.stall_saved_ms >= 0 else "more"
+    return (
+        f"prefetch {verdict}: {row.accuracy:.0%} of what next-layer names is wanted, it {cost}, "
+        f"{abs(row.stall_saved_ms):.2f} ms {change} stall per token"
+    )
+
+
+def mixed_notes(candidate: Candidate) -> list[str]:
+    """Return what is to be known of experts of mixed widths."""
+    notes, experts = [], candidate.experts
+    if not experts.is_resident:
+        n_read = experts.n_stored - experts.memory.n_slots
+        notes.append(f"{n_read} experts are read when they are wanted")
+    n_removed = experts.n_experts - experts.n_stored
+    if n_removed:
+        notes.append(f"{n_removed} experts are left out: their bytes are worth more elsewhere")
+    if QUANTIZERS[experts.quantizer].is_profiled:
+        notes.append("errors are the profile's, of rounding to nearest; --quantizer gptq has less")
+    return notes

@@ -1,0 +1,67 @@
+"""Which tokens end a text, from the three places that may name them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_tool.models.model_config import read_config_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndTokens:
+    """The end-of-text tokens of a model."""
+
+    ids: tuple[int, ...]
+    """Ascending; none where no place names one"""
+    note: str | None
+    """A sentence where generation alone would have missed one of them"""
+
+
+def find_end_tokens(
+    folder: Path, *, generation_config: Any, tokenizer: Any, vocabulary: int
+) -> EndTokens:
+    """Join the end-of-text tokens of generation settings, config.json and tokenizer.
+
+    transformers follows the first alone, and a chat model whose settings lack the end of a turn
+    then talks on until its last token.
+
+    Args:
+        folder: holds config.json.
+        generation_config: of the model: generation_config.json, or what config.json says.
+        tokenizer: of transformers.
+        vocabulary: V; other ids are passed over.
+
+    Raises:
+        NotFoundError, CorruptArtifactError: config.json cannot be read.
+    """
+    # A configuration class has an end token of its own where config.json names none.
+    stated = json.loads(read_config_text(folder))
+    of_text = stated.get("text_config")
+    places = {
+        "config.json": [
+            *_ids(stated.get("eos_token_id")),
+            *_ids(of_text.get("eos_token_id") if isinstance(of_text, dict) else None),
+        ],
+        "the tokenizer": _ids(getattr(tokenizer, "eos_token_id", None)),
+    }
+    found = {token: "" for token in _ids(generation_config.eos_token_id)}
+    for place, ids in places.items():
+        for token in ids:
+            found.setdefault(token, place)
+    found = {token: place for token, place in found.items() if token < vocabulary}
+    added = [
+        f"{tokenizer.convert_ids_to_tokens(token)} ({token}), as {place} says"
+        for token, place in found.items()
+        if place
+    ]
+    note = None
+    if added and len(added) < len(found):
+        note = f"text ends also at {' and '.join(added)}: the generation settings lack it"
+    return EndTokens(ids=tuple(sorted(found)), note=note)
+
+
+def _ids(value: object) -> Sequence[int]:
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [each for each in listed if type(each) is int and each >= 0]

@@ -1,0 +1,41 @@
+"""Hints on text that is not UTF-8: commands that convert it."""
+
+import shlex
+from pathlib import Path
+
+UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_GZIP = b"\x1f\x8b"
+
+
+def name_encoding(beginning: bytes) -> str | None:
+    """Return the encoding of a file that is not UTF-8 by its first bytes; None if unknown."""
+    if beginning.startswith(_UTF16_BOMS):
+        return "UTF-16"
+    return "gzip" if beginning.startswith(_GZIP) else None
+
+
+def conversion_hint(file: Path | None, *, beginning: bytes) -> str:
+    """Return how to make UTF-8 text of a file.
+
+    Args:
+        file: the file; None: stdin.
+        beginning: its first bytes, at least four where it has so many.
+    """
+    kind = name_encoding(beginning)
+    if file is None:
+        return f"convert it: iconv -f {'UTF-16' if kind == 'UTF-16' else 'LATIN1'} -t UTF-8"
+    source = shlex.quote(str(file))
+    if kind == "gzip":
+        name = file.name.removesuffix(".gz") if file.suffix == ".gz" else f"unpacked-{file.name}"
+        target = shlex.quote(str(file.with_name(name)))
+        return f"unpack it: gzip -dc < {source} > {target}, and give that in its place"
+    target = shlex.quote(str(file.with_name(f"utf8-{file.name}")))
+    if kind == "UTF-16":
+        return (
+            f"convert it: iconv -f UTF-16 -t UTF-8 {source} > {target}, and give that in its place"
+        )
+    return (
+        f"convert it, where it is Latin-1: iconv -f LATIN1 -t UTF-8 {source} > {target}, and give "
+        "that in its place"
+    )
