@@ -1,1 +1,1 @@
-"""What this machine can do, measured once."""
+"""Benchmarks of one machine: disk, memory, experts, decoder layers, GPU."""

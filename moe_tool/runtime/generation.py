@@ -144,11 +144,7 @@ def generate_ids(
     prompt_tokens = max(len(prompt) for prompt in prompts)
     ends = end_tokens_of(session)
     pad = pad_token(session, ends)
-    ids = torch.full((len(prompts), prompt_tokens), pad)  # [B, S]
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, prompt_tokens - len(prompt) :] = torch.tensor(prompt)
-        mask[row, prompt_tokens - len(prompt) :] = 1
+    ids, mask = _pad_left(prompts, prompt_tokens, pad)
     room = session.plan.workload.positions - prompt_tokens
     config = decoding_config(
         session, options, max_new_tokens=min(options.max_tokens, room), pad=pad, ends=ends
@@ -190,6 +186,18 @@ def generate_ids(
         ended_at=time.perf_counter(),
         interrupted=interrupted,
     )
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], prompt_tokens: int, pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, [B, S] int64 each."""
+    ids = torch.full((len(prompts), prompt_tokens), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, prompt_tokens - len(prompt) :] = torch.tensor(prompt)
+        mask[row, prompt_tokens - len(prompt) :] = 1
+    return ids, mask
 
 
 def _check(session: Session, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:

@@ -255,12 +255,7 @@ def load_session(
         available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
     )
     plan = replace(plan, policy=with_masks(plan.policy, bundle))
-    for note in announcements(plan, manifest):
-        progress.note(note)
-    if options.sparse_experts is None:  # chosen channels come out of the page cache, in runs
-        refusal = bundle.read_directly()
-        if refusal is not None:
-            progress.note(f"{refusal}: experts are read through it, slower")
+    _announce(plan, bundle, progress)
     runner = _runner(plan, bundle, skeleton, make_store)
     if manifest.selectors:
         runner.store.load_pinned(progress)
@@ -277,6 +272,16 @@ def load_session(
     )
     session._listen()
     return session
+
+
+def _announce(plan: RunPlan, bundle: BundleReader, progress: Progress) -> None:
+    """Say how the run goes, once it is known whether the file system reads directly."""
+    for note in announcements(plan, bundle.manifest):
+        progress.note(note)
+    if plan.options.sparse_experts is None:  # selected channels come from the page cache, in runs
+        refusal = bundle.read_directly()
+        if refusal is not None:
+            progress.note(f"{refusal}: experts are read through it, slower")
 
 
 def _runner(

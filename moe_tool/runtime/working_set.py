@@ -37,7 +37,7 @@ class Workload:
     prompt_tokens: int
     """Prompt tokens of one sequence, at most `positions`"""
     keeps_scores: bool = False
-    """Whether a prompt's attention is computed step by step, with its score matrices"""
+    """True where a prompt's attention is computed step by step, with its score matrices"""
 
 
 def positions_within(config: Any, context: int) -> int:

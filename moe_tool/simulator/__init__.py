@@ -1,1 +1,1 @@
-"""What a memory budget and an eviction policy would cost, from a recorded trace."""
+"""Simulation of memory budgets and eviction policies on a recorded trace."""

@@ -1,4 +1,4 @@
-"""A recorded run as layer calls, with the cache that it ran under."""
+"""Replay of a recorded run with its cache, under its own or another eviction policy."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ _PREFETCH_DEPTHS = {"none": 0, "next-layer": 1}
 
 
 def recorded_trace(header: RunTraceHeader, calls: RecordedCalls) -> AccessTrace:
-    """Return a run's calls, prompt and decoding."""
+    """Return the calls of a run, prompt and decoding."""
     n_layers = len(header.shape.layers)
     begins = np.diff(calls.layer, prepend=n_layers) <= 0
     has_guesses = len(calls.guesses) > 0
@@ -35,9 +35,9 @@ def recorded_trace(header: RunTraceHeader, calls: RecordedCalls) -> AccessTrace:
 def replay_run(
     header: RunTraceHeader, calls: RecordedCalls, *, eviction: EvictionChoice | None = None
 ) -> CallCounts:
-    """Return what every call of a run finds, under its own policy or another one.
+    """Return the counts of every call of a run, under its own policy or another one.
 
-    Under its own these are the run's own counts.
+    Under its own policy they equal the counts of the run.
     """
     choice = eviction or parse_eviction(header.eviction)
     ids = LayerIds(header.shape.layers, header.shape.experts)

@@ -1,5 +1,9 @@
-"""The story of `tune pruning`: routers learn which of a token's experts are not worth it, and what
-that costs is measured on text that was kept apart."""
+"""Train mask routers that decide which of a token's experts to skip; measure the cost held-out.
+
+Source: MC#, arXiv:2510.10962. Deviations: patterns are "the j heaviest", routers also see gate
+weights and expert ids, and one threshold for all layers is set afterwards on held-out text, so that
+any rate can be asked for at run time.
+"""
 
 import hashlib
 import time
@@ -34,7 +38,7 @@ from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
-from moe_tool.tuning.judge_pruning import judge_pruning
+from moe_tool.tuning.judge_pruning import Verdict, judge_pruning
 from moe_tool.tuning.masked_experts import MaskedExperts
 from moe_tool.tuning.pruning_memory import training_bytes, verdict_bytes
 from moe_tool.tuning.train_mask_router import MaskTraining, TrainingPlan
@@ -43,46 +47,46 @@ _STATE = ".pruning-training.safetensors"
 _SAVE_EVERY_S = 20.0
 _HELD_OUT = 0.125
 _MIN_SEQ_LEN = 3
-"""A prompt, and two tokens that are predicted"""
+"""Shortest sequence: one token of prompt and two predicted ones"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningOptions:
-    """What is trained for, and on how much text."""
+    """Options of a training of mask routers."""
 
     rate: float = 0.2
-    """Share of the chosen experts to be left out"""
+    """Share of the chosen experts to skip"""
     tokens: int = 131072
-    """Of text, all domains together; an eighth is kept apart"""
+    """Tokens of text, all domains together; an eighth is held out"""
     seq_len: int = 256
-    """Capped at what the model was made for"""
+    """Tokens per sequence; capped at the model's number of positions"""
     batch: int = 8
-    """Sequences of a step"""
+    """Sequences per step"""
     memory: MemoryRequest | None = None
-    """Budget of the process; None: what is free less a margin"""
+    """Memory budget of the process; None: free memory less a margin"""
     seed: int = 0
-    """Of the choice of text and of every draw"""
+    """Seed of the choice of text and of every draw"""
     threads: int | None = None
     offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningReport:
-    """What was learned, and what it is worth on text that was kept apart."""
+    """Result of a training, with its quality on held-out text."""
 
     bundle: str
     file: str
     rate: float
-    """Wanted"""
+    """Share of the chosen experts that was asked to be skipped"""
     left_out: float
-    """Share of the chosen experts that was left out of the held-out text"""
+    """Share of the chosen experts skipped on the held-out text"""
     kl: float
-    """Nats per token: KL(exact || pruned) there"""
+    """KL(exact || pruned) on the held-out text, nats per token"""
     kl_ci95: tuple[float, float]
     kl_by_ratio: float
-    """Of MC's rule at the same rate: each layer's slots that are lightest beside the heaviest"""
+    """KL of MC's rule at the same rate: skip the smallest gate weights relative to the largest"""
     left_out_by_layer: dict[int, float]
-    """Share of the chosen experts"""
+    """Share of the chosen experts skipped, by decoder layer"""
     steps: int
     tokens: int
     held_out_tokens: int
@@ -99,117 +103,137 @@ def tune_pruning(
     *,
     progress: Progress = SILENT,
 ) -> TunePruningReport:
-    """Train a bundle's mask routers and put them into it; nothing else of it changes.
+    """Train a bundle's mask routers and add them to it; nothing else of it changes.
 
-    The teacher is the bundle itself with every expert answering, the loss the divergence of its
-    predictions, plus a price on every expert that is kept: it follows the share that is left out
-    until that is the wanted one. Experts and skeleton stay as they are, in memory as far as the
-    budget has room for them. A training that was interrupted goes on where it was.
-
-    Source: MC#, arXiv:2510.10962. Deviations: the patterns are "the j heaviest", the routers also
-    see gate weights and experts, and what a slot has to be worth is set afterwards on held-out
-    text, by one number for all layers: so each rate can be asked for at run time.
+    The teacher is the bundle itself with every expert running. The loss is the KL to the teacher
+    plus a price per kept expert, which adapts until the wanted share is skipped.
 
     Args:
-        folder: of the bundle.
-        sources: the text, one domain each.
+        folder: the bundle.
+        sources: text, one domain each.
         options: rate, text, memory.
         progress: told about every step.
 
     Raises:
         UnsupportedModelError: the model has one expert per token.
-        UsageError: a rate that cannot be, or too little text.
+        UsageError: an impossible rate, or too little text.
         BudgetError: the memory budget does not suffice.
-        DataSourceError, NotFoundError: the text.
-        CorruptArtifactError, StorageError: the bundle, or what is left of an earlier training.
+        DataSourceError, NotFoundError: the text cannot be read.
+        CorruptArtifactError, StorageError: the bundle or an earlier training's state is damaged.
     """
     start = time.perf_counter()
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
-    shape = manifest.shape
     _require_whole(folder, manifest)
-    share = _share_of_light(options.rate, shape)
-    text = _text(folder, sources, options, vocabulary=shape.vocabulary)
+    share = _share_of_light(options.rate, manifest.shape)
+    text = _text(folder, sources, options, manifest.shape.vocabulary, progress)
     ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
     held_out = ids[torch.from_numpy(text.held_out)]
-    plan = TrainingPlan(
-        share=share,
-        ids=ids[torch.from_numpy(~text.held_out)],
-        batch=options.batch,
-        seed=options.seed,
-    )
-    with _open(
-        folder, options, manifest, n_held_out=held_out.numel(), progress=progress
-    ) as session:
+    train = ids[torch.from_numpy(~text.held_out)]
+    plan = TrainingPlan(share=share, ids=train, batch=options.batch, seed=options.seed)
+    with _open(folder, options, manifest, held_out.numel(), progress) as session:
         experts = MaskedExperts(session=session)
         session.skeleton.set_experts_function(experts)
-        micro_batch = session.plan.workload.batch
         training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
         verdict = judge_pruning(
             experts,
             {layer: router.frozen() for layer, router in training.routers.items()},
-            shape,
+            manifest.shape,
             held_out,
             share=share,
-            micro_batch=micro_batch,
+            micro_batch=session.plan.workload.batch,
             progress=progress,
         )
         budget_bytes = session.plan.memory.budget_bytes
+    written = _write(folder, manifest, training, verdict, options.rate, text.sources)
+    return _report(
+        folder,
+        written,
+        verdict,
+        steps=plan.n_steps,
+        held_out_tokens=held_out.numel(),
+        memory_budget_bytes=budget_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _write(
+    folder: Path,
+    manifest: BundleManifest,
+    training: MaskTraining,
+    verdict: Verdict,
+    rate: float,
+    sources: tuple[str, ...],
+) -> BundleManifest:
+    plan = training.plan
     learned = LearnedPruning(
         file="to-be-named",
-        rate=options.rate,
+        rate=rate,
         offsets=tuple(float(offset) for offset in verdict.offsets),
         penalty=training.penalty_per_slot,
-        quality=verdict.quality(options.seed),
+        quality=verdict.quality(plan.seed),
         tokens=plan.ids.numel(),
-        seed=options.seed,
-        sources=text.sources,
+        seed=plan.seed,
+        sources=sources,
     )
-    router = {layer: each.to_arrays() for layer, each in training.routers.items()}
-    written = write_mask_router(folder, manifest, router, learned)
+    arrays = {layer: each.to_arrays() for layer, each in training.routers.items()}
+    written = write_mask_router(folder, manifest, arrays, learned)
     with storage_errors(folder):
         (folder / _STATE).unlink(missing_ok=True)
-    assert written.pruning is not None
-    most = (shape.top_k - 1) / shape.top_k
+    return written
+
+
+def _report(
+    folder: Path,
+    manifest: BundleManifest,
+    verdict: Verdict,
+    *,
+    steps: int,
+    held_out_tokens: int,
+    memory_budget_bytes: int,
+    seconds: float,
+) -> TunePruningReport:
+    learned = manifest.pruning
+    assert learned is not None
+    most = (manifest.shape.top_k - 1) / manifest.shape.top_k
     return TunePruningReport(
         bundle=str(folder),
-        file=written.pruning.file,
-        rate=options.rate,
+        file=learned.file,
+        rate=learned.rate,
         left_out=most * float(np.mean(list(verdict.left_out.values()))),
-        kl=written.pruning.quality.kl,
-        kl_ci95=written.pruning.quality.kl_ci95,
+        kl=learned.quality.kl,
+        kl_ci95=learned.quality.kl_ci95,
         kl_by_ratio=float(verdict.kl_by_ratio.mean()),
         left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
-        steps=plan.n_steps,
-        tokens=plan.ids.numel(),
-        held_out_tokens=held_out.numel(),
-        penalty=written.pruning.penalty,
-        memory_budget_bytes=budget_bytes,
+        steps=steps,
+        tokens=learned.tokens,
+        held_out_tokens=held_out_tokens,
+        penalty=learned.penalty,
+        memory_budget_bytes=memory_budget_bytes,
         peak_rss_bytes=peak_rss_bytes(),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
     if manifest.selectors:
         raise UsageError(
-            f"the experts of {folder} are in channels, through which nothing is trained",
+            f"the experts of {folder} are stored in channels, which cannot be trained through",
             hint="tune a bundle that was packed without --sparse-experts",
         )
     if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
-            "bundles of all experts",
-            hint="pack one with --bits, or with a plan that leaves none out",
+            f"{folder} lacks {len(manifest.removed)} experts: mask routers need all of them",
+            hint="pack one with --bits, or with a plan that removes none",
         )
 
 
 def _share_of_light(rate: float, shape: MoeShape) -> float:
-    """The share of the slots after the heaviest that a share of all is."""
+    """Convert a share of all slots to a share of the slots after the heaviest."""
     if shape.top_k < 2:
         raise UnsupportedModelError(
-            "this model has one expert per token, so nothing of it can be pruned",
-            hint="moe-tool tune weights lowers what few bits cost",
+            "this model has one expert per token, so none can be skipped",
+            hint="moe-tool tune weights improves models of few bits instead",
         )
     most = (shape.top_k - 1) / shape.top_k
     if not 0 < rate < most:
@@ -221,7 +245,11 @@ def _share_of_light(rate: float, shape: MoeShape) -> float:
 
 
 def _text(
-    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions, *, vocabulary: int
+    folder: Path,
+    sources: Sequence[TextSource],
+    options: TunePruningOptions,
+    vocabulary: int,
+    progress: Progress,
 ) -> TokenSequences:
     longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
@@ -236,6 +264,7 @@ def _text(
         holdout=_HELD_OUT,
         seed=options.seed,
         offline=options.offline,
+        progress=progress,
     )
     if text.held_out.all() or not text.held_out.any():
         raise DataSourceError(
@@ -249,16 +278,15 @@ def _open(
     folder: Path,
     options: TunePruningOptions,
     manifest: BundleManifest,
-    *,
     n_held_out: int,
     progress: Progress,
 ) -> Session:
-    """Open the session with as many sequences in a forward as the budget allows."""
+    """Open the session with as many sequences per forward as the budget allows."""
     config = read_config(folder).get_text_config()
     longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
-        # Not the plan's: it was made for running, and training takes more.
+        # Not the plan's memory: training takes more than running.
         memory=options.memory or AUTO,
         policy=EXACT_POLICY,
         residency="cache",
@@ -282,7 +310,7 @@ def _open(
 
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
-    """What decides the outcome of a training: another one does not go on with its state."""
+    """Return a digest of all that decides the outcome, so that only the same training resumes."""
     weights = manifest.model_dump_json(include={"identity", "records", "others", "skeleton"})
     return order_digest(
         {

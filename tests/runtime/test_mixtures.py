@@ -47,7 +47,9 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 def _open(bundle: Path, memory: str, policy: str = "exact", **options: object) -> Session:
     return open_session(
         bundle,
-        run_options(memory=memory, policy=policy, context=64, prompt_tokens=32, gates=False, **options),  # type: ignore[arg-type]
+        run_options(
+            memory=memory, policy=policy, context=64, prompt_tokens=32, gates=False, **options
+        ),  # type: ignore[arg-type]
     )
 
 
