@@ -1,1 +1,1 @@
-"""What this machine can do, measured once."""
+"""Speeds of this machine, measured once."""

@@ -46,7 +46,7 @@ class _TestFile:
     files: RecordFiles
     name: str
     handle: int
-    """Of the page cache's side"""
+    """Handle that goes through the page cache"""
 
 
 def measure_disk(

@@ -26,7 +26,7 @@ _LEAST_S = 1e-9
 
 
 class SiluGatedModule:
-    """What `expert_forward` asks an experts module of transformers."""
+    """Stand-in for an experts module of transformers, as `expert_forward` asks it."""
 
     has_gate = True
     has_post_expert_norm = False

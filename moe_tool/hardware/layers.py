@@ -1,4 +1,4 @@
-"""What a decoder layer costs at one token beside its matrices: with warm and cold caches, and after
+"""Time of a decoder layer at one token beside its matrices: with warm and cold caches, and after
 a wait.
 
 A random Mixtral of usual width is decoded token by token, and what its matrices take by themselves
@@ -58,18 +58,18 @@ class LayerShape:
     heads: int = 32
     kv_heads: int = 8
     record_bytes: int = 23 * 10**6
-    """Of an expert, about"""
+    """Approximate size of an expert"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimes:
-    """Of one decoder layer."""
+    """Times of one decoder layer."""
 
     warm_s: float
     cold_s: float
     """At least `warm_s`"""
     cold_bytes: int
-    """Of expert weights per layer, in the cold figure"""
+    """Bytes of expert weights per layer, in the cold figure"""
     rested_s: float
     """At least `cold_s`"""
 

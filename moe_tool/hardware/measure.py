@@ -27,7 +27,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 _CACHES_TO_FILL = 4
 _BUSY_LOAD = 0.5
 _ROOM_BYTES = 2**29
-"""What torch and transformers take beside the measured buffers"""
+"""Memory that torch and transformers take beside the measured buffers"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,17 +35,17 @@ class Effort:
     """How much of everything is done."""
 
     disk_bytes: int
-    """Of the test file"""
+    """Size of the test file"""
     disk_pass_s: float
     memory_bytes: int
-    """Of the buffer that is read"""
+    """Size of the buffer that is read"""
     block_bytes: int
-    """Of the experts, at least"""
+    """Size of the experts together, at least"""
     repetitions: int
     tokens: tuple[int, ...]
-    """That experts are given at once"""
+    """Numbers of tokens that experts are given at once"""
     expert_s: float
-    """Of the repetitions of one kind of call"""
+    """Time for the repetitions of one kind of call"""
     decoded_tokens: int
     decode_s: float
     expert_shapes: tuple[Shape, Shape] | None = None

@@ -40,7 +40,7 @@ _SHARE: dict[Bits, float] = {
     "1": 0.48,
 }
 _CALL_S = 60e-6
-"""What a call takes beside its weights, as measured on a 2 vCPU EPYC of 2021"""
+"""Time of a call beside its weights, as measured on a 2 vCPU EPYC of 2021"""
 # Many tokens are bound by the cores. Multiply-adds per second of one core of that machine, whose
 # boost clock is 3.5 GHz, with 64 tokens; AVX-512 is not counted on.
 _CODE_PRODUCTS_PER_S = 7.5e10
@@ -66,7 +66,7 @@ _STORED_BITS: dict[Bits, float] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSheet:
-    """What the makers say."""
+    """Figures of the makers."""
 
     about: str
     """The machine in one line"""
@@ -77,13 +77,13 @@ class DataSheet:
     memory_bytes_per_s: float
     """Transfers per second x 8 bytes x 2 channels"""
     core_bytes_per_s: float
-    """What one core can have under way: no sheet has it; as measured by others on such cores"""
+    """Memory rate of one core: no sheet has it; as measured by others on such cores"""
     kernels: str
-    """That the processor's instructions allow"""
+    """Kernels that the processor's instructions allow"""
     disk_bytes_per_s: float
     """Sequential reads"""
     disk_latency_s: float
-    """Of a random read of 4 KiB, one at a time"""
+    """Latency of a random read of 4 KiB, one at a time"""
     gpu: GpuSpeed | None = None
 
 

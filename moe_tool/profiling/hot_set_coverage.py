@@ -1,4 +1,4 @@
-"""What hot sets of several sizes answer: on other text, in other domains, beside the best there
+"""Coverage of hot sets of several sizes: on other text, in other domains, beside the best there
 is."""
 
 from collections.abc import Sequence

@@ -26,7 +26,7 @@ NEXT_GATES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPlan:
-    """What does not change from layer to layer. T tokens in N sequences."""
+    """Plan of a pass, the same for all layers. T tokens in N sequences."""
 
     n_tokens: int
     sample_rows: np.ndarray

@@ -33,7 +33,7 @@ Experts = Mapping[int, Mapping[str, FloatWeight]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredTokens:
-    """What is known of the T tokens of a trace, and the layer's input on n of them."""
+    """Facts of the T tokens of a trace, and the layer's input on n of them."""
 
     domain: np.ndarray
     """[T] int"""

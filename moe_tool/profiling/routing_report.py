@@ -1,4 +1,4 @@
-"""What a profile says of caching and reading ahead, layer by layer."""
+"""Caching and reading ahead by a profile, layer by layer."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from moe_tool.progress import SILENT, Progress
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """What the routers after a layer name on its input."""
+    """Experts that the routers after a layer name on its input."""
 
     layer: int
     next_gate: np.ndarray

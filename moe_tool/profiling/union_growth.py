@@ -52,7 +52,7 @@ def mean_union_growth(layers: Sequence[UnionGrowth]) -> UnionGrowth:
 
 
 def _gaps(top_k_index: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every use: its token's position, and the tokens since the expert's last use in the
+    """Return for every use its token's position, and the tokens since the expert's last use in the
     sequence; where there is none, the tokens since before its start."""
     n_sequences, seq_len, top_k = top_k_index.shape
     first_cell = np.arange(n_sequences)[:, None, None] * n_experts

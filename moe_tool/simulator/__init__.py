@@ -1,1 +1,1 @@
-"""What a memory budget and an eviction policy would cost, from a recorded trace."""
+"""Costs of memory budgets and eviction policies, from a recorded trace."""

@@ -1,4 +1,4 @@
-"""What a replay counted, call by call."""
+"""Counts of a replay, call by call."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class CallCounts:
     prefetches: np.ndarray
     """Experts that were read ahead during the call"""
     prefetch_hits: np.ndarray
-    """Those among `hits` that had been read ahead for this call"""
+    """Hits that had been read ahead for this call"""
 
     @classmethod
     def zeros(cls, n_calls: int) -> "CallCounts":

@@ -12,7 +12,7 @@ _N_READERS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallCosts:
-    """Of one model on one machine, one token at a time."""
+    """Costs of one model on one machine, one token at a time."""
 
     forward_s: float
     """Per forward: the skeleton's matrices"""

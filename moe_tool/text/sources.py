@@ -1,4 +1,4 @@
-"""What --data can name, and the way from such a name to documents."""
+"""Names that --data takes, and the way from such a name to documents."""
 
 import os
 import re

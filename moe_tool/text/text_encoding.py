@@ -1,4 +1,4 @@
-"""What to type about bytes that are no UTF-8 text: a command that works as it stands."""
+"""Commands to type about bytes that are no UTF-8 text: a command that works as it stands."""
 
 import shlex
 from pathlib import Path

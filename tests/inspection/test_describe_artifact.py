@@ -13,9 +13,9 @@ from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.inspection.description import Description
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.progress import SILENT
 from moe_tool.reports.description_tables import tables_of
+from tests.packed import pack_bundle
 
 
 def describe(path: Path, *, verify: bool = False) -> Description:
