@@ -94,9 +94,27 @@ def test_no_module_imports_what_stands_above_it() -> None:
     assert upward_imports(PACKAGE) == []
 
 
+def strange_folders(package: Path) -> list[str]:
+    """Say which folders with code have no `__init__.py`, and which rooms no place in BELOW."""
+    folders = {path.parent for path in package.rglob("*.py")}
+    wrong = [
+        f"{folder.relative_to(package)} has no __init__.py"
+        for folder in sorted(folders)
+        if not (folder / "__init__.py").is_file()
+    ]
+    rooms = {folder.name for folder in folders if folder.parent == package}
+    return wrong + [f"{room} has no place" for room in sorted(rooms - set(BELOW) - EVERYTHING)]
+
+
 def test_every_folder_has_its_place() -> None:
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert folders - set(BELOW) - EVERYTHING == set()
+    assert strange_folders(PACKAGE) == []
+
+
+def test_a_strange_folder_is_found(tmp_path: Path) -> None:
+    for file in ("__init__.py", "store/__init__.py", "attic/slots.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("")
+    assert strange_folders(tmp_path) == ["attic has no __init__.py", "attic has no place"]
 
 
 @pytest.mark.parametrize(

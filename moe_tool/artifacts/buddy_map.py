@@ -1,4 +1,4 @@
-"""Who can stand in for whom: for every expert a ranked list of stand-ins with scale and price."""
+"""Buddy map: for every expert a ranked list of substitutes with scale and price."""
 
 from typing import Annotated, Literal
 
@@ -10,31 +10,30 @@ from moe_tool.artifacts.schema import FrozenModel
 
 BUDDY_MAP_VERSION: Literal[1] = 1
 Similarity = Literal["output", "cka", "cosine", "coactivation", "router"]
-SIMILARITIES: tuple[Similarity, ...] = ("output", "cka", "cosine", "coactivation", "router")
 
 
 class Buddy(FrozenModel):
-    """One stand-in."""
+    """One substitute for an expert."""
 
     expert: Index
     similarity: float
-    """By the map's own measure; higher is better"""
+    """Similarity by the map's measure `by`; higher is better"""
     scale: float
-    """Factor on the stand-in's output, fitted in-sample"""
+    """Factor on the substitute's output, fitted in-sample"""
     price: Annotated[float, Field(ge=0)]
-    """eps_buddy in-sample"""
+    """Relative error of the scaled output, in-sample (`eps_buddy`)"""
     price_held_out: Annotated[float, Field(ge=0)]
-    """eps of the same scale on held-out tokens"""
+    """Relative error with the same scale on held-out tokens"""
 
 
 class LayerBuddies(FrozenModel):
-    """One MoE layer's stand-ins."""
+    """Substitutes of one MoE layer's experts."""
 
     layer: Index
     entropy_threshold: Annotated[float, Field(ge=0, le=1)]
     """BuddyMoE's tau: 15th percentile of the token activating entropy in the profile"""
     buddies: tuple[tuple[Buddy, ...], ...]
-    """[E] lists, best first"""
+    """[E] lists of substitutes, best first"""
     clusters: tuple[Index, ...]
     """[E] cluster label of each expert (agglomerative, average linkage, on 1 - similarity)"""
 
@@ -60,7 +59,7 @@ class BuddyMap(FrozenModel):
     tool_version: str
     identity: ModelIdentity
     profile_sha256: HexDigest
-    """The profile file that it was made from"""
+    """sha256 of the profile that the map was made from"""
     by: Similarity
     k: Count
     layers: tuple[LayerBuddies, ...]

@@ -1,10 +1,9 @@
-"""What one MoE layer's experts were measured to do: loads, outputs, and the price of every answer
-to a miss.
+"""Measured statistics of one MoE layer's experts: loads, outputs, and the price of every answer to
+a miss.
 
-A price is the expected squared error relative to the expert's own output energy, as a ratio of
-norms:
-eps = sqrt(E||E_i(x) - answer(x)||^2 / E||E_i(x)||^2), over tokens routed to i. 0 is perfect, 1 is
-as bad as nothing.
+The price of an answer is its relative error over the tokens routed to expert i:
+eps = sqrt(E||E_i(x) - answer(x)||^2 / E||E_i(x)||^2). 0 is exact, 1 as bad as leaving the expert
+out.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ PRICED_WIDTHS: tuple[int, ...] = (8, 4, 3, 2, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingCounts:
-    """Sums over tokens of one part of the trace (in-sample or held-out)."""
+    """Sums over the in-sample or the held-out tokens of a layer's trace."""
 
     n_tokens: int
     load: np.ndarray
@@ -33,8 +32,7 @@ class RoutingCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeStatistics:
-    """All experts of a layer evaluated on one shared sample of tokens (of one part of the
-    trace)."""
+    """All experts of a layer evaluated on one sample of in-sample or of held-out tokens."""
 
     n_sampled: int
     """Tokens in the shared sample"""
@@ -66,17 +64,16 @@ class ProbeStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertStatistics:
-    """One MoE layer's measurements."""
+    """Measurements of one MoE layer."""
 
     in_sample: RoutingCounts
     held_out: RoutingCounts
     probe: ProbeStatistics
-    """On in-sample tokens"""
+    """Probe of in-sample tokens"""
     probe_held_out: ProbeStatistics
-    """On held-out tokens, scales refitted there; see `eps_buddy_transferred` for the honest
-    price"""
+    """Probe of held-out tokens, with scales fitted to them: its prices are optimistic"""
     eps_buddy_transferred: np.ndarray
-    """[E, E] float32: price on held-out tokens of the scales fitted in-sample"""
+    """[E, E] float32: price on held-out tokens with the scales fitted in-sample"""
     eps_bits: np.ndarray
     """[E, 5] float32: price of round-to-nearest codes at PRICED_WIDTHS bits, group 64"""
     eps_bits_n_tokens: np.ndarray
@@ -90,8 +87,8 @@ class ExpertStatistics:
 
     @property
     def nats(self) -> np.ndarray:
-        """[E] float64: KL that a slot of gate weight 1 adds where nothing answers it; an answer
-        with error eps at gate weight g adds (g * eps)^2 times that."""
+        """[E] float64: KL in nats added by leaving the expert out at gate weight 1; an answer with
+        error eps at gate weight g adds (g * eps)^2 times as much."""
         ratio = self.probe.output_ratio.astype(np.float64)
         found: np.ndarray = self.sensitivity * ratio**2
         return found

@@ -1,4 +1,4 @@
-"""Which model an artifact belongs to, with the sentence that refuses another one."""
+"""Identity of the model that an artifact belongs to, and the refusal of another model's."""
 
 from typing import Annotated
 
@@ -11,21 +11,20 @@ HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ModelIdentity(FrozenModel):
-    """Tells two checkpoints apart, two fine-tunes of one model included, without reading all of
-    either."""
+    """Hashes that tell checkpoints apart, fine-tunes of one model included."""
 
     name: str
-    """What the user called the model: an alias, a hub id or a folder's name. Never compared."""
+    """Name that the user gave: an alias, a hub id or a folder's name. Never compared."""
     model_type: str
     """transformers' model type, e.g. "mixtral"."""
     quick: HexDigest
     """sha256 over the canonical config, every tensor's name, dtype and shape, and the bytes of
-    routers and norms."""
+    routers and norms: cheap, and different between fine-tunes."""
     full: HexDigest | None = None
     """sha256 over every tensor's bytes, in name order; None until a stage has read them all."""
 
     def matches(self, other: "ModelIdentity") -> bool:
-        """Return whether both name the same weights, by the full hash where both have one."""
+        """Return whether the weights are the same, by the full hash where both have one."""
         if self.full is not None and other.full is not None:
             return self.full == other.full
         return self.quick == other.quick
@@ -34,7 +33,7 @@ class ModelIdentity(FrozenModel):
 def require_same_model(
     found: ModelIdentity, wanted: ModelIdentity, *, artifact: str, remedy: str
 ) -> None:
-    """Refuse an artifact of another model by name.
+    """Refuse an artifact that was made from another model.
 
     Args:
         found: the identity written in the artifact.

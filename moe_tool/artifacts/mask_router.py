@@ -1,4 +1,4 @@
-"""The learned estimate of how much each of a token's experts is worth keeping."""
+"""Learned routers that score how many of a token's experts are worth running."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,25 +10,24 @@ from moe_tool.artifacts.moe_shape import MoeShape
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerMaskRouter:
-    """One layer's router over keep-patterns "the j heaviest experts of the token", j = 1 to K.
+    """One layer's linear router over the patterns "keep the j heaviest experts", j = 1 to K.
 
-    It is linear in what it looks at. Row i belongs to the slot of rank i + 1 by gate weight and
-    says what keeping that slot beside the heavier ones adds to the logit of a pattern; the logit of
-    "keep one" is 0.
+    Row i gives the logit that keeping the expert of rank i + 1 (by gate weight) adds to keeping
+    only the heavier ones; the logit of "keep one" is 0.
     """
 
     by_hidden: np.ndarray
-    """[K-1, H] float32: of the layer's input at root mean square 1"""
+    """[K-1, H] float32 coefficients of the layer's input, scaled to root mean square 1"""
     by_weight: np.ndarray
-    """[K-1, 2K] float32: of the logarithms of the gate weights, heaviest first, then of these"""
+    """[K-1, 2K] float32 coefficients of log gate weights, heaviest first, then of the weights"""
     by_expert: np.ndarray
-    """[K-1, E] float32: of which expert the slot wants"""
+    """[K-1, E] float32 coefficients of the slot's expert, one-hot"""
     bias: np.ndarray
-    """[K-1] float32"""
+    """[K-1] float32 constant terms"""
 
 
 MaskRouter = Mapping[int, LayerMaskRouter]
-"""By decoder layer, every MoE layer of a model"""
+"""Routers by decoder-layer index, one for every MoE layer"""
 
 MASK_ROUTER_PARTS = tuple(field.name for field in fields(LayerMaskRouter))
 

@@ -13,15 +13,13 @@ FLOAT_SIZE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ExpertTensor(FrozenModel):
-    """One tensor of one expert, in canonical form: matrices are [out, in] whatever the checkpoint
-    does."""
+    """One tensor of one expert; matrices are [out, in] whatever layout the checkpoint has."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
-    """The experts module's parameter name: gate_up_proj, up_proj, down_proj, gate_up_proj_bias,
+    """Parameter name in the experts module: gate_up_proj, up_proj, down_proj, gate_up_proj_bias,
     ..."""
     shape: tuple[Count, ...]
-    """[out, in] of a matrix, [out] of a bias. Rows of gate_up_proj are in the module's own
-    order."""
+    """Extents: [out, in] for a matrix, [out] for a bias; rows of gate_up_proj in module order."""
 
     @property
     def n_weights(self) -> int:
@@ -33,7 +31,7 @@ class ExpertTensor(FrozenModel):
 
 
 class MoeShape(FrozenModel):
-    """What the tool needs to know of an architecture, read from transformers' modules."""
+    """Dimensions of an architecture, read from its transformers modules."""
 
     model_type: str
     n_decoder_layers: Count
@@ -46,11 +44,11 @@ class MoeShape(FrozenModel):
     hidden: Count
     """H: width of the residual stream."""
     vocabulary: Count
-    """V"""
+    """V: rows of the embedding."""
     dtype: FloatName
-    """The dtype of the expert weights in the checkpoint."""
+    """Dtype of the expert weights in the checkpoint."""
     expert_tensors: tuple[ExpertTensor, ...]
-    """In the order of the experts module's parameters."""
+    """Tensors of one expert, in the order of the experts module's parameters."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "MoeShape":

@@ -1,5 +1,4 @@
-"""What the routers said: for every token of a profile and every MoE layer, the experts chosen and
-why."""
+"""Router trace: chosen experts, gate weights and logits of every token in every MoE layer."""
 
 from dataclasses import dataclass
 
@@ -11,34 +10,33 @@ class TracedTokens:
     """The tokens of a profile, in sequence order. N sequences of S tokens; T = N * S."""
 
     ids: np.ndarray
-    """[N, S] int32"""
+    """[N, S] int32 token ids"""
     domain: np.ndarray
     """[N] int16, index into `domains`"""
     document: np.ndarray
     """[N, S] int32, running number of the document that a token belongs to"""
     held_out: np.ndarray
-    """[N] bool: True for the sequences kept apart to check every number that a plan relies on"""
+    """[N] bool: True for sequences kept apart to check the figures measured on the others"""
     domains: tuple[str, ...]
-    """Labels, as the user gave them."""
+    """Names of the domains, as the user gave them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTrace:
-    """One MoE layer's routing of all T tokens, rows in the order of
-    TracedTokens.ids.reshape(-1)."""
+    """Routing of all T tokens in one MoE layer, rows in the order of TracedTokens.ids."""
 
     top_k_index: np.ndarray
-    """[T, K] uint16: the truth of routing, as the experts were called"""
+    """[T, K] uint16: expert ids as the model called them"""
     top_k_weight: np.ndarray
-    """[T, K] float16: gate weights as the model applies them"""
+    """[T, K] float16: gate weights as the model applied them"""
     router_logits: np.ndarray
     """[T, E] float16: raw logits of the router"""
     selection_score: np.ndarray | None
-    """[T, E] float16 where the model selects by something else than its logits (bias, groups),
-    else None"""
+    """[T, E] float16: scores that top-k is taken of where they are not the logits (bias, groups);
+    None where they are"""
     next_gate_index: np.ndarray
-    """[D, T, K] uint16: top-k of the routers of the next D = up to 3 MoE layers, applied to this
-    layer's input"""
+    """[D, T, K] uint16: top-k that the routers of the next D <= 3 MoE layers give on this layer's
+    input"""
 
 
 def mean_squared_gates(index: np.ndarray, weight: np.ndarray, n_experts: int) -> np.ndarray:

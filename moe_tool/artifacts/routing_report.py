@@ -1,7 +1,7 @@
-"""Caching and reading ahead by a profile's traces: results, by layer and for the model.
+"""Caching and prefetching figures of a profile, by layer and for the model.
 
-A use is a (token, expert) choice. A share is of uses, 0..1, and None where there were no tokens to
-measure it on. Figures of the whole model are means over its MoE layers, unless they say otherwise.
+A use is a (token, expert) choice. A share is a part of the uses, 0..1; None without tokens. Model
+figures are means over its MoE layers, unless they say otherwise.
 """
 
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ Shares = tuple[float | None, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainPair:
-    """A hot set of one domain, asked of another one."""
+    """Share of one domain's held-out uses that another domain's hot set answers."""
 
     hot_in: str
-    """Whose in-sample loads chose the set"""
+    """Domain whose in-sample loads chose the set"""
     asked_of: str
-    """Whose held-out uses it has to answer"""
+    """Domain whose held-out uses are counted"""
     share: float
 
 
@@ -28,56 +28,56 @@ class DomainTransfer:
     """How well each domain's hot set answers every domain's held-out uses."""
 
     shares: tuple[Shares, ...]
-    """[D, D]: the set that is hot in the row's domain, on the uses of the column's"""
+    """[D, D] shares: the hot set of the row's domain on the uses of the column's"""
     same_domain: float | None
     """Mean of the diagonal"""
     other_domain: float | None
-    """Mean beside the diagonal"""
+    """Mean of the entries off the diagonal"""
     worst: DomainPair | None
-    """The lowest beside the diagonal"""
+    """Lowest entry off the diagonal"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HotSetCoverage:
-    """Uses that the hottest experts in-sample answer."""
+    """Share of the uses answered by the most used experts, chosen in-sample."""
 
     percent: int
-    """Size of the set, of a layer's experts"""
+    """Size of the set in percent of a layer's experts"""
     n_hot: int
-    """The same in experts, rounded down, at least one"""
+    """Size of the set in experts, rounded down, at least one"""
     by_chance: float
     """Share that a set of this size answers where all experts are used evenly"""
     in_sample: float | None
     held_out: float | None
-    """Share that the same set answers held-out"""
+    """Share of the held-out uses that the in-sample set answers"""
     best_per_sequence: float | None
-    """Mean over held-out sequences of what each one's own best set of this size answers: nothing
-    that is chosen once for a whole prompt does better"""
+    """Mean over held-out sequences of the share answered by each one's best set of this size: an
+    upper bound for any set that is chosen once per prompt"""
     domains: DomainTransfer | None
-    """None with fewer than two domains"""
+    """Transfer between domains; None with fewer than two"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatePrediction:
-    """How well the experts named beforehand are those chosen, on one part of the tokens."""
+    """How well predicted experts match the chosen ones, in-sample or held-out."""
 
     n_tokens: int
     share: float
-    """Share of the uses whose expert was among the K named"""
+    """Share of the uses whose expert was among the K predicted"""
     by_chance: float
-    """Share expected if names and choices were independent draws with the loads they have"""
+    """Expected share if predictions and choices were independent with the same loads"""
     top_1: float
-    """Share of the tokens whose expert with the largest gate weight was among the K named"""
+    """Share of the tokens whose expert of largest gate weight was among the K predicted"""
     top_1_by_chance: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextGate:
-    """A layer's router applied to the input of the MoE layer that is `depth` before it."""
+    """A layer's router applied early, to the input of the MoE layer `depth` before it."""
 
     depth: int
     from_layer: int | None
-    """Decoder-layer index of that earlier layer; None in a mean over layers"""
+    """Decoder-layer index of the earlier layer; None in a mean over layers"""
     in_sample: GatePrediction | None
     held_out: GatePrediction | None
 
@@ -87,12 +87,11 @@ class UnionGrowth:
     """Distinct experts that n consecutive tokens of a sequence touch in a layer, over K."""
 
     n_tokens: tuple[int, ...]
-    """n"""
+    """Window lengths n"""
     measured: Shares
-    """By n, mean over all windows of all sequences; not a share: 1..n. None where no sequence has n
-    tokens"""
+    """Mean over all windows by n: 1..n, not a share; None where no sequence has n tokens"""
     by_chance: tuple[float, ...]
-    """By n, if every token drew its K experts uniformly and on its own"""
+    """Expected value by n if every token drew its K experts uniformly"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,39 +112,39 @@ class ReuseHistogram:
     """
 
     uses: int
-    """Number of uses"""
+    """Number of uses in all bins, first uses included"""
     first_uses: int
     bins: tuple[ReuseBin, ...]
-    """0, 1, 2-3, 4-7, ... up to what the number of experts allows"""
+    """Distances 0, 1, 2-3, 4-7, ... up to the number of experts"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRouting:
-    """One MoE layer."""
+    """Routing figures of one MoE layer."""
 
     layer: int
     """Decoder-layer index"""
     hot_sets: tuple[HotSetCoverage, ...]
-    """By size"""
+    """Coverage by size of the set"""
     next_gate: tuple[NextGate, ...]
-    """By depth: how this layer's choices were foreseen; empty in the first MoE layer"""
+    """Predictions of this layer's choices by depth; empty in the first MoE layer"""
     union_growth: UnionGrowth
     reuse: ReuseHistogram
-    """Reuse of held-out uses, other experts of this layer counted alone"""
+    """Distances between held-out uses, counting other experts of this layer only"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingReport:
-    """One profile."""
+    """Routing figures of one profile."""
 
     domains: tuple[str, ...]
     hot_sets: tuple[HotSetCoverage, ...]
     next_gate: tuple[NextGate, ...]
     union_growth: UnionGrowth
     reuse: ReuseHistogram
-    """Reuse of held-out uses in their order through all layers, experts of all layers counted"""
+    """Distances between held-out uses in decoding order, counting experts of all layers"""
     reuse_within_layer: ReuseHistogram
-    """Sum over the layers'"""
+    """Sum of the layers' histograms"""
     layers: tuple[LayerRouting, ...]
 
 
@@ -176,9 +175,9 @@ class LayerCoverage:
     coverage_held_out_best: float | None
     """Share that the held-out tokens' own hottest quarter answers: the most that a set can"""
     domain_coverage: tuple[float | None, ...]
-    """[D]: share of each domain's in-sample uses that the hot set answers; None without tokens"""
+    """[D] shares of the in-sample uses that the hot set answers, by domain; None without tokens"""
     domain_coverage_held_out: tuple[float | None, ...]
-    """[D]: the same of its held-out uses"""
+    """[D] shares of the held-out uses that the hot set answers, by domain"""
     domain_distance: float
     """Largest total variation between two domains' in-sample loads: 0 alike, 1 no shared expert"""
     pin: str

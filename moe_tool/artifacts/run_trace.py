@@ -1,4 +1,4 @@
-"""What a run named, call by call, and what it counted: `run --record-trace`."""
+"""Run trace: the experts that each layer call of a run accessed, and the counters of the run."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,34 +14,36 @@ from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.budget.slots import min_slots
 
 MAX_LAYERS = 512
-"""With experts; four times those of the deepest models"""
+"""MoE layers accepted from a file: four times those of the deepest models"""
 _Seconds = Annotated[float, Field(ge=0, le=1e9)]
 _Number = Annotated[int, Field(ge=0, le=2**50)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedCalls:
-    """C layer calls with A accesses. A key is a layer's position among the MoE layers times the
-    experts of a layer, plus the expert's number."""
+    """C layer calls with A expert accesses.
+
+    A key is an expert's number plus E times its layer's position among the MoE layers.
+    """
 
     layer: np.ndarray
-    """[C] int32: position of the layer"""
+    """[C] int32: position of the layer among the MoE layers"""
     is_decode: np.ndarray
-    """[C] bool"""
+    """[C] bool: True for calls of one decoded token, False for prompts"""
     start: np.ndarray
-    """[C + 1] int64: where a call's keys begin"""
+    """[C + 1] int64: index in `keys` at which each call begins"""
     keys: np.ndarray
-    """[A] int32, ascending within a call"""
+    """[A] int32 keys, ascending within a call"""
     guess_start: np.ndarray
-    """[C + 1] int64"""
+    """[C + 1] int64: index in `guesses` at which each call begins"""
     guesses: np.ndarray
-    """int32: keys that later layers were predicted to name; none where nothing asked for them"""
+    """int32 keys predicted for later layers; empty where nothing needed predictions"""
     scores: np.ndarray | None
-    """[C, E] uint16: what the router said; None where it was not heard"""
+    """[C, E] uint16: quantized router scores; None where nothing needed scores"""
 
 
 class RunTraceHeader(FrozenModel):
-    """How the run was made and what it counted."""
+    """Options and counters of the recorded run."""
 
     identity: ModelIdentity
     shape: MoeShape
@@ -49,18 +51,18 @@ class RunTraceHeader(FrozenModel):
     record_size_bytes: Count
     skeleton_precision: Precision
     matrix_bytes: _Number
-    """That a forward reads of the skeleton"""
+    """Skeleton bytes that matrix products read in one forward"""
     n_matrices: _Number
-    """Of the skeleton, routers not counted"""
+    """Skeleton matrices, routers not counted"""
     threads: Annotated[int, Field(ge=1, le=4096)]
     n_slots: Count
     """Expert records in memory, pinned ones included"""
     pinned: tuple[tuple[int, int], ...]
-    """(layer, expert)"""
+    """(layer, expert) pairs that are never evicted"""
     eviction: EvictionName
     prefetch: Annotated[str, Field(pattern="^(none|next-layer)$")]
     n_calls_before: _Number
-    """Calls at the beginning that are not counted here: they filled the cache"""
+    """Warm-up calls at the beginning, which the counters leave out"""
     prompt_tokens: _Number
     decode_tokens: _Number
     decode_seconds: _Seconds
@@ -71,7 +73,7 @@ class RunTraceHeader(FrozenModel):
     prompt_hits: _Number
     prompt_misses: _Number
     stall_seconds: _Seconds
-    """While decoding"""
+    """Time that decoding waited for reads"""
     tool_version: str
 
     @model_validator(mode="after")

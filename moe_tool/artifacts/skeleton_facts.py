@@ -1,4 +1,4 @@
-"""What a planner has to know of a model beside its experts, without the checkpoint at hand."""
+"""Sizes of everything in a model but its experts, so that a planner needs no checkpoint."""
 
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ _WIDTH_BITS = {"8": 8, "4": 4}
 
 
 class LinearCount(FrozenModel):
-    """Matrices of one shape."""
+    """Number of matrices of one shape."""
 
     n_outputs: Count
     n_inputs: Count
@@ -30,7 +30,7 @@ class LinearCount(FrozenModel):
         return self.count * self.n_outputs * self.n_inputs
 
     def stored_bytes(self, width_bits: int, group: int) -> int:
-        """Return what all of them take as codes, with a float16 scale per group and row."""
+        """Return the bytes of all these matrices as codes, with a float16 scale per group."""
         n_outputs = _up_to(self.n_outputs, _TILE_OUTPUTS)
         code_bytes = n_outputs * _up_to(self.n_inputs, _TILE_INPUTS) * width_bits // 8
         scale_bytes = n_outputs * -(-self.n_inputs // group) * _SCALE_BYTES
@@ -43,16 +43,15 @@ class SkeletonFacts(FrozenModel):
     native_bytes: _SizeBytes
     """Every tensor that is not a routed expert's, as the checkpoint stores it"""
     linear_native_bytes: _SizeBytes
-    """Those of them that are not stored any more where matrices are stored as codes"""
+    """Bytes of `native_bytes` that codes replace when matrices are quantized"""
     largest_tensor_bytes: _SizeBytes
-    """The largest of all of them"""
+    """Largest single tensor"""
     linears: Annotated[tuple[LinearCount, ...], Field(max_length=2**16)]
     """Every matrix that may be stored as codes, by shape, ascending"""
     tied_head_weights: _SizeBytes
-    """Scalars of those among them whose floats stay: a head that is tied to the embedding gets
-    codes beside the table"""
+    """Scalars of a head tied to the embedding: it gets codes and the embedding stays as it is"""
     config_json: Annotated[str, Field(max_length=_MAX_CONFIG_CHARACTERS)]
-    """config.json on one line, for models.model_config.config_from_json; mere data until then"""
+    """config.json on one line, to be read by models.model_config.config_from_json"""
 
     @model_validator(mode="after")
     def _consistent(self) -> "SkeletonFacts":
@@ -62,17 +61,12 @@ class SkeletonFacts(FrozenModel):
             raise ValueError("the tied head is larger than all matrices")
         return self
 
-    @property
-    def linear_weights(self) -> int:
-        """Scalars of the matrices that codes stand in for, the copy of a tied head not counted."""
-        return sum(linear.n_weights for linear in self.linears) - self.tied_head_weights
-
     def stored_bytes(self, bits: Literal["native", "8", "4"], group: int = 64) -> int:
         """Return the bytes of the skeleton's tensors in a bundle of `pack --skeleton-bits`.
 
         Args:
             bits: of the matrices in `linears`; everything else keeps the checkpoint's dtype.
-            group: inputs of a row that share a scale.
+            group: adjacent inputs of a row that share a scale.
         """
         if bits == "native":
             return self.native_bytes

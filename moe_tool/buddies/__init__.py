@@ -1,1 +1,1 @@
-"""Stand-ins of experts, from what a profile measured."""
+"""Buddy maps: ranked substitutes for every expert, from a profile."""

@@ -1,4 +1,4 @@
-"""The story of `buddies`: each layer's experts ranked as stand-ins for each other."""
+"""Build a buddy map: each layer's experts ranked as substitutes for each other."""
 
 import numpy as np
 
@@ -13,23 +13,23 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.entropy import token_activating_entropy
 
 ENTROPY_PERCENTILE = 15.0
-"""BuddyMoE's p, of 10..20: tokens whose entropy is below it are answered exactly."""
+"""BuddyMoE's p (10..20): tokens with entropy below this percentile are answered exactly."""
 
 
 def build_buddy_map(
     profile: ProfileReader, *, k: int, by: Similarity = "output", mass: float = CUMULATIVE_MASS
 ) -> BuddyMap:
-    """Return for every expert its k best stand-ins by one measure, best first.
+    """Return for every expert its k best substitutes by one measure, best first.
 
-    Whatever the measure, scale and price are those of the regression on the expert's output: the
-    measure only ranks. A scale may be negative, where a stand-in mostly puts out the opposite. By
-    `coactivation` a list may be shorter than k: it ends where BuddyMoE's does.
+    The measure only ranks; scale and price always come from the regression on the expert's output.
+    A scale may be negative. With `coactivation` a list may be shorter than k: it ends where
+    BuddyMoE's does.
 
     Args:
-        profile: open; its layers are read one at a time.
-        k: stand-ins per expert, 1..E-1.
+        profile: an open one; its layers are read one at a time.
+        k: substitutes per expert, 1..E-1.
         by: the measure that ranks.
-        mass: of `coactivation`, the cumulative frequency at which a list ends, 0..1.
+        mass: cumulative frequency at which a list by `coactivation` ends, 0..1.
 
     Raises:
         UsageError: k is not in 1..E-1.
@@ -38,8 +38,8 @@ def build_buddy_map(
     n_experts = profile.header.shape.experts
     if not 1 <= k <= n_experts - 1:
         raise UsageError(
-            f"{k} stand-ins asked for, a layer of {profile.header.identity.name} has {n_experts} "
-            f"experts: {n_experts - 1} others",
+            f"--k {k}: a layer of {profile.header.identity.name} has {n_experts} experts, "
+            f"so {n_experts - 1} possible stand-ins for each",
             hint=f"give --k 1 to {n_experts - 1}"
             if n_experts > 1
             else "a model with one expert per layer has no stand-ins",
@@ -79,7 +79,7 @@ def entropy_threshold(weights: np.ndarray) -> float:
     """Return BuddyMoE's tau: the 15th percentile of the tokens' entropy, 0..1; 0 without tokens.
 
     Args:
-        weights: [T, K], gate weights.
+        weights: [T, K] gate weights.
     """
     if len(weights) == 0:
         return 0.0
@@ -89,7 +89,7 @@ def entropy_threshold(weights: np.ndarray) -> float:
 def _ranked(
     similarity: np.ndarray, expert: int, *, k: int, by: Similarity, mass: float
 ) -> list[int]:
-    """Return the stand-ins of one expert from its [E] row of similarities, ties by lower id."""
+    """Return the substitutes of one expert from its [E] row of similarities, ties by lower id."""
     if by == "coactivation":
         return frequent_companions(similarity, k=k, mass=mass)
     order = np.argsort(-similarity, kind="stable")

@@ -1,4 +1,4 @@
-"""Groups of experts that are alike: average-linkage agglomerative clustering of 1 - similarity."""
+"""Clusters of similar experts: average-linkage agglomerative clustering of 1 - similarity."""
 
 import numpy as np
 
@@ -6,12 +6,11 @@ import numpy as np
 def cluster_experts(similarity: np.ndarray) -> tuple[int, ...]:
     """Return the cluster of each expert, E labels numbered by their first member.
 
-    There are max(1, E // 2) clusters, by any measure: a threshold on the distance would mean
-    something else for a correlation than for a price, and two measures could not be compared.
-    An asymmetric similarity is averaged over both directions.
+    The number of clusters is max(1, E // 2) for any measure, since distances of different measures
+    are not comparable. An asymmetric similarity is averaged over both directions.
 
     Args:
-        similarity: [E, E] float, higher is more alike; the diagonal is ignored.
+        similarity: [E, E] float, higher is more similar; the diagonal is ignored.
     """
     n_experts = len(similarity)
     n_clusters = max(1, n_experts // 2)

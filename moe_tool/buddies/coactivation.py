@@ -1,21 +1,21 @@
-"""BuddyMoE's own lists: the experts that are most often chosen together with one.
+"""BuddyMoE's buddy lists: the experts most often chosen together with one.
 
-Being chosen together does not mean computing the same; the lists are here as published.
+Co-activation does not imply similar outputs; the lists are implemented as published.
 """
 
 import numpy as np
 
 CUMULATIVE_MASS = 0.9
-"""alpha of the re-implementation that we know of; the paper's tables do not name theirs."""
+"""Threshold alpha of a public re-implementation; the paper does not state its own."""
 
 
 def conditional_frequency(coactivation: np.ndarray) -> np.ndarray:
-    """Return q(j|i) = M(i, j) / sum over j of M(i, j), the diagonal left out, [E, E] float64.
+    """Return q(j|i) = M(i, j) / sum over j of M(i, j), without the diagonal, [E, E] float64.
 
-    A row of an expert that was never chosen with another one is 0.
+    The row of an expert that was never chosen with another one is 0.
 
     Source: arXiv:2511.10054. Deviation: no Laplace smoothing, which would only add buddies that
-    were never seen together.
+    were never chosen together.
 
     Args:
         coactivation: [E, E] int64, tokens whose top-k holds both.
@@ -32,18 +32,18 @@ def frequent_companions(
 ) -> list[int]:
     """Return the shortest list of experts whose frequencies add up to `mass`, cut at k, best first.
 
-    Experts that were never seen together are not listed, so that the list may be empty.
+    Experts never chosen together are not listed, so the list may be empty.
 
     Source: arXiv:2511.10054, cumulative frequency threshold.
 
     Args:
         frequency: [E] float64, one row of `conditional_frequency`.
-        k: the longest list wanted.
+        k: maximum length of the list.
         mass: alpha, 0..1.
     """
     ranked = np.argsort(-frequency, kind="stable")  # ties by lower id
     cumulative = np.cumsum(frequency[ranked])
-    # A rounding below alpha must not cost one more buddy.
+    # Rounding below alpha must not add one more buddy.
     shortest = int(np.searchsorted(cumulative, mass - 1e-12)) + 1
     companions = ranked[: min(shortest, k)]
     return [int(expert) for expert in companions if frequency[expert] > 0]

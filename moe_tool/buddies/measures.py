@@ -1,4 +1,4 @@
-"""Measures of a good stand-in, as `--by` names them."""
+"""Similarity measures that rank substitutes (`--by`)."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from moe_tool.buddies.coactivation import conditional_frequency
 
 
 def _by_output(statistics: ExpertStatistics) -> np.ndarray:
-    """1 - price: what of the expert's output the scaled stand-in gets right."""
+    """Return 1 - price of the scaled substitute."""
     return 1.0 - statistics.probe.eps_buddy.astype(np.float64)
 
 
@@ -21,4 +21,4 @@ MEASURES: dict[Similarity, Callable[[ExpertStatistics], np.ndarray]] = {
     "coactivation": lambda statistics: conditional_frequency(statistics.in_sample.coactivation),
     "router": lambda statistics: statistics.router_similarity.astype(np.float64),
 }
-"""Each returns [E, E] float64: similarity[i, j] of j as a stand-in for i; higher is better."""
+"""Measures by name: each returns [E, E] float64, similarity[i, j] of j as a substitute for i."""

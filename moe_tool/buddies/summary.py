@@ -1,4 +1,4 @@
-"""Prices of a buddy map, and how they hold on held-out tokens."""
+"""Summary of a buddy map: prices in-sample and on held-out tokens."""
 
 import numpy as np
 
@@ -9,11 +9,11 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 
 
 def summarize_buddies(profile: ProfileReader, buddy_map: BuddyMap) -> BuddySummary:
-    """Return what the first stand-ins leave, in-sample and held-out, layer by layer.
+    """Return the prices of the first substitutes, in-sample and held-out, layer by layer.
 
     Args:
-        profile: the one that the map was made from.
-        buddy_map: of `build_buddy_map`.
+        profile: the profile that the map was made from.
+        buddy_map: the map to summarize.
     """
     rows = tuple(
         _layer_summary(layer, profile.statistics(layer.layer)) for layer in buddy_map.layers

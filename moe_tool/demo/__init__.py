@@ -1,11 +1,11 @@
-"""The embedded model: a small mixture of experts, so that every verb runs on any machine.
+"""Demo model: a small MoE model shipped with the package, so that every verb runs anywhere.
 
-It has learned the text that each Python installation carries.
+It was trained on the text that every Python installation contains.
 """
 
 from pathlib import Path
 
 
 def demo_model_path() -> Path:
-    """Return the embedded checkpoint: config, weights, tokenizer, and training.json."""
+    """Return the folder of the demo checkpoint: config, weights, tokenizer, and training.json."""
     return Path(__file__).parent / "model"

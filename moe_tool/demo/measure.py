@@ -1,4 +1,4 @@
-"""Criteria that the embedded model has to meet, on the held-out part of the built-in text."""
+"""Quality of the demo model on the held-out part of the built-in text, with its criteria."""
 
 import math
 from dataclasses import dataclass
@@ -32,16 +32,16 @@ class DemoFigures:
     perplexity: float
     """exp of the mean negative log-likelihood per predicted token, float32 arithmetic."""
     unigram_perplexity: float
-    """The same tokens by their frequency in the train part, the mean of both domains' frequencies
-    after one was added to every count."""
+    """Perplexity of the tokens by their frequency in the train part, mean of both domains, with one
+    added to every count."""
     perplexity_by_domain: dict[str, float]
     unigram_perplexity_by_domain: dict[str, float]
     load_skew: list[float]
-    """Per layer: the largest expert's tokens over the mean expert's, both domains pooled."""
+    """Load of the most used expert over the mean load, by layer, both domains pooled."""
     least_load: list[float]
-    """Per layer: the smallest expert's tokens over the mean expert's; 0 is a dead expert."""
+    """Load of the least used expert over the mean load, by layer; 0 is a dead expert."""
     domain_distance: list[float]
-    """Per layer: total variation between the domains' expert loads, 0 (alike) to 1 (disjoint)."""
+    """Total variation between the domains' loads, by layer, 0 (equal) to 1 (disjoint)."""
 
 
 def measure_demo_model(folder: Path, *, n_tokens: int = 24576) -> DemoFigures:
@@ -78,7 +78,7 @@ def measure_demo_model(folder: Path, *, n_tokens: int = 24576) -> DemoFigures:
 
 
 def unmet_criteria(figures: DemoFigures, *, weight_bytes: int) -> list[str]:
-    """Return one sentence for each thing that the model has to show and does not."""
+    """Return one sentence for each criterion that the model fails."""
     ratio = figures.perplexity / figures.unigram_perplexity
     skew, distance = max(figures.load_skew), float(np.mean(figures.domain_distance))
     checks = [

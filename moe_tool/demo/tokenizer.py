@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: byte-level BPE over the built-in text."""
+"""Tokenizer of the demo model: byte-level BPE over the built-in text."""
 
 from collections.abc import Iterable
 

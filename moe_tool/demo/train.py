@@ -1,4 +1,4 @@
-"""Make the embedded model anew: `python -m moe_tool.demo.train [--out DIR] [--quick]`."""
+"""Retrain the demo model: `python -m moe_tool.demo.train [--out DIR] [--quick]`."""
 
 import argparse
 import json
@@ -19,19 +19,19 @@ from moe_tool.demo.training import DENSE_STAGE, MIXTURE_STAGE, SEED, train_demo_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, measure, and put the checkpoint in place; return 1 if it falls short of its criteria.
+    """Train, measure and install the checkpoint; return 1 if it fails its criteria.
 
-    The folder is written beside the old one and takes its place only when all of it is there.
+    The new folder is written beside the old one and replaces it only when complete.
     """
     parser = argparse.ArgumentParser(prog="python -m moe_tool.demo.train", description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: the embedded model's own folder")
+    parser.add_argument("--out", type=Path, help="default: the demo model's folder")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps, to try the script; needs --out"
     )
     parser.add_argument("--threads", type=int, default=1, help="the result depends on it")
     options = parser.parse_args(arguments)
     if options.quick and options.out is None:
-        parser.error("--quick makes a model that knows nothing: give it its own --out")
+        parser.error("--quick makes an untrained model: give --out too")
     out: Path = options.out or demo_model_path()
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The training of the embedded model: tokenizer, a dense stage, upcycling, a mixture stage."""
+"""Training of the demo model: tokenizer, a dense stage, upcycling, a mixture stage."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ SEED = 20
 VOCABULARY = 2048
 N_EXPERTS, TOP_K = 16, 2
 REDRAWN_SHARE = 0.5
-# The docs are a twentieth of the text. Three eighths of every batch make them heard without being
-# learned by heart, and the balance loss then sees a mix near the even one that is measured.
+# The docs are a twentieth of the text. At three eighths of every batch they are learned but not
+# memorised, and the balance loss sees a mix near the even one that is measured.
 DOMAIN_SHARE = {"docs": 0.375, "code": 0.625}
 _WEIGHT_DECAY = 0.1
 _GRADIENT_NORM = 1.0
@@ -29,20 +29,20 @@ _GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One run of the optimizer."""
+    """Settings of one training stage."""
 
     name: str
     n_steps: int
     n_sequences: int
-    """Sequences per step, shared out by DOMAIN_SHARE."""
+    """Sequences per step, divided by DOMAIN_SHARE."""
     seq_len: int
     """Tokens per sequence."""
     peak_lr: float
-    """Reached after `warmup_steps`, then a cosine down to `final_lr_share` of it."""
+    """Learning rate after `warmup_steps`; then a cosine down to `final_lr_share` of it."""
     final_lr_share: float
     warmup_steps: int
     balance_weight: float
-    """Weight of the per-layer balance loss beside the cross entropy; 0: nothing to balance."""
+    """Weight of the per-layer balance loss; 0: none."""
 
 
 DENSE_STAGE = Stage(
@@ -68,7 +68,7 @@ MIXTURE_STAGE = Stage(
 
 
 def train_demo_model(out: Path, *, quick: bool, progress: Progress) -> None:
-    """Train the embedded model from nothing and write its checkpoint into the folder `out`.
+    """Train the demo model from scratch and write its checkpoint into the folder `out`.
 
     Deterministic for one number of threads. About 15 minutes on one core; with `quick`, three steps
     per stage, for tests.
@@ -148,11 +148,10 @@ def run_stage(
 
 
 def per_layer_balance_loss(router_logits: tuple[torch.Tensor, ...], *, top_k: int) -> torch.Tensor:
-    """Return the Switch balance loss, taken in every layer by itself and averaged: 1 when every
-    layer is even, scalar float32.
+    """Return the Switch balance loss, computed per layer and averaged: 1 if every layer is even,
+    scalar float32.
 
-    transformers' own auxiliary loss pools the layers before it multiplies, so one layer may
-    collapse while another makes up for it.
+    transformers' auxiliary loss pools the layers, so one may collapse while another compensates.
     Source: arXiv:2101.03961, eq. 4-6, with the share of the K chosen experts in place of the first.
 
     Args:
@@ -207,7 +206,7 @@ def _lr_share(step: int, stage: Stage) -> float:
 
 
 def _batches(streams: dict[str, np.ndarray], stage: Stage, *, seed: int) -> Iterator[np.ndarray]:
-    """Yield [B, S + 1] int32 windows at random places, as many per domain in every batch."""
+    """Yield batches of [B, S + 1] int32 windows at random places, divided by DOMAIN_SHARE."""
     rng = np.random.default_rng(seed)
     window = np.arange(stage.seq_len + 1)
     while True:

@@ -1,4 +1,4 @@
-"""From a trained dense model to a mixture of experts that share a common part."""
+"""Upcycling of a trained dense model to a mixture of experts."""
 
 import copy
 
@@ -9,17 +9,17 @@ from transformers import MixtralConfig, MixtralForCausalLM
 def upcycle(
     dense: MixtralForCausalLM, *, n_experts: int, top_k: int, redrawn_share: float, seed: int
 ) -> MixtralForCausalLM:
-    """Return a mixture whose experts are clones of `dense`'s feed-forward layers with part of their
-    channels drawn anew.
+    """Return a mixture whose experts are copies of `dense`'s feed-forward layers with some channels
+    redrawn.
 
-    Everything else is copied; the router is new. In each expert its own random `redrawn_share` of
-    the inner channels (the rows of gate and up, the columns of down) is replaced by normal numbers
-    with the mean and spread of the tensor they replace.
+    Everything else is copied; the router is new. In each expert a random `redrawn_share` of the
+    inner channels (rows of gate and up, columns of down) is replaced by normal numbers with the
+    mean and spread of the tensor they replace.
     Source: Drop-Upcycling, arXiv:2502.19261, section 3 (there r = 0.5 was best too).
 
     Args:
         dense: the same architecture with one expert, which every token uses.
-        redrawn_share: 0 (sixteen equal experts) to 1 (nothing of the feed-forward layers survives).
+        redrawn_share: 0 (equal experts) to 1 (all channels new).
     """
     config: MixtralConfig = copy.deepcopy(dense.config)
     config.num_local_experts, config.num_experts_per_tok = n_experts, top_k
@@ -50,7 +50,7 @@ def upcycle(
 def _redraw_channels(
     gate_up: torch.Tensor, down: torch.Tensor, *, share: float, generator: torch.Generator
 ) -> None:
-    """Draw a share of each expert's channels anew, in place.
+    """Redraw a share of each expert's channels in place.
 
     Args:
         gate_up: [E, 2I, H], gate first.

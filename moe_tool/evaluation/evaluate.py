@@ -127,7 +127,7 @@ def evaluate(
         CorruptArtifactError: the bundle or the checkpoint is damaged.
     """
     start = time.perf_counter()
-    asked = _read(folder, sources, options)
+    asked = _read(folder, sources, options, progress)
     ran = _run(folder, asked, options, reference=reference, progress=progress)
     measured = ran.measured
     setup = replace(ran.setup, policy=asked.policy)
@@ -154,7 +154,9 @@ def evaluate(
     )
 
 
-def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions) -> _Asked:
+def _read(
+    folder: Path, sources: Sequence[TextSource], options: EvaluateOptions, progress: Progress
+) -> _Asked:
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
     if options.sparse_experts is not None:
@@ -175,6 +177,7 @@ def _read(folder: Path, sources: Sequence[TextSource], options: EvaluateOptions)
         holdout=0.0,
         seed=options.seed,
         offline=options.offline,
+        progress=progress,
     )
     usual: Residency = "frozen" if options.controls else default_residency(policy)
     return _Asked(
@@ -272,7 +275,7 @@ def _open(
         seed=options.seed,
         threads=options.threads,
         context=seq_len,
-        prompt=seq_len,
+        prompt_tokens=seq_len,
     )
     while True:
         fitted = replace(run, batch=batch, caller_bytes=batch * per_sequence + scratch)

@@ -1,1 +1,1 @@
-"""Artifacts become files and back; every reader treats its file as hostile."""
+"""Reading and writing of artifact files; every reader treats its file as hostile."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary file, fsync, rename."""
+"""Atomic writing of files: temporary file, fsync, rename."""
 
 import errno
 import os
@@ -18,11 +18,11 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the name `path` when the block ends without an exception.
 
-    Otherwise it is removed, and what was at `path` stays as it was. It can be read back too.
+    Otherwise the file is removed and `path` stays as it was. The file can also be read.
 
     Raises:
         DiskFullError: no space is left.
-        StorageError: the disk refuses.
+        StorageError: the file cannot be written.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     with storage_errors(path):
@@ -39,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all."""
+    """Write `data` to `path` atomically."""
     with atomic_file(path) as file:
         file.write(data)
 
@@ -48,12 +48,12 @@ def require_free_disk(folder: Path, needed_bytes: int) -> None:
     """Refuse work whose result would not fit on the disk of `folder`.
 
     Args:
-        folder: may be missing; then its nearest parent that exists counts.
-        needed_bytes: of the result.
+        folder: may be missing; then its nearest existing parent counts.
+        needed_bytes: size of the result.
 
     Raises:
-        DiskFullError: with needed and free bytes.
-        StorageError: the disk does not say what is free.
+        DiskFullError: too little is free; the message has both numbers.
+        StorageError: the free space is unknown.
     """
     with storage_errors(folder):
         existing = folder

@@ -1,4 +1,4 @@
-"""Opens files that somebody else made: a plain file or a named error, quoted on one line."""
+"""Opening of untrusted files: a plain file or a named error, and safe quotes of their content."""
 
 import os
 import stat
@@ -11,15 +11,15 @@ MAX_QUOTED_CHARACTERS = 120
 
 
 def open_plain_file(path: Path, *, remedy: str, missing: str = "") -> BinaryIO:
-    """Open a file for reading; never blocks on a pipe, never reads a device.
+    """Open a file for reading; never block on a pipe, never read a device.
 
     Args:
-        path: links are followed: the hub's cache consists of links.
-        remedy: the hint of the error.
-        missing: the hint where nothing is there, if another one.
+        path: links are followed, since the hub's cache consists of links.
+        remedy: hint of the errors.
+        missing: hint if the file is missing, where it differs.
 
     Raises:
-        NotFoundError: nothing is there.
+        NotFoundError: the file does not exist.
         CorruptArtifactError: it is a folder, a pipe or a device.
         StorageError: it cannot be opened.
     """
@@ -36,10 +36,10 @@ def open_plain_file(path: Path, *, remedy: str, missing: str = "") -> BinaryIO:
 
 
 def read_capped(path: Path, *, limit_bytes: int, remedy: str) -> bytes:
-    """Return the bytes of a plain file that has no more than `limit_bytes`.
+    """Return the bytes of a plain file of at most `limit_bytes`.
 
     Raises:
-        NotFoundError: nothing is there.
+        NotFoundError: the file does not exist.
         CorruptArtifactError: it is no plain file, or larger.
         StorageError: it cannot be read.
     """
@@ -57,7 +57,7 @@ def read_capped(path: Path, *, limit_bytes: int, remedy: str) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> StorageError:
-    """Return the named error for a file that the operating system does not give."""
+    """Return the named error for a file that the operating system cannot read."""
     return StorageError(
         f"{path}: {error.strerror or error}", hint="check its permissions and the disk"
     )

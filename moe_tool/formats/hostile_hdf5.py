@@ -1,8 +1,8 @@
-"""HDF5 files with a seal at their end: what is damaged is refused before the HDF5 library sees it.
+"""HDF5 files with a hash at their end, so that damage is refused before the HDF5 library sees it.
 
-The library reads past its own structures in damaged files. So behind the HDF5 data, where it does
-not look, lie SEAL_BYTES more: the sha256 of everything before them. Of a sealed file it opens only
-datasets that lie in it as they are: no links, no filters, no external or sparse storage.
+The library reads out of bounds in damaged files. So SEAL_BYTES follow the HDF5 data, where the
+library does not look: the sha256 of everything before them. Only datasets stored plainly in the
+file are opened: no links, no filters, no external or sparse storage.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ _BLOCK_BYTES = 2**20
 
 @contextmanager
 def created_hdf5(path: Path) -> Iterator[h5py.File]:
-    """Yield a new HDF5 file that appears sealed at `path` when the block ends, or not at all.
+    """Yield a new HDF5 file that appears sealed at `path` when the block ends without an error.
 
     Raises:
-        DiskFullError, StorageError: the disk refuses.
+        DiskFullError, StorageError: the file cannot be written.
     """
     with atomic_file(path) as raw:
         guarded = _Guarded(raw)
         try:
-            # Through a Python file object: HDF5 then leaves no lock and no name of its own.
+            # Through a Python file object HDF5 leaves no lock and stores no file name.
             with h5py.File(guarded, "w", libver=("v110", "v110"), track_order=False) as file:
                 yield file
         finally:
-            if guarded.error is not None:  # h5py's own error has lost what it was
+            if guarded.error is not None:  # h5py's error does not tell the cause
                 raise guarded.error
         raw.seek(0)
         digest = hashlib.sha256()
@@ -77,7 +77,7 @@ def verified_sha256(path: Path, *, remedy: str) -> str:
 
 @contextmanager
 def opened_hdf5(path: Path, *, remedy: str) -> Iterator[h5py.File]:
-    """Yield a sealed file for reading; what the block raises goes through."""
+    """Yield a sealed file for reading; errors of the block pass through unchanged."""
     with translated(path, remedy=remedy):
         file = h5py.File(path, "r", locking=False)
     try:
@@ -88,7 +88,7 @@ def opened_hdf5(path: Path, *, remedy: str) -> Iterator[h5py.File]:
 
 @contextmanager
 def translated(path: Path, *, remedy: str) -> Iterator[None]:
-    """Name the damage: h5py raises whatever comes to its mind."""
+    """Turn the many errors of h5py into a CorruptArtifactError."""
     try:
         yield
     except MoeToolError:
@@ -102,12 +102,12 @@ def translated(path: Path, *, remedy: str) -> Iterator[None]:
 
 
 def damaged(path: Path, reason: str, *, remedy: str) -> CorruptArtifactError:
-    """Return the error for a file that is not what it should be."""
+    """Return the error for a damaged file."""
     return CorruptArtifactError(f"{path} is damaged: {reason}", hint=remedy)
 
 
 def child_group(parent: h5py.Group, name: str, path: Path) -> h5py.Group:
-    """Return the group of a slash-separated name, reached by hard links alone."""
+    """Return the group of a slash-separated name, following hard links only."""
     found = _child(parent, name, path)
     if not isinstance(found, h5py.Group):
         raise _missing(name, path)
@@ -115,7 +115,7 @@ def child_group(parent: h5py.Group, name: str, path: Path) -> h5py.Group:
 
 
 def child_dataset(parent: h5py.Group, name: str, path: Path) -> h5py.Dataset:
-    """Return a dataset stored in this very file, as it lies: its size is that of its bytes."""
+    """Return a dataset stored plainly in this file: its storage size must equal its bytes."""
     found = _child(parent, name, path)
     if not isinstance(found, h5py.Dataset):
         raise _missing(name, path)
@@ -135,7 +135,7 @@ def _child(parent: h5py.Group, name: str, path: Path) -> Any:
     for step in name.split("/"):
         if not isinstance(found, h5py.Group):
             raise _missing(name, path)
-        links = found.id.links  # asked below h5py's own lookup, which would follow the link
+        links = found.id.links  # h5py's own lookup would follow the link
         if not links.exists(step.encode()):
             raise _missing(name, path)
         if links.get_info(step.encode()).type != h5py.h5l.TYPE_HARD:
@@ -153,7 +153,7 @@ def _missing(name: str, path: Path) -> CorruptArtifactError:
 
 
 class _Guarded:
-    """A file that remembers the first error that the disk gave."""
+    """File that remembers its first write error."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw

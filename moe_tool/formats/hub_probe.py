@@ -1,7 +1,4 @@
-"""Whether the Hugging Face hub answers.
-
-Asked before its libraries are, because they retry for up to 47 s before they say that it does not.
-"""
+"""Probe of the Hugging Face hub, before its libraries, which retry for up to 47 s."""
 
 import os
 import queue
@@ -20,9 +17,8 @@ def hub_is_reachable(timeout_s: float = 1.0) -> bool:
     """Return whether a TCP connection to the hub (HF_ENDPOINT, through the proxy if one is set)
     opens within `timeout_s`.
 
-    False at once where HF_HUB_OFFLINE or its siblings forbid the network. A name server that does
-    not answer cannot be interrupted, so the attempt is made on a daemon thread, which is left
-    behind when the time is up.
+    Returns False at once if HF_HUB_OFFLINE or its siblings forbid the network. A name lookup cannot
+    be interrupted, so the attempt runs on a daemon thread, which is abandoned on timeout.
     """
     if hub_is_forbidden():
         return False

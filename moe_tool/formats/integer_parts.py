@@ -1,5 +1,5 @@
-"""The tensors that a matrix of codes is stored as: NAME.plane0, NAME.plane1 ..., NAME.scales, with
-zero points NAME.zeros, and with a base of its own in the first bits NAME.base_scales."""
+"""Stored tensors of a matrix of codes: NAME.plane0, NAME.plane1, ..., NAME.scales, with zero points
+NAME.zeros, and for a nested base NAME.base_scales."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,19 @@ from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, plane_bytes, p
 from moe_tool.quantization.weights import BASE_SCALES, PLANE, SCALES, ZEROS, IntegerWeight
 
 _EXPONENT = 0x7C00
-"""Exponent bits of a float16 number: all set in NaN and infinity"""
+"""Exponent bits of float16, all set in NaN and infinity"""
+_PLANE = "plane"
 _DTYPES = {"uint8": torch.uint8, "float16": torch.float16}
 _SAFETENSORS = {"uint8": "U8", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerPart:
-    """One of these tensors."""
+    """Name, dtype and shape of one stored tensor."""
 
     name: str
     dtype: str
-    """uint8 or float16"""
+    """Dtype: uint8 or float16"""
     shape: tuple[int, ...]
     is_refinement: bool = False
     """Part of a nested matrix that its base does without"""
@@ -35,19 +36,19 @@ class IntegerPart:
 
     @property
     def size_bytes(self) -> int:
-        """Without padding"""
+        """Size without padding."""
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
     @property
     def is_factor(self) -> bool:
-        """Whether it holds scales or zero points, which have to be finite."""
+        """Whether the tensor holds scales or zero points, which have to be finite."""
         return is_factor(self.name)
 
 
 def integer_parts(
     name: str, n_outputs: int, n_inputs: int, precision: IntegerPrecision
 ) -> tuple[IntegerPart, ...]:
-    """Return the parts of a matrix [n_outputs, n_inputs], planes first."""
+    """Return the stored tensors of a matrix [n_outputs, n_inputs], planes first."""
     is_nested = precision.base_bits is not None
     planes = [
         IntegerPart(
@@ -87,10 +88,10 @@ def join_integer_parts(
     precision: IntegerPrecision,
     read: Callable[[str], torch.Tensor],
 ) -> IntegerWeight:
-    """Return the matrix over its parts as they are; nothing is copied.
+    """Return the matrix made of its stored tensors without copying.
 
     Args:
-        read: returns a part by its name, with the dtype and shape of `integer_parts`.
+        read: returns a tensor by its name, with the dtype and shape of `integer_parts`.
     """
     parts = integer_parts(name, n_outputs, n_inputs, precision)
     return IntegerWeight(
@@ -109,7 +110,7 @@ def join_integer_parts(
 def are_finite(scales: torch.Tensor) -> bool:
     """Return whether no float16 number is NaN or infinite.
 
-    From the bits: a ninth of the time that torch takes for it, and no other thread is woken.
+    Checking the bits takes a ninth of torch's time and wakes no other thread.
     """
     bits = scales.view(torch.int16).numpy()
     return not bool(((bits & _EXPONENT) == _EXPONENT).any())

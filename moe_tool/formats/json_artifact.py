@@ -36,10 +36,10 @@ Artifact = TypeVar("Artifact", bound=FrozenModel)
 
 
 def write_json_artifact(path: Path, artifact: FrozenModel) -> None:
-    """Write an artifact, whole or not at all; the same artifact gives the same bytes.
+    """Write an artifact atomically; equal artifacts give equal bytes.
 
-    Its last key is `sha256`, over the file without that key: a digit that became another one
-    would else be as good as the right one.
+    Its last key is `sha256`, over the file without that key: otherwise a changed digit would go
+    unnoticed.
     """
     text = artifact.model_dump_json(indent=1).encode()
     body = text.removesuffix(b"\n}")
@@ -50,8 +50,8 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
     """Read and validate an artifact.
 
     Args:
-        path: of the file.
-        kind: the class that it must be.
+        path: file to read.
+        kind: expected class.
 
     Raises:
         NotFoundError: there is no such file.
@@ -71,7 +71,7 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
         )
     _require_experts_fit(path, parsed, remedy)
     try:
-        # The JSON mode takes lists for tuples, which the strict Python mode would refuse.
+        # JSON mode accepts lists for tuples, which the strict Python mode refuses.
         artifact = kind.model_validate_json(text)
     except ValidationError as error:
         raise CorruptArtifactError(
@@ -85,7 +85,7 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
 
 
 def json_artifact_kind(path: Path) -> str | None:
-    """Return the kind that a JSON file says it is, None where it does not; nothing else is checked.
+    """Return the `kind` of a JSON file, None without one; nothing else is checked.
 
     Raises:
         NotFoundError, CorruptArtifactError, StorageError: it is no JSON object that can be read.
@@ -97,7 +97,7 @@ def json_artifact_kind(path: Path) -> str | None:
 
 
 def _unsealed(text: bytes) -> tuple[bytes, bytes | None]:
-    """The file without its last key, and that key; a file without it was written by hand."""
+    """Return the file without its `sha256` key, and that hash; None in a file written by hand."""
     found = _SEALED.search(text)
     if found is None:
         return text, None
@@ -105,7 +105,7 @@ def _unsealed(text: bytes) -> tuple[bytes, bytes | None]:
 
 
 def first_complaint(error: ValidationError) -> str:
-    """Return where the first thing wrong is and what it is, on one line."""
+    """Return the place and reason of the first validation error on one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(ascii(step).strip("'\"") for step in first["loc"])
     message = first["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""The trained mask routers of a bundle, in a safetensors file of their own."""
+"""Safetensors file of a bundle's trained mask routers."""
 
 import hashlib
 import re
@@ -24,28 +24,29 @@ from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.safetensors_index import Checkpoint, read_header
 
 MASK_ROUTER_NAME = re.compile(r"pruning-[0-9a-f]{16}\.safetensors")
-"""After the content: a new router never lies under the name of an old one. A file of such a name
-that the manifest does not list was left behind by a training that was stopped while it wrote."""
+"""Names of mask-router files, made from a hash of the content, so that a new file never replaces an
+old one. A file of such a name that the manifest does not list is left over from an interrupted
+write."""
 
 
 def write_mask_router(
     folder: Path, manifest: BundleManifest, router: MaskRouter, learned: LearnedPruning
 ) -> BundleManifest:
-    """Put trained routers into a bundle, in the place of those that it had.
+    """Put trained routers into a bundle, replacing earlier ones.
 
-    The file is written first and the manifest last: until then the bundle is what it was.
+    The file is written first and the manifest last; until then the bundle is unchanged.
 
     Args:
-        folder: of the bundle.
-        manifest: of the bundle.
-        router: every MoE layer's.
-        learned: what the manifest says of it; its `file` is set here.
+        folder: the bundle.
+        manifest: its manifest.
+        router: routers of every MoE layer.
+        learned: entry for the manifest; its `file` is set here.
 
     Returns:
         The manifest that was written.
 
     Raises:
-        DiskFullError, StorageError: the disk refuses.
+        DiskFullError, StorageError: a file cannot be written.
     """
     data = _encode(manifest.shape, router)
     digest = hashlib.sha256(data).hexdigest()
@@ -68,8 +69,8 @@ def read_mask_router(folder: Path, manifest: BundleManifest) -> MaskRouter:
     """Return the trained routers of a bundle that has some.
 
     Raises:
-        CorruptArtifactError: the file is not what was written, or not of this model's shape, or
-            holds NaN or infinity.
+        CorruptArtifactError: the file is damaged, not of this model's shape, or holds NaN or
+            infinity.
         NotFoundError, StorageError: it cannot be read.
     """
     pruning = manifest.pruning

@@ -1,4 +1,4 @@
-"""Check that policies and quantizers named in a file exist and can have its parameters."""
+"""Policies named in files: only existing ones, with valid parameters."""
 
 from pathlib import Path
 
@@ -15,32 +15,30 @@ def named_eviction(path: Path, name: str, *, remedy: str) -> EvictionChoice:
     """Return the eviction policy that a file names.
 
     Raises:
-        CorruptArtifactError: there is none, and nobody typed it: the file is at fault.
+        CorruptArtifactError: no such policy exists; the file is at fault, not the user.
     """
     try:
         return parse_eviction(name)
     except UsageError as error:
         raise CorruptArtifactError(
-            f"{path} names an eviction policy that there is none of", hint=remedy
+            f"{path} names an unknown eviction policy", hint=remedy
         ) from error
 
 
 def named_miss_policy(path: Path, name: str, *, remedy: str) -> MissChoice:
-    """Return the miss policy that a file names, likewise."""
+    """Return the miss policy that a file names; errors as in `named_eviction`."""
     try:
         return parse_miss_policy(name)
     except UsageError as error:
-        raise CorruptArtifactError(
-            f"{path} names a miss policy that there is none of", hint=remedy
-        ) from error
+        raise CorruptArtifactError(f"{path} names an unknown miss policy", hint=remedy) from error
 
 
 def read_plan(path: Path) -> PackPlan:
-    """Return a plan that can be followed.
+    """Return the plan in a file, with all its policies checked.
 
     Raises:
         NotFoundError, CorruptArtifactError, ArtifactVersionError, StorageError: as
-            `read_json_artifact`, or it names a policy that there is none of.
+            `read_json_artifact`, or it names an unknown policy.
     """
     plan = read_json_artifact(path, PackPlan)
     require_plan_names(path, plan, remedy="make it again with moe-tool plan")
@@ -48,10 +46,10 @@ def read_plan(path: Path) -> PackPlan:
 
 
 def require_plan_names(path: Path, plan: PackPlan, *, remedy: str) -> None:
-    """Refuse a plan that names policies, replicas or a quantizer that there are none of.
+    """Refuse a plan with unknown policies or replicas.
 
     Raises:
-        CorruptArtifactError: the file that holds it is at fault.
+        CorruptArtifactError: a policy or a replica precision does not exist.
     """
     named_eviction(path, plan.eviction, remedy=remedy)
     if plan.policy is not None:
@@ -61,6 +59,4 @@ def require_plan_names(path: Path, plan: PackPlan, *, remedy: str) -> None:
     try:
         replica_precisions(plan.replicas)
     except ValueError as error:
-        raise CorruptArtifactError(
-            f"{path} names replicas that there are none of", hint=remedy
-        ) from error
+        raise CorruptArtifactError(f"{path} names unknown replicas", hint=remedy) from error

@@ -1,6 +1,6 @@
 """Profiles as HDF5: one small file per layer while recording, merged into one at the end.
 
-The same measurements give the same bytes: no times, no host names, objects in a fixed order.
+Equal measurements give equal bytes: no times, no host names, objects in a fixed order.
 """
 
 import json
@@ -62,7 +62,7 @@ _GROUPS: dict[str, type[RoutingCounts] | type[ProbeStatistics]] = {
 
 
 class ProfileHeader(FrozenModel):
-    """The origin of a profile, in the root attribute `header` as JSON."""
+    """Inputs and settings of a profile, JSON in the root attribute `header`."""
 
     identity: ModelIdentity
     shape: MoeShape
@@ -73,27 +73,15 @@ class ProfileHeader(FrozenModel):
     holdout: float
     tool_version: str
     skeleton: SkeletonFacts | None = None
-    """None in profiles that were recorded before there were any"""
+    """Sizes beside the experts; None in profiles of earlier versions"""
 
 
 def write_layer_part(
     path: Path, layer: int, trace: LayerTrace, statistics: ExpertStatistics
 ) -> None:
-    """Write one layer's measurements, whole or not at all."""
+    """Write one layer's measurements atomically."""
     with created_hdf5(path) as file:
         _write_layer(file.create_group(f"layers/{layer}"), trace, statistics)
-
-
-def read_layer_part(path: Path, layer: int) -> tuple[LayerTrace, ExpertStatistics]:
-    """Return what `write_layer_part` was given.
-
-    Raises:
-        NotFoundError, CorruptArtifactError, StorageError: as `ProfileReader.open`.
-    """
-    verified_sha256(path, remedy=_REMEDY)
-    with opened_hdf5(path, remedy=_REMEDY) as file, translated(path, remedy=_REMEDY):
-        group = child_group(file, f"layers/{layer}", path)
-        return _read_trace(group, path), _read_statistics(group, path)
 
 
 def write_profile(
@@ -105,16 +93,15 @@ def write_profile(
     *,
     sensitivity_n_tokens: int,
 ) -> None:
-    """Merge the layers' parts into one profile, whole or not at all.
+    """Merge the layers' parts into one profile atomically.
 
     Args:
-        path: of the profile.
-        header: what it was recorded from.
-        tokens: its tokens.
+        path: file to write.
+        header: inputs and settings.
+        tokens: the profiled tokens.
         parts: layer -> file written by `write_layer_part`.
-        sensitivities: layer -> KL per unit of squared relative error, known only once the last
-            layer is through.
-        sensitivity_n_tokens: tokens behind them.
+        sensitivities: layer -> KL per squared relative error, known after the last layer.
+        sensitivity_n_tokens: tokens that they were measured on.
     """
     with created_hdf5(path) as file:
         file.attrs["kind"] = "profile"
@@ -132,10 +119,10 @@ def write_profile(
 
 
 class ProfileReader:
-    """An open profile; layers are read when asked for."""
+    """Open profile that reads layers on demand."""
 
     def __init__(self, path: Path, file: h5py.File, header: ProfileHeader, sha256: str) -> None:
-        """Use `open`."""
+        """Keep the open file; call `open` instead."""
         self.path = path
         self.header = header
         self.sha256 = sha256
@@ -170,7 +157,7 @@ class ProfileReader:
 
     @property
     def tokens(self) -> TracedTokens:
-        """The profile's tokens.
+        """Profiled tokens.
 
         Raises:
             CorruptArtifactError: an id or a domain is out of range.
@@ -191,7 +178,7 @@ class ProfileReader:
         )
 
     def trace(self, layer: int) -> LayerTrace:
-        """Return one layer's routing.
+        """Return one layer's trace.
 
         Raises:
             CorruptArtifactError: an index names no expert, or a number is not finite.
@@ -205,13 +192,13 @@ class ProfileReader:
         for name in ("top_k_weight", "router_logits"):
             if not np.isfinite(getattr(trace, name)).all():
                 raise self._damaged(f"layers/{layer}/{name} holds NaN or infinity")
-        # A score of -inf is a group's exclusion.
+        # A score of -inf excludes a group.
         if trace.selection_score is not None and np.isnan(trace.selection_score).any():
             raise self._damaged(f"layers/{layer}/selection_score holds NaN")
         return trace
 
     def indices(self, layer: int, name: Literal["top_k_index", "next_gate_index"]) -> np.ndarray:
-        """Return one array of a layer's trace alone, as `trace` has it.
+        """Return one array of a layer's trace without reading the others.
 
         Raises:
             CorruptArtifactError: an index names no expert.
@@ -223,7 +210,7 @@ class ProfileReader:
         return found
 
     def router_logits(self, layer: int) -> np.ndarray:
-        """Return one layer's raw logits alone, [T, E] float16.
+        """Return one layer's router logits without the rest of its trace, [T, E] float16.
 
         Raises:
             CorruptArtifactError: a number is not finite.
@@ -231,7 +218,7 @@ class ProfileReader:
         return self._finite(f"layers/{layer}/router_logits")
 
     def gate_weights(self, layer: int) -> np.ndarray:
-        """Return one layer's gate weights alone, [T, K] float16.
+        """Return one layer's gate weights without the rest of its trace, [T, K] float16.
 
         Raises:
             CorruptArtifactError: a number is not finite.
@@ -265,7 +252,7 @@ class ProfileReader:
         self.close()
 
     def _check(self) -> None:
-        """Shapes and dtypes of everything, no value yet."""
+        """Check shapes and dtypes of all datasets, but no values."""
         header = self.header
         self._domains = _read_domains(self._file, self.path)
         ids = child_dataset(self._file, "tokens/ids", self.path)
@@ -300,7 +287,7 @@ class ProfileReader:
 
     def _require_below(self, where: str, values: np.ndarray, limit: int) -> None:
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < limit:
-            raise self._damaged(f"{where} names something beyond 0 to {limit - 1}")
+            raise self._damaged(f"{where} holds an index outside 0 to {limit - 1}")
 
     def _damaged(self, reason: str) -> CorruptArtifactError:
         return damaged(self.path, reason, remedy=_REMEDY)
@@ -317,7 +304,7 @@ def _read_header(file: h5py.File, path: Path) -> ProfileHeader:
     text = file.attrs.get("header")
     if not isinstance(text, str):
         raise damaged(path, "it has no header", remedy=_REMEDY)
-    parse_json_object(path, text.encode(), remedy=_REMEDY)  # stricter than what follows
+    parse_json_object(path, text.encode(), remedy=_REMEDY)  # stricter than pydantic
     try:
         return ProfileHeader.model_validate_json(text)
     except ValidationError as error:
@@ -347,7 +334,7 @@ def _write_layer(group: h5py.Group, trace: LayerTrace, statistics: ExpertStatist
 
 
 def _numbers(statistics: ExpertStatistics) -> Iterator[tuple[str, np.ndarray]]:
-    """Every number of the statistics with its path, in the order of the dataclasses."""
+    """Yield every array of the statistics with its path, in the order of the dataclasses."""
     for field in fields(ExpertStatistics):
         value = getattr(statistics, field.name)
         if field.name in _GROUPS:
@@ -384,6 +371,6 @@ def _read_statistics(group: h5py.Group, path: Path) -> ExpertStatistics:
 
 
 def _plain(group: h5py.Group, name: str, path: Path) -> Any:
-    """One dataset's array, or the Python number that a scalar holds."""
+    """Return a dataset's array, or a scalar as a Python number."""
     value = child_dataset(group, name, path)[()]
     return value if np.ndim(value) else value.item()

@@ -1,4 +1,4 @@
-"""The datasets that a profile of a model must have, with shape and dtype."""
+"""Datasets that a profile must have, with shapes and dtypes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -9,16 +9,16 @@ from moe_tool.artifacts.moe_shape import MoeShape
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """One dataset."""
+    """Expected shape and dtype of one dataset."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """A kind and its bytes as numpy writes them, e.g. "u2"; a kind alone takes any width"""
+    """Kind and bytes as in numpy, e.g. "u2"; a kind alone allows any width"""
     is_optional: bool = False
 
     def takes(self, kind: str, item_bytes: int) -> bool:
-        """Return whether numbers of this kind and width are what is wanted."""
+        """Return whether numbers of this kind and width are allowed."""
         return self.dtype in (kind, f"{kind}{item_bytes}")
 
 

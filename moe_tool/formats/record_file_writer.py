@@ -1,4 +1,4 @@
-"""One file of records while it is being written, or taken over from an interrupted run."""
+"""Writer of one record file, which can resume an interrupted one."""
 
 import hashlib
 import os
@@ -11,15 +11,15 @@ from moe_tool.formats.bundle_files import ExpertFile
 
 
 class RecordFileWriter:
-    """Appends records and knows the sha256 of what the file holds. Close it."""
+    """Open record file to append to, with a running sha256 of its content."""
 
     def __init__(self, folder: Path, file: ExpertFile, *, anew: bool) -> None:
         """Open the file with its header in place.
 
         Args:
-            folder: of the bundle.
-            file: what it is to hold.
-            anew: what it held is thrown away; else its records wait for `take_over`.
+            folder: the bundle.
+            file: name, header and layout.
+            anew: discard old content; else its records wait for `take_over`.
         """
         self._file = file
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if anew else 0)
@@ -35,7 +35,7 @@ class RecordFileWriter:
         self._digest.update(data)
 
     def take_over(self, position: int, xxh3: str) -> bool:
-        """Count a record in that is there already; False where it is not what its hash says."""
+        """Accept a record that the file already holds; return False if its hash does not match."""
         data = _read_all(self._handle, self._file.record_size_bytes, self._file.offset(position))
         if xxhash.xxh3_64_hexdigest(data) != xxh3:
             return False
@@ -43,17 +43,17 @@ class RecordFileWriter:
         return True
 
     def cut(self, n_records: int) -> None:
-        """Leave so many records, and go on behind them."""
+        """Truncate the file to so many records and continue after them."""
         os.ftruncate(self._handle, self._file.offset(n_records))
         os.lseek(self._handle, 0, os.SEEK_END)
 
     def sync(self) -> None:
-        """Wait until the disk has it, and keep it out of the page cache."""
+        """Flush to disk and drop the file from the page cache."""
         os.fsync(self._handle)
         os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> str:
-        """Return the sha256 of the header and all records."""
+        """Close the file and return the sha256 of its header and records."""
         os.close(self._handle)
         return self._digest.hexdigest()
 
@@ -68,7 +68,7 @@ def _write_all(file: int, data: memoryview) -> None:
 
 
 def _read_all(file: int, size: int, offset: int) -> bytes:
-    """Up to `size` bytes, fewer only where the file ends."""
+    """Return up to `size` bytes, fewer only at the file's end."""
     data = bytearray()
     while len(data) < size:
         block = os.pread(file, size - len(data), offset + len(data))

@@ -1,5 +1,4 @@
-"""The open record files of a bundle: a record is one run of bytes, read past the page cache where
-that works."""
+"""Open record files of a bundle; records are read past the page cache where possible."""
 
 import errno
 import mmap
@@ -15,28 +14,28 @@ from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 from moe_tool.native.channels import read_runs
 
 PIECE_BYTES = 4 * 2**20
-"""Size of one read: 2 ms of a disk of 2 GB/s. One thread alone takes 4 % longer for a record
-of 26 MB than in one go, but who looks at a piece does so while another thread's is read."""
+"""Size of one read: 2 ms of a disk of 2 GB/s. A record of 26 MB takes one thread 4 % longer than in
+one read, but a piece can be checked while another thread reads."""
 OnPiece = Callable[[memoryview], bool]
-"""Shown every piece as it comes, in order; False gives the read up."""
+"""Callback on every piece in order; returning False cancels the read."""
 GAP_BYTES = 512
-"""A gap between two wanted chunks is read through where it is no longer. Another read of the page
-cache takes 1.2 us, in which 20 KB could be copied; but bytes are what a tier below is short of"""
+"""Largest gap between two wanted chunks that is read along with them. Another read of the page
+cache takes 1.2 us, in which 20 KB could be copied, but bytes are scarce below the cache"""
 _Identity = tuple[int, int, int]
-"""(inode, size in bytes, time of the last change in ns)"""
+"""Identity of a file: (inode, size in bytes, time of the last change in ns)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelRead:
-    """The result of reading some channels."""
+    """Result of reading some channels."""
 
     channels: np.ndarray
-    """[n] int64 ascending: those that were asked for, and what lay in short gaps between them"""
+    """[n] int64, ascending: the wanted channels and those in short gaps between them"""
     n_bytes: int
 
 
 class RecordFiles:
-    """Files held open by name. Reading is safe from several threads, the rest is not."""
+    """Files held open by name; only reading is thread-safe."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         """Open the files; reads go through the page cache until `read_directly`.
@@ -44,7 +43,7 @@ class RecordFiles:
         Raises:
             OSError: a file cannot be opened, or is a link.
         """
-        self._folder = Path(os.path.abspath(folder))  # stays right when the process moves
+        self._folder = Path(os.path.abspath(folder))  # stays valid after a chdir
         self._handles: dict[str, int] = {}
         self._opened_as: dict[str, _Identity] = {}
         self._is_direct = False
@@ -62,12 +61,12 @@ class RecordFiles:
         return self._is_direct
 
     def read_directly(self) -> str | None:
-        """Bypass the page cache from now on, if every file can be opened so and a first block read.
+        """Bypass the page cache from now on, if that works for every file.
 
-        Bytes that will lie in a slot anyway are then not copied, nor held a second time.
+        Bytes then go straight to their slot and are not held twice.
 
         Returns:
-            Why not, in words that name the file system; None where it works.
+            The reason why not, which names the file system; None if it works.
         """
         if self._is_direct or not self._handles:
             return None
@@ -77,7 +76,7 @@ class RecordFiles:
                 for name in self._handles:
                     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECT
                     direct[name] = os.open(self._folder / name, flags)
-                    # Some file systems take the flag and refuse the read.
+                    # Some file systems accept the flag but refuse the read.
                     os.preadv(direct[name], [block], 0)
         except OSError as error:
             _close_all(direct)
@@ -92,24 +91,24 @@ class RecordFiles:
     def read_into(
         self, name: str, offset: int, out: torch.Tensor, *, on_piece: OnPiece | None = None
     ) -> int | None:
-        """Fill `out` from a file; the number of bytes is less than its length at the file's end.
+        """Fill `out` from a file and return the bytes read, fewer at the file's end.
 
         Args:
-            name: of the file.
+            name: file name.
             offset: multiple of ALIGNMENT_BYTES.
-            out: uint8 [n], n a multiple of ALIGNMENT_BYTES; overwritten. Memory that is not aligned
-                costs a copy.
-            on_piece: shown each piece of PIECE_BYTES at most, but not what an early end leaves of
-                one. None: it is one read.
+            out: uint8 [n], n a multiple of ALIGNMENT_BYTES; overwritten. Unaligned memory costs a
+                copy.
+            on_piece: called on each piece of at most PIECE_BYTES, but not on a piece that the
+                file's end cuts short; None: everything in one read.
 
         Returns:
-            None if `on_piece` gave the read up; `out` then holds anything.
+            None if `on_piece` cancelled the read; `out` then holds anything.
 
         Raises:
-            OSError: the disk does not give them.
+            OSError: the read fails.
         """
         if self._is_direct and out.data_ptr() % ALIGNMENT_BYTES:
-            # An anonymous mapping begins at a page.
+            # Anonymous mappings are page-aligned.
             aligned = torch.frombuffer(mmap.mmap(-1, out.numel()), dtype=torch.uint8)
             count = self._read(name, offset, aligned.numpy().data, on_piece)
             out.copy_(aligned)
@@ -124,7 +123,7 @@ class RecordFiles:
         while done < len(view):
             piece = view[done : done + piece_bytes]
             count = os.preadv(self._handles[name], [piece], offset + done)
-            # A direct read goes on from whole blocks only; part of one is the file's end.
+            # A direct read continues at whole blocks only; a partial block is the file's end.
             step = count // ALIGNMENT_BYTES * ALIGNMENT_BYTES if self._is_direct else count
             if step == 0:
                 return done + count
@@ -134,7 +133,7 @@ class RecordFiles:
         return done
 
     def expect(self, name: str, offset: int, n_bytes: int) -> None:
-        """Tell the system that a part of a file will be read, so that it comes in whole blocks."""
+        """Advise the system that a part of a file will be read."""
         os.posix_fadvise(self._handles[name], offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def read_chunks(
@@ -143,13 +142,13 @@ class RecordFiles:
         """Fill some rows of `out` with the rows of a table in a file, run by run.
 
         Args:
-            name: of the file.
-            offset: of the table.
-            out: uint8 [n, bytes of a row], contiguous.
-            chunks: rows, ascending.
+            name: file name.
+            offset: file offset of the table.
+            out: uint8 [n, bytes per row], contiguous.
+            chunks: row numbers, ascending.
 
         Raises:
-            OSError: the disk does not give them, or the file ends before.
+            OSError: the read fails, or the file is too short.
         """
         assert not self._is_direct, "a direct read takes whole blocks"
         row_bytes = out.shape[1]
@@ -165,10 +164,10 @@ class RecordFiles:
         return ChannelRead(channels=np.cumsum(steps), n_bytes=n_read)
 
     def has_changed(self, name: str) -> bool:
-        """Return whether a file is another one than was opened, or was written to since.
+        """Return whether a file was replaced or changed since it was opened.
 
         Raises:
-            OSError: its folder cannot be asked.
+            OSError: the file's status cannot be read.
         """
         try:
             return _identity(self._folder / name) != self._opened_as[name]
@@ -182,12 +181,11 @@ class RecordFiles:
 
 
 def chunk_runs(chunks: np.ndarray, chunk_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where runs of chunks begin and end, [runs] int64 each: neighbours, and what is no
-    further apart than GAP_BYTES.
+    """Return begin and end of runs of chunks with gaps of at most GAP_BYTES, [runs] int64 each.
 
     Args:
-        chunks: [n] ascending.
-        chunk_bytes: of one.
+        chunks: [n] chunk numbers, ascending.
+        chunk_bytes: size of a chunk.
     """
     chunks = chunks.astype(np.int64)
     if not len(chunks):
@@ -209,7 +207,7 @@ def _close_all(handles: dict[str, int]) -> None:
 
 
 def _file_system(folder: Path) -> str:
-    """The kind of file system that a folder is on, e.g. "overlay"."""
+    """Return the type of a folder's file system, e.g. "overlay"."""
     try:
         device = os.stat(folder).st_dev
         wanted = f"{os.major(device)}:{os.minor(device)}"
@@ -218,5 +216,5 @@ def _file_system(folder: Path) -> str:
             if fields[2] == wanted:
                 return fields[fields.index("-") + 1]
     except (OSError, ValueError, IndexError):
-        pass  # named without its kind
+        pass  # the type stays unnamed
     return "the file system"

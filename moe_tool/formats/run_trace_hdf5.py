@@ -1,4 +1,4 @@
-"""Traces of runs as HDF5 files."""
+"""HDF5 files of run traces."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from moe_tool.policies.eviction import EvictionChoice
 RUN_TRACE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
 _MAX_UNSCORED_EXPERTS = 2**16
-"""Limit on the experts of all layers, where no scores in the file show that they exist; twice those
-of the largest models"""
+"""Experts of all layers accepted from a file without scores, which would prove their number by its
+size: twice those of the largest models"""
 _DTYPES: dict[str, type[np.generic]] = {
     "layer": np.int32,
     "is_decode": np.bool_,
@@ -40,7 +40,7 @@ _DTYPES: dict[str, type[np.generic]] = {
 
 
 def write_run_trace(path: Path, header: RunTraceHeader, calls: RecordedCalls) -> None:
-    """Write a trace, whole or not at all."""
+    """Write a trace atomically."""
     with created_hdf5(path) as file:
         file.attrs["kind"] = "run-trace"
         file.attrs["format_version"] = RUN_TRACE_VERSION
@@ -63,7 +63,7 @@ def is_run_trace(path: Path) -> bool:
 
 
 def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
-    """Return a trace whose arrays fit together and name what there is.
+    """Return a trace after checking that its arrays are consistent.
 
     Raises:
         NotFoundError: there is no such file.
@@ -111,7 +111,7 @@ def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
 
 
 def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
-    """Say what does not fit; None where all does."""
+    """Return the first inconsistency of the arrays, None without one."""
     n_calls, n_layers, n_experts = len(calls.layer), len(header.shape.layers), header.shape.experts
     n_keys = n_layers * n_experts
     if calls.layer.ndim != 1 or calls.is_decode.shape != (n_calls,):
@@ -138,19 +138,19 @@ def _complaint(header: RunTraceHeader, calls: RecordedCalls) -> str | None:
     if calls.scores is not None and calls.scores.shape != (n_calls, n_experts):
         return "its scores have another shape"
     if header.n_calls_before > n_calls:
-        return "it counts calls that it does not have"
+        return "it counts more calls than it has"
     return None
 
 
 def _size_complaint(header: RunTraceHeader, choice: EvictionChoice, n_scores: int) -> str | None:
-    """Say which number that memory is laid out by does not fit the file; None where all do."""
+    """Return an inconsistency of numbers that decide sizes in memory, None without one."""
     shape = header.shape
     n_experts = len(shape.layers) * shape.experts
     if n_experts > max(_MAX_UNSCORED_EXPERTS, n_scores):
-        return f"it does not hold what {n_experts} experts would leave in it"
+        return f"it is too small for a run of {n_experts} experts"
     n_left, n_layers = header.n_slots - len(header.pinned), len(shape.layers)
     if choice.per_layer and 0 < n_left < n_layers:
-        return f"{n_left} slots are not one for each of {n_layers} layers"
+        return f"{n_left} slots are fewer than one for each of {n_layers} layers"
     layout = record_form(shape, header.precision).layout
     if layout.size_bytes != header.record_size_bytes:
         return f"a record has {header.record_size_bytes} bytes, its shape makes {layout.size_bytes}"

@@ -1,7 +1,7 @@
-"""safetensors files read as hostile input: the whole header is checked before any tensor is used.
+"""safetensors files read as hostile input: the whole header is checked before any tensor is read.
 
-Bytes are read with pread into fresh tensors, not mapped: mapped pages count as resident memory,
-and a budget is a promise.
+Bytes are read with pread into fresh tensors, not mapped, because mapped pages count as resident
+memory and would break the memory budget.
 """
 
 import math
@@ -27,7 +27,7 @@ from moe_tool.formats.hostile_file import open_plain_file, quoted, read_capped, 
 from moe_tool.formats.strict_json import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit."""
+"""Largest header accepted, the safetensors library's own limit."""
 _MAX_INDEX_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _DROP_CACHE_BYTES = 2**20
@@ -62,15 +62,15 @@ _AGAIN = "copy or download the file again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """The place of one tensor."""
+    """Place, dtype and shape of one tensor."""
 
     name: str
     dtype: str
-    """safetensors' name: F32, BF16, F16, U8, ..."""
+    """Dtype by safetensors' name: F32, BF16, F16, U8, ..."""
     shape: tuple[int, ...]
     file: Path
     offset: int
-    """From the start of the file"""
+    """Offset in bytes from the start of the file"""
     size_bytes: int
 
 
@@ -117,14 +117,14 @@ class Checkpoint:
     """Tensors of one or several safetensors files, every header checked, read by name."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Use `open_folder` or `open_files`."""
+        """Keep the checked headers; call `open_folder` or `open_files` instead."""
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(sorted(tensors.items())))
         self.total_bytes = sum(info.size_bytes for info in tensors.values())
         self.bytes_read = 0
         self.on_read: Callable[[str, int | None, memoryview], None] | None = None
-        """Told the name, the row if only one was read, and the bytes of whatever is read"""
+        """Callback on every read: tensor name, row if only one was read, bytes"""
         self.requires_finite = False
-        """Whether a tensor with NaN or infinity is refused: of a model's weights"""
+        """Whether tensors with NaN or infinity are refused, as in a model's weights"""
         self._files: dict[Path, int] = {}
 
     @classmethod
@@ -147,7 +147,7 @@ class Checkpoint:
         except OSError as error:
             raise unreadable(folder, error) from error
         if _SINGLE in names or _INDEX in names:
-            is_single = _SINGLE in names  # before the index, as transformers has it
+            is_single = _SINGLE in names  # before the index, as in transformers
             checkpoint = (
                 cls(read_header(folder / _SINGLE))
                 if is_single
@@ -171,7 +171,7 @@ class Checkpoint:
 
     @classmethod
     def open_files(cls, files: Sequence[Path]) -> "Checkpoint":
-        """Open the tensors of several files together; a name in two of them is refused."""
+        """Open several files together; a tensor name in two of them is refused."""
         tensors: dict[str, TensorInfo] = {}
         for path in files:
             for name, info in read_header(path).items():
@@ -217,7 +217,7 @@ class Checkpoint:
         Raises:
             CorruptArtifactError: the file became shorter, or it holds NaN or infinity and must not.
             UnsupportedModelError: torch has no such dtype.
-            StorageError: the disk does not answer.
+            StorageError: the read fails.
         """
         info = self.tensors[name]
         if info.dtype not in _DTYPES:
@@ -341,7 +341,7 @@ def _is_counts(value: Any) -> bool:
 def _require_tiling(
     path: Path, infos: Mapping[str, TensorInfo], *, data_start: int, file_bytes: int
 ) -> None:
-    """No holes, no overlaps, nothing behind the last tensor."""
+    """Refuse holes, overlaps and bytes after the last tensor."""
     position = data_start
     for info in sorted(infos.values(), key=lambda i: (i.offset, i.size_bytes)):
         if info.offset != position:

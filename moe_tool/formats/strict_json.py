@@ -1,4 +1,5 @@
-"""JSON objects from hostile files: UTF-8, no key twice, no NaN, no bottomless nesting."""
+"""Strict parser of JSON objects from hostile files: UTF-8, no duplicate keys, no NaN, no deep
+nesting."""
 
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]
     Args:
         path: named in errors.
         text: the object's bytes.
-        remedy: the hint of the error.
+        remedy: hint of the error.
 
     Raises:
         CorruptArtifactError: it is anything else than one JSON object.

@@ -1,4 +1,4 @@
-"""A training under way, in a safetensors file: what the same command goes on with."""
+"""State of an interrupted training in a safetensors file, from which the same command resumes."""
 
 import hashlib
 import json
@@ -21,25 +21,25 @@ _ORDER_BYTES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """The progress of a training."""
+    """Progress of a training."""
 
     step: int
-    """Steps that are done"""
+    """Steps done"""
     penalty: float
     tensors: dict[str, torch.Tensor]
-    """float32"""
+    """Parameters and optimizer moments by name, float32"""
 
 
 def order_digest(order: Mapping[str, Any]) -> bytes:
-    """Return what tells one training from another: of everything that decides its outcome."""
+    """Return a digest of everything that decides the outcome of a training."""
     return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).digest()
 
 
 def write_training_state(path: Path, order: bytes, state: TrainingState) -> None:
-    """Write what was reached, whole or not at all.
+    """Write the state atomically.
 
     Raises:
-        DiskFullError, StorageError: the disk refuses.
+        DiskFullError, StorageError: the file cannot be written.
     """
     tensors = {
         _ORDER: torch.frombuffer(bytearray(order), dtype=torch.uint8),
@@ -57,13 +57,13 @@ def write_training_state(path: Path, order: bytes, state: TrainingState) -> None
 def read_training_state(
     path: Path, order: bytes, wanted: Mapping[str, torch.Tensor], *, n_steps: int
 ) -> TrainingState | None:
-    """Return what was reached; None where nothing was, or by another training.
+    """Return the state; None if there is none, or it belongs to another training.
 
     Args:
         path: may be missing.
-        order: of the training that wants to go on.
-        wanted: tensors of the names and shapes that it has.
-        n_steps: that it will take.
+        order: digest of the training that resumes.
+        wanted: tensors of the expected names and shapes.
+        n_steps: total steps of the training.
 
     Raises:
         CorruptArtifactError: the file is damaged.
@@ -71,7 +71,7 @@ def read_training_state(
     """
     if not path.exists():
         return None
-    again = f"remove {path} and begin anew"
+    again = f"remove {path} and start the training again"
     infos = read_header(path)
     expected = {name: ("F32", tuple(each.shape)) for name, each in wanted.items()}
     expected |= {_ORDER: ("U8", (_ORDER_BYTES,)), _COUNTERS: ("F64", (2,))}

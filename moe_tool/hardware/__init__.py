@@ -1,1 +1,1 @@
-"""Speeds of this machine, measured once."""
+"""Benchmarks of one machine: disk, memory, experts, decoder layers, GPU."""

@@ -1,4 +1,4 @@
-"""How fast the disk gives whole records, past the page cache, in order or in none."""
+"""Read rate of the disk for whole records, past the page cache, sequential and random."""
 
 import itertools
 import mmap
@@ -30,10 +30,10 @@ READERS = (1, 2, 4)
 RANDOM_BYTES = (256 * 2**10, 4 * 2**20, 24 * 2**20)
 SEQUENTIAL_BYTES = 4 * 2**20
 _REST_S = 4e-3
-"""Between two bursts: what a layer takes beside its reads"""
+"""Pause between bursts: about the time that a layer computes"""
 _MAX_BURSTS = 64
 _N_BUFFERS = 12
-"""Larger together than a cache, into which the disk's data would else go faster than into memory"""
+"""Buffers that exceed the CPU cache together, so that reads go to memory"""
 _WRITE_BYTES = 4 * 2**20
 _ROOM_BYTES = 2**28
 """Left free on the disk beside the test file: other programs write there too"""
@@ -41,12 +41,12 @@ _ROOM_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TestFile:
-    """A file without a name: it is gone as soon as nobody has it open, however we end."""
+    """Unlinked file: it disappears when its last descriptor closes, however the process ends."""
 
     files: RecordFiles
     name: str
     handle: int
-    """Handle that goes through the page cache"""
+    """Descriptor of buffered I/O, to drop the file from the page cache"""
 
 
 def measure_disk(
@@ -59,15 +59,15 @@ def measure_disk(
     sequential_bytes: int = SEQUENTIAL_BYTES,
     progress: Progress = SILENT,
 ) -> tuple[DiskSpeed, ...]:
-    """Write a test file and read it as a store reads records; nothing is left behind.
+    """Write a test file, read it as a store reads records, and remove it.
 
-    Past the page cache where the file system allows it; else the cache forgets the file before
-    each reading. A disk that remembers by itself, or the host of a virtual one, is not fooled.
+    Reads bypass the page cache where the file system allows it, else the file is dropped from the
+    cache before each reading. Caches of the disk itself or of a virtual machine's host still count.
 
     Args:
-        folder: on the disk in question.
-        file_bytes: of the test file, a multiple of 4 MiB, at least one of the largest read.
-        pass_s: no reader begins another read after so long.
+        folder: on the disk to measure.
+        file_bytes: size of the test file, a multiple of 4 MiB, at least the largest read.
+        pass_s: seconds after which no reader begins another read.
         repetitions: readings of each kind; the median counts.
         random_bytes: sizes of reads in random order, multiples of 4096.
         sequential_bytes: size of reads in order.
@@ -118,7 +118,7 @@ def _test_file(folder: Path, size_bytes: int, progress: Progress) -> Iterator[_T
         opened.callback(os.close, handle)
         name = Path(path).name
         try:
-            # The first block alone, so that a file system that refuses direct reads can say so.
+            # One block, so that direct reads can be tried before the whole file is written.
             os.pwrite(handle, bytes(mmap.PAGESIZE), 0)
             files = RecordFiles(folder, [name])
             opened.callback(files.close)
@@ -126,7 +126,7 @@ def _test_file(folder: Path, size_bytes: int, progress: Progress) -> Iterator[_T
         finally:
             os.unlink(path)
         if refusal is not None:
-            progress.note(f"{refusal}: it is measured through it")
+            progress.note(f"{refusal}: the disk is measured through the page cache")
         _fill(handle, size_bytes, progress)
         yield _TestFile(files=files, name=name, handle=handle)
 
@@ -147,8 +147,8 @@ def _fill(handle: int, size_bytes: int, progress: Progress) -> None:
 
 
 def _buffers(size_bytes: int) -> list[torch.Tensor]:
-    """Memory to read into, as a store's: on large pages, without which large reads took up to three
-    times as long. Written to, so that faults belong to nobody's time."""
+    """Return buffers as a store has them: on huge pages, without which large reads took up to three
+    times as long, and written to, so that no page fault is timed."""
     pool = SlotPool(n_slots=_N_BUFFERS, slot_size_bytes=size_bytes)
     return [pool.view(slot).zero_() for slot in range(_N_BUFFERS)]
 
@@ -156,9 +156,8 @@ def _buffers(size_bytes: int) -> list[torch.Tensor]:
 def _read_bursts(
     file: _TestFile, reads: np.ndarray, buffers: list[torch.Tensor], readers: int, pass_s: float
 ) -> float:
-    """Return bytes per second where as many records as there are readers are wanted at once and
-    waited for, as a layer waits for its misses. Disk, readers and their cores rest in between, and
-    have to be woken."""
+    """Return bytes per second of bursts of one record per reader, awaited as a layer awaits misses.
+    Disk and cores go idle between bursts and have to wake up."""
     if not file.files.is_direct:
         os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -197,7 +196,7 @@ def _read_bursts(
 def _read(
     file: _TestFile, offsets: Sequence[int] | np.ndarray, buffers: list[torch.Tensor], pass_s: float
 ) -> float:
-    """Return bytes per second; the readers take the next record in turn."""
+    """Return bytes per second of readers that each take the next record in turn."""
     if not file.files.is_direct:
         os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
     turns = iter(offsets)

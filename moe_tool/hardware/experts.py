@@ -1,4 +1,4 @@
-"""How long one expert call takes, by width, tokens and threads."""
+"""Time of one expert call by weight width, number of tokens and number of threads."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -15,18 +15,18 @@ from moe_tool.native.kernels import is_native, set_threads
 from moe_tool.progress import SILENT, Progress
 
 Shape = tuple[int, int]
-"""(H, I)"""
+"""(H, I): hidden and inner width of an expert"""
 _SHAPES: tuple[Shape, Shape] = ((1024, 1024), (2048, 4096))
 _TORCH_SHAPES: tuple[Shape, Shape] = ((512, 512), (1024, 2048))
-"""A quarter: torch takes a second for some calls of the others"""
+"""Shapes of a quarter of the weights: torch needs a second for some calls at `_SHAPES`"""
 _TINY_SHAPE: Shape = (64, 64)
-"""24 KB at 16 bits: what is left is the call"""
+"""Shape of 24 KB at 16 bits, whose time is almost all call overhead"""
 _TINY_REPETITIONS = 25
 _LEAST_S = 1e-9
 
 
 class SiluGatedModule:
-    """Stand-in for an experts module of transformers, as `expert_forward` asks it."""
+    """Stand-in for transformers' experts module, as far as `expert_forward` uses it."""
 
     has_gate = True
     has_post_expert_norm = False
@@ -46,16 +46,16 @@ def measure_experts(
     shapes: tuple[Shape, Shape] | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ExpertSpeed, ...]:
-    """Time experts whose weights come from memory; sets the kernels' threads and torch's.
+    """Time experts whose weights come from memory; sets the threads of the kernels and of torch.
 
     Args:
-        block: of `make_block`; several times the last-level cache.
+        block: as `make_block` returns it, several times the last-level cache.
         threads: numbers of threads to compute with.
-        tokens: numbers of tokens to give at once.
-        repetitions: at most, of each call.
-        budget_s: after which no other repetition of a call begins.
-        shapes: two sizes of expert, the smaller first, that the fit goes through; None: usual ones,
-            smaller where torch computes.
+        tokens: numbers of tokens per call.
+        repetitions: maximum for each call.
+        budget_s: seconds after which no other repetition of a call begins.
+        shapes: two shapes to fit through, the smaller first; None: the defaults, smaller where
+            torch computes.
     """
     shapes = shapes or (_SHAPES if is_native() else _TORCH_SHAPES)
     rows = []
@@ -72,8 +72,8 @@ def measure_experts(
                     repetitions=repetitions,
                     budget_s=2 * budget_s,
                 )
-                # By itself: beside the others it would find its code out of the caches, where a
-                # model of tiny experts keeps it.
+                # Timed alone: beside larger calls its code would leave the caches, where a model of
+                # tiny experts keeps it.
                 (tiny_s,) = median_seconds(
                     [tiny(n_tokens)], repetitions=_TINY_REPETITIONS, budget_s=budget_s
                 )
@@ -95,7 +95,7 @@ def measure_experts(
 
 
 def use_threads(n_threads: int, n_tokens: int) -> None:
-    """Share the threads out as a session does: where the kernels compute, torch has one."""
+    """Set threads as a session does: torch gets one where the kernels compute."""
     set_threads(n_threads)
     torch.set_num_threads(1 if is_native() and n_tokens <= FEW_TOKENS else n_threads)
 
@@ -103,12 +103,12 @@ def use_threads(n_threads: int, n_tokens: int) -> None:
 def fit_two(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     """Return (fixed seconds, bytes per second) of the line through two points.
 
-    Where noise would have made the fixed part negative, it is 0 and the line goes through the
-    larger point; where it made the larger one faster, likewise.
+    Where noise makes the fixed part negative or the larger point faster, the fixed part is 0 and
+    the line goes through the larger point.
 
     Args:
         sizes: bytes, the smaller first.
-        seconds: of each.
+        seconds: time at each size.
     """
     (small, large), (fast, slow) = sizes, seconds
     slow = max(slow, _LEAST_S)
@@ -123,7 +123,7 @@ def fit_two(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, floa
 def _calls(
     block: torch.Tensor, bits: Bits, shape: Shape
 ) -> Callable[[int], Callable[[], torch.Tensor]]:
-    """A function that makes calls with so many tokens; each takes the next record."""
+    """Return a maker of calls for a number of tokens; every call computes the next record."""
     module = SiluGatedModule()
     turns = itertools.cycle(cut_records(block, bits, *shape))
 

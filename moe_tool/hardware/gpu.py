@@ -1,4 +1,4 @@
-"""How fast a GPU takes records from the host, and reads its own memory."""
+"""Bandwidth of copies to a GPU and of its own memory."""
 
 import statistics
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from moe_tool.progress import SILENT, Progress
 
 _RECORD_BYTES = 24 * 2**20
 _MEMORY_BYTES = 2**29
-"""Beyond any cache of a GPU"""
+"""Copy size beyond any GPU cache"""
 _REPETITIONS = 10
 
 
 def measure_gpu(*, progress: Progress = SILENT) -> GpuSpeed | None:
-    """Return the first GPU that torch can use, None where there is none."""
+    """Return the bandwidths of the first GPU that torch can use, None without one."""
     if not torch.cuda.is_available():
         return None
     progress.begin("copy to the GPU", 2, "kinds of copy")
@@ -37,7 +37,7 @@ def measure_gpu(*, progress: Progress = SILENT) -> GpuSpeed | None:
 
 
 def _median_seconds(call: Callable[[], object]) -> float:
-    """By the GPU's own clock: a call returns before its work is done."""
+    """Return the median by GPU events: a call returns before its work is done."""
     seconds: list[float] = []
     for repetition in range(_REPETITIONS + 2):
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -46,6 +46,6 @@ def _median_seconds(call: Callable[[], object]) -> float:
         call()
         end.record()
         end.synchronize()
-        if repetition >= 2:  # the first ones set the GPU up
+        if repetition >= 2:  # the first ones initialise the GPU
             seconds.append(start.elapsed_time(end) / 1e3)
     return statistics.median(seconds)

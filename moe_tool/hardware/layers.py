@@ -1,9 +1,8 @@
-"""Time of a decoder layer at one token beside its matrices: with warm and cold caches, and after
-a wait.
+"""Time of a decoder layer at one token without its matrices: caches warm, cold, and after a wait.
 
-A random Mixtral of usual width is decoded token by token, and what its matrices take by themselves
-is taken off. What is left is Python, attention, norms and router. Beside expert weights that stream
-through the caches it takes longer: code and small tensors have to be fetched anew.
+A random Mixtral of usual width is decoded token by token, and the time of its matrix products alone
+is subtracted. The rest is Python, attention, norms and router. It takes longer when expert weights
+pass through the caches, because code and small tensors are evicted from them.
 """
 
 import itertools
@@ -50,10 +49,10 @@ _LEAST_S = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """The model that is decoded."""
+    """Dimensions of the model that is decoded."""
 
     n_layers: int = 16
-    """Over which the little that a forward costs once is spread, as in a usual model"""
+    """Decoder layers; enough that the cost per forward is spread as in a usual model"""
     hidden: int = 2048
     heads: int = 32
     kv_heads: int = 8
@@ -63,15 +62,15 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimes:
-    """Times of one decoder layer."""
+    """Seconds of one decoder layer without its matrices."""
 
     warm_s: float
     cold_s: float
-    """At least `warm_s`"""
+    """Time with cold caches, at least `warm_s`"""
     cold_bytes: int
-    """Bytes of expert weights per layer, in the cold figure"""
+    """Expert weights per layer that pass through the caches for `cold_s`"""
     rested_s: float
-    """At least `cold_s`"""
+    """Time after a wait of REST_S, at least `cold_s`"""
 
 
 def measure_layers(
@@ -83,18 +82,18 @@ def measure_layers(
     shape: LayerShape = LayerShape(),  # noqa: B008 (frozen)
     progress: Progress = SILENT,
 ) -> LayerTimes:
-    """Decode; sets the kernels' threads and torch's.
+    """Decode and time a random model; sets the threads of the kernels and of torch.
 
-    The skeleton's matrices are the same in all layers, so that without experts they stay in a
-    cache. Weights have 4 bits where the kernels compute, else they are bfloat16, which torch
-    multiplies fast enough for the rest to be seen beside it.
+    All layers share the skeleton's matrices, so that without experts they stay in a cache. Weights
+    have 4 bits where the kernels compute, else they are bfloat16.
 
     Args:
-        block: of `make_block`; several times the last-level cache.
-        n_threads: that compute the matrices.
-        n_tokens: at most, of each figure.
-        budget_s: of each figure, after which no other token begins; three are timed in any case.
-        shape: of the model.
+        block: as `make_block` returns it, several times the last-level cache.
+        n_threads: threads of the matrix products.
+        n_tokens: maximum for each figure.
+        budget_s: seconds for each figure, after which no other token begins; three are timed in any
+            case.
+        shape: dimensions of the model.
     """
     use_threads(n_threads, 1)
     bits: Bits = "4" if is_native() else "native"
@@ -103,16 +102,7 @@ def measure_layers(
     model, layers = _build_model(block, bits, shape)
     answers = _Answers(records)
     matrices = _matrices(model)
-    x = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))
-    module = SiluGatedModule()
-
-    def one_expert() -> torch.Tensor:
-        return expert_forward(module, answers.next(), x)
-
-    per_layer = len(matrices) // shape.n_layers
-    with_experts: list[Call] = []
-    for start in range(0, len(matrices), per_layer):
-        with_experts += [*matrices[start : start + per_layer], *[one_expert] * _TOP_K]
+    with_experts = _with_experts(matrices, answers, shape)
     progress.begin("decode layer by layer", 3 * n_tokens, "tokens")
     warm, cold, rested = (
         _beside(model, layers, answer, alone, n_tokens, budget_s, answers.slept, progress)
@@ -162,7 +152,7 @@ class _Answers:
 
 
 def _inner(bits: Bits, shape: LayerShape) -> int:
-    """The expert's inner size that makes a record about as large as wanted; a multiple of 64."""
+    """Return the inner width, a multiple of 64, at which a record has about the wanted size."""
     per_64 = record_bytes(bits, shape.hidden, 64)
     return 64 * max(1, shape.record_bytes // per_64)
 
@@ -173,7 +163,7 @@ def _build_model(
     config = MixtralConfig(
         vocab_size=_VOCABULARY,
         hidden_size=shape.hidden,
-        intermediate_size=64,  # experts come from elsewhere
+        intermediate_size=64,  # the experts are replaced by `records`
         num_hidden_layers=shape.n_layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
@@ -198,7 +188,7 @@ def _build_model(
 
 
 def _matrices(model: PreTrainedModel) -> list[Call]:
-    """The products that the skeleton's stored matrices are in one decoded token, layer by layer.
+    """Return the skeleton's matrix products of one decoded token, layer by layer.
 
     The head is left out: it is small here, and shared by all layers.
     """
@@ -213,6 +203,21 @@ def _matrices(model: PreTrainedModel) -> list[Call]:
                 calls.append(partial(NativeLinear(weight, None).forward, x))
             else:
                 calls.append(partial(linear, x, weight))
+    return calls
+
+
+def _with_experts(matrices: list[Call], answers: "_Answers", shape: LayerShape) -> list[Call]:
+    """Return the skeleton's products with `_TOP_K` experts after those of each layer."""
+    x = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))
+    module = SiluGatedModule()
+
+    def one_expert() -> torch.Tensor:
+        return expert_forward(module, answers.next(), x)
+
+    per_layer = len(matrices) // shape.n_layers
+    calls: list[Call] = []
+    for start in range(0, len(matrices), per_layer):
+        calls += [*matrices[start : start + per_layer], *[one_expert] * _TOP_K]
     return calls
 
 
@@ -231,7 +236,7 @@ def _beside(
     slept: list[float],
     progress: Progress,
 ) -> float:
-    """Seconds of one token beside the calls that it consists of and the time that it slept."""
+    """Return the seconds of one token minus the calls in `alone` and the time slept."""
     draw = torch.Generator().manual_seed(0)
     n_positions = _DEPTH + _WARM_UP_TOKENS + n_tokens
     ids = torch.randint(0, _VOCABULARY, (1, n_positions), generator=draw)
@@ -239,7 +244,7 @@ def _beside(
     set_experts_function(layers, _nothing)
     model(input_ids=ids[:, :_DEPTH], past_key_values=cache)
     set_experts_function(layers, answer)
-    # In turn, so that a slow moment of the machine falls on both.
+    # Interleaved, so that a slow moment of the machine affects both.
     differences: list[float] = []
     end = time.perf_counter() + budget_s
     for position in range(_DEPTH, n_positions):

@@ -1,4 +1,4 @@
-"""The machine, measured once: disk, memory, experts, decoder layers, GPU."""
+"""Measure a machine: disk, memory, experts, decoder layers, GPU."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ _ROOM_BYTES = 2**29
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much of everything is done."""
+    """Sizes and time limits of the measurements."""
 
     disk_bytes: int
     """Size of the test file"""
@@ -40,16 +40,16 @@ class Effort:
     memory_bytes: int
     """Size of the buffer that is read"""
     block_bytes: int
-    """Size of the experts together, at least"""
+    """Minimum size of all experts together"""
     repetitions: int
     tokens: tuple[int, ...]
-    """Numbers of tokens that experts are given at once"""
+    """Numbers of tokens per expert call"""
     expert_s: float
-    """Time for the repetitions of one kind of call"""
+    """Time for the repetitions of one kind of expert call"""
     decoded_tokens: int
     decode_s: float
     expert_shapes: tuple[Shape, Shape] | None = None
-    """None: the usual ones"""
+    """Two shapes of expert to fit through; None: the defaults"""
     layer_shape: LayerShape = LayerShape()
 
 
@@ -80,18 +80,18 @@ QUICK = Effort(
 def measure_hardware(
     disk_folder: Path, *, quick: bool = False, progress: Progress = SILENT
 ) -> HardwareProfile:
-    """Measure everything in turn. Nothing else should run meanwhile.
+    """Measure disk, memory, experts and layers in turn; nothing else should run meanwhile.
 
-    Sets the threads of the kernels and of torch; gives both back all cores at the end.
+    Sets the threads of the kernels and of torch, and resets both at the end.
 
     Args:
         disk_folder: on the disk that bundles lie on; a test file is written there and removed.
-        quick: fewer repetitions, fewer kinds of call, a smaller test file.
+        quick: fewer repetitions and kinds of call, a smaller test file.
         progress: told about each measurement.
 
     Raises:
-        NotFoundError, DiskFullError, StorageError: the disk, see `measure_disk`.
-        BudgetError: there is not enough memory to measure beyond the caches.
+        NotFoundError, DiskFullError, StorageError: see `measure_disk`.
+        BudgetError: memory is too small to measure beyond the caches.
         UsageError: `MOE_TOOL_KERNELS` names kernels that are not there.
     """
     effort = QUICK if quick else FULL
@@ -99,7 +99,7 @@ def measure_hardware(
     cores = len(os.sched_getaffinity(0))
     block_bytes = max(effort.block_bytes, _CACHES_TO_FILL * _last_level_cache_bytes())
     _require_memory(max(effort.memory_bytes, block_bytes) + _ROOM_BYTES)
-    _warn_of_load(progress)
+    _warn_if_busy(progress)
     torch_threads = torch.get_num_threads()
     try:
         disk = measure_disk(
@@ -116,7 +116,7 @@ def measure_hardware(
         )
         set_threads(cores)
         lookup = _lookup_speeds()  # before experts: it chooses what computes them
-        experts, layer = _measure_compute(effort, cores, block_bytes, progress)
+        experts, layer = _compute_speeds(make_block(block_bytes), effort, cores, progress)
     finally:
         torch.set_num_threads(torch_threads)
         set_threads(cores)
@@ -139,19 +139,18 @@ def measure_hardware(
     )
 
 
-def _warn_of_load(progress: Progress) -> None:
+def _warn_if_busy(progress: Progress) -> None:
     load = os.getloadavg()[0]
     if load > _BUSY_LOAD:
         progress.note(
-            f"the load was {load:.2f} over the last minute: what other programs take is missing "
-            f"from the figures; measure again when it is below {_BUSY_LOAD}"
+            f"the load average was {load:.2f} over the last minute: other programs make these "
+            f"figures worse; measure again when it is below {_BUSY_LOAD}"
         )
 
 
-def _measure_compute(
-    effort: Effort, cores: int, block_bytes: int, progress: Progress
+def _compute_speeds(
+    block: torch.Tensor, effort: Effort, cores: int, progress: Progress
 ) -> tuple[tuple[ExpertSpeed, ...], LayerTimes]:
-    block = make_block(block_bytes)
     experts = measure_experts(
         block,
         threads=sorted({1, cores}),
@@ -187,7 +186,7 @@ def _lookup_speeds() -> tuple[LookupSpeed, ...]:
 
 
 def _thread_counts(cores: int) -> list[int]:
-    """1, 2, 4, ... and all cores."""
+    """Return 1, 2, 4, ... and all cores."""
     return sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores})
 
 
@@ -202,7 +201,7 @@ def _require_memory(needed_bytes: int) -> None:
 
 
 def _last_level_cache_bytes() -> int:
-    """0 where the system does not say."""
+    """Return the size of the last-level cache, 0 where the system does not tell."""
     sizes = [0]
     for path in _CACHES.glob("index*/size"):
         try:

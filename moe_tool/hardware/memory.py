@@ -1,4 +1,4 @@
-"""How fast memory can be read, by the fastest of several ways."""
+"""Memory read bandwidth, by the fastest of several ways to read."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ def measure_memory(
     repetitions: int,
     progress: Progress = SILENT,
 ) -> tuple[MemorySpeed, ...]:
-    """Read a buffer again and again; sets torch's threads.
+    """Read a buffer repeatedly; sets torch's threads.
 
     Args:
         threads: numbers of threads to read with.
-        size_bytes: of the buffer, a multiple of 16 KiB; beyond any cache.
-        repetitions: of each way; the median counts.
+        size_bytes: size of the buffer, a multiple of 16 KiB beyond any cache.
+        repetitions: readings in each way; the median counts.
     """
     memory = SlotPool(n_slots=1, slot_size_bytes=size_bytes).view(0)  # on large pages
     buffer = memory.view(torch.float32).view(-1, _ROW_FLOATS).fill_(0.5)
@@ -46,8 +46,7 @@ def measure_memory(
 
 
 def _ways(buffer: torch.Tensor, n_threads: int) -> list[Callable[[], object]]:
-    """A sum and a product in torch, a sum of integers in numpy, which lets go of the interpreter
-    meanwhile."""
+    """Return a sum and a product in torch, and a sum in numpy threads, which release the GIL."""
     vector = torch.full((_ROW_FLOATS,), 0.5)
     parts = np.array_split(buffer.numpy().reshape(-1).view(np.int64), n_threads)
     return [buffer.sum, lambda: torch.mv(buffer, vector), lambda: _sum_parts(parts)]

@@ -1,7 +1,6 @@
-"""Profiles of usual machines from public data sheets: nobody measured them.
+"""Hardware profiles of common machines, derived from public data sheets, not measured.
 
-Every number follows from a few figures of the sheets by the rules below, which are the same for
-all machines.
+Every number follows from a few figures of the sheets by the rules below, the same for all machines.
 """
 
 from dataclasses import dataclass
@@ -28,9 +27,8 @@ _READERS = (1, 2, 4)
 # Memory. Two channels times transfer rate times 8 bytes; reading alone gets 75 to 85 % of it on
 # desktops of every make.
 _MEMORY_DERATING = 0.8
-# One token reads an expert once: its rate is a share of what memory gives. The shares are those
-# that docs/benchmarks.md has for the AVX2 kernels with all cores (8 bits were not in that table:
-# as 4).
+# One token reads an expert once, at a share of the memory bandwidth. The shares are those in
+# docs/benchmarks.md of the AVX2 kernels with all cores; 8 bits, which it lacks, are taken as 4.
 _SHARE: dict[Bits, float] = {
     "native": 0.83,
     "8": 0.75,
@@ -40,7 +38,7 @@ _SHARE: dict[Bits, float] = {
     "1": 0.48,
 }
 _CALL_S = 60e-6
-"""Time of a call beside its weights, as measured on a 2 vCPU EPYC of 2021"""
+"""Overhead of an expert call, as measured on a 2 vCPU EPYC of 2021"""
 # Many tokens are bound by the cores. Multiply-adds per second of one core of that machine, whose
 # boost clock is 3.5 GHz, with 64 tokens; AVX-512 is not counted on.
 _CODE_PRODUCTS_PER_S = 7.5e10
@@ -66,10 +64,10 @@ _STORED_BITS: dict[Bits, float] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSheet:
-    """Figures of the makers."""
+    """Published figures of one machine."""
 
     about: str
-    """The machine in one line"""
+    """Description of the machine in one line"""
     cores: int
     ghz: float
     """Boost clock of one core"""
@@ -77,11 +75,11 @@ class DataSheet:
     memory_bytes_per_s: float
     """Transfers per second x 8 bytes x 2 channels"""
     core_bytes_per_s: float
-    """Memory rate of one core: no sheet has it; as measured by others on such cores"""
+    """Memory bandwidth that one core reaches, as measured on such cores; sheets lack it"""
     kernels: str
-    """Kernels that the processor's instructions allow"""
+    """Fastest kernels that the processor can run"""
     disk_bytes_per_s: float
-    """Sequential reads"""
+    """Rate of sequential reads"""
     disk_latency_s: float
     """Latency of a random read of 4 KiB, one at a time"""
     gpu: GpuSpeed | None = None
@@ -142,10 +140,10 @@ SHEETS: dict[str, DataSheet] = {
 
 
 def shipped_profile(name: str) -> HardwareProfile:
-    """Return a profile by name.
+    """Return the profile derived from a data sheet.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no shipped profile has that name.
     """
     sheet = SHEETS.get(name)
     if sheet is None:

@@ -1,5 +1,4 @@
-"""Made-up expert records in one block of memory: so many that no cache keeps one until its next
-turn."""
+"""Synthetic expert records in one block of memory, too many for a cache to keep any of them."""
 
 import torch
 
@@ -12,13 +11,12 @@ from moe_tool.store.slots import SlotPool
 
 _PATTERN_NUMBERS = 2**21
 _LOWEST, _BEYOND = 0x3B80, 0x3E00
-"""Bits of numbers from 0.004 to 0.12 in bfloat16 and from 0.9 to 1.5 in float16: any part of the
-block can be weights, codes or scales, and nothing in it is NaN, infinite or denormal"""
+"""Range of 16-bit patterns: 0.004 to 0.12 in bfloat16 and 0.9 to 1.5 in float16, so that any part
+of the block can be weights, codes or scales without NaN, infinity or denormals"""
 
 
 def make_block(size_bytes: int) -> torch.Tensor:
-    """Return memory that records can be cut from, uint8 [at least size_bytes]; on large pages, as a
-    store's slots are."""
+    """Return memory to cut records from, uint8 [at least size_bytes], on huge pages."""
     draw = torch.Generator().manual_seed(0)
     pattern = torch.randint(
         _LOWEST, _BEYOND, (_PATTERN_NUMBERS,), dtype=torch.int16, generator=draw
@@ -30,14 +28,14 @@ def make_block(size_bytes: int) -> torch.Tensor:
 
 
 def matrix_bytes(bits: Bits, n_outputs: int, n_inputs: int) -> int:
-    """Return what a matrix takes in a record, every part of it padded."""
+    """Return the bytes of a matrix in a record, every part padded."""
     return sum(_padded(size) for size in _part_bytes(bits, n_outputs, n_inputs))
 
 
 def cut_matrix(
     block: torch.Tensor, bits: Bits, n_outputs: int, n_inputs: int
 ) -> FloatWeight | IntegerWeight:
-    """Return a matrix that lies at the start of the block, as views."""
+    """Return a matrix of views of the start of the block."""
     parts, offset = [], 0
     for size in _part_bytes(bits, n_outputs, n_inputs):
         parts.append(block[offset : offset + size])
@@ -61,10 +59,10 @@ def record_bytes(bits: Bits, hidden: int, inner: int) -> int:
 
 
 def cut_records(block: torch.Tensor, bits: Bits, hidden: int, inner: int) -> list[ExpertWeights]:
-    """Return as many experts as the block has room for, one behind the other.
+    """Return as many consecutive experts as the block has room for.
 
     Raises:
-        ValueError: it has not even room for two.
+        ValueError: the block has no room for two.
     """
     size = record_bytes(bits, hidden, inner)
     n_records = len(block) // size

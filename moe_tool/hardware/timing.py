@@ -1,4 +1,4 @@
-"""How long calls take, by the medians of a few turns."""
+"""Median duration of calls."""
 
 import statistics
 import time
@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 def median_seconds(
     calls: Sequence[Callable[[], object]], *, repetitions: int, budget_s: float
 ) -> list[float]:
-    """Return the median of each call's repetitions, after one that is not counted.
+    """Return the median seconds of each call, after one warm-up that is not counted.
 
-    They are taken in turn, so that a slow moment of the machine falls on all of them.
+    Calls take turns, so that a slow moment of the machine affects all of them.
 
     Args:
-        calls: take other memory each time, where that matters.
-        repetitions: at most, of each.
-        budget_s: no other turn begins after so long; two are made in any case.
+        calls: each should touch other memory every time, where that matters.
+        repetitions: maximum for each call.
+        budget_s: seconds after which no other turn begins; two are made in any case.
     """
     for call in calls:
         call()

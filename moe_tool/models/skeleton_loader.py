@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_tool.artifacts.bundle_manifest import SkeletonLinear
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision, Precision
+from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.errors import CorruptArtifactError, WrongModelError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.integer_parts import integer_parts, join_integer_parts
@@ -141,7 +141,7 @@ class SkeletonLoader:
         return Skeleton(model=model, shape=self._shape, layers=self._layers)
 
     def _part_names(self, linear: SkeletonLinear) -> tuple[str, ...]:
-        assert isinstance(self._precision, IntegerPrecision)
+        assert self._precision.kind == "integer"
         parts = integer_parts(linear.parameter, linear.n_outputs, linear.n_inputs, self._precision)
         return tuple(part.name for part in parts)
 
@@ -213,7 +213,7 @@ class SkeletonLoader:
 
     def _load_codes(self, name: str) -> None:
         linear = self._linears[name]
-        assert isinstance(self._precision, IntegerPrecision)
+        assert self._precision.kind == "integer"
         weight = join_integer_parts(
             name, linear.n_outputs, linear.n_inputs, self._precision, self._checkpoint.read
         )

@@ -1,1 +1,1 @@
-"""Compiled products of tokens with weights as they lie in a record, and their description."""
+"""Compiled kernels: products of tokens with weights as they lie in a record."""

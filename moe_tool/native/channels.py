@@ -1,4 +1,4 @@
-"""Products over an expert's channels, and reads of chosen ones: compiled where that is at hand."""
+"""Products over an expert's channels, and reads of chosen channels, compiled if possible."""
 
 import os
 import struct
@@ -11,11 +11,11 @@ from moe_tool.native.kernels import Gate
 from moe_tool.quantization.channels import ChannelWeight, row_bytes
 
 MOST_TOKENS = 4
-"""Beyond, expanding the channels once for all tokens costs less"""
+"""Tokens above which expanding the channels once is faster"""
 
 
 def computes_channels(n_tokens: int) -> bool:
-    """Return whether `native_channels` takes so many tokens."""
+    """Return whether `native_channels` supports so many tokens."""
     return kernels.is_native() and n_tokens <= MOST_TOKENS
 
 
@@ -32,13 +32,13 @@ def native_channels(
     """Return the sum over channels of inner activation times column, float32 [n, H].
 
     Args:
-        weight: all channels; those that are not in `index` may hold anything.
-        gate: makes inner activations.
+        weight: all channels; those not in `index` may hold anything.
+        gate: the activation.
         x: [n, H] float32.
-        values: [n, C] float32: what the matrix that chooses makes of the tokens.
-        index: [C] int32, ascending; None: all channels.
-        is_gate: `values` are the gate's, not the up projection's.
-        bias: [C] float32, of the other one.
+        values: [n, C] float32, outputs of the selector matrix.
+        index: [C] int32, ascending channel numbers; None: all channels.
+        is_gate: whether the selector is the gate, not the up projection.
+        bias: [C] float32, bias of the matrix that is not the selector.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -59,7 +59,7 @@ def native_channels(
         is_sound &= int(index[0]) >= 0 and int(index[-1]) < weight.n_channels
     if not is_sound:
         raise ValueError("channels, tokens and their choice do not fit together")
-    if not n_channels:  # nothing that could be pointed to
+    if not n_channels:  # an empty array has no address
         return torch.zeros(n_tokens, weight.n_hidden)
     x, values = x.contiguous(), values.contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -76,17 +76,17 @@ def native_channels(
 
 
 def read_runs(file: int, start: int, runs: np.ndarray, out: torch.Tensor) -> int:
-    """Copy parts of a file to the same places of a buffer; return how many bytes that were, fewer
-    than wanted where the file ends.
+    """Copy parts of a file to the same offsets of a buffer; return the bytes read, fewer than asked
+    for where the file ends.
 
     Args:
         file: descriptor.
-        start: of the file: what lies there belongs at the beginning of `out`.
+        start: file offset that corresponds to the beginning of `out`.
         runs: [n, 2] int64: offset and length of each part, within `out`.
         out: uint8, contiguous.
 
     Raises:
-        OSError: the disk does not give them.
+        OSError: the read fails.
         ValueError: a part ends beyond `out`.
     """
     runs = np.ascontiguousarray(runs, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The compiled kernels, if they were built and this processor can run them.
+"""Python side of the compiled kernels, if they were built and this processor can run them.
 
 `MOE_TOOL_KERNELS` forces one implementation: avx512vnni, avx512, avx2, scalar, or torch for none.
 """
@@ -26,7 +26,7 @@ from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 ENVIRONMENT = "MOE_TOOL_KERNELS"
 NAMES = ("avx512vnni", "avx512", "avx2", "scalar")
-"""Best first"""
+"""Kernel variants, the fastest first."""
 _TORCH = "torch"
 FLOAT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "clamped_swiglu": 5}
@@ -39,21 +39,21 @@ except ImportError:  # no compiler when the tool was installed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """How an expert's first product becomes the input of its second."""
+    """Activation between an expert's first and last matrix."""
 
     activation: str
-    """silu, gelu (erf), gelu_tanh, relu, relu2, or clamped_swiglu as gpt_oss has it"""
+    """Name: silu, gelu (erf), gelu_tanh, relu, relu2, or clamped_swiglu as in gpt_oss"""
     gated: bool
-    """act(gate) * up instead of act(up)"""
+    """Whether act(gate) * up is computed instead of act(up)"""
     interleaved: bool = False
-    """Gate and up alternate instead of gate first, then up"""
+    """Whether gate and up rows alternate, instead of gate first, then up"""
     alpha: float = 1.0
     limit: float = 0.0
     packed: bytes = field(init=False, repr=False, compare=False)
-    """What the compiled side reads"""
+    """Fields packed for the kernels"""
 
     def __post_init__(self) -> None:
-        """Describe the gate for the compiled side."""
+        """Pack the fields for the kernels."""
         code = _ACTIVATIONS[self.activation]
         packed = struct.pack("=3i2f", code, self.gated, self.interleaved, self.alpha, self.limit)
         object.__setattr__(self, "packed", packed)
@@ -61,10 +61,10 @@ class Gate:
 
 @cache
 def kernels_in_use() -> str:
-    """Return avx512vnni, avx512, avx2, scalar or torch: decided once for the process.
+    """Return avx512vnni, avx512, avx2, scalar or torch; decided once per process.
 
     Raises:
-        UsageError: `MOE_TOOL_KERNELS` names what this installation or processor does not have.
+        UsageError: `MOE_TOOL_KERNELS` names kernels that this installation or processor lacks.
     """
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted == _TORCH or (not wanted and _compiled is None):
@@ -79,50 +79,50 @@ def kernels_in_use() -> str:
     if _compiled is None:
         raise UsageError(
             f"{ENVIRONMENT}={wanted}: the native kernels were not built",
-            hint="install moe-tool again where g++ is found",
+            hint="reinstall moe-tool on a system with g++",
         )
     if not _compiled.use(wanted):
         raise UsageError(
             f"{ENVIRONMENT}={wanted}: this processor lacks the instructions",
-            hint="leave it unset: the fastest that works is taken",
+            hint="leave it unset to use the fastest kernels that work",
         )
     return wanted
 
 
 def is_built() -> bool:
-    """Return whether this installation has a compiled side at all."""
+    """Return whether this installation has compiled kernels."""
     return _compiled is not None
 
 
 def compiled() -> Any:
-    """Return the compiled side; see `is_native`."""
+    """Return the compiled module; valid if `is_native`."""
     return _compiled
 
 
 def is_native() -> bool:
-    """Return whether compiled kernels are used at all."""
+    """Return whether compiled kernels are used."""
     return kernels_in_use() != _TORCH
 
 
 def set_threads(n_threads: int) -> None:
-    """Share every later product out over so many threads; nothing else changes."""
+    """Set the number of threads of all later products; results do not change."""
     if _compiled is not None:
         _compiled.set_threads(n_threads)
 
 
 def use_lookup(bits: int, max_tokens: int) -> bool:
-    """Look up the products of up to so many tokens with weights of 1 or 2 bits; 0: none.
+    """Use table lookup for products of 1- or 2-bit weights with up to so many tokens; 0: never.
 
-    Results stay the same to the last bit. Returns False where no such kernel is there.
+    Results are bit-identical. Returns False if no such kernel exists.
     """
     return is_native() and bool(_compiled.use_lookup(bits, max_tokens))
 
 
 def pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -> torch.Tensor:
-    """Return the sums of products of whole numbers, int32 [n, out], exactly.
+    """Return the exact integer products, int32 [n, out].
 
     Raises:
-        ValueError: the two sides do not fit together, or a sum may not fit into 32 bits.
+        ValueError: the sides do not fit together, or a sum may not fit into 32 bits.
     """
     check_pair_product(weights, tokens, tables)
     n_quads = -(-weights.n_inputs // QUAD)
@@ -159,12 +159,12 @@ def native_linear(
 
 
 class NativeLinear:
-    """A weight described once for the compiled side, as `NativeExpert` describes two."""
+    """Matrix described once for the kernels, as `NativeExpert` describes two."""
 
     __slots__ = ("_described", "_n_inputs", "_n_outputs")
 
     def __init__(self, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None) -> None:
-        """Check and describe the weight.
+        """Check and describe the matrix.
 
         Raises:
             ValueError: its planes, scales or bias do not fit its shape.
@@ -191,15 +191,15 @@ def native_expert(
     second: FloatWeight | IntegerWeight,
     second_bias: FloatWeight | None,
 ) -> torch.Tensor:
-    """Return a whole expert's output, float32 [n, H]; x is [n, H] float32."""
+    """Return an expert's output, float32 [n, H]; x is [n, H] float32."""
     return NativeExpert(first, first_bias, second, second_bias).forward(x, gate)
 
 
 class NativeExpert:
-    """An expert's weights described once for the compiled side.
+    """Weights of an expert described once for the kernels.
 
-    It stays right while the weights' memory stays where it is, whatever is written there: a slot's
-    is made once, and 10 us less are spent on each of its uses.
+    The description stays valid while the weights' memory stays in place, whatever is written there:
+    it is made once per slot, which saves 10 us per use.
     """
 
     __slots__ = ("_first", "_n_inputs", "_n_outputs", "_second")
@@ -242,7 +242,7 @@ def _checked(x: torch.Tensor, n_inputs: int) -> torch.Tensor:
 
 
 class _Described:
-    """A weight as the compiled side reads it; keeps what it points to alive."""
+    """Packed description of a weight for the kernels; keeps the memory it points to alive."""
 
     __slots__ = ("_bias", "_narrow_bias", "_weight", "packed")
 
@@ -271,7 +271,7 @@ class _Described:
         )  # fmt: skip
 
     def refresh(self) -> None:
-        """Read a bias again that is not where the compiled side looks for it."""
+        """Update the float32 copy of a bias that is stored in another dtype."""
         if self._narrow_bias is not None and self._bias is not None:
             self._bias.copy_(self._narrow_bias)
 

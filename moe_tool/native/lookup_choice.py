@@ -1,7 +1,6 @@
-"""Whether products with 1- and 2-bit weights are multiplied or looked up: timed once a process.
+"""Choice between multiplying and looking up products of 1- and 2-bit weights, timed per process.
 
-Both ways give the same result to the last bit, so the choice is a matter of speed alone and what
-else the machine does meanwhile cannot change an output.
+Both ways are bit-identical, so the timing cannot change an output.
 """
 
 import time
@@ -16,18 +15,18 @@ from moe_tool.quantization.weights import IntegerWeight
 
 LOOKUP_BITS = (1, 2)
 TOKENS = (1, 4, 16)
-"""That are timed; beyond the last one products are multiplied"""
+"""Numbers of tokens that are timed; products of more tokens are multiplied"""
 _SHAPE = (1024, 2048)
 _GROUP = 64
 _REPETITIONS = 4
 _WORTH = 1.05
-"""Times as fast, below which it stays as it is: so much is noise"""
+"""Speedup below which a difference counts as noise"""
 _ANY_TOKENS = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupTime:
-    """One product, done both ways."""
+    """Times of one product, multiplied and looked up."""
 
     bits: int
     tokens: int
@@ -36,23 +35,23 @@ class LookupTime:
 
     @property
     def is_faster(self) -> bool:
-        """Whether looking up is worth it."""
+        """Whether lookup is faster by more than noise."""
         return self.multiply_s >= _WORTH * self.lookup_s
 
 
 @cache
 def choose_lookup() -> tuple[LookupTime, ...]:
-    """Time both ways, take the faster one for the rest of the process, and return the times.
+    """Time both ways, use the faster one for the rest of the process, and return the times.
 
-    Some 20 ms, with as many threads as are set; none where there is no such kernel.
+    Takes some 20 ms with the threads that are set; returns no times without lookup kernels.
     """
     return tuple(time for bits in LOOKUP_BITS for time in _choose(bits))
 
 
 def chosen_tokens(times: tuple[LookupTime, ...], bits: int) -> int:
-    """Return up to how many tokens products of this width are looked up; 0: never.
+    """Return the largest number of tokens whose products of this width are looked up; 0: none.
 
-    The most tokens at which it is worth it, with no timed number below at which it costs as much.
+    It is the largest timed number at which lookup is faster, with none below where it is slower.
     """
     most = 0
     for row in sorted((row for row in times if row.bits == bits), key=lambda row: row.tokens):
@@ -73,7 +72,7 @@ def _choose(bits: int) -> list[LookupTime]:
         for n_tokens in TOKENS:
             x = torch.randn(n_tokens, _SHAPE[1], generator=draw)
             best = dict.fromkeys((0, _ANY_TOKENS), float("inf"))
-            for _ in range(_REPETITIONS + 1):  # the first one only warms up, and is never the best
+            for _ in range(_REPETITIONS + 1):  # the first only warms up
                 for limit in best:
                     use_lookup(bits, limit)
                     start = time.perf_counter()

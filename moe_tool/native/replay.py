@@ -1,4 +1,4 @@
-"""The compiled replay of layer calls through a cache: addresses of checked arrays."""
+"""Compiled replay of layer calls through an expert cache, on checked arrays."""
 
 import struct
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ __all__ = ["COMPILED", "Calls", "compiled_replay", "compiled_stack_depths", "is_
 
 
 class Calls:
-    """Layer calls described for the compiled side; keeps the arrays alive."""
+    """Layer calls described for the compiled replay; keeps the arrays alive."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Calls:
         guess_start: np.ndarray | None = None,
         guesses: np.ndarray | None = None,
     ) -> None:
-        """Check the arrays, those of `AccessTrace`, and describe them.
+        """Check the arrays of an `AccessTrace` and describe them.
 
         Raises:
             ValueError: they do not fit together.
@@ -81,11 +81,11 @@ def compiled_replay(
     Args:
         calls: the trace.
         eviction: key of COMPILED.
-        parameters: of the policy, in its order.
-        capacity: experts beside the pinned ones.
-        per_layer: whether every layer has its own part of it.
-        pinned: [L * E] bool.
-        prefetch_depth: layers that are read ahead.
+        parameters: the policy's parameters, in its order.
+        capacity: cached experts, pinned ones not counted.
+        per_layer: whether the capacity is divided among the layers.
+        pinned: [L * E] bool, experts that are never evicted.
+        prefetch_depth: number of layers to prefetch.
 
     Raises:
         ValueError: the policy is not known.
@@ -111,11 +111,11 @@ def compiled_replay(
 
 
 def compiled_stack_depths(calls: Calls, next_use: np.ndarray | None) -> np.ndarray:
-    """Return at which capacity and from there on each access hits, [A] int32; 0: at none.
+    """Return the smallest capacity at which each access hits, [A] int32; 0: none.
 
     Args:
         calls: the trace.
-        next_use: [A] int64, the call that names the same expert next; None replaces by last use.
+        next_use: [A] int64, next call of the same expert, for Belady's policy; None: LRU.
     """
     from moe_tool.native import _kernels  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Round-to-nearest in one pass over a checkpoint's floats: packing goes as fast as the disk."""
+"""Compiled round-to-nearest, so that packing is as fast as the disk."""
 
 import torch
 
@@ -18,7 +18,7 @@ _MAX_GROUP = 128
 
 
 def round_matrix(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> IntegerWeight:
-    """Return what `quantize` returns, to the last bit; by it where no kernel is at hand.
+    """Return the bit-identical result of `quantize`, which computes it if no kernel can.
 
     Args:
         weight: [out, in], any float dtype.

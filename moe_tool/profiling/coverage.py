@@ -1,4 +1,4 @@
-"""How unevenly a layer uses its experts, and whether that holds for text it was not measured on."""
+"""Skew of a layer's expert use, and what its hot set answers in-sample and on held-out text."""
 
 import numpy as np
 
@@ -9,29 +9,29 @@ from moe_tool.policies.pin_rule import judge_pins
 from moe_tool.profiling.hot_set import hottest, share_answered
 
 HOT_SHARE = 0.25
-"""The hot set is the hottest quarter of the experts."""
+"""Size of the hot set as a share of a layer's experts."""
 
 
 def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
-    """Return the rows of an open profile, one layer's statistics in memory at a time.
+    """Return the coverage of every layer of a profile, reading one layer at a time.
 
     Raises:
-        CorruptArtifactError: a number in it is out of range.
+        CorruptArtifactError: a number in the profile is out of range.
     """
     return tuple(layer_coverage(layer, profile.statistics(layer)) for layer in profile.layers)
 
 
 def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
-    """Return the row of one layer.
+    """Return the coverage of one layer.
 
     Args:
         layer: decoder-layer index.
-        statistics: of that layer; either part may be without tokens.
+        statistics: the layer's; in-sample or held-out counts may be of no tokens.
     """
     inside, outside = statistics.in_sample, statistics.held_out
     n_experts = len(inside.load)
     hot = hottest(inside.load, n_hot=max(1, int(n_experts * HOT_SHARE)))
-    own = hottest(outside.load, n_hot=len(hot))
+    best = hottest(outside.load, n_hot=len(hot))
     coverage = share_answered(inside.load, hot) or 0.0
     coverage_held_out = share_answered(outside.load, hot)
     by_domain = tuple(share_answered(load, hot) for load in outside.domain_load)
@@ -54,7 +54,7 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         locality_by_chance=_locality_by_chance(inside),
         coverage=coverage,
         coverage_held_out=coverage_held_out,
-        coverage_held_out_best=share_answered(outside.load, own),
+        coverage_held_out_best=share_answered(outside.load, best),
         domain_coverage=tuple(share_answered(load, hot) for load in inside.domain_load),
         domain_coverage_held_out=by_domain,
         domain_distance=_largest_total_variation(inside.domain_load),
@@ -76,7 +76,7 @@ def _entropy(load: np.ndarray) -> float:
 
 
 def _locality_by_chance(counts: RoutingCounts) -> float:
-    """A use is of e with chance load_e / sum; another token uses e with chance load_e / T."""
+    """Return sum of load_e^2 / (sum of load_e * T): two independent tokens sharing an expert."""
     uses = counts.load.sum()
     if uses == 0:
         return 0.0

@@ -1,9 +1,9 @@
-"""All experts of a layer on one sample of tokens: what each costs in place of another.
+"""Statistics of all experts of a layer on one sample of tokens, and the price of substitutions.
 
-The outputs of all experts on the whole sample can be larger than memory (128 experts, 1024 tokens,
-4096 wide: 2 GB), so they are fed in blocks of tokens. Nearly every statistic is a sum over tokens
-of inner products <E_i(x), E_j(x)>: those are kept, the outputs are not. Only CKA compares tokens
-with tokens; it is taken from the first block, which is spread over the sample.
+All outputs at once can be larger than memory (128 experts, 1024 tokens, 4096 wide: 2 GB), so they
+are fed in blocks of tokens. Nearly every statistic is a sum over tokens of inner products
+<E_i(x), E_j(x)>; only these sums are kept. CKA compares tokens with tokens and is taken from the
+first block, which is spread over the sample.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.profiling.similarity import linear_cka, token_cosines, token_grams
 
 MIN_ROUTED_TOKENS = 8
-"""An expert with fewer routed tokens in the sample is measured on all sampled tokens instead."""
+"""Routed tokens below which an expert is measured on all sampled tokens instead."""
 CKA_TOKENS = 256
-"""The kernels of 128 experts over so many tokens take 33 MB."""
+"""Tokens that CKA compares; the kernels of 128 experts take 33 MB."""
 _GRAM_BYTES = 4 * 2**20
-"""Inner products held at once; what is made of them takes about five times as much on top."""
+"""Size of the inner products held at once; temporaries take about five times as much."""
 
 
 def probe_blocks(
@@ -29,7 +29,7 @@ def probe_blocks(
     """Return the blocks in which a sample is fed: slices, each spread over the whole sample.
 
     Args:
-        n_tokens: n, tokens of the sample.
+        n_tokens: n, size of the sample.
         n_experts: E.
         hidden: H.
         memory_bytes: room for the outputs [E, b, H] float32 of one block of b tokens; a block has
@@ -64,13 +64,13 @@ class ExpertProbe:
         self._routed_layer_energy = np.zeros(n_experts)
 
     def add_block(self, outputs: torch.Tensor, *, routed: np.ndarray, gate: np.ndarray) -> None:
-        """Add all experts' outputs on b tokens; the first block is also what CKA is taken from.
+        """Add all experts' outputs on b tokens; the first block also serves for CKA.
 
         Args:
             outputs: [E, b, H] float32.
-            routed: [b, E] bool, who was chosen for each token.
-            gate: [b, E] float32, gate weights; 0 where not chosen. They make the layer's output,
-                the weighted sum of the chosen experts (a shared expert is not part of it).
+            routed: [b, E] bool, the experts chosen for each token.
+            gate: [b, E] float32, gate weights; 0 where not chosen. The weighted sum of outputs is
+                taken as the layer's output, without shared experts.
         """
         n_experts, n_tokens, _ = outputs.shape
         if n_tokens == 0:
@@ -104,7 +104,7 @@ class ExpertProbe:
         self._routed_layer_energy += (routed.T @ layer_energy.double()).numpy()
 
     def finish(self) -> ProbeStatistics:
-        """Return the statistics of what was fed; without tokens every answer is as bad as nothing.
+        """Return the statistics of all blocks; without tokens every price is 1.
 
         Raises:
             CorruptArtifactError: an expert's output is not finite; its number is named.
@@ -137,12 +137,11 @@ class ExpertProbe:
         """Return the price on these tokens of scales fitted on others, [E, E] float32.
 
         eps^2 = (||E_i||^2 - 2 a <E_i, E_j> + a^2 ||E_j||^2) / ||E_i||^2, each summed over tokens
-        routed to i. It can exceed 1: a scale fitted elsewhere can be worse than nothing. For an
-        expert that is zero here any answer but zero is priced 1, and without any tokens all prices
-        are 1.
+        routed to i. It can exceed 1, since the scale was fitted on other tokens. If E_i is zero on
+        all tokens, any other answer is priced 1; without tokens all prices are 1.
 
         Args:
-            scale: [E, E] float32, a[i, j] on E_j's output in place of E_i's.
+            scale: [E, E] float32, factor a[i, j] on E_j's output in place of E_i's.
         """
         inner, energy, _ = self._sums()
         own = np.broadcast_to(inner.diagonal()[:, None], inner.shape)

@@ -1,9 +1,8 @@
-"""The hidden states of all batches at a layer boundary, in memory or in a file, and their copy on
-disk that a resume starts from.
+"""Hidden states of all tokens at a layer boundary, in memory or in a file, with a copy on disk that
+a resume starts from.
 
-Two files are used in turn, so that one whole boundary is there at any moment. They are not fsynced:
-a killed process leaves its writes to the kernel, and what a power cut tears is found by its hash
-and computed again.
+Two files alternate, so that one complete boundary exists at any moment. They are not fsynced:
+writes survive a killed process, and damage by a power cut is found by the hash and recomputed.
 """
 
 import json
@@ -20,11 +19,10 @@ _COPY_BYTES = 16 * 2**20
 
 
 class HiddenStates:
-    """[rows, H] float32: one row per token, batch after batch; read and written in blocks of
-    rows."""
+    """[rows, H] float32 hidden states, one row per token, read and written in blocks of rows."""
 
     def __init__(self, folder: Path, *, n_rows: int, hidden: int, in_memory: bool) -> None:
-        """Prepare the store; nothing is valid before the first `write` or `restore`.
+        """Create the files; no row is valid before the first `commit` or `restore`.
 
         Args:
             folder: working folder of the profile.
@@ -47,7 +45,7 @@ class HiddenStates:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of one boundary."""
+        """Size of one boundary."""
         return self._n_rows * self._row_bytes
 
     def read(self, start: int, end: int) -> torch.Tensor:
@@ -68,8 +66,7 @@ class HiddenStates:
         _transfer(os.pwritev, self._files[1 - self._side], view, start * self._row_bytes)
 
     def commit(self, next_layer: int) -> None:
-        """Make what was written the current boundary, from which a resume starts at decoder layer
-        `next_layer`."""
+        """Make the written rows the current boundary, the input of decoder layer `next_layer`."""
         self._side = 1 - self._side
         digest = xxhash.xxh3_64()
         if self._rows is not None:
@@ -83,8 +80,7 @@ class HiddenStates:
         atomic_write_bytes(self._folder / "boundary.json", json.dumps(state).encode())
 
     def restore(self) -> int | None:
-        """Load the last whole boundary; return the decoder layer to go on with, None when there is
-        none."""
+        """Load the last complete boundary; return the next decoder layer, None without one."""
         try:
             state = json.loads((self._folder / "boundary.json").read_text())
             next_layer, side, wanted = int(state["next_layer"]), int(state["side"]), state["xxh3"]

@@ -1,5 +1,4 @@
-"""Coverage of hot sets of several sizes: on other text, in other domains, beside the best there
-is."""
+"""Coverage of hot sets of several sizes: on held-out text, across domains, and at best."""
 
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from moe_tool.artifacts.routing_report import (
 from moe_tool.profiling.hot_set import hottest, share_answered
 
 HOT_PERCENTS = (10, 25, 50)
+"""Sizes of hot sets in percent of a layer's experts."""
 
 
 def hot_set_coverages(
@@ -24,11 +24,11 @@ def hot_set_coverages(
     sequence_loads: np.ndarray,
     domains: Sequence[str],
 ) -> tuple[HotSetCoverage, ...]:
-    """Return one layer's coverage by the sizes of HOT_PERCENTS.
+    """Return one layer's coverage for each size in HOT_PERCENTS.
 
     Args:
-        in_sample: chooses the sets.
-        held_out: asks them; either may be without tokens, or without those of a domain.
+        in_sample: counts that choose the sets.
+        held_out: counts to be covered; both may be of no tokens, in all or in one domain.
         sequence_loads: [n, E] int64, loads of each held-out sequence; n may be 0.
         domains: D labels, in the order of both `domain_load`.
     """
@@ -56,10 +56,10 @@ def loads_by_sequence(top_k_index: np.ndarray, n_experts: int) -> np.ndarray:
 def mean_hot_sets(
     layers: Sequence[Sequence[HotSetCoverage]], domains: Sequence[str]
 ) -> tuple[HotSetCoverage, ...]:
-    """Return the mean over layers, by size; the worst pair of domains is that of the mean.
+    """Return the mean over layers by size; the worst pair of domains is that of the mean.
 
     Args:
-        layers: what `hot_set_coverages` gave, at least one.
+        layers: results of `hot_set_coverages`, at least one.
         domains: D labels.
     """
     return tuple(_mean(rows, domains) for rows in zip(*layers, strict=True))
@@ -112,7 +112,7 @@ def _coverage(
 
 
 def _shares_between(fitted: np.ndarray, asked: np.ndarray, n_hot: int) -> tuple[Shares, ...]:
-    """[D, D] shares from [D, E] loads in-sample and held-out."""
+    """Return [D, D] shares from [D, E] loads in-sample and held-out."""
     rows: list[Shares] = []
     for load in fitted:
         if load.any():
@@ -147,7 +147,7 @@ def _mean(rows: Sequence[HotSetCoverage], domains: Sequence[str]) -> HotSetCover
 
 
 def _mean_shares(matrices: Sequence[tuple[Shares, ...]]) -> tuple[Shares, ...]:
-    """Entry by entry, of matrices of one shape."""
+    """Return the entrywise mean of matrices of one shape."""
     return tuple(
         tuple(mean_of_known(entries) for entries in zip(*rows, strict=True))
         for rows in zip(*matrices, strict=True)

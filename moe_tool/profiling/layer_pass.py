@@ -1,5 +1,4 @@
-"""One layer while every batch goes through it: its experts in memory, its routing recorded, then
-all of it measured."""
+"""Pass of all batches through one layer, with its experts in memory and its routing recorded."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,20 +20,20 @@ from moe_tool.profiling.sensitivity import disturb
 from moe_tool.quantization.weights import FloatWeight
 
 NEXT_GATES = 3
-"""How many following routers are applied to a layer's input."""
+"""Following MoE layers whose routers are applied to a layer's input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPlan:
-    """Plan of a pass, the same for all layers. T tokens in N sequences."""
+    """Settings of all layers' passes. T tokens in N sequences."""
 
     n_tokens: int
     sample_rows: np.ndarray
-    """[n] ascending rows whose layer inputs the probe uses"""
+    """[n] ascending rows (tokens) whose layer inputs the probe uses"""
     domain_of_sequence: np.ndarray
-    """[N]"""
+    """[N] domain index of each sequence"""
     held_out_sequence: np.ndarray
-    """[N] bool"""
+    """[N] bool: True for held-out sequences"""
     n_domains: int
     seq_len: int
     probe_bytes: int
@@ -42,10 +41,10 @@ class PassPlan:
 
 
 class LayerPass:
-    """The state of the layer at hand; `begin`, then `forward` for every batch, then `measure`."""
+    """State of the current layer; call `begin`, then `forward` for every batch, then `measure`."""
 
     def __init__(self, opened: OpenedModel, stream: LayerStream, plan: PassPlan) -> None:
-        """Answer for all experts of the stream from now on."""
+        """Become the experts function of the stream."""
         self._opened = opened
         self._stream = stream
         self._plan = plan
@@ -59,7 +58,7 @@ class LayerPass:
         stream.set_experts_function(self._answer)
 
     def begin(self, layer: StreamedLayer) -> None:
-        """Read the layer's experts, drop those of the last one."""
+        """Read the layer's experts and drop those of the previous one."""
         self._experts = {}
         self._recording = None
         self._layer = layer
@@ -81,11 +80,11 @@ class LayerPass:
         )
 
     def forward(self, hidden: torch.Tensor, *, first_row: int | None = None) -> torch.Tensor:
-        """Return the layer's output; recorded where `first_row` says which tokens these are.
+        """Return the layer's output, recording its routing if `first_row` is given.
 
         Args:
             hidden: [B, S, H].
-            first_row: the row of the first token in the trace; None: do not record.
+            first_row: row of the first token in the trace; None: do not record.
         """
         assert self._layer is not None
         self._first_row = first_row

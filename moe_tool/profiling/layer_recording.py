@@ -1,5 +1,4 @@
-"""The trace of one MoE layer while it is being recorded: rows filled batch by batch, then
-frozen."""
+"""Recording of one MoE layer's trace, batch by batch."""
 
 import numpy as np
 import torch
@@ -7,13 +6,12 @@ import torch
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.router_trace import LayerTrace
 
-# Overflowing logits would become infinite in float16; no softmax can tell 6e4 from more.
+# Larger logits would become infinite in float16; a softmax cannot tell the difference.
 _FLOAT16_MAX = 65504.0
 
 
 class LayerRecording:
-    """Preallocated arrays for T tokens, plus the layer's input on the tokens that the probe will
-    use."""
+    """Preallocated arrays for T tokens, and the layer's input on the probe's tokens."""
 
     def __init__(
         self,
@@ -24,13 +22,13 @@ class LayerRecording:
         has_selection_scores: bool,
         sample_rows: np.ndarray,
     ) -> None:
-        """Allocate.
+        """Allocate the arrays.
 
         Args:
-            shape: of the model.
+            shape: the model's.
             n_tokens: T.
-            n_next_gates: how many following MoE layers' routers are applied to this layer's input.
-            has_selection_scores: whether the model selects by something else than its logits.
+            n_next_gates: following MoE layers whose routers are applied to this layer's input.
+            has_selection_scores: whether top-k is taken of other scores than the logits.
             sample_rows: [n] ascending rows (tokens) whose layer input is kept for the probe.
         """
         k, e = shape.top_k, shape.experts
@@ -53,8 +51,7 @@ class LayerRecording:
         score: torch.Tensor | None,
         next_index: list[torch.Tensor],
     ) -> None:
-        """Record one call of the layer: hidden [T', H], index and weight [T', K], logits and score
-        [T', E]."""
+        """Record one call: hidden [T', H], index and weight [T', K], logits and score [T', E]."""
         rows = slice(first_row, first_row + len(hidden))
         self._index[rows] = index.numpy()
         self._weight[rows] = weight.numpy()
@@ -68,7 +65,7 @@ class LayerRecording:
         self.sample_input[first:last] = hidden[self._sample_rows[first:last] - rows.start]
 
     def trace(self) -> LayerTrace:
-        """Return what was recorded."""
+        """Return the arrays as a trace."""
         return LayerTrace(
             top_k_index=self._index,
             top_k_weight=self._weight,

@@ -1,4 +1,4 @@
-"""One layer's statistics from its trace, its experts and its input on a sample of tokens."""
+"""Statistics of one layer, from its trace, its experts and its input on a sample of tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,38 +26,38 @@ from moe_tool.quantization.round_to_nearest import round_trip
 from moe_tool.quantization.weights import FloatWeight
 
 MAX_PRICED_TOKENS = 256
-"""Routed tokens behind eps_bits, per expert."""
+"""Maximum number of routed tokens per expert for `eps_bits`."""
 
 Experts = Mapping[int, Mapping[str, FloatWeight]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredTokens:
-    """Facts of the T tokens of a trace, and the layer's input on n of them."""
+    """Domain, sequence and part of T traced tokens, and the layer's input on n of them."""
 
     domain: np.ndarray
-    """[T] int"""
+    """[T] domain index"""
     sequence: np.ndarray
-    """[T] int"""
+    """[T] sequence index"""
     held_out: np.ndarray
-    """[T] bool"""
+    """[T] bool: True for held-out tokens"""
     n_domains: int
     sample_rows: np.ndarray
     """[n] ascending rows of the sample"""
     sample_input: torch.Tensor
-    """[n, H] float32"""
+    """[n, H] float32 layer input"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sample:
-    """One part (in-sample or held-out) of the sample."""
+    """In-sample or held-out part of the sample, n tokens."""
 
     inputs: torch.Tensor
-    """[n, H]"""
+    """[n, H] layer input"""
     routed: np.ndarray
-    """[n, E] bool"""
+    """[n, E] bool: True for chosen experts"""
     gate: np.ndarray
-    """[n, E] float32, 0 where not chosen"""
+    """[n, E] float32 gate weights, 0 where not chosen"""
 
 
 @torch.no_grad()
@@ -69,13 +69,13 @@ def measure_layer(
     *,
     probe_bytes: int,
 ) -> ExpertStatistics:
-    """Return a layer's statistics; its sensitivity is 0 until the last layer is through.
+    """Return a layer's statistics, with sensitivity 0 until the pass over all layers is complete.
 
     Args:
         module: the layer's experts module.
-        experts: its experts in canonical form.
-        trace: of the layer.
-        tokens: whose routing it is.
+        experts: the layer's experts in canonical form.
+        trace: the layer's trace.
+        tokens: the traced tokens.
         probe_bytes: room for one block of all experts' outputs.
 
     Raises:
@@ -140,7 +140,7 @@ def _probe(module: nn.Module, experts: Experts, sample: _Sample, probe_bytes: in
 def _price_bits(
     module: nn.Module, experts: Experts, sample: _Sample
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[E, 5] prices and [E] tokens behind them."""
+    """Return [E, 5] prices by width and [E] numbers of tokens that they were measured on."""
     prices = np.zeros((len(experts), len(PRICED_WIDTHS)), np.float32)
     n_priced = np.zeros(len(experts), np.int64)
     for expert in range(len(experts)):
@@ -159,8 +159,7 @@ def _price_bits(
 
 
 def _rounded(weights: Mapping[str, FloatWeight], width_bits: int) -> dict[str, FloatWeight]:
-    """Return an expert whose matrices went through codes of a width; its biases are as they
-    were."""
+    """Return an expert whose matrices, but not biases, were rounded to a width."""
     return {
         name: FloatWeight(values=round_trip(weight.values, width_bits))
         if weight.values.ndim == 2

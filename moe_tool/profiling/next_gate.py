@@ -1,4 +1,4 @@
-"""How well a router that is asked too early names the experts that it chooses in time."""
+"""Accuracy of predicting a layer's experts by applying its router to an earlier layer's input."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from moe_tool.artifacts.routing_report import GatePrediction, NextGate
 def gate_prediction(
     named: np.ndarray, chosen: np.ndarray, weight: np.ndarray, *, n_experts: int
 ) -> GatePrediction | None:
-    """Return how well names fit choices, None without tokens.
+    """Return how well predicted experts match the chosen ones, None without tokens.
 
     Args:
-        named: [T, K] integers below `n_experts`, distinct in each row: named beforehand.
-        chosen: [T, K] likewise: called in the end.
+        named: [T, K] predicted experts, distinct in each row.
+        chosen: [T, K] experts that were called, distinct in each row.
         weight: [T, K] float, gate weights of `chosen`.
         n_experts: E.
     """
@@ -23,7 +23,7 @@ def gate_prediction(
         return None
     first = chosen[np.arange(n_tokens), weight.argmax(axis=1)]  # [T]
     hits = sum(int(_are_among(chosen[:, slot], named).sum()) for slot in range(top_k))
-    # Chance that an expert is among the names of a token that it has nothing to do with.
+    # Chance that an expert is among the predictions for an unrelated token.
     named_share = np.bincount(named.reshape(-1), minlength=n_experts) / n_tokens  # [E]
     return GatePrediction(
         n_tokens=n_tokens,
@@ -35,7 +35,7 @@ def gate_prediction(
 
 
 def mean_next_gates(layers: Sequence[Sequence[NextGate]]) -> tuple[NextGate, ...]:
-    """Return the mean over layers, by depth; layers that were not foreseen at a depth lack it."""
+    """Return the mean over layers by depth, over the layers that have that depth."""
     depths = sorted({row.depth for rows in layers for row in rows})
     means = []
     for depth in depths:
@@ -52,7 +52,7 @@ def mean_next_gates(layers: Sequence[Sequence[NextGate]]) -> tuple[NextGate, ...
 
 
 def _are_among(expert: np.ndarray, named: np.ndarray) -> np.ndarray:
-    """[T] bool: whether each token's expert is in its row of [T, K]."""
+    """Return [T] bool: whether each token's expert is in its row of [T, K]."""
     found: np.ndarray = (named == expert[:, None]).any(axis=1)
     return found
 

@@ -1,9 +1,9 @@
-"""How many other experts are used before one is used again (Mattson et al. 1970, IBM Systems J.
-9(2): stack distances).
+"""Reuse (stack) distances: distinct other experts used between two uses of one expert (Mattson et
+al. 1970, IBM Systems J. 9(2)).
 
-The distance of a use i whose expert was last used at p is the number of j < i that follow no use of
-their expert after p: those with prev(j) < prev(i), less the p + 1 uses up to p, which all have it.
-So it is a count of smaller values to the left, done by splitting positions bit by bit: n log n.
+The distance of a use i whose expert was last used at p is the number of first uses of experts after
+p: of j in p < j < i with prev(j) < p. All p + 1 uses up to p have prev(j) < p too, so it is a count
+of smaller values to the left minus p + 1, done by splitting positions bit by bit in n log n.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ import numpy as np
 from moe_tool.artifacts.routing_report import ReuseBin, ReuseHistogram
 
 _BLOCK_USES = 2**17
-"""Worked on at once: a few arrays that stay in the processor's cache"""
+"""Uses processed at once, so that the arrays stay in the CPU cache"""
 
 
 def reuse_histogram(uses: np.ndarray, *, n_experts: int) -> ReuseHistogram:
     """Return the histogram of the reuse distances.
 
     Args:
-        uses: [U] integers below `n_experts`, in the order in which they happen; U may be 0.
-        n_experts: different experts that there are.
+        uses: [U] integers below `n_experts`, in order of time; U may be 0.
+        n_experts: number of different experts.
     """
     n_bins = int(n_experts - 1).bit_length() + 1
     counts = np.zeros(n_bins, np.int64)
@@ -29,12 +29,12 @@ def reuse_histogram(uses: np.ndarray, *, n_experts: int) -> ReuseHistogram:
     for distance in _distances_by_block(uses, n_experts):
         again = distance[distance >= 0]
         first_uses += len(distance) - len(again)
-        counts += np.bincount(np.frexp(again)[1], minlength=n_bins)  # the bits that it takes
+        counts += np.bincount(np.frexp(again)[1], minlength=n_bins)  # bits of the distance
     return _histogram(first_uses, counts.tolist())
 
 
 def merged(histograms: Sequence[ReuseHistogram]) -> ReuseHistogram:
-    """Return the sum of histograms over the same bins, at least one."""
+    """Return the sum of one or more histograms with the same bins."""
     columns = zip(*(histogram.bins for histogram in histograms), strict=True)
     return _histogram(
         sum(histogram.first_uses for histogram in histograms),
@@ -43,7 +43,7 @@ def merged(histograms: Sequence[ReuseHistogram]) -> ReuseHistogram:
 
 
 def reuse_distances(uses: np.ndarray, *, n_experts: int) -> np.ndarray:
-    """Return [U] int32: distinct other experts since each use's last one, -1 for a first use."""
+    """Return [U] int32: distinct other experts since the expert's last use, -1 for a first use."""
     blocks = list(_distances_by_block(uses, n_experts))
     return np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
 
@@ -57,8 +57,8 @@ def _histogram(first_uses: int, counts: Sequence[int]) -> ReuseHistogram:
 
 
 def _distances_by_block(uses: np.ndarray, n_experts: int) -> Iterator[np.ndarray]:
-    """Of the past, a block has to know only in which order experts were last used: they are put
-    before it in that order."""
+    """Yield distances block by block, each block preceded by the experts used so far in order of
+    their last use: nothing else of the past matters."""
     size = _up_to_power_of_two(max(_BLOCK_USES, 4 * n_experts))
     recent = uses[:0]  # the least recently used first
     start = 0
@@ -67,12 +67,12 @@ def _distances_by_block(uses: np.ndarray, n_experts: int) -> Iterator[np.ndarray
         yield _distances(block)[len(recent) :]
         start += len(block) - len(recent)
         last_use = np.full(n_experts, -1)
-        last_use[block] = np.arange(len(block))  # of a repeated index, the last value stays
+        last_use[block] = np.arange(len(block))  # numpy keeps the last value of a repeated index
         recent = np.argsort(last_use)[int((last_use < 0).sum()) :].astype(uses.dtype)
 
 
 def _distances(uses: np.ndarray) -> np.ndarray:
-    """[U] int32, -1 for a first use."""
+    """Return [U] int32 distances, -1 for a first use."""
     count = len(uses)
     order = np.argsort(uses, kind="stable")
     same = np.flatnonzero(uses[order[1:]] == uses[order[:-1]])

@@ -1,4 +1,4 @@
-"""How often each expert of a layer was chosen, with whom, for which domain, and whether again."""
+"""Routing counts of one layer: loads, co-activations, loads by domain, and repeats."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def count_routing(
     n_experts: int,
     n_domains: int,
 ) -> RoutingCounts:
-    """Return the sums over tokens of one part of a layer's trace.
+    """Return the counts over the tokens of a part of a layer's trace.
 
     Args:
         top_k_index: [T, K] integers below `n_experts`, distinct in each row. T may be 0.
@@ -41,7 +41,7 @@ def count_routing(
 
 
 def _same_as_previous(index: np.ndarray, sequence: np.ndarray) -> float:
-    """Return the share of choices that the previous token made too; 0 without a pair."""
+    """Return the share of choices that repeat one of the previous token; 0 without a pair."""
     # Rows with a successor in their sequence.
     follows = np.flatnonzero(sequence[1:] == sequence[:-1])  # [P]
     if follows.size == 0:

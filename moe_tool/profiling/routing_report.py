@@ -1,4 +1,4 @@
-"""Caching and reading ahead by a profile, layer by layer."""
+"""Routing report: caching and prefetching figures of a profile, layer by layer."""
 
 from dataclasses import dataclass
 
@@ -21,25 +21,25 @@ from moe_tool.progress import SILENT, Progress
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """Experts that the routers after a layer name on its input."""
+    """Experts that the routers of the following MoE layers choose on a layer's input."""
 
     layer: int
     next_gate: np.ndarray
-    """[D, T, K]"""
+    """[D, T, K] expert ids by depth"""
 
 
 def report_routing(profile: ProfileReader, progress: Progress = SILENT) -> RoutingReport:
     """Return the report of a profile.
 
-    In memory are one layer, what the last three foresaw, and two or four bytes for every held-out
+    Memory holds one layer, the predictions of the last three, and two or four bytes per held-out
     use.
 
     Args:
-        profile: open.
+        profile: an open one.
         progress: told about every layer.
 
     Raises:
-        CorruptArtifactError: a number in it is out of range.
+        CorruptArtifactError: a number in the profile is out of range.
     """
     tokens, shape = profile.tokens, profile.header.shape
     n_ids = len(shape.layers) * shape.experts
@@ -115,5 +115,5 @@ def _next_gate(
 
 
 def _rows(tokens: TracedTokens) -> np.ndarray:
-    """[T] bool: the held-out rows of a trace."""
+    """Return [T] bool: True for the held-out rows of a trace."""
     return np.repeat(tokens.held_out, tokens.ids.shape[1])

@@ -1,4 +1,4 @@
-"""How alike the experts of one layer are, by several measures; each returns [E, E]."""
+"""Similarity of the experts of one layer by several measures, each [E, E]."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ _CHUNK_TOKENS = 8192
 
 
 def token_grams(outputs: torch.Tensor) -> torch.Tensor:
-    """Return for each token the inner products of all experts' outputs on it, [n, E, E] float32.
+    """Return the inner products of all experts' outputs, token by token, [n, E, E] float32.
 
     Args:
         outputs: [E, n, H] float32, all experts on the same n tokens.
@@ -17,10 +17,10 @@ def token_grams(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def token_cosines(grams: torch.Tensor) -> torch.Tensor:
-    """Return each token's cosines between experts' outputs, [n, E, E]; 0 beside a zero output.
+    """Return each token's cosines between experts' outputs, [n, E, E]; 0 with a zero output.
 
     Args:
-        grams: [n, E, E] float32, of `token_grams`.
+        grams: [n, E, E] float32 inner products, as `token_grams` returns.
     """
     norms = grams.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()  # [n, E]
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
@@ -42,15 +42,14 @@ def linear_cka(outputs: torch.Tensor) -> np.ndarray:
     """Return the linear CKA of the experts' centred outputs, [E, E] float32 in 0..1.
 
     CKA(i, j) = <K_i, K_j> / (||K_i|| ||K_j||) over the n x n kernels K_i = Yc_i Yc_i^T of outputs
-    with their mean over tokens taken off. <K_i, K_j> = ||Yc_i^T Yc_j||^2, the form in features,
-    which would cost H^2 for every pair of experts. An expert whose output does not vary is like
-    nothing but itself. With fewer tokens than H the values are biased upward, all of a layer's
-    alike: rank by them, do not read them as shares.
+    centred over tokens; the equal form ||Yc_i^T Yc_j||^2 would cost H^2 for every pair of experts.
+    A constant output is similar to itself only. With fewer tokens than H all values are biased
+    upward: they rank experts, but are no shares.
 
     Source: Kornblith et al., arXiv:1905.00414, section 3.
 
     Args:
-        outputs: [E, n, H] float32. Not changed. Needs room for [E, n, n] and one expert's [n, H].
+        outputs: [E, n, H] float32, not changed. Takes [E, n, n] and one [n, H] of memory.
     """
     n_experts, n_tokens, _ = outputs.shape
     kernels = torch.empty(n_experts, n_tokens, n_tokens)
@@ -61,16 +60,16 @@ def linear_cka(outputs: torch.Tensor) -> np.ndarray:
         centred = torch.where(centred.abs() > noise, centred, 0.0)
         size = centred.norm()
         if size > 0:
-            centred = centred / size  # so that the product below neither overflows nor vanishes
+            centred = centred / size  # keeps the product below in the range of float32
         torch.mm(centred, centred.T, out=kernels[expert_id])
     flat = kernels.view(n_experts, -1)
     return _normalised((flat @ flat.T).double().numpy())
 
 
 def router_similarity(logits: np.ndarray) -> np.ndarray:
-    """Return the Pearson correlation of the router's logits for two experts, [E, E] float32.
+    """Return the Pearson correlation between experts' router logits, [E, E] float32.
 
-    A constant column correlates with nothing: 0, and 1 with itself.
+    A constant column has correlation 0 with others and 1 with itself.
 
     Args:
         logits: [T, E] float16 or float32, finite.
@@ -88,7 +87,7 @@ def router_similarity(logits: np.ndarray) -> np.ndarray:
 
 
 def coactivation(index: np.ndarray, n_experts: int) -> np.ndarray:
-    """Return how many tokens chose both of two experts, [E, E] int64; the diagonal is the load.
+    """Return the number of tokens that chose both experts, [E, E] int64; the diagonal is the load.
 
     Args:
         index: [T, K] integers below `n_experts`, distinct in each row.

@@ -1,4 +1,4 @@
-"""How many experts several tokens in a row want together: what a draft of that length touches."""
+"""Distinct experts that consecutive tokens choose together, e.g. the tokens of a draft."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ import numpy as np
 from moe_tool.artifacts.routing_report import UnionGrowth, mean_of_known
 
 WINDOWS = tuple(range(1, 9))
-"""n: consecutive tokens"""
+"""Numbers n of consecutive tokens."""
 
 
 def union_growth(top_k_index: np.ndarray, *, n_experts: int) -> UnionGrowth:
     """Return the mean number of distinct experts in windows of tokens, over K, of one layer.
 
-    An expert's use counts in a window unless an earlier token of the window made it too; so it is
-    enough to know, for each use, how many tokens ago the last one was.
+    An expert counts once per window, at its first use there; a use is the first in a window if the
+    expert's previous use lies before the window.
 
     Args:
         top_k_index: [n, S, K] integers below `n_experts`, distinct for each token.
@@ -28,8 +28,7 @@ def union_growth(top_k_index: np.ndarray, *, n_experts: int) -> UnionGrowth:
         if n_windows <= 0:
             measured.append(None)
             continue
-        # Windows start at `first` to `last` where this use is in them, and is the first of its
-        # expert.
+        # Windows that start at `first` to `last` contain this use as the first of its expert.
         first = np.maximum(position - np.minimum(length, gap) + 1, 0)
         last = np.minimum(position, seq_len - length)
         n_first_uses = int(np.maximum(last - first + 1, 0).sum())
@@ -42,7 +41,7 @@ def union_growth(top_k_index: np.ndarray, *, n_experts: int) -> UnionGrowth:
 
 
 def mean_union_growth(layers: Sequence[UnionGrowth]) -> UnionGrowth:
-    """Return the mean over layers, at least one."""
+    """Return the mean over one or more layers."""
     columns = zip(*(layer.measured for layer in layers), strict=True)
     return UnionGrowth(
         n_tokens=layers[0].n_tokens,
@@ -52,13 +51,13 @@ def mean_union_growth(layers: Sequence[UnionGrowth]) -> UnionGrowth:
 
 
 def _gaps(top_k_index: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every use its token's position, and the tokens since the expert's last use in the
-    sequence; where there is none, the tokens since before its start."""
+    """Return each use's token position, and the tokens since the expert's last use in the sequence
+    (position + 1 without one)."""
     n_sequences, seq_len, top_k = top_k_index.shape
     first_cell = np.arange(n_sequences)[:, None, None] * n_experts
     cell = (top_k_index.astype(np.int64) + first_cell).reshape(-1)  # one per sequence and expert
     position = np.tile(np.repeat(np.arange(seq_len), top_k), n_sequences)
-    order = np.argsort(cell, kind="stable")  # uses of one cell side by side, in the text's order
+    order = np.argsort(cell, kind="stable")  # uses of one cell adjacent, in the text's order
     cell, position = cell[order], position[order]
     gap = position + 1
     again = np.flatnonzero(cell[1:] == cell[:-1]) + 1

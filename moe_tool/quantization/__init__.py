@@ -1,1 +1,1 @@
-"""Tensors become integer codes with scales, and back."""
+"""Quantization of matrices to integer codes with scales, and back."""

@@ -1,7 +1,7 @@
 """Unsigned codes of 1 to 8 bits in tiles of 16 outputs and 32 inputs, as the kernels read them.
 
-A tile's 16 outputs are the 16 lanes of a register, so no sum runs across lanes. The bits of a code
-lie in planes, the most significant two first, so that a prefix of planes is the same matrix at
+The 16 outputs of a tile are the 16 lanes of a register, so no sum runs across lanes. The bits of a
+code lie in planes, the two most significant first, so that a prefix of planes is the same matrix at
 fewer bits: 1 -> [1], 2 -> [2], 3 -> [2, 1], 4 -> [2, 2], ... 7 -> [2, 2, 2, 1]; 8 bits are one
 plane. A plane is [row blocks, input blocks, bytes of a tile]:
 
@@ -9,7 +9,7 @@ plane. A plane is [row blocks, input blocks, bytes of a tile]:
 - one bit, 64 bytes: byte 4 r + i, bit k: output r, input 4 k + i
 - eight bits, 512 bytes: byte 64 k + 4 r + i: output r, input 4 k + i
 
-Outputs and inputs that fill up the last tiles have code 0.
+Padding of the last tiles has code 0.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 
 ROWS = 16
-"""Outputs of a tile"""
+"""Outputs per tile"""
 INPUTS = 32
-"""Inputs of a tile"""
+"""Inputs per tile"""
 
 
 def plane_widths(width_bits: int) -> tuple[int, ...]:
@@ -30,7 +30,7 @@ def plane_widths(width_bits: int) -> tuple[int, ...]:
 
 
 def n_row_blocks(n_outputs: int) -> int:
-    """Return the tiles along the outputs."""
+    """Return the number of tiles along the outputs."""
     return -(-n_outputs // ROWS)
 
 
@@ -40,7 +40,7 @@ def plane_bytes(n_outputs: int, n_inputs: int, plane_bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, width_bits: int) -> tuple[torch.Tensor, ...]:
-    """Return the planes.
+    """Return the bit planes of codes.
 
     Args:
         codes: uint8 [out, in], below 2**width_bits.
@@ -65,7 +65,7 @@ def pack(codes: torch.Tensor, width_bits: int) -> tuple[torch.Tensor, ...]:
 def unpack(
     planes: Sequence[torch.Tensor], width_bits: int, *, n_outputs: int, n_inputs: int
 ) -> torch.Tensor:
-    """Return uint8 [n_outputs, n_inputs]: what `pack` was given."""
+    """Return the codes given to `pack`, uint8 [n_outputs, n_inputs]."""
     blocks = (n_row_blocks(n_outputs), -(-n_inputs // INPUTS))
     codes: torch.Tensor | None = None
     for plane, bits in zip(planes, plane_widths(width_bits), strict=True):

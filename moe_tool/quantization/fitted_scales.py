@@ -1,10 +1,9 @@
-"""Scales by least squares on what a matrix is given, for codes that are there.
+"""Least-squares scales for fixed codes.
 
-Codes alone decide a matrix up to its scales, and its outputs' squared error is quadratic in these:
-one small linear system a row, as wide as the row has groups. Where codes are coarse this is worth
-more than any search that looks at the weights: on a trained model of 16 experts the outputs' error
-of round-to-nearest fell from 0.74 to 0.49 at one bit, and from 0.33 to 0.29 at two; clipped scales
-that bring the weights' own error down brought it up.
+With the codes fixed, the outputs' squared error is quadratic in the scales: one linear system per
+row, with one unknown per group. For coarse codes this gains more than a search by weight error: on
+a trained model of 16 experts the outputs' error of round-to-nearest fell from 0.74 to 0.49 at one
+bit and from 0.33 to 0.29 at two, while clipping, which lowers the weights' error, raised it.
 """
 
 import torch
@@ -19,7 +18,7 @@ from moe_tool.quantization.round_to_nearest import (
 from moe_tool.quantization.weights import IntegerWeight
 
 _STAY = 1e-4
-"""Pull towards the old scales, relative to a row's mean curvature: a group whose inputs are always
+"""Ridge towards the old scales, relative to a row's mean curvature: a group whose inputs are always
 zero keeps its scale"""
 _ROWS_BYTES = 64 * 2**20
 _FLOAT16_MAX = 65504.0
@@ -28,11 +27,11 @@ _FLOAT16_MAX = 65504.0
 def quantize_fitted(
     weight: torch.Tensor, hessian: torch.Tensor, width_bits: int, *, group: int = GROUP
 ) -> IntegerWeight:
-    """Return the codes of round-to-nearest with the scales that fit them best.
+    """Return round-to-nearest codes with least-squares scales.
 
     Args:
         weight: [out, in], any float dtype.
-        hessian: [in, in] float32: mean of x x^T over the inputs that the matrix is given.
+        hessian: [in, in] float32: mean of x x^T over the matrix's inputs.
         width_bits: 1 to 8.
         group: inputs per scale, a multiple of 32.
 
@@ -55,15 +54,15 @@ def fit_scales(
     *,
     group: int,
 ) -> torch.Tensor:
-    """Return the scales with which the codes' outputs err least, [out, G] float16.
+    """Return the scales with the least output error, [out, G] float16.
 
-    A row for which float16 has none better than those that it had keeps them.
+    A row keeps its scales if float16 has no better ones.
 
     Args:
         weight: [out, in] float32.
         codes: [out, in] float32, points of the grid.
-        scales: [out, G] float16, those that the codes were chosen by.
-        hessian: [in, in] float32: mean of x x^T over the inputs.
+        scales: [out, G] float16, the scales that the codes were chosen by.
+        hessian: [in, in] float32: mean of x x^T over the matrix's inputs.
         group: inputs per scale.
     """
     n_in = weight.shape[1]
@@ -100,6 +99,6 @@ def _fit_rows(
 
 
 def _error(scales: torch.Tensor, curvature: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """[rows]: squared error of the outputs, up to what no scale changes."""
+    """Return [rows] squared error of the outputs, up to a constant."""
     bent = (curvature @ scales[:, :, None])[:, :, 0]
     return (scales * (bent - 2 * slope)).sum(dim=1)

@@ -1,10 +1,10 @@
-"""GPTQ: weights rounded one input after the other, each one's error made up for by those to come.
+"""GPTQ: columns rounded one after the other, each one's error compensated in the remaining columns.
 
-Frantar et al., arXiv:2210.17323. The first codes are those of round-to-nearest's grid; then scales
-are fitted to the codes (fitted_scales.py), and where codes are coarse both are done again. Inputs
-go in descending order of their energy ("act-order"): those that matter most are rounded while most
-others are left to make up for it. On a trained model of 16 experts the outputs' error fell from
-0.079, 0.160, 0.338 and 0.740 at 4, 3, 2 and 1 bits to 0.040, 0.081, 0.174 and 0.370.
+Frantar et al., arXiv:2210.17323. Codes start on round-to-nearest's grid; then scales are fitted to
+the codes (fitted_scales.py), and at 1 and 2 bits both steps are repeated. Inputs go in descending
+order of energy ("act-order"), so that errors of the most important ones can still be compensated.
+On a trained model of 16 experts the outputs' error fell from 0.079, 0.160, 0.338 and 0.740 at 4, 3,
+2 and 1 bits to 0.040, 0.081, 0.174 and 0.370.
 """
 
 from collections.abc import Mapping
@@ -22,24 +22,24 @@ from moe_tool.quantization.round_to_nearest import (
 from moe_tool.quantization.weights import IntegerWeight
 
 BLOCK = 128
-"""Inputs whose errors are carried to all others at once"""
+"""Inputs whose errors are propagated to later blocks at once"""
 _DAMPING = 0.01
 _MORE_DAMPING = 10.0
 _MOST_DAMPING = 10.0
 _PASSES: Mapping[int, int] = {1: 3, 2: 2}
-"""Of codes and scales by width, 1 where it is not named: more changed nothing"""
+"""Rounds of codes and scales by width, else 1: more changed nothing"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorSpread:
-    """How the error of each input is spread over those that are rounded after it."""
+    """Propagation of each input's rounding error to the inputs rounded after it."""
 
     order: torch.Tensor
-    """[in] int64: inputs as they are rounded"""
+    """[in] int64: inputs in the order of rounding"""
     carry: torch.Tensor
-    """[in, in] float32 upper triangular, in that order"""
+    """[in, in] float32, upper triangular: Cholesky factor of the inverse Hessian in that order"""
     hessian: torch.Tensor | None
-    """[in, in] float32, damped; None: there were no inputs"""
+    """[in, in] float32, damped Hessian; None without inputs"""
 
     def solve(self, values: torch.Tensor) -> torch.Tensor:
         """Return the damped Hessian's inverse times [in, n] values."""
@@ -49,12 +49,12 @@ class ErrorSpread:
 
 
 def error_spread(hessian: torch.Tensor, order: torch.Tensor | None = None) -> ErrorSpread:
-    """Return what rounding a matrix needs of its inputs, at any number of bits.
+    """Return the error propagation of a matrix's inputs, for any number of bits.
 
     Args:
-        hessian: [in, in] float32: mean of x x^T over the inputs that the matrix is given; without
-            inputs zero, and then rounding is to nearest.
-        order: [in] int64: inputs as they are to be rounded; None: by their energy.
+        hessian: [in, in] float32: mean of x x^T over the matrix's inputs; zero without inputs, and
+            then rounding is to nearest.
+        order: [in] int64: order of rounding; None: by descending energy.
     """
     if order is None:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -73,7 +73,7 @@ def quantize_gptq(
 
     Args:
         weight: [out, in], any float dtype.
-        spread: of its inputs.
+        spread: error propagation of its inputs.
         width_bits: 1 to 8.
         group: inputs per scale, a multiple of 32.
 
@@ -94,10 +94,10 @@ def quantize_gptq(
 def _spread_codes(
     weight: torch.Tensor, spread: ErrorSpread, scales: torch.Tensor, width_bits: int, group: int
 ) -> torch.Tensor:
-    """[out, in] float32 points of the grid."""
+    """Return the chosen points of the grid, [out, in] float32."""
     order, carry = spread.order, spread.carry
     n_in = weight.shape[1]
-    # One row per input: what is left of it once it has made up for those before.
+    # One row per input: its weights plus the compensation for earlier errors.
     left = weight.float().T[order]  # [in, out]
     steps = scales.float().T[order // group]  # [in, out]
     codes = torch.empty_like(left)
@@ -116,10 +116,8 @@ def _spread_codes(
 
 
 def _carry(hessian: torch.Tensor, energy: float) -> tuple[torch.Tensor, float]:
-    """Upper Cholesky factor of the damped Hessian's inverse: row i says how the error of input i is
-    spread over those after it. And the damping, relative to the mean energy of an input, that
-    float32 needed for it.
-    """
+    """Return the upper Cholesky factor of the damped Hessian's inverse, whose row i spreads input
+    i's error, and the damping that float32 needed, relative to the mean energy of an input."""
     n_in = len(hessian)
     damping = _DAMPING
     while damping <= _MOST_DAMPING:
@@ -130,5 +128,5 @@ def _carry(hessian: torch.Tensor, energy: float) -> tuple[torch.Tensor, float]:
             if not failed and bool(torch.isfinite(upper).all()):
                 return upper, damping
         damping *= _MORE_DAMPING
-    # Every error for itself, in units of the solution that damping alone would give.
+    # No propagation, scaled as by damping alone.
     return torch.eye(n_in) / (damping * energy) ** 0.5, damping

@@ -1,11 +1,9 @@
-"""Half-quadratic quantization (HQQ): scales with zero points that let outliers go, without any
-data.
+"""Half-quadratic quantization (HQQ): scales with zero points robust to outliers, without data.
 
 Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). The grid
-runs from the least to the largest weight of a group; its zero point is then moved so that the sum
-of |error|^p is small, p < 1, which minds the many small weights and lets outliers go. That is not
-quadratic, but becomes so with a second unknown, the errors that are accepted: these by shrinkage,
-the zero point by a mean, in turns.
+spans a group's smallest to largest weight; its zero point is then moved to lower the sum of
+|error|^p, p < 1, which weighs outliers little. An auxiliary variable, the accepted errors, makes
+the problem half-quadratic: shrinkage finds the accepted errors and a mean the zero point, in turns.
 """
 
 import torch
@@ -16,12 +14,12 @@ from moe_tool.quantization.round_to_nearest import GROUP, tile_rows
 from moe_tool.quantization.weights import IntegerWeight
 
 _NORM = 0.7
-"""p"""
+"""Exponent p of the error"""
 _TURNS = 20
 _STRICTER = 1.05
-"""What a turn's penalty grows by: errors are accepted ever less easily"""
+"""Growth of the penalty on accepted errors per turn"""
 _LARGEST_ZERO = 1024.0
-"""In steps: a group whose weights lie close together, far from zero, gets coarser steps instead"""
+"""Largest zero point in steps; weights close together and far from zero get coarser steps"""
 
 
 def quantize_hqq(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> IntegerWeight:
@@ -42,7 +40,7 @@ def quantize_hqq(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -
         raise CorruptArtifactError(
             "a weight is NaN or infinite", hint="download the checkpoint again"
         )
-    # The last weight of a row again and again fills its last group, and changes no extreme.
+    # A row's last weight pads its last group, which changes no extreme.
     short = n_groups * group - n_in
     if short:
         values = torch.cat([values, values[:, -1:].expand(n_out, short)], dim=1)
@@ -68,7 +66,7 @@ def quantize_hqq(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -
 def _moved_zeros(
     values: torch.Tensor, steps: torch.Tensor, zeros: torch.Tensor, highest_code: int
 ) -> torch.Tensor:
-    """[out, G, 1] float32, numbers of float16."""
+    """Return the zero points, [out, G, 1] float32, exact in float16."""
     unit = values.abs().mean(dim=-1, keepdim=True).clamp_min(1e-30)
     penalty = 1.0
     for _ in range(_TURNS):

@@ -1,11 +1,11 @@
-"""Nested codes: the first two bits of every code, with scales of their own, are a matrix too.
+"""Nested codes: the first two bits of every code, with their own scales, are a 2-bit matrix (base).
 
-A code c of b bits begins with c >> (b - 2); all codes that begin alike become their middle, so the
-base has the grid of `IntegerWeight.factor` and `offset`. Codes that are rounded to nearest need not
-be changed for it: on a trained model of 16 experts the base's outputs are off by 0.33, those of two
-bits rounded by themselves by 0.35, with scales fitted to the inputs 0.30 and 0.31. GPTQ's are
-chosen for both at once (`quantize_nested_gptq`), and pay for it: 0.18 instead of 0.16 at 2 bits
-with 0.048 instead of 0.038 at 4, or with 0.085 instead of 0.076 at 3.
+The base code of a b-bit code c is c >> (b - 2) and stands for the middle of all codes that begin
+with it, hence `IntegerWeight.factor` and `offset`. Round-to-nearest codes serve unchanged: on a
+trained model of 16 experts the base's outputs have an error of 0.33, plain 2-bit codes 0.35; with
+scales fitted to the inputs 0.30 and 0.31. GPTQ chooses codes for both at once
+(`quantize_nested_gptq`) at a price: 0.18 instead of 0.16 at 2 bits, with 0.048 instead of 0.038 at
+4 bits or 0.085 instead of 0.076 at 3.
 """
 
 from collections.abc import Sequence
@@ -29,32 +29,32 @@ _BASE_BITS = 2
 _PASSES = 2
 _SWEEPS = 2
 _FULL_SHARE = {3: 4.0, 4: 8.0}
-"""By width: what a squared error of the whole code counts, one of its first bits counting 1"""
+"""Weight of the whole code's squared error by width; the base's has weight 1"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqTarget:
-    """What codes are to be, and how their errors spread."""
+    """Matrix to approximate, and the propagation of its rounding errors."""
 
     weight: torch.Tensor
-    """[out, in] float32"""
+    """[out, in] float32 weights"""
     spread: ErrorSpread
-    """Of the inputs"""
+    """Error propagation of the inputs"""
 
 
 def with_base(
     weight: torch.Tensor, coded: IntegerWeight, hessian: torch.Tensor | None = None
 ) -> IntegerWeight:
-    """Return codes as they are, with scales for their first two bits.
+    """Return the same codes with scales for their first two bits.
 
-    Half of a code's own scale is what the grid of the first bits asks for, and by a sixth better
-    than scales nearest to the weights, which make outputs too small.
+    Half of the code's scale follows from the base's grid. Its error is a sixth lower than that of
+    scales nearest to the weights, which make outputs too small.
 
     Args:
-        weight: [out, in] that the codes stand for, any float dtype.
-        coded: of 3 or 4 bits, without zero points.
-        hessian: [in, in] float32: mean of x x^T over the inputs that the matrix is given, to fit
-            the scales to; None: they stay as they are.
+        weight: [out, in] original weights, any float dtype.
+        coded: codes of 3 or 4 bits, without zero points.
+        hessian: [in, in] float32: mean of x x^T over the matrix's inputs, to fit the base's scales
+            to; None: half of the code's scales.
     """
     scales = coded.scales / 2
     if hessian is not None:
@@ -70,15 +70,13 @@ def with_base(
 def quantize_nested_gptq(
     full: GptqTarget, base: GptqTarget, width_bits: int, *, group: int
 ) -> IntegerWeight:
-    """Return codes that are chosen, one input after the other, for themselves and their first bits.
+    """Return GPTQ codes chosen for the whole code and for its first two bits together.
 
-    Each side carries its own errors to the inputs that follow, as `quantize_gptq` does. What one
-    gains the other loses: a code that makes up for errors at 4 bits need not begin with bits that
-    make up for those at 2.
+    Each of the two propagates its own errors to the inputs that follow, as in `quantize_gptq`.
 
     Args:
-        full: what the whole codes are to be.
-        base: what their first two bits are to be; spread in the same order.
+        full: target of the whole codes.
+        base: target of their first two bits, with the same order of inputs.
         width_bits: 3 or 4.
         group: inputs per scale, a multiple of 32.
 
@@ -105,7 +103,7 @@ def quantize_nested_gptq(
 
 
 class _Grid:
-    """The codes that may be chosen for one weight: of every two bits the best that begins so."""
+    """Candidate codes of one weight: for every base code the best code that begins with it."""
 
     def __init__(self, width_bits: int) -> None:
         self.width_bits = width_bits
@@ -120,12 +118,12 @@ class _Grid:
         steps: Sequence[torch.Tensor],
         weights: Sequence[float],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the points of one input, whole and of the base, [out] each.
+        """Return the grid points of one input, of the whole code and of the base, [out] each.
 
         Args:
-            wanted: what each is to be, [out].
-            steps: of each grid, [out].
-            weights: what a squared error of each counts.
+            wanted: target values of both, [out] each.
+            steps: grid steps of both, [out] each.
+            weights: weights of both squared errors.
         """
         inverse = torch.where(steps[0] == 0, 0.0, 1.0 / steps[0])
         near = (wanted[0] * inverse).round_().expand(len(self._lowest), -1)
@@ -139,7 +137,7 @@ class _Grid:
 def _spread_points(
     targets: Sequence[GptqTarget], steps: Sequence[torch.Tensor], grid: _Grid
 ) -> torch.Tensor:
-    """One pass as `quantize_gptq` makes it, for two matrices at once; [out, in] points."""
+    """Return [out, in] points of one GPTQ pass over both matrices."""
     order = targets[0].spread.order
     carries = [target.spread.carry for target in targets]
     left = [target.weight.T[order] for target in targets]  # [in, out] each
@@ -172,7 +170,8 @@ def _swept_points(
     points: torch.Tensor,
     grid: _Grid,
 ) -> torch.Tensor:
-    """Every input once more, with all others as they are: no error of both together grows."""
+    """Return points after choosing every input again with all others fixed (coordinate descent).
+    The joint error cannot grow."""
     points = points.T.contiguous()  # [in, out]
     half = 2 ** (grid.width_bits - 1)
     base_points = _base_points(points + half, grid.width_bits)
@@ -198,7 +197,7 @@ def _swept_points(
                 made = chosen[side] * here[side]
                 moved = made - now[side][at]
                 now[side][at] = made
-                # What lies behind is not looked at again.
+                # Inputs already visited in this sweep are not chosen again.
                 pull[side][at + 1 : stop].addr_(hessian[at + 1 : stop, at], moved, alpha=-1)
         for side, hessian in enumerate(hessians):
             moved = now[side][start:stop] - before[side]
@@ -215,9 +214,9 @@ def _fitted(
 
 
 def _base_points(codes: torch.Tensor, width_bits: int) -> torch.Tensor:
-    """Points of the base's grid, float32, from whole codes."""
+    """Return points of the base's grid, float32, from whole codes."""
     per_base = 2 ** (width_bits - _BASE_BITS)
-    # As IntegerWeight.factor and offset: twice the distance from the middle of the codes.
+    # As in IntegerWeight.factor and offset: twice the distance from the middle of the codes.
     offset = 2**width_bits - per_base + 1
     points: torch.Tensor = (codes / per_base).floor() * (2 * per_base) - offset
     return points

@@ -1,9 +1,9 @@
 """Products of two-bit weights with two-bit tokens by table lookup (DeepGEMM, arXiv 2304.09049).
 
-A code of either side stands for a whole number of its code book, uniform or not. The table holds
-the sum of two finished products for every pair of weights and every pair of tokens: 16 x 16 sums,
-of which one byte shuffle looks up those of 32 outputs. Sums are stored less the smallest one, in
-digits so narrow that at least four fit into a byte together.
+A code on either side selects an integer of its code book, uniform or not. The table holds the sum
+of two products for every pair of weights and every pair of tokens: 16 x 16 sums, of which one byte
+shuffle looks up those of 32 outputs. Sums are stored minus the smallest one, in digits narrow
+enough that at least four can be added in a byte.
 """
 
 from dataclasses import dataclass
@@ -12,56 +12,56 @@ import torch
 import torch.nn.functional as F
 
 TILE_ROWS = 128
-"""Outputs of a tile"""
+"""Outputs per tile"""
 QUAD = 4
 """Inputs whose weights share a byte"""
 _CODES = 4
 _DIGIT_BITS = 6
-"""At most: two pairs of inputs, and then two more, are added in a byte"""
+"""Maximum bits of a digit: four pairs of inputs are added in a byte"""
 _BYTE = 255
 _LARGEST_SUM = 2**31
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairWeights:
-    """A matrix of two-bit codes."""
+    """Matrix of two-bit codes."""
 
     codes: torch.Tensor
-    """uint8 [tiles, quads, 128], byte r: output r of the tile; bits 2i and 2i + 1: input i of the
-    quad. Outputs and inputs that fill up have code 0."""
+    """Packed codes, uint8 [tiles, quads, 128], byte r: output r of the tile; bits 2i and 2i + 1:
+    input i of the quad. Padding has code 0."""
     n_outputs: int
     n_inputs: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairTokens:
-    """Tokens of two-bit codes."""
+    """Tokens as two-bit codes."""
 
     codes: torch.Tensor
-    """uint8 [n, 2 quads]: bits 4 and 5 the first of two inputs, bits 6 and 7 the second"""
+    """Packed codes, uint8 [n, 2 quads]: bits 4 and 5 the first of two inputs, 6 and 7 the second"""
     n_inputs: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairTables:
-    """Sums of two products, for code books of whole numbers."""
+    """Lookup tables of sums of two products, for integer code books."""
 
     planes: torch.Tensor
-    """uint8 [digits, 16, 16]: by two codes of tokens, then by two of weights, the first of either
-    in the lower bits; the least significant digit first"""
+    """Digits of the sums, uint8 [digits, 16, 16], least significant first: by two token codes, then
+    by two weight codes, the first of either pair in the lower bits"""
     digit_bits: int
     smallest: int
-    """That was subtracted from every sum"""
+    """Smallest sum, subtracted from all of them"""
     filling: int
-    """The product of code 0 with code 0"""
+    """Product of code 0 with code 0, which padding adds"""
 
     @property
     def quads_per_widening(self) -> tuple[int, ...]:
-        """For every digit, the quads that a byte can hold the sum of"""
+        """Quads whose sum fits into a byte, for every digit."""
         return tuple(_BYTE // max(1, 2 * int(plane.max())) for plane in self.planes)
 
     def base(self, n_inputs: int) -> int:
-        """Return what a sum over so many inputs, filled up to quads, lacks."""
+        """Return the constant to add to a sum over so many inputs, padded to quads."""
         missing = -n_inputs % QUAD
         return (n_inputs + missing) // 2 * self.smallest - missing * self.filling
 
@@ -70,7 +70,7 @@ def pack_pair_weights(codes: torch.Tensor) -> PairWeights:
     """Pack uint8 [out, in] of codes below 4.
 
     Raises:
-        ValueError: there is a larger code, or no weight at all.
+        ValueError: a code is larger, or there is no weight.
     """
     _check_codes(codes)
     n_out, n_in = codes.shape
@@ -81,7 +81,7 @@ def pack_pair_weights(codes: torch.Tensor) -> PairWeights:
 
 
 def unpack_pair_weights(weights: PairWeights) -> torch.Tensor:
-    """Return uint8 [out, in]: what `pack_pair_weights` was given."""
+    """Return the codes given to `pack_pair_weights`, uint8 [out, in]."""
     fields = torch.stack([weights.codes >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
     rows = fields.transpose(1, 2).reshape(fields.shape[0] * TILE_ROWS, -1)
     return rows[: weights.n_outputs, : weights.n_inputs]
@@ -91,7 +91,7 @@ def pack_pair_tokens(codes: torch.Tensor) -> PairTokens:
     """Pack uint8 [n, in] of codes below 4.
 
     Raises:
-        ValueError: there is a larger code, or no input at all.
+        ValueError: a code is larger, or there is no input.
     """
     _check_codes(codes)
     padded = F.pad(codes, (0, -codes.shape[1] % QUAD))
@@ -99,7 +99,7 @@ def pack_pair_tokens(codes: torch.Tensor) -> PairTokens:
 
 
 def unpack_pair_tokens(tokens: PairTokens) -> torch.Tensor:
-    """Return uint8 [n, in]: what `pack_pair_tokens` was given."""
+    """Return the codes given to `pack_pair_tokens`, uint8 [n, in]."""
     fields = torch.stack([tokens.codes >> 4 & 3, tokens.codes >> 6], dim=-1)
     return fields.flatten(1)[:, : tokens.n_inputs]
 
@@ -108,8 +108,8 @@ def pair_tables(weight_book: torch.Tensor, token_book: torch.Tensor) -> PairTabl
     """Return the tables of two code books.
 
     Args:
-        weight_book: int8 [4], what the codes of weights stand for; in any order.
-        token_book: int8 [4], the same for tokens.
+        weight_book: int8 [4], values of the weight codes, in any order.
+        token_book: int8 [4], values of the token codes.
 
     Raises:
         ValueError: a code book is not int8 [4].
@@ -132,22 +132,22 @@ def pair_tables(weight_book: torch.Tensor, token_book: torch.Tensor) -> PairTabl
 
 
 def check_pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -> None:
-    """Hold a product to what the kernels rely on.
+    """Check what the kernels rely on.
 
     Raises:
-        ValueError: the two sides have different inputs, or a sum may not fit into 32 bits.
+        ValueError: the sides differ in inputs, or a sum may not fit into 32 bits.
     """
     n_in = weights.n_inputs
     if tokens.n_inputs != n_in:
         raise ValueError(f"tokens have {tokens.n_inputs} inputs, the weights {n_in}")
-    # By the sums of pairs, so a little early where the inputs are few.
+    # A bound by sums of pairs, slightly too strict for few inputs.
     top = sum(int(plane.max()) << (tables.digit_bits * d) for d, plane in enumerate(tables.planes))
     if n_in * max(abs(tables.smallest), abs(tables.smallest + top)) >= 2 * _LARGEST_SUM:
         raise ValueError(f"a sum of {n_in} such products may not fit into 32 bits")
 
 
 def look_up_pairs(weights: PairWeights, tokens: PairTokens, tables: PairTables) -> torch.Tensor:
-    """Return int32 [n, out], as the kernels do it and without them: slow.
+    """Return the products, int32 [n, out], in slow torch code with the kernels' results.
 
     Raises:
         ValueError: see `check_pair_product`.

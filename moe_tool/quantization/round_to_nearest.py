@@ -1,9 +1,9 @@
-"""Round-to-nearest: each weight to the nearest point of a grid that its row's group shares.
+"""Round-to-nearest: each weight becomes the nearest point of its group's grid.
 
-The grid of b bits is {-2**(b-1), ..., 2**(b-1) - 1} * d with d chosen so that the weight of largest
-magnitude lies exactly on the outermost point: d = w_largest / -2**(b-1), which may be negative. So
-all 2**b points are used without storing a zero point. d is rounded to float16 before the codes are
-computed, so that codes and stored scale belong together. One bit: d = mean |w|, code = sign.
+The grid of b bits is {-2**(b-1), ..., 2**(b-1) - 1} * d. d = w_largest / -2**(b-1), which may be
+negative, puts the weight of largest magnitude on the outermost point, so that all 2**b points are
+used without a zero point. d is rounded to float16 before the codes are computed. One bit:
+d = mean |w|, code = sign.
 """
 
 import torch
@@ -13,6 +13,7 @@ from moe_tool.quantization.bit_packing import ROWS, n_row_blocks, pack, unpack
 from moe_tool.quantization.weights import IntegerWeight
 
 GROUP = 64
+"""Default number of inputs that share a scale."""
 _FLOAT16_MAX = 65504.0
 
 
@@ -35,16 +36,16 @@ def quantize(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> In
 def from_codes(
     codes: torch.Tensor, scales: torch.Tensor, width_bits: int, *, group: int
 ) -> IntegerWeight:
-    """Return a matrix that is codes times scales.
+    """Return the matrix of codes times scales.
 
     Args:
-        codes: [out, in] float32 points of the grid; changed.
+        codes: [out, in] float32 points of the grid; overwritten.
         scales: [out, G] float16.
         width_bits: 1 to 8.
         group: inputs per scale.
     """
     n_out, n_in = codes.shape
-    # -1 and 1 become 0 and 1, the others start at 0.
+    # One bit: -1 and 1 become 0 and 1; more bits: the range is shifted to begin at 0.
     codes = codes.add_(1).div_(2) if width_bits == 1 else codes.add_(2 ** (width_bits - 1))
     return IntegerWeight(
         planes=pack(codes.to(torch.uint8), width_bits),
@@ -57,7 +58,7 @@ def from_codes(
 
 
 def grid_scales(weight: torch.Tensor, width_bits: int, *, group: int) -> torch.Tensor:
-    """Return the scale of each group's grid, [out, G] float16; see the head of this file.
+    """Return the scale of each group's grid, [out, G] float16; see the module docstring.
 
     Raises:
         CorruptArtifactError: the matrix holds NaN or infinity.
@@ -69,22 +70,22 @@ def scales_of_largest(largest: torch.Tensor, width_bits: int) -> torch.Tensor:
     """Return the scales of grids of 2 bits or more, float16.
 
     Args:
-        largest: float32: the weight of largest magnitude that each is for.
+        largest: float32, each group's weight of largest magnitude.
         width_bits: 2 to 8.
     """
     wide = (largest / -(2 ** (width_bits - 1))).clamp_(-_FLOAT16_MAX, _FLOAT16_MAX)
     scales: torch.Tensor = wide.half()
-    scales += 0.0  # a group of zeros has the scale 0, not -0: same numbers, same bytes
+    scales += 0.0  # turns -0 into 0: same numbers, same bytes
     return scales
 
 
 def not_finite() -> CorruptArtifactError:
-    """Return the error of a matrix that cannot be rounded."""
+    """Return the error for a matrix with NaN or infinity."""
     return CorruptArtifactError("a weight is NaN or infinite", hint="download the checkpoint again")
 
 
 def nearest_codes(values: torch.Tensor, scales: torch.Tensor, width_bits: int) -> torch.Tensor:
-    """Return the points of the grid nearest to values, float32.
+    """Return the points of the grid nearest to the values, float32.
 
     Args:
         values: any shape.
@@ -104,7 +105,7 @@ def wide_scales(scales: torch.Tensor, *, n_inputs: int, group: int) -> torch.Ten
 
 
 def dequantize(weight: IntegerWeight) -> torch.Tensor:
-    """Return float32 [out, in]."""
+    """Return the weights of the codes, float32 [out, in]."""
     n_out, n_in = weight.shape
     codes = unpack(weight.planes, weight.width_bits, n_outputs=n_out, n_inputs=n_in).float()
     if weight.zeros is not None:
@@ -115,7 +116,7 @@ def dequantize(weight: IntegerWeight) -> torch.Tensor:
 
 
 def tile_rows(per_row: torch.Tensor) -> torch.Tensor:
-    """Return [out, G] as [row blocks, G, 16], filled up with zeros."""
+    """Return [out, G] as [row blocks, G, 16], padded with zeros."""
     n_out = per_row.shape[0]
     padded = torch.nn.functional.pad(per_row, (0, 0, 0, n_row_blocks(n_out) * ROWS - n_out))
     return padded.view(-1, ROWS, per_row.shape[1]).transpose(1, 2).contiguous()
@@ -128,7 +129,7 @@ def _per_input(tiled: torch.Tensor, weight: IntegerWeight) -> torch.Tensor:
 
 
 def round_trip(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> torch.Tensor:
-    """Return what is left of a matrix at a width of 1 to 8 bits.
+    """Return a matrix after rounding to 1 to 8 bits and back.
 
     Args:
         weight: [out, in], any float dtype.
@@ -144,7 +145,7 @@ def round_trip(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -> 
 
 
 def _codes(weight: torch.Tensor, width_bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes as float32 [out, G, group] and scales as float16 [out, G, 1]."""
+    """Return codes as float32 [out, G, group] and scales as float16 [out, G, 1]."""
     n_out, n_in = weight.shape
     n_groups = -(-n_in // group)
     values = weight.float()

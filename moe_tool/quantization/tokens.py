@@ -1,11 +1,11 @@
-"""Tokens as int8 with one scale per group of inputs, as products with integer weights take them."""
+"""Rounding of tokens to int8 with a scale per group, as products with integer weights do."""
 
 import torch
 import torch.nn.functional as F
 
 
 def round_trip_tokens(x: torch.Tensor, group: int) -> torch.Tensor:
-    """Return what is left of tokens at 8 bits: scale = max |x| / 127, codes to the nearest.
+    """Return tokens after rounding to 8 bits: scale = max |x| / 127, codes to nearest.
 
     Args:
         x: [n, in] float32.
@@ -18,7 +18,7 @@ def round_trip_tokens(x: torch.Tensor, group: int) -> torch.Tensor:
     n_groups = -(-n_inputs // group)
     groups = F.pad(x, (0, -n_inputs % group)).view(n_tokens, n_groups, group)
     largest = groups.abs().amax(dim=-1, keepdim=True)
-    # A number over a tensor is the reciprocal times the number to torch, which rounds twice.
+    # Not 127.0 / largest: torch computes that as 127.0 * (1 / largest), which rounds twice.
     inverse = torch.full_like(largest, 127.0) / largest
     usable = torch.isfinite(largest) & torch.isfinite(inverse)
     codes = torch.where(usable, (groups * inverse).round(), 0.0)

@@ -1,4 +1,4 @@
-"""An expert's matrices as a record holds them: floats, or integer codes with scales."""
+"""Matrices of an expert as a record holds them: floats, or integer codes with scales."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,20 @@ PLANE, SCALES, ZEROS, BASE_SCALES = "plane", "scales", "zeros", "base_scales"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FloatWeight:
-    """A matrix or a vector in float32, bfloat16 or float16."""
+    """Matrix or vector in float32, bfloat16 or float16."""
 
     values: torch.Tensor
-    """[out, in] or [out]"""
+    """[out, in] matrix or [out] bias"""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in) or (out,)"""
+        """Extents (out, in) or (out,)."""
         return tuple(self.values.shape)
+
+    @property
+    def base(self) -> "FloatWeight":
+        """The tensor itself: a nested expert's floats are those of its first bits too"""
+        return self
 
     def part(self, name: str) -> torch.Tensor:
         """Return the tensor that a record keeps; `name` is empty, there is one alone."""
@@ -30,23 +35,23 @@ class FloatWeight:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class IntegerWeight:
-    """A matrix of unsigned codes.
+    """Matrix of unsigned codes.
 
-    weight[o, i] = (code[o, i] - zero) * scale, with scale and zero of output o and of the group of
-    input i. Without zeros weight[o, i] = (factor * code[o, i] - offset) * scale.
+    weight[o, i] = (code[o, i] - zero) * scale, with scale and zero of output o and the group of
+    input i; without zeros weight[o, i] = (factor * code[o, i] - offset) * scale.
     """
 
     planes: tuple[torch.Tensor, ...]
-    """uint8, see bit_packing"""
+    """Bit planes of the codes, uint8, see bit_packing"""
     scales: torch.Tensor
-    """float16 [row blocks, groups, 16]; may be negative"""
+    """Scales, float16 [row blocks, groups, 16]; may be negative"""
     zeros: torch.Tensor | None = None
-    """float16 as `scales`, in units of codes; None: the same everywhere, see `factor`"""
+    """Zero points in units of codes, shaped as `scales`; None: `factor` and `offset` apply"""
     base_scales: torch.Tensor | None = None
-    """float16 as `scales`: of the matrix that the codes' first bits are; None: they are none"""
+    """Scales of the nested 2-bit base, shaped as `scales`; None: not nested"""
     width_bits: int
     of_bits: int | None = None
-    """These are the first bits of codes of so many; None: the codes are whole"""
+    """Bits of the whole codes if these are only their first bits; None: the codes are whole"""
     group: int
     """Inputs that share a scale, a multiple of 32; the last group of a row may be short"""
     n_outputs: int
@@ -54,7 +59,7 @@ class IntegerWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """Extents (out, in)."""
         return (self.n_outputs, self.n_inputs)
 
     def part(self, name: str) -> torch.Tensor:
@@ -68,7 +73,7 @@ class IntegerWeight:
 
     @property
     def base(self) -> "IntegerWeight":
-        """The matrix that the codes' first bits are; views."""
+        """Nested base: the matrix of the codes' first two bits, as views."""
         assert self.base_scales is not None
         return IntegerWeight(
             planes=self.planes[:1],
@@ -82,15 +87,15 @@ class IntegerWeight:
 
     @property
     def factor(self) -> int:
-        """Of a code, in whole numbers: twice its distance from the next where half is needed."""
+        """Integer step between codes; doubled where midpoints are needed."""
         if self.of_bits is not None:
             return 2 << (self.of_bits - self.width_bits)
         return 2 if self.width_bits == 1 else 1
 
     @property
     def offset(self) -> int:
-        """What is taken off that: symmetric, one bit is -1 or 1; of first bits, the middle of the
-        codes that begin with them."""
+        """Integer zero point after `factor`: symmetric; one bit stands for -1 or 1, first bits for
+        the middle of their codes."""
         if self.of_bits is not None:
             return (1 << self.of_bits) - (1 << (self.of_bits - self.width_bits)) + 1
         return 1 if self.width_bits == 1 else 1 << (self.width_bits - 1)
@@ -104,10 +109,10 @@ class StoredExpert(Protocol):
 
 
 class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
-    """An expert's tensors by name.
+    """Tensors of an expert by name.
 
-    Where they are views of memory that is filled with one expert after the other, whoever computes
-    with them keeps in `prepared` what holds for all of these: addresses and shapes, no values.
+    They may be views of a slot that holds one expert after the other. The compute code caches in
+    `prepared` what stays valid for all of these: addresses and shapes, no values.
     """
 
     __slots__ = ("prepared",)
@@ -126,7 +131,4 @@ def base_of(
     weights: Mapping[str, FloatWeight | IntegerWeight],
 ) -> dict[str, FloatWeight | IntegerWeight]:
     """Return the expert that a nested one's first bits are; views."""
-    return {
-        name: weight.base if isinstance(weight, IntegerWeight) else weight
-        for name, weight in weights.items()
-    }
+    return {name: weight.base for name, weight in weights.items()}

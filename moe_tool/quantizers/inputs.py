@@ -1,4 +1,4 @@
-"""What one expert's matrices are given on a profile's tokens."""
+"""Inputs of one expert's matrices on a profile's tokens."""
 
 from collections.abc import Mapping
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""The trace of a run: what a session's recorder has heard, with the run's own counts."""
+"""The calls of a session's run as a trace file, for `simulate`."""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""Costs of memory budgets and eviction policies, from a recorded trace."""
+"""Simulation of memory budgets and eviction policies on a recorded trace."""

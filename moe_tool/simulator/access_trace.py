@@ -1,4 +1,4 @@
-"""Which experts the layers of a model called, in the order of the calls."""
+"""Access trace: the experts that layers of a model called, in order."""
 
 from dataclasses import dataclass
 
@@ -7,50 +7,51 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccessTrace:
-    """C layer calls with A accesses in all. A key is a layer's position among the L MoE layers
-    times E, plus the expert's number."""
+    """C layer calls with A expert accesses.
+
+    A key is an expert's number plus E times its layer's position among the L MoE layers.
+    """
 
     n_layers: int
     n_experts: int
     layer: np.ndarray
-    """[C] int32: position of the layer"""
+    """[C] int32: position of the layer among the MoE layers"""
     start: np.ndarray
-    """[C + 1] int64: where the call's keys begin"""
+    """[C + 1] int64: index in `keys` at which each call begins"""
     keys: np.ndarray
-    """[A] int32: distinct within a call, ascending"""
+    """[A] int32 keys, ascending and distinct within a call"""
     forward: np.ndarray
-    """[C] int32: running number of the forward that a call belongs to"""
+    """[C] int32: number of the forward that a call belongs to"""
     scores: np.ndarray | None = None
-    """[C, E] uint16: `gate_scores` of the call"""
+    """[C, E] uint16: `gate_scores` of each call; None: not recorded"""
     guess_start: np.ndarray | None = None
-    """[C + 1] int64: where the call's guesses begin"""
+    """[C + 1] int64: index in `guesses` at which each call begins"""
     guesses: np.ndarray | None = None
-    """int32: keys that the next layers' routers name when they see this layer's input, the next
-    layer's first"""
+    """int32 keys that the next layers' routers choose on this layer's input, nearest layer first"""
 
     @property
     def n_calls(self) -> int:
-        """C"""
+        """C: number of layer calls."""
         return len(self.layer)
 
     @property
     def n_keys(self) -> int:
-        """Experts of all layers."""
+        """Number of experts in all layers."""
         return self.n_layers * self.n_experts
 
     @property
     def sizes(self) -> np.ndarray:
-        """[C] int64: experts of each call."""
+        """[C] int64: number of experts of each call."""
         return np.diff(self.start)
 
     @property
     def n_forwards(self) -> int:
-        """Forwards in all."""
+        """Number of forwards."""
         return int(self.forward[-1]) + 1 if len(self.forward) else 0
 
     @property
     def cycle(self) -> float:
-        """Experts that one forward calls, all layers together, on average."""
+        """Mean number of experts that a forward calls in all layers."""
         return len(self.keys) / self.n_forwards if self.n_forwards else 0.0
 
     def calls(self) -> list[list[int]]:

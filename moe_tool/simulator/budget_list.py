@@ -1,4 +1,4 @@
-"""The budgets that `simulate --memory` names."""
+"""Parser of the list of memory budgets in `simulate --memory`."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ def parse_budgets(texts: Sequence[str]) -> list[MemoryRequest]:
     """Return the budgets of a list, each once.
 
     Args:
-        texts: each a list by comma of "50%", "4GiB", "min" or "10%..100%", the last in steps of 10.
+        texts: comma-separated lists of "50%", "4GiB", "min" or "10%..100%", in steps of 10.
 
     Raises:
-        UsageError: one of them is no budget.
+        UsageError: a word is no budget.
     """
     found: dict[MemoryRequest, None] = {}
     for word in (word.strip() for text in texts for word in text.split(",")):
@@ -42,7 +42,8 @@ def _budget(text: str, word: str) -> MemoryRequest:
         ) from error
     if request.kind == "auto":
         raise UsageError(
-            "--memory auto: what is free where it runs is not known here", hint="--memory 4GiB"
+            "--memory auto: the free memory of the machine that runs is not known here",
+            hint="--memory 4GiB",
         )
     if request.kind == "share" and not request.share:
         raise UsageError(f"--memory {word}: above 0% up to 100% is possible", hint="10%..100%")

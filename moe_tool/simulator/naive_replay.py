@@ -1,4 +1,4 @@
-"""A trace through the engine's own cache, call by call: the definition of what a replay counts."""
+"""Reference replay of a trace through the engine's own cache; it defines what is counted."""
 
 from collections.abc import Collection
 
@@ -18,16 +18,16 @@ def naive_replay(
     pinned: Collection[int] = (),
     prefetch_depth: int = 0,
 ) -> CallCounts:
-    """Return what every call of a trace finds in a cache that begins empty.
+    """Return the counts of every call of a trace, with a cache that begins empty.
 
     Args:
         trace: the calls.
-        make: the eviction policy.
-        capacity: experts beside the pinned ones.
-        per_layer: whether every layer has its own part of it.
-        pinned: keys that are always there.
-        prefetch_depth: 1 reads what the next layer is predicted to name while this one computes; n
-            looks at up to n layers, past one only if all that it is predicted to name is there.
+        make: factory of the eviction policy.
+        capacity: cached experts, pinned ones not counted.
+        per_layer: whether the capacity is divided among the layers.
+        pinned: keys that are always in memory.
+        prefetch_depth: 1 prefetches the experts predicted for the next layer; n up to n layers
+            ahead, but a layer only if all experts predicted for nearer ones are in the cache.
     """
     cache = ExpertCache(
         make,
@@ -38,14 +38,13 @@ def naive_replay(
         pinned=pinned,
     )
     counts = CallCounts.zeros(trace.n_calls)
-    pending: dict[int, list[int]] = {}  # layer -> prefetched for its next call
+    pending: dict[int, list[int]] = {}  # layer -> keys prefetched for its next call
     guesses = _guesses(trace)
     for number, (layer, named) in enumerate(zip(trace.layer.tolist(), trace.calls(), strict=True)):
         expected = pending.pop(layer, [])
+        counts.prefetch_hits[number] = sum(key in named for key in expected)
         for key in expected:
-            if key in named:
-                counts.prefetch_hits[number] += 1
-            else:
+            if key not in named:
                 cache.discard(key)
         cache.begin_call(layer, None if trace.scores is None else trace.scores[number])
         counts.hits[number] = sum(key in cache for key in named)
@@ -79,7 +78,7 @@ def _by_layer(keys: list[int], n_experts: int) -> dict[int, list[int]]:
 
 
 def _leave(pending: dict[int, list[int]], victim: int | None, n_experts: int) -> None:
-    """Forget a prefetch that had to leave before its turn."""
+    """Forget a prefetch that was evicted before its layer's call."""
     if victim is not None and victim in pending.get(victim // n_experts, ()):
         pending[victim // n_experts].remove(victim)
 

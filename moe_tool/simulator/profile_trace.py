@@ -1,4 +1,4 @@
-"""A profile's tokens as layer calls: one by one as they are generated, or in chunks as a prompt."""
+"""Access traces of a profile's tokens: token by token as in decoding, or in chunks as a prompt."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from moe_tool.simulator.access_trace import AccessTrace
 
 Part = Literal["held-out", "in-sample"]
 PROMPT_TOKENS = 256
-"""Tokens of a prompt that one forward takes, as the runtime has it"""
+"""Prompt tokens per forward, as in the runtime"""
 
 
 def decode_trace(
@@ -21,15 +21,14 @@ def decode_trace(
     with_scores: bool = False,
     with_guesses: bool = False,
 ) -> AccessTrace:
-    """Return the sequences of one part one after another, one token per forward.
+    """Return the trace of one part's sequences in turn, one token per forward.
 
     Args:
         profile: is read layer by layer.
-        part: which sequences.
-        max_tokens: no more whole sequences than make so many tokens, one at least; spread over the
-            part.
-        with_scores: also what the routers say, 2 bytes per token, layer and expert.
-        with_guesses: also what the next layers' routers say.
+        part: the sequences to take.
+        max_tokens: limit on the tokens in whole sequences, at least one, spread over the part.
+        with_scores: include router scores, 2 bytes per token, layer and expert.
+        with_guesses: include the predictions of the next layers' routers.
     """
     rows = rows_of_part(profile, part, max_tokens)
     shape = profile.header.shape
@@ -51,7 +50,7 @@ def decode_trace(
             done += n_guesses[at]
     n_calls = n_tokens * n_layers
     flat = keys.reshape(n_calls, shape.top_k)
-    is_first = np.ones(flat.shape, bool)  # an expert that a token names twice is one access
+    is_first = np.ones(flat.shape, bool)  # an expert chosen twice by a token is one access
     is_first[:, 1:] = flat[:, 1:] != flat[:, :-1]
     return AccessTrace(
         n_layers=n_layers,
@@ -69,11 +68,11 @@ def decode_trace(
 
 
 def prompt_trace(profile: ProfileReader, part: Part) -> tuple[AccessTrace, int]:
-    """Return the sequences of one part as prompts in chunks, and the number of their tokens."""
+    """Return the trace of one part's sequences as prompts in chunks, and the number of tokens."""
     rows = rows_of_part(profile, part)
     shape = profile.header.shape
     n_layers, n_experts, seq_len = len(shape.layers), shape.experts, profile.header.seq_len
-    # Chunk of every token: a new one begins with every sequence.
+    # Chunk number of every token; each sequence begins a new chunk.
     per_sequence = -(-seq_len // PROMPT_TOKENS)
     position = np.arange(len(rows))
     chunk = position // seq_len * per_sequence + position % seq_len // PROMPT_TOKENS
@@ -95,13 +94,13 @@ def prompt_trace(profile: ProfileReader, part: Part) -> tuple[AccessTrace, int]:
 
 
 def part_to_replay(profile: ProfileReader) -> Part:
-    """Return held-out, or in-sample where nothing is held out."""
+    """Return held-out, or in-sample if nothing is held out."""
     return "held-out" if bool(profile.tokens.held_out.any()) else "in-sample"
 
 
 def rows_of_part(profile: ProfileReader, part: Part, max_tokens: int | None = None) -> np.ndarray:
-    """Return which of the profile's tokens belong to a part, ascending; of at most about
-    `max_tokens` in whole sequences, spread over it."""
+    """Return the rows (tokens) of a part, ascending; with `max_tokens`, of about so many tokens in
+    whole sequences, spread over the part."""
     tokens = profile.tokens
     chosen = np.flatnonzero(tokens.held_out == (part == "held-out"))
     seq_len = tokens.ids.shape[1]

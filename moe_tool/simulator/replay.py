@@ -1,4 +1,4 @@
-"""A trace through a cache of some capacity, by the compiled replay where there is one."""
+"""Replay of a trace through an expert cache, compiled if the kernels were built."""
 
 from collections.abc import Collection
 
@@ -17,10 +17,10 @@ from moe_tool.simulator.naive_replay import naive_replay
 
 
 class Replayer:
-    """One trace, prepared once for any number of policies and capacities."""
+    """Trace prepared once for any number of policies and capacities."""
 
     def __init__(self, trace: AccessTrace) -> None:
-        """Describe the trace to the compiled side.
+        """Describe the trace to the compiled replay.
 
         Raises:
             ValueError: its arrays do not fit together.
@@ -51,7 +51,7 @@ class Replayer:
         pinned: Collection[int] = (),
         prefetch_depth: int = 0,
     ) -> CallCounts:
-        """Return what every call finds under a policy; see `naive_replay`."""
+        """Return the counts under a policy; see `naive_replay`."""
         compiled = choice.spec.compiled
         if self._calls is None or compiled is None:
             return naive_replay(
@@ -81,7 +81,7 @@ class Replayer:
         return CallCounts(hits=hits, prefetches=prefetches, prefetch_hits=prefetch_hits)
 
     def belady(self, capacity: int) -> CallCounts:
-        """Return what every call finds under the optimal policy."""
+        """Return the counts under Belady's optimal policy."""
         if self._calls is None or capacity < self._largest_call:
             return self._naive_belady(capacity)
         return self._by_depth("belady", capacity)
@@ -95,8 +95,8 @@ class Replayer:
         return naive_replay(self.trace, make, capacity=capacity)
 
     def _by_depth(self, kind: str, capacity: int) -> CallCounts:
-        """Read hits off stack depths: one pass over the trace answers for every capacity that holds
-        any call (Mattson et al., IBM Systems Journal 9(2), 1970)."""
+        """Return the counts of LRU or Belady, which are stack algorithms: one pass over the trace
+        serves every capacity that holds any call (Mattson et al., IBM Systems J. 9(2), 1970)."""
         assert self._calls is not None
         depths = self._depths.get(kind)
         if depths is None:
@@ -111,7 +111,7 @@ class Replayer:
 
 
 def next_uses(trace: AccessTrace) -> np.ndarray:
-    """Return which call names each access's expert next, [A] int64; the number of calls: none."""
+    """Return the next call of each access's expert, [A] int64; C where there is none."""
     call = np.repeat(np.arange(trace.n_calls), trace.sizes)  # [A]
     order = np.lexsort((call, trace.keys))
     upcoming = np.full(len(trace.keys), trace.n_calls, dtype=np.int64)

@@ -1,9 +1,10 @@
-"""A recorded run as layer calls, with the cache that it ran under."""
+"""Replay of a recorded run with its cache, under its own or another eviction policy."""
 
 from dataclasses import replace
 
 import numpy as np
 
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.simulator.access_trace import AccessTrace
@@ -14,7 +15,7 @@ _PREFETCH_DEPTHS = {"none": 0, "next-layer": 1}
 
 
 def recorded_trace(header: RunTraceHeader, calls: RecordedCalls) -> AccessTrace:
-    """Return a run's calls, prompt and decoding."""
+    """Return the calls of a run, prompt and decoding."""
     n_layers = len(header.shape.layers)
     begins = np.diff(calls.layer, prepend=n_layers) <= 0
     has_guesses = len(calls.guesses) > 0
@@ -34,13 +35,13 @@ def recorded_trace(header: RunTraceHeader, calls: RecordedCalls) -> AccessTrace:
 def replay_run(
     header: RunTraceHeader, calls: RecordedCalls, *, eviction: EvictionChoice | None = None
 ) -> CallCounts:
-    """Return what every call of a run finds, under its own policy or another one.
+    """Return the counts of every call of a run, under its own policy or another one.
 
-    Under its own these are the run's own counts.
+    Under its own policy they equal the counts of the run.
     """
     choice = eviction or parse_eviction(header.eviction)
-    positions = {layer: at for at, layer in enumerate(header.shape.layers)}
-    pinned = [positions[layer] * header.shape.experts + expert for layer, expert in header.pinned]
+    ids = LayerIds(header.shape.layers, header.shape.experts)
+    pinned = [ids.number(key) for key in header.pinned]
     trace = recorded_trace(header, calls)
     depth = _PREFETCH_DEPTHS[header.prefetch]
     if "predictions" not in choice.hints and not depth:

@@ -1,4 +1,4 @@
-"""Every budget under every policy: what a trace would have cost."""
+"""Simulated cost of a trace for every memory budget and eviction policy."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,23 +22,23 @@ _SLOWER = 0.98
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How many experts memory holds."""
+    """Memory budget as a number of expert slots."""
 
     label: str
-    """As it was asked for"""
+    """Budget as the user wrote it"""
     n_slots: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Properties of model and machine that a replay needs."""
+    """Record size and speeds of a model on a machine."""
 
     record_bytes: int
     n_slots_min: int
-    """Slots that a run cannot do without"""
+    """Minimum number of slots of a run"""
     costs: CallCosts
     hottest: Sequence[int]
-    """Keys, the most used of the profile first"""
+    """Keys in order of falling use in the profile"""
 
 
 def simulate_decoding(
@@ -49,13 +49,13 @@ def simulate_decoding(
     *,
     progress: Progress = SILENT,
 ) -> tuple[list[SimulatedRow], float]:
-    """Return the rows, budget by budget with the bound last, and the accesses per second.
+    """Return a row per budget and policy, Belady last, and the replayed accesses per second.
 
     Args:
-        replayer: of a trace with one token per forward.
-        choices: policies.
-        budgets: ascending.
-        machine: the model's records and the machine's speeds.
+        replayer: trace with one token per forward.
+        choices: eviction policies.
+        budgets: budgets in ascending order.
+        machine: record size and speeds.
         progress: told about the rows.
     """
     trace, rows = replayer.trace, []
@@ -82,7 +82,7 @@ def replay_choice(
     *,
     prefetch_depth: int = 0,
 ) -> CallCounts | None:
-    """Return the counts of one policy at one budget; None where it cannot have it."""
+    """Return the counts of one policy at one budget; None if the policy cannot run there."""
     trace = replayer.trace
     pinned: Sequence[int] = ()
     if choice.pinned_share:
@@ -108,7 +108,7 @@ def simulate_prompts(
     budgets: Sequence[Budget],
     machine: Machine,
 ) -> list[PromptRow]:
-    """Return what prompts in chunks cost; the cache goes on from one to the next."""
+    """Return the cost of prompts in chunks; the cache carries over from one to the next."""
     replayer, rows = Replayer(trace), []
     for budget in budgets:
         bound = int(replayer.belady(budget.n_slots).hits.sum())
@@ -132,7 +132,7 @@ def simulate_prompts(
 def simulate_prefetch(
     replayer: Replayer, choice: EvictionChoice, budget: Budget, machine: Machine, *, depth: int
 ) -> PrefetchRow:
-    """Return what reading ahead over so many layers would change."""
+    """Return the effect of prefetching over so many layers."""
     trace = replayer.trace
     without = replay_choice(replayer, choice, budget, machine)
     ahead = replay_choice(replayer, choice, budget, machine, prefetch_depth=depth)
@@ -153,12 +153,12 @@ def simulate_prefetch(
 
 
 def find_cliff(trace: AccessTrace, record_bytes: int) -> Cliff:
-    """Return one token's cycle."""
+    """Return the working set of one token."""
     return Cliff(experts=trace.cycle, bytes=round(trace.cycle * record_bytes))
 
 
 def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
-    """Return a sentence for every policy and budget that is slower than a smaller budget."""
+    """Return a sentence for each case in which a policy is slower than with a smaller budget."""
     sentences, fastest = [], dict[str, SimulatedRow]()
     for row in sorted(rows, key=lambda row: row.slots):
         best = fastest.get(row.eviction)
@@ -173,8 +173,7 @@ def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
 
 
 def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
-    """Return every policy whose replay is compiled, and the plain ones with a part of the cache for
-    each layer."""
+    """Return every policy with a compiled replay, and LRU and LFU also with a cache per layer."""
     slow = replayed_in_python()
     names = [name for name in EVICTION if name not in slow]
     return [parse(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
@@ -211,15 +210,15 @@ def _row(
         p50_ms=1e3 * float(median),
         p99_ms=1e3 * float(slow),
         belady_hit_rate=1 - bound_misses / n,
-        # Pinned experts are there before the first token: below the bound they say nothing of it.
+        # Pinned experts are in memory before the first token, so there may be fewer misses.
         to_belady=misses / bound_misses if bound_misses and misses >= bound_misses else None,
         limited_by=_limit(misses / n, bound_misses / n, budget.n_slots < trace.cycle),
     )
 
 
 def _limit(miss_rate: float, bound: float, is_below_cycle: bool) -> str:
-    """Return what limits a row: the budget below one token's cycle; else the policy, where another
-    order would miss clearly less, or the working set, where nobody could do much better."""
+    """Return the limiting factor: the budget below one token's working set; else the policy if
+    Belady misses clearly less, or the working set if even Belady misses often."""
     if is_below_cycle:
         return "budget"
     if miss_rate > _CLOSE_TO_BELADY * bound and miss_rate - bound > 0.02:

@@ -1,4 +1,4 @@
-"""How long a layer call takes, from what it finds in memory."""
+"""Time model of a layer call, from its hits, misses and prefetches."""
 
 from dataclasses import dataclass
 
@@ -12,41 +12,41 @@ _N_READERS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallCosts:
-    """Costs of one model on one machine, one token at a time."""
+    """Seconds of the steps of one model on one machine, one token at a time."""
 
     forward_s: float
-    """Per forward: the skeleton's matrices"""
+    """Time per forward of the skeleton's matrices"""
     layer_s: float
-    """Per layer call beside matrices"""
+    """Time per layer call without matrices"""
     expert_s: float
-    """Per expert that is computed"""
+    """Time per computed expert"""
     read_one_s: float
-    """Per record while nothing else is read"""
+    """Time to read a record alone"""
     read_s: float
-    """Per record while several are"""
+    """Time per record while several are read"""
     waking_s: float
-    """Added to a call that waits for `wait_s` or more, in part to one that waits less"""
+    """Extra time of a call that waits `wait_s` or more for reads; less in proportion below"""
     wait_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallTimes:
-    """[C] float64 seconds each."""
+    """Times of C layer calls, [C] float64 seconds each."""
 
     stall: np.ndarray
-    """In which the computation waits for a read"""
+    """Time that the computation waits for reads"""
     total: np.ndarray
     prefetched: np.ndarray
-    """Records that were read ahead, not seconds: those that the disk had time for"""
+    """Number of records, not seconds: prefetches that the disk had time for"""
 
 
 def call_times(trace: AccessTrace, counts: CallCounts, costs: CallCosts) -> CallTimes:
-    """Return what every call takes.
+    """Return the times of every call.
 
     Experts in memory are computed while the others are read; these are computed as they arrive. Two
-    readers share the disk, so that records come in pairs. What is read ahead has the time that the
-    demanded reads of its call leave, until the next call begins; what is still to come then is
-    waited for, and what nobody wants any more is given up.
+    readers share the disk, so records arrive in pairs. Prefetches use the disk when demand reads
+    leave it idle, until the next call begins; that call waits for those it needs and cancels the
+    others.
     """
     hits = counts.hits.astype(np.int64)
     misses = trace.sizes - hits
@@ -57,7 +57,7 @@ def call_times(trace: AccessTrace, counts: CallCounts, costs: CallCosts) -> Call
     waking = costs.waking_s * np.minimum(1.0, stall / costs.wait_s)
     compute = costs.layer_s + trace.sizes * costs.expert_s + waking
     prefetches = counts.prefetches.astype(np.float64)
-    # Time in which the disk is free: the call's, less what its own records take.
+    # Time in which the disk is idle: the call minus the reads of its own records.
     idle = np.maximum(0.0, compute + stall - misses * costs.read_s)
     done = np.minimum(prefetches, idle / costs.read_one_s)
     left = np.divide(done, prefetches, out=np.ones_like(done), where=prefetches > 0)
@@ -67,7 +67,7 @@ def call_times(trace: AccessTrace, counts: CallCounts, costs: CallCosts) -> Call
 
 
 def forward_seconds(trace: AccessTrace, times: CallTimes, costs: CallCosts) -> np.ndarray:
-    """Return what every forward takes, [F] float64."""
+    """Return the seconds of every forward, [F] float64."""
     sums = np.bincount(trace.forward, weights=times.total, minlength=trace.n_forwards)
     seconds: np.ndarray = sums + costs.forward_s
     return seconds
@@ -82,7 +82,7 @@ def _stall(n_hits: int, n_misses: int, costs: CallCosts) -> float:
 
 
 def _arrivals(n_misses: int, costs: CallCosts) -> list[float]:
-    """When each demanded record is there, counted from the beginning of the call."""
+    """Return the arrival time of each missed record, counted from the beginning of the call."""
     n_pairs, is_odd = divmod(n_misses, _N_READERS)
     arrivals = [
         (pair + 1) * _N_READERS * costs.read_s for pair in range(n_pairs) for _ in range(_N_READERS)

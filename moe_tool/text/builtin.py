@@ -1,10 +1,9 @@
-"""The text that every Python installation carries: its language reference and its standard library.
+"""Built-in text of every Python installation: its language reference and standard library.
 
 Two domains: `docs`, the topics of `pydoc_data.topics`, and `code`, the .py files of the standard
-library. Each document belongs to one of two parts for good, by a hash of its name: about one in
-eight is held out (`eval`), the others are for training and calibration (`train`). Topics repeat
-each other ("compound" contains "for"), so a paragraph of a held-out topic is taken out of the train
-part wherever it occurs.
+library. A hash of its name assigns each document to one of two parts: about one in eight is held
+out (`eval`), the others are for training and calibration (`train`). Topics repeat each other
+("compound" contains "for"), so paragraphs of held-out topics are removed from the train part.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ BUILTIN_DOMAINS = ("docs", "code")
 Part = Literal["train", "eval"]
 
 _HELD_OUT_ONE_IN = 8
-# Of six salts tried, the one that holds out near an eighth of the characters of both domains.
+# Chosen of six salts: it holds out nearly an eighth of the characters of both domains.
 _HASH_SALT = "moe-tool builtin 5 "
 _SHARED_PARAGRAPH_CHARACTERS = 24
 # Tests, other people's packages, generated tables, and the source trees of two applications that
@@ -61,7 +60,7 @@ def builtin_documents(domain: str, *, part: Part) -> list[BuiltinDocument]:
 
     Args:
         domain: "docs" or "code".
-        part: "train" for training and calibration, "eval" for what neither may see.
+        part: "train" for training and calibration, "eval" for held-out documents.
 
     Raises:
         DataSourceError: this Python came without its topics or without the sources of its library.
@@ -74,7 +73,7 @@ def builtin_documents(domain: str, *, part: Part) -> list[BuiltinDocument]:
 
 
 def is_held_out(name: str) -> bool:
-    """Return whether the document of this name is held out, today and on every other machine."""
+    """Return whether the document of this name is held out, the same on every machine."""
     digest = hashlib.sha256((_HASH_SALT + name).encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_tool.errors import DataSourceError, NotFoundError
 from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden, hub_is_reachable
-from moe_tool.text.json_lines import TEXT_FIELDS
+from moe_tool.text import TEXT_FIELDS
 
 if TYPE_CHECKING:
     import datasets
@@ -21,19 +21,19 @@ _SHUFFLE_BUFFER = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """One split of a data set of the hub."""
+    """Name of one split of a data set of the hub."""
 
     name: str
-    """org/name."""
+    """Id as org/name."""
     config: str | None
-    """None: the data set's default."""
+    """Configuration; None: the data set's default."""
     split: str
 
 
 def parse_hub_spec(spec: str) -> HubDataset:
-    """Return what `org/name[:config][:split]` names.
+    """Parse `org/name[:config][:split]`.
 
-    A single extra word is a split where it is train, validation or test, else a config.
+    A single extra word is a split if it is train, validation or test, else a config.
     """
     name, *words = spec.split(":")
     split = "train"
@@ -43,10 +43,10 @@ def parse_hub_spec(spec: str) -> HubDataset:
 
 
 def require_hub_dataset(spec: str, *, domain: str, offline: bool) -> bool:
-    """Return whether a data set is asked of the network; False: it is in the local cache.
+    """Return whether a data set is read from the network; False: from the local cache.
 
     Raises:
-        NotFoundError: no network and not in the cache; told within about a second.
+        NotFoundError: no network and not in the cache; raised within about a second.
     """
     wanted = parse_hub_spec(spec)
     online = not offline and hub_is_reachable()

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moe_tool.errors import DataSourceError
-
-TEXT_FIELDS = ("text", "content")
+from moe_tool.text import TEXT_FIELDS
 
 _ONE_STRING = (
     "write each text as one string into a field 'text'; turns of a chat are joined first, "
@@ -18,7 +17,7 @@ _MAX_LINE_BYTES = 64 * 2**20
 
 
 def count_line_blocks(size_bytes: int) -> int:
-    """Return how many blocks of lines a file of this size has."""
+    """Return the number of blocks of lines of a file of this size."""
     return -(-size_bytes // _BLOCK_BYTES)
 
 
@@ -35,7 +34,7 @@ def read_line_block(file: Path, block: int) -> Iterator[str]:
         if block > 0:
             stream.seek(block * _BLOCK_BYTES - 1)
             if not stream.readline(_BLOCK_BYTES + 1).endswith(b"\n"):
-                return  # a line from before goes on through all of this block
+                return  # a line from an earlier block covers all of this one
         while (start := stream.tell()) < end:
             line = stream.readline(_MAX_LINE_BYTES)
             if not line:

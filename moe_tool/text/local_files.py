@@ -49,10 +49,9 @@ def read_local_documents(path: Path, *, seed: int) -> Iterator[str]:
     SUPPORTED_SUFFIXES.
 
     Plain text comes in blocks of about 8 kB cut at blank lines, .jsonl by line, .parquet by row.
-    Links to folders are followed, each folder once. Hidden files and folders are passed over, and
-    so are empty files beside others. Files are
-    visited in rounds (interleave_blocks), so a sample is spread over all of them; no file is read
-    further than the sample needs.
+    Links to folders are followed, each folder once. Hidden files and folders are skipped, and empty
+    files beside others. Files are visited in rounds (interleave_blocks), so that a sample is spread
+    over all of them; no file is read further than the sample needs.
 
     Raises:
         NotFoundError: nothing is at this path.
@@ -89,7 +88,7 @@ def _files_below(folder: Path) -> list[Path]:
     visited = set()
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         place = os.stat(parent)
-        if (place.st_dev, place.st_ino) in visited:  # a link back to what was seen
+        if (place.st_dev, place.st_ino) in visited:  # a link back to a folder already visited
             subfolders.clear()
             continue
         visited.add((place.st_dev, place.st_ino))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_tool.errors import DataSourceError
-from moe_tool.text.json_lines import TEXT_FIELDS
+from moe_tool.text import TEXT_FIELDS
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -16,7 +16,7 @@ _ROWS_PER_READ = 1024
 
 
 def count_row_groups(file: Path) -> int:
-    """Return the number of row groups, each of which can be read by itself.
+    """Return the number of row groups, which can be read independently.
 
     Raises:
         DataSourceError: not a parquet file, or one without a text column.
@@ -27,8 +27,8 @@ def count_row_groups(file: Path) -> int:
 
 
 def read_row_group(file: Path, row_group: int, *, rng: np.random.Generator) -> Iterator[str]:
-    """Yield the texts of one row group, shuffled among each 1024 rows; rows without text are passed
-    over.
+    """Yield the texts of one row group, shuffled within each 1024 rows; rows without text are
+    skipped.
 
     Raises:
         DataSourceError: damaged data.

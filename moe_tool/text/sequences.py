@@ -1,4 +1,4 @@
-"""Documents packed into token sequences of one length, with boundaries and a held-out part."""
+"""Token sequences of one length, packed from documents, with boundaries and a held-out part."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 
 from moe_tool.artifacts.known_tokens import require_known_tokens
 from moe_tool.errors import DataSourceError, UsageError
+from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sources import TextSource, read_documents
 
 if TYPE_CHECKING:
@@ -21,22 +22,22 @@ _MAX_CHARACTERS_PER_BATCH = 4_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSequences:
-    """N sequences of S tokens, ordered by domain and, within one, as the documents were read."""
+    """N sequences of S tokens, ordered by domain, then in the order of the documents."""
 
     ids: np.ndarray
     """[N, S] int32, token ids."""
     domain: np.ndarray
-    """[N] int16, index into `domains`; a sequence never mixes two."""
+    """[N] int16, index into `domains`; each sequence has one domain."""
     document: np.ndarray
-    """[N, S] int32, running number of the document that each token belongs to; it never falls."""
+    """[N, S] int32, ascending number of the document that each token belongs to."""
     held_out: np.ndarray
-    """[N] bool, true for the sequences kept back for checking."""
+    """[N] bool, True for held-out sequences."""
     domains: tuple[str, ...]
-    """Labels, in the order of the sources."""
+    """Names of the domains, in the order of the sources."""
     sources: tuple[str, ...]
     """`domain=spec` of each source."""
     seed: int
-    """What, with the sources and the tokenizer, decides every token and the held-out part."""
+    """Seed that decides, with sources and tokenizer, every token and the held-out part."""
 
 
 def build_sequences(
@@ -49,31 +50,28 @@ def build_sequences(
     holdout: float,
     seed: int,
     offline: bool = False,
+    progress: Progress = SILENT,
 ) -> TokenSequences:
-    """Return about `n_tokens` tokens of the sources as whole sequences, the domains in equal
-    shares.
+    """Return about `n_tokens` tokens of the sources as whole sequences, in equal shares by domain.
 
     Each document is encoded with the tokenizer's own special tokens and closed with its end-of-text
     token if it has one; the documents of a domain are joined and cut every `seq_len` tokens, so a
-    document may go on in the next sequence. A domain whose text ends early gives what it has, and
-    the others make up for it.
+    document may continue in the next sequence. If a domain is short of text, others give more.
 
-    Held out is one run of neighbouring sequences per domain, round(holdout * n) of them and at
-    least one of two, placed by `seed` where it shares as few documents as possible (one at most, if
-    a place at either end is taken) with the rest: single sequences picked at random would mostly be
-    the other half of a document that was not held out.
+    The held-out part of each domain is one run of adjacent sequences, round(holdout * n) and at
+    least one of two, placed by `seed` where it shares the fewest documents (at most one) with the
+    rest. Sequences picked at random would mostly share documents.
 
     Args:
         vocabulary: V of the model that the tokens are for.
-        n_tokens: wanted; the result has the nearest number of whole sequences, at least one per
-            domain.
+        n_tokens: rounded to whole sequences, at least one per domain.
         seq_len: S, tokens per sequence, at least 2.
-        holdout: share of each domain's sequences, 0 to below 1.
+        holdout: share of each domain's sequences to hold out, 0 to below 1.
+        progress: told about the tokens.
 
     Raises:
         UsageError: n_tokens, seq_len or holdout out of range.
-        DataSourceError: a source holds less than one sequence, cannot be read, or has a token that
-            the model does not know.
+        DataSourceError: a source is too short, unreadable, or has a token unknown to the model.
         NotFoundError: a source is missing or out of reach.
     """
     _check_arguments(n_tokens, seq_len, holdout)
@@ -82,11 +80,14 @@ def build_sequences(
     for source in sources:
         documents = read_documents(source, seed=seed, offline=offline)
         streams.append(_TokenStream(source, tokenizer, seq_len=seq_len, documents=documents))
-    n_per_domain = _fill(streams, n_sequences, seq_len=seq_len)
+    n_per_domain = _fill(streams, n_sequences, seq_len=seq_len, progress=progress)
     n_found = sum(n_per_domain)
     if n_found < n_sequences:
-        counts = (n_found * seq_len, n_sequences * seq_len)
-        _logger.warning("the text sources hold %d of the %d tokens asked for", *counts)
+        _logger.warning(
+            "the text sources hold %d of the %d tokens asked for",
+            n_found * seq_len,
+            n_sequences * seq_len,
+        )
     ids, document, held_out = _cut(
         streams, n_per_domain, tokenizer, vocabulary=vocabulary, holdout=holdout, seed=seed
     )
@@ -128,15 +129,13 @@ def _check_arguments(n_tokens: int, seq_len: int, holdout: float) -> None:
     if n_tokens < 1:
         raise UsageError(f"--tokens {n_tokens}: at least 1 is needed")
     if seq_len < 2:
-        raise UsageError(
-            f"--seq-len {seq_len}: at least 2 is needed, a token and the one it predicts"
-        )
+        raise UsageError(f"--seq-len {seq_len}: at least 2 is needed, a token and the next one")
     if not 0 <= holdout < 1:
-        raise UsageError(f"--holdout {holdout}: it is a share, 0 up to but not including 1")
+        raise UsageError(f"--holdout {holdout}: a share from 0 to below 1 is needed")
 
 
 class _TokenStream:
-    """The tokens of one source, read on as far as somebody wants them."""
+    """Tokens of one source, read as far as needed."""
 
     def __init__(
         self,
@@ -148,19 +147,28 @@ class _TokenStream:
     ) -> None:
         self.source = source
         self.n_tokens = 0
+        self._n_told = 0
         self.is_exhausted = False
         self._seq_len = seq_len
         self._tokenizer = tokenizer
         self._documents = documents
         self._encoded: list[np.ndarray] = []
 
-    def read_on(self, wanted: int) -> None:
+    def read_on(self, wanted: int, progress: Progress) -> None:
         """Read until there are `wanted` tokens or no more text."""
         while self.n_tokens < wanted and not self.is_exhausted:
             batch = self._next_batch((wanted - self.n_tokens) * _GUESSED_CHARACTERS_PER_TOKEN)
             for ids in _encode(self._tokenizer, batch):
                 self._encoded.append(ids)
                 self.n_tokens += len(ids)
+            self._tell(wanted, progress)
+        self._tell(wanted, progress)
+
+    def _tell(self, wanted: int, progress: Progress) -> None:
+        step = min(self.n_tokens, wanted) - self._n_told
+        if step > 0:
+            self._n_told += step
+            progress.advance(step)
 
     def sequences(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first n sequences: ids, and document numbers from 0, each [n, S] int32."""
@@ -204,16 +212,18 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[np.n
     return rows
 
 
-def _fill(streams: list[_TokenStream], n_sequences: int, *, seq_len: int) -> list[int]:
-    """Read the streams and return how many sequences each gives.
-
-    The shares are equal; where a source is short, the others make up for it.
+def _fill(
+    streams: list[_TokenStream], n_sequences: int, *, seq_len: int, progress: Progress
+) -> list[int]:
+    """Read the streams and return the number of sequences of each: equal, except that others
+    replace what a short source lacks.
     """
     limits = [n_sequences] * len(streams)
+    progress.begin("tokenize", n_sequences * seq_len, "tokens")
     while True:
         shares = _fair_shares(n_sequences, limits)
         for index, stream in enumerate(streams):
-            stream.read_on(shares[index] * seq_len)
+            stream.read_on(shares[index] * seq_len, progress)
             limits[index] = stream.n_tokens // seq_len if stream.is_exhausted else n_sequences
             if limits[index] == 0:
                 raise DataSourceError(
@@ -222,13 +232,14 @@ def _fill(streams: list[_TokenStream], n_sequences: int, *, seq_len: int) -> lis
                     hint="give more text or a smaller --seq-len",
                 )
         if all(share <= limit for share, limit in zip(shares, limits, strict=True)):
+            progress.end()
             return shares
 
 
 def _fair_shares(n_wanted: int, limits: list[int]) -> list[int]:
     """Return shares that add up to `n_wanted`, or to all limits, none above its limit.
 
-    Those below their limit are equal, but for one more in the first ones.
+    Shares below their limit are equal, but for one more in the first ones.
     """
     shares = [0] * len(limits)
     left = n_wanted
@@ -244,10 +255,10 @@ def _fair_shares(n_wanted: int, limits: list[int]) -> list[int]:
 def _choose_held_out(
     documents: np.ndarray, *, holdout: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return which of a domain's sequences are held out, [n] bool.
+    """Return [n] bool: True for the sequences of a domain to hold out.
 
     Args:
-        documents: [n, S], the document of each token.
+        documents: [n, S] document number of each token.
     """
     n = len(documents)
     n_held = min(round(n * holdout), n - 1)

@@ -1,4 +1,4 @@
-"""Names that --data takes, and the way from such a name to documents."""
+"""Text sources of `--data`: parsing their names and reading their documents."""
 
 import os
 import re
@@ -34,12 +34,12 @@ _WAYS_TO_NAME_TEXT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSource:
-    """One domain's text."""
+    """Source of one domain's text."""
 
     domain: str
-    """Label of its tokens, unique among the sources of a command."""
+    """Name of the domain, unique among the sources of a command."""
     spec: str
-    """`builtin:DOMAIN[:eval]`, a path, or `org/name[:config][:split]`."""
+    """Location: `builtin:DOMAIN[:eval]`, a path, or `org/name[:config][:split]`."""
 
 
 def parse_sources(arguments: Sequence[str]) -> tuple[TextSource, ...]:
@@ -86,20 +86,19 @@ def require_sources(sources: Sequence[TextSource], *, offline: bool = False) -> 
 
 
 def read_documents(source: TextSource, *, seed: int, offline: bool = False) -> Iterator[str]:
-    """Return the documents of a source, never empty ones, in an order that depends on `seed` and
-    the source alone.
+    """Return the non-empty documents of a source, in an order that depends on `seed` and the source
+    alone.
 
     Long texts come in blocks of about 8 kB, so that a small sample still draws from many documents.
     Reading is lazy and in bounded memory, but a source that is missing or empty is refused here and
     not at the first document.
 
     Args:
-        offline: data sets of the hub are taken from the local cache or not at all.
+        offline: read data sets of the hub from the local cache only.
 
     Raises:
         NotFoundError: no such file, or the hub is out of reach.
-        DataSourceError: it is there but holds no readable text (also while iterating, when a
-            damaged place is reached).
+        DataSourceError: it holds no readable text (also while iterating, at a damaged place).
     """
     kind, _, rest = source.spec.partition(":")
     if kind == "builtin":
@@ -148,10 +147,7 @@ def _parse_builtin(name: str | None, spec: str) -> list[TextSource]:
 
 
 def _is_local(spec: str) -> bool:
-    """Return whether a spec is a path: it looks like one, or it is there.
-
-    Only what is left may be asked of the hub.
-    """
+    """Return whether a spec is a path: it looks like one, or it exists. Others may be hub ids."""
     if not spec or "\0" in spec:
         return False
     if (

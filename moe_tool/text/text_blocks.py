@@ -1,4 +1,4 @@
-"""Blocks of about 8 kB, cut where a paragraph ends, found without reading what lies before them."""
+"""Blocks of about 8 kB, cut at ends of paragraphs, found without reading the text before them."""
 
 import re
 from collections.abc import Callable
@@ -9,19 +9,18 @@ _PARAGRAPH_END = re.compile(rb"\n[ \t\r]*\n")
 
 
 def count_blocks(size_bytes: int) -> int:
-    """Return how many blocks a text of this size has; some of them may turn out empty."""
+    """Return the number of blocks of a text of this size; some may be empty."""
     return -(-size_bytes // BLOCK_BYTES)
 
 
 def block_range(
     block: int, *, size_bytes: int, read: Callable[[int, int], bytes]
 ) -> tuple[int, int]:
-    """Return where a block begins and ends (bytes); the blocks of a text follow each other without
-    gap or overlap.
+    """Return the byte offsets of a block's begin and end; blocks have no gaps or overlaps.
 
     Cut number i lies in [i, i + 1) * 8192: after the first blank line there, else after the first
-    line end, else at the first byte that begins a UTF-8 character. So every block can be found by
-    itself and none is longer than 16 kB.
+    line end, else at the first byte that begins a UTF-8 character. So every block can be found
+    independently, and none is longer than 16 kB.
 
     Args:
         read: returns the bytes of the text from an offset on, at most as many as asked for.
@@ -30,7 +29,7 @@ def block_range(
 
 
 def split_text(text: str) -> list[str]:
-    """Return the blocks of a text in order, without those that hold only white space."""
+    """Return the blocks of a text in order, without blocks of white space."""
     content = text.encode()
 
     def read(start: int, length: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Commands to type about bytes that are no UTF-8 text: a command that works as it stands."""
+"""Hints on text that is not UTF-8: commands that convert it."""
 
 import shlex
 from pathlib import Path
@@ -9,7 +9,7 @@ _GZIP = b"\x1f\x8b"
 
 
 def name_encoding(beginning: bytes) -> str | None:
-    """Return what a file that is no UTF-8 is, by its first bytes; None where they do not say."""
+    """Return the encoding of a file that is not UTF-8 by its first bytes; None if unknown."""
     if beginning.startswith(_UTF16_BOMS):
         return "UTF-16"
     return "gzip" if beginning.startswith(_GZIP) else None
@@ -19,7 +19,7 @@ def conversion_hint(file: Path | None, *, beginning: bytes) -> str:
     """Return how to make UTF-8 text of a file.
 
     Args:
-        file: None: what came through stdin.
+        file: the file; None: stdin.
         beginning: its first bytes, at least four where it has so many.
     """
     kind = name_encoding(beginning)

@@ -1,1 +1,1 @@
-"""What is trained of a bundle."""
+"""Training of a bundle: codes of experts, and mask routers."""

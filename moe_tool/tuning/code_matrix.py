@@ -1,4 +1,4 @@
-"""A matrix of codes taken apart, so that single codes can move."""
+"""Matrix with unpacked codes, so that single codes can change."""
 
 from dataclasses import dataclass, replace
 
@@ -9,40 +9,40 @@ from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import IntegerWeight
 
 _NEAREST = 0.9
-"""Share of the codes that are nearest to what they stand for where rounding chose them; scales that
-were fitted afterwards move a few"""
+"""Minimum share of codes nearest to the exact weights if rounding to nearest chose them; scales
+fitted later change a few"""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class CodeMatrix:
-    """weight[o, i] = slope * code[o, i] + start, with slope and start of output o and of the group
-    of input i."""
+    """Unpacked codes: weight[o, i] = slope * code[o, i] + start, slope and start by output o and
+    group of input i."""
 
     codes: torch.Tensor
-    """uint8 [out, in]"""
+    """Codes, uint8 [out, in]"""
     slope: torch.Tensor
-    """[out, G] float32; may be negative, or zero"""
+    """[out, G] float32 grid steps; may be negative or zero"""
     start: torch.Tensor
-    """[out, G] float32"""
+    """[out, G] float32 weight of code 0"""
     stored: IntegerWeight
-    """The matrix that it was taken from"""
+    """Packed matrix that the codes were taken from, without planes"""
 
     def values(self) -> torch.Tensor:
         """Return the weights, float32 [out, in]."""
         return self._wide(self.start).addcmul_(self.codes, self._wide(self.slope))
 
     def by_codes(self, by_weights: torch.Tensor) -> torch.Tensor:
-        """Return a gradient by the codes from one by the weights, which is overwritten; [out, in]
-        float32."""
+        """Convert a gradient by the weights, [out, in] float32, to one by the codes, in place."""
         return by_weights.mul_(self._wide(self.slope))
 
     def residual(self, exact: torch.Tensor) -> torch.Tensor | None:
-        """Return what rounding has lost of a matrix, in codes: up to half a step either way, zero
-        where the grid has no steps. None where the codes were not chosen by rounding to nearest:
-        each makes up for others then, and what one of them is off by was not lost.
+        """Return the rounding error in grid steps, -0.5 to 0.5, zero where the step is zero.
+
+        None if the codes were not rounded to nearest: then they compensate each other, and their
+        single errors are no loss.
 
         Args:
-            exact: [out, in], any float dtype: what the codes were made from.
+            exact: [out, in], any float dtype, weights that the codes were made from.
         """
         slope = self._wide(self.slope)
         wanted = (exact.float() - self._wide(self.start)).div_(slope)
@@ -53,7 +53,7 @@ class CodeMatrix:
         return wanted.sub_(self.codes).clamp_(-0.5, 0.5)
 
     def pack(self) -> IntegerWeight:
-        """Return the matrix as a record holds it, with the scales that it had."""
+        """Return the packed matrix with its original scales."""
         return replace(self.stored, planes=pack(self.codes, self.stored.width_bits))
 
     def _wide(self, per_group: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ class CodeMatrix:
 def take_apart(weight: IntegerWeight) -> CodeMatrix:
     """Return a matrix with its codes unpacked; `weight` may be overwritten afterwards.
 
-    What a code stands for is asked of `dequantize`: the matrix of all zeros and that of all ones.
+    Slope and start come from dequantizing a matrix of all zeros and one of all ones.
     """
     n_out, n_in = weight.shape
     codes = unpack(weight.planes, weight.width_bits, n_outputs=n_out, n_inputs=n_in)

@@ -1,22 +1,20 @@
-"""ECO: codes trained in place, without a master copy of the weights that they were rounded from.
+"""ECO: training of codes in place, without a master copy of the weights.
 
 Nikdan, Zandieh, Alistarh, Mirrokni, arXiv:2601.22101, Alg. 2 and 3. An update smaller than half a
-step of the grid is lost when the weight is rounded again; ECO puts what was lost into the momentum,
-scaled so that the next update makes up for it. Codes, their scales and the optimizer's own moments
-are all that there is.
+grid step is lost when the weight is rounded again; ECO adds this residual to the momentum, scaled
+so that the next update compensates it. Only codes, scales and the optimizer's moments are stored.
 
-Everything here is in units of codes: 1 is the distance to the next point of the grid, a learning
-rate is a share of it. The paper speaks of weights; that is the same up to the scale of a group,
-which does not change here. With w~ = w - rate * m~ the exact feedback is
+All values are in units of codes: 1 is a grid step, and a learning rate is a share of it. This
+equals the paper's form up to the scale of a group, which is fixed. With w~ = w - rate * m~ the
+exact feedback is
 
     m' = m~ + e_before / rate - e / (next rate * beta)
 
-and the published one takes e for e_before, which then need not be stored. Deviations, each for a
-reason: the last term divides by the rate that the next step will use, which its schedule knows (at
-rates that change the paper's form forgets residuals as they fall); Adam's bias correction is
-treated in the same way; residuals of codes that cannot follow, at the edge of their grid, are cut
-at half a step (nearest) or a whole one (stochastic), or they would grow without end; a residual
-from before the first step may be brought along; there is no weight decay.
+and the published one uses e for e_before, which then need not be stored. Deviations: the last term
+divides by the next step's rate, known from the schedule (the paper's form loses residuals as rates
+fall); likewise for Adam's bias correction; residuals are clamped to half a step (nearest) or one
+step (stochastic), or those of codes at the edge of the grid would grow without bound; training may
+begin with a residual; there is no weight decay.
 """
 
 from dataclasses import dataclass, replace
@@ -32,22 +30,22 @@ _EPS = 1e-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EcoRule:
-    """How codes are updated."""
+    """Rule by which codes are updated."""
 
     optimizer: Optimizer = "sgd"
     rounding: Rounding = "nearest"
     feedback: Feedback = "momentum"
-    """momentum: nothing is stored for it. exact: the last residual is, and with SGD and nearest
-    rounding this is training with a master copy. none: what is lost is lost"""
+    """Residual handling. momentum: as published, nothing stored. exact: the last residual is kept,
+    which with SGD and nearest rounding equals training with a master copy. none: they are lost"""
     beta1: float = 0.9
     beta2: float = 0.99
 
     def __post_init__(self) -> None:
-        """Refuse what is no rule.
+        """Check the rule.
 
         Raises:
-            ValueError: without momentum there is nowhere to put what is lost; with Adam the scale
-                of the next update is not known, so nothing is exact.
+            ValueError: a beta is out of range (without momentum there is no place for residuals),
+                or exact feedback with Adam, whose next update has an unknown scale.
         """
         if not 0 < self.beta1 < 1 or not 0 <= self.beta2 < 1:
             raise ValueError(f"betas lie between 0 and 1, not {self.beta1:g} and {self.beta2:g}")
@@ -57,43 +55,43 @@ class EcoRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EcoState:
-    """What a rule keeps of one matrix, beside its codes and their scales."""
+    """Optimizer state of one matrix."""
 
     step: int
-    """Updates so far"""
+    """Number of updates so far"""
     momentum: torch.Tensor
-    """[out, in] float32"""
+    """[out, in] float32 first moment, residuals included"""
     variance: torch.Tensor | None
-    """[out, in] float32; Adam's"""
+    """[out, in] float32 second moment; None for SGD"""
     residual: torch.Tensor | None
-    """[out, in] float32; of exact feedback"""
+    """[out, in] float32 last residual; None without exact feedback"""
 
     @property
     def size_bytes(self) -> int:
-        """Of all that is kept."""
+        """Size of all tensors."""
         held = (self.momentum, self.variance, self.residual)
         return sum(each.numel() * each.element_size() for each in held if each is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EcoUpdate:
-    """A matrix after one step."""
+    """Codes and state after one step."""
 
     codes: torch.Tensor
-    """uint8 [out, in]"""
+    """New codes, uint8 [out, in]"""
     state: EcoState
 
 
 def state_bytes_per_weight(rule: EcoRule) -> int:
-    """Return what an `EcoState` takes for a weight."""
+    """Return the bytes of an `EcoState` per weight."""
     return 4 * (1 + (rule.optimizer == "adam") + (rule.feedback == "exact"))
 
 
 def takes_residual(rule: EcoRule) -> bool:
-    """Return whether a rule can begin with a residual.
+    """Return whether training by a rule can begin with a residual.
 
-    Adam's scale is not known before its first gradients, and stochastic rounding would at once
-    throw dice over every weight.
+    Adam's scale is unknown before the first gradients, and stochastic rounding would at once
+    randomise every weight.
     """
     return rule.optimizer == "sgd" and rule.rounding == "nearest" and rule.feedback != "none"
 
@@ -104,10 +102,10 @@ def begin(
     """Return the state before the first step.
 
     Args:
-        codes: [out, in] of the matrix.
-        rule: to be followed.
-        rate: of the first step.
-        residual: [out, in] float32, in codes: what was lost when the codes were made, see
+        codes: [out, in] codes of the matrix.
+        rule: update rule.
+        rate: learning rate of the first step.
+        residual: [out, in] float32, rounding error of the codes in grid steps, see
             `takes_residual`. Overwritten.
 
     Raises:
@@ -136,17 +134,17 @@ def update(
     width_bits: int,
     draw: torch.Generator | None = None,
 ) -> EcoUpdate:
-    """Return a matrix one step on.
+    """Return codes and state after one step.
 
     Args:
         codes: uint8 [out, in], below 2**width_bits.
-        gradient: [out, in] float32, of the loss by the codes.
-        state: of the step before; its tensors are overwritten.
-        rule: how.
-        rate: of this step, in codes.
-        next_rate: of the step after it.
-        width_bits: of the grid.
-        draw: for stochastic rounding.
+        gradient: [out, in] float32, gradient of the loss by the codes.
+        state: state after the previous step; its tensors are overwritten.
+        rule: update rule.
+        rate: learning rate of this step, in grid steps.
+        next_rate: learning rate of the next step.
+        width_bits: bits of a code.
+        draw: generator for stochastic rounding.
     """
     step, beta = state.step + 1, rule.beta1
     momentum = state.momentum.mul_(beta).add_(gradient, alpha=1 - beta)  # m~

@@ -1,4 +1,4 @@
-"""One expert forward and back, with nothing of its weights kept in between."""
+"""Forward and backward of one expert, without keeping its float weights in between."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ _LAST = "down_proj"
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ExpertPass:
-    """What a forward leaves for the way back. n tokens."""
+    """Activations of a forward on n tokens, for the backward."""
 
     x: torch.Tensor
-    """[n, H]"""
+    """[n, H] input"""
     first: torch.Tensor
-    """[n, 2I] or [n, I]: of the first matrix, a leaf"""
+    """[n, 2I] or [n, I] output of the first matrix, a leaf"""
     inner: torch.Tensor
-    """[n, I]: what the last matrix is given"""
+    """[n, I] input of the last matrix"""
     last: torch.Tensor
-    """[n, H]: of the last matrix, a leaf"""
+    """[n, H] output of the last matrix, a leaf"""
     output: torch.Tensor
-    """[n, H]"""
+    """[n, H] output of the expert"""
 
 
 Values = Callable[[str], torch.Tensor]
-"""Name -> the tensor in float32: matrices [out, in], biases [out]"""
+"""Tensor name -> float32 values: matrices [out, in], biases [out]"""
 
 
 def first_matrix(module: Any) -> str:
-    """Return the name of the matrix that is given the tokens."""
+    """Return the name of the expert's first matrix."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
@@ -42,8 +42,8 @@ def expert_pass(module: Any, names: Collection[str], values: Values, x: torch.Te
 
     Args:
         module: an experts module of transformers, see `expert_forward`.
-        names: of the expert's tensors.
-        values: makes one of them.
+        names: names of the expert's tensors.
+        values: returns one of them.
         x: [n, H] float32.
     """
     first_name = first_matrix(module)
@@ -65,13 +65,13 @@ def expert_pass(module: Any, names: Collection[str], values: Values, x: torch.Te
 def gradients(
     module: Any, matrices: Mapping[str, CodeMatrix], done: ExpertPass, by_output: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return the gradient of a loss by the codes of both matrices, [out, in] float32 each.
+    """Return the gradients of a loss by the codes of both matrices, [out, in] float32 each.
 
     Args:
-        module: as for `expert_pass`.
-        matrices: the expert's, by name.
+        module: an experts module of transformers.
+        matrices: the expert's matrices by name.
         done: the forward.
-        by_output: [n, H]: gradient of the loss by the expert's output.
+        by_output: [n, H] gradient of the loss by the expert's output.
     """
     by_last = by_output
     if done.output is not done.last:

@@ -1,4 +1,4 @@
-"""What trained mask routers are worth, on text that they were not trained on."""
+"""Quality of trained mask routers on held-out text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.evaluation.bootstrap import bootstrap_interval
 from moe_tool.evaluation.divergence import compare_logits
+from moe_tool.evaluation.figures import means
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.misses.prune_learned import rate_offsets
 from moe_tool.progress import Progress
@@ -21,22 +22,22 @@ from moe_tool.tuning.train_mask_router import is_prompt, ratio_routers, router_m
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Verdict:
-    """Figures of the held-out text; prompts are not counted."""
+    """Thresholds and KL on held-out text; prompts are not counted."""
 
     offsets: np.ndarray
-    """[N_QUANTILES]: what a slot has to be worth for 0 %, 5 %, ... of those after the heaviest to
-    be left out"""
+    """[N_QUANTILES] thresholds of the slot score at which 0 %, 5 %, ... of the slots after the
+    heaviest are skipped"""
     kl: np.ndarray
-    """[N, S-1]: nats, at the wanted share"""
+    """[N, S-1] KL in nats at the wanted share"""
     kl_by_ratio: np.ndarray
-    """[N, S-1]: of MC's rule at the same share of every layer"""
+    """[N, S-1] KL in nats of MC's rule at the same share in every layer"""
     left_out: dict[int, float]
-    """Layer -> share of its slots after the heaviest"""
+    """Layer -> skipped share of its slots after the heaviest"""
 
     def quality(self, seed: int) -> QualityFigure:
-        """Return the mean with its 95 % interval over sequences."""
+        """Return the mean KL with its 95 % interval over sequences."""
         mean = max(0.0, float(self.kl.mean()))
-        low, high = bootstrap_interval(self.kl, _mean, seed=seed) or (mean, mean)
+        low, high = bootstrap_interval(self.kl, means, seed=seed) or (mean, mean)
         return QualityFigure(kl=mean, kl_ci95=(max(0.0, low), max(0.0, high)), tokens=self.kl.size)
 
 
@@ -50,16 +51,16 @@ def judge_pruning(
     micro_batch: int,
     progress: Progress,
 ) -> Verdict:
-    """Tabulate offsets against shares, then measure the divergence at one of them, beside MC's rule
-    (arXiv:2410.06270) at the same.
+    """Tabulate thresholds by share, then measure KL at one share, also of MC's rule
+    (arXiv:2410.06270).
 
     Args:
-        experts: of the session.
-        routers: as trained, by layer.
-        shape: of the model.
-        ids: [N, S] int64, held out.
-        share: of the slots after the heaviest.
-        micro_batch: sequences of a forward.
+        experts: the session's experts function.
+        routers: trained routers by layer.
+        shape: the model's shape.
+        ids: [N, S] int64, held-out token ids.
+        share: share of the slots after the heaviest to skip.
+        micro_batch: sequences per forward.
         progress: told about sequences.
     """
     by_ratio = ratio_routers(shape)
@@ -99,7 +100,7 @@ def judge_pruning(
 
 
 class _Counted:
-    """A mask whose empty slots are counted."""
+    """Mask function that counts skipped slots."""
 
     def __init__(self, mask: ChooseMask, seq_len: int) -> None:
         self._mask, self._seq_len = mask, seq_len
@@ -117,10 +118,6 @@ class _Counted:
 
 
 def _divergence(exact: torch.Tensor, found: torch.Tensor) -> np.ndarray:
-    """KL(exact || found) of all predictions but the prompt's, [B, S-1]."""
+    """Return KL(exact || found) of all predictions but the prompt's, [B, S-1]."""
     rows = [compare_logits(a[1:], b[1:]).kl for a, b in zip(exact, found, strict=True)]
     return np.stack(rows)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean())

@@ -1,4 +1,4 @@
-"""Keep-patterns "the j heaviest experts" drawn from a mask router's logits so that gradients pass.
+"""Differentiable draws of the patterns "keep the j heaviest experts" from a mask router's logits.
 
 Source: the top-any pruning of MC# (arXiv:2510.10962), through Gumbel-Softmax with straight-through
 gradients (arXiv:1611.01144, arXiv:1611.00712).
@@ -7,23 +7,22 @@ gradients (arXiv:1611.01144, arXiv:1611.00712).
 import torch
 
 _LEAST = 1e-9
-"""Of a uniform draw: its logarithm is asked for"""
+"""Smallest uniform draw, whose logarithm is finite"""
 
 
 def pattern_logits(worth: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the patterns of 1 to K experts, [T, K], from what each slot after the
-    heaviest adds, [T, K-1]."""
+    """Return the logits of keeping 1 to K experts, [T, K], from the slot scores, [T, K-1]."""
     return torch.nn.functional.pad(worth.cumsum(dim=1), (1, 0))
 
 
 def draw_mask(worth: torch.Tensor, uniform: torch.Tensor, *, tau: float) -> torch.Tensor:
-    """Return a drawn mask, [T, K] by rank, of ones before zeros; its gradient is that of the
+    """Return a drawn mask, [T, K] by rank, ones before zeros, with the gradient of the
     Gumbel-Softmax at temperature `tau`.
 
     Args:
-        worth: [T, K-1] by rank.
-        uniform: [T, K] from 0 up to 1.
-        tau: above 0.
+        worth: [T, K-1] slot scores by rank.
+        uniform: [T, K] uniform noise from 0 to 1.
+        tau: temperature, above 0.
     """
     noise = -(-uniform.clamp(_LEAST, 1 - 1e-7).log()).log()
     logits = pattern_logits(worth) + noise
@@ -33,11 +32,11 @@ def draw_mask(worth: torch.Tensor, uniform: torch.Tensor, *, tau: float) -> torc
 
 
 def hard_mask(worth: torch.Tensor, *, offset: float = 0.0) -> torch.Tensor:
-    """Return the mask of the likeliest pattern, [T, K] by rank, the fewest experts of equals.
+    """Return the mask of the likeliest pattern, [T, K] by rank; of equal ones, the fewest experts.
 
     Args:
-        worth: [T, K-1] by rank.
-        offset: what each slot has to be worth.
+        worth: [T, K-1] slot scores by rank.
+        offset: threshold of the slot scores.
     """
     logits = pattern_logits(worth.double() - offset)
     best = logits.argmax(dim=1, keepdim=True)  # [T, 1]
@@ -45,6 +44,5 @@ def hard_mask(worth: torch.Tensor, *, offset: float = 0.0) -> torch.Tensor:
 
 
 def _kept(pattern: torch.Tensor) -> torch.Tensor:
-    """From the chance of each pattern to that of each slot: those of all patterns at least as
-    long."""
+    """Return the probability of keeping each slot: the sum over patterns that are long enough."""
     return pattern.flip(1).cumsum(dim=1).flip(1)

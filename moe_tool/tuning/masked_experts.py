@@ -1,4 +1,4 @@
-"""What the MoE layers of a session call while its mask routers learn."""
+"""Experts function of a session whose gate weights are masked, for training mask routers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,20 +15,19 @@ from moe_tool.store.protocol import on_host
 from moe_tool.tuning.weighed_experts import weighed_experts
 
 ChooseMask = Callable[[LayerCall], torch.Tensor]
-"""A layer call -> [T, K] float32 by rank of gate weight: what each slot's gate weight is multiplied
-with"""
+"""Layer call -> [T, K] float32 factors on the gate weights, by rank of gate weight"""
 Watch = Callable[[LayerCall], None]
 
 
 @dataclass(slots=True, kw_only=True)
 class MaskedExperts:
-    """An experts function; the mask is set before each forward."""
+    """Experts function; the mask is set before each forward."""
 
     session: Session
     mask: ChooseMask | None = None
-    """None: every expert answers"""
+    """Mask function; None: every expert runs"""
     watch: Watch | None = None
-    """Told about every call"""
+    """Callback on every layer call"""
 
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
@@ -43,7 +42,7 @@ class MaskedExperts:
         ranked = self.mask(call)
         mask = ranked.gather(1, slot_order(call.weight).argsort(dim=1))  # [T, K], slot by slot
         weight = call.weight * mask
-        if not mask.requires_grad:  # what is left out is not computed, as in a run
+        if not mask.requires_grad:  # skipped experts are not computed, as in a run
             return run_experts(
                 call.module, call.hidden, call.index, weight, supply, present=mask > 0
             )
@@ -53,12 +52,11 @@ class MaskedExperts:
     def logits(self, ids: torch.Tensor, *, mask: ChooseMask | None = None) -> torch.Tensor:
         """Return the model's predictions in one wide forward, [B, S, V].
 
-        What a mask leaves out depends on each token's own routing alone, so this is what the same
-        tokens get one by one.
+        A mask depends on each token's routing alone, so decoding token by token gives the same.
 
         Args:
-            ids: [B, S] int64.
-            mask: of this forward.
+            ids: [B, S] int64 token ids.
+            mask: mask function of this forward; None: every expert runs.
         """
         self.mask = mask
         try:

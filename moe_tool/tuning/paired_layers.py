@@ -1,4 +1,4 @@
-"""The exact model and the bundle's side by side: the same tokens through both, layer by layer."""
+"""Exact model and bundle side by side: the same tokens through both, layer by layer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,50 +16,49 @@ from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWei
 from moe_tool.tuning.tune_layer import LayerText
 
 BATCH_TOKENS = 2048
-"""Through a decoder layer at once"""
+"""Tokens per forward of a decoder layer"""
 
 Weights = Mapping[int, Mapping[str, FloatWeight | IntegerWeight]]
-"""Expert -> its tensors; one that is absent is not there"""
+"""Tensors by expert id; removed experts are missing"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedLayer:
-    """One MoE layer, between the bundle's layers before it and those to come."""
+    """Inputs and targets of one MoE layer behind the bundle's layers before it."""
 
     layer: int
     module: Any
-    """The experts module of transformers"""
+    """Experts module of transformers"""
     text: LayerText
-    """What the bundle's experts are given, and what would make up for all that the layers so far
-    have lost"""
+    """Inputs of the bundle's experts, and the outputs that would make the hidden states exact"""
     held_out: torch.Tensor
-    """[T] bool"""
+    """[T] bool: True for held-out tokens"""
     exact_inputs: torch.Tensor
-    """[m, H] float32: what the exact model's experts are given, of held-out tokens"""
+    """[m, H] float32 inputs of the exact model's experts, held-out tokens only"""
     exact_index: torch.Tensor
-    """[m, K] int64"""
+    """[m, K] int64 expert ids of the exact model, held-out tokens only"""
 
 
 class PairedModel:
-    """Two streams of hidden states through one skeleton; of the exact experts one layer is in
-    memory while it is used, then none."""
+    """Two streams of hidden states through one skeleton; exact experts are in memory one layer at a
+    time."""
 
     def __init__(
         self, folder: Path, opened: OpenedModel, ids: torch.Tensor, held_out: torch.Tensor
     ) -> None:
-        """Load what is outside the layers.
+        """Load the tensors outside the layers.
 
         Args:
-            folder: of the checkpoint.
+            folder: the checkpoint.
             opened: the same checkpoint.
-            ids: [N, S] int64.
+            ids: [N, S] int64 token ids.
             held_out: [N] bool.
         """
         self._opened = opened
         self._stream = LayerStream(folder, opened.checkpoint)
         self._stream.set_experts_function(self._answer)
         self._weights: Weights | None = None
-        """None: the experts answer nothing"""
+        """Experts of the current forward; None: they output zero"""
         self._calls: list[LayerCall] = []
         self._held_out = held_out.repeat_interleave(ids.shape[1])
         batches = torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1]))
@@ -69,13 +68,13 @@ class PairedModel:
         self._answers_inputs = False
 
     def layers(self, *, last: int) -> Iterator[PairedLayer]:
-        """Yield the MoE layers; each wants `go_on_with` before the next is asked for.
+        """Yield the MoE layers; call `go_on_with` before asking for the next one.
 
         Args:
-            last: decoder layer behind which nothing is wanted.
+            last: last decoder layer to yield.
 
         Raises:
-            UnsupportedModelError: the layers do more with what experts answer than scale it.
+            UnsupportedModelError: the layers do more with the experts' output than scale it.
         """
         for layer in self._stream.layers():
             if layer.layer > last:
@@ -100,7 +99,7 @@ class PairedModel:
             self._weights = None
             without = self._through(layer, self._bundle)
             inputs, index, weight = self._collected()
-            # What the experts' sum would have to be for this layer to end where the exact one does.
+            # The experts' sum with which this layer would end with the exact hidden states.
             share = self._share(layer, without[0])
             target = torch.cat(
                 [
@@ -124,12 +123,12 @@ class PairedModel:
             self._weights = None
 
     def go_on_with(self, weights: Mapping[int, ExpertWeights]) -> None:
-        """Let these experts answer in the bundle's stream, in the layer at hand."""
+        """Use these experts for the bundle's stream in the current layer."""
         self._next = weights
 
     def _share(self, layer: StreamedLayer, without: torch.Tensor) -> float:
-        """By what a layer multiplies the experts' sum before it is added to the rest: found by
-        answering with the experts' own inputs."""
+        """Return the layer's factor on the experts' sum, found by letting experts output their
+        inputs."""
         self._answers_inputs = True
         found = (layer.forward(self._bundle[0]) - without).flatten(0, 1)
         self._answers_inputs = False
@@ -142,7 +141,7 @@ class PairedModel:
         ):
             raise unsupported(
                 self._opened.shape.model_type,
-                "its layers do more with what experts answer than scale it",
+                "its layers do more with the experts' output than scale it",
             )
         return share
 
@@ -150,7 +149,7 @@ class PairedModel:
         return [layer.forward(states) for states in hidden]
 
     def _collected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the experts were given by the batches since the last call."""
+        """Return inputs, expert ids and gate weights of the calls since the last time."""
         calls, self._calls = self._calls, []
         return (
             torch.cat([call.hidden for call in calls]).float(),

@@ -1,5 +1,4 @@
-"""Trains the mask routers of a session by distillation: its own predictions with every expert are
-the teacher."""
+"""Training of mask routers by distillation from the session with every expert running."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ from moe_tool.tuning.masked_experts import ChooseMask, MaskedExperts
 
 _LEARNING_RATE = 0.03
 _LAST_LEARNING_RATE = 0.02
-"""Of the first one, in the last step"""
+"""Learning rate of the last step as a share of the first one's"""
 _TYPICAL_HIDDEN = 256
-"""A step moves a product of H terms by H times the learning rate at most: what was found for this
-width is divided by the rest"""
+"""Hidden width that the learning rate was tuned for; wider models get proportionally less, since a
+step moves a sum of H products by up to H times the rate"""
 _TAU = (2.0, 0.25)
-"""Temperature of the first and the last step; it falls by the same factor in each"""
+"""Temperature of the first and the last step, falling geometrically"""
 _GAIN = 0.2
-"""How fast the penalty follows the share that is left out: by this power of e where they are 1
-apart"""
+"""Adaptation rate of the penalty: it grows by exp(gain * (wanted - skipped share)) per step"""
 _PENALTY_RANGE = (1e-9, 1e3)
 
 _Parameters = Mapping[int, MaskTensors]
@@ -34,39 +32,39 @@ _Parameters = Mapping[int, MaskTensors]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """What is trained for, and on what."""
+    """Target and data of a training."""
 
     share: float
-    """Of the slots after the heaviest to be left out, 0 to 1"""
+    """Share of the slots after the heaviest to skip, 0 to 1"""
     ids: torch.Tensor
-    """[N, S] int64"""
+    """[N, S] int64 token ids"""
     batch: int
-    """Sequences of a step"""
+    """Sequences per step"""
     seed: int
 
     @property
     def n_steps(self) -> int:
-        """Each sequence is seen once."""
+        """Number of steps; each sequence is seen once."""
         return -(-len(self.ids) // self.batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One step of a training."""
+    """Figures of one training step."""
 
     step: int
-    """From 1"""
+    """Number of the step, from 1"""
     kl: float
-    """Nats per token: teacher against the drawn masks"""
+    """KL(teacher || drawn masks), nats per token"""
     left_out: float
-    """Share of the slots after the heaviest whose likeliest pattern leaves them out"""
+    """Share of the slots after the heaviest that the likeliest patterns skip"""
 
 
 class MaskTraining:
-    """The state of a training: parameters, what Adam remembers of them, the penalty."""
+    """State of a training: parameters, Adam's moments, the penalty."""
 
     def __init__(self, shape: MoeShape, plan: TrainingPlan) -> None:
-        """Begin where the ratio of gate weights alone decides."""
+        """Initialise the routers so that the ratio of gate weights alone decides."""
         self.plan = plan
         self.step = 0
         self.penalty: float | None = None
@@ -88,7 +86,7 @@ class MaskTraining:
         return 0.0 if self.penalty is None else self.penalty / n_slots
 
     def begin(self, experts: MaskedExperts, *, micro_batch: int) -> None:
-        """Set the biases so that the wanted share is left out before anything is learned."""
+        """Set the biases so that the untrained routers skip the wanted share."""
         every = np.concatenate(
             [
                 worth
@@ -105,8 +103,8 @@ class MaskTraining:
         """Learn from the next batch.
 
         Args:
-            experts: of the session.
-            micro_batch: sequences of a forward.
+            experts: the session's experts function.
+            micro_batch: sequences per forward.
         """
         plan, ids = self.plan, self._batch(self.step)
         progress = self.step / plan.n_steps
@@ -132,7 +130,7 @@ class MaskTraining:
         kl_per_token = totals[0] / n_scored
         left_out = totals[1] / (n_scored * n_slots)
         if self.penalty is None:
-            # KL is about quadratic in what is left out: what the next slot costs at this share.
+            # KL is about quadratic in the skipped share: this is its slope there.
             self.penalty = kl_per_token / (2 * max(left_out, 1 / 64))
         else:
             self._optimizer.step()
@@ -142,7 +140,7 @@ class MaskTraining:
         return StepReport(step=self.step, kl=kl_per_token, left_out=left_out)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return all that a resume needs, by name."""
+        """Return the tensors that a resume needs, by name."""
         found = {}
         for layer, router in self.routers.items():
             for part, parameter in router.parts.items():
@@ -154,7 +152,7 @@ class MaskTraining:
         return found
 
     def restore(self, state: dict[str, torch.Tensor], *, step: int, penalty: float) -> None:
-        """Go on where `state` was taken."""
+        """Continue from a saved state."""
         self.step, self.penalty = step, penalty
         for layer, router in self.routers.items():
             for part, parameter in router.parts.items():
@@ -174,7 +172,7 @@ class MaskTraining:
         return self.plan.ids[rows]
 
     def _noise(self, ids: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The draws of a step, [B, S, K] by layer: the same however it is cut into forwards."""
+        """Return the noise of a step, [B, S, K] by layer, independent of the micro-batches."""
         generator = self._generator(1 + self.step)
         return {
             layer: torch.rand(*ids.shape, len(router.bias) + 1, generator=generator)
@@ -187,7 +185,7 @@ class MaskTraining:
 
 
 class _Drawn:
-    """The masks of one forward, and what they keep."""
+    """Drawn masks of one forward, with counts of kept and skipped slots."""
 
     def __init__(
         self,
@@ -217,19 +215,19 @@ class _Drawn:
 
 
 def is_prompt(n_tokens: int, seq_len: int) -> torch.Tensor:
-    """Return which tokens begin a sequence, [T] bool: those are answered exactly and not scored."""
+    """Return [T] bool: True for the first token of a sequence, which is exact and not scored."""
     return torch.arange(n_tokens) % seq_len == 0
 
 
 def watch_worth(
     experts: MaskedExperts, routers: _Parameters, ids: torch.Tensor
 ) -> dict[int, np.ndarray]:
-    """Return what routers say where every expert answers, [T, K-1] by layer, prompts left out.
+    """Return the routers' slot scores with every expert running, [T, K-1] by layer, no prompts.
 
     Args:
-        experts: of the session.
-        routers: by layer.
-        ids: [B, S] int64.
+        experts: the session's experts function.
+        routers: mask routers by layer.
+        ids: [B, S] int64 token ids.
     """
     found: dict[int, np.ndarray] = {}
 
@@ -247,11 +245,11 @@ def watch_worth(
 
 
 def router_mask(routers: _Parameters, offset: Callable[[int], float], seq_len: int) -> ChooseMask:
-    """Return the mask that routers choose without noise, prompts left alone.
+    """Return the mask function of routers without noise; it keeps all experts for prompts.
 
     Args:
-        routers: by layer.
-        offset: layer -> what each slot has to be worth.
+        routers: mask routers by layer.
+        offset: layer -> threshold of the slot scores.
         seq_len: S.
     """
 
@@ -264,8 +262,8 @@ def router_mask(routers: _Parameters, offset: Callable[[int], float], seq_len: i
 
 
 def ratio_routers(shape: MoeShape) -> _Parameters:
-    """Return routers that say the logarithm of each slot's gate weight over the heaviest's: with an
-    offset per layer they are MC's rule, of two experts."""
+    """Return routers that score log(gate weight / largest gate weight): with a threshold per layer
+    they are MC's rule for two experts."""
     return {layer: _ratio_router(shape).frozen() for layer in shape.layers}
 
 
@@ -284,7 +282,7 @@ def _rate_of(part: str, shape: MoeShape) -> float:
 
 
 def _total_kl(exact: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Sum of KL(exact || found) over all predictions but the prompt's, in nats."""
+    """Return the sum of KL(exact || found) over all predictions but the prompt's, in nats."""
     return F.kl_div(
         torch.log_softmax(found[:, 1:], dim=-1),
         torch.log_softmax(exact[:, 1:], dim=-1),

@@ -1,4 +1,4 @@
-"""The experts of one layer, trained on what is wanted of the whole layer."""
+"""Training of one layer's experts towards a target of their summed output."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,26 +13,26 @@ from moe_tool.tuning.eco import EcoRule, EcoState, begin, takes_residual, update
 from moe_tool.tuning.expert_gradient import ExpertPass, expert_pass, gradients
 
 _LAST_RATE = 0.1
-"""Share of the learning rate that is left at the end"""
+"""Final learning rate as a share of the first"""
 _MEASURED_AT_ONCE = 2048
-"""Tokens"""
+"""Tokens per forward when the error is measured"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerText:
-    """What a layer's experts are given, and what is wanted of them. T tokens."""
+    """Inputs and targets of a layer's experts on T tokens."""
 
     inputs: torch.Tensor
-    """[T, H] float32"""
+    """[T, H] float32 inputs of the experts"""
     index: torch.Tensor
-    """[T, K] int64"""
+    """[T, K] int64 expert ids"""
     weight: torch.Tensor
-    """[T, K] float32"""
+    """[T, K] float32 gate weights"""
     target: torch.Tensor
-    """[T, H] float32: the weighted sum of the experts' outputs that is wanted"""
+    """[T, H] float32 target of the experts' weighted sum"""
 
     def rows(self, chosen: torch.Tensor) -> "LayerText":
-        """Return some of the tokens, [n] int64."""
+        """Return the tokens with these row numbers, [n] int64."""
         return LayerText(
             inputs=self.inputs[chosen],
             index=self.index[chosen],
@@ -43,34 +43,34 @@ class LayerText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneSchedule:
-    """How long, how fast, by which rule."""
+    """Rule, steps and learning rates of a training."""
 
     rule: EcoRule
     steps: int
     rate: float
-    """Learning rate of the first step, in codes: how far a step moves one whose gradient is as
-    large as its matrix's first gradient is on average. It falls to a tenth, on a line"""
+    """First learning rate, in grid steps per update for a code whose gradient has the size of its
+    matrix's mean first gradient; it falls linearly to a tenth"""
     batch: int
-    """Tokens of a step"""
+    """Tokens per step"""
     seed: int
 
     def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, from 0."""
+        """Return the learning rate of a step, counted from 0."""
         return self.rate * (1 - (1 - _LAST_RATE) * step / self.steps)
 
 
 @dataclass(slots=True)
 class TunedExpert:
-    """One expert of a layer; with every step its codes and states are replaced."""
+    """Expert in training; every step replaces its codes and states."""
 
     floats: Mapping[str, FloatWeight]
-    """Biases; of an expert of floats its matrices too"""
+    """Biases, and the matrices of an expert in floats"""
     matrices: dict[str, CodeMatrix]
-    """By name"""
+    """Matrices of codes by name"""
     states: dict[str, EcoState] = field(default_factory=dict)
-    """Of the matrices; empty where the expert is to stay as it is"""
+    """Optimizer states of the matrices; empty if the expert is not trained"""
     units: dict[str, float] = field(default_factory=dict)
-    """Of the matrices' gradients: the mean size of the first"""
+    """Root mean square of each matrix's first gradient"""
 
     def values(self, name: str) -> torch.Tensor:
         """Return a tensor in float32."""
@@ -79,17 +79,17 @@ class TunedExpert:
         return self.floats[name].values.float()
 
     def packed(self) -> dict[str, FloatWeight | IntegerWeight]:
-        """Return its tensors as a record holds them."""
+        """Return the tensors as a record holds them."""
         return {**self.floats, **{name: each.pack() for name, each in self.matrices.items()}}
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer, for this expert."""
+        """Size of the optimizer states."""
         return sum(state.size_bytes for state in self.states.values())
 
 
 def unpack_expert(weights: Mapping[str, FloatWeight | IntegerWeight]) -> TunedExpert:
-    """Return an expert whose codes can move; the record that it lies in may be overwritten."""
+    """Return an expert with unpacked copies of its tensors."""
     return TunedExpert(
         floats={
             name: FloatWeight(values=weight.values.clone())
@@ -107,15 +107,15 @@ def unpack_expert(weights: Mapping[str, FloatWeight | IntegerWeight]) -> TunedEx
 def begin_expert(
     expert: TunedExpert, exact: Mapping[str, torch.Tensor], schedule: TuneSchedule
 ) -> None:
-    """Let an expert's codes move, with what rounding has lost of the exact weights to begin with.
+    """Set an expert's optimizer states, beginning with the rounding errors of its codes.
 
-    Without that all codes that are pulled in one direction would come to the next point of their
-    grid in the same step, and the layer would leap.
+    Without these, all codes pulled in one direction would reach the next grid point in the same
+    step, and the layer's output would jump.
 
     Args:
         expert: its states are set.
-        exact: the checkpoint's tensors, by name.
-        schedule: of the steps to come.
+        exact: the checkpoint's tensors by name.
+        schedule: steps and rates.
     """
     rule, rate = schedule.rule, schedule.rate_at(0)
     for name, matrix in expert.matrices.items():
@@ -132,15 +132,15 @@ def tune_layer(
     *,
     on_step: Callable[[], None],
 ) -> None:
-    """Move codes so that the experts' summed output comes closer to what is wanted.
+    """Train codes to lower the mean squared error of the experts' weighted sum.
 
-    The loss is the mean squared error of the sum. Of one expert at a time there are weights.
+    Only one expert at a time is expanded to float weights.
 
     Args:
         module: an experts module of transformers.
-        experts: all that there are; those with states are changed.
-        text: of the layer.
-        rows: [n] int64: the tokens to learn from.
+        experts: all experts of the layer; those with states are trained.
+        text: inputs and targets.
+        rows: [n] int64, tokens to train on.
         schedule: steps and rates.
         on_step: called after every step.
     """
@@ -164,10 +164,10 @@ def tune_layer(
 def layer_error(
     module: Any, experts: Mapping[int, TunedExpert], text: LayerText, rows: torch.Tensor
 ) -> float:
-    """Return the error of the summed output relative to what is wanted, root of the mean square.
+    """Return the root-mean-square error of the summed output relative to its target.
 
     Args:
-        rows: [n] int64: the tokens to judge by.
+        rows: [n] int64, tokens to measure on.
     """
     error = energy = 0.0
     for chosen in torch.split(rows, _MEASURED_AT_ONCE):
@@ -180,19 +180,19 @@ def layer_error(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """What one expert did for a batch. n tokens."""
+    """Forward of one expert on its n tokens of a batch."""
 
     token: torch.Tensor
-    """[n] int64, of the batch"""
+    """[n] int64 token numbers in the batch"""
     gate: torch.Tensor
-    """[n, 1]"""
+    """[n, 1] gate weights"""
     done: ExpertPass
 
 
 def _forward(
     module: Any, experts: Mapping[int, TunedExpert], text: LayerText
 ) -> tuple[torch.Tensor, dict[int, _Part]]:
-    """The experts' weighted sum [T, H], and what each did."""
+    """Return the experts' weighted sum [T, H], and each expert's forward."""
     output = torch.zeros_like(text.target)
     parts: dict[int, _Part] = {}
     for expert, each in sorted(experts.items()):
@@ -216,7 +216,7 @@ def _step(
 ) -> None:
     for name, gradient in found.items():
         unit = expert.units.setdefault(name, float(gradient.square().mean().sqrt()))
-        if not unit > 0:  # nothing flows through it yet: the unit is still to be found
+        if not unit > 0:  # no gradient yet: the unit stays unknown
             del expert.units[name]
             continue
         old = expert.matrices[name]

@@ -295,7 +295,7 @@ def _open(
         seed=options.seed,
         threads=options.threads,
         context=seq_len,
-        prompt=seq_len,
+        prompt_tokens=seq_len,
     )
     beside = verdict_bytes(manifest.shape, n_tokens=n_held_out)
     beside += divergence_scratch_bytes(manifest.shape.vocabulary)

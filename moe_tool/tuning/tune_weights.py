@@ -93,7 +93,7 @@ def tune_weights(
     opened = open_model(model)
     with opened.checkpoint, BundleReader.open(bundle) as reader:
         _require_tunable(bundle, reader, opened)
-        sequences = _text(model, opened, sources, options)
+        sequences = _text(model, opened, sources, options, progress)
         needed = _memory(opened, reader, sequences, options)
         copied = CopiedBundle(reader, out, _lineage(bundle, sequences, options))
         resumed = copied.writer.n_written
@@ -166,7 +166,11 @@ def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) ->
 
 
 def _text(
-    model: LocatedModel, opened: OpenedModel, sources: Sequence[TextSource], options: TuneOptions
+    model: LocatedModel,
+    opened: OpenedModel,
+    sources: Sequence[TextSource],
+    options: TuneOptions,
+    progress: Progress,
 ) -> TokenSequences:
     sequences = build_sequences(
         sources,
@@ -177,6 +181,7 @@ def _text(
         holdout=_HOLDOUT,
         seed=options.seed,
         offline=options.offline,
+        progress=progress,
     )
     if not sequences.held_out.any():
         raise UsageError(

@@ -1,8 +1,8 @@
-"""A layer's experts on a way that gradients take back to their inputs and gate weights.
+"""Differentiable weighted sum of a layer's experts, by their inputs and gate weights.
 
-The experts stay as the bundle has them: they are asked of the store once on the way there, where
-they compute as in a run, and once on the way back, where one at a time is expanded to float32. What
-their integer kernels round off the tokens counts there as if it were not.
+The experts are fixed. The forward computes them as a run does; the backward fetches them again and
+expands one at a time to float32. The integer kernels' rounding of tokens has no gradient and is
+treated as exact.
 """
 
 from typing import Any
@@ -29,9 +29,9 @@ def weighed_experts(
     Args:
         module: an experts module of transformers.
         hidden: [T, H] float32.
-        index: [T, K] int64: experts.
+        index: [T, K] int64 expert ids.
         weight: [T, K] float32.
-        supply: called once here, and once on the way back.
+        supply: fetches experts, once in the forward and once in the backward.
         present: [T, K] bool: slots that are computed; None: all of them.
     """
     if present is None:
@@ -74,7 +74,7 @@ class _Weighed(torch.autograd.Function):
 
 
 def _expanded_forward(module: Any, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
-    """What `expert_forward` computes, of float32 matrices, differentiable in `x`."""
+    """Return the result of `expert_forward` in float32, differentiable in `x`."""
     inner = _product(weights, "gate_up_proj" if module.has_gate else "up_proj", x)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     output = _product(weights, "down_proj", inner)

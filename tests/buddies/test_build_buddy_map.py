@@ -1,11 +1,13 @@
 """Buddy maps of made profiles, and what their summary says."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import sklearn.cluster  # noqa: F401 - its import takes longer than any of these tests
 import torch
 
-from moe_tool.artifacts.buddy_map import SIMILARITIES, BuddyMap
+from moe_tool.artifacts.buddy_map import BuddyMap, Similarity
 from moe_tool.buddies.build_buddy_map import build_buddy_map, entropy_threshold
 from moe_tool.buddies.measures import MEASURES
 from moe_tool.buddies.summary import summarize_buddies
@@ -75,7 +77,7 @@ def test_ties_go_to_the_lower_expert() -> None:
         assert named == [[1, 2], [0, 2], [0, 1], [0, 1]], by
 
 
-@pytest.mark.parametrize("by", SIMILARITIES)
+@pytest.mark.parametrize("by", MEASURES)
 def test_every_measure_gives_k_others_in_descending_similarity(by: str) -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(5, S, 4, generator=generator)
@@ -89,7 +91,7 @@ def test_every_measure_gives_k_others_in_descending_similarity(by: str) -> None:
 
 
 def test_the_table_of_measures_holds_exactly_those_of_the_artifact() -> None:
-    assert tuple(MEASURES) == SIMILARITIES
+    assert tuple(MEASURES) == get_args(Similarity)
 
 
 def test_coactivation_lists_end_at_the_cumulative_mass() -> None:
@@ -128,7 +130,7 @@ def test_an_expert_that_was_never_chosen_has_stand_ins_priced_on_all_tokens() ->
 
 def test_more_stand_ins_than_others_are_refused_with_both_numbers() -> None:
     for k in (3, 0):
-        with pytest.raises(UsageError, match=rf"{k} stand-ins .* 3 experts"):
+        with pytest.raises(UsageError, match=rf"--k {k}: .* 3 experts"):
             build_buddy_map(plane_profile(), k=k)
 
 

@@ -1,12 +1,13 @@
 """JSON artifacts: what was written comes back, the same artifact gives the same bytes."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_tool.artifacts.buddy_map import SIMILARITIES, Buddy, BuddyMap, LayerBuddies
+from moe_tool.artifacts.buddy_map import Buddy, BuddyMap, LayerBuddies, Similarity
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.errors import CorruptArtifactError, StorageError
 from moe_tool.formats import json_artifact
@@ -56,7 +57,7 @@ def buddy_maps(draw: st.DrawFn) -> BuddyMap:
             full=draw(st.none() | DIGEST),
         ),
         profile_sha256=draw(DIGEST),
-        by=draw(st.sampled_from(SIMILARITIES)),
+        by=draw(st.sampled_from(get_args(Similarity))),
         k=draw(st.integers(1, 2**31)),
         layers=layers,
     )

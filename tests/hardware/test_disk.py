@@ -93,7 +93,7 @@ def test_the_page_cache_is_measured_where_direct_reads_are_refused(
     monkeypatch.setattr(RecordFiles, "read_directly", lambda self: "this disk refuses")
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: forgotten.append(arguments))
     measure(folder, progress=Told())
-    assert notes == ["this disk refuses: it is measured through it"]
+    assert notes == ["this disk refuses: the disk is measured through the page cache"]
     assert len(forgotten) == 9
     assert {arguments[1:] for arguments in forgotten} == {(0, 0, os.POSIX_FADV_DONTNEED)}
 

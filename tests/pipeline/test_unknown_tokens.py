@@ -14,7 +14,8 @@ from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
-from moe_tool.runtime.generation import GenerateOptions, run_prompt
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.text.sources import parse_sources
 from moe_tool.tuning.tune_pruning import TunePruningOptions, tune_pruning

@@ -18,7 +18,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.model_config import config_from_json, read_config
 from moe_tool.models.moe_layers import find_moe_layers
-from moe_tool.profiling import recorder
+from moe_tool.profiling import profile_pass
 from moe_tool.profiling.hidden_states import HiddenStates
 from moe_tool.profiling.layer_statistics import MAX_PRICED_TOKENS
 from moe_tool.profiling.recorder import ProfileReport, record_profile
@@ -169,9 +169,9 @@ def test_resumed_profile_equals_the_uninterrupted_one(
 
 
 def keep_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = recorder.plan_profile_memory
+    plan = profile_pass.plan_profile_memory
     monkeypatch.setattr(
-        recorder,
+        profile_pass,
         "plan_profile_memory",
         lambda *a, **k: replace(plan(*a, **k), hidden_in_memory=False),
     )
@@ -191,7 +191,7 @@ def test_torn_hidden_states_are_computed_again(
 ) -> None:
     folder = tiny_checkpoint("mixtral")
     record(folder, tmp_path / "whole.h5")
-    monkeypatch.setattr(recorder, "write_profile", raise_killed)
+    monkeypatch.setattr(profile_pass, "write_profile", raise_killed)
     with pytest.raises(Killed):
         record(folder, tmp_path / "killed.h5")
     monkeypatch.undo()
@@ -212,7 +212,7 @@ def test_resume_with_another_seed_is_refused(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_checkpoint("mixtral")
-    monkeypatch.setattr(recorder, "write_profile", raise_killed)
+    monkeypatch.setattr(profile_pass, "write_profile", raise_killed)
     with pytest.raises(Killed):
         record(folder, tmp_path / "p.h5")
     with pytest.raises(UsageError, match="another model, text, seed"):

@@ -18,7 +18,8 @@ from tests.tiny_models import tiny_tokenizer
 _RUN = """
 import dataclasses, json, sys
 from pathlib import Path
-from moe_tool.runtime.generation import GenerateOptions, run_prompt
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import run_prompt
 from moe_tool.runtime.run_options import run_options
 folder, memory, n_prompt, max_tokens = sys.argv[1:]
 result = run_prompt(

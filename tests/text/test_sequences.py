@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -138,6 +139,42 @@ def test_too_little_text_is_used_with_a_warning(caplog: pytest.LogCaptureFixture
         packed = _build({"a": ["abcd"]}, n_tokens=100, seq_len=3)
     assert packed.ids.shape == (2, 3)
     assert "hold 6 of the 99 tokens" in caplog.text
+
+
+def test_tokenizing_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listener:
+        told: ClassVar[list[object]] = []
+
+        def begin(self, *task: object) -> None:
+            self.told.append(task)
+
+        def advance(self, amount: int = 1) -> None:
+            self.told.append(amount)
+
+        def end(self) -> None:
+            self.told.append("end")
+
+        def note(self, text: str) -> None:
+            raise AssertionError(text)
+
+    # 6 tokens of each are wanted at first; b has only 3, so that 3 more of a are taken.
+    documents = {"a": ["abc"] * 9, "b": ["x"]}
+    monkeypatch.setattr(
+        sequences, "read_documents", lambda source, **_: iter(documents[source.domain])
+    )
+    build_sequences(
+        [TextSource(domain=domain, spec="./x.txt") for domain in documents],
+        TOKENIZER,
+        vocabulary=VOCABULARY,
+        n_tokens=12,
+        seq_len=3,
+        holdout=0.0,
+        seed=3,
+        progress=Listener(),
+    )
+    assert Listener.told[0] == ("tokenize", 12, "tokens")
+    assert Listener.told[-1] == "end"
+    assert Listener.told[1:-1] == [6, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -126,12 +126,15 @@ def test_training_in_small_forwards_is_the_same_training(
     for layer, together in routers[0].items():
         np.testing.assert_allclose(together.bias, routers[1][layer].bias, atol=1e-3)
         np.testing.assert_allclose(together.by_hidden, routers[1][layer].by_hidden, atol=1e-3)
+        assert np.abs(together.by_hidden).max() > 0.02  # it began at 0
 
 
 def test_an_interrupted_training_ends_as_if_it_had_not_been(
     bundle: Path, sources: tuple[TextSource, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tune_pruning(bundle, sources, SMALL)
+    with BundleReader.open(bundle) as reader:
+        assert all(np.abs(each.by_hidden).max() > 0.02 for each in reader.mask_router().values())
     advance = MaskTraining.advance
 
     def interrupted(training, *arguments, **named):
@@ -259,7 +262,7 @@ def test_bundles_of_parts_or_without_some_experts_are_refused(
         ),
     )
     pack_bundle(model, out=tmp_path / "a", bits="mixed", plan=plan)
-    with pytest.raises(UsageError, match="experts out already"):
+    with pytest.raises(UsageError, match="mask routers need all"):
         tune_pruning(tmp_path / "a", sources, SMALL)
 
 

@@ -127,7 +127,7 @@ def _shape(**changed):
         (_header(record_size_bytes=1), "a record has 1 bytes"),
         (_header(threads=2**31), "threads"),
         (_header(decode_seconds=1e300), "decode_seconds"),
-        (_header(n_calls_before=3), "calls that it does not have"),
+        (_header(n_calls_before=3), "more calls than it has"),
         (_header(shape=_shape(experts=2**28)), "536870912 experts"),
         (_header(shape=_shape(layers=tuple(range(513)), n_decoder_layers=513)), "513 layers"),
     ],

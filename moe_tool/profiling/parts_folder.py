@@ -1,4 +1,4 @@
-"""The folder of an unfinished profile: finished layers, and the arguments that it belongs to."""
+"""`<out>.parts/`: the finished layers of a profile, and the arguments that it was begun with."""
 
 import hashlib
 import json
@@ -15,14 +15,13 @@ from moe_tool.text.sequences import TokenSequences
 
 
 class PartsFolder:
-    """`<out>.parts/`: what is finished of a profile, and the arguments that it belongs to."""
+    """Folder beside an unfinished profile, from which `--resume` goes on."""
 
     def __init__(self, out: Path) -> None:
-        """Nothing is created yet."""
         self.folder = out.with_name(f"{out.name}.parts")
 
     def open(self, header: ProfileHeader, sequences: TokenSequences, *, resume: bool) -> None:
-        """Create the folder, or check that what is in it was begun with the same arguments."""
+        """Create the folder; with `resume`, check that an old one had the same arguments."""
         wanted = _fingerprint(header, sequences)
         journal = self.folder / "arguments.json"
         if resume and journal.is_file():
@@ -37,7 +36,7 @@ class PartsFolder:
         atomic_write_bytes(journal, wanted)
 
     def _remove_old(self, model: str) -> None:
-        """Make room for a new profile; what is not an interrupted one is not ours to delete."""
+        """Delete an interrupted profile of the same model; refuse to delete anything else."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise UsageError(
                 f"{self.folder} is in the way: it is not a folder", hint="choose another --out"
@@ -57,7 +56,7 @@ class PartsFolder:
         shutil.rmtree(self.folder)
 
     def _model(self) -> str | None:
-        """Return the model that the parts are of; None where the journal does not say."""
+        """Return the quick hash of the model in the journal, None if it has none."""
         try:
             kept = json.loads((self.folder / "arguments.json").read_bytes())
             return str(kept["model"])
@@ -65,20 +64,19 @@ class PartsFolder:
             return None
 
     def layer_file(self, layer: int) -> Path:
-        """Return where a layer's part lies."""
+        """Return the path of a layer's part."""
         return self.folder / f"layer-{layer:05d}.h5"
 
     def layer_files(self, layers: Sequence[int]) -> dict[int, Path]:
-        """Return the part file of every MoE layer."""
+        """Return the paths of several layers' parts."""
         return {layer: self.layer_file(layer) for layer in layers}
 
     def keep_digests(self, digests: dict[str, str]) -> None:
-        """Keep what the full hash knows of the tensors read so far: a resume does not read them
-        again."""
+        """Keep the hashes of the tensors read so far, so that a resume need not read them again."""
         atomic_write_bytes(self.folder / "digests.json", json.dumps(digests).encode())
 
     def digests(self) -> dict[str, str]:
-        """Return what was kept; nothing at the beginning."""
+        """Return the kept hashes by tensor name; none at the beginning."""
         try:
             kept = json.loads((self.folder / "digests.json").read_text())
         except (OSError, ValueError):
