@@ -230,7 +230,7 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
 
 
 def _longer_context(session: Session) -> str:
-    """What to do where the context is full: only what the model allows."""
+    """Return what to do where the context is full: only what the model allows."""
     most = context_length(session.model.config.get_text_config())
     if most is not None and most <= session.plan.workload.positions:
         return f"a shorter prompt: the model was made for {most} positions"
