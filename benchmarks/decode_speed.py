@@ -59,7 +59,9 @@ def main() -> None:
     a = parser.parse_args()
     start = time.perf_counter()
     context = (a.warmup + a.tokens) * a.at_once
-    options = run_options(memory=a.memory, threads=a.threads, context=context, prompt=a.at_once)
+    options = run_options(
+        memory=a.memory, threads=a.threads, context=context, prompt_tokens=a.at_once
+    )
     with open_session(a.bundle, options, tokenizer=object()) as session:
         read_all_experts(session, a.vocab)
         load_s = time.perf_counter() - start

@@ -30,6 +30,7 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.native import kernels
 from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.packing.pack_options import parse_pack_options
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 from moe_tool.runtime.moe_layer import Forward
 from moe_tool.runtime.run_options import run_options
@@ -79,7 +80,8 @@ def _make_bundle(folder: Path, *, n_layers: int, top_k: int) -> Path:
     transformers.logging.disable_progress_bar()
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"top{top_k}")
     out = folder / f"bundle{top_k}"
-    pack_bundle(LocatedModel(folder=folder / f"top{top_k}", name="overhead"), out=out, bits="4")
+    model = LocatedModel(folder=folder / f"top{top_k}", name="overhead")
+    pack_bundle(model, parse_pack_options(out=out, bits="4"))
     return out
 
 

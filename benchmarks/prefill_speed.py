@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--memory", default="100%")
     a = parser.parse_args()
-    options = run_options(memory=a.memory, threads=a.threads, context=a.tokens, prompt=a.tokens)
+    options = run_options(
+        memory=a.memory, threads=a.threads, context=a.tokens, prompt_tokens=a.tokens
+    )
     with open_session(a.bundle, options, tokenizer=object()) as session:
         ids = torch.from_numpy(np.random.default_rng(1).integers(2, a.vocab, a.tokens))
         rates = {}

@@ -30,12 +30,12 @@ from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.bit_costs import bit_costs
 from moe_tool.planning.mixed_allocations import allocate_average
 from moe_tool.planning.plan_sources import read_sources
+from moe_tool.quantizers.registry import QUANTIZERS
 
 HEADINGS = ("method", "bits", "MiB of experts", "of native", "KL", "expected KL", "frontier")
 UNIFORM = ("1", "2:128", "2", "2:32", "3:128", "3", "4", "8")
 NESTED = ("2+1", "2+2")
 AVERAGES = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
-QUANTIZERS: tuple[Quantizer, ...] = ("rtn", "hqq", "fitted", "gptq")
 Row = dict[str, str | float]
 
 
@@ -57,16 +57,17 @@ def rows_of(a: argparse.Namespace) -> Iterator[Row]:
         native = record_bytes(shape, "native", "rtn") * len(keys)
         yield _row("native", "16", native, native, 0.0)
         for quantizer in a.quantizers.split(","):
-            nested = () if quantizer == "hqq" else NESTED
+            spec = QUANTIZERS[quantizer]
+            nested = NESTED if spec.can_nest else ()
             weights = quantized(a.model, a.profile, quantizer, (*UNIFORM, *nested))
             for bits in (*UNIFORM, *nested, *(f"base of {each}" for each in nested)):
                 kl = judge.divergence({key: weights[*key, bits] for key in keys})
                 size = record_bytes(shape, bits, quantizer) * len(keys)
                 yield _row(quantizer, bits, size, native, kl)
-            if quantizer == "hqq":
+            if spec.makes_zeros:
                 continue
             prices = None
-            if quantizer != "rtn":
+            if not spec.is_profiled:
                 prices = measure_bit_prices(locate_model(a.model), profile, quantizer)
             costs = bit_costs(sources, prices)
             for average in AVERAGES:

@@ -14,9 +14,9 @@ from moe_tool.models.locate import locate_model
 from moe_tool.packing.calibrated_layers import CalibratedModel
 from moe_tool.packing.pack_options import parse_precision
 from moe_tool.packing.primary_forms import made_by
-from moe_tool.packing.quantizers import calibrated
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import IntegerWeight
+from moe_tool.quantizers.registry import QUANTIZERS
 
 Matrices = Mapping[str, torch.Tensor]
 """Of one expert, by the module's names"""
@@ -35,7 +35,7 @@ def quantized(
         for layer in CalibratedModel(located.folder, opened, reader.tokens).layers():
             for expert in range(opened.shape.experts):
                 sample = layer.sample(expert, most_measured=1)
-                quantize_expert = calibrated(quantizer, sample)
+                quantize_expert = QUANTIZERS[quantizer].make(sample.inputs)
                 for bits, precision in precisions.items():
                     made = quantize_expert(sample.tensors, precision)
                     found[layer.layer, expert, bits] = _plain(made)

@@ -1,17 +1,18 @@
 """Experts of which some channels are left out, beside the whole ones and 4-bit records.
 
-    python benchmarks/sparse_experts.py MODEL PROFILE --text FILE [--choosers gate2,up2]
+    python benchmarks/sparse_experts.py MODEL PROFILE --text FILE [--selectors gate2,up2]
         [--quantizer gptq] [--sparsity 0,0.5,0.7,0.8,0.9] [--tokens 2048] [--seq-len 256]
         [--memory 50%] [--folder DIR] [--out rows.jsonl]
 
-Packs MODEL once for every chooser, and once in records of 4 bits; then, for every sparsity, decodes
-TEXT token by token with misses in the loop: KL(s = 0 || s), KL(checkpoint || s), the share of
-channels that was left out (mean over the text, and how far the worst expert is from what was asked
-for), what a miss read, and tokens per second, alternating with the 4-bit bundle. Recall is that of
-masks made from the input of the layer before, and of the two choices together: of the channels that
-a token needs of the experts that it is sent to, those that a mask from the layer before names of
-the experts that its router would have named. Last, one expert of the size of Mixtral's, out of a
-file in the page cache: how long the copy of the chosen channels and their products take.
+Packs MODEL once for every selector, and once in records of 4 bits; then, for every sparsity,
+decodes TEXT token by token with misses in the loop: KL(s = 0 || s), KL(checkpoint || s), the share
+of channels that was left out (mean over the text, and how far the worst expert is from what was
+asked for), what a miss read, and tokens per second, alternating with the 4-bit bundle. Recall is
+that of masks made from the input of the layer before, and of the two choices together: of the
+channels that a token needs of the experts that it is sent to, those that a mask from the layer
+before names of the experts that its router would have named. Last, one expert of the size of
+Mixtral's, out of a file in the page cache: how long the copy of the chosen channels and their
+products take.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 from result_rows import print_table, record_rows
 
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
-from moe_tool.experts.channel_forward import channel_sizes, choose_channels, chooser_values
+from moe_tool.experts.channel_forward import channel_sizes, choose_channels, selector_values
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.record_files import chunk_runs
 from moe_tool.models.locate import locate_model
@@ -35,8 +36,10 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.native.channels import native_channels, read_runs
 from moe_tool.native.kernels import Gate, set_threads
 from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.packing.pack_options import parse_pack_options
 from moe_tool.policies.eviction import Lru
 from moe_tool.quantization.channels import ChannelWeight, row_bytes
+from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.channel_store import ChannelStore
@@ -44,7 +47,7 @@ from moe_tool.text.sequences import build_sequences
 from moe_tool.text.sources import parse_sources
 
 HEADINGS = (
-    "chooser",
+    "selector",
     "sparsity",
     "left out",
     "worst expert",
@@ -94,14 +97,14 @@ class MaskJudge:
         if guess is not None:
             routed = set(self._modules[call.layer].route(guess).index.flatten().tolist())
         for expert in call.index[0].tolist():
-            chooser = self._selectors.selector(call.layer, expert)
-            own = choose_channels(call.module, chooser, call.hidden, self._sparsity).index
-            self.kept[call.layer, expert].append(len(own) / chooser.weight.n_outputs)
+            selector = self._selectors.selector(call.layer, expert)
+            own = choose_channels(call.module, selector, call.hidden, self._sparsity).index
+            self.kept[call.layer, expert].append(len(own) / selector.weight.n_outputs)
             if guess is None:
                 continue
-            values = chooser_values(call.module, chooser, guess)
-            sizes = channel_sizes(call.module, chooser, values)[0]
-            hits = int((sizes[own.long()] >= chooser.threshold(self._sparsity)).sum())
+            values = selector_values(call.module, selector, guess)
+            sizes = channel_sizes(call.module, selector, values)[0]
+            hits = int((sizes[own.long()] >= selector.threshold(self._sparsity)).sum())
             self.wanted += len(own)
             self.found += hits
             self.found_with_router += hits if expert in routed else 0
@@ -212,8 +215,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("profile", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--choosers", default="gate2,up2")
-    parser.add_argument("--quantizer", default="gptq", choices=["rtn", "hqq", "fitted", "gptq"])
+    parser.add_argument("--selectors", default="gate2,up2")
+    parser.add_argument("--quantizer", default="gptq", choices=list(QUANTIZERS))
     parser.add_argument("--sparsity", default="0,0.5,0.7,0.8,0.9")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -228,8 +231,8 @@ def main() -> None:
         folder = a.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         rows = []
-        for chooser in a.choosers.split(","):
-            for row in _compare(folder, chooser, sparsities, a):
+        for selector in a.selectors.split(","):
+            for row in _compare(folder, selector, sparsities, a):
                 kept.add("sparsity", **row)
                 rows.append(row)
         print_table(HEADINGS, [[_cell(row[name]) for name in HEADINGS] for row in rows])
@@ -249,12 +252,13 @@ def _cell(value: str | float | None) -> str:
 
 
 def _compare(
-    folder: Path, chooser: str, sparsities: list[float], a: argparse.Namespace
+    folder: Path, selector: str, sparsities: list[float], a: argparse.Namespace
 ) -> Iterator[dict[str, str | float | None]]:
     model = locate_model(a.model, offline=True)
-    bundle, plain = folder / f"{chooser}-{a.quantizer}", folder / "rtn4"
-    pack_bundle(model, out=bundle, sparse_experts=chooser, quantizer=a.quantizer, profile=a.profile)
-    pack_bundle(model, out=plain, bits="4", profile=a.profile)
+    bundle, plain = folder / f"{selector}-{a.quantizer}", folder / "rtn4"
+    channels = parse_pack_options(out=bundle, sparse_experts=selector, quantizer=a.quantizer)
+    pack_bundle(model, channels, profile=a.profile)
+    pack_bundle(model, parse_pack_options(out=plain, bits="4"), profile=a.profile)
     sources = parse_sources([str(a.text)])
     with open_session(plain, run_options(memory=a.memory, context=64)) as session:
         tokenizer, record_4 = session.tokenizer, session.manifest.primaries[0].record_size_bytes
@@ -270,7 +274,7 @@ def _compare(
     )
     rates = speeds({None: plain, **dict.fromkeys(sparsities, bundle)}, text.ids, a)
     yield {name: None for name in HEADINGS} | {
-        "chooser": "4-bit records",
+        "selector": "4-bit records",
         "bytes per miss": record_4,
         "of 4-bit record": 1.0,
         "tokens/s": rates[None],
@@ -295,7 +299,7 @@ def _compare(
         misses = report.whole_bytes_per_token / record_bytes
         per_miss = figures.bytes_read_per_token.value / misses
         yield {
-            "chooser": chooser,
+            "selector": selector,
             "sparsity": sparsity,
             "left out": report.sparsity,
             "worst expert": judge.worst,

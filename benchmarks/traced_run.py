@@ -7,9 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from moe_tool.runtime.generation import GenerateOptions, generate, write_trace
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
+from moe_tool.runtime.write_trace import write_trace
 
 _PROMPT = "The list of the"
 

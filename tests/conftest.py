@@ -4,8 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.tiny_models import make_tiny_checkpoint
+
+# A busy machine is no fault of the code.
+settings.register_profile("moe-tool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moe-tool")
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def _open(
         prefetch=setting.prefetch,
         sparse_experts=setting.sparse_experts,
         context=max(test.positions for test in tests),
-        prompt=max(1, *(t.positions if t.kind == "pp" else t.depth for t in tests)),
+        prompt_tokens=max(1, *(t.positions if t.kind == "pp" else t.depth for t in tests)),
     )
     session = open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress)
     try:

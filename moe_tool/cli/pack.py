@@ -163,13 +163,13 @@ def pack(
         located = locate_model(model, offline=offline, announce=output.say)
 
         from moe_tool.models.architecture import open_model
-        from moe_tool.packing.pack_bundle import pack_bundle
+        from moe_tool.packing.pack_bundle import pack_opened
 
         opened = open_model(located)
         with opened.checkpoint:
             profile = profile or _newest_profile(profiles, opened.identity, output)
             buddies = buddies or _newest_buddies(profiles, opened.identity, output)
-            report = pack_bundle(
+            report = pack_opened(
                 opened,
                 located.folder,
                 options,

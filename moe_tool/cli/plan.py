@@ -129,10 +129,11 @@ def _plans(
     from moe_tool.packing.kept_bit_prices import kept_bit_prices
     from moe_tool.planning.build_plan import build_plan, plan_curve
     from moe_tool.planning.plan_sources import read_sources
+    from moe_tool.quantizers.registry import QUANTIZERS
 
     with ProfileReader.open(profile) as reader:
         prices = None
-        if request.quantizer != "rtn":
+        if not QUANTIZERS[request.quantizer].is_profiled:
             prices = kept_bit_prices(
                 reader,
                 request.quantizer,

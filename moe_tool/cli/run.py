@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_tool.cli.console import open_output
+from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
     MAX_CONTEXT,
     BundleArgument,
@@ -24,6 +24,10 @@ from moe_tool.cli.options import (
 )
 from moe_tool.errors import DataSourceError, NotFoundError, UsageError
 from moe_tool.text.text_encoding import UTF8_BOM, conversion_hint
+
+if TYPE_CHECKING:
+    from moe_tool.runtime.decoding_config import GenerateOptions
+    from moe_tool.runtime.run_options import RunOptions
 
 StdinArgument = Annotated[
     str | None,
@@ -108,13 +112,7 @@ def run(
     with open_output(as_json=json) as output:
         text = _read_prompt(stdin, prompt, prompt_file)
 
-        from moe_tool.formats.bundle_reader import BundleReader
-
-        with BundleReader.open(bundle):
-            pass  # what is no bundle is told so, before anything in it is looked for
-
-        from moe_tool.reports.run_lines import run_line
-        from moe_tool.runtime.generation import GenerateOptions, run_prompt
+        from moe_tool.runtime.decoding_config import GenerateOptions
         from moe_tool.runtime.run_options import run_options
 
         options = run_options(
@@ -138,23 +136,39 @@ def run(
             raw=raw,
             ignore_eos=ignore_eos,
         )
-        result = run_prompt(
-            bundle,
-            text,
-            options=options,
-            generation=generation,
-            on_text=output.stream,
-            trace_path=record_trace,
-            progress=output.progress,
-        )
-        output.stream("\n")
-        output.say("\n" + run_line(result))
-        if record_trace is not None:
-            output.say(f"wrote {record_trace}; next: moe-tool simulate {record_trace}")
-        output.result(result)
-        if result.interrupted:
-            output.say("interrupted")
-            raise typer.Exit(130)
+        _run(bundle, text, options, generation, trace=record_trace, output=output)
+
+
+def _run(
+    bundle: Path,
+    text: str,
+    options: "RunOptions",
+    generation: "GenerateOptions",
+    *,
+    trace: Path | None,
+    output: Output,
+) -> None:
+    """Generate, and show what came out and what it cost."""
+    from moe_tool.reports.run_lines import run_line
+    from moe_tool.runtime.generation import run_prompt
+
+    result = run_prompt(
+        bundle,
+        text,
+        options=options,
+        generation=generation,
+        on_text=output.stream,
+        trace_path=trace,
+        progress=output.progress,
+    )
+    output.stream("\n")
+    output.say("\n" + run_line(result))
+    if trace is not None:
+        output.say(f"wrote {trace}; next: moe-tool simulate {trace}")
+    output.result(result)
+    if result.interrupted:
+        output.say("interrupted")
+        raise typer.Exit(130)
 
 
 def _read_prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str:

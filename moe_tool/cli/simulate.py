@@ -47,7 +47,7 @@ _Eviction = Annotated[
     typer.Option(
         "--eviction",
         metavar="NAME[:KEY=N,...]",
-        help="A policy as `run` takes it; repeat it for several.",
+        help="A policy, {evictions}, or with `:per-layer` behind it; repeat it for several.",
         show_default="all whose replay is compiled",
     ),
 ]

@@ -103,13 +103,13 @@ def tune_pruning(
 
 
 def _worth(report: "TunePruningReport") -> str:
-    low, high = report.kl_ci95
+    kl = report.kl
     text = (
         f"{report.left_out:.1%} of the experts left out of {report.held_out_tokens} held-out "
-        f"tokens: KL {report.kl:.4f} [{low:.4f}, {high:.4f}] per token; {report.kl_by_ratio:.4f} "
-        "where the ratio of gate weights chooses as many"
+        f"tokens: KL {kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] per token; "
+        f"{report.kl_by_ratio:.4f} where the ratio of gate weights chooses as many"
     )
-    if report.kl >= report.kl_by_ratio:
+    if kl.value >= report.kl_by_ratio:
         text += "\nnothing was gained over that rule: train on more --tokens, or use prune"
     layers = ", ".join(f"{layer}: {each:.0%}" for layer, each in report.left_out_by_layer.items())
     return f"{text}\nby layer: {layers}"

@@ -16,14 +16,14 @@ from moe_tool.buddies.make_buddies import make_buddies
 from moe_tool.budget.request import parse_memory
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
-from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import locate_model
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.write_bundle import PackReport
 from moe_tool.profiling.recorder import ProfileReport, record_profile
 from moe_tool.progress import Progress
-from moe_tool.runtime.generation import GenerateOptions, run_prompt
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.text.sources import parse_sources
 
@@ -129,17 +129,13 @@ def _buddies(folder: Path, profile: ProfileReport) -> tuple[BuddyReport, str]:
 def _pack(
     folder: Path, profile: ProfileReport, buddies: BuddyReport, progress: Progress
 ) -> tuple[PackReport, str]:
-    located = locate_model("demo", offline=True)
-    opened = open_model(located)
-    with opened.checkpoint:
-        report = pack_bundle(
-            opened,
-            located.folder,
-            PackOptions(out=folder / "bundle"),
-            profile=profile.profile,
-            buddies=buddies.buddies,
-            progress=progress,
-        )
+    report = pack_bundle(
+        locate_model("demo", offline=True),
+        PackOptions(out=folder / "bundle"),
+        profile=profile.profile,
+        buddies=buddies.buddies,
+        progress=progress,
+    )
     return report, (
         f"{format_bytes(report.bytes)}, experts {format_bytes(report.expert_bytes)} at "
         f"{report.bits_per_weight:.1f} bits per weight"

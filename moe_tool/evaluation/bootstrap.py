@@ -6,11 +6,13 @@ from collections.abc import Callable
 import numpy as np
 
 N_RESAMPLES = 1000
+_MOST_VALUES = 2**20
+"""Held at once"""
 
 
 def bootstrap_interval(
     values: np.ndarray,
-    statistic: Callable[[np.ndarray], float],
+    statistic: Callable[[np.ndarray], np.ndarray],
     *,
     seed: int,
     n_resamples: int = N_RESAMPLES,
@@ -22,7 +24,7 @@ def bootstrap_interval(
 
     Args:
         values: [N, ...]: what was measured, one row per sequence.
-        statistic: from an array of that shape to the figure.
+        statistic: [R, N, ...] -> [R], the figure of each of R resamples.
         seed: of the resampling; the same seed draws the same sequences whatever is measured.
         n_resamples: how many times to draw.
 
@@ -34,6 +36,9 @@ def bootstrap_interval(
     if n_sequences < 2:
         return None
     draws = np.random.default_rng(seed).integers(n_sequences, size=(n_resamples, n_sequences))
-    figures = np.array([statistic(values[draw]) for draw in draws])
+    at_once = max(1, _MOST_VALUES // max(1, values.size))
+    figures = np.concatenate(
+        [statistic(values[draws[at : at + at_once]]) for at in range(0, n_resamples, at_once)]
+    )
     low, high = np.percentile(figures, (2.5, 97.5))
     return float(low), float(high)

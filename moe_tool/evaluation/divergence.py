@@ -1,6 +1,5 @@
 """Distances between two next-token distributions, in nats, accumulated in float64."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,18 +65,3 @@ def divergence_scratch_bytes(vocabulary: int) -> int:
 def _row_blocks(logits: torch.Tensor) -> list[slice]:
     rows = max(1, _BLOCK_BYTES // (8 * logits.shape[1]))
     return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
-
-
-def perplexity(nll: np.ndarray) -> float:
-    """Return exp of the mean.
-
-    Args:
-        nll: [...] float64 nats per predicted token, at least one.
-
-    Returns:
-        Perplexity; inf where the mean is too large for a float.
-    """
-    try:
-        return math.exp(float(nll.mean()))
-    except OverflowError:
-        return math.inf

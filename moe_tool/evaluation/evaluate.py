@@ -275,7 +275,7 @@ def _open(
         seed=options.seed,
         threads=options.threads,
         context=seq_len,
-        prompt=seq_len,
+        prompt_tokens=seq_len,
     )
     while True:
         fitted = replace(run, batch=batch, caller_bytes=batch * per_sequence + scratch)

@@ -7,8 +7,10 @@ import numpy as np
 
 from moe_tool.artifacts.evaluation_report import Estimate, Figures
 from moe_tool.evaluation.bootstrap import bootstrap_interval
-from moe_tool.evaluation.divergence import perplexity
 from moe_tool.evaluation.stepwise import TokenCosts
+
+_Statistic = Callable[[np.ndarray], np.ndarray]
+"""[R, N, ...] -> [R], the figure of each resample"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +46,19 @@ def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
     """
     costs = measured.costs
 
-    def estimate(values: np.ndarray, statistic: Callable[[np.ndarray], float] = _mean) -> Estimate:
+    def estimate(values: np.ndarray, statistic: _Statistic = means) -> Estimate:
         ci95 = bootstrap_interval(values, statistic, seed=seed)
-        return Estimate(value=statistic(values), ci95=ci95)
+        return Estimate(value=float(statistic(values[None])[0]), ci95=ci95)
 
-    def if_known(
-        values: np.ndarray | None, statistic: Callable[[np.ndarray], float] = _mean
-    ) -> Estimate | None:
+    def if_known(values: np.ndarray | None, statistic: _Statistic = means) -> Estimate | None:
         return None if values is None else estimate(values[rows], statistic)
 
     accesses = np.stack([costs.hits[rows].sum(axis=1), costs.accesses[rows].sum(axis=1)], axis=1)
     return Figures(
         tokens=int(measured.nll[rows].size),
-        perplexity=estimate(measured.nll[rows], perplexity),
-        perplexity_exact=estimate(measured.nll_exact[rows], perplexity),
-        perplexity_source=if_known(measured.nll_source, perplexity),
+        perplexity=estimate(measured.nll[rows], perplexities),
+        perplexity_exact=estimate(measured.nll_exact[rows], perplexities),
+        perplexity_source=if_known(measured.nll_source, perplexities),
         kl_mean=estimate(measured.kl[rows]),
         kl_p99=estimate(measured.kl[rows], _p99),
         top1_agreement=estimate(measured.agrees[rows]),
@@ -66,23 +66,34 @@ def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
         kl_source_exact_mean=if_known(measured.kl_source_exact),
         hit_rate=estimate(accesses, _ratio),
         bytes_read_per_token=estimate(costs.bytes_read[rows]),
-        substitutions_per_token=_mean(costs.substitutions[rows]),
-        replica_answers_per_token=_mean(costs.replica_answers[rows]),
-        drops_per_token=_mean(costs.drops[rows]),
-        expected_kl=None if np.isnan(costs.expected).any() else _mean(costs.expected[rows]),
-        exact_fallback_share=_mean(costs.exact_fallbacks[rows]),
+        substitutions_per_token=float(costs.substitutions[rows].mean()),
+        replica_answers_per_token=float(costs.replica_answers[rows].mean()),
+        drops_per_token=float(costs.drops[rows].mean()),
+        expected_kl=None if np.isnan(costs.expected).any() else float(costs.expected[rows].mean()),
+        exact_fallback_share=float(costs.exact_fallbacks[rows].mean()),
     )
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean())
+def means(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each resample, [R], from [R, N, ...]."""
+    result: np.ndarray = values.reshape(len(values), -1).mean(axis=1)
+    return result
 
 
-def _p99(values: np.ndarray) -> float:
-    return float(np.percentile(values, 99))
+def perplexities(nll: np.ndarray) -> np.ndarray:
+    """Return exp of the mean nats of each resample, [R], from [R, N, ...]; inf where no float is
+    large enough."""
+    with np.errstate(over="ignore"):
+        result: np.ndarray = np.exp(means(nll))
+    return result
 
 
-def _ratio(sums: np.ndarray) -> float:
-    """Hits over accesses; 1 when there were none. sums: [N, 2]."""
-    hits, accesses = sums.sum(axis=0)
-    return float(hits / accesses) if accesses else 1.0
+def _p99(values: np.ndarray) -> np.ndarray:
+    result: np.ndarray = np.percentile(values.reshape(len(values), -1), 99, axis=1)
+    return result
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    """Hits over accesses; 1 where there were none. sums: [R, N, 2]."""
+    hits, accesses = sums.sum(axis=1).T
+    return np.where(accesses > 0, hits / np.maximum(accesses, 1), 1.0)

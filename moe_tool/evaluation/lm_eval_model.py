@@ -24,7 +24,8 @@ from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.working_set import prefill_chunk

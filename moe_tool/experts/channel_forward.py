@@ -14,8 +14,8 @@ from moe_tool.native.channels import computes_channels, native_channels
 from moe_tool.native.kernels import Gate
 from moe_tool.quantization.channels import (
     ChannelExpert,
-    Chooser,
     ChosenChannels,
+    Selector,
     dequantize_channels,
 )
 
@@ -47,58 +47,58 @@ def split_halves(gate: Gate, joined: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 @torch.no_grad()
-def chooser_values(module: Any, chooser: Chooser, x: torch.Tensor) -> torch.Tensor:
+def selector_values(module: Any, selector: Selector, x: torch.Tensor) -> torch.Tensor:
     """Return what the matrix that chooses makes of tokens, bias included, [n, I] float32.
 
     Args:
         module: an experts module of transformers.
-        chooser: of the expert.
+        selector: of the expert.
         x: [n, H] float32.
     """
-    values = linear(x, chooser.weight)
-    bias = chooser.biases.get("gate_up_proj_bias")
+    values = linear(x, selector.weight)
+    bias = selector.biases.get("gate_up_proj_bias")
     if bias is not None:
         gates, ups = split_halves(channel_gate(module), bias.values)
-        values += (gates if chooser.is_gate else ups).float()
+        values += (gates if selector.is_gate else ups).float()
     return values
 
 
-def channel_sizes(module: Any, chooser: Chooser, values: torch.Tensor) -> torch.Tensor:
+def channel_sizes(module: Any, selector: Selector, values: torch.Tensor) -> torch.Tensor:
     """Return what thresholds are compared with: the size of a channel's inner activation if the
     matrix that does not choose gave 1. So it is that of silu(gate), not of the gate: a gate far
     below 0 closes its channel.
 
     Args:
         module: an experts module of transformers.
-        chooser: of the expert.
-        values: [n, I], of `chooser_values`.
+        selector: of the expert.
+        values: [n, I], of `selector_values`.
 
     Returns:
         [n, I] float32.
     """
     other = torch.ones_like(values)
-    halves = (values, other) if chooser.is_gate else (other, values)
+    halves = (values, other) if selector.is_gate else (other, values)
     return gate_output(_joined(channel_gate(module)), torch.cat(halves, dim=1)).abs()
 
 
 @torch.no_grad()
 def choose_channels(
-    module: Any, chooser: Chooser, x: torch.Tensor, sparsity: float
+    module: Any, selector: Selector, x: torch.Tensor, sparsity: float
 ) -> ChosenChannels:
     """Return the channels that one token needs.
 
     Args:
         module: an experts module of transformers.
-        chooser: of the expert.
+        selector: of the expert.
         x: [1, H] float32.
         sparsity: share of channels that is left out on the text that thresholds were measured on.
     """
-    values = chooser_values(module, chooser, x)  # [1, I]
+    values = selector_values(module, selector, x)  # [1, I]
     if sparsity == 0:
         kept = torch.arange(values.shape[1])
     else:
-        sizes = channel_sizes(module, chooser, values)[0]
-        kept = torch.nonzero(sizes >= chooser.threshold(sparsity)).flatten()
+        sizes = channel_sizes(module, selector, values)[0]
+        kept = torch.nonzero(sizes >= selector.threshold(sparsity)).flatten()
     return ChosenChannels(index=kept.to(torch.int32), values=values.index_select(1, kept))
 
 
@@ -111,35 +111,35 @@ def channel_forward(module: Any, expert: ChannelExpert, x: torch.Tensor) -> torc
 
     Args:
         module: an experts module of transformers.
-        expert: with its chooser.
+        expert: with its selector.
         x: [n, H] float32; one token where channels were chosen.
 
     Returns:
         [n, H] float32.
     """
-    chooser, chosen = expert.chooser, expert.chosen
-    assert chooser is not None
+    selector, chosen = expert.selector, expert.chosen
+    assert selector is not None
     gate = channel_gate(module)
     index = None if chosen is None else chosen.index
-    values = chooser_values(module, chooser, x) if chosen is None else chosen.values  # [n, C]
-    bias = _other_bias(gate, chooser, index)
+    values = selector_values(module, selector, x) if chosen is None else chosen.values  # [n, C]
+    bias = _other_bias(gate, selector, index)
     if computes_channels(x.shape[0]):
         out = native_channels(
-            expert.channels, gate, x, values, index=index, is_gate=chooser.is_gate, bias=bias
+            expert.channels, gate, x, values, index=index, is_gate=selector.is_gate, bias=bias
         )
     else:
         out = _expanded(expert, gate, x, values, bias)
-    last = chooser.biases.get("down_proj_bias")
+    last = selector.biases.get("down_proj_bias")
     return out if last is None else out.add_(last.values.float())
 
 
-def _other_bias(gate: Gate, chooser: Chooser, index: torch.Tensor | None) -> torch.Tensor | None:
-    """Of the matrix that does not choose, [C] float32."""
-    bias = chooser.biases.get("gate_up_proj_bias")
+def _other_bias(gate: Gate, selector: Selector, index: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the bias of the matrix that does not select channels, [C] float32."""
+    bias = selector.biases.get("gate_up_proj_bias")
     if bias is None:
         return None
     gates, ups = split_halves(gate, bias.values)
-    other = (ups if chooser.is_gate else gates).float()
+    other = (ups if selector.is_gate else gates).float()
     return other if index is None else other.index_select(0, index)
 
 
@@ -151,7 +151,7 @@ def _expanded(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Do the same by torch: the definition that the compiled kernels have to agree with."""
-    assert expert.chooser is not None
+    assert expert.selector is not None
     index = torch.arange(expert.channels.n_channels)
     if expert.chosen is not None:
         index = expert.chosen.index.long()
@@ -163,7 +163,7 @@ def _expanded(
         other = x @ rows.T  # [n, c]
         if bias is not None:
             other += bias[part]
-        halves = (values[:, part], other) if expert.chooser.is_gate else (other, values[:, part])
+        halves = (values[:, part], other) if expert.selector.is_gate else (other, values[:, part])
         out += gate_output(_joined(gate), torch.cat(halves, dim=1)) @ columns
     return out
 

@@ -13,7 +13,7 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.channel_form import channel_extents
 from moe_tool.formats.integer_parts import integer_parts, is_factor, join_integer_parts
 from moe_tool.formats.record_layout import REPACK, RecordLayout, lay_out
-from moe_tool.quantization.channels import GRID, Chooser
+from moe_tool.quantization.channels import GRID, Selector
 from moe_tool.quantization.weights import FloatWeight
 
 _SELECTOR = "selector"
@@ -57,7 +57,7 @@ class SelectorForm:
             layout=layout,
         )
 
-    def encode(self, content: Chooser) -> torch.Tensor:
+    def encode(self, content: Selector) -> torch.Tensor:
         """Return a selector's record, uint8 [layout.size_bytes]."""
         whole = {
             "thresholds": torch.from_numpy(content.thresholds).half(),
@@ -71,7 +71,7 @@ class SelectorForm:
 
         return self.layout.fill(values)
 
-    def decode(self, record: torch.Tensor) -> Chooser:
+    def decode(self, record: torch.Tensor) -> Selector:
         """Return a selector whose matrix is a view into `record`.
 
         Raises:
@@ -81,7 +81,7 @@ class SelectorForm:
         thresholds = views["thresholds"].float().numpy()
         if thresholds[0] != 0 or not (np.diff(thresholds) >= 0).all():
             raise CorruptArtifactError("thresholds do not ascend from 0", hint=REPACK)
-        return Chooser(
+        return Selector(
             weight=join_integer_parts(
                 _SELECTOR,
                 self.n_channels,

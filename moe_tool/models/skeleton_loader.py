@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_tool.artifacts.bundle_manifest import SkeletonLinear
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision, Precision
+from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.errors import CorruptArtifactError, WrongModelError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.integer_parts import integer_parts, join_integer_parts
@@ -38,12 +38,12 @@ _REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """What is read at once: a group of tensors, or the parts of a matrix of codes."""
+    """One read: a group of tensors, or the parts of a matrix of codes."""
 
     target: str
     is_codes: bool
     names: tuple[str, ...]
-    """Of the tensors"""
+    """Names of the tensors"""
     held_bytes: int
     """Once loaded"""
 
@@ -108,7 +108,7 @@ class SkeletonLoader:
 
     @property
     def held_bytes(self) -> int:
-        """What the loaded skeleton takes."""
+        """Return the bytes of the loaded skeleton."""
         return sum(step.held_bytes for step in self._steps)
 
     @property
@@ -141,7 +141,7 @@ class SkeletonLoader:
         return Skeleton(model=model, shape=self._shape, layers=self._layers)
 
     def _part_names(self, linear: SkeletonLinear) -> tuple[str, ...]:
-        assert isinstance(self._precision, IntegerPrecision)
+        assert self._precision.kind == "integer"
         parts = integer_parts(linear.parameter, linear.n_outputs, linear.n_inputs, self._precision)
         return tuple(part.name for part in parts)
 
@@ -207,13 +207,13 @@ class SkeletonLoader:
         return tensor.dtype.itemsize
 
     def _position(self, step: _Step) -> tuple[str, int]:
-        """Where a step's first tensor lies: files are read from their start to their end."""
+        """Return where a step's first tensor lies: files are read from their start to their end."""
         info = self._checkpoint.tensors[step.names[0]]
         return str(info.file), info.offset
 
     def _load_codes(self, name: str) -> None:
         linear = self._linears[name]
-        assert isinstance(self._precision, IntegerPrecision)
+        assert self._precision.kind == "integer"
         weight = join_integer_parts(
             name, linear.n_outputs, linear.n_inputs, self._precision, self._checkpoint.read
         )

@@ -16,6 +16,7 @@ from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.packing.pack_memory import MOST_HIDDEN_BYTES
 from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantizers.inputs import ExpertInputs
 
 _MAX_TOKENS = 32768
 _BATCH_TOKENS = 2048
@@ -38,6 +39,11 @@ class ExpertSample:
     is_own: bool
     """Both are tokens that its router sent to it; of an expert that is wanted too rarely, all
     that there are"""
+
+    @property
+    def inputs(self) -> ExpertInputs:
+        """The tokens to fit on, as quantizers take them."""
+        return ExpertInputs(self.module, self.tensors, self.fitted_on)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,17 +14,16 @@ from moe_tool.artifacts.precision import ChannelPrecision
 from moe_tool.experts.channel_forward import (
     channel_gate,
     channel_sizes,
-    chooser_values,
+    selector_values,
     split_halves,
 )
 from moe_tool.formats.channel_form import FIRST, LAST, chunk_hashes
 from moe_tool.packing.calibrated_layers import ExpertSample
-from moe_tool.packing.quantizers import calibrated, last_matrix_after
 from moe_tool.quantization.channels import (
     GRID,
     ChannelExpert,
     ChannelWeight,
-    Chooser,
+    Selector,
     pack_channels,
 )
 from moe_tool.quantization.round_to_nearest import dequantize
@@ -54,19 +53,20 @@ def channel_expert(
     gates, ups = (half.contiguous() for half in split_halves(gate, sample.tensors[FIRST]))
     is_gate = precision.selected_by == "gate"
     selecting, other = (gates, ups) if is_gate else (ups, gates)
-    quantize = calibrated(quantizer, sample)
+    spec, inputs = QUANTIZERS[quantizer], sample.inputs
+    quantize = spec.make(inputs)
     weight = quantize({"selector": selecting}, precision.selector)["selector"]
     # Channels have no zero points.
-    symmetric = nearest if QUANTIZERS[quantizer].makes_zeros else quantize
+    symmetric = nearest if spec.makes_zeros else quantize
     row = symmetric({"row": other}, precision.rows)["row"]
     last = sample.tensors[LAST]
-    if QUANTIZERS[quantizer].refit_last is not None:
+    if spec.refit_last is not None:
         joined = torch.empty(sample.tensors[FIRST].shape)
         to_gates, to_ups = split_halves(gate, joined)
         to_selecting, to_other = (to_gates, to_ups) if is_gate else (to_ups, to_gates)
         to_selecting.copy_(dequantize(weight))
         to_other.copy_(dequantize(row))
-        last = last_matrix_after(quantizer, sample, last, {FIRST: joined})
+        last = spec.refit_last(inputs, last, {FIRST: FloatWeight(values=joined)})
     column = nearest({"column": last.T.contiguous()}, precision.rows)["column"]
     channels = pack_channels(row, column)
     return ChannelExpert(channels, _selector(sample, weight, channels, is_gate=is_gate))
@@ -74,9 +74,9 @@ def channel_expert(
 
 def _selector(
     sample: ExpertSample, weight: IntegerWeight, channels: ChannelWeight, *, is_gate: bool
-) -> Chooser:
+) -> Selector:
     """With the sizes of its output on the expert's own tokens, whatever channel they are of."""
-    selector = Chooser(
+    selector = Selector(
         weight=weight,
         is_gate=is_gate,
         thresholds=np.zeros(len(GRID), dtype=np.float32),
@@ -91,7 +91,7 @@ def _selector(
     inputs = inputs[:: max(1, -(-len(inputs) // _THRESHOLD_TOKENS))]
     if len(inputs):
         module = sample.module
-        sizes = channel_sizes(module, selector, chooser_values(module, selector, inputs))
+        sizes = channel_sizes(module, selector, selector_values(module, selector, inputs))
         found = np.quantile(sizes.numpy(), GRID, method="inverted_cdf")
         selector.thresholds[1:] = np.minimum(found[1:], _FLOAT16_MAX)
     return selector

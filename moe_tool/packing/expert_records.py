@@ -16,10 +16,10 @@ from moe_tool.formats.record_form import RecordForm
 from moe_tool.packing.calibrated_layers import ExpertSample
 from moe_tool.packing.channel_expert import channel_expert
 from moe_tool.packing.expert_coding import coded
-from moe_tool.packing.quantizers import calibrated
 from moe_tool.quantization.channels import ChannelExpert
 from moe_tool.quantization.low_rank import LinearFit, linear_fit, low_rank_map
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight, base_of
+from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.quantizers.spec import QuantizeExpert
 
 MEASURED_TOKENS = 256
@@ -73,7 +73,7 @@ class ExpertRecords:
         if precision.kind == "channels":
             expert = self._in_channels(precision)
             if role == "selector":
-                return MeasuredRecord(record=form.encode(expert.chooser), eps=None)
+                return MeasuredRecord(record=form.encode(expert.selector), eps=None)
             return MeasuredRecord(record=form.encode(expert), eps=self._error(expert))
         if precision.kind == "low-rank":
             tensors = low_rank_map(self._linear_fit, precision.rank)
@@ -98,7 +98,7 @@ class ExpertRecords:
 
     @cached_property
     def _quantize(self) -> QuantizeExpert:
-        return calibrated(self._quantizer, self._sample)
+        return QUANTIZERS[self._quantizer].make(self._sample.inputs)
 
     @cached_property
     def _exact(self) -> dict[str, FloatWeight]:

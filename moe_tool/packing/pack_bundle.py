@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.architecture import OpenedModel, open_model
+from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_inputs import read_pack_inputs
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.plan_pack import plan_pack
@@ -11,6 +12,22 @@ from moe_tool.progress import SILENT, Progress
 
 
 def pack_bundle(
+    model: LocatedModel,
+    options: PackOptions,
+    *,
+    profile: Path | None = None,
+    buddies: Path | None = None,
+    progress: Progress = SILENT,
+) -> PackReport:
+    """Open a checkpoint and compile it into a bundle; see `pack_opened`."""
+    opened = open_model(model)
+    with opened.checkpoint:
+        return pack_opened(
+            opened, model.folder, options, profile=profile, buddies=buddies, progress=progress
+        )
+
+
+def pack_opened(
     opened: OpenedModel,
     folder: Path,
     options: PackOptions,

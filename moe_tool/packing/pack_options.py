@@ -46,6 +46,13 @@ class PackOptions:
         return "mixed" if self.bits is None else self.bits.name
 
     @property
+    def primary_option(self) -> str:
+        """The option that says what experts are packed as, with its value"""
+        if self.channels is not None:
+            return f"--sparse-experts {self.channels.name}"
+        return f"--bits {self.bits_name}"
+
+    @property
     def replica_names(self) -> str:
         """As `--replicas` takes it"""
         return ",".join(each.name for each in self.replicas)

@@ -64,7 +64,7 @@ def plan_pack(
     if plan is not None:
         require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
     primaries = primary_forms(options, opened.shape)
-    _require_alone(options)
+    _require_no_plan(options)
     replicas = _replicas(options, primaries, opened.shape)
     reason = _needs_tokens(options, primaries, replicas)
     if reason is not None and profile.tokens is None:
@@ -99,12 +99,12 @@ def plan_pack(
     )
 
 
-def _require_alone(options: PackOptions) -> None:
-    if options.channels is not None and (options.replicas or options.plan is not None):
+def _require_no_plan(options: PackOptions) -> None:
+    if options.channels is not None and options.plan is not None:
         raise UsageError(
-            f"--sparse-experts {options.channels.name} beside --replicas or --plan: experts in "
-            "channels have no other forms, and plans do not know them",
-            hint="leave the others out",
+            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
+            "channels",
+            hint="leave one of them out",
         )
 
 
@@ -123,7 +123,7 @@ def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) ->
         dearer = [keys for own, keys in primaries.experts.items() if own.order_key < form.order_key]
         if not dearer:
             raise UsageError(
-                f"--replicas {form.name} beside --bits {options.bits_name}: a replica is cheaper "
+                f"--replicas {form.name} beside {options.primary_option}: a replica is cheaper "
                 "than the expert, and no expert has more bits",
                 hint="name fewer bits, or leave --replicas out",
             )

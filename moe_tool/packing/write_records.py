@@ -18,8 +18,9 @@ from moe_tool.packing.calibrated_layers import CalibratedModel
 from moe_tool.packing.expert_coding import coded
 from moe_tool.packing.expert_records import MEASURED_TOKENS, ExpertRecords
 from moe_tool.packing.plan_pack import PackJob
-from moe_tool.packing.quantizers import data_free
 from moe_tool.progress import Progress
+from moe_tool.quantizers.registry import QUANTIZERS
+from moe_tool.quantizers.rtn import nearest
 
 
 def write_records(
@@ -37,7 +38,8 @@ def write_records(
         CorruptArtifactError: a weight to be quantized is NaN or infinite; names its expert.
         DiskFullError, StorageError: the disk refuses.
     """
-    quantize_expert = data_free(quantizer)
+    spec = QUANTIZERS[quantizer]
+    quantize_expert = nearest if spec.needs_inputs else spec.make(None)
     progress.begin("pack experts", writer.n_written + len(writer.to_write), "experts")
     progress.advance(writer.n_written)
     wanted = list(writer.to_write)

@@ -65,7 +65,7 @@ def fixed_memory(
         lines=run_lines(
             config,
             shape,
-            Workload(batch=1, positions=positions, prompt=positions),
+            Workload(batch=1, positions=positions, prompt_tokens=positions),
             process_bytes=PROCESS_BYTES,
             skeleton_bytes=held,
             beside={},

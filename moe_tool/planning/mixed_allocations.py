@@ -42,7 +42,7 @@ def allocate_average(
             np.broadcast_to(size, (n_layers * n_experts, len(WIDTHS))),
             room,
         )
-        assert found is not None  # all may be absent
+        assert found is not None  # all may be removed
         return found.reshape(n_layers, n_experts)
 
     chosen = best(nats)
@@ -60,7 +60,7 @@ def allocate_bytes(costs: BitCosts, room_bytes: int) -> np.ndarray:
         np.broadcast_to(costs.size_bytes, (n_layers * n_experts, n_widths)),
         room_bytes,
     )
-    assert found is not None  # all may be absent
+    assert found is not None  # all may be removed
     return found.reshape(n_layers, n_experts)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
@@ -73,12 +74,12 @@ def replay_machine(
         costs: of its layer calls.
         ranked: (layer, expert), the most used first; those that a policy may pin.
     """
-    positions = {layer: at for at, layer in enumerate(shape.layers)}
+    ids = LayerIds(shape.layers, shape.experts)
     return Machine(
         record_bytes=costs.record_bytes,
         n_slots_min=min_slots(shape.top_k, shape.experts * len(shape.layers)),
         costs=costs.calls,
-        hottest=[positions[layer] * shape.experts + expert for layer, expert in ranked],
+        hottest=[ids.number(key) for key in ranked],
     )
 
 

@@ -7,6 +7,7 @@ from moe_tool.artifacts.simulation_report import PrefetchRow
 from moe_tool.planning.candidate import Candidate
 from moe_tool.planning.make_pack_plan import PREDICTION_ERROR
 from moe_tool.planning.plan_request import PlanRequest
+from moe_tool.quantizers.registry import QUANTIZERS
 
 _MOSTLY_FIXED = 0.5
 
@@ -98,6 +99,6 @@ def mixed_notes(candidate: Candidate) -> list[str]:
     n_removed = experts.n_experts - experts.n_stored
     if n_removed:
         notes.append(f"{n_removed} experts are left out: their bytes are worth more elsewhere")
-    if experts.quantizer == "rtn":
+    if QUANTIZERS[experts.quantizer].is_profiled:
         notes.append("errors are the profile's, of rounding to nearest; --quantizer gptq has less")
     return notes

@@ -34,7 +34,7 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
         replicas: widths, as `replicas_below` names them.
     """
     shape = sources.profile.header.shape
-    forms = [f for f in replica_precisions(replicas) if isinstance(f, IntegerPrecision)]
+    forms = [f for f in replica_precisions(replicas) if f.kind == "integer"]
     nobody = np.zeros((shape.experts, 0))
     sizes = [record_size(shape, bits), *(_replica_size(shape, form) for form in forms)]
     layers = {}
@@ -63,7 +63,7 @@ def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
     if bits == "native":
         return 0.0
     form = precision_from_bits(bits)
-    assert isinstance(form, IntegerPrecision)
+    assert form.kind == "integer"
     total = 0.0
     for layer, each in sources.statistics.items():
         squared = _effective_errors(each, form) ** 2

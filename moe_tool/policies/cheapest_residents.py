@@ -1,5 +1,5 @@
-"""Who is to be in memory, and in which form, so that misses cost least: facility location with
-costs, greedily by the price saved per byte."""
+"""Choice of the experts in memory, and of their forms, that makes misses cheapest: facility
+location with costs, greedily by the price saved per byte."""
 
 import heapq
 import math
@@ -15,12 +15,12 @@ from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 _COVER_AT_MOST = 1.25
 """Times the expected price, that an answer for everybody may cost"""
 _COVER_AT_MOST_IF_READ = 1.1
-"""The same where a miss may be read as well"""
+"""Times the expected price, where a miss may be read as well"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentChoice:
-    """What is in memory."""
+    """Experts that are chosen to stay in memory."""
 
     by_form: tuple[tuple[ExpertKey, ...], ...]
     """The experts held in each form, in the order in which they were chosen; each in one at most"""

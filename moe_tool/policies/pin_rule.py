@@ -19,7 +19,7 @@ class PinRuling:
 
     verdict: Verdict
     reason: str
-    """What the set does, in words that follow "the hottest experts"; empty for `pin`"""
+    """Reason against the set, in words that follow "the hottest experts"; empty for `pin`"""
 
 
 def judge_pins(

@@ -66,12 +66,12 @@ class ChosenChannels:
     index: torch.Tensor
     """[n] int32 channel numbers, ascending"""
     values: torch.Tensor
-    """[1, n] float32: the selector's outputs at these channels, bias included"""
+    """[1, n] float32: values that the selector, its bias included, makes of the token there"""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Chooser:
-    """Selector matrix of an expert in channels, with its thresholds; it stays in memory."""
+class Selector:
+    """Part of an expert in channels that stays in memory."""
 
     weight: IntegerWeight
     """[I, H] matrix: the up projection or the gate"""
@@ -95,18 +95,18 @@ class Chooser:
 class ChannelExpert(ExpertWeights):
     """Expert whose channels are used one by one; the dictionary itself stays empty."""
 
-    __slots__ = ("channels", "chooser", "chosen")
+    __slots__ = ("channels", "selector", "chosen")
 
-    def __init__(self, channels: ChannelWeight, chooser: Chooser | None = None) -> None:
+    def __init__(self, channels: ChannelWeight, selector: Selector | None = None) -> None:
         """Keep the parts.
 
         Args:
             channels: all channels; those that are not chosen may hold anything.
-            chooser: the selector; None: not attached yet, so nothing can be computed.
+            selector: None: not attached yet, so nothing can be computed.
         """
         super().__init__()
         self.channels = channels
-        self.chooser = chooser
+        self.selector = selector
         self.chosen: ChosenChannels | None = None
         """Channels to compute; None: every channel"""
 

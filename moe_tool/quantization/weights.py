@@ -22,6 +22,11 @@ class FloatWeight:
         """Extents (out, in) or (out,)."""
         return tuple(self.values.shape)
 
+    @property
+    def base(self) -> "FloatWeight":
+        """The tensor itself: a nested expert's floats are those of its first bits too"""
+        return self
+
     def part(self, name: str) -> torch.Tensor:
         """Return the tensor that a record keeps; `name` is empty, there is one alone."""
         assert not name
@@ -125,8 +130,5 @@ class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
 def base_of(
     weights: Mapping[str, FloatWeight | IntegerWeight],
 ) -> dict[str, FloatWeight | IntegerWeight]:
-    """Return the 2-bit base of a nested expert, as views."""
-    return {
-        name: weight.base if isinstance(weight, IntegerWeight) else weight
-        for name, weight in weights.items()
-    }
+    """Return the expert that a nested one's first bits are; views."""
+    return {name: weight.base for name, weight in weights.items()}

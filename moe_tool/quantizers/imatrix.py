@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moe_tool.quantizers.inputs import ExpertInputs
 
 _STEPS = tuple(step / 10 for step in range(-9, 10))
-"""What is added to the outermost code that a group's largest weight is to lie on"""
+"""Numbers added to the outermost code that a group's largest weight is to lie on"""
 _FLOAT16_MAX = 65504.0
 
 

@@ -36,4 +36,10 @@ def _make(inputs: "ExpertInputs | None") -> QuantizeExpert:
     return nearest
 
 
-SPEC = QuantizerSpec(name="rtn", summary="to the nearest code", make=_make, objective=weight_error)
+SPEC = QuantizerSpec(
+    name="rtn",
+    summary="to the nearest code",
+    make=_make,
+    objective=weight_error,
+    is_profiled=True,
+)

@@ -1,4 +1,4 @@
-"""What a quantizer's file says of it: name, help, needs, what its codes can be used for.
+"""Description of a quantizer in its own file: name, help, needs, what its codes can be used for.
 
 Nothing here or in the registry loads torch, so that --help can list the quantizers: their files
 import it where they compute.
@@ -35,7 +35,7 @@ class QuantizerSpec:
     """Everything that the tool has to know of one quantizer."""
 
     name: str
-    """As `--quantizer` takes it"""
+    """Name that `--quantizer` takes"""
     summary: str
     """How codes and scales are chosen"""
     make: Callable[["ExpertInputs | None"], QuantizeExpert]
@@ -45,11 +45,13 @@ class QuantizerSpec:
     """Measure that is never more than with rounding to nearest, for each matrix but the last of a
     quantizer that refits it; None: nothing of the kind is promised"""
     needs_inputs: bool = False
-    """It goes by what experts are given on a profile's tokens"""
+    """Whether it goes by the inputs of experts on a profile's tokens"""
+    is_profiled: bool = False
+    """Whether a profile has its errors at every width; those of others `plan` has to measure"""
     makes_zeros: bool = False
-    """Its scales have zero points; otherwise grids are symmetric"""
+    """Whether scales have zero points; otherwise grids are symmetric"""
     refit_last: RefitLast | None = None
-    """How it makes up in the last matrix for those before it; None: it does not"""
+    """Function that makes up in the last matrix for errors before it; None: nothing does"""
     source: str = ""
     """Paper of the rule"""
 

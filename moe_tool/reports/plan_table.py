@@ -51,7 +51,7 @@ def forms_table(plan: PackPlan) -> Table:
 def allocations_table(allocations: Sequence[Allocation]) -> Table:
     """Return how many experts get how many bits, one way to hand them out a line."""
     widths = sorted({width for each in allocations for width in each.experts})
-    names = {0: "absent", 16: "native"}
+    names = {0: "removed", 16: "native"}
     headings = [names.get(width, f"{width} bit{'s' * (width > 1)}") for width in widths]
     of_all = ("bits handed out", "average", "expected KL", "bytes")
     table = columns(*of_all, *headings, ruled=False)

@@ -1,4 +1,4 @@
-"""What the routers of the next layers make of this layer's input."""
+"""Guesses of the next layers' experts, by their routers applied to this layer's input."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moe_tool.policies.prefetch import fetch_predicted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guess:
-    """What one layer to come is predicted to name."""
+    """Experts that one layer to come is predicted to name."""
 
     layer: int
     """Decoder layer"""
@@ -32,13 +32,21 @@ class Foresight:
     """Decoder layer -> the MoE layers after it that are looked at"""
 
     @torch.no_grad()
-    def look(self, call: LayerCall) -> list[Guess]:
-        """Return the guesses of one call, the next layer first."""
+    def look(self, call: LayerCall, stored: Mapping[int, torch.Tensor]) -> list[Guess]:
+        """Return the guesses of one call, the next layer first.
+
+        Args:
+            call: of one layer.
+            stored: decoder layer -> [E] bool: experts that the bundle has; empty where none was
+                removed.
+        """
         guesses = []
         for ahead, modules in enumerate(self.following[call.layer], start=1):
             routed = modules.route(call.hidden)
-            nobody = np.zeros(int(modules.experts.num_experts), np.bool_)  # type: ignore[arg-type]
-            experts = fetch_predicted(routed.index.numpy(), routed.weight.numpy(), nobody)
+            removed = np.zeros(int(modules.experts.num_experts), np.bool_)  # type: ignore[arg-type]
+            if stored:
+                removed = ~stored[modules.layer].numpy()
+            experts = fetch_predicted(routed.index.numpy(), routed.weight.numpy(), removed)
             guesses.append(Guess(layer=modules.layer, ahead=ahead, experts=experts))
         return guesses
 

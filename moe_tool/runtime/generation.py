@@ -1,54 +1,36 @@
 """A prompt becomes text: transformers generates, the session's experts answer, everything is
 counted."""
 
-import copy
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
-from moe_tool import __version__
-from moe_tool.artifacts.precision import precision_from_bits
-from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_result import AnswerQuality, RunResult, RunSetup, StopReason
 from moe_tool.artifacts.run_stats import RunStats
-from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.formats.run_trace_hdf5 import write_run_trace
 from moe_tool.models.context_length import context_length
-from moe_tool.models.generation_settings import FOLLOWED_SETTINGS
-from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens
+from moe_tool.runtime.decoding_config import (
+    GenerateOptions,
+    decoding_config,
+    end_tokens_of,
+    pad_token,
+)
+from moe_tool.runtime.end_tokens import stop_reason, until_end
 from moe_tool.runtime.open_stores import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
-from moe_tool.runtime.session import Session, open_session
+from moe_tool.runtime.session import Session, load_session
 from moe_tool.runtime.text_stream import OnText, TextStream
-from moe_tool.runtime.working_set import prefill_chunk
+from moe_tool.runtime.write_trace import write_trace
 
 _MIN_TEMPERATURE = 1e-6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateOptions:
-    """How tokens are chosen."""
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    """0 takes the most probable token"""
-    seed: int = 0
-    """Seeds sampling"""
-    raw: bool = False
-    """Leave the model's chat template out"""
-    ignore_eos: bool = False
-    """Go on after an end-of-text token"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,71 +68,30 @@ def run_prompt(
         CorruptArtifactError, NotFoundError: the bundle is damaged, or is none.
         DataSourceError: the model does not know a token of the prompt.
     """
-    with BundleReader.open(folder) as bundle:  # what is no bundle is told so before anything else
+    bundle = BundleReader.open(folder)  # what is no bundle is told so before anything else
+    with bundle:
+        tokenizer = load_tokenizer(folder)
         vocabulary = bundle.manifest.shape.vocabulary
-    tokenizer = load_tokenizer(folder)
-    ids = encode_prompt(tokenizer, prompt, raw=generation.raw, vocabulary=vocabulary)
-    n_prompt = len(ids)
-    if n_prompt < options.context:
-        context = min(options.context, n_prompt + generation.max_tokens)
-        options = replace(options, context=context, prompt=n_prompt)
-    options = replace(options, record_trace=options.record_trace or trace_path is not None)
-    with open_session(folder, options, tokenizer=tokenizer, progress=progress) as session:
-        note = None if generation.ignore_eos else _end_tokens(session).note
-        if note is not None:
-            progress.note(note)
-        result = generate(session, prompt, generation, on_text=on_text)
-        if trace_path is not None:
-            write_trace(session, trace_path, decode_seconds=result.decode_seconds)
-        return result
+        ids = encode_prompt(tokenizer, prompt, raw=generation.raw, vocabulary=vocabulary)
+        options = _for_one_prompt(options, len(ids), generation, is_traced=trace_path is not None)
+        with load_session(bundle, options, tokenizer=tokenizer, progress=progress) as session:
+            note = None if generation.ignore_eos else end_tokens_of(session).note
+            if note is not None:
+                progress.note(note)
+            result = _continue(session, ids, generation, on_text)
+            if trace_path is not None:
+                write_trace(session, trace_path, decode_seconds=result.decode_seconds)
+            return result
 
 
-def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
-    """Write what a session with `record_trace` has run since it was opened; counts are those of
-    its last run.
-
-    Args:
-        session: nothing but its runs has changed what its cache holds.
-        path: of the trace.
-        decode_seconds: that its decoding took.
-    """
-    assert session.runner.recorder is not None, "the session records no trace"
-    store, manifest = session.runner.store, session.manifest
-    prompt, decode = session.runner.stats.prompt, session.runner.stats.decode
-    pinned = [
-        (layer, int(expert))
-        for layer in manifest.shape.layers
-        for expert in store.pinned_mask(layer)[PRIMARY].nonzero()[0]
-    ]
-    (table,) = manifest.primaries  # several, or channels, were refused when it was opened
-    header = RunTraceHeader(
-        identity=manifest.identity,
-        shape=manifest.shape,
-        precision=precision_from_bits(table.name),
-        record_size_bytes=table.record_size_bytes,
-        skeleton_precision=manifest.skeleton_precision,
-        matrix_bytes=session.bundle.matrix_bytes,
-        n_matrices=_n_matrices(session),
-        threads=session.plan.threads.n_threads,
-        n_slots=session.plan.memory.n_slots,
-        pinned=tuple(pinned),
-        eviction=session.plan.eviction.name,
-        prefetch=session.plan.prefetch,
-        n_calls_before=session.runner.recorder.n_calls_before,
-        prompt_tokens=prompt.tokens,
-        decode_tokens=decode.tokens,
-        decode_seconds=decode_seconds,
-        hits=decode.hits,
-        misses=decode.misses,
-        prefetches=decode.prefetches,
-        prefetch_hits=decode.prefetch_hits,
-        prompt_hits=prompt.hits,
-        prompt_misses=prompt.misses,
-        stall_seconds=decode.stall_seconds,
-        tool_version=__version__,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_run_trace(path, header, session.runner.recorder.recorded())
+def _for_one_prompt(
+    options: RunOptions, prompt_tokens: int, generation: GenerateOptions, *, is_traced: bool
+) -> RunOptions:
+    """Return the options with the context that this prompt and its continuation take."""
+    if prompt_tokens < options.context:
+        context = min(options.context, prompt_tokens + generation.max_tokens)
+        options = replace(options, context=context, prompt_tokens=prompt_tokens)
+    return replace(options, record_trace=options.record_trace or is_traced)
 
 
 def generate(
@@ -174,6 +115,12 @@ def generate(
         raw=options.raw,
         vocabulary=session.manifest.shape.vocabulary,
     )
+    return _continue(session, ids, options, on_text)
+
+
+def _continue(
+    session: Session, ids: Sequence[int], options: GenerateOptions, on_text: OnText | None
+) -> RunResult:
     made = generate_ids(session, [ids], options, on_text=on_text)
     text = session.tokenizer.decode(list(made.token_ids[0]), skip_special_tokens=True)
     return _result(session, made, text)
@@ -195,22 +142,18 @@ def generate_ids(
         UsageError: no prompt, an empty one, too many, or one that leaves no room in the context.
     """
     _check(session, prompts, options)
-    width = max(len(prompt) for prompt in prompts)
-    ends = _end_tokens(session)
-    pad = _pad_token(session, ends)
-    ids = torch.full((len(prompts), width), pad)  # [B, S]
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    room = session.plan.workload.positions - width
-    config = _generation_config(
+    prompt_tokens = max(len(prompt) for prompt in prompts)
+    ends = end_tokens_of(session)
+    pad = pad_token(session, ends)
+    ids, mask = _pad_left(prompts, prompt_tokens, pad)
+    room = session.plan.workload.positions - prompt_tokens
+    config = decoding_config(
         session, options, max_new_tokens=min(options.max_tokens, room), pad=pad, ends=ends
     )
     session.runner.stats = RunStats()
     if session.runner.recorder is not None:
         session.runner.recorder.begin_run()
-    session.prompt_tokens = width
+    session.prompt_tokens = prompt_tokens
     stream = TextStream(session.tokenizer, on_text)
     torch.manual_seed(options.seed)
     interrupted = False
@@ -232,11 +175,13 @@ def generate_ids(
         session.prompt_tokens = None
         session.model.generation_config = own_config
     stops = frozenset(config.eos_token_id or ())
-    rows = [_until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
+    rows = [until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
     return Generated(
         token_ids=tuple(rows),
         stop_reasons=tuple(
-            _stop_reason(row, stops, room=room, options=options, interrupted=interrupted)
+            stop_reason(
+                row, stops, room=room, max_tokens=options.max_tokens, interrupted=interrupted
+            )
             for row in rows
         ),
         started_at=started_at,
@@ -246,9 +191,16 @@ def generate_ids(
     )
 
 
-def _n_matrices(session: Session) -> int:
-    stored = (StoredLinear, torch.nn.Linear)
-    return sum(isinstance(module, stored) for module in session.model.modules())
+def _pad_left(
+    prompts: Sequence[Sequence[int]], prompt_tokens: int, pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, [B, S] int64 each."""
+    ids = torch.full((len(prompts), prompt_tokens), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, prompt_tokens - len(prompt) :] = torch.tensor(prompt)
+        mask[row, prompt_tokens - len(prompt) :] = 1
+    return ids, mask
 
 
 def _check(session: Session, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
@@ -278,88 +230,11 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
 
 
 def _longer_context(session: Session) -> str:
-    """What to do where the context is full: only what the model allows."""
+    """Return what to do where the context is full: only what the model allows."""
     most = context_length(session.model.config.get_text_config())
     if most is not None and most <= session.plan.workload.positions:
         return f"a shorter prompt: the model was made for {most} positions"
     return f"a shorter prompt, or a larger --context{'' if most is None else f', up to {most}'}"
-
-
-def _generation_config(
-    session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int, ends: EndTokens
-) -> GenerationConfig:
-    """The model's own generation settings, with ours on top."""
-    config = GenerationConfig()  # type: ignore[no-untyped-call]
-    for name in FOLLOWED_SETTINGS:
-        value = getattr(session.model.generation_config, name, None)
-        if value is not None:
-            setattr(config, name, copy.deepcopy(value))
-    config.max_new_tokens = max_new_tokens
-    config.max_length = None
-    config.min_length = config.min_new_tokens = None
-    config.num_beams = config.num_return_sequences = 1
-    config.return_dict_in_generate = False
-    config.use_cache = True
-    config.cache_implementation = None
-    config.pad_token_id = pad
-    config.prefill_chunk_size = prefill_chunk(session.plan.workload)
-    config.eos_token_id = None if options.ignore_eos else list(ends.ids) or None
-    config.do_sample = options.temperature > 0
-    if config.do_sample:
-        config.temperature = options.temperature
-        _switch_off_what_means_nothing(config)
-    else:
-        config.temperature = config.top_p = config.top_k = None
-    return config
-
-
-def _switch_off_what_means_nothing(config: GenerationConfig) -> None:
-    """Ranges that cannot be sampled from are how other runtimes write "off": top_k -1, top_p 0."""
-    if config.top_k is not None and config.top_k < 1:
-        config.top_k = 0  # None would be transformers' default, 50
-    for name in ("top_p", "min_p", "typical_p"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < 1:
-            setattr(config, name, None)
-
-
-def _end_tokens(session: Session) -> EndTokens:
-    return find_end_tokens(
-        session.bundle.folder,
-        generation_config=session.model.generation_config,
-        tokenizer=session.tokenizer,
-        vocabulary=session.manifest.shape.vocabulary,
-    )
-
-
-def _pad_token(session: Session, ends: EndTokens) -> int:
-    config = session.model.generation_config
-    candidates = (session.tokenizer.pad_token_id, config.pad_token_id, *ends.ids, 0)
-    vocabulary = session.manifest.shape.vocabulary
-    return next(int(each) for each in candidates if each is not None and 0 <= each < vocabulary)
-
-
-def _until_end(row: list[int], stops: Set[int]) -> tuple[int, ...]:
-    """A row without the padding that follows its end-of-text token."""
-    for position, token in enumerate(row):
-        if token in stops:
-            return tuple(row[: position + 1])
-    return tuple(row)
-
-
-def _stop_reason(
-    row: Sequence[int],
-    stops: Set[int],
-    *,
-    room: int,
-    options: GenerateOptions,
-    interrupted: bool,
-) -> StopReason:
-    if row and row[-1] in stops:
-        return "end_of_text"
-    if interrupted:
-        return "interrupted"
-    return "context" if room < options.max_tokens else "max_tokens"
 
 
 def _result(session: Session, made: Generated, text: str) -> RunResult:

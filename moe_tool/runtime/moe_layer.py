@@ -1,4 +1,4 @@
-"""What every MoE layer of a running model calls: decide, fetch, compute, account."""
+"""The experts function of a running model, layer by layer: decide, fetch, compute, account."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.eviction import gate_scores
 from moe_tool.policies.misses.prune import token_importance
-from moe_tool.quantization.channels import Chooser, ChosenChannels
+from moe_tool.quantization.channels import ChosenChannels, Selector
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
@@ -67,14 +67,14 @@ class MoeLayerRunner:
     store: ExpertStore
     residency: Residency
     policy: ChosenPolicy
-    """What answers misses while decoding"""
+    """Policy that answers misses while decoding"""
     sparsity: float | None = None
     """Share of an expert's channels that is left out while decoding one sequence; None: all are
     computed"""
     prefetcher: Prefetcher | None = None
     """Reads ahead while decoding: a prompt's tokens want nearly every expert of a layer anyway"""
     foresight: Foresight | None = None
-    """What the eviction policy is told of the layers to come while decoding"""
+    """Tells the eviction policy of the layers to come while decoding"""
     recorder: CallRecorder | None = None
     """Told about every call"""
     stats: RunStats = field(default_factory=RunStats)
@@ -196,7 +196,7 @@ class MoeLayerRunner:
             guesses: list[Guess] = []
             if is_decode:  # while the reads are under way
                 if self.foresight is not None:
-                    guesses = self.foresight.look(call)
+                    guesses = self.foresight.look(call, self.stored)
                     for guess in guesses:
                         self.store.expect(guess.layer, guess.experts, ahead=guess.ahead)
                 if self.prefetcher is not None:
@@ -218,7 +218,7 @@ class MoeLayerRunner:
         if self.is_shadow or len(call.hidden) > 1:
             return
 
-        def select(selector: Chooser) -> ChosenChannels:
+        def select(selector: Selector) -> ChosenChannels:
             return choose_channels(call.module, selector, call.hidden, sparsity)
 
         self.store.select_channels(call.layer, wanted, select)

@@ -14,7 +14,7 @@ from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import ChosenPolicy
-from moe_tool.runtime.residency import FormRoom, cache_rooms, frozen_rooms
+from moe_tool.runtime.residency import FormRoom, cache_rooms, forms_read, frozen_rooms
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.store.form_stores import FormStores
 from moe_tool.store.protocol import ExpertStore
@@ -47,14 +47,14 @@ def choose_rooms(
         rooms = frozen_rooms(manifest, slots, choice, policy.prices)
     else:
         rooms = cache_rooms(manifest, slots, choice, pinned_share=eviction.pinned_share)
-    if choice.residents == "two-precisions" and sum(slots) < len(manifest.primary_records):
-        at = len(manifest.primaries) + int(choice.values["level"]) - 1
-        if not rooms[at].n_slots:
-            raise BudgetError(
-                f"--policy {policy.name}: {sum(slots)} expert slots leave no room for cheaper "
-                "forms beside what a token needs",
-                hint="more --memory, e.g. 20%, or --policy exact",
-            )
+    cheaper = rooms[len(manifest.primaries) :]
+    is_short = any(not cheaper[form - 1].n_slots for form in forms_read(manifest, choice))
+    if is_short and sum(slots) < len(manifest.primary_records):
+        raise BudgetError(
+            f"--policy {policy.name}: {sum(slots)} expert slots leave no room for cheaper forms "
+            "beside what a token needs",
+            hint="more --memory, e.g. 20%, or --policy exact",
+        )
     return rooms
 
 

@@ -129,20 +129,9 @@ def plan_run(
     require_sparse(options, choice, bundle)
     followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
-    config = skeleton.config.get_text_config()
-    workload = _workload(options, choice, config)
-    footprint = Footprint(
-        request=followed.memory,
-        fixed=run_lines(
-            config,
-            manifest.shape,
-            workload,
-            process_bytes=0,
-            skeleton_bytes=skeleton.held_bytes,
-            beside=_beside(bundle, followed.eviction, options.caller_bytes),
-        ),
-        loading_bytes=skeleton.held_bytes + skeleton.largest_bytes,
-    )
+    workload = _workload(options, choice, skeleton.config.get_text_config())
+    beside = _beside(bundle, followed.eviction, options.caller_bytes)
+    footprint = _footprint(followed.memory, manifest, skeleton, workload, beside)
     memory = _estimate(footprint, manifest, used_bytes, available_bytes)
     policy = choose_policy(
         choice,
@@ -303,7 +292,7 @@ def _check(
         ("--threads", options.threads),
         ("--context", options.context),
         ("batch", options.batch),
-        ("prompt", options.prompt),
+        ("prompt tokens", options.prompt_tokens),
         ("--shadow", options.shadow or None),
     ):
         if value is not None and value < 1:
@@ -315,7 +304,9 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
     return Workload(
         batch=options.batch,
         positions=positions,
-        prompt=positions if options.prompt is None else min(options.prompt, positions),
+        prompt_tokens=positions
+        if options.prompt_tokens is None
+        else min(options.prompt_tokens, positions),
         keeps_scores=options.lossy_prompt and policy.weighs_prompts,
     )
 
@@ -336,6 +327,27 @@ def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -
             if pruning is not None and file.name == pruning.file
         ),
     }
+
+
+def _footprint(
+    request: MemoryRequest,
+    manifest: BundleManifest,
+    skeleton: SkeletonLoader,
+    workload: Workload,
+    beside: Mapping[str, int],
+) -> Footprint:
+    return Footprint(
+        request=request,
+        fixed=run_lines(
+            skeleton.config.get_text_config(),
+            manifest.shape,
+            workload,
+            process_bytes=0,
+            skeleton_bytes=skeleton.held_bytes,
+            beside=beside,
+        ),
+        loading_bytes=skeleton.held_bytes + skeleton.largest_bytes,
+    )
 
 
 def _estimate(

@@ -33,9 +33,9 @@ class ChosenPolicy:
     prices: PriceBook | None
     """Prices of the bundle's answers; None where it was packed without a profile"""
     rules: Mapping[int, RouterRule]
-    """By decoder layer; empty where the policy looks at no selection scores"""
+    """Decoder layer -> router rule; empty where it is not known"""
     masks: Mapping[int, MaskTensors] = field(default_factory=dict)
-    """By decoder layer; empty where the policy asks no mask router"""
+    """Decoder layer -> mask router; empty where the policy asks none"""
 
     @property
     def name(self) -> str:

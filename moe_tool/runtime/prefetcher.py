@@ -1,4 +1,4 @@
-"""What the next MoE layer will want, told to the store while this one is computed."""
+"""Prefetch of the next MoE layer's experts while this layer is computed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,9 @@ class Prefetcher:
         resident = store.resident(modules.layer)[PRIMARY]  # [E]
         experts = self.choose(index, routed.weight.numpy(), resident)
         if experts:
-            spare = sorted(set(index.ravel().tolist()))
+            spare = sorted(
+                expert for expert in set(index.ravel().tolist()) if expert < len(resident)
+            )
             store.prefetch(modules.layer, experts, spare=spare, counters=counters)
 
 

@@ -46,11 +46,24 @@ def cache_rooms(
     manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, *, pinned_share: float
 ) -> tuple[FormRoom, ...]:
     """Return each form's slots where what is in memory changes, see `frozen_rooms`."""
-    if choice.residents == "two-precisions" and not _has_everything(manifest, slots):
-        rooms = _two_precisions(manifest, slots, choice)
-        if rooms is not None:
-            return tuple(replace(room, pinned=()) for room in rooms)
-    return hottest_rooms(manifest, slots, share=pinned_share)
+    rooms = None
+    if not _has_everything(manifest, slots):
+        if choice.residents == "two-precisions":
+            rooms = _two_precisions(manifest, slots, choice)
+        elif forms_read(manifest, choice):
+            rooms = _one_slot_each(manifest, slots)
+    if rooms is None:
+        return hottest_rooms(manifest, slots, share=pinned_share)
+    return tuple(replace(room, pinned=()) for room in rooms)
+
+
+def forms_read(manifest: BundleManifest, choice: MissChoice) -> tuple[int, ...]:
+    """Return the cheaper forms that a policy may have read for a miss, as rows after PRIMARY."""
+    if choice.residents == "two-precisions":
+        return (int(choice.values["form"]),)
+    if choice.residents == "cheapest" and not math.isinf(choice.values["nats-per-mb"]):
+        return tuple(range(1, 1 + len(manifest.cheaper)))
+    return ()
 
 
 def hottest_rooms(
@@ -114,7 +127,7 @@ def _cheapest(
     if book is None or use is None:
         return None
     nats_per_mb = choice.values["nats-per-mb"]
-    n_read = 0 if math.isinf(nats_per_mb) else 1
+    n_read = 1 if forms_read(manifest, choice) else 0
     rooms = expert_rooms(manifest)
     free = bytes_of_slots(tuple(room.n_slots_min for room in rooms), rooms)
     free += n_read * sum(table.record_size_bytes for table in manifest.cheaper)
@@ -132,12 +145,23 @@ def _cheapest(
     return (*found, *(FormRoom(n_slots=len(keys) + n_read, pinned=keys) for keys in cheaper))
 
 
+def _one_slot_each(manifest: BundleManifest, slots: tuple[int, ...]) -> tuple[FormRoom, ...] | None:
+    """Return rooms with one slot of every cheaper form; None where there is no room."""
+    rooms = expert_rooms(manifest)
+    total, cheap = bytes_of_slots(slots, rooms), sum(t.record_size_bytes for t in manifest.cheaper)
+    high = slots_within(total - cheap, rooms)
+    if bytes_of_slots(high, rooms) + cheap > total:
+        return None
+    counts = (*high, *(1 for _ in manifest.cheaper))
+    return tuple(FormRoom(n_slots=n_slots, pinned=()) for n_slots in counts)
+
+
 def _two_precisions(
     manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice
 ) -> tuple[FormRoom, ...] | None:
     """Return rooms of the hottest experts in their primary form, and in a part of the memory those
     that follow in a cheaper form; None where there is no such form or no room."""
-    form = int(choice.values["level"])
+    form = int(choice.values["form"])
     if form > len(manifest.cheaper):
         return None
     low, rooms = manifest.cheaper[form - 1], expert_rooms(manifest)

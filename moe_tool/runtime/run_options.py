@@ -48,7 +48,7 @@ class RunOptions:
     Set for the whole process."""
     context: int = 4096
     """Positions per sequence, prompt included; capped at what the model was made for"""
-    prompt: int | None = None
+    prompt_tokens: int | None = None
     """Longest prompt in tokens, where it is known"""
     batch: int = 1
     """Sequences at once"""

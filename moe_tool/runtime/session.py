@@ -205,20 +205,26 @@ def open_session(
     return_freed_memory()
     bundle = BundleReader.open(folder)
     try:
-        return _load(bundle, options, tokenizer, progress, make_store)
+        return load_session(
+            bundle, options, tokenizer=tokenizer, progress=progress, make_store=make_store
+        )
     except BaseException:
         bundle.close()
         raise
 
 
-def _load(
+def load_session(
     bundle: BundleReader,
     options: RunOptions,
-    tokenizer: Any,
-    progress: Progress,
-    make_store: MakeStore,
+    *,
+    tokenizer: Any = None,
+    progress: Progress = SILENT,
+    make_store: MakeStore = open_stores,
 ) -> Session:
-    """Plan the run, then do as planned."""
+    """Plan the run of an open bundle, then do as planned; see `open_session`.
+
+    The session closes the bundle; where this fails, it is the caller's.
+    """
     manifest = bundle.manifest
     with bundle.open_skeleton() as checkpoint:
         loader = SkeletonLoader(
@@ -249,12 +255,7 @@ def _load(
         available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
     )
     plan = replace(plan, policy=with_masks(plan.policy, bundle))
-    for note in announcements(plan, manifest):
-        progress.note(note)
-    if options.sparse_experts is None:  # chosen channels come out of the page cache, in runs
-        refusal = bundle.read_directly()
-        if refusal is not None:
-            progress.note(f"{refusal}: experts are read through it, slower")
+    _announce(plan, bundle, progress)
     runner = _runner(plan, bundle, skeleton, make_store)
     if manifest.selectors:
         runner.store.load_pinned(progress)
@@ -271,6 +272,16 @@ def _load(
     )
     session._listen()
     return session
+
+
+def _announce(plan: RunPlan, bundle: BundleReader, progress: Progress) -> None:
+    """Say how the run goes, once it is known whether the file system reads directly."""
+    for note in announcements(plan, bundle.manifest):
+        progress.note(note)
+    if plan.options.sparse_experts is None:  # selected channels come from the page cache, in runs
+        refusal = bundle.read_directly()
+        if refusal is not None:
+            progress.note(f"{refusal}: experts are read through it, slower")
 
 
 def _runner(

@@ -34,10 +34,10 @@ class Workload:
     """B: sequences at once"""
     positions: int
     """Prompt and generated tokens of one sequence"""
-    prompt: int
+    prompt_tokens: int
     """Prompt tokens of one sequence, at most `positions`"""
     keeps_scores: bool = False
-    """Whether a prompt's attention is computed step by step, with its score matrices"""
+    """True where a prompt's attention is computed step by step, with its score matrices"""
 
 
 def positions_within(config: Any, context: int) -> int:
@@ -85,7 +85,7 @@ def run_lines(
 def prefill_chunk(workload: Workload) -> int:
     """Return the prompt tokens per sequence that one forward takes."""
     share = max(16, PREFILL_CHUNK_TOKENS // workload.batch)
-    return max(1, min(share, workload.prompt))
+    return max(1, min(share, workload.prompt_tokens))
 
 
 def kv_cache_bytes(config: Any, workload: Workload) -> int:

@@ -16,7 +16,7 @@ from moe_tool.simulator.time_model import CallCosts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayedMisses:
-    """What the policy did, on average over the tokens."""
+    """Cost of the policy's answers, on average over the tokens."""
 
     tokens: int
     nats_per_token: float

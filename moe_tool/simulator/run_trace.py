@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.simulator.access_trace import AccessTrace
@@ -39,8 +40,8 @@ def replay_run(
     Under its own policy they equal the counts of the run.
     """
     choice = eviction or parse_eviction(header.eviction)
-    positions = {layer: at for at, layer in enumerate(header.shape.layers)}
-    pinned = [positions[layer] * header.shape.experts + expert for layer, expert in header.pinned]
+    ids = LayerIds(header.shape.layers, header.shape.experts)
+    pinned = [ids.number(key) for key in header.pinned]
     trace = recorded_trace(header, calls)
     depth = _PREFETCH_DEPTHS[header.prefetch]
     if "predictions" not in choice.hints and not depth:

@@ -1,1 +1,1 @@
-"""Where expert weights are, with the way they travel."""
+"""Experts in memory: slots, eviction, and reads on worker threads."""

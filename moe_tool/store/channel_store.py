@@ -13,7 +13,7 @@ from moe_tool.formats.bundle_reader import BundleReader, GoOn
 from moe_tool.policies.eviction import Lru, MakeEviction
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
-from moe_tool.quantization.channels import ChannelExpert, ChannelWeight, Chooser, ChosenChannels
+from moe_tool.quantization.channels import ChannelExpert, ChannelWeight, ChosenChannels, Selector
 from moe_tool.store.protocol import SelectChannels, Supply
 from moe_tool.store.record_store import RecordStore
 
@@ -58,7 +58,7 @@ class ChannelStore:
             eviction=Lru,
             n_readers=n_readers,
         )
-        self._decoded: dict[ExpertKey, Chooser] = {}
+        self._decoded: dict[ExpertKey, Selector] = {}
         self._selected: Mapping[int, ChosenChannels] = {}
         """Expert -> channels that the next call will use of it; of others, all"""
         self._wanted: Mapping[ExpertKey, np.ndarray] = {}
@@ -86,7 +86,7 @@ class ChannelStore:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the eviction policy wants to be told beside the accesses."""
+        """Hints that the eviction policy asks for beside the accesses"""
         return self._store.hints
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
@@ -94,7 +94,7 @@ class ChannelStore:
         self._selectors.load_pinned(progress)
         self._store.load_pinned(progress)
 
-    def selector(self, layer: int, expert: int) -> Chooser:
+    def selector(self, layer: int, expert: int) -> Selector:
         """Return an expert's channel selector; views of memory that stays."""
         key = (layer, expert)
         found = self._decoded.get(key)

@@ -44,7 +44,7 @@ class FormStores:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the eviction policy of the primary forms wants to be told."""
+        """Hints that the eviction policy of the primary forms asks for"""
         return self._primaries[0].hints
 
     def resident(self, layer: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the runtime asks of the experts in memory, wherever and however they lie there."""
+"""Interface of the experts in memory, wherever and however they lie there."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -8,12 +8,12 @@ import numpy as np
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
-from moe_tool.quantization.channels import Chooser, ChosenChannels
+from moe_tool.quantization.channels import ChosenChannels, Selector
 from moe_tool.quantization.weights import ExpertWeights, StoredExpert
 
 Supply = Iterator[tuple[int, StoredExpert]]
 """(number, expert) of each expert of a call, valid until the iterator's next step"""
-SelectChannels = Callable[[Chooser], ChosenChannels]
+SelectChannels = Callable[[Selector], ChosenChannels]
 """Says which channels of an expert a call needs, by the expert's selector"""
 
 
@@ -27,7 +27,7 @@ class ExpertStore(Protocol):
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the eviction policy wants to be told beside the accesses."""
+        """Hints that the eviction policy asks for beside the accesses"""
 
     def resident(self, layer: int) -> np.ndarray:
         """Return which forms of a layer are in memory now, [F, E] bool; pinned ones always are."""

@@ -68,33 +68,22 @@ class RecordStore:
 
         Args:
             bundle: stays open as long as the store; belongs to the caller.
-            form: position among `bundle.forms` of the form in which the store holds experts.
+            form: position among `bundle.forms` of the form that the store holds.
             n_slots: records that memory holds at once, pinned ones included.
-            pinned: experts that never leave; read by `load_pinned`, at the latest with the first
-                call.
+            pinned: experts that never leave; read with the first call at the latest.
             eviction: makes the policy of what is not pinned.
             per_layer: every layer has its own equal part of the slots that are not pinned.
             n_readers: worker threads.
-            base: holds the first bits of nested experts: of one that is there only the rest is
-                read.
+            base: holds the first bits of nested experts: of one that is there the rest is read.
             read: fills a slot; None: with the whole record, out of the bundle.
 
         Raises:
             BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.
         """
         self._held = bundle.forms[form]
-        shape, n_all = bundle.manifest.shape, len(self._held.table.records)
-        n_pinned = len(frozenset(pinned))
-        reads = self._held.table.role == "primary"  # of other forms none need ever be read
-        require_slots(
-            shape,
-            n_slots=n_slots,
-            n_pinned=n_pinned,
-            n_all=n_all,
-            per_layer=per_layer,
-            reads=reads,
-        )
-        n_slots = min(n_slots, n_all)
+        shape, table, n_pinned = bundle.manifest.shape, self._held.table, len(frozenset(pinned))
+        require_slots(shape, table, n_slots=n_slots, n_pinned=n_pinned, per_layer=per_layer)
+        n_slots = min(n_slots, len(table.records))
         self._book = SlotBook(
             shape, n_slots=n_slots, pinned=pinned, eviction=eviction, per_layer=per_layer
         )
@@ -117,7 +106,7 @@ class RecordStore:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the eviction policy wants to be told beside the accesses."""
+        """Hints that the eviction policy asks for beside the accesses"""
         return self._book.hints
 
     def resident(self, layer: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from moe_tool.artifacts.expert_ids import ExpertKey, LayerIds
+from moe_tool.artifacts.form_table import FormTable
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.errors import BudgetError
 from moe_tool.policies.eviction import Entry, ExpertCache, MakeEviction
@@ -53,7 +54,7 @@ class SlotBook:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the eviction policy wants to be told beside the accesses."""
+        """Hints that the eviction policy asks for beside the accesses"""
         return self._cache.hints
 
     def resident(self, layer: int) -> np.ndarray:
@@ -109,22 +110,22 @@ class SlotBook:
 
 
 def require_slots(
-    shape: MoeShape, *, n_slots: int, n_pinned: int, n_all: int, per_layer: bool, reads: bool
+    shape: MoeShape, table: FormTable, *, n_slots: int, n_pinned: int, per_layer: bool
 ) -> None:
     """Refuse slots that cannot serve.
 
     Args:
         shape: of the model.
+        table: records that the slots are for; of forms that are not primary none need ever be read.
         n_slots: that were asked for.
         n_pinned: experts that never leave.
-        n_all: experts that there are in the form.
         per_layer: every layer has its own equal part of the slots that are not pinned.
-        reads: whether a call may name what is not pinned.
 
     Raises:
         BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.
     """
-    if n_slots < min(n_pinned + reads, n_all) or n_slots < 1:
+    n_all, n_read = len(table.records), 1 if table.role == "primary" else 0
+    if n_slots < min(n_pinned + n_read, n_all) or n_slots < 1:
         raise BudgetError(
             f"{n_slots} expert slots cannot hold {n_pinned} pinned ones and one more",
             hint="give more --memory",

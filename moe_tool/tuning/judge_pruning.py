@@ -11,6 +11,7 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.evaluation.bootstrap import bootstrap_interval
 from moe_tool.evaluation.divergence import compare_logits
+from moe_tool.evaluation.figures import means
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.misses.prune_learned import rate_offsets
 from moe_tool.progress import Progress
@@ -36,7 +37,7 @@ class Verdict:
     def quality(self, seed: int) -> QualityFigure:
         """Return the mean KL with its 95 % interval over sequences."""
         mean = max(0.0, float(self.kl.mean()))
-        low, high = bootstrap_interval(self.kl, _mean, seed=seed) or (mean, mean)
+        low, high = bootstrap_interval(self.kl, means, seed=seed) or (mean, mean)
         return QualityFigure(kl=mean, kl_ci95=(max(0.0, low), max(0.0, high)), tokens=self.kl.size)
 
 
@@ -120,7 +121,3 @@ def _divergence(exact: torch.Tensor, found: torch.Tensor) -> np.ndarray:
     """Return KL(exact || found) of all predictions but the prompt's, [B, S-1]."""
     rows = [compare_logits(a[1:], b[1:]).kl for a, b in zip(exact, found, strict=True)]
     return np.stack(rows)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean())

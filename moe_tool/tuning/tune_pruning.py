@@ -1,9 +1,5 @@
-"""Train mask routers that decide which of a token's experts to skip; measure the cost held-out.
-
-Source: MC#, arXiv:2510.10962. Deviations: patterns are "the j heaviest", routers also see gate
-weights and expert ids, and one threshold for all layers is set afterwards on held-out text, so that
-any rate can be asked for at run time.
-"""
+"""The story of `tune pruning`: routers learn which of a token's experts are not worth it, and what
+that costs is measured on text that was kept apart."""
 
 import hashlib
 import time
@@ -16,6 +12,7 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.bundle_sections import LearnedPruning
+from moe_tool.artifacts.evaluation_report import Estimate
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.request import AUTO, MemoryRequest
@@ -47,46 +44,45 @@ _STATE = ".pruning-training.safetensors"
 _SAVE_EVERY_S = 20.0
 _HELD_OUT = 0.125
 _MIN_SEQ_LEN = 3
-"""Shortest sequence: one token of prompt and two predicted ones"""
+"""A prompt, and two tokens that are predicted"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningOptions:
-    """Options of a training of mask routers."""
+    """Goal of the training, and its text."""
 
     rate: float = 0.2
-    """Share of the chosen experts to skip"""
+    """Share of the chosen experts to be left out"""
     tokens: int = 131072
-    """Tokens of text, all domains together; an eighth is held out"""
+    """Tokens of text, all domains together; an eighth is kept apart"""
     seq_len: int = 256
-    """Tokens per sequence; capped at the model's number of positions"""
+    """Capped at what the model was made for"""
     batch: int = 8
-    """Sequences per step"""
+    """Sequences of a step"""
     memory: MemoryRequest | None = None
-    """Memory budget of the process; None: free memory less a margin"""
+    """Budget of the process; None: what is free less a margin"""
     seed: int = 0
-    """Seed of the choice of text and of every draw"""
+    """Seeds the choice of text and every draw"""
     threads: int | None = None
     offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningReport:
-    """Result of a training, with its quality on held-out text."""
+    """Trained routers, and their worth on text that was kept apart."""
 
     bundle: str
     file: str
     rate: float
-    """Share of the chosen experts that was asked to be skipped"""
+    """Share of the chosen experts that was to be left out"""
     left_out: float
-    """Share of the chosen experts skipped on the held-out text"""
-    kl: float
-    """KL(exact || pruned) on the held-out text, nats per token"""
-    kl_ci95: tuple[float, float]
+    """Share of the chosen experts that was left out of the held-out text"""
+    kl: Estimate
+    """KL(exact || pruned) there, nats per token"""
     kl_by_ratio: float
-    """KL of MC's rule at the same rate: skip the smallest gate weights relative to the largest"""
+    """KL of MC's rule at the same rate: each layer's slots that are lightest beside the heaviest"""
     left_out_by_layer: dict[int, float]
-    """Share of the chosen experts skipped, by decoder layer"""
+    """Share of the chosen experts, by layer"""
     steps: int
     tokens: int
     held_out_tokens: int
@@ -103,137 +99,147 @@ def tune_pruning(
     *,
     progress: Progress = SILENT,
 ) -> TunePruningReport:
-    """Train a bundle's mask routers and add them to it; nothing else of it changes.
+    """Train a bundle's mask routers and put them into it; nothing else of it changes.
 
-    The teacher is the bundle itself with every expert running. The loss is the KL to the teacher
-    plus a price per kept expert, which adapts until the wanted share is skipped.
+    The teacher is the bundle itself with every expert answering, the loss the divergence of its
+    predictions, plus a price on every expert that is kept: it follows the share that is left out
+    until that is the wanted one. Experts and skeleton stay as they are, in memory as far as the
+    budget has room for them. A training that was interrupted goes on where it was.
+
+    Source: MC#, arXiv:2510.10962. Deviations: the patterns are "the j heaviest", the routers also
+    see gate weights and experts, and what a slot has to be worth is set afterwards on held-out
+    text, by one number for all layers: so each rate can be asked for at run time.
 
     Args:
-        folder: the bundle.
-        sources: text, one domain each.
+        folder: of the bundle.
+        sources: the text, one domain each.
         options: rate, text, memory.
         progress: told about every step.
 
     Raises:
         UnsupportedModelError: the model has one expert per token.
-        UsageError: an impossible rate, or too little text.
+        UsageError: a rate that cannot be, or too little text.
         BudgetError: the memory budget does not suffice.
-        DataSourceError, NotFoundError: the text cannot be read.
-        CorruptArtifactError, StorageError: the bundle or an earlier training's state is damaged.
+        DataSourceError, NotFoundError: the text.
+        CorruptArtifactError, StorageError: the bundle, or what is left of an earlier training.
     """
     start = time.perf_counter()
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
     _require_whole(folder, manifest)
     share = _share_of_light(options.rate, manifest.shape)
-    text = _text(folder, sources, options, manifest.shape.vocabulary, progress)
-    ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
-    held_out = ids[torch.from_numpy(text.held_out)]
-    train = ids[torch.from_numpy(~text.held_out)]
-    plan = TrainingPlan(share=share, ids=train, batch=options.batch, seed=options.seed)
-    with _open(folder, options, manifest, held_out.numel(), progress) as session:
-        experts = MaskedExperts(session=session)
-        session.skeleton.set_experts_function(experts)
-        training = _train(folder, experts, plan, _order(manifest, plan, options), progress)
-        verdict = judge_pruning(
-            experts,
-            {layer: router.frozen() for layer, router in training.routers.items()},
-            manifest.shape,
-            held_out,
-            share=share,
-            micro_batch=session.plan.workload.batch,
-            progress=progress,
-        )
+    text = _text(folder, sources, options, vocabulary=manifest.shape.vocabulary)
+    plan, held_out = _split(text, options, share)
+    opened = _open(folder, options, manifest, n_held_out=held_out.numel(), progress=progress)
+    with opened as session:
+        training, verdict = _train_and_judge(session, folder, options, plan, held_out, progress)
         budget_bytes = session.plan.memory.budget_bytes
-    written = _write(folder, manifest, training, verdict, options.rate, text.sources)
-    return _report(
-        folder,
-        written,
-        verdict,
+    learned = _write(folder, manifest, options, training, verdict, plan, text.sources)
+    most = (manifest.shape.top_k - 1) / manifest.shape.top_k
+    return TunePruningReport(
+        bundle=str(folder),
+        file=learned.file,
+        rate=options.rate,
+        left_out=most * float(np.mean(list(verdict.left_out.values()))),
+        kl=Estimate(value=learned.quality.kl, ci95=learned.quality.kl_ci95),
+        kl_by_ratio=float(verdict.kl_by_ratio.mean()),
+        left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
         steps=plan.n_steps,
+        tokens=plan.ids.numel(),
         held_out_tokens=held_out.numel(),
+        penalty=learned.penalty,
         memory_budget_bytes=budget_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
         seconds=time.perf_counter() - start,
     )
+
+
+def _split(
+    text: TokenSequences, options: TunePruningOptions, share: float
+) -> tuple[TrainingPlan, torch.Tensor]:
+    """Return what is trained on, and the sequences to judge by, [n, S]."""
+    ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
+    plan = TrainingPlan(
+        share=share,
+        ids=ids[torch.from_numpy(~text.held_out)],
+        batch=options.batch,
+        seed=options.seed,
+    )
+    return plan, ids[torch.from_numpy(text.held_out)]
+
+
+def _train_and_judge(
+    session: Session,
+    folder: Path,
+    options: TunePruningOptions,
+    plan: TrainingPlan,
+    held_out: torch.Tensor,
+    progress: Progress,
+) -> tuple[MaskTraining, Verdict]:
+    experts = MaskedExperts(session=session)
+    session.skeleton.set_experts_function(experts)
+    order = _order(session.manifest, plan, options)
+    training = _train(folder, experts, plan, order, progress)
+    verdict = judge_pruning(
+        experts,
+        {layer: router.frozen() for layer, router in training.routers.items()},
+        session.manifest.shape,
+        held_out,
+        share=plan.share,
+        micro_batch=session.plan.workload.batch,
+        progress=progress,
+    )
+    return training, verdict
 
 
 def _write(
     folder: Path,
     manifest: BundleManifest,
+    options: TunePruningOptions,
     training: MaskTraining,
     verdict: Verdict,
-    rate: float,
+    plan: TrainingPlan,
     sources: tuple[str, ...],
-) -> BundleManifest:
-    plan = training.plan
+) -> LearnedPruning:
+    """Put the routers into the bundle, and remove the state of the training."""
     learned = LearnedPruning(
         file="to-be-named",
-        rate=rate,
+        rate=options.rate,
         offsets=tuple(float(offset) for offset in verdict.offsets),
         penalty=training.penalty_per_slot,
-        quality=verdict.quality(plan.seed),
+        quality=verdict.quality(options.seed),
         tokens=plan.ids.numel(),
-        seed=plan.seed,
+        seed=options.seed,
         sources=sources,
     )
-    arrays = {layer: each.to_arrays() for layer, each in training.routers.items()}
-    written = write_mask_router(folder, manifest, arrays, learned)
+    router = {layer: each.to_arrays() for layer, each in training.routers.items()}
+    written = write_mask_router(folder, manifest, router, learned)
     with storage_errors(folder):
         (folder / _STATE).unlink(missing_ok=True)
-    return written
-
-
-def _report(
-    folder: Path,
-    manifest: BundleManifest,
-    verdict: Verdict,
-    *,
-    steps: int,
-    held_out_tokens: int,
-    memory_budget_bytes: int,
-    seconds: float,
-) -> TunePruningReport:
-    learned = manifest.pruning
-    assert learned is not None
-    most = (manifest.shape.top_k - 1) / manifest.shape.top_k
-    return TunePruningReport(
-        bundle=str(folder),
-        file=learned.file,
-        rate=learned.rate,
-        left_out=most * float(np.mean(list(verdict.left_out.values()))),
-        kl=learned.quality.kl,
-        kl_ci95=learned.quality.kl_ci95,
-        kl_by_ratio=float(verdict.kl_by_ratio.mean()),
-        left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
-        steps=steps,
-        tokens=learned.tokens,
-        held_out_tokens=held_out_tokens,
-        penalty=learned.penalty,
-        memory_budget_bytes=memory_budget_bytes,
-        peak_rss_bytes=peak_rss_bytes(),
-        seconds=seconds,
-    )
+    assert written.pruning is not None
+    return written.pruning
 
 
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
     if manifest.selectors:
         raise UsageError(
-            f"the experts of {folder} are stored in channels, which cannot be trained through",
+            f"the experts of {folder} are in channels, through which nothing is trained",
             hint="tune a bundle that was packed without --sparse-experts",
         )
     if manifest.removed:
         raise UsageError(
-            f"{folder} lacks {len(manifest.removed)} experts: mask routers need all of them",
-            hint="pack one with --bits, or with a plan that removes none",
+            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
+            "bundles of all experts",
+            hint="pack one with --bits, or with a plan that leaves none out",
         )
 
 
 def _share_of_light(rate: float, shape: MoeShape) -> float:
-    """Convert a share of all slots to a share of the slots after the heaviest."""
+    """The share of the slots after the heaviest that a share of all is."""
     if shape.top_k < 2:
         raise UnsupportedModelError(
-            "this model has one expert per token, so none can be skipped",
-            hint="moe-tool tune weights improves models of few bits instead",
+            "this model has one expert per token, so nothing of it can be pruned",
+            hint="moe-tool tune weights lowers what few bits cost",
         )
     most = (shape.top_k - 1) / shape.top_k
     if not 0 < rate < most:
@@ -245,11 +251,7 @@ def _share_of_light(rate: float, shape: MoeShape) -> float:
 
 
 def _text(
-    folder: Path,
-    sources: Sequence[TextSource],
-    options: TunePruningOptions,
-    vocabulary: int,
-    progress: Progress,
+    folder: Path, sources: Sequence[TextSource], options: TunePruningOptions, *, vocabulary: int
 ) -> TokenSequences:
     longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
@@ -264,7 +266,6 @@ def _text(
         holdout=_HELD_OUT,
         seed=options.seed,
         offline=options.offline,
-        progress=progress,
     )
     if text.held_out.all() or not text.held_out.any():
         raise DataSourceError(
@@ -278,22 +279,23 @@ def _open(
     folder: Path,
     options: TunePruningOptions,
     manifest: BundleManifest,
+    *,
     n_held_out: int,
     progress: Progress,
 ) -> Session:
-    """Open the session with as many sequences per forward as the budget allows."""
+    """Open the session with as many sequences in a forward as the budget allows."""
     config = read_config(folder).get_text_config()
     longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
-        # Not the plan's memory: training takes more than running.
+        # Not the plan's: it was made for running, and training takes more.
         memory=options.memory or AUTO,
         policy=EXACT_POLICY,
         residency="cache",
         seed=options.seed,
         threads=options.threads,
         context=seq_len,
-        prompt=seq_len,
+        prompt_tokens=seq_len,
     )
     beside = verdict_bytes(manifest.shape, n_tokens=n_held_out)
     beside += divergence_scratch_bytes(manifest.shape.vocabulary)
@@ -310,8 +312,8 @@ def _open(
 
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
-    """Return a digest of all that decides the outcome, so that only the same training resumes."""
-    weights = manifest.model_dump_json(include={"identity", "records", "others", "skeleton"})
+    """Return a digest of what decides a training: another one does not go on with its state."""
+    weights = manifest.model_dump_json(include={"identity", "forms", "removed", "skeleton"})
     return order_digest(
         {
             "bundle": hashlib.sha256(weights.encode()).hexdigest(),

@@ -1,10 +1,21 @@
 """Tables of records: any mixture that makes sense is accepted, and contradictions are named."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe_tool.artifacts.bundle_manifest import (
+    BundleFile,
+    BundleManifest,
+    Calibration,
+    LayerHeat,
+    LayerPrices,
+    SkeletonLinear,
+    TunedWeights,
+)
+from moe_tool.artifacts.bundle_sections import LearnedPruning, Section
 from moe_tool.artifacts.form_table import FormRecord, FormTable, Role, check_form_tables
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
 from moe_tool.artifacts.precision import (
@@ -16,6 +27,8 @@ from moe_tool.artifacts.precision import (
     precision_from_bits,
     replica_precisions,
 )
+from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.artifacts.schema import FrozenModel
 
 SHAPE = MoeShape(
     model_type="mixtral",
@@ -167,3 +180,16 @@ def test_zero_points_are_those_of_codes() -> None:
     assert LowRankPrecision(rank=2).with_zeros(True) == LowRankPrecision(rank=2)
     assert IntegerPrecision(width_bits=3).with_zeros(True).name == "3z"
     assert UP2.with_zeros(True).selector.zeros and not UP2.with_zeros(True).rows.zeros
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        BundleManifest, FormTable, FormRecord, BundleFile, SkeletonLinear, LayerHeat, LayerPrices,
+        Calibration, TunedWeights, Section, LearnedPruning, QualityFigure, IntegerPrecision,
+        ChannelPrecision, LowRankPrecision,
+    ],
+)  # fmt: skip
+def test_every_field_is_described(model: type[FrozenModel]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "formats" / "bundle.md").read_text()
+    assert [name for name in model.model_fields if f"`{name}`" not in text] == []

@@ -1,4 +1,4 @@
-"""What every eviction policy has to keep to, run over all of them."""
+"""Contract of eviction policies, run over all of them."""
 
 import tracemalloc
 

@@ -20,7 +20,7 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.channel_form import chunk_hashes
 from moe_tool.formats.record_form import RecordForm, record_form
 from moe_tool.packing.expert_coding import coded
-from moe_tool.quantization.channels import GRID, ChannelExpert, ChannelWeight, Chooser
+from moe_tool.quantization.channels import GRID, ChannelExpert, ChannelWeight, Selector
 from moe_tool.quantization.hqq import quantize_hqq
 from moe_tool.quantization.low_rank import LOW_RANK_TENSORS
 from moe_tool.quantization.weights import FloatWeight, base_of
@@ -89,10 +89,10 @@ def _channels(seed: int, form: RecordForm[Any]) -> ChannelExpert:
     return ChannelExpert(ChannelWeight(chunks=chunks, width_bits=4, group=64, n_hidden=H))
 
 
-def _selector(seed: int, _: RecordForm[Any]) -> Chooser:
+def _selector(seed: int, _: RecordForm[Any]) -> Selector:
     matrix = torch.randn(INNER, H, generator=torch.Generator().manual_seed(seed))
     weights = coded({"selector": matrix}, precision_from_bits("2"))
-    return Chooser(
+    return Selector(
         weight=weights["selector"],  # type: ignore[arg-type]
         is_gate=False,
         thresholds=np.linspace(0, 1 + seed, len(GRID), dtype=np.float16).astype(np.float32),

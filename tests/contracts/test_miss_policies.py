@@ -1,4 +1,4 @@
-"""What every miss policy has to keep to, run over all of them."""
+"""Contract of miss policies, run over all of them."""
 
 import copy
 from dataclasses import fields, replace
@@ -29,6 +29,12 @@ LOSSY = [spec for spec in MISS_POLICIES.values() if spec.is_lossy]
 GATED = [name for name, spec in MISS_POLICIES.items() if GATES in spec.needs]
 PRUNES = {name for name, spec in MISS_POLICIES.items() if spec.acts_on_hits}
 NOTHING = PolicyInputs(top_k=1)
+RESIDENTS_GO_BY = {
+    "hottest": set(),
+    "two-precisions": {"form", "part"},
+    "cheapest": {"nats-per-mb"},
+}
+"""Parameters that a way to choose residents reads"""
 
 
 def _softmax_weights(logits, index, present):
@@ -256,6 +262,7 @@ def test_a_spec_is_whole(spec):
         for value in values:
             assert parse_miss_policy(spec.named("")).with_value(name, value).values[name] == value
     assert len({need.name for need in spec.needs}) == len(spec.needs)
+    assert set(spec.parameters) >= RESIDENTS_GO_BY[spec.residents]
 
 
 def _without(need):

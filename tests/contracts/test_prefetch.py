@@ -1,4 +1,4 @@
-"""What every prefetch policy has to keep to, run over all of them."""
+"""Contract of prefetch policies, run over all of them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What every quantizer has to keep to, run over all of them."""
+"""Contract of quantizers, run over all of them."""
 
 from types import SimpleNamespace
 

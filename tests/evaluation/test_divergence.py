@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from moe_tool.evaluation import divergence
-from moe_tool.evaluation.divergence import compare_logits, negative_log_likelihood, perplexity
+from moe_tool.evaluation.divergence import compare_logits, negative_log_likelihood
+from moe_tool.evaluation.figures import perplexities
 
 
 def test_kl_of_two_coins_equals_the_hand_computed_value() -> None:
@@ -46,5 +47,5 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_perplexity_of_a_uniform_prediction_is_the_vocabulary() -> None:
     nll = negative_log_likelihood(torch.zeros(4, 10), torch.tensor([0, 3, 9, 1]))
-    assert perplexity(nll) == pytest.approx(10.0)
-    assert perplexity(np.array([1000.0, 2000.0])) == math.inf
+    assert perplexities(nll[None]) == pytest.approx([10.0])
+    assert perplexities(np.array([[1000.0, 2000.0]])).tolist() == [math.inf]

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from moe_tool.formats.expert_record import decode_record, encode_record, record_layout
 from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -12,8 +11,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.experts.expert_forward import expert_forward
+from moe_tool.formats.record_form import record_form
 from moe_tool.native.kernels import is_native
+from moe_tool.packing.expert_coding import coded
 from moe_tool.quantization.weights import FloatWeight
+from tests.formats.shapes import shape_of
 
 
 def _filled(module):
@@ -88,16 +90,16 @@ def test_what_is_prepared_of_a_slot_holds_for_every_expert_that_is_read_into_it(
         ExpertTensor(name="down_proj_bias", shape=(32,)),
     )
     precision = precision_from_bits(bits)
-    layout = record_layout(tensors, "bfloat16", precision)
-    slot = torch.zeros(layout.size_bytes, dtype=torch.uint8)
-    kept = decode_record(layout, slot, precision, tensors)
+    form = record_form(shape_of(tensors), precision)
+    slot = torch.zeros(form.layout.size_bytes, dtype=torch.uint8)
+    kept = form.decode(slot)
     x = torch.randn(1, 32)
     outputs = []
     for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
         values = {t.name: torch.randn(t.shape, generator=draw).bfloat16() for t in tensors}
-        slot.copy_(encode_record(layout, values, precision))
-        fresh = decode_record(layout, slot.clone(), precision, tensors)
+        slot.copy_(form.encode(coded(values, precision)))
+        fresh = form.decode(slot.clone())
         outputs.append(expert_forward(module, kept, x))
         assert torch.equal(outputs[-1], expert_forward(module, fresh, x))
     assert (kept.prepared is not None) == is_native()

@@ -62,7 +62,9 @@ def test_any_hdf5_program_can_read_it(tmp_path: Path) -> None:
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=st.integers(0, 2**32 - 1), depth=st.integers(0, 3), scored=st.booleans())
 def test_a_part_comes_back(tmp_path: Path, seed: int, depth: int, scored: bool) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -102,7 +101,7 @@ def test_every_alias_is_a_hub_id_or_an_absolute_folder() -> None:
         assert Path(target).is_absolute() or target.count("/") == 1
 
 
-def test_the_answer_without_network_takes_under_two_seconds_and_no_torch(tmp_path: Path) -> None:
+def test_the_answer_without_network_takes_no_torch(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from moe_tool.errors import NotFoundError\n"
@@ -113,9 +112,7 @@ def test_the_answer_without_network_takes_under_two_seconds_and_no_torch(tmp_pat
         "    print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    assert time.perf_counter() - start < 4  # twice the promise: the machine may be busy
     assert done.stdout.strip() == "[]"

@@ -15,8 +15,8 @@ from moe_tool.runtime.working_set import Workload, buffer_bytes, kv_cache_bytes
 from tests.tiny_models import TINY
 
 WORKLOADS = (
-    Workload(batch=1, positions=200, prompt=100),
-    Workload(batch=3, positions=64, prompt=1),
+    Workload(batch=1, positions=200, prompt_tokens=100),
+    Workload(batch=3, positions=64, prompt_tokens=1),
 )
 
 

@@ -22,7 +22,9 @@ from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 compiled = pytest.importorskip("moe_tool.native._kernels")
 BEST = compiled.in_use()
 ANY_SHAPE = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

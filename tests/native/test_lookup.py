@@ -33,7 +33,9 @@ from tests.native.test_kernels import random_weight
 compiled = pytest.importorskip("moe_tool.native._kernels")
 BEST = compiled.in_use()
 ANY_SHAPE = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 BOOKS = st.lists(st.integers(-128, 127), min_size=4, max_size=4)
 

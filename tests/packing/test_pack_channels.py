@@ -17,7 +17,7 @@ from moe_tool.experts.channel_forward import (
     channel_gate,
     channel_sizes,
     choose_channels,
-    chooser_values,
+    selector_values,
     split_halves,
 )
 from moe_tool.experts.expert_forward import expert_forward
@@ -32,11 +32,12 @@ from moe_tool.policies.eviction import Lru
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.channels import (
     ChannelExpert,
-    Chooser,
     ChosenChannels,
+    Selector,
     dequantize_channels,
 )
 from moe_tool.quantization.round_to_nearest import dequantize
+from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.text.sources import parse_sources
 from tests.packed import pack_bundle
@@ -78,13 +79,13 @@ def read_expert(reader: BundleReader, layer: int, expert: int) -> ChannelExpert:
         found.append(record)
     weights = reader.forms[0].form.decode(found[0])
     assert isinstance(weights, ChannelExpert)
-    weights.chooser = reader.forms[1].form.decode(found[1])
+    weights.selector = reader.forms[1].form.decode(found[1])
     return weights
 
 
-def chooser_of(weights: ChannelExpert) -> Chooser:
-    assert weights.chooser is not None
-    return weights.chooser
+def selector_of(weights: ChannelExpert) -> Selector:
+    assert weights.selector is not None
+    return weights.selector
 
 
 def test_an_expert_is_what_its_parts_say_and_near_the_checkpoint(
@@ -96,17 +97,17 @@ def test_an_expert_is_what_its_parts_say_and_near_the_checkpoint(
         reader.verify_all()
         for layer in CalibratedModel(model.folder, opened, p.tokens).layers():
             weights = read_expert(reader, layer.layer, 1)
-            chooser = chooser_of(weights)
+            selector = selector_of(weights)
             rows, columns = dequantize_channels(weights.channels)
-            choosing = dequantize(chooser.weight)
+            choosing = dequantize(selector.weight)
             gate = channel_gate(layer.module)
             exact_halves = split_halves(gate, layer.experts[1]["gate_up_proj"])
-            chosen_half, other_half = exact_halves if chooser.is_gate else exact_halves[::-1]
+            chosen_half, other_half = exact_halves if selector.is_gate else exact_halves[::-1]
             assert (rows - other_half).abs().max() < 0.2 * other_half.abs().max()
             assert (columns.T - layer.experts[1]["down_proj"]).abs().max() < 0.2
             assert torch.nn.functional.cosine_similarity(choosing, chosen_half).mean() > 0.85
             x = layer.inputs[:7]
-            halves = (choosing, rows) if chooser.is_gate else (rows, choosing)
+            halves = (choosing, rows) if selector.is_gate else (rows, choosing)
             products = [x @ half.T for half in halves]
             bias = layer.experts[1].get("gate_up_proj_bias")
             if bias is not None:
@@ -117,7 +118,7 @@ def test_an_expert_is_what_its_parts_say_and_near_the_checkpoint(
             wanted = gate_output(joined, torch.cat(products, dim=1)) @ columns
             wanted += layer.experts[1].get("down_proj_bias", 0)
             found = expert_forward(layer.module, weights, x)
-            # The chooser's product rounds tokens to 8 bits.
+            # The selector's product rounds tokens to 8 bits.
             assert (found - wanted).norm() < 0.03 * wanted.norm()
 
 
@@ -129,23 +130,23 @@ def test_thresholds_leave_out_what_they_say_of_every_expert(
     with opened.checkpoint, BundleReader.open(bundle) as reader, ProfileReader.open(profile) as p:
         for layer in CalibratedModel(model.folder, opened, p.tokens).layers():
             for expert in range(opened.shape.experts):
-                chooser = chooser_of(read_expert(reader, layer.layer, expert))
-                assert chooser.thresholds[0] == 0 and (np.diff(chooser.thresholds) >= 0).all()
+                selector = selector_of(read_expert(reader, layer.layer, expert))
+                assert selector.thresholds[0] == 0 and (np.diff(selector.thresholds) >= 0).all()
                 inputs = layer.sample(expert, most_measured=1).fitted_on
-                values = chooser_values(layer.module, chooser, inputs)
-                sizes = channel_sizes(layer.module, chooser, values)  # [n, I]
+                values = selector_values(layer.module, selector, inputs)
+                sizes = channel_sizes(layer.module, selector, values)  # [n, I]
                 for sparsity in (0.5, 0.8, 0.9):
-                    is_kept = sizes >= chooser.threshold(sparsity)
+                    is_kept = sizes >= selector.threshold(sparsity)
                     assert abs(1 - is_kept.float().mean() - sparsity) < 0.02
-                    chosen = choose_channels(layer.module, chooser, inputs[:1], sparsity)
+                    chosen = choose_channels(layer.module, selector, inputs[:1], sparsity)
                     # Alone: torch's products of many tokens may round otherwise.
-                    own = chooser_values(layer.module, chooser, inputs[:1])
-                    kept = channel_sizes(layer.module, chooser, own)[0]
-                    kept = torch.nonzero(kept >= chooser.threshold(sparsity)).flatten()
+                    own = selector_values(layer.module, selector, inputs[:1])
+                    kept = channel_sizes(layer.module, selector, own)[0]
+                    kept = torch.nonzero(kept >= selector.threshold(sparsity)).flatten()
                     assert chosen.index.tolist() == kept.tolist()
                     assert torch.equal(chosen.values, own[:, kept])
-                everything = choose_channels(layer.module, chooser, inputs[:1], 0)
-                assert everything.index.tolist() == list(range(chooser.weight.n_outputs))
+                everything = choose_channels(layer.module, selector, inputs[:1], 0)
+                assert everything.index.tolist() == list(range(selector.weight.n_outputs))
 
 
 def test_bytes_are_those_of_the_formula(packed: tuple[LocatedModel, Path, Path]) -> None:
@@ -198,7 +199,7 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
         ({"sparse_experts": "up4"}, "not known"),
         ({"sparse_experts": "down2"}, "not known"),
         ({"bits": "4"}, "has the bits of all parts"),
-        ({"replicas": "2"}, "no other forms"),
+        ({"replicas": "4"}, "no expert has more bits"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(
@@ -216,7 +217,7 @@ def test_channels_need_a_profile(packed: tuple[LocatedModel, Path, Path], tmp_pa
         pack_bundle(packed[0], out=tmp_path / "b", sparse_experts="up2")
 
 
-@pytest.mark.parametrize("quantizer", ["hqq", "fitted", "gptq"])
+@pytest.mark.parametrize("quantizer", sorted(set(QUANTIZERS) - {"rtn"}))
 def test_every_quantizer_makes_channels_that_are_near(
     quantizer: str, packed: tuple[LocatedModel, Path, Path], tmp_path: Path
 ) -> None:
@@ -227,7 +228,7 @@ def test_every_quantizer_makes_channels_that_are_near(
     assert report.output_error is not None and 0 < report.output_error < 0.35
     with BundleReader.open(tmp_path / "b") as reader:
         reader.verify_all()
-        assert chooser_of(read_expert(reader, reader.manifest.shape.layers[0], 0)).is_gate
+        assert selector_of(read_expert(reader, reader.manifest.shape.layers[0], 0)).is_gate
 
 
 @pytest.mark.parametrize("name", ["up2:4", "gate3:8", "up3:4:128"])
@@ -389,7 +390,7 @@ def test_what_lies_in_a_short_gap_comes_along(packed: tuple[LocatedModel, Path, 
 def test_a_damaged_channel_is_found_when_it_is_read(
     hash_is_right: bool, packed: tuple[LocatedModel, Path, Path], tmp_path: Path
 ) -> None:
-    """By its own hash, which stands in the chooser: that of the record was forged."""
+    """By its own hash, which stands in the selector: that of the record was forged."""
 
     def change(reader: BundleReader, record: bytearray) -> None:
         form = reader.forms[0].form

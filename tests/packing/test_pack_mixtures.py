@@ -191,7 +191,7 @@ def test_an_interrupted_mixture_resumes_to_the_same_bytes(
         ({"replicas": "2,2"}, UsageError, "--replicas 2,2 is not known"),
         ({"replicas": "rank999"}, UsageError, "wide"),
         ({"bits": "2", "replicas": "4"}, UsageError, "no expert has more bits"),
-        ({"sparse_experts": "up2", "replicas": "1"}, UsageError, "no other forms"),
+        ({"sparse_experts": "up2", "replicas": "8"}, UsageError, "beside --sparse-experts up2:4"),
         ({"sparse_experts": "up2", "bits": "4"}, UsageError, "has the bits of all parts"),
         ({"memory": "1MiB"}, MoeToolError, "needs"),
     ],
@@ -216,6 +216,7 @@ def test_options_that_do_not_go_together(
         ({"replicas": "2"}, {"replicas": "1"}, UsageError, "which --replicas 1 leaves out"),
         ({"identity": None}, {}, WrongModelError, "tiny"),
         ({"eviction": "pinned+lru"}, {}, UsageError, "there is none"),
+        ({"bits": "native", "expert_bits": ()}, {"sparse_experts": "up2"}, UsageError, "not know"),
     ],
 )
 def test_a_plan_that_does_not_fit(

@@ -20,7 +20,8 @@ from moe_tool.policies.eviction import Lru
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, round_trip
 from moe_tool.quantization.weights import IntegerWeight
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.store.record_store import RecordStore

@@ -26,7 +26,10 @@ def test_an_average_is_planned_measured_once_packed_and_run(
     chosen, *others = made.fields["allocations"]
     assert chosen["name"] == "over all layers" and chosen["average_bits"] <= 2.5
     assert {each["name"] for each in others} >= {"uniform", "random", "by frequency"}
-    assert all(chosen["nats"] <= each["nats"] + 1e-12 for each in others)
+    # tests/planning/test_measured_bits.py shows that these are the best, and lose least
+    bits = [each for layer in json.loads(plan.read_text())["expert_bits"] for each in layer["bits"]]
+    assert len(bits) == 24 and sum(bits) / 24 == chosen["average_bits"]
+    assert {width: bits.count(int(width)) for width in chosen["experts"]} == chosen["experts"]
 
     again = moe_tool(*ask, folder=pipeline.folder)
     assert "one pass" in made.stderr and "one pass" not in again.stderr
@@ -77,7 +80,7 @@ def test_a_limit_of_divergence_asks_for_the_fewest_bytes(
         )
         assert made.code == 0, made.stderr
         chosen = made.fields["allocations"][0]
-        assert chosen["nats"] <= float(limit)
+        assert 0.5 * float(limit) < chosen["nats"] <= float(limit)
         found.append(chosen["expert_bytes"])
     assert found[1] < found[0]
 

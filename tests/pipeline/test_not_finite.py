@@ -8,14 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
-from moe_tool.runtime.generation import GenerateOptions, run_prompt
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
 MATRIX = "model.layers.1.self_attn.o_proj.weight"
@@ -99,6 +101,6 @@ def test_no_text_comes_of_logits_that_are_not_finite(
         )
     assert pieces == []
     assert caught.value.hint is not None and f"inspect {bundle} --verify" in caught.value.hint
-    options = EvaluateOptions(tokens=64, seq_len=16, memory="50%")
+    options = EvaluateOptions(tokens=64, seq_len=16, memory=parse_memory("50%"))
     with pytest.raises(CorruptArtifactError, match="logits that are not finite"):
         evaluate(bundle, parse_sources(["builtin"]), options)

@@ -12,13 +12,14 @@ from moe_tool.errors import DataSourceError
 from moe_tool.evaluation.calibrate import CalibrateOptions, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.profiling.recorder import record_profile
-from moe_tool.runtime.generation import GenerateOptions, run_prompt
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.text.sources import parse_sources
 from moe_tool.tuning.tune_pruning import TunePruningOptions, tune_pruning
 from moe_tool.tuning.tune_weights import TuneOptions, tune_weights
+from tests.packed import pack_bundle
 from tests.tiny_models import VOCABULARY, make_tiny_checkpoint, tiny_tokenizer
 
 WORD = "<tool>"
@@ -101,4 +102,4 @@ def test_every_verb_names_the_token_and_what_the_model_knows(
 
 
 def test_a_text_without_the_token_is_as_good_as_ever(grown: Grown, tmp_path: Path) -> None:
-    assert run(grown, tmp_path, "a plain prompt").prompt_tokens == len("a plain prompt")
+    assert run(grown, tmp_path, "a plain prompt").prompt.tokens == len("a plain prompt")

@@ -82,12 +82,37 @@ def test_hobbit_weighs_recency_frequency_and_the_turn_of_the_layers():
     frequent.touch(0)
     _call(frequent, 0, 1)
     assert frequent.evict(()) == 1
+    precise = _policy("hobbit:lru=0,lfu=0,lhu=100,fld=0")
+    _call(precise, 0, 0)
+    precise.touch(0)
+    _call(precise, 0, 1)
+    assert precise.evict(()) == 1
     layered = _policy("hobbit:lru=0,lfu=0,lhu=0,fld=100")
     for layer in range(4):
         _call(layered, layer, 4 * layer)
     layered.begin_call(1)
     # Layer 1 is under way, 0 was just called, then 3 is farther ahead than 2.
     assert [layered.evict(()) for _ in range(4)] == [4, 0, 12, 8]
+
+
+@pytest.mark.parametrize(
+    ("lru", "lfu", "lhu", "victim"),
+    [
+        # 0: used three times, in forwards 1 and 2; 1: once, in forward 3. Priorities by hand:
+        (40, 20, 0, 0),  # 2*40 + 3*20 against 3*40 + 1*20, both 140: the lower key
+        (60, 20, 0, 0),  # 180 against 200
+        (60, 20, 10, 0),  # 210 against 210: the lower key again
+        (60, 20, 20, 1),  # 240 against 220
+    ],
+)
+def test_hobbit_adds_its_weighted_terms_up(lru, lfu, lhu, victim):
+    policy = _policy(f"hobbit:lru={lru},lfu={lfu},lhu={lhu},fld=0")
+    _call(policy, 0, 0)
+    policy.touch(0)
+    policy.begin_call(0)
+    policy.touch(0)
+    _call(policy, 0, 1)
+    assert policy.evict(()) == victim
 
 
 def test_layer_lru_gives_up_the_layer_that_just_was_unless_others_are_stale():

@@ -240,7 +240,7 @@ def test_pruning_leaves_out_light_slots_that_are_there_and_never_the_heaviest():
         ("priced:nats-per-mb=", "out of range"),
         ("buddy:rho=1.5", "whole number"),
         ("near-tie:alpha=1.1", "from 0 to 1"),
-        ("replica:level=" + "9" * 400, "out of range"),
+        ("replica:form=" + "9" * 400, "out of range"),
     ],
 )
 def test_a_policy_that_is_not_one_is_refused(spec, says):

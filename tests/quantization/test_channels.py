@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moe_tool.quantization.channels import (
     GRID,
     ChannelWeight,
-    Chooser,
+    Selector,
     dequantize_channels,
     pack_channels,
     row_bytes,
@@ -69,11 +69,11 @@ def test_a_chunk_is_codes_and_scales_of_row_then_column() -> None:
 )
 def test_thresholds_are_interpolated(sparsity: float, threshold: float) -> None:
     weight = quantize(torch.ones(1, 32), 2)
-    chooser = Chooser(
+    selector = Selector(
         weight=weight,
         is_gate=True,
         thresholds=np.arange(len(GRID), dtype=np.float32),
         hashes=np.zeros(1, dtype=np.uint64),
         biases={},
     )
-    assert chooser.threshold(sparsity) == pytest.approx(threshold)
+    assert selector.threshold(sparsity) == pytest.approx(threshold)

@@ -21,19 +21,26 @@ def _least_and_largest(weight: torch.Tensor, width_bits: int, group: int) -> tor
     return (((parts - low) / step).round() * step + low).view_as(weight)
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("width_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("width_bits", "group", "share"),
+    [
+        *((2, 32, 0.945), (2, 64, 0.912), (2, 128, 0.863)),
+        *((bits, group, 0.989) for bits in (3, 4, 8) for group in (32, 64, 128)),
+    ],
+)
 def test_most_weights_are_met_better_than_by_a_grid_from_least_to_largest(
-    width_bits: int, group: int
+    width_bits: int, group: int, share: float
 ) -> None:
-    weight = torch.distributions.Laplace(0, 1).sample((40, 256))
+    """`share` is what is left of the loss; one turn in place of twenty leaves 0.98 at 2 bits."""
+    uniform = torch.rand(320, 256, generator=torch.Generator().manual_seed(0)) - 0.5
+    weight = -uniform.sign() * torch.log1p(-2 * uniform.abs())  # Laplace
     found = dequantize(quantize_hqq(weight, width_bits, group=group))
     plain = _least_and_largest(weight, width_bits, group)
 
     def loss(given: torch.Tensor) -> float:
         return float((given - weight).abs().pow(0.7).mean())
 
-    assert loss(found) < (1.01 if width_bits == 8 else 1.0) * loss(plain)
+    assert loss(found) < share * loss(plain)
 
 
 @settings(max_examples=40, deadline=None)

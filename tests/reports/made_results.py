@@ -74,6 +74,7 @@ def run_result(**changed: Any) -> RunResult:
         "seconds": 6.0,
         "peak_rss_bytes": 2**30,
         "interrupted": False,
+        "stop_reason": "max_tokens",
     }
     return RunResult(**(fields | changed))
 

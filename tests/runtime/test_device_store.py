@@ -15,7 +15,8 @@ from moe_tool.policies.eviction import MakeEviction
 from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights, StoredExpert
-from moe_tool.runtime.generation import GenerateOptions, generate
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.store.protocol import SelectChannels
@@ -67,18 +68,11 @@ class DeviceStore:
         per_layer: bool = False,
     ) -> None:
         self._bundle, self._held = bundle, bundle.forms[form]
-        shape, n_all = bundle.manifest.shape, len(self._held.table.records)
-        require_slots(
-            shape,
-            n_slots=n_slots,
-            n_pinned=len(pinned),
-            n_all=n_all,
-            per_layer=per_layer,
-            reads=True,
-        )
+        shape, table = bundle.manifest.shape, self._held.table
+        require_slots(shape, table, n_slots=n_slots, n_pinned=len(pinned), per_layer=per_layer)
         self._book = SlotBook(
             shape,
-            n_slots=min(n_slots, n_all),
+            n_slots=min(n_slots, len(table.records)),
             pinned=pinned,
             eviction=eviction,
             per_layer=per_layer,
@@ -226,7 +220,7 @@ class DeviceStore:
 def test_a_run_over_a_device_gives_the_text_counts_and_bytes_of_one_in_slots(
     prefetch: str, tiny_bundle: Callable[..., Path]
 ) -> None:
-    options = run_options(memory="50%", context=64, prompt=16, prefetch=prefetch)
+    options = run_options(memory="50%", context=64, prompt_tokens=16, prefetch=prefetch)
     found = []
     for make_store in (None, _device_store):
         given = {} if make_store is None else {"make_store": make_store}

@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from moe_tool.budget.request import parse_memory
+from moe_tool.demo import demo_model_path
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.run_trace_hdf5 import is_run_trace, read_run_trace
 from moe_tool.hardware.shipped import shipped_profile
+from moe_tool.models.locate import LocatedModel
 from moe_tool.planning.compare_run import compare_run
 from moe_tool.policies.eviction import EVICTION, parse_eviction
-from moe_tool.runtime.generation import GenerateOptions, generate_ids, write_trace
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import RunOptions, run_options
 from moe_tool.runtime.session import open_session
+from moe_tool.runtime.write_trace import write_trace
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
+from tests.packed import pack_bundle
 
 TinyBundle = Callable[..., Path]
 PROMPT = list(range(3, 14))
@@ -112,18 +117,25 @@ def test_what_cannot_be_is_refused(tiny_bundle: TinyBundle) -> None:
             UsageError,
             "requires --policy exact",
         ),
-        (run_options(eviction="lru:per-layer", memory="min", context=64), BudgetError, "layers"),
     )
     for options, error, words in refused:
-        if "layers" in words and tiny_layers(bundle) <= 3:
-            continue  # the least that works is a slot for each of them
         with pytest.raises(error, match=words):
             open_session(bundle, options)
 
 
-def tiny_layers(bundle: Path) -> int:
-    with open_session(bundle, run_options(context=64)) as session:
-        return len(session.manifest.shape.layers)
+def test_a_cache_per_layer_needs_a_slot_for_each_layer(tmp_path: Path) -> None:
+    """The least memory has a slot more than a token has experts: fewer than the demo has layers."""
+    bundle = tmp_path / "bundle"
+    pack_bundle(LocatedModel(folder=demo_model_path(), name="demo"), out=bundle, bits="2")
+    with open_session(bundle, run_options(memory="min", context=64)) as session:
+        shape = session.manifest.shape
+        assert session.plan.rooms[0].n_slots == shape.top_k + 1 == len(shape.layers) - 1
+    per_layer = run_options(memory="min", context=64, eviction="lru:per-layer")
+    with pytest.raises(BudgetError, match="4 layers"):
+        open_session(bundle, per_layer)
+    of_64_experts = parse_memory("7%")
+    with open_session(bundle, replace(per_layer, memory=of_64_experts)) as session:
+        assert session.plan.rooms[0].n_slots == len(shape.layers)
 
 
 def test_what_smoe_remembers_is_in_the_memory_account(tiny_bundle: TinyBundle) -> None:

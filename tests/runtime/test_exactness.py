@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from tests.tiny_models import TINY
@@ -41,7 +42,7 @@ def _transformers_tokens(folder: Path, prompts: tuple[list[int], ...]) -> list[l
 def test_tokens_equal_those_of_transformers(
     arch: str, tiny_checkpoint: Callable[..., Path], tiny_bundle: TinyBundle
 ) -> None:
-    options = run_options(memory="min", context=64, prompt=32, batch=3)
+    options = run_options(memory="min", context=64, prompt_tokens=32, batch=3)
     with open_session(tiny_bundle(arch), options) as session:
         assert session.plan.memory.n_slots == session.manifest.shape.top_k + 1
         for prompts in (PROMPTS[:1], PROMPTS):

@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 
 from moe_tool.errors import BudgetError, CorruptArtifactError, UsageError
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.runtime.generation import GenerateOptions, generate, generate_ids, run_prompt
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate, generate_ids, run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 
@@ -175,7 +176,7 @@ def test_long_prompts_go_through_in_chunks(tiny_bundle: TinyBundle) -> None:
     greedy = GenerateOptions(max_tokens=16, ignore_eos=True)
     found = []
     for planned in (61, 16):
-        options = run_options(memory="50%", context=96, prompt=planned)
+        options = run_options(memory="50%", context=96, prompt_tokens=planned)
         with open_session(tiny_bundle("gpt_oss"), options) as session:
             found.append(generate_ids(session, [prompt], greedy).token_ids)
             assert session.runner.stats.prompt.forwards == (1 if planned == 61 else 4)

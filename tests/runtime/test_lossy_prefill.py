@@ -10,7 +10,8 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.policies.misses.needs import BUDDIES
 from moe_tool.profiling.recorder import record_profile
-from moe_tool.runtime.generation import GenerateOptions, generate
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate
 from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session

@@ -19,7 +19,8 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import parse_sources
@@ -65,12 +66,11 @@ def test_each_expert_is_what_its_width_makes_of_it(
     with opened.checkpoint, BundleReader.open(out) as bundle:
         bundle.verify_all()
         wanted = {entry.layer: entry.bits for entry in plan.expert_bits}
-        assert len(bundle.manifest.absent) == absent * len(opened.shape.layers)
-        for level in bundle.own_levels:
-            held = bundle.levels[level]
-            for entry in held.records:
+        assert len(bundle.manifest.removed) == absent * len(opened.shape.layers)
+        for held in bundle.forms:
+            for entry in held.table.records:
                 record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
-                bundle.read_record_into(entry.layer, entry.expert, record, level=level)
+                bundle.read_record_into(entry.layer, entry.expert, record, form=held.index)
                 found = held.form.decode(record)
                 width = wanted[entry.layer][entry.expert]
                 for name, exact in opened.experts.read(entry.layer, entry.expert).items():
@@ -92,7 +92,7 @@ def test_the_budget_changes_no_token(
     out, _ = _packed(tiny_checkpoint("qwen3_moe", "bfloat16"), tmp_path / "b", absent=1)
     made = []
     for memory in ("min", "60%", "100%"):
-        options = run_options(memory=memory, context=64, prompt=32, eviction=eviction)
+        options = run_options(memory=memory, context=64, prompt_tokens=32, eviction=eviction)
         with open_session(out, options) as session, torch.inference_mode():
             logits = session.model(input_ids=torch.tensor([PROMPT])).logits
             tokens = generate_ids(session, (PROMPT,), GenerateOptions(max_tokens=12)).token_ids
@@ -121,8 +121,8 @@ def test_an_absent_expert_answers_nothing(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for layer in model.model.layers:
         layer.mlp.experts.down_proj.data[0] = 0
-    with open_session(out, run_options(memory="100%", context=64, prompt=32)) as session:
-        assert session.manifest.absent == tuple((layer, 0) for layer in shape.layers)
+    with open_session(out, run_options(memory="100%", context=64, prompt_tokens=32)) as session:
+        assert session.manifest.removed == tuple((layer, 0) for layer in shape.layers)
         with torch.inference_mode():
             found = session.model(input_ids=torch.tensor([PROMPT])).logits
             expected = model(input_ids=torch.tensor([PROMPT])).logits
@@ -177,9 +177,9 @@ def test_an_interrupted_pack_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"absent": [', '"absent": [[0, 0],'),
+        ('"removed": [', '"removed": [[0, 0],'),
         ('"width_bits": 2', '"width_bits": 3'),
-        ('"others": [', '"others": [7,'),
+        ('"forms": [', '"forms": [7,'),
     ],
 )
 def test_a_damaged_manifest_is_refused(
@@ -205,7 +205,7 @@ def test_predictions_count_no_access_to_an_absent_expert(
 ) -> None:
     out, _ = _packed(tiny_checkpoint("mixtral", "bfloat16"), tmp_path / "b", absent=2)
     ids = torch.tensor([PROMPT, PROMPT[::-1]])
-    with open_session(out, run_options(memory="100%", context=64, prompt=32)) as session:
+    with open_session(out, run_options(memory="100%", context=64, prompt_tokens=32)) as session:
         shape, stored = session.bundle.manifest.shape, session.runner.stored
         costs = run_stepwise(session, ids, lambda position, logits: None)
     n_slots = shape.top_k * len(shape.layers)
@@ -220,7 +220,7 @@ def test_every_policy_answers_misses_and_never_by_what_was_removed(
     policy: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     out, _ = _packed(tiny_checkpoint("mixtral", "bfloat16"), tmp_path / "b", absent=2)
-    options = run_options(memory="50%", context=64, prompt=32, policy=policy, gates=False)
+    options = run_options(memory="50%", context=64, prompt_tokens=32, policy=policy, gates=False)
     with open_session(out, options) as session:
         costs = run_stepwise(session, torch.tensor([PROMPT]), lambda position, logits: None)
         top_k = session.bundle.manifest.shape.top_k * len(session.bundle.manifest.shape.layers)
@@ -240,7 +240,7 @@ def test_what_is_left_out_beside_absent_experts_is_counted(
     pack_bundle(
         model, out=tmp_path / "b", bits="mixed", plan=_plan(folder, absent=2), profile=profile
     )
-    options = run_options(memory="50%", context=64, prompt=32, policy=policy)
+    options = run_options(memory="50%", context=64, prompt_tokens=32, policy=policy)
     with open_session(tmp_path / "b", options) as session:
         costs = run_stepwise(session, torch.tensor([PROMPT]), lambda position, logits: None)
     assert costs.drops.sum() > 0

@@ -14,7 +14,8 @@ from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.models.locate import LocatedModel
 from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.profiling.recorder import record_profile
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources

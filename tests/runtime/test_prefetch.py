@@ -9,7 +9,8 @@ import torch
 
 from moe_tool.errors import UsageError
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import RunOptions, run_options
 from moe_tool.runtime.session import Session, open_session
 from tests.tiny_models import TINY
@@ -31,7 +32,7 @@ def _decode(session: Session) -> torch.Tensor:
 
 
 def _options(memory: str, prefetch: str) -> RunOptions:
-    return run_options(memory=memory, prefetch=prefetch, context=64, prompt=32, batch=2)
+    return run_options(memory=memory, prefetch=prefetch, context=64, prompt_tokens=32, batch=2)
 
 
 @pytest.mark.parametrize("arch", TINY)

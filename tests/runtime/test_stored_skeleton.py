@@ -16,7 +16,8 @@ from moe_tool.native.kernels import is_native
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.tokens import round_trip_tokens
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
-from moe_tool.runtime.generation import GenerateOptions, generate_ids
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from tests.packed import pack_bundle

@@ -18,7 +18,7 @@ def test_the_planned_cache_is_the_real_one_plus_one_layer_that_grows(arch: str) 
         cache = model(input_ids=torch.zeros(2, 20, dtype=torch.int64), use_cache=True)
     layers = cache.past_key_values.layers
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    planned = kv_cache_bytes(config, Workload(batch=2, positions=20, prompt=20))
+    planned = kv_cache_bytes(config, Workload(batch=2, positions=20, prompt_tokens=20))
     n_layers = len(layers)
     if arch in _WINDOWED:
         assert planned > real * (n_layers + 1) / n_layers
@@ -27,7 +27,7 @@ def test_the_planned_cache_is_the_real_one_plus_one_layer_that_grows(arch: str) 
 
 
 def test_a_prompt_goes_through_in_chunks_that_the_batch_shares() -> None:
-    assert prefill_chunk(Workload(batch=1, positions=4096, prompt=4096)) == 256
-    assert prefill_chunk(Workload(batch=1, positions=4096, prompt=9)) == 9
-    assert prefill_chunk(Workload(batch=3, positions=4096, prompt=4096)) == 85
-    assert prefill_chunk(Workload(batch=64, positions=4096, prompt=4096)) == 16
+    assert prefill_chunk(Workload(batch=1, positions=4096, prompt_tokens=4096)) == 256
+    assert prefill_chunk(Workload(batch=1, positions=4096, prompt_tokens=9)) == 9
+    assert prefill_chunk(Workload(batch=3, positions=4096, prompt_tokens=4096)) == 85
+    assert prefill_chunk(Workload(batch=64, positions=4096, prompt_tokens=4096)) == 16

@@ -84,7 +84,7 @@ class FakeBundle:
         half = values.numel() // 2
         values[:half] = tag(layer, expert, form)
         if (layer, expert) in self.held_back:
-            assert self.held_back[layer, expert].wait(10)
+            assert self.held_back[layer, expert].wait(600)
         time.sleep(self.delay_s.get((layer, expert), 0))
         if (layer, expert) in self.broken:
             raise CorruptArtifactError(f"layer {layer} expert {expert} is damaged")

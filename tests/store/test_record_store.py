@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import BudgetError, CorruptArtifactError
 from moe_tool.policies.eviction import Lru
+from moe_tool.store import record_store
 from moe_tool.store.record_store import RecordStore
 from tests.store.fake_bundle import RECORD_BYTES, FakeBundle, tag
 
@@ -135,7 +136,7 @@ def test_experts_in_memory_come_first_while_the_others_are_read(open_store):
     arrives = bundle.hold_back(0, 1)
     supply = store.acquire(0, [1, 2], PhaseCounters())
     assert next(supply)[0] == 2
-    assert bundle.has_started.wait(10) and bundle.started[-1] == (0, 1)
+    assert bundle.has_started.wait(600) and bundle.started[-1] == (0, 1)
     arrives.set()
     assert next(supply)[0] == 1
 
@@ -152,7 +153,7 @@ def test_reads_begin_before_the_first_expert_is_asked_for(open_store):
     bundle = FakeBundle()
     store = open_store(bundle, n_slots=4)
     supply = store.acquire(0, [1], PhaseCounters())
-    assert bundle.has_started.wait(10)
+    assert bundle.has_started.wait(600)
     assert next(supply)[0] == 1
 
 
@@ -161,7 +162,7 @@ def test_reads_that_have_not_begun_are_given_up_with_their_call(open_store):
     store = open_store(bundle, n_slots=4, n_readers=1)
     late = bundle.hold_back(0, 0)
     store.acquire(0, [0, 1, 2], PhaseCounters())
-    assert bundle.has_started.wait(10)
+    assert bundle.has_started.wait(600)
     threading.Timer(0.02, late.set).start()
     assert _use(store, 1, [3]) == [3]
     assert bundle.started == [(0, 0), (1, 3)]
@@ -197,17 +198,40 @@ def test_one_slot_serves_any_number_of_experts(open_store):
     assert (counters.hits, counters.misses) == (1, 5)
 
 
-def test_waiting_for_a_read_is_stall_and_computing_beside_it_is_not(open_store):
-    bundle = FakeBundle()
+class _Clocked(FakeBundle):
+    """A bundle whose reads move the clock by a second each; one that is held back is let go when
+    somebody looks at the clock."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.has_ended = threading.Event()
+
+    def read_record_into(self, layer, expert, out, **options):
+        super().read_record_into(layer, expert, out, **options)
+        self.now += 1.0
+        self.has_ended.set()
+
+    def perf_counter(self):
+        now = self.now
+        for waiting in self.held_back.values():
+            waiting.set()
+        return now
+
+
+def test_waiting_for_a_read_is_stall_and_computing_beside_it_is_not(open_store, monkeypatch):
+    bundle = _Clocked()
+    monkeypatch.setattr(record_store, "time", bundle)
     store = open_store(bundle, n_slots=4)
-    bundle.delay_s = {(0, 0): 0.05, (0, 1): 0.05}
     idle, busy, none = PhaseCounters(), PhaseCounters(), PhaseCounters()
+    bundle.hold_back(0, 0)
     _use(store, 0, [0], idle)
-    assert idle.stall_seconds > 0.045
+    assert idle.stall_seconds == 1
+    bundle.has_ended.clear()
     for expert, _ in store.acquire(0, [0, 1], busy):
         if expert == 0:
-            time.sleep(0.15)  # the read of expert 1 ends meanwhile
-    assert busy.stall_seconds < 0.045
+            assert bundle.has_ended.wait(600)  # the read of expert 1 ends meanwhile
+    assert bundle.now == 2 and busy.stall_seconds == 0
     _use(store, 0, [0, 1], none)
     assert none.stall_seconds == 0 and none.bytes_read == 0
 

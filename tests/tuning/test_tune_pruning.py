@@ -27,7 +27,7 @@ from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
 from moe_tool.tuning import tune_pruning as story
-from moe_tool.tuning.train_mask_router import MaskTraining
+from moe_tool.tuning.train_mask_router import MaskTraining, TrainingPlan
 from moe_tool.tuning.tune_pruning import TunePruningOptions, tune_pruning
 from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
@@ -126,12 +126,15 @@ def test_training_in_small_forwards_is_the_same_training(
     for layer, together in routers[0].items():
         np.testing.assert_allclose(together.bias, routers[1][layer].bias, atol=1e-3)
         np.testing.assert_allclose(together.by_hidden, routers[1][layer].by_hidden, atol=1e-3)
+        assert np.abs(together.by_hidden).max() > 0.02  # it began at 0
 
 
 def test_an_interrupted_training_ends_as_if_it_had_not_been(
     bundle: Path, sources: tuple[TextSource, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tune_pruning(bundle, sources, SMALL)
+    with BundleReader.open(bundle) as reader:
+        assert all(np.abs(each.by_hidden).max() > 0.02 for each in reader.mask_router().values())
     advance = MaskTraining.advance
 
     def interrupted(training, *arguments, **named):
@@ -174,6 +177,26 @@ def test_a_state_of_another_training_is_not_gone_on_with_and_a_damaged_one_is_re
     (bundle / STATE).write_bytes(state[:-4] + np.float32(np.nan).tobytes())
     with pytest.raises(CorruptArtifactError, match="NaN"):
         tune_pruning(bundle, sources, SMALL)
+
+
+def test_a_state_belongs_to_the_weights_it_was_trained_with(bundle: Path) -> None:
+    """One record that is another one, or an expert less, is another training."""
+    with BundleReader.open(bundle) as reader:
+        manifest = reader.manifest
+    plan = TrainingPlan(share=0.2, ids=torch.arange(12).view(3, 4), batch=1, seed=0)
+    (table,) = manifest.forms
+    first = table.records[0].model_copy(update={"xxh3": "0" * 16})
+    other = table.model_copy(update={"records": (first, *table.records[1:])})
+    changed = [
+        manifest,
+        manifest.model_copy(update={"forms": (other,)}),
+        manifest.model_copy(update={"removed": ((0, 0),)}),
+        manifest.model_copy(update={"skeleton": manifest.skeleton[1:]}),
+    ]
+    orders = [story._order(each, plan, SMALL) for each in changed]
+    assert len(set(orders)) == 4
+    heat = manifest.model_copy(update={"heat": None, "plan": None, "sections": {}})
+    assert story._order(heat, plan, SMALL) == orders[0]
 
 
 def _fails(*_: object) -> None:
@@ -231,7 +254,7 @@ def test_other_architectures_are_trained_too(
     made = tiny_bundle(arch, bits="4", dtype="bfloat16", skeleton_bits=skeleton_bits)
     bundle = Path(shutil.copytree(made, tmp_path / "bundle"))
     report = tune_pruning(bundle, sources, SMALL)
-    assert report.left_out == pytest.approx(0.2, abs=0.03) and report.kl > 0
+    assert report.left_out == pytest.approx(0.2, abs=0.03) and report.kl.value > 0
     with open_session(
         bundle,
         run_options(policy="prune:learned", memory="50%", context=64, threads=1),

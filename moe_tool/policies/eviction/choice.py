@@ -25,12 +25,12 @@ class EvictionChoice:
 
     @property
     def spec(self) -> EvictionSpec:
-        """What the policy's file says of it."""
+        """Spec in the policy's file."""
         return EVICTION[self.kind]
 
     @property
     def name(self) -> str:
-        """What `parse_eviction` makes this choice from; parameters at their defaults left out."""
+        """Text from which `parse_eviction` makes this choice; defaults left out."""
         words = [*changed_words(self.parameters, self.spec.parameters)]
         words += [PER_LAYER] if self.per_layer else []
         return self.kind + (":" + ",".join(words) if words else "")
@@ -42,7 +42,7 @@ class EvictionChoice:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the policy wants to be told beside the accesses."""
+        """Notes that the policy wants beside the accesses."""
         return self.spec.make.hints
 
     @property

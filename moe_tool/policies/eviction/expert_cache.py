@@ -16,7 +16,7 @@ class Entry:
 
     key: int
     victim: int | None
-    """Who leaves for it; None where there was room"""
+    """Expert that leaves for it; None where there was room"""
 
 
 class ExpertCache:
@@ -62,7 +62,7 @@ class ExpertCache:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the policy wants to be told beside the accesses."""
+        """Notes that the policy wants beside the accesses."""
         return self._policies[0].hints
 
     def __contains__(self, key: int) -> bool:

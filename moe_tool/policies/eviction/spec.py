@@ -1,4 +1,4 @@
-"""What an eviction policy's file says of it: name, help, parameters, needs."""
+"""Description of an eviction policy in its own file: name, help, parameters, needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class MakesEviction(Protocol):
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """What the policy wants to be told beside the accesses."""
+        """Notes that the policy wants beside the accesses."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Eviction:
         """Return a fresh policy for a `CacheShape`, given its parameters by name."""
@@ -36,12 +36,12 @@ class EvictionSpec:
     """Everything that the tool has to know of one eviction policy."""
 
     name: str
-    """As `--eviction` takes it"""
+    """Name that `--eviction` takes"""
     summary: str
-    """Who leaves first, in words that follow the name"""
+    """Experts that leave first, in words that follow the name"""
     make: MakesEviction
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    """By the name of the class's argument, with dashes; whole numbers"""
+    """Whole numbers by the name of the class's argument, with dashes"""
     source: str = ""
     """Paper or documentation of the rule"""
     pinned_share: float = 0.0

@@ -1,4 +1,4 @@
-"""Who answers when a wanted expert is not in the fast tier."""
+"""Answers to a miss: a wanted expert that is not in the fast tier."""
 
 from moe_tool.policies.misses.choice import MissChoice, parse_miss_policy
 from moe_tool.policies.misses.gates import Gates

@@ -31,7 +31,7 @@ class CachePrior:
     n_kept: int
     """J: best experts of a token that are never given up"""
     reweigh: Mapping[int, Reweigh]
-    """By decoder layer"""
+    """Decoder layer -> gate weight rule"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     needs_score: ClassVar[bool] = True

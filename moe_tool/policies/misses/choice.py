@@ -21,17 +21,17 @@ class MissChoice:
 
     @property
     def spec(self) -> PolicySpec:
-        """What the policy's file says of it."""
+        """Spec in the policy's file."""
         return MISS_POLICIES[self.kind]
 
     @property
     def name(self) -> str:
-        """What `parse_miss_policy` makes this choice from; defaults left out."""
+        """Text from which `parse_miss_policy` makes this choice; defaults left out."""
         return self.spec.named(",".join(changed_words(self.values, self.spec.parameters)))
 
     @property
     def residents(self) -> Residents:
-        """Who is in memory under frozen residency."""
+        """Rule by which residents are chosen under frozen residency."""
         return self.spec.residents
 
     @property

@@ -1,4 +1,4 @@
-"""When a miss may be answered by something else: BuddyMoE's gates, shared by all lossy policies."""
+"""BuddyMoE's gates: conditions under which a miss may be answered by something else."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -73,7 +73,7 @@ class Gates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSlots:
-    """What the gates let through of one layer call."""
+    """Slots of one layer call that the gates let through."""
 
     open: np.ndarray
     """[T, K] bool: missing slots that may be answered by something else"""

@@ -27,9 +27,9 @@ class NearTie:
 
     alpha: float
     reweigh: Mapping[int, Reweigh]
-    """By decoder layer"""
+    """Decoder layer -> gate weight rule"""
     scores_are_logits: bool
-    """Whether the selection scores are"""
+    """Whether the selection scores are logits"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     needs_score: ClassVar[bool] = True

@@ -26,7 +26,7 @@ class NextRanked:
 
     gates: Gates
     reweigh: Mapping[int, Reweigh]
-    """By decoder layer"""
+    """Decoder layer -> gate weight rule"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     needs_score: ClassVar[bool] = True

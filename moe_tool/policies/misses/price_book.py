@@ -1,4 +1,4 @@
-"""What every answer to a miss costs, as arrays: the one currency in which answers are compared.
+"""Prices of every answer to a miss, as arrays: the one currency in which answers are compared.
 
 Prices are nats that a slot's answer is expected to add to the divergence of the model's output:
 nats[i] * w^2 * eps^2 for an answer with relative error eps in a slot of gate weight w.
@@ -12,7 +12,7 @@ import numpy as np
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing
 
 STRUCTURED = 2.0
-"""What an error that has structure costs over noise of the same size.
+"""Cost of an error that has structure, over that of noise of the same size.
 
 The profile's sensitivity is that of noise, which is what rounding to two bits or more leaves. An
 error that takes a part of the output away, as leaving an expert out does, a stand-in, a map of low
@@ -39,7 +39,7 @@ class LayerBook:
     """One layer's prices. E experts, F forms, B listed stand-ins."""
 
     nats: np.ndarray
-    """[E] float64: of a slot with gate weight 1 that is answered by nothing"""
+    """[E] float64: price of a slot with gate weight 1 that is answered by nothing"""
     eps: np.ndarray
     """[F, E] float64: effective error of each form; 0 at PRIMARY, infinite where a cheaper form is
     not stored"""
@@ -48,7 +48,7 @@ class LayerBook:
     buddy: np.ndarray
     """[E, B] int64: listed stand-ins; -1 where there is none"""
     buddy_scale: np.ndarray
-    """[E, B] float64"""
+    """[E, B] float64: factor on the gate weight"""
     buddy_eps: np.ndarray
     """[E, B] float64: relative error at that scale; infinite where there is none"""
 
@@ -88,10 +88,10 @@ class LayerBook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriceBook:
-    """All that the planner, the policies and the account know of prices."""
+    """Prices of all layers, as the planner, the policies and the account know them."""
 
     layers: Mapping[int, LayerBook]
-    """By decoder layer"""
+    """Decoder layer -> prices"""
 
     @property
     def record_bytes(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Whatever is expected to cost least answers a missing expert."""
+"""Answer to a missing expert by whatever is expected to cost least."""
 
 import math
 from collections.abc import Mapping
@@ -36,14 +36,14 @@ class Priced:
 
     book: PriceBook
     nats_per_mb: float
-    """What avoiding a read of 10^6 bytes may cost; 0 is exact, infinity reads nothing"""
+    """Price that avoiding a read of 10^6 bytes may have; 0 is exact, infinity reads nothing"""
     reroute: float
     """Share of the selection scores of a token's experts that re-routing has to keep; above 1
     nothing is re-routed"""
     reweigh: Mapping[int, Reweigh] | None
-    """By decoder layer; None where the model's weight rule is not known: nothing is re-routed"""
+    """Decoder layer -> gate weight rule; None where it is not known: nothing is re-routed"""
     scores_are_logits: bool
-    """Whether the selection scores are"""
+    """Whether the selection scores are logits"""
     lossy: ClassVar[bool] = True
 
     @property

@@ -1,4 +1,4 @@
-"""What the runtime asks of a miss policy, with what one is made from."""
+"""Interface of a miss policy, and the inputs that one is made from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -55,21 +55,21 @@ class PolicyInputs:
     """Everything that a policy may be made from; each takes what it needs."""
 
     gates: Gates | None = None
-    """None: nothing is known of the thresholds, and no gated policy can be built"""
+    """Thresholds; None where they are not known, and then no gated policy can be built"""
     buddies: tuple[LayerBuddies, ...] | None = None
     reweigh: Mapping[int, Reweigh] | None = None
-    """By decoder layer; None where the model's weight rule is not known"""
+    """Decoder layer -> gate weight rule; None where it is not known"""
     scores_are_logits: bool = True
     """Whether the routers choose by their logits; otherwise by probabilities, with or without a
     bias"""
     prices: PriceBook | None = None
-    """None where the bundle was packed without a profile"""
+    """Prices of answers; None where the bundle was packed without a profile"""
     unimportance: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """By decoder layer: quantiles of `replica.unimportance` in the profile"""
+    """Decoder layer -> quantiles of `replica.unimportance` in the profile"""
     ratios: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """By decoder layer: quantiles of `prune.ratio_to_heaviest` of the slots after the heaviest"""
+    """Decoder layer -> quantiles of `prune.ratio_to_heaviest` of the slots after the heaviest"""
     pruning: LearnedPruning | None = None
-    """Of the bundle's trained mask routers; None where there are none"""
+    """Description of the bundle's trained mask routers; None where there are none"""
     top_k: int = 2
     """K"""
     forms: tuple[str, ...] = ("native",)

@@ -26,9 +26,9 @@ class PruneLearned:
     """
 
     offset: float
-    """What each further slot has to be worth, in the routers' logits; -inf: all are kept"""
+    """Worth that each further slot needs, in the routers' logits; -inf: all are kept"""
     rate: float
-    """Of chosen experts; for the announcement"""
+    """Share of chosen experts that is left out; for the announcement"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False

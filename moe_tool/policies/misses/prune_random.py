@@ -20,7 +20,7 @@ class PruneRandom:
     routing."""
 
     share: float
-    """Of the slots after the heaviest"""
+    """Share of the slots after the heaviest that is left out"""
     seed: int
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False

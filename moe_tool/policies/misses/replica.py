@@ -78,10 +78,10 @@ def unimportance(weight: np.ndarray) -> np.ndarray:
 
 
 def _make(inputs: PolicyInputs, values: Values) -> Replica:
-    form, n_forms = int(values["level"]), len(inputs.forms)
+    form, n_forms = int(values["form"]), len(inputs.forms)
     if form >= n_forms:
         raise UsageError(
-            f"--policy replica: there is no level {form}",
+            f"--policy replica: there is no form {form}",
             hint=f"the bundle has replicas 1 to {n_forms - 1}: {', '.join(inputs.forms[1:])}",
         )
     shares = (values["high"], min(1.0, values["high"] + values["low"]))
@@ -105,7 +105,7 @@ SPEC = PolicySpec(
             help="share of slots, by the profile, that is read in full", default=0.67
         ),
         "low": Parameter(help="share of slots that is answered in the cheaper form", default=0.3),
-        "level": Parameter(
+        "form": Parameter(
             help="the cheaper form: 1 for the first of `pack --replicas`",
             default=1,
             least=1,

@@ -1,4 +1,4 @@
-"""What a miss policy's file says of it: name, help, parameters, needs, settings to test it with."""
+"""Description of a miss policy in its own file: name, help, parameters, needs, test settings."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from moe_tool.policies.parameters import Parameter
 Values = Mapping[str, float]
 """Parameter -> value"""
 Residents = Literal["hottest", "two-precisions", "cheapest"]
-"""Who is in memory under frozen residency: the experts used most; those and, in a part of the
-memory, the cheaper forms of those used most; or what makes the expected price least."""
+"""Rule for residents under frozen residency: the experts used most; those and, in a part of the
+memory, the cheaper forms of those that follow; or the set that makes the expected price least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +21,9 @@ class PolicySpec:
     """Everything that the tool has to know of one miss policy."""
 
     name: str
-    """As `--policy` takes it"""
+    """Name that `--policy` takes"""
     summary: str
-    """What answers a missing expert"""
+    """Answer to a missing expert, in words that follow the name"""
     make: Callable[[PolicyInputs, Values], MissPolicy]
     """Function from inputs that meet the needs and all values to the policy; raises UsageError
     where a value does not fit the inputs"""
@@ -36,14 +36,14 @@ class PolicySpec:
     """Inputs that it cannot do without, in the order in which they are checked"""
     residents: Residents = "hottest"
     acts_on_hits: bool = False
-    """It leaves out experts that are in memory too"""
+    """Whether experts that are in memory are left out too"""
     strength: Strength | None = None
     """The parameter that `calibrate` searches; None: there is nothing to search"""
     alternatives: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Other parameters and their values, which `calibrate` tries at the strength that it found
     where experts are substituted"""
     in_controls: bool = True
-    """It is a row of the table of `evaluate --controls`"""
+    """Whether it is a row of the table of `evaluate --controls`"""
     controls: Callable[[Values, PolicyInputs], tuple[str, ...] | None] | None = None
     """Function from values to the policies that stand beside it in that table instead of the usual
     ones; it may return None for those too"""

@@ -1,4 +1,4 @@
-"""What the runtime asks of a prefetch policy."""
+"""Signature of a prefetch policy."""
 
 from typing import Protocol
 

@@ -20,7 +20,9 @@ DAMAGE = st.tuples(
     st.sampled_from(["flip", "set", "cut"]), st.floats(0, 1, exclude_max=True), st.integers(0, 255)
 )
 BOUNDED = settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -1,0 +1,177 @@
+"""Small changes that make the code wrong, and the tests that have to fail with each.
+
+`make mutants` (tests/mutants/run.py) tries them one by one in a copy of the tree, after the same
+tests have passed without any. An ordinary test checks that what they replace is still there.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """One wrong change."""
+
+    name: str
+    file: str
+    """From the root of the tree"""
+    old: str
+    """What is replaced; it occurs once"""
+    new: str
+    tests: str
+    """A file of tests, or one of them, at least one of which has to fail"""
+
+
+_PRUNING = "tests/tuning/test_pruning_learns.py"
+_SEARCH = "tests/evaluation/test_calibrate_search.py"
+_BITS = "tests/planning/test_measured_bits.py"
+_BEST_BITS = f"{_BITS}::test_the_bits_of_an_average_are_the_best_there_are"
+
+MUTANTS = (
+    Mutant(
+        name="mask routers that learn nothing",
+        file="moe_tool/tuning/train_mask_router.py",
+        old="\n_LEARNING_RATE = 0.03",
+        new="\n_LEARNING_RATE = 0.0",
+        tests=_PRUNING,
+    ),
+    Mutant(
+        name="mask routers trained to keep what adds nothing",
+        file="moe_tool/tuning/train_mask_router.py",
+        old="loss = kl + penalty",
+        new="loss = -kl + penalty",
+        tests=_PRUNING,
+    ),
+    Mutant(
+        name="the gate-ratio rule judged at half of the rate",
+        file="moe_tool/tuning/judge_pruning.py",
+        old="np.array([share])",
+        new="np.array([share / 2])",
+        tests=_PRUNING,
+    ),
+    Mutant(
+        name="a hobbit cache that ignores the weight lhu",
+        file="moe_tool/policies/eviction/hobbit.py",
+        old="lru, lfu + lhu, fld",
+        new="lru, lfu, fld",
+        tests="tests/policies/test_eviction.py",
+    ),
+    Mutant(
+        name="the hobbit mix that finds least",
+        file="moe_tool/planning/eviction_replays.py",
+        old="max(_HOBBIT_MIXES",
+        new="min(_HOBBIT_MIXES",
+        tests="tests/planning/test_hobbit_mix.py",
+    ),
+    Mutant(
+        name="a calibration without some of its domains",
+        file="moe_tool/evaluation/calibrate.py",
+        old="in best.domains.items()",
+        new="in list(best.domains.items())[:1]",
+        tests=_SEARCH,
+    ),
+    Mutant(
+        name="a calibration to the weakest setting",
+        file="moe_tool/evaluation/calibrate.py",
+        old="trials[max(kept)])",
+        new="trials[min(kept)])",
+        tests=_SEARCH,
+    ),
+    Mutant(
+        name="a calibration whose interval may leave the limit",
+        file="moe_tool/evaluation/calibrate.py",
+        old="return self.figures.kl_mean.high",
+        new="return self.figures.kl_mean.low",
+        tests=_SEARCH,
+    ),
+    Mutant(
+        name="a search that stops after its first round",
+        file="moe_tool/evaluation/calibrate.py",
+        old="_ROUNDS = 3",
+        new="_ROUNDS = 1",
+        tests=_SEARCH,
+    ),
+    Mutant(
+        name="costs of bits that forget how often an expert is used",
+        file="moe_tool/planning/bit_costs.py",
+        old="kl_ratio * each.nats * use * squared",
+        new="kl_ratio * each.nats * use.mean() * squared",
+        tests=_BEST_BITS,
+    ),
+    Mutant(
+        name="a planner that minimizes something else",
+        file="moe_tool/planning/mixed_allocations.py",
+        old="cost.reshape(-1, len(WIDTHS)),",
+        new="np.sqrt(cost).reshape(-1, len(WIDTHS)),",
+        tests=_BEST_BITS,
+    ),
+    Mutant(
+        name="a planner that spends more bytes than the limit asks for",
+        file="moe_tool/planning/mixed_allocations.py",
+        old="_nats(costs, found) <= max_nats",
+        new="_nats(costs, found) <= max_nats / 2",
+        tests=f"{_BITS}::test_no_fewer_bytes_keep_a_limit_of_loss",
+    ),
+    Mutant(
+        name="layers that all feel the same",
+        file="moe_tool/packing/measure_bit_prices.py",
+        old="np.clip(measured / expected,",
+        new="np.clip(1.0,",
+        tests=_BITS,
+    ),
+    Mutant(
+        name="errors of experts judged by another width",
+        file="moe_tool/packing/measure_bit_prices.py",
+        old="eps[at, expert] = found.eps",
+        new="eps[at - 1, expert] = found.eps",
+        tests=_BITS,
+    ),
+    Mutant(
+        name="zero points moved once",
+        file="moe_tool/quantization/hqq.py",
+        old="_TURNS = 20",
+        new="_TURNS = 1",
+        tests="tests/quantization/test_hqq.py",
+    ),
+    Mutant(
+        name="a norm that minds outliers",
+        file="moe_tool/quantization/hqq.py",
+        old="_NORM = 0.7",
+        new="_NORM = 1.9",
+        tests="tests/quantization/test_hqq.py",
+    ),
+    Mutant(
+        name="a cache per layer with fewer slots than layers",
+        file="moe_tool/store/slot_book.py",
+        old="if per_layer and 0 < capacity",
+        new="if per_layer and 0 > capacity",
+        tests="tests/runtime/test_eviction.py::test_a_cache_per_layer_needs_a_slot_for_each_layer",
+    ),
+    Mutant(
+        name="buddies drawn at random",
+        file="moe_tool/policies/misses/buddy.py",
+        old="make=_make,",
+        new="make=__import__(f'{__package__}.random_resident', fromlist=['_make'])._make,",
+        tests="tests/evaluation/test_buddies_against_controls.py",
+    ),
+    Mutant(
+        name="a hub that is tried without asking whether it answers",
+        file="moe_tool/text/hub_datasets.py",
+        old="online = not offline and hub_is_reachable()",
+        new="online = not offline",
+        tests="tests/text/test_sources.py",
+    ),
+    Mutant(
+        name="waiting that counts nothing",
+        file="moe_tool/store/record_store.py",
+        old="counters.stall_seconds += time.perf_counter() - started",
+        new="counters.stall_seconds += 0 * (time.perf_counter() - started)",
+        tests="tests/store/test_record_store.py",
+    ),
+    Mutant(
+        name="an interval over tokens in place of sequences",
+        file="moe_tool/evaluation/bootstrap.py",
+        old="size=(n_resamples, n_sequences)",
+        new="size=(n_resamples, values.size)",
+        tests="tests/evaluation/test_bootstrap.py",
+    ),
+)
