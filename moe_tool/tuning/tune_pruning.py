@@ -49,12 +49,12 @@ _MIN_SEQ_LEN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningOptions:
-    """What is trained for, and on how much text."""
+    """Aim of a training, and its text."""
 
     rate: float = 0.2
     """Share of the chosen experts to be left out"""
     tokens: int = 131072
-    """Of text, all domains together; an eighth is kept apart"""
+    """Tokens of text, all domains together; an eighth is kept apart"""
     seq_len: int = 256
     """Capped at what the model was made for"""
     batch: int = 8
@@ -62,7 +62,7 @@ class TunePruningOptions:
     memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
-    """Of the choice of text and of every draw"""
+    """Seed of the choice of text and of every draw"""
     threads: int | None = None
     offline: bool = False
 
@@ -228,8 +228,7 @@ def _require_whole(folder: Path, manifest: BundleManifest) -> None:
         )
     if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
-            "bundles of all experts",
+            f"{len(manifest.removed)} experts were removed from {folder}: mask routers need all",
             hint="pack one with --bits, or with a plan that leaves none out",
         )
 
@@ -312,7 +311,8 @@ def _open(
 
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
-    """What decides the outcome of a training: another one does not go on with its state."""
+    """Return a digest of all that decides the outcome of a training: another training does not go
+    on with its state."""
     weights = manifest.model_dump_json(include={"identity", "forms", "removed", "skeleton"})
     return order_digest(
         {
