@@ -49,12 +49,12 @@ _MIN_SEQ_LEN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningOptions:
-    """What is trained for, and on how much text."""
+    """Goal of the training, and its text."""
 
     rate: float = 0.2
     """Share of the chosen experts to be left out"""
     tokens: int = 131072
-    """Of text, all domains together; an eighth is kept apart"""
+    """Tokens of text, all domains together; an eighth is kept apart"""
     seq_len: int = 256
     """Capped at what the model was made for"""
     batch: int = 8
@@ -62,7 +62,7 @@ class TunePruningOptions:
     memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
-    """Of the choice of text and of every draw"""
+    """Seeds the choice of text and every draw"""
     threads: int | None = None
     offline: bool = False
 
@@ -223,19 +223,18 @@ def _write(
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
     if manifest.selectors:
         raise UsageError(
-            f"the experts of {folder} are in channels, through which nothing is trained",
+            f"the experts of {folder} are stored in channels, which cannot be trained through",
             hint="tune a bundle that was packed without --sparse-experts",
         )
     if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
-            "bundles of all experts",
-            hint="pack one with --bits, or with a plan that leaves none out",
+            f"{folder} lacks {len(manifest.removed)} experts: mask routers need all of them",
+            hint="pack one with --bits, or with a plan that removes none",
         )
 
 
 def _share_of_light(rate: float, shape: MoeShape) -> float:
-    """The share of the slots after the heaviest that a share of all is."""
+    """Convert a share of all slots to a share of the slots after the heaviest."""
     if shape.top_k < 2:
         raise UnsupportedModelError(
             "this model has one expert per token, so nothing of it can be pruned",
@@ -312,8 +311,8 @@ def _open(
 
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
-    """What decides the outcome of a training: another one does not go on with its state."""
-    weights = manifest.model_dump_json(include={"identity", "records", "others", "skeleton"})
+    """Return a digest of what decides a training: another one does not go on with its state."""
+    weights = manifest.model_dump_json(include={"identity", "forms", "removed", "skeleton"})
     return order_digest(
         {
             "bundle": hashlib.sha256(weights.encode()).hexdigest(),

@@ -83,7 +83,7 @@ def test_the_newest_artifacts_are_found_and_named(pipeline: Pipeline) -> None:
 
 def test_the_controls_share_a_table_with_their_policy(pipeline: Pipeline) -> None:
     rows = {row["policy"]: row for row in pipeline.evaluate.fields["rows"]}
-    kinds = {"exact", "buddy", "drop", "random", "next-ranked", "near-tie", "priced"}
+    kinds = {"exact", "buddy", "cache-prior", "drop", "random", "next-ranked", "near-tie", "priced"}
     assert {name.partition(":")[0] for name in rows} == kinds
     assert sum(name.startswith("priced:") for name in rows) == 5
     beside = {row["policy"]: row for row in pipeline.evaluate.fields["at_no_more_bytes"]}
@@ -100,7 +100,7 @@ def test_the_controls_share_a_table_with_their_policy(pipeline: Pipeline) -> Non
 
 @pytest.mark.parametrize("policy", ["buddy", "drop", "random", "next-ranked"])
 def test_a_row_of_the_table_is_what_its_policy_has_alone(pipeline: Pipeline, policy: str) -> None:
-    rows = {row["policy"]: row["figures"] for row in pipeline.evaluate.fields["rows"]}
+    rows = {row["policy"]: row for row in pipeline.evaluate.fields["rows"]}
     options = EvaluateOptions(tokens=256, seq_len=32, memory=parse_memory("50%"), policy=policy)
     text = parse_sources([f"words={pipeline.folder / 'words.txt'}"])
     alone = evaluate(pipeline.folder / "bundle", text, options).figures
@@ -110,7 +110,7 @@ def test_a_row_of_the_table_is_what_its_policy_has_alone(pipeline: Pipeline, pol
     assert rows[policy]["perplexity"] == pytest.approx(alone.perplexity.value, rel=1e-4)
     assert rows[policy]["substitutions_per_token"] == alone.substitutions_per_token
     assert rows[policy]["bytes_read_per_token"] == alone.bytes_read_per_token.value
-    others = [figures["kl_mean"] for name, figures in rows.items() if name != policy]
+    others = [row["kl_mean"] for name, row in rows.items() if name != policy]
     assert all(abs(other - kl) > 1e-4 for other in others)
 
 
