@@ -57,6 +57,8 @@ class Session:
     """Positions that count as prompt in the forwards to come; None: a forward of one token with a
     cache is decoding"""
     shadow: Shadow | None = None
+    torch_threads_before: int
+    """Threads of torch to go back to when the session closes"""
     _hooks: list[Any] = field(default_factory=list, repr=False)
 
     @property
@@ -102,7 +104,7 @@ class Session:
             self._hooks.pop().remove()
         if self.runner.attention is not None:
             self.runner.attention.close()
-        torch.set_num_threads(self.plan.threads.n_threads)
+        torch.set_num_threads(self.torch_threads_before)
         self.runner.store.close()
         self.bundle.close()
 
@@ -241,6 +243,7 @@ def load_session(
             used_bytes=current_rss_bytes(),
             available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
         )
+        torch_threads_before = torch.get_num_threads()
         plan.threads.begin()
         if tokenizer is None:
             tokenizer = load_tokenizer(bundle.folder)
@@ -268,6 +271,7 @@ def load_session(
         plan=plan,
         runner=runner,
         make_store=make_store,
+        torch_threads_before=torch_threads_before,
         shadow=Shadow(every=options.shadow) if is_shadowed else None,
     )
     session._listen()
