@@ -27,7 +27,7 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
         details={
             name: found
             for name, found in manifest.model_dump(
-                mode="json", include={"calibration", "lineage", "pruning"}
+                mode="json", include={"calibration", "lineage", "sections"}
             ).items()
             if found
         },

@@ -1,4 +1,4 @@
-"""What a checkpoint is: shape, identity, and which tensors belong to what."""
+"""Description of a checkpoint: shape, identity, and which tensors belong to what."""
 
 from dataclasses import dataclass
 from typing import cast

@@ -19,7 +19,7 @@ class FullHash:
 
     @property
     def digests(self) -> dict[str, str]:
-        """What was collected: hex digests by tensor name, or by tensor name and row."""
+        """Digests collected: hex digests by tensor name, or by tensor name and row."""
         return dict(sorted(self._digests.items()))
 
     def result(self) -> str:

@@ -1,4 +1,4 @@
-"""What of a model's generation_config.json is followed: the rest is never even built."""
+"""Settings of a model's generation_config.json that are followed: the rest is never even built."""
 
 import os
 from pathlib import Path

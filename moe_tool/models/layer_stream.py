@@ -36,7 +36,7 @@ from moe_tool.models.tensor_map import TensorMap
 
 @dataclass(frozen=True, slots=True)
 class _CallArguments:
-    """What a decoder layer is called with, besides the hidden states."""
+    """Arguments of a decoder layer, besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

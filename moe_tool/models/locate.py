@@ -47,7 +47,7 @@ class LocatedModel:
 
     folder: Path
     name: str
-    """What the user typed: alias or hub id; a folder's own name."""
+    """Name that the user typed: alias or hub id; a folder's own name."""
 
 
 def model_to_type(name: str) -> str:

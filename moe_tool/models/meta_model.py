@@ -14,7 +14,7 @@ from moe_tool.models.moe_layers import find_moe_layers, unsupported
 
 EXPERTS_IMPLEMENTATION = "moe_tool"
 CALL_ATTRIBUTE = "_moe_tool_call"
-"""Where an experts module keeps the callable that answers for it: a plain attribute."""
+"""Attribute in which an experts module keeps the callable that answers for it."""
 
 
 def build_meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -40,7 +40,7 @@ _NEVER_USED = frozenset(
 """Keys that say nothing of what the model computes; left over from other people's runs"""
 _HINT = "download the checkpoint again"
 _QUANTIZED_FILES = {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
-"""Where formats are described that config.json does not name"""
+"""Files that describe formats which config.json does not name"""
 _RECORD_AGAIN = "record the profile again with moe-tool profile"
 
 

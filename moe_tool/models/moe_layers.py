@@ -1,4 +1,4 @@
-"""Where the experts and the router of every MoE layer are inside a transformers model."""
+"""Experts and router of every MoE layer inside a transformers model."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ SUPPORTED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """What a router answers."""
+    """Answer of a router."""
 
     logits: torch.Tensor
     """[T, E]"""
@@ -52,7 +52,7 @@ class MoeLayerModules:
     """The experts module of transformers' interface."""
     router: nn.Module
     block: nn.Module
-    """What holds router and experts; some architectures keep the selection bias here."""
+    """Module that holds router and experts; some architectures keep the selection bias here."""
     logits_position: int
     """Position of the logits in the router's output."""
 

@@ -21,7 +21,7 @@ _ROUTED_ATTRIBUTE = "_moe_tool_router_logits"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCall:
-    """What the model asks of the experts of one layer."""
+    """Call of the experts of one layer."""
 
     layer: int
     """Decoder-layer index."""

@@ -38,12 +38,12 @@ _REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """What is read at once: a group of tensors, or the parts of a matrix of codes."""
+    """One read: a group of tensors, or the parts of a matrix of codes."""
 
     target: str
     is_codes: bool
     names: tuple[str, ...]
-    """Of the tensors"""
+    """Names of the tensors"""
     held_bytes: int
     """Once loaded"""
 
@@ -108,7 +108,7 @@ class SkeletonLoader:
 
     @property
     def held_bytes(self) -> int:
-        """What the loaded skeleton takes."""
+        """Return the bytes of the loaded skeleton."""
         return sum(step.held_bytes for step in self._steps)
 
     @property
@@ -207,7 +207,7 @@ class SkeletonLoader:
         return tensor.dtype.itemsize
 
     def _position(self, step: _Step) -> tuple[str, int]:
-        """Where a step's first tensor lies: files are read from their start to their end."""
+        """Return where a step's first tensor lies: files are read from their start to their end."""
         info = self._checkpoint.tensors[step.names[0]]
         return str(info.file), info.offset
 

@@ -44,11 +44,11 @@ class SkeletonSource:
         self.shapes = linear_shapes(model, tensor_map.moe_layers.values())
         """Every matrix that may be stored as codes -> (out, in)"""
         self.groups: list[LinearGroup] = []
-        """What makes these matrices, in the order of the model"""
+        """Tensors that make these matrices, in the order of the model"""
         self.tensor_names: list[str] = tensor_map.skeleton_names()
         """On-disk names, sorted, of everything but the experts"""
         self.other_names: list[str] = self._sort(model)
-        """Those of them that are still needed when `groups` are stored as codes"""
+        """Groups that are still needed when `groups` are stored as codes"""
 
     def read(self, group: LinearGroup) -> Iterator[tuple[str, torch.Tensor]]:
         """Read a group; yield its matrices by name, in the checkpoint's dtype."""

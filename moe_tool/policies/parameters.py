@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moe_tool.errors import UsageError
 
 _WHOLE = re.compile(r"-?[0-9]{1,9}")
-"""At most nine digits: int() refuses thousands of them"""
+"""Whole number of nine digits at most: int() refuses thousands of them"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ class ExpertInputs:
 
     @cached_property
     def exact_inner(self) -> torch.Tensor:
-        """[n, I] float32: what the last matrix is given by exact ones before it"""
+        """[n, I] float32: inputs of the last matrix, from exact ones before it"""
         return self.inner_of({})
 
     @cached_property

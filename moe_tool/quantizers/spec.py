@@ -45,13 +45,13 @@ class QuantizerSpec:
     """Measure that is never more than with rounding to nearest, for each matrix but the last of a
     quantizer that refits it; None: nothing of the kind is promised"""
     needs_inputs: bool = False
-    """It goes by what experts are given on a profile's tokens"""
+    """Whether it goes by the inputs of experts on a profile's tokens"""
     is_profiled: bool = False
-    """A profile has measured its errors at every width; of others `plan` has to measure them"""
+    """Whether a profile has its errors at every width; those of others `plan` has to measure"""
     makes_zeros: bool = False
-    """Scales have zero points; otherwise grids are symmetric"""
+    """Whether scales have zero points; otherwise grids are symmetric"""
     refit_last: RefitLast | None = None
-    """How it makes up in the last matrix for those before it; None: it does not"""
+    """Function that makes up in the last matrix for errors before it; None: nothing does"""
     source: str = ""
     """Paper of the rule"""
 

@@ -1,11 +1,12 @@
-"""Which tokens end a text, from the three places that may name them."""
+"""Which tokens end a text, by the three places that may name them; what ended it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_tool.artifacts.run_result import StopReason
 from moe_tool.models.model_config import read_config_text
 
 
@@ -60,6 +61,33 @@ def find_end_tokens(
     if added and len(added) < len(found):
         note = f"text ends also at {' and '.join(added)}: the generation settings lack it"
     return EndTokens(ids=tuple(sorted(found)), note=note)
+
+
+def until_end(row: Sequence[int], stops: Set[int]) -> tuple[int, ...]:
+    """Return a row without the padding that follows its end-of-text token."""
+    for position, token in enumerate(row):
+        if token in stops:
+            return tuple(row[: position + 1])
+    return tuple(row)
+
+
+def stop_reason(
+    row: Sequence[int], stops: Set[int], *, room: int, max_tokens: int, interrupted: bool
+) -> StopReason:
+    """Return what ended a text.
+
+    Args:
+        row: its tokens, as `until_end` gives them.
+        stops: end-of-text tokens that were followed.
+        room: tokens that the context had room for.
+        max_tokens: tokens that were asked for.
+        interrupted: whether it was stopped from outside.
+    """
+    if row and row[-1] in stops:
+        return "end_of_text"
+    if interrupted:
+        return "interrupted"
+    return "context" if room < max_tokens else "max_tokens"
 
 
 def _ids(value: object) -> Sequence[int]:

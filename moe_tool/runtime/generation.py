@@ -2,7 +2,7 @@
 counted."""
 
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from moe_tool.runtime.decoding_config import (
     end_tokens_of,
     pad_token,
 )
+from moe_tool.runtime.end_tokens import stop_reason, until_end
 from moe_tool.runtime.open_stores import staying_by_form
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.run_options import RunOptions
@@ -174,11 +175,13 @@ def generate_ids(
         session.prompt_tokens = None
         session.model.generation_config = own_config
     stops = frozenset(config.eos_token_id or ())
-    rows = [_until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
+    rows = [until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
     return Generated(
         token_ids=tuple(rows),
         stop_reasons=tuple(
-            _stop_reason(row, stops, room=room, options=options, interrupted=interrupted)
+            stop_reason(
+                row, stops, room=room, max_tokens=options.max_tokens, interrupted=interrupted
+            )
             for row in rows
         ),
         started_at=started_at,
@@ -227,34 +230,11 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
 
 
 def _longer_context(session: Session) -> str:
-    """What to do where the context is full: only what the model allows."""
+    """Return what to do where the context is full: only what the model allows."""
     most = context_length(session.model.config.get_text_config())
     if most is not None and most <= session.plan.workload.positions:
         return f"a shorter prompt: the model was made for {most} positions"
     return f"a shorter prompt, or a larger --context{'' if most is None else f', up to {most}'}"
-
-
-def _until_end(row: list[int], stops: Set[int]) -> tuple[int, ...]:
-    """A row without the padding that follows its end-of-text token."""
-    for position, token in enumerate(row):
-        if token in stops:
-            return tuple(row[: position + 1])
-    return tuple(row)
-
-
-def _stop_reason(
-    row: Sequence[int],
-    stops: Set[int],
-    *,
-    room: int,
-    options: GenerateOptions,
-    interrupted: bool,
-) -> StopReason:
-    if row and row[-1] in stops:
-        return "end_of_text"
-    if interrupted:
-        return "interrupted"
-    return "context" if room < options.max_tokens else "max_tokens"
 
 
 def _result(session: Session, made: Generated, text: str) -> RunResult:

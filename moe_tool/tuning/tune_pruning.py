@@ -49,12 +49,12 @@ _MIN_SEQ_LEN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningOptions:
-    """What is trained for, and on how much text."""
+    """Goal of the training, and its text."""
 
     rate: float = 0.2
     """Share of the chosen experts to be left out"""
     tokens: int = 131072
-    """Of text, all domains together; an eighth is kept apart"""
+    """Tokens of text, all domains together; an eighth is kept apart"""
     seq_len: int = 256
     """Capped at what the model was made for"""
     batch: int = 8
@@ -62,7 +62,7 @@ class TunePruningOptions:
     memory: MemoryRequest | None = None
     """Budget of the process; None: what is free less a margin"""
     seed: int = 0
-    """Of the choice of text and of every draw"""
+    """Seeds the choice of text and every draw"""
     threads: int | None = None
     offline: bool = False
 
@@ -312,8 +312,8 @@ def _open(
 
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
-    """What decides the outcome of a training: another one does not go on with its state."""
-    weights = manifest.model_dump_json(include={"identity", "records", "others", "skeleton"})
+    """Return a digest of what decides a training: another one does not go on with its state."""
+    weights = manifest.model_dump_json(include={"identity", "forms", "removed", "skeleton"})
     return order_digest(
         {
             "bundle": hashlib.sha256(weights.encode()).hexdigest(),

@@ -80,11 +80,9 @@ def tune_weights(
         progress: told about every step.
 
     Raises:
-        UsageError: the bundle holds no codes, `out` holds something else, an option means nothing.
-        WrongModelError: the bundle was packed from another checkpoint.
+        UsageError, WrongModelError: the bundle, `out`, an option or the checkpoint does not fit.
         BudgetError: the budget is too small: with what would do.
-        CorruptArtifactError, DataSourceError, NotFoundError, StorageError: an input or the disk is
-            not as it should be.
+        CorruptArtifactError, DataSourceError, NotFoundError, StorageError: an input, or the disk.
     """
     start = time.perf_counter()
     options.require_possible()

@@ -1,6 +1,7 @@
 """Descriptions: a kind for each artifact, facts from headers, and nothing left open."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.inspection.description import Description
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.progress import SILENT
 from moe_tool.reports.description_tables import tables_of
+from tests.formats.made_mask_router import LEARNED, put_mask_router
+from tests.packed import pack_bundle
 
 
 def describe(path: Path, *, verify: bool = False) -> Description:
@@ -49,6 +51,14 @@ def test_a_bundle_is_described_and_closed(
     handles = Path("/proc/self/fd")
     assert len(kept) == 1
     assert not [one for one in os.listdir(handles) if str(bundle) in _target(handles / one)]
+
+
+def test_learned_routers_are_named(bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    put_mask_router(copy)
+    found = describe(copy)
+    assert found.facts["pruning"] == f"trained to leave out {LEARNED.rate:.0%} of the experts"
+    assert found.details["sections"]["mask-router"]["body"]["rate"] == LEARNED.rate
 
 
 def _target(handle: Path) -> str:

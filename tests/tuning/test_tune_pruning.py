@@ -27,7 +27,7 @@ from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import TextSource, parse_sources
 from moe_tool.tuning import tune_pruning as story
-from moe_tool.tuning.train_mask_router import MaskTraining
+from moe_tool.tuning.train_mask_router import MaskTraining, TrainingPlan
 from moe_tool.tuning.tune_pruning import TunePruningOptions, tune_pruning
 from tests.packed import pack_bundle
 from tests.planning.made_plan import made_plan
@@ -179,6 +179,26 @@ def test_a_state_of_another_training_is_not_gone_on_with_and_a_damaged_one_is_re
         tune_pruning(bundle, sources, SMALL)
 
 
+def test_a_state_belongs_to_the_weights_it_was_trained_with(bundle: Path) -> None:
+    """One record that is another one, or an expert less, is another training."""
+    with BundleReader.open(bundle) as reader:
+        manifest = reader.manifest
+    plan = TrainingPlan(share=0.2, ids=torch.arange(12).view(3, 4), batch=1, seed=0)
+    (table,) = manifest.forms
+    first = table.records[0].model_copy(update={"xxh3": "0" * 16})
+    other = table.model_copy(update={"records": (first, *table.records[1:])})
+    changed = [
+        manifest,
+        manifest.model_copy(update={"forms": (other,)}),
+        manifest.model_copy(update={"removed": ((0, 0),)}),
+        manifest.model_copy(update={"skeleton": manifest.skeleton[1:]}),
+    ]
+    orders = [story._order(each, plan, SMALL) for each in changed]
+    assert len(set(orders)) == 4
+    heat = manifest.model_copy(update={"heat": None, "plan": None, "sections": {}})
+    assert story._order(heat, plan, SMALL) == orders[0]
+
+
 def _fails(*_: object) -> None:
     raise OSError("no disk")
 
@@ -197,7 +217,7 @@ def test_nothing_else_of_the_bundle_changes_and_an_old_router_makes_room(
         reader.verify_all()
         assert reader.manifest.pruning is not None
         assert reader.manifest.model_copy(
-            update={"pruning": None, "files": reader.manifest.files[:-1]}
+            update={"sections": {}, "files": reader.manifest.files[:-1]}
         ).model_dump() == _manifest(before["manifest.json"], bundle)
 
 

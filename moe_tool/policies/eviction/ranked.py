@@ -26,7 +26,7 @@ class Ranked:
         self._ranks = np.full((shape.n_layers, shape.n_experts), _ABSENT, dtype=np.int64)
         self._flat = self._ranks.reshape(-1)
         self.layer_ranks: np.ndarray | None = None
-        """[L] int64"""
+        """[L] int64: rank added to those of a layer's experts"""
 
     def begin_call(self, layer: int) -> None:
         """Count forwards: each visits the layers ascending."""

@@ -23,7 +23,7 @@ class BuddyTable:
     expert: np.ndarray
     """[E, B] int64, best first"""
     scale: np.ndarray
-    """[E, B] float32"""
+    """[E, B] float32: factor on the gate weight"""
 
 
 def buddy_tables(layers: Sequence[LayerBuddies]) -> dict[int, BuddyTable]:

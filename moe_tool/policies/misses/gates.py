@@ -1,4 +1,4 @@
-"""When a miss may be answered by something else: BuddyMoE's gates, shared by all lossy policies."""
+"""BuddyMoE's gates: conditions under which a miss may be answered by something else."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

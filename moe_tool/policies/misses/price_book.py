@@ -39,7 +39,7 @@ class LayerBook:
     """One layer's prices. E experts, F forms, B listed stand-ins."""
 
     nats: np.ndarray
-    """[E] float64: of a slot with gate weight 1 that is answered by nothing"""
+    """[E] float64: price of a slot with gate weight 1 that is answered by nothing"""
     eps: np.ndarray
     """[F, E] float64: effective error of each form; 0 at PRIMARY, infinite where a cheaper form is
     not stored"""
@@ -48,7 +48,7 @@ class LayerBook:
     buddy: np.ndarray
     """[E, B] int64: listed stand-ins; -1 where there is none"""
     buddy_scale: np.ndarray
-    """[E, B] float64"""
+    """[E, B] float64: factor on the gate weight"""
     buddy_eps: np.ndarray
     """[E, B] float64: relative error at that scale; infinite where there is none"""
 

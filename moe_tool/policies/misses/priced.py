@@ -1,4 +1,4 @@
-"""Whatever is expected to cost least answers a missing expert."""
+"""Answer to a missing expert by whatever is expected to cost least."""
 
 import math
 from collections.abc import Mapping

@@ -36,14 +36,14 @@ class PolicySpec:
     """Inputs that it cannot do without, in the order in which they are checked"""
     residents: Residents = "hottest"
     acts_on_hits: bool = False
-    """It leaves out experts that are in memory too"""
+    """Whether experts that are in memory are left out too"""
     strength: Strength | None = None
     """The parameter that `calibrate` searches; None: there is nothing to search"""
     alternatives: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Other parameters and their values, which `calibrate` tries at the strength that it found
     where experts are substituted"""
     in_controls: bool = True
-    """It is a row of the table of `evaluate --controls`"""
+    """Whether it is a row of the table of `evaluate --controls`"""
     controls: Callable[[Values, PolicyInputs], tuple[str, ...] | None] | None = None
     """Function from values to the policies that stand beside it in that table instead of the usual
     ones; it may return None for those too"""
