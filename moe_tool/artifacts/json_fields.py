@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from pydantic import BaseModel
-
 
 class Spread:
     """Base of groups whose keys stand beside those of the result that holds them."""
@@ -28,8 +26,9 @@ def json_fields(value: Any) -> Any:
         return {str(key): json_fields(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [json_fields(each) for each in value]
-    if isinstance(value, BaseModel):
-        return json_fields(value.model_dump(mode="json"))
+    dump = getattr(value, "model_dump", None)  # pydantic's models; --help has no time to import it
+    if callable(dump):
+        return json_fields(dump(mode="json"))
     if is_dataclass(value):
         return object_fields(value)
     as_list = getattr(value, "tolist", None)  # numpy's arrays and scalars

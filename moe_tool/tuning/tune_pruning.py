@@ -223,19 +223,18 @@ def _write(
 def _require_whole(folder: Path, manifest: BundleManifest) -> None:
     if manifest.selectors:
         raise UsageError(
-            f"the experts of {folder} are in channels, through which nothing is trained",
+            f"the experts of {folder} are stored in channels, which cannot be trained through",
             hint="tune a bundle that was packed without --sparse-experts",
         )
     if manifest.removed:
         raise UsageError(
-            f"{folder} leaves {len(manifest.removed)} experts out already: mask routers are for "
-            "bundles of all experts",
-            hint="pack one with --bits, or with a plan that leaves none out",
+            f"{folder} lacks {len(manifest.removed)} experts: mask routers need all of them",
+            hint="pack one with --bits, or with a plan that removes none",
         )
 
 
 def _share_of_light(rate: float, shape: MoeShape) -> float:
-    """The share of the slots after the heaviest that a share of all is."""
+    """Convert a share of all slots to a share of the slots after the heaviest."""
     if shape.top_k < 2:
         raise UnsupportedModelError(
             "this model has one expert per token, so nothing of it can be pruned",

@@ -58,6 +58,7 @@ def test_the_table_has_every_policy_that_the_bundle_can_run(
         "exact",
         "drop",
         "near-tie",
+        "cache-prior",
         "next-ranked",
         "random",
     ]
