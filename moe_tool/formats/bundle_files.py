@@ -23,7 +23,7 @@ class ExpertFile:
     header: bytes
     """Length prefix, JSON, padding: where it ends, on a multiple of ALIGNMENT_BYTES, data start"""
     records: tuple[tuple[int, int], ...]
-    """(layer, expert) in file order"""
+    """Experts, as (layer, expert), in file order"""
     record_size_bytes: int
 
     def offset(self, position: int) -> int:

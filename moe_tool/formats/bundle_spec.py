@@ -22,7 +22,7 @@ class FormPlan:
     role: Role
     precision: AnyPrecision
     experts: frozenset[tuple[int, int]]
-    """(layer, expert) of those that get a record"""
+    """Experts, as (layer, expert), that get a record"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +32,9 @@ class BundleSpec:
     identity: ModelIdentity
     shape: MoeShape
     order: tuple[tuple[int, int], ...]
-    """(layer, expert) in file order, removed ones included"""
+    """Experts, as (layer, expert), in file order, removed ones included"""
     forms: tuple[FormPlan, ...]
-    """In the manifest's order, see `planned_forms`"""
+    """Tables in the manifest's order, see `planned_forms`"""
     removed: frozenset[tuple[int, int]] = frozenset()
     made_from: Mapping[str, str]
     """Options and input hashes; a bundle or part of one with others is refused"""

@@ -114,8 +114,8 @@ class BundleWriter:
 
     @property
     def to_write(self) -> Sequence[tuple[int, int, int]]:
-        """(form, layer, expert) of the records that are still to be written, in order: all forms
-        of an expert, then the next expert."""
+        """Records, as (form, layer, expert), that are still to be written, in order: all forms of
+        an expert, then the next expert."""
         return self._plan.order[self.n_written :]
 
     def write_record(

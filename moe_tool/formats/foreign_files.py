@@ -1,4 +1,4 @@
-"""What people give in place of a checkpoint: recognized by name, told with the way on."""
+"""Files that people give in place of a checkpoint: recognized by name, told with the way on."""
 
 import shlex
 from pathlib import Path

@@ -27,11 +27,11 @@ class Segment:
 
     name: str
     offset: int
-    """From the start of the record, a multiple of ALIGNMENT_BYTES"""
+    """Offset from the start of the record, a multiple of ALIGNMENT_BYTES"""
     size_bytes: int
-    """With padding, a multiple of ALIGNMENT_BYTES"""
+    """Size with padding, a multiple of ALIGNMENT_BYTES"""
     n_bytes: int
-    """Without padding"""
+    """Size without padding"""
     dtype: str
     shape: tuple[int, ...]
 

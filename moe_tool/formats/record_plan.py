@@ -15,11 +15,11 @@ class RecordPlan:
     forms: tuple[RecordForm[Any], ...]
     """Forms of the tables, in the manifest's order"""
     base_bytes: tuple[int, ...]
-    """By table: length of the first bits at the beginning of a nested record; 0 of any other"""
+    """Length, by table, of the first bits at the beginning of a nested record; 0 of any other"""
     order: tuple[tuple[int, int, int], ...]
-    """(table, layer, expert) of each record: all forms of an expert, then the next expert"""
+    """Records as (table, layer, expert): all forms of an expert, then the next expert"""
     files: tuple[tuple[ExpertFile, ...], ...]
-    """By table"""
+    """Files of records, by table"""
     places: tuple[tuple[ExpertFile, int], ...]
     """File of each record, and its position there"""
 

@@ -33,9 +33,9 @@ class ExpertSample:
     tensors: Mapping[str, torch.Tensor]
     """The expert's weights, in the checkpoint's dtype"""
     fitted_on: torch.Tensor
-    """[n, H] float32"""
+    """Inputs to fit on, [n, H] float32"""
     measured_on: torch.Tensor
-    """[m, H] float32"""
+    """Inputs to measure on, [m, H] float32"""
     is_own: bool
     """Both are tokens that its router sent to it; of an expert that is wanted too rarely, all
     that there are"""
@@ -54,11 +54,11 @@ class CalibratedLayer:
     module: Any
     experts: Mapping[int, Mapping[str, torch.Tensor]]
     inputs: torch.Tensor
-    """[T, H] float32"""
+    """Inputs of the experts, [T, H] float32"""
     index: torch.Tensor
-    """[T, K] int64"""
+    """Experts wanted, [T, K] int64"""
     held_out: torch.Tensor
-    """[T] bool"""
+    """Whether a token is held out, [T] bool"""
     disturb: Callable[[Mapping[int, ExpertWeights]], None]
     """Carry the watched sequences on with other weights of some of this layer's experts; see
     `CalibratedModel.divergences`"""

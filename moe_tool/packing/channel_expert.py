@@ -75,7 +75,8 @@ def channel_expert(
 def _selector(
     sample: ExpertSample, weight: IntegerWeight, channels: ChannelWeight, *, is_gate: bool
 ) -> Selector:
-    """With the sizes of its output on the expert's own tokens, whatever channel they are of."""
+    """Return the selector, with the sizes of its output on the expert's own tokens, whatever
+    channel they are of."""
     selector = Selector(
         weight=weight,
         is_gate=is_gate,

@@ -32,9 +32,9 @@ class MeasuredRecord:
     """One form of one expert."""
 
     record: torch.Tensor
-    """uint8 [form's layout.size_bytes]"""
+    """Record, uint8 [form's layout.size_bytes]"""
     eps: float | None
-    """Its measured error, see FormRecord; None: not an answer"""
+    """Measured error, see FormRecord; None: not an answer"""
     base_eps: float | None = None
     """Measured error of a nested expert's first bits"""
 
@@ -106,7 +106,7 @@ class ExpertRecords:
 
     @cached_property
     def _truth(self) -> torch.Tensor:
-        """[m, H]"""
+        """Exact answers, [m, H]"""
         return expert_forward(self._sample.module, self._exact, self._sample.measured_on)
 
     @cached_property

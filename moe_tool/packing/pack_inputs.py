@@ -25,7 +25,7 @@ class ProfileFacts:
     sha256: str | None
     heat: tuple[LayerHeat, ...] | None
     order: tuple[ExpertKey, ...]
-    """(layer, expert) in file order"""
+    """Experts, as (layer, expert), in file order"""
     full_hash: str | None
     """Hash of the whole checkpoint: the profile read every tensor of it"""
     prices: tuple[LayerPrices, ...] | None

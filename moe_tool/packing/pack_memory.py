@@ -20,7 +20,8 @@ _WORKING_COPIES = 6
 """Copies of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what
 is left of it, and what two of these are made from"""
 _SQUARES = 7
-"""[in, in] in float32: second moments, damped, ordered, their factor, inverse and its factor"""
+"""Matrices [in, in] in float32: second moments, damped, ordered, their factor, its inverse, and the
+factor of that"""
 _NESTED_SQUARES = 3
 """[in, in] kept of the whole codes while the base's are made"""
 

@@ -42,7 +42,7 @@ class PackOptions:
 
     @property
     def bits_name(self) -> str:
-        """As `--bits` takes it"""
+        """Primary precision as `--bits` takes it"""
         return "mixed" if self.bits is None else self.bits.name
 
     @property
@@ -54,7 +54,7 @@ class PackOptions:
 
     @property
     def replica_names(self) -> str:
-        """As `--replicas` takes it"""
+        """Replicas as `--replicas` takes them"""
         return ",".join(each.name for each in self.replicas)
 
 
