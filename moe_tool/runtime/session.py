@@ -241,7 +241,7 @@ def load_session(
             bundle,
             loader,
             used_bytes=current_rss_bytes(),
-            available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
+            available_bytes=_reachable_bytes(),
         )
         torch_threads_before = torch.get_num_threads()
         plan.threads.begin()
@@ -251,12 +251,8 @@ def load_session(
         skeleton = loader.load()
         progress.end()
     _warm_up(skeleton)
-    plan = settle(
-        plan,
-        manifest,
-        process_bytes=max(0, current_rss_bytes() - plan.skeleton_bytes),
-        available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
-    )
+    process_bytes = max(0, current_rss_bytes() - plan.skeleton_bytes)
+    plan = settle(plan, manifest, process_bytes=process_bytes, available_bytes=_reachable_bytes())
     plan = replace(plan, policy=with_masks(plan.policy, bundle))
     _announce(plan, bundle, progress)
     runner = _runner(plan, bundle, skeleton, make_store)
@@ -276,6 +272,11 @@ def load_session(
     )
     session._listen()
     return session
+
+
+def _reachable_bytes() -> int:
+    """Return what this process could grow to, its present size included."""
+    return anonymous_rss_bytes() + available_memory_bytes()
 
 
 def _announce(plan: RunPlan, bundle: BundleReader, progress: Progress) -> None:
