@@ -196,7 +196,7 @@ def _nearest(rows: Sequence[Row], where: Callable[[Row], float], wanted: float) 
 
 
 def _on_line(points: Sequence[tuple[int, float]], wanted: int) -> float:
-    """Interpolate linearly through ascending points; beyond the last, extrapolate without falling."""
+    """Interpolate linearly through ascending points; extrapolate beyond the last, never falling."""
     if wanted <= points[0][0] or len(points) == 1:
         return points[0][1]
     after = next((i for i, point in enumerate(points) if point[0] >= wanted), len(points) - 1)

@@ -106,7 +106,7 @@ def bench(
     format: _Format = "md",  # noqa: A002
     json: JsonOption = False,
 ) -> None:
-    """Measure tokens per second, for every combination of the comma-separated lists."""
+    """Measure tokens per second. Every combination of the lists is a row."""
     with open_output(as_json=json) as output:
         from moe_tool.benchmarking.bench_plan import (
             BenchOptions,

@@ -52,7 +52,7 @@ def calibrate(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Find the strongest lossy policy within a KL limit; `run` then uses it by default."""
+    """Find the strongest lossy policy within a KL limit. `run` uses it by default."""
     with open_output(as_json=json) as output:
         from moe_tool.text.sources import parse_sources, require_sources
 

@@ -25,7 +25,7 @@ def inspect(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Describe a file and its origin, and check that it is intact."""
+    """Describe a file or folder and check that it is intact."""
     with open_output(as_json=json) as output:
         from moe_tool.inspection.describe_artifact import describe_artifact
         from moe_tool.reports.description_tables import tables_of
