@@ -20,7 +20,7 @@ class LayerBitPrices(FrozenModel):
 
     layer: Index
     eps: Annotated[tuple[tuple[Error, ...], ...], Field(min_length=1, max_length=5)]
-    """[widths][E]: error of the expert's output relative to itself, on held-out tokens"""
+    """[widths][E]: relative error of the expert's output on held-out tokens"""
     kl_ratio: Annotated[float, Field(ge=0, le=1e6)]
     """Measured over predicted KL of the model with this layer alone at 2 bits; the prediction is
     its errors times the profile's sensitivity of the layer; 1 if not measured"""

@@ -83,7 +83,7 @@ class LayerHeat(FrozenModel):
 
 
 class Calibration(FrozenModel):
-    """Result of `moe-tool calibrate`: the policy that `run` follows, and what it costs."""
+    """Result of `moe-tool calibrate`: the default policy of `run` with its measured KL."""
 
     policy: Annotated[str, Field(pattern=r"^[a-z0-9:=,.+\-]{1,200}$")]
     """Policy in the syntax of `--policy`"""

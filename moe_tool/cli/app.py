@@ -151,7 +151,7 @@ def _interrupted(arguments: Sequence[str]) -> MoeToolError:
         again.append("--resume")
     if verb not in ("profile", "pack", "tune"):
         return MoeToolError("interrupted")
-    return MoeToolError(f"interrupted; what is done is kept: resume with\n    {shlex.join(again)}")
+    return MoeToolError(f"interrupted; finished work is kept: resume with\n    {shlex.join(again)}")
 
 
 def _usage_error(error: TyperException) -> UsageError:

@@ -72,8 +72,8 @@ PolicyOption = Annotated[
     typer.Option(
         "--policy",
         metavar="NAME[:KEY=N,...]",
-        help="What to do if an expert is not in memory; all but exact change the text; "
-        "{miss policies}.",
+        help="Answer to experts that are not in memory, {miss policies}; all but exact change the "
+        "text.",
         show_default="the calibrated one, or exact",
     ),
 ]
