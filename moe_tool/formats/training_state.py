@@ -31,7 +31,7 @@ class TrainingState:
 
 
 def order_digest(order: Mapping[str, Any]) -> bytes:
-    """Return a digest of everything that decides the outcome of a training."""
+    """Return a digest of all settings that decide the outcome of a training."""
     return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).digest()
 
 
