@@ -54,7 +54,7 @@ class CheckedBundle:
 
     manifest: BundleManifest
     forms: tuple[BundleForm, ...]
-    """In the order of the manifest's tables"""
+    """Forms in the order of the manifest's tables"""
     skeleton: Mapping[str, TensorInfo]
 
 

@@ -23,7 +23,7 @@ class ExpertFile:
     header: bytes
     """Length prefix, JSON and padding to a multiple of ALIGNMENT_BYTES; the data follow"""
     records: tuple[tuple[int, int], ...]
-    """(layer, expert) in file order"""
+    """Records as (layer, expert) in file order"""
     record_size_bytes: int
 
     def offset(self, position: int) -> int:

@@ -50,7 +50,7 @@ class BundleReader:
         self.folder = folder
         self.manifest = manifest
         self.forms = forms
-        """In the order of `manifest.forms`"""
+        """Forms in the order of `manifest.forms`"""
         self._skeleton = skeleton
         self._verified: set[tuple[int, int, int]] = set()  # records whose hash was found right
         self._verified_channels: dict[tuple[int, int], np.ndarray] = {}  # [I] bool

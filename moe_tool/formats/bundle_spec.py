@@ -21,7 +21,7 @@ class FormPlan:
     role: Role
     precision: AnyPrecision
     experts: frozenset[tuple[int, int]]
-    """(layer, expert) of the experts that get a record"""
+    """Experts with a record, (layer, expert)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class BundleSpec:
     identity: ModelIdentity
     shape: MoeShape
     order: tuple[tuple[int, int], ...]
-    """(layer, expert) in file order, removed ones included"""
+    """Experts in file order, (layer, expert), removed ones included"""
     forms: tuple[FormPlan, ...]
     """Tables in the manifest's order, see `planned_forms`"""
     removed: frozenset[tuple[int, int]] = frozenset()

@@ -113,8 +113,8 @@ class BundleWriter:
 
     @property
     def to_write(self) -> Sequence[tuple[int, int, int]]:
-        """(form, layer, expert) of the missing records in order: all forms of an expert, then the
-        next expert."""
+        """Missing records in order, (form, layer, expert): all forms of an expert, then the next
+        expert."""
         return self._plan.order[self.n_written :]
 
     def write_record(

@@ -27,7 +27,7 @@ class Segment:
 
     name: str
     offset: int
-    """From the start of the record, a multiple of ALIGNMENT_BYTES"""
+    """Offset from the start of the record, a multiple of ALIGNMENT_BYTES"""
     size_bytes: int
     """Size with padding, a multiple of ALIGNMENT_BYTES"""
     n_bytes: int

@@ -17,7 +17,7 @@ class RecordPlan:
     base_bytes: tuple[int, ...]
     """Length of the base at the beginning of a record by table; 0 if the table is not nested"""
     order: tuple[tuple[int, int, int], ...]
-    """(table, layer, expert) of each record: all forms of an expert, then the next expert"""
+    """Records in order, (table, layer, expert): all forms of an expert, then the next expert"""
     files: tuple[tuple[ExpertFile, ...], ...]
     """Files by table"""
     places: tuple[tuple[ExpertFile, int], ...]
