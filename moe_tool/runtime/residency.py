@@ -19,7 +19,7 @@ class FormRoom:
 
     n_slots: int
     pinned: tuple[ExpertKey, ...]
-    """(layer, expert) of the pinned experts"""
+    """Pinned experts, (layer, expert)"""
 
 
 def frozen_rooms(
