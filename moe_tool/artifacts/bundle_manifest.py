@@ -63,7 +63,7 @@ class SkeletonLinear(FrozenModel):
     `PARAMETER.scales`."""
 
     parameter: Annotated[str, Field(min_length=1, max_length=512)]
-    """Its name in transformers' model"""
+    """Name in transformers' model"""
     n_outputs: Annotated[int, Field(ge=1, lt=2**31)]
     n_inputs: Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -87,7 +87,7 @@ class Calibration(FrozenModel):
     """Result of `moe-tool calibrate`: the policy that `run` follows, and what it costs."""
 
     policy: Annotated[str, Field(pattern=r"^[a-z0-9:=,.+\-]{1,200}$")]
-    """As `--policy` takes it"""
+    """Policy as `--policy` takes it"""
     max_kl: Price
     """Limit that the upper end of the interval keeps"""
     quality: QualityFigure
@@ -155,7 +155,7 @@ class BundleManifest(FrozenModel):
     forms: Annotated[tuple[FormTable, ...], Field(min_length=1, max_length=64)]
     """Primary tables, the most bits first; then cheaper ones, the dearest first; then selectors"""
     removed: tuple[tuple[Index, Index], ...] = ()
-    """(layer, expert) of experts that are left out for good: nothing answers for them"""
+    """Experts, as (layer, expert), that are left out for good: nothing answers for them"""
     skeleton: tuple[SkeletonTensor, ...]
     """Every tensor of the skeleton files"""
     skeleton_precision: Precision
@@ -169,10 +169,10 @@ class BundleManifest(FrozenModel):
     refused"""
     profile_sha256: HexDigest | None
     heat: tuple[LayerHeat, ...] | None
-    """From the profile; None where the bundle was packed without one"""
+    """Use of the experts in the profile; None where the bundle was packed without one"""
     buddies: BundleBuddies | None
     prices: tuple[LayerPrices, ...] | None = None
-    """None where the bundle was packed without a profile"""
+    """Prices from the profile; None where the bundle was packed without one"""
     calibration: Calibration | None = None
     """The lossy policy that `run` follows where nothing else is asked for; None: exact"""
     plan: PackPlan | None = None

@@ -27,7 +27,7 @@ class FormRecord(FrozenModel):
     expert: Index
     file: Basename
     offset: SizeBytes
-    """From the start of the file, a multiple of ALIGNMENT_BYTES"""
+    """Offset from the start of the file, a multiple of ALIGNMENT_BYTES"""
     xxh3: Xxh3
     """xxh3-64 of the record's bytes"""
     eps: Price | None = None
@@ -41,9 +41,9 @@ class FormTable(FrozenModel):
     role: Role
     precision: AnyPrecision
     record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
-    """The same for every record of the table; a multiple of ALIGNMENT_BYTES"""
+    """Size of every record of the table; a multiple of ALIGNMENT_BYTES"""
     records: tuple[FormRecord, ...]
-    """In file order; each expert at most once"""
+    """Records in file order; each expert at most once"""
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class FormTable(FrozenModel):
 
     @property
     def experts(self) -> frozenset[tuple[int, int]]:
-        """(layer, expert) of the experts that have a record here"""
+        """Experts, as (layer, expert), that have a record here"""
         return frozenset((record.layer, record.expert) for record in self.records)
 
 

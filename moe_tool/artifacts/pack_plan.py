@@ -11,14 +11,14 @@ from moe_tool.artifacts.schema import FrozenModel
 
 PLAN_VERSION: Literal[2] = 2
 Bits = Annotated[str, Field(pattern=r"^(native|mixed|[12348]z?(:(32|64|128))?)$")]
-"""Of the experts, as `pack --bits` takes it; mixed: each has its own number"""
+"""Bits of the experts, as `pack --bits` takes them; mixed: each has its own number"""
 Quantizer = Annotated[str, Field(pattern=r"^[a-z0-9\-]{1,32}$")]
-"""As `--quantizer` takes it; that there is such a quantizer is checked when a file is read"""
+"""Name as `--quantizer` takes it; that there is such a quantizer is checked when a file is read"""
 SkeletonBits = Literal["native", "8", "4"]
 SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
 Positive = Annotated[float, Field(ge=0, le=1e12)]
 EvictionName = Annotated[str, Field(pattern=r"^[a-z0-9+:=,\-]{1,128}$")]
-"""As `--eviction` takes it; that there is such a policy is checked when a file is read"""
+"""Policy as `--eviction` takes it; that there is such a policy is checked when a file is read"""
 
 
 class PlanLine(FrozenModel):

@@ -43,7 +43,7 @@ class NativePrecision(_Precision):
 
     @property
     def name(self) -> str:
-        """As `--bits` takes it"""
+        """Name as `--bits` takes it"""
         return "native"
 
     @property
@@ -76,8 +76,8 @@ class IntegerPrecision(_Precision):
 
     @property
     def name(self) -> str:
-        """As `--bits` and `--replicas` take it: 4, 2:128 (groups of 128), 3z (zero points), 2+2
-        (nested); 2of4: the first bits of a nested one"""
+        """Name as `--bits` and `--replicas` take it: 4, 2:128 (groups of 128), 3z (zero points),
+        2+2 (nested); 2of4: the first bits of a nested one"""
         group = "" if self.group == 64 else f":{self.group}"
         if self.base_bits is not None:
             return f"{self.base_bits}+{self.width_bits - self.base_bits}{group}"
@@ -131,15 +131,15 @@ class IntegerPrecision(_Precision):
 
 
 class LowRankPrecision(_Precision):
-    """Not the expert's weights but a linear map of low rank that was fitted to its output, with an
-    offset: float16 throughout."""
+    """Linear map of low rank that was fitted to an expert's output, with an offset, in the place of
+    its weights: float16 throughout."""
 
     kind: Literal["low-rank"] = "low-rank"
     rank: Annotated[int, Field(ge=1, le=1024)]
 
     @property
     def name(self) -> str:
-        """As `--replicas` takes it: rank16"""
+        """Name as `--replicas` takes it: rank16"""
         return f"rank{self.rank}"
 
     @property
@@ -172,7 +172,7 @@ class ChannelPrecision(_Precision):
 
     @property
     def name(self) -> str:
-        """As `--sparse-experts` takes it: up2:4, gate3:8:128"""
+        """Name as `--sparse-experts` takes it: up2:4, gate3:8:128"""
         group = "" if self.group == 64 else f":{self.group}"
         return f"{self.selected_by}{self.selector_bits}:{self.width_bits}{group}"
 

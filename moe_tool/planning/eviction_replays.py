@@ -105,24 +105,25 @@ def _choices(
         return plain, []
     if experts.is_resident:
         return plain, ["every expert stays in memory: nothing is ever evicted"]
+    choices: list[EvictionChoice] = []
     notes: list[str] = []
-    names = list(_CANDIDATES)
-    for share, name in ((1.0, "static-hot"), (0.5, "pinned+lru")):
-        count = n_pinned(
-            share,
-            n_slots=budget.n_slots,
-            n_slots_min=machine.n_slots_min,
-            n_experts=experts.n_experts,
-        )
-        if count == 0:
-            names.remove(name)
-            continue
-        refusal = check_pins(sources.statistics, sources.ranked, count).refusal
-        if refusal is not None:
-            names.remove(name)
-            notes.append(f"no {name}: {refusal}")
-    names.append(_best_hobbit(sources, machine, budget))
-    return [parse_eviction(name) for name in names], notes
+    for choice in map(parse_eviction, _CANDIDATES):
+        if choice.pinned_share:
+            count = n_pinned(
+                choice.pinned_share,
+                n_slots=budget.n_slots,
+                n_slots_min=machine.n_slots_min,
+                n_experts=experts.n_experts,
+            )
+            if count == 0:
+                continue
+            refusal = check_pins(sources.statistics, sources.ranked, count).refusal
+            if refusal is not None:
+                notes.append(f"no {choice.name}: {refusal}")
+                continue
+        choices.append(choice)
+    choices.append(parse_eviction(_best_hobbit(sources, machine, budget)))
+    return choices, notes
 
 
 def _best_hobbit(sources: PlanSources, machine: Machine, budget: Budget) -> str:

@@ -66,7 +66,7 @@ class ChosenChannels:
     index: torch.Tensor
     """[n] int32 channel numbers, ascending"""
     values: torch.Tensor
-    """[1, n] float32: values that the selector, its bias included, makes of the token there"""
+    """Product of selector and token there, its bias included, [1, n] float32"""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

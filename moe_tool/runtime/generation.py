@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from moe_tool.artifacts.run_result import AnswerQuality, RunResult, RunSetup, StopReason
 from moe_tool.artifacts.run_stats import RunStats
@@ -155,24 +156,8 @@ def generate_ids(
     session.prompt_tokens = prompt_tokens
     stream = TextStream(session.tokenizer, on_text)
     torch.manual_seed(options.seed)
-    interrupted = False
-    own_config, session.model.generation_config = session.model.generation_config, config
     started_at = time.perf_counter()
-    try:
-        with torch.inference_mode():
-            session.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=session.new_cache(),
-                generation_config=config,
-                streamer=stream,
-            )
-    except KeyboardInterrupt:
-        interrupted = True
-        stream.end()
-    finally:
-        session.prompt_tokens = None
-        session.model.generation_config = own_config
+    interrupted = not _decode(session, ids, mask, config, stream)
     stops = frozenset(config.eos_token_id or ())
     rows = [until_end(row, stops) for row in stream.token_ids or [[]] * len(prompts)]
     return Generated(
@@ -188,6 +173,33 @@ def generate_ids(
         ended_at=time.perf_counter(),
         interrupted=interrupted,
     )
+
+
+def _decode(
+    session: Session,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    config: GenerationConfig,
+    stream: TextStream,
+) -> bool:
+    """Let transformers generate; return whether it came to an end, which Ctrl-C prevents."""
+    kept_config, session.model.generation_config = session.model.generation_config, config
+    try:
+        with torch.inference_mode():
+            session.model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=session.new_cache(),
+                generation_config=config,
+                streamer=stream,
+            )
+    except KeyboardInterrupt:
+        stream.end()
+        return False
+    finally:
+        session.prompt_tokens = None
+        session.model.generation_config = kept_config
+    return True
 
 
 def _pad_left(

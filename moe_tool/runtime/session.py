@@ -56,6 +56,8 @@ class Session:
     """Positions that count as prompt in later forwards; None: a forward of one token with a cache
     is decoding"""
     shadow: Shadow | None = None
+    torch_threads_before: int
+    """Threads of torch to go back to when the session closes"""
     _hooks: list[Any] = field(default_factory=list, repr=False)
 
     @property
@@ -100,7 +102,7 @@ class Session:
             self._hooks.pop().remove()
         if self.runner.attention is not None:
             self.runner.attention.close()
-        torch.set_num_threads(self.plan.threads.n_threads)
+        torch.set_num_threads(self.torch_threads_before)
         self.runner.store.close()
         self.bundle.close()
 
@@ -236,8 +238,9 @@ def load_session(
             bundle,
             loader,
             used_bytes=current_rss_bytes(),
-            available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
+            available_bytes=_reachable_bytes(),
         )
+        torch_threads_before = torch.get_num_threads()
         plan.threads.begin()
         if tokenizer is None:
             tokenizer = load_tokenizer(bundle.folder)
@@ -245,12 +248,8 @@ def load_session(
         skeleton = loader.load()
         progress.end()
     _warm_up(skeleton)
-    plan = settle(
-        plan,
-        manifest,
-        process_bytes=max(0, current_rss_bytes() - plan.skeleton_bytes),
-        available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
-    )
+    process_bytes = max(0, current_rss_bytes() - plan.skeleton_bytes)
+    plan = settle(plan, manifest, process_bytes=process_bytes, available_bytes=_reachable_bytes())
     plan = replace(plan, policy=with_masks(plan.policy, bundle))
     _announce(plan, bundle, progress)
     runner = _runner(plan, bundle, skeleton, make_store)
@@ -265,10 +264,16 @@ def load_session(
         plan=plan,
         runner=runner,
         make_store=make_store,
+        torch_threads_before=torch_threads_before,
         shadow=Shadow(every=options.shadow) if is_shadowed else None,
     )
     session._listen()
     return session
+
+
+def _reachable_bytes() -> int:
+    """Return what this process could grow to, its present size included."""
+    return anonymous_rss_bytes() + available_memory_bytes()
 
 
 def _announce(plan: RunPlan, bundle: BundleReader, progress: Progress) -> None:

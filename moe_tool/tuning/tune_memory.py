@@ -9,8 +9,8 @@ from moe_tool.tuning.paired_layers import BATCH_TOKENS
 _MARGIN_BYTES = 160 * 2**20
 """Allocator slack, libraries first touched, file pages under way to the disk"""
 _HIDDEN_COPIES = 8
-"""[T, H] in float32 at once: both streams, the bundle's without its experts, what experts are given
-batch by batch, the same in one piece, the target, and what two of these are made from"""
+"""Tensors [T, H] in float32 at once: both streams, the bundle's without its experts, what experts
+are given batch by batch, the same in one piece, the target, and what two of these are made from"""
 _WORKING_COPIES = 6
 """Copies of the largest matrix in float32: weights, slopes, gradient, what is wanted, what is
 lost"""

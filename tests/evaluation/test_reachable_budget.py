@@ -26,7 +26,7 @@ def _priced(n_experts: int = 10):
     manifest = SimpleNamespace(
         prices=[SimpleNamespace(layer=0, use=[0.1] * n_experts)],
         heat=[SimpleNamespace(layer=0, load=[0.1] * n_experts)],
-        own_records=[None] * n_experts,
+        primary_records=[None] * n_experts,
         shape=SimpleNamespace(experts=n_experts, layers=(0,), top_k=1),
     )
     return manifest, book

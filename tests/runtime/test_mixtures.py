@@ -126,7 +126,7 @@ def test_every_policy_runs_within_the_slots_and_names_nothing_that_is_not_stored
             "next-ranked",
             "near-tie:alpha=1",
             "replica:high=0.2,low=0.6",
-            "replica:high=0.2,low=0.6,level=3",
+            "replica:high=0.2,low=0.6,form=3",
             "prune:share=0.9",
             "prune:random",
             "priced",
