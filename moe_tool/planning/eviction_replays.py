@@ -99,7 +99,7 @@ def _once_filled(row: SimulatedRow) -> SimulatedRow:
 def _choices(
     sources: PlanSources, experts: PackedExperts, budget: Budget
 ) -> tuple[list[EvictionChoice], list[str]]:
-    """Return the policies that may be planned, and why others may not."""
+    """Return the policies that a plan may use, and notes on the others."""
     plain, machine = [parse_eviction(_DEFAULT)], experts.machine
     if experts.bits == "mixed":
         return plain, []

@@ -182,7 +182,7 @@ def _decode(
     config: GenerationConfig,
     stream: TextStream,
 ) -> bool:
-    """Let transformers generate; return whether it came to an end, which Ctrl-C prevents."""
+    """Let transformers generate; return False if Ctrl-C interrupted it."""
     kept_config, session.model.generation_config = session.model.generation_config, config
     try:
         with torch.inference_mode():

@@ -57,7 +57,7 @@ class Session:
     is decoding"""
     shadow: Shadow | None = None
     torch_threads_before: int
-    """Threads of torch to go back to when the session closes"""
+    """Number of torch's threads to restore when the session closes"""
     _hooks: list[Any] = field(default_factory=list, repr=False)
 
     @property
@@ -272,7 +272,7 @@ def load_session(
 
 
 def _reachable_bytes() -> int:
-    """Return what this process could grow to, its present size included."""
+    """Return the possible size of this process, its present size included."""
     return anonymous_rss_bytes() + available_memory_bytes()
 
 

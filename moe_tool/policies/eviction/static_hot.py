@@ -1,4 +1,4 @@
-"""The profile's hottest experts stay for the whole run; the slots of one token are for the rest."""
+"""Pin the profile's hottest experts; only the slots of one token are for others."""
 
 from moe_tool.policies.eviction.lru import Lru
 from moe_tool.policies.eviction.spec import EvictionSpec
