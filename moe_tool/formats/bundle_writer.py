@@ -81,7 +81,7 @@ class BundleWriter:
 
     @classmethod
     def open(cls, out: Path, spec: BundleSpec) -> "BundleWriter":
-        """Begin a bundle, go on with an interrupted one, or find it finished.
+        """Begin a bundle, resume an interrupted one, or find it finished.
 
         Args:
             out: the bundle's folder.
@@ -138,7 +138,7 @@ class BundleWriter:
             base_eps: measured error of the base of a nested expert.
 
         Raises:
-            DiskFullError, StorageError: the disk refuses; what was written stays for a resume.
+            DiskFullError, StorageError: the disk refuses; records written so far can be resumed.
         """
         assert self._plan.order[self.n_written] == (form, layer, expert)
         file, position = self._plan.places[self.n_written]
@@ -171,7 +171,7 @@ class BundleWriter:
         """Return a record written by this run or by the one that it resumes.
 
         Raises:
-            StorageError: it cannot be read, or is no longer what was written.
+            StorageError: it cannot be read, or was changed since.
         """
         assert not self.finished
         number = self._plan.order.index((form, layer, expert))

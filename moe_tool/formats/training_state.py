@@ -84,7 +84,8 @@ def read_training_state(
             info = infos.get(name)
             if info is None or (info.dtype, info.shape) != expected.get(name):
                 raise CorruptArtifactError(
-                    f"{path} is damaged: {quoted(name)} is not what it should be", hint=again
+                    f"{path} is damaged: {quoted(name)} is missing, unknown or misshapen",
+                    hint=again,
                 )
         tensors = {name: checkpoint.read(name) for name in wanted}
         counters = checkpoint.read(_COUNTERS)

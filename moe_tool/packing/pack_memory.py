@@ -74,7 +74,7 @@ def plan_pack_memory(
     batch = 4 * n_batch * (16 * shape.hidden + shape.top_k * 2 * inner)
     given = 4 * n_fitted * (shape.hidden + 3 * inner)
     working = max(copies * n_out * n_in + squares * n_in**2 for n_out, n_in in matrices)
-    parts["a batch, or one expert and what it is given"] = max(batch, record + given + working)
+    parts["a batch, or one expert with its inputs"] = max(batch, record + given + working)
     fixed = sum(parts.values())
     least = 3 * 4 * min(_LEAST_TOKENS, n_tokens) * shape.hidden
     _require(opened, asked, parts | {"hidden states": least})

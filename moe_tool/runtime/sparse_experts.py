@@ -60,7 +60,7 @@ def require_exact(sparsity: float, policy: MissChoice) -> None:
 def describe_sparse(sparsity: float) -> str:
     """Return the note on sparse experts before the first token."""
     if sparsity == 0:
-        return "sparse experts: no channel is left out, and those of a miss are read one by one"
+        return "sparse experts: no channel is left out; a miss is read channel by channel"
     return (
         f"sparse experts: about {sparsity:.0%} of an expert's channels are left out of every "
         "decoded token, which changes the text; prompts are computed in full"

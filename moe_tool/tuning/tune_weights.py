@@ -82,8 +82,7 @@ def tune_weights(
     Raises:
         UsageError, WrongModelError: the bundle, `out`, an option or the checkpoint does not fit.
         BudgetError: the budget is too small; the hint names one that is not.
-        CorruptArtifactError, DataSourceError, NotFoundError, StorageError: an input or the disk
-            fails.
+        CorruptArtifactError, DataSourceError, NotFoundError, StorageError: input or disk fails.
     """
     start = time.perf_counter()
     options.require_possible()

@@ -74,7 +74,8 @@ class ClassLru:
 
 SPEC = EvictionSpec(
     name="class-lru",
-    summary="what was used longest ago of those used once, then of those used again while cached",
+    summary="the least recently used among those used once, then among those used again while "
+    "cached",
     make=ClassLru,
     parameters={
         "protected": Parameter(

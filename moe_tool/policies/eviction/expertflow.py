@@ -72,11 +72,11 @@ class Expertflow(Ranked):
 
 SPEC = EvictionSpec(
     name="expertflow",
-    summary="what was neither just used nor is predicted soon",
+    summary="those neither just used nor predicted soon",
     make=Expertflow,
     parameters={
         "window": Parameter(
-            help="layer calls that are looked back and ahead",
+            help="layer calls to look back and ahead",
             default=2,
             least=1,
             most=10**6,

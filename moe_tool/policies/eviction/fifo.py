@@ -18,4 +18,4 @@ class Fifo(Ranked):
         """No-op: a use changes nothing."""
 
 
-SPEC = EvictionSpec(name="fifo", summary="what came first", make=Fifo, compiled="fifo")
+SPEC = EvictionSpec(name="fifo", summary="the first that entered", make=Fifo, compiled="fifo")

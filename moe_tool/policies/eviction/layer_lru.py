@@ -38,8 +38,8 @@ class LayerLru(Ranked):
 
 SPEC = EvictionSpec(
     name="layer-lru",
-    summary="whose layer's turn is farthest ahead, with a share of a round for every forward "
-    "without use",
+    summary="those whose layer's next call is farthest ahead, plus a share of a round for every "
+    "forward without use",
     make=LayerLru,
     parameters={
         "age": Parameter(

@@ -52,7 +52,7 @@ class Lfu(Ranked):
 
 SPEC = EvictionSpec(
     name="lfu",
-    summary="what was used least, old uses counting half",
+    summary="the least used, old uses counting half",
     make=Lfu,
     parameters={
         "halve-every": Parameter(

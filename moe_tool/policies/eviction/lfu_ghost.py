@@ -79,11 +79,11 @@ class LfuGhost(Ranked):
 
 SPEC = EvictionSpec(
     name="lfu-ghost",
-    summary="what was used least since it came, plus half of its count from before it last left",
+    summary="the least used since they entered, plus half of the count at their last eviction",
     make=LfuGhost,
     parameters={
         "ghosts": Parameter(
-            help="experts remembered after they left, percent of the cache's slots",
+            help="evicted experts to remember, percent of the cache's slots",
             default=100,
             most=10**4,
             is_whole=True,

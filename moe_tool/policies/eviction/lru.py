@@ -19,7 +19,7 @@ class Lru(Ranked):
 
 SPEC = EvictionSpec(
     name="lru",
-    summary="what was used longest ago",
+    summary="the least recently used",
     make=Lru,
     compiled="lru",
     is_stack=True,

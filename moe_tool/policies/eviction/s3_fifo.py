@@ -97,7 +97,7 @@ def _pop(queue: dict[int, None]) -> int:
 
 SPEC = EvictionSpec(
     name="s3-fifo",
-    summary="what was used once: three queues",
+    summary="those used once: three queues",
     make=S3Fifo,
     parameters={
         "small": Parameter(

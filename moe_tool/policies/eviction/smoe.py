@@ -77,11 +77,11 @@ def _notes_bytes(parameters: Mapping[str, int], *, n_layers: int, n_experts: int
 
 SPEC = EvictionSpec(
     name="smoe",
-    summary="the least mean gate score lately",
+    summary="the least recent mean gate score",
     make=Smoe,
     parameters={
         "window": Parameter(
-            help="calls of the layer that are averaged over",
+            help="calls of the layer in the mean",
             default=16,
             least=1,
             most=1024,

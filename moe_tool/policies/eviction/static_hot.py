@@ -5,7 +5,7 @@ from moe_tool.policies.eviction.spec import EvictionSpec
 
 SPEC = EvictionSpec(
     name="static-hot",
-    summary="nothing but the slots of one token: the hottest experts of the profile stay",
+    summary="none of the profile's hottest experts: only the slots of one token change",
     make=Lru,
     pinned_share=1.0,
     compiled="lru",

@@ -29,7 +29,7 @@ class CachePrior:
     share: float
     """lambda: bonus of a resident expert, as a share of the range of the token's scores"""
     n_kept: int
-    """J: best experts of a token that are never given up"""
+    """J: best experts of a token that are always kept"""
     reweigh: Mapping[int, Reweigh]
     """Decoder layer -> gate weight rule"""
     lossy: ClassVar[bool] = True
@@ -108,7 +108,7 @@ SPEC = PolicySpec(
             default=0.2,
         ),
         "keep": Parameter(
-            help="best experts of a token that are never given up",
+            help="best experts of a token that are always kept",
             default=1,
             most=1024,
             is_whole=True,

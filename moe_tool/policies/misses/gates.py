@@ -19,8 +19,7 @@ GATE_PARAMETERS: Mapping[str, Parameter] = {
         is_whole=True,
     ),
     "beta": Parameter(
-        help="share of a sequence's slots from which on, if they are missing, it is answered "
-        "exactly",
+        help="share of a sequence's slots that, if missing, makes it be answered exactly",
         default=0.6,
         most=2,
     ),

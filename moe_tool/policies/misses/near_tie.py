@@ -60,7 +60,7 @@ class NearTie:
         n_coming = may_come.sum(axis=1)
         expert = routing.index.copy()
         order = np.argsort(np.where(gives_way, own, np.inf), axis=1, kind="stable")
-        for place in range(top_k):  # the lowest of those that give way first
+        for place in range(top_k):  # the lowest replaceable score first
             position = order[:, place]
             moves = gives_way[every[:, 0], position] & (place < n_coming)
             token = np.flatnonzero(moves)
@@ -86,7 +86,7 @@ def _make(inputs: PolicyInputs, values: Values) -> NearTie:
 
 SPEC = PolicySpec(
     name="near-tie",
-    summary="where it hardly outscored the rest: a resident expert that hardly lost",
+    summary="in a near-tie, a resident expert that was nearly chosen",
     make=_make,
     inert="alpha=0",
     fires="alpha=1",
