@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_tool.errors import UsageError
@@ -29,20 +29,24 @@ class Parameter:
         return f"{kind}{number_text(self.least)} to {number_text(self.most)}"
 
 
-def read_parameter(place: str, word: str, parameters: Mapping[str, Parameter]) -> tuple[str, float]:
+def read_parameter(
+    place: str, word: str, parameters: Mapping[str, Parameter], *, others: Sequence[str] = ()
+) -> tuple[str, float]:
     """Return name and value of a word like "alpha=0.3".
 
     Args:
         place: option and text that the word comes from, for a refusal.
         word: text between two commas.
         parameters: known parameters by name.
+        others: known words without a value, for a refusal.
 
     Raises:
         UsageError: the parameter is unknown, or it cannot have this value.
     """
     name, _, text = word.partition("=")
     if name not in parameters:
-        known = ", ".join(f"{each}={number_text(p.default)}" for each, p in parameters.items())
+        named = [f"{each}={number_text(p.default)}" for each, p in parameters.items()]
+        known = ", ".join([*named, *others])
         raise UsageError(
             f"{place}: {word!r} is not known",
             hint=f"it takes {known}" if known else "it takes no parameter",

@@ -77,6 +77,8 @@ def parse_eviction(text: str) -> EvictionChoice:
         if word == PER_LAYER:
             per_layer = True
             continue
-        name, value = read_parameter(f"--eviction {text}", word, spec.parameters)
+        name, value = read_parameter(
+            f"--eviction {text}", word, spec.parameters, others=(PER_LAYER,)
+        )
         values[name] = int(value)
     return EvictionChoice(kind=kind, parameters=values, per_layer=per_layer)
