@@ -17,21 +17,6 @@ _REDESIGN = "its room is being redesigned"
 LONG_FUNCTIONS: dict[str, str] = {}
 LONG_FILES: dict[str, str] = {}
 HEADLESS_DOCS: dict[str, str] = {
-    "planning/__init__.py": _REDESIGN,
-    "planning/candidate.py": _REDESIGN,
-    "planning/pinning.py": _REDESIGN,
-    "planning/plan_sources.py": _REDESIGN,
-    "policies/misses/spec.py": _REDESIGN,
-    "quantizers/spec.py": _REDESIGN,
-    "runtime/call_recorder.py": _REDESIGN,
-    "runtime/mask_scores.py": _REDESIGN,
-    "runtime/moe_layer.py": _REDESIGN,
-    "runtime/plan_run.py": _REDESIGN,
-    "runtime/prompts.py": _REDESIGN,
-    "runtime/quality_account.py": _REDESIGN,
-    "runtime/quality_promise.py": _REDESIGN,
-    "runtime/run_options.py": _REDESIGN,
-    "store/protocol.py": _REDESIGN,
 }
 
 # Words that refer to something outside the doc: they need a noun before them, or stand for one.

@@ -45,10 +45,10 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def require_free_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuse work whose result would not fit on the disk of `folder`.
+    """Refuse work whose result would not fit on the disk that holds `folder`.
 
     Args:
-        folder: may be missing; then its nearest existing parent counts.
+        folder: a folder; if it is missing, its nearest existing parent counts.
         needed_bytes: size of the result.
 
     Raises:
@@ -63,7 +63,7 @@ def require_free_disk(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise DiskFullError(
             f"{folder} needs {format_bytes(needed_bytes)} of disk ({needed_bytes} bytes), "
-            f"free are {format_bytes(free)} ({free} bytes)",
+            f"{format_bytes(free)} are free ({free} bytes)",
             hint="free some space or write to another disk",
         )
 

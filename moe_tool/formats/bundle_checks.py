@@ -23,7 +23,7 @@ from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
 from moe_tool.formats.record_form import RecordForm, record_form
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 
-# What a loader of models or tokenizers may pick up by its name alone.
+# Suffixes of files that a loader of models or tokenizers may pick up by name alone.
 _LOADABLE = (".json", ".jinja", ".model", ".safetensors", ".txt", ".py", ".bin", ".pt", ".pth")
 REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
@@ -76,7 +76,7 @@ def check_bundle(folder: Path) -> CheckedBundle:
     with naming(folder):
         _check_files(folder, manifest)
     for form in forms:
-        if form.table.role != "base":  # first bits of nested experts have no names of their own
+        if form.table.role != "base":  # a base lies inside the tensors of the primary record
             _check_headers(folder, form)
     return CheckedBundle(manifest=manifest, forms=forms, skeleton=_check_skeleton(folder, manifest))
 
@@ -91,7 +91,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _require_finished(folder: Path) -> None:
-    """Refuse what is no bundle, or not yet one."""
+    """Refuse a folder that is no bundle, or a half-written one."""
     resume = "run the command that began it again, moe-tool pack or tune weights: it resumes"
     names = _names(folder)
     if names is None:
@@ -129,7 +129,7 @@ def _names(folder: Path) -> set[str] | None:
 
 
 def _check_files(folder: Path, manifest: BundleManifest) -> None:
-    """All that is listed is there in full; nothing else that could be loaded is."""
+    """Require every listed file in full, and no other file that could be loaded."""
     for file in manifest.files:
         path = folder / file.name
         if file.name == MANIFEST:
@@ -167,7 +167,7 @@ def _require_known_sections(folder: Path, manifest: BundleManifest) -> None:
 
 
 def _check_policies(folder: Path, manifest: BundleManifest) -> None:
-    """A run can follow what the manifest has it follow."""
+    """Refuse a manifest that names unknown policies."""
     if manifest.plan is not None:
         require_plan_names(folder / MANIFEST, manifest.plan, remedy=REPACK)
     if manifest.calibration is not None:
@@ -175,7 +175,7 @@ def _check_policies(folder: Path, manifest: BundleManifest) -> None:
 
 
 def _forms(folder: Path, manifest: BundleManifest) -> tuple[BundleForm, ...]:
-    """The forms that the manifest names, with the sizes that follow from them."""
+    """Return the manifest's forms after comparing their record sizes with their tensors."""
     found = []
     for index, table in enumerate(manifest.forms):
         try:
@@ -219,7 +219,7 @@ def _check_headers(folder: Path, held: BundleForm) -> None:
 
 
 def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, TensorInfo]:
-    """The tensors of the skeleton files are those that are listed, and codes have their sizes."""
+    """Require the listed tensors in the skeleton files, and codes of the right dtype and shape."""
     tensors = Checkpoint.open_files(skeleton_files(folder, manifest)).tensors
     if tensors.keys() != {tensor.name for tensor in manifest.skeleton}:
         raise CorruptArtifactError(
@@ -242,7 +242,7 @@ def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, Tens
 
 
 def skeleton_parts(manifest: BundleManifest) -> list[IntegerPart]:
-    """Return the tensors that the skeleton's matrices of codes are stored as."""
+    """Return the stored tensors of the skeleton's quantized matrices."""
     precision = manifest.skeleton_precision
     if precision.kind != "integer":
         return []
@@ -254,7 +254,7 @@ def skeleton_parts(manifest: BundleManifest) -> list[IntegerPart]:
 
 
 def skeleton_files(folder: Path, manifest: BundleManifest) -> list[Path]:
-    """Return the files with everything but the experts."""
+    """Return the files of the skeleton."""
     names = [file.name for file in manifest.files]
     return [
         folder / name

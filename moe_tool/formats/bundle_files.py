@@ -21,9 +21,9 @@ class ExpertFile:
 
     name: str
     header: bytes
-    """Length prefix, JSON, padding: where it ends, on a multiple of ALIGNMENT_BYTES, data start"""
+    """Length prefix, JSON and padding to a multiple of ALIGNMENT_BYTES; the data follow"""
     records: tuple[tuple[int, int], ...]
-    """Experts, as (layer, expert), in file order"""
+    """Records as (layer, expert) in file order"""
     record_size_bytes: int
 
     def offset(self, position: int) -> int:
@@ -43,7 +43,7 @@ class SkeletonEntry:
 
 
 def partial_folder(out: Path) -> Path:
-    """Return the folder of a bundle until it is finished."""
+    """Return the folder in which a bundle is written until it is finished."""
     return out.parent / (out.name + PART_SUFFIX)
 
 
@@ -67,13 +67,7 @@ def plan_expert_files(
 
 
 def file_stem(role: Role, precision: AnyPrecision, *, is_alone: bool) -> str:
-    """Return what the names of a table's files begin with.
-
-    Args:
-        role: of the table.
-        precision: of the table.
-        is_alone: no other table has the role.
-    """
+    """Return the beginning of a table's file names; `is_alone`: no other table has its role."""
     stem = {"primary": "experts", "base": "experts"}.get(role, f"{role}s")
     has_name = role == "replica" or not is_alone
     return f"{stem}-{precision.name.replace(':', 'x').replace('+', 'o')}" if has_name else stem
@@ -85,7 +79,7 @@ def record_places(
     """Return the file of every record, and its position there.
 
     Args:
-        order: (form, layer, expert) of the records as they are written.
+        order: (form, layer, expert) of the records in the order of writing.
         plan: files by form.
     """
     places, counts = [], [0] * len(plan)
@@ -100,7 +94,7 @@ def record_places(
 def split_skeleton(
     tensors: Sequence[SkeletonEntry], *, limit_bytes: int
 ) -> list[list[SkeletonEntry]]:
-    """Return the tensors of each skeleton file, so many bytes at most (a larger one is alone)."""
+    """Return the tensors of each skeleton file: `limit_bytes` at most, or one larger tensor."""
     groups: list[list[SkeletonEntry]] = [[]]
     size = 0
     for info in tensors:

@@ -1,7 +1,7 @@
-"""The journal of a bundle under way: what is written, for whom, and which records are on the disk.
+"""Journal of a half-written bundle: what it is made from, and which records are on the disk.
 
-One line of JSON says what the bundle is made from; one line per record follows. Every line names
-bytes that were synced before it, so that after a kill or a power cut all that it names is there.
+The first line of JSON describes the inputs; one line per record follows. A line is written after
+the bytes of its record were synced, so that they are on the disk even after a power cut.
 """
 
 import json
@@ -23,22 +23,22 @@ _MAX_BYTES = 2**30
 
 
 class WrittenRecord(FormRecord):
-    """A record as its line has it."""
+    """One record's line in the journal."""
 
     base_xxh3: Xxh3 | None = None
-    """Hash of the first bits of a nested expert"""
+    """Hash of the base of a nested expert"""
     base_eps: Price | None = None
-    """Measured error of the first bits"""
+    """Measured error of the base"""
 
 
 def write_journal(folder: Path, spec: BundleSpec, records: Sequence[WrittenRecord]) -> None:
-    """Begin the journal of a folder, or begin it anew; it appears whole or not at all."""
+    """Write a folder's journal atomically, replacing an earlier one."""
     lines = b"".join(_line(record) for record in records)
     atomic_write_bytes(folder / JOURNAL, _first_line(spec) + lines)
 
 
 def append_to_journal(folder: Path, records: Sequence[WrittenRecord]) -> None:
-    """Add records, and wait until the disk has them."""
+    """Append the lines of records and sync them."""
     with open(folder / JOURNAL, "ab") as file:
         file.write(b"".join(_line(record) for record in records))
         file.flush()

@@ -1,4 +1,4 @@
-"""Reads a bundle: first its manifest against its files, then records, each checked as it comes."""
+"""Reader of a bundle: checks the manifest against the files, then each record as it is read."""
 
 import hashlib
 import math
@@ -31,7 +31,7 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import ChannelWeight
 
 GoOn = Callable[[int], bool]
-"""Told after every piece of a record how many bytes it had; False gives the read up."""
+"""Callback after every piece of a record, with its bytes; returning False cancels the read."""
 
 _HASH_BLOCK_BYTES = 16 * 2**20
 
@@ -52,9 +52,9 @@ class BundleReader:
         self.forms = forms
         """Forms in the order of `manifest.forms`"""
         self._skeleton = skeleton
-        self._verified: set[tuple[int, int, int]] = set()  # records that were read and found right
+        self._verified: set[tuple[int, int, int]] = set()  # records whose hash was found right
         self._verified_channels: dict[tuple[int, int], np.ndarray] = {}  # [I] bool
-        self._expected: set[tuple[int, int]] = set()  # records that the disk was told of
+        self._expected: set[tuple[int, int]] = set()  # records that the system was advised of
         self._entries = {
             (held.index, record.layer, record.expert): record
             for held in forms
@@ -98,7 +98,7 @@ class BundleReader:
         return self.forms[self._primary_form[layer, expert]]
 
     def primary_record_bytes(self, layer: int) -> list[int]:
-        """Return the size of each expert's primary record in a layer; 0 of one that is removed."""
+        """Return the size of each expert's primary record in a layer; 0 for a removed expert."""
         sizes = [0] * self.manifest.shape.experts
         for (at, expert), form in self._primary_form.items():
             if at == layer:
@@ -107,7 +107,7 @@ class BundleReader:
 
     @property
     def n_skeleton_weights(self) -> int:
-        """Numbers that the skeleton stands for, whatever they are stored as."""
+        """Number of the skeleton's weights, however they are stored."""
         parts = {part.name for part in skeleton_parts(self.manifest)}
         others = [info for name, info in self._skeleton.items() if name not in parts]
         coded = sum(linear.n_outputs * linear.n_inputs for linear in self.manifest.skeleton_linears)
@@ -115,8 +115,8 @@ class BundleReader:
 
     @property
     def matrix_bytes(self) -> int:
-        """Bytes that a forward reads of the skeleton: all but the embedding, of which it reads a
-        row, unless the head is the same table."""
+        """Bytes of the skeleton that a forward reads: all but an embedding that is not also the
+        head, since a forward reads a row of it."""
         sizes = {name: info.size_bytes for name, info in self._skeleton.items()}
         embeddings = sum(size for name, size in sizes.items() if "embed" in name)
         is_tied = not any("lm_head" in name for name in sizes)
@@ -124,12 +124,12 @@ class BundleReader:
 
     @property
     def skeleton_files(self) -> list[Path]:
-        """The files with everything but the experts."""
+        """The files of the skeleton."""
         return skeleton_files(self.folder, self.manifest)
 
     def open_skeleton(self) -> Checkpoint:
-        """Open everything but the experts; each tensor is checked when it is read, and one that is
-        not what was packed is a CorruptArtifactError that names it."""
+        """Open the skeleton; reading a tensor that differs from the packed one raises a
+        CorruptArtifactError that names it."""
         checkpoint = Checkpoint(self._skeleton)
         hashes = {tensor.name: tensor.xxh3 for tensor in self.manifest.skeleton}
         factors = {part.name for part in skeleton_parts(self.manifest) if part.is_factor}
@@ -141,7 +141,7 @@ class BundleReader:
                 raise CorruptArtifactError(
                     f"{file} is damaged: the hash of {quoted(name)} does not fit", hint=REPACK
                 )
-            # The hash of a forgery can be right all the same.
+            # A forged file can have the right hash.
             if name in factors and not are_finite(torch.frombuffer(data, dtype=torch.float16)):
                 raise CorruptArtifactError(
                     f"{file}: {quoted(name)} holds NaN or infinity", hint=REPACK
@@ -151,7 +151,7 @@ class BundleReader:
         return checkpoint
 
     def mask_router(self) -> MaskRouter | None:
-        """Read what was learned about pruning; None where nothing was.
+        """Read the trained mask routers; None if the bundle has none.
 
         Raises:
             CorruptArtifactError, NotFoundError, StorageError: as `read_mask_router`.
@@ -161,7 +161,7 @@ class BundleReader:
         return read_mask_router(self.folder, self.manifest)
 
     def record_entry(self, layer: int, expert: int, *, form: int) -> FormRecord:
-        """Return where a record lies."""
+        """Return the place of a record."""
         return self._entries[form, layer, expert]
 
     @property
@@ -170,9 +170,9 @@ class BundleReader:
         return self._files.is_direct
 
     def read_directly(self) -> str | None:
-        """Read records past the page cache from now on; return why not where that is refused.
+        """Read records past the page cache from now on; return the reason if that is refused.
 
-        Call it while no read is under way. It is asked of the file system once.
+        No read may be under way. The file system is asked once.
         """
         return self._files.read_directly()
 
@@ -188,16 +188,16 @@ class BundleReader:
     ) -> None:
         """Read one record and check it.
 
-        What was right once is not hashed again, a quarter of the time of a read, while the file is
-        still the one that was opened and nobody wrote to it.
+        A record that was right once is not hashed again (a quarter of the time of a read) while
+        its file is unchanged.
 
         Args:
             layer: decoder layer.
-            expert: of the layer.
+            expert: expert of the layer.
             out: uint8 [record_size_bytes], overwritten; 4096-aligned memory saves a copy.
-            form: position among `forms` of the form in which the expert is wanted.
-            n_there: bytes at the beginning of `out` that are the record's already.
-            go_on: asked after each piece; where it gives the read up, `out` holds anything.
+            form: position of the wanted form among `forms`.
+            n_there: bytes of the record that `out` already begins with.
+            go_on: asked after each piece; if it cancels the read, `out` holds anything.
 
         Raises:
             CorruptArtifactError: the bytes are not those that were packed, or the file is not the
@@ -212,7 +212,7 @@ class BundleReader:
             digest.update(out[:n_there].numpy().data)
 
         def look_at(piece: memoryview) -> bool:
-            if not is_known:  # while one reader hashes a piece, the disk works for another
+            if not is_known:  # one reader hashes a piece while another one's is read
                 digest.update(piece)
             return go_on is None or go_on(len(piece))
 
@@ -232,7 +232,7 @@ class BundleReader:
                 hint=REPACK,
             )
         if has_changed:
-            # Even where this record is whole: the manifest in memory may describe another bundle.
+            # The manifest in memory may describe another bundle, even if this record is whole.
             raise _changed(where)
         if not is_known:
             self._require_right(form, entry, out, digest.hexdigest())
@@ -259,18 +259,18 @@ class BundleReader:
         *,
         hashes: np.ndarray,
     ) -> ChannelRead:
-        """Copy some channels of an expert to their places among its chunks, and check each.
+        """Read some channels of an expert to their places among its chunks, and check each.
 
-        They come in runs, out of the page cache where that has them: a channel that lies between
-        two wanted ones comes along where another read would cost more. Where the page cache has
-        nothing of the record yet, the disk is told to bring in all of it.
+        Channels are read in runs through the page cache: one between two wanted channels is read
+        along with them if a separate read would cost more. On the first read of a record the
+        system is advised to bring in all of it.
 
         Args:
             layer: decoder layer.
-            expert: of the layer.
-            weight: the chunks; of `channels`, and of those that come along, overwritten.
-            channels: [n] ascending.
-            hashes: [I] uint64, of the expert's selector.
+            expert: expert of the layer.
+            weight: the chunks; those of `channels` and of channels read along are overwritten.
+            channels: [n] channel numbers, ascending.
+            hashes: [I] uint64, as the expert's selector has them.
 
         Raises:
             CorruptArtifactError, StorageError: as `read_record_into`.

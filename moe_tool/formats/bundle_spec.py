@@ -1,5 +1,4 @@
-"""A bundle that is asked for: the model, which experts get which forms, and what else it depends
-on."""
+"""Specification of a bundle: the model, which experts get which forms, options and inputs."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +21,17 @@ class FormPlan:
     role: Role
     precision: AnyPrecision
     experts: frozenset[tuple[int, int]]
-    """Experts, as (layer, expert), that get a record"""
+    """Experts with a record, (layer, expert)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleSpec:
-    """The contents that a bundle is to have, and what it is made from."""
+    """Planned contents of a bundle, and what it is made from."""
 
     identity: ModelIdentity
     shape: MoeShape
     order: tuple[tuple[int, int], ...]
-    """Experts, as (layer, expert), in file order, removed ones included"""
+    """Experts in file order, (layer, expert), removed ones included"""
     forms: tuple[FormPlan, ...]
     """Tables in the manifest's order, see `planned_forms`"""
     removed: frozenset[tuple[int, int]] = frozenset()
@@ -69,7 +68,7 @@ class BundleSpec:
             old, new = options.get(key, "none"), wanted.get(key, "none")
             if old != new:
                 raise UsageError(
-                    f"{folder} was packed with {key} {quoted(old)}, asked is {quoted(new)}",
+                    f"{folder} was packed with {key} {quoted(old)}, now {quoted(new)} is asked for",
                     hint=f"repeat the command with the same options, {remedy}",
                 )
 
@@ -79,11 +78,11 @@ def planned_forms(
     replicas: Mapping[ReplicaPrecision, Collection[tuple[int, int]]] | None = None,
 ) -> tuple[FormPlan, ...]:
     """Return the tables of a bundle in the manifest's order: primaries, the most bits first; then
-    replicas and the first bits of nested experts, the dearest first; then channel selectors.
+    replicas and bases, the dearest first; then channel selectors.
 
     Args:
         primaries: precision -> (layer, expert) of its experts.
-        replicas: likewise.
+        replicas: precision -> (layer, expert) of the experts with such a replica.
     """
     return (
         *_tables("primary", primaries),

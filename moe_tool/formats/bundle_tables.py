@@ -12,13 +12,7 @@ from moe_tool.formats.record_plan import RecordPlan
 def form_tables(
     plans: Sequence[FormPlan], records: RecordPlan, written: Sequence[WrittenRecord]
 ) -> tuple[FormTable, ...]:
-    """Return the tables of all records of a bundle.
-
-    Args:
-        plans: of the bundle's tables.
-        records: of the same bundle.
-        written: each of its records, in order.
-    """
+    """Return the tables of a bundle; `written` are its records in the order of `records`."""
     held: list[list[WrittenRecord]] = [[] for _ in plans]
     for (form, _, _), record in zip(records.order, written, strict=True):
         held[form].append(record)

@@ -1,4 +1,4 @@
-"""Writes a bundle so that it is whole or resumable: records in order, the manifest last.
+"""Writer of a bundle that is whole or resumable: records in order, the manifest last.
 
 Everything goes to `<out>.part/`, which becomes `<out>/` by one rename at the very end. The journal
 there names records only once their bytes are on the disk; a resume checks them all the same.
@@ -81,16 +81,15 @@ class BundleWriter:
 
     @classmethod
     def open(cls, out: Path, spec: BundleSpec) -> "BundleWriter":
-        """Begin a bundle, go on with an interrupted one, or find it finished.
+        """Begin a bundle, resume an interrupted one, or find it finished.
 
         Args:
             out: the bundle's folder.
-            spec: of the bundle.
-
+            spec: contents of the bundle.
         Raises:
             UsageError: `out` holds something else, or was made with other options.
             WrongModelError: it was made from another model.
-            CorruptArtifactError: what is there is damaged.
+            CorruptArtifactError: the interrupted or finished bundle is damaged.
             StorageError: the disk refuses.
         """
         writer = cls(out, spec)
@@ -109,13 +108,13 @@ class BundleWriter:
 
     @property
     def n_written(self) -> int:
-        """Records written so far, replicas included."""
+        """Number of records written so far, replicas included."""
         return len(self._plan.order) if self.finished else len(self._records) + len(self._unsynced)
 
     @property
     def to_write(self) -> Sequence[tuple[int, int, int]]:
-        """Records, as (form, layer, expert), that are still to be written, in order: all forms of
-        an expert, then the next expert."""
+        """Missing records in order, (form, layer, expert): all forms of an expert, then the next
+        expert."""
         return self._plan.order[self.n_written :]
 
     def write_record(
@@ -133,13 +132,13 @@ class BundleWriter:
         Args:
             form: position of its table.
             layer: decoder layer.
-            expert: of the layer.
+            expert: expert of the layer.
             record: uint8 [form's layout.size_bytes].
-            eps: its measured error, see FormRecord; None: not measured.
-            base_eps: that of its first bits, where it is nested.
+            eps: measured error, see FormRecord; None: not measured.
+            base_eps: measured error of the base of a nested expert.
 
         Raises:
-            DiskFullError, StorageError: the disk refuses; what was written stays for a resume.
+            DiskFullError, StorageError: the disk refuses; records written so far can be resumed.
         """
         assert self._plan.order[self.n_written] == (form, layer, expert)
         file, position = self._plan.places[self.n_written]
@@ -169,10 +168,10 @@ class BundleWriter:
                 self._sync()
 
     def read_back(self, form: int, layer: int, expert: int) -> torch.Tensor:
-        """Return a record that was written, by this run or by the one that it resumes.
+        """Return a record written by this run or by the one that it resumes.
 
         Raises:
-            StorageError: it cannot be read, or is no longer what was written.
+            StorageError: it cannot be read, or was changed since.
         """
         assert not self.finished
         number = self._plan.order.index((form, layer, expert))
@@ -190,7 +189,7 @@ class BundleWriter:
         return torch.frombuffer(data, dtype=torch.uint8)
 
     def suspend(self) -> None:
-        """Make what was written durable and leave it for a resume."""
+        """Sync the records written so far and leave them for a resume."""
         with storage_errors(self._folder):
             self._sync()
             while self._open_files:
@@ -204,13 +203,13 @@ class BundleWriter:
         precision: Precision,
         linears: tuple[SkeletonLinear, ...],
     ) -> None:
-        """Write everything but the experts.
+        """Write the skeleton.
 
         Args:
-            tensors: what to write, in order.
-            read: returns the bytes of one of them; asked in this order.
-            precision: of the matrices that are stored as codes.
-            linears: these matrices.
+            tensors: tensors in the order of writing.
+            read: returns the bytes of a tensor by name; called in this order.
+            precision: precision of the quantized matrices.
+            linears: the quantized matrices.
         """
         self._skeleton_precision, self._skeleton_linears = precision, linears
         for number, group in enumerate(
@@ -252,11 +251,11 @@ class BundleWriter:
         Args:
             heat: how often experts are used.
             buddies: stand-ins.
-            prices: of leaving an expert out.
-            plan: for `run` to follow.
-            lineage: what was done to the codes since they were packed.
+            prices: prices of dropping an expert.
+            plan: the plan that `run` follows.
+            lineage: changes to the codes since they were packed.
             sections: additions by name.
-            profile_sha256: where heat and prices come from.
+            profile_sha256: the profile that heat and prices come from.
         """
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
@@ -307,12 +306,12 @@ class BundleWriter:
             )
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob(f".*{PART_SUFFIX}"):  # files that a kill left without their name
+        for torn in folder.glob(f".*{PART_SUFFIX}"):  # unfinished atomic writes of a killed run
             torn.unlink()
         names = {path.name for path in folder.iterdir()}
         if JOURNAL in names:
             self._adopt(read_journal(folder, self.spec))
-            write_journal(folder, self.spec, self._records)  # without what a kill tore
+            write_journal(folder, self.spec, self._records)  # without a torn last line
         elif MANIFEST in names:  # killed right before the rename
             found = read_json_artifact(folder / MANIFEST, BundleManifest)
             self.spec.require_same_bundle(folder, found)
@@ -333,7 +332,7 @@ class BundleWriter:
         sync_folder(self._out.absolute().parent)
 
     def _adopt(self, lines: Sequence[bytes]) -> None:
-        """Take over the records that are as the journal says, up to the first that is not."""
+        """Take over the records that match the journal, up to the first that does not."""
         for count, line in enumerate(lines):
             if count >= len(self._plan.order):
                 return
@@ -370,7 +369,7 @@ class BundleWriter:
         self._digests[file.name] = self._open_files.pop(file.name).close()
 
     def _sync(self) -> None:
-        """Data first, then the lines that name them."""
+        """Sync the data first, then the lines that name them."""
         if not self._unsynced:
             return
         for name in {record.file for record in self._unsynced}:
@@ -382,7 +381,7 @@ class BundleWriter:
     def _write_file(self, name: str, start: bytes, rest: Iterable[bytes | memoryview]) -> None:
         digest, size = hashlib.sha256(), 0
         path = self._folder / name
-        path.unlink(missing_ok=True)  # what a kill tore
+        path.unlink(missing_ok=True)  # torn by a kill
         with storage_errors(path), open(path, "xb") as file:
             for data in chain((start,), rest):
                 file.write(data)

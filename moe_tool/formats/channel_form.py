@@ -1,5 +1,6 @@
-"""The record of an expert in channels: its chunks, uint8 [I, bytes of a chunk], as one segment; see
-quantization/channels.py."""
+"""Record of an expert in channels: its chunks, uint8 [I, bytes of a chunk], as one segment.
+
+quantization/channels.py defines the chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ FIRST, LAST = "gate_up_proj", "down_proj"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelForm:
-    """Experts in channels, without what selects them."""
+    """Experts in channels, without their selectors."""
 
     precision: ChannelPrecision
     n_hidden: int
@@ -40,7 +41,7 @@ class ChannelForm:
 
     @property
     def n_channels(self) -> int:
-        """I"""
+        """Number of channels I"""
         return self.layout.segments[0].shape[0]
 
     def encode(self, content: ChannelExpert) -> torch.Tensor:
@@ -103,15 +104,15 @@ def chunk_hashes(chunks: torch.Tensor) -> np.ndarray:
 
 
 def require_chunks(weight: ChannelWeight, channels: np.ndarray, hashes: np.ndarray) -> None:
-    """Refuse channels that are not those that were packed.
+    """Refuse channels that differ from the packed ones.
 
     Args:
-        weight: chunks, of which only some are looked at.
-        channels: [n] of these.
-        hashes: [I] uint64, of all.
+        weight: the expert's chunks.
+        channels: [n] channels to check.
+        hashes: [I] uint64 hashes of all chunks.
 
     Raises:
-        CorruptArtifactError: names the first that is not.
+        CorruptArtifactError: names the first channel that differs.
     """
     found = weight.take(torch.from_numpy(channels.astype(np.int64)))
     wrong = np.flatnonzero(chunk_hashes(found.chunks) != hashes[channels])

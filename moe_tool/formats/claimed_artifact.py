@@ -1,4 +1,4 @@
-"""Whether a file that is about to be written anew belongs to another model."""
+"""Protection of another model's artifact from being overwritten under a default name."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ _MAX_JSON_BYTES = 2**30
 
 
 def require_unclaimed(path: Path, identity: ModelIdentity, *, remedy: str | None = None) -> Path:
-    """Return a path that nobody chose, if no other model's artifact lies there.
+    """Return a default path, if no other model's artifact lies there.
 
-    Two checkpoints may be called alike (`a/checkpoint-500`, `b/checkpoint-500`). What cannot be
-    read belongs to nobody and may be replaced.
+    Two checkpoints may be called alike (`a/checkpoint-500`, `b/checkpoint-500`). An unreadable
+    file may be replaced.
 
     Args:
         path: a default name.
-        identity: of the model that the new artifact is of.
+        identity: the model of the new artifact.
         remedy: the option that names another place; None: --out with a free name.
 
     Raises:
@@ -32,7 +32,7 @@ def require_unclaimed(path: Path, identity: ModelIdentity, *, remedy: str | None
         return path
     free = path.with_name(f"{identity.quick[:12]}-{path.name}")
     raise UsageError(
-        f"{path} is of another model called {owner.name} ({owner.model_type}, "
+        f"{path} belongs to another model called {owner.name} ({owner.model_type}, "
         f"{owner.quick[:12]}), this is {identity.name} ({identity.model_type}, "
         f"{identity.quick[:12]})",
         hint=f"{remedy or f'--out {free}'}, or move the other away",

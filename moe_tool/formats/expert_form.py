@@ -1,11 +1,11 @@
-"""An expert's record: its matrices in the checkpoint's floats, or as integer codes.
+"""Record of an expert: its matrices in the checkpoint's floats, or as integer codes.
 
 A matrix in floats is one segment of its name; an integer matrix is `NAME.plane0`, `NAME.plane1` ...
 and `NAME.scales`, with zero points `NAME.zeros` (quantization/bit_packing.py); a vector is one
 segment in the checkpoint's dtype.
 
 With a nested precision the record begins with the record of its base, whose scales are here called
-`NAME.base_scales`; what refines it, `NAME.plane1` and `NAME.scales` of every matrix, follows.
+`NAME.base_scales`; the refinement, `NAME.plane1` and `NAME.scales` of every matrix, follows.
 """
 
 from collections.abc import Mapping

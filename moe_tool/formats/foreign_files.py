@@ -1,4 +1,4 @@
-"""Files that people give in place of a checkpoint: recognized by name, told with the way on."""
+"""Errors for files and folders given in place of a checkpoint, recognized by name or beginning."""
 
 import shlex
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from moe_tool.errors import CorruptArtifactError, MoeToolError, UnsupportedModelError
 
 BEGINNING_BYTES = 64
-"""Enough of a file to recognize it by"""
+"""Bytes by which a file is recognized"""
 _READ = ("model.safetensors", "model.safetensors.index.json")
 _NO_GGUF = (
     "GGUF is not read: give the folder of the checkpoint that it was made from, in safetensors"
@@ -14,12 +14,7 @@ _NO_GGUF = (
 
 
 def foreign_content(path: Path, beginning: bytes) -> MoeToolError | None:
-    """Return the error for a file that is something else altogether, None where it is not known.
-
-    Args:
-        path: named in the error.
-        beginning: its first BEGINNING_BYTES, or fewer.
-    """
+    """Return the error for a foreign kind of file, told by its first BEGINNING_BYTES; else None."""
     text = beginning.lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
         return CorruptArtifactError(
@@ -37,7 +32,7 @@ def foreign_content(path: Path, beginning: bytes) -> MoeToolError | None:
 
 
 def foreign_file(path: Path) -> MoeToolError | None:
-    """Return what `foreign_content` says of a file; None where there is no file."""
+    """Return the error of `foreign_content` for a file; None if there is no file."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -45,8 +40,7 @@ def foreign_file(path: Path) -> MoeToolError | None:
 
 
 def foreign_folder(folder: Path) -> MoeToolError | None:
-    """Return the error for a folder that holds weights in another way than a checkpoint, None where
-    it holds no weights, or a checkpoint's."""
+    """Return the error for a folder whose weights are not stored as a checkpoint's; else None."""
     try:
         names = {entry.name for entry in folder.iterdir()}
     except OSError:

@@ -1,8 +1,8 @@
 """HDF5 files with a hash at their end, so that damage is refused before the HDF5 library sees it.
 
-The library reads out of bounds in damaged files. So SEAL_BYTES follow the HDF5 data, where the
-library does not look: the sha256 of everything before them. Only datasets stored plainly in the
-file are opened: no links, no filters, no external or sparse storage.
+The library reads out of bounds in damaged files. The last SEAL_BYTES, behind the HDF5 data, are
+the sha256 of everything before them. Only datasets stored plainly in the file are opened: no
+links, no filters, no external or sparse storage.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def created_hdf5(path: Path) -> Iterator[h5py.File]:
             with h5py.File(guarded, "w", libver=("v110", "v110"), track_order=False) as file:
                 yield file
         finally:
-            if guarded.error is not None:  # h5py's error does not tell the cause
+            if guarded.error is not None:  # h5py's error hides the cause
                 raise guarded.error
         raw.seek(0)
         digest = hashlib.sha256()

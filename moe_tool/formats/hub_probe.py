@@ -1,4 +1,4 @@
-"""Probe of the Hugging Face hub, before its libraries, which retry for up to 47 s."""
+"""Quick probe of the Hugging Face hub, whose libraries retry for up to 47 s."""
 
 import os
 import queue
@@ -55,7 +55,7 @@ def _connects(endpoint: str, timeout_s: float) -> bool:
         with socket.create_connection(
             (gate.hostname or "", gate.port or 3128), timeout=timeout_s
         ) as connection:
-            if gate.scheme != "http":  # a SOCKS or TLS proxy answers in its own language
+            if gate.scheme != "http":  # a SOCKS or TLS proxy has another handshake
                 return True
             connection.sendall(
                 f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
@@ -63,6 +63,6 @@ def _connects(endpoint: str, timeout_s: float) -> bool:
             status = connection.recv(64).split(maxsplit=2)[1:2]
             return status == [b"200"] or status == [
                 b"407"
-            ]  # 407: it wants the password, which the libraries will send
+            ]  # 407: the proxy wants the password, which the libraries send
     except (OSError, ValueError):
         return False

@@ -1,5 +1,5 @@
-"""Stored tensors of a matrix of codes: NAME.plane0, NAME.plane1, ..., NAME.scales, with zero points
-NAME.zeros, and for a nested base NAME.base_scales."""
+"""Stored tensors of a quantized matrix: NAME.plane0, NAME.plane1, ..., NAME.scales, zero points
+NAME.zeros if it has any, and NAME.base_scales if it is nested."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class IntegerPart:
     """Dtype: uint8 or float16"""
     shape: tuple[int, ...]
     is_refinement: bool = False
-    """Part of a nested matrix that its base does without"""
+    """Whether the base of a nested matrix does not use the tensor"""
 
     @property
     def safetensors_dtype(self) -> str:

@@ -38,8 +38,7 @@ Artifact = TypeVar("Artifact", bound=FrozenModel)
 def write_json_artifact(path: Path, artifact: FrozenModel) -> None:
     """Write an artifact atomically; equal artifacts give equal bytes.
 
-    Its last key is `sha256`, over the file without that key: otherwise a changed digit would go
-    unnoticed.
+    The last key is `sha256`, over the file without that key: a changed digit is noticed.
     """
     text = artifact.model_dump_json(indent=1).encode()
     body = text.removesuffix(b"\n}")
@@ -125,8 +124,7 @@ def _require_kind(path: Path, parsed: dict[str, Any], wanted: str, remedy: str) 
 
 
 def _require_experts_fit(path: Path, parsed: dict[str, Any], remedy: str) -> None:
-    """A primary record per expert that is not removed, by numbers alone, before anything is counted
-    out by them."""
+    """Compare the number of primary records with that of experts, before loops run over either."""
     shape, forms = parsed.get("shape"), parsed.get("forms")
     if not isinstance(shape, dict) or not isinstance(forms, list):
         return

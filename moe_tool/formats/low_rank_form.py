@@ -1,4 +1,4 @@
-"""The record of a low-rank map in an expert's place: two matrices and an offset, float16."""
+"""Record of a low-rank map in an expert's place: two matrices and an offset, float16."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWei
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankForm:
-    """Maps of one rank."""
+    """Low-rank maps of one rank."""
 
     layout: RecordLayout
 
     @classmethod
     def of(cls, shape: MoeShape, precision: LowRankPrecision) -> "LowRankForm":
-        """Return the form of maps in the place of a model's experts."""
+        """Return the form of the maps for a model's experts."""
         sizes = {"rank": precision.rank, "hidden": shape.hidden}
         parts = [
             (name, "float16", tuple(sizes[extent] for extent in extents))

@@ -24,9 +24,8 @@ from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.safetensors_index import Checkpoint, read_header
 
 MASK_ROUTER_NAME = re.compile(r"pruning-[0-9a-f]{16}\.safetensors")
-"""Names of mask-router files, made from a hash of the content, so that a new file never replaces an
-old one. A file of such a name that the manifest does not list is left over from an interrupted
-write."""
+"""Names of mask-router files, made from a hash of the content: a new file never replaces an old
+one. One that the manifest does not list is left over from an interrupted write."""
 
 
 def write_mask_router(
@@ -43,7 +42,7 @@ def write_mask_router(
         learned: entry for the manifest; its `file` is set here.
 
     Returns:
-        The manifest that was written.
+        The new manifest.
 
     Raises:
         DiskFullError, StorageError: a file cannot be written.

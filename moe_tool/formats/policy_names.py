@@ -55,7 +55,7 @@ def require_plan_names(path: Path, plan: PackPlan, *, remedy: str) -> None:
     if plan.policy is not None:
         named_miss_policy(path, plan.policy, remedy=remedy)
     if plan.quantizer not in QUANTIZERS:
-        raise CorruptArtifactError(f"{path} names a quantizer that there is none of", hint=remedy)
+        raise CorruptArtifactError(f"{path} names an unknown quantizer", hint=remedy)
     try:
         replica_precisions(plan.replicas)
     except ValueError as error:

@@ -73,7 +73,7 @@ class ProfileHeader(FrozenModel):
     holdout: float
     tool_version: str
     skeleton: SkeletonFacts | None = None
-    """Sizes beside the experts; None in profiles of earlier versions"""
+    """Sizes outside the experts; None in profiles of earlier versions"""
 
 
 def write_layer_part(

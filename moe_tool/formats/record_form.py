@@ -1,4 +1,4 @@
-"""The protocol of an expert's forms: written to a record, read from one, and checked there."""
+"""Protocol of the forms of an expert: how a record is written, read and checked."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,7 @@ Content = TypeVar("Content")
 
 
 class RecordForm(Protocol[Content]):
-    """How the records of one table are written."""
+    """Encoding of the records of one table."""
 
     @property
     def layout(self) -> RecordLayout:
@@ -28,14 +28,13 @@ class RecordForm(Protocol[Content]):
         """Return a record, uint8 [layout.size_bytes]; the same content gives the same bytes."""
 
     def decode(self, record: torch.Tensor) -> Content:
-        """Return what a record holds; views into it, nothing is copied."""
+        """Return the content of a record as views into it."""
 
     def require_finite(self, record: torch.Tensor) -> None:
-        """Refuse a record whose numbers cannot be computed with.
+        """Refuse a record with NaN or infinity in scales, thresholds or a map.
 
         Raises:
-            CorruptArtifactError: scales, thresholds or a map hold NaN or infinity; names the
-                segment.
+            CorruptArtifactError: names the segment.
         """
 
 
@@ -52,11 +51,6 @@ def record_form(
     shape: MoeShape, precision: AnyPrecision, role: Role = "primary"
 ) -> RecordForm[Any]:
     """Return the form of the records of a table.
-
-    Args:
-        shape: of the model.
-        precision: of the table.
-        role: of the table: a selector's records are others than those of the channels.
 
     Raises:
         CorruptArtifactError: channels of a model whose experts have none.

@@ -1,4 +1,4 @@
-"""How one record lies in a bundle: named, aligned segments, so that it is one aligned read.
+"""Layout of one record: named, aligned segments, so that one aligned read fetches it.
 
 Every segment is padded with zeros to ALIGNMENT_BYTES. Little-endian throughout.
 """
@@ -36,7 +36,7 @@ class Segment:
     shape: tuple[int, ...]
 
     def view(self, record: torch.Tensor) -> torch.Tensor:
-        """Return the segment of a record, uint8 [record size], as what it is; a view."""
+        """Return the segment of a record, uint8 [record size], as a view of its dtype and shape."""
         raw = record[self.offset : self.offset + self.n_bytes]
         return raw.view(_DTYPES[self.dtype]).view(self.shape)
 
@@ -64,16 +64,15 @@ class RecordLayout:
         return record
 
     def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return all segments of a record by name; views."""
+        """Return views of all segments of a record by name."""
         return {segment.name: segment.view(record) for segment in self.segments}
 
     def require_finite(self, record: torch.Tensor, *, names: Callable[[str], bool]) -> None:
-        """Refuse a record with float16 numbers that are NaN or infinite: its hash can be right all
-        the same.
+        """Refuse NaN and infinity among a record's float16 numbers: a forged hash can be right.
 
         Args:
             record: uint8 [size_bytes].
-            names: which segments are looked at.
+            names: whether a segment of this name is checked.
 
         Raises:
             CorruptArtifactError: names the segment.
@@ -84,11 +83,7 @@ class RecordLayout:
 
 
 def lay_out(parts: Sequence[tuple[str, str, tuple[int, ...]]]) -> RecordLayout:
-    """Return the layout of parts that follow each other.
-
-    Args:
-        parts: name, dtype and shape of each.
-    """
+    """Return the layout of consecutive parts, given by name, dtype and shape."""
     segments: list[Segment] = []
     for name, kind, shape in parts:
         n_bytes = _DTYPES[kind].itemsize

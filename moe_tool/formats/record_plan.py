@@ -1,4 +1,4 @@
-"""Which records of a bundle are written, in which order, and where each of them lies."""
+"""Records of a bundle: their order and places."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +15,17 @@ class RecordPlan:
     forms: tuple[RecordForm[Any], ...]
     """Forms of the tables, in the manifest's order"""
     base_bytes: tuple[int, ...]
-    """Length, by table, of the first bits at the beginning of a nested record; 0 of any other"""
+    """Length of the base at the beginning of a record by table; 0 if the table is not nested"""
     order: tuple[tuple[int, int, int], ...]
-    """Records as (table, layer, expert): all forms of an expert, then the next expert"""
+    """Records in order, (table, layer, expert): all forms of an expert, then the next expert"""
     files: tuple[tuple[ExpertFile, ...], ...]
-    """Files of records, by table"""
+    """Files by table"""
     places: tuple[tuple[ExpertFile, int], ...]
     """File of each record, and its position there"""
 
 
 def plan_records(spec: BundleSpec) -> RecordPlan:
-    """Return the records of a bundle; first bits of nested experts have none of their own.
+    """Return the records of a bundle; the base of a nested expert has none of its own.
 
     Raises:
         CorruptArtifactError: channels of a model whose experts have none.

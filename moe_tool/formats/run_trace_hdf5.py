@@ -26,8 +26,8 @@ from moe_tool.policies.eviction import EvictionChoice
 RUN_TRACE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
 _MAX_UNSCORED_EXPERTS = 2**16
-"""Experts of all layers accepted from a file without scores, which would prove their number by its
-size: twice those of the largest models"""
+"""Most experts of all layers in a file without scores, whose size would prove the number: twice
+those of the largest models"""
 _DTYPES: dict[str, type[np.generic]] = {
     "layer": np.int32,
     "is_decode": np.bool_,

@@ -131,7 +131,7 @@ class Checkpoint:
     def open_folder(cls, folder: Path) -> "Checkpoint":
         """Open model.safetensors, or the shards that model.safetensors.index.json names.
 
-        What is read of it has to be finite.
+        Reading a tensor with NaN or infinity is refused.
 
         Raises:
             NotFoundError: the folder holds neither.

@@ -1,6 +1,7 @@
-"""The record of a channel selector, which stays in memory: the matrix that selects, as any integer
-matrix is stored, under the name `selector`; `thresholds`, float16, one for every sparsity of GRID;
-`hashes`, the xxh3-64 of every chunk, little-endian; and the expert's vectors as they are."""
+"""Record of a channel selector, which stays in memory.
+
+Segments: the integer matrix `selector`; `thresholds`, float16, one for every sparsity of GRID;
+`hashes`, the xxh3-64 of every chunk, little-endian; and the expert's vectors unchanged."""
 
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class SelectorForm:
     n_channels: int
     n_hidden: int
     vectors: tuple[str, ...]
-    """Names of the expert's tensors that are no matrices"""
+    """Names of the expert's vectors"""
     layout: RecordLayout
 
     @classmethod
@@ -75,7 +76,7 @@ class SelectorForm:
         """Return a selector whose matrix is a view into `record`.
 
         Raises:
-            CorruptArtifactError: its thresholds are no sizes in ascending order.
+            CorruptArtifactError: its thresholds do not ascend from 0.
         """
         views = self.layout.views(record)
         thresholds = views["thresholds"].float().numpy()

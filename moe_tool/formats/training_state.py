@@ -31,7 +31,7 @@ class TrainingState:
 
 
 def order_digest(order: Mapping[str, Any]) -> bytes:
-    """Return a digest of everything that decides the outcome of a training."""
+    """Return a digest of all settings that decide the outcome of a training."""
     return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).digest()
 
 
@@ -84,7 +84,8 @@ def read_training_state(
             info = infos.get(name)
             if info is None or (info.dtype, info.shape) != expected.get(name):
                 raise CorruptArtifactError(
-                    f"{path} is damaged: {quoted(name)} is not what it should be", hint=again
+                    f"{path} is damaged: {quoted(name)} is missing, unknown or misshapen",
+                    hint=again,
                 )
         tensors = {name: checkpoint.read(name) for name in wanted}
         counters = checkpoint.read(_COUNTERS)

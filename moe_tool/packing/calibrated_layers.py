@@ -1,4 +1,4 @@
-"""The profile's tokens once more through the model, for what is fitted to an expert's inputs."""
+"""Second pass of a profile's tokens through the model, which yields every expert's inputs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,54 +21,53 @@ from moe_tool.quantizers.inputs import ExpertInputs
 _MAX_TOKENS = 32768
 _BATCH_TOKENS = 2048
 _MIN_ROWS = 8
-"""An expert with fewer tokens of its own is measured on all of them"""
+"""Routed tokens below which an expert is measured on all tokens"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSample:
-    """The inputs of one expert: n tokens to fit on, m held-out ones to measure on."""
+    """Inputs of one expert: n tokens to fit on, m held-out ones to measure on."""
 
     module: Any
     """The experts module of transformers"""
     tensors: Mapping[str, torch.Tensor]
     """The expert's weights, in the checkpoint's dtype"""
     fitted_on: torch.Tensor
-    """Inputs to fit on, [n, H] float32"""
+    """[n, H] float32 in-sample inputs"""
     measured_on: torch.Tensor
-    """Inputs to measure on, [m, H] float32"""
+    """[m, H] float32 held-out inputs"""
     is_own: bool
-    """Both are tokens that its router sent to it; of an expert that is wanted too rarely, all
-    that there are"""
+    """Whether the tokens are those routed to the expert; False: too few were, and all are used"""
 
     @property
     def inputs(self) -> ExpertInputs:
-        """The tokens to fit on, as quantizers take them."""
+        """The in-sample inputs, as quantizers take them."""
         return ExpertInputs(self.module, self.tensors, self.fitted_on)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedLayer:
-    """One MoE layer with its experts in memory, until the next one is asked for."""
+    """One MoE layer with its experts in memory, valid until the next one is yielded."""
 
     layer: int
     module: Any
     experts: Mapping[int, Mapping[str, torch.Tensor]]
     inputs: torch.Tensor
-    """Inputs of the experts, [T, H] float32"""
+    """[T, H] float32 inputs of the experts"""
     index: torch.Tensor
-    """Experts wanted, [T, K] int64"""
+    """[T, K] int64 expert ids"""
     held_out: torch.Tensor
-    """Whether a token is held out, [T] bool"""
+    """[T] bool: True for held-out tokens"""
     disturb: Callable[[Mapping[int, ExpertWeights]], None]
-    """Carry the watched sequences on with other weights of some of this layer's experts; see
-    `CalibratedModel.divergences`"""
+    """Function that continues the watched sequences with other weights for some of this layer's
+    experts; see `CalibratedModel.divergences`"""
 
     def sample(self, expert: int, *, most_measured: int) -> ExpertSample:
-        """Return what an expert was given; of an expert that is wanted too rarely, what all were.
+        """Return an expert's inputs, or all experts' if few tokens are routed to it.
 
         Args:
-            expert: of the layer.
-            most_measured: held-out tokens at most.
+            expert: expert of the layer.
+            most_measured: largest number of held-out tokens.
         """
         wanted = (self.index == expert).any(dim=1)
 
@@ -90,10 +89,10 @@ class CalibratedLayer:
 
 
 class CalibratedModel:
-    """The model layer by layer, with tokens of its profile going through it.
+    """Model evaluated layer by layer on tokens of its profile.
 
-    One layer's experts are in memory at a time, and twice the hidden states of the tokens: a
-    sample of the profile's sequences where all would take too much.
+    Memory holds one layer's experts and twice the hidden states of the tokens, which are a sample
+    of the profile's sequences if all would take too much.
     """
 
     def __init__(
@@ -104,13 +103,13 @@ class CalibratedModel:
         *,
         hidden_bytes: int = MOST_HIDDEN_BYTES,
     ) -> None:
-        """Load what is outside the layers.
+        """Load the tensors outside the layers.
 
         Args:
-            folder: of the checkpoint.
+            folder: the checkpoint.
             opened: the same checkpoint.
-            tokens: of its profile.
-            hidden_bytes: of the hidden states that are carried from layer to layer.
+            tokens: tokens of its profile.
+            hidden_bytes: limit of the hidden states carried from layer to layer.
         """
         self._hidden_bytes = hidden_bytes
         self._opened = opened
@@ -120,16 +119,12 @@ class CalibratedModel:
         self._calls: list[LayerCall] = []
         self._experts: dict[int, dict[str, torch.Tensor]] = {}
         self._instead: Mapping[int, ExpertWeights] = {}
-        """Expert -> what answers in its place"""
+        """Expert -> weights in its place"""
         self._watched: list[torch.Tensor] = []
-        """Hidden states of a few sequences: untouched, then what `disturb` made of them"""
+        """Hidden states of the watched sequences: undisturbed, then one for each `disturb`"""
 
     def watch(self, n_tokens: int) -> None:
-        """Carry some sequences beside the others, for `disturb`; to be called before `layers`.
-
-        Args:
-            n_tokens: of them, about.
-        """
+        """Watch sequences of about `n_tokens` tokens, for `disturb`; call it before `layers`."""
         in_sample = np.flatnonzero(~self._tokens.held_out)
         count = max(1, min(len(in_sample), n_tokens // self._tokens.ids.shape[1]))
         rows = in_sample[np.linspace(0, len(in_sample) - 1, count).astype(np.int64)]
@@ -137,10 +132,10 @@ class CalibratedModel:
         self._watched = [self._stream.initial_hidden(ids)]
 
     def layers(self, *, last: int | None = None) -> Iterator[CalibratedLayer]:
-        """Yield the MoE layers one after the other, with what their experts are given.
+        """Yield the MoE layers with their experts' inputs.
 
         Args:
-            last: decoder layer behind which nothing is wanted; None: to the end.
+            last: last decoder layer to evaluate; None: all.
         """
         chosen = _choose(
             self._tokens, hidden=self._opened.shape.hidden, hidden_bytes=self._hidden_bytes
@@ -175,8 +170,8 @@ class CalibratedModel:
                 )
 
     def divergences(self) -> list[float]:
-        """Return what each `disturb` did to the model's output, in their order, nats per token;
-        once `layers` has ended."""
+        """Return the divergence of the output for each `disturb` in order, nats per token, once
+        `layers` has ended."""
         exact, *disturbed = self._watched
         totals = [0.0] * len(disturbed)
         n_tokens = 0
@@ -218,7 +213,7 @@ class CalibratedModel:
 
 
 def _choose(tokens: TracedTokens, *, hidden: int, hidden_bytes: int) -> np.ndarray:
-    """Sequences spread over the profile, of both parts in their proportion."""
+    """Return sequences spread over the profile, from both parts in proportion."""
     n_sequences, seq_len = tokens.ids.shape
     most = max(1, min(_MAX_TOKENS, hidden_bytes // (4 * hidden)) // seq_len)
     parts = [np.flatnonzero(tokens.held_out == part) for part in (False, True)]

@@ -1,9 +1,8 @@
-"""One expert in channels: made from its inputs, with thresholds (FloE, arXiv:2505.05950).
+"""Conversion of one expert to channels with thresholds, by its inputs (FloE, arXiv:2505.05950).
 
-The matrix that selects is quantized as any other, by the quantizer that was asked for. A row or a
-column of a channel has scales of its own along its whole length, so columns are rounded to the
-nearest. Where the quantizer refits the last matrix, as gptq does, it is first fitted to
-what the rounded ones before it give.
+The selector matrix is quantized by the chosen quantizer. Each row or column of a channel has its
+own scales along its whole length, so columns are rounded to nearest. If the quantizer refits the
+last matrix, as gptq does, that happens first, for the outputs of the rounded matrices before it.
 """
 
 import numpy as np
@@ -41,13 +40,13 @@ def channel_expert(
     """Return an expert's channels with their selector.
 
     Args:
-        sample: of the expert.
-        precision: of its parts.
-        quantizer: of the matrix that selects, and of rows.
+        sample: the expert and its inputs.
+        precision: precision of its parts.
+        quantizer: quantizer of the selector matrix and of rows.
 
     Raises:
         CorruptArtifactError: a weight is NaN or infinite.
-        UnsupportedModelError: the expert has no gate that is known.
+        UnsupportedModelError: the expert has no known gate.
     """
     gate = channel_gate(sample.module)
     gates, ups = (half.contiguous() for half in split_halves(gate, sample.tensors[FIRST]))
@@ -75,8 +74,7 @@ def channel_expert(
 def _selector(
     sample: ExpertSample, weight: IntegerWeight, channels: ChannelWeight, *, is_gate: bool
 ) -> Selector:
-    """Return the selector, with the sizes of its output on the expert's own tokens, whatever
-    channel they are of."""
+    """Return the selector, with thresholds from its absolute outputs over all channels."""
     selector = Selector(
         weight=weight,
         is_gate=is_gate,

@@ -1,4 +1,4 @@
-"""An expert's tensors as a record of some precision holds them: floats, or codes of a quantizer."""
+"""Conversion of an expert's tensors to the content of a record: floats, or codes of a quantizer."""
 
 from collections.abc import Mapping
 
@@ -15,12 +15,12 @@ def coded(
     precision: AnyPrecision,
     quantize_expert: QuantizeExpert = nearest,
 ) -> dict[str, FloatWeight | IntegerWeight]:
-    """Return an expert's tensors as a record of a precision holds them.
+    """Return the content of an expert's record.
 
     Args:
         weights: the expert in canonical form, in the checkpoint's dtype.
-        precision: of matrices; vectors stay as they are.
-        quantize_expert: makes the codes where the precision has any.
+        precision: precision of matrices; vectors are unchanged.
+        quantize_expert: makes the codes of a quantized precision.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite.

@@ -1,4 +1,4 @@
-"""All forms of one expert: made, and measured on tokens that they were not fitted to."""
+"""Forms of one expert, made and measured on held-out tokens."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.quantizers.spec import QuantizeExpert
 
 MEASURED_TOKENS = 256
-"""Held-out tokens behind a price"""
+"""Most held-out tokens that a price is measured on"""
 _FIT_TOKENS = 4096
 
 
@@ -34,22 +34,16 @@ class MeasuredRecord:
     record: torch.Tensor
     """Record, uint8 [form's layout.size_bytes]"""
     eps: float | None
-    """Measured error, see FormRecord; None: not an answer"""
+    """Measured error, see FormRecord; None for a selector"""
     base_eps: float | None = None
-    """Measured error of a nested expert's first bits"""
+    """Measured error of a nested expert's base"""
 
 
 class ExpertRecords:
-    """Makes the forms of an expert; what they share, its exact answers, its best linear map, its
-    channels, is computed once."""
+    """Maker of an expert's forms; exact outputs, best linear map and channels are computed once."""
 
     def __init__(self, sample: ExpertSample, quantizer: Quantizer) -> None:
-        """Take what the forms are made of.
-
-        Args:
-            sample: of the expert.
-            quantizer: makes the codes of forms that have any.
-        """
+        """Keep the expert with its inputs, and the quantizer of its forms."""
         self._sample = sample
         self._quantizer = quantizer
         self._channels: dict[ChannelPrecision, ChannelExpert] = {}
@@ -58,16 +52,11 @@ class ExpertRecords:
     def make(
         self, form: RecordForm[Any], precision: AnyPrecision, role: Role = "primary"
     ) -> MeasuredRecord:
-        """Return the expert in a form.
-
-        Args:
-            form: of the records of a table.
-            precision: of the table.
-            role: of the table.
+        """Return the expert in the form of a table with this precision and role.
 
         Raises:
             CorruptArtifactError: a weight is NaN or infinite.
-            UnsupportedModelError: channels of an expert that has no gate that is known.
+            UnsupportedModelError: channels of an expert without a known gate.
         """
         tensors = self._sample.tensors
         if precision.kind == "channels":
@@ -106,7 +95,7 @@ class ExpertRecords:
 
     @cached_property
     def _truth(self) -> torch.Tensor:
-        """Exact answers, [m, H]"""
+        """Exact outputs, [m, H]"""
         return expert_forward(self._sample.module, self._exact, self._sample.measured_on)
 
     @cached_property
@@ -117,13 +106,7 @@ class ExpertRecords:
 
 
 def relative_error(truth: torch.Tensor, answer: torch.Tensor) -> float:
-    """Return sqrt(sum ||truth - answer||^2 / sum ||truth||^2); 1 where there is nothing to judge
-    by.
-
-    Args:
-        truth: [m, H] float32.
-        answer: [m, H] float32.
-    """
+    """Return sqrt(sum ||truth - answer||^2 / sum ||truth||^2) of [m, H] each; 1 for m = 0."""
     energy = float(truth.double().square().sum())
     error = float((truth.double() - answer.double()).square().sum())
     if energy > 0:

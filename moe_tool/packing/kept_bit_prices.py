@@ -1,5 +1,4 @@
-"""Bit prices that are kept beside a profile, measured in a pass over the model where there are
-none."""
+"""Bit prices kept beside a profile; missing ones are measured in a pass over the model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,18 +28,18 @@ def kept_bit_prices(
     """Return the kept prices of a profile, or measure and keep them.
 
     Args:
-        profile: of the model.
-        quantizer: that `pack` is going to use.
-        folder: where prices are kept.
-        model: the checkpoint, where errors have to be measured; None: by the profile's name.
+        profile: profile of the model.
+        quantizer: quantizer that `pack` will use.
+        folder: folder of kept prices.
+        model: the checkpoint to measure on; None: found by the profile's name.
         offline: never touch the network.
         announce: told in one line what is read, measured and written.
         progress: told about every expert.
 
     Raises:
-        NotFoundError: there is nothing to measure on.
+        NotFoundError: the checkpoint to measure on is missing.
         CorruptArtifactError, WrongModelError: an input is damaged or of another model.
-        UsageError: another model's prices lie under that name.
+        UsageError: another model's prices have the same file name.
     """
     path = bit_prices_path(folder, profile.path, quantizer)
     kept = _read(path, announce)
@@ -83,7 +82,7 @@ def _locate(
         if model is not None:
             raise
         raise NotFoundError(
-            f"what {quantizer} loses at each width is measured on the model, and {name} was not "
+            f"the loss of {quantizer} at each width is measured on the model, and {name} was not "
             "found by its name",
             hint="add --model PATH, the checkpoint that was profiled",
         ) from error

@@ -1,5 +1,4 @@
-"""Measure what each number of bits costs each expert, with the quantizer in use: one pass over the
-model, one layer in memory."""
+"""Measurement of bit prices with the quantizer in use: one pass, one layer in memory at a time."""
 
 from collections.abc import Sequence
 
@@ -39,15 +38,15 @@ def measure_bit_prices(
 ) -> BitPrices:
     """Return the errors of all experts at all widths.
 
-    A layer's sensitivity to errors of this kind is measured too: some sequences go through the
-    model with this layer alone at 2 bits. The profile's is that of noise in all directions, which
-    on a trained model was between half and twice of it.
+    Each layer's sensitivity to quantization errors is measured too, on some sequences with this
+    layer alone at 2 bits. The profile's sensitivity, to noise in all directions, was half to twice
+    as large on a trained model.
 
     Args:
-        model: where the checkpoint lies.
-        profile: of the same model.
-        quantizer: that `pack` is going to use.
-        widths: ascending.
+        model: place of the checkpoint.
+        profile: profile of the same model.
+        quantizer: quantizer that `pack` will use.
+        widths: numbers of bits, ascending.
         progress: told about every expert.
 
     Raises:
@@ -95,7 +94,7 @@ def _measure_layer(
     precisions: Sequence[IntegerPrecision],
     progress: Progress,
 ) -> np.ndarray:
-    """Return the errors of a layer's experts, [precisions, E], and carry the watched sequences on
+    """Return the errors of a layer's experts, [precisions, E], and continue the watched sequences
     with the layer at 2 bits."""
     shape = opened.shape
     forms = [record_form(shape, precision) for precision in precisions]
@@ -119,14 +118,14 @@ def _measure_layer(
 def expected_nats(
     profile: ProfileReader, layer: int, statistics: ExpertStatistics, eps: np.ndarray
 ) -> np.ndarray:
-    """Return what errors of a layer's experts are expected to add to the divergence, [E] nats per
-    token, by the profile's sensitivity alone.
+    """Return the divergence that a layer's errors are expected to add by the profile's sensitivity,
+    [E] nats per token.
 
     Args:
-        profile: of the model.
+        profile: profile of the model.
         layer: decoder layer.
-        statistics: of the layer.
-        eps: [E].
+        statistics: statistics of the layer.
+        eps: [E] relative errors of its experts.
     """
     use = mean_squared_gates(
         profile.indices(layer, "top_k_index"), profile.gate_weights(layer), len(eps)

@@ -1,4 +1,4 @@
-"""Pack a checkpoint: read what goes beside it, plan, write."""
+"""Story of `pack`: read profile and buddy map, plan, write."""
 
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def pack_opened(
 
     Args:
         opened: the model; its checkpoint stays open and belongs to the caller.
-        folder: of the checkpoint.
-        options: of `pack`.
+        folder: folder of the checkpoint.
+        options: options of `pack`.
         profile: HDF5 file of this model.
         buddies: buddy map of this model.
         progress: told about every record.

@@ -1,4 +1,4 @@
-"""Read what a profile and a buddy map add to a bundle, checked against the model."""
+"""Inputs of `pack` beside the checkpoint: profile and buddy map, checked against the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +20,26 @@ from moe_tool.packing.record_order import order_experts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileFacts:
-    """A profile as packing needs it, or the defaults without one."""
+    """Facts from a profile that packing needs, or the defaults without one."""
 
     sha256: str | None
     heat: tuple[LayerHeat, ...] | None
     order: tuple[ExpertKey, ...]
-    """Experts, as (layer, expert), in file order"""
+    """Experts in file order, (layer, expert)"""
     full_hash: str | None
-    """Hash of the whole checkpoint: the profile read every tensor of it"""
+    """Hash of the whole checkpoint, known from the profile"""
     prices: tuple[LayerPrices, ...] | None
     tokens: TracedTokens | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackInputs:
-    """Everything that is packed beside the checkpoint."""
+    """Inputs of a pack beside the checkpoint."""
 
     profile: ProfileFacts
     buddies: BundleBuddies | None
     buddies_name: str
-    """Tells one buddy map from another; none without one"""
+    """Name that tells one buddy map from another; "none" without one"""
 
 
 def read_pack_inputs(
@@ -51,8 +51,8 @@ def read_pack_inputs(
         profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
             replicas are fitted to and measured on.
         buddies: buddy map of this model.
-        identity: of the model.
-        shape: of the model.
+        identity: identity of the model.
+        shape: shape of the model.
 
     Raises:
         WrongModelError: one of them belongs to another model.

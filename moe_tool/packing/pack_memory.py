@@ -1,5 +1,5 @@
-"""Memory that packing takes, before it begins: one expert at a time, or one layer where codes
-are fitted to what experts are given."""
+"""Estimate of the memory of packing: one expert at a time, or one layer if codes are fitted to
+experts' inputs."""
 
 from dataclasses import dataclass
 
@@ -9,46 +9,45 @@ from moe_tool.budget.refusal import name_lines, require_budget
 from moe_tool.models.architecture import OpenedModel
 
 MOST_HIDDEN_BYTES = 128 * 2**20
-"""Bytes of hidden states that are carried from layer to layer, and again of one layer's inputs"""
+"""Size of the hidden states carried from layer to layer, and again of one layer's inputs"""
 _LEAST_TOKENS = 2048
-"""Fewer say too little about an expert"""
+"""Fewest tokens whose hidden states have to fit: fewer say too little about an expert"""
 _BATCH_TOKENS = 2048
 _FITTED_TOKENS = 8192
 _MARGIN_BYTES = 160 * 2**20
-"""Allocator slack, libraries first touched, file pages under way to the disk"""
+"""Allocator slack, libraries on first use, dirty file pages"""
 _WORKING_COPIES = 6
-"""Copies of the largest matrix in float32 while its codes are chosen: weights, codes, steps, what
-is left of it, and what two of these are made from"""
+"""Copies of the largest matrix in float32 while its codes are chosen: weights, codes, steps,
+remainder, and two temporaries"""
 _SQUARES = 7
-"""Matrices [in, in] in float32: second moments, damped, ordered, their factor, its inverse, and the
-factor of that"""
+"""Matrices [in, in] in float32: second moments, damped, ordered, factor, inverse and its factor"""
 _NESTED_SQUARES = 3
-"""[in, in] kept of the whole codes while the base's are made"""
+"""Matrices [in, in] of the whole codes, kept while the base's are made"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackMemory:
-    """Budget of a pack."""
+    """Memory plan of a pack."""
 
     needed_bytes: int
     """Expected peak of the process"""
     hidden_bytes: int
-    """Bytes of hidden states that may be carried from layer to layer"""
+    """Limit of the hidden states carried from layer to layer"""
 
 
 def plan_pack_memory(
     opened: OpenedModel, *, n_tokens: int, is_nested: bool = False, asked: int | None
 ) -> PackMemory:
-    """Return what packing will take.
+    """Return the memory that packing will take.
 
     Args:
         opened: the checkpoint.
-        n_tokens: of the profile, where they go through the model; else 0.
+        n_tokens: tokens of the profile that go through the model; 0: none do.
         is_nested: codes are chosen for two widths at once.
-        asked: the budget in bytes; None: none, all tokens are taken.
+        asked: the budget in bytes; None: no limit, all tokens are used.
 
     Raises:
-        BudgetError: it does not fit: with what would.
+        BudgetError: it does not fit; the hint names a budget that does.
     """
     shape = opened.shape
     used = current_rss_bytes()
@@ -68,14 +67,14 @@ def plan_pack_memory(
     squares = 4 * (_SQUARES + (_NESTED_SQUARES if is_nested else 0))
     inner = max(n_out for n_out, _ in matrices)
     n_batch, n_fitted = min(_BATCH_TOKENS, n_tokens), min(_FITTED_TOKENS, n_tokens)
-    # Outside the layers all of the skeleton stays, in float32 while one of its layers is at hand.
+    # The whole skeleton stays in memory, counted in float32.
     parts["one layer"] = shape.experts * shape.n_expert_weights * size
     parts["what is beside the experts"] = sum(skeleton) * 4 // size
     # Tokens go through a layer before its experts are quantized, one matrix after the other.
     batch = 4 * n_batch * (16 * shape.hidden + shape.top_k * 2 * inner)
     given = 4 * n_fitted * (shape.hidden + 3 * inner)
     working = max(copies * n_out * n_in + squares * n_in**2 for n_out, n_in in matrices)
-    parts["a batch, or one expert and what it is given"] = max(batch, record + given + working)
+    parts["a batch, or one expert with its inputs"] = max(batch, record + given + working)
     fixed = sum(parts.values())
     least = 3 * 4 * min(_LEAST_TOKENS, n_tokens) * shape.hidden
     _require(opened, asked, parts | {"hidden states": least})

@@ -1,4 +1,4 @@
-"""How a checkpoint is to be packed: the options of `pack`, parsed once."""
+"""Options of `pack`, parsed once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ WholePrecision = NativePrecision | IntegerPrecision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
-    """A request to pack; zero points come with the quantizer and are not set here."""
+    """Options of a pack; zero points follow from the quantizer."""
 
     out: Path
     """Folder of the bundle; until it is finished its name ends in `.part`"""
@@ -36,9 +36,9 @@ class PackOptions:
     """Precision of experts in channels; None: experts are whole"""
     quantizer: Quantizer = "rtn"
     plan: PackPlan | None = None
-    """Goes into the manifest, for `run` to follow"""
+    """Plan for the manifest, which `run` follows"""
     memory_bytes: int | None = None
-    """Budget of the whole process; None: what packing takes"""
+    """Budget of the whole process; None: no limit"""
 
     @property
     def bits_name(self) -> str:
@@ -47,7 +47,7 @@ class PackOptions:
 
     @property
     def primary_option(self) -> str:
-        """The option that says what experts are packed as, with its value"""
+        """Option and value that set the primary precision"""
         if self.channels is not None:
             return f"--sparse-experts {self.channels.name}"
         return f"--bits {self.bits_name}"
@@ -69,10 +69,10 @@ def parse_pack_options(
     plan: PackPlan | None = None,
     memory: str | None = None,
 ) -> PackOptions:
-    """Return the options as the command line has them; None: as the plan says, or the default.
+    """Return the options for words of the command line; None: as the plan says, or the default.
 
     Raises:
-        UsageError: a word is not known, with those that are.
+        UsageError: a word is unknown.
     """
     if plan is not None:
         bits, skeleton_bits = bits or plan.bits, skeleton_bits or plan.skeleton_bits
@@ -94,7 +94,7 @@ def parse_precision(option: str, bits: str) -> WholePrecision:
     """Return the precision that an option names.
 
     Raises:
-        UsageError: with those that there are.
+        UsageError: it is unknown; the hint lists the known ones.
     """
     try:
         return precision_from_bits(bits)

@@ -1,4 +1,4 @@
-"""Whether a plan fits what is packed, and what it wants to be packed."""
+"""Check of a plan against the options and the model, and the forms that it wants packed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def require_plan_fits(
     """Refuse a plan of another model, or options that it was not made for.
 
     Raises:
-        WrongModelError, UsageError: with what to do.
+        WrongModelError, UsageError: the hint says what to do.
     """
     require_same_model(
         plan.identity,
@@ -34,8 +34,8 @@ def require_plan_fits(
         )
     if parse_eviction(plan.eviction).pinned_share and not has_heat:
         raise UsageError(
-            f"the plan's {plan.eviction} keeps the experts that a profile found hot, and there is "
-            "none",
+            f"the plan's {plan.eviction} pins the experts that a profile found hot, and there is "
+            "no profile",
             hint="--profile FILE, the one that the plan was made from",
         )
     _require_planned_replicas(plan, options.replica_names)
@@ -55,9 +55,9 @@ def _require_planned_replicas(plan: PackPlan, replicas: str) -> None:
 def planned_residents(
     plan: PackPlan, forms: Sequence[ReplicaPrecision]
 ) -> dict[str, frozenset[tuple[int, int]]] | None:
-    """Return of which experts a plan wants each form, by name; None: of all.
+    """Return the experts that a plan wants each form of, by the form's name; None: all experts.
 
-    Where nothing is read for a miss a form that is not in memory is of no use on the disk.
+    If no miss is read, a form that is not in memory is of no use on the disk.
     """
     if plan.policy is None or any(form.n_disk_only for form in plan.forms[1:]):
         return None
@@ -68,5 +68,5 @@ def planned_residents(
 
 
 def sha256_of_plan(plan: PackPlan) -> str:
-    """Return what tells one plan from another."""
+    """Return a hash that tells one plan from another."""
     return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Plan a pack: every decision and every refusal, before anything is written."""
+"""Plan of a pack: every decision and every refusal, before anything is written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _Replicas = Mapping[ReplicaPrecision, frozenset[ExpertKey]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackJob:
-    """All that is decided about a bundle."""
+    """All decisions about a bundle."""
 
     folder: Path
     """Folder of the checkpoint"""
@@ -37,26 +37,26 @@ class PackJob:
     profile: ProfileFacts
     buddies: BundleBuddies | None
     tokens: TracedTokens | None
-    """Tokens that go through the model once more, where forms are fitted or measured; None: each
-    expert is packed by its weights alone"""
+    """Tokens for a second pass through the model, if forms are fitted or measured; None: experts
+    are packed by their weights alone"""
     hidden_bytes: int
-    """Size of the hidden states that may be carried from layer to layer"""
+    """Limit of the hidden states carried from layer to layer"""
 
 
 def plan_pack(
     options: PackOptions, opened: OpenedModel, folder: Path, inputs: PackInputs
 ) -> PackJob:
-    """Return what is to be packed.
+    """Return the job of a pack.
 
     Args:
-        options: of `pack`.
+        options: options of `pack`.
         opened: the model.
-        folder: of its checkpoint.
+        folder: folder of its checkpoint.
         inputs: profile and buddy map of the same model.
 
     Raises:
-        BudgetError: the memory budget is too small: with what would do.
-        UsageError: options do not go together, or not with the model.
+        BudgetError: the memory budget is too small; the hint names one that is not.
+        UsageError: options contradict each other or the model.
         WrongModelError: the plan belongs to another model.
         CorruptArtifactError: the plan's bits do not fit the model.
     """
@@ -109,8 +109,8 @@ def _require_no_plan(options: PackOptions) -> None:
 
 
 def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) -> _Replicas:
-    """Which experts get which cheaper form: those whose own form is dearer, as far as a plan has a
-    use for it."""
+    """Return the experts of each replica: those with a dearer primary form, if a plan has a use for
+    it."""
     too_wide = [f.rank for f in options.replicas if f.kind == "low-rank" and f.rank > shape.hidden]
     if too_wide:
         raise UsageError(
@@ -136,7 +136,7 @@ def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) ->
 
 
 def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Replicas) -> str | None:
-    """Why a profile's tokens have to go through the model; None where they need not."""
+    """Return why a profile's tokens have to go through the model; None if they need not."""
     if options.channels is not None:
         name = options.channels.name
         return f"--sparse-experts {name}: thresholds are measured on a profile's tokens"
@@ -144,9 +144,9 @@ def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Repl
         return "--replicas are fitted to a profile's tokens and priced on them"
     if primaries.is_nested:
         bits = options.bits_name
-        return f"--bits {bits}: the first bits are priced on a profile's tokens"
+        return f"--bits {bits}: the base of nested bits is priced on a profile's tokens"
     if QUANTIZERS[options.quantizer].needs_inputs and primaries.has_codes:
-        return f"--quantizer {options.quantizer} goes by what experts are given"
+        return f"--quantizer {options.quantizer} needs the experts' inputs"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Prices of leaving experts out, as a bundle keeps them."""
+"""Prices of dropping experts, for the manifest."""
 
 import numpy as np
 
@@ -11,13 +11,7 @@ from moe_tool.policies.misses.replica import unimportance
 
 
 def layer_prices(layer: int, statistics: ExpertStatistics, trace: LayerTrace) -> LayerPrices:
-    """Return one layer's prices.
-
-    Args:
-        layer: decoder layer.
-        statistics: of its experts.
-        trace: of its routing.
-    """
+    """Return one decoder layer's prices, from the statistics of its experts and its trace."""
     use = mean_squared_gates(trace.top_k_index, trace.top_k_weight, len(statistics.nats))
     weight = trace.top_k_weight.astype(np.float32)
     lighter = np.sort(ratio_to_heaviest(weight), axis=1)[:, :-1]

@@ -1,4 +1,4 @@
-"""Which expert has which primary precision: one for all, or each as a plan says."""
+"""Primary precision of every expert: one for all, or as a plan says."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class PrimaryForms:
     """The primary precisions of a bundle's experts."""
 
     experts: Mapping[ExpertPrecision, frozenset[ExpertKey]]
-    """Precision -> (layer, expert) of the experts that have it"""
+    """Precision -> (layer, expert) of its experts"""
     removed: frozenset[ExpertKey] = frozenset()
 
     @property
     def is_nested(self) -> bool:
-        """Whether the first bits of some experts are experts too."""
+        """Whether some experts have nested bits."""
         return any(precision.base is not None for precision in self.experts)
 
     @property
@@ -39,10 +39,6 @@ class PrimaryForms:
 
 def primary_forms(options: PackOptions, shape: MoeShape) -> PrimaryForms:
     """Return the precisions of all experts.
-
-    Args:
-        options: of `pack`.
-        shape: of the model.
 
     Raises:
         UsageError: bits are mixed without a plan, the quantizer cannot make them, or the experts
@@ -59,10 +55,10 @@ def primary_forms(options: PackOptions, shape: MoeShape) -> PrimaryForms:
 
 
 def made_by(quantizer: Quantizer, precision: WholePrecision) -> WholePrecision:
-    """Return the precision with the zero points that a quantizer makes.
+    """Return the precision with a quantizer's zero points.
 
     Raises:
-        UsageError: the quantizer cannot make it.
+        UsageError: the quantizer does not support the precision.
     """
     spec = QUANTIZERS[quantizer]
     if precision.kind == "integer" and precision.zeros and not spec.makes_zeros:
@@ -84,7 +80,7 @@ def made_by(quantizer: Quantizer, precision: WholePrecision) -> WholePrecision:
 def _as_planned(plan: PackPlan | None, shape: MoeShape, quantizer: Quantizer) -> PrimaryForms:
     if plan is None or plan.bits != "mixed":
         raise UsageError(
-            "--bits mixed: which expert gets how many bits is what a plan says",
+            "--bits mixed: the bits of each expert come from a plan",
             hint="--plan FILE, of moe-tool plan --average-bits",
         )
     entries = plan.expert_bits

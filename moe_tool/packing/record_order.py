@@ -1,5 +1,4 @@
-"""The order in which expert records lie in a bundle: layer by layer, hot experts first, with those
-they are used with."""
+"""Order of expert records in a bundle: by layer, the hottest first, followed by co-used ones."""
 
 import numpy as np
 
@@ -7,9 +6,9 @@ import numpy as np
 def order_experts(load: np.ndarray, coactivation: np.ndarray) -> list[int]:
     """Return one layer's experts in the order in which their records should lie.
 
-    Starts at the hottest expert and goes on greedily to the one that is used most often together
-    with the last placed one; so that what a token reads together lies together. Ties go to the
-    hotter, then to the lower id.
+    Starts at the hottest expert and continues greedily with the one most often used together with
+    the last, so that a token's experts lie close together. Ties go to the hotter, then to the lower
+    id.
 
     Args:
         load: [E] tokens routed to each expert.

@@ -1,5 +1,4 @@
-"""Writes a skeleton: matrices as codes where that was asked for, the rest as the checkpoint has
-it."""
+"""Writer of a skeleton: matrices quantized if wanted, the rest as in the checkpoint."""
 
 import torch
 
@@ -16,7 +15,7 @@ from moe_tool.quantization.round_to_nearest import quantize
 from moe_tool.quantization.weights import IntegerWeight
 
 _BLOCK_WEIGHTS = 2**22
-"""Expanded to float32 at once: the head of a large vocabulary would be gigabytes"""
+"""Weights expanded to float32 at once: the head of a large vocabulary would be gigabytes"""
 
 
 class SkeletonWork:
@@ -27,12 +26,12 @@ class SkeletonWork:
 
         Args:
             opened: the model; its checkpoint stays open and owned by the caller.
-            precision: of the matrices outside experts and routers.
+            precision: precision of the matrices outside experts and routers.
         """
         self._opened = opened
         self._precision = precision
         self._parts: dict[str, tuple[LinearGroup, IntegerPart]] = {}
-        """Tensor -> what it is made from"""
+        """Stored tensor -> group and part that it comes from"""
         self._linears: list[SkeletonLinear] = []
         source = opened.skeleton
         names = source.tensor_names
@@ -56,7 +55,7 @@ class SkeletonWork:
         ]
         self.size_bytes = sum(entry.size_bytes for entry in self._entries)
         self._made: tuple[LinearGroup | None, dict[str, IntegerWeight]] = (None, {})
-        """The codes of the group that is being written"""
+        """Codes of the current group"""
 
     def write(self, writer: BundleWriter, progress: Progress) -> None:
         """Write the skeleton, one group of tensors in memory at a time.
@@ -92,7 +91,7 @@ class SkeletonWork:
             return self._opened.checkpoint.read_bytes(name)
         group, _ = self._parts[name]
         if self._made[0] is not group:
-            self._made = (None, {})  # let go of one group before the next is made
+            self._made = (None, {})  # free one group before the next is made
             self._made = (group, self._quantize_group(group))
         weight = self._made[1][name.rpartition(".")[0]]
         return memoryview(weight.part(name.rpartition(".")[2]).numpy().data).cast("B")
@@ -106,7 +105,7 @@ class SkeletonWork:
 
 
 def _quantize(weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeight:
-    """Quantize a matrix some blocks of rows after the other: rows do not know each other."""
+    """Quantize a matrix in blocks of rows, which are independent."""
     n_rows = max(1, _BLOCK_WEIGHTS // weight.shape[1] // ROWS) * ROWS
     blocks = [
         quantize(rows, precision.width_bits, group=precision.group)

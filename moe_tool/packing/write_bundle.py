@@ -1,4 +1,4 @@
-"""Walk a pack job: write the experts' records, the skeleton, the tokenizer and the manifest."""
+"""Execution of a pack job: records of the experts, skeleton, tokenizer, manifest."""
 
 import time
 from collections.abc import Iterator
@@ -42,34 +42,33 @@ class PackReport:
 
     bundle: Path
     bytes: int
-    """All files"""
+    """Size of all files"""
     expert_bytes: int
-    """Expert records, alignment included, without replicas"""
+    """Size of the expert records, alignment included, without replicas"""
     replica_bytes: int
     skeleton_bytes: int
     skeleton_bits: str
-    """native, 8 or 4"""
+    """Precision of the skeleton: native, 8 or 4"""
     bits_per_weight: float
     """Bits per expert weight, scales and alignment included"""
     seconds: float
     peak_rss_bytes: int
     output_error: float | None
-    """Relative error of the experts' outputs on held-out tokens: mean over stored experts; None:
-    not measured"""
+    """Mean relative error of the stored experts' outputs on held-out tokens; None: not measured"""
     unrouted: tuple[ExpertKey, ...]
-    """Experts that few tokens or none were sent to: fitted to those of others"""
+    """Experts with too few routed tokens, fitted to other experts' tokens"""
     resumed_records: int
-    """Records found finished from an interrupted run"""
+    """Records taken over from an interrupted run"""
 
 
 def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT) -> PackReport:
-    """Compile a checkpoint into a bundle, one expert in memory at a time, or one layer where codes
-    are fitted.
+    """Compile a checkpoint into a bundle, with one expert in memory, or one layer if codes are
+    fitted.
 
     An interrupted run is resumed when called again with the same job.
 
     Args:
-        job: of `plan_pack`.
+        job: job of `plan_pack`.
         opened: the model of the job; its checkpoint stays open and belongs to the caller.
         progress: told about every record.
 

@@ -1,4 +1,4 @@
-"""Writes the records of a bundle: from the weights alone, or from what experts are given."""
+"""Writer of a bundle's records, from the weights alone or from the experts' inputs."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,12 +26,12 @@ from moe_tool.quantizers.rtn import nearest
 def write_records(
     writer: BundleWriter, opened: OpenedModel, quantizer: Quantizer, progress: Progress
 ) -> None:
-    """Write what is missing, one expert after the other; the next one is read meanwhile.
+    """Write the missing records, one expert after the other; the next one is read meanwhile.
 
     Args:
-        writer: of the bundle.
+        writer: writer of the bundle.
         opened: the model; its checkpoint is open.
-        quantizer: one that needs no inputs, or any where there are no codes to be made.
+        quantizer: one that needs no inputs; any if no codes are to be made.
         progress: told about every record.
 
     Raises:
@@ -55,7 +55,7 @@ def write_records(
 def read_ahead(
     source: ExpertSource, keys: Sequence[ExpertKey]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield experts in order, each read while the one before it is at work.
+    """Yield experts in order, reading the next one in the background.
 
     Raises:
         StorageError: the checkpoint cannot be read.
@@ -75,17 +75,17 @@ def write_calibrated(
     tokens: TracedTokens,
     progress: Progress,
 ) -> list[ExpertKey]:
-    """Write what is missing, one layer in memory at a time, each record with its measured error.
+    """Write the missing records with their measured errors, one layer in memory at a time.
 
     Args:
-        writer: of the bundle.
+        writer: writer of the bundle.
         opened: the model; its checkpoint is open.
-        job: of the bundle.
-        tokens: of the profile: they go through the model once more.
+        job: job of the bundle.
+        tokens: tokens of the profile, for a second pass through the model.
         progress: told about every record.
 
     Returns:
-        Experts that were fitted to other experts' tokens, since few or none are sent to them.
+        Experts fitted to other experts' tokens, since too few are routed to them.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite; names its expert.

@@ -1,1 +1,1 @@
-"""From a profile, a machine and a memory budget to the best plan for them."""
+"""Planning: the best plan for a profile, a machine and a memory budget."""

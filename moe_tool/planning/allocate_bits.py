@@ -1,10 +1,9 @@
-"""How many bits each expert gets: the exact minimum of a sum of costs under a sum of sizes.
+"""Bit allocation: the exact minimum of the summed costs of experts under a limit of summed sizes.
 
-The choice of Mixture Compressor (Huang et al., arXiv:2410.06270, 2510.10962), for which they ask a
-solver layer by layer: each expert takes one of a few widths, each with a cost, and the widths may
-add up to so much. Over all layers at once it is the same program with more experts. Two solvers,
-each as exact as the other: a dynamic program where sizes are small whole numbers, as bits are, and
-an integer program where they are bytes.
+Each expert takes one of a few widths, each with a cost and a size, as in Mixture Compressor (Huang
+et al., arXiv:2410.06270, 2510.10962), which solves layer by layer; here all layers are solved at
+once. Both solvers are exact: a dynamic program for small integer sizes, as bits are, and an integer
+program for bytes.
 """
 
 from collections.abc import Sequence
@@ -12,17 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 
 WIDTHS: tuple[int, ...] = (0, 1, 2, 3, 4, 8, 16)
-"""Bits that an expert may get; 0: it is left out, 16: it stays as it is"""
+"""Bits that an expert may get; 0: removed, 16: native"""
 _MOST_STATES = 2**26
 
 
 def allocate(cost: np.ndarray, size: np.ndarray, room: int) -> np.ndarray | None:
-    """Return the choice of each of n experts, [n] int64; None where the smallest do not fit.
+    """Return the choice of each of n experts, [n] int64; None if even the smallest do not fit.
 
     Args:
-        cost: [n, B] what each choice costs; infinite: not possible.
-        size: [n, B] int64 what it takes, at least 0.
-        room: that all sizes together may take.
+        cost: [n, B] cost of each choice; infinite: not possible.
+        size: [n, B] int64 size of each choice, at least 0.
+        room: limit of the summed sizes.
     """
     unit = max(1, int(np.gcd.reduce(size, axis=None)))
     n_units = min(room, int(size.max(axis=1).sum())) // unit
@@ -32,7 +31,7 @@ def allocate(cost: np.ndarray, size: np.ndarray, room: int) -> np.ndarray | None
 
 
 def _by_dynamic_program(cost: np.ndarray, size: np.ndarray, room: int) -> np.ndarray | None:
-    """Best cost of the experts so far for every room, expert by expert."""
+    """Find the best cost of the first experts for every room, expert by expert."""
     n_experts, n_choices = cost.shape
     best = np.zeros(room + 1)
     taken = np.zeros((n_experts, room + 1), dtype=np.int8)
@@ -59,7 +58,7 @@ def _by_dynamic_program(cost: np.ndarray, size: np.ndarray, room: int) -> np.nda
 
 
 def _by_integer_program(cost: np.ndarray, size: np.ndarray, room: int) -> np.ndarray | None:
-    """HiGHS, to the end."""
+    """Solve the integer program with HiGHS to proven optimality."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, kron
 
@@ -81,8 +80,7 @@ def _by_integer_program(cost: np.ndarray, size: np.ndarray, room: int) -> np.nda
     if found.x is None:
         return None
     chosen: np.ndarray = found.x.reshape(n_experts, n_choices).argmax(axis=1)
-    # A solver's tolerance must not break a promise of bytes: what is too much is taken back where
-    # that costs least.
+    # The solver's tolerance may exceed the room: excess is taken back where that costs least.
     row = np.arange(n_experts)
     while int(size[row, chosen].sum()) > room:
         smaller = _one_step_down(cost, size, chosen)
@@ -93,7 +91,7 @@ def _by_integer_program(cost: np.ndarray, size: np.ndarray, room: int) -> np.nda
 
 
 def _one_step_down(cost: np.ndarray, size: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:
-    """The change that saves bytes at the least cost for each; None where none saves any."""
+    """Return the change with the least cost per byte saved; None if no change saves any."""
     row = np.arange(len(chosen))
     saved = size[row, chosen][:, None] - size
     more = cost - cost[row, chosen][:, None]
@@ -107,12 +105,12 @@ def _one_step_down(cost: np.ndarray, size: np.ndarray, chosen: np.ndarray) -> np
 
 
 def allocate_by_layer(cost: np.ndarray, size: np.ndarray, room: int) -> np.ndarray | None:
-    """Return the choices where every layer has the same room, as published, [L, E] int64.
+    """Return the choices with equal room for every layer, as published, [L, E] int64.
 
     Args:
         cost: [L, E, B].
         size: [L, E, B] int64.
-        room: of all layers together.
+        room: room of all layers together.
     """
     parts = [allocate(c, s, room // len(cost)) for c, s in zip(cost, size, strict=True)]
     if any(part is None for part in parts):
@@ -129,14 +127,7 @@ def spread_evenly(n_experts: int, low: int, high: int, share: float) -> np.ndarr
 
 
 def by_rank(rank: Sequence[int] | np.ndarray, low: int, high: int, share: float) -> np.ndarray:
-    """Return choices where the first of a ranking get `high`, [n] int64.
-
-    Args:
-        rank: [n] experts, the first first.
-        low: choice of the others.
-        high: choice of the first.
-        share: of the experts that get it.
-    """
+    """Return choices with `high` for the first `share` of a ranking, else `low`, [n] int64."""
     chosen = np.full(len(rank), low, dtype=np.int64)
     chosen[np.asarray(rank)[: int(np.floor(share * len(rank) + 1e-9))]] = high
     return chosen

@@ -18,22 +18,22 @@ _NATIVE = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitCosts:
-    """L layers of E experts at each of WIDTHS."""
+    """Costs of L layers of E experts at each of WIDTHS."""
 
     nats: np.ndarray
     """[L, E, W] float64: expected divergence per token"""
     size_bytes: np.ndarray
-    """[W] int64: bytes of a record; 0 where there is none"""
+    """[W] int64: bytes of a record; 0 for a removed expert"""
     load: np.ndarray
     """[L, E] float64: share of tokens that want the expert"""
 
 
 def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
-    """Return the costs by measured errors, or by the profile's own of rounding to nearest.
+    """Return the costs by measured errors, or by the profile's errors of rounding to nearest.
 
     Args:
-        sources: of the profile.
-        prices: measured with the quantizer in use; None: it is rtn.
+        sources: inputs from the profile.
+        prices: bit prices measured with the quantizer in use; None for rtn.
 
     Raises:
         WrongModelError, CorruptArtifactError: the prices are not of this profile.

@@ -1,4 +1,4 @@
-"""The best plan for a memory budget: one list of candidates, one choice, one plan."""
+"""Story of `plan`: one list of candidates, one choice, one plan."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -37,30 +37,30 @@ _BUDGET_STEPS = (0.5, 0.75, 1.25, 1.5, 2.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbour:
-    """Another budget."""
+    """Prediction for another budget."""
 
     memory_bytes: int
     tokens_per_second: float
     ratio: float
     """Speed over that of the plan"""
     kl: float | None
-    """Expected divergence; None where misses are answered exactly"""
+    """Expected divergence in nats per token; None if misses are answered exactly"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """A plan, and what it was chosen from."""
+    """A plan with its alternatives."""
 
     plan: PackPlan
     best: tuple[SimulatedRow, ...]
-    """The three that read least, the chosen one first; fewer where fewer were replayed"""
+    """Up to three eviction policies that read least, the chosen one first"""
     lru: SimulatedRow
     bound: SimulatedRow
     prefetch: PrefetchRow | None
     allocations: tuple[Allocation, ...]
-    """Mixed bits: the chosen widths, then other ways to hand out as many bits; else empty"""
+    """Chosen widths for mixed bits, then controls with as many bits; else empty"""
     neighbours: tuple[Neighbour, ...]
-    """Smaller and larger budgets, ascending; the last holds every expert"""
+    """Predictions for other budgets, ascending; the last holds every expert"""
     notes: tuple[str, ...]
     seconds: float
 
@@ -76,15 +76,15 @@ def build_plan(
     """Return the fastest plan that keeps the budget and the limits.
 
     Args:
-        sources: of `read_sources`.
-        hardware: the machine that it is for.
+        sources: inputs of `read_sources`.
+        hardware: the machine to plan for.
         request: budget and limits.
-        prices: mixed bits: measured with the quantizer in use; None: it is rtn.
+        prices: bit prices for mixed bits with another quantizer than rtn.
         progress: told about the steps.
 
     Raises:
-        BudgetError: nothing that is allowed fits: with the least that works.
-        UsageError: a request that means nothing.
+        BudgetError: nothing allowed fits; the hint names the smallest budget that works.
+        UsageError: the request contradicts itself or is out of range.
     """
     began = time.perf_counter()
     check_request(request)
@@ -116,7 +116,7 @@ def build_plan(
 def plan_curve(
     build: Callable[[MemoryRequest], PlanReport], memories: Sequence[MemoryRequest]
 ) -> tuple[list[PlanReport], list[tuple[str, BudgetError]]]:
-    """Return the plans of several budgets, and the refusals of those that are too small."""
+    """Return the plans of several budgets, and the refusals of budgets that are too small."""
     reports, refused = [], []
     for memory in memories:
         try:
@@ -132,7 +132,7 @@ def _packed(
     request: PlanRequest,
     prices: BitPrices | None,
 ) -> tuple[list[PackedExperts], list[str]]:
-    """Return the precisions that are allowed and fit, most bits first, and why others are not."""
+    """Return the allowed precisions that fit, most bits first, and notes on the others."""
     if request.is_mixed:
         return [mixed_experts(sources, hardware, request, prices)], []
     every: tuple[Bits, ...] = ("native", "8", "4") if request.bits is None else (request.bits,)
@@ -158,8 +158,8 @@ def _candidates(
     exact: EvictionReplays,
     n_slots: int,
 ) -> list[Candidate]:
-    """Return the ways to answer misses in a number of slots: lossy ones under a limit alone, and
-    reading every miss last."""
+    """Return the candidates for a number of slots: lossy ones if divergence is limited, and the
+    exact one last."""
     answers = [] if request.max_kl is None else lossy_answers(sources, experts, n_slots)
     return [Candidate(experts=experts, exact=exact, lossy=each) for each in (*answers, None)]
 
@@ -188,8 +188,8 @@ def _notes_of_choice(
 
 
 def _neighbours(sources: PlanSources, request: PlanRequest, chosen: Candidate) -> list[Neighbour]:
-    """Return what other budgets would give at the same bits, under the same eviction or limit;
-    nothing for mixed bits, which another budget would hand out otherwise."""
+    """Return predictions for other budgets at the same bits and eviction policy or limit; none for
+    mixed bits, which depend on the budget."""
     experts = chosen.experts
     if experts.bits == "mixed":
         return []
@@ -219,7 +219,7 @@ def _neighbours(sources: PlanSources, request: PlanRequest, chosen: Candidate) -
 def _elsewhere(
     sources: PlanSources, request: PlanRequest, chosen: Candidate, budget: Budget
 ) -> Candidate | None:
-    """Return the same choice with another number of slots; None where nothing runs in them."""
+    """Return the same choice with another number of slots; None if it cannot run in them."""
     experts, eviction = chosen.experts, chosen.exact.rows[0].eviction
     exact = replay_one(sources, experts, eviction, budget)
     found = _candidates(sources, request, experts, exact or chosen.exact, budget.n_slots)

@@ -1,4 +1,4 @@
-"""A way to pack and run a model within a budget, with what it is expected to give."""
+"""Candidate plans: packed experts and answers to misses, with their predicted figures."""
 
 from dataclasses import dataclass
 
@@ -14,20 +14,20 @@ from moe_tool.simulator.simulate import Machine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedExperts:
-    """Experts as they are to be packed: at one precision, or each at a width of its own."""
+    """Experts at one precision, or at mixed widths, within a memory account."""
 
     bits: Bits
     expert_bits: tuple[LayerBits, ...] = ()
-    """Widths of all experts where `bits` is mixed"""
+    """Widths of all experts if `bits` is mixed"""
     allocations: tuple[Allocation, ...] = ()
-    """Widths in numbers where `bits` is mixed, then other ways to hand out as many bits"""
+    """Figures of mixed widths, then of controls with as many bits"""
     quantizer: Quantizer = "rtn"
     compute_bits: Bits
-    """Precision whose products are about as fast"""
+    """Precision with about the same speed of products"""
     n_experts: int
     """Experts of all layers, removed ones included"""
     n_stored: int
-    """Experts that have a record"""
+    """Experts with a record"""
     memory: MemoryPlan
     """Account of the budget with records of these sizes"""
     costs: ModelCosts
@@ -39,36 +39,36 @@ class PackedExperts:
 
     @property
     def is_resident(self) -> bool:
-        """Return whether the budget holds every expert."""
+        """Whether the budget holds every expert."""
         return self.memory.n_slots >= self.n_stored
 
     @property
     def replayed_slots(self) -> int:
-        """Slots of a replay, in which every expert is wanted."""
+        """Slots of a replay, where removed experts are accessed too."""
         return self.n_experts if self.is_resident else self.memory.n_slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionReplays:
-    """Decoding with every miss read, under every eviction policy that was tried."""
+    """Replays of decoding with every miss read, under each eviction policy tried."""
 
     rows: tuple[SimulatedRow, ...]
-    """Policies that read least first, which are the fastest; the bound left out"""
+    """Policies by rising bytes read, without the bound"""
     lru: SimulatedRow
     bound: SimulatedRow
     notes: tuple[str, ...] = ()
-    """Why policies were not tried"""
+    """Reasons why policies were not tried"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossyAnswers:
-    """Decoding with misses answered by price."""
+    """Replay of decoding with misses answered by price."""
 
     policy: str
     replicas: str
     """Cheaper forms to be packed, as `pack --replicas` takes them"""
     record_bytes: tuple[int, ...]
-    """Bytes of a record of the primary form and of each replica"""
+    """Record size of the primary form, then of each replica"""
     residents: ResidentChoice
     replayed: ReplayedMisses
     tokens_per_second: float
@@ -76,12 +76,12 @@ class LossyAnswers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """Packed experts with one way to answer misses."""
+    """Packed experts with an eviction policy or lossy answers."""
 
     experts: PackedExperts
     exact: EvictionReplays
     lossy: LossyAnswers | None = None
-    """None: every miss is read, under the first of the `exact` rows"""
+    """Lossy answers; None: every miss is read, under the first of the `exact` rows"""
 
     @property
     def tokens_per_second(self) -> float:

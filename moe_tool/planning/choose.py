@@ -1,4 +1,4 @@
-"""The choice among candidates: the fastest that keeps the limit of divergence."""
+"""Choice among candidates: the fastest that keeps the limit of divergence."""
 
 from collections.abc import Sequence
 
@@ -13,15 +13,15 @@ from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import nats_of_bits
 
 _AS_FAST = 0.98
-"""Candidates that cost less are taken where they are so nearly as fast"""
+"""Share of the best speed at which a candidate with less divergence is preferred"""
 
 
 def choose(candidates: Sequence[Candidate], *, max_kl: float | None) -> Candidate | None:
-    """Return the fastest candidate; of those that are nearly as fast the one whose expected
-    divergence is least, of equals the first. None where every one exceeds the limit.
+    """Return the fastest candidate within the limit; among nearly as fast ones the one with the
+    least expected divergence, then the first. None if all exceed the limit.
 
     Args:
-        candidates: in the order of preference.
+        candidates: candidates in the order of preference.
         max_kl: limit of expected divergence in nats per token; None: no limit.
     """
     kept = [each for each in candidates if max_kl is None or each.nats_per_token <= max_kl]
@@ -35,8 +35,8 @@ def choose(candidates: Sequence[Candidate], *, max_kl: float | None) -> Candidat
 def out_of_reach(
     candidates: Sequence[Candidate], sources: PlanSources, request: PlanRequest
 ) -> BudgetError:
-    """Return the refusal of a limit that no candidate keeps: with one that is kept, and a budget
-    in which the limit is."""
+    """Return the refusal of a limit that no candidate keeps; its hint names a limit and a budget
+    that work."""
     best = min(candidates, key=lambda each: each.nats_per_token)
     return BudgetError(
         f"a KL of {request.max_kl:g} nats per token is out of reach in {request.memory}: experts "
@@ -46,7 +46,7 @@ def out_of_reach(
 
 
 def _more(sources: PlanSources, request: PlanRequest) -> str:
-    """Return what else would keep the limit."""
+    """Return further hints that would keep the limit."""
     if request.average_bits is not None:
         return ", or a larger --average-bits"
     every: tuple[Bits, ...] = ("4", "8", "native") if request.bits is None else (request.bits,)

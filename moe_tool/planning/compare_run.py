@@ -1,4 +1,4 @@
-"""A recorded run against what the simulator makes of it."""
+"""Comparison of a recorded run with its simulation."""
 
 from collections.abc import Sequence
 
@@ -21,13 +21,13 @@ def compare_run(
     hardware: HardwareProfile,
     choices: Sequence[EvictionChoice] = (),
 ) -> RunComparison:
-    """Return the comparison, with the run's calls under other policies.
+    """Return the comparison, with replays of the run's calls under other policies.
 
     Args:
-        header: of the run.
-        calls: of the run.
-        hardware: the machine that it ran on.
-        choices: other policies; those that need more than was recorded are left out.
+        header: header of the run's trace.
+        calls: calls of the run.
+        hardware: the machine of the run.
+        choices: other policies; one that needs more than was recorded is left out.
     """
     trace, counts = recorded_trace(header, calls), replay_run(header, calls)
     costs = costs_of_bytes(
@@ -44,7 +44,7 @@ def compare_run(
     seconds = forward_seconds(trace, times, costs)
     is_counted = np.arange(trace.n_calls) >= header.n_calls_before
     decodes, prompts = calls.is_decode & is_counted, ~calls.is_decode & is_counted
-    # Of a forward all calls are of one phase.
+    # All calls of a forward have one phase.
     is_decode = np.zeros(trace.n_forwards, bool)
     is_decode[trace.forward[decodes]] = True
     n_tokens = max(1, header.decode_tokens)

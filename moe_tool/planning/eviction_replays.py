@@ -1,4 +1,4 @@
-"""Every eviction policy that may be planned, replayed at one precision and budget, and ranked."""
+"""Replay and ranking of the eviction policies that a plan may use, at one precision and budget."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from moe_tool.simulator.simulate import (
 )
 
 _SIMPLE_FIRST = 0.99
-"""A policy has to read so much less than one named before it"""
+"""Share of an earlier policy's bytes below which a later one ranks first"""
 _DEFAULT = "lru"
 _CANDIDATES = (
     _DEFAULT,
@@ -31,8 +31,8 @@ _CANDIDATES = (
     "lfu:per-layer",
 )
 _HOBBIT_MIXES = ((70, 0, 30), (45, 35, 20), (20, 70, 10), (20, 40, 40), (10, 20, 70), (0, 80, 20))
-"""Percent of recency, frequency and layer distance; frequency counts once, since every use is one
-at high precision"""
+"""Percent of recency, frequency and layer distance; high-precision frequency has no share, since
+every use counts as one"""
 
 
 def replay_evictions(
@@ -40,12 +40,12 @@ def replay_evictions(
 ) -> EvictionReplays:
     """Return decoding under every eviction policy that fits the budget, ranked by bytes read.
 
-    Experts of mixed widths are replayed under lru alone: a pool each is not simulated.
+    Experts of mixed widths are replayed under lru alone: one pool per width is not simulated.
 
     Args:
-        sources: of the profile.
-        experts: as they are packed, with the account of the budget.
-        label: of the budget.
+        sources: inputs from the profile.
+        experts: packed experts with the account of the budget.
+        label: name of the budget.
         progress: told about the replays.
     """
     budget = Budget(label=label, n_slots=experts.replayed_slots)
@@ -61,8 +61,8 @@ def replay_evictions(
 def replay_one(
     sources: PlanSources, experts: PackedExperts, eviction: str, budget: Budget
 ) -> EvictionReplays | None:
-    """Return decoding under one eviction policy at another number of slots; None where the policy
-    cannot work with so few."""
+    """Return decoding under one eviction policy at another number of slots; None if there are too
+    few for it."""
     choice = parse_eviction(eviction)
     rows, _ = simulate_decoding(sources.replayed, [choice], [budget], experts.machine)
     if all(row.eviction == BELADY for row in rows):
@@ -71,8 +71,8 @@ def replay_one(
 
 
 def _rank(rows: list[SimulatedRow], notes: list[str]) -> EvictionReplays:
-    """Rank rows, the bound among them, by bytes read; a later one has to read noticeably less than
-    one named before it."""
+    """Rank rows, the bound among them, by bytes read; a later row has to read noticeably less than
+    an earlier one."""
     bound = next(row for row in rows if row.eviction == BELADY)
     ranked: list[SimulatedRow] = []
     for row in rows:
@@ -99,7 +99,7 @@ def _once_filled(row: SimulatedRow) -> SimulatedRow:
 def _choices(
     sources: PlanSources, experts: PackedExperts, budget: Budget
 ) -> tuple[list[EvictionChoice], list[str]]:
-    """Return the policies that may be planned, and why others may not."""
+    """Return the policies that a plan may use, and notes on the others."""
     plain, machine = [parse_eviction(_DEFAULT)], experts.machine
     if experts.bits == "mixed":
         return plain, []
@@ -127,7 +127,7 @@ def _choices(
 
 
 def _best_hobbit(sources: PlanSources, machine: Machine, budget: Budget) -> str:
-    """HOBBIT with the weights that miss least on the calibration trace, as the paper has it."""
+    """Return HOBBIT with the weights that miss least on the in-sample trace, as in the paper."""
 
     def hits(mix: tuple[int, int, int]) -> int:
         counts = replay_choice(sources.searched, parse_eviction(_hobbit(mix)), budget, machine)

@@ -1,5 +1,4 @@
-"""Answers to misses by price: who is in memory in which form, at how many nats per MB misses are
-read, and what each choice is expected to cost."""
+"""Lossy candidates: residents and their forms, nats per MB, and expected costs."""
 
 import math
 
@@ -13,20 +12,13 @@ from moe_tool.simulator.replay_misses import ReplayedMisses, replay_misses, resi
 from moe_tool.simulator.time_model import CallCosts
 
 _NATS_PER_MB_FACTORS = (math.inf, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-"""Multiples of the typical price of a megabyte; infinite: no miss is read. Around 1 something
-changes"""
+"""Multiples of the typical nats per MB to try; infinite: no miss is read"""
 _MAX_TOKENS = 8192
 
 
 def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) -> list[LossyAnswers]:
-    """Return the ways to answer misses by price, those that read least first; none for experts of
-    mixed widths, whose prices a profile does not have.
-
-    Args:
-        sources: of the profile.
-        experts: as they are packed.
-        n_slots: primary records that the budget has room for.
-    """
+    """Return the ways to answer misses by price, the fewest reads first; none for mixed widths,
+    whose prices a profile lacks. `n_slots` is the room for primary records."""
     if experts.bits == "mixed" or n_slots >= experts.n_experts:
         return []
     shape = sources.profile.header.shape
@@ -66,7 +58,7 @@ def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) ->
 
 
 def _token_seconds(sources: PlanSources, costs: CallCosts, replayed: ReplayedMisses) -> float:
-    """A token's time: nothing is left out, so that every slot is computed."""
+    """Return the time of a token; every slot is computed, since nothing is dropped."""
     shape = sources.profile.header.shape
     per_layer = costs.layer_s + shape.top_k * costs.expert_s
     return costs.forward_s + len(shape.layers) * per_layer + replayed.stall_s

@@ -1,4 +1,4 @@
-"""The plan that a chosen candidate makes: how to pack, how to run, what to expect."""
+"""Conversion of the chosen candidate to a plan: how to pack, how to run, what to expect."""
 
 import math
 
@@ -15,7 +15,8 @@ from moe_tool.simulator.profile_trace import PROMPT_TOKENS
 from moe_tool.simulator.simulate import Budget, simulate_prompts
 
 PREDICTION_ERROR = 0.4
-"""Relative, of tokens per second: what benchmarks/prediction_error.py found on a shared machine"""
+"""Relative error of tokens per second, found by benchmarks/prediction_error.py on a shared
+machine"""
 _FIRST_PROMPT_TOKENS = 512
 
 
@@ -27,15 +28,7 @@ def make_pack_plan(
     *,
     prefetches: bool,
 ) -> PackPlan:
-    """Return the plan of a candidate.
-
-    Args:
-        sources: of the profile.
-        hardware: the machine that it is for.
-        request: budget and limits.
-        candidate: the one that was chosen.
-        prefetches: whether reading ahead pays.
-    """
+    """Return the plan of the chosen candidate; `prefetches`: prefetch pays."""
     header, experts, lossy = sources.profile.header, candidate.experts, candidate.lossy
     best = candidate.exact.rows[0]
     return PackPlan(
@@ -85,7 +78,7 @@ def _prediction(candidate: Candidate, *, first_token_s: float, has_kl: bool) -> 
 
 
 def _forms(candidate: Candidate) -> tuple[PlannedForm, ...]:
-    """Return who is in memory in which form under a lossy policy."""
+    """Return the experts in memory by form under a lossy policy."""
     lossy = candidate.lossy
     if lossy is None:
         return ()
@@ -98,7 +91,7 @@ def _forms(candidate: Candidate) -> tuple[PlannedForm, ...]:
             precision=name,
             record_bytes=size,
             resident=keys,
-            # Primary records are read for prompts; replicas are packed only if they may be of use.
+            # Primary records are read for prompts; only replicas of use are packed.
             n_disk_only=0 if at and math.isinf(prices) else n_experts - len(keys),
         )
         for at, (name, size, keys) in enumerate(
@@ -113,10 +106,10 @@ def _seconds_to_first_token(
     request: PlanRequest,
     candidate: Candidate,
 ) -> float:
-    """Return the prediction for a prompt, from the profile's own chunks.
+    """Return the predicted time of a prompt, by the profile's prompts in chunks.
 
-    Every chunk computes what it names, each expert on its share of the tokens, while what is
-    missing is read; the longer of the two counts.
+    A chunk computes each expert on its share of the tokens while missing experts are read; the
+    longer of the two counts.
     """
     trace, n_traced = sources.prompts
     if not n_traced:

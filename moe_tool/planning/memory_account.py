@@ -1,4 +1,4 @@
-"""Memory account of a run before there is one."""
+"""Predicted memory account of a run."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 PROCESS_BYTES = 424 * 2**20
-"""Python, torch and transformers with a model of theirs run once; a run measures it instead"""
+"""Size of a process with Python, torch and transformers after a first forward; a run measures it"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class FixedMemory:
 
     lines: tuple[MemoryLine, ...]
     loading_bytes: int
-    """The peak while the skeleton is loaded"""
+    """Peak memory of loading the skeleton"""
 
     @property
     def total_bytes(self) -> int:
@@ -33,10 +33,10 @@ class FixedMemory:
         return sum_lines(self.lines)
 
     def within(self, memory: MemoryRequest, rooms: tuple[ExpertRoom, ...]) -> MemoryPlan:
-        """Return the lines and expert slots of a budget, anything but auto.
+        """Return the lines and expert slots of a budget other than auto.
 
         Raises:
-            BudgetError: it is too small: with the least that works.
+            BudgetError: it is too small; the hint names the smallest that works.
         """
         return plan_memory(
             memory,
@@ -50,14 +50,7 @@ class FixedMemory:
 def fixed_memory(
     shape: MoeShape, skeleton: SkeletonFacts, *, skeleton_bits: SkeletonBits, context: int
 ) -> FixedMemory:
-    """Return what a run of one sequence takes beside its experts.
-
-    Args:
-        shape: of the model.
-        skeleton: of the same model.
-        skeleton_bits: of the matrices outside the experts.
-        context: positions of the one sequence.
-    """
+    """Return the memory of a run of one sequence of `context` positions beside its experts."""
     config = config_from_json(skeleton.config_json)
     positions = positions_within(config, context)
     held = skeleton.stored_bytes(skeleton_bits) + _widened_bytes(shape)
@@ -89,7 +82,7 @@ def account_of_bits(
 
 
 def rooms_of_bits(shape: MoeShape, bits: Bits) -> tuple[ExpertRoom, ...]:
-    """Return the one pool that all experts at one precision share."""
+    """Return the pool of all experts at one precision."""
     n_experts = shape.experts * len(shape.layers)
     return (
         ExpertRoom(
@@ -101,6 +94,6 @@ def rooms_of_bits(shape: MoeShape, bits: Bits) -> tuple[ExpertRoom, ...]:
 
 
 def _widened_bytes(shape: MoeShape) -> int:
-    """Routers are held as float32 whatever the checkpoint has; norms and biases are small."""
+    """Return the growth of the routers, held as float32 in a run; norms and biases are small."""
     wider = 4 - FLOAT_SIZE_BYTES[shape.dtype]
     return wider * len(shape.layers) * shape.experts * shape.hidden

@@ -1,4 +1,4 @@
-"""Ways to hand bits out to experts: the best over all layers, and what it is compared with."""
+"""Allocations of bits to experts: the best over all layers, and controls."""
 
 import math
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ def allocate_average(
 ) -> np.ndarray:
     """Return the widths' columns with the least loss, [L, E] int64.
 
-    Where the experts together are larger than the memory, an expert that will not stay there is
-    read whenever it is wanted: its bytes then cost what bytes in memory are worth, so that heat
-    counts twice, in what an error costs and in what a read does.
+    If the experts exceed the memory, one that does not stay resident is read whenever it is wanted,
+    and its bytes are charged at the worth of bytes in memory. Heat then counts twice: in the cost
+    of an error and in that of a read.
 
     Args:
-        costs: of all experts.
-        average_bits: that the widths may have on average.
-        room_bytes: of the memory for experts; None: all of them stay.
+        costs: costs of all experts.
+        average_bits: limit of the average width.
+        room_bytes: memory for experts; None: all are resident.
     """
     nats = costs.nats
     n_layers, n_experts, _ = nats.shape
@@ -53,7 +53,7 @@ def allocate_average(
 
 
 def allocate_bytes(costs: BitCosts, room_bytes: int) -> np.ndarray:
-    """Return the widths' columns with the least loss that all stay in memory, [L, E] int64."""
+    """Return the widths' columns with the least loss that fit in memory, [L, E] int64."""
     n_layers, n_experts, n_widths = costs.nats.shape
     found = allocate(
         costs.nats.reshape(-1, n_widths),
@@ -65,13 +65,13 @@ def allocate_bytes(costs: BitCosts, room_bytes: int) -> np.ndarray:
 
 
 def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray:
-    """Return the fewest bytes whose expected loss is allowed, [L, E] int64 columns of WIDTHS.
+    """Return the smallest allocation within a limit of loss, [L, E] int64 columns of WIDTHS.
 
-    By bisection: the loss falls with every byte more.
+    Found by bisection, since the loss falls with the bytes.
 
     Args:
-        costs: of all experts.
-        max_nats: per token, at least 0, which every expert as it is keeps.
+        costs: costs of all experts.
+        max_nats: limit in nats per token, at least 0, which native experts keep.
     """
     n_experts = costs.nats.shape[0] * costs.nats.shape[1]
     step = int(np.gcd.reduce(costs.size_bytes))
@@ -88,7 +88,7 @@ def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray:
 
 
 def control_allocations(costs: BitCosts, average_bits: float) -> dict[str, np.ndarray]:
-    """Return other choices with the same bits: [L, E] int64 columns of WIDTHS by name."""
+    """Return controls with the same bits: name -> [L, E] int64 columns of WIDTHS."""
     n_layers, n_experts, n_widths = costs.nats.shape
     n = n_layers * n_experts
     size = np.broadcast_to(np.array(WIDTHS, dtype=np.int64), costs.nats.shape)
@@ -110,7 +110,7 @@ def control_allocations(costs: BitCosts, average_bits: float) -> dict[str, np.nd
 
 
 def describe(name: str, costs: BitCosts, chosen: np.ndarray) -> Allocation:
-    """Return a choice of columns of WIDTHS, [L, E], in numbers."""
+    """Return the figures of an allocation, [L, E] columns of WIDTHS."""
     widths, counts = np.unique(np.array(WIDTHS)[chosen], return_counts=True)
     return Allocation(
         name=name,
@@ -122,7 +122,7 @@ def describe(name: str, costs: BitCosts, chosen: np.ndarray) -> Allocation:
 
 
 def layer_bits(layers: Sequence[int], chosen: np.ndarray) -> tuple[LayerBits, ...]:
-    """Return columns of WIDTHS as a plan has them."""
+    """Convert columns of WIDTHS to entries of a plan."""
     return tuple(
         LayerBits(layer=layer, bits=tuple(WIDTHS[column] for column in row))
         for layer, row in zip(layers, chosen, strict=True)
@@ -134,13 +134,13 @@ def _nats(costs: BitCosts, chosen: np.ndarray) -> float:
 
 
 def _read_costs(costs: BitCosts, chosen: np.ndarray, room_bytes: int) -> np.ndarray:
-    """[L, E, W]: nats that the reads of each choice are worth."""
+    """Return the nats charged for the reads of each choice, [L, E, W]."""
     size = costs.size_bytes[chosen].ravel()
     hottest = np.argsort(-costs.load, axis=None)
     stays = np.zeros(size.shape, dtype=bool)
     stays[hottest] = np.cumsum(size[hottest]) <= room_bytes
     is_read = (~stays).reshape(chosen.shape)
-    # What a byte in memory is worth: the loss that one more step down of a middling expert adds.
+    # A byte in memory is worth the median loss per byte that one step down adds.
     two, three = WIDTHS.index(2), WIDTHS.index(3)
     saved = float(np.median(costs.nats[..., two] - costs.nats[..., three]))
     per_byte = saved / float(costs.size_bytes[three] - costs.size_bytes[two])

@@ -15,7 +15,7 @@ from moe_tool.simulator.simulate import Machine
 from moe_tool.simulator.time_model import CallCosts
 
 _ASLEEP_S = 0.003
-"""Cores that wait are asleep after so long"""
+"""Time after which waiting cores sleep"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class ModelCosts:
 
     record_bytes: int
     matrix_bytes: int
-    """Bytes of the skeleton that a forward reads; 0 where the profile does not say"""
+    """Bytes of the skeleton that a forward reads; 0 if the profile does not say"""
     calls: CallCosts
 
 
@@ -42,15 +42,15 @@ def model_costs(
     skeleton_bits: SkeletonBits,
     threads: int | None = None,
 ) -> ModelCosts:
-    """Return what a layer call costs at one token.
+    """Return the costs of a layer call with one token.
 
     Args:
-        shape: of the model.
-        skeleton: of the same model; None for a profile that lacks it.
-        hardware: speeds.
-        bits: of the experts.
-        skeleton_bits: of the other matrices.
-        threads: of computation; all cores of the machine where None.
+        shape: shape of the model.
+        skeleton: its sizes outside the experts; None if the profile lacks them.
+        hardware: speeds of the machine.
+        bits: precision of the experts.
+        skeleton_bits: precision of the other matrices.
+        threads: threads of computation; None: all cores.
     """
     return costs_of_bytes(
         shape,
@@ -67,12 +67,12 @@ def model_costs(
 def replay_machine(
     shape: MoeShape, costs: ModelCosts, ranked: Sequence[tuple[int, int]]
 ) -> Machine:
-    """Return what a replay needs to know of a model on a machine.
+    """Return the replay's description of a model on a machine.
 
     Args:
-        shape: of the model.
-        costs: of its layer calls.
-        ranked: (layer, expert), the most used first; those that a policy may pin.
+        shape: shape of the model.
+        costs: costs of its layer calls.
+        ranked: (layer, expert) that a policy may pin, the most used first.
     """
     ids = LayerIds(shape.layers, shape.experts)
     return Machine(
@@ -94,10 +94,10 @@ def costs_of_bytes(
     skeleton_bits: str,
     threads: int | None = None,
 ) -> ModelCosts:
-    """Return what a layer call costs where the sizes are known; see `model_costs`."""
+    """Return the costs of a layer call for given sizes; see `model_costs`."""
     n_threads = threads or hardware.cores
     touched = shape.top_k * record_bytes + matrix_bytes // shape.n_decoder_layers
-    # An expert call is two products: two matrices take as long as an expert of their size.
+    # An expert is two products: two skeleton matrices take as long as an expert of their size.
     n_calls = n_matrices / 2
     matrix_s = 0.0
     if n_matrices:
@@ -122,7 +122,7 @@ def costs_of_bytes(
 
 
 def _matrix_bytes(shape: MoeShape, skeleton: SkeletonFacts | None, bits: SkeletonBits) -> int:
-    """Matrices with the head; of an embedding a row is read, which is nothing."""
+    """Return the bytes of matrices and head; the one row read of an embedding is not counted."""
     if skeleton is None:
         return 0
     if bits == "native":

@@ -1,5 +1,4 @@
-"""Experts as they could be packed for a budget: all at one precision, or the widths that lose
-least."""
+"""Ways to pack experts for a budget: one precision, or the mixed widths with the least loss."""
 
 import math
 from collections.abc import Mapping
@@ -37,14 +36,8 @@ def uniform_experts(
 ) -> PackedExperts:
     """Return all experts at one precision.
 
-    Args:
-        sources: of the profile.
-        hardware: the machine that it is for.
-        request: budget and skeleton.
-        bits: precision of the experts.
-
     Raises:
-        BudgetError: they do not fit: with the least that works.
+        BudgetError: they do not fit; the hint names the smallest budget that works.
     """
     shape = sources.profile.header.shape
     memory = account_of_bits(request.memory, sources, request, bits)
@@ -71,17 +64,11 @@ def mixed_experts(
     request: PlanRequest,
     prices: BitPrices | None,
 ) -> PackedExperts:
-    """Return experts of the widths with the least expected loss.
-
-    Args:
-        sources: of the profile.
-        hardware: the machine that it is for.
-        request: budget and limits.
-        prices: measured with the quantizer in use; None: it is rtn.
+    """Return experts at the widths with the least expected loss; `prices` None for rtn.
 
     Raises:
-        BudgetError: the budget does not hold what is beside the experts.
-        UsageError: a limit that no widths keep, or that leaves no expert.
+        BudgetError: the budget is too small for the memory beside the experts.
+        UsageError: no widths keep the limit, or every expert would be removed.
     """
     shape, costs = sources.profile.header.shape, bit_costs(sources, prices)
     fixed = fixed_memory(
@@ -109,18 +96,18 @@ def mixed_experts(
 
 
 def _expert_room(memory: MemoryRequest, fixed: FixedMemory, costs: BitCosts) -> int | None:
-    """Return the bytes that a budget leaves for experts; None: as many as they take."""
+    """Return the bytes that a budget leaves for experts; None: no limit."""
     if memory.kind != "bytes":
         return None
     if memory.size_bytes < max(fixed.total_bytes, fixed.loading_bytes):
         size, n = int(costs.size_bytes[WIDTHS.index(1)]), costs.load.size
-        # Refuses, and names a budget for all experts at 1 bit: none could be in memory.
+        # No expert would fit: this refuses with a budget for all experts at 1 bit.
         fixed.within(memory, (ExpertRoom(record_bytes=size, n_experts=n, n_slots_min=n),))
     return memory.size_bytes - fixed.total_bytes
 
 
 def _allocate(costs: BitCosts, request: PlanRequest, room_bytes: int | None) -> np.ndarray:
-    """Return columns of WIDTHS, [L, E]: by the average, else by the limit, else by the memory."""
+    """Return columns of WIDTHS, [L, E], by average bits, else by max_kl, else by memory."""
     if request.average_bits is not None:
         return allocate_average(costs, request.average_bits, room_bytes=room_bytes)
     if request.max_kl is not None:
@@ -141,7 +128,7 @@ def _rooms(shape: MoeShape, found: Allocation, costs: BitCosts) -> tuple[ExpertR
     )
     if not rooms:
         raise UsageError(
-            "nothing would be left of the experts", hint="--average-bits 2.5, or a larger --memory"
+            "every expert would be removed", hint="--average-bits 2.5, or a larger --memory"
         )
     return rooms
 
@@ -153,7 +140,7 @@ def _mean_costs(
     costs: BitCosts,
     chosen: np.ndarray,
 ) -> ModelCosts:
-    """Return a call's costs, those of each width weighted by how often its experts are wanted."""
+    """Return the mean costs of a call over widths, weighted by the use of their experts."""
     stored = {width: chosen == column for column, width in enumerate(WIDTHS)}
     total = float(costs.load.sum()) or 1.0
     each = {

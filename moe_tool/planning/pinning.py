@@ -1,4 +1,4 @@
-"""Check that the hottest experts of a profile are hot elsewhere too, before any is pinned."""
+"""Check that the hottest experts of a profile are hot on held-out text too, before pinning them."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ from moe_tool.policies.pin_rule import judge_pins
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinCheck:
-    """Uses that a pinned set answers."""
+    """Coverage of a pinned set, in-sample and held-out."""
 
     n_pinned: int
     even: float
-    """Share of the uses that it would answer if all experts were used alike"""
+    """Coverage of a set of this size if all experts were used alike"""
     in_sample: float
-    """Share of the uses that the set answers"""
+    """Coverage of the in-sample uses"""
     held_out: float | None
-    """None where nothing is held out"""
+    """Coverage of the held-out uses; None without held-out tokens"""
     by_domain: tuple[float | None, ...]
-    """Share of the held-out uses of each domain; None for a domain without any"""
+    """Coverage of each domain's held-out uses; None for a domain without any"""
 
     @property
     def refusal(self) -> str | None:
-        """Why the set is not to be pinned; None where it holds up."""
+        """Reason against pinning the set; None if there is none."""
         ruling = judge_pins(
             even=self.even,
             in_sample=self.in_sample,
@@ -50,12 +50,12 @@ def rank_experts(statistics: dict[int, ExpertStatistics]) -> list[tuple[int, int
 def check_pins(
     statistics: dict[int, ExpertStatistics], ranked: list[tuple[int, int]], n_pinned: int
 ) -> PinCheck:
-    """Return what the hottest experts answer, in-sample and held-out, and by domain.
+    """Return the coverage of the `n_pinned` hottest experts, at least 1.
 
     Args:
-        statistics: by decoder layer.
-        ranked: of `rank_experts`.
-        n_pinned: how many are to be pinned, at least 1.
+        statistics: statistics by decoder layer.
+        ranked: ranking of `rank_experts`.
+        n_pinned: size of the set.
     """
     inside = outside = inside_all = outside_all = 0.0
     n_domains = len(next(iter(statistics.values())).held_out.domain_load)

@@ -1,4 +1,4 @@
-"""Notes beside a plan: why this candidate, what was left out, how far the prediction holds."""
+"""Notes on a plan: reasons for the candidate, refused precisions, limits of the prediction."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,13 +15,8 @@ _MOSTLY_FIXED = 0.5
 def bit_notes(
     request: PlanRequest, losses: Mapping[Bits, float], unfit: Sequence[Bits]
 ) -> list[str]:
-    """Return why precisions are no candidates where the loss is limited.
-
-    Args:
-        request: budget and limits.
-        losses: predicted loss of each precision.
-        unfit: precisions that are allowed and do not fit.
-    """
+    """Return why precisions are refused: predicted losses above the limit, or `unfit` for the
+    budget."""
     notes = [
         f"{bits} bits: predicted to add {loss:.1%} perplexity, {request.max_loss:.1%} are allowed"
         for bits, loss in losses.items()
@@ -33,7 +28,7 @@ def bit_notes(
 
 
 def limit_note(candidate: Candidate) -> str:
-    """Return what is expected of a candidate under a limit of divergence."""
+    """Return a note on the expected divergence of a candidate under a limit."""
     experts, lossy = candidate.experts, candidate.lossy
     if lossy is None:
         return f"every miss is read: expected KL {candidate.nats_per_token:.2g}, that of the bits"
@@ -48,7 +43,7 @@ def limit_note(candidate: Candidate) -> str:
 
 
 def eviction_note(candidate: Candidate) -> str:
-    """Return what speaks for the eviction policy that was taken."""
+    """Return a note that compares the chosen eviction policy with others."""
     exact = candidate.exact
     best, lru, bound = exact.rows[0], exact.lru, exact.bound
     if not lru.bytes_per_token:
@@ -67,7 +62,7 @@ def eviction_note(candidate: Candidate) -> str:
 
 
 def overhead_notes(candidate: Candidate, n_layers: int) -> list[str]:
-    """Return that `PREDICTION_ERROR` does not apply where per-layer overhead dominates."""
+    """Return a warning if per-layer overhead dominates: `PREDICTION_ERROR` does not apply then."""
     share = n_layers * candidate.experts.machine.costs.layer_s
     share *= candidate.exact.rows[0].tokens_per_second
     if share < _MOSTLY_FIXED:
@@ -79,26 +74,26 @@ def overhead_notes(candidate: Candidate, n_layers: int) -> list[str]:
 
 
 def prefetch_note(row: PrefetchRow) -> str:
-    """Return whether reading ahead pays, with its figures."""
+    """Return a note on whether prefetch pays, with its figures."""
     per_byte = row.bytes_per_saved_byte
     cost = "saves no byte" if per_byte is None else f"reads {per_byte:.1f} bytes per byte saved"
     verdict = "pays" if row.pays else "does not pay"
     change = "less" if row.stall_saved_ms >= 0 else "more"
     return (
-        f"prefetch {verdict}: {row.accuracy:.0%} of what next-layer names is wanted, it {cost}, "
+        f"prefetch {verdict}: {row.accuracy:.0%} of next-layer's experts are wanted, it {cost}, "
         f"{abs(row.stall_saved_ms):.2f} ms {change} stall per token"
     )
 
 
 def mixed_notes(candidate: Candidate) -> list[str]:
-    """Return what is to be known of experts of mixed widths."""
+    """Return notes on experts of mixed widths."""
     notes, experts = [], candidate.experts
     if not experts.is_resident:
         n_read = experts.n_stored - experts.memory.n_slots
         notes.append(f"{n_read} experts are read when they are wanted")
     n_removed = experts.n_experts - experts.n_stored
     if n_removed:
-        notes.append(f"{n_removed} experts are left out: their bytes are worth more elsewhere")
+        notes.append(f"{n_removed} experts are removed: their bytes are worth more elsewhere")
     if QUANTIZERS[experts.quantizer].is_profiled:
-        notes.append("errors are the profile's, of rounding to nearest; --quantizer gptq has less")
+        notes.append("errors are the profile's of rounding to nearest; --quantizer gptq has less")
     return notes

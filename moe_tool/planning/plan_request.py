@@ -17,30 +17,30 @@ class PlanRequest:
 
     memory: MemoryRequest = EVERY_EXPERT
     bits: Bits | None = None
-    """Precision of every expert, or mixed; None: the fastest that the limits allow"""
+    """Precision of every expert, or mixed; None: the fastest within the limits"""
     average_bits: float | None = None
-    """Average width of the experts' weights where each has its own; None: by memory or limit"""
+    """Average bits per weight of mixed widths; None: by memory or limit"""
     quantizer: Quantizer = "rtn"
-    """Quantizer that mixed widths are to be packed with"""
+    """Quantizer of mixed widths"""
     skeleton_bits: SkeletonBits = "native"
     max_loss: float = 0.01
-    """Perplexity that fewer bits may add, as a share, where misses are answered exactly"""
+    """Relative increase of perplexity that fewer bits may cause, if misses are answered exactly"""
     max_kl: float | None = None
-    """Nats per token that bits and lossy answers may cost together; None: misses are answered
+    """Limit of divergence by bits and lossy answers, nats per token; None: misses are answered
     exactly"""
     context: int = 4096
 
     @property
     def is_mixed(self) -> bool:
-        """Return whether every expert gets a width of its own."""
+        """Whether widths are mixed."""
         return self.bits == "mixed" or self.average_bits is not None
 
 
 def check_request(request: PlanRequest) -> None:
-    """Refuse what cannot be planned for, whatever the model.
+    """Refuse a request that no model could meet.
 
     Raises:
-        UsageError: a number that means nothing, or options that contradict each other.
+        UsageError: a number is out of range, or options contradict each other.
     """
     if not 0 <= request.max_loss < 100 or not 1 <= request.context <= _MAX_CONTEXT:
         raise UsageError(
@@ -58,7 +58,7 @@ def check_request(request: PlanRequest) -> None:
         _check_mixed(request)
     elif request.quantizer != "rtn":
         raise UsageError(
-            "--quantizer is for mixed bits; pack has a --quantizer of its own",
+            "--quantizer is for mixed bits; pack has its own --quantizer",
             hint="--average-bits 2.5, or --bits mixed with --memory SIZE",
         )
 
@@ -79,6 +79,6 @@ def _check_mixed(request: PlanRequest) -> None:
         )
     if not has_size and average is None and request.max_kl is None:
         raise UsageError(
-            "--bits mixed: how many bytes, or how much loss?",
+            "--bits mixed requires a limit of bytes, bits or loss",
             hint="--memory SIZE, --average-bits 2.5 or --max-kl 0.01",
         )

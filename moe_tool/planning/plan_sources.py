@@ -19,13 +19,13 @@ _MAX_SEARCH_ACCESSES = 200_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSources:
-    """A profile as a planner needs it."""
+    """Data of a profile for planning."""
 
     profile: ProfileReader
     skeleton: SkeletonFacts
     statistics: dict[int, ExpertStatistics]
     use: dict[int, ExpertUse]
-    """By decoder layer"""
+    """Use of experts by decoder layer"""
     ranked: list[tuple[int, int]]
     replayed: Replayer
     searched: Replayer
@@ -33,17 +33,16 @@ class PlanSources:
 
 
 def read_sources(profile: ProfileReader) -> PlanSources:
-    """Return what planning needs of a profile, for any number of budgets.
+    """Read a profile's data for planning.
 
     Raises:
-        ArtifactVersionError: the profile was recorded before it said what the model has beside its
-            experts.
+        ArtifactVersionError: the profile is too old to have the sizes outside the experts.
         CorruptArtifactError: it is damaged.
     """
     skeleton = profile.header.skeleton
     if skeleton is None:
         raise ArtifactVersionError(
-            f"{profile.path} does not say what the model has beside its experts",
+            f"{profile.path} lacks the model's sizes outside the experts",
             hint="record it again with moe-tool profile",
         )
     shape = profile.header.shape

@@ -1,4 +1,4 @@
-"""A profile's prices of bits and of answers, before anything is packed."""
+"""Prices of bits and of answers from a profile, before anything is packed."""
 
 import math
 
@@ -16,22 +16,21 @@ from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
 def replicas_below(bits: Bits) -> str:
-    """Return the cheaper forms that a plan may use beside experts of these bits, as `--replicas`
-    takes them."""
+    """Return the replicas that a plan may use beside experts of these bits, as `--replicas` takes
+    them."""
     return "3,2,1" if bits == "4" else "4,3,2,1"
 
 
 def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook:
     """Return the prices of experts at `bits` with replicas beside them.
 
-    The error of a replica is taken relative to the checkpoint's expert, of which the profile has
-    measured it, also where the experts themselves have fewer bits. No expert stands in for another:
-    that is for a bundle's own buddies.
+    A replica's error is relative to the checkpoint's expert, as the profile measured it, even if
+    the primary forms have fewer bits. Stand-ins are not considered: they need a buddy map.
 
     Args:
-        sources: of the profile.
-        bits: of the experts.
-        replicas: widths, as `replicas_below` names them.
+        sources: inputs from the profile.
+        bits: precision of the experts.
+        replicas: widths as from `replicas_below`.
     """
     shape = sources.profile.header.shape
     forms = [f for f in replica_precisions(replicas) if f.kind == "integer"]
@@ -53,13 +52,8 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
 
 
 def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
-    """Return what experts at these bits are expected to cost against the checkpoint, nats per
-    token.
-
-    Args:
-        sources: of the profile.
-        bits: of all experts.
-    """
+    """Return the expected divergence of experts at these bits from the checkpoint, nats per
+    token."""
     if bits == "native":
         return 0.0
     form = precision_from_bits(bits)
@@ -72,15 +66,11 @@ def nats_of_bits(sources: PlanSources, bits: Bits) -> float:
 
 
 def predicted_loss(statistics: dict[int, ExpertStatistics], bits: Bits) -> float:
-    """Return the share that perplexity is predicted to grow by if all experts have these bits.
+    """Return the predicted relative increase of perplexity with all experts at these bits.
 
-    A layer's output error is taken as its experts' mean squared relative error, weighted by their
-    use; times the layer's sensitivity it is KL in nats, and layers add up. Errors of experts that
-    are computed together cancel in part, so that this is an upper estimate.
-
-    Args:
-        statistics: by decoder layer.
-        bits: of every expert.
+    A layer's output error is its experts' mean squared relative error, weighted by use; times the
+    layer's sensitivity it is KL in nats, and layers add up. Errors of experts computed together
+    cancel in part, so that this is an upper estimate.
     """
     if bits == "native":
         return 0.0

@@ -1,4 +1,4 @@
-"""The story of `simulate`: a profile's tokens replayed under every budget and policy."""
+"""Story of `simulate`: a profile's tokens replayed under every budget and policy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,18 +52,18 @@ def simulate_profile(
     *,
     progress: Progress = SILENT,
 ) -> SimulationReport:
-    """Replay decoding, prompts, and reading ahead under the best policies.
+    """Replay decoding and prompts, and prefetch under the best policies.
 
     Args:
-        profile: open.
+        profile: an open profile.
         hardware: the machine that times are for.
-        options: what is replayed.
+        options: budgets, policies and precision.
         progress: told about the replays.
 
     Raises:
-        UsageError: the profile has no tokens, or a budget means nothing.
-        BudgetError: a budget in bytes does not hold what runs beside the experts.
-        ArtifactVersionError: a budget in bytes, and a profile that does not know the skeleton.
+        UsageError: the profile has no tokens, or a budget is out of range.
+        BudgetError: a budget in bytes is too small for the memory beside the experts.
+        ArtifactVersionError: a budget in bytes with a profile that lacks the skeleton's sizes.
     """
     machine = _machine(profile, hardware, options, progress)
     budgets, choices = _budgets(profile, options), options.choices
@@ -123,7 +123,7 @@ def _prefetch_rows(
 
 
 def _some(budgets: Sequence[Budget]) -> Sequence[Budget]:
-    """Return at most three, spread over all."""
+    """Return at most three budgets, spread over all."""
     n, count = _PREFETCH_BUDGETS, len(budgets)
     if count <= n:
         return budgets
@@ -139,8 +139,8 @@ def _machine(
     shape, skeleton = profile.header.shape, profile.header.skeleton
     if skeleton is None:
         progress.note(
-            "the profile does not say what the model has beside its experts, whose time is left "
-            "out; one that moe-tool profile records now does"
+            "the profile lacks the model's sizes outside the experts, whose time is left out; "
+            "record it again with moe-tool profile to include it"
         )
     costs = model_costs(
         shape, skeleton, hardware, bits=options.bits, skeleton_bits=options.skeleton_bits
@@ -162,7 +162,7 @@ def _budgets(profile: ProfileReader, options: SimulateOptions) -> list[Budget]:
             n_slots = sum(split_slots(int(request.share * rooms[0].n_experts), rooms))
         elif fixed is None:
             raise ArtifactVersionError(
-                f"--memory {request}: {profile.path} does not say what else takes memory",
+                f"--memory {request}: {profile.path} lacks the model's sizes outside the experts",
                 hint="record it again with moe-tool profile, or give a share: --memory 50%",
             )
         else:

@@ -1,1 +1,1 @@
-"""Decisions over ids, counts and gate weights; what moves data or reads a clock is elsewhere."""
+"""Decisions over ids, counts and gate weights; no file here moves data or reads a clock."""

@@ -1,5 +1,5 @@
-"""Choice of the experts in memory, and of their forms, that makes misses cheapest: facility
-location with costs, greedily by the price saved per byte."""
+"""Choice of the residents and their forms that makes misses cheapest: facility location with costs,
+greedily by the price saved per byte."""
 
 import heapq
 import math
@@ -13,52 +13,51 @@ from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 
 _COVER_AT_MOST = 1.25
-"""Times the expected price, that an answer for everybody may cost"""
+"""Largest increase of the expected price, as a factor, for an answer to every miss"""
 _COVER_AT_MOST_IF_READ = 1.1
-"""Times the expected price, where a miss may be read as well"""
+"""Largest increase of the expected price, as a factor, if a miss may be read as well"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentChoice:
-    """Experts that are chosen to stay in memory."""
+    """Chosen residents."""
 
     by_form: tuple[tuple[ExpertKey, ...], ...]
-    """The experts held in each form, in the order in which they were chosen; each in one at most"""
+    """Experts held in each form, in the order of choice; each expert in one form at most"""
     size_bytes: int
     nats_per_token: float
-    """Expected price of all misses, each answered by what is cheapest, bytes to be read counted at
-    their worth"""
+    """Expected price of all misses with the cheapest answers, reads included at `nats_per_mb`"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertUse:
-    """How one layer's experts are used, on average over all tokens."""
+    """Use of one layer's experts, on average over all tokens."""
 
     squared_gate: np.ndarray
-    """[E] float64: squared gate weight; 0 where an expert is not wanted"""
+    """[E] float64: squared gate weight, 0 for tokens that do not want the expert"""
     load: np.ndarray
     """[E] float64: share of tokens that want each expert"""
 
 
 class _Layer:
-    """The answers that one layer's experts have so far, in nats per token."""
+    """Costs of the answers that one layer's residents give so far, in nats per token."""
 
     def __init__(self, use: ExpertUse, book: LayerBook, nats_per_mb: float) -> None:
         """Begin with nothing in memory.
 
         Args:
-            use: of the experts.
+            use: use of the experts.
             book: prices.
-            nats_per_mb: what avoiding a read of 10^6 bytes is worth.
+            nats_per_mb: worth of avoiding a read of 10^6 bytes.
         """
         self.held: dict[int, int] = {}  # expert -> form
         self.sizes = book.record_bytes
         self.is_stored = np.isfinite(book.eps) & (self.sizes > 0)
-        self._whole = use.squared_gate * book.nats  # [E]: of nothing
+        self._whole = use.squared_gate * book.nats  # [E]: price of dropping
         self._in_form = self._whole * np.minimum(book.eps, 1.0) ** 2  # [F, E]
         self._stand_in = self._whole[:, None] * _stand_ins(book.buddy, book.buddy_eps) ** 2
-        # What a miss costs that is read, in the form for which that is least: nothing costs more.
-        often = np.where(use.load > 0, use.load, 1.0)  # what is not wanted costs nothing anyway
+        # Cost of reading a miss in the cheapest form for that: no answer costs more.
+        often = np.where(use.load > 0, use.load, 1.0)  # an unused expert costs nothing anyway
         reading = nats_per_mb * np.maximum(self.sizes, 1) / 1e6
         read = np.where(self.is_stored, often * reading + self._in_form, np.inf)
         self._other = np.minimum(self._whole, read.min(axis=0))
@@ -69,7 +68,7 @@ class _Layer:
         return float(np.minimum(self._self, self._other).sum())
 
     def added_bytes(self, expert: int, form: int) -> int:
-        """Bytes that a form needs beyond the one held; 0 or less where it is no step up."""
+        """Bytes that a form needs beyond the one held; 0 or less if it is no step up."""
         if not self.is_stored[form, expert]:
             return 0
         before = self.held.get(expert)
@@ -97,21 +96,19 @@ def cheapest_residents(
     room_bytes: int,
     nats_per_mb: float = math.inf,
 ) -> ResidentChoice:
-    """Return the residents that make the expected price of misses least, as a greedy search finds
-    them.
+    """Return residents with a low expected price of misses, by greedy search.
 
-    A step holds one more expert in some form, or one in a dearer form than before, whichever saves
-    most per byte that it adds. What a step saves only falls while others are taken, so that gains
-    are worked out anew for the best candidate alone. The search may begin with every expert in its
-    smallest form: one that the profile never saw may be wanted all the same, and then there is an
-    answer that needs no read. It does where that fits and hardly costs anything.
+    A step adds an expert in some form, or replaces a form by a dearer one, whichever saves most per
+    added byte. Gains only fall with further steps, so that they are updated for the best candidate
+    alone. The search begins with every expert in its smallest form, if that fits and hardly costs
+    anything: an expert that the profile never saw then has an answer without a read.
 
     Args:
         book: prices.
-        use: by decoder layer.
-        room_bytes: that the residents may take.
-        nats_per_mb: what avoiding a read of 10^6 bytes is worth: where reading is cheap, memory is
-            for what is read most; where nothing is read, for what can answer for most.
+        use: use of experts by decoder layer.
+        room_bytes: limit of the residents' size.
+        nats_per_mb: worth of avoiding a read of 10^6 bytes. If it is low, memory goes to the most
+            read experts; if it is infinite, to those that can answer most misses.
     """
     free = _search(book, use, nats_per_mb, {}, room_bytes)
     smallest = _smallest_forms(book)
@@ -134,7 +131,7 @@ def _search(
     begin: Mapping[ExpertKey, int],
     room_bytes: int,
 ) -> ResidentChoice:
-    """Search greedily from what `begin` holds: (layer, expert) -> form."""
+    """Search greedily from the residents `begin`, (layer, expert) -> form."""
     layers = {at: _Layer(use[at], each, nats_per_mb) for at, each in book.layers.items()}
     n_forms = len(book.record_bytes)
     order = dict(begin)
@@ -187,22 +184,22 @@ def _search(
 def free_for_residents(
     n_slots: int, free: int, record_bytes: Sequence[int], *, nats_per_mb: float
 ) -> int:
-    """Return the bytes that residents may take: all slots but those in which one token's misses are
-    read, and one slot of every cheaper form where these may be read too.
+    """Return the bytes for residents: all slots but those for one token's misses, and one slot of
+    every cheaper form if these may be read too.
 
     Args:
-        n_slots: of full experts, that the budget has room for.
-        free: of them, for one token's experts.
-        record_bytes: by form.
-        nats_per_mb: what avoiding a read of 10^6 bytes is worth; if it is infinite only prompts are
-            read for, and they are exact.
+        n_slots: primary records that fit the budget.
+        free: slots of them for one token's experts.
+        record_bytes: record size by form.
+        nats_per_mb: worth of avoiding a read of 10^6 bytes; if it is infinite, only prompts read,
+            in primary forms.
     """
     room = (n_slots - free) * record_bytes[PRIMARY]
     return room if math.isinf(nats_per_mb) else room - sum(record_bytes[1:])
 
 
 def _smallest_forms(book: PriceBook) -> dict[ExpertKey, int]:
-    """(layer, expert) -> its smallest form; nothing of an expert that is not stored."""
+    """Return (layer, expert) -> smallest form, for the stored experts."""
     found = {}
     for number, each in book.layers.items():
         is_stored = np.isfinite(each.eps) & (each.record_bytes > 0)
@@ -213,7 +210,7 @@ def _smallest_forms(book: PriceBook) -> dict[ExpertKey, int]:
 
 
 def _stand_ins(buddy: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """[E, E]: relative error of column j in place of row i, 1 where it is not listed."""
+    """Return the relative error of expert j in place of i, [E, E]; 1 if it is not listed."""
     n_experts = len(buddy)
     table = np.ones((n_experts, n_experts))
     row, column = np.nonzero(buddy >= 0)

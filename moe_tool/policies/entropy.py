@@ -1,4 +1,4 @@
-"""BuddyMoE's token activating entropy: how evenly a token spreads over the experts it chose."""
+"""BuddyMoE's token activating entropy: how evenly a token weighs its chosen experts."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ import numpy as np
 def token_activating_entropy(weights: np.ndarray) -> np.ndarray:
     """Return the entropy of each token's gate weights over log K, [T] float64 in 0..1.
 
-    0 is one expert with all the weight, 1 is the same weight for all K. With K = 1 there is nothing
-    to spread over, and with no weight at all nothing to spread: both are 0.
+    0 is one expert with all the weight, 1 is equal weight for all K. It is 0 for K = 1 and for zero
+    weights.
 
     Source: arXiv:2511.10054, TAE; without its optional temperature.
 

@@ -1,4 +1,4 @@
-"""Which experts are worth keeping for good: the hottest of a profile, all layers together."""
+"""Hot set of a profile: its most used experts, all layers together."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ from moe_tool.artifacts.expert_ids import ExpertKey
 
 
 def hottest_first(loads: Mapping[int, Sequence[float]]) -> list[ExpertKey]:
-    """Return all experts, the most used first, equal ones by layer and number.
+    """Return all experts, the most used first, equal ones by layer and id.
 
     Args:
         loads: decoder layer -> [E] share of tokens routed to each expert.
@@ -16,10 +16,9 @@ def hottest_first(loads: Mapping[int, Sequence[float]]) -> list[ExpertKey]:
 
 
 def n_pinned(share: float, *, n_slots: int, n_slots_min: int, n_experts: int) -> int:
-    """Return how many experts a policy pins that pins this share of the slots.
+    """Return the number of experts pinned by a share of the slots.
 
-    The slots of one token's experts are left free, so that what is missing can be fetched; with
-    room for everything nothing is.
+    Slots for one token's experts stay free for fetches, unless everything fits.
     """
     if n_slots >= n_experts:
         return int(share * n_experts)

@@ -1,4 +1,4 @@
-"""Numbers written behind a policy's name: bounds, defaults, and how they are read and written."""
+"""Parameters of policies: bounds, defaults, reading and writing."""
 
 import math
 import re
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from moe_tool.errors import UsageError
 
 _WHOLE = re.compile(r"-?[0-9]{1,9}")
-"""Whole number of nine digits at most: int() refuses thousands of them"""
+"""Whole number of nine digits at most: int() raises on thousands"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """One number that a policy takes."""
+    """Description of one numeric parameter."""
 
     help: str
     """Meaning and unit, for --help and docs"""
@@ -24,7 +24,7 @@ class Parameter:
 
     @property
     def bounds(self) -> str:
-        """The values that are possible, in words."""
+        """Allowed values in words."""
         kind = "whole, " if self.is_whole else ""
         return f"{kind}{number_text(self.least)} to {number_text(self.most)}"
 
@@ -32,13 +32,13 @@ class Parameter:
 def read_parameter(
     place: str, word: str, parameters: Mapping[str, Parameter], *, others: Sequence[str] = ()
 ) -> tuple[str, float]:
-    """Return the name and the value that a word like "alpha=0.3" gives.
+    """Return name and value of a word like "alpha=0.3".
 
     Args:
         place: option and text that the word comes from, for a refusal.
-        word: between two commas.
-        parameters: by name, those that are possible.
-        others: words without a value that are possible too, for a refusal.
+        word: text between two commas.
+        parameters: known parameters by name.
+        others: known words without a value, for a refusal.
 
     Raises:
         UsageError: the parameter is unknown, or it cannot have this value.
@@ -66,7 +66,7 @@ def read_parameter(
 def changed_words(
     values: Mapping[str, float], parameters: Mapping[str, Parameter]
 ) -> tuple[str, ...]:
-    """Return the words that say how values differ from the defaults."""
+    """Return "name=value" for every value that differs from its default."""
     return tuple(
         f"{name}={number_text(value)}"
         for name, value in values.items()
@@ -83,7 +83,7 @@ def number_text(value: float) -> str:
 
 
 def _read_number(text: str, allowed: Parameter) -> float:
-    """Return the number that a text stands for; NaN, which is in no range, where there is none."""
+    """Return the number in a text; NaN, which is in no range, if it is none."""
     if allowed.is_whole:
         return int(text) if _WHOLE.fullmatch(text) else math.nan
     try:

@@ -1,5 +1,4 @@
-"""Whether a set of hot experts is worth a place in memory for good: one rule for `profile` and
-`plan`."""
+"""Rule on whether a hot set is worth pinning, for `profile` and `plan`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +6,15 @@ from typing import Literal
 
 Verdict = Literal["pin", "do not pin", "nothing to pin", "unknown"]
 MIN_GAIN = 0.05
-"""A hot set that answers less than this above what even use would give is not worth a pin."""
+"""Least coverage above that of even use at which a hot set is worth a pin"""
 MIN_KEPT = 0.8
-"""A hot set holds up where this share of its gain over even use is there on held-out tokens."""
+"""Least share of the gain over even use that a hot set has to keep on held-out tokens"""
 MAX_DOMAIN_RATIO = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinRuling:
-    """The verdict on one set."""
+    """Verdict on one hot set."""
 
     verdict: Verdict
     reason: str
@@ -28,13 +27,13 @@ def judge_pins(
     """Return whether to pin a set.
 
     Args:
-        even: share of the uses that a set of this size answers if all experts are used alike.
-        in_sample: share that it answers of the tokens that chose it.
-        held_out: share of others; None where there are none.
-        by_domain: the same of each domain.
+        even: coverage of a set of this size if all experts are used alike.
+        in_sample: coverage of the in-sample uses.
+        held_out: coverage of the held-out uses; None without held-out tokens.
+        by_domain: coverage of each domain's held-out uses.
     """
     if held_out is None:
-        return PinRuling(verdict="unknown", reason="have nothing held out to check them with")
+        return PinRuling(verdict="unknown", reason="have no held-out tokens to check them with")
     if in_sample - even < MIN_GAIN:
         return PinRuling(
             verdict="nothing to pin",

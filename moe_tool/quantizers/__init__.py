@@ -1,1 +1,1 @@
-"""How an expert's matrices become integer codes: one file for each name of `--quantizer`."""
+"""Quantizers of an expert's matrices: one file for each name of `--quantizer`."""

@@ -22,7 +22,7 @@ def _make(inputs: "ExpertInputs | None") -> QuantizeExpert:
 
 
 class _Gptq:
-    """One expert at any number of bits."""
+    """GPTQ of one expert at any number of bits."""
 
     def __init__(self, inputs: "ExpertInputs") -> None:
         self._inputs = inputs
@@ -31,11 +31,11 @@ class _Gptq:
     def quantize(
         self, weights: "Mapping[str, torch.Tensor]", precision: IntegerPrecision
     ) -> "dict[str, IntegerWeight]":
-        """Return GPTQ's codes; the last matrix is fitted to what the others, as they are now, give.
+        """Return GPTQ's codes; the last matrix is fitted to the quantized matrices before it.
 
-        Its target is then no longer its weights but the map that best makes the exact output of
-        the inexact inner activations (as GPTAQ does for a layer, arXiv:2504.02692): a quarter of
-        the divergence at one bit, a tenth at two.
+        Its target is the map that best makes the exact output from the inexact inner activations
+        (as GPTAQ does for a layer, arXiv:2504.02692), instead of its weights. That saves a quarter
+        of the divergence at one bit, a tenth at two.
         """
         from moe_tool.quantization.nested import GptqTarget
         from moe_tool.quantizers.inputs import LAST, matrices
@@ -55,7 +55,7 @@ class _Gptq:
         return found
 
     def _spread(self, name: str) -> "ErrorSpread":
-        """Return how errors of the matrices before the last one spread: their inputs are one."""
+        """Return the error spread of the matrices before the last, which share their inputs."""
         from moe_tool.quantization.gptq import error_spread
 
         if self._first_spread is None:

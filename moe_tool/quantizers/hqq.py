@@ -1,4 +1,4 @@
-"""Rounding with zero points that are robust to outliers, by the weights (HQQ)."""
+"""Rounding with zero points robust to outliers, by the weights alone (HQQ)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

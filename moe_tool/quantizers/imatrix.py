@@ -1,12 +1,10 @@
-"""Rounding with scales that suit the columns that matter: weighted by each column's mean squared
-input.
+"""Rounding with scales fitted by least squares, weighted by each column's mean squared input.
 
-The weighting is that of the importance matrix of llama.cpp (ggml-quants, `make_qx_quants`): a
-column counts by the energy of its inputs, whatever they have in common. Of each group a few scales
-around that of its largest weight are tried; codes are the nearest, the scale is then the weighted
-least-squares one for them, and the pair with the least weighted error is kept.
-Deviation: llama.cpp multiplies the energy with a function of the weight itself; here it is left
-alone, so that what is made small is the outputs' error if inputs were uncorrelated.
+The weighting is that of the importance matrix of llama.cpp (ggml-quants, `make_qx_quants`). A few
+scales around that of a group's largest weight are tried: codes are rounded to nearest, the scale is
+then the weighted least-squares one for them, and the pair with the least weighted error is kept.
+Deviation: llama.cpp also weights by a function of the weight itself; without it the minimum is the
+outputs' error for uncorrelated inputs.
 """
 
 from collections.abc import Mapping
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from moe_tool.quantizers.inputs import ExpertInputs
 
 _STEPS = tuple(step / 10 for step in range(-9, 10))
-"""Numbers added to the outermost code that a group's largest weight is to lie on"""
+"""Offsets tried for the code of a group's largest weight, from the outermost code"""
 _FLOAT16_MAX = 65504.0
 
 
@@ -33,7 +31,7 @@ def quantize_imatrix(
 
     Args:
         weight: [out, in], any float dtype.
-        energy: [in] float32: mean squared input of each column; all zero counts as all alike.
+        energy: [in] float32: mean squared input of each column; all zero counts as all equal.
         width_bits: 1 to 8.
         group: inputs per scale, a multiple of 32; the last group of a row may be short.
 

@@ -10,23 +10,17 @@ from moe_tool.experts.expert_forward import inner_activations
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 LAST = "down_proj"
-"""The matrix that is given what the others compute"""
+"""Last matrix, whose inputs the others compute"""
 _MOST_TOKENS = 8192
 
 
 class ExpertInputs:
-    """Tokens that an expert is given, with what follows from them at any number of bits."""
+    """Inputs of one expert with their statistics, shared by all numbers of bits."""
 
     def __init__(
         self, module: Any, tensors: Mapping[str, torch.Tensor], tokens: torch.Tensor
     ) -> None:
-        """Take evenly spaced tokens where there are too many.
-
-        Args:
-            module: the experts module of transformers.
-            tensors: the exact expert.
-            tokens: [n, H] float32.
-        """
+        """Keep the inputs [n, H] float32 of an exact expert, evenly thinned to _MOST_TOKENS."""
         step = max(1, -(-len(tokens) // _MOST_TOKENS))
         self._module = module
         self._tensors = tensors
@@ -34,7 +28,7 @@ class ExpertInputs:
 
     @cached_property
     def exact_inner(self) -> torch.Tensor:
-        """[n, I] float32: inputs of the last matrix, from exact ones before it"""
+        """[n, I] float32: inputs of the last matrix in the exact expert"""
         return self.inner_of({})
 
     @cached_property
@@ -51,11 +45,7 @@ class ExpertInputs:
 
     @torch.no_grad()
     def inner_of(self, found: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
-        """Return what the last matrix is given by inexact ones before it, [n, I] float32.
-
-        Args:
-            found: tensors that take the place of the exact ones.
-        """
+        """Return the inputs of the last matrix if `found` replace exact tensors, [n, I] float32."""
         weights: dict[str, FloatWeight | IntegerWeight] = {
             name: FloatWeight(values=value) for name, value in self._tensors.items()
         }

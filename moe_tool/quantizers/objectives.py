@@ -1,4 +1,4 @@
-"""Measures of what a matrix is off by, that a quantizer makes small."""
+"""Error measures of a quantized matrix, which quantizers minimise."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The C library's allocator, set so that freed tensors go back to the system at once."""
+"""Settings of the C library's allocator: freed tensors go back to the system at once."""
 
 import ctypes
 
@@ -9,13 +9,14 @@ _THRESHOLD_BYTES = 256 * 2**10
 
 
 def return_freed_memory() -> None:
-    """Make glibc give every freed block of 256 KiB or more back to the system; elsewhere do
-    nothing.
+    """Make glibc return every freed block of 256 KiB or more to the system, for the whole process.
+
+    Does nothing with another C library.
 
     By default glibc raises its own threshold to the largest block ever freed (up to 32 MiB) and
     keeps freed blocks in one heap per thread. A KV cache that grows by concatenation then leaves a
-    trail of holes, each a little too small for the next size, and the process holds far more than
-    it uses: no memory plan could be kept. Changes the whole process.
+    trail of holes, each a little too small for the next size, and the process exceeds its memory
+    plan.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -27,8 +28,7 @@ def return_freed_memory() -> None:
 
 
 def trim() -> None:
-    """Give what is free at the top of the heap back to the system; where the C library cannot, do
-    nothing."""
+    """Return the free top of the heap to the system, if the C library can."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

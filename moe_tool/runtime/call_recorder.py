@@ -1,4 +1,4 @@
-"""Keeps what every layer call of a run named, for the simulator."""
+"""Recorder of the layer calls of a run, for the simulator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from moe_tool.artifacts.run_trace import RecordedCalls
 
 @dataclass(slots=True, kw_only=True)
 class CallRecorder:
-    """Mutable: grows by every call."""
+    """Layer calls recorded so far; grows by every call."""
 
     ids: LayerIds
     """Numbers of the model's experts"""
     n_calls_before: int = 0
-    """Before the run under way"""
+    """Calls recorded before the current run"""
     _layer: list[int] = field(default_factory=list)
     _is_decode: list[bool] = field(default_factory=list)
     _keys: list[list[int]] = field(default_factory=list)
@@ -32,14 +32,14 @@ class CallRecorder:
         scores: np.ndarray | None,
         guesses: Sequence[tuple[int, int]],
     ) -> None:
-        """Take note of one call.
+        """Record one call.
 
         Args:
             layer: decoder layer.
-            experts: that the store was asked for, ascending.
+            experts: experts requested from the store, ascending.
             is_decode: False in the prompt.
             scores: [E], `gate_scores` of the call.
-            guesses: (layer, expert) that the next layers are predicted to name.
+            guesses: (layer, expert) predicted for the next layers.
         """
         self._layer.append(self.ids.position[layer])
         self._is_decode.append(is_decode)
@@ -48,7 +48,7 @@ class CallRecorder:
         self._scores.append(scores)
 
     def begin_run(self) -> None:
-        """Take note that counters start anew."""
+        """Mark the beginning of a run: its counters start at zero."""
         self.n_calls_before = len(self._layer)
 
     def recorded(self) -> RecordedCalls:

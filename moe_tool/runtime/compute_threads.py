@@ -1,4 +1,4 @@
-"""How many threads compute a forward: the kernels' own, and torch's where they have work."""
+"""Number of threads that compute a forward, in the kernels and in torch."""
 
 import os
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from moe_tool.native.lookup_choice import choose_lookup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeThreads:
-    """A session's threads. Setting them changes the whole process."""
+    """Threads of a session. Setting them changes the whole process."""
 
     n_threads: int
     kernels_decode: bool
-    """Whether the kernels compute every matrix that a few tokens meet"""
+    """Whether the kernels compute every matrix in a forward of a few tokens"""
 
     def begin(self) -> None:
-        """Give all threads to the kernels and to torch; the first time, find out which kernels."""
+        """Give all threads to the kernels and to torch; the first call also chooses the kernels."""
         set_threads(self.n_threads)
         choose_lookup()
         torch.set_num_threads(self.n_threads)
@@ -28,12 +28,12 @@ class ComputeThreads:
     def before_forward(self, n_tokens: int) -> None:
         """Leave torch one thread where the kernels do the work.
 
-        Torch's threads go on spinning when their part of an operation is done, on the cores that
-        the kernels' threads need next: two of each on two cores took twice as long as the kernels'
-        two beside one.
+        Torch's threads spin after their part of an operation, on the cores that the kernels'
+        threads need next: on two cores, two of each took twice as long as two kernel threads
+        beside one of torch.
 
         Args:
-            n_tokens: of the coming forward, all sequences together.
+            n_tokens: tokens of the coming forward, all sequences together.
         """
         wanted = 1 if self.kernels_decode and n_tokens <= FEW_TOKENS else self.n_threads
         if torch.get_num_threads() != wanted:
@@ -41,16 +41,15 @@ class ComputeThreads:
 
 
 def choose_threads(asked: int | None, manifest: BundleManifest) -> ComputeThreads:
-    """Return the threads of a session; the memory budget has no say, so that it cannot change a
-    result through them.
+    """Return the threads of a session, which do not depend on the memory budget: a result must not.
 
     Args:
-        asked: `--threads`. None: one for each core. Where torch computes the experts, whose threads
-            spin while they wait, one less: it is left to the readers.
-        manifest: of the bundle.
+        asked: `--threads`. None: one per core; one less where torch, whose threads spin while they
+            wait, computes the experts, so that a core is left to the readers.
+        manifest: manifest of the bundle.
     """
     n_cores = len(os.sched_getaffinity(0))
-    # Matrices of float32 are torch's at any number of tokens.
+    # torch computes float32 matrices at any number of tokens.
     kernels_decode = is_native() and manifest.shape.dtype != "float32"
     n_default = n_cores if kernels_decode else max(1, n_cores - 1)
     return ComputeThreads(n_threads=asked or n_default, kernels_decode=kernels_decode)

@@ -1,4 +1,4 @@
-"""Settings of `generate` in transformers: the model's own, with what was asked for on top."""
+"""Settings of `generate` in transformers: the model's, overridden by the user's options."""
 
 import copy
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class GenerateOptions:
 
     max_tokens: int = 128
     temperature: float = 0.0
-    """0 takes the most probable token"""
+    """Sampling temperature; 0 takes the most probable token"""
     seed: int = 0
-    """Seeds sampling"""
+    """Seed of sampling"""
     raw: bool = False
     """Leave the model's chat template out"""
     ignore_eos: bool = False
@@ -29,7 +29,7 @@ class GenerateOptions:
 def decoding_config(
     session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int, ends: EndTokens
 ) -> GenerationConfig:
-    """The model's own generation settings, with ours on top."""
+    """Return the model's generation settings, overridden by the options."""
     config = GenerationConfig()  # type: ignore[no-untyped-call]
     for name in FOLLOWED_SETTINGS:
         value = getattr(session.model.generation_config, name, None)
@@ -55,7 +55,7 @@ def decoding_config(
 
 
 def _switch_off_what_means_nothing(config: GenerationConfig) -> None:
-    """Ranges that cannot be sampled from are how other runtimes write "off": top_k -1, top_p 0."""
+    """Remove limits that other runtimes read as "off": top_k -1, top_p 0."""
     if config.top_k is not None and config.top_k < 1:
         config.top_k = 0  # None would be transformers' default, 50
     for name in ("top_p", "min_p", "typical_p"):

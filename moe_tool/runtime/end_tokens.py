@@ -1,4 +1,4 @@
-"""Which tokens end a text, by the three places that may name them; what ended it."""
+"""End-of-text tokens from the three places that may name them, and the reason why a text ended."""
 
 import json
 from collections.abc import Sequence, Set
@@ -15,9 +15,9 @@ class EndTokens:
     """The end-of-text tokens of a model."""
 
     ids: tuple[int, ...]
-    """Ascending; none where no place names one"""
+    """Token ids, ascending; empty if no place names one"""
     note: str | None
-    """A sentence where generation alone would have missed one of them"""
+    """Sentence about tokens that the generation settings lack; None if they lack none"""
 
 
 def find_end_tokens(
@@ -25,19 +25,19 @@ def find_end_tokens(
 ) -> EndTokens:
     """Join the end-of-text tokens of generation settings, config.json and tokenizer.
 
-    transformers follows the first alone, and a chat model whose settings lack the end of a turn
-    then talks on until its last token.
+    transformers follows the generation settings alone: a chat model whose settings lack the end of
+    a turn then continues to the last token.
 
     Args:
         folder: holds config.json.
-        generation_config: of the model: generation_config.json, or what config.json says.
-        tokenizer: of transformers.
-        vocabulary: V; other ids are passed over.
+        generation_config: the model's generation_config.json, or its values in config.json.
+        tokenizer: tokenizer of transformers.
+        vocabulary: V; other ids are ignored.
 
     Raises:
         NotFoundError, CorruptArtifactError: config.json cannot be read.
     """
-    # A configuration class has an end token of its own where config.json names none.
+    # Configuration classes have default end tokens, so the file itself is read.
     stated = json.loads(read_config_text(folder))
     of_text = stated.get("text_config")
     places = {
@@ -74,13 +74,13 @@ def until_end(row: Sequence[int], stops: Set[int]) -> tuple[int, ...]:
 def stop_reason(
     row: Sequence[int], stops: Set[int], *, room: int, max_tokens: int, interrupted: bool
 ) -> StopReason:
-    """Return what ended a text.
+    """Return the reason why a text ended.
 
     Args:
-        row: its tokens, as `until_end` gives them.
-        stops: end-of-text tokens that were followed.
+        row: tokens of the text, from `until_end`.
+        stops: end-of-text tokens in effect.
         room: tokens that the context had room for.
-        max_tokens: tokens that were asked for.
+        max_tokens: limit of tokens.
         interrupted: whether it was stopped from outside.
     """
     if row and row[-1] in stops:

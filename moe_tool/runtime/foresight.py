@@ -1,4 +1,4 @@
-"""Guesses of the next layers' experts, by their routers applied to this layer's input."""
+"""Prediction of the next layers' experts by their routers, applied to this layer's input."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,32 +13,31 @@ from moe_tool.policies.prefetch import fetch_predicted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guess:
-    """Experts that one layer to come is predicted to name."""
+    """Experts predicted for one of the next layers."""
 
     layer: int
     """Decoder layer"""
     ahead: int
-    """Layer calls until then"""
+    """Layer calls until that layer's"""
     experts: list[int]
-    """The most wanted first"""
+    """Expert ids, the most wanted first"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foresight:
-    """Applies the routers of the next layers, each to the same hidden states: the residual stream
-    changes little from layer to layer."""
+    """Routers of the next layers, applied to the same hidden states: the residual stream changes
+    little from layer to layer."""
 
     following: Mapping[int, Sequence[MoeLayerModules]]
-    """Decoder layer -> the MoE layers after it that are looked at"""
+    """Decoder layer -> the MoE layers after it that are predicted"""
 
     @torch.no_grad()
     def look(self, call: LayerCall, stored: Mapping[int, torch.Tensor]) -> list[Guess]:
         """Return the guesses of one call, the next layer first.
 
         Args:
-            call: of one layer.
-            stored: decoder layer -> [E] bool: experts that the bundle has; empty where none was
-                removed.
+            call: call of one layer.
+            stored: decoder layer -> [E] bool, experts in the bundle; empty if none was removed.
         """
         guesses = []
         for ahead, modules in enumerate(self.following[call.layer], start=1):
@@ -52,12 +51,7 @@ class Foresight:
 
 
 def foresee(layers: Sequence[MoeLayerModules], *, depth: int) -> Foresight:
-    """Return the foresight over so many layers.
-
-    Args:
-        layers: every MoE layer, ascending.
-        depth: 1 is the next layer alone.
-    """
+    """Return the foresight over the next `depth` MoE layers; `layers` are all, ascending."""
     return Foresight(
         following={
             modules.layer: layers[at + 1 : at + 1 + depth] for at, modules in enumerate(layers)

@@ -1,5 +1,4 @@
-"""A prompt becomes text: transformers generates, the session's experts answer, everything is
-counted."""
+"""Generation of text from a prompt by transformers, with a session's experts, with all counts."""
 
 import time
 from collections.abc import Sequence
@@ -39,9 +38,9 @@ class Generated:
     """Token ids of a batch."""
 
     token_ids: tuple[tuple[int, ...], ...]
-    """One row per sequence, up to and with its end-of-text token"""
+    """Token ids of each sequence, up to and including its end-of-text token"""
     stop_reasons: tuple[StopReason, ...]
-    """One per sequence"""
+    """Reason of each sequence's end"""
     started_at: float
     first_token_at: float | None
     ended_at: float
@@ -60,16 +59,16 @@ def run_prompt(
 ) -> RunResult:
     """Open a bundle for one prompt, generate, and close it again.
 
-    The KV cache is planned for this prompt and `max_tokens`, not for the whole context. A trace of
-    the run is written to `trace_path`.
+    The KV cache is planned for this prompt and `max_tokens`, not for the whole context. If
+    `trace_path` is given, a trace of the run is written there.
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the context.
         BudgetError: the memory budget does not suffice.
-        CorruptArtifactError, NotFoundError: the bundle is damaged, or is none.
+        CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
         DataSourceError: the model does not know a token of the prompt.
     """
-    bundle = BundleReader.open(folder)  # what is no bundle is told so before anything else
+    bundle = BundleReader.open(folder)  # first, so that a folder that is no bundle is refused first
     with bundle:
         tokenizer = load_tokenizer(folder)
         vocabulary = bundle.manifest.shape.vocabulary
@@ -88,7 +87,7 @@ def run_prompt(
 def _for_one_prompt(
     options: RunOptions, prompt_tokens: int, generation: GenerateOptions, *, is_traced: bool
 ) -> RunOptions:
-    """Return the options with the context that this prompt and its continuation take."""
+    """Return the options with just enough context for the prompt and its continuation."""
     if prompt_tokens < options.context:
         context = min(options.context, prompt_tokens + generation.max_tokens)
         options = replace(options, context=context, prompt_tokens=prompt_tokens)
@@ -101,10 +100,10 @@ def generate(
     """Continue a prompt.
 
     Args:
-        session: its counters start anew; what its expert cache holds stays.
+        session: its counters are reset, its expert cache is kept.
         prompt: the text.
         options: how tokens are chosen.
-        on_text: called with every piece of text as it comes.
+        on_text: called with every piece of generated text.
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the context.
@@ -137,7 +136,7 @@ def generate_ids(
     """Continue a batch of prompts, given and returned as token ids; shorter ones are padded on the
     left.
 
-    Ctrl-C ends it with the tokens chosen by then.
+    Ctrl-C ends generation with the tokens chosen so far.
 
     Raises:
         UsageError: no prompt, an empty one, too many, or one that leaves no room in the context.
@@ -183,7 +182,7 @@ def _decode(
     config: GenerationConfig,
     stream: TextStream,
 ) -> bool:
-    """Let transformers generate; return whether it came to an end, which Ctrl-C prevents."""
+    """Let transformers generate; return False if Ctrl-C interrupted it."""
     kept_config, session.model.generation_config = session.model.generation_config, config
     try:
         with torch.inference_mode():
@@ -220,7 +219,7 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
         raise UsageError("the prompt has no tokens", hint="give --prompt some text")
     if len(prompts) > session.plan.workload.batch:
         raise UsageError(
-            f"{len(prompts)} prompts at once, the session was opened for "
+            f"{len(prompts)} prompts at once, but the session was opened for "
             f"{session.plan.workload.batch}"
         )
     if options.max_tokens < 1:
@@ -242,7 +241,7 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
 
 
 def _longer_context(session: Session) -> str:
-    """Return what to do where the context is full: only what the model allows."""
+    """Return a hint against a full context that the model allows."""
     most = context_length(session.model.config.get_text_config())
     if most is not None and most <= session.plan.workload.positions:
         return f"a shorter prompt: the model was made for {most} positions"
@@ -268,7 +267,7 @@ def _result(session: Session, made: Generated, text: str) -> RunResult:
 
 
 def run_setup(session: Session) -> RunSetup:
-    """Return how a session runs now."""
+    """Return the settings that a session runs with now."""
     return RunSetup(
         policy=session.runner.policy.name,
         residency=session.runner.residency,

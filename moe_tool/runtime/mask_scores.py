@@ -1,4 +1,4 @@
-"""What a mask router says of a token's experts: the arithmetic that training and running share."""
+"""Scores of a mask router for a token's experts, for training and running alike."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ import torch
 from moe_tool.artifacts.mask_router import MASK_ROUTER_PARTS, LayerMaskRouter, MaskRouter
 
 _LEAST_WEIGHT = 1e-6
-"""Gate weights below count as this: their logarithm is asked for"""
+"""Lower bound of gate weights, whose logarithm is taken"""
 _LEAST_SQUARE = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MaskTensors:
-    """A LayerMaskRouter as torch has it; see there."""
+    """Tensors of a `LayerMaskRouter`."""
 
     by_hidden: torch.Tensor
     by_weight: torch.Tensor
@@ -22,20 +22,20 @@ class MaskTensors:
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """By name."""
+        """Return the tensors by name."""
         return {name: getattr(self, name) for name in MASK_ROUTER_PARTS}
 
     def frozen(self) -> "MaskTensors":
-        """Return the same numbers without a gradient; views."""
+        """Return views without a gradient."""
         return MaskTensors(**{name: part.detach() for name, part in self.parts.items()})
 
     def to_arrays(self) -> LayerMaskRouter:
-        """Return what a file holds of it."""
+        """Return the arrays that a file holds."""
         return LayerMaskRouter(**{name: p.detach().numpy() for name, p in self.parts.items()})
 
 
 def mask_tensors(router: MaskRouter) -> dict[int, MaskTensors]:
-    """Return the routers by decoder layer; views."""
+    """Return views of the routers by decoder layer."""
     return {
         layer: MaskTensors(
             **{name: torch.from_numpy(getattr(each, name)) for name in MASK_ROUTER_PARTS}
@@ -45,19 +45,19 @@ def mask_tensors(router: MaskRouter) -> dict[int, MaskTensors]:
 
 
 def slot_order(weight: torch.Tensor) -> torch.Tensor:
-    """Return each token's slots, the heaviest first, the earlier one of equals, [T, K] int64."""
+    """Return each token's slots by falling gate weight, equal ones in order, [T, K] int64."""
     return torch.argsort(weight, dim=1, descending=True, stable=True)
 
 
 def slot_worth(
     router: MaskTensors, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Return what every slot after the heaviest adds to the logit of a keep-pattern, [T, K-1], by
-    rank of gate weight.
+    """Return the slot scores of all slots but the heaviest, [T, K-1] by rank of gate weight: what
+    each adds to the logit of a keep-pattern.
 
     Args:
-        router: of the layer.
-        hidden: [T, H] float32, what the layer's experts are given.
+        router: mask router of the layer.
+        hidden: [T, H] float32, inputs of the layer's experts.
         index: [T, K] int64; an entry of E or more means no expert.
         weight: [T, K] gate weights.
     """

@@ -1,4 +1,4 @@
-"""The experts function of a running model, layer by layer: decide, fetch, compute, account."""
+"""Experts function of a running model: decides, fetches, computes and accounts each layer call."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,14 +38,14 @@ Phase = Literal["prompt", "decode"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """One layer call, as the policy saw and answered it."""
+    """Answers of the policy to one layer call."""
 
     routing: Routing
     answers: Answers
     resident: np.ndarray
-    """[F, E] bool: forms that the policy was told are in memory"""
+    """[F, E] bool: forms in memory as reported to the policy"""
     spent: np.ndarray | None
-    """[T] float64: what the price list expects the answers to cost; None without one"""
+    """[T] float64: expected price of the answers; None without a price list"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,46 +54,44 @@ class Forward:
 
     phase: Phase = "prompt"
     n_sequences: int = 1
-    """B; its T tokens are B runs of T / B"""
+    """B; the T tokens are B runs of T / B"""
     exact_fallback: np.ndarray | None = None
-    """[B] bool: sequences that the account has answered exactly; None: no sequence"""
+    """[B] bool: sequences under exact fallback; None: no sequence"""
 
 
 @dataclass(slots=True, kw_only=True)
 class MoeLayerRunner:
-    """The experts function of a session. Mutable: the session tells it which forward is under
-    way."""
+    """Experts function of a session, which sets `forward` before every forward."""
 
     store: ExpertStore
     residency: Residency
     policy: ChosenPolicy
     """Policy that answers misses while decoding"""
     sparsity: float | None = None
-    """Share of an expert's channels that is left out while decoding one sequence; None: all are
-    computed"""
+    """Share of an expert's channels left out while decoding one sequence; None: all are computed"""
     prefetcher: Prefetcher | None = None
-    """Reads ahead while decoding: a prompt's tokens want nearly every expert of a layer anyway"""
+    """Prefetcher while decoding; a prompt's tokens want nearly every expert of a layer anyway"""
     foresight: Foresight | None = None
-    """Tells the eviction policy of the layers to come while decoding"""
+    """Predictions for the eviction policy while decoding"""
     recorder: CallRecorder | None = None
-    """Told about every call"""
+    """Recorder of every call; None: no trace"""
     stats: RunStats = field(default_factory=RunStats)
     account: QualityAccount = field(default_factory=QualityAccount)
     is_lossy_prompt: bool = False
-    """The policy answers prompts too. Otherwise they are exact: what a prompt leaves in the KV
-    cache stays wrong for good"""
+    """Whether the policy answers prompts too. By default they are exact, since errors that a prompt
+    leaves in the KV cache last"""
     attention: AttentionSums | None = None
-    """Says which of a prompt's tokens matter, where the policy asks"""
+    """Attention that a prompt's tokens receive, for policies that need it"""
     forward: Forward = Forward()
-    """Forward under way"""
+    """Current forward"""
     is_shadow: bool = False
-    """The forward under way is exact, and counted nowhere"""
+    """Whether the current forward is an exact one that is counted nowhere"""
     stored: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    """Decoder layer -> [E] bool: experts that the bundle has; empty where none was removed"""
+    """Decoder layer -> [E] bool: experts in the bundle; empty if none was removed"""
     record_bytes: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """Decoder layer -> [F, E] int64: size of each record; 0 where a form is not stored"""
+    """Decoder layer -> [F, E] int64: size of each record; 0 if a form is not stored"""
     on_decision: Callable[[Decision], None] | None = None
-    """Told about every decode call"""
+    """Callback on every decode call"""
 
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
@@ -108,8 +106,8 @@ class MoeLayerRunner:
         return self._decide_and_run(call, present)
 
     def _find_present(self, call: LayerCall) -> tuple[LayerCall, torch.Tensor | None]:
-        """Return the call with valid experts alone and weight 0 elsewhere, and which slots name an
-        expert that the bundle has, None: all of them."""
+        """Return the call with valid experts only, weight 0 elsewhere, and a mask of the slots
+        whose expert the bundle has; None: all slots."""
         index, present = call.find_present()
         if self.stored:
             is_stored = self.stored[call.layer][index]  # [T, K]
@@ -121,9 +119,9 @@ class MoeLayerRunner:
     def _decide_and_run(self, call: LayerCall, present: torch.Tensor | None) -> torch.Tensor:
         """Run a call by the policy's answers.
 
-        A wanted expert is a hit if the policy was told that it is there: under frozen residency
-        that is the pinned set alone, so that hits do not depend on what else lies in the cache by
-        luck.
+        A wanted expert is a hit if it was reported to the policy as resident. Under frozen
+        residency that is the pinned set alone, so that hits do not depend on what else the cache
+        happens to hold.
         """
         if self.residency == "frozen":
             resident = self.store.pinned_mask(call.layer)
@@ -151,8 +149,7 @@ class MoeLayerRunner:
         return output
 
     def _skipped_fetch_bytes(self, routing: Routing, answers: Answers, resident: np.ndarray) -> int:
-        """Return the bytes of non-resident experts that were not fetched because they were
-        dropped."""
+        """Return the bytes of non-resident experts that were dropped instead of fetched."""
         sizes = self.record_bytes[routing.layer][PRIMARY]
         is_skipped = np.zeros(len(sizes), dtype=bool)
         is_skipped[routing.index[routing.present & ~answers.present]] = True
@@ -224,8 +221,7 @@ class MoeLayerRunner:
         self.store.select_channels(call.layer, wanted, select)
 
     def _scores(self, call: LayerCall) -> np.ndarray | None:
-        """Return the router's scores of all experts if eviction or the recorder needs them, else
-        None."""
+        """Return the router's scores [E] if eviction or the recorder needs them, else None."""
         is_asked = "scores" in self.store.hints or self.recorder is not None
         if not is_asked or call.router_logits is None:
             return None
@@ -269,7 +265,7 @@ class MoeLayerRunner:
 
 
 def _narrow(scores: torch.Tensor) -> np.ndarray:
-    """Round to float16 as the trace of a profile does; what would overflow stays finite."""
+    """Round to float16 as a profile's trace does, clamped to its finite range."""
     limit = torch.finfo(torch.float16).max
     rounded: np.ndarray = scores.clamp(-limit, limit).to(torch.float16).numpy()
     return rounded

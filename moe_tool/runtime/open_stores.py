@@ -1,4 +1,4 @@
-"""The stores of a session: which forms of which experts stay in memory, and slots for the rest."""
+"""Stores of a session: pinned experts of each form, and slots for the rest."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +22,8 @@ from moe_tool.store.record_store import RecordStore
 
 _N_READERS = 2
 MakeStore = Callable[[BundleReader, tuple[FormRoom, ...], EvictionChoice], ExpertStore]
-"""(bundle, rooms in the order of `bundle.forms`, eviction of primary forms) -> a store with nothing
-read yet; the bundle stays open as long as the store"""
+"""Function from a bundle, rooms in the order of `bundle.forms` and the eviction policy of primary
+forms to a store with nothing read yet; the bundle stays open as long as the store"""
 
 
 def choose_rooms(
@@ -36,11 +36,11 @@ def choose_rooms(
     """Return each form's part of the memory, in the order of `manifest.forms`.
 
     Args:
-        manifest: of the bundle.
-        slots: that the budget has for primary records, by table.
-        residency: whether what is in memory changes.
-        eviction: of primary forms.
-        policy: what answers misses.
+        manifest: manifest of the bundle.
+        slots: slots for primary records within the budget, by table.
+        residency: whether the content of memory changes.
+        eviction: eviction policy of primary forms.
+        policy: miss policy.
     """
     choice = policy.choice
     if residency == "frozen":
@@ -59,8 +59,7 @@ def choose_rooms(
 
 
 def staying_by_form(manifest: BundleManifest, rooms: tuple[FormRoom, ...]) -> dict[str, int]:
-    """Return how many experts never leave memory, by the form's name; forms of which none stays are
-    left out."""
+    """Return the number of pinned experts by the form's name, without forms that have none."""
     found: dict[str, int] = {}
     for table, room in zip(manifest.forms, rooms, strict=False):  # selectors have none
         if room.pinned:
@@ -69,7 +68,7 @@ def staying_by_form(manifest: BundleManifest, rooms: tuple[FormRoom, ...]) -> di
 
 
 def stored_masks(manifest: BundleManifest) -> dict[int, torch.Tensor]:
-    """Return which experts the bundle has, decoder layer -> [E] bool; empty where it has all."""
+    """Return decoder layer -> [E] bool, experts in the bundle; empty if it has all of them."""
     if not manifest.removed:
         return {}
     return {layer: torch.from_numpy(manifest.stored(layer)) for layer in manifest.shape.layers}
@@ -78,7 +77,7 @@ def stored_masks(manifest: BundleManifest) -> dict[int, torch.Tensor]:
 def open_stores(
     bundle: BundleReader, rooms: tuple[FormRoom, ...], eviction: EvictionChoice
 ) -> FormStores:
-    """Return one store for each form of which there is to be anything in memory; see MakeStore."""
+    """Return one store for each form that has room in memory; see `MakeStore`."""
     shape = bundle.manifest.shape
     n_primaries = len(bundle.manifest.primaries)
     cheaper: dict[AnyPrecision, RecordStore] = {}

@@ -1,4 +1,4 @@
-"""Decide everything about a run before anything large is loaded, and refuse what cannot be."""
+"""Plan of a run: every decision and refusal, before anything large is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,9 +35,8 @@ from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, requ
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 _FIRST_USE_BYTES = 16 * 2**20
-"""Memory that torch and transformers allocate when a model is first built and run: 8 to 10 MiB from
-tiny models to 16 layers of width 2048, and as much to spare; measured instead once that has
-happened"""
+"""Estimate of what torch and transformers allocate when a model is first built and run, until it
+is measured: 8 to 10 MiB from tiny models to 16 layers of width 2048, and as much to spare"""
 _LOSSY_PROMPT = (
     "lossy prefill: the policy answers the prompt too, and what that leaves in the KV cache stays"
 )
@@ -46,19 +45,19 @@ _EXACT_PROMPT = "lossy prefill changes nothing: the policy reads every miss"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Memory that a run takes whatever the size of the process turns out to be."""
+    """Memory of a run apart from the process and the expert slots."""
 
     request: MemoryRequest
-    """Budget that was asked for or planned"""
+    """Requested or planned budget"""
     fixed: tuple[MemoryLine, ...]
     """Account without the process and the expert slots"""
     loading_bytes: int
-    """Memory that loading the skeleton takes at its peak, beside the process"""
+    """Peak memory of loading the skeleton, beside the process"""
 
     def within(
         self, manifest: BundleManifest, process_bytes: int, available_bytes: int
     ) -> MemoryPlan:
-        """Return the account with the slots that the budget leaves.
+        """Return the account with the expert slots that fit the budget.
 
         Raises:
             BudgetError: the budget is below what the run needs.
@@ -75,10 +74,10 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """A run with everything decided: `open_session` only walks it."""
+    """All decisions about a run; `open_session` carries them out."""
 
     options: RunOptions
-    """As they were asked for, before the bundle's plan filled anything in"""
+    """Options of the user, before the bundle's plan filled in any"""
     policy: ChosenPolicy
     residency: Residency
     eviction: EvictionChoice
@@ -90,11 +89,11 @@ class RunPlan:
     skeleton_bytes: int
     """Size of the loaded skeleton"""
     memory: MemoryPlan
-    """Where the bytes go: an estimate until `settle` knows the size of the process"""
+    """Account of the budget: an estimate until `settle` knows the size of the process"""
     rooms: tuple[FormRoom, ...]
     """Slots and pinned experts of each form"""
     followed: str | None
-    """Which settings are the bundle's plan's, in one line; None where none is"""
+    """Line about settings taken from the bundle's plan; None if none was"""
 
 
 def plan_run(
@@ -107,20 +106,20 @@ def plan_run(
 ) -> RunPlan:
     """Return the plan of a run. Nothing is loaded, read or changed.
 
-    What cannot fit even if the first use of the model took no memory is refused here; the refusal
-    names a budget that leaves room for it. What lies between is decided by `settle`.
+    A budget is refused here if the run would not fit even with no memory for the first use of the
+    model; the refusal names a budget with room for that use. `settle` decides in between.
 
     Args:
-        options: what is asked for.
-        bundle: its manifest says what there is.
+        options: options of the user.
+        bundle: the open bundle.
         skeleton: checked, not yet loaded.
         used_bytes: size of the process now.
-        available_bytes: what the process could grow to, its present size included.
+        available_bytes: possible size of the process, its present size included.
 
     Raises:
         UsageError: options that contradict each other or the bundle.
         BudgetError: the budget is below what the session needs.
-        NotFoundError, UnsupportedModelError: the policy lacks what it asks.
+        NotFoundError, UnsupportedModelError: as `choose_policy`.
     """
     manifest = bundle.manifest
     choice = options.policy or default_policy(manifest)
@@ -160,13 +159,13 @@ def plan_run(
 def settle(
     plan: RunPlan, manifest: BundleManifest, *, process_bytes: int, available_bytes: int
 ) -> RunPlan:
-    """Return the plan with the slots that are left now that the size of the process is known.
+    """Return the plan with the slots that fit now that the size of the process is known.
 
     Args:
-        plan: of `plan_run`.
-        manifest: of the bundle.
+        plan: plan of `plan_run`.
+        manifest: manifest of the bundle.
         process_bytes: size of the process without the skeleton, after a first forward.
-        available_bytes: what the process could grow to, its present size included.
+        available_bytes: possible size of the process, its present size included.
 
     Raises:
         BudgetError: the budget is below what the session needs.
@@ -186,9 +185,9 @@ def with_policy(
     """Return the plan with another policy in the same memory.
 
     Raises:
-        UsageError: the run leaves channels out or reads ahead, which the policy does not go with,
-            or the bundle lacks what it needs.
-        BudgetError: the memory has no room for what the policy answers with.
+        UsageError: the policy does not allow left-out channels or prefetch, or needs data that the
+            bundle lacks.
+        BudgetError: the memory has no room for the policy's cheaper forms.
         NotFoundError, UnsupportedModelError: as `choose_policy`.
     """
     if plan.options.sparse_experts is not None:
@@ -207,8 +206,7 @@ def with_policy(
 
 
 def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
-    """Return what a person is told before the first token: what was planned, what is lossy, what
-    is slower than it could be."""
+    """Return the notes before the first token: what was planned, what is lossy, what is slow."""
     is_lossy = plan.policy.policy.lossy
     notes = [plan.followed] if plan.followed is not None else []
     if is_lossy:
@@ -238,7 +236,7 @@ def _staying(staying: Mapping[str, int], *, n_experts: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Followed:
-    """Settings of which some are the bundle's plan's."""
+    """Settings from the options, the bundle's plan and the defaults."""
 
     memory: MemoryRequest
     eviction: EvictionChoice
@@ -247,9 +245,9 @@ class Followed:
 
 
 def follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency) -> Followed:
-    """Take what was asked for, else the plan's, else the defaults.
+    """Return the options' settings, else the plan's, else the defaults.
 
-    Under a frozen residency nothing is evicted or read ahead, whatever the plan has.
+    Under a frozen residency nothing is evicted or prefetched, whatever the plan says.
     """
     memory, eviction, prefetch = options.memory, options.eviction, options.prefetch
     words = []
@@ -286,7 +284,7 @@ def _check(
     if options.record_trace and len(manifest.primaries) > 1:
         raise UsageError(
             "--record-trace: the experts of this bundle have several sizes, and a trace has one",
-            hint="record it with a bundle of one number of --bits: what is wanted is the same",
+            hint="record it with a bundle of one number of --bits: the routing is the same",
         )
     for name, value in (
         ("--threads", options.threads),
@@ -312,7 +310,7 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
 
 
 def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -> dict[str, int]:
-    """Return what a run holds beside the model, in bytes by name."""
+    """Return the memory that a run holds beside the model, bytes by name."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
     pruning = manifest.pruning
     return {
@@ -355,7 +353,7 @@ def _estimate(
 ) -> MemoryPlan:
     """Return the account as if the first use of the model took no memory.
 
-    A refusal names a budget that leaves room for that use, so that it works when typed.
+    A refusal suggests a budget with room for that use, so that it works.
     """
     try:
         return footprint.within(manifest, used_bytes, available_bytes)

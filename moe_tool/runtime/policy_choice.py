@@ -1,4 +1,4 @@
-"""A miss policy by name, made from what a bundle knows."""
+"""Miss policy of a run, made by name from a bundle's data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,20 +26,20 @@ from moe_tool.runtime.price_list import price_book, record_sizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenPolicy:
-    """A miss policy with everything that the runtime needs to serve it."""
+    """A miss policy with the data that the runtime needs for it."""
 
     choice: MissChoice
     policy: MissPolicy
     prices: PriceBook | None
-    """Prices of the bundle's answers; None where it was packed without a profile"""
+    """Prices of the bundle's answers; None if it was packed without a profile"""
     rules: Mapping[int, RouterRule]
-    """Decoder layer -> router rule; empty where it is not known"""
+    """Decoder layer -> router rule; empty if the rule is unknown"""
     masks: Mapping[int, MaskTensors] = field(default_factory=dict)
-    """Decoder layer -> mask router; empty where the policy asks none"""
+    """Decoder layer -> mask router; empty if the policy uses none"""
 
     @property
     def name(self) -> str:
-        """The policy with its parameters, as `--policy` takes it."""
+        """Name and parameters as `--policy` takes them."""
         return self.choice.name
 
 
@@ -52,15 +52,15 @@ def choose_policy(
     gates: bool,
     seed: int,
 ) -> ChosenPolicy:
-    """Return a policy made from what a bundle knows; a mask router that it asks is not read yet.
+    """Return a policy made from a bundle's data; its mask routers are not read yet.
 
     Args:
         choice: the policy and its parameters.
-        manifest: of the bundle; its stand-ins, thresholds and prices are used.
-        layers: every MoE layer; its router's rule is used, its tensors need not be loaded.
-        config: of the model.
+        manifest: stand-ins, thresholds and prices of the bundle are used.
+        layers: every MoE layer; router rules are used, tensors need not be loaded.
+        config: configuration of the model.
         gates: whether lossy policies keep BuddyMoE's gates.
-        seed: of policies that draw.
+        seed: seed of random policies.
 
     Raises:
         UsageError: the bundle lacks what the policy needs.
@@ -81,7 +81,7 @@ def choose_policy(
 
 
 def manifest_inputs(manifest: BundleManifest) -> PolicyInputs:
-    """Return what a policy may be made from, as far as it is known without the model."""
+    """Return the inputs of policies that are known without the model."""
     buddies = None if manifest.buddies is None else manifest.buddies.layers
     entries = manifest.prices or ()
     return PolicyInputs(
@@ -100,7 +100,7 @@ def manifest_inputs(manifest: BundleManifest) -> PolicyInputs:
 
 
 def with_masks(policy: ChosenPolicy, bundle: BundleReader) -> ChosenPolicy:
-    """Return the policy with the bundle's mask routers read, where it asks them.
+    """Return the policy with the bundle's mask routers read, if it uses them.
 
     Raises:
         CorruptArtifactError, StorageError: as `read_mask_router`.
@@ -113,7 +113,7 @@ def with_masks(policy: ChosenPolicy, bundle: BundleReader) -> ChosenPolicy:
 def _rules(
     layers: Sequence[MoeLayerModules], config: PreTrainedConfig
 ) -> dict[int, RouterRule] | None:
-    """Return the routers' rules by layer; None where they are not known."""
+    """Return the routers' rules by layer; None if they are unknown."""
     rules = {}
     for modules in layers:
         rule = router_rule(modules, config)

@@ -18,8 +18,8 @@ NO_PREFETCH = "none"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefetcher:
-    """Applies the next router to this layer's input: the residual stream changes little from one
-    layer to the next, so what that router will see is not far from what this one saw."""
+    """Predictor that applies the next router to this layer's input: the residual stream changes
+    little from one layer to the next."""
 
     choose: ChoosePrefetch
     following: Mapping[int, MoeLayerModules]
@@ -27,12 +27,12 @@ class Prefetcher:
 
     @torch.no_grad()
     def expect(self, call: LayerCall, store: ExpertStore, counters: PhaseCounters) -> None:
-        """Tell the store what the layer after this call will want.
+        """Prefetch the experts predicted for the next layer; counters count prefetches.
 
         Args:
-            call: its demanded reads have begun.
+            call: call whose demanded reads have begun.
             store: is changed.
-            counters: of prefetches.
+            counters: are changed.
         """
         modules = self.following.get(call.layer)
         if modules is None:
@@ -49,12 +49,7 @@ class Prefetcher:
 
 
 def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetcher | None:
-    """Return what a key of PREFETCH names, None for nothing.
-
-    Args:
-        name: checked by `require_prefetch`.
-        layers: every MoE layer, ascending.
-    """
+    """Return the prefetcher of a key of PREFETCH; None for "none". `layers` ascend."""
     choose = PREFETCH[name]
     if choose is None:
         return None
@@ -63,10 +58,10 @@ def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetche
 
 
 def require_prefetch(name: str, *, residency: str) -> None:
-    """Refuse a name that is not in the table, or reading ahead into memory that is frozen.
+    """Refuse an unknown name, or prefetch into frozen memory.
 
     Raises:
-        UsageError: with what would work.
+        UsageError: the hint names settings that work.
     """
     if name not in PREFETCH:
         raise UsageError(
@@ -74,6 +69,6 @@ def require_prefetch(name: str, *, residency: str) -> None:
         )
     if PREFETCH[name] is not None and residency == "frozen":
         raise UsageError(
-            f"--prefetch {name}: the experts in memory are frozen, so none can be read ahead",
+            f"--prefetch {name}: the experts in memory are frozen, so none can be prefetched",
             hint="--policy exact, or --residency cache",
         )

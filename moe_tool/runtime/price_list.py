@@ -1,4 +1,4 @@
-"""The prices of a bundle's manifest as the arrays that policies and the account work with."""
+"""Prices in a bundle's manifest as arrays, for policies and the account."""
 
 import numpy as np
 
@@ -11,8 +11,7 @@ from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
 def expert_use(manifest: BundleManifest) -> dict[int, ExpertUse] | None:
-    """Return how experts are used, by decoder layer; None where the bundle was packed without a
-    profile."""
+    """Return the use of experts by decoder layer; None if it was packed without a profile."""
     if manifest.prices is None or manifest.heat is None:
         return None
     return {
@@ -22,11 +21,10 @@ def expert_use(manifest: BundleManifest) -> dict[int, ExpertUse] | None:
 
 
 def price_book(manifest: BundleManifest) -> PriceBook | None:
-    """Return the prices of every answer that the bundle has; None where it was packed without a
-    profile.
+    """Return the prices of every answer in the bundle; None if it was packed without a profile.
 
-    Stand-ins are priced on held-out tokens with the scale that was fitted in-sample, replicas on
-    held-out tokens too. A stand-in that is worse than nothing is none.
+    Stand-ins, with scales fitted in-sample, and replicas are priced on held-out tokens. A stand-in
+    that is worse than dropping the expert is left out.
     """
     if manifest.prices is None:
         return None
@@ -65,8 +63,7 @@ def price_book(manifest: BundleManifest) -> PriceBook | None:
 
 
 def record_sizes(manifest: BundleManifest) -> dict[int, np.ndarray]:
-    """Return the size of every record by decoder layer, [F, E] int64; 0 where a form of an expert
-    is not stored."""
+    """Return decoder layer -> [F, E] int64 record sizes in bytes; 0 if a form is not stored."""
     shape = manifest.shape
     sizes = {
         layer: np.zeros((1 + len(manifest.cheaper), shape.experts), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""From a prompt to token ids, through the model's chat template where it has one."""
+"""Conversion of a prompt to token ids, through the model's chat template if it has one."""
 
 from typing import Any
 
@@ -7,18 +7,17 @@ from moe_tool.errors import UsageError
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool, vocabulary: int) -> list[int]:
-    """Return the token ids of a prompt, as one user turn of the model's chat template when it has
-    one.
+    """Return the token ids of a prompt, as a user turn of the model's chat template if it has one.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: tokenizer of transformers.
         prompt: the text.
         raw: leave the chat template out.
-        vocabulary: V of the model that the tokens are for.
+        vocabulary: V of the model.
 
     Raises:
         UsageError: the prompt has no tokens, or the template refuses it or leaves it out.
-        DataSourceError: the model does not know one of its tokens.
+        DataSourceError: a token id is outside the vocabulary.
     """
     if not prompt:
         raise UsageError("the prompt is empty", hint="give --prompt some text")
@@ -34,7 +33,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool, vocabulary: int) ->
 
 
 def _apply_template(tokenizer: Any, prompt: str) -> str:
-    """Return the turn as text, by the first form of it in which the prompt survives."""
+    """Return the turn as text, with the prompt given as a string or else as parts."""
     forms = (_as_text, _as_parts)
     failure: Exception | None = None
     rendered = []
@@ -43,14 +42,14 @@ def _apply_template(tokenizer: Any, prompt: str) -> str:
             text = _render(tokenizer, form(prompt))
         except (
             Exception
-        ) as error:  # a template is a program of the model's author: it may fail in any way
+        ) as error:  # a template is a program of the model's author and may fail in any way
             failure = failure or error
             continue
         if prompt.strip() in text:
             return text
         rendered.append((form, text))
     for form, text in rendered:
-        # Not there word for word, but not ignored either: the template rewrites what it is given.
+        # The template may rewrite the prompt: it is ignored only if another one changes nothing.
         if text != _render(tokenizer, form(f"{prompt} {prompt}")):
             return text
     if failure is not None:
@@ -74,5 +73,5 @@ def _as_text(prompt: str) -> object:
 
 
 def _as_parts(prompt: str) -> object:
-    """Templates of multimodal families go through parts, and find none in a string."""
+    """Return the prompt as parts: templates of multimodal families find none in a string."""
     return [{"type": "text", "text": prompt}]

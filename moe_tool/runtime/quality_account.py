@@ -1,4 +1,4 @@
-"""What lossy answers are expected to have cost, token by token, and when that is enough."""
+"""Account of the expected loss of a run, token by token, with its exact fallback."""
 
 from dataclasses import dataclass, field
 
@@ -6,37 +6,36 @@ import numpy as np
 
 MIN_JUDGED_TOKENS = 8
 WINDOW_TOKENS = 128
-"""Over about so many tokens the running mean looks back"""
+"""Length of the running mean in tokens, about"""
 
 
 @dataclass(slots=True, kw_only=True)
 class QualityAccount:
-    """Nats by sequence, in the currency of the price list times what calibration found one of its
-    nats to be worth.
+    """Expected loss in nats: prices of answers times `nats_per_price`.
 
-    A token is answered exactly while the running mean of its sequence is above the limit: text on
-    which the policy spends more than it did where it was calibrated makes it retreat until the mean
-    is back. It is a function of what was asked and answered, not of time.
+    Exact fallback: a token is answered exactly while the running mean of its sequence is above the
+    limit, as on text that costs more than the text of the calibration. The account depends on
+    routing and answers alone, never on time.
     """
 
     nats_per_price: float = 1.0
-    """Measured divergence per predicted one"""
+    """Measured divergence per unit of price, from the calibration"""
     limit: float | None = None
-    """Nats per token that the running mean may reach; None: no retreat"""
+    """Limit of the running mean, nats per token; None: no exact fallback"""
     spent: float = 0.0
-    """Nats, of all sequences since the account was opened"""
+    """Nats of all sequences since the account was opened"""
     tokens: int = 0
     exact_tokens: int = 0
-    """Tokens of them that were answered exactly to stay below the limit"""
+    """Tokens answered by exact fallback"""
     prompt_spent: float = 0.0
-    """Nats, of prompts that were answered lossily: apart from the rest, and no cause of retreat"""
+    """Nats of lossily answered prompts; not part of `spent`, and no cause of exact fallback"""
     judged_tokens: int = 0
-    """Tokens of which the loss was also measured"""
+    """Tokens whose loss was also measured"""
     judged_spent: float = 0.0
-    """Nats that these were expected to lose, as calibrated"""
+    """Expected loss of the judged tokens in nats"""
     judged_measured: float = 0.0
-    """Nats that they lost"""
-    _raw: float = 0.0  # of the token under way, before any correction
+    """Measured loss of the judged tokens in nats"""
+    _raw: float = 0.0  # price of the current token, before any correction
     _mean: np.ndarray = field(default_factory=lambda: np.zeros(0))  # by sequence
     _pending: np.ndarray = field(default_factory=lambda: np.zeros(0))
     _n_seen: int = 0
@@ -48,31 +47,30 @@ class QualityAccount:
 
     @property
     def correction(self) -> float:
-        """Factor on what answers are expected to cost from now on: what they were measured to cost
-        over what they were expected to, once that is known of enough tokens. Never below 1: luck
-        must not loosen a promise."""
+        """Factor on expected prices: measured over expected loss, once enough tokens are judged.
+        Never below 1, so that luck does not loosen a promise."""
         if self.judged_tokens < MIN_JUDGED_TOKENS or self.judged_spent <= 0:
             return 1.0
         return max(1.0, self.judged_measured / self.judged_spent)
 
     def judge(self, divergence: float, *, tokens: int) -> None:
-        """Take in what the token under way was measured to lose in its step.
+        """Add the measured loss of the current token.
 
         Args:
-            divergence: nats, of all its sequences together.
-            tokens: sequences.
+            divergence: nats, all sequences together.
+            tokens: number of sequences.
         """
         self.judged_tokens += tokens
         self.judged_spent += self._raw
         self.judged_measured += divergence
 
     def begin_sequences(self, count: int) -> None:
-        """Forget the running means: other sequences begin."""
+        """Reset the running means for new sequences."""
         self._mean, self._pending = np.zeros(count), np.zeros(count)
         self._n_seen = 0
 
     def begin_token(self) -> np.ndarray:
-        """Close the last token and return which sequences are to be answered exactly, [B] bool."""
+        """Close the last token and return the sequences under exact fallback, [B] bool."""
         if self._n_seen:
             share = 1 / min(self._n_seen, WINDOW_TOKENS)
             self._mean += share * (self._pending - self._mean)
@@ -87,15 +85,11 @@ class QualityAccount:
         return exact
 
     def add_prompt(self, price: float) -> None:
-        """Add what one layer's answers to a prompt's tokens are expected to cost, all together."""
+        """Add the summed price of one layer's answers to a prompt's tokens."""
         self.prompt_spent += self.nats_per_price * price
 
     def add(self, prices: np.ndarray) -> None:
-        """Add what one layer's answers are expected to cost.
-
-        Args:
-            prices: [B] float64, of the price list.
-        """
+        """Add the prices of one layer's answers, [B] float64."""
         nats = prices * self.nats_per_price
         self._raw += float(nats.sum())
         nats = nats * self.correction

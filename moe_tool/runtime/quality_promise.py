@@ -1,4 +1,4 @@
-"""What a calibrated or planned bundle promises of a run, and where it does not hold."""
+"""Promise of quality by a bundle's calibration or plan, and its limits."""
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
 from moe_tool.artifacts.pack_plan import PackPlan
@@ -7,8 +7,7 @@ from moe_tool.runtime.quality_account import QualityAccount
 
 
 def open_account(manifest: BundleManifest, policy: ChosenPolicy) -> QualityAccount:
-    """Return the account of a run: with a limit where the policy is the calibrated or planned
-    one."""
+    """Return the account of a run, limited if the policy is the calibrated or planned one."""
     calibration, plan = manifest.calibration, manifest.plan
     if calibration is not None and policy.name == calibration.policy:
         return QualityAccount(nats_per_price=calibration.nats_per_price, limit=calibration.max_kl)
@@ -18,13 +17,7 @@ def open_account(manifest: BundleManifest, policy: ChosenPolicy) -> QualityAccou
 
 
 def quality_note(manifest: BundleManifest, policy: ChosenPolicy, *, n_slots: int) -> str | None:
-    """Return what is to be said of quality before the first token; None for nothing.
-
-    Args:
-        manifest: of the bundle.
-        policy: of the run.
-        n_slots: full experts that the run's budget has room for.
-    """
+    """Return a note on expected quality, None without one; `n_slots` is the room for experts."""
     calibration, plan = manifest.calibration, manifest.plan
     if calibration is not None and policy.name == calibration.policy:
         return _calibrated(calibration, n_slots)
@@ -38,7 +31,7 @@ def _calibrated(calibration: Calibration, n_slots: int) -> str:
     found = f"calibrated: KL {calibration.quality.kl:.4f} [{low:.4f}, {high:.4f}] nats per token"
     if n_slots < calibration.expert_slots:
         return (
-            f"{found} with room for {calibration.expert_slots} experts, here are {n_slots}: the "
+            f"{found} with room for {calibration.expert_slots} experts, not {n_slots}: the "
             f"limit of {calibration.max_kl:g} is kept by the price list alone"
         )
     return f"{found}, to stay below {calibration.max_kl:g}"
@@ -49,5 +42,5 @@ def _planned(plan: PackPlan, n_slots: int) -> str:
     expected = 0.0 if prediction.kl is None else prediction.kl - prediction.kl_of_bits
     found = f"planned: expected KL {expected:.2g} nats per token beside that of the bits"
     if n_slots < prediction.expert_slots:
-        found += f" with room for {prediction.expert_slots} experts, here are {n_slots}"
+        found += f" with room for {prediction.expert_slots} experts, not {n_slots}"
     return f"{found}; prices, not measured: moe-tool calibrate measures"

@@ -1,4 +1,4 @@
-"""Which experts stay for a whole run, and in which form: the hottest of the profile, some of every
+"""Choice of the pinned experts of a run and their forms: the hottest of the profile, some of every
 layer, or those that make misses cheapest."""
 
 import math
@@ -19,20 +19,19 @@ class FormRoom:
 
     n_slots: int
     pinned: tuple[ExpertKey, ...]
-    """Experts that never leave"""
+    """Pinned experts, (layer, expert)"""
 
 
 def frozen_rooms(
     manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, prices: PriceBook | None
 ) -> tuple[FormRoom, ...]:
-    """Return what is in memory for a whole run under a policy, primary tables first, then cheaper
-    ones.
+    """Return each form's room under frozen residency, primary tables first, then cheaper forms.
 
     Args:
-        manifest: of the bundle.
-        slots: that the budget has for primary records, by table; cheaper forms share their bytes.
-        choice: of the policy.
-        prices: of the manifest.
+        manifest: manifest of the bundle.
+        slots: primary records that fit the budget, by table; cheaper forms share their bytes.
+        choice: the miss policy.
+        prices: prices of the manifest.
     """
     hottest = hottest_rooms(manifest, slots, share=1.0)
     if _has_everything(manifest, slots) or choice.residents == "hottest":
@@ -45,7 +44,7 @@ def frozen_rooms(
 def cache_rooms(
     manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, *, pinned_share: float
 ) -> tuple[FormRoom, ...]:
-    """Return each form's slots where what is in memory changes, see `frozen_rooms`."""
+    """Return each form's room under cache residency, see `frozen_rooms`."""
     rooms = None
     if not _has_everything(manifest, slots):
         if choice.residents == "two-precisions":
@@ -58,7 +57,7 @@ def cache_rooms(
 
 
 def forms_read(manifest: BundleManifest, choice: MissChoice) -> tuple[int, ...]:
-    """Return the cheaper forms that a policy may have read for a miss, as rows after PRIMARY."""
+    """Return the cheaper forms that a policy may read on a miss, as rows after PRIMARY."""
     if choice.residents == "two-precisions":
         return (int(choice.values["form"]),)
     if choice.residents == "cheapest" and not math.isinf(choice.values["nats-per-mb"]):
@@ -69,17 +68,15 @@ def forms_read(manifest: BundleManifest, choice: MissChoice) -> tuple[int, ...]:
 def hottest_rooms(
     manifest: BundleManifest, slots: tuple[int, ...], *, share: float
 ) -> tuple[FormRoom, ...]:
-    """Return rooms in which the experts used most stay in their primary form, and nothing in a
-    cheaper one.
+    """Return rooms with the most used experts pinned in their primary form, and no cheaper form.
 
-    The slots of one token's experts are left free, so that what is not resident can be fetched;
-    with room for everything nothing is. Without heat in the manifest the layers take turns, each in
-    file order.
+    Slots for one token's experts stay free for fetches, unless everything fits. Without heat in the
+    manifest the layers take turns, each in file order.
 
     Args:
-        manifest: of the bundle.
-        slots: by primary table.
-        share: part of the slots that experts may have for the whole run.
+        manifest: manifest of the bundle.
+        slots: slots by primary table.
+        share: largest share of the slots for pinned experts.
     """
     ranked = _ranked(manifest) if share else []
     rooms = []
@@ -94,7 +91,7 @@ def hottest_rooms(
 
 
 def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
-    """Return what slots cost, by primary table."""
+    """Return record size and number of experts by primary table, for a memory plan."""
     return tuple(
         ExpertRoom(
             record_bytes=table.record_size_bytes,
@@ -106,7 +103,7 @@ def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
 
 
 def n_slots_min(manifest: BundleManifest) -> int:
-    """Return the slots that one token needs in one layer, and one to read ahead."""
+    """Return the slots for one token's experts in a layer, and one for a prefetch."""
     return min_slots(manifest.shape.top_k, len(manifest.primary_records))
 
 
@@ -118,9 +115,9 @@ def _has_everything(manifest: BundleManifest, slots: tuple[int, ...]) -> bool:
 def _cheapest(
     manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, book: PriceBook | None
 ) -> tuple[FormRoom, ...] | None:
-    """Return rooms of what makes misses cheapest; None where that is not known, or nothing fits.
+    """Return the rooms that make misses cheapest; None without prices, or if nothing fits.
 
-    One token's slots of every primary size stay free, and one slot of every cheaper form that may
+    Slots for one token of every primary size stay free, and one slot of every cheaper form that may
     be read.
     """
     use = expert_use(manifest)
@@ -146,7 +143,7 @@ def _cheapest(
 
 
 def _one_slot_each(manifest: BundleManifest, slots: tuple[int, ...]) -> tuple[FormRoom, ...] | None:
-    """Return rooms with one slot of every cheaper form; None where there is no room."""
+    """Return rooms with one slot of every cheaper form; None if they do not fit."""
     rooms = expert_rooms(manifest)
     total, cheap = bytes_of_slots(slots, rooms), sum(t.record_size_bytes for t in manifest.cheaper)
     high = slots_within(total - cheap, rooms)
@@ -159,8 +156,8 @@ def _one_slot_each(manifest: BundleManifest, slots: tuple[int, ...]) -> tuple[Fo
 def _two_precisions(
     manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice
 ) -> tuple[FormRoom, ...] | None:
-    """Return rooms of the hottest experts in their primary form, and in a part of the memory those
-    that follow in a cheaper form; None where there is no such form or no room."""
+    """Return rooms of the hottest experts in their primary form and the next hottest in a cheaper
+    one; None if there is no such form or no room."""
     form = int(choice.values["form"])
     if form > len(manifest.cheaper):
         return None

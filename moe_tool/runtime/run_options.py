@@ -1,4 +1,4 @@
-"""How a session is asked to run, and what a bundle's plan or calibration fills in."""
+"""Options of a session, and the defaults that a bundle's plan or calibration gives."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,45 +15,43 @@ EXACT_POLICY = parse_miss_policy("exact")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What is asked of a session. None: what the bundle was planned or calibrated for, else the
-    default."""
+    """Options of a session. None: as the bundle was planned or calibrated, else the default."""
 
     memory: MemoryRequest | None = None
     """Budget of the whole process; default auto"""
     policy: MissChoice | None = None
-    """Answers misses while decoding; default exact"""
+    """Policy that answers misses while decoding; default exact"""
     residency: Residency | None = None
-    """Default: cache for exact, frozen for lossy policies"""
+    """Cache or frozen; default: cache for exact, frozen for lossy policies"""
     eviction: EvictionChoice | None = None
-    """Chooses the expert that leaves a full cache; default lru"""
+    """Eviction policy of a full cache; default lru"""
     record_trace: bool = False
-    """Keep what every layer call names, for `write_trace`"""
+    """Whether to record every layer call for `write_trace`"""
     prefetch: str | None = None
-    """Key of policies.prefetch.PREFETCH: experts read while decoding before they are wanted;
-    default none"""
+    """Key of policies.prefetch.PREFETCH; default none"""
     lossy_prompt: bool = False
-    """The policy answers prompts too, which otherwise are exact"""
+    """Whether the policy answers prompts too, which otherwise are exact"""
     shadow: int = 0
-    """Every so many decoded tokens one is also computed exactly, and the step's loss measured; 0:
-    none"""
+    """Interval in decoded tokens at which one is also computed exactly to measure its loss; 0:
+    never"""
     sparse_experts: float | None = None
-    """Share of an expert's channels that is left out while decoding one sequence, for bundles that
-    hold experts in channels; None: all are computed"""
+    """Share of an expert's channels left out while decoding one sequence, for bundles with experts
+    in channels; None: all are computed"""
     gates: bool = True
-    """Lossy policies keep BuddyMoE's gates"""
+    """Whether lossy policies keep BuddyMoE's gates"""
     seed: int = 0
-    """Seed of policies that draw"""
+    """Seed of random policies"""
     threads: int | None = None
-    """Threads of computation; None: all cores, or all but one where torch computes the experts.
-    Set for the whole process."""
+    """Threads of computation for the whole process; None: all cores, or all but one if torch
+    computes the experts"""
     context: int = 4096
-    """Positions per sequence, prompt included; capped at what the model was made for"""
+    """Positions per sequence, prompt included; capped at the model's maximum"""
     prompt_tokens: int | None = None
-    """Longest prompt in tokens, where it is known"""
+    """Longest prompt in tokens; None: unknown"""
     batch: int = 1
     """Sequences at once"""
     caller_bytes: int = 0
-    """Memory that the caller itself will hold while the session runs"""
+    """Memory that the caller holds while the session runs"""
 
 
 def run_options(
@@ -63,16 +61,16 @@ def run_options(
     eviction: str | None = None,
     **rest: Any,
 ) -> RunOptions:
-    """Return the options that words of the command line name.
+    """Return the options for words of the command line.
 
     Args:
         memory: "4GiB", "50%" of the experts, "min" or "auto".
         policy: "buddy:rho=1", see `parse_miss_policy`.
         eviction: "lfu:halve-every=128", see `parse_eviction`.
-        rest: other fields of RunOptions, as they are.
+        rest: other fields of RunOptions.
 
     Raises:
-        UsageError: a word is not known: with those that are.
+        UsageError: a word is unknown.
     """
     return RunOptions(
         memory=parse_memory_option(memory),
@@ -83,8 +81,7 @@ def run_options(
 
 
 def default_policy(manifest: BundleManifest) -> MissChoice:
-    """Return what answers misses where nothing else is asked for: the policy that the bundle was
-    calibrated for, else planned for, else exact."""
+    """Return the policy that the bundle was calibrated for, else planned for, else exact."""
     if manifest.calibration is not None:
         return parse_miss_policy(manifest.calibration.policy)
     if manifest.plan is not None and manifest.plan.policy is not None:
@@ -93,6 +90,6 @@ def default_policy(manifest: BundleManifest) -> MissChoice:
 
 
 def default_residency(policy: MissChoice) -> Residency:
-    """Return the residency that fits a policy: exact answers read into a cache, lossy ones keep
-    what is in memory frozen, so that a run is a function of its inputs."""
+    """Return cache residency for exact answers, frozen for lossy ones, so that a run is a function
+    of its inputs."""
     return "cache" if policy == EXACT_POLICY else "frozen"

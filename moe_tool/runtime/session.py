@@ -1,5 +1,4 @@
-"""A bundle and a memory budget become a model that is ready to generate: the Python API of
-`run`."""
+"""Session: a model ready to generate from a bundle within a memory budget; Python API of `run`."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,23 +46,23 @@ class Session:
     """A loaded model whose experts come from a bundle. Close it, or use it as a context manager."""
 
     bundle: BundleReader
-    """Closed with the session"""
+    """Bundle of the experts; closed with the session"""
     skeleton: Skeleton
     tokenizer: Any
     plan: RunPlan
     runner: MoeLayerRunner
     make_store: MakeStore
     prompt_tokens: int | None = None
-    """Positions that count as prompt in the forwards to come; None: a forward of one token with a
-    cache is decoding"""
+    """Positions that count as prompt in later forwards; None: a forward of one token with a cache
+    is decoding"""
     shadow: Shadow | None = None
     torch_threads_before: int
-    """Threads of torch to go back to when the session closes"""
+    """Number of torch's threads to restore when the session closes"""
     _hooks: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def model(self) -> transformers.PreTrainedModel:
-        """The transformers model; its `generate` and `forward` work as ever."""
+        """The transformers model; its `generate` and `forward` work as usual."""
         return self.skeleton.model
 
     @property
@@ -76,8 +75,7 @@ class Session:
         return new_kv_cache(self.model.config, n_positions=self.plan.workload.positions)
 
     def use_policy(self, policy: MissChoice, *, residency: Residency) -> None:
-        """Answer misses by another policy from now on; what the store holds stays, the pinned set
-        follows `residency`.
+        """Switch to another miss policy; the cache is kept, the pinned set follows `residency`.
 
         Raises:
             UsageError: the bundle lacks what the policy needs.
@@ -94,12 +92,12 @@ class Session:
         self.runner.prefetcher = choose_prefetcher(plan.prefetch, self.skeleton.layers)
 
     def empty_cache(self) -> None:
-        """Forget every expert that is not pinned."""
+        """Evict every expert that is not pinned."""
         self.runner.store.close()
         self.runner.store = self.make_store(self.bundle, self.plan.rooms, self.plan.eviction)
 
     def close(self) -> None:
-        """Stop the reader threads, let go of the memory and close the bundle."""
+        """Stop the reader threads, free the memory and close the bundle."""
         while self._hooks:
             self._hooks.pop().remove()
         if self.runner.attention is not None:
@@ -120,7 +118,7 @@ class Session:
         self.close()
 
     def _listen(self) -> None:
-        """Hear of every forward."""
+        """Install the hooks around every forward."""
         self._hooks += [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
@@ -129,8 +127,7 @@ class Session:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Tell the layers which phase the coming forward belongs to, and how many sequences it
-        carries."""
+        """Set phase and number of sequences of the coming forward."""
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
         ids: torch.Tensor = next(value for value in given if value is not None)
         n_sequences, n_new = ids.shape[:2]
@@ -165,7 +162,7 @@ class Session:
             self.runner.is_shadow = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not bool(torch.isfinite(output.logits.amax())):  # NaN is passed on; -inf is a mask
+        if not bool(torch.isfinite(output.logits.amax())):  # amax propagates NaN; -inf is a mask
             raise CorruptArtifactError(
                 f"the model of {self.bundle.folder} gives logits that are not finite, from which "
                 "nothing can be predicted",
@@ -188,17 +185,17 @@ def open_session(
 ) -> Session:
     """Load a bundle into a memory budget.
 
-    What does not fit is refused before anything large is loaded. Sets torch's threads and the C
-    allocator's thresholds, and silences transformers' warnings, all for the whole process. Memory
-    that the process has let go of before is its own: the promise is that the session never makes it
-    larger than the budget.
+    A budget that is too small is refused before anything large is loaded. Sets torch's threads and
+    the C allocator's thresholds, and silences transformers' warnings, all for the whole process.
+    The session never makes the process larger than the budget; memory freed earlier by the process
+    is not counted against it.
 
     Args:
-        folder: of the bundle.
-        options: budget, policy and what is going to be asked for.
-        tokenizer: the bundle's, where the caller has loaded it already.
+        folder: folder of the bundle.
+        options: budget, policy and largest request.
+        tokenizer: the bundle's tokenizer, if the caller has loaded it.
         progress: told about the loading, and that a policy is lossy.
-        make_store: opens the store that experts come from.
+        make_store: opens the store of the experts.
 
     Raises:
         UsageError, BudgetError, NotFoundError, UnsupportedModelError: as `plan_run`.
@@ -223,9 +220,9 @@ def load_session(
     progress: Progress = SILENT,
     make_store: MakeStore = open_stores,
 ) -> Session:
-    """Plan the run of an open bundle, then do as planned; see `open_session`.
+    """Plan the run of an open bundle and load it; see `open_session`.
 
-    The session closes the bundle; where this fails, it is the caller's.
+    The session closes the bundle; if loading fails, the caller has to.
     """
     manifest = bundle.manifest
     with bundle.open_skeleton() as checkpoint:
@@ -275,12 +272,12 @@ def load_session(
 
 
 def _reachable_bytes() -> int:
-    """Return what this process could grow to, its present size included."""
+    """Return the possible size of this process, its present size included."""
     return anonymous_rss_bytes() + available_memory_bytes()
 
 
 def _announce(plan: RunPlan, bundle: BundleReader, progress: Progress) -> None:
-    """Say how the run goes, once it is known whether the file system reads directly."""
+    """Announce the run, once it is known whether the file system reads directly."""
     for note in announcements(plan, bundle.manifest):
         progress.note(note)
     if plan.options.sparse_experts is None:  # selected channels come from the page cache, in runs
@@ -292,7 +289,7 @@ def _announce(plan: RunPlan, bundle: BundleReader, progress: Progress) -> None:
 def _runner(
     plan: RunPlan, bundle: BundleReader, skeleton: Skeleton, make_store: MakeStore
 ) -> MoeLayerRunner:
-    """Return the experts function of a planned run, with its stores open."""
+    """Open the stores of a planned run and return its experts function."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
     is_lossy = plan.policy.policy.lossy
     return MoeLayerRunner(
@@ -316,8 +313,7 @@ def _runner(
 
 
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
-    """Return what looks ahead, where the eviction policy asks for it or a trace is to say what a
-    prefetch saw."""
+    """Return the foresight that the eviction policy or a trace needs; None if neither does."""
     if plan.eviction.look_ahead:
         return foresee(skeleton.layers, depth=plan.eviction.look_ahead)
     if plan.options.record_trace and plan.prefetch != NO_PREFETCH:
@@ -326,8 +322,7 @@ def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
 
 
 def _warm_up(skeleton: Skeleton) -> None:
-    """Run two tokens without experts, so that what torch allocates once is measured and not
-    guessed."""
+    """Run two tokens without experts, so that torch's one-time allocations are measured."""
     skeleton.set_experts_function(_nothing)
     ids = torch.zeros(1, _WARM_UP_TOKENS, dtype=torch.int64)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Some tokens computed twice, once exactly, on the same cache: the loss of one step, measured."""
+"""Measured loss of single steps: some tokens are also computed exactly, on the same KV cache."""
 
 import time
 from dataclasses import dataclass
@@ -11,33 +11,33 @@ from moe_tool.errors import UsageError
 
 @dataclass(slots=True, kw_only=True)
 class Shadow:
-    """Every `every`th decoded token of a run. Sums over its sequences and tokens."""
+    """Shadow of every `every`th decoded token, with sums over sequences and tokens."""
 
     every: int
     tokens: int = 0
     divergence: float = 0.0
-    """Nats: KL(exact step || lossy step), both from the cache that the lossy run left"""
+    """Sum of KL(exact step || lossy step) in nats, both on the lossy run's KV cache"""
     seconds: float = 0.0
     _n_seen: int = 0
     _exact: torch.Tensor | None = None
 
     @property
     def nats_per_token(self) -> float | None:
-        """Measured divergence of a step; None where none was shadowed."""
+        """Measured divergence of a step in nats; None if none was shadowed."""
         return self.divergence / self.tokens if self.tokens else None
 
     def is_due(self) -> bool:
-        """Count a token and return whether it is to be computed twice."""
+        """Count a token and return whether it is also to be computed exactly."""
         self._n_seen += 1
         return self._n_seen % self.every == 0
 
     @torch.inference_mode()
     def compute_exactly(self, model: Any, kwargs: dict[str, Any]) -> None:
-        """Run the coming step and take it back from the cache again.
+        """Run the coming step and remove it from the KV cache again.
 
         Args:
-            model: answers exactly meanwhile.
-            kwargs: of the forward that is to come, a cache among them.
+            model: model with exact answers for the time being.
+            kwargs: arguments of the coming forward, its cache among them.
 
         Raises:
             UsageError: the model's cache cannot be shortened.
@@ -47,7 +47,7 @@ class Shadow:
         n_seen = cache.get_seq_length()
         output = model(**{**kwargs, "use_cache": True, "return_dict": True})
         self._exact = output.logits[:, -1].clone()
-        cache.crop(n_seen - cache.get_seq_length())  # less than none: so many are taken back
+        cache.crop(n_seen - cache.get_seq_length())  # negative: the number of positions to remove
         if cache.get_seq_length() != n_seen:
             raise UsageError(
                 "--shadow: this model's cache cannot be shortened", hint="leave --shadow out"
@@ -55,11 +55,9 @@ class Shadow:
         self.seconds += time.perf_counter() - started
 
     def compare(self, logits: torch.Tensor) -> float | None:
-        """Judge the step itself, and return its divergence, of all sequences together; None where
-        it was not shadowed.
-
+        """Return the divergence of the lossy step, nats summed over sequences; None without shadow.
         Args:
-            logits: [B, V] of its last position.
+            logits: [B, V] logits of its last position.
         """
         exact, self._exact = self._exact, None
         if exact is None:

@@ -1,5 +1,4 @@
-"""Contextual sparsity in a session: whether a bundle can, and what it means (FloE,
-arXiv:2505.05950)."""
+"""Checks and notes for contextual sparsity in a session (FloE, arXiv:2505.05950)."""
 
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
@@ -10,17 +9,17 @@ from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
 
 
 def require_sparse(options: RunOptions, policy: MissChoice, bundle: BundleReader) -> None:
-    """Refuse options that sparse experts do not go with, or a bundle that cannot.
+    """Refuse options that exclude sparse experts, or a bundle without channels.
 
     Raises:
-        UsageError: with what would work.
+        UsageError: the hint names settings that work.
     """
     sparsity = options.sparse_experts
     if bundle.manifest.selectors and options.record_trace:
         raise UsageError(
             "--record-trace: the experts of this bundle are in channels, which a trace does not "
             "know",
-            hint="record it with a bundle of one number of --bits: what is wanted is the same",
+            hint="record it with a bundle of one number of --bits: the routing is the same",
         )
     if sparsity is None:
         return
@@ -35,7 +34,7 @@ def require_sparse(options: RunOptions, policy: MissChoice, bundle: BundleReader
     require_exact(sparsity, policy)
     if options.batch > 1:
         raise UsageError(
-            f"{name}: it is for one sequence at a time, {options.batch} are asked for",
+            f"{name} works with one sequence at a time, not {options.batch}",
             hint="leave it out: several sequences want most channels between them",
         )
     if options.prefetch not in (None, NO_PREFETCH):
@@ -46,10 +45,10 @@ def require_sparse(options: RunOptions, policy: MissChoice, bundle: BundleReader
 
 
 def require_exact(sparsity: float, policy: MissChoice) -> None:
-    """Refuse a lossy policy where channels are left out.
+    """Refuse a lossy policy with channels left out.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the policy is lossy.
     """
     if policy != EXACT_POLICY:
         raise UsageError(
@@ -59,9 +58,9 @@ def require_exact(sparsity: float, policy: MissChoice) -> None:
 
 
 def describe_sparse(sparsity: float) -> str:
-    """Return what a run says before its first token."""
+    """Return the note on sparse experts before the first token."""
     if sparsity == 0:
-        return "sparse experts: no channel is left out, and those of a miss are read one by one"
+        return "sparse experts: no channel is left out; a miss is read channel by channel"
     return (
         f"sparse experts: about {sparsity:.0%} of an expert's channels are left out of every "
         "decoded token, which changes the text; prompts are computed in full"

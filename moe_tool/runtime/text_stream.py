@@ -1,4 +1,4 @@
-"""Generated tokens as text, piece by piece, while they come."""
+"""Stream of generated tokens as text."""
 
 import time
 from collections.abc import Callable
@@ -12,12 +12,11 @@ _REPLACEMENT = "\ufffd"
 
 
 class TextStream(BaseStreamer):
-    """Collects what `generate` produces, and passes on text that no later token can change.
+    """Streamer that collects tokens and passes on text that no later token can change.
 
-    A character may take several tokens (bytes of UTF-8), and some tokenizers write a token
-    differently at the start of a
-    text: so every piece is decoded together with the piece before it, and waits while it ends in an
-    unfinished character.
+    A character may take several tokens (bytes of UTF-8), and some tokenizers decode a token
+    differently at the start of a text. So every piece is decoded together with the one before it,
+    and held back while it ends in an unfinished character.
     """
 
     def __init__(self, tokenizer: Any, on_text: OnText | None) -> None:
@@ -44,7 +43,7 @@ class TextStream(BaseStreamer):
         self._show(is_last=False)
 
     def end(self) -> None:
-        """Pass on what was held back."""
+        """Pass on the text that was held back."""
         self._show(is_last=True)
 
     def _show(self, *, is_last: bool) -> None:

@@ -1,5 +1,4 @@
-"""How much memory a model's forward passes take beside its weights, from its configuration
-alone."""
+"""Memory of a model's forward passes beside its weights, computed from its configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ _LOGIT_COPIES = 10
 """[B, V] tensors alive at once while a token is chosen: logits, scores, probabilities, sorted
 values and indices"""
 _ROW_BLOCK_BYTES = 16 * 2**20
-"""Scratch in which quantized or narrow weights are expanded, with what the matrix library keeps for
-itself"""
+"""Scratch for expanding quantized or narrow weights, and the matrix library's own buffers"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +39,7 @@ class Workload:
 
 
 def positions_within(config: Any, context: int) -> int:
-    """Return the positions of one sequence: those asked for, capped at what the model was made for.
-
-    Args:
-        config: transformers' configuration of the text model.
-        context: positions asked for.
-    """
+    """Return `context`, the wanted positions of one sequence, capped at the model's maximum."""
     return min(context, context_length(config) or context)
 
 
@@ -64,10 +57,10 @@ def run_lines(
     Args:
         config: transformers' configuration of the text model.
         shape: the model's experts.
-        workload: what the session is asked for.
-        process_bytes: the process without the skeleton.
-        skeleton_bytes: the skeleton as it is held.
-        beside: what else is held, by name; what takes nothing is left out.
+        workload: largest request of the session.
+        process_bytes: size of the process without the skeleton.
+        skeleton_bytes: size of the loaded skeleton.
+        beside: sizes of everything else by name; zeros are left out.
     """
     cache = f"KV cache, {workload.positions} positions x {workload.batch}"
     return name_lines(
@@ -83,7 +76,7 @@ def run_lines(
 
 
 def prefill_chunk(workload: Workload) -> int:
-    """Return the prompt tokens per sequence that one forward takes."""
+    """Return the prompt tokens per sequence in one forward."""
     share = max(16, PREFILL_CHUNK_TOKENS // workload.batch)
     return max(1, min(share, workload.prompt_tokens))
 
@@ -94,23 +87,13 @@ def kv_cache_bytes(config: Any, workload: Workload) -> int:
     A cache that transformers makes itself, and any layer with a window, grows by concatenation, one
     layer at a time: while a token is appended, the old and the new keys (or values) of a layer
     exist together. Sliding windows are counted at full length.
-
-    Args:
-        config: transformers' configuration of the text model.
-        workload: what the session is asked for.
     """
     layer_bytes = workload.batch * workload.positions * _kv_floats(config) * _FLOAT_BYTES
     return (int(config.num_hidden_layers) + 1) * layer_bytes
 
 
 def buffer_bytes(config: Any, shape: MoeShape, workload: Workload) -> int:
-    """Return what one forward holds at its largest beside weights and KV cache.
-
-    Args:
-        config: transformers' configuration of the text model.
-        shape: the model's experts.
-        workload: what the session is asked for.
-    """
+    """Return the peak memory of one forward beside weights and KV cache, in bytes."""
     n_tokens = workload.batch * prefill_chunk(workload)
     per_token = _HIDDEN_COPIES * shape.hidden + 3 * attention_floats(config)
     per_token += max(_expert_floats(shape), 3 * int(getattr(config, "intermediate_size", 0) or 0))
@@ -128,8 +111,7 @@ def buffer_bytes(config: Any, shape: MoeShape, workload: Workload) -> int:
 
 
 def _attention_scratch_bytes(config: Any, workload: Workload) -> int:
-    """One layer's keys and values for every query head, with the scores where no fused kernel takes
-    them."""
+    """Size of one layer's keys and values for every query head, and of the scores if kept."""
     heads = int(config.num_attention_heads)
     n_floats = 0
     if _expanded_floats(config) > _kv_floats(config):
@@ -140,7 +122,7 @@ def _attention_scratch_bytes(config: Any, workload: Workload) -> int:
 
 
 def _kv_floats(config: Any) -> int:
-    """Scalars per position that one layer keeps: keys and values, or what they are made from."""
+    """Scalars per position in one layer's cache: keys and values, or their latent vector."""
     if getattr(config, "kv_lora_rank", None):
         return int(config.kv_lora_rank + config.qk_rope_head_dim)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
@@ -156,11 +138,7 @@ def _expanded_floats(config: Any) -> int:
 
 
 def attention_floats(config: Any) -> int:
-    """Return how many scalars per token queries, keys and values are.
-
-    Args:
-        config: transformers' configuration of the text model.
-    """
+    """Return the scalars per token of queries, keys and values together."""
     heads = int(config.num_attention_heads)
     if getattr(config, "kv_lora_rank", None):
         return heads * _latent_head_dim(config) + _expanded_floats(config)
@@ -174,7 +152,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _latent_head_dim(config: Any) -> int:
-    """Width of a query or key where keys are made from a latent vector (DeepSeek)."""
+    """Width of a query or key in attention with latent keys (DeepSeek)."""
     return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
 
 

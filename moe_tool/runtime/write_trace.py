@@ -1,4 +1,4 @@
-"""The calls of a session's run as a trace file, for `simulate`."""
+"""Writer of a session's recorded calls as a trace file, for `simulate`."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from moe_tool.runtime.session import Session
 
 
 def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
-    """Write what a session with `record_trace` has run since it was opened; counts are those of
+    """Write the calls of a session with `record_trace` since it was opened; counts are those of
     its last run.
 
     Args:
-        session: nothing but its runs has changed what its cache holds.
-        path: of the trace.
-        decode_seconds: that its decoding took.
+        session: nothing but its runs may have changed its cache.
+        path: the trace file.
+        decode_seconds: duration of decoding.
     """
     assert session.runner.recorder is not None, "the session records no trace"
     store, manifest = session.runner.store, session.manifest
@@ -30,7 +30,7 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
         for layer in manifest.shape.layers
         for expert in store.pinned_mask(layer)[PRIMARY].nonzero()[0]
     ]
-    (table,) = manifest.primaries  # several, or channels, were refused when it was opened
+    (table,) = manifest.primaries  # `plan_run` refuses several tables and channels
     header = RunTraceHeader(
         identity=manifest.identity,
         shape=manifest.shape,

@@ -1,5 +1,4 @@
-"""A miss policy over a profile's tokens, with who is in memory frozen: what its answers are
-expected to cost, and what it reads."""
+"""Replay of a miss policy over a profile's tokens under frozen residency: expected loss, reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from moe_tool.simulator.time_model import CallCosts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayedMisses:
-    """Cost of the policy's answers, on average over the tokens."""
+    """Cost of a policy's answers, on average over the tokens."""
 
     tokens: int
     nats_per_token: float
     """Expected divergence from the same experts with every miss read"""
     bytes_per_token: float
-    """Read"""
+    """Bytes read per token"""
     hit_rate: float
     """Share of (token, layer, expert) accesses that found the primary form in memory"""
     answered_otherwise: float
-    """Slots per token that something else answers"""
+    """Slots per token answered by something else than the primary form"""
     stall_s: float
     """Seconds per token in which computation waits for reads"""
 
@@ -41,20 +40,18 @@ def replay_misses(
     *,
     max_tokens: int | None = None,
 ) -> ReplayedMisses:
-    """Let a policy answer every token of a part, each as if it were a sequence of its own.
+    """Replay the answers of a policy to every token of a part, each as a sequence of its own.
 
-    Routing is taken from the profile as it was recorded: what an answer changes in the layers that
-    follow is not seen, in memory or in price.
+    Routing is the recorded one: effects of an answer on later layers are ignored.
 
     Args:
         profile: is read layer by layer.
-        part: which sequences.
-        policy: any.
-        book: its prices judge the answers, whoever gave them.
+        part: the sequences to take.
+        policy: the miss policy.
+        book: prices of the answers.
         resident: decoder layer -> [F, E] bool.
-        costs: of a layer call; a record that is smaller than a primary one is read in that share
-            of the time.
-        max_tokens: at most about so many, in whole sequences.
+        costs: costs of a layer call; the time to read a smaller record is proportional to its size.
+        max_tokens: limit on the tokens, in whole sequences.
     """
     rows = rows_of_part(profile, part, max_tokens)
     primary_bytes = book.record_bytes[PRIMARY]

@@ -1,4 +1,4 @@
-"""Experts in channels: their selectors stay in memory, slots fill channel by channel."""
+"""Store of experts in channels: selectors stay in memory, slots are filled channel by channel."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,11 @@ from moe_tool.store.record_store import RecordStore
 
 
 class ChannelStore:
-    """An `ExpertStore` over records of channels, of which a call may want only some.
+    """An `ExpertStore` of experts in channels, of which a call may want only some.
 
-    A slot has the record's form: a channel that is read goes to its own place, and stays there as
-    long as the expert does. So an expert is resident from its first use on, and of a resident one
-    only those channels are read that were never wanted before. A `RecordStore` decides what leaves,
-    whatever channels were selected.
+    A slot is laid out as a record: a channel is read to its own place and stays as long as the
+    expert. An expert is resident from its first use, and later calls read only its missing
+    channels. Eviction is a `RecordStore`'s, whatever channels were selected.
     """
 
     def __init__(
@@ -60,11 +59,11 @@ class ChannelStore:
         )
         self._decoded: dict[ExpertKey, Selector] = {}
         self._selected: Mapping[int, ChosenChannels] = {}
-        """Expert -> channels that the next call will use of it; of others, all"""
+        """Expert -> channels that the next call uses; all channels of experts not named"""
         self._wanted: Mapping[ExpertKey, np.ndarray] = {}
-        """Channels that the call under way has read; of an expert that is not named, all"""
+        """Expert -> channels that the current call reads; all channels of experts not named"""
         self._there: dict[ExpertKey, np.ndarray] = {}
-        """Expert -> channels that lie in its slot, [I] bool"""
+        """Expert -> channels in its slot, [I] bool"""
         self._store = RecordStore(
             bundle,
             form=form,
@@ -86,16 +85,16 @@ class ChannelStore:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy asks for beside the accesses"""
+        """Hints that the eviction policy needs beside the accesses"""
         return self._store.hints
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
-        """Read what never leaves: channel selectors, then pinned experts."""
+        """Read the channel selectors, then the pinned experts."""
         self._selectors.load_pinned(progress)
         self._store.load_pinned(progress)
 
     def selector(self, layer: int, expert: int) -> Selector:
-        """Return an expert's channel selector; views of memory that stays."""
+        """Return views of an expert's channel selector, which stays in memory."""
         key = (layer, expert)
         found = self._decoded.get(key)
         if found is None:
@@ -107,7 +106,7 @@ class ChannelStore:
         return found
 
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
-        """Let the next call use no more of these experts than the channels that `select` names."""
+        """Restrict the next call to the channels that `select` chooses for these experts."""
         self._selected = {expert: select(self.selector(layer, expert)) for expert in experts}
 
     def acquire(
@@ -131,13 +130,13 @@ class ChannelStore:
     def prefetch(
         self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
-        """Expect experts to be named by the next call, and read them whole."""
+        """Prefetch whole experts for the next call."""
         for expert in experts:
             self.selector(layer, expert)
         self._store.prefetch(layer, experts, spare=spare, counters=counters)
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
-        """Tell the eviction policy what a call to come is predicted to name."""
+        """Tell the eviction policy the prediction for a coming call."""
         self._store.expect(layer, experts, ahead=ahead)
 
     def close(self) -> None:
@@ -160,7 +159,7 @@ class ChannelStore:
             there = self._there[key]
             wanted = self._wanted.get(key)
             missing = np.flatnonzero(~there) if wanted is None else wanted[~there[wanted]]
-            if len(missing):  # it was resident, with other channels
+            if len(missing):  # resident with other channels
                 started = time.perf_counter()
                 counters.bytes_read += self._add(key, channels, missing)
                 counters.stall_seconds += time.perf_counter() - started
@@ -177,7 +176,7 @@ class ChannelStore:
         n_there: int = 0,
         go_on: GoOn | None = None,
     ) -> int | None:
-        """Fill a slot with a whole record, or with the channels that are wanted."""
+        """Fill a slot with a whole record, or with the wanted channels."""
         key = (layer, expert)
         wanted = self._wanted.get(key)
         if wanted is None:
@@ -190,7 +189,7 @@ class ChannelStore:
         return self._add(key, self._held.form.decode(out).channels, wanted)
 
     def _add(self, key: ExpertKey, weight: ChannelWeight, missing: np.ndarray) -> int:
-        """Read channels to their places; return how many bytes that were."""
+        """Read channels to their places and return the bytes read."""
         hashes = self._decoded[key].hashes
         read = self._bundle.read_channels_into(*key, weight, missing, hashes=hashes)
         self._there[key][read.channels] = True

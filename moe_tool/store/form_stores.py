@@ -1,4 +1,4 @@
-"""The experts of a bundle in every form that is in memory: one store for each record size."""
+"""Stores of a bundle's experts in all forms: one store for each record size."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -13,10 +13,10 @@ from moe_tool.store.protocol import ExpertStore, SelectChannels, Supply
 
 
 class FormStores:
-    """An `ExpertStore` that hands every expert and form to the store that holds it.
+    """An `ExpertStore` that passes every expert and form to the store that holds it.
 
-    Each store has slots, pins and readers of its own, so that what is read in one form never
-    displaces what is held in another.
+    Each store has its own slots, pins and readers, so that a read of one form never evicts another
+    form.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class FormStores:
         """Take the stores over.
 
         Args:
-            primaries: of the experts' primary forms.
-            cheaper: of each cheaper form; None: nothing of it is in memory or will be.
+            primaries: stores of the primary forms.
+            cheaper: store of each cheaper form; None: the form is never in memory.
             primary_of: decoder layer -> position among `primaries` of each expert's store, [E];
                 None: the expert was removed.
         """
@@ -44,7 +44,7 @@ class FormStores:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy of the primary forms asks for"""
+        """Hints that the eviction policy of the primary forms needs"""
         return self._primaries[0].hints
 
     def resident(self, layer: int) -> np.ndarray:
@@ -62,12 +62,12 @@ class FormStores:
         )
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
-        """Read what never leaves, form by form; see ExpertStore."""
+        """Read the pinned experts, form by form; see ExpertStore."""
         for store in self._stores:
             store.load_pinned(progress)
 
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
-        """Let the next call use no more of these experts than the channels that `select` names."""
+        """Restrict the next call to the channels that `select` chooses for these experts."""
         for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
             store.select_channels(layer, part, select)
 
@@ -81,14 +81,14 @@ class FormStores:
     ) -> Supply:
         """Yield each expert with its weights; see ExpertStore.
 
-        The reads of all forms begin at once; cheap forms, which are mostly there, come first.
+        The reads of all forms begin at once; cheap forms, which are mostly resident, come first.
         """
         by_form: dict[int, list[int]] = {}
         for number in numbers:
             form, expert = self._ids.pair(number)
             by_form.setdefault(form, []).append(expert)
         primary = by_form.pop(0, [])
-        # All primaries are called: each judges what it read ahead by what this call names of it.
+        # Every primary store is called, so that it settles its prefetches by this call.
         parts = [primary] if len(self._primaries) == 1 else self._split(layer, primary)
         supplies = [
             store.acquire(layer, part, counters, scores=scores)
@@ -107,14 +107,14 @@ class FormStores:
     def prefetch(
         self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
-        """Expect experts to be named by the next call; see ExpertStore."""
+        """Prefetch experts for the next call; see ExpertStore."""
         parts, spared = self._split(layer, experts), self._split(layer, spare)
         for store, part, kept in zip(self._primaries, parts, spared, strict=True):
             if part:
                 store.prefetch(layer, part, spare=kept, counters=counters)
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
-        """Tell the eviction policies what a call to come is predicted to name."""
+        """Tell the eviction policies the prediction for a coming call."""
         for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
             store.expect(layer, part, ahead=ahead)
 
@@ -124,14 +124,13 @@ class FormStores:
             store.close()
 
     def _joined(self, primaries: list[np.ndarray], cheaper: list[np.ndarray]) -> np.ndarray:
-        """Return [F, E] of one [1, E] by primary store and one by cheaper form."""
+        """Join [1, E] of each primary store and of each cheaper form to [F, E]."""
         if len(primaries) == 1 and not cheaper:
             return primaries[0]
         return np.concatenate([np.logical_or.reduce(primaries), *cheaper])
 
     def _split(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
-        """Return experts by the primary store that holds them, in their order; removed ones are in
-        none."""
+        """Return experts by the primary store that holds them, in order, without removed ones."""
         parts: list[list[int]] = [[] for _ in self._primaries]
         for expert in experts:
             at = self._primary_of[layer][expert]

@@ -1,4 +1,4 @@
-"""Interface of the experts in memory, wherever and however they lie there."""
+"""Interface of the stores of experts in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -12,22 +12,22 @@ from moe_tool.quantization.channels import ChosenChannels, Selector
 from moe_tool.quantization.weights import ExpertWeights, StoredExpert
 
 Supply = Iterator[tuple[int, StoredExpert]]
-"""(number, expert) of each expert of a call, valid until the iterator's next step"""
+"""Iterator over (number, expert) of a call; an expert is valid until the next step"""
 SelectChannels = Callable[[Selector], ChosenChannels]
-"""Says which channels of an expert a call needs, by the expert's selector"""
+"""Function from an expert's selector to the channels that a call needs"""
 
 
 class ExpertStore(Protocol):
-    """A cache of the experts of a bundle, in F forms of E experts a layer.
+    """A cache of the experts of a bundle, in F forms of E experts per layer.
 
-    Experts of a layer are named by the numbers of `FormIds`: below E their primary forms. What a
-    call evicts is settled when it starts, whatever order its reads arrive in; between two calls
-    stand prefetches, which the next call keeps or strikes out. One thread calls everything.
+    Experts of a layer are named by the numbers of `FormIds`; numbers below E are primary forms. A
+    call's evictions are settled when it starts, in whatever order its reads arrive. The next call
+    keeps or cancels the prefetches before it. One thread makes all calls.
     """
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy asks for beside the accesses"""
+        """Hints that the eviction policy needs beside the accesses"""
 
     def resident(self, layer: int) -> np.ndarray:
         """Return which forms of a layer are in memory now, [F, E] bool; pinned ones always are."""
@@ -36,7 +36,7 @@ class ExpertStore(Protocol):
         """Return which forms of a layer never leave, [F, E] bool."""
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
-        """Read what never leaves and is not in memory yet, counted nowhere.
+        """Read the pinned experts that are not in memory yet, counted nowhere.
 
         Raises:
             CorruptArtifactError: a record does not have the bytes that the manifest promises.
@@ -44,8 +44,8 @@ class ExpertStore(Protocol):
         """
 
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
-        """Let the next call use no more of these experts than the channels that `select` names;
-        experts that are not in channels are used whole."""
+        """Restrict the next call to the channels that `select` chooses for these experts; experts
+        that are not in channels are used whole."""
 
     def acquire(
         self,
@@ -55,17 +55,17 @@ class ExpertStore(Protocol):
         *,
         scores: np.ndarray | None = None,
     ) -> Supply:
-        """Yield each expert: those in memory, then the others as they arrive.
+        """Yield each expert: resident ones, then the others as they arrive.
 
-        Reads start at once, in the order of `numbers`. A call that was left in the middle ends when
-        the next one starts.
+        Reads start at once, in the order of `numbers`. A call that was abandoned ends when the next
+        one starts.
 
         Args:
             layer: decoder layer.
             numbers: distinct experts of the layer.
             counters: hits, misses, bytes_read, stall_seconds and the use of prefetches and channels
-                are added to.
-            scores: [E], `gate_scores` of the call, where `hints` has "scores".
+                are updated.
+            scores: [E], `gate_scores` of the call, if `hints` has "scores".
 
         Raises:
             CorruptArtifactError: a record does not have the bytes that the manifest promises. The
@@ -76,31 +76,31 @@ class ExpertStore(Protocol):
     def prefetch(
         self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
-        """Expect experts to be named by the next call, and read them when nothing else is to be.
+        """Prefetch experts for the next call, while no demanded read is waiting.
 
-        Slots that others hold are taken as the eviction policy says, never from the call under way,
-        a pinned expert, another prefetch or one of `spare`; where none is left, the rest of
-        `experts` is not prefetched. The same calls prefetch the same, whatever the reads do.
+        Slots are taken as the eviction policy says, never from the current call, a pinned expert,
+        another prefetch or one of `spare`; without a slot, the rest of `experts` is not prefetched.
+        The timing of reads does not change which experts are prefetched.
 
         Args:
             layer: decoder layer of the next call.
-            experts: not resident; the most wanted first.
-            spare: experts of that layer that are to stay if they are resident.
-            counters: prefetches are counted here, their bytes by the calls that follow.
+            experts: non-resident experts, the most wanted first.
+            spare: experts of that layer that stay if they are resident.
+            counters: count prefetches; later calls count the bytes.
         """
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
-        """Tell the eviction policy what a call to come is predicted to name, once the reads of the
-        call under way have begun.
+        """Tell the eviction policy the prediction for a coming call, once the reads of the current
+        call have begun.
 
         Args:
-            layer: decoder layer of the call to come.
+            layer: decoder layer of the coming call.
             experts: predicted experts of that layer.
             ahead: 1 for the next call.
         """
 
     def close(self) -> None:
-        """Stop reading, join the threads, give the memory back. Weights handed out are void."""
+        """Stop reading, join the threads and free the memory, which invalidates all weights."""
 
 
 def on_host(supply: Supply) -> Iterator[tuple[int, ExpertWeights]]:

@@ -1,4 +1,4 @@
-"""Worker threads that read records into slots: what is needed first, what may be needed last."""
+"""Worker threads that read records into slots, demanded reads before prefetches."""
 
 import threading
 from collections import deque
@@ -14,7 +14,7 @@ from moe_tool.formats.bundle_reader import GoOn
 
 
 class Read(Protocol):
-    """Fills memory with a record."""
+    """Function that reads a record into memory."""
 
     def __call__(
         self,
@@ -25,20 +25,19 @@ class Read(Protocol):
         n_there: int = 0,
         go_on: GoOn | None = None,
     ) -> int | None:
-        """Fill `out`, uint8 [record size], of which the first `n_there` bytes are right already, or
-        raise; `go_on` is asked after each piece. Returns how many bytes it read, None: all that
-        were not there."""
+        """Fill `out`, uint8 [record size], whose first `n_there` bytes are valid, or raise; `go_on`
+        is asked after each piece. Returns the bytes read; None: all missing ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """The end of one read."""
+    """Result of one finished read."""
 
     key: ExpertKey
     error: BaseException | None
-    """Failure of the read, after which the memory holds anything; None where it succeeded"""
+    """Failure of the read, after which the memory holds anything; None: success"""
     n_bytes: int
-    """Bytes that were read"""
+    """Bytes read"""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -48,7 +47,7 @@ class _Job:
     n_there: int
     is_prefetch: bool
     arrivals: SimpleQueue["_Job"] | None
-    """Queue that is told of its end; None: a prefetch that nobody waits for"""
+    """Queue for the finished job; None: a prefetch that nobody waits for"""
     state: Literal["queued", "running", "done"] = "queued"
     is_dropped: bool = False
     n_bytes: int = 0
@@ -57,11 +56,11 @@ class _Job:
 
 
 class RecordReader:
-    """Reads in the background; one consumer thread calls everything.
+    """Background reader, called by one consumer thread.
 
-    Demanded records are read in the order of the demands. A prefetch begins only while no demanded
-    one is queued or being read, one at a time, and piece by piece, so that one that turns out to be
-    of no use stops after the piece under way.
+    Demanded records are read in order. Prefetches run one at a time, begin only while no demanded
+    read is queued or running, and are read piece by piece, so that a dropped one stops after the
+    current piece.
     """
 
     def __init__(self, read: Read, *, n_readers: int) -> None:
@@ -72,29 +71,24 @@ class RecordReader:
         self._hoped_for: deque[_Job] = deque()
         self._running: list[_Job] = []
         self._prefetched_bytes = 0
-        # The consumer's alone:
+        # Used by the consumer thread alone:
         self._arrivals: SimpleQueue[_Job] = SimpleQueue()
         self._under_way: dict[ExpertKey, _Job] = {}
         self._prefetches: dict[ExpertKey, _Job] = {}
 
     @property
     def n_under_way(self) -> int:
-        """Number of demanded reads whose arrival was not taken yet."""
+        """Number of demanded reads whose arrival has not been taken."""
         return len(self._under_way)
 
     def is_free(self, out: torch.Tensor) -> bool:
-        """Return whether no read that was given up still writes to `out`."""
+        """Return whether no cancelled read still writes to `out`."""
         with self._lock:
             return all(job.out.data_ptr() != out.data_ptr() for job in self._running)
 
     def start(self, key: ExpertKey, out: torch.Tensor, *, n_there: int = 0) -> None:
-        """Read a record into `out`, which has to be left alone until the read arrives.
-
-        Args:
-            key: of the record.
-            out: uint8 [record size].
-            n_there: bytes at its beginning that are the record's already.
-        """
+        """Start to read a record into `out`, uint8 [record size], unused until the read arrives;
+        its first `n_there` bytes are valid already."""
         job = _Job(key=key, out=out, n_there=n_there, is_prefetch=False, arrivals=self._arrivals)
         self._under_way[key] = job
         with self._lock:
@@ -102,7 +96,7 @@ class RecordReader:
         self._threads.submit(self._work)
 
     def prefetch(self, key: ExpertKey, out: torch.Tensor, *, n_there: int = 0) -> None:
-        """Read a record when there is nothing better to do, until `claim` or `drop`."""
+        """Read a record while no demanded read waits, until `claim` or `drop`."""
         job = _Job(key=key, out=out, n_there=n_there, is_prefetch=True, arrivals=None)
         self._prefetches[key] = job
         with self._lock:
@@ -110,11 +104,10 @@ class RecordReader:
         self._threads.submit(self._work)
 
     def claim(self, key: ExpertKey) -> bool:
-        """Make a prefetch a demanded read, as one that was started earlier.
+        """Turn a prefetch into a demanded read.
 
         Returns:
-            Whether the record is there already. If not, it arrives as any other, which can be with
-            an error.
+            Whether the record is there already; if not, it arrives later, possibly with an error.
         """
         job = self._prefetches.pop(key)
         with self._lock:
@@ -131,8 +124,8 @@ class RecordReader:
         return False
 
     def drop(self, key: ExpertKey) -> None:
-        """Give a prefetch up. Its memory may be read into at once: such a read waits for the piece
-        under way."""
+        """Cancel a prefetch. A new read into its memory may start at once: it waits for the current
+        piece."""
         job = self._prefetches.pop(key)
         with self._lock:
             job.is_dropped = True
@@ -140,22 +133,20 @@ class RecordReader:
                 self._hoped_for.remove(job)
 
     def take_prefetched_bytes(self) -> int:
-        """Return how many bytes prefetches, claimed ones included, have read since this was last
-        asked."""
+        """Return the bytes read by prefetches, claimed ones included, since the last call."""
         with self._lock:
             count, self._prefetched_bytes = self._prefetched_bytes, 0
         return count
 
     def next_arrival(self) -> Arrival:
-        """Return the next demanded read that ends, in order of arrival; waits for it."""
+        """Wait for the next demanded read to finish and return it."""
         assert self._under_way, "no read is under way"
         job = self._arrivals.get()
         del self._under_way[job.key]
         return Arrival(key=job.key, error=job.error, n_bytes=job.n_bytes)
 
     def stop(self) -> list[ExpertKey]:
-        """Give up the demanded reads not begun, wait for the others; return the keys that were
-        read."""
+        """Cancel queued demanded reads, wait for running ones and return their keys."""
         if not self._under_way:
             return []
         under_way, self._under_way = self._under_way, {}
@@ -175,11 +166,11 @@ class RecordReader:
         self._threads.shutdown(wait=True)
 
     def _work(self) -> None:
-        """Read until nothing is left that may begin now."""
+        """Run jobs while one may begin."""
         while (job := self._next_job()) is not None:
             try:
                 self._run(job)
-            except BaseException as error:  # told with the arrival
+            except BaseException as error:  # raised by the consumer with the arrival
                 job.error = error
             with self._lock:
                 self._running.remove(job)
@@ -190,7 +181,7 @@ class RecordReader:
 
     def _next_job(self) -> _Job | None:
         with self._lock:
-            # What a dropped prefetch still reads into has to wait for its worker, which comes here.
+            # Memory of a dropped prefetch stays busy until its worker comes here.
             busy = {each.out.data_ptr() for each in self._running if each.is_dropped}
             job = next((job for job in self._demanded if job.out.data_ptr() not in busy), None)
             if job is not None:
@@ -216,6 +207,6 @@ class RecordReader:
 
         if job.arrivals is None:
             self._read(*job.key, job.out, n_there=job.n_there, go_on=go_on)
-        else:  # claimed before it began: nothing gives it up any more
+        else:  # claimed before it began: it is no longer cancelled
             self._read(*job.key, job.out, n_there=job.n_there)
             go_on(job.out.numel() - job.n_there)

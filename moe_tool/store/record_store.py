@@ -1,4 +1,4 @@
-"""Records of one size in memory: a cache over the bundle, read on worker threads."""
+"""Store of whole records of one size: a cache over the bundle, read on worker threads."""
 
 import time
 from collections.abc import Sequence
@@ -28,27 +28,26 @@ class _Fetch:
     key: ExpertKey
     slot: int
     after: ExpertKey | None
-    """Expert of the same call that has to be done with the slot before the read may start"""
+    """Expert of the same call whose computation frees the slot before the read may start"""
     n_there: int = 0
-    """Bytes that need not be read: the expert's base was in memory"""
+    """Bytes copied from the expert's resident base instead of read"""
     is_read: bool = False
     is_prefetched: bool = False
-    """Whether the read was begun by the call before"""
+    """Whether the read began as a prefetch"""
 
 
 class RecordStore:
     """An `ExpertStore` of one form: a pool of slots for all layers, each with a whole record.
 
-    What a layer call evicts is settled when it starts, by a `SlotBook`: which read arrives first
-    changes nothing, so the content after a call is that of a plain replay. Where a call names more
-    experts than there are slots, its later reads wait until its earlier experts were computed.
+    A `SlotBook` settles a call's evictions when the call starts: the order in which reads arrive
+    changes nothing, so that the content after a call is that of a plain replay. If a call names
+    more experts than there are slots, later reads wait until earlier experts were computed.
 
-    Between two calls stand prefetches: experts that the next call is expected to name. They take
-    their slots when they are asked for, and count as resident from then on, read or not. The next
-    call keeps those that it names, waiting where they are still to come, and strikes out the others
-    as if they had never been there: the content is a plain replay again.
+    Prefetches take their slots when they are requested and count as resident from then on, read or
+    not. The next call keeps those that it names, waiting for unfinished ones, and removes the
+    others as if they had never been there: the content is that of a plain replay again.
 
-    One consumer thread calls everything; the reader threads touch nothing but the slots they fill.
+    One consumer thread makes all calls; the reader threads touch nothing but the slots they fill.
     """
 
     def __init__(
@@ -69,13 +68,13 @@ class RecordStore:
         Args:
             bundle: stays open as long as the store; belongs to the caller.
             form: position among `bundle.forms` of the form that the store holds.
-            n_slots: records that memory holds at once, pinned ones included.
+            n_slots: records in memory at once, pinned ones included.
             pinned: experts that never leave; read with the first call at the latest.
-            eviction: makes the policy of what is not pinned.
+            eviction: factory of the eviction policy of unpinned experts.
             per_layer: every layer has its own equal part of the slots that are not pinned.
             n_readers: worker threads.
-            base: holds the first bits of nested experts: of one that is there the rest is read.
-            read: fills a slot; None: with the whole record, out of the bundle.
+            base: store of nested experts' bases; only the rest of a resident base's record is read.
+            read: function that fills a slot; None: with the whole record from the bundle.
 
         Raises:
             BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.
@@ -90,23 +89,23 @@ class RecordStore:
         self._base = base
         self._slots = SlotPool(n_slots=n_slots, slot_size_bytes=self._held.record_size_bytes)
         self._decoded: dict[int, ExpertWeights] = {}
-        """Slot -> views of it, whatever record lies there, with what a kernel prepares of them"""
+        """Slot -> views of its memory, valid for every record there, with prepared kernel data"""
         self._reader = RecordReader(
             read or partial(bundle.read_record_into, form=form), n_readers=n_readers
         )
         self._is_pinned_read = not n_pinned
         self._call: Supply | None = None
         self._named: Sequence[ExpertKey] = ()
-        """Experts of the call under way"""
+        """Experts of the current call"""
         self._fetches: dict[ExpertKey, _Fetch] = {}
-        """Reads of the call under way"""
+        """Reads of the current call"""
         self._prefetches: dict[ExpertKey, int] = {}
-        """Expert -> slot, for the call that comes next"""
+        """Expert -> slot, for the next call"""
         self._is_prefetching = False
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy asks for beside the accesses"""
+        """Hints that the eviction policy needs beside the accesses"""
         return self._book.hints
 
     def resident(self, layer: int) -> np.ndarray:
@@ -133,7 +132,7 @@ class RecordStore:
             self._is_pinned_read = True
             return
         progress.begin("loading experts", len(missing), "experts")
-        # Nothing else enters a slot before all of these have theirs.
+        # No other expert enters a slot before all pinned ones have theirs.
         for key in missing:
             self._fetches[key] = _Fetch(key=key, slot=self._book.take(key), after=None)
         try:
@@ -181,7 +180,7 @@ class RecordStore:
     def prefetch(
         self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
-        """Expect experts to be named by the next call; see ExpertStore."""
+        """Prefetch experts for the next call; see ExpertStore."""
         self._is_prefetching = True
         wanted = [(layer, expert) for expert in experts]
         held = {*self._named, *wanted, *((layer, expert) for expert in spare)}
@@ -196,11 +195,11 @@ class RecordStore:
             counters.prefetches += 1
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
-        """Tell the eviction policy what a call to come is predicted to name."""
+        """Tell the eviction policy the prediction for a coming call."""
         self._book.expect([(layer, expert) for expert in experts], ahead=ahead)
 
     def close(self) -> None:
-        """Stop reading, join the threads, give the memory back."""
+        """Stop reading, join the threads and free the memory."""
         self._end_call()
         self._reader.close()
         self._slots.close()
@@ -209,12 +208,12 @@ class RecordStore:
         call, self._call = self._call, None
         if call is not None:
             call.close()  # type: ignore[attr-defined]  # a generator
-        if self._fetches:  # it was never asked for its first expert
+        if self._fetches:  # the iterator was never advanced
             self._settle()
         self._named = ()
 
     def _judge_prefetches(self, wanted: Sequence[ExpertKey], counters: PhaseCounters) -> None:
-        """Keep the prefetches that a call names, strike out the others."""
+        """Keep the prefetches that a call names and cancel the others."""
         named = set(wanted)
         prefetches, self._prefetches = self._prefetches, {}
         for key, slot in prefetches.items():
@@ -257,7 +256,7 @@ class RecordStore:
             self._settle()
 
     def _plan(self, entries: Sequence[Entry], *, named: set[ExpertKey]) -> None:
-        """Give every miss its slot, with the books as they will be afterwards."""
+        """Assign a slot to every miss and update the slot book."""
         for entry in entries:
             key, slot, victim = self._book.enter(entry)
             after = victim if victim in named else None
@@ -268,8 +267,7 @@ class RecordStore:
         self._reader.start(fetch.key, self._slots.view(fetch.slot), n_there=fetch.n_there)
 
     def _copy_base(self, key: ExpertKey, slot: int) -> int:
-        """Copy an expert's first bits into its slot where they are in memory; return how many
-        bytes that were."""
+        """Copy an expert's base into its slot if it is resident, and return the bytes copied."""
         held = None if self._base is None else self._base.record_of(key)
         view = self._slots.view(slot)
         if held is None or not self._reader.is_free(view):
@@ -278,8 +276,8 @@ class RecordStore:
         return held.numel()
 
     def record_of(self, key: ExpertKey) -> torch.Tensor | None:
-        """Return an expert's record as it lies in its slot, uint8 [record size]; None where it is
-        not in memory. It stays until the next call."""
+        """Return an expert's record in its slot, uint8 [record size], valid until the next call;
+        None if it is not resident."""
         slot = self._book.slot_of.get(key)
         if slot is None or key in self._fetches or key in self._prefetches:
             return None
@@ -298,7 +296,7 @@ class RecordStore:
         return arrival
 
     def _settle(self) -> None:
-        """Let no demanded read run on, and strike from the books what was never read."""
+        """Stop the demanded reads, and remove unread experts from the slot book."""
         fetches, self._fetches = self._fetches, {}
         for key in self._reader.stop():
             fetches[key].is_read = True

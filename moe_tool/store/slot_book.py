@@ -1,4 +1,4 @@
-"""Which expert lies in which slot: the content of a store, with no byte of an expert in it."""
+"""Assignment of experts to slots, without their bytes."""
 
 from collections.abc import Collection, Sequence
 
@@ -13,7 +13,7 @@ from moe_tool.policies.eviction.protocol import Hint
 
 
 class SlotBook:
-    """Slots, numbered from 0, with their experts, by an `ExpertCache`."""
+    """Slots, numbered from 0, with the experts of an `ExpertCache`."""
 
     def __init__(
         self,
@@ -27,10 +27,10 @@ class SlotBook:
         """Begin with empty slots.
 
         Args:
-            shape: of the model.
-            n_slots: pinned experts included; `require_slots` was asked.
+            shape: shape of the model.
+            n_slots: number of slots for pinned and other experts; `require_slots` accepts it.
             pinned: experts that never leave.
-            eviction: makes the policy of what is not pinned.
+            eviction: factory of the eviction policy of unpinned experts.
             per_layer: every layer has its own equal part of the slots that are not pinned.
         """
         self.pinned = frozenset(pinned)
@@ -54,7 +54,7 @@ class SlotBook:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy asks for beside the accesses"""
+        """Hints that the eviction policy needs beside the accesses"""
         return self._cache.hints
 
     def resident(self, layer: int) -> np.ndarray:
@@ -66,7 +66,7 @@ class SlotBook:
         return self._pinned_masks[layer].copy()
 
     def take(self, key: ExpertKey) -> int:
-        """Return a free slot for a pinned expert, which has it from now on."""
+        """Assign a free slot to a pinned expert and return it."""
         slot = self._free.pop()
         self.slot_of[key] = slot
         return slot
@@ -74,22 +74,22 @@ class SlotBook:
     def access(
         self, layer: int, keys: Sequence[ExpertKey], scores: np.ndarray | None
     ) -> list[Entry]:
-        """Use the experts that a call names; return those that are to `enter`."""
+        """Use the experts of a call and return those that are to `enter`."""
         self._cache.begin_call(self._ids.position[layer], scores)
         return self._cache.access([self._ids.number(key) for key in keys])
 
     def prefetch(self, keys: Sequence[ExpertKey], held: Collection[ExpertKey]) -> list[Entry]:
-        """Return those of the experts that are to `enter` before they are named, as long as others
-        than `held` can leave."""
+        """Return the experts that are to `enter` as prefetches, as long as others than `held` can
+        leave."""
         numbers = {self._ids.number(key) for key in held}
         return self._cache.prefetch([self._ids.number(key) for key in keys], numbers)
 
     def expect(self, keys: Sequence[ExpertKey], *, ahead: int) -> None:
-        """Tell the eviction policy what the call `ahead` calls from now is predicted to name."""
+        """Tell the eviction policy the prediction for the call `ahead` calls from now."""
         self._cache.expect([self._ids.number(key) for key in keys], ahead=ahead)
 
     def enter(self, entry: Entry) -> tuple[ExpertKey, int, ExpertKey | None]:
-        """Return an expert that enters, its slot, and who leaves it, None where it was free."""
+        """Return an entering expert, its slot, and the expert that leaves it; None: it was free."""
         key, victim = self._ids.key(entry.key), None
         if entry.victim is None:
             slot = self._free.pop()
@@ -102,7 +102,7 @@ class SlotBook:
         return key, slot, victim
 
     def strike_out(self, key: ExpertKey) -> None:
-        """Forget an expert whose record did not come."""
+        """Remove an expert whose record was not read."""
         self._free.append(self.slot_of.pop(key))
         if key not in self.pinned:
             self._cache.discard(self._ids.number(key))
@@ -112,13 +112,13 @@ class SlotBook:
 def require_slots(
     shape: MoeShape, table: FormTable, *, n_slots: int, n_pinned: int, per_layer: bool
 ) -> None:
-    """Refuse slots that cannot serve.
+    """Refuse too few slots.
 
     Args:
-        shape: of the model.
-        table: records that the slots are for; of forms that are not primary none need ever be read.
-        n_slots: that were asked for.
-        n_pinned: experts that never leave.
+        shape: shape of the model.
+        table: table of the records; only a primary one needs an unpinned slot.
+        n_slots: requested slots.
+        n_pinned: number of pinned experts.
         per_layer: every layer has its own equal part of the slots that are not pinned.
 
     Raises:

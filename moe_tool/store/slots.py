@@ -21,8 +21,8 @@ class SlotPool:
         self._mapping = mmap.mmap(
             -1, n_slots * slot_size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
-        # A direct read pins every page that it fills, for two thirds of the CPU time where they are
-        # large. A kernel without large pages refuses.
+        # A direct read pins every page that it fills; large pages cut its CPU time to two thirds. A
+        # kernel without large pages refuses.
         with suppress(OSError):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
@@ -33,5 +33,5 @@ class SlotPool:
         return self._bytes[start : start + self._slot_size_bytes]
 
     def close(self) -> None:
-        """Give all memory back at once; views that are still held read zeros from now on."""
+        """Free all memory at once; views that are still held read zeros from now on."""
         self._mapping.madvise(mmap.MADV_DONTNEED)

@@ -15,8 +15,8 @@ fitted later change a few"""
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class CodeMatrix:
-    """Unpacked codes: weight[o, i] = slope * code[o, i] + start, slope and start by output o and
-    group of input i."""
+    """Unpacked codes: weight[o, i] = slope * code[o, i] + start, with slope and start by output o
+    and group of input i."""
 
     codes: torch.Tensor
     """Codes, uint8 [out, in]"""

@@ -1,4 +1,4 @@
-"""A bundle written anew from another one: all as it is there but some experts' codes."""
+"""Copy of a bundle with new codes for some experts."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ from moe_tool.quantization.weights import ExpertWeights
 
 
 class CopiedBundle:
-    """The old bundle and the one under way. `writer` is to be suspended by who made this."""
+    """Old bundle and the new one being written. The creator has to suspend `writer`."""
 
     def __init__(self, old: BundleReader, out: Path, step: TunedWeights) -> None:
-        """Begin the new bundle, or go on with it.
+        """Begin or resume the new bundle.
 
         Args:
             old: stays open and owned by the caller.
             out: the new bundle's folder.
-            step: what is done to the codes: another one in `out` is refused.
+            step: change of the codes; a folder with another one is refused.
 
         Raises:
             UsageError, WrongModelError, CorruptArtifactError, StorageError: as `BundleWriter.open`.
@@ -51,7 +51,7 @@ class CopiedBundle:
 
     @property
     def missing_bytes(self) -> int:
-        """Size of what is still to be written, about"""
+        """Approximate size of the missing records"""
         sizes = [self._old.forms[form].record_size_bytes for form, _, _ in self.writer.to_write]
         experts = {record.file for table in self._old.manifest.forms for record in table.records}
         others = [f.size_bytes for f in self._old.manifest.files if f.name not in experts]
@@ -72,28 +72,28 @@ class CopiedBundle:
         return record
 
     def decode(self, layer: int, expert: int, record: torch.Tensor) -> ExpertWeights:
-        """Return an expert over its primary record; views."""
+        """Return an expert as views into its primary record."""
         weights: ExpertWeights = self.primary(layer, expert).form.decode(record)
         return weights
 
     def old_expert(self, layer: int, expert: int) -> ExpertWeights:
-        """Read an expert of the old bundle, in its primary form."""
+        """Read an expert's primary form from the old bundle."""
         record = self.old_record(self.primary(layer, expert).index, layer, expert)
         return self.decode(layer, expert, record)
 
     def written_expert(self, layer: int, expert: int) -> ExpertWeights:
-        """Read an expert of the new bundle, in its primary form."""
+        """Read an expert's primary form from the new bundle."""
         record = self.writer.read_back(self.primary(layer, expert).index, layer, expert)
         return self.decode(layer, expert, record)
 
     def copy_replica(self, form: int, layer: int, expert: int) -> None:
-        """Write a cheaper form as it was, with the price that it had."""
+        """Copy a cheaper form with its price."""
         record = self.old_record(form, layer, expert)
         eps = self._old.record_entry(layer, expert, form=form).eps
         self.writer.write_record(form, layer, expert, record, eps=eps)
 
     def finish(self, progress: Progress) -> BundleManifest:
-        """Copy all that is no expert, write the manifest and give the bundle its name.
+        """Copy everything but the experts, write the manifest and give the bundle its name.
 
         Raises:
             CorruptArtifactError: the old bundle is damaged.
@@ -116,7 +116,7 @@ class CopiedBundle:
 
     def _copy_skeleton(self, progress: Progress) -> None:
         with self._old.open_skeleton() as skeleton:
-            # Each name in the order of the old files, which need not be that of the alphabet.
+            # Names keep the order of the old files, which need not be alphabetical.
             entries = [
                 SkeletonEntry(
                     name=each.name,

@@ -43,7 +43,7 @@ def expert_pass(module: Any, names: Collection[str], values: Values, x: torch.Te
     Args:
         module: an experts module of transformers, see `expert_forward`.
         names: names of the expert's tensors.
-        values: returns one of them.
+        values: returns a tensor by name.
         x: [n, H] float32.
     """
     first_name = first_matrix(module)

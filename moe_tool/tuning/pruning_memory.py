@@ -1,4 +1,4 @@
-"""Memory that training a bundle's mask routers takes beside the session that it trains in."""
+"""Memory of training a bundle's mask routers, beside that of the session."""
 
 from typing import Any
 
@@ -9,28 +9,20 @@ from moe_tool.runtime.working_set import attention_floats
 
 _FLOAT_BYTES = 4
 _HIDDEN_COPIES = 14
-"""[T, H] tensors that a decoder layer keeps for the way back: the residuals, what norms and
-activations were given, what experts and attention gave, and slices of it on the way"""
+"""[T, H] tensors that a decoder layer keeps for the backward: residuals, inputs of norms and
+activations, outputs of experts and attention, and their slices"""
 _LOGIT_COPIES = 7
-"""[T, V] tensors alive at once where the loss is computed: both models' logits, their logarithms,
-what the divergence is of, and its gradients"""
+"""[T, V] tensors alive at once in the loss: both models' logits, their log-probabilities, the
+terms of the divergence, and its gradients"""
 _EXPERT_COPIES = 4
-"""Copies of an expert in float32 on the way back: its matrices, and what the largest is made
-from"""
+"""Copies of an expert in float32 in the backward: its matrices, and temporaries of the largest"""
 _ROUTER_COPIES = 8
-"""Copies of the routers: parameters, gradients, both moments, and these once more as they are
-saved"""
+"""Copies of the routers: parameters, gradients, both moments, and these once more while saving"""
 
 
 def training_bytes(config: Any, shape: MoeShape, *, batch: int, seq_len: int) -> int:
-    """Return what a forward and its way back hold at their largest, with the routers' state.
-
-    Args:
-        config: transformers' configuration of the text model.
-        shape: the model's experts.
-        batch: sequences of a forward.
-        seq_len: tokens of each.
-    """
+    """Return the peak memory of forward and backward of `batch` sequences of `seq_len` tokens, with
+    the routers' state."""
     n_tokens = batch * seq_len
     per_layer = _HIDDEN_COPIES * shape.hidden + 4 * attention_floats(config)
     per_layer += 4 * shape.experts + 16 * shape.top_k
@@ -51,11 +43,6 @@ def training_bytes(config: Any, shape: MoeShape, *, batch: int, seq_len: int) ->
 
 
 def verdict_bytes(shape: MoeShape, *, n_tokens: int) -> int:
-    """Return what is held of the held-out tokens: what every router says of them, twice, and what
-    they are counted out with.
-
-    Args:
-        shape: the model's experts.
-        n_tokens: held out.
-    """
+    """Return the memory of `n_tokens` held-out tokens: all slot scores, twice, and the tables of
+    thresholds."""
     return 8 * _FLOAT_BYTES * n_tokens * len(shape.layers) * shape.top_k

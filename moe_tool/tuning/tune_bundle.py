@@ -1,4 +1,4 @@
-"""Tunes the layers of a bundle one after the other, and writes them as they are finished."""
+"""Tuning of a bundle's layers one after the other; finished layers are written at once."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,39 +27,32 @@ from moe_tool.tuning.tune_layer import (
 from moe_tool.tuning.tune_options import TuneOptions
 
 _LEAST_ROWS = 32
-"""An expert that fewer tokens are sent to has nothing to learn from"""
+"""Fewest routed tokens at which an expert is tuned"""
 _MEASURED_TOKENS = 256
 _LEAST_MEASURED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunedLayer:
-    """Outcome of one layer. Errors are those of the experts' summed output on held-out tokens,
-    relative to the output that is wanted."""
+    """Outcome of one layer. Errors are relative errors of the experts' summed output on held-out
+    tokens."""
 
     layer: int
     error_before: float
     error_after: float
     moved: float
-    """Share of the codes that are others now"""
+    """Share of the codes that changed"""
     is_kept: bool
-    """False: tuning did not lower the error, and the layer is as it was"""
+    """Whether the tuned codes are kept; False: tuning did not lower the error"""
 
 
 class BundleTuner:
-    """Tunes the layers of one bundle, one after the other."""
+    """Tuner of one bundle, layer by layer."""
 
     def __init__(
         self, opened: OpenedModel, copied: CopiedBundle, options: TuneOptions, progress: Progress
     ) -> None:
-        """Take what is tuned.
-
-        Args:
-            opened: the checkpoint that the bundle was packed from.
-            copied: the bundle and the new one.
-            options: steps and rates.
-            progress: told about every step.
-        """
+        """Keep the checkpoint that the bundle was packed from, old and new bundle, and options."""
         self._opened = opened
         self._copied = copied
         self._options = options
@@ -69,7 +62,7 @@ class BundleTuner:
         self.state_bytes = 0
 
     def run(self, folder: Path, sequences: TokenSequences) -> None:
-        """Tune and write what is not written yet; what is, answers in its place."""
+        """Tune and write the missing layers; finished ones are read from the new bundle."""
         missing: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for form, at, expert in self._copied.writer.to_write:
             missing[at].append((form, expert))
@@ -84,7 +77,7 @@ class BundleTuner:
                 paired.go_on_with({e: self._copied.written_expert(number, e) for e in stored})
 
     def _tune(self, layer: PairedLayer, missing: list[tuple[int, int]]) -> dict[int, ExpertWeights]:
-        """Tune a layer and write its records; return its experts as they are from now on."""
+        """Tune a layer, write its records and return its new experts."""
         number, copied = layer.layer, self._copied
         stored = copied.experts(number)
         experts = {e: unpack_expert(copied.old_expert(number, e)) for e in stored}
@@ -124,7 +117,7 @@ class BundleTuner:
         return {e: copied.decode(number, e, record) for e, record in records.items()}
 
     def _move(self, layer: PairedLayer, experts: dict[int, TunedExpert]) -> set[int]:
-        """Train the experts that can be, and return which."""
+        """Train the experts that can be tuned and return their ids."""
         number, options = layer.layer, self._options
         schedule = TuneSchedule(
             rule=options.rule,
@@ -155,7 +148,7 @@ class BundleTuner:
         return moving
 
     def _error(self, layer: PairedLayer, expert: int, record: torch.Tensor) -> float:
-        """Return the error of an expert's output, on the inputs that the exact model gives it."""
+        """Return the error of an expert's output on its inputs in the exact model."""
         if not self._copied.primary(layer.layer, expert).table.precision.is_coded:
             return 0.0
         own = torch.nonzero((layer.exact_index == expert).any(dim=1)).flatten()

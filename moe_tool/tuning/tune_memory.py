@@ -1,4 +1,4 @@
-"""Memory that tuning takes, before it begins: one layer, exact or as codes that move."""
+"""Estimate of the memory of tuning: one layer, exact or as codes in training."""
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
@@ -7,13 +7,12 @@ from moe_tool.models.architecture import OpenedModel
 from moe_tool.tuning.paired_layers import BATCH_TOKENS
 
 _MARGIN_BYTES = 160 * 2**20
-"""Allocator slack, libraries first touched, file pages under way to the disk"""
+"""Allocator slack, libraries on first use, dirty file pages"""
 _HIDDEN_COPIES = 8
-"""Tensors [T, H] in float32 at once: both streams, the bundle's without its experts, what experts
-are given batch by batch, the same in one piece, the target, and what two of these are made from"""
+"""Tensors [T, H] in float32 at once: both streams, the bundle's without its experts, the experts'
+inputs by batch and joined, the target, and two temporaries"""
 _WORKING_COPIES = 6
-"""Copies of the largest matrix in float32: weights, slopes, gradient, what is wanted, what is
-lost"""
+"""Copies of the largest matrix in float32: weights, slopes, gradient, wanted codes, residuals"""
 
 
 def require_tune_memory(
@@ -25,18 +24,18 @@ def require_tune_memory(
     state_bytes: int,
     asked: int | None,
 ) -> int:
-    """Return what tuning will take, the whole process.
+    """Return the size of the process that tuning will take.
 
     Args:
         opened: the checkpoint.
-        tokens: that go through the layers.
+        tokens: tokens that go through the layers.
         batch: tokens of a step.
-        record_bytes: of the largest layer's records.
-        state_bytes: of the optimizer, for a weight.
-        asked: the budget in bytes; None: none.
+        record_bytes: size of the largest layer's records.
+        state_bytes: optimizer state per weight.
+        asked: the budget in bytes; None: no limit.
 
     Raises:
-        BudgetError: it does not fit: with what would.
+        BudgetError: it does not fit; the hint names a budget that does.
     """
     shape = opened.shape
     size = FLOAT_SIZE_BYTES[shape.dtype]
@@ -44,8 +43,8 @@ def require_tune_memory(
     inner = max(tensor.shape[0] for tensor in shape.expert_tensors)
     n_weights = shape.experts * shape.n_expert_weights
     skeleton = sum(opened.checkpoint.tensors[n].size_bytes for n in opened.skeleton.tensor_names)
-    # The exact layer is let go of before there are codes and states. Scales and where a grid starts
-    # are floats, a pair for 32 weights at most.
+    # The exact layer is freed before codes and states exist. Slopes and starts are floats, a pair
+    # for 32 weights at most.
     moving = n_weights * (1 + state_bytes) + n_weights // 4 + 2 * record_bytes
     parts = {
         "process": current_rss_bytes(),

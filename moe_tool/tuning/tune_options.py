@@ -1,4 +1,4 @@
-"""How the codes of a bundle are tuned: the options of `tune weights`."""
+"""Options of `tune weights`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from moe_tool.errors import UsageError
 from moe_tool.tuning.eco import EcoRule, Optimizer, Rounding
 
 RATES: Mapping[Optimizer, float] = {"sgd": 0.1, "adam": 0.01}
-"""Learning rates where none is asked for"""
+"""Default learning rates"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
-    """How a bundle is tuned."""
+    """Options of tuning a bundle's codes."""
 
     steps: int = 500
     """Steps of every layer"""
@@ -34,19 +34,19 @@ class TuneOptions:
 
     @property
     def first_rate(self) -> float:
-        """The learning rate that is meant."""
+        """Learning rate of the first step."""
         return RATES[self.optimizer] if self.rate is None else self.rate
 
     @property
     def rule(self) -> EcoRule:
-        """How a step becomes codes"""
+        """Rule by which a step changes codes"""
         return EcoRule(optimizer=self.optimizer, rounding=self.rounding, feedback=self.feedback)
 
     def require_possible(self) -> None:
-        """Refuse numbers that mean nothing.
+        """Refuse numbers out of range.
 
         Raises:
-            UsageError: with what is needed.
+            UsageError: a number is out of range.
         """
         for name, value in (("steps", self.steps), ("batch", self.batch)):
             if value < 1:

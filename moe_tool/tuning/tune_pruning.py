@@ -1,5 +1,4 @@
-"""The story of `tune pruning`: routers learn which of a token's experts are not worth it, and what
-that costs is measured on text that was kept apart."""
+"""Story of `tune pruning`: train mask routers, then measure their KL on held-out text."""
 
 import hashlib
 import time
@@ -44,45 +43,46 @@ _STATE = ".pruning-training.safetensors"
 _SAVE_EVERY_S = 20.0
 _HELD_OUT = 0.125
 _MIN_SEQ_LEN = 3
-"""A prompt, and two tokens that are predicted"""
+"""Tokens of the shortest sequence: a prompt, and two predicted tokens"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningOptions:
-    """Goal of the training, and its text."""
+    """Options of `tune pruning`."""
 
     rate: float = 0.2
-    """Share of the chosen experts to be left out"""
+    """Share of the chosen experts to drop"""
     tokens: int = 131072
-    """Tokens of text, all domains together; an eighth is kept apart"""
+    """Tokens of text, all domains together; an eighth is held out"""
     seq_len: int = 256
-    """Capped at what the model was made for"""
+    """Tokens per sequence, capped at the model's maximum"""
     batch: int = 8
-    """Sequences of a step"""
+    """Sequences per step"""
     memory: MemoryRequest | None = None
-    """Budget of the process; None: what is free less a margin"""
+    """Budget of the process; None: free memory less a margin"""
     seed: int = 0
-    """Seeds the choice of text and every draw"""
+    """Seed of the choice of text and of every draw"""
     threads: int | None = None
     offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunePruningReport:
-    """Trained routers, and their worth on text that was kept apart."""
+    """Trained routers, and their quality on held-out text."""
 
     bundle: str
     file: str
     rate: float
-    """Share of the chosen experts that was to be left out"""
+    """Wanted share of dropped experts among the chosen"""
     left_out: float
-    """Share of the chosen experts that was left out of the held-out text"""
+    """Share of the chosen experts dropped on held-out text"""
     kl: Estimate
-    """KL(exact || pruned) there, nats per token"""
+    """KL(exact || pruned) on held-out text, nats per token"""
     kl_by_ratio: float
-    """KL of MC's rule at the same rate: each layer's slots that are lightest beside the heaviest"""
+    """KL of MC's rule at the same rate, which drops each layer's slots of the lowest ratio to the
+    heaviest"""
     left_out_by_layer: dict[int, float]
-    """Share of the chosen experts, by layer"""
+    """Share of the chosen experts dropped, by layer"""
     steps: int
     tokens: int
     held_out_tokens: int
@@ -99,29 +99,29 @@ def tune_pruning(
     *,
     progress: Progress = SILENT,
 ) -> TunePruningReport:
-    """Train a bundle's mask routers and put them into it; nothing else of it changes.
+    """Train a bundle's mask routers and add them to it; nothing else of it changes.
 
-    The teacher is the bundle itself with every expert answering, the loss the divergence of its
-    predictions, plus a price on every expert that is kept: it follows the share that is left out
-    until that is the wanted one. Experts and skeleton stay as they are, in memory as far as the
-    budget has room for them. A training that was interrupted goes on where it was.
+    The teacher is the bundle with every expert computed. The loss is the divergence from its
+    predictions plus a penalty on every kept expert, adapted until the dropped share is the wanted
+    one. Experts and skeleton are fixed, in memory as far as the budget allows. An interrupted
+    training is resumed.
 
     Source: MC#, arXiv:2510.10962. Deviations: the patterns are "the j heaviest", the routers also
-    see gate weights and experts, and what a slot has to be worth is set afterwards on held-out
-    text, by one number for all layers: so each rate can be asked for at run time.
+    see gate weights and expert ids, and thresholds of the slot scores, one for all layers, are
+    tabulated afterwards on held-out text, so that any rate can be chosen at run time.
 
     Args:
-        folder: of the bundle.
+        folder: folder of the bundle.
         sources: the text, one domain each.
         options: rate, text, memory.
         progress: told about every step.
 
     Raises:
         UnsupportedModelError: the model has one expert per token.
-        UsageError: a rate that cannot be, or too little text.
-        BudgetError: the memory budget does not suffice.
-        DataSourceError, NotFoundError: the text.
-        CorruptArtifactError, StorageError: the bundle, or what is left of an earlier training.
+        UsageError: the rate is out of range, or the text too short.
+        BudgetError: the memory budget is too small.
+        DataSourceError, NotFoundError: the text cannot be read.
+        CorruptArtifactError, StorageError: the bundle or the saved training is damaged.
     """
     start = time.perf_counter()
     with BundleReader.open(folder) as bundle:
@@ -157,7 +157,7 @@ def tune_pruning(
 def _split(
     text: TokenSequences, options: TunePruningOptions, share: float
 ) -> tuple[TrainingPlan, torch.Tensor]:
-    """Return what is trained on, and the sequences to judge by, [n, S]."""
+    """Return the training plan, and the held-out sequences [n, S]."""
     ids = torch.from_numpy(text.ids.astype(np.int64))  # [N, S]
     plan = TrainingPlan(
         share=share,
@@ -201,7 +201,7 @@ def _write(
     plan: TrainingPlan,
     sources: tuple[str, ...],
 ) -> LearnedPruning:
-    """Put the routers into the bundle, and remove the state of the training."""
+    """Add the routers to the bundle and remove the state of the training."""
     learned = LearnedPruning(
         file="to-be-named",
         rate=options.rate,
@@ -237,8 +237,8 @@ def _share_of_light(rate: float, shape: MoeShape) -> float:
     """Convert a share of all slots to a share of the slots after the heaviest."""
     if shape.top_k < 2:
         raise UnsupportedModelError(
-            "this model has one expert per token, so nothing of it can be pruned",
-            hint="moe-tool tune weights lowers what few bits cost",
+            "this model has one expert per token, so none can be pruned",
+            hint="moe-tool tune weights lowers the loss of few bits",
         )
     most = (shape.top_k - 1) / shape.top_k
     if not 0 < rate < most:
@@ -282,12 +282,12 @@ def _open(
     n_held_out: int,
     progress: Progress,
 ) -> Session:
-    """Open the session with as many sequences in a forward as the budget allows."""
+    """Open the session with as many sequences per forward as the budget allows."""
     config = read_config(folder).get_text_config()
     longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
-        # Not the plan's: it was made for running, and training takes more.
+        # The plan's budget is not used: it is for a run, and training needs more memory.
         memory=options.memory or AUTO,
         policy=EXACT_POLICY,
         residency="cache",
@@ -311,7 +311,7 @@ def _open(
 
 
 def _order(manifest: BundleManifest, plan: TrainingPlan, options: TunePruningOptions) -> bytes:
-    """Return a digest of what decides a training: another one does not go on with its state."""
+    """Return a digest of the training's inputs; a state of another one is not resumed."""
     weights = manifest.model_dump_json(include={"identity", "forms", "removed", "skeleton"})
     return order_digest(
         {

@@ -1,5 +1,5 @@
-"""The story of `tune weights`: layer by layer, the codes of a bundle are moved until its experts
-make up for what it has lost so far; then a new bundle is there."""
+"""Story of `tune weights`: train the codes layer by layer, so that each layer's experts compensate
+earlier errors, and write a new bundle."""
 
 import hashlib
 import time
@@ -38,20 +38,20 @@ class TuneReport:
 
     bundle: Path
     bytes: int
-    """All files"""
+    """Size of all files"""
     layers: tuple[TunedLayer, ...]
-    """Layers that this run tuned, without those of a run that it resumed"""
+    """Layers tuned by this run, without those of an interrupted one"""
     untuned: tuple[ExpertKey, ...]
-    """Experts of codes, of these layers, that too few tokens are sent to: as they were"""
+    """Quantized experts of these layers with too few routed tokens, left unchanged"""
     state_bytes: int
-    """State of the optimizer, in the layer with the most"""
+    """Optimizer state of the layer with the most"""
     state_bytes_per_weight: int
-    """Optimizer state for a weight of one layer"""
+    """Optimizer state per weight of a layer"""
     lineage: tuple[TunedWeights, ...]
     resumed_records: int
-    """Records found finished from an interrupted run"""
+    """Records taken over from an interrupted run"""
     drops_calibration: bool
-    """The bundle was calibrated, and what that measured no longer holds"""
+    """Whether a calibration was dropped, since the codes changed"""
     seconds: float
     peak_rss_bytes: int
     memory_needed_bytes: int
@@ -66,13 +66,13 @@ def tune_weights(
     out: Path,
     progress: Progress = SILENT,
 ) -> TuneReport:
-    """Write a bundle whose experts' codes are tuned; the one that it begins with is left alone.
+    """Write a new bundle with tuned codes; the old one is unchanged.
 
     One layer's experts are in memory at a time, of the exact model or of the bundle. An interrupted
     run is resumed when called again with the same arguments: finished layers are kept.
 
     Args:
-        bundle: to begin with.
+        bundle: the old bundle.
         model: the checkpoint that it was packed from.
         sources: the text, by domain.
         options: steps, rates, text.
@@ -81,8 +81,8 @@ def tune_weights(
 
     Raises:
         UsageError, WrongModelError: the bundle, `out`, an option or the checkpoint does not fit.
-        BudgetError: the budget is too small: with what would do.
-        CorruptArtifactError, DataSourceError, NotFoundError, StorageError: an input, or the disk.
+        BudgetError: the budget is too small; the hint names one that is not.
+        CorruptArtifactError, DataSourceError, NotFoundError, StorageError: input or disk fails.
     """
     start = time.perf_counter()
     options.require_possible()
@@ -142,7 +142,7 @@ def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) ->
     )
     if manifest.shape != opened.shape:
         raise CorruptArtifactError(
-            f"{bundle / MANIFEST} describes another shape than that of {opened.identity.name}",
+            f"{bundle / MANIFEST} has another shape than {opened.identity.name}",
             hint="pack the bundle again with moe-tool pack",
         )
     if manifest.selectors:
@@ -152,8 +152,8 @@ def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) ->
         )
     if any(table.role == "base" for table in manifest.cheaper):
         raise UsageError(
-            f"the experts of {bundle} are nested: with their codes the first bits would change, "
-            "which nothing is asked of",
+            f"the experts of {bundle} are nested: tuning their codes would change the base, which "
+            "is not trained",
             hint="pack it with --bits 4, and --replicas 2 beside it",
         )
     if not any(table.precision.is_coded for table in manifest.primaries):
@@ -183,7 +183,7 @@ def _text(
     )
     if not sequences.held_out.any():
         raise UsageError(
-            f"--tokens {options.tokens}: one sequence cannot be both learned from and judged by",
+            f"--tokens {options.tokens}: at least two sequences are needed, to train and to judge",
             hint="more --tokens, or a smaller --seq-len",
         )
     return sequences

@@ -97,7 +97,7 @@ def test_too_little_disk_is_refused_with_both_numbers(tmp_path: Path) -> None:
     require_free_disk(tmp_path / "not" / "there", 1)
     with pytest.raises(DiskFullError) as caught:
         require_free_disk(tmp_path / "not" / "there", 2**60)
-    assert str(2**60) in caught.value.message and "free are" in caught.value.message
+    assert str(2**60) in caught.value.message and "are free" in caught.value.message
     assert caught.value.exit_code == 4
 
 

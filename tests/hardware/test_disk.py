@@ -148,7 +148,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     usage = namedtuple("usage", "total used free")(2**40, 2**40 - MIB, MIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(disk, "_fill", None)
-    with pytest.raises(DiskFullError, match=r"free are 1.00 MiB") as caught:
+    with pytest.raises(DiskFullError, match=r"1.00 MiB are free") as caught:
         measure(folder)
     assert caught.value.exit_code == 4
     assert names(folder) == ["mine"]

@@ -145,7 +145,7 @@ def test_interrupted_pack_resumes_to_the_same_bytes(
         pack_bundle(located(folder), out=tmp_path / "killed", bits="4")
     assert not (tmp_path / "killed").exists()
     monkeypatch.undo()
-    with pytest.raises(UsageError, match="packed with bits '4', asked is '8'"):
+    with pytest.raises(UsageError, match="packed with bits '4', now '8' is asked for"):
         pack_bundle(located(folder), out=tmp_path / "killed", bits="8")
     report = pack_bundle(located(folder), out=tmp_path / "killed", bits="4")
     assert report.resumed_records == after
@@ -160,5 +160,5 @@ def test_packing_again_finds_the_bundle_finished(
     first = pack_bundle(located(folder), out=tmp_path / "b")
     again = pack_bundle(located(folder), out=tmp_path / "b")
     assert again.bytes == first.bytes and again.resumed_records == 24
-    with pytest.raises(UsageError, match="bits 'native', asked is '4'"):
+    with pytest.raises(UsageError, match="bits 'native', now '4' is asked for"):
         pack_bundle(located(folder), out=tmp_path / "b", bits="4")

@@ -155,12 +155,12 @@ def test_the_same_inputs_give_the_same_bytes_and_other_bits_are_refused(
         with pytest.raises(KeyboardInterrupt):
             pack(folder, tmp_path / "b", "4")
     for bits in ("native", "8"):
-        with pytest.raises(UsageError, match=f"skeleton_bits '4', asked is '{bits}'"):
+        with pytest.raises(UsageError, match=f"skeleton_bits '4', now '{bits}' is asked for"):
             pack(folder, tmp_path / "b", bits)
     assert pack(folder, tmp_path / "b", "4").resumed_records == 24
     for path in sorted((tmp_path / "whole").iterdir()):
         assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(UsageError, match="skeleton_bits '4', asked is '8'"):
+    with pytest.raises(UsageError, match="skeleton_bits '4', now '8' is asked for"):
         pack(folder, tmp_path / "b", "8")
     with pytest.raises(UsageError, match="--skeleton-bits 5 is not known"):
         pack(folder, tmp_path / "c", "5")

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hint_of(done: Done, path: str) -> str:
     assert done.code == 2 and "Traceback" not in done.stderr, done.stderr
-    assert f"{path} is of another model called checkpoint-500" in done.stderr
+    assert f"{path} belongs to another model called checkpoint-500" in done.stderr
     return done.stderr.rpartition("hint: ")[2].partition(",")[0].strip()
 
 

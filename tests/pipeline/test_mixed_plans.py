@@ -89,7 +89,7 @@ def test_a_limit_of_divergence_asks_for_the_fewest_bytes(
     ("arguments", "code", "words"),
     [
         (("--bits", "mixed"), 2, "--average-bits"),
-        (("--average-bits", "0.01"), 2, "nothing would be left"),
+        (("--average-bits", "0.01"), 2, "every expert would be removed"),
         (("--average-bits", "nan"), 2, "not possible"),
         (("--average-bits", "17"), 2, "not possible"),
         (("--average-bits", "2", "--bits", "4"), 2, "contradict"),

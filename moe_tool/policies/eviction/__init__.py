@@ -1,4 +1,4 @@
-"""Which expert leaves the cache when another one needs its slot."""
+"""Eviction policies: the choice of the expert that leaves the cache for another one."""
 
 from moe_tool.policies.eviction.belady import Belady
 from moe_tool.policies.eviction.choice import EvictionChoice, parse_eviction

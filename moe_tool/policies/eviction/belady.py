@@ -1,4 +1,4 @@
-"""The expert whose next use lies farthest ahead leaves first: the bound, for who knows the future.
+"""Evict the expert whose next use lies farthest ahead: the bound, which needs the future.
 
 L. A. Belady, A study of replacement algorithms for a virtual-storage computer, 1966.
 """
@@ -10,15 +10,14 @@ from moe_tool.policies.eviction.ranked import Ranked
 
 
 class Belady(Ranked):
-    """Fewest misses of all policies that fetch what is missing and nothing else, where records are
-    of one size and none is pinned."""
+    """Belady's policy: the fewest misses without prefetch, pins and records of several sizes."""
 
     def __init__(self, shape: CacheShape, *, calls: Sequence[Collection[int]]) -> None:
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
-            calls: the keys of every layer call to come, in order.
+            shape: shape of the cache.
+            calls: keys of every coming layer call, in order.
         """
         super().__init__(shape)
         n_calls = len(calls)
@@ -27,7 +26,7 @@ class Belady(Ranked):
         upcoming: dict[int, int] = {}
         for number in range(n_calls - 1, -1, -1):
             for key in calls[number]:
-                # Of two that are never used again the lower key leaves first.
+                # The lower of two keys that are never used again leaves first.
                 self._next_use[number][key] = upcoming.get(key, n_calls)
                 upcoming[key] = number
 

@@ -1,4 +1,4 @@
-"""An eviction policy by name, with its parameters: what `--eviction` takes."""
+"""Eviction policy with parameters, as `--eviction` names it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,22 +37,22 @@ class EvictionChoice:
 
     @property
     def pinned_share(self) -> float:
-        """Part of the slots that the hottest experts of the profile hold for good."""
+        """Share of the slots in which the profile's hottest experts are pinned."""
         return self.spec.pinned_share
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """Notes that the policy wants beside the accesses."""
+        """Hints that the policy needs beside the accesses."""
         return self.spec.make.hints
 
     @property
     def look_ahead(self) -> int:
-        """Number of layers to come that it wants predictions of."""
+        """Number of coming layers that the policy needs predictions for."""
         name = self.spec.look_ahead
         return 0 if name is None else self.parameters[name]
 
     def notes_bytes(self, *, n_layers: int, n_experts: int) -> int:
-        """Return the bytes of what the policy remembers beyond a few numbers per expert."""
+        """Return the bytes of the policy's state beyond a few numbers per expert."""
         return self.spec.notes_bytes(self.parameters, n_layers=n_layers, n_experts=n_experts)
 
     def make(self, shape: CacheShape) -> Eviction:
@@ -61,10 +61,10 @@ class EvictionChoice:
 
 
 def parse_eviction(text: str) -> EvictionChoice:
-    """Return what a word like "lru", "lfu:halve-every=128" or "lru:per-layer" means.
+    """Parse a word like "lru", "lfu:halve-every=128" or "lru:per-layer".
 
     Raises:
-        UsageError: the policy or a parameter is unknown, or its value is no number it can have.
+        UsageError: the policy or a parameter is unknown, or a value is out of range.
     """
     kind, _, rest = text.strip().partition(":")
     if kind not in EVICTION:

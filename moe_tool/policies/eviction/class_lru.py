@@ -15,11 +15,10 @@ from moe_tool.policies.parameters import Parameter
 
 
 class ClassLru:
-    """A newcomer is on probation; a use while it is cached makes it a protected one.
+    """A new expert is on probation; a use while it is cached makes it protected.
 
-    Where more experts are protected than their class has room for, the least recently used of them
-    goes back on probation, as its most recently used. The least recently used on probation leaves
-    first.
+    If the protected class overflows, its least recently used expert goes back on probation as the
+    most recently used. The least recently used on probation leaves first.
     """
 
     hints: ClassVar[frozenset[Hint]] = frozenset()
@@ -28,11 +27,11 @@ class ClassLru:
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
-            protected: room of the protected class, in percent of the capacity.
+            shape: shape of the cache.
+            protected: size of the protected class in percent of the capacity.
         """
         self._n_protected = shape.capacity * protected // 100
-        self._probation: dict[int, None] = {}  # least recently used first, as the other
+        self._probation: dict[int, None] = {}  # both dicts: least recently used first
         self._protected: dict[int, None] = {}
 
     def begin_call(self, layer: int) -> None:
@@ -75,7 +74,8 @@ class ClassLru:
 
 SPEC = EvictionSpec(
     name="class-lru",
-    summary="what was used longest ago of those used once, then of those used again while cached",
+    summary="the least recently used among those used once, then among those used again while "
+    "cached",
     make=ClassLru,
     parameters={
         "protected": Parameter(

@@ -1,4 +1,4 @@
-"""Which experts are cached, call by call: what the store and the simulator both ask."""
+"""Content of an expert cache, call by call, for the store and the simulator."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Entry:
 
     key: int
     victim: int | None
-    """Expert that leaves for it; None where there was room"""
+    """Expert that leaves for it; None: there was room"""
 
 
 class ExpertCache:
-    """The content of a cache of experts, with no expert in it.
+    """Ids of the experts in a cache.
 
     A layer call names its experts at once. Those in the cache when it begins are its hits. Then, in
     the order in which they are named, hits are used and the others enter, each for the policy's
@@ -37,16 +37,16 @@ class ExpertCache:
         per_layer: bool = False,
         pinned: Collection[int] = (),
     ) -> None:
-        """Begin with nothing but the pinned experts.
+        """Begin with the pinned experts only.
 
         Args:
-            make: the policy.
+            make: factory of the policy.
             n_layers: MoE layers; keys are those of `CacheShape`.
-            n_experts: of a layer.
-            capacity: experts in the cache at most, pinned ones not counted; 0 only where all are
-                pinned, and no less than `n_layers` with `per_layer`.
+            n_experts: experts of a layer.
+            capacity: most experts in the cache, pinned ones not counted; 0 only if all are pinned,
+                and at least `n_layers` with `per_layer`.
             per_layer: every layer has its own equal part of the capacity, and its own policy.
-            pinned: experts that are always there.
+            pinned: experts that are always cached.
         """
         self.n_experts = n_experts
         self._pinned = frozenset(pinned)
@@ -62,18 +62,18 @@ class ExpertCache:
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """Notes that the policy wants beside the accesses."""
+        """Hints that the policy needs beside the accesses."""
         return self._policies[0].hints
 
     def __contains__(self, key: int) -> bool:
         return key in self._cached or key in self._pinned
 
     def begin_call(self, layer: int, scores: np.ndarray | None = None) -> None:
-        """Take note that a layer is called, before its accesses.
+        """Begin a layer's call, before its accesses.
 
         Args:
-            layer: its position among the MoE layers.
-            scores: [E], where `hints` has "scores".
+            layer: position among the MoE layers.
+            scores: [E], if `hints` has "scores".
         """
         policy = self._policies[layer if self._per_layer else 0]
         policy.begin_call(layer)
@@ -81,7 +81,7 @@ class ExpertCache:
             policy.observe(layer, scores)
 
     def access(self, keys: Sequence[int]) -> list[Entry]:
-        """Use the experts that a call names, distinct ones; return those that were missing."""
+        """Use the distinct experts of a call and return those that were missing."""
         entries = []
         named = set(keys)
         hits = named & self._cached
@@ -100,7 +100,7 @@ class ExpertCache:
         return entries
 
     def prefetch(self, keys: Sequence[int], held: Collection[int]) -> list[Entry]:
-        """Let experts enter before they are named, as long as others than `held` can leave."""
+        """Let prefetched experts enter, as long as others than `held` can leave."""
         entries = []
         for key in keys:
             try:
@@ -113,7 +113,7 @@ class ExpertCache:
         return entries
 
     def expect(self, keys: Iterable[int], *, ahead: int) -> None:
-        """Take note of the experts that the layer `ahead` calls from now is predicted to name."""
+        """Tell the policies the experts predicted for the call `ahead` calls from now."""
         by_policy: dict[int, list[int]] = {}
         for key in keys:
             by_policy.setdefault(self._part(key), []).append(key)
@@ -121,7 +121,7 @@ class ExpertCache:
             self._policies[part].expect(named, ahead=1 if self._per_layer else ahead)
 
     def discard(self, key: int) -> None:
-        """Take a cached expert out."""
+        """Remove a cached expert."""
         self._room[self._part(key)] += 1
         self._policy(key).discard(key)
         self._cached.discard(key)

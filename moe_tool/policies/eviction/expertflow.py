@@ -1,4 +1,4 @@
-"""Recency in two tiers, where what was just used or is predicted leaves last: arXiv:2510.26730."""
+"""Recency in two tiers, in which recent or predicted experts leave last: arXiv:2510.26730."""
 
 from collections.abc import Collection, Sequence
 from typing import ClassVar
@@ -14,8 +14,8 @@ _HIGH = 2**60
 
 
 class Expertflow(Ranked):
-    """The high tier holds what was used within the last `window` layer calls or is predicted for
-    one of the next; the low tier goes first, each in the order of its last uses."""
+    """The high tier holds experts used within the last `window` layer calls or predicted for one of
+    the next; the low tier is evicted first, each tier in order of last use."""
 
     hints: ClassVar[frozenset[Hint]] = frozenset({"predictions"})
 
@@ -23,8 +23,8 @@ class Expertflow(Ranked):
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
-            window: layer calls that are looked back and ahead.
+            shape: shape of the cache.
+            window: layer calls to look back and ahead.
         """
         super().__init__(shape)
         self._window = window
@@ -72,11 +72,11 @@ class Expertflow(Ranked):
 
 SPEC = EvictionSpec(
     name="expertflow",
-    summary="what was neither just used nor is predicted soon",
+    summary="those neither just used nor predicted soon",
     make=Expertflow,
     parameters={
         "window": Parameter(
-            help="layer calls that are looked back and ahead",
+            help="layer calls to look back and ahead",
             default=2,
             least=1,
             most=10**6,

@@ -1,11 +1,11 @@
-"""The expert that came first leaves first, used since or not."""
+"""First in, first out: uses change nothing."""
 
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
 
 
 class Fifo(Ranked):
-    """One order of arrival over the experts of all layers."""
+    """Order of arrival over the experts of all layers."""
 
     _arrivals = 0
 
@@ -15,7 +15,7 @@ class Fifo(Ranked):
         self.rank(key, self._arrivals)
 
     def touch(self, key: int) -> None:
-        """A use changes nothing."""
+        """No-op: a use changes nothing."""
 
 
-SPEC = EvictionSpec(name="fifo", summary="what came first", make=Fifo, compiled="fifo")
+SPEC = EvictionSpec(name="fifo", summary="the first that entered", make=Fifo, compiled="fifo")

@@ -9,13 +9,13 @@ from moe_tool.policies.parameters import Parameter
 
 
 class Hobbit(Ranked):
-    """The least priority w_lru R/T + w_lfu F/T + w_lhu H/T + w_fld (1 - d/L) leaves first.
+    """Evict the least priority w_lru R/T + w_lfu F/T + w_lhu H/T + w_fld (1 - d/L).
 
-    R is the token of an expert's last use, F the number of its uses, H that of its uses at high
-    precision, T the token under way, L the number of layers. Here every use is one at high
-    precision. d counts the layer calls until an expert's layer has its turn again; the printed
-    formula counts those since its turn, which gives up first what is wanted next (docs/simulate.md
-    has both). All of it times T L, in integers. Records are kept from one sequence to the next.
+    R is the token of an expert's last use, F the number of its uses, H that of its high-precision
+    uses (here every use), T the current token, L the number of layers. d counts the layer calls
+    until the expert's layer is called again; the printed formula counts those since its last call,
+    which evicts first what is wanted next (docs/simulate.md has both). Priorities are scaled by T L
+    to integers. Counts are kept from one sequence to the next.
     """
 
     def __init__(
@@ -24,8 +24,8 @@ class Hobbit(Ranked):
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
-            lru, lfu, lhu, fld: the weights, in percent.
+            shape: shape of the cache.
+            lru, lfu, lhu, fld: weights in percent.
         """
         super().__init__(shape)
         self._of_last, self._of_uses, self._of_distance = lru, lfu + lhu, fld

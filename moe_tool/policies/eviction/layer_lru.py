@@ -1,4 +1,4 @@
-"""The expert whose next use is expected last leaves first: recency, with the layers' turns."""
+"""Evict the expert whose next use is expected last, by recency and the order of layers."""
 
 from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
@@ -7,19 +7,19 @@ from moe_tool.policies.parameters import Parameter
 
 
 class LayerLru(Ranked):
-    """An expert's next use is expected at its layer's next turn, and later by a share of a forward
-    for every forward that it was not used in.
+    """An expert's next use is expected at its layer's next call, later by a share of a forward for
+    every forward without use.
 
-    The layers are called in a circle, so that plain recency gives up what is wanted next as soon as
-    the cache holds less than one token's experts. Here the layer that has just been has to give.
+    Layers are called in a cycle, so that plain LRU evicts what is wanted next once the cache holds
+    less than one token's experts. This policy evicts from the layer that was just called.
     """
 
     def __init__(self, shape: CacheShape, *, age: int = 25) -> None:
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
-            age: what a forward without use adds, in percent of a forward.
+            shape: shape of the cache.
+            age: delay per forward without use, in percent of a forward.
         """
         super().__init__(shape)
         self._age = age
@@ -38,8 +38,8 @@ class LayerLru(Ranked):
 
 SPEC = EvictionSpec(
     name="layer-lru",
-    summary="whose layer's turn is farthest ahead, with a share of a round for every forward "
-    "without use",
+    summary="those whose layer's next call is farthest ahead, plus a share of a round for every "
+    "forward without use",
     make=LayerLru,
     parameters={
         "age": Parameter(

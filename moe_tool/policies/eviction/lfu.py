@@ -1,4 +1,4 @@
-"""The least used expert leaves first, where old uses count less."""
+"""Evict the least used expert, with counts that decay."""
 
 import numpy as np
 
@@ -12,13 +12,13 @@ _MAX_COUNT = 2**20
 
 
 class Lfu(Ranked):
-    """Uses of every expert, cached or not, halved from time to time; equal ones by last use."""
+    """Uses of every expert, cached or not, halved periodically; ties are broken by last use."""
 
     def __init__(self, shape: CacheShape, *, halve_every: int = 64) -> None:
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
+            shape: shape of the cache.
             halve_every: forwards after which all counts are halved.
         """
         super().__init__(shape)
@@ -52,7 +52,7 @@ class Lfu(Ranked):
 
 SPEC = EvictionSpec(
     name="lfu",
-    summary="what was used least, old uses counting half",
+    summary="the least used, old uses counting half",
     make=Lfu,
     parameters={
         "halve-every": Parameter(

@@ -1,4 +1,4 @@
-"""Least frequently used, where an expert that left and comes back has half of its count still."""
+"""Least frequently used, where an evicted expert that comes back keeps half of its count."""
 
 from collections.abc import Collection
 
@@ -12,19 +12,18 @@ _MAX_COUNT = 2**20
 
 
 class LfuGhost(Ranked):
-    """Uses since an expert entered the cache, plus half of what it left with the last time.
+    """Uses since an expert entered the cache, plus half of its count at its last eviction.
 
-    Only the last experts that left are remembered, as many as `ghosts` says; all others begin at
-    nothing, so that a count says what was wanted lately. All counts, of cached experts and ghosts,
-    are halved from time to time. Of equal counts the least recently used leaves first.
+    Only the last `ghosts` evicted experts are remembered; others begin at zero, so that counts
+    reflect recent use. All counts are halved periodically. Ties are broken by last use.
     """
 
     def __init__(self, shape: CacheShape, *, ghosts: int = 100, halve_every: int = 64) -> None:
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
-            ghosts: experts that are remembered after they left, in percent of the capacity.
+            shape: shape of the cache.
+            ghosts: number of remembered evicted experts, in percent of the capacity.
             halve_every: forwards after which all counts are halved.
         """
         super().__init__(shape)
@@ -32,7 +31,7 @@ class LfuGhost(Ranked):
         self._halve_every = halve_every
         self._counts: dict[int, int] = {}
         self._last_use: dict[int, int] = {}
-        self._ghosts: dict[int, int] = {}  # key -> halved count, the first that left first
+        self._ghosts: dict[int, int] = {}  # key -> halved count, in order of eviction
         self._uses = 0
 
     def begin_call(self, layer: int) -> None:
@@ -64,7 +63,7 @@ class LfuGhost(Ranked):
         return victim
 
     def discard(self, key: int) -> None:
-        """See `Eviction`. It leaves with what it had before it came: that was no use."""
+        """See `Eviction`. The expert gets back its earlier count, since it was not used."""
         super().discard(key)
         self._remember(key, self._counts.pop(key) - 1)
 
@@ -80,11 +79,11 @@ class LfuGhost(Ranked):
 
 SPEC = EvictionSpec(
     name="lfu-ghost",
-    summary="what was used least since it came, plus half of its count from before it last left",
+    summary="the least used since they entered, plus half of the count at their last eviction",
     make=LfuGhost,
     parameters={
         "ghosts": Parameter(
-            help="experts remembered after they left, percent of the cache's slots",
+            help="evicted experts to remember, percent of the cache's slots",
             default=100,
             most=10**4,
             is_whole=True,

@@ -1,11 +1,11 @@
-"""The least recently used expert leaves first."""
+"""Evict the least recently used expert."""
 
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
 
 
 class Lru(Ranked):
-    """One recency order over the experts of all layers."""
+    """Recency order over the experts of all layers."""
 
     _uses = 0
 
@@ -19,7 +19,7 @@ class Lru(Ranked):
 
 SPEC = EvictionSpec(
     name="lru",
-    summary="what was used longest ago",
+    summary="the least recently used",
     make=Lru,
     compiled="lru",
     is_stack=True,

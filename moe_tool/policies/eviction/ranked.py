@@ -1,4 +1,4 @@
-"""Cached experts that are given up in the order of an integer each has."""
+"""Base of policies that evict experts in the order of an integer rank."""
 
 from collections.abc import Collection, Sequence
 from typing import ClassVar
@@ -11,8 +11,8 @@ _ABSENT = 2**62
 
 
 class Ranked:
-    """The least rank leaves first; equal ones by lower key. A layer may have a rank that is added
-    to those of its experts."""
+    """Evicts the lowest rank first, then the lowest key. A layer's rank is added to those of its
+    experts."""
 
     hints: ClassVar[frozenset[Hint]] = frozenset()
 
@@ -20,31 +20,31 @@ class Ranked:
         """Begin with an empty cache."""
         self.shape = shape
         self.layer = shape.n_layers
-        """Position of the layer under way"""
+        """Position of the current layer"""
         self.forward = 0
-        """Number of the forward under way, from 1"""
+        """Number of the current forward, from 1"""
         self._ranks = np.full((shape.n_layers, shape.n_experts), _ABSENT, dtype=np.int64)
         self._flat = self._ranks.reshape(-1)
         self.layer_ranks: np.ndarray | None = None
         """[L] int64: rank added to those of a layer's experts"""
 
     def begin_call(self, layer: int) -> None:
-        """Count forwards: each visits the layers ascending."""
+        """Count forwards: each calls layers in ascending order."""
         if layer <= self.layer:
             self.forward += 1
         self.layer = layer
 
     def rank(self, key: int, rank: int) -> None:
-        """Give an expert its place; from now on it is cached."""
+        """Set the rank of an expert, which is cached from now on."""
         self._flat[key] = rank
 
     def rank_layer(self, layer: int, ranks: np.ndarray) -> None:
-        """Give the cached experts of a layer new places, [E] int64; the others are passed over."""
+        """Set the ranks [E] int64 of a layer's cached experts; others are ignored."""
         row = self._ranks[layer]
         np.copyto(row, ranks, where=row != _ABSENT)
 
     def is_cached(self, key: int) -> bool:
-        """Return whether an expert has a place."""
+        """Return whether an expert has a rank."""
         return bool(self._flat[key] != _ABSENT)
 
     def evict(self, protected: Collection[int]) -> int:
@@ -75,7 +75,7 @@ class Ranked:
         """No-op: ignores predictions."""
 
     def turns_until(self) -> np.ndarray:
-        """Return how many layer calls from now each layer's turn is, [L] int64 of 1..L; L for the
-        layer under way."""
+        """Return the number of layer calls until each layer is called, [L] int64 of 1..L; L for the
+        current layer."""
         n_layers = self.shape.n_layers
         return (np.arange(n_layers) - self.layer - 1) % n_layers + 1

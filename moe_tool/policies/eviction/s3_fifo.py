@@ -1,5 +1,5 @@
-"""S3-FIFO: a small queue for what may be used once, a main one, and a ghost queue of experts that
-left the small one (Yang et al., SOSP 2023)."""
+"""S3-FIFO: a small queue for new experts, a main queue, and a ghost queue of experts evicted from
+the small one (Yang et al., SOSP 2023)."""
 
 from collections.abc import Collection, Sequence
 from typing import ClassVar
@@ -14,8 +14,8 @@ _MAX_USES = 3
 
 
 class S3Fifo:
-    """A newcomer enters the small queue, a tenth of the cache, and moves to the main one if it was
-    used again by the time it would leave. Ghost-queue hits enter the main queue."""
+    """A new expert enters the small queue, a tenth of the cache, and moves to the main queue if it
+    was used again by the time it would leave. Ghost-queue hits enter the main queue."""
 
     hints: ClassVar[frozenset[Hint]] = frozenset()
 
@@ -23,13 +23,13 @@ class S3Fifo:
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
-            small: the small queue's part of it, in percent.
+            shape: shape of the cache.
+            small: size of the small queue in percent of the capacity.
         """
         self._n_small = max(1, shape.capacity * small // 100)
         self._n_ghosts = max(1, shape.capacity - self._n_small)
-        self._uses: dict[int, int] = {}  # of cached experts, since they entered their queue
-        self._small: dict[int, None] = {}  # oldest first, as the others
+        self._uses: dict[int, int] = {}  # uses of cached experts since they entered their queue
+        self._small: dict[int, None] = {}  # all queues: oldest first
         self._main: dict[int, None] = {}
         self._ghosts: dict[int, None] = {}
 
@@ -50,7 +50,7 @@ class S3Fifo:
             self._small[key] = None
 
     def evict(self, protected: Collection[int]) -> int:
-        """See `Eviction`. Protected experts that are met go to the end of the main queue."""
+        """See `Eviction`. Protected experts met on the way go to the end of the main queue."""
         if len(self._uses) <= len(protected) and all(key in protected for key in self._uses):
             raise LookupError("every cached expert is protected")
         skipped = 0
@@ -97,7 +97,7 @@ def _pop(queue: dict[int, None]) -> int:
 
 SPEC = EvictionSpec(
     name="s3-fifo",
-    summary="what was used once: three queues",
+    summary="those used once: three queues",
     make=S3Fifo,
     parameters={
         "small": Parameter(

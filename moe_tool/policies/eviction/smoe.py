@@ -11,12 +11,12 @@ from moe_tool.policies.eviction.spec import EvictionSpec
 from moe_tool.policies.parameters import Parameter
 
 SCORE_ONE = 2**15
-"""The score of certainty"""
+"""Score that stands for a probability of 1"""
 _MEAN_BITS = 8
 
 
 class Smoe(Ranked):
-    """The mean of each expert's gate score over its layer's last calls, chosen or not."""
+    """Mean gate score of each expert, chosen or not, over its layer's last calls."""
 
     hints: ClassVar[frozenset[Hint]] = frozenset({"scores"})
 
@@ -24,14 +24,14 @@ class Smoe(Ranked):
         """Begin with an empty cache.
 
         Args:
-            shape: of the cache.
-            window: calls of a layer that are averaged over.
+            shape: shape of the cache.
+            window: calls of a layer in the mean.
         """
         super().__init__(shape)
         self._window = window
         self._scores: dict[int, np.ndarray] = {}
         """Layer -> [window, E] uint16; only layers that were called, since with `per-layer` a
-        policy sees but one"""
+        policy sees one alone"""
         self._calls = np.zeros(shape.n_layers, dtype=np.int64)
         self._means = np.zeros((shape.n_layers, shape.n_experts), dtype=np.int64)
 
@@ -55,11 +55,10 @@ class Smoe(Ranked):
 
 
 def gate_scores(logits: np.ndarray) -> np.ndarray:
-    """Return what `Smoe` is told of a call: the mean over its tokens of the softmax of the router
-    logits.
+    """Return the gate scores of a call: the softmax of the router logits, averaged over tokens.
 
     Args:
-        logits: [T, E] float16, as a profile or a run records them.
+        logits: [T, E] float16, as recorded by a profile or a run.
 
     Returns:
         [E] uint16 of 0..SCORE_ONE.
@@ -78,11 +77,11 @@ def _notes_bytes(parameters: Mapping[str, int], *, n_layers: int, n_experts: int
 
 SPEC = EvictionSpec(
     name="smoe",
-    summary="the least mean gate score lately",
+    summary="the least recent mean gate score",
     make=Smoe,
     parameters={
         "window": Parameter(
-            help="calls of the layer that are averaged over",
+            help="calls of the layer in the mean",
             default=16,
             least=1,
             most=1024,

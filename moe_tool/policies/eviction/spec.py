@@ -13,27 +13,27 @@ class MakesEviction(Protocol):
 
     @property
     def hints(self) -> frozenset[Hint]:
-        """Notes that the policy wants beside the accesses."""
+        """Hints that the policy needs beside the accesses."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Eviction:
         """Return a fresh policy for a `CacheShape`, given its parameters by name."""
 
 
 class SizesNotes(Protocol):
-    """Bytes of what a policy remembers."""
+    """Function that returns the bytes of a policy's state."""
 
     def __call__(self, parameters: Mapping[str, int], *, n_layers: int, n_experts: int) -> int:
         """Return the bytes for a model of so many layers of so many experts."""
 
 
 def few_notes(parameters: Mapping[str, int], *, n_layers: int, n_experts: int) -> int:
-    """Return 0: the policy remembers a few numbers per expert, which no account lists."""
+    """Return 0: a few numbers per expert are not in the memory account."""
     return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionSpec:
-    """Everything that the tool has to know of one eviction policy."""
+    """Description of one eviction policy."""
 
     name: str
     """Name that `--eviction` takes"""
@@ -45,13 +45,13 @@ class EvictionSpec:
     source: str = ""
     """Paper or documentation of the rule"""
     pinned_share: float = 0.0
-    """Part of the slots that the profile's hottest experts hold for the whole run"""
+    """Share of the slots in which the profile's hottest experts are pinned"""
     compiled: str | None = None
     """Name of the same rule in native/replay.py; None: Python replays it"""
     is_stack: bool = False
-    """One pass over a trace answers for every capacity: the least recently used leaves"""
+    """Whether one pass over a trace gives the misses at every capacity, as for LRU"""
     look_ahead: str | None = None
-    """Parameter that says for how many layers to come it wants predictions; None: for none"""
+    """Parameter with the number of coming layers to predict; None: no predictions"""
     notes_bytes: SizesNotes = few_notes
 
     def build(self, shape: CacheShape, parameters: Mapping[str, int]) -> Eviction:

@@ -1,11 +1,11 @@
-"""The profile's hottest experts stay for the whole run; the slots of one token are for the rest."""
+"""Pin the profile's hottest experts; only the slots of one token are for others."""
 
 from moe_tool.policies.eviction.lru import Lru
 from moe_tool.policies.eviction.spec import EvictionSpec
 
 SPEC = EvictionSpec(
     name="static-hot",
-    summary="nothing but the slots of one token: the hottest experts of the profile stay",
+    summary="none of the profile's hottest experts: only the slots of one token change",
     make=Lru,
     pinned_share=1.0,
     compiled="lru",

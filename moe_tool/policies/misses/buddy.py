@@ -46,9 +46,9 @@ class Buddy:
 
     Source: arXiv:2511.10054. Priority psi = rank * (1 + eta * z): rank is (B - r) / B for the r-th
     of B buddies, z this token's router logit of the buddy, scaled to 0..1 over the layer.
-    Deviations: the paper's first factor is its co-activation frequency, which other similarities
-    have no counterpart of (they can be negative); its third factor, for hops between devices, is 1
-    on one device; and the buddy's output is multiplied by the fitted scale (1 in the paper).
+    Deviations: the paper's first factor is the co-activation frequency, which has no counterpart in
+    other similarities (they can be negative); its third factor, for hops between devices, is 1 on
+    one device; and the buddy's output is multiplied by the fitted scale (1 in the paper).
     """
 
     gates: Gates
@@ -60,7 +60,7 @@ class Buddy:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the choice looks at this token's router logits."""
+        """Whether the choice depends on the token's router logits."""
         return self.logit_weight != 0
 
     def describe(self) -> str:

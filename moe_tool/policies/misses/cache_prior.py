@@ -1,4 +1,4 @@
-"""Experts in memory get a bonus on the router's scores before the top K are chosen."""
+"""Cache prior: resident experts get a bonus on the router's scores before the top K are chosen."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,17 +19,17 @@ class CachePrior:
     """The cache prior of Mixture of Cache-Conditional Experts (arXiv:2412.00099).
 
     lambda times the range of the router's scores is added to the scores of resident experts, the
-    best K are chosen anew, and weighed by the model's own rule on the scores as they were. A
-    token's best experts are kept whatever it takes.
-    Deviations: the range is that of the token's own scores, not a mean over the tokens before it,
-    so that an answer depends on nothing but routing and residency. Scores are those that the model
-    selects by; where these are not the logits, the range is theirs.
+    best K are chosen anew, and weighed by the model's rule on the original scores. A token's J best
+    experts are always kept.
+    Deviations: the range is that of the token's own scores, not a mean over earlier tokens, so that
+    an answer depends on routing and residency alone. Scores are the model's selection scores, even
+    if these are not the logits.
     """
 
     share: float
     """lambda: bonus of a resident expert, as a share of the range of the token's scores"""
     n_kept: int
-    """J: best experts of a token that are never given up"""
+    """J: best experts of a token that are always kept"""
     reweigh: Mapping[int, Reweigh]
     """Decoder layer -> gate weight rule"""
     lossy: ClassVar[bool] = True
@@ -108,7 +108,7 @@ SPEC = PolicySpec(
             default=0.2,
         ),
         "keep": Parameter(
-            help="best experts of a token that are never given up",
+            help="best experts of a token that are always kept",
             default=1,
             most=1024,
             is_whole=True,

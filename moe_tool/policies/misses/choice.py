@@ -1,4 +1,4 @@
-"""A miss policy by name, with its parameters: what `--policy` takes."""
+"""Miss policy with parameters, as `--policy` names it."""
 
 from dataclasses import dataclass, replace
 
@@ -36,12 +36,12 @@ class MissChoice:
 
     @property
     def weighs_prompts(self) -> bool:
-        """Whether the policy asks which of a prompt's tokens matter: that takes attention sums."""
+        """Whether the policy needs the importance of a prompt's tokens, from attention sums."""
         return PROMPT_IMPORTANCE in self.spec.needs
 
     @property
     def asks_router(self) -> bool:
-        """Whether the policy asks the bundle's trained mask routers."""
+        """Whether the policy uses the bundle's trained mask routers."""
         return MASK_ROUTER in self.spec.needs
 
     def with_value(self, parameter: str, value: float) -> "MissChoice":
@@ -53,9 +53,9 @@ class MissChoice:
         """Return the policy.
 
         Raises:
-            UsageError: the inputs lack what it needs.
-            NotFoundError: what it asks has not been trained.
-            UnsupportedModelError: it means nothing for this model.
+            UsageError: a required input is missing.
+            NotFoundError: the mask routers have not been trained.
+            UnsupportedModelError: the policy does not apply to this model.
         """
         for need in self.spec.needs:
             need.require(self.kind, inputs)
@@ -63,10 +63,10 @@ class MissChoice:
 
 
 def parse_miss_policy(text: str) -> MissChoice:
-    """Return what a word like "exact", "buddy:rho=1" or "priced:nats-per-mb=0.01" means.
+    """Parse a word like "exact", "buddy:rho=1" or "priced:nats-per-mb=0.01".
 
     Raises:
-        UsageError: the policy or a parameter is unknown, or its value is no number it can have.
+        UsageError: the policy or a parameter is unknown, or a value is out of range.
     """
     word = text.strip()
     named = [kind for kind in MISS_POLICIES if f"{word}:".startswith(f"{kind}:")]

@@ -1,4 +1,4 @@
-"""Every expert that is wanted is fetched."""
+"""Exact: every missing expert is fetched."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from moe_tool.policies.misses.spec import PolicySpec, Values
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exact:
-    """Answers no miss by anything but the expert itself."""
+    """Policy that answers every miss by the expert itself."""
 
     lossy: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False

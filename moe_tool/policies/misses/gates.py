@@ -19,8 +19,7 @@ GATE_PARAMETERS: Mapping[str, Parameter] = {
         is_whole=True,
     ),
     "beta": Parameter(
-        help="share of a sequence's slots from which on, if they are missing, it is answered "
-        "exactly",
+        help="share of a sequence's slots that, if missing, makes it be answered exactly",
         default=0.6,
         most=2,
     ),
@@ -37,20 +36,19 @@ GATE_PARAMETERS: Mapping[str, Parameter] = {
 class Gates:
     """BuddyMoE's gates (arXiv:2511.10054): entropy tau, distribution beta, at most rho per token.
 
-    Deviation: the paper's share of missing experts is of the micro-batch. Ours is of a sequence, so
-    that what a sequence is answered does not depend on which others are in its batch. It counts
-    (token, expert) slots.
+    Deviation: the share of missing (token, expert) slots is that of a sequence, not of the
+    micro-batch, so that answers do not depend on other sequences in the batch.
     """
 
     entropy_threshold: Mapping[int, float]
-    """tau by decoder layer, in 0..1: a token whose entropy is not above it is answered exactly"""
+    """tau by decoder layer, 0 to 1: a token is answered exactly unless its entropy is above it"""
     bypass_share: float = 0.6
-    """beta: a sequence of whose slots this share or more is missing is answered exactly"""
+    """beta: a sequence is answered exactly if this share of its slots or more is missing"""
     max_substitutions: int | None = None
     """rho: slots per token that may be answered otherwise; None: ceil(K / 2)"""
     max_margin: float = 1.0
-    """gamma: a token whose heaviest gate weight is further above its second one, both as shares of
-    all, is answered exactly; 1: none is"""
+    """gamma: a token is answered exactly if its two heaviest gate weights, as shares of all, differ
+    by more; 1: never"""
     enabled: bool = True
     """False: every miss of a decode step may be answered otherwise"""
 
@@ -73,7 +71,7 @@ class Gates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSlots:
-    """Slots of one layer call that the gates let through."""
+    """Slots of one layer call that pass the gates."""
 
     open: np.ndarray
     """[T, K] bool: missing slots that may be answered by something else"""
@@ -84,7 +82,7 @@ class OpenSlots:
 
 
 def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlots | None:
-    """Return the slots that need not be fetched, None where there are none.
+    """Return the slots that need not be fetched; None if there are none.
 
     Args:
         gates: the thresholds.

@@ -1,4 +1,4 @@
-"""A wanted expert that hardly outscored the rest gives way to a resident one that hardly lost."""
+"""Near-ties: a missing expert just above the cut is replaced by a resident one just below it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ from moe_tool.policies.parameters import Parameter
 class NearTie:
     """SMoE's router (arXiv:2508.18983): bands around S, the best score that was not chosen.
 
-    Chosen experts scoring below (1 + alpha) S are low, the others are kept whatever it takes. Low
-    ones that are missing give way to resident experts from (1 - alpha) S to S, the best first; what
-    finds none is read. The gate weights of the whole set are computed anew by the model's own rule.
-    Deviation: experts that another token of the batch brings in are no candidates, so that an
-    answer does not depend on the company it is in.
+    Chosen experts scoring below (1 + alpha) S are low, the others are always kept. Missing low ones
+    are replaced by resident experts from (1 - alpha) S to S, the best first, or else read. The gate
+    weights of the whole set are computed anew by the model's rule.
+    Deviation: experts that another token of the batch fetches are no candidates, so that an answer
+    does not depend on the batch.
     """
 
     alpha: float
@@ -60,7 +60,7 @@ class NearTie:
         n_coming = may_come.sum(axis=1)
         expert = routing.index.copy()
         order = np.argsort(np.where(gives_way, own, np.inf), axis=1, kind="stable")
-        for place in range(top_k):  # the lowest of those that give way first
+        for place in range(top_k):  # the lowest replaceable score first
             position = order[:, place]
             moves = gives_way[every[:, 0], position] & (place < n_coming)
             token = np.flatnonzero(moves)
@@ -86,7 +86,7 @@ def _make(inputs: PolicyInputs, values: Values) -> NearTie:
 
 SPEC = PolicySpec(
     name="near-tie",
-    summary="where it hardly outscored the rest: a resident expert that hardly lost",
+    summary="in a near-tie, a resident expert that was nearly chosen",
     make=_make,
     inert="alpha=0",
     fires="alpha=1",

@@ -9,21 +9,17 @@ from moe_tool.policies.misses.protocol import PolicyInputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """One kind of input that a policy asks for."""
+    """One kind of input that a policy requires."""
 
     name: str
     is_met: Callable[[PolicyInputs], bool]
     complaint: str
-    """Sentence that follows the policy's name where the need is not met"""
+    """Complaint that follows the policy's name if the need is not met"""
     hint: str
     error: type[MoeToolError] = UsageError
 
     def require(self, policy: str, inputs: PolicyInputs) -> None:
-        """Refuse inputs that lack this.
-
-        Raises:
-            UsageError: or the error that this need names.
-        """
+        """Refuse inputs that do not meet the need, by its error."""
         if not self.is_met(inputs):
             raise self.error(f"--policy {policy}: {self.complaint}", hint=self.hint)
 
@@ -55,7 +51,7 @@ RATIO_QUANTILES = Need(
 WEIGHT_RULE = Need(
     name="the model's gate weight rule",
     is_met=lambda inputs: inputs.reweigh is not None,
-    complaint="the rule by which this model weighs its experts is not known",
+    complaint="the rule for this model's gate weights is not known",
     hint="take --policy buddy, random, drop or exact",
 )
 REPLICAS = Need(
@@ -67,7 +63,7 @@ REPLICAS = Need(
 MASK_ROUTER = Need(
     name="trained mask routers",
     is_met=lambda inputs: inputs.pruning is not None,
-    complaint="nothing was learned about pruning this bundle",
+    complaint="this bundle has no trained mask routers",
     hint="train it first: moe-tool tune pruning BUNDLE --data ...",
     error=NotFoundError,
 )

@@ -1,4 +1,4 @@
-"""A token is re-routed to its next-ranked resident experts, weighed as the model would."""
+"""Re-routing of a token to its next-ranked resident experts, weighed by the model's rule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ from moe_tool.policies.misses.substitution import Pick, substitute
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextRanked:
-    """Replaces a missing expert by the resident one that this token's router ranks next.
+    """Replaces a missing expert by the resident one that the token's router ranks next.
 
-    The gate weights of the whole chosen set are then computed anew by the model's own rule, for the
-    tokens that were re-routed alone. Where residents run out, a token gets fewer experts than it
-    wants (eMoE, arXiv:2503.06823); its heaviest is fetched if it had none at all. An expert whose
-    selection score is -inf (outside the token's expert groups) is no candidate.
+    The gate weights of re-routed tokens are computed anew by the model's rule. If residents run
+    out, a token gets fewer experts (eMoE, arXiv:2503.06823); its heaviest is fetched if it had none
+    at all. An expert whose selection score is -inf (outside the token's expert groups) is no
+    candidate.
     """
 
     gates: Gates
@@ -65,8 +65,8 @@ class NextRanked:
 
 
 def _left_out(routing: Routing, slots: OpenSlots, expert: np.ndarray) -> np.ndarray:
-    """Return the open slots for which no resident was left, as far as the gates let a token's slots
-    be answered otherwise, [T, K] bool."""
+    """Return the open slots for which no resident was left, within the gates' limit, [T, K]
+    bool."""
     order = slots.order  # by gate weight
     is_replaced = np.take_along_axis(expert != routing.index, order, axis=1)
     is_left = np.take_along_axis(slots.open, order, axis=1) & ~is_replaced

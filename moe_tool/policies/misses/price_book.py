@@ -1,6 +1,6 @@
-"""Prices of every answer to a miss, as arrays: the one currency in which answers are compared.
+"""Prices of every answer to a miss, as arrays.
 
-Prices are nats that a slot's answer is expected to add to the divergence of the model's output:
+A price is the nats that a slot's answer is expected to add to the divergence of the model's output:
 nats[i] * w^2 * eps^2 for an answer with relative error eps in a slot of gate weight w.
 """
 
@@ -12,23 +12,22 @@ import numpy as np
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing
 
 STRUCTURED = 2.0
-"""Cost of an error that has structure, over that of noise of the same size.
+"""Price of a structured error, as a multiple of that of noise of the same size.
 
-The profile's sensitivity is that of noise, which is what rounding to two bits or more leaves. An
-error that takes a part of the output away, as leaving an expert out does, a stand-in, a map of low
-rank or one bit, lies where the next layers look: on two trained models measured divergence over
-expected was 0.8 to 1.6 for the former and 1.7 to 2.8 for the latter."""
+The profile's sensitivity is to noise, like the error of rounding to two bits or more. An error that
+removes a part of the output (dropping, a stand-in, a low-rank map, one bit) matters more to the
+next layers: on two trained models measured over expected divergence was 0.8 to 1.6 for noise and
+1.7 to 2.8 for structured errors."""
 
 
 def effective_error(eps: np.ndarray, *, is_noise: bool) -> np.ndarray:
-    """Return relative errors by their effect on the output, where dropping the expert is 1.
+    """Return relative errors by their effect on the output, scaled so that dropping is 1.
+
+    Prices of effective errors are `STRUCTURED` times the sensitivity.
 
     Args:
-        eps: error relative to the expert's own output.
-        is_noise: whether rounding left it.
-
-    Returns:
-        The same shape; prices are then `STRUCTURED` times what the sensitivity alone gives.
+        eps: errors relative to the expert's own output.
+        is_noise: whether the errors are those of rounding.
     """
     wide = np.asarray(eps, dtype=np.float64)
     return wide / np.sqrt(STRUCTURED) if is_noise else wide
@@ -39,27 +38,25 @@ class LayerBook:
     """One layer's prices. E experts, F forms, B listed stand-ins."""
 
     nats: np.ndarray
-    """[E] float64: price of a slot with gate weight 1 that is answered by nothing"""
+    """[E] float64: price of dropping each expert in a slot of gate weight 1"""
     eps: np.ndarray
-    """[F, E] float64: effective error of each form; 0 at PRIMARY, infinite where a cheaper form is
-    not stored"""
+    """[F, E] float64: effective error of each form; 0 at PRIMARY, infinite if not stored"""
     record_bytes: np.ndarray
-    """[F, E] int64: size of each record; 0 where a form is not stored"""
+    """[F, E] int64: size of each record; 0 if not stored"""
     buddy: np.ndarray
-    """[E, B] int64: listed stand-ins; -1 where there is none"""
+    """[E, B] int64: listed stand-ins, padded with -1"""
     buddy_scale: np.ndarray
     """[E, B] float64: factor on the gate weight"""
     buddy_eps: np.ndarray
-    """[E, B] float64: relative error at that scale; infinite where there is none"""
+    """[E, B] float64: relative error at that scale, padded with infinity"""
 
     def stand_in_cost(
         self, wanted: np.ndarray, weight: np.ndarray, used: np.ndarray, used_weight: np.ndarray
     ) -> np.ndarray:
-        """Return what slots cost that another expert answers with any weight, [n] float64.
+        """Return the prices of slots answered by another expert at any weight, [n] float64.
 
         With E_i = a E_j + rest, ||rest|| = eps ||E_i||, the error of w' E_j for w E_i is that of
-        the rest, and of what w' differs from a w. A stand-in that is not listed is taken to have
-        nothing in common with the expert.
+        the rest and of w' - a w. An unlisted stand-in is assumed to be orthogonal to the expert.
 
         Args:
             wanted: [n] experts.
@@ -88,7 +85,7 @@ class LayerBook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriceBook:
-    """Prices of all layers, as the planner, the policies and the account know them."""
+    """Prices of all layers, for the planner, the policies and the account."""
 
     layers: Mapping[int, LayerBook]
     """Decoder layer -> prices"""
@@ -101,18 +98,14 @@ class PriceBook:
 
     @property
     def typical_nats_per_mb(self) -> float:
-        """KL per MB of dropping an average expert at gate weight 0.5: around it answers change."""
+        """KL per MB of dropping an average expert at gate weight 0.5; answers change around it."""
         nats = [float(each.nats.mean()) / 4 for each in self.layers.values()]
         return sum(nats) / len(nats) / (self.record_bytes[PRIMARY] / 1e6)
 
     def spent(self, routing: Routing, answers: Answers) -> np.ndarray:
-        """Return what the answers are expected to add to the divergence, [T] float64 nats.
+        """Return the expected divergence of the answers to a layer call, [T] float64 nats.
 
-        Errors of slots are added up as if they had nothing in common.
-
-        Args:
-            routing: one layer call.
-            answers: to it.
+        Errors of slots are added up as if independent.
         """
         book = self.layers[routing.layer]
         wanted, used = routing.index.reshape(-1), answers.expert.reshape(-1)

@@ -1,4 +1,4 @@
-"""Answer to a missing expert by whatever is expected to cost least."""
+"""Priced answers: a missing expert is answered by whatever is expected to cost least."""
 
 import math
 from collections.abc import Mapping
@@ -20,40 +20,40 @@ _SELF, _NOTHING = -1, -2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Priced:
-    """Takes for every missing expert the least of price + nats per MB * bytes still to be read.
+    """Answers every missing expert with the least price + nats per MB * bytes to read.
 
-    The answers: the expert in a cheaper form, in memory or read for it; a listed stand-in in
-    memory, with its scale; nothing; the expert itself, read from the bundle. What a read is waited
-    for follows from its bytes, never from a clock, and a token pays for its own reads alone: so its
-    answers do not depend on the batch that it is in. Slots are answered in descending gate weight,
-    and no stand-in is used twice by a token.
+    Candidates: a cheaper form, resident or read; a listed resident stand-in with its scale;
+    nothing; the expert itself, read from the bundle. The cost of a read follows from its bytes,
+    never from a clock, and a token is charged for its own reads alone, so that its answers do not
+    depend on the batch. Slots are answered in descending gate weight, and a token uses no stand-in
+    twice.
 
-    Slots for which a stand-in or nothing is the best there is are re-routed together instead, to
-    the residents that the router ranks next, weighed by the model's own rule: where the router's
-    scores of the new set are at least a share `reroute` of those of the wanted one. That is what a
-    token knows and a list does not: it is this token's near-tie.
+    Slots best answered by a stand-in or nothing are re-routed together instead, to the residents
+    that the router ranks next, weighed by the model's rule, if the router's scores of the new set
+    are at least a share `reroute` of the wanted set's: near-ties of this token, which no list of
+    stand-ins has.
     """
 
     book: PriceBook
     nats_per_mb: float
-    """Price that avoiding a read of 10^6 bytes may have; 0 is exact, infinity reads nothing"""
+    """Worth of avoiding a read of 10^6 bytes; 0 is exact, infinity reads nothing"""
     reroute: float
-    """Share of the selection scores of a token's experts that re-routing has to keep; above 1
-    nothing is re-routed"""
+    """Share of the wanted experts' selection scores that re-routing has to keep; above 1 nothing
+    is re-routed"""
     reweigh: Mapping[int, Reweigh] | None
-    """Decoder layer -> gate weight rule; None where it is not known: nothing is re-routed"""
+    """Decoder layer -> gate weight rule; None: unknown, and nothing is re-routed"""
     scores_are_logits: bool
     """Whether the selection scores are logits"""
     lossy: ClassVar[bool] = True
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the weights of a re-routed token may be asked for."""
+        """Whether tokens may be re-routed, which needs new gate weights."""
         return self.reweigh is not None and self.reroute <= 1
 
     @property
     def needs_score(self) -> bool:
-        """Whether a token's near-ties may be asked for."""
+        """Whether tokens may be re-routed, which needs their scores."""
         return self.needs_logits
 
     def describe(self) -> str:
@@ -85,8 +85,8 @@ class Priced:
     def _cheapest(
         self, book: LayerBook, routing: Routing, resident: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return which form of the wanted expert answers each slot, [T, K], and which of its listed
-        stand-ins does, _SELF for none and _NOTHING for nothing at all, [T, K]."""
+        """Return the form of the wanted expert that answers each slot, [T, K], and the listed
+        stand-in that does, _SELF for none and _NOTHING for a dropped slot, [T, K]."""
         n_tokens, top_k = routing.index.shape
         n_forms, n_experts = resident.shape
         form = np.full(routing.index.shape, PRIMARY)
@@ -94,7 +94,7 @@ class Priced:
         every = np.arange(n_tokens)
         used = routing.is_wanted(n_experts)
         missing = routing.present & ~resident[PRIMARY][routing.index]
-        with np.errstate(invalid="ignore"):  # inf * 0 bytes of what is not stored
+        with np.errstate(invalid="ignore"):  # inf * 0 bytes of a form that is not stored
             reading = np.where(resident, 0.0, self.nats_per_mb * book.record_bytes / 1e6)  # [F, E]
         extra = np.where(np.isfinite(book.eps), reading, np.inf)
         squared = np.where(np.isfinite(book.eps), book.eps, 0.0) ** 2  # [F, E]
@@ -107,7 +107,7 @@ class Priced:
             position = position[token]
             wanted = routing.index[token, position]
             gate = routing.weight[token, position].astype(np.float64)
-            whole = book.nats[wanted] * gate**2  # of nothing, [n]
+            whole = book.nats[wanted] * gate**2  # [n], price of dropping
             # [n, F]: in each form, here or read
             forms = whole[:, None] * squared[:, wanted].T + extra[:, wanted].T
             listed = book.buddy[wanted]  # [n, B]
@@ -131,13 +131,13 @@ class Priced:
         is_open: np.ndarray,
         answers: Answers,
     ) -> None:
-        """Re-route the open slots of the tokens where that is worth it, in place.
+        """Re-route the open slots of tokens that keep enough of their scores, in place.
 
         Args:
             routing: the layer call.
-            resident: [F, E].
-            is_open: [T, K]: slots that no form of the wanted expert answers.
-            answers: of the call, changed.
+            resident: [F, E] bool.
+            is_open: [T, K] bool: slots that no form of the wanted expert answers.
+            answers: answers to the call, changed.
         """
         row = np.flatnonzero(is_open.any(axis=1) & routing.present.all(axis=1))
         if not row.size:

@@ -1,4 +1,4 @@
-"""The lighter experts of a token are left out where its heaviest one dominates, here or not."""
+"""Pruning of a token's light experts, resident or not, by gate weight relative to its heaviest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ from moe_tool.policies.parameters import Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prune:
-    """MC's online pruning (arXiv:2410.06270): slots after the heaviest are left out where their
-    gate weight over the heaviest one's is below mu. Of a prompt, where it is answered lossily, the
-    tokens that matter most are spared; while decoding none is, as in the paper.
+    """MC's online pruning (arXiv:2410.06270): a slot is dropped if its gate weight over the token's
+    heaviest is below mu. The most important tokens of a lossily answered prompt are not pruned, as
+    in the paper.
 
-    mu is a quantile of the layer's own ratios in the profile: the median in the paper. The gate
-    weights of what is kept stay as they are. Where more than two experts are chosen every slot
-    after the heaviest is judged alone; the paper has two.
+    mu is a quantile of the layer's ratios in the profile, the median in the paper. Other gate
+    weights are unchanged. With more than two experts per token, which the paper does not have,
+    every slot after the heaviest is judged alone.
     """
 
     limit: Mapping[int, float]
     """mu by decoder layer"""
     share: float
-    """The quantile that the limits are; for the announcement"""
+    """Quantile of the limits, for the announcement"""
     protect: float
-    """Share of a sequence's prompt tokens in a forward that are spared"""
+    """Share of a sequence's prompt tokens in a forward that are not pruned"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
@@ -61,13 +61,13 @@ class Prune:
 
 
 def most_important(importance: np.ndarray, sequence: np.ndarray, share: float) -> np.ndarray:
-    """Return which tokens are among the share of their sequence that matters most, [T] bool; the
-    earlier one of equals.
+    """Return the tokens among the most important share of their sequence, [T] bool; ties go to the
+    earlier token.
 
     Args:
         importance: [T], see `token_importance`.
-        sequence: [T], which one a token belongs to.
-        share: of each sequence's tokens, rounded up.
+        sequence: [T] sequence of each token.
+        share: share of each sequence's tokens, rounded up.
     """
     found = np.zeros(len(importance), dtype=bool)
     for each in np.unique(sequence):
@@ -78,11 +78,10 @@ def most_important(importance: np.ndarray, sequence: np.ndarray, share: float) -
 
 
 def token_importance(hidden: np.ndarray, received: np.ndarray) -> np.ndarray:
-    """Return how much a prompt's tokens matter, [T] float32: the size of a token times the
-    attention that it receives.
+    """Return the importance of a prompt's tokens, [T] float32: L1 norm times received attention.
 
     Args:
-        hidden: [T, H]: what the layer's experts are given.
+        hidden: [T, H] inputs of the layer's experts.
         received: [T], see models/attention_sums.
     """
     importance: np.ndarray = np.abs(hidden).sum(axis=1) * received
@@ -90,11 +89,7 @@ def token_importance(hidden: np.ndarray, received: np.ndarray) -> np.ndarray:
 
 
 def ratio_to_heaviest(weight: np.ndarray) -> np.ndarray:
-    """Return every slot's gate weight over the token's largest, [T, K] float64.
-
-    Args:
-        weight: [T, K] gate weights.
-    """
+    """Return every slot's gate weight over the token's largest, [T, K] float64."""
     wide = weight.astype(np.float64)
     largest = wide.max(axis=1, keepdims=True)
     ratio: np.ndarray = np.divide(wide, largest, out=np.zeros_like(wide), where=largest > 0)
@@ -102,15 +97,15 @@ def ratio_to_heaviest(weight: np.ndarray) -> np.ndarray:
 
 
 def largest_rate(inputs: PolicyInputs) -> float:
-    """Return the share of all slots that the slots after the heaviest are."""
+    """Return the slots after the heaviest as a share of all slots."""
     return (inputs.top_k - 1) / inputs.top_k
 
 
 def share_of_light(inputs: PolicyInputs, name: str, rate: float) -> float:
-    """Return the share of the slots after the heaviest that a share of all slots is.
+    """Convert a share of all slots to a share of the slots after the heaviest.
 
     Raises:
-        UsageError: it is more than all of them; names the policy.
+        UsageError: it is above 1; names the policy.
     """
     most = largest_rate(inputs)
     if rate > most:
@@ -142,7 +137,7 @@ SPEC = PolicySpec(
         ),
         "protect": Parameter(
             help="share of a prompt's tokens, the largest and most attended to, that "
-            "--lossy-prefill spares",
+            "--lossy-prefill does not prune",
             default=0.02,
         ),
     },

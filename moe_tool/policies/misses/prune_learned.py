@@ -1,4 +1,4 @@
-"""The experts of a token that a trained router finds not worth it are left out, here or not."""
+"""Pruning of a token's experts, resident or not, by a trained mask router."""
 
 import math
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from moe_tool.policies.parameters import Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneLearned:
-    """MC#'s top-any pruning (arXiv:2510.10962): a token keeps its j heaviest experts, and a router
-    trained on the layer's input says which j.
+    """MC#'s top-any pruning (arXiv:2510.10962): a token keeps its j heaviest experts, where a
+    router trained on the layer's input chooses j.
 
-    The gate weights of what is kept stay as they are. The same routers serve every rate: what a
-    slot has to be worth is a number for all layers, tabulated against the rate on held-out tokens.
+    Gate weights are unchanged. The same routers serve every rate: the threshold of the slot scores
+    is one number for all layers, tabulated against the rate on held-out tokens.
     """
 
     offset: float
-    """Worth that each further slot needs, in the routers' logits; -inf: all are kept"""
+    """Threshold of the slot scores; -inf: all slots are kept"""
     rate: float
-    """Share of chosen experts that is left out; for the announcement"""
+    """Share of chosen experts that is dropped, for the announcement"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class PruneLearned:
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with what is not worth it empty."""
+        """Return the routing with the pruned slots empty."""
         if np.isneginf(self.offset):
             return keep(routing)
         assert routing.worth is not None, "the mask router did not answer"
@@ -55,19 +55,19 @@ class PruneLearned:
 
 
 def by_weight(weight: np.ndarray) -> np.ndarray:
-    """Return each token's slots, the heaviest first, the earlier one of equals, [T, K] int64."""
+    """Return each token's slots by falling gate weight, equal ones in order, [T, K] int64."""
     return np.argsort(-weight, axis=1, kind="stable")
 
 
 def n_kept(worth: np.ndarray, offset: float) -> np.ndarray:
-    """Return how many of its heaviest experts a token keeps: the pattern of the highest logit, the
-    fewest of equals, [T] int64 from 1 to K.
+    """Return the number of heaviest experts that each token keeps, [T] int64 from 1 to K: the
+    pattern of the highest logit, the shortest of equals.
 
     A higher offset never keeps more: two patterns of j < j' experts differ by (j' - j) * offset.
 
     Args:
-        worth: [T, K-1], what each slot after the heaviest adds to a pattern's logit, by rank.
-        offset: taken off each.
+        worth: [T, K-1] slot scores by rank.
+        offset: threshold subtracted from each.
     """
     logits = np.cumsum(worth.astype(np.float64) - offset, axis=1)
     patterns = np.concatenate([np.zeros((len(worth), 1)), logits], axis=1)  # [T, K]
@@ -76,11 +76,11 @@ def n_kept(worth: np.ndarray, offset: float) -> np.ndarray:
 
 
 def rate_offsets(worth: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Return the offset at which each share of the slots after the heaviest is left out, [n]
+    """Return the offset at which each share of the slots after the heaviest is dropped, [n]
     float64, rising.
 
     Args:
-        worth: [T, K-1] of tokens of all layers.
+        worth: [T, K-1] slot scores of tokens of all layers.
         shares: [n], 0 to 1, rising.
     """
     lowest, highest = float(worth.min()) - 1.0, float(worth.max()) + 1.0
@@ -110,7 +110,7 @@ def _make(inputs: PolicyInputs, values: Values) -> PruneLearned:
 
 
 def _controls(values: Values, inputs: PolicyInputs) -> tuple[str, ...] | None:
-    """Return what leaves out as many experts: by the ratio of gate weights, and at random."""
+    """Return controls that drop as many experts: by the ratio of gate weights, and at random."""
     if inputs.pruning is None:
         return None
     rate = _rate(values, inputs)

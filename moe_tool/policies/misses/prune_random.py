@@ -1,4 +1,4 @@
-"""Random experts of a token are left out: the control that a rule of pruning has to beat."""
+"""Random pruning of a token's experts: the control that a pruning rule has to beat."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,11 +16,11 @@ from moe_tool.policies.parameters import Parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneRandom:
-    """Leaves out a slot after the heaviest with the same chance everywhere, by a hash of seed and
+    """Drops every slot after the heaviest with the same probability, by a hash of seed and
     routing."""
 
     share: float
-    """Share of the slots after the heaviest that is left out"""
+    """Share of the slots after the heaviest that is dropped"""
     seed: int
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False

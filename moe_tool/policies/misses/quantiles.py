@@ -4,10 +4,10 @@ import numpy as np
 
 
 def read_quantile(table: np.ndarray, share: float) -> float:
-    """Return the value below which a share of what was counted lies.
+    """Return the quantile at a share from 0 to 1.
 
     Args:
-        table: [n], ascending: the quantiles at n shares from 0 to 1, equally spaced.
+        table: [n] quantiles at n equally spaced shares from 0 to 1, ascending.
         share: 0 to 1.
     """
     return float(np.interp(share, np.linspace(0, 1, len(table)), table))

@@ -1,4 +1,4 @@
-"""Draws of policies that have no state: hashes of a seed and of a token's own routing."""
+"""Random draws without state: hashes of a seed and of a token's routing."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Any resident expert answers a missing one: the control that a choice has to beat."""
+"""Random substitution by a resident expert: the control that a choice has to beat."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,9 +18,8 @@ from moe_tool.policies.misses.substitution import Pick, substitute
 class RandomResident:
     """Replaces a missing expert by a uniformly random one of those resident and free.
 
-    The draw is a hash of seed, layer, the token's own routing (experts, and gate weights to three
-    digits) and the slot. It needs no state: the same prompt gets the same draws whatever else is in
-    the batch.
+    The draw is a hash of seed, layer, the token's routing (experts, and gate weights to three
+    digits) and the slot. It needs no state and does not depend on the batch.
     """
 
     gates: Gates

@@ -1,4 +1,4 @@
-"""A missing expert is read in full, read cheaply or left out, by how much it matters here."""
+"""Replica answers: a missing expert is read in full, in a cheaper form, or dropped, by its rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Replica:
     weight of all slots above it, 0 for the heaviest.
 
     A missing expert with s <= t1 is fetched in full, with s <= t2 in its cheaper form, else it is
-    left out. What is in memory in full is used. The heaviest slot is always answered in full.
+    dropped. Resident primary forms are used. The heaviest slot is always answered in full.
     """
 
     t1: float
@@ -30,8 +30,8 @@ class Replica:
     form: int
     """Row of the cheaper form"""
     stored: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """Decoder layer -> [F, E] bool: forms in the bundle; empty where it has every form of every
-    expert. An expert without the cheaper form is fetched in full in its place"""
+    """Decoder layer -> [F, E] bool: forms in the bundle; empty if every expert has every form. An
+    expert without the cheaper form is fetched in full"""
     lossy: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     needs_score: ClassVar[bool] = False
@@ -59,7 +59,7 @@ class Replica:
 
 
 def unimportance(weight: np.ndarray) -> np.ndarray:
-    """Return for every slot the share of the token's gate weight that heavier slots have.
+    """Return the share of the token's gate weight in slots heavier than each slot.
 
     Args:
         weight: [T, K] gate weights.

@@ -12,43 +12,42 @@ from moe_tool.policies.parameters import Parameter
 Values = Mapping[str, float]
 """Parameter -> value"""
 Residents = Literal["hottest", "two-precisions", "cheapest"]
-"""Rule for residents under frozen residency: the experts used most; those and, in a part of the
-memory, the cheaper forms of those that follow; or the set that makes the expected price least."""
+"""Rule for residents under frozen residency: the most used experts; these and, in a part of the
+memory, cheaper forms of the next ones; or the set with the least expected price"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySpec:
-    """Everything that the tool has to know of one miss policy."""
+    """Description of one miss policy."""
 
     name: str
     """Name that `--policy` takes"""
     summary: str
     """Answer to a missing expert, in words that follow the name"""
     make: Callable[[PolicyInputs, Values], MissPolicy]
-    """Function from inputs that meet the needs and all values to the policy; raises UsageError
-    where a value does not fit the inputs"""
+    """Function from inputs that meet the needs and all values to the policy; raises UsageError if a
+    value does not fit the inputs"""
     inert: str
-    """Parameters with which it answers as `exact` does"""
+    """Parameters with which it answers like `exact`"""
     fires: str | None = ""
-    """Parameters with which it changes answers wherever experts are missing; None: it never does"""
+    """Parameters with which it changes answers if experts are missing; None: it never does"""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
-    """Inputs that it cannot do without, in the order in which they are checked"""
+    """Required inputs, in the order in which they are checked"""
     residents: Residents = "hottest"
     acts_on_hits: bool = False
-    """Whether experts that are in memory are left out too"""
+    """Whether resident experts are dropped too"""
     strength: Strength | None = None
-    """The parameter that `calibrate` searches; None: there is nothing to search"""
+    """Parameter that `calibrate` searches; None: there is none"""
     alternatives: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Other parameters and their values, which `calibrate` tries at the strength that it found
-    where experts are substituted"""
+    """Values of other parameters that `calibrate` tries at the strength that it found, if experts
+    are substituted"""
     in_controls: bool = True
-    """Whether it is a row of the table of `evaluate --controls`"""
+    """Whether `evaluate --controls` has a row for it"""
     controls: Callable[[Values, PolicyInputs], tuple[str, ...] | None] | None = None
-    """Function from values to the policies that stand beside it in that table instead of the usual
-    ones; it may return None for those too"""
+    """Function from values to the policies to compare with in that table; None: the usual ones"""
     source: str = ""
-    """Paper of the rule, with what it is there"""
+    """Paper of the rule, with its name there"""
 
     @property
     def is_lossy(self) -> bool:

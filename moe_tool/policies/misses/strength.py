@@ -10,12 +10,12 @@ from moe_tool.policies.misses.protocol import PolicyInputs
 
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 _NATS_PER_MB_FACTORS = (0.3, 0.03, 0.003, 0.0003)
-"""Times the typical price of a megabyte; infinity, which never reads, comes before them"""
+"""Multiples of the typical nats per MB; infinity, which never reads, comes before them"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrengthGrid:
-    """Strengths to be measured; a larger one saves more and costs more."""
+    """Strengths to measure; a larger one saves more reads and costs more divergence."""
 
     points: tuple[float, ...]
     """Strengths in descending order"""
@@ -26,20 +26,20 @@ class StrengthGrid:
 
 
 class Strength(Protocol):
-    """The parameter that says how far a policy goes."""
+    """Parameter that controls how lossy a policy is."""
 
     @property
     def parameter(self) -> str:
         """Name of the parameter."""
 
     def grid(self, inputs: PolicyInputs) -> StrengthGrid:
-        """Return where a search begins.
+        """Return the first strengths of a search.
 
         Args:
-            inputs: as far as they are known without the model.
+            inputs: inputs known without the model.
 
         Raises:
-            UsageError: the bundle lacks what the strengths follow from.
+            UsageError: the bundle lacks data that the strengths depend on.
         """
 
 
@@ -49,11 +49,11 @@ def _everything(inputs: PolicyInputs) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareStrength:
-    """A strength that is a share."""
+    """Strength measured as a share."""
 
     parameter: str
     falls: bool = False
-    """The parameter is smaller the stronger the policy is"""
+    """Whether the parameter falls with strength"""
     most: Callable[[PolicyInputs], float] = _everything
     """Largest value that the parameter can have"""
 
@@ -74,7 +74,7 @@ class ShareStrength:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriceStrength:
-    """A strength in nats per megabyte: what avoiding a read may cost."""
+    """Strength measured in nats per MB of avoided reads."""
 
     parameter: str
     policy: str

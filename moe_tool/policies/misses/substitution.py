@@ -1,7 +1,7 @@
-"""Fill open slots with other experts, slot by slot in descending gate weight.
+"""Substitution of experts in open slots, slot by slot in descending gate weight.
 
-The paper's kernel claims stand-ins with atomics, so its result depends on the order of threads;
-slots in descending gate weight make it reproducible. Nothing loops over tokens.
+BuddyMoE's kernel claims stand-ins with atomics, so that its result depends on the order of threads;
+here the order of slots makes it reproducible. No loop runs over tokens.
 """
 
 from collections.abc import Callable
@@ -18,25 +18,26 @@ class Pick:
     """Stand-ins for one slot of n tokens."""
 
     expert: np.ndarray
-    """[n] int64; -1 where none will do"""
+    """[n] int64; -1 without a stand-in"""
     scale: np.ndarray | None = None
     """[n] float32 factor on the gate weight; None: 1"""
 
 
 Picker = Callable[[np.ndarray, np.ndarray, np.ndarray], Pick]
-"""(token [n], position [n], free [n, E] bool) -> Pick; free: resident, not in use by the token."""
+"""Function (token [n], position [n], free [n, E] bool) -> Pick; free experts are resident and not
+in use by the token"""
 
 
 def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: Picker) -> Answers:
-    """Return the answers with stand-ins where `pick` finds one; the other slots stay as they are.
+    """Return the answers with stand-ins where `pick` finds one; other slots are unchanged.
 
-    A stand-in keeps the gate weight of the expert that it replaces, times its scale. An expert that
-    the token wants itself is never its stand-in, and none is used twice by a token.
+    A stand-in gets the gate weight of the replaced expert times its scale. A token's wanted experts
+    are never its stand-ins, and none is used twice by a token.
 
     Args:
         routing: one layer call.
         resident: [F, E] bool.
-        slots: what the gates let through.
+        slots: slots that pass the gates.
         pick: chooses among free experts; called once for each of the K ranks of gate weight.
     """
     n_tokens, top_k = routing.index.shape

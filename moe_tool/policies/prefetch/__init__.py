@@ -1,4 +1,4 @@
-"""Which experts are read before the layer that will want them is called."""
+"""Prefetch policies: the choice of experts to read before their layer is called."""
 
 from moe_tool.policies.prefetch.next_layer import fetch_predicted
 from moe_tool.policies.prefetch.protocol import ChoosePrefetch
