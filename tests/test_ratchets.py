@@ -16,8 +16,7 @@ MAX_FILE_LINES = 400
 _REDESIGN = "its room is being redesigned"
 LONG_FUNCTIONS: dict[str, str] = {}
 LONG_FILES: dict[str, str] = {}
-HEADLESS_DOCS: dict[str, str] = {
-}
+HEADLESS_DOCS: dict[str, str] = {}
 
 # Words that refer to something outside the doc: they need a noun before them, or stand for one.
 _HEADLESS = re.compile(

@@ -58,9 +58,9 @@ def run_test(
         seconds = time.perf_counter() - start
     finally:
         session.prompt_tokens = None
-    return Sample(
-        seconds=seconds, counters=session.runner.stats.phase("prompt" if is_prompt else "decode")
-    )
+    counted = session.runner.stats.phase("prompt" if is_prompt else "decode")
+    # A copy: the session goes on counting into its own until the next test begins.
+    return Sample(seconds=seconds, counters=counted + PhaseCounters())
 
 
 def _feed(session: Session, cache: DynamicCache, ids: torch.Tensor, chunk: int) -> None:

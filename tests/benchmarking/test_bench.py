@@ -79,6 +79,7 @@ def test_its_figures_are_those_of_the_bundle(report: BenchReport, bundle: Path) 
         # Of two numbers the sample deviation is their distance over the root of two.
         assert row.tokens_per_second_sd == pytest.approx((high - low) / 2**0.5)
         assert 0 <= row.stall_share <= 1
+        assert row.timed.tokens == 2 * row.n_tokens  # no repetition counts another's depth
         assert row.tokens_from == "text"
         if row.test.startswith("tg") and row.setup.policy == "exact":
             misses = (1 - row.timed.hit_rate) * accesses

@@ -57,11 +57,11 @@ def test_trained_routers_lose_far_less_than_the_gate_ratio_that_they_begin_with(
     untrained = _tune(bundle, seed)
     for report in (trained, untrained):
         assert report.left_out == pytest.approx(0.2, abs=0.02)
-    assert 0 < trained.kl < 0.6 * untrained.kl
-    assert trained.kl_ci95[1] < untrained.kl_ci95[0]
+    assert 0 < trained.kl.value < 0.6 * untrained.kl.value
+    assert trained.kl.high < untrained.kl.low
     # The rule is no more than what training begins with, at the same text and rate.
-    assert trained.kl_by_ratio == untrained.kl_by_ratio > 0.8 * untrained.kl
-    assert trained.kl < 0.6 * trained.kl_by_ratio
+    assert trained.kl_by_ratio == untrained.kl_by_ratio > 0.8 * untrained.kl.value
+    assert trained.kl.value < 0.6 * trained.kl_by_ratio
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
@@ -70,7 +70,13 @@ def test_the_rules_divergence_is_that_of_each_layers_lightest_slots(
 ) -> None:
     ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(3))
     options = run_options(
-        memory="100%", policy="exact", residency="cache", context=16, prompt=16, batch=4, threads=1
+        memory="100%",
+        policy="exact",
+        residency="cache",
+        context=16,
+        prompt_tokens=16,
+        batch=4,
+        threads=1,
     )
     with open_session(bundle, options) as session:
         experts = MaskedExperts(session=session)
