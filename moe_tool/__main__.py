@@ -1,4 +1,4 @@
-"""`python -m moe_tool` is `moe-tool`."""
+"""Entry point of `python -m moe_tool`."""
 
 from moe_tool.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Where the verbs keep their artifacts, and which of them is the newest that fits."""
+"""Default paths of the commands' artifacts, and the newest file that fits."""
 
 import re
 from collections.abc import Callable
@@ -12,22 +12,22 @@ BIT_PRICES_SUFFIX = ".bits.json"
 
 
 def profile_path(folder: Path, model_name: str) -> Path:
-    """Return where the profile of a model goes: `profiles/NAME.h5`, any slash made harmless."""
+    """Return the profile's path: `profiles/NAME.h5`, slashes and odd characters replaced."""
     return folder / f"{_file_stem(model_name)}{PROFILE_SUFFIX}"
 
 
 def buddies_path(folder: Path, profile: Path) -> Path:
-    """Return where the buddy map made from `profile` goes: `profiles/NAME.buddies.json`."""
+    """Return the path of the buddy map made from `profile`: `profiles/NAME.buddies.json`."""
     return folder / f"{profile.name.removesuffix(PROFILE_SUFFIX)}{BUDDIES_SUFFIX}"
 
 
 def plan_path(folder: Path, profile: Path) -> Path:
-    """Return where the plan made from `profile` goes: `profiles/NAME.plan.json`."""
+    """Return the path of the plan made from `profile`: `profiles/NAME.plan.json`."""
     return folder / f"{profile.name.removesuffix(PROFILE_SUFFIX)}{PLAN_SUFFIX}"
 
 
 def bit_prices_path(folder: Path, profile: Path, quantizer: str) -> Path:
-    """Return where a quantizer's errors at each width go: `profiles/NAME.gptq.bits.json`."""
+    """Return the path of a quantizer's errors by width: `profiles/NAME.gptq.bits.json`."""
     stem = profile.name.removesuffix(PROFILE_SUFFIX)
     return folder / f"{stem}.{quantizer}{BIT_PRICES_SUFFIX}"
 
@@ -35,12 +35,13 @@ def bit_prices_path(folder: Path, profile: Path, quantizer: str) -> Path:
 def newest_artifact(
     folder: Path, suffix: str, *, fits: Callable[[Path], bool] = lambda path: True
 ) -> Path | None:
-    """Return the newest file of one kind that fits, None where there is none.
+    """Return the newest file with a suffix that fits, or None.
 
     Args:
-        folder: looked in, not below; may be missing.
+        folder: searched without its subfolders; may be missing.
         suffix: PROFILE_SUFFIX or BUDDIES_SUFFIX.
-        fits: asked from the newest to the oldest until it says yes; not asked about hidden files.
+        fits: called from the newest file to the oldest until it returns True; hidden files are
+            skipped.
     """
     if not folder.is_dir():
         return None

@@ -1,4 +1,4 @@
-"""How much memory is left for this process, and how much it has used."""
+"""Memory that is left for this process, and memory that it has used."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ _RESET_PEAK = "5"
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _UNLIMITED_BYTES = 2**60
-"""cgroup v1 writes "no limit" as a number near 2**63"""
+"""Limits from here on mean none: cgroup v1 writes "no limit" as a number near 2**63"""
 
 
 def available_memory_bytes(
@@ -22,14 +22,9 @@ def available_memory_bytes(
 ) -> int:
     """Return the bytes that this process may still allocate without swapping or being killed.
 
-    The smallest of what the machine has available and what each enclosing memory cgroup (v1 and v2)
-    has left under its limit. Page cache that the kernel can drop counts as free. What the process
-    holds already is not included.
-
-    Args:
-        meminfo: the machine's figures.
-        membership: the file that names the process's cgroups.
-        cgroup_root: where the cgroup file systems are mounted.
+    The minimum over the machine's available memory and the room under the limit of each enclosing
+    memory cgroup (v1 and v2). Page cache that the kernel can drop counts as free. Memory that the
+    process already holds is not included.
     """
     rooms = [_machine_available(meminfo)]
     for folder, files in _memory_cgroups(membership, cgroup_root):
@@ -38,14 +33,15 @@ def available_memory_bytes(
 
 
 def peak_rss_bytes(status: Path = _STATUS) -> int:
-    """Return the largest resident size that this process has had (VmHWM); 0 where the system does
-    not say."""
+    """Return the peak resident size of this process (VmHWM); 0 if unknown."""
     return _kib_field(status, "VmHWM") or 0
 
 
 def reset_peak_rss(clear_refs: Path = _CLEAR_REFS) -> bool:
-    """Set the process's peak resident size to its present size; return whether the system let us.
-    Where it did not, a peak is that of the whole process so far."""
+    """Set the process's peak resident size to its present size; return whether that worked.
+
+    If not, a later peak is that of the whole process so far.
+    """
     try:
         clear_refs.write_text(_RESET_PEAK)
     except OSError:
@@ -54,16 +50,15 @@ def reset_peak_rss(clear_refs: Path = _CLEAR_REFS) -> bool:
 
 
 def current_rss_bytes(status: Path = _STATUS) -> int:
-    """Return the resident size of this process (VmRSS); 0 where the system does not say."""
+    """Return the resident size of this process (VmRSS); 0 if unknown."""
     return _kib_field(status, "VmRSS") or 0
 
 
 def anonymous_rss_bytes(status: Path = _STATUS) -> int:
-    """Return what of this process's resident size no file backs (RssAnon + RssShmem).
+    """Return the part of the resident size that no file backs (RssAnon + RssShmem).
 
-    Added to `available_memory_bytes` it is the size that the process can reach: mapped library
-    pages are part of the resident size, and part of what the kernel can drop, so adding the whole
-    resident size would count them twice.
+    Added to `available_memory_bytes` it is the size that the process can reach. The whole resident
+    size would count mapped library pages twice: the kernel can drop them, so they are available.
     """
     return (_kib_field(status, "RssAnon") or 0) + (_kib_field(status, "RssShmem") or 0)
 
@@ -91,8 +86,7 @@ def _machine_available(meminfo: Path) -> int:
 
 
 def _memory_cgroups(membership: Path, root: Path) -> list[tuple[Path, _CgroupFiles]]:
-    """The process's memory cgroups and all their ancestors: each of them can be the one that
-    binds."""
+    """Return the process's memory cgroups and all their ancestors, any of which can bind."""
     found = []
     for line in _lines(membership):
         _, _, rest = line.partition(":")
@@ -111,10 +105,10 @@ def _memory_cgroups(membership: Path, root: Path) -> list[tuple[Path, _CgroupFil
 
 
 def _upwards(folder: Path, mount: Path) -> list[Path]:
-    """`folder` and its parents up to `mount`.
+    """Return `folder` and its parents up to `mount`.
 
-    Inside a container the path is often the host's and does not exist here; the container's own
-    limit is then at the mount.
+    Inside a container the path is often the host's and does not exist; the container's own limit is
+    then at the mount.
     """
     levels = [folder, *folder.parents]
     return [level for level in levels if level == mount or mount in level.parents]

@@ -1,13 +1,13 @@
-"""Every error that a user can meet, each with its remedy and its exit code.
+"""Every error that a user can meet, each with its hint and its exit code.
 
-A message says what failed, in which file, layer or expert, with what was wanted and what was found;
-the hint is what to type next. Exit codes: 0 ok, 1 our bug (traceback), 2 usage, 3 bad input, 4 does
+A message says what failed, in which file, layer or expert, and the values wanted and found; the
+hint says what to type next. Exit codes: 0 ok, 1 our bug (traceback), 2 usage, 3 bad input, 4 does
 not fit, 130 interrupted.
 """
 
 
 class MoeToolError(Exception):
-    """A condition outside the program's control, worded for the person who has to mend it."""
+    """A condition outside the program's control, worded for the person who has to fix it."""
 
     exit_code = 3
 
@@ -21,13 +21,13 @@ class MoeToolError(Exception):
 
 
 class UsageError(MoeToolError):
-    """An argument that cannot mean anything, or two that contradict each other."""
+    """An invalid argument, or two that contradict each other."""
 
     exit_code = 2
 
 
 class NotFoundError(MoeToolError):
-    """A model, file or data set that is not where it was looked for; also: no network."""
+    """A model, file or data set that was not found; also: no network."""
 
 
 class DataSourceError(MoeToolError):
@@ -35,7 +35,7 @@ class DataSourceError(MoeToolError):
 
 
 class CorruptArtifactError(MoeToolError):
-    """A file that is truncated, damaged or foreign."""
+    """A file that is truncated, damaged or not of the tool's formats."""
 
 
 class ArtifactVersionError(MoeToolError):
@@ -57,10 +57,10 @@ class BudgetError(MoeToolError):
 
 
 class StorageError(MoeToolError):
-    """The disk is full or does not answer."""
+    """A disk that is full or fails."""
 
 
 class DiskFullError(StorageError):
-    """There is not enough free disk space for what is to be written."""
+    """Too little free disk space for what is to be written."""
 
     exit_code = 4

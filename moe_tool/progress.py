@@ -1,18 +1,18 @@
-"""How long work tells whoever watches it that it goes on; the library never prints."""
+"""Interface through which long work reports its progress; the library never prints."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """A listener. Tasks do not nest; `advance` and `end` speak of the last one begun."""
+    """A listener. Tasks do not nest; `advance` and `end` refer to the last one begun."""
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
         """Start a task.
 
         Args:
             task: what is being done, e.g. "layer 3".
-            total: how many units it will take; None when that is not known.
-            unit: what is counted, in the plural: "tokens", "experts", "bytes".
+            total: number of units; None if unknown.
+            unit: plural noun: "tokens", "experts", "bytes".
         """
         ...
 
@@ -25,7 +25,7 @@ class Progress(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Say one sentence that a person should see: a fallback, a choice, a file taken."""
+        """Show one sentence to the user: a fallback, a choice, the file in use."""
         ...
 
 
@@ -44,4 +44,4 @@ class _Silent:
 
 
 SILENT: Progress = _Silent()
-"""Listens to nothing."""
+"""Listener that ignores everything."""

@@ -17,26 +17,6 @@ _REDESIGN = "its room is being redesigned"
 LONG_FUNCTIONS: dict[str, str] = {}
 LONG_FILES: dict[str, str] = {}
 HEADLESS_DOCS: dict[str, str] = {
-    "artifact_folder.py": _REDESIGN,
-    "artifacts/evaluation_report.py": _REDESIGN,
-    "artifacts/expert_ids.py": _REDESIGN,
-    "artifacts/routing.py": _REDESIGN,
-    "artifacts/run_result.py": _REDESIGN,
-    "artifacts/simulation_report.py": _REDESIGN,
-    "benchmarking/bench_plan.py": _REDESIGN,
-    "cli/console.py": _REDESIGN,
-    "evaluation/evaluate.py": _REDESIGN,
-    "evaluation/figures.py": _REDESIGN,
-    "evaluation/harness_tasks.py": _REDESIGN,
-    "evaluation/lm_eval_model.py": _REDESIGN,
-    "evaluation/stepwise.py": _REDESIGN,
-    "experts/combine.py": _REDESIGN,
-    "inspection/description.py": _REDESIGN,
-    "models/layer_stream.py": _REDESIGN,
-    "models/locate.py": _REDESIGN,
-    "models/moe_layers.py": _REDESIGN,
-    "models/skeleton.py": _REDESIGN,
-    "models/skeleton_source.py": _REDESIGN,
 }
 
 # Words that refer to something outside the doc: they need a noun before them, or stand for one.

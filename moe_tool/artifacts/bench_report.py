@@ -13,7 +13,7 @@ CacheState = Literal["cold", "warm"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchedBundle(Spread):
-    """The bundle that a row is of."""
+    """The bundle that a row was measured on."""
 
     model: str
     size_bytes: int
@@ -33,7 +33,7 @@ class BenchRow:
     bundle: BenchedBundle
     setup: RunSetup
     budget: str
-    """Memory as it was asked for"""
+    """Memory budget as given on the command line"""
     test: str
     n_tokens: int
     """Timed tokens of one repetition"""

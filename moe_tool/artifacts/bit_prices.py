@@ -20,15 +20,15 @@ class LayerBitPrices(FrozenModel):
 
     layer: Index
     eps: Annotated[tuple[tuple[Error, ...], ...], Field(min_length=1, max_length=5)]
-    """[widths][E]: error of the expert's output relative to itself, on held-out tokens"""
+    """[widths][E]: relative error of the expert's output on held-out tokens"""
     kl_ratio: Annotated[float, Field(ge=0, le=1e6)]
-    """Measured over predicted divergence of the model with this layer alone at 2 bits, predicted by
-    its errors times the profile's sensitivity of the layer; 1 where it was not measured"""
+    """Measured over predicted KL of the model with this layer alone at 2 bits; the prediction is
+    its errors times the profile's sensitivity of the layer; 1 if not measured"""
 
 
 class BitPrices(FrozenModel):
-    """Made by `moe-tool plan --average-bits` where the quantizer goes by inputs; kept beside the
-    profile, for it takes a pass over the model."""
+    """Artifact of `moe-tool plan --average-bits` with a quantizer that uses calibration inputs;
+    kept beside the profile because it takes a pass over the model."""
 
     kind: Literal["bit-prices"] = "bit-prices"
     format_version: Literal[2] = BIT_PRICES_VERSION
@@ -51,12 +51,12 @@ class BitPrices(FrozenModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """One way to hand out bits to experts."""
+    """One assignment of bits to experts."""
 
     name: str
     nats: float
-    """Expected divergence, per token"""
+    """Expected KL, nats per token"""
     experts: dict[int, int]
-    """Width -> how many experts have it"""
+    """Width -> number of experts"""
     average_bits: float
     expert_bytes: int

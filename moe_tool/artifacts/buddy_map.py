@@ -52,7 +52,7 @@ class LayerBuddies(FrozenModel):
 
 
 class BuddyMap(FrozenModel):
-    """The artifact of `moe-tool buddies`."""
+    """Artifact of `moe-tool buddies`."""
 
     kind: Literal["buddies"] = "buddies"
     format_version: Literal[1] = BUDDY_MAP_VERSION

@@ -1,4 +1,4 @@
-"""Errors that stand-ins leave: a buddy map's prices, in-sample and held-out."""
+"""Prices of a buddy map's stand-ins, in-sample and held-out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from moe_tool.artifacts.json_fields import Spread
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBuddySummary:
-    """One layer's row. Prices are means over the experts that have a stand-in, 1 where none has."""
+    """One layer's row. Prices are means over the experts with a stand-in; 1 if none has one."""
 
     layer: int
     price_in_sample: float
@@ -18,18 +18,18 @@ class LayerBuddySummary:
     price_best_held_out: float
     """Price of the best single stand-in, chosen and scaled in hindsight on the held-out tokens"""
     price_drop: float
-    """Price of nothing in place of the expert: 1, or less where experts put out zero"""
+    """Price of dropping the expert: 1, or less if some experts output zero"""
     n_without: int
     """Experts that have no stand-in"""
     n_fell_back: int
-    """Experts priced on all sampled tokens, since too few were routed to them in-sample"""
+    """Experts priced on all sampled tokens because too few were routed to them in-sample"""
     n_sampled_held_out: int
-    """Tokens behind the held-out prices; without any they are 1"""
+    """Tokens behind the held-out prices, which are 1 without any"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuddySummary(Spread):
-    """Rows of all layers, with the plain means over them."""
+    """Rows of all layers, with their unweighted means."""
 
     layers: tuple[LayerBuddySummary, ...]
     price_in_sample: float
@@ -40,7 +40,7 @@ class BuddySummary(Spread):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuddyReport:
-    """A written map and what it promises."""
+    """A written buddy map with its summary."""
 
     buddies: Path
     model: str

@@ -1,5 +1,4 @@
-"""The table of contents of a bundle: files, tables of records, stand-ins, and what all of it was
-made from."""
+"""Table of contents of a bundle: files, tables of records, stand-ins and provenance."""
 
 from typing import Annotated, Literal
 
@@ -33,8 +32,8 @@ from moe_tool.artifacts.schema import FrozenModel
 
 BUNDLE_VERSION: Literal[3] = 3
 RECORD_LAYOUT: Literal["planes-1"] = "planes-1"
-"""Id of the record layout that formats/expert_form.py writes; another one is refused with the
-command that repacks."""
+"""Id of the record layout that formats/expert_form.py writes; readers refuse any other, with the
+command that repacks as the hint."""
 Quantiles = Annotated[
     tuple[Annotated[float, Field(ge=0, le=1)], ...],
     Field(min_length=N_QUANTILES, max_length=N_QUANTILES),
@@ -51,11 +50,11 @@ class BundleFile(FrozenModel):
 
 
 class SkeletonTensor(FrozenModel):
-    """One tensor that is not an expert's."""
+    """One tensor that belongs to no expert."""
 
     name: str
     xxh3: Xxh3
-    """xxh3-64 of its bytes, checked whenever it is read"""
+    """xxh3-64 of the tensor's bytes, checked at every read"""
 
 
 class SkeletonLinear(FrozenModel):
@@ -76,7 +75,7 @@ class BundleBuddies(FrozenModel):
 
 
 class LayerHeat(FrozenModel):
-    """How often each expert of a layer is used."""
+    """Use of each expert of a layer."""
 
     layer: Index
     load: tuple[Annotated[float, Field(ge=0, le=1)], ...]
@@ -84,25 +83,25 @@ class LayerHeat(FrozenModel):
 
 
 class Calibration(FrozenModel):
-    """Result of `moe-tool calibrate`: the policy that `run` follows, and what it costs."""
+    """Result of `moe-tool calibrate`: the default policy of `run` with its measured KL."""
 
     policy: Annotated[str, Field(pattern=r"^[a-z0-9:=,.+\-]{1,200}$")]
-    """Policy as `--policy` takes it"""
+    """Policy in the syntax of `--policy`"""
     max_kl: Price
     """Limit that the upper end of the interval keeps"""
     quality: QualityFigure
-    """KL(exact || policy), each token predicted after the policy's own ones"""
+    """KL(exact || policy), each token predicted from context that the policy computed"""
     domains: dict[Annotated[str, Field(max_length=128)], QualityFigure]
     sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
     """Origin of the text"""
     expert_slots: Annotated[int, Field(ge=1, le=2**31)]
-    """Slots of primary records that the memory budget had room for: with fewer it does not hold"""
+    """Primary records that fitted into memory; the limit is not guaranteed with fewer"""
     nats_per_price: Price
     """Measured divergence per predicted one"""
 
 
 class LayerPrices(FrozenModel):
-    """Prices of leaving experts of one layer out, from the profile.
+    """Prices of dropping experts of one layer, from the profile.
 
     An answer with error eps in a slot of gate weight g adds nats * (g * eps)^2 to the divergence
     of the model's output, in expectation: see artifacts/expert_statistics.
@@ -110,30 +109,31 @@ class LayerPrices(FrozenModel):
 
     layer: Index
     nats: tuple[Price, ...]
-    """[E]: sensitivity of the layer times the squared ratio of the expert's output to its own"""
+    """[E]: sensitivity of the layer times the squared ratio of the expert's output norm to the
+    layer's"""
     use: tuple[Price, ...]
-    """[E]: mean over all tokens of the squared gate weight; 0 where the expert is not wanted"""
+    """[E]: mean over all tokens of the squared gate weight, counted as 0 for unselected experts"""
     unimportance: Quantiles
-    """Quantiles of the share of a token's gate weight that is above a slot, over all slots"""
+    """Quantiles, over all slots, of the share of the token's gate weight in heavier slots"""
     ratio: Quantiles
-    """Quantiles of a slot's gate weight over the token's largest, the heaviest slot left out"""
+    """Quantiles, over all slots but each token's heaviest, of gate weight over the largest"""
 
 
 class TunedWeights(FrozenModel):
-    """How a bundle's codes were changed: one run of `moe-tool tune weights`."""
+    """One change of a bundle's codes by `moe-tool tune weights`."""
 
     parent_sha256: HexDigest
-    """Hash of the manifest of the bundle that it began with"""
+    """Hash of the manifest of the bundle before tuning"""
     sources: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64)]
     """Origin of the text"""
     tokens: Annotated[int, Field(ge=1, le=2**40)]
     """Tokens of text, held-out ones included"""
     tokens_sha256: HexDigest
-    """Hash of their ids, int32, and of which sequences were held out"""
+    """Hash of the token ids (int32) and of the held-out mask over sequences"""
     steps: Annotated[int, Field(ge=1, le=2**31)]
-    """Steps of every layer"""
+    """Steps per layer"""
     batch_tokens: Annotated[int, Field(ge=1, le=2**31)]
-    """Tokens of a step"""
+    """Tokens per step"""
     optimizer: Literal["sgd", "adam"]
     rounding: Literal["nearest", "stochastic"]
     feedback: Literal["momentum", "none"]
@@ -144,7 +144,7 @@ class TunedWeights(FrozenModel):
 
 
 class BundleManifest(FrozenModel):
-    """The artifact of `moe-tool pack`, written last: no manifest, no bundle."""
+    """Artifact of `moe-tool pack`, written last: no manifest, no bundle."""
 
     kind: Literal["bundle"] = "bundle"
     format_version: Literal[3] = BUNDLE_VERSION
@@ -153,43 +153,42 @@ class BundleManifest(FrozenModel):
     shape: MoeShape
     record_layout: Literal["planes-1"] = RECORD_LAYOUT
     forms: Annotated[tuple[FormTable, ...], Field(min_length=1, max_length=64)]
-    """Primary tables, the most bits first; then cheaper ones, the dearest first; then selectors"""
+    """Primary tables by descending bits, then cheaper ones by descending cost, then selectors"""
     removed: tuple[tuple[Index, Index], ...] = ()
-    """Experts, as (layer, expert), that are left out for good: nothing answers for them"""
+    """Experts without a record, as (layer, expert): their slots are always dropped"""
     skeleton: tuple[SkeletonTensor, ...]
     """Every tensor of the skeleton files"""
     skeleton_precision: Precision
     """Precision of the matrices in `skeleton_linears`; the rest keeps the checkpoint's dtype"""
     skeleton_linears: tuple[SkeletonLinear, ...]
-    """Empty where `skeleton_precision` is native"""
+    """Quantized matrices; empty if `skeleton_precision` is native"""
     files: tuple[BundleFile, ...]
     """Every file but the manifest"""
     made_from: dict[str, str]
-    """The options of `pack` and the hashes of its inputs: a resume or a repetition with others is
-    refused"""
+    """Options of `pack` and hashes of its inputs; resuming or repeating with others is refused"""
     profile_sha256: HexDigest | None
     heat: tuple[LayerHeat, ...] | None
-    """Use of the experts in the profile; None where the bundle was packed without one"""
+    """Loads from the profile; None if packed without one"""
     buddies: BundleBuddies | None
     prices: tuple[LayerPrices, ...] | None = None
-    """Prices from the profile; None where the bundle was packed without one"""
+    """Prices from the profile; None if packed without one"""
     calibration: Calibration | None = None
-    """The lossy policy that `run` follows where nothing else is asked for; None: exact"""
+    """Lossy policy that `run` uses by default; None: exact"""
     plan: PackPlan | None = None
-    """The plan that `run` follows where nothing else is asked for"""
+    """Plan that `run` follows by default"""
     lineage: Annotated[tuple[TunedWeights, ...], Field(max_length=64)] = ()
-    """Every change of the codes since they were packed, in order"""
+    """Changes of the codes since packing, in order"""
     sections: Annotated[dict[SectionName, Section], Field(max_length=64)] = {}
     """Additions by name, see artifacts/bundle_sections.py"""
 
     @property
     def primaries(self) -> tuple[FormTable, ...]:
-        """Tables of the experts themselves"""
+        """Tables of the primary forms"""
         return tuple(table for table in self.forms if table.role == "primary")
 
     @property
     def cheaper(self) -> tuple[FormTable, ...]:
-        """Tables of replicas and of first bits, the dearest first"""
+        """Tables of replicas and nested bases, by descending cost"""
         return tuple(table for table in self.forms if table.role in ("replica", "base"))
 
     @property
@@ -209,19 +208,18 @@ class BundleManifest(FrozenModel):
 
     @property
     def primary_counts(self) -> dict[str, int]:
-        """How many experts have each primary precision, as `pack --bits` names it; removed ones
-        too"""
+        """Number of experts by primary precision (as in `pack --bits`), and of removed ones"""
         found = {table.name: len(table.records) for table in self.primaries}
         return found | ({"removed": len(self.removed)} if self.removed else {})
 
     @property
     def bits(self) -> str:
-        """The primary precision as `pack --bits` takes it; mixed where experts have several"""
+        """Primary precision as in `pack --bits`; mixed if there are several"""
         return self.primaries[0].name if len(self.primaries) == 1 else "mixed"
 
     @property
     def pruning(self) -> LearnedPruning | None:
-        """The learned mask routers; None until they are trained"""
+        """Learned mask routers; None until they are trained"""
         section = self.sections.get(MASK_ROUTER)
         found = None if section is None else parse_section(MASK_ROUTER, section)
         assert found is None or isinstance(found, LearnedPruning)

@@ -1,8 +1,7 @@
-"""Named sections of a bundle manifest: what a later form, row table or predictor adds to it without
-a new version.
+"""Named sections of a bundle manifest: additions that need no new format version.
 
-A row of SECTIONS makes a name known, with the schema of its body. A section of a name that is not
-known is kept and ignored where it is optional, and refused by name where it is required.
+SECTIONS lists the known names with the schemas of their bodies. A section of an unknown name is
+ignored (and kept) if optional, and refused by name if required.
 """
 
 import json
@@ -24,27 +23,27 @@ class Section(FrozenModel):
     """One section."""
 
     required: bool
-    """A reader that does not know the section has to refuse the bundle"""
+    """Whether a reader that does not know the section has to refuse the bundle"""
     body: dict[str, JsonValue]
 
 
 class LearnedPruning(FrozenModel):
-    """Mask routers that `moe-tool tune pruning` trained: what `prune:learned` asks."""
+    """Mask routers trained by `moe-tool tune pruning`, used by `prune:learned`."""
 
     file: Basename
     """Safetensors file of the routers' tensors"""
     rate: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the chosen experts that they were trained to leave out"""
+    """Share of the chosen experts that the training aimed to drop"""
     offsets: Annotated[
         tuple[Annotated[float, Field(ge=-1e30, le=1e30)], ...],
         Field(min_length=N_QUANTILES, max_length=N_QUANTILES),
     ]
-    """Worth above which a slot is kept, so that on held-out tokens 0 %, 5 %, ... 100 % of the slots
-    after the heaviest are left out; never falls"""
+    """Router scores above which a slot is kept: ascending thresholds that drop 0 %, 5 %, ... 100 %
+    of the slots after the heaviest on held-out tokens"""
     penalty: Price
-    """Nats per kept slot after the heaviest, at the end of the training"""
+    """Final training penalty, nats per kept slot after the heaviest"""
     quality: QualityFigure
-    """KL(exact || pruned) at that rate, on held-out tokens"""
+    """KL(exact || pruned) at `rate`, on held-out tokens"""
     tokens: Annotated[int, Field(ge=1, le=2**40)]
     """Tokens trained on"""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -63,10 +62,10 @@ SECTIONS: dict[str, type[FrozenModel]] = {MASK_ROUTER: LearnedPruning}
 
 
 def parse_section(name: str, section: Section) -> FrozenModel | None:
-    """Return the body of a section; None where the name is not known.
+    """Return the body of a section; None if the name is unknown.
 
     Raises:
-        ValueError: the body is not as the schema wants it.
+        ValueError: the body does not match the schema.
     """
     schema = SECTIONS.get(name)
     if schema is None:
@@ -81,5 +80,5 @@ def parse_section(name: str, section: Section) -> FrozenModel | None:
 
 
 def unknown_required(sections: Mapping[str, Section]) -> list[str]:
-    """Return the names of required sections that this version does not know."""
+    """Return the names of required sections unknown to this version."""
     return sorted(name for name, each in sections.items() if each.required and name not in SECTIONS)

@@ -16,7 +16,7 @@ class Estimate(Spread):
 
     value: float
     ci95: tuple[float, float] | None
-    """By bootstrap over sequences; None where there is only one sequence"""
+    """Bootstrap interval over sequences; None with a single sequence"""
 
     @property
     def low(self) -> float:
@@ -35,7 +35,7 @@ class Estimate(Spread):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures(Spread):
-    """Costs of a policy, in quality and in bytes."""
+    """Quality and bytes read of a policy."""
 
     tokens: int
     """Scored predictions"""
@@ -50,16 +50,16 @@ class Figures(Spread):
     kl_source_mean: Estimate | None
     """KL(checkpoint || policy); None without a reference"""
     kl_source_exact_mean: Estimate | None
-    """KL(checkpoint || exact): what the bundle's precision costs by itself"""
+    """KL(checkpoint || exact): cost of the bundle's precision alone"""
     hit_rate: Estimate
     bytes_read_per_token: Estimate
     substitutions_per_token: float
     replica_answers_per_token: float
     drops_per_token: float
     expected_kl: float | None
-    """Nats per token that the price list expects; None where the bundle has none"""
+    """Nats per token expected from the bundle's prices; None if it has none"""
     exact_fallback_share: float
-    """Share of tokens that were answered exactly to keep a calibrated limit"""
+    """Share of tokens answered exactly to keep a calibrated limit"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +73,18 @@ class PolicyRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtNoMoreBytes:
-    """One policy beside the measured setting of `priced` that reads most without reading more."""
+    """One policy beside the setting of `priced` that reads most bytes without reading more."""
 
     policy: str
     priced: str
     ratio: float | None
-    """KL of `priced` over the policy's; None where that is 0"""
+    """KL of `priced` over the policy's; None if the policy's is 0"""
     verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReport:
-    """The policy that was asked for, and its controls where they were."""
+    """Results of the requested policy, and of its controls if they were requested."""
 
     bundle: str
     setup: RunSetup
@@ -95,34 +95,34 @@ class EvaluationReport:
     rows: tuple[PolicyRow, ...]
     """Every policy that ran, in the order of the table"""
     at_no_more_bytes: tuple[AtNoMoreBytes, ...]
-    """With controls: every other lossy policy beside answering by price; empty without prices"""
+    """Comparison of every other lossy policy with `priced`; empty without controls or prices"""
     dominating: tuple[tuple[str, str], ...]
     """(policy, setting of `priced`): both fewer bytes and a lower KL, beyond the intervals"""
     skipped: dict[str, str]
     """Controls that this bundle cannot run -> why"""
     sparsity: float
-    """Share of experts' channels that was left out"""
+    """Share of experts' channels that was skipped"""
     whole_bytes_per_token: float
-    """Bytes that misses of experts in channels would have read, had all been read whole"""
+    """Bytes that misses would have read, had every channel been read"""
     seconds: float
     peak_rss_bytes: int
 
     @property
     def figures(self) -> Figures:
-        """Figures of the policy that was asked for."""
+        """Figures of the requested policy."""
         return self.main().figures
 
     @property
     def domains(self) -> dict[str, Figures]:
-        """Figures of the policy that was asked for, by domain of the text."""
+        """Figures of the requested policy, by domain of the text."""
         return self.main().domains
 
     def main(self) -> PolicyRow:
-        """Return the row of the policy that was asked for."""
+        """Return the row of the requested policy."""
         return next(row for row in self.rows if row.policy == self.setup.policy)
 
     def by_policy(self) -> dict[str, Figures]:
-        """Return the figures of every row, by its policy."""
+        """Return the figures of all rows by policy."""
         return {row.policy: row.figures for row in self.rows}
 
 
@@ -144,7 +144,7 @@ class MetricRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessReport:
-    """Metrics of lm_eval's tasks, and their cost. Rates are of decoding alone."""
+    """Metrics of lm_eval's tasks, and their cost. Rates cover decoding alone."""
 
     bundle: str
     rows: tuple[MetricRow, ...]
@@ -154,10 +154,10 @@ class HarnessReport:
     limit: int | None
     lm_eval_version: str
     cut_contexts: int
-    """Requests whose context was too long and lost its beginning"""
+    """Requests whose context was too long and was cut at the beginning"""
     prompt: PhaseCounters
-    """Answered exactly, whatever the policy"""
+    """Counters of prompts, which every policy answers exactly"""
     decode: PhaseCounters
-    """Answered by the policy"""
+    """Counters of decoding under the policy"""
     seconds: float
     peak_rss_bytes: int

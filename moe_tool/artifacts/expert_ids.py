@@ -1,15 +1,15 @@
-"""Names of experts, and the only codec between pairs of numbers and one flat number."""
+"""Keys of experts, and the only codec between pairs of numbers and one flat number."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 ExpertKey = tuple[int, int]
-"""(decoder layer, expert)"""
+"""Key of an expert: (decoder layer, expert)"""
 
 
 class FormIds:
-    """One layer's experts in every form as flat numbers: form after form, E numbers each."""
+    """Codec from one layer's (form, expert) pairs to flat numbers, E per form."""
 
     def __init__(self, n_experts: int) -> None:
         """Number the forms of E experts."""
@@ -30,7 +30,7 @@ class FormIds:
 
 
 class LayerIds:
-    """A model's experts as flat numbers: MoE layer after MoE layer, E numbers each."""
+    """Codec from a model's (layer, expert) pairs to flat numbers, E per MoE layer."""
 
     def __init__(self, layers: Sequence[int], n_experts: int) -> None:
         """Number the experts of decoder layers, ascending."""

@@ -1,9 +1,7 @@
-"""Measured statistics of one MoE layer's experts: loads, outputs, and the price of every answer to
-a miss.
+"""Measured statistics of one MoE layer's experts: loads, outputs, and errors of substitutes.
 
-The price of an answer is its relative error over the tokens routed to expert i:
-eps = sqrt(E||E_i(x) - answer(x)||^2 / E||E_i(x)||^2). 0 is exact, 1 as bad as leaving the expert
-out.
+The error of an answer in place of expert i is relative, over the tokens routed to i:
+eps = sqrt(E||E_i(x) - answer(x)||^2 / E||E_i(x)||^2). 0 is exact, 1 as bad as dropping the expert.
 """
 
 from dataclasses import dataclass
@@ -23,25 +21,23 @@ class RoutingCounts:
     gate_sum: np.ndarray
     """[E] float64: sum of gate weights over those tokens"""
     coactivation: np.ndarray
-    """[E, E] int64: tokens whose top-k holds both; the diagonal is the load"""
+    """[E, E] int64: tokens whose top-k contains both experts; the diagonal is the load"""
     domain_load: np.ndarray
     """[D, E] int64: load by domain"""
     same_as_previous: float
-    """Chance that an expert used by a token was used by the previous token of the same sequence"""
+    """Probability that an expert used by a token was used by the previous one in its sequence"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeStatistics:
-    """All experts of a layer evaluated on one sample of in-sample or of held-out tokens."""
+    """All experts of a layer evaluated on one sample of in-sample or held-out tokens."""
 
     n_sampled: int
     """Tokens in the shared sample"""
     n_cka: int
-    """Tokens behind `cka`, spread over the shared sample: at most 256, fewer where memory is
-    short"""
+    """Tokens behind `cka`, spread over the shared sample: 256, or fewer if memory is short"""
     n_routed: np.ndarray
-    """[E] int64: sampled tokens routed to each expert: the count behind scale, eps_buddy and
-    output_norm"""
+    """[E] int64: sampled tokens routed to each expert, behind scale, eps_buddy and output_norm"""
     fell_back: np.ndarray
     """[E] bool: too few routed tokens, so all sampled tokens were used instead"""
     output_norm: np.ndarray
@@ -56,10 +52,9 @@ class ProbeStatistics:
     scale: np.ndarray
     """[E, E] float32: a[i, j] minimising ||E_i(x) - a E_j(x)|| over tokens routed to i"""
     eps_buddy: np.ndarray
-    """[E, E] float32: price of a[i, j] E_j in place of E_i"""
+    """[E, E] float32: relative error of a[i, j] E_j in place of E_i"""
     eps_drop: np.ndarray
-    """[E] float32: price of nothing in place of E_i (1 by definition; 0 for an expert whose output
-    is zero)"""
+    """[E] float32: relative error of dropping E_i: 1, or 0 for an expert whose output is zero"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,23 +66,22 @@ class ExpertStatistics:
     probe: ProbeStatistics
     """Probe of in-sample tokens"""
     probe_held_out: ProbeStatistics
-    """Probe of held-out tokens, with scales fitted to them: its prices are optimistic"""
+    """Probe of held-out tokens, with scales fitted to them: its errors are optimistic"""
     eps_buddy_transferred: np.ndarray
-    """[E, E] float32: price on held-out tokens with the scales fitted in-sample"""
+    """[E, E] float32: relative error on held-out tokens with the scales fitted in-sample"""
     eps_bits: np.ndarray
-    """[E, 5] float32: price of round-to-nearest codes at PRICED_WIDTHS bits, group 64"""
+    """[E, 5] float32: relative error of round-to-nearest codes at PRICED_WIDTHS bits, group 64"""
     eps_bits_n_tokens: np.ndarray
     """[E] int64: tokens behind eps_bits (at most 256)"""
     router_similarity: np.ndarray
     """[E, E] float32: correlation of router logit columns over all in-sample tokens"""
     sensitivity: float
-    """KL in nats added to the model's output per unit of squared relative error of this layer's
-    output"""
+    """KL of the model's output in nats per unit of squared relative error of the layer's output"""
     sensitivity_n_tokens: int
 
     @property
     def nats(self) -> np.ndarray:
-        """[E] float64: KL in nats added by leaving the expert out at gate weight 1; an answer with
+        """[E] float64: KL in nats added by dropping the expert at gate weight 1; an answer with
         error eps at gate weight g adds (g * eps)^2 times as much."""
         ratio = self.probe.output_ratio.astype(np.float64)
         found: np.ndarray = self.sensitivity * ratio**2

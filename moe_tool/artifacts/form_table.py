@@ -1,4 +1,4 @@
-"""The record tables of a bundle: which experts lie where, in which form, and for which use."""
+"""Record tables of a bundle: role, form and place of every expert record."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -15,8 +15,8 @@ Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 SizeBytes = Annotated[int, Field(ge=0, le=2**50)]
 Price = Annotated[float, Field(ge=0, le=1e30)]
 Role = Literal["primary", "replica", "base", "selector"]
-"""primary: the expert itself; replica: a cheaper answer in its place; base: likewise, the first
-bits of a nested primary record; selector: what says which channels of an expert a token needs"""
+"""primary: the expert itself; replica: a cheaper answer in its place; base: the same, but the first
+bits of a nested primary record; selector: the matrix that chooses an expert's channels"""
 _RANKS: Mapping[Role, int] = {"primary": 0, "replica": 1, "base": 1, "selector": 2}
 
 
@@ -27,37 +27,37 @@ class FormRecord(FrozenModel):
     expert: Index
     file: Basename
     offset: SizeBytes
-    """Offset from the start of the file, a multiple of ALIGNMENT_BYTES"""
+    """Byte offset in the file, a multiple of ALIGNMENT_BYTES"""
     xxh3: Xxh3
     """xxh3-64 of the record's bytes"""
     eps: Price | None = None
-    """Error of the form's output relative to the checkpoint's expert, on held-out tokens; None: not
-    measured"""
+    """Error of the form's output relative to the checkpoint's expert, on held-out tokens; None if
+    not measured"""
 
 
 class FormTable(FrozenModel):
-    """Records of experts that are all written in one way and for one use."""
+    """Records of one role and precision."""
 
     role: Role
     precision: AnyPrecision
     record_size_bytes: Annotated[int, Field(ge=ALIGNMENT_BYTES, le=2**40)]
-    """Size of every record of the table; a multiple of ALIGNMENT_BYTES"""
+    """Size of each record, a multiple of ALIGNMENT_BYTES"""
     records: tuple[FormRecord, ...]
-    """Records in file order; each expert at most once"""
+    """Records in file order, at most one per expert"""
 
     @property
     def name(self) -> str:
-        """Name of the precision, as the options of `pack` take it"""
+        """Name of the precision, as in the options of `pack`"""
         return self.precision.name
 
     @property
     def size_bytes(self) -> int:
-        """Size of all records"""
+        """Size of all records together"""
         return len(self.records) * self.record_size_bytes
 
     @property
     def experts(self) -> frozenset[tuple[int, int]]:
-        """Experts, as (layer, expert), that have a record here"""
+        """Keys of the experts with a record, as (layer, expert)"""
         return frozenset((record.layer, record.expert) for record in self.records)
 
 
@@ -67,13 +67,16 @@ def check_form_tables(
     shape: MoeShape,
     file_sizes: Mapping[str, int],
 ) -> None:
-    """Refuse tables that contradict each other, the model or the files, with a ValueError.
+    """Refuse a bundle's tables that contradict each other, the model or the files.
 
     Args:
-        tables: of one bundle.
+        tables: all tables of the bundle, in manifest order.
         removed: (layer, expert) of experts without any record.
-        shape: of the model.
-        file_sizes: by name.
+        shape: the model's shape.
+        file_sizes: bytes by file name.
+
+    Raises:
+        ValueError: the first contradiction.
     """
     ranks = [_RANKS[table.role] for table in tables]
     if ranks != sorted(ranks):
@@ -92,7 +95,7 @@ def check_form_tables(
 def _check_experts(
     tables: Sequence[FormTable], removed: Sequence[tuple[int, int]], shape: MoeShape
 ) -> None:
-    """Every expert is in one primary table or removed; other tables hold experts that are there."""
+    """Require every expert in one primary table or removed, and no removed one in other tables."""
     layers = set(shape.layers)
     primary = [(r.layer, r.expert) for t in tables if t.role == "primary" for r in t.records]
     found = {*primary, *removed}
@@ -113,7 +116,7 @@ def _check_experts(
 
 
 def _check_files(tables: Sequence[FormTable], file_sizes: Mapping[str, int]) -> None:
-    """No two tables share a file, but for the first bits of records that lie in a primary's."""
+    """Require that no two tables share a file, except bases, which lie in the primary's records."""
     taken: set[str] = set()
     for table in tables:
         files = {record.file for record in table.records} if table.role != "base" else set()
@@ -145,7 +148,7 @@ def _check_places(table: FormTable, file_sizes: Mapping[str, int]) -> None:
 
 
 def _check_bases(tables: Sequence[FormTable]) -> None:
-    """The first bits of every nested expert lie where the expert lies; there are no others."""
+    """Require one base table per nested table, whose records start where the nested ones do."""
     nested: dict[AnyPrecision | None, FormTable] = {
         t.precision.base: t for t in tables if t.role == "primary" and t.precision.base
     }
@@ -161,7 +164,7 @@ def _check_bases(tables: Sequence[FormTable]) -> None:
 
 
 def _check_selectors(tables: Sequence[FormTable]) -> None:
-    """Experts in channels have selectors, in the same order; nothing else has any."""
+    """Require one selector table per table in channels, with the same experts in the same order."""
     wanted = {
         t.precision: t for t in tables if t.role == "primary" and "selector" in t.precision.roles
     }

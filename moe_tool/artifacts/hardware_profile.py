@@ -26,7 +26,7 @@ class DiskSpeed(FrozenModel):
     """Disk rate of one access pattern, read size and number of readers."""
 
     pattern: Literal["sequential", "random"]
-    """Access pattern; random: one record per reader at once, all awaited before the next"""
+    """Access pattern; random: each reader reads one record, all finish before the next round"""
     read_bytes: SizeBytes
     """Size of one read"""
     readers: Annotated[int, Field(ge=1, le=4)]
@@ -60,17 +60,17 @@ class ExpertSpeed(FrozenModel):
     fitted_from_bytes: SizeBytes | None = None
     """Smaller of the two record sizes; None where nothing below it was measured"""
     tiny_s: Seconds | None = None
-    """Time of a call with next to no weights; None where not measured"""
+    """Time of a call with almost no weights; None if not measured"""
 
     def seconds(self, record_bytes: float) -> float:
-        """Return the time of a call with a record of so many bytes."""
+        """Return the time of a call with a record of `record_bytes` bytes."""
         if (
             self.tiny_s is None
             or self.fitted_from_bytes is None
             or record_bytes >= self.fitted_from_bytes
         ):
             return self.fixed_s + record_bytes / self.bytes_per_s
-        # Extrapolated to 0 bytes, the fitted line would end in the noise of `fixed_s`.
+        # Extrapolated to 0 bytes, the fitted line would give the noise of `fixed_s`.
         at_fitted = self.fixed_s + self.fitted_from_bytes / self.bytes_per_s
         tiny = min(self.tiny_s, at_fitted)
         return tiny + (at_fitted - tiny) * record_bytes / self.fitted_from_bytes
@@ -112,20 +112,20 @@ class HardwareProfile(FrozenModel):
     ram_bytes: SizeBytes
     """Memory of the machine"""
     kernels: str
-    """Kernels that computed the experts: avx512vnni, avx512, avx2, scalar or torch"""
+    """Kernels of the expert timings: avx512vnni, avx512, avx2, scalar or torch"""
     disk: Annotated[tuple[DiskSpeed, ...], Field(min_length=1)]
     memory: Annotated[tuple[MemorySpeed, ...], Field(min_length=1)]
     experts: Annotated[tuple[ExpertSpeed, ...], Field(min_length=1)]
     lookup: tuple[LookupSpeed, ...] = ()
-    """Lookup times; empty where the kernels have no lookup, or it was not measured"""
+    """Lookup times; empty if the kernels have no lookup, or it was not measured"""
     layer_warm_s: Annotated[float, Field(gt=0, le=1e4)]
     """Time of one decoder layer at one token without its matrices, caches warm"""
     layer_cold_s: Annotated[float, Field(gt=0, le=1e4)]
     """Time of the layer when `cold_bytes` of expert weights per layer pass through the caches"""
     cold_bytes: SizeBytes
     layer_rested_s: Annotated[float, Field(gt=0, le=1e4)]
-    """Time of the layer when it also waits REST_S for the disk: cores go idle and wake slowly. The
-    wait itself is not included"""
+    """Time of the layer after it waits REST_S for the disk, wait not included: idle cores wake
+    slowly"""
     gpu: GpuSpeed | None = None
 
     @model_validator(mode="after")
@@ -137,7 +137,7 @@ class HardwareProfile(FrozenModel):
     def disk_bytes_per_s(self, read_bytes: int, readers: int) -> float:
         """Return the rate of random reads measured nearest to these arguments.
 
-        Nearest by size (as a ratio), then by readers; of two equally near, the smaller.
+        Nearest by size (as a ratio), then by readers; ties go to the smaller.
 
         Args:
             read_bytes: size of one read, at least 1.
@@ -154,11 +154,11 @@ class HardwareProfile(FrozenModel):
     def expert_seconds(self, bits: str, record_bytes: float, tokens: int, threads: int) -> float:
         """Return the time of one expert call.
 
-        The nearest measured width (as a ratio) and number of threads count. Over tokens, time is
+        Uses the nearest measured width (as a ratio) and number of threads. Over tokens, time is
         interpolated and extrapolated linearly, but constant below the fewest measured.
 
         Args:
-            bits: width of the matrices, as `pack --bits` takes it.
+            bits: width of the matrices, as in `pack --bits`.
             record_bytes: size of the expert's record.
             tokens: tokens per call.
             threads: compute threads.
@@ -181,7 +181,7 @@ class HardwareProfile(FrozenModel):
 
     @property
     def waking_s(self) -> float:
-        """Time that a layer takes longer after a wait of REST_S or more."""
+        """Extra time of a layer after a wait of REST_S or more."""
         return max(0.0, self.layer_rested_s - self.layer_cold_s)
 
 
@@ -190,13 +190,13 @@ def _width(bits: str) -> int:
 
 
 def _nearest(rows: Sequence[Row], where: Callable[[Row], float], wanted: float) -> list[Row]:
-    """Return all rows at the place nearest to the wanted one; of two places, the lower."""
+    """Return all rows at the place nearest to the wanted one; ties go to the lower place."""
     place = min((where(row) for row in rows), key=lambda found: (abs(found - wanted), found))
     return [row for row in rows if where(row) == place]
 
 
 def _on_line(points: Sequence[tuple[int, float]], wanted: int) -> float:
-    """Interpolate linearly through ascending points; beyond the last, never fall."""
+    """Interpolate linearly through ascending points; extrapolate beyond the last, never falling."""
     if wanted <= points[0][0] or len(points) == 1:
         return points[0][1]
     after = next((i for i, point in enumerate(points) if point[0] >= wanted), len(points) - 1)

@@ -11,10 +11,10 @@ HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ModelIdentity(FrozenModel):
-    """Hashes that tell checkpoints apart, fine-tunes of one model included."""
+    """Hashes that distinguish checkpoints, fine-tunes of one model included."""
 
     name: str
-    """Name that the user gave: an alias, a hub id or a folder's name. Never compared."""
+    """Name given by the user: an alias, a hub id or a folder's name. Never compared."""
     model_type: str
     """transformers' model type, e.g. "mixtral"."""
     quick: HexDigest
@@ -24,7 +24,7 @@ class ModelIdentity(FrozenModel):
     """sha256 over every tensor's bytes, in name order; None until a stage has read them all."""
 
     def matches(self, other: "ModelIdentity") -> bool:
-        """Return whether the weights are the same, by the full hash where both have one."""
+        """Return whether the weights are the same, by the full hash if both have one."""
         if self.full is not None and other.full is not None:
             return self.full == other.full
         return self.quick == other.quick
@@ -38,7 +38,7 @@ def require_same_model(
     Args:
         found: the identity written in the artifact.
         wanted: the identity of the model at hand.
-        artifact: what is refused, e.g. "the profile profiles/demo.h5".
+        artifact: subject of the message, e.g. "the profile profiles/demo.h5".
         remedy: the command that makes a matching one.
 
     Raises:

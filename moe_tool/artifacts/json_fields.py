@@ -1,4 +1,4 @@
-"""Results as the JSON objects of `--json`: fields and properties, each number under one key."""
+"""Conversion of results to the JSON of `--json`: fields and properties, one key per number."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -6,18 +6,18 @@ from typing import Any
 
 
 class Spread:
-    """Base of groups whose keys stand beside those of the result that holds them."""
+    """Base of groups whose keys are merged into those of the result that contains them."""
 
     __slots__ = ()
 
     def keys_of(self, _name: str, /) -> dict[str, Any]:
-        """Return the group's keys; a subclass may form them from the name of its field."""
+        """Return the group's keys; a subclass may derive them from the field's name."""
         return object_fields(self)
 
 
 def json_fields(value: Any) -> Any:
-    """Return a value in JSON's own types: results as objects, arrays as lists, paths by their text,
-    null for a number that JSON cannot say."""
+    """Return a value in JSON's types: results as objects, arrays as lists, paths as strings,
+    non-finite numbers as null."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -26,7 +26,7 @@ def json_fields(value: Any) -> Any:
         return {str(key): json_fields(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [json_fields(each) for each in value]
-    dump = getattr(value, "model_dump", None)  # pydantic's models; --help has no time to import it
+    dump = getattr(value, "model_dump", None)  # pydantic, whose import would slow down --help
     if callable(dump):
         return json_fields(dump(mode="json"))
     if is_dataclass(value):
@@ -36,7 +36,7 @@ def json_fields(value: Any) -> Any:
 
 
 def object_fields(result: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass and then its properties, groups spread."""
+    """Return the fields of a dataclass, then its properties, with `Spread` groups merged."""
     names = [field.name for field in fields(result)]
     names += [name for name, member in vars(type(result)).items() if isinstance(member, property)]
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The one check that a model knows every token that a tokenizer made."""
+"""Check that the model has an embedding for every token of a tokenizer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,7 @@ def require_known_tokens(ids: Iterable[int], vocabulary: int, *, tokenizer: Any)
     Args:
         ids: token ids of a text or a prompt.
         vocabulary: V, the rows of the embedding.
-        tokenizer: of transformers; tells what the token is.
+        tokenizer: a transformers tokenizer, which names the token.
 
     Raises:
         DataSourceError: a token is unknown; the largest one is named.

@@ -1,4 +1,4 @@
-"""Learned routers that score how many of a token's experts are worth running."""
+"""Learned mask routers, which score how many of a token's experts to run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,7 +19,7 @@ class LayerMaskRouter:
     by_hidden: np.ndarray
     """[K-1, H] float32 coefficients of the layer's input, scaled to root mean square 1"""
     by_weight: np.ndarray
-    """[K-1, 2K] float32 coefficients of log gate weights, heaviest first, then of the weights"""
+    """[K-1, 2K] float32 coefficients of log gate weights, heaviest first, then of gate weights"""
     by_expert: np.ndarray
     """[K-1, E] float32 coefficients of the slot's expert, one-hot"""
     bias: np.ndarray

@@ -1,4 +1,4 @@
-"""The shape of a Mixture-of-Experts model: layers, experts, top-k, the tensors of one expert."""
+"""Shape of a Mixture-of-Experts model: layers, experts, top-k, the tensors of one expert."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ FLOAT_SIZE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ExpertTensor(FrozenModel):
-    """One tensor of one expert; matrices are [out, in] whatever layout the checkpoint has."""
+    """One tensor of one expert; matrices are [out, in] whatever the checkpoint's layout."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
     """Parameter name in the experts module: gate_up_proj, up_proj, down_proj, gate_up_proj_bias,

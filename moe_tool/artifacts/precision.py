@@ -1,5 +1,5 @@
-"""How an expert's numbers are written: the checkpoint's own floats, integer codes with scales,
-channels that can be read alone, or a low-rank map in the expert's place."""
+"""Precisions of expert records: the checkpoint's floats, integer codes with scales, separately
+readable channels, or a low-rank map in the expert's place."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -9,30 +9,29 @@ from pydantic import Field, model_validator
 from moe_tool.artifacts.schema import FrozenModel
 
 NATIVE_WIDTH = 16
-"""Number that stands for the checkpoint's dtype in a plan"""
+"""Number of bits that stands for the checkpoint's dtype in a plan"""
 
 
 class _Precision(FrozenModel):
-    """Defaults of the questions that every precision answers."""
+    """Defaults of the properties that every precision has."""
 
     @property
     def base(self) -> "IntegerPrecision | None":
-        """Precision of the 2-bit expert that the first bits of a nested one are; None if not
-        nested."""
+        """Precision of the nested 2-bit base; None if not nested."""
         return None
 
     @property
     def is_coded(self) -> bool:
-        """Whether the matrices of an expert are integer codes that can be tuned."""
+        """Whether the matrices are integer codes that can be tuned."""
         return False
 
     @property
     def leaves_noise(self) -> bool:
-        """Whether the error of an answer is spread as noise is, independent of the input."""
+        """Whether the error of an answer is like noise, independent of the input."""
         return False
 
     def with_zeros(self, zeros: bool) -> Self:
-        """Return the precision with or without zero points; itself where there can be none."""
+        """Return the precision with or without zero points; itself if it cannot have any."""
         return self
 
 
@@ -43,7 +42,7 @@ class NativePrecision(_Precision):
 
     @property
     def name(self) -> str:
-        """Name as `--bits` takes it"""
+        """Name in `--bits`"""
         return "native"
 
     @property
@@ -53,7 +52,7 @@ class NativePrecision(_Precision):
 
     @property
     def order_key(self) -> tuple[int, int, int]:
-        """Sorts precisions, the dearest first"""
+        """Sort key, the most expensive precision first"""
         return (0, -NATIVE_WIDTH, 0)
 
 
@@ -67,17 +66,17 @@ class IntegerPrecision(_Precision):
     width_bits: Literal[8, 4, 3, 2, 1]
     group: Literal[32, 64, 128] = 64
     zeros: bool = False
-    """Each scale has a float16 zero point beside it; without, the grid is symmetric"""
+    """Whether each scale has a float16 zero point; without, the grid is symmetric"""
     base_bits: Literal[2] | None = None
-    """Nested: the first so many bits of the codes, with scales of their own, are an expert by
-    themselves, and lie before everything else; None: they are not"""
+    """Leading bits of nested codes that, with scales of their own, form a complete expert at the
+    start of the record; None if not nested"""
     of_bits: Literal[3, 4] | None = None
-    """Width of the codes whose first bits these are; None: the codes are whole"""
+    """Width of the nested codes that this base is part of; None if not a base"""
 
     @property
     def name(self) -> str:
-        """Name as `--bits` and `--replicas` take it: 4, 2:128 (groups of 128), 3z (zero points),
-        2+2 (nested); 2of4: the first bits of a nested one"""
+        """Name in `--bits` and `--replicas`: 4, 2:128 (groups of 128), 3z (zero points), 2+2
+        (nested); 2of4 for the base of a nested one"""
         group = "" if self.group == 64 else f":{self.group}"
         if self.base_bits is not None:
             return f"{self.base_bits}+{self.width_bits - self.base_bits}{group}"
@@ -93,13 +92,12 @@ class IntegerPrecision(_Precision):
 
     @property
     def order_key(self) -> tuple[int, int, int]:
-        """Sorts precisions, the dearest first"""
+        """Sort key, the most expensive precision first"""
         return (0, -self.width_bits, self.group)
 
     @property
     def base(self) -> "IntegerPrecision | None":
-        """Precision of the 2-bit expert that the first bits of a nested one are; None if not
-        nested."""
+        """Precision of the nested 2-bit base; None if not nested."""
         if self.base_bits is None:
             return None
         return IntegerPrecision.model_validate(
@@ -108,12 +106,12 @@ class IntegerPrecision(_Precision):
 
     @property
     def is_coded(self) -> bool:
-        """Whether the matrices of an expert are integer codes that can be tuned."""
+        """Whether the matrices are integer codes that can be tuned."""
         return True
 
     @property
     def leaves_noise(self) -> bool:
-        """Whether the error of an answer is spread as noise is, independent of the input."""
+        """Whether the error of an answer is like noise, independent of the input."""
         return self.width_bits > 1
 
     def with_zeros(self, zeros: bool) -> Self:
@@ -131,15 +129,14 @@ class IntegerPrecision(_Precision):
 
 
 class LowRankPrecision(_Precision):
-    """Linear map of low rank that was fitted to an expert's output, with an offset, in the place of
-    its weights: float16 throughout."""
+    """Low-rank linear map with an offset, fitted to the expert's output, in float16."""
 
     kind: Literal["low-rank"] = "low-rank"
     rank: Annotated[int, Field(ge=1, le=1024)]
 
     @property
     def name(self) -> str:
-        """Name as `--replicas` takes it: rank16"""
+        """Name in `--replicas`: rank16"""
         return f"rank{self.rank}"
 
     @property
@@ -149,18 +146,20 @@ class LowRankPrecision(_Precision):
 
     @property
     def order_key(self) -> tuple[int, int, int]:
-        """Sorts precisions, the dearest first"""
+        """Sort key, the most expensive precision first"""
         return (1, -self.rank, 0)
 
 
 class ChannelPrecision(_Precision):
-    """Channels of a gated expert that can be used alone: one of its first two matrices, the
-    selector, says which of them a token needs, and of each channel the other matrix's row and the
-    last one's column lie beside each other (FloE, arXiv:2505.05950)."""
+    """Separately readable channels of a gated expert (FloE, arXiv:2505.05950).
+
+    The selector (the up or the gate matrix) says which channels a token needs. The other matrix's
+    row and the down matrix's column of a channel are stored side by side.
+    """
 
     kind: Literal["channels"] = "channels"
     selected_by: Literal["up", "gate"]
-    """The matrix that selects"""
+    """Matrix that is the selector"""
     selector_bits: Literal[2, 3]
     """Width of the selector's codes"""
     width_bits: Literal[4, 8] = 4
@@ -168,11 +167,11 @@ class ChannelPrecision(_Precision):
     group: Literal[32, 64, 128] = 64
     """Numbers of a row, or of a column, that share a scale"""
     zeros: bool = False
-    """The selector has zero points; channels never have"""
+    """Whether the selector has zero points; channels never have"""
 
     @property
     def name(self) -> str:
-        """Name as `--sparse-experts` takes it: up2:4, gate3:8:128"""
+        """Name in `pack --sparse-experts`: up2:4, gate3:8:128"""
         group = "" if self.group == 64 else f":{self.group}"
         return f"{self.selected_by}{self.selector_bits}:{self.width_bits}{group}"
 
@@ -183,7 +182,7 @@ class ChannelPrecision(_Precision):
 
     @property
     def order_key(self) -> tuple[int, int, int]:
-        """Sorts precisions, the dearest first"""
+        """Sort key, the most expensive precision first"""
         return (0, -self.width_bits, self.group)
 
     @property
@@ -193,7 +192,7 @@ class ChannelPrecision(_Precision):
 
     @property
     def rows(self) -> IntegerPrecision:
-        """Precision of the other matrix's rows, and of the last one's columns as rows"""
+        """Precision of the other matrix's rows, and of the down matrix's columns"""
         return IntegerPrecision(width_bits=self.width_bits, group=self.group)
 
     def with_zeros(self, zeros: bool) -> Self:
@@ -217,8 +216,11 @@ AnyPrecision = Annotated[
 
 def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:
     """Return the precision that `--bits` names: native, 4, 2:128 (groups of 128 inputs), 3z (zero
-    points), 2+2 (nested: 4 bits, of which the first 2 are an expert too); a ValueError for anything
-    else."""
+    points), 2+2 (nested: 4 bits, of which the first 2 are a complete expert).
+
+    Raises:
+        ValueError: anything else.
+    """
     if bits == "native":
         return NativePrecision()
     found = _INTEGER.fullmatch(bits)
@@ -236,9 +238,12 @@ def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:
 
 
 def channel_precision(text: str) -> ChannelPrecision:
-    """Return the precision that `--sparse-experts` of `pack` names: up2 (selected by the up
-    projection at 2 bits), gate3:8 (channels of 8 bits), up2:4:128 (groups of 128); a ValueError for
-    anything else."""
+    """Return the precision that `pack --sparse-experts` names: up2 (selected by the up projection
+    at 2 bits), gate3:8 (channels of 8 bits), up2:4:128 (groups of 128).
+
+    Raises:
+        ValueError: anything else.
+    """
     found = _CHANNELS.fullmatch(text)
     if found is None:
         raise ValueError(text)
@@ -254,8 +259,12 @@ def channel_precision(text: str) -> ChannelPrecision:
 
 
 def replica_precisions(text: str) -> tuple[IntegerPrecision | LowRankPrecision, ...]:
-    """Return what `--replicas` names, the dearest first: "3,2:128,rank16" is 3 bits, 2 bits with
-    groups of 128 inputs, and a map of rank 16; a ValueError for anything else."""
+    """Return the precisions that `--replicas` names, the most expensive first: "3,2:128,rank16" is
+    3 bits, 2 bits with groups of 128 inputs, and a map of rank 16.
+
+    Raises:
+        ValueError: anything else.
+    """
     found: list[IntegerPrecision | LowRankPrecision] = []
     for word in filter(None, (part.strip() for part in text.split(","))):
         rank = word.removeprefix("rank")

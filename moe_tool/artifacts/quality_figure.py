@@ -1,4 +1,4 @@
-"""A measured divergence, as artifacts keep it."""
+"""Measured divergence, as stored in artifacts."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from moe_tool.artifacts.schema import FrozenModel
 
 
 class QualityFigure(FrozenModel):
-    """A measured divergence, nats per token."""
+    """Measured KL with its 95 % interval, nats per token."""
 
     kl: Price
     kl_ci95: tuple[Price, Price]

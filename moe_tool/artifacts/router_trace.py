@@ -14,11 +14,11 @@ class TracedTokens:
     domain: np.ndarray
     """[N] int16, index into `domains`"""
     document: np.ndarray
-    """[N, S] int32, running number of the document that a token belongs to"""
+    """[N, S] int32, running number of each token's document"""
     held_out: np.ndarray
-    """[N] bool: True for sequences kept apart to check the figures measured on the others"""
+    """[N] bool: True for held-out sequences, which check figures measured on the others"""
     domains: tuple[str, ...]
-    """Names of the domains, as the user gave them."""
+    """Names of the domains, as given by the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,21 +26,20 @@ class LayerTrace:
     """Routing of all T tokens in one MoE layer, rows in the order of TracedTokens.ids."""
 
     top_k_index: np.ndarray
-    """[T, K] uint16: expert ids as the model called them"""
+    """[T, K] uint16: experts that the model called"""
     top_k_weight: np.ndarray
-    """[T, K] float16: gate weights as the model applied them"""
+    """[T, K] float16: gate weights that the model applied"""
     router_logits: np.ndarray
     """[T, E] float16: raw logits of the router"""
     selection_score: np.ndarray | None
-    """[T, E] float16: scores that top-k is taken of where they are not the logits (bias, groups);
-    None where they are"""
+    """[T, E] float16: scores that top-k ranks by; None if they are the logits (no bias, no
+    groups)"""
     next_gate_index: np.ndarray
-    """[D, T, K] uint16: top-k that the routers of the next D <= 3 MoE layers give on this layer's
-    input"""
+    """[D, T, K] uint16: top-k of the next D <= 3 MoE layers' routers on this layer's input"""
 
 
 def mean_squared_gates(index: np.ndarray, weight: np.ndarray, n_experts: int) -> np.ndarray:
-    """Return each expert's squared gate weight, on average over all tokens, [E] float64.
+    """Return the mean over all tokens of each expert's squared gate weight, [E] float64.
 
     Args:
         index: [T, K] experts.

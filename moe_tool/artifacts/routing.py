@@ -1,4 +1,4 @@
-"""One layer call as a miss policy sees it, and the policy's answer."""
+"""Routing of one layer call as input of a miss policy, and the policy's answers."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ import numpy as np
 from moe_tool.artifacts.run_stats import PhaseCounters
 
 PRIMARY = 0
-"""Row of an expert's primary form; 1, 2, ... are the cheaper forms, the dearest first"""
+"""Row of an expert's primary form; 1, 2, ... are cheaper forms by descending cost"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,26 +17,26 @@ class Routing:
     layer: int
     """Decoder-layer index"""
     index: np.ndarray
-    """[T, K] int64: experts wanted, 0 to E - 1; any of them where `present` is False"""
+    """[T, K] int64: wanted experts, 0 to E - 1; arbitrary where `present` is False"""
     present: np.ndarray
-    """[T, K] bool: False where no stored expert is wanted: an identity expert, or one that was
-    removed. Such a slot stays empty under every policy and counts as nothing"""
+    """[T, K] bool: False for identity and removed experts. Such a slot stays empty under every
+    policy and is not counted"""
     weight: np.ndarray
     """[T, K] float32: gate weights; 0 where `present` is False"""
     score: np.ndarray | None
-    """[T, E] float16: the router's selection scores, None where no policy asked for them"""
+    """[T, E] float16: the router's selection scores; None unless the policy needs them"""
     logits: np.ndarray | None
-    """[T, E] float16: the router's raw logits, None where no policy asked for them"""
+    """[T, E] float16: the router's raw logits; None unless the policy needs them"""
     sequence: np.ndarray
-    """[T] int64: which sequence of the batch a token belongs to"""
+    """[T] int64: each token's sequence in the batch"""
     importance: np.ndarray | None = None
-    """[T] float32: of a prompt's tokens, where a policy asked for it; None while decoding"""
+    """[T] float32: importance of a prompt's tokens; None while decoding or if not needed"""
     worth: np.ndarray | None = None
-    """[T, K-1] float32: what a trained router says that the slots after the heaviest are worth, by
-    rank of gate weight; None where no policy asked for it"""
+    """[T, K-1] float32: mask-router scores of the slots after the heaviest, by descending gate
+    weight; None unless the policy needs them"""
 
     def is_wanted(self, n_experts: int) -> np.ndarray:
-        """Return which experts each token wants, [T, E] bool."""
+        """Return the mask of each token's wanted experts, [T, E] bool."""
         wanted = np.zeros((len(self.index), n_experts), dtype=bool)
         token, position = np.nonzero(self.present)
         wanted[token, self.index[token, position]] = True
@@ -48,21 +48,21 @@ class Answers:
     """Experts that compute for each token, in which form and with which weight."""
 
     expert: np.ndarray
-    """[T, K] int64: experts to run, 0 to E - 1; any of them where `present` is False"""
+    """[T, K] int64: experts to run, 0 to E - 1; arbitrary where `present` is False"""
     present: np.ndarray
     """[T, K] bool: False where nothing runs"""
     weight: np.ndarray
-    """[T, K] float32: the weight of each, scales included; 0 where nothing runs"""
+    """[T, K] float32: weight of each expert's output, scale included; 0 where nothing runs"""
     form: np.ndarray
     """[T, K] int64: row of the form that runs, PRIMARY where nothing runs"""
 
 
 def find_present(index: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return valid experts and which slots name a stored one, see `Routing`.
+    """Return `index` and `present` of a `Routing`.
 
     Args:
-        index: [T, K] as a router named them; E or more is an identity expert.
-        stored: [E] bool.
+        index: [T, K] experts chosen by the router; E or more is an identity expert.
+        stored: [E] bool, False for removed experts.
     """
     n_experts = len(stored)
     valid = np.minimum(index, n_experts - 1)
@@ -71,7 +71,7 @@ def find_present(index: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def keep(routing: Routing) -> Answers:
-    """Return the answers that change nothing."""
+    """Return the exact answers: every slot its wanted expert."""
     return Answers(
         expert=routing.index,
         present=routing.present,
@@ -81,12 +81,12 @@ def keep(routing: Routing) -> Answers:
 
 
 def leave_out(routing: Routing, is_left_out: np.ndarray, form: np.ndarray | None = None) -> Answers:
-    """Return the answers with some slots empty and the others as they are.
+    """Return the wanted experts with some slots dropped.
 
     Args:
         routing: the layer call.
         is_left_out: [T, K] bool.
-        form: [T, K] of the others, None: PRIMARY everywhere.
+        form: [T, K] forms of the other slots; None: PRIMARY everywhere.
     """
     present = routing.present & ~is_left_out
     kept = keep(routing)
@@ -99,12 +99,12 @@ def leave_out(routing: Routing, is_left_out: np.ndarray, form: np.ndarray | None
 
 
 def answer_exactly(routing: Routing, answers: Answers, rows: np.ndarray) -> Answers:
-    """Return the answers with some tokens answered by what they want.
+    """Return the answers with some tokens answered exactly.
 
     Args:
         routing: the layer call.
-        answers: to it, by a policy.
-        rows: [T] bool.
+        answers: the policy's answers.
+        rows: [T] bool, the tokens to answer exactly.
     """
     if not rows.any():
         return answers
@@ -118,7 +118,7 @@ def answer_exactly(routing: Routing, answers: Answers, rows: np.ndarray) -> Answ
 
 
 def count_answers(routing: Routing, answers: Answers) -> PhaseCounters:
-    """Return counters of the slots that are answered otherwise than wanted, all others 0."""
+    """Return the counters of substitutions, replica answers and drops, all others 0."""
     is_other = answers.expert != routing.index
     return PhaseCounters(
         substitutions=int((answers.present & is_other).sum()),

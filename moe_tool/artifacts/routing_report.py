@@ -1,7 +1,7 @@
 """Caching and prefetching figures of a profile, by layer and for the model.
 
-A use is a (token, expert) choice. A share is a part of the uses, 0..1; None without tokens. Model
-figures are means over its MoE layers, unless they say otherwise.
+A use is a (token, expert) choice. A share is a fraction of the uses, 0..1; None without tokens.
+Model figures are means over its MoE layers, unless they say otherwise.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ Shares = tuple[float | None, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainPair:
-    """Share of one domain's held-out uses that another domain's hot set answers."""
+    """Share of one domain's held-out uses that another domain's hot set covers."""
 
     hot_in: str
     """Domain whose in-sample loads chose the set"""
@@ -25,7 +25,7 @@ class DomainPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainTransfer:
-    """How well each domain's hot set answers every domain's held-out uses."""
+    """Coverage of every domain's held-out uses by every domain's hot set."""
 
     shares: tuple[Shares, ...]
     """[D, D] shares: the hot set of the row's domain on the uses of the column's"""
@@ -39,27 +39,27 @@ class DomainTransfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HotSetCoverage:
-    """Share of the uses answered by the most used experts, chosen in-sample."""
+    """Share of the uses covered by the most used experts, chosen in-sample."""
 
     percent: int
     """Size of the set in percent of a layer's experts"""
     n_hot: int
     """Size of the set in experts, rounded down, at least one"""
     by_chance: float
-    """Share that a set of this size answers where all experts are used evenly"""
+    """Share that a set of this size covers if all experts are used evenly"""
     in_sample: float | None
     held_out: float | None
-    """Share of the held-out uses that the in-sample set answers"""
+    """Share of the held-out uses that the in-sample set covers"""
     best_per_sequence: float | None
-    """Mean over held-out sequences of the share answered by each one's best set of this size: an
-    upper bound for any set that is chosen once per prompt"""
+    """Mean over held-out sequences of the share covered by each one's best set of this size: an
+    upper bound for any set chosen once per prompt"""
     domains: DomainTransfer | None
     """Transfer between domains; None with fewer than two"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatePrediction:
-    """How well predicted experts match the chosen ones, in-sample or held-out."""
+    """Accuracy of predicted experts, in-sample or held-out."""
 
     n_tokens: int
     share: float
@@ -84,7 +84,7 @@ class NextGate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnionGrowth:
-    """Distinct experts that n consecutive tokens of a sequence touch in a layer, over K."""
+    """Distinct experts that n consecutive tokens of a sequence use in a layer, over K."""
 
     n_tokens: tuple[int, ...]
     """Window lengths n"""
@@ -105,10 +105,9 @@ class ReuseBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReuseHistogram:
-    """Distinct other experts between two uses of the same one, in the order of decoding.
+    """Distinct other experts between two uses of the same one, in decoding order.
 
-    An expert cache of c slots that drops the least recently used one answers the uses at a distance
-    below c.
+    An LRU cache of c slots hits the uses at a distance below c.
     """
 
     uses: int
@@ -165,27 +164,27 @@ class LayerCoverage:
     never_used: int
     """Experts that no in-sample token chose"""
     locality: float
-    """Chance that an expert used by a token was used by the previous token, in-sample"""
+    """Probability that an expert used by a token was used by the previous token, in-sample"""
     locality_by_chance: float
-    """Chance of it if every token drew its experts by the loads alone"""
+    """Locality if every token drew its experts by the loads alone"""
     coverage: float
-    """Share of the in-sample uses that the hot set answers"""
+    """Share of the in-sample uses that the hot set covers"""
     coverage_held_out: float | None
-    """Share of the held-out uses that the same set answers; None without held-out tokens"""
+    """Share of the held-out uses that the same set covers; None without held-out tokens"""
     coverage_held_out_best: float | None
-    """Share that the held-out tokens' own hottest quarter answers: the most that a set can"""
+    """Share that the held-out tokens' own hottest quarter covers: the upper bound"""
     domain_coverage: tuple[float | None, ...]
-    """[D] shares of the in-sample uses that the hot set answers, by domain; None without tokens"""
+    """[D] shares of the in-sample uses that the hot set covers, by domain; None without tokens"""
     domain_coverage_held_out: tuple[float | None, ...]
-    """[D] shares of the held-out uses that the hot set answers, by domain"""
+    """[D] shares of the held-out uses that the hot set covers, by domain"""
     domain_distance: float
-    """Largest total variation between two domains' in-sample loads: 0 alike, 1 no shared expert"""
+    """Largest total variation between two domains' in-sample loads: 0 equal, 1 no shared expert"""
     pin: str
-    """Whether the hot set is worth a place in memory: pin, do not pin, nothing to pin, unknown"""
+    """Advice on pinning the hot set: pin, do not pin, nothing to pin, unknown"""
 
     @property
     def coverage_by_chance(self) -> float:
-        """Share that a set of this size would answer if all experts were used evenly."""
+        """Share that a set of this size would cover if all experts were used evenly."""
         return self.n_hot / self.n_experts
 
 
@@ -198,6 +197,6 @@ class ProfileRouting(Spread):
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:
-    """Return the mean of what is not None, None where all are."""
+    """Return the mean of the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -11,64 +11,63 @@ StopReason = Literal["end_of_text", "max_tokens", "context", "interrupted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSetup(Spread):
-    """How a bundle ran, after options, plan and defaults were put together."""
+    """Effective settings of a run, from options, plan and defaults."""
 
     policy: str
     residency: str
     eviction: str
     prefetch: str
     sparse_experts: float | None
-    """Share of experts' channels that was to be left out; None: none"""
+    """Share of experts' channels to skip; None: none"""
     threads: int
     memory_budget_bytes: int
     slots: int
-    """Full expert records that the budget has room for; cheaper forms share it"""
+    """Primary records that fit into the budget, which cheaper forms share"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerQuality(Spread):
-    """Expected and measured cost of answers other than the wanted expert."""
+    """Expected and measured KL of lossy answers."""
 
     expected_kl: float | None
-    """Nats per decoded token; None where the bundle has no prices"""
+    """Nats per decoded token; None without prices in the bundle"""
     expected_kl_limit: float | None
     """Nats per token that calibration allows; None: no limit"""
     exact_fallback_tokens: int
     """Tokens answered exactly to keep the limit"""
     prompt_expected_kl: float | None
-    """Nats per prompt token, where the policy answered prompts too; None where they were exact"""
+    """Nats per prompt token; None if prompts were answered exactly"""
     shadow_tokens: int
-    """Tokens computed also exactly"""
+    """Tokens that were also computed exactly"""
     shadow_kl: float | None
-    """Nats per token: the loss of one step, measured on the shadowed tokens"""
+    """Nats per token: KL of one step, measured on the shadowed tokens"""
     shadow_expected_kl: float | None
-    """Nats per token that the shadowed tokens were expected to lose; None where none was shadowed,
-    or without prices"""
+    """Nats per token expected on the shadowed tokens; None without any, or without prices"""
     shadow_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """A continued prompt. Rates are of decoding alone: the prompt is counted apart."""
+    """A continued prompt. Rates cover decoding alone; the prompt has counters of its own."""
 
     text: str
     token_ids: tuple[int, ...]
     """Generated tokens, an end-of-text token included"""
     setup: RunSetup
     staying: dict[str, int]
-    """Experts that never leave memory, by form"""
+    """Number of pinned experts by form"""
     prompt: PhaseCounters
     decode: PhaseCounters
     quality: AnswerQuality
     seconds_to_first_token: float
-    """From the call to the choice of the first token; loading not included"""
+    """Time from the call to the choice of the first token, loading not included"""
     seconds: float
     peak_rss_bytes: int
     """Largest resident size of the process, at the end"""
     interrupted: bool
-    """Ended by Ctrl-C: the text is what there was by then"""
+    """Whether Ctrl-C ended the run; the text is then incomplete"""
     stop_reason: StopReason
-    """Cause of the end: an end-of-text token, --max-tokens, the end of the context or Ctrl-C"""
+    """End-of-text token, --max-tokens, end of the context, or Ctrl-C"""
 
     @property
     def generated_tokens(self) -> int:
@@ -82,6 +81,6 @@ class RunResult:
 
     @property
     def tokens_per_second(self) -> float:
-        """Rate of the tokens after the first; 0 where there are none."""
+        """Rate of the tokens after the first; 0 without any."""
         seconds = self.decode_seconds
         return max(0, self.generated_tokens - 1) / seconds if seconds > 0 else 0.0

@@ -1,7 +1,6 @@
-"""Everything that happened while a model ran.
+"""Counters of a run, for prompt and decode separately.
 
 An access is a unique (forward, layer, expert); a hit finds it resident when the layer is called.
-Prompt and decode are counted apart: `hit_rate` and `bytes_read_per_token` are of decode.
 """
 
 from dataclasses import dataclass, field, fields
@@ -21,18 +20,18 @@ class PhaseCounters(Spread):
     bytes_read: int = 0
     """Bytes read from the bundle, prefetched ones included"""
     whole_bytes: int = 0
-    """Bytes that misses of experts in channels would have read, had every channel been read"""
+    """Bytes that misses would have read, had every channel been read"""
     channels: int = 0
     """Channels of the used experts that are stored in channels"""
     channels_used: int = 0
     """Channels that were computed"""
     prefetches: int = 0
-    """Experts that the store was told to expect"""
+    """Prefetched experts"""
     prefetch_hits: int = 0
-    """Prefetched experts that the next layer wanted; they count as hits too"""
+    """Prefetched experts that the next layer wanted; counted as hits too"""
     prefetched_bytes: int = 0
     stall_seconds: float = 0.0
-    """Time in which the computation waited for a read"""
+    """Time that the computation waited for reads"""
     substitutions: int = 0
     """(token, expert) slots answered by another expert"""
     replica_answers: int = 0
@@ -43,7 +42,7 @@ class PhaseCounters(Spread):
     """Bytes of non-resident experts that were not fetched because they were dropped"""
 
     def __add__(self, other: Self) -> Self:
-        """Return the counters of both."""
+        """Return the sums of the counters."""
         return type(self)(
             **{
                 each.name: getattr(self, each.name) + getattr(other, each.name)
@@ -52,34 +51,34 @@ class PhaseCounters(Spread):
         )
 
     def keys_of(self, name: str, /) -> dict[str, Any]:
-        """Return counters and rates; those of a field `prompt` have `prompt_` before their name."""
+        """Return counters and rates, with the prefix `prompt_` in a field named `prompt`."""
         before = "prompt_" if name == "prompt" else ""
         return {f"{before}{key}": value for key, value in object_fields(self).items()}
 
     @property
     def hit_rate(self) -> float:
-        """Hits over accesses; 1 when there were none."""
+        """Hits over accesses; 1 without accesses."""
         accesses = self.hits + self.misses
         return self.hits / accesses if accesses else 1.0
 
     @property
     def prefetch_hit_rate(self) -> float:
-        """Prefetched experts that were wanted, over all prefetched; 0 when there were none."""
+        """Prefetched experts that were wanted, over all prefetched; 0 without any."""
         return self.prefetch_hits / max(1, self.prefetches)
 
     @property
     def sparsity(self) -> float:
-        """Share of the channels of used experts that was left out; 0 when there were none."""
+        """Share of the used experts' channels that was skipped; 0 without channels."""
         return 1 - self.channels_used / self.channels if self.channels else 0.0
 
     @property
     def changed_answers(self) -> int:
-        """(token, expert) slots answered by anything but the wanted expert itself."""
+        """(token, expert) slots not answered by the primary form of the wanted expert."""
         return self.substitutions + self.replica_answers + self.drops
 
     @property
     def bytes_read_per_token(self) -> float:
-        """Bytes read from the bundle over tokens; 0 when there were none."""
+        """Bytes read from the bundle over tokens; 0 without tokens."""
         return self.bytes_read / max(1, self.tokens)
 
     @property
@@ -101,7 +100,7 @@ class RunStats:
     decode: PhaseCounters = field(default_factory=PhaseCounters)
 
     def __add__(self, other: Self) -> Self:
-        """Return the counters of both."""
+        """Return the sums of the counters."""
         return type(self)(prompt=self.prompt + other.prompt, decode=self.decode + other.decode)
 
     def phase(self, name: str) -> PhaseCounters:

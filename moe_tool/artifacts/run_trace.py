@@ -29,7 +29,7 @@ class RecordedCalls:
     layer: np.ndarray
     """[C] int32: position of the layer among the MoE layers"""
     is_decode: np.ndarray
-    """[C] bool: True for calls of one decoded token, False for prompts"""
+    """[C] bool: True for decode, False for prompts"""
     start: np.ndarray
     """[C + 1] int64: index in `keys` at which each call begins"""
     keys: np.ndarray
@@ -37,9 +37,9 @@ class RecordedCalls:
     guess_start: np.ndarray
     """[C + 1] int64: index in `guesses` at which each call begins"""
     guesses: np.ndarray
-    """int32 keys predicted for later layers; empty where nothing needed predictions"""
+    """int32 keys predicted for later layers; empty if nothing needed predictions"""
     scores: np.ndarray | None
-    """[C, E] uint16: quantized router scores; None where nothing needed scores"""
+    """[C, E] uint16: quantized router scores; None if nothing needed scores"""
 
 
 class RunTraceHeader(FrozenModel):

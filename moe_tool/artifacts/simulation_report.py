@@ -1,11 +1,11 @@
-"""Replayed traces, by budget and policy, and a recorded run beside its replay."""
+"""Results of replaying traces by budget and policy, and of replaying a recorded run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 BELADY = "belady"
-"""Name of the bound's rows"""
+"""Eviction name in the rows of Belady's bound"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,34 +19,34 @@ class SimulatedRow:
     eviction: str
     hit_rate: float
     bytes_per_token: float
-    """Read from disk, prefetched bytes included"""
+    """Bytes read from disk, prefetched ones included"""
     stall_ms: float
-    """Per token, on average"""
+    """Mean stall per token"""
     tokens_per_second: float
     p50_ms: float
     p99_ms: float
     belady_hit_rate: float
     """Hit rate of the bound at this budget"""
     to_belady: float | None
-    """Misses over those of the bound; None where the bound misses nothing, and for what misses
-    less, since what it pinned was in memory before the first token"""
+    """Misses over those of the bound; None if the bound misses nothing, and for policies with fewer
+    misses than the bound, because their pinned experts were resident before the first token"""
     limited_by: str
     """budget, policy, working set or -"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefetchRow:
-    """Effect of reading ahead at one budget."""
+    """Effect of prefetching at one budget."""
 
     memory: str
     eviction: str
     depth: int
     accuracy: float
-    """Share of what was read ahead that was wanted"""
+    """Share of the prefetched experts that was wanted"""
     bytes_per_saved_byte: float | None
-    """Bytes read ahead per byte that was then not demanded; None where none was saved"""
+    """Prefetched bytes per byte of demand reads saved; None if none was saved"""
     stall_saved_ms: float
-    """Per token; below zero where it costs more than it saves"""
+    """Stall saved per token; negative if prefetching costs more than it saves"""
     pays: bool
 
 
@@ -63,17 +63,17 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cliff:
-    """Smallest cache in which keeping the last used experts gives hits at all."""
+    """Smallest cache in which LRU hits at all."""
 
     experts: float
-    """Experts that one token calls, all layers together"""
+    """Experts that one token uses, all layers together"""
     bytes: int
     """Size of their slots"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyHits:
-    """The run's calls under one policy."""
+    """Replay of the run's calls under one policy."""
 
     eviction: str
     hit_rate: float
@@ -84,7 +84,7 @@ class PolicyHits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunComparison:
-    """Counted by the run, and predicted from its calls. Of decoding, unless it says prompt."""
+    """Counters of a run beside those predicted from its calls, of decoding unless named prompt."""
 
     hits: int
     predicted_hits: int
@@ -98,12 +98,12 @@ class RunComparison:
     """Per token"""
     predicted_stall_ms: float
     policies: tuple[PolicyHits, ...]
-    """Read ahead as the run did. The bound is last, and reads nothing ahead: where a run does, its
-    hits may be above it"""
+    """Policies that prefetch as the run did, then the bound, which prefetches nothing: a run with
+    prefetching may have more hits"""
 
     @property
     def is_equal(self) -> bool:
-        """Return whether every count is that of the run."""
+        """Whether every predicted count equals the run's."""
         return (self.hits, self.prompt_hits, self.prefetch_hits) == (
             self.predicted_hits,
             self.predicted_prompt_hits,
@@ -129,10 +129,10 @@ class SimulationReport:
     rows: tuple[SimulatedRow, ...]
     """Decoding, budget by budget, the bound last"""
     gaps: tuple[tuple[str, str], ...]
-    """(budget, policy) where a layer's part of the cache would not hold one token's experts"""
+    """Skipped (budget, policy) pairs: a layer's share of the cache is below one token's experts"""
     prompt_rows: tuple[PromptRow, ...]
     unheard: tuple[str, ...]
-    """Policies that prompts have no scores for"""
+    """Policies left out of the prompt rows, which have no router scores"""
     prefetch_rows: tuple[PrefetchRow, ...]
     cliff: Cliff
     warnings: tuple[str, ...]
@@ -146,7 +146,7 @@ class SimulationReport:
 
 
 def best_policy(rows: Sequence[SimulatedRow], memory: str) -> SimulatedRow:
-    """Return the fastest row of a budget, the bound left out; the first of equal ones."""
+    """Return the fastest row of a budget without the bound; the first of equals."""
     at_budget = [row for row in rows if row.memory == memory and row.eviction != BELADY]
     return max(at_budget, key=lambda row: row.tokens_per_second)
 

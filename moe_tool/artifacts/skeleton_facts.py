@@ -1,4 +1,4 @@
-"""Sizes of everything in a model but its experts, so that a planner needs no checkpoint."""
+"""Sizes of a model's skeleton, so that planning needs no checkpoint."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from moe_tool.artifacts.schema import FrozenModel
 
 _SizeBytes = Annotated[int, Field(ge=0, le=2**50)]
 _MAX_CONFIG_CHARACTERS = 2**20
-# A matrix of codes is stored in whole tiles: quantization/bit_packing.py.
+# Codes are stored in whole tiles: quantization/bit_packing.py.
 _TILE_OUTPUTS = 16
 _TILE_INPUTS = 32
 _SCALE_BYTES = 2
@@ -22,15 +22,15 @@ class LinearCount(FrozenModel):
     n_outputs: Count
     n_inputs: Count
     count: Count
-    """How many there are"""
+    """Number of matrices"""
 
     @property
     def n_weights(self) -> int:
-        """Scalars in all of them."""
+        """Scalars in all matrices of the shape."""
         return self.count * self.n_outputs * self.n_inputs
 
     def stored_bytes(self, width_bits: int, group: int) -> int:
-        """Return the bytes of all these matrices as codes, with a float16 scale per group."""
+        """Return the bytes of all matrices as codes, with a float16 scale per group."""
         n_outputs = _up_to(self.n_outputs, _TILE_OUTPUTS)
         code_bytes = n_outputs * _up_to(self.n_inputs, _TILE_INPUTS) * width_bits // 8
         scale_bytes = n_outputs * -(-self.n_inputs // group) * _SCALE_BYTES
@@ -38,20 +38,20 @@ class LinearCount(FrozenModel):
 
 
 class SkeletonFacts(FrozenModel):
-    """The skeleton of one checkpoint in numbers."""
+    """Sizes of one checkpoint's skeleton."""
 
     native_bytes: _SizeBytes
-    """Every tensor that is not a routed expert's, as the checkpoint stores it"""
+    """Bytes of all tensors but the routed experts', as stored in the checkpoint"""
     linear_native_bytes: _SizeBytes
-    """Bytes of `native_bytes` that codes replace when matrices are quantized"""
+    """Part of `native_bytes` that codes replace when matrices are quantized"""
     largest_tensor_bytes: _SizeBytes
     """Largest single tensor"""
     linears: Annotated[tuple[LinearCount, ...], Field(max_length=2**16)]
-    """Every matrix that may be stored as codes, by shape, ascending"""
+    """Matrices that may be quantized, by ascending shape"""
     tied_head_weights: _SizeBytes
-    """Scalars of a head tied to the embedding: it gets codes and the embedding stays as it is"""
+    """Scalars of a head tied to the embedding, which gets codes while the embedding stays native"""
     config_json: Annotated[str, Field(max_length=_MAX_CONFIG_CHARACTERS)]
-    """config.json on one line, to be read by models.model_config.config_from_json"""
+    """config.json on one line, for models.model_config.config_from_json"""
 
     @model_validator(mode="after")
     def _consistent(self) -> "SkeletonFacts":
@@ -65,7 +65,7 @@ class SkeletonFacts(FrozenModel):
         """Return the bytes of the skeleton's tensors in a bundle of `pack --skeleton-bits`.
 
         Args:
-            bits: of the matrices in `linears`; everything else keeps the checkpoint's dtype.
+            bits: bits of the matrices in `linears`; everything else keeps the checkpoint's dtype.
             group: adjacent inputs of a row that share a scale.
         """
         if bits == "native":

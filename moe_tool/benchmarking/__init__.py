@@ -1,1 +1,1 @@
-"""How fast a bundle runs: prompt and decode, at depths, budgets and policies."""
+"""Speed of a bundle: prompt and decode by depth, budget and policy."""

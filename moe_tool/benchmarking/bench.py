@@ -1,4 +1,4 @@
-"""The story of `bench`: a session per budget and number of threads, in it every policy and test."""
+"""Work of `bench`: one session per setting, in it every policy and test."""
 
 import os
 import time
@@ -35,8 +35,7 @@ from moe_tool.runtime.run_options import RunOptions, default_residency
 from moe_tool.runtime.session import Session, open_session
 
 _NO_TOKENIZER = object()
-"""Keeps `open_session` from looking for one: nothing here turns tokens into text"""
-
+"""Stand-in that keeps `open_session` from loading a tokenizer, which nothing here needs"""
 
 OnRow = Callable[[BenchRow], None]
 
@@ -50,20 +49,20 @@ def bench(
 ) -> BenchReport:
     """Measure how fast a bundle runs.
 
-    Every repetition continues in text that none before it has seen: a cache that has just answered
-    the same tokens would flatter itself. A session is planned for the longest test, so that all
-    rows of one budget have the same expert slots.
+    Every repetition uses text that no earlier one has seen, because a cache warmed by the same
+    tokens would look too good. A session is planned for the longest test, so that all rows of one
+    budget have the same expert slots.
 
     Args:
-        folder: of the bundle.
-        options: what is measured.
+        folder: the bundle.
+        options: tests and settings to measure.
         on_row: called with every row as it is done, so that a later error loses nothing.
-        progress: told about the rows.
+        progress: listener.
 
     Raises:
-        UsageError: options that mean nothing, contradict the bundle or go beyond the context.
-        BudgetError: a memory budget does not suffice; rows of the budgets before it were told.
-        CorruptArtifactError, NotFoundError, StorageError: the bundle.
+        UsageError: options are invalid, contradict the bundle or exceed the context.
+        BudgetError: a memory budget is too small; earlier rows have been passed to `on_row`.
+        CorruptArtifactError, NotFoundError, StorageError: the bundle cannot be read.
     """
     start = time.perf_counter()
     load = os.getloadavg()[0]
@@ -155,7 +154,7 @@ def _open(
     )
     session = open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress)
     try:
-        for policy in options.policy:  # one that the bundle cannot run is refused before any row
+        for policy in options.policy:  # a policy that the bundle cannot run fails before any row
             choice = parse_miss_policy(policy)
             session.use_policy(choice, residency=default_residency(choice))
     except BaseException:
@@ -210,8 +209,7 @@ def _repeat(
     options: BenchOptions,
     progress: Progress,
 ) -> list[Sample]:
-    """Run a test on one window of the text after the other; where warm, the first is not
-    counted."""
+    """Run a test on consecutive windows of the text; if warm, the first is not counted."""
     width = test.positions
     if options.cache == "warm":
         run_test(session, test, ids[:width], cache_state="warm")

@@ -1,4 +1,4 @@
-"""Options of `bench`, as the tests and sessions that they ask for."""
+"""Tests and session settings that the options of `bench` ask for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ _MAX_CONFIG_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """Lists are crossed with each other: every budget with every policy and so on."""
+    """Lists to cross: every budget with every policy and so on."""
 
     prompt_tokens: tuple[int, ...] = (512,)
     """Rows ppN: N tokens of prompt at once; 0 leaves the row out"""
     generate: tuple[int, ...] = (64,)
     """Rows tgN: N tokens, one per forward; 0 leaves the row out"""
     depth: tuple[int, ...] = (0,)
-    """Tokens that are in context before the clock starts"""
+    """Tokens in context before the timing starts"""
     memory: tuple[MemoryRequest, ...] = (AUTO,)
     policy: tuple[str, ...] = ("exact",)
     eviction: tuple[str, ...] = ("lru",)
@@ -35,20 +35,20 @@ class BenchOptions:
     sparse_experts: tuple[float | None, ...] = (None,)
     """See RunOptions"""
     threads: tuple[int | None, ...] = (None,)
-    """None: as many as a session takes by itself"""
+    """Compute threads; None: the session's default"""
     repetitions: int = 3
     cache: CacheState = "warm"
     gates: bool = True
     """Whether lossy policies keep BuddyMoE's gates"""
     random: bool = False
-    """Random token ids instead of text"""
+    """Whether to feed random token ids instead of text"""
     seed: int = 0
-    """Seeds the choice of text, random ids, and policies that draw"""
+    """Seed of the choice of text, random ids, and random policies"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedTest:
-    """Tokens that are timed, and how many stand before them."""
+    """One test: timed tokens after `depth` untimed ones."""
 
     kind: Kind
     n_tokens: int
@@ -56,12 +56,12 @@ class SpeedTest:
 
     @property
     def positions(self) -> int:
-        """Positions of context that it takes."""
+        """Positions of context that the test takes."""
         return self.depth + self.n_tokens
 
     @property
     def label(self) -> str:
-        """Its name in the table, as llama-bench writes it: "tg64 @ d512"."""
+        """Name in the table, in llama-bench's syntax: "tg64 @ d512"."""
         return f"{self.kind}{self.n_tokens}" + (f" @ d{self.depth}" if self.depth else "")
 
 
@@ -77,15 +77,14 @@ class Setting:
 
 
 def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[SpeedTest, ...]:
-    """Return every test, at each depth prompts first.
+    """Return every test by depth, prompts first.
 
     Args:
-        options: what is asked for.
-        context_limit: positions that the model was made for; None where it does not say.
+        options: the lists to cross.
+        context_limit: the model's context length; None if unknown.
 
     Raises:
-        UsageError: nothing is asked for, a number that means nothing, or a test that goes beyond
-            the model's context.
+        UsageError: there is no test, a number is invalid, or a test exceeds the model's context.
     """
     for name, numbers in (
         ("--prompt-tokens", options.prompt_tokens),
@@ -131,10 +130,10 @@ def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[Spe
 def refuse_too_long(bundle: Path, options: BenchOptions) -> None:
     """Refuse tests beyond the model's context before torch is loaded, which takes seconds.
 
-    A bundle that is missing or damaged is left to the run, which says what is wrong with it.
+    A missing or damaged bundle is ignored here; opening it reports what is wrong.
 
     Raises:
-        UsageError: a test goes beyond the context, or options that mean nothing.
+        UsageError: a test exceeds the context, or options are invalid.
     """
     path = bundle / "config.json"
     try:
@@ -146,7 +145,7 @@ def refuse_too_long(bundle: Path, options: BenchOptions) -> None:
 
 
 def list_settings(options: BenchOptions) -> tuple[Setting, ...]:
-    """Return what sessions have to be opened for."""
+    """Return the settings of all sessions to open."""
     wanted = product(
         options.memory,
         options.threads,
@@ -170,7 +169,7 @@ def parse_numbers(text: str, *, option: str) -> tuple[int, ...]:
     """Return the numbers of "512,1024".
 
     Raises:
-        UsageError: something between the commas is no whole number.
+        UsageError: an entry is not an integer.
     """
     try:
         return tuple(int(word) for word in parse_words(text, option=option))
@@ -185,7 +184,7 @@ def parse_shares(text: str, *, option: str) -> tuple[float, ...]:
     """Return the numbers of "0,0.8".
 
     Raises:
-        UsageError: something between the commas is no number.
+        UsageError: an entry is not a number.
     """
     try:
         return tuple(float(word) for word in parse_words(text, option=option))
@@ -197,7 +196,7 @@ def parse_shares(text: str, *, option: str) -> tuple[float, ...]:
 
 
 def parse_words(text: str, *, option: str) -> tuple[str, ...]:
-    """Return the entries of a list by comma.
+    """Return the entries of a comma-separated list.
 
     Raises:
         UsageError: an entry is empty.

@@ -1,4 +1,4 @@
-"""The tokens that `bench` feeds: text, so that routing is what text makes of it, or random ids."""
+"""Tokens that `bench` feeds: text, for realistic routing, or random ids."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from moe_tool.text.sequences import build_sequences
 from moe_tool.text.sources import parse_sources
 
 SOURCE = "builtin:eval"
-"""Held out: a profile of the built-in text has not seen it"""
+"""Text that a profile of the built-in text has not seen"""
 _BLOCK_TOKENS = 128
 
 
@@ -24,21 +24,18 @@ def bench_tokens(
     random: bool,
     progress: Progress = SILENT,
 ) -> tuple[torch.Tensor, str]:
-    """Return tokens to feed, and what they are: "text" or "random".
+    """Return tokens to feed, [n_tokens] int64 below `vocabulary`, and "text" or "random".
 
-    Text that ends early begins anew. Without a tokenizer, or with one whose ids the model does not
-    have, the ids are random, which is said once.
+    Text that is too short is repeated. Without a tokenizer, or with one whose ids the model does
+    not have, the ids are random, which is reported once.
 
     Args:
-        tokenizer: of transformers; None where the bundle has none.
-        n_tokens: how many.
-        vocabulary: V of the model.
-        seed: of the choice.
-        random: do not even try text.
-        progress: told about a fallback.
-
-    Returns:
-        [n_tokens] int64, each below `vocabulary`.
+        tokenizer: a transformers tokenizer; None if the bundle has none.
+        n_tokens: number of tokens.
+        vocabulary: V.
+        seed: seed of the choice.
+        random: whether to skip text.
+        progress: listener.
     """
     if not random:
         try:
@@ -49,7 +46,7 @@ def bench_tokens(
             if ids is not None:
                 return torch.from_numpy(np.resize(ids, n_tokens)), "text"
             progress.note("random token ids instead of text: the bundle has no tokenizer")
-    # The first two ids of most vocabularies open and close a text.
+    # The first two ids of most vocabularies mark the beginning and end of a text.
     low = min(2, vocabulary - 1)
     drawn = np.random.default_rng(seed).integers(low, vocabulary, n_tokens)
     return torch.from_numpy(drawn), "random"
@@ -67,13 +64,13 @@ def _text_ids(tokenizer: Any, n_tokens: int, vocabulary: int, seed: int) -> np.n
         holdout=0.0,
         seed=seed,
     )
-    # The domains take turns block by block: a window of any place has both.
+    # The domains alternate block by block, so that every window has both.
     order = np.argsort(_rank_within(text.domain), kind="stable")
     return text.ids[order].astype(np.int64).reshape(-1)
 
 
 def _rank_within(domain: np.ndarray) -> np.ndarray:
-    """The running number of each sequence inside its own domain, [N]."""
+    """Return the running number of each sequence inside its own domain, [N]."""
     rank = np.zeros(len(domain), dtype=np.int64)
     for label in np.unique(domain):
         rank[domain == label] = np.arange((domain == label).sum())

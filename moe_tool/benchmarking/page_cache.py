@@ -1,4 +1,4 @@
-"""Makes the kernel forget what it has read of some files."""
+"""Eviction of files from the kernel's page cache."""
 
 import os
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from moe_tool.errors import StorageError
 def drop_page_cache(files: Iterable[Path]) -> None:
     """Write back and drop the cached pages of files, so that the next read goes to the disk.
 
-    Pages that a process has mapped stay. Files are not changed.
+    Pages mapped by a process stay.
 
     Raises:
         StorageError: a file cannot be opened.

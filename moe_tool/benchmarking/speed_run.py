@@ -1,6 +1,6 @@
-"""One test, timed once in an open session.
+"""One timed run of a test in an open session.
 
-Forward passes alone are timed, as llama-bench does: no token is chosen, none is decoded to text.
+Only forward passes are timed, as in llama-bench: no sampling, no detokenizing.
 """
 
 import inspect
@@ -24,7 +24,7 @@ class Sample:
 
     seconds: float
     counters: PhaseCounters
-    """Counters of the timed tokens alone; not changed afterwards"""
+    """Counters of the timed tokens alone"""
 
 
 @torch.inference_mode()
@@ -34,8 +34,8 @@ def run_test(
     """Fill the context up to the test's depth, then time its tokens.
 
     Args:
-        session: its counters start anew, at the depth.
-        test: what to time.
+        session: an open session; its counters are reset at the depth.
+        test: the test to time.
         ids: [depth + n_tokens] int64.
         cache_state: cold empties the expert cache and the page cache of the bundle's files when the
             depth is reached; warm leaves both as they are.
@@ -45,7 +45,7 @@ def run_test(
     """
     cache = session.new_cache()
     is_prompt = test.kind == "pp"
-    # Positions before this one count as prompt, whose misses every policy reads.
+    # Positions before this one count as prompt, whose misses every policy fetches.
     session.prompt_tokens = test.positions if is_prompt else test.depth
     try:
         chunk = prefill_chunk(session.plan.workload)
@@ -64,7 +64,7 @@ def run_test(
 
 
 def _feed(session: Session, cache: DynamicCache, ids: torch.Tensor, chunk: int) -> None:
-    # Of a prompt only the last logits are of use, and the memory plan has no room for the others.
+    # The memory plan has room for the last logits of a prompt only.
     signature = inspect.signature(session.model.forward)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature.parameters else {}
     for start in range(0, len(ids), chunk):
@@ -73,10 +73,9 @@ def _feed(session: Session, cache: DynamicCache, ids: torch.Tensor, chunk: int) 
 
 
 def _make_cold(session: Session) -> None:
-    """Forget experts that are not pinned, and what the kernel holds of the bundle.
+    """Empty the expert cache, except for pinned experts, and the page cache of the bundle.
 
-    Pinned experts are no cache but part of opening a session: they are read before the clock
-    starts.
+    Reading pinned experts is part of opening a session: it happens before the timing starts.
     """
     session.empty_cache()
     session.runner.store.load_pinned()

@@ -26,9 +26,9 @@ def build_buddy_map(
     BuddyMoE's does.
 
     Args:
-        profile: an open one; its layers are read one at a time.
+        profile: an open profile; its layers are read one at a time.
         k: substitutes per expert, 1..E-1.
-        by: the measure that ranks.
+        by: measure to rank by.
         mass: cumulative frequency at which a list by `coactivation` ends, 0..1.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The story of `buddies`: a profile's map is built, judged and written."""
+"""Work of `buddies`: build, summarize and write a profile's buddy map."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 def make_buddies(
     profile: Path, *, k: int, by: Similarity, out: Path, may_replace: bool = True
 ) -> BuddyReport:
-    """Build the map of a profile and write it to `out`.
+    """Build the buddy map of a profile and write it to `out`.
 
     Raises:
-        NotFoundError, CorruptArtifactError: the profile.
-        UsageError: k is not below the number of experts, or `out` is another model's map and must
-            not be replaced.
+        NotFoundError, CorruptArtifactError: the profile cannot be read.
+        UsageError: k is not below the number of experts, or `out` is another model's map and
+            `may_replace` is False.
     """
     with ProfileReader.open(profile) as reader:
         if not may_replace:

@@ -1,1 +1,1 @@
-"""Memory budgets: sizes, what `--memory` asks for, the account that keeps it, the refusal."""
+"""Memory budgets: sizes, the grammar of `--memory`, the plan of a run, the refusal."""

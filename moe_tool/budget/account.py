@@ -1,4 +1,4 @@
-"""Account of a process in memory, line by line, with the expert slots that a budget buys."""
+"""Memory plan of a run: fixed lines, and the expert slots that fit into the budget."""
 
 import math
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, bytes_of_slots, slots_within, split_slots
 
 MARGIN_BYTES = 24 * 2**20
-"""Holes in the heap, reader threads, Python objects that come and go"""
+"""Allowance for heap fragmentation, reader threads and temporary Python objects"""
 _AUTO_MARGIN_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Account of a run that keeps its budget."""
+    """Memory plan of a run that keeps its budget."""
 
     lines: tuple[MemoryLine, ...]
-    """Everything fixed, then the expert slots; their sum is `total_bytes`"""
+    """Fixed lines, then the expert slots; their sum is `total_bytes`"""
     slots: tuple[int, ...]
-    """Expert records in memory by record size, one pool each for all layers"""
+    """Expert records in memory by record size, each size one pool for all layers"""
     budget_bytes: int
-    """Most that the process may hold; at least `total_bytes`"""
+    """Limit of the process; at least `total_bytes`"""
 
     @property
     def n_slots(self) -> int:
@@ -42,23 +42,21 @@ def plan_memory(
     experts: tuple[ExpertRoom, ...],
     available_bytes: int | None,
 ) -> MemoryPlan:
-    """Return the plan that keeps a run inside its budget, with as many expert slots as that leaves.
+    """Return the memory plan with as many expert slots as fit into the budget.
 
     Args:
         request: the budget.
         fixed: everything but the expert slots: process, skeleton, KV cache, buffers, margin.
         loading_bytes: the peak while the skeleton is loaded, when there are no slots yet.
-        experts: what a slot costs and how many make sense, by record size.
-        available_bytes: what this process could grow to, what it holds already included; None:
-            not known, for another machine.
+        experts: slot sizes and limits, by record size.
+        available_bytes: size that this process can reach; None for another machine.
 
     Raises:
-        BudgetError: the budget is below the minimum, or the machine has less free than the plan
-        takes.
+        BudgetError: the budget is below the minimum, or the plan takes more than is available.
     """
     budget = request.size_bytes if request.kind == "bytes" else None
     if request.kind == "auto":
-        assert available_bytes is not None  # what is free elsewhere nobody knows
+        assert available_bytes is not None
         budget = int(available_bytes * (1 - _AUTO_MARGIN_SHARE))
     needed = require_budget(
         "the run",

@@ -1,4 +1,4 @@
-"""The one refusal of a memory budget: what is needed, what there is, the nearest that works."""
+"""Refusal of a memory budget: bytes needed, bytes available, the nearest budget that works."""
 
 import math
 from collections.abc import Mapping
@@ -9,20 +9,19 @@ from moe_tool.errors import BudgetError
 
 _STEP_BYTES = 16 * 2**20
 _SLACK_BYTES = 16 * 2**20
-"""The process's own size differs by a few MiB from start to start; a suggested budget has to work
-when typed in."""
+"""Slack of a suggested budget: the process's own size varies by a few MiB between starts"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLine:
-    """One entry of a memory account."""
+    """One named part of a process's memory."""
 
     name: str
     size_bytes: int
 
 
 def name_lines(parts: Mapping[str, int]) -> tuple[MemoryLine, ...]:
-    """Return one line per name in bytes; those that take nothing are left out."""
+    """Return one line per name; those of 0 bytes are left out."""
     return tuple(MemoryLine(name=name, size_bytes=size) for name, size in parts.items() if size)
 
 
@@ -32,7 +31,7 @@ def sum_lines(lines: tuple[MemoryLine, ...]) -> int:
 
 
 def suggested_budget(needed_bytes: int) -> str:
-    """Return the smallest round budget that works, as it can be typed after `--memory`."""
+    """Return the smallest round budget that works, in the syntax of `--memory`."""
     return f"{math.ceil((needed_bytes + _SLACK_BYTES) / _STEP_BYTES) * _STEP_BYTES // 2**20}MiB"
 
 
@@ -44,17 +43,17 @@ def require_budget(
     peak_bytes: int = 0,
     instead: str | None = None,
 ) -> int:
-    """Return the least budget that work can be done in.
+    """Return the minimum budget of some work.
 
     Args:
-        work: subject of a sentence.
-        budget_bytes: None: no limit.
-        lines: account of the least that the work takes.
-        peak_bytes: bytes held at a time that the lines do not show.
-        instead: what else would help where the budget is too small.
+        work: subject of the message.
+        budget_bytes: the budget; None: no limit.
+        lines: the least memory that the work takes.
+        peak_bytes: peak of another phase, which the lines do not show.
+        instead: alternative remedy for the hint.
 
     Raises:
-        BudgetError: the budget is below that.
+        BudgetError: the budget is below the minimum.
     """
     needed = max(sum_lines(lines), peak_bytes)
     if budget_bytes is None or budget_bytes >= needed:
@@ -75,8 +74,8 @@ def lacks_memory(
     Args:
         needed_bytes: bytes that the run takes within its budget.
         least_bytes: bytes that it takes with the fewest expert slots.
-        free_bytes: bytes that the process could grow to.
-        lines: account of the run.
+        free_bytes: size that the process can reach.
+        lines: the run's memory.
     """
     if least_bytes <= free_bytes:
         hint = "--memory auto takes what is free; --memory min takes the least that works"
@@ -92,7 +91,7 @@ def lacks_memory(
 
 
 def describe_lines(lines: tuple[MemoryLine, ...]) -> str:
-    """Return an account as indented text, one line per entry."""
+    """Return the lines as indented text."""
     width = max(len(line.name) for line in lines)
     return "\n".join(
         f"  {line.name:<{width}}  {format_bytes(line.size_bytes):>12}" for line in lines

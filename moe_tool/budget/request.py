@@ -12,18 +12,18 @@ _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRequest:
-    """A memory budget, in the terms in which it was given."""
+    """A memory budget as given by the user."""
 
     kind: Literal["bytes", "share", "slots", "min", "auto"]
     size_bytes: int = 0
-    """Budget of the whole process, where `kind` is bytes"""
+    """Budget of the whole process, if `kind` is bytes"""
     share: float = 0.0
-    """Share of the bundle's experts, 0 to 1, where `kind` is share"""
+    """Share of the bundle's experts, 0 to 1, if `kind` is share"""
     n_slots: int = 0
-    """Expert slots, where `kind` is slots, which only a plan asks for"""
+    """Expert slots, if `kind` is slots (plans only)"""
 
     def __str__(self) -> str:
-        """Return the request as it can be typed, without the loss of a byte."""
+        """Return the request as it can be typed, exact to the byte."""
         if self.kind == "bytes":
             return type_bytes(self.size_bytes)
         if self.kind == "share":
@@ -36,7 +36,7 @@ EVERY_EXPERT = MemoryRequest(kind="share", share=1.0)
 
 
 def parse_memory(text: str) -> MemoryRequest:
-    """Return what "4GiB", "50%", "min" or "auto" asks for.
+    """Return the request for "4GiB", "50%", "min" or "auto".
 
     Raises:
         UsageError: the text is none of these, or a share above 100 %.
@@ -63,9 +63,9 @@ def parse_memory(text: str) -> MemoryRequest:
 
 
 def parse_memory_option(text: str | None) -> MemoryRequest | None:
-    """Return what an option asks for; None where it was not given.
+    """Return the request of an option; None if it was not given.
 
     Raises:
-        UsageError: the text is no budget.
+        UsageError: the text is not a budget.
     """
     return None if text is None else parse_memory(text)

@@ -1,4 +1,4 @@
-"""Byte sizes as people write them ("24GiB") and as the code counts them (int bytes)."""
+"""Conversion between sizes as typed ("24GiB") and int bytes."""
 
 import re
 
@@ -21,7 +21,7 @@ _UNITS = {
     "tb": 10**12,
 }
 MAX_BYTES = 2**60
-"""More than any machine has, and what every artifact can hold"""
+"""Largest size accepted; every artifact can hold it"""
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -29,7 +29,7 @@ def parse_bytes(text: str) -> int:
     """Return the number of bytes that `text` names: "4GiB", "4G" (binary), "4GB" (decimal), "123".
 
     Raises:
-        UsageError: the text is not a size, or one beyond MAX_BYTES.
+        UsageError: the text is not a size, or exceeds MAX_BYTES.
     """
     match = _PATTERN.fullmatch(text)
     factor = _UNITS.get(match[2].lower()) if match else None

@@ -1,38 +1,34 @@
-"""Expert slots where records have several sizes: their bytes, and who gets how many."""
+"""Distribution of expert slots over record sizes, and their bytes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertRoom:
-    """The experts whose records have one size."""
+    """Experts with records of one size."""
 
     record_bytes: int
     """Bytes of one slot"""
     n_experts: int
-    """Experts of all layers: more slots than these are never made"""
+    """Experts of all layers: the most slots that make sense"""
     n_slots_min: int
-    """Slots without which a layer cannot run"""
+    """Fewest slots with which a layer can run"""
 
 
 def min_slots(top_k: int, n_experts: int) -> int:
-    """Return the fewest slots that a pool can run with: one token's experts of one layer, and one
-    to read ahead; all experts where there are not so many.
+    """Return the fewest slots of a pool: one token's experts of one layer, and one for prefetch.
 
     Args:
         top_k: experts per token and layer.
-        n_experts: experts of all layers that share the pool.
+        n_experts: experts of all layers that share the pool, an upper bound.
     """
     return min(top_k + 1, n_experts)
 
 
 def split_slots(n_slots: int, rooms: tuple[ExpertRoom, ...]) -> tuple[int, ...]:
-    """Return the slots of each size: in proportion to its experts, at least what it cannot do
-    without; never fewer for more `n_slots`.
+    """Return the slots of each size: proportional to its experts, but at least `n_slots_min`.
 
-    Args:
-        n_slots: of all sizes together; as many as there are experts: everything.
-        rooms: by size.
+    Monotonic in `n_slots`, the total; with as many slots as experts, every expert gets one.
     """
     n_experts = sum(room.n_experts for room in rooms)
     return tuple(
@@ -42,12 +38,12 @@ def split_slots(n_slots: int, rooms: tuple[ExpertRoom, ...]) -> tuple[int, ...]:
 
 
 def bytes_of_slots(slots: tuple[int, ...], rooms: tuple[ExpertRoom, ...]) -> int:
-    """Return the bytes that slots take, by size."""
+    """Return the total bytes of slots, given by size."""
     return sum(count * room.record_bytes for count, room in zip(slots, rooms, strict=True))
 
 
 def slots_within(room_bytes: int, rooms: tuple[ExpertRoom, ...]) -> tuple[int, ...]:
-    """Return the most slots that fit, by size; those without which nothing runs have to."""
+    """Return the most slots that fit, by size; the minimum must fit."""
     low, high = 0, sum(room.n_experts for room in rooms)
     while low < high:
         middle = (low + high + 1) // 2

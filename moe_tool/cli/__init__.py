@@ -1,1 +1,1 @@
-"""The verbs: arguments in, one call, its result on the terminal."""
+"""Commands: each parses arguments, makes one call and shows the result."""

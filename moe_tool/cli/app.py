@@ -1,7 +1,7 @@
-"""The typer app, and the one place that turns errors into exit codes.
+"""Typer app, with the conversion of errors to exit codes.
 
 0 ok, 1 our bug (traceback), 2 usage, 3 bad input, 4 does not fit, 130 interrupted,
-141 the reader of stdout went away.
+141 stdout was closed by its reader.
 """
 
 import errno
@@ -82,8 +82,8 @@ def _root(
 
 def main() -> None:
     """Run the command line of this process and exit with its code."""
-    # Before torch is loaded: by default its threads spin for seconds while they wait for another;
-    # beside reader threads or other programs, two threads are then many times slower than one.
+    # Set before torch is loaded: by default its idle threads spin for seconds; beside reader
+    # threads or other programs, two threads are then many times slower than one.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     code = run_command(sys.argv[1:])
     try:
@@ -122,7 +122,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _report(error: MoeToolError, *, as_json: bool, code: int | None = None) -> int:
-    """Print an error for people on stderr, and as JSON on stdout where that was asked for."""
+    """Print an error on stderr, and with --json also as JSON on stdout."""
     exit_code = error.exit_code if code is None else code
     print(f"error: {error}" if exit_code != INTERRUPTED else error, file=sys.stderr)
     if as_json:
@@ -151,7 +151,7 @@ def _interrupted(arguments: Sequence[str]) -> MoeToolError:
         again.append("--resume")
     if verb not in ("profile", "pack", "tune"):
         return MoeToolError("interrupted")
-    return MoeToolError(f"interrupted; what is done is kept: resume with\n    {shlex.join(again)}")
+    return MoeToolError(f"interrupted; finished work is kept: resume with\n    {shlex.join(again)}")
 
 
 def _usage_error(error: TyperException) -> UsageError:
@@ -163,8 +163,8 @@ def _usage_error(error: TyperException) -> UsageError:
 
 def _out_of_memory() -> MoeToolError:
     return MoeToolError(
-        "there is not enough memory for this",
-        hint="state what may be used with --memory, e.g. --memory 2GiB, or free some",
+        "out of memory",
+        hint="set a smaller budget with --memory, e.g. --memory 2GiB, or free some memory",
     )
 
 
@@ -177,6 +177,6 @@ def _storage_error(error: OSError) -> StorageError:
 
 
 def _close_stdout() -> int:
-    """Let the interpreter's last flush go nowhere: whoever read our output has gone."""
+    """Send the interpreter's last flush to /dev/null, as the reader of stdout has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return PIPE_CLOSED

@@ -1,4 +1,4 @@
-"""`moe-tool bench`: how fast a bundle runs, as a table."""
+"""`moe-tool bench`: measure a bundle's speed, as a table."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -28,9 +28,7 @@ _Generate = Annotated[
 ]
 _Depth = Annotated[
     str,
-    typer.Option(
-        "--depth", metavar="N,...", help="Tokens that are in context before the clock starts."
-    ),
+    typer.Option("--depth", metavar="N,...", help="Tokens in context before the timing starts."),
 ]
 _Memory = Annotated[
     str,
@@ -40,7 +38,7 @@ _Memory = Annotated[
 ]
 _Policy = Annotated[
     str,
-    typer.Option("--policy", metavar="NAME,...", help="Policies as `run` takes them."),
+    typer.Option("--policy", metavar="NAME,...", help="Miss policies, as in `run`."),
 ]
 _Eviction = Annotated[
     list[str] | None,
@@ -52,14 +50,14 @@ _Eviction = Annotated[
     ),
 ]
 _Prefetch = Annotated[
-    str, typer.Option("--prefetch", metavar="NAME,...", help="Kinds of prefetch: none, next-layer.")
+    str, typer.Option("--prefetch", metavar="NAME,...", help="Prefetch methods: none, next-layer.")
 ]
 _SparseExperts = Annotated[
     str | None,
     typer.Option(
         "--sparse-experts",
         metavar="SHARE,...",
-        help="Shares of experts' channels to leave out, as `run` takes them.",
+        help="Shares of experts' channels to skip, as in `run`.",
         show_default=False,
     ),
 ]
@@ -68,7 +66,7 @@ _Threads = Annotated[
     typer.Option(
         "--threads",
         metavar="N,...",
-        help="Threads of computation.",
+        help="Compute threads.",
         show_default="all cores; one less where torch computes",
     ),
 ]
@@ -108,7 +106,7 @@ def bench(
     format: _Format = "md",  # noqa: A002
     json: JsonOption = False,
 ) -> None:
-    """Measure tokens per second. Lists by comma are crossed: a row for every combination."""
+    """Measure tokens per second. Every combination of the lists is a row."""
     with open_output(as_json=json) as output:
         from moe_tool.benchmarking.bench_plan import (
             BenchOptions,
@@ -147,7 +145,7 @@ def _measure(
     format: Format,  # noqa: A002
     output: Output,
 ) -> "BenchReport":
-    """Print rows as they come, or all of them at the end."""
+    """Print rows as they come (jsonl), or all of them at the end."""
     from moe_tool.benchmarking.bench import bench as measure
     from moe_tool.reports.bench_formats import json_line
 
@@ -160,7 +158,7 @@ def _measure(
 
     try:
         report = measure(bundle, options, on_row=take, progress=output.progress)
-    finally:  # what was measured before an error or Ctrl-C is not lost
+    finally:  # rows measured before an error or Ctrl-C are printed too
         if rows:
             _print(output, rows, format)
     output.say(

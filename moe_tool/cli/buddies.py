@@ -1,4 +1,4 @@
-"""`moe-tool buddies`: a profile in, a map of stand-ins out."""
+"""`moe-tool buddies`: make a buddy map from a profile."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,8 +27,8 @@ def buddies(
         By,
         typer.Option(
             "--by",
-            help="What makes a good stand-in: the error it leaves (output), alike outputs (cka, "
-            "cosine), being chosen together (coactivation) or by the same tokens (router).",
+            help="Measure to rank stand-ins by: remaining error (output), similar outputs (cka, "
+            "cosine), chosen together (coactivation), or similar router logits (router).",
         ),
     ] = "output",
     out: Annotated[
@@ -50,7 +50,7 @@ def buddies(
         default = buddies_path(profiles, profile)
         made = make_buddies(profile, k=k, by=by, out=out or default, may_replace=out is not None)
         output.show(
-            "what a stand-in leaves as error, relative to the expert's output (1: all of it)",
+            "remaining error of stand-ins, relative to the expert's output (1: same as dropping)",
             buddies_table(made.summary),
         )
         output.say(

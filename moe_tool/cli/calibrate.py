@@ -1,4 +1,4 @@
-"""`moe-tool calibrate`: a bundle and a limit in, the policy that keeps it out."""
+"""`moe-tool calibrate`: find the policy strength that keeps a KL limit on a bundle."""
 
 from typing import Annotated
 
@@ -22,16 +22,14 @@ _MaxKl = Annotated[
     typer.Option(
         "--max-kl",
         metavar="NATS",
-        help="KL(exact || policy) per token that the upper end of the 95 % interval keeps.",
+        help="Limit of KL(exact || policy) per token, kept by the upper end of the 95 % interval.",
         show_default=False,
     ),
 ]
 _Tokens = Annotated[
     int, typer.Option("--tokens", metavar="N", min=3, help="Tokens of text, all domains together.")
 ]
-_SeqLen = Annotated[
-    int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of a sequence.")
-]
+_SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens per sequence.")]
 
 
 def calibrate(
@@ -43,7 +41,7 @@ def calibrate(
         typer.Option(
             "--policy",
             metavar="NAME[:KEY=N,...]",
-            help="Policy whose strength is searched, {searched policies}.",
+            help="Policy to calibrate, {searched policies}.",
         ),
     ] = "priced",
     tokens: _Tokens = 8192,
@@ -54,7 +52,7 @@ def calibrate(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Find how far a lossy policy may go, and let `run` follow it."""
+    """Find the strongest lossy policy within a KL limit. `run` uses it by default."""
     with open_output(as_json=json) as output:
         from moe_tool.text.sources import parse_sources, require_sources
 
@@ -91,5 +89,5 @@ def calibrate(
             f"[{low:.4f}, {high:.4f}], {format_bytes(report.bytes_read_per_token)} read per token; "
             f"written to {bundle}/, {report.seconds:.0f} s"
         )
-        output.say(f'next: moe-tool run {bundle}/ --prompt "The list" follows it')
+        output.say(f'next: moe-tool run {bundle}/ --prompt "The list" uses it by default')
         output.result(report.to_json())

@@ -1,4 +1,4 @@
-"""The machine that a prediction is for."""
+"""Hardware profile that predictions use."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ _FALLBACK = "laptop-16gb"
 
 
 def chosen_hardware(named: str | None, profiles: Path, output: Output) -> "HardwareProfile":
-    """Return what `--hardware` names, this machine's profile where it names nothing, and say which.
+    """Return the profile that `--hardware` names or this machine's, and print which.
 
-    Without either a data sheet's: hit rates and bytes do not depend on it.
+    Without either, return a data sheet's: hit rates and bytes do not depend on it.
 
     Raises:
         UsageError: no file and no shipped profile has this name.
-        CorruptArtifactError: the file is damaged, or something else.
+        CorruptArtifactError: the file is damaged or no hardware profile.
     """
     from moe_tool.artifacts.hardware_profile import HardwareProfile
     from moe_tool.formats.json_artifact import read_json_artifact
@@ -33,7 +33,7 @@ def chosen_hardware(named: str | None, profiles: Path, output: Output) -> "Hardw
         )
         return shipped_profile(name)
     if not path.exists():
-        return shipped_profile(str(named))  # refuses with the names that there are
+        return shipped_profile(str(named))  # raises, listing the known names
     found = read_json_artifact(path, HardwareProfile)
     output.say(f"hardware: {path} ({found.name}, {found.source})")
     return found

@@ -1,4 +1,4 @@
-"""Output of a verb: results on stdout, the rest on stderr, bars only on a terminal."""
+"""Output of a command: results on stdout, the rest on stderr, bars only on a terminal."""
 
 import json
 import sys
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 _LINE_EVERY_S = 30.0
 _PIPED_WIDTH = 160
-"""Columns of a table that goes into a file or a pipe"""
+"""Width in characters of tables written to a file or a pipe"""
 
 
 class Output:
-    """The two channels of one verb, and its clock."""
+    """Result and message streams of one command, and its clock."""
 
     def __init__(self, *, as_json: bool, data: TextIO, people: TextIO) -> None:
-        """With `as_json`, nothing but one JSON object goes to `data`."""
+        """Write results to `data` (only one JSON object if `as_json`) and messages to `people`."""
         self.as_json = as_json
         self.progress: Progress = _Bars(people) if people.isatty() else _Lines(people)
         self._data = data
@@ -35,11 +35,11 @@ class Output:
 
     @property
     def seconds(self) -> float:
-        """Wall time since the verb began."""
+        """Wall time since the command began."""
         return time.perf_counter() - self._start
 
     def show(self, *what: "RenderableType") -> None:
-        """Print a result for people: on stdout, or on stderr where stdout is kept for JSON."""
+        """Print a readable result on stdout, or with JSON on stderr."""
         _console(self._people if self.as_json else self._data).print(
             *what, sep="\n", soft_wrap=True
         )
@@ -49,14 +49,14 @@ class Output:
         print(text, file=self._people, flush=True)
 
     def stream(self, text: str) -> None:
-        """Print a piece of generated text on stdout; with JSON it is only in the result."""
+        """Print a piece of generated text on stdout; with JSON do nothing."""
         if not self.as_json:
             self._data.write(text)
             self._data.flush()
 
     def result(self, found: object) -> None:
-        """Print a report or a mapping as the JSON object; `seconds` and `peak_rss_bytes` are added
-        where they lack."""
+        """Print a report or a mapping as the JSON object, with defaults for `seconds` and
+        `peak_rss_bytes`; without JSON do nothing."""
         if not self.as_json:
             return
         measured = {"seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()}
@@ -65,7 +65,7 @@ class Output:
 
 @contextmanager
 def open_output(*, as_json: bool) -> Iterator[Output]:
-    """Yield the channels; with JSON, what a library prints on stdout goes to stderr meanwhile."""
+    """Yield the output; with JSON, redirect prints of libraries from stdout to stderr."""
     output = Output(as_json=as_json, data=sys.stdout, people=sys.stderr)
     if not as_json:
         yield output
@@ -75,7 +75,7 @@ def open_output(*, as_json: bool) -> Iterator[Output]:
 
 
 def write_json(fields: Mapping[str, object], stream: TextIO) -> None:
-    """Write one JSON object on one line; a number that JSON cannot say becomes null."""
+    """Write one JSON object on one line, non-finite numbers as null."""
     stream.write(json.dumps(json_fields(fields), ensure_ascii=False, allow_nan=False) + "\n")
     stream.flush()
 
@@ -88,7 +88,7 @@ def _console(stream: TextIO) -> "Console":
 
 
 class _Bars:
-    """Progress on a terminal: one bar with the time left, gone when the task ends."""
+    """Progress on a terminal: one bar with the time left, removed when the task ends."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

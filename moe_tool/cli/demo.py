@@ -14,12 +14,12 @@ def demo(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Keep profile and bundle here.", show_default="thrown away"
+            "--out", metavar="DIR", help="Keep profile and bundle here.", show_default="deleted"
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Do all of a session on the embedded model and built-in text."""
+    """Run every stage on the embedded model and built-in text."""
     with open_output(as_json=json) as output:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def demo(
 
 
 def _run(folder: Path, output: Output) -> str:
-    """Run every stage, show what came out, and return the prompt."""
+    """Run every stage, show the results, and return the prompt."""
     from moe_tool.demo.run_pipeline import LOSSY_MEMORY, PROMPT, run_pipeline
     from moe_tool.reports.evaluation_tables import evaluation_table
     from moe_tool.reports.terminal import stages_table

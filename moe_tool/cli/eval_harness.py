@@ -1,4 +1,4 @@
-"""`moe-tool eval-harness`: a bundle and tasks of lm-evaluation-harness in, their metrics out."""
+"""`moe-tool eval-harness`: run tasks of lm-evaluation-harness on a bundle."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,16 +63,15 @@ _Context = Annotated[
         "--context",
         metavar="N",
         min=2,
-        help="Tokens of context and answer together; what is longer loses its beginning.",
+        help="Tokens of context and answer together; longer contexts are cut at the beginning.",
     ),
 ]
 _DecodeContext = Annotated[
     bool,
     typer.Option(
         "--decode-context",
-        help="In log-likelihoods, let the policy answer in the context too, from its second token "
-        "on. Otherwise the context is an exact prompt, and so is the first token that it "
-        "predicts.",
+        help="In log-likelihoods, apply the policy to the context too, from its second token on. "
+        "Otherwise the context is an exact prompt, and the first answer token is exact too.",
     ),
 ]
 
@@ -141,14 +140,14 @@ def _show(report: "HarnessReport", output: Output) -> None:
     output.show(f"policy {setup.policy}, {setup.residency} residency", harness_table(report))
     output.say(harness_line(report))
     if report.lossy and not report.decode.changed_answers:
-        output.say(_why_it_did_nothing(report))
+        output.say(_unchanged(report))
 
 
-def _why_it_did_nothing(report: "HarnessReport") -> str:
+def _unchanged(report: "HarnessReport") -> str:
     policy = report.setup.policy
     if report.decode.tokens == 0:
         return (
-            f"{policy} had nothing to answer: every answer is one token, which the exact "
-            "context predicts; --decode-context lets the policy act in the context"
+            f"{policy} was never used: every answer is one token, predicted by the exact "
+            "context; --decode-context applies the policy to the context"
         )
-    return f"{policy} changed no answer: these figures are those of exact"
+    return f"{policy} changed no expert's answer: the figures equal those of exact"

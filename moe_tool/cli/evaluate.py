@@ -1,4 +1,4 @@
-"""`moe-tool evaluate`: a bundle and a text in, what a policy costs out."""
+"""`moe-tool evaluate`: measure the quality and the reads of a policy on text."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,18 +28,16 @@ if TYPE_CHECKING:
 _Tokens = Annotated[
     int, typer.Option("--tokens", metavar="N", min=1, help="Tokens of text, all domains together.")
 ]
-_SeqLen = Annotated[
-    int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
-]
+_SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens per sequence.")]
 _Controls = Annotated[
-    bool, typer.Option("--controls", help="Also measure the policy's controls, in one table.")
+    bool, typer.Option("--controls", help="Also measure the policy's controls, in the same table.")
 ]
 _Reference = Annotated[
     str | None,
     typer.Option(
         "--reference",
         metavar="MODEL",
-        help="Also compare with this checkpoint, not only with the bundle itself.",
+        help="Also compare with this checkpoint, not only with the exact bundle.",
         show_default=False,
     ),
 ]
@@ -63,7 +61,7 @@ def evaluate(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure perplexity, and how far a policy is from exact."""
+    """Measure perplexity, and a policy's divergence from exact."""
     with open_output(as_json=json) as output:
         from moe_tool.models.locate import locate_model
         from moe_tool.text.sources import parse_sources, require_sources
@@ -117,9 +115,9 @@ def _show(
         output.show(checkpoint_perplexity(figures))
     if setup.sparse_experts is not None:
         output.show(
-            f"{report.sparsity:.1%} of experts' channels were left out; misses read "
-            f"{format_bytes(figures.bytes_read_per_token.value)} per token, whole experts "
-            f"would have been {format_bytes(report.whole_bytes_per_token)}"
+            f"{report.sparsity:.1%} of experts' channels were skipped; misses read "
+            f"{format_bytes(figures.bytes_read_per_token.value)} per token instead of "
+            f"{format_bytes(report.whole_bytes_per_token)} for whole experts"
         )
     if len(report.domains) > 1 and controls:
         for domain in report.domains:
@@ -132,4 +130,4 @@ def _show(
         f"of {format_bytes(setup.memory_budget_bytes)}"
     )
     if not controls and setup.policy != "exact":
-        output.say("next: the same with --controls shows what the policy is worth")
+        output.say("next: --controls compares the policy with simpler ones")

@@ -1,4 +1,4 @@
-"""`moe-tool hardware`: what this machine can do, measured once, or a usual machine's data sheet."""
+"""`moe-tool hardware`: measure this machine, or take a typical machine's data sheet."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,8 +26,8 @@ _Disk = Annotated[
     typer.Option(
         "--disk",
         metavar="DIR",
-        help="A folder on the disk that bundles will lie on: a test file of 1 GiB is written "
-        "there, read and removed.",
+        help="A folder on the disk for bundles: a test file of 1 GiB is written there, read and "
+        "removed.",
         show_default=".",
     ),
 ]
@@ -42,14 +42,12 @@ _Shipped = Annotated[
     typer.Option(
         "--shipped",
         metavar="NAME",
-        help="Measure nothing; write the profile of a usual machine, from data sheets. A "
-        "measured profile is replaced only where --out names it.",
+        help="Measure nothing; write the profile of a typical machine, from data sheets. A "
+        "measured profile is replaced only if --out names it.",
         show_default=False,
     ),
 ]
-_ShowList = Annotated[
-    bool, typer.Option("--list", help="Name the shipped profiles, and do nothing else.")
-]
+_ShowList = Annotated[bool, typer.Option("--list", help="List the shipped profiles and exit.")]
 
 
 def hardware(
@@ -64,7 +62,7 @@ def hardware(
     with open_output(as_json=json) as output:
         if shipped is not None and (disk is not None or quick):
             raise UsageError(
-                "--shipped measures nothing: --disk and --quick do not go with it",
+                "--shipped cannot be combined with --disk or --quick: it measures nothing",
                 hint="leave out --shipped to measure this machine",
             )
         if show_list:
@@ -87,7 +85,7 @@ def hardware(
         write_json_artifact(out, profile)
         _show(profile, output)
         how = (
-            f"measured in {output.seconds:.0f} s; other programs that ran meanwhile are part of it"
+            f"measured in {output.seconds:.0f} s; other running programs affect the figures"
             if profile.source == "measured"
             else "data-sheet figures, nothing was measured"
         )
@@ -97,17 +95,17 @@ def hardware(
 
 
 def _refuse_to_lose_measured(path: Path, shipped: str) -> None:
-    """A minute of measuring an idle machine is not given up for figures that have a name."""
+    """Refuse to replace a measured profile by a data sheet unless --out asks for it."""
     from moe_tool.artifacts.hardware_profile import HardwareProfile
     from moe_tool.formats.json_artifact import read_json_artifact
 
     try:
         is_measured = read_json_artifact(path, HardwareProfile).source == "measured"
     except MoeToolError:
-        return  # there is none, or none that is of use
+        return  # no usable profile to lose
     if is_measured:
         raise UsageError(
-            f"{path} was measured: --shipped does not replace it by itself",
+            f"{path} was measured: --shipped replaces it only with --out",
             hint=f"--hardware {shipped} takes the data sheet without a file; --out {path} "
             "replaces the measured profile",
         )
@@ -125,14 +123,14 @@ def _show(profile: "HardwareProfile", output: Output) -> None:
     output.show(
         origin_of(profile),
         speeds_table(profile),
-        f"one call of an expert, computed by {profile.kernels} kernels with --threads {threads}: "
-        "its record at this rate + a fixed time",
+        f"time of one expert call by {profile.kernels} kernels with --threads {threads}: "
+        "record size / rate + fixed time",
         experts_table(profile),
     )
     if profile.lookup:
         output.show(
-            "products with weights of few bits, the same result either way: which one is used, and "
-            "the time of a lookup and of a multiplication",
+            "low-bit products by lookup or multiplication, with equal results: times, and the "
+            "method used",
             lookup_table(profile),
         )
 

@@ -1,4 +1,4 @@
-"""`moe-tool inspect`: what a file or folder is, made from what, and whether it is intact."""
+"""`moe-tool inspect`: describe a file or folder and check that it is intact."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def inspect(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A profile, a buddy map, a plan, a hardware profile, the trace of a run, a "
+            help="A profile, a buddy map, a plan, a hardware profile, a run trace, a "
             "bundle or a checkpoint.",
             show_default=False,
         ),
@@ -25,7 +25,7 @@ def inspect(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a file is, what it is from, and if it is intact."""
+    """Describe a file or folder and check that it is intact."""
     with open_output(as_json=json) as output:
         from moe_tool.inspection.describe_artifact import describe_artifact
         from moe_tool.reports.description_tables import tables_of

@@ -1,4 +1,4 @@
-"""The profile that a verb takes where none is named."""
+"""Default profile of a command."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from moe_tool.errors import NotFoundError
 
 
 def newest_profile(folder: Path, output: Output) -> Path:
-    """Return the newest profile of a folder, and say which.
+    """Return the newest profile of a folder, and print which.
 
     Raises:
         NotFoundError: there is none.

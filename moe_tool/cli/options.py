@@ -1,4 +1,4 @@
-"""The arguments that several verbs share, each with one name, unit, default and sentence."""
+"""Arguments shared by several commands, with the same name, unit, default and help."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,7 +31,7 @@ ProfilesOption = Annotated[
     typer.Option("--profiles", metavar="DIR", help="The folder of profiles and buddy maps."),
 ]
 OfflineOption = Annotated[
-    bool, typer.Option("--offline", help="Take from the local cache or fail; never the network.")
+    bool, typer.Option("--offline", help="Use the local cache only, never the network.")
 ]
 SeedOption = Annotated[
     int,
@@ -48,8 +48,8 @@ DataOption = Annotated[
     ),
 ]
 _RUN_MEMORY = (
-    "Budget of the whole process: 4GiB; 50% of the experts beside everything fixed; min; or auto, "
-    "what is free less a margin."
+    "Budget of the whole process: 4GiB; 50% (of the experts, plus everything fixed); min; or auto "
+    "(free memory less a margin)."
 )
 RunMemoryOption = Annotated[
     str | None,
@@ -64,7 +64,7 @@ ProfileMemoryOption = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="Budget of the whole process: 4GiB, or auto, 80 % of what is free.",
+        help="Budget of the whole process: 4GiB, or auto (80 % of free memory).",
     ),
 ]
 PolicyOption = Annotated[
@@ -72,16 +72,16 @@ PolicyOption = Annotated[
     typer.Option(
         "--policy",
         metavar="NAME[:KEY=N,...]",
-        help="What answers an expert that is not in memory; all but exact change the text; "
-        "{miss policies}.",
-        show_default="what the bundle was calibrated for, or exact",
+        help="Answer to experts that are not in memory, {miss policies}; all but exact change the "
+        "text.",
+        show_default="the calibrated one, or exact",
     ),
 ]
 ResidencyOption = Annotated[
     Residency | None,
     typer.Option(
         "--residency",
-        help="What a lossy policy finds in memory: a fixed set of experts, or a cache.",
+        help="Experts in memory: a fixed set (frozen), or a cache.",
         show_default="cache for exact, frozen otherwise",
     ),
 ]
@@ -89,8 +89,8 @@ PrefetchOption = Annotated[
     PrefetchName | None,
     typer.Option(
         "--prefetch",
-        help="What is read before it is wanted: nothing, or what the next layer's router makes of "
-        "this layer's input. The text stays the same; a wrong guess costs bytes.",
+        help="Experts to read ahead: none, or those that the next layer's router chooses for this "
+        "layer's input. The text stays the same; a wrong guess costs bytes.",
         show_default="the plan's, or none",
     ),
 ]
@@ -99,8 +99,8 @@ EvictionOption = Annotated[
     typer.Option(
         "--eviction",
         metavar="NAME[:KEY=N,...]",
-        help="What leaves the expert cache first, {evictions}; `:per-layer` gives every layer its "
-        "own part. The text stays the same.",
+        help="Eviction policy of the expert cache, {evictions}; `:per-layer` gives every layer a "
+        "cache of its own. The text stays the same.",
         show_default="the plan's, or lru",
     ),
 ]
@@ -117,15 +117,16 @@ GatesOption = Annotated[
     bool,
     typer.Option(
         "--gates/--no-gates",
-        help="Whether a lossy policy leaves sensitive tokens and too many misses to exact reads.",
+        help="Whether a lossy policy answers sensitive tokens, and layers with too many misses, "
+        "exactly.",
     ),
 ]
 LossyPrefillOption = Annotated[
     bool,
     typer.Option(
         "--lossy-prefill",
-        help="Let the policy answer the prompt too, which is exact otherwise: what that leaves in "
-        "the KV cache stays wrong.",
+        help="Apply the policy to the prompt too, which is exact otherwise; its errors stay in "
+        "the KV cache.",
     ),
 ]
 SparseExpertsOption = Annotated[
@@ -133,9 +134,9 @@ SparseExpertsOption = Annotated[
     typer.Option(
         "--sparse-experts",
         metavar="SHARE",
-        help="Leave this share of an expert's channels out while decoding, those that matter "
-        "least to the token: 0 to 0.95, for bundles of `pack --sparse-experts`. Changes the text; "
-        "prompts are computed in full.",
+        help="Share of an expert's channels to skip while decoding, the least important ones for "
+        "the token: 0 to 0.95, for bundles of `pack --sparse-experts`. Changes the text; prompts "
+        "are computed in full.",
         show_default=False,
     ),
 ]
@@ -146,7 +147,7 @@ ThreadsOption = Annotated[
         metavar="N",
         min=1,
         max=1024,
-        help="Threads of computation.",
+        help="Compute threads.",
         show_default="all cores; one less where torch computes",
     ),
 ]

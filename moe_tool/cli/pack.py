@@ -1,4 +1,4 @@
-"""`moe-tool pack`: a checkpoint in, a bundle out."""
+"""`moe-tool pack`: compile a checkpoint into a bundle."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +43,7 @@ _BuddiesOption = Annotated[
     typer.Option(
         "--buddies",
         metavar="FILE",
-        help="Take the stand-ins of this map along.",
+        help="Include the stand-ins of this buddy map.",
         show_default="newest of this model, or none",
     ),
 ]
@@ -52,7 +52,7 @@ _PlanOption = Annotated[
     typer.Option(
         "--plan",
         metavar="FILE",
-        help="Compile this plan of `plan`: its bits, and what `run` follows by itself.",
+        help="Follow this plan: its bits for packing, its settings as the defaults of `run`.",
         show_default=False,
     ),
 ]
@@ -62,8 +62,8 @@ _BitsOption = Annotated[
         "--bits",
         metavar="BITS",
         help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
-        "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are an "
-        "expert of their own; native keeps the checkpoint's dtype, bit for bit.",
+        "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are a "
+        "complete expert; native keeps the checkpoint's dtype, bit for bit.",
         show_default="native, or the plan's",
     ),
 ]
@@ -73,8 +73,8 @@ _SkeletonBitsOption = Annotated[
         "--skeleton-bits",
         help="Bits of the matrices outside the experts: attention, shared experts, dense "
         "layers, head. Routers, norms and the embedding keep the checkpoint's dtype; a head "
-        "tied to the embedding gets a copy of these bits. Below native it is a lossy choice "
-        "like --bits: evaluate --reference says what it costs.",
+        "tied to the embedding is stored again with these bits. Lossy below native, like --bits: "
+        "`evaluate --reference` measures the cost.",
         show_default="native, or the plan's",
     ),
 ]
@@ -83,9 +83,9 @@ _ReplicasOption = Annotated[
     typer.Option(
         "--replicas",
         metavar="LIST",
-        help="Cheaper forms of every expert beside itself, for lossy policies to answer with: "
-        "bits (8, 4, 3, 2, 1; 2:128 shares a scale among 128 inputs instead of 64) and "
-        "low-rank maps, e.g. 3,2:128,rank16. Fitted and priced on the profile's tokens.",
+        help="Cheaper forms of every expert for lossy policies: bits (8, 4, 3, 2, 1; 2:128 shares "
+        "a scale among 128 inputs instead of 64) and low-rank maps, e.g. 3,2:128,rank16. Fitted "
+        "and priced on the profile's tokens.",
         show_default="none, or the plan's",
     ),
 ]
@@ -95,8 +95,8 @@ _SparseExpertsOption = Annotated[
         "--sparse-experts",
         metavar="SELECTOR",
         help="Store gated experts channel by channel, for `run --sparse-experts`: up2, up3, "
-        "gate2 or gate3 is the matrix that says which channels a token needs, and its bits; it "
-        "stays in memory of every expert. The rest has 4 bits, gate2:8 has 8. Thresholds are "
+        "gate2 or gate3 names the matrix that selects a token's channels, and its bits; it stays "
+        "in memory for every expert. The rest has 4 bits, or 8 with gate2:8. Thresholds are "
         "measured on the profile's tokens.",
         show_default=False,
     ),
@@ -106,7 +106,7 @@ _QuantizerOption = Annotated[
     typer.Option(
         "--quantizer",
         metavar="NAME",
-        help="How experts are rounded, {quantizers}. Those that go by the profile's tokens are "
+        help="Quantizer of the experts, {quantizers}. Those that use the profile's tokens are "
         "slower and lose far less.",
         show_default="rtn, or the plan's",
     ),
@@ -116,9 +116,9 @@ _MemoryOption = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="Budget of the whole process while packing, e.g. 4GiB: refused where it does not "
-        "do, kept by taking fewer of the profile's tokens where that helps.",
-        show_default="what it takes",
+        help="Budget of the whole process while packing, e.g. 4GiB; to keep it, fewer of the "
+        "profile's tokens may be used.",
+        show_default="no limit",
     ),
 ]
 _OutOption = Annotated[
@@ -190,7 +190,7 @@ def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
     )
     if report.output_error is not None:
-        output.say(f"the experts' outputs are off by {report.output_error:.2g} of their size")
+        output.say(f"relative error of the experts' outputs: {report.output_error:.2g}")
     if report.unrouted:
         output.say(_unrouted(report.unrouted))
     sparse = " --sparse-experts 0.7" if is_sparse else ""
@@ -201,8 +201,8 @@ def _unrouted(experts: "Sequence[tuple[int, int]]") -> str:
     named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:4])
     more = f" and {len(experts) - 4} more" if len(experts) > 4 else ""
     return (
-        f"fitted to other experts' tokens, for the profile sent them few or none: {named}{more}; "
-        "a larger profile may send them some"
+        f"fitted to other experts' tokens, because the profile routes few or none to them: "
+        f"{named}{more}; a larger profile may help"
     )
 
 

@@ -1,4 +1,4 @@
-"""`moe-tool plan`: a profile, a machine and a memory budget in, the best plan out."""
+"""`moe-tool plan`: find the best plan for a profile, a machine and a memory budget."""
 
 import math
 from collections.abc import Sequence
@@ -97,16 +97,16 @@ def plan(
 
 
 def _kl_limit(share: float | None, max_kl: float | None) -> float | None:
-    """Return the limit of divergence that --max-loss or --max-kl sets."""
+    """Return the KL limit that --max-loss or --max-kl sets."""
     if share is None:
         return max_kl
     if max_kl is not None:
-        raise UsageError("--max-loss and --max-kl say the same", hint="give one of them")
+        raise UsageError("--max-loss and --max-kl set the same limit", hint="give one of them")
     return math.log1p(share)
 
 
 def _budgets(texts: Sequence[str], *, is_mixed: bool) -> list[MemoryRequest]:
-    """Return the budgets that are asked for; all experts where mixed bits need none."""
+    """Return the requested budgets; all experts for mixed bits without --memory."""
     if not texts and not is_mixed:
         raise UsageError("--memory is required", hint="--memory 8GiB")
     if is_mixed and len(texts) > 1:
@@ -167,9 +167,9 @@ def _share(text: str) -> float:
     try:
         value = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
     except ValueError as error:
-        raise UsageError(f"--max-loss {text} is no share", hint="--max-loss 1%") from error
+        raise UsageError(f"--max-loss {text} is not a share", hint="--max-loss 1%") from error
     if not 0 <= value < 100:
-        raise UsageError(f"--max-loss {text} is no share", hint="--max-loss 1%")
+        raise UsageError(f"--max-loss {text} is not a share", hint="--max-loss 1%")
     return value
 
 

@@ -17,8 +17,8 @@ BudgetsOption = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="Budget of the whole process: 8GiB, or 50% of the experts beside the rest; repeat "
-        "it to see the curve.",
+        help="Budget of the whole process: 8GiB, or 50% (of the experts, plus everything fixed); "
+        "repeat it to compare budgets.",
         show_default=False,
     ),
 ]
@@ -27,7 +27,7 @@ DiskOption = Annotated[
     typer.Option(
         "--disk",
         metavar="RATE",
-        help="What the disk gives per second, e.g. 3GB, instead of the machine's own.",
+        help="Disk rate per second, e.g. 3GB, instead of the machine's.",
         show_default=False,
     ),
 ]
@@ -35,9 +35,9 @@ PlanBitsOption = Annotated[
     BitsChoice,
     typer.Option(
         "--bits",
-        help="Bits of the experts; auto: the fastest within --max-loss; mixed: to each "
-        "expert its own, the least expected loss that fits into --memory, or the fewest bytes "
-        "within --max-kl.",
+        help="Bits of the experts; auto: the fastest within --max-loss; mixed: bits per expert, "
+        "with the least expected loss that fits into --memory, or the fewest bytes within "
+        "--max-kl.",
     ),
 ]
 AverageBitsOption = Annotated[
@@ -45,7 +45,7 @@ AverageBitsOption = Annotated[
     typer.Option(
         "--average-bits",
         metavar="BITS",
-        help="Mixed bits: what the experts may have on average, e.g. 2.5.",
+        help="Mixed bits: average bits per expert weight, e.g. 2.5.",
         show_default=False,
     ),
 ]
@@ -54,8 +54,8 @@ QuantizerOption = Annotated[
     typer.Option(
         "--quantizer",
         metavar="NAME",
-        help="Mixed bits: what `pack` is to round with, {quantizers}. rtn is priced by the "
-        "profile; for another one each width is measured in a pass over the model and kept.",
+        help="Mixed bits: quantizer that `pack` will use, {quantizers}. Errors of rtn are in the "
+        "profile; those of another one are measured in a pass over the model and kept.",
     ),
 ]
 ModelOption = Annotated[
@@ -63,7 +63,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="Mixed bits: the checkpoint, where a quantizer has to be measured.",
+        help="Mixed bits: the checkpoint, if a quantizer has to be measured.",
         show_default="by the profile's name",
     ),
 ]
@@ -76,7 +76,7 @@ MaxLossOption = Annotated[
     typer.Option(
         "--max-loss",
         metavar="SHARE",
-        help="Perplexity that bits and lossy answers to misses may be predicted to add, e.g. 2%.",
+        help="Limit of the predicted increase of perplexity by bits and lossy policies, e.g. 2%.",
         show_default="1% for bits alone, misses are answered exactly",
     ),
 ]
@@ -85,8 +85,8 @@ MaxKlOption = Annotated[
     typer.Option(
         "--max-kl",
         metavar="NATS",
-        help="The same limit as divergence from the checkpoint, nats per token, e.g. 0.01. "
-        "Under a limit cheaper forms of experts may answer misses.",
+        help="The same limit as KL from the checkpoint, nats per token, e.g. 0.01. With a limit, "
+        "cheaper forms of experts may answer misses.",
         show_default=False,
     ),
 ]

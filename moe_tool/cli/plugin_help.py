@@ -1,4 +1,4 @@
-"""Lists of plug-ins below a verb's options: read from the registries when help is printed."""
+"""Lists of plug-ins below a command's options, read from the registries when help is printed."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ _BELOW = "listed below"
 
 
 class PluginVerb(TyperCommand):
-    """A verb whose options' help may hold a key of PLUGIN_LISTS."""
+    """A command whose options' help may contain keys of PLUGIN_LISTS."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write all options, then the plug-ins that their help refers to."""

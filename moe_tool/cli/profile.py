@@ -1,4 +1,4 @@
-"""`moe-tool profile`: a model and text in, router traces and expert statistics out."""
+"""`moe-tool profile`: record router traces and expert statistics of a model on text."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,9 +21,7 @@ from moe_tool.cli.options import (
 _Tokens = Annotated[
     int, typer.Option("--tokens", metavar="N", min=1, help="Tokens to trace, all domains together.")
 ]
-_SeqLen = Annotated[
-    int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens of one sequence.")
-]
+_SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens per sequence.")]
 _Holdout = Annotated[
     float,
     typer.Option(
@@ -31,11 +29,11 @@ _Holdout = Annotated[
         metavar="SHARE",
         min=0,
         max=0.9,
-        help="Share of the sequences kept apart to check with.",
+        help="Share of the sequences to hold out for checks.",
     ),
 ]
 _Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on at the layer where a profile was interrupted.")
+    bool, typer.Option("--resume", help="Continue an interrupted profile at its next layer.")
 ]
 _Out = Annotated[
     Path | None,
@@ -57,7 +55,7 @@ def profile(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure where routers send text and what every expert does.
+    """Record the routing of text and statistics of every expert.
 
     One decoder layer is in memory at a time.
     """

@@ -1,4 +1,4 @@
-"""`moe-tool run`: a bundle and a prompt in, text out."""
+"""`moe-tool run`: generate text from a bundle."""
 
 import sys
 from pathlib import Path
@@ -59,28 +59,33 @@ ShadowOption = Annotated[
         "--shadow",
         metavar="N",
         min=0,
-        help="Compute every Nth token also exactly and measure what the policy lost in that "
-        "step; 0: none.",
+        help="Compute every Nth token also exactly and measure the policy's loss in that step; 0: "
+        "none.",
     ),
 ]
 TemperatureOption = Annotated[
     float,
-    typer.Option("--temperature", metavar="T", min=0, help="0 always takes the likeliest token."),
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        min=0,
+        help="Sampling temperature; 0 always takes the likeliest token.",
+    ),
 ]
 RecordTraceOption = Annotated[
     Path | None,
     typer.Option(
         "--record-trace",
         metavar="FILE",
-        help="Write which experts every layer called, for `simulate`.",
+        help="Write the experts that every layer called, for `simulate`.",
         show_default=False,
     ),
 ]
 RawOption = Annotated[
-    bool, typer.Option("--raw", help="The prompt as it is, without the model's chat template.")
+    bool, typer.Option("--raw", help="Use the prompt without the model's chat template.")
 ]
 IgnoreEosOption = Annotated[
-    bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
+    bool, typer.Option("--ignore-eos", help="Continue after the end-of-text token.")
 ]
 
 
@@ -148,7 +153,7 @@ def _run(
     trace: Path | None,
     output: Output,
 ) -> None:
-    """Generate, and show what came out and what it cost."""
+    """Generate text and print it with its costs."""
     from moe_tool.reports.run_lines import run_line
     from moe_tool.runtime.generation import run_prompt
 

@@ -1,4 +1,4 @@
-"""A plan for people and as fields: what `moe-tool plan` prints."""
+"""Output of `moe-tool plan`: plans as tables and as JSON fields."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(report: "PlanReport", output: Output) -> None:
-    """Print a plan, what it was chosen from, and its notes."""
+    """Print a plan, its alternatives and its notes."""
     from moe_tool.reports.plan_table import lines_table
 
     plan = report.plan
@@ -45,7 +45,7 @@ def show_curve(
     refused: Sequence[tuple[str, BudgetError]],
     output: Output,
 ) -> None:
-    """Print the plans of several budgets, one a line.
+    """Print the plans of several budgets, one per line.
 
     Raises:
         BudgetError: every budget was refused.
@@ -67,12 +67,12 @@ def show_curve(
 
 
 def plan_fields(report: "PlanReport") -> dict[str, Any]:
-    """Return a report as `--json` has it."""
+    """Return a report's fields for `--json`."""
     return asdict(report) | {"plan": report.plan.model_dump(mode="json")}
 
 
 def pack_command(plan: "PackPlan", path: Path, model: str | None) -> str:
-    """Return what to type next; a bundle that is there may be of other bits, and stays."""
+    """Return the next command to type; never into an existing bundle/, which may differ in bits."""
     from moe_tool.models.locate import model_to_type
 
     bundle = "planned/" if Path("bundle").exists() else "bundle/"
@@ -119,16 +119,16 @@ def _reading(report: "PlanReport") -> str:
 
 
 def _compared(report: "PlanReport") -> list[Any]:
-    """The forms in memory under a lossy policy, other ways to hand out the bits where they are
-    mixed, else the evictions that were replayed."""
+    """Return resident forms under a lossy policy, else allocations of mixed bits, else the replayed
+    eviction policies."""
     from moe_tool.reports.plan_table import allocations_table, forms_table, rows_to_show
     from moe_tool.reports.simulation_table import details_table
 
     if report.plan.policy is not None:
-        return ["who is in memory", forms_table(report.plan)]
+        return ["experts in memory", forms_table(report.plan)]
     if report.allocations:
-        return ["the same bits handed out otherwise", allocations_table(report.allocations)]
-    heading = "the best that were replayed, plain lru, and belady, the bound that nothing can reach"
+        return ["other allocations of the same bits", allocations_table(report.allocations)]
+    heading = "the best replayed policies, plain lru, and the bound belady, which no policy reaches"
     if len(report.best) == 1:
         heading = "every expert stays in memory"
     return [heading, details_table(rows_to_show(report.best, report.lru, report.bound))]

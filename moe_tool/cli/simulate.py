@@ -1,5 +1,4 @@
-"""`moe-tool simulate`: a profile or a recorded run in, what every budget and policy would cost
-out."""
+"""`moe-tool simulate`: replay a profile or a recorded run under budgets and policies."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -47,8 +46,8 @@ _Eviction = Annotated[
     typer.Option(
         "--eviction",
         metavar="NAME[:KEY=N,...]",
-        help="A policy, {evictions}, or with `:per-layer` behind it; repeat it for several.",
-        show_default="all whose replay is compiled",
+        help="Eviction policy, {evictions}; may end in `:per-layer`; repeat it for several.",
+        show_default="all with compiled replay",
     ),
 ]
 _Bits = Annotated[
@@ -62,7 +61,7 @@ _Context = Annotated[
         metavar="N",
         min=1,
         max=MAX_CONTEXT,
-        help="Positions that budgets in bytes have room for.",
+        help="Tokens of prompt and text, for budgets in bytes.",
     ),
 ]
 _Plot = Annotated[
@@ -75,7 +74,7 @@ _Plot = Annotated[
     ),
 ]
 _Details = Annotated[
-    bool, typer.Option("--details", help="Every figure of every row, not only two.")
+    bool, typer.Option("--details", help="Print every figure of every row, not only two.")
 ]
 
 
@@ -154,14 +153,14 @@ def _show(report: "SimulationReport", output: Output, *, details: bool, is_defau
     )
     if report.gaps:
         labels, names = (", ".join(dict.fromkeys(each)) for each in zip(*report.gaps, strict=True))
-        output.say(f"-: at {labels} a layer's part of {names} would not hold one token's experts")
+        output.say(f"-: at {labels} a layer's part of {names} cannot hold one token's experts")
     shown = report.rows if details else report.best()
     output.show("", "the best policy of each budget", details_table(shown))
     cliff = report.cliff
     output.say(
         f"one token calls {cliff.experts:.0f} of {report.experts} experts "
-        f"({format_bytes(cliff.bytes)}, {cliff.experts / report.experts:.0%}): below that a cache "
-        "that keeps what was used last hits little or nothing"
+        f"({format_bytes(cliff.bytes)}, {cliff.experts / report.experts:.0%}): an lru cache "
+        "smaller than that hits little or nothing"
     )
     for sentence in report.warnings:
         output.say(f"warning: {sentence}")
@@ -171,10 +170,10 @@ def _show(report: "SimulationReport", output: Output, *, details: bool, is_defau
         prompt_table(report.prompt_rows),
     )
     unheard = ", ".join(report.unheard)
-    # A chunk may name more experts than there are slots; a part per layer can then beat Belady's.
+    # A chunk may use more experts than there are slots; a cache per layer can then beat Belady's.
     output.say(
-        "no belady here, which bounds nothing where a chunk names more experts than fit"
-        + (f"; no {unheard}, whose scores are per token" if unheard else "")
+        "without belady, which is no bound if a chunk uses more experts than fit"
+        + (f"; without {unheard}, which need scores per token" if unheard else "")
     )
     _show_prefetch(report, output)
     rate = report.accesses_per_second / 1e6
@@ -187,13 +186,12 @@ def _show_prefetch(report: "SimulationReport", output: Output) -> None:
 
     if not report.prefetch_rows:
         return
-    output.show("", "reading ahead, under the best policy", prefetch_table(report.prefetch_rows))
+    output.show("", "prefetch, under the best policy", prefetch_table(report.prefetch_rows))
     paying = [f"{row.memory} (depth {row.depth})" for row in report.prefetch_rows if row.pays]
     output.say(
         f"prefetch pays at {', '.join(dict.fromkeys(paying))}"
         if paying
-        else "prefetch stays off: the stall that it saves is below 2 % of the time, or it costs "
-        "more"
+        else "prefetch does not pay: it saves less than 2 % of the time, or costs more"
     )
 
 

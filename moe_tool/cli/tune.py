@@ -1,11 +1,11 @@
-"""`moe-tool tune`: what of a bundle can be trained, a verb of its own for each."""
+"""`moe-tool tune`: group of the commands that train parts of a bundle."""
 
 import typer
 
 from moe_tool.cli import tune_pruning, tune_weights
 
 tune = typer.Typer(
-    help="Train what a bundle holds, beside its exact model.",
+    help="Train parts of a bundle: codes of experts, mask routers.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -1,4 +1,4 @@
-"""`moe-tool tune pruning`: a bundle and text in, routers in it that leave experts out."""
+"""`moe-tool tune pruning`: train mask routers on text and add them to a bundle."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,8 +26,8 @@ _Rate = Annotated[
     typer.Option(
         "--rate",
         metavar="SHARE",
-        help="Share of the experts that the routers choose to be left out. Other shares can be "
-        "asked for when running: --policy prune:learned:rate=0.1.",
+        help="Share of the chosen experts to drop. Other shares can be set when running: --policy "
+        "prune:learned:rate=0.1.",
     ),
 ]
 _Tokens = Annotated[
@@ -36,14 +36,12 @@ _Tokens = Annotated[
         "--tokens",
         metavar="N",
         min=1,
-        help="Tokens of text, all domains together; an eighth is kept apart to judge by.",
+        help="Tokens of text, all domains together; an eighth is held out.",
     ),
 ]
-_SeqLen = Annotated[
-    int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens of one sequence.")
-]
+_SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens per sequence.")]
 _Batch = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, max=4096, help="Sequences of a step.")
+    int, typer.Option("--batch", metavar="N", min=1, max=4096, help="Sequences per step.")
 ]
 
 
@@ -60,10 +58,10 @@ def tune_pruning(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Learn which of a token's experts are not worth it, for `prune:learned`.
+    """Train mask routers that drop the least useful experts, for `prune:learned`.
 
-    A small router per layer is trained so that the bundle with fewer experts predicts what it
-    predicts with all of them. Experts stay as they are; the routers become a part of the bundle.
+    A small router per layer is trained so that the pruned bundle predicts what the exact one does.
+    Experts do not change; the routers are added to the bundle.
     """
     with open_output(as_json=json) as output:
         from moe_tool.text.sources import parse_sources, require_sources
@@ -105,11 +103,11 @@ def tune_pruning(
 def _worth(report: "TunePruningReport") -> str:
     kl = report.kl
     text = (
-        f"{report.left_out:.1%} of the experts left out of {report.held_out_tokens} held-out "
+        f"{report.left_out:.1%} of the experts dropped on {report.held_out_tokens} held-out "
         f"tokens: KL {kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] per token; "
-        f"{report.kl_by_ratio:.4f} where the ratio of gate weights chooses as many"
+        f"{report.kl_by_ratio:.4f} by the ratio of gate weights at the same share"
     )
     if kl.value >= report.kl_by_ratio:
-        text += "\nnothing was gained over that rule: train on more --tokens, or use prune"
+        text += "\nno better than that rule: train on more --tokens, or use prune"
     layers = ", ".join(f"{layer}: {each:.0%}" for layer, each in report.left_out_by_layer.items())
     return f"{text}\nby layer: {layers}"

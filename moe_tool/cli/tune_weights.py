@@ -1,4 +1,4 @@
-"""`moe-tool tune weights`: a bundle and its model in, a bundle with better codes out."""
+"""`moe-tool tune weights`: train the codes of a bundle's experts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,11 +35,11 @@ _OutOption = Annotated[
     ),
 ]
 _StepsOption = Annotated[
-    int, typer.Option("--steps", metavar="N", min=1, max=10**6, help="Updates of every layer.")
+    int, typer.Option("--steps", metavar="N", min=1, max=10**6, help="Updates per layer.")
 ]
 _BatchOption = Annotated[
     int,
-    typer.Option("--batch", metavar="N", min=1, max=2**20, help="Tokens of an update."),
+    typer.Option("--batch", metavar="N", min=1, max=2**20, help="Tokens per update."),
 ]
 _TokensOption = Annotated[
     int,
@@ -47,29 +47,29 @@ _TokensOption = Annotated[
         "--tokens",
         metavar="N",
         min=4,
-        help="Of text, all domains together; an eighth is kept apart to judge by.",
+        help="Tokens of text, all domains together; an eighth is held out.",
     ),
 ]
 _SeqLenOption = Annotated[
-    int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens of one sequence.")
+    int, typer.Option("--seq-len", metavar="N", min=2, help="Tokens per sequence.")
 ]
 _OptimizerOption = Annotated[
     Literal["sgd", "adam"],
     typer.Option(
         "--optimizer",
-        help="sgd: with momentum, 4 bytes for a weight of one layer; adam: 8.",
+        help="sgd: with momentum, 4 bytes per weight of one layer; adam: 8.",
     ),
 ]
 _RoundingOption = Annotated[
     Literal["nearest", "stochastic"],
-    typer.Option("--rounding", help="How updates become codes again."),
+    typer.Option("--rounding", help="Rounding of updated weights to codes."),
 ]
 _FeedbackOption = Annotated[
     Literal["momentum", "none"],
     typer.Option(
         "--feedback",
-        help="Where what rounding loses of an update goes; none: nowhere, the control, which "
-        "moves next to nothing.",
+        help="Where the rounding error of an update goes; none: it is lost, a control that "
+        "changes almost nothing.",
     ),
 ]
 _RateOption = Annotated[
@@ -79,7 +79,7 @@ _RateOption = Annotated[
         metavar="X",
         min=1e-9,
         max=1e6,
-        help="Learning rate at the start, in steps of a code; a tenth is left at the end.",
+        help="Initial learning rate, in steps of a code; decays to a tenth.",
         show_default="0.1 for sgd, 0.01 for adam",
     ),
 ]
@@ -88,8 +88,8 @@ _MemoryOption = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="Budget of the whole process, e.g. 4GiB: refused where it does not do.",
-        show_default="what it takes",
+        help="Budget of the whole process, e.g. 4GiB.",
+        show_default="no limit",
     ),
 ]
 
@@ -112,10 +112,10 @@ def tune_weights(
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Win back what low-bit experts lost: their codes are trained in place.
+    """Train the codes of low-bit experts to recover quality.
 
-    One layer is in memory at a time; there is no copy of the weights in floats. What was rounded
-    away goes into the momentum (ECO). The bundle is left alone, a new one is written.
+    One layer is in memory at a time, without a float copy of the weights: rounding errors go into
+    the momentum (ECO). Writes a new bundle; the old one does not change.
     """
     with open_output(as_json=json) as output:
         from moe_tool.models.locate import locate_model
@@ -162,7 +162,7 @@ def _show(report: "TuneReport", bundle: Path, model: str, output: Output) -> Non
         output.say(f"{bundle}/ was calibrated; {report.bundle}/ is not, since its codes changed")
     output.say(
         f"wrote {report.bundle}/: {format_bytes(report.bytes)}; optimizer "
-        f"{format_bytes(report.state_bytes)}, {report.state_bytes_per_weight} bytes for a "
+        f"{format_bytes(report.state_bytes)}, {report.state_bytes_per_weight} bytes per "
         f"weight of one layer; {report.seconds:.1f} s, "
         f"peak memory {format_bytes(report.peak_rss_bytes)}"
     )
@@ -171,9 +171,7 @@ def _show(report: "TuneReport", bundle: Path, model: str, output: Output) -> Non
 
 def _layer(layer: "TunedLayer") -> str:
     if not layer.is_kept:
-        return (
-            f"layer {layer.layer}: error {layer.error_before:.4f} was not lowered, left as it was"
-        )
+        return f"layer {layer.layer}: error {layer.error_before:.4f} did not fall, codes unchanged"
     return (
         f"layer {layer.layer}: error {layer.error_before:.4f} -> {layer.error_after:.4f}, "
         f"{layer.moved:.1%} of the codes moved"
@@ -184,6 +182,6 @@ def _untuned(experts: Sequence[tuple[int, int]]) -> str:
     named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:4])
     more = f" and {len(experts) - 4} more" if len(experts) > 4 else ""
     return (
-        f"left as they were, for the text sends them few tokens or none: {named}{more}; "
-        "more --tokens may send them some"
+        f"unchanged, because the text routes few tokens or none to them: {named}{more}; "
+        "more --tokens may help"
     )

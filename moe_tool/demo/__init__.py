@@ -1,6 +1,6 @@
-"""Demo model: a small MoE model shipped with the package, so that every verb runs anywhere.
+"""Demo model: a small MoE model shipped with the package, so that every command runs anywhere.
 
-It was trained on the text that every Python installation contains.
+It was trained on text that every Python installation contains.
 """
 
 from pathlib import Path

@@ -32,8 +32,8 @@ class DemoFigures:
     perplexity: float
     """exp of the mean negative log-likelihood per predicted token, float32 arithmetic."""
     unigram_perplexity: float
-    """Perplexity of the tokens by their frequency in the train part, mean of both domains, with one
-    added to every count."""
+    """Perplexity of the tokens by their frequency in the train part, averaged over both domains,
+    with add-one smoothing."""
     perplexity_by_domain: dict[str, float]
     unigram_perplexity_by_domain: dict[str, float]
     load_skew: list[float]
@@ -93,8 +93,8 @@ def unmet_criteria(figures: DemoFigures, *, weight_bytes: int) -> list[str]:
 
 @torch.inference_mode()
 def _forward(model: MixtralForCausalLM, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the loss of each predicted token [N, S - 1], and how often each sequence chose each
-    expert [N, L, E]."""
+    """Return the losses of predicted tokens [N, S - 1] and each sequence's expert loads
+    [N, L, E]."""
     losses, chosen = [], []
     for start in range(0, len(ids), _SEQUENCES_PER_FORWARD):
         batch = torch.from_numpy(ids[start : start + _SEQUENCES_PER_FORWARD]).long()  # [B, S]

@@ -1,4 +1,4 @@
-"""The story of `demo`: every stage of the pipeline on the embedded model."""
+"""Work of `demo`: every stage of the pipeline on the embedded model."""
 
 import time
 from collections.abc import Callable
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One stage that was run."""
+    """One finished stage."""
 
     title: str
     outcome: str
@@ -57,12 +57,12 @@ class DemoReport:
     roomy: RunResult
     """Run with all experts in memory"""
     tight: RunResult
-    """Run in as little memory as works"""
+    """Run with `--memory min`"""
     evaluation: EvaluationReport
 
     @property
     def exact(self) -> bool:
-        """Return whether both runs gave the same tokens, whatever the memory."""
+        """Whether both runs gave the same tokens."""
         return self.roomy.token_ids == self.tight.token_ids
 
 
@@ -70,8 +70,8 @@ def run_pipeline(folder: Path, *, progress: Progress) -> DemoReport:
     """Profile, find buddies, pack, run twice and evaluate.
 
     Args:
-        folder: where profile and bundle are left.
-        progress: told about every stage.
+        folder: destination of profile and bundle.
+        progress: listener.
     """
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
     stages: list[Stage] = []
@@ -121,8 +121,8 @@ def _buddies(folder: Path, profile: ProfileReport) -> tuple[BuddyReport, str]:
     out = buddies_path(folder, profile.profile)
     report = make_buddies(profile.profile, k=2, by="output", out=out)
     return report, (
-        f"two stand-ins per expert; the best leaves {report.summary.price_in_sample:.2f} of the "
-        f"output as error, {report.summary.price_held_out:.2f} on held-out text"
+        f"two stand-ins per expert; relative error of the best {report.summary.price_in_sample:.2f}"
+        f" in-sample, {report.summary.price_held_out:.2f} on held-out text"
     )
 
 

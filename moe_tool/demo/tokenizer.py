@@ -9,11 +9,10 @@ BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of exactly `vocabulary` entries; it puts <s> (id 0) before
-    a text, </s> is id 1.
+    """Return a byte-level BPE tokenizer of exactly `vocabulary` entries.
 
-    The same texts in the same order give the same tokenizer. Every string can be encoded: the 256
-    bytes are entries themselves.
+    It puts <s> (id 0) before a text; </s> is id 1. Deterministic for the same texts in the same
+    order. Every string can be encoded: the 256 bytes are entries.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

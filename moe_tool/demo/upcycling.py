@@ -9,8 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 def upcycle(
     dense: MixtralForCausalLM, *, n_experts: int, top_k: int, redrawn_share: float, seed: int
 ) -> MixtralForCausalLM:
-    """Return a mixture whose experts are copies of `dense`'s feed-forward layers with some channels
-    redrawn.
+    """Return a mixture whose experts are partly redrawn copies of `dense`'s feed-forward layers.
 
     Everything else is copied; the router is new. In each expert a random `redrawn_share` of the
     inner channels (rows of gate and up, columns of down) is replaced by normal numbers with the

@@ -1,1 +1,1 @@
-"""How far a bundle under a policy is from the exact model, measured on text."""
+"""Divergence of a bundle under a policy from the exact model, measured on text."""

@@ -1,5 +1,4 @@
-"""Confidence intervals by resampling whole sequences: tokens of one sequence are not independent,
-sequences are."""
+"""Confidence intervals by resampling sequences, which, unlike their tokens, are independent."""
 
 from collections.abc import Callable
 
@@ -7,7 +6,7 @@ import numpy as np
 
 N_RESAMPLES = 1000
 _MOST_VALUES = 2**20
-"""Held at once"""
+"""Resampled values in memory at once"""
 
 
 def bootstrap_interval(
@@ -23,14 +22,13 @@ def bootstrap_interval(
     1993, ch. 13).
 
     Args:
-        values: [N, ...]: what was measured, one row per sequence.
+        values: [N, ...] measurements, one row per sequence.
         statistic: [R, N, ...] -> [R], the figure of each of R resamples.
-        seed: of the resampling; the same seed draws the same sequences whatever is measured.
-        n_resamples: how many times to draw.
+        seed: seed of the resampling; the same seed draws the same sequences for all statistics.
+        n_resamples: R.
 
     Returns:
-        (low, high), or None for fewer than two sequences, where nothing is known of the spread
-        between them.
+        (low, high), or None for fewer than two sequences.
     """
     n_sequences = values.shape[0]
     if n_sequences < 2:

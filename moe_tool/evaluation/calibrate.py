@@ -27,16 +27,16 @@ from moe_tool.text.sources import TextSource
 _ROUNDS = 3
 _PER_ROUND = 5
 _CLOSE = 0.9
-"""A setting that uses this much of the limit is not refined any more"""
+"""Share of the limit from which on a setting is not refined any more"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrateOptions:
-    """The limit, and how divergence is measured."""
+    """KL limit, policy, and settings of the measurement."""
 
     max_kl: float
     policy: str = "priced"
-    """Parameters other than the strength stay as they are given"""
+    """Policy to search; its parameters other than the strength stay fixed"""
     tokens: int = 8192
     seq_len: int = 256
     memory: MemoryRequest | None = None
@@ -47,7 +47,7 @@ class CalibrateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One setting that was measured."""
+    """One measured setting."""
 
     policy: str
     figures: Figures
@@ -56,13 +56,13 @@ class Trial:
 
     @property
     def upper(self) -> float:
-        """The end of the interval that has to keep the limit."""
+        """Upper end of the KL interval, which has to keep the limit."""
         return self.figures.kl_mean.high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationReport:
-    """The policy that was found and written, with everything that was tried."""
+    """The calibrated policy, as written into the manifest, with all trials."""
 
     bundle: str
     calibration: Calibration
@@ -91,18 +91,19 @@ def calibrate(
 ) -> CalibrationReport:
     """Find the strongest setting whose divergence keeps the limit, and write it into the manifest.
 
-    Divergence is KL(exact || policy), token by token, each predicted after the policy's own ones;
-    the upper end of its 95 % interval has to keep the limit. Nothing of the bundle but policy and
-    measured quality changes.
+    Divergence is KL(exact || policy) per token, each predicted from context that the policy
+    computed; the upper end of its 95 % interval has to keep the limit. Only the manifest's
+    calibration changes.
 
     Args:
-        folder: of the bundle.
+        folder: the bundle.
         sources: the text, one domain each.
         options: limit and policy.
-        progress: told about every measurement.
+        progress: listener.
 
     Raises:
-        UsageError: the policy has no strength to search, or the bundle lacks what it needs.
+        UsageError: the policy has no strength to search, no setting keeps the limit, or the bundle
+            lacks what the policy needs.
         BudgetError, DataSourceError, CorruptArtifactError: as `evaluate`.
     """
     began = time.perf_counter()
@@ -156,7 +157,7 @@ class _Bench:
         """Expert slots of the last measurement"""
 
     def measure(self, policies: tuple[str, ...]) -> list[Trial]:
-        """Return one trial for each setting, in their order."""
+        """Return one trial per setting, in order."""
         options = self._options
         report = evaluate(
             self._folder,
@@ -186,7 +187,7 @@ class _Bench:
 def _search(
     bench: _Bench, choice: MissChoice, grid: StrengthGrid, max_kl: float
 ) -> dict[float, Trial]:
-    """Return what was measured, by strength."""
+    """Return all trials by strength."""
     strength = choice.spec.strength
     assert strength is not None
     trials: dict[float, Trial] = {}
@@ -220,7 +221,7 @@ def _upper(trial: Trial) -> float:
 def _out_of_reach(
     manifest: BundleManifest, choice: MissChoice, best: Trial, options: CalibrateOptions
 ) -> UsageError:
-    """Return the refusal: the best that there was, and limits, text or memory that would do."""
+    """Return the refusal: the best trial, and limits, text or memory that would suffice."""
     mean, hints = best.figures.kl_mean.value, [f"--max-kl {best.upper * 1.05:.2g}"]
     tokens = enough_tokens(best.figures.tokens, mean=mean, upper=best.upper, max_kl=options.max_kl)
     if tokens is not None:
@@ -233,8 +234,8 @@ def _out_of_reach(
         if share is not None:
             hints.append(f"--memory {math.ceil(100 * share)}%, by the price list")
     return UsageError(
-        f"no setting of {choice.kind} keeps a KL of {options.max_kl:g}: the best that was tried, "
-        f"{best.policy}, has {mean:.4f} up to {best.upper:.4f}",
+        f"no setting of {choice.kind} keeps a KL of {options.max_kl:g}: the best one, "
+        f"{best.policy}, has {mean:.4f} with an upper end of {best.upper:.4f}",
         hint=" or ".join(hints),
     )
 
@@ -253,7 +254,7 @@ def _refine(
     grid: StrengthGrid, trials: Mapping[float, Trial], max_kl: float
 ) -> StrengthGrid | None:
     """Return points between the strongest setting that keeps the limit and the weakest that does
-    not; None where nothing is left to try."""
+    not; None if the search is done."""
     kept = [s for s, trial in trials.items() if trial.upper <= max_kl]
     broken = [s for s, trial in trials.items() if trial.upper > max_kl]
     if not broken or (kept and trials[max(kept)].upper >= _CLOSE * max_kl):

@@ -1,4 +1,4 @@
-"""Which policies one table compares."""
+"""Choice of the policies that one table compares."""
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
@@ -8,15 +8,14 @@ from moe_tool.runtime.policy_choice import manifest_inputs
 def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) -> tuple[str, ...]:
     """Return the policies of a table, `policy` among them, each once.
 
-    Exact comes first: it shows what the same residency costs in bytes when nothing is answered by
-    something else. Then, unless a policy names controls of its own, come all that answer misses:
-    random and drop are what a choice of stand-in has to beat, next-ranked what it has to beat to
-    be worth its map.
+    Exact comes first: it shows the bytes that the same residency reads without lossy answers. Then
+    come the policy's own controls, or else all policies marked as controls: random and drop are
+    baselines for any choice of stand-in, next-ranked is one that needs no buddy map.
 
     Args:
-        policy: the one that was asked for.
-        manifest: of the bundle.
-        controls: whether its controls run too.
+        policy: the requested policy.
+        manifest: the bundle's manifest.
+        controls: whether to add controls.
     """
     if not controls:
         return (policy,)

@@ -7,27 +7,27 @@ import torch
 
 _BLOCK_BYTES = 8 * 2**20
 _BLOCK_COPIES = 4
-"""float64 arrays of the block's size that are alive at once"""
+"""Number of float64 arrays of the block's size alive at once"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """Two models' predictions compared, one entry per prediction."""
+    """Comparison of two models' predictions, one entry per prediction."""
 
     kl: np.ndarray
     """[n] float64: KL(reference || other) in nats; rounding may leave it some 1e-16 below zero"""
     agrees: np.ndarray
-    """[n] bool: both put the same token first"""
+    """[n] bool: both have the same likeliest token"""
 
 
 def compare_logits(reference: torch.Tensor, other: torch.Tensor) -> Divergence:
     """Return KL(reference || other) and top-1 agreement for every row.
 
-    Works in blocks of rows, so float64 copies of the whole are never made.
+    Works in blocks of rows to avoid float64 copies of the whole.
 
     Args:
-        reference: [n, V] logits of the model that counts as the truth.
-        other: [n, V] logits of the one that is judged.
+        reference: [n, V] logits of the reference model.
+        other: [n, V] logits of the model to judge.
     """
     kl = np.empty(reference.shape[0])
     agrees = np.empty(reference.shape[0], dtype=bool)
@@ -40,14 +40,11 @@ def compare_logits(reference: torch.Tensor, other: torch.Tensor) -> Divergence:
 
 
 def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """Return the nats that each target costs under its row of logits.
+    """Return the negative log-likelihood of each target in nats, [n] float64.
 
     Args:
         logits: [n, V].
         targets: [n] int64.
-
-    Returns:
-        [n] float64.
     """
     nll = np.empty(logits.shape[0])
     for rows in _row_blocks(logits):
@@ -58,7 +55,7 @@ def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> np.n
 
 
 def divergence_scratch_bytes(vocabulary: int) -> int:
-    """Return what `compare_logits` holds at most beside its arguments."""
+    """Return the peak bytes of `compare_logits` beside its arguments."""
     return _BLOCK_COPIES * max(_BLOCK_BYTES, 8 * vocabulary)
 
 

@@ -1,5 +1,4 @@
-"""Policies at equal bytes per token: each beside what answering by price costs that reads no
-more."""
+"""Comparison of policies with `priced` at equal bytes read per token."""
 
 from collections.abc import Mapping
 
@@ -7,12 +6,12 @@ from moe_tool.artifacts.evaluation_report import AtNoMoreBytes, Figures, Verdict
 from moe_tool.policies.misses import PriceBook, parse_miss_policy
 
 _NATS_PER_MB_FACTORS = (0.3, 0.1, 0.03, 0.01, 0.003)
-"""Times the typical price of a megabyte: between them nothing to nearly everything is read"""
+"""Factors on the bundle's typical nats per MB, from few fetches to nearly all"""
 _BASELINE = "priced"
 
 
 def priced_settings(book: PriceBook | None) -> tuple[str, ...]:
-    """Return `priced` at several values of `nats-per-mb`, the one that reads most last."""
+    """Return `priced` at several values of `nats-per-mb`, by ascending bytes read."""
     if book is None:
         return ()
     choice = parse_miss_policy(_BASELINE)
@@ -27,7 +26,7 @@ def compare_at_equal_bytes(rows: Mapping[str, Figures]) -> tuple[AtNoMoreBytes, 
     """Return the comparison for every lossy policy that is not `priced`.
 
     Args:
-        rows: policy -> its figures, all under the same memory.
+        rows: figures by policy, all under the same memory.
     """
     priced, others = _split(rows)
     found = []
@@ -45,7 +44,7 @@ def compare_at_equal_bytes(rows: Mapping[str, Figures]) -> tuple[AtNoMoreBytes, 
 
 def dominating(rows: Mapping[str, Figures]) -> tuple[tuple[str, str], ...]:
     """Return the (policy, setting of `priced`) pairs in which the policy has both fewer bytes and a
-    lower KL, beyond the intervals."""
+    lower KL, with disjoint intervals."""
     priced, others = _split(rows)
     return tuple(
         (name, setting)

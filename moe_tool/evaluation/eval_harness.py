@@ -1,4 +1,4 @@
-"""The story of `eval-harness`: tasks of lm_eval are loaded, and answered by a bundle."""
+"""Work of `eval-harness`: load tasks of lm_eval and run them on a bundle."""
 
 import importlib.util
 import os
@@ -30,16 +30,12 @@ if TYPE_CHECKING:
     from moe_tool.evaluation.lm_eval_model import BundleLM
 
 _N_BOOTSTRAP = 1000
-"""Resamples for the few metrics whose error has no formula; lm_eval's own 100000 are made by a pool
-of forked processes, outside of the memory budget"""
+"""Resamples for the few metrics whose error has no formula; lm_eval's default of 100000 would fork
+a pool of processes, outside of the memory budget"""
 
 
 def require_lm_eval() -> None:
-    """Refuse to go on without lm_eval.
-
-    Raises:
-        UsageError: it is not installed.
-    """
+    """Raise a UsageError if lm_eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             "eval-harness needs lm-evaluation-harness (lm_eval), which is not installed",
@@ -52,19 +48,19 @@ def run_harness(
 ) -> HarnessReport:
     """Run tasks of lm_eval on a bundle, one request at a time.
 
-    Seeds python's, numpy's and torch's generators, as lm_eval does. Code of a task is run only
-    where it lies on this machine: in lm_eval itself, or beside a YAML file that was named.
+    Seeds python's, numpy's and torch's generators, as lm_eval does. Code of a task runs only from
+    lm_eval itself or from beside a named YAML file; none is downloaded.
 
     Args:
-        folder: of the bundle.
-        run: how the bundle runs.
-        options: which tasks.
-        progress: told about requests, and that a policy is lossy.
+        folder: the bundle.
+        run: options of the session.
+        options: the tasks.
+        progress: listener.
 
     Raises:
-        UsageError: lm_eval is not installed, a task is not known, or cannot be asked of a bundle.
-        NotFoundError, DataSourceError: the data of a task.
-        BudgetError: the memory budget does not suffice.
+        UsageError: lm_eval is not installed, or a task is unknown or not supported.
+        NotFoundError, DataSourceError: the data of a task is missing or unreadable.
+        BudgetError: the memory budget is too small.
         CorruptArtifactError: the bundle is damaged.
     """
     require_lm_eval()
@@ -93,7 +89,7 @@ def run_harness(
 
 
 def _results(model: "BundleLM", options: HarnessOptions, seed: int, progress: Progress) -> Any:
-    """Load the tasks and let lm_eval ask them; see `run_harness`."""
+    """Load the tasks and run lm_eval's evaluator; see `run_harness`."""
     import jinja2
     import torch
     from lm_eval.evaluator import evaluate
@@ -126,11 +122,7 @@ def _results(model: "BundleLM", options: HarnessOptions, seed: int, progress: Pr
 
 
 def metric_rows(results: Any) -> tuple[MetricRow, ...]:
-    """Return the figures of lm_eval's results, in its order.
-
-    Args:
-        results: what `lm_eval.evaluator.evaluate` returned.
-    """
+    """Return the figures in a result of `lm_eval.evaluator.evaluate`, in its order."""
     rows = []
     for task, figures in results["results"].items():
         for key, value in figures.items():
@@ -157,7 +149,7 @@ def metric_rows(results: Any) -> tuple[MetricRow, ...]:
 
 @contextmanager
 def _no_forks() -> Iterator[None]:
-    """Keep lm_eval from forking this process, its reader threads included."""
+    """Keep lm_eval from forking this process, which has reader threads."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:

@@ -1,5 +1,4 @@
-"""The story of `evaluate`: exact predictions, then each policy's, token by token, and how far apart
-they are."""
+"""Work of `evaluate`: predict a text exactly and under each policy, and compare."""
 
 import time
 from collections.abc import Sequence
@@ -47,45 +46,45 @@ from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
 
 _REFERENCE_BYTES = 64 * 2**20
-"""Predictions kept at once for comparison: they decide how many sequences go through together"""
+"""Bytes of reference logits kept for comparison, which limit the batch"""
 _MAX_BATCH = 32
-_NO_PRICES = "packed without a profile: without prices nothing can be compared at equal bytes"
+_NO_PRICES = "packed without a profile: no prices, so no comparison at equal bytes"
 _MIN_SEQ_LEN = 3
-"""A prompt, a token that is fed, and one that is predicted"""
+"""Length of a sequence with a prompt, a token to feed, and one to predict"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """Text, policies, and how the bundle runs meanwhile."""
+    """Text, policies, and options of the session."""
 
     tokens: int = 4096
     """Tokens of text, all domains together; the first two of each sequence are not scored"""
     seq_len: int = 256
-    """Capped at what the model was made for"""
+    """Tokens per sequence, capped at the model's context length"""
     memory: MemoryRequest | None = None
     policy: str | None = None
-    """None: what the bundle was calibrated or planned for, or exact"""
+    """Policy; None: the calibrated or planned one, or exact"""
     also: tuple[str, ...] = ()
     """Further policies of the table"""
     exact_fallback: bool = True
-    """Whether a calibrated policy answers exactly where it would leave its limit"""
+    """Whether a calibrated policy answers exactly when it would exceed its limit"""
     controls: bool = False
-    """Also measure the policy's controls, under the same residency"""
+    """Whether to measure the policy's controls too, under the same residency"""
     residency: Residency | None = None
-    """None: frozen for lossy policies and tables, cache for exact alone"""
+    """Residency; None: frozen for lossy policies and tables, cache for exact alone"""
     eviction: str | None = None
     sparse_experts: float | None = None
     """See RunOptions; every sequence then runs alone"""
     gates: bool = True
     seed: int = 0
-    """Seeds the choice of text, policies that draw, and the bootstrap"""
+    """Seed of the choice of text, of random policies, and of the bootstrap"""
     threads: int | None = None
     offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """The measurement to be made, after options, bundle and text were read."""
+    """The measurement to make, from options, bundle and text."""
 
     manifest: BundleManifest
     policy: str
@@ -93,7 +92,7 @@ class _Asked:
     tokenizer: Any
     text: TokenSequences
     ids: torch.Tensor
-    """[N, S] int64"""
+    """[N, S] int64 token ids"""
 
 
 def evaluate(
@@ -104,25 +103,25 @@ def evaluate(
     reference: LocatedModel | None = None,
     progress: Progress = SILENT,
 ) -> EvaluationReport:
-    """Measure what a policy costs on a text, against the same bundle with every miss fetched.
+    """Measure a policy's divergence on a text from the same bundle with every miss fetched.
 
-    Exact predictions are made many positions at once; whatever the policy, its own are made one
-    token per forward with residency in the loop. Under frozen residency sequences share a forward:
-    gates and answers are per sequence, so that batch composition affects only rounding. Under
-    `cache` every sequence runs alone and starts with an empty cache. Hits and bytes are counted as
-    if each sequence had run alone (see `TokenCosts`).
+    Exact predictions are made many positions at once, a policy's always one token per forward with
+    residency in the loop. Under frozen residency sequences share a forward: gates and answers are
+    per sequence, so that batch composition affects only rounding. Under `cache` every sequence runs
+    alone and starts with an empty cache. Hits and bytes are counted as if each sequence had run
+    alone (see `TokenCosts`).
 
     Args:
-        folder: of the bundle.
+        folder: the bundle.
         sources: the text, one domain each.
-        options: what is measured.
-        reference: the checkpoint the bundle was packed from, for KL(checkpoint || bundle).
-        progress: told about every policy.
+        options: policies and settings.
+        reference: the checkpoint that the bundle was packed from, for KL(checkpoint || bundle).
+        progress: listener.
 
     Raises:
-        UsageError: options that contradict each other, the bundle or the model.
-        BudgetError: the memory budget does not suffice.
-        DataSourceError, NotFoundError: the text.
+        UsageError: options contradict each other, the bundle or the model.
+        BudgetError: the memory budget is too small.
+        DataSourceError, NotFoundError: the text cannot be read.
         WrongModelError: the reference is another model.
         CorruptArtifactError: the bundle or the checkpoint is damaged.
     """
@@ -192,7 +191,7 @@ def _read(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ran:
-    """Results of the session, which is closed by then."""
+    """Results of the closed session."""
 
     measured: dict[str, Measured]
     skipped: dict[str, str]
@@ -234,14 +233,14 @@ def _run(
 def _check_sparse(options: EvaluateOptions) -> None:
     if options.controls or options.also or options.residency == "frozen":
         raise UsageError(
-            f"--sparse-experts {options.sparse_experts:g} beside --controls or --residency frozen: "
-            "what is left out is measured by itself, sequence by sequence",
+            f"--sparse-experts {options.sparse_experts:g} cannot be combined with --controls or "
+            "--residency frozen: it is measured alone, sequence by sequence",
             hint="leave the others out",
         )
 
 
 def _policies(asked: _Asked, options: EvaluateOptions, progress: Progress) -> tuple[str, ...]:
-    """Return the policy that was asked for, its controls, and `priced` at several strengths."""
+    """Return the requested policy, its controls, and `priced` at several strengths."""
     names = policies_to_run(asked.policy, asked.manifest, controls=options.controls)
     frontier: tuple[str, ...] = ()
     if options.controls:
@@ -254,7 +253,7 @@ def _policies(asked: _Asked, options: EvaluateOptions, progress: Progress) -> tu
 def _open(
     folder: Path, asked: _Asked, options: EvaluateOptions, *, has_source: bool, progress: Progress
 ) -> Session:
-    """Open the session with as many sequences at a time as the budget allows."""
+    """Open the session with the largest batch of sequences that the budget allows."""
     n_sequences, seq_len = asked.ids.shape
     vocabulary = asked.manifest.shape.vocabulary
     per_sequence = (2 if has_source else 1) * seq_len * vocabulary * 4
@@ -290,7 +289,7 @@ def _open(
 def _planned_slots(manifest: BundleManifest, progress: Progress) -> MemoryRequest | None:
     """Return the expert slots of the bundle's plan as a budget; None without a plan.
 
-    What is to be compared is held beside the slots, so that the plan's bytes would buy fewer.
+    The plan's bytes would give fewer slots, because reference logits take memory too.
     """
     if manifest.plan is None:
         return None
@@ -302,8 +301,11 @@ def _planned_slots(manifest: BundleManifest, progress: Progress) -> MemoryReques
 def _runnable(
     session: Session, names: Sequence[str], asked: _Asked, progress: Progress
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Leave out controls that the bundle lacks something for; the policy that was asked for has to
-    run."""
+    """Return the policies that the bundle can run, and the reasons against the other controls.
+
+    Raises:
+        UsageError: the bundle cannot run the requested policy.
+    """
     kept, skipped = [], {}
     for name in names:
         try:
@@ -312,7 +314,7 @@ def _runnable(
             if name == asked.policy:
                 raise
             skipped[name] = error.message
-            progress.note(f"{name} is left out: {error.message}")
+            progress.note(f"{name} is skipped: {error.message}")
         else:
             kept.append(name)
     return tuple(kept), skipped

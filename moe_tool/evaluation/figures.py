@@ -1,4 +1,4 @@
-"""The figures of an evaluation, with their intervals, from what was measured token by token."""
+"""Figures of an evaluation with their intervals, from measurements by token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,39 +10,41 @@ from moe_tool.evaluation.bootstrap import bootstrap_interval
 from moe_tool.evaluation.stepwise import TokenCosts
 
 _Statistic = Callable[[np.ndarray], np.ndarray]
-"""[R, N, ...] -> [R], the figure of each resample"""
+"""Function [R, N, ...] -> [R] that gives the figure of each resample"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One policy on N sequences, P scored predictions each. A policy that is not lossy has kl 0 by
-    definition."""
+    """Measurements of one policy on N sequences with P scored predictions each.
+
+    KL is 0 by definition if the policy is not lossy.
+    """
 
     kl: np.ndarray
     """[N, P] float64: KL(exact || policy) in nats"""
     agrees: np.ndarray
-    """[N, P] bool: same first choice as exact"""
+    """[N, P] bool: whether the likeliest token is that of exact"""
     nll: np.ndarray
-    """[N, P] float64: nats that the text costs under the policy"""
+    """[N, P] float64: negative log-likelihood of the text under the policy, nats"""
     nll_exact: np.ndarray
-    """[N, P] float64: the same under exact"""
+    """[N, P] float64: negative log-likelihood under exact"""
     kl_source: np.ndarray | None
     """[N, P] float64: KL(checkpoint || policy); None without a reference"""
     kl_source_exact: np.ndarray | None
     """[N, P] float64: KL(checkpoint || exact); None without a reference"""
     nll_source: np.ndarray | None
-    """[N, P] float64: nats that the text costs under the checkpoint; None without a reference"""
+    """[N, P] float64: negative log-likelihood under the checkpoint; None without a reference"""
     costs: TokenCosts
-    """[N, P] each"""
+    """Costs of each prediction, [N, P] each"""
 
 
 def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
     """Return the figures of some of the sequences.
 
     Args:
-        measured: one policy's predictions and costs.
-        rows: [N] bool: the sequences that count.
-        seed: seeds the bootstrap.
+        measured: one policy's measurements.
+        rows: [N] bool: the sequences to include.
+        seed: seed of the bootstrap.
     """
     costs = measured.costs
 
@@ -81,8 +83,7 @@ def means(values: np.ndarray) -> np.ndarray:
 
 
 def perplexities(nll: np.ndarray) -> np.ndarray:
-    """Return exp of the mean nats of each resample, [R], from [R, N, ...]; inf where no float is
-    large enough."""
+    """Return exp of the mean nats of each resample, [R], from [R, N, ...]; inf on overflow."""
     with np.errstate(over="ignore"):
         result: np.ndarray = np.exp(means(nll))
     return result
@@ -94,6 +95,6 @@ def _p99(values: np.ndarray) -> np.ndarray:
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
-    """Hits over accesses; 1 where there were none. sums: [R, N, 2]."""
+    """Return hits over accesses, [R], from sums [R, N, 2]; 1 without accesses."""
     hits, accesses = sums.sum(axis=1).T
     return np.where(accesses > 0, hits / np.maximum(accesses, 1), 1.0)

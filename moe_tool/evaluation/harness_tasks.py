@@ -1,4 +1,4 @@
-"""Tasks of lm_eval, found by name or path and loaded without running code of the network."""
+"""Loading of lm_eval's tasks by name or path, without running downloaded code."""
 
 import difflib
 import os
@@ -13,23 +13,23 @@ from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden
 from moe_tool.progress import Progress
 
 _FEWSHOT_SEED = 1234
-"""lm_eval's own, so that a task has the examples that it has elsewhere"""
+"""Seed that lm_eval uses, so that a task has its usual examples"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessOptions:
-    """Which tasks are run, and how much of them."""
+    """Tasks to run, and their number of documents and examples."""
 
     tasks: tuple[str, ...]
-    """Names that lm_eval or a folder of `include` knows, or paths of YAML files and folders"""
+    """Names of tasks in lm_eval or in `include`, or paths of YAML files and folders"""
     include: tuple[Path, ...] = ()
     """Folders with more tasks"""
     limit: int | None = None
     """Documents per task"""
     num_fewshot: int | None = None
-    """None: as the task has it"""
+    """Solved examples before each question; None: the task's default"""
     decode_context: bool = False
-    """Whether the policy answers in the context of a log-likelihood too"""
+    """Whether the policy applies to the context of a log-likelihood too"""
     offline: bool = False
 
 
@@ -39,13 +39,13 @@ def load_tasks(
     """Return tasks, groups and group_map, as lm_eval's own `load` does.
 
     Args:
-        options: which tasks.
-        refused: as `no_downloaded_metrics` yields it.
-        is_online: whether the hub may be asked.
+        options: the tasks.
+        refused: the list that `no_downloaded_metrics` yields.
+        is_online: whether the hub may be used.
 
     Raises:
-        UsageError: a task is not known, or wants a metric whose code would be downloaded.
-        NotFoundError, DataSourceError: a file or the data of a task.
+        UsageError: a task is unknown, or needs a metric whose code would be downloaded.
+        NotFoundError, DataSourceError: a file or the data of a task cannot be read.
     """
     manager, names = _find_tasks(options)
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -54,7 +54,7 @@ def load_tasks(
             found = manager.load([name])
         except MoeToolError:
             raise
-        except Exception as error:  # a task is a program of its author: it may fail in any way
+        except Exception as error:  # tasks run code of their authors, which may raise anything
             raise _cannot_load(name, error, options, is_online=is_online) from error
         if refused:
             raise _downloaded_metric(refused[0])
@@ -64,9 +64,9 @@ def load_tasks(
 
 
 def _find_tasks(options: HarnessOptions) -> tuple[Any, list[str]]:
-    """The index of lm_eval that knows the tasks, and their names or paths in it.
+    """Return the lm_eval index that contains the tasks, and their names or paths in it.
 
-    lm_eval's own tasks take 10 s to list, so they are left out where the local ones suffice.
+    Listing lm_eval's own tasks takes 10 s, so they are left out if the local ones suffice.
     """
     from lm_eval.tasks import TaskManager
 
@@ -121,25 +121,24 @@ def _tasks_of_folder(folder: Path) -> list[str]:
 
 
 def set_up_tasks(tasks: dict[str, Any], num_fewshot: int | None, progress: Progress) -> None:
-    """Set shots and seed, as lm_eval's `simple_evaluate` does: a task that is made for zero shots
-    stays so.
+    """Set shots and seed, as lm_eval's `simple_evaluate` does; zero-shot tasks stay so.
 
     Raises:
-        UsageError: a task cannot be asked of a bundle.
+        UsageError: a task is not supported.
     """
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UsageError(
-                f"task '{name}' runs the code that the model writes, which is not done here",
+                f"task '{name}' runs code written by the model, which is not supported",
                 hint="choose another task",
             )
         if getattr(task, "MULTIMODAL", False):
-            raise UsageError(f"task '{name}' is not of text alone", hint="choose another task")
+            raise UsageError(f"task '{name}' needs more than text", hint="choose another task")
         own = task.get_config("num_fewshot")
         if own != 0 and (num_fewshot is not None or own is None):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         elif num_fewshot:
-            progress.note(f"task '{name}' is made for no examples: --num-fewshot is not followed")
+            progress.note(f"task '{name}' is zero-shot: --num-fewshot is ignored")
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 
@@ -155,13 +154,13 @@ def _cannot_load(
         return NotFoundError(
             f"task '{name}': {_why_offline(options)}, and its data is not in the local cache "
             f"({reason})",
-            hint="run it once on a machine with network, or give a task of your own whose data "
-            "lies on this machine",
+            hint="run it once on a machine with network, or give a task of your own with local "
+            "data",
         )
     kind = NotFoundError if is_missing else DataSourceError
     return kind(
         f"task '{name}' cannot be loaded: {reason}",
-        hint="`lm_eval validate --tasks NAME` looks closer",
+        hint="`lm_eval validate --tasks NAME` gives details",
     )
 
 
@@ -175,16 +174,18 @@ def _why_offline(options: HarnessOptions) -> str:
 
 def _downloaded_metric(name: str) -> UsageError:
     return UsageError(
-        f"the task's metric '{name}' is not lm_eval's own: its code would be downloaded and run, "
-        "which is not done here",
+        f"the task's metric '{name}' is not part of lm_eval: its code would be downloaded and run, "
+        "which is not supported",
         hint="choose a task with lm_eval's own metrics",
     )
 
 
 @contextmanager
 def no_downloaded_metrics() -> Iterator[list[str]]:
-    """Refuse metrics whose code the `evaluate` library would download; yields the names of those
-    that were asked for, since lm_eval swallows the refusal."""
+    """Refuse metrics whose code the `evaluate` library would download.
+
+    Yields a list that collects their names, because lm_eval swallows the refusal.
+    """
     import evaluate
 
     refused: list[str] = []

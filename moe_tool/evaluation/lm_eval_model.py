@@ -1,4 +1,4 @@
-"""A bundle as a model of EleutherAI's lm-evaluation-harness, with the misses in the loop."""
+"""Adapter of a bundle to EleutherAI's lm-evaluation-harness, with misses in the loop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,32 +31,32 @@ from moe_tool.runtime.session import Session, open_session
 from moe_tool.runtime.working_set import prefill_chunk
 
 _MAX_GENERATED_TOKENS = 256
-"""Default for tasks that do not say; lm_eval's own"""
+"""Default length of an answer, as in lm_eval"""
 _UNUSED_WHEN_GREEDY = frozenset({"top_k", "top_p", "min_p"})
 
 
 @dataclass(slots=True)
 class _ReadContext:
-    """A context that has been read, for the next answer to the same question."""
+    """A context already fed, reused for the next answer to the same question."""
 
     ids: list[int]
     cache: DynamicCache
     logits: torch.Tensor
-    """[V], of the token that comes next"""
+    """[V] logits of the next token"""
 
 
 class BundleLM(TemplateLM):
-    """Answers lm_eval's requests one at a time, through the runtime that `run` uses.
+    """Model that answers lm_eval's requests one at a time, through the runtime of `run`.
 
-    A context is the prompt, which every policy answers exactly. The tokens behind it are fed one
+    The context is the prompt, which every policy answers exactly. The answer's tokens are fed one
     per forward under the session's policy: one wide forward would hide what a lossy policy does
     (see `stepwise`). So the first token of an answer is always predicted exactly, as in a run, and
-    an answer of one token says nothing about a policy; `decode_context` lets the policy act from
-    the second token of the context on. Under a lossy policy with residency `cache` every request
-    starts with an empty cache, so that the order of requests does not matter.
+    one-token answers say nothing about a policy; with `decode_context` the policy applies from the
+    second token of the context on. Under a lossy policy with residency `cache` every request starts
+    with an empty cache, so that the order of requests does not matter.
 
-    The session is opened at the first request: by then lm_eval has built all of them, so that the
-    memory they take is part of the account.
+    The session is opened at the first request: lm_eval has built all requests by then, so that
+    their memory is counted.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class BundleLM(TemplateLM):
         """Check the bundle; its weights are loaded later.
 
         Args:
-            folder: of the bundle.
-            options: of the session; its context is the longest that a request may have.
+            folder: the bundle.
+            options: options of the session; its context limits the length of requests.
             decode_context: whether log-likelihoods feed the context token by token too.
-            progress: told about requests, and that a policy is lossy.
+            progress: listener.
 
         Raises:
             CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
@@ -132,23 +132,24 @@ class BundleLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token, or the first token of a text where there is none."""
+        """End-of-text token, or the begin-of-text token if there is none."""
         return self._special_token("eos_token_id", "bos_token_id")
 
     @property
     def prefix_token_id(self) -> int:
-        """Return what stands before a text without context: its first token, or the end of another
-        text."""
+        """Token before a text without context: begin-of-text, or end-of-text if there is none."""
         return self._special_token("bos_token_id", "eos_token_id")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return token ids; with None the tokenizer decides on special tokens, but a text that
-        begins with its first token gets no other.
+        """Return token ids.
+
+        With `add_special_tokens` None the tokenizer adds its special tokens, unless the text begins
+        with the begin-of-text token already.
 
         Raises:
-            DataSourceError: the model does not know one of them.
+            DataSourceError: the model does not know one of the tokens.
         """
         if add_special_tokens is None:
             first = getattr(self.tokenizer, "bos_token", None)
@@ -163,16 +164,16 @@ class BundleLM(TemplateLM):
         """Return (log-likelihood, whether greedy decoding gives it) of every answer.
 
         Args:
-            requests: Instances of (context, answer). A context that is too long loses its
+            requests: Instances of (context, answer). Contexts that are too long are cut at the
                 beginning.
-            disable_tqdm: unused; progress goes to the progress callback.
+            disable_tqdm: unused.
 
         Raises:
-            DataSourceError: an answer without tokens, or one that is longer than the context.
+            DataSourceError: an answer has no tokens, or more than the context length.
         """
         scored = []
         self._progress.begin("loglikelihood", len(requests), "requests")
-        for request in requests:  # one by one, so that no more than one is held as token ids
+        for request in requests:  # one by one, so that only one is in memory as token ids
             scored += super().loglikelihood([request], disable_tqdm=True)
             self._progress.advance()
         self._progress.end()
@@ -183,12 +184,12 @@ class BundleLM(TemplateLM):
     ) -> list[float]:
         """Return the log-likelihood of whole texts, each token predicted once.
 
-        A text starts behind `prefix_token_id`; one that is too long is cut into windows of the
-        whole context, of which the last overlaps.
+        A text starts after `prefix_token_id`; one that is too long is cut into windows of the
+        context length, the last of which overlaps its predecessor.
 
         Args:
             requests: Instances of (text,).
-            disable_tqdm: unused; progress goes to the progress callback.
+            disable_tqdm: unused.
         """
         sums = []
         self._progress.begin("loglikelihood_rolling", len(requests), "requests")
@@ -207,15 +208,15 @@ class BundleLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what follows each context, up to the first stop sequence.
+        """Return the generated text of each request, up to the first stop sequence.
 
         Args:
-            requests: Instances of (context, generation arguments). A context that is too long
-                loses its beginning. Sampling is seeded by the place in the list.
-            disable_tqdm: unused; progress goes to the progress callback.
+            requests: Instances of (context, generation arguments). Contexts that are too long are
+                cut at the beginning. Sampling is seeded by the position in the list.
+            disable_tqdm: unused.
 
         Raises:
-            UsageError: arguments that this model does not follow, or no room for the answer.
+            UsageError: an argument is not supported, or there is no room for the answer.
         """
         texts = []
         self._progress.begin("generate_until", len(requests), "requests")
@@ -236,7 +237,7 @@ class BundleLM(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, context: list[int], answer: list[int]) -> tuple[float, bool]:
-        """Log-likelihood of the answer, and whether every token of it is the likeliest."""
+        """Return the log-likelihood of the answer, and whether greedy decoding gives it."""
         session = self.session
         room = self.max_length + 1 - len(answer)  # the last token of the answer is not fed
         if not answer or room < 1:
@@ -261,7 +262,7 @@ class BundleLM(TemplateLM):
         return total, is_greedy
 
     def _read(self, ids: list[int]) -> _ReadContext:
-        """Feed a context, or take back what followed it when it was fed last."""
+        """Feed a context, or cut the cached one back if it is the same."""
         self.session.prompt_tokens = 1 if self._decode_context else len(ids)
         self._start_request()
         last = self._context
@@ -270,7 +271,7 @@ class BundleLM(TemplateLM):
             if n_behind:
                 last.cache.crop(-n_behind)  # by a count
             return last
-        self._context = last = None  # before there is another
+        self._context = last = None  # freed before the next one is made
         chunk = prefill_chunk(self.session.plan.workload)
         edges = [0, *range(1, len(ids))] if self._decode_context else [*range(0, len(ids), chunk)]
         cache = self.session.new_cache()
@@ -282,7 +283,7 @@ class BundleLM(TemplateLM):
         return read
 
     def _feed(self, cache: DynamicCache, ids: list[int]) -> torch.Tensor:
-        """Run one forward; returns [V], the logits behind the last token."""
+        """Run one forward and return the logits after the last token, [V]."""
         output = self.session.model(
             input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, **self._last_only
         )
@@ -326,7 +327,7 @@ class BundleLM(TemplateLM):
 
     @property
     def _is_cache_lossy(self) -> bool:
-        """Whether an answer depends on what the expert cache holds."""
+        """Whether answers depend on the contents of the expert cache."""
         runner = self.session.runner
         return runner.policy.policy.lossy and runner.residency == "cache"
 
@@ -336,7 +337,7 @@ class BundleLM(TemplateLM):
         self.session.runner.stats = RunStats()
 
     def _collect(self) -> None:
-        """Add what the session has counted since the request began."""
+        """Add the session's counters of the request."""
         self.stats += self.session.runner.stats
         self.session.runner.stats = RunStats()
 
@@ -345,15 +346,17 @@ class BundleLM(TemplateLM):
             token = getattr(self.tokenizer, name, None)
             if token is not None:
                 return int(token)
-        raise UsageError("the bundle's tokenizer has neither a first nor an end-of-text token")
+        raise UsageError(
+            "the bundle's tokenizer has neither a begin-of-text nor an end-of-text token"
+        )
 
 
 class _StopFound(Exception):
-    """The text holds a stop sequence: nothing behind it is wanted."""
+    """Signal that the text contains a stop sequence."""
 
 
 class _TextUntil:
-    """Text that grows until it holds a stop sequence."""
+    """Text that grows until it contains a stop sequence."""
 
     def __init__(self, until: Sequence[str]) -> None:
         self.text = ""
@@ -366,7 +369,7 @@ class _TextUntil:
 
 
 def _can_be_cut(cache: DynamicCache) -> bool:
-    """Whether positions can be taken off its end: not where a layer keeps a window or a state."""
+    """Return whether positions can be cut off the end: no sliding window, no recurrent state."""
     return all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
 
 
@@ -375,7 +378,6 @@ def _require_known(wanted: Mapping[str, Any], *, is_greedy: bool) -> None:
     unknown = [name for name in unknown if wanted[name] is not None]
     if unknown:
         raise UsageError(
-            f"the task generates with {', '.join(unknown)}, which is not followed here",
-            hint="a task that leaves it out: until, max_gen_toks, do_sample and temperature are "
-            "followed",
+            f"the task generates with {', '.join(unknown)}, which is not supported",
+            hint="choose a task that needs only until, max_gen_toks, do_sample and temperature",
         )

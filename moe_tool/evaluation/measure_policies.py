@@ -1,4 +1,4 @@
-"""Every policy's predictions and costs on the same sequences, beside the exact ones."""
+"""Measurement of every policy's predictions and costs on the same sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class _Tally:
 
     @classmethod
     def zeros(cls, shape: tuple[int, int]) -> Self:
-        """Return a tally with nothing measured."""
+        """Return an empty tally."""
         kl, nll, kl_source = (np.zeros(shape) for _ in range(3))
         agrees = np.zeros(shape, dtype=bool)
         costs = TokenCosts.zeros(shape)
@@ -46,7 +46,7 @@ class _Tally:
 
 @dataclass(slots=True, kw_only=True)
 class _Base:
-    """[N, P] arrays that all policies are compared with, filled batch by batch."""
+    """[N, P] arrays of the references of all policies, filled batch by batch."""
 
     nll_exact: np.ndarray
     kl_source_exact: np.ndarray | None
@@ -54,7 +54,7 @@ class _Base:
 
     @classmethod
     def zeros(cls, shape: tuple[int, int], *, has_source: bool) -> Self:
-        """Return arrays with nothing measured; None for the checkpoint's without a reference."""
+        """Return empty arrays; None for the checkpoint's without a reference."""
         source = [np.zeros(shape) if has_source else None for _ in range(2)]
         return cls(nll_exact=np.zeros(shape), kl_source_exact=source[0], nll_source=source[1])
 
@@ -64,7 +64,7 @@ class _Base:
         """Score the exact predictions of a batch, and the checkpoint's.
 
         Args:
-            rows: of the batch among all sequences.
+            rows: the batch's place among all sequences.
             batch: [B, S] int64.
             exact: [B, S, V] logits.
             truth: [B, S, V] logits of the checkpoint.
@@ -91,16 +91,16 @@ def measure_policies(
     exact_fallback: bool,
     progress: Progress,
 ) -> dict[str, Measured]:
-    """Run every policy on every batch; the exact predictions of one batch at a time are kept.
+    """Run every policy on every batch, keeping exact predictions of one batch at a time.
 
     Args:
-        session: opened for as many sequences at a time as its budget allows.
+        session: an open session, whose workload sets the batch.
         names: policies that the bundle can run.
-        residency: the same for all of them.
+        residency: the residency of all policies.
         ids: [N, S] int64.
         source: the checkpoint; None without a reference.
-        exact_fallback: whether a calibrated policy answers exactly where it would leave its limit.
-        progress: told about sequences.
+        exact_fallback: whether a calibrated policy answers exactly when it would exceed its limit.
+        progress: listener.
     """
     n_sequences, seq_len = ids.shape
     shape = (n_sequences, n_scored(seq_len))
@@ -156,8 +156,8 @@ def _run_policy(
 
 
 def _measured(tally: _Tally, base: _Base, *, is_exact: bool) -> Measured:
-    """Exact is exact by definition: what differs between one wide forward and many small ones is
-    rounding."""
+    """Return a policy's measurements; for exact, KL is 0 by definition, since wide and narrow
+    forwards differ by rounding only."""
     kl_source = base.kl_source_exact if is_exact else tally.kl_source
     return Measured(
         kl=np.zeros_like(tally.kl) if is_exact else tally.kl,

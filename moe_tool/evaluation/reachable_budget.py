@@ -1,4 +1,4 @@
-"""Memory, or tokens of text, that would keep a limit of divergence that was not kept."""
+"""Memory or tokens of text with which a failed calibration would keep its KL limit."""
 
 import math
 
@@ -12,14 +12,14 @@ from moe_tool.runtime.residency import n_slots_min
 def least_share(
     manifest: BundleManifest, book: PriceBook, *, max_kl: float, nats_per_price: float
 ) -> float | None:
-    """Return the least share of the experts' bytes at which answers that read nothing are expected
-    to keep a limit, 0 to 1; None where only everything does.
+    """Return the least share of the experts' bytes, 0 to 1, at which answers without any fetch are
+    expected to keep a limit; None if only all experts do.
 
     Args:
-        manifest: of a bundle with prices.
+        manifest: manifest of a bundle with prices.
         book: its prices.
         max_kl: the limit, nats per token.
-        nats_per_price: what a nat of price was measured to be worth.
+        nats_per_price: measured nats per expected nat.
     """
     use = expert_use(manifest)
     assert use is not None
@@ -40,13 +40,13 @@ def least_share(
 
 
 def enough_tokens(tokens: int, *, mean: float, upper: float, max_kl: float) -> int | None:
-    """Return how much text would make an interval narrow enough, None where the mean itself is
-    above the limit.
+    """Return the tokens of text that would make an interval narrow enough; None if the mean itself
+    exceeds the limit.
 
     Args:
-        tokens: behind the interval, whose width shrinks with their square root.
-        mean: measured.
-        upper: end of its interval.
+        tokens: tokens behind the interval, whose width shrinks with their square root.
+        mean: measured mean KL.
+        upper: upper end of its interval.
         max_kl: the limit.
     """
     if mean >= max_kl:

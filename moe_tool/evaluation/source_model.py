@@ -1,5 +1,4 @@
-"""The checkpoint that a bundle was made from, as the judge of the bundle: streamed layer by
-layer."""
+"""Predictions of the checkpoint that a bundle was made from, streamed layer by layer."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,14 +17,14 @@ from moe_tool.quantization.weights import FloatWeight
 
 _GROUP_BYTES = 256 * 2**20
 _HIDDEN_COPIES = 20
-"""[T, H] tensors alive at once while a layer runs, the experts' inner activations included"""
+"""Number of [T, H] tensors alive at once while a layer runs, inner activations included"""
 
 
 class SourceModel:
     """Final hidden states of the evaluation text, and the head that turns them into predictions.
 
-    One decoder layer's non-expert weights and one expert are in memory at a time; what stays is the
-    hidden states (N * S * H * 4 bytes), the embeddings and the head.
+    One decoder layer's non-expert weights and one expert are in memory at a time; the hidden states
+    (N * S * H * 4 bytes), the embeddings and the head stay.
     """
 
     def __init__(
@@ -40,13 +39,13 @@ class SourceModel:
 
         Args:
             model: the checkpoint.
-            manifest: of the bundle that is to be judged.
+            manifest: manifest of the bundle.
             ids: [N, S] int64.
-            progress: told about every layer.
+            progress: listener.
 
         Raises:
             WrongModelError: the bundle was made from another model.
-            CorruptArtifactError, UnsupportedModelError, NotFoundError: as the checkpoint deserves.
+            CorruptArtifactError, UnsupportedModelError, NotFoundError: as `open_model`.
         """
         opened = open_model(model)
         self._checkpoint = opened.checkpoint
@@ -55,7 +54,7 @@ class SourceModel:
                 manifest.identity,
                 opened.identity,
                 artifact="the bundle",
-                remedy="give --reference the model that the bundle was packed from",
+                remedy="--reference needs the model that the bundle was packed from",
             )
             self._stream = LayerStream(model.folder, opened.checkpoint)
             self._stream.set_experts_function(self._answer)

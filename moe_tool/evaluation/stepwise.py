@@ -1,7 +1,7 @@
-"""Predictions one token per forward, as a run makes them, with residency in the loop.
+"""Prediction of a text one token per forward, as in a run, with residency in the loop.
 
-One wide forward over a text would hide what a lossy policy does: there, every token of a layer is
-answered at once, and no token reads a KV cache that earlier answers have already changed.
+One wide forward over a text would hide what a lossy policy does: all tokens of a layer would be
+answered at once, and none would read a KV cache changed by earlier answers.
 """
 
 from collections.abc import Callable
@@ -16,50 +16,43 @@ from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.session import Session
 
 N_PROMPT_TOKENS = 1
-"""The first token of a sequence is its prompt, which every policy answers exactly; it is not
-scored."""
+"""Length of a sequence's prompt, which every policy answers exactly and which is not scored"""
 _REFERENCE_CHUNK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCosts:
-    """Costs of each token of a batch of sequences, as if each sequence had run
-    alone.
+    """Costs of each token of a batch, [B, P] float64 each, as if each sequence had run alone.
 
-    An access is a (token, layer, expert), unlike in a run's own counters, where tokens of one
-    forward share it.
+    An access is a (token, layer, expert), unlike in a run's counters, where tokens of one forward
+    share it.
     """
 
     hits: np.ndarray
-    """[B, P]"""
     accesses: np.ndarray
-    """[B, P]"""
     bytes_read: np.ndarray
-    """[B, P]: records fetched, not those found in the cache by luck"""
+    """Bytes of fetched records"""
     substitutions: np.ndarray
-    """[B, P]"""
     replica_answers: np.ndarray
-    """[B, P]: slots answered by a replica"""
+    """Slots answered by a replica"""
     drops: np.ndarray
-    """[B, P]"""
     expected: np.ndarray
-    """[B, P]: nats that the price list expects the answers to cost; NaN without prices"""
+    """Nats that the answers are expected to cost; NaN without prices"""
     exact_fallbacks: np.ndarray
-    """[B, P]: 1 where the token was answered exactly to keep a calibrated limit"""
+    """1 where the token was answered exactly to keep a calibrated limit"""
 
     @classmethod
     def zeros(cls, shape: tuple[int, int]) -> Self:
-        """Return costs of nothing."""
+        """Return costs of 0."""
         return cls(**{each.name: np.zeros(shape) for each in fields(cls)})
 
 
 Visit = Callable[[int, torch.Tensor], None]
-"""(position, logits [B, V] at that position)"""
+"""Callback for a position and the logits [B, V] there"""
 
 
 def n_scored(seq_len: int) -> int:
-    """Return P, the scored predictions of a sequence: all but the prompt's, and the last has no
-    target."""
+    """Return P, the scored predictions of a sequence: all but the prompt's and the last."""
     return seq_len - 1 - N_PROMPT_TOKENS
 
 
@@ -68,13 +61,13 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     """Feed a batch token by token under the session's policy.
 
     Args:
-        session: its policy and residency decide. More than one sequence at a time is meant for
-            frozen residency, where a sequence's answers do not depend on what others have fetched.
+        session: an open session. Batches are for frozen residency, where a sequence's answers do
+            not depend on what others have fetched.
         ids: [B, S] int64.
         visit: called for positions 1 to S - 2, in order.
 
     Returns:
-        One column for each visited position.
+        Costs with one column per visited position.
     """
     n_sequences, seq_len = ids.shape
     costs = TokenCosts.zeros((n_sequences, n_scored(seq_len)))
@@ -99,7 +92,7 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
             output = session.model(
                 input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True
             )
-            if session.runner.sparsity is not None:  # one sequence: what was read is its own
+            if session.runner.sparsity is not None:  # a single sequence did all reads
                 costs.bytes_read[:, column] = session.runner.stats.decode.bytes_read - n_bytes
             if column >= 0:
                 visit(position, output.logits[:, -1])
@@ -110,7 +103,7 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
 
 
 def _account(costs: TokenCosts, column: int, decision: Decision, record_bytes: np.ndarray) -> None:
-    """Add what one layer's answers to one token of every sequence cost."""
+    """Add the costs of one layer's answers to one token of every sequence."""
     wanted, answer = decision.routing.index, decision.answers.expert  # [B, K]
     form, is_answered = decision.answers.form, decision.answers.present
     is_present = decision.routing.present
@@ -126,16 +119,13 @@ def _account(costs: TokenCosts, column: int, decision: Decision, record_bytes: n
 
 @torch.inference_mode()
 def exact_logits(session: Session, ids: torch.Tensor) -> torch.Tensor:
-    """Return the bundle's own predictions with every expert fetched, whatever the session's policy.
+    """Return the logits with every miss fetched, [B, S, V] float32, under any session policy.
 
     Exact answers do not depend on the order of work, so many positions go through at once.
 
     Args:
-        session: of the bundle.
+        session: an open session.
         ids: [B, S] int64.
-
-    Returns:
-        [B, S, V] float32.
     """
     n_sequences, seq_len = ids.shape
     vocabulary = session.manifest.shape.vocabulary
@@ -155,5 +145,5 @@ def exact_logits(session: Session, ids: torch.Tensor) -> torch.Tensor:
 
 
 def reference_chunk(vocabulary: int) -> int:
-    """Return how many positions of one sequence `exact_logits` takes at once."""
+    """Return the number of positions per forward in `exact_logits`."""
     return max(16, min(256, _REFERENCE_CHUNK_BYTES // (4 * vocabulary)))

@@ -1,1 +1,1 @@
-"""The forward pass of routed experts over weights as they lie in a record."""
+"""Forward pass of routed experts over weights in their stored form."""

@@ -1,5 +1,5 @@
-"""An expert in channels: which of them a token needs, and its output from those alone (FloE,
-arXiv:2505.05950)."""
+"""Forward pass of experts in channels: selection of a token's channels, and the output from those
+alone (FloE, arXiv:2505.05950)."""
 
 from dataclasses import replace
 from functools import cache
@@ -20,14 +20,14 @@ from moe_tool.quantization.channels import (
 )
 
 _BLOCK = 2**18
-"""Weights that are expanded at a time"""
+"""Weights expanded at a time"""
 
 
 def channel_gate(module: Any) -> Gate:
     """Return the gate of an experts module.
 
     Raises:
-        UnsupportedModelError: it has none, or one that is not known.
+        UnsupportedModelError: it has none, or an unknown one.
     """
     gate = gate_of(module)
     if gate is None or not gate.gated:
@@ -39,7 +39,7 @@ def channel_gate(module: Any) -> Gate:
 
 
 def split_halves(gate: Gate, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gate's and the up projection's rows of [2I, ...], [I, ...] each."""
+    """Return the rows of the gate and of the up projection, [I, ...] each, of [2I, ...]."""
     if gate.interleaved:
         return joined[::2], joined[1::2]
     half = len(joined) // 2
@@ -48,11 +48,11 @@ def split_halves(gate: Gate, joined: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 @torch.no_grad()
 def selector_values(module: Any, selector: Selector, x: torch.Tensor) -> torch.Tensor:
-    """Return what the matrix that chooses makes of tokens, bias included, [n, I] float32.
+    """Return the selector matrix's product with tokens, bias included, [n, I] float32.
 
     Args:
         module: an experts module of transformers.
-        selector: of the expert.
+        selector: the expert's selector.
         x: [n, H] float32.
     """
     values = linear(x, selector.weight)
@@ -64,17 +64,15 @@ def selector_values(module: Any, selector: Selector, x: torch.Tensor) -> torch.T
 
 
 def channel_sizes(module: Any, selector: Selector, values: torch.Tensor) -> torch.Tensor:
-    """Return what thresholds are compared with: the size of a channel's inner activation if the
-    matrix that does not choose gave 1. So it is that of silu(gate), not of the gate: a gate far
-    below 0 closes its channel.
+    """Return the channel sizes that thresholds are compared with, [n, I] float32.
+
+    It is the absolute inner activation with 1 in place of the other matrix's output. So for a gate
+    it is |silu(gate)|, not |gate|: a gate far below 0 closes its channel.
 
     Args:
         module: an experts module of transformers.
-        selector: of the expert.
-        values: [n, I], of `selector_values`.
-
-    Returns:
-        [n, I] float32.
+        selector: the expert's selector.
+        values: [n, I] from `selector_values`.
     """
     other = torch.ones_like(values)
     halves = (values, other) if selector.is_gate else (other, values)
@@ -89,9 +87,9 @@ def choose_channels(
 
     Args:
         module: an experts module of transformers.
-        selector: of the expert.
+        selector: the expert's selector.
         x: [1, H] float32.
-        sparsity: share of channels that is left out on the text that thresholds were measured on.
+        sparsity: share of channels that is skipped on the text behind the thresholds.
     """
     values = selector_values(module, selector, x)  # [1, I]
     if sparsity == 0:
@@ -104,18 +102,15 @@ def choose_channels(
 
 @torch.no_grad()
 def channel_forward(module: Any, expert: ChannelExpert, x: torch.Tensor) -> torch.Tensor:
-    """Return the expert's output from the channels that were chosen, or from all.
+    """Return the expert's output from the chosen channels, or from all, [n, H] float32.
 
-    What is left out counts as zero: the sum over channels of act(gate) * up * column has fewer
-    terms, and otherwise they are the same in the same order.
+    The sum over channels of act(gate) * up * column omits the others; its terms and their order do
+    not change.
 
     Args:
         module: an experts module of transformers.
-        expert: with its selector.
-        x: [n, H] float32; one token where channels were chosen.
-
-    Returns:
-        [n, H] float32.
+        expert: the expert with its selector.
+        x: [n, H] float32; a single token if channels were chosen.
     """
     selector, chosen = expert.selector, expert.chosen
     assert selector is not None
@@ -150,7 +145,7 @@ def _expanded(
     values: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Do the same by torch: the definition that the compiled kernels have to agree with."""
+    """Compute the output in torch: the definition that the compiled kernels have to match."""
     assert expert.selector is not None
     index = torch.arange(expert.channels.n_channels)
     if expert.chosen is not None:

@@ -1,4 +1,4 @@
-"""A layer's output from experts that arrive in any order."""
+"""Weighted sum of experts that arrive in any order."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 Supplied = Iterator[tuple[int, Mapping[str, FloatWeight | IntegerWeight]]]
 Supply = Callable[[list[int]], Supplied]
-"""Distinct experts, ascending -> each of them once with its weights, in any order. Weights are not
-used any more when the next expert is asked for."""
+"""Function from distinct experts, ascending, to each with its weights, in any order. Weights may be
+freed when the next expert is requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TokensByExpert:
-    """Slots of a routing, sorted by expert, within one as transformers' eager loop has them."""
+    """Slots of a routing, sorted by expert, then in the order of transformers' eager loop."""
 
     token: torch.Tensor
-    """[n] int64"""
+    """[n] int64 token of each slot"""
     position: torch.Tensor
-    """[n] int64: which of the token's K slots"""
+    """[n] int64 position among the token's K slots"""
     experts: list[int]
     """Experts that have tokens, ascending"""
     counts: list[int]
-    """Slots of each of them"""
+    """Number of slots per expert"""
 
 
 def run_experts(
@@ -40,8 +40,8 @@ def run_experts(
 ) -> torch.Tensor:
     """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival.
 
-    Each expert is computed as it arrives, but outputs are added in ascending order of experts,
-    token by token as transformers' eager experts do; outputs that are early wait for their turn.
+    Each expert is computed as it arrives, but outputs are added in ascending order of experts, as
+    transformers' eager experts do; early outputs wait for their turn.
 
     Args:
         module: an experts module of transformers, see `expert_forward`.
@@ -49,20 +49,20 @@ def run_experts(
         index: [T, K] int64: experts, by any numbers that `supply` takes.
         weight: [T, K] gate weights.
         supply: called once, with the experts of the present slots.
-        present: [T, K] bool: slots that are computed; None: all of them.
+        present: [T, K] bool: slots to compute; None: all.
 
     Returns:
         [T, H], in the dtype of `hidden`.
     """
     if torch.is_grad_enabled():
-        with torch.no_grad():  # 4 us, spared where the caller has done so
+        with torch.no_grad():  # 4 us, avoided if the caller has done so
             return run_experts(module, hidden, index, weight, supply, present=present)
     if hidden.shape[0] == 1 and hidden.dtype == weight.dtype == torch.float32:
         slots = list(zip(index.tolist()[0], weight.reshape(-1, 1, 1).unbind(), strict=True))
         if present is not None:
             slots = [slot for slot, fills in zip(slots, present.tolist()[0], strict=True) if fills]
         gate_of = dict(slots)
-        if len(gate_of) == len(slots):  # two equal rows may be rounded otherwise than one
+        if len(gate_of) == len(slots):  # an expert in two slots is rounded differently as 2 rows
             return _run_one_token(module, hidden, gate_of, supply)
     return _run_tokens(module, hidden, index, weight, supply, present)
 
@@ -70,8 +70,10 @@ def run_experts(
 def _run_one_token(
     module: Any, hidden: torch.Tensor, gate_of: dict[int, torch.Tensor], supply: Supply
 ) -> torch.Tensor:
-    """Do what `_run_tokens` does where nothing has to be gathered: the same products, the same
-    order of additions. A gate is [1, 1]: a Python number would have to be made a tensor."""
+    """Do what `_run_tokens` does, without gathering: the same products, added in the same order.
+
+    Gates are [1, 1] tensors, because torch would have to convert Python numbers.
+    """
     wanted = sorted(gate_of)
     early: dict[int, torch.Tensor] = {}
     final = torch.zeros_like(hidden)

@@ -1,4 +1,4 @@
-"""One expert's output on the tokens that were routed to it."""
+"""Output of one expert on the tokens routed to it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,18 +16,15 @@ from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWei
 def expert_forward(
     module: Any, weights: Mapping[str, FloatWeight | IntegerWeight], x: torch.Tensor
 ) -> torch.Tensor:
-    """Return one expert's output.
+    """Return one expert's output, [n, H] float32.
 
     Args:
         module: an experts module of transformers; its `has_gate`, `_apply_gate` or `act_fn`, and
             `has_post_expert_norm` are used, its parameters are not.
-        weights: the expert's tensors by the module's parameter names. Matrices are [out, in]
-            whatever the module's `is_transposed` says. An ExpertWeights is given its `prepared`.
-            Or those of a low-rank map in its place, or an expert in channels.
+        weights: the expert's tensors by the module's parameter names, a low-rank map's tensors, or
+            an expert in channels. Matrices are [out, in] whatever the module's `is_transposed`
+            says. Sets the `prepared` of an ExpertWeights.
         x: [n, H] float32.
-
-    Returns:
-        [n, H] float32.
     """
     if isinstance(weights, ChannelExpert):
         output = channel_forward(module, weights, x)
@@ -53,7 +50,7 @@ def expert_forward(
 def inner_activations(
     module: Any, weights: Mapping[str, FloatWeight | IntegerWeight], x: torch.Tensor
 ) -> torch.Tensor:
-    """Return what an expert's second matrix is given, [n, I] float32; see `expert_forward`."""
+    """Return the input of an expert's down matrix, [n, I] float32; see `expert_forward`."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = linear(x, weights[first], _bias(weights, first))  # [n, 2I] or [n, I]
     found: torch.Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
@@ -61,7 +58,7 @@ def inner_activations(
 
 
 def _described(weights: Mapping[str, FloatWeight | IntegerWeight], first: str) -> NativeExpert:
-    """Describe the weights to the kernels, or find it done for this memory before."""
+    """Return the kernels' description of the weights, cached in an ExpertWeights."""
     if isinstance(weights, ExpertWeights) and weights.prepared is not None:
         prepared: NativeExpert = weights.prepared
         return prepared

@@ -1,4 +1,4 @@
-"""Which of the kernels' gates an experts module has: found by asking the module, not its name."""
+"""Recognition of an experts module's gate among those of the kernels, by probing the module."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,12 +21,9 @@ _found: WeakKeyDictionary[Any, Gate | None] = WeakKeyDictionary()
 
 
 def gate_of(module: Any) -> Gate | None:
-    """Return the gate that computes what the module's own does, None where none does.
+    """Return the gate equal to that of an experts module of transformers, or None.
 
     The candidates are tried on numbers from -20 to 20, where they all differ.
-
-    Args:
-        module: an experts module of transformers.
     """
     if module not in _found:
         _found[module] = _recognize(module)
@@ -34,8 +31,8 @@ def gate_of(module: Any) -> Gate | None:
 
 
 def gate_output(gate: Gate, product: torch.Tensor) -> torch.Tensor:
-    """Return the input of the second product, [n, I], from the first product, [n, 2I] or [n, I]:
-    the definition that the compiled kernels have to agree with."""
+    """Return the inner activations, [n, I], of the first product, [n, 2I] or [n, I]: the definition
+    that the compiled kernels have to match."""
     if not gate.gated:
         return _ACTIVATIONS[gate.activation](product)
     if gate.interleaved:
@@ -54,7 +51,7 @@ def _recognize(module: Any) -> Gate | None:
     width = 2 * _N_INNER if gated else _N_INNER
     draw = torch.Generator().manual_seed(0)
     probe = torch.rand(8, width, generator=draw).mul_(40).sub_(20)
-    probe[4:] /= 8  # and some where the activations bend
+    probe[4:] /= 8  # smaller numbers, where the activations bend
     with torch.no_grad():
         wanted = module._apply_gate(probe) if gated else module.act_fn(probe)
         for gate in _candidates(module, gated):

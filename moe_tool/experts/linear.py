@@ -1,9 +1,8 @@
-"""The product x @ weight.T over a weight as it lies in a record.
+"""Product x @ weight.T over a weight in its stored form.
 
-Integer weights meet tokens that are rounded to int8 per group of inputs: that is what the compiled
-kernels compute, and the torch twin here is the definition they have to agree with. Weights that
-are not float32 are expanded in blocks of rows into one scratch block, so a layer needs no float32
-copy of an expert.
+For integer weights, tokens are rounded to int8 per group of inputs, as in the compiled kernels; the
+torch twin here is the definition that they have to match. Weights narrower than float32 are
+expanded in blocks of rows into one scratch block, so that no float32 copy of an expert is needed.
 """
 
 import torch
@@ -16,8 +15,8 @@ from moe_tool.quantization.tokens import round_trip_tokens
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 FEW_TOKENS = 32
-"""Up to here reading the weight costs most, beyond it the product, which torch does best where the
-weight is of floats."""
+"""Up to here reading the weight dominates; beyond, the product does, where torch is faster for
+float weights"""
 _SMALL_BLOCK = 2**18
 """Weights that stay in the second-level cache; four times that took 1.3 times as long"""
 _LARGE_BLOCK = 2**20
@@ -29,8 +28,8 @@ def linear(
 ) -> torch.Tensor:
     """Return x @ weight.T + bias in float32.
 
-    A float32 weight goes to `F.linear` as it is, so the result is that of the ordinary model bit
-    for bit. The kernels' products do not depend on the number of threads or of tokens; torch's may.
+    A float32 weight is passed to `F.linear`, so that the result equals the ordinary model's bit for
+    bit. The kernels' products do not depend on the number of threads or of tokens; torch's may.
 
     Args:
         x: [n, in] float32.
@@ -53,7 +52,7 @@ def linear(
 
 
 def computes_natively(weight: FloatWeight | IntegerWeight, n_tokens: int) -> bool:
-    """Return whether the compiled kernels take a product of so many tokens."""
+    """Return whether the compiled kernels compute a product of `n_tokens` tokens."""
     if not is_native():
         return False
     if isinstance(weight, IntegerWeight):

@@ -1,1 +1,1 @@
-"""Artifacts described: one describer for each kind, from file to facts."""
+"""Descriptions of artifacts: one function per kind, from file to facts."""

@@ -1,4 +1,4 @@
-"""Find out what kind of artifact a file or folder is, and ask its describer."""
+"""Description of any artifact: find its kind and call the function for it."""
 
 from pathlib import Path
 
@@ -23,18 +23,18 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Description:
-    """Return what lies at `path`.
+    """Return the description of the artifact at `path`.
 
     Args:
-        path: a profile, buddy map, plan, hardware profile, trace of a run, bundle, half-written
-            bundle or checkpoint.
+        path: a profile, buddy map, plan, hardware profile, run trace, bundle, half-written bundle
+            or checkpoint.
         verify: read everything and check every hash, not only headers and sizes.
-        progress: told about the reading.
+        progress: listener.
 
     Raises:
-        NotFoundError: nothing is there.
-        CorruptArtifactError: it is damaged, or nothing that this tool knows.
-        ArtifactVersionError: it is of another version.
+        NotFoundError: there is no such file or folder.
+        CorruptArtifactError: it is damaged or of no known kind.
+        ArtifactVersionError: it has another format version.
     """
     if not path.exists():
         raise NotFoundError(f"there is nothing at {path}", hint="ls profiles/ shows what there is")
@@ -77,7 +77,7 @@ def _describe_json(path: Path) -> Description:
     if describe is not None:
         return describe(path)
     if path.name.endswith(BUDDIES_SUFFIX):
-        return describe_buddies(path)  # refuses it, with what a buddy map should be
+        return describe_buddies(path)  # raises, saying what is wrong
     raise _unknown(path)
 
 
@@ -106,7 +106,7 @@ def _unfinished(path: Path, kind: str, remedy: str) -> Description:
         kind=kind,
         path=path,
         is_intact=False,
-        checked=f"it was never finished: go on with {remedy}",
+        checked=f"unfinished: continue with {remedy}",
         facts={"bytes": size},
     )
 

@@ -1,4 +1,4 @@
-"""A bundle's facts: what is packed how, and what it was measured to cost."""
+"""Facts of a bundle: contents, precisions, and measured quality."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
     """Describe a folder that `pack` wrote.
 
     Raises:
-        CorruptArtifactError, ArtifactVersionError: it is damaged, or of another version.
+        CorruptArtifactError, ArtifactVersionError: it is damaged, or has another format version.
     """
     with BundleReader.open(path) as reader:
         if verify:
@@ -57,7 +57,7 @@ def _facts(manifest: BundleManifest) -> dict[str, object]:
 
 
 def _primary_bits(manifest: BundleManifest) -> str:
-    """Return one number, or how many experts have which."""
+    """Return the primary precision, or the number of experts by precision."""
     found = manifest.primary_counts
     if len(found) == 1:
         return next(iter(found))
@@ -76,7 +76,7 @@ def _lineage_facts(manifest: BundleManifest) -> dict[str, object]:
 
 
 def _policy_facts(manifest: BundleManifest) -> dict[str, object]:
-    """Return what answers misses by default, and what that was measured to cost."""
+    """Return the default policy and its measured or expected KL."""
     calibration, plan = manifest.calibration, manifest.plan
     if calibration is None:
         if plan is None or plan.policy is None:
@@ -93,12 +93,12 @@ def _policy_facts(manifest: BundleManifest) -> dict[str, object]:
 
 
 def _pruning_facts(manifest: BundleManifest) -> dict[str, object]:
-    """Return what the trained mask routers leave out, and what that was measured to cost."""
+    """Return the pruning rate of the trained mask routers and its measured KL."""
     pruning = manifest.pruning
     if pruning is None:
         return {}
     return {
-        "pruning": f"trained to leave out {pruning.rate:.0%} of the experts",
+        "pruning": f"trained to drop {pruning.rate:.0%} of the chosen experts",
         "pruning_measured": _measured(pruning.quality),
         "pruning_trained_on": ", ".join(pruning.sources),
     }

@@ -14,7 +14,7 @@ _MEASURED |= {"layer_warm_s", "layer_cold_s", "layer_rested_s", "cold_bytes"}
 
 
 def describe_bit_prices(path: Path) -> Description:
-    """Describe what every number of bits costs every expert."""
+    """Describe a file of bit prices."""
     prices = read_json_artifact(path, BitPrices)
     facts: dict[str, object] = model_facts(prices.identity) | {
         "quantizer": prices.quantizer,
@@ -33,7 +33,7 @@ def describe_bit_prices(path: Path) -> Description:
 
 
 def describe_hardware(path: Path) -> Description:
-    """Describe what a machine can do."""
+    """Describe a hardware profile."""
     profile = read_json_artifact(path, HardwareProfile)
     facts: dict[str, object] = {
         "name": profile.name,
@@ -55,7 +55,7 @@ def describe_hardware(path: Path) -> Description:
 
 
 def describe_plan(path: Path) -> Description:
-    """Describe how a model is to be packed and run."""
+    """Describe a plan."""
     plan = read_plan(path)
     found = plan.prediction
     facts: dict[str, object] = model_facts(plan.identity) | {
@@ -86,7 +86,7 @@ def describe_plan(path: Path) -> Description:
 
 
 def describe_buddies(path: Path) -> Description:
-    """Describe the stand-ins of every expert."""
+    """Describe a buddy map."""
     buddy_map = read_json_artifact(path, BuddyMap)
     facts: dict[str, object] = model_facts(buddy_map.identity) | {
         "by": buddy_map.by,

@@ -1,4 +1,4 @@
-"""Facts of what holds traces: a profile, and a recorded run."""
+"""Facts of profiles and run traces."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def describe_profile(path: Path, progress: Progress) -> Description:
 
 
 def describe_run_trace(path: Path) -> Description:
-    """Describe the trace of a run; its reader checks every array against the others."""
+    """Describe a run trace; its reader checks every array against the others."""
     header, calls = read_run_trace(path)
     facts: dict[str, object] = (
         model_facts(header.identity)

@@ -15,20 +15,20 @@ Tabled = BitPrices | HardwareProfile | PackPlan | ProfileRouting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """One artifact, described."""
+    """Description of one artifact."""
 
     kind: str
     path: Path
     checked: str
     """Evidence for `is_intact`"""
     facts: dict[str, object]
-    """In the order in which they are shown"""
+    """Facts in display order"""
     is_intact: bool = True
-    """False for what was never finished; what is damaged is not described but refused"""
+    """False for an unfinished artifact; a damaged one is refused instead"""
     details: dict[str, object] = field(default_factory=dict)
-    """Longer parts that `--json` alone has"""
+    """Longer parts, for `--json` only"""
     tabled: Tabled | None = None
-    """Artifact that people see as tables below the facts"""
+    """Artifact shown as tables below the facts"""
 
     def to_json(self) -> dict[str, object]:
         """Return the fields of `--json`."""
@@ -43,7 +43,7 @@ class Description:
 
 
 def model_facts(identity: ModelIdentity) -> dict[str, object]:
-    """Return which model an artifact is from."""
+    """Return the facts that identify an artifact's model."""
     return {
         "model": identity.name,
         "model_type": identity.model_type,
@@ -53,7 +53,7 @@ def model_facts(identity: ModelIdentity) -> dict[str, object]:
 
 
 def shape_facts(shape: MoeShape) -> dict[str, object]:
-    """Return how large a model is."""
+    """Return the facts on a model's shape."""
     return {
         "decoder_layers": shape.n_decoder_layers,
         "layers": len(shape.layers),

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints and architectures: the only room that knows transformers' internals."""
+"""Hugging Face checkpoints and architectures: the only room that uses transformers' internals."""

@@ -1,4 +1,4 @@
-"""Description of a checkpoint: shape, identity, and which tensors belong to what."""
+"""Opening of a checkpoint: shape, identity, and sources of skeleton and experts."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -37,16 +37,16 @@ class OpenedModel:
     """A checkpoint, checked against its config, ready to be read."""
 
     checkpoint: Checkpoint
-    """Open; the owner of this object closes it."""
+    """Open checkpoint; the owner of this object closes it."""
     identity: ModelIdentity
     shape: MoeShape
     skeleton: SkeletonSource
     """Everything but the routed experts."""
     experts: ExpertSource
     max_positions: int
-    """Longest sequence that the model's positions allow; a large number where it does not say"""
+    """Context length of the model; a large number if unknown"""
     unfused_attention_heads: int
-    """Query heads whose score matrices are in memory in full; 0 where a fused kernel takes them"""
+    """Query heads whose score matrices are in memory in full; 0 with a fused kernel"""
 
 
 def open_model(model: LocatedModel) -> OpenedModel:
@@ -54,8 +54,8 @@ def open_model(model: LocatedModel) -> OpenedModel:
 
     Raises:
         NotFoundError: there is no config.json or no checkpoint.
-        UnsupportedModelError: the architecture or the weight format is not known.
-        CorruptArtifactError: config, tensors or both are damaged or do not belong together.
+        UnsupportedModelError: the architecture or the weight format is unknown.
+        CorruptArtifactError: config or tensors are damaged or do not belong together.
     """
     meta = build_meta_model(model.folder)
     checkpoint = Checkpoint.open_folder(model.folder)
@@ -87,7 +87,7 @@ def open_model(model: LocatedModel) -> OpenedModel:
 
 
 def _require_merged(checkpoint: Checkpoint) -> None:
-    """Refuse tensors named as a wrapper for adapters names them: to the model they are missing."""
+    """Refuse tensors with the names of an adapter wrapper, which the model would not find."""
     for name in checkpoint.tensors:
         if name.startswith("base_model.") or ".base_layer." in name:
             raise UnsupportedModelError(
@@ -106,11 +106,11 @@ def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
     """Return the shape of a model, from its modules and the dtype of the experts on disk.
 
     Args:
-        model: on the meta device, the experts' parameters still in it.
+        model: a model on the meta device, with the experts' parameters.
         checkpoint: a whole checkpoint.
 
     Raises:
-        UnsupportedModelError: the experts are not stored as floating-point numbers of one kind.
+        UnsupportedModelError: the experts are not stored in one floating-point dtype.
         CorruptArtifactError: the checkpoint holds no experts.
     """
     modules = find_moe_layers(model)[0]
@@ -132,7 +132,7 @@ def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
 
 
 def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatName) -> MoeShape:
-    """Return the shape of a model from one of its MoE layers; `dtype`: of the experts on disk.
+    """Return the shape of a model from one of its MoE layers and the experts' dtype on disk.
 
     Raises:
         CorruptArtifactError: config.json describes a shape, or groups, that no router can have.
@@ -162,10 +162,10 @@ def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatN
 
 
 def _require_groups(config: PreTrainedConfig, modules: MoeLayerModules) -> None:
-    """Refuse groups of experts that the router's arithmetic cannot make.
+    """Refuse groups of experts that the router cannot compute.
 
-    Some routers pass over the groups that their configuration names, so the router is asked: on
-    the meta device that computes shapes alone.
+    Some routers ignore the groups in their configuration, so the router is run, on the meta device,
+    which computes shapes only.
     """
     groups, experts = getattr(config, "n_group", None), cast(int, modules.experts.num_experts)
     if not isinstance(groups, int) or groups == 1:
@@ -173,7 +173,7 @@ def _require_groups(config: PreTrainedConfig, modules: MoeLayerModules) -> None:
     weight = next(modules.router.parameters())
     try:
         modules.route(torch.zeros(1, config.hidden_size, device=weight.device, dtype=weight.dtype))
-    except Exception as error:  # torch and the routers refuse with errors of many kinds
+    except Exception as error:  # torch and the routers raise many kinds of errors
         chosen = getattr(config, "topk_group", None)
         raise CorruptArtifactError(
             f"config.json describes no mixture of experts: {experts} experts cannot be routed in "
@@ -186,10 +186,10 @@ def _require_groups(config: PreTrainedConfig, modules: MoeLayerModules) -> None:
 def identity_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
     """Return the on-disk names of routers and of vectors outside experts.
 
-    They are small, and every fine-tune moves them.
+    They are small, and every fine-tune changes them.
 
     Args:
-        model: on the meta device, the experts' parameters still in it.
+        model: a model on the meta device, with the experts' parameters.
         checkpoint: a whole checkpoint, or one without routed experts.
     """
     tensor_map = TensorMap(model, checkpoint)

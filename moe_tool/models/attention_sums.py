@@ -1,5 +1,4 @@
-"""How much attention each token of a chunk receives: for policies that protect what is attended
-to."""
+"""Attention that each token of a chunk receives, for policies that protect important tokens."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,18 +12,21 @@ from moe_tool.models.moe_layers import decoder_layers
 
 
 class AttentionSums:
-    """Listens to the attention of some layers. While it does, the model computes attention step by
-    step, score matrices included; otherwise by its own fast path."""
+    """Listener to the attention of some layers.
+
+    While it listens, the model computes attention eagerly, score matrices included; otherwise by
+    its fast path.
+    """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[int]) -> None:
         """Hook the attention of the layers.
 
         Args:
-            model: of transformers.
-            layers: decoder layers that are asked about.
+            model: a transformers model.
+            layers: decoder layers to listen to.
 
         Raises:
-            UsageError: a layer has no attention that tells its weights.
+            UsageError: a layer has no attention that returns its weights.
         """
         self._config: Any = model.config.get_text_config()
         self._fast = self._config._attn_implementation
@@ -42,22 +44,22 @@ class AttentionSums:
             self._hooks.append(attention.register_forward_hook(self._keep(layer)))
 
     def listen(self, is_on: bool) -> None:
-        """Listen to the coming forward, or do not."""
+        """Switch listening on or off for the next forward."""
         if is_on != self._is_listening:
             self._config._attn_implementation = "eager" if is_on else self._fast
             self._is_listening = is_on
         self._received.clear()
 
     def take(self, layer: int) -> torch.Tensor:
-        """Return what each token of the chunk received in a layer that has just been computed,
-        [B, S] float32, once.
+        """Return and forget the attention that each token received in a layer just computed,
+        [B, S] float32.
 
-        It is the attention of the chunk's tokens from it on, averaged over them and over heads.
+        It is averaged over heads, and over the chunk's queries from the token on.
         """
         return self._received.pop(layer)
 
     def close(self) -> None:
-        """Let the model be."""
+        """Remove the hooks and restore the fast path."""
         self.listen(False)
         while self._hooks:
             self._hooks.pop().remove()
@@ -69,8 +71,8 @@ class AttentionSums:
             weights = output[1]
             if weights is None:
                 raise UsageError(
-                    "this model's attention does not tell its weights, so that none of a prompt's "
-                    "tokens could be protected",
+                    "this model's attention does not return its weights, so that no token of a "
+                    "prompt could be protected",
                     hint="leave --lossy-prefill out, or take another policy",
                 )
             self._received[layer] = received_attention(weights)
@@ -79,13 +81,14 @@ class AttentionSums:
 
 
 def received_attention(weights: torch.Tensor) -> torch.Tensor:
-    """Return the attention that each query's own token receives, [B, S] float32: the column sums
-    over the queries from it on, by their number, averaged over heads.
+    """Return the attention that each query's own token receives, [B, S] float32: the mean over
+    heads and over the queries from it on.
 
     The released code of MC (arXiv:2410.06270) sums over keys instead, which is 1 for every token.
 
     Args:
-        weights: [B, heads, S, S'] of S queries; the last S of the S' keys are of the same tokens.
+        weights: [B, heads, S, S'] attention weights; the last S of the S' keys belong to the
+            queries' tokens.
     """
     n_queries = weights.shape[2]
     own = weights[..., -n_queries:].float().mean(dim=1)  # [B, S, S]

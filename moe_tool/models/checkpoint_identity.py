@@ -1,5 +1,4 @@
-"""The identity of a checkpoint: cheap enough to compute at every start, sharp enough to tell two
-fine-tunes apart."""
+"""Identity of a checkpoint, computed at every start, that tells fine-tunes apart."""
 
 import hashlib
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.formats.safetensors_index import Checkpoint
 
-# Written by whoever saved the file last; the weights and their meaning do not depend on them.
+# Keys that depend on who saved the file last, not on the weights.
 _VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_commit_hash"})
 
 
@@ -26,10 +25,10 @@ def checkpoint_identity(
     Args:
         folder: holds config.json.
         checkpoint: its tensors; only those in `hashed_tensors` are read.
-        name: what the user calls the model.
+        name: the user's name for the model.
         model_type: transformers' model type.
         hashed_tensors: on-disk names of routers and norms, the small tensors that every fine-tune
-            moves.
+            changes.
 
     Raises:
         CorruptArtifactError: a tensor cannot be read.

@@ -1,33 +1,33 @@
-"""How many positions a model was made for, its stretched rotary embedding included."""
+"""Context length of a model, scaled rotary embeddings included."""
 
 from collections.abc import Mapping
 from typing import Any
 
 _STRETCHED = ("yarn", "linear", "llama3", "longrope")
-"""Types whose frequencies are fixed: those of "dynamic" change with every length"""
+"""Rope types with fixed frequencies; those of "dynamic" change with the length"""
 
 
 def context_length(config: Any) -> int | None:
-    """Return the longest sequence that a configuration allows, None where it does not say.
+    """Return the context length that a configuration allows; None if unknown.
 
-    A factor of the rotary embedding stretches the positions that it was trained with, whether or
-    not max_position_embeddings was raised as well, so the larger of both counts.
+    A rope factor extends the original context whether or not max_position_embeddings was raised
+    too, so the larger of both is returned.
 
     Args:
-        config: of a text model, transformers' or what config.json says.
+        config: a text model's configuration, of transformers or as a mapping from config.json.
     """
     stated = _whole_number(_value(config, "max_position_embeddings"))
     rope = _value(config, "rope_parameters") or _value(config, "rope_scaling")
     if not isinstance(rope, Mapping):
         return stated
-    # Some models have one set of parameters for each kind of layer.
+    # Some models have one set of rope parameters per type of layer.
     sets = [each for each in rope.values() if isinstance(each, Mapping)] or [rope]
     stretched = [_stretched(each, config, stated) for each in sets]
     return max((each for each in (stated, *stretched) if each is not None), default=None)
 
 
 def _stretched(rope: Mapping[str, Any], config: Any, stated: int | None) -> int | None:
-    """Factor x original positions."""
+    """Return factor x original positions; None without such a factor."""
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
     if kind not in _STRETCHED or not isinstance(factor, int | float) or not 1 < factor < 2**20:
         return None

@@ -1,4 +1,4 @@
-"""One expert of a checkpoint in canonical form, whatever the layout on disk."""
+"""Reader of single experts of a checkpoint in canonical form, whatever the layout on disk."""
 
 import torch
 from transformers import PreTrainedModel
@@ -9,13 +9,13 @@ from moe_tool.models.tensor_map import TensorMap
 
 
 class ExpertSource:
-    """Reads experts one at a time; no two of them read the same bytes."""
+    """Reader of one expert at a time; no two experts share bytes."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         """Map the checkpoint and check it.
 
         Args:
-            model: on the meta device, the experts' parameters still in it.
+            model: a model on the meta device, with the experts' parameters.
             checkpoint: stays open and owned by the caller.
 
         Raises:
@@ -33,15 +33,15 @@ class ExpertSource:
         }
 
     def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """Return one expert's tensors, freshly read.
+        """Read one expert's tensors.
 
         Args:
             layer: decoder-layer index.
             expert: 0 to E - 1.
 
         Returns:
-            The experts module's parameter names -> contiguous tensors in the checkpoint's dtype:
-            matrices [out, in], biases [out]. Rows of gate_up_proj are in the module's own order.
+            Contiguous tensors in the checkpoint's dtype by the experts module's parameter names:
+            matrices [out, in], biases [out]. Rows of gate_up_proj are in the module's order.
 
         Raises:
             StorageError: the checkpoint cannot be read.
@@ -68,5 +68,5 @@ class ExpertSource:
 
 
 def is_transposed(modules: MoeLayerModules) -> bool:
-    """Return whether this layer's module keeps its matrices as [in, out]."""
+    """Return whether this layer's module has its matrices as [in, out]."""
     return bool(modules.experts.is_transposed)

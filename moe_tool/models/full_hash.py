@@ -1,25 +1,24 @@
-"""The full hash of a checkpoint, computed while something else reads every tensor of it anyway."""
+"""Full hash of a checkpoint, computed while its tensors are read for another purpose."""
 
 import hashlib
 from collections.abc import Mapping
 
 
 class FullHash:
-    """Collects one sha256 per tensor, or per row of a tensor that is read row by row, in any
-    order."""
+    """Collector of one sha256 per tensor, or per row of tensors read row by row, in any order."""
 
     def __init__(self, digests: Mapping[str, str] | None = None) -> None:
-        """Begin, or go on with what `digests` returned in a run that was interrupted."""
+        """Start, or continue from the `digests` of an interrupted run."""
         self._digests: dict[str, str] = dict(digests or {})
 
     def add(self, name: str, row: int | None, data: memoryview) -> None:
-        """Take note of a tensor's bytes, or of one row's; a listener for `Checkpoint.on_read`."""
+        """Add the bytes of a tensor or of a row; a listener for `Checkpoint.on_read`."""
         key = name if row is None else f"{name} {row:06d}"
         self._digests[key] = hashlib.sha256(data).hexdigest()
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digests collected: hex digests by tensor name, or by tensor name and row."""
+        """Hex digests by tensor name, or by tensor name and row."""
         return dict(sorted(self._digests.items()))
 
     def result(self) -> str:

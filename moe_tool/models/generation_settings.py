@@ -1,4 +1,4 @@
-"""Settings of a model's generation_config.json that are followed: the rest is never even built."""
+"""Supported settings of a model's generation_config.json; the rest is ignored."""
 
 import os
 from pathlib import Path
@@ -13,15 +13,14 @@ from moe_tool.formats.strict_json import parse_json_object
 
 _MAX_BYTES = 2**20
 _REMEDY = (
-    "mend or remove generation_config.json in the checkpoint's folder, and pack the bundle again"
+    "fix or remove generation_config.json in the checkpoint's folder, and pack the bundle again"
 )
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Settings(BaseModel):
-    """The settings that are followed; other keys choose other ways to decode, some of which need
-    code of the model's own."""
+    """Supported settings; other keys choose decoding methods that may need the model's own code."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -42,14 +41,14 @@ class _Settings(BaseModel):
 FOLLOWED_SETTINGS = tuple(
     name for name in _Settings.model_fields if name not in ("pad_token_id", "eos_token_id")
 )
-"""Names of the settings that `generate` is given; padding and end of text are decided apart."""
+"""Settings passed to `generate`; padding and end-of-text tokens are set separately"""
 
 
 def read_generation_settings(folder: Path) -> GenerationConfig | None:
-    """Return what generation_config.json says of the settings that are followed, None without one.
+    """Return the supported settings of generation_config.json; None without the file.
 
     Raises:
-        CorruptArtifactError: it is not JSON, or a setting that is followed means nothing.
+        CorruptArtifactError: it is not JSON, or a supported setting is invalid.
     """
     path = folder / "generation_config.json"
     if not os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""A KV cache that a token is appended to without copying what it holds."""
+"""KV cache with preallocated memory, so that appending a token copies nothing."""
 
 from typing import Any
 
@@ -8,16 +8,11 @@ from transformers.cache_utils import DynamicLayer
 
 
 def new_kv_cache(config: PreTrainedConfig, *, n_positions: int) -> DynamicCache:
-    """Return an empty cache with room for so many positions per sequence.
+    """Return an empty cache with room for `n_positions` positions per sequence.
 
-    transformers' own concatenates: every token copies the keys and values of all before it, 3 ms
-    per layer at 2000 positions of 8 heads of 128 on one core. Layers with a window keep doing so,
-    but hold no more than the window. Room costs memory once it is written to; beyond it, a layer
-    grows by copying.
-
-    Args:
-        config: of the model.
-        n_positions: planned; more are possible.
+    transformers' own concatenates: every token copies all keys and values, 3 ms per layer at 2000
+    positions of 8 heads of 128 on one core. Layers with a sliding window still do, but hold no more
+    than the window. The room takes memory once written to; beyond it, a layer grows by copying.
     """
     cache = DynamicCache(config=config)
     cache.layers = [
@@ -28,7 +23,7 @@ def new_kv_cache(config: PreTrainedConfig, *, n_positions: int) -> DynamicCache:
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """Keys and values are views of the filled part of a larger tensor."""
+    """Layer whose keys and values are views of the filled part of a larger tensor."""
 
     def __init__(self, n_positions: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -38,7 +33,7 @@ class _PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append positions; return all keys, all values."""
+        """Append positions; return all keys and all values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -48,15 +43,17 @@ class _PreallocatedLayer(DynamicLayer):
 
 
 class _Rows:
-    """Memory for positions, [..., n_positions, width], filled from the front."""
+    """Preallocated positions, [..., n_positions, width], filled from the front."""
 
     def __init__(self, n_positions: int) -> None:
         self._n_positions = n_positions
         self._memory: torch.Tensor | None = None
 
     def append(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Return `held` and `new` behind each other; `held` is what was last returned, or what
-        somebody made of it: fewer positions, or other sequences."""
+        """Return `held` followed by `new`.
+
+        `held` is the last return value, or derived from it: cut, or with other sequences.
+        """
         n_held = held.shape[-2] if held.numel() else 0
         n_all = n_held + new.shape[-2]
         memory = self._memory
@@ -68,7 +65,7 @@ class _Rows:
         )
         if not is_ours:
             room = self._n_positions if n_all <= self._n_positions else 2 * n_all
-            with torch.inference_mode(False):  # so that it can be written to in any mode
+            with torch.inference_mode(False):  # writable in any mode
                 memory = new.new_empty(*new.shape[:-2], room, new.shape[-1])
             if n_held:
                 memory[..., :n_held, :] = held

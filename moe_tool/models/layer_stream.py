@@ -1,4 +1,4 @@
-"""Push batches through a model with one decoder layer in memory at a time."""
+"""Forward pass through a model with one decoder layer in memory at a time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,43 +44,43 @@ class _CallArguments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedLayer:
-    """One decoder layer whose weights are in memory until the next one is asked for."""
+    """One decoder layer, whose weights are in memory until the next one is requested."""
 
     layer: int
     """Decoder-layer index."""
     moe: MoeLayerModules | None
-    """None in a dense layer."""
+    """Modules of the MoE layer; None for a dense layer."""
     forward: Callable[[torch.Tensor], torch.Tensor]
-    """[B, S, H] hidden states before the layer -> after it, by the experts function set."""
+    """Function of the layer on hidden states [B, S, H], with experts by the experts function."""
 
 
 class LayerStream:
-    """Embeddings, head and all routers in memory, decoder layers one after the other.
+    """Model with embeddings, head and all routers in memory, and decoder layers loaded in turn.
 
-    A full pass of `layers`, with each expert read once from `experts`, reads every tensor that
-    the model uses once. Sequences are never padded: positions run from 0 and every token sees
-    all before it, or its window.
+    A full pass of `layers`, with each expert read once from `experts`, reads every used tensor
+    once. Sequences are never padded: positions run from 0 and every token attends to all before it,
+    or to its window.
     """
 
     def __init__(
         self, folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Check the checkpoint against config.json; load the routers and all outside the layers.
+        """Check the checkpoint against config.json; load routers and everything outside the layers.
 
         Args:
             folder: holds config.json.
             checkpoint: a whole checkpoint; stays open and owned by the caller.
-            dtype: of the loaded parameters.
+            dtype: dtype of the loaded parameters.
 
         Raises:
             NotFoundError, UnsupportedModelError: as `build_meta_model`.
-            CorruptArtifactError: a tensor is missing or has another shape; told before any is read.
+            CorruptArtifactError: a tensor is missing or has another shape; raised before any read.
         """
         self.model = build_meta_model(folder, dtype)
         self._checkpoint = checkpoint
         self._map = TensorMap(self.model, checkpoint)
         self.moe_layers = tuple(self._map.moe_layers.values())
-        """The modules of every MoE layer; the routers stay loaded, see `MoeLayerModules.route`."""
+        """Modules of every MoE layer; the routers stay loaded, see `MoeLayerModules.route`."""
         missing = self._map.check_skeleton()
         self.experts = ExpertSource(self.model, checkpoint)
         self.shape: MoeShape = read_shape(self.model, checkpoint)
@@ -98,16 +98,13 @@ class LayerStream:
 
     @torch.no_grad()
     def initial_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states before the first decoder layer.
+        """Return the hidden states before the first decoder layer, [B, S, H].
 
         Args:
             tokens: [B, S] int64.
 
-        Returns:
-            [B, S, H].
-
         Raises:
-            UnsupportedModelError: the layers of this model hand each other more than hidden states.
+            UnsupportedModelError: this model's layers pass each other more than hidden states.
         """
         taps = [_Tap(layer) for layer in decoder_layers(self.model)]
         with self._layers_replaced(taps):
@@ -122,11 +119,7 @@ class LayerStream:
         return hidden
 
     def layers(self, start: int = 0) -> Iterator[StreamedLayer]:
-        """Yield the decoder layers from `start` on, each in memory until the next is asked for.
-
-        Args:
-            start: decoder-layer index to begin with, e.g. on a resume.
-        """
+        """Yield the decoder layers from `start` on, each in memory until the next is requested."""
         for index, module in enumerate(decoder_layers(self.model)):
             if index < start:
                 continue
@@ -144,14 +137,8 @@ class LayerStream:
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits of hidden states behind the last layer: final norm, head, scaling.
-
-        Args:
-            hidden: [B, S, H].
-
-        Returns:
-            [B, S, V].
-        """
+        """Return the logits, [B, S, V], of hidden states after the last layer, [B, S, H], by final
+        norm, head and scaling."""
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
         layers: list[nn.Module] = [_Tap(layer) for layer in decoder_layers(self.model)]
         layers[-1] = _Feed(hidden, decoder_layers(self.model)[-1])
@@ -159,7 +146,7 @@ class LayerStream:
             return self.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _targets_by_layer(self) -> dict[int | None, list[str]]:
-        """Group what is to be loaded by decoder layer; None: outside them, or a router."""
+        """Group the skeleton's targets by decoder layer; None: routers, and all outside layers."""
         prefix = decoder_prefix(self.model)
         names = {module: name for name, module in self.model.named_modules()}
         routers = tuple(f"{names[modules.router]}." for modules in self.moe_layers)
@@ -222,17 +209,17 @@ class LayerStream:
             raise unsupported(self.shape.model_type, "the hidden states change between its layers")
         for value in (*tap.args, *tap.kwargs.values()):
             if value is tokens or isinstance(value, dict | list):
-                reason = "its layers hand each other more than hidden states"
+                reason = "its layers pass each other more than hidden states"
                 raise unsupported(self.shape.model_type, reason)
         tap.hidden = None
 
 
 class _Tap(nn.Module):
-    """Stands for a decoder layer: lets hidden states through, keeps what it was called with."""
+    """Replacement of a decoder layer that returns its input and keeps its arguments."""
 
     def __init__(self, real: nn.Module) -> None:
         super().__init__()
-        self.__dict__["real"] = real  # not as a submodule: its weights must not be seen here
+        self.__dict__["real"] = real  # not as a submodule, which would expose its weights
         self.hidden: torch.Tensor | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
@@ -244,18 +231,18 @@ class _Tap(nn.Module):
             return getattr(self.__dict__["real"], name)  # e.g. attention_type
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the hidden states as they came."""
+        """Return the hidden states unchanged."""
         self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
         return hidden_states
 
 
 class _Feed(_Tap):
-    """Stands for the last decoder layer: gives out hidden states that were computed before."""
+    """Replacement of the last decoder layer that returns given hidden states."""
 
     def __init__(self, hidden: torch.Tensor, real: nn.Module) -> None:
         super().__init__(real)
         self.__dict__["given"] = hidden
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the hidden states that were given."""
+        """Return the given hidden states."""
         return self.__dict__["given"]  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""From what the user typed (folder, alias, hub id) to a folder, cached or downloaded."""
+"""Location of a model by folder, alias or hub id: local, cached or downloaded."""
 
 import json
 import re
@@ -34,7 +34,7 @@ ALIASES: dict[str, str] = {
     "minimax-m2": "MiniMaxAI/MiniMax-M2",
     "gpt-oss": "openai/gpt-oss-20b",
 }
-"""Short names that MODEL may be, and the folder or hub id behind each."""
+"""Folder or hub id by short name, for MODEL"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _WANTED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
@@ -43,16 +43,15 @@ _MAX_INDEX_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocatedModel:
-    """A checkpoint's folder and what to call it."""
+    """A checkpoint's folder and name."""
 
     folder: Path
     name: str
-    """Name that the user typed: alias or hub id; a folder's own name."""
+    """Alias or hub id as typed by the user, or the folder's own name."""
 
 
 def model_to_type(name: str) -> str:
-    """Return what to type as MODEL for a model that an artifact names. It knows a folder's name,
-    not where the folder lies."""
+    """Return what to type as MODEL for the name in an artifact, which omits a folder's path."""
     return name if name in ALIASES or "/" in name else f"PATH/TO/{name}"
 
 
@@ -63,15 +62,15 @@ def _silent(_: str) -> None:
 def locate_model(
     model: str, *, offline: bool = False, announce: Callable[[str], None] = _silent
 ) -> LocatedModel:
-    """Find a model's folder; download it only if it is neither here nor in the cache.
+    """Find a model's folder; download it only if it is neither local nor cached.
 
     Args:
         model: a folder, an alias, or a hub id "owner/name".
-        offline: never touch the network.
-        announce: is told in one sentence what will be downloaded and how large it is.
+        offline: never use the network.
+        announce: called with a sentence on a download and its size.
 
     Raises:
-        NotFoundError: it is in no place that was looked at, and cannot be fetched, or is a file.
+        NotFoundError: it was not found and cannot be downloaded, or is a file.
         DiskFullError: the download does not fit.
         UnsupportedModelError: the hub has it without safetensors files, or it is a GGUF file.
     """

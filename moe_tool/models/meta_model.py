@@ -1,4 +1,4 @@
-"""A model without weights, built from config.json, whose experts are ours."""
+"""Model without weights, built from config.json, with replaceable experts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +14,13 @@ from moe_tool.models.moe_layers import find_moe_layers, unsupported
 
 EXPERTS_IMPLEMENTATION = "moe_tool"
 CALL_ATTRIBUTE = "_moe_tool_call"
-"""Attribute in which an experts module keeps the callable that answers for it."""
+"""Attribute of an experts module with the callable that computes its output"""
 
 
 def build_meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build the model of a folder's config.json on the meta device, in eval mode.
 
-    Its experts call what is set on them (`CALL_ATTRIBUTE`).
+    Its experts modules call their `CALL_ATTRIBUTE`.
 
     Raises:
         NotFoundError, CorruptArtifactError: as `read_config`.

@@ -1,4 +1,4 @@
-"""A configuration of a model, from config.json or from a copy of it in an artifact."""
+"""Configuration of a model, from config.json or from a copy of it in an artifact."""
 
 import json
 from pathlib import Path
@@ -26,30 +26,30 @@ _COUNTS = (
 )
 _NEVER_USED = frozenset(
     (
-        # code, which is never run, and labels, which are not for language models
+        # code, which is never run, and labels, which language models do not use
         *("auto_map", "num_labels", "id2label", "label2id", "problem_type"),
-        # how a call answers, which every call here says itself
+        # outputs of a call, which every call here chooses itself
         *("return_dict", "use_return_dict", "use_cache", "torchscript"),
         *("output_attentions", "output_hidden_states", "output_router_logits"),
-        # kernels and ways to train: of the machine that the model was saved on
+        # kernels and training settings of the machine that saved the model
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
         *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
         *("_attn_implementation_autoset", "_flash_attn_2_enabled", "gradient_checkpointing"),
     )
 )
-"""Keys that say nothing of what the model computes; left over from other people's runs"""
+"""Keys without influence on what the model computes"""
 _HINT = "download the checkpoint again"
 _QUANTIZED_FILES = {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
-"""Files that describe formats which config.json does not name"""
+"""Quantization format by the file that reveals it, if config.json does not"""
 _RECORD_AGAIN = "record the profile again with moe-tool profile"
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read config.json of a causal language model; code that it names is never executed.
+    """Read config.json of a causal language model without executing code that it names.
 
     Raises:
         NotFoundError: the folder has no config.json.
-        CorruptArtifactError: it is not the configuration of a model.
+        CorruptArtifactError: it is not a model's configuration.
         UnsupportedModelError: transformers has no causal language model of this type, or the
             weights are quantized.
     """
@@ -62,9 +62,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def read_config_text(folder: Path) -> str:
-    """Return what config.json says as one line of JSON, for `config_from_json`.
-
-    Keys that say nothing of what the model computes are left out: none is ever used.
+    """Return config.json as one line, for `config_from_json`, without keys that are never used.
 
     Raises:
         NotFoundError, CorruptArtifactError: as `read_config`.
@@ -78,10 +76,10 @@ def read_config_text(folder: Path) -> str:
 
 
 def config_from_json(text: str, source: Path = Path("config.json")) -> PreTrainedConfig:
-    """Return `read_config(folder).get_text_config()` from what `read_config_text(folder)` gave.
+    """Return `read_config(folder).get_text_config()` from the text of `read_config_text(folder)`.
 
     Args:
-        text: from an artifact, as hostile as the file was; code that it names is never executed.
+        text: JSON from an artifact, which may be hostile; code that it names is never executed.
         source: the artifact, named in errors.
 
     Raises:
@@ -91,7 +89,7 @@ def config_from_json(text: str, source: Path = Path("config.json")) -> PreTraine
     config = _config_of(source, raw, _RECORD_AGAIN)
     try:
         text_config: PreTrainedConfig = config.get_text_config()
-    except Exception as error:  # whatever a damaged part of it runs into
+    except Exception as error:  # damaged parts raise anything
         raise bad_config(source, error, _RECORD_AGAIN) from error
     return text_config
 
@@ -128,12 +126,12 @@ def _config_of(path: Path, raw: dict[str, Any], hint: str) -> PreTrainedConfig:
     _require_counts(path, raw, hint)
     try:
         return CONFIG_MAPPING[model_type].from_dict(_without_leftovers(raw))
-    except Exception as error:  # each configuration class refuses bad values with errors of its own
+    except Exception as error:  # each configuration class has errors of its own
         raise bad_config(path, error, hint) from error
 
 
 def _without_leftovers(raw: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, and those of its parts, without what is never used."""
+    """Return the configuration, nested ones included, without keys that are never used."""
     return {
         key: _without_leftovers(value) if isinstance(value, dict) else value
         for key, value in raw.items()
@@ -170,7 +168,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
-    """Refuse sizes that no model has before modules or masks are built from them."""
+    """Refuse impossible sizes before modules or masks are built from them."""
     for key in _COUNTS:
         value = raw.get(key)
         is_unused = key == "sliding_window" and raw.get("use_sliding_window") is False

@@ -27,19 +27,19 @@ SUPPORTED = (
     "hunyuan_v1_moe",
     "gpt_oss",
 )
-"""The model types that are tested; others work if they use transformers' interface as these do."""
+"""Tested model types; others work if they use transformers' experts interface in the same way"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """Answer of a router."""
+    """Output of a router."""
 
     logits: torch.Tensor
-    """[T, E]"""
+    """[T, E] router logits"""
     index: torch.Tensor
-    """[T, K] int64: the chosen experts."""
+    """[T, K] int64 chosen experts"""
     weight: torch.Tensor
-    """[T, K]: their gate weights."""
+    """[T, K] gate weights"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +52,16 @@ class MoeLayerModules:
     """The experts module of transformers' interface."""
     router: nn.Module
     block: nn.Module
-    """Module that holds router and experts; some architectures keep the selection bias here."""
+    """Module that contains router and experts, and in some architectures the selection bias."""
     logits_position: int
     """Position of the logits in the router's output."""
 
     def route(self, hidden: torch.Tensor) -> Routed:
-        """Apply the router to any hidden states, this layer's or another's.
-
-        Args:
-            hidden: [T, H].
-        """
+        """Apply the router to hidden states [T, H] of this or another layer."""
         return self.read_output(self.router(hidden, **self._extra_arguments()))
 
     def read_output(self, output: Sequence[torch.Tensor]) -> Routed:
-        """Tell logits, indices and weights of a router's output apart."""
+        """Return logits, indices and weights of a router's output."""
         logits = output[self.logits_position]
         rest = [each for position, each in enumerate(output) if position != self.logits_position]
         chosen = [each for each in rest if not each.is_floating_point()]
@@ -73,7 +69,7 @@ class MoeLayerModules:
         return Routed(logits=logits, index=chosen[0], weight=weights[0])
 
     def _extra_arguments(self) -> dict[str, torch.Tensor]:
-        # minimax_m2 keeps the selection bias in the block, which passes it on by this name.
+        # minimax_m2 has the selection bias in the block, which passes it by this name.
         names = _argument_names(type(self.router).forward)[2:]
         found = {name: getattr(self.block, name, None) for name in names}
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
@@ -105,7 +101,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def decoder_prefix(model: PreTrainedModel) -> str:
-    """Return the name of the decoder layers in front of a layer's index, e.g. "model.layers."."""
+    """Return the prefix of decoder layers' names, e.g. "model.layers."."""
     layers = decoder_layers(model)
     name: str = next(name for name, module in model.named_modules() if module is layers)
     return f"{name}."
@@ -115,7 +111,7 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoeLayerModules, ...]:
     """Return the MoE layers in ascending order.
 
     Raises:
-        UnsupportedModelError: the model is dense, its experts are not those of transformers'
+        UnsupportedModelError: the model is dense, its experts do not use transformers' experts
             interface, or its MoE layers differ.
     """
     model_type = model.config.model_type
@@ -146,10 +142,10 @@ def expert_parameters(modules: MoeLayerModules) -> dict[str, tuple[int, ...]]:
 
 
 def top_k(modules: MoeLayerModules) -> int:
-    """Return K, the number of experts that the router of this layer chooses.
+    """Return K, the number of experts that this layer's router chooses.
 
     Raises:
-        UnsupportedModelError: neither router nor config says so.
+        UnsupportedModelError: neither router nor config has it.
     """
     config: Any = modules.experts.config
     places = ((modules.router, "top_k"), (modules.block, "top_k"), (config, "num_experts_per_tok"))
@@ -161,7 +157,7 @@ def top_k(modules: MoeLayerModules) -> int:
 
 
 def unsupported(model_type: str, reason: str) -> UnsupportedModelError:
-    """Return the error that refuses an architecture by name and lists those that are known."""
+    """Return the error that refuses an architecture and lists the tested ones."""
     return UnsupportedModelError(
         f"{model_type!r} is not supported: {reason}",
         hint=f"tested architectures: {', '.join(SUPPORTED)}",

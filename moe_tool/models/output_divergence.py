@@ -1,4 +1,4 @@
-"""How far two outputs of one model are apart."""
+"""Divergence between two outputs of one model."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 def total_divergence(exact_logits: torch.Tensor, disturbed_logits: torch.Tensor) -> float:
     """Return the sum over tokens of KL(exact || disturbed) in nats.
 
-    Computes in float64, one token at a time: beside the two arguments it needs a few rows of V.
+    Computes in float64, one token at a time, with memory for a few rows of V.
 
     Args:
         exact_logits: [T, V] float32.

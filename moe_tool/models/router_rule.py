@@ -1,4 +1,4 @@
-"""The routers' arithmetic, restated, so that it can be applied to any chosen set of experts."""
+"""Routers' arithmetic by architecture, applicable to any chosen set of experts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ Weights = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterRule:
-    """One layer's rule; biases are read from its modules at every call."""
+    """Arithmetic of one layer's router; biases are read from its modules at every call."""
 
     selection_scores: Scores
-    """logits [T, E] -> [T, E] finite float32: the router chooses the K highest."""
+    """Function of logits [T, E] -> [T, E] finite float32 scores, of which the K highest win."""
     weights: Weights
-    """(logits [T, E], index [T, K'] int64) -> [T, K'] float32: what the model would weight these
-    experts with, had it chosen them; renormalised among themselves where it renormalises."""
+    """Function of (logits [T, E], index [T, K'] int64) -> [T, K'] float32: gate weights that the
+    model would give these experts had it chosen them, renormalised if the model does that."""
     scores_differ: bool
-    """Whether selection can order experts otherwise than the logits do (a bias, or groups)."""
+    """Whether selection can rank experts differently from the logits (a bias, or groups)."""
 
 
 def router_rule(modules: MoeLayerModules, config: PreTrainedConfig) -> RouterRule | None:
-    """Return the rule of one MoE layer, None for an architecture whose rule was not restated.
+    """Return the rule of one MoE layer; None for an unknown architecture.
 
     Args:
-        modules: of the layer; the router's tensors need not be loaded yet.
-        config: of the model.
+        modules: the layer's modules; the router's tensors need not be loaded yet.
+        config: the model's configuration.
     """
     make = _RULES.get(config.model_type)
     return None if make is None else make(modules)
@@ -40,11 +40,10 @@ def router_rule(modules: MoeLayerModules, config: PreTrainedConfig) -> RouterRul
 def weights_of_sets(
     rule: RouterRule, logits: torch.Tensor, index: torch.Tensor, present: torch.Tensor
 ) -> torch.Tensor:
-    """Return the weights that the rule gives sets of different sizes, [T, K] float32; 0 at empty
-    slots.
+    """Return the rule's weights of sets of different sizes, [T, K] float32; 0 in empty slots.
 
     Args:
-        rule: of the layer.
+        rule: the layer's rule.
         logits: [T, E] float32.
         index: [T, K] int64.
         present: [T, K] bool: False where a slot is empty.
@@ -74,7 +73,7 @@ def _softmax_optionally_normalized(modules: MoeLayerModules) -> RouterRule:
 
 
 def _deepseek_v2(modules: MoeLayerModules) -> RouterRule:
-    """Softmax over all experts times a factor; all but the best groups may be barred."""
+    """Softmax over all experts times a factor; choice may be limited to the best groups."""
     router: Any = modules.router
     factor = float(router.routed_scaling_factor)
 
@@ -95,7 +94,7 @@ def _deepseek_v2(modules: MoeLayerModules) -> RouterRule:
 
 
 def _sigmoid_groups(modules: MoeLayerModules) -> RouterRule:
-    """Sigmoids; a learned bias and groups decide on selection only: deepseek_v3, glm4_moe."""
+    """Sigmoids; a learned bias and groups affect selection only: deepseek_v3, glm4_moe."""
     router: Any = modules.router
     factor = float(router.routed_scaling_factor)
 
@@ -114,7 +113,7 @@ def _sigmoid_groups(modules: MoeLayerModules) -> RouterRule:
 
 
 def _minimax_m2(modules: MoeLayerModules) -> RouterRule:
-    """Sigmoids, renormalised; the bias of the block decides on selection only."""
+    """Sigmoids, renormalised; the block's bias affects selection only."""
     block: Any = modules.block
 
     def scores(logits: torch.Tensor) -> torch.Tensor:
@@ -129,7 +128,7 @@ def _minimax_m2(modules: MoeLayerModules) -> RouterRule:
 
 
 def _ernie(modules: MoeLayerModules) -> RouterRule:
-    """Softmax, renormalised; a bias decides on selection only."""
+    """Softmax, renormalised; a bias affects selection only."""
     router: Any = modules.router
 
     def scores(logits: torch.Tensor) -> torch.Tensor:
@@ -156,13 +155,12 @@ def _phimoe(modules: MoeLayerModules) -> RouterRule:
 def _sparsemixer_weights(
     logits: torch.Tensor, index: torch.Tensor, tolerance: float
 ) -> torch.Tensor:
-    """Return sparsemixer's weights for experts that it might not have chosen.
+    """Return sparsemixer's weights for an arbitrary set of experts.
 
-    Its choice goes expert by expert: the highest logit m is taken, weighted by its softmax among
-    all experts not yet taken whose logit s is near, (m - s) / max(|s|, m) <= tolerance. For an
-    arbitrary set the same is done in the order of the set's logits, as if the experts that outrank
-    the one being taken were not there: they are what was passed over. The model's own choice passes
-    over none, so for it this is the model's arithmetic.
+    Sparsemixer takes experts one by one: the highest logit m is weighted by its softmax among all
+    experts not yet taken whose logit s is near, (m - s) / max(|s|, m) <= tolerance. For an
+    arbitrary set this is done in the order of its logits, leaving out experts outside the set that
+    outrank the current one. For the model's own choice there are none, so its weights are equal.
     """
     ranked = logits.gather(1, index).argsort(dim=-1, descending=True, stable=True)  # [T, K']
     taken = torch.zeros_like(logits, dtype=torch.bool)  # [T, E]
@@ -172,8 +170,8 @@ def _sparsemixer_weights(
         expert = index.gather(1, position)  # [T, 1]
         best = logits.gather(1, expert)  # [T, 1]
         is_far = (best - logits) / logits.abs().clamp(min=best) > tolerance
-        absent = is_far | taken | (logits > best)
-        share = logits.masked_fill(absent, float("-inf")).softmax(dim=-1)  # [T, E]
+        is_excluded = is_far | taken | (logits > best)
+        share = logits.masked_fill(is_excluded, float("-inf")).softmax(dim=-1)  # [T, E]
         weights.scatter_(1, position, share.gather(1, expert))
         taken.scatter_(1, expert, True)
     return weights
@@ -195,12 +193,12 @@ def _softmax_among_all(logits: torch.Tensor, index: torch.Tensor) -> torch.Tenso
 
 
 def _bar_groups(scores: torch.Tensor, group_scores: torch.Tensor, n_allowed: int) -> torch.Tensor:
-    """Put the experts of all but the best groups below every other, at a finite score.
+    """Lower the scores of experts outside the best groups to a finite value below all others.
 
     Args:
         scores: [T, E].
         group_scores: [T, groups].
-        n_allowed: groups that may be chosen from.
+        n_allowed: number of best groups.
     """
     n_groups = group_scores.shape[-1]
     allowed = group_scores.topk(n_allowed, dim=-1)[1]  # [T, n_allowed]

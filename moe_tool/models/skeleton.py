@@ -1,5 +1,4 @@
-"""A model without its experts: how its parameters are filled, and the hook where our experts come
-in."""
+"""Model without experts: loading of its parameters, and hooks for the experts function."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,21 +25,21 @@ class LayerCall:
     layer: int
     """Decoder-layer index."""
     module: nn.Module
-    """The experts module; its parameters are gone, its activation and attributes are there."""
+    """Experts module without parameters, but with its activation and attributes."""
     hidden: torch.Tensor
-    """[T, H]"""
+    """[T, H] hidden states"""
     index: torch.Tensor
-    """[T, K] int64; an entry of E or more means no expert."""
+    """[T, K] int64 chosen experts; E or more means no expert"""
     weight: torch.Tensor
-    """[T, K]"""
+    """[T, K] gate weights"""
     router_logits: torch.Tensor | None
-    """[T, E]; None when the router was not asked before its experts."""
+    """[T, E] router logits; None if the router did not run before its experts"""
 
     def find_present(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a valid expert for each slot, [T, K], and which slots name an expert, [T, K] bool,
-        None: all of them."""
+        """Return valid experts, [T, K], and the mask of slots with an expert, [T, K] bool; None if
+        all have one."""
         n_experts: Any = self.module.num_experts
-        if len(self.index) == 1:  # a token at a time: without another operation of torch
+        if len(self.index) == 1:  # faster than a torch operation for a single token
             highest = max(self.index.tolist()[0])
         else:
             highest = int(self.index.max()) if self.index.numel() else 0
@@ -55,12 +54,12 @@ class LayerCall:
 
 
 class Skeleton:
-    """A model ready to run as soon as its experts function is set."""
+    """A model that can run once its experts function is set."""
 
     def __init__(
         self, *, model: PreTrainedModel, shape: MoeShape, layers: tuple[MoeLayerModules, ...]
     ) -> None:
-        """Hold what `SkeletonLoader` made."""
+        """Store the parts made by `SkeletonLoader`."""
         self.model = model
         self.shape = shape
         self.layers = layers
@@ -71,7 +70,7 @@ class Skeleton:
 
 
 def skeleton_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
-    """Return the on-disk names, sorted, of what a model on meta needs besides its experts."""
+    """Return the sorted on-disk names of all tensors that a model needs besides its experts."""
     return TensorMap(model, checkpoint).skeleton_names()
 
 
@@ -84,11 +83,11 @@ def set_experts_function(
 
 
 def remove_experts(layers: Iterable[MoeLayerModules]) -> None:
-    """Take the experts' parameters out of their modules."""
+    """Remove the experts' parameters from their modules."""
     for modules in layers:
         for name in expert_parameters(modules):
             modules.experts._parameters.pop(name)
-        # transformers would initialize the parameters that are not there.
+        # transformers would initialize the missing parameters.
         modules.experts._is_hf_initialized = True  # type: ignore[assignment]
 
 
@@ -99,7 +98,7 @@ def hook_routers(layers: Iterable[MoeLayerModules]) -> None:
 
 
 def make_unsaved_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint holds, e.g. rotary frequencies; before any load."""
+    """Compute the buffers that no checkpoint contains, e.g. rotary frequencies; before any load."""
     owners: dict[str, list[str]] = {}
     for name, _ in model.named_non_persistent_buffers():
         owner, _, buffer = name.rpartition(".")
@@ -115,16 +114,16 @@ def make_unsaved_buffers(model: PreTrainedModel) -> None:
 def load_groups(
     model: PreTrainedModel, tensor_map: TensorMap, checkpoint: Checkpoint, targets: Iterable[str]
 ) -> list[str]:
-    """Read groups of tensors into their parameters, one group in memory beside the model.
+    """Read groups of tensors into the model's parameters, one group at a time.
 
     Args:
         model: changed in place.
-        tensor_map: of `model` and `checkpoint`.
-        checkpoint: is read.
+        tensor_map: map of `model` and `checkpoint`.
+        checkpoint: an open checkpoint.
         targets: keys of `tensor_map.skeleton`.
 
     Returns:
-        The names of the parameters and buffers that were set.
+        Names of the parameters and buffers that were set.
     """
     loaded = []
     for target in targets:
@@ -138,13 +137,13 @@ def load_groups(
 def read_group(
     tensor_map: TensorMap, checkpoint: Checkpoint, target: str
 ) -> dict[str, torch.Tensor]:
-    """Return the parameters that a group of tensors makes, in the dtype of the checkpoint."""
+    """Return the parameters made from a group of tensors, in the dtype of the checkpoint."""
     pieces = tensor_map.skeleton[target]
     return tensor_map.convert(target, pieces, [checkpoint.read(piece.name) for piece in pieces])
 
 
 def assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
-    """Make `value` a parameter or buffer of the model, in the dtype that the model has for it."""
+    """Set a parameter or buffer of the model, converted to the model's dtype for it."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._buffers:

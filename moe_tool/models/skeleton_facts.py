@@ -1,4 +1,4 @@
-"""The skeleton of an opened checkpoint in numbers, from its headers alone."""
+"""Facts on the skeleton of an opened checkpoint, from its headers alone."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,14 +13,14 @@ from moe_tool.models.model_config import read_config_text
 
 
 def skeleton_facts(opened: OpenedModel, folder: Path) -> SkeletonFacts:
-    """Return the facts of a model; no tensor is read.
+    """Return the facts of a model without reading tensors.
 
     Args:
         opened: the model.
         folder: holds its config.json.
 
     Raises:
-        NotFoundError, CorruptArtifactError: config.json went, or is too large to be one.
+        NotFoundError, CorruptArtifactError: config.json is missing or too large.
     """
     tensors, source = opened.checkpoint.tensors, opened.skeleton
     sizes = {name: tensors[name].size_bytes for name in source.tensor_names}

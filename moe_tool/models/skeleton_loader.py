@@ -1,4 +1,4 @@
-"""Load everything but the routed experts: check, measure, then read, tensor by tensor."""
+"""Loader of everything but the routed experts: check and measure, then read tensor by tensor."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,21 +38,21 @@ _REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """One read: a group of tensors, or the parts of a matrix of codes."""
+    """One read: a group of tensors, or the parts of a quantized matrix."""
 
     target: str
     is_codes: bool
     names: tuple[str, ...]
     """Names of the tensors"""
     held_bytes: int
-    """Once loaded"""
+    """Bytes once loaded"""
 
 
 class SkeletonLoader:
-    """A skeleton that was checked against its model and is not yet read.
+    """A skeleton that is checked against its model but not read yet.
 
-    Matrices of codes and of floats narrower than float32 stay as they are stored, the input
-    embedding too; everything else becomes float32.
+    Quantized matrices, and matrices and input embedding of floats narrower than float32, stay in
+    their stored form; everything else becomes float32.
     """
 
     def __init__(
@@ -64,21 +64,19 @@ class SkeletonLoader:
         precision: Precision = NativePrecision(),  # noqa: B008 (frozen)
         linears: Sequence[SkeletonLinear] = (),
     ) -> None:
-        """Check headers and config; no tensor is read.
+        """Check headers and config without reading tensors.
 
         Args:
-            folder: holds config.json and, if there is one, generation_config.json.
+            folder: holds config.json and possibly generation_config.json.
             checkpoint: a whole checkpoint, or a bundle's skeleton; owned by the caller.
-            shape: of the model whose experts are kept elsewhere; read from the checkpoint when
-                None.
-            precision: of `linears`.
-            linears: matrices that are stored as codes.
+            shape: shape of a model whose experts are elsewhere; None: read from the checkpoint.
+            precision: precision of `linears`.
+            linears: matrices stored as codes.
 
         Raises:
             NotFoundError, UnsupportedModelError: as `build_meta_model`.
-            CorruptArtifactError: a tensor is missing or has another shape, or is none of the
-                model's.
-            WrongModelError: config.json describes another model than `shape`.
+            CorruptArtifactError: a tensor is missing, has another shape or is unknown.
+            WrongModelError: config.json does not match `shape`.
         """
         self._folder, self._checkpoint, self._precision = folder, checkpoint, precision
         self._model = build_meta_model(folder)
@@ -103,28 +101,26 @@ class SkeletonLoader:
 
     @property
     def layers(self) -> tuple[MoeLayerModules, ...]:
-        """Every MoE layer, ascending; its tensors may not be loaded yet."""
+        """Modules of every MoE layer, ascending; their tensors may not be loaded yet."""
         return self._layers
 
     @property
     def held_bytes(self) -> int:
-        """Return the bytes of the loaded skeleton."""
+        """Bytes of the loaded skeleton."""
         return sum(step.held_bytes for step in self._steps)
 
     @property
     def largest_bytes(self) -> int:
-        """The largest group of tensors as stored: what loading holds beside the rest."""
+        """Stored bytes of the largest group of tensors, which loading needs beside `held_bytes`."""
         sizes = [sum(self._checkpoint.tensors[n].size_bytes for n in s.names) for s in self._steps]
         return max(sizes, default=0)
 
     def load(self) -> Skeleton:
-        """Read the skeleton; call it once.
-
-        Memory never exceeds `held_bytes` and one group of tensors.
+        """Read the skeleton, in at most `held_bytes` plus `largest_bytes`; call it once.
 
         Raises:
-            CorruptArtifactError: a tensor is not what was packed.
-            StorageError: the disk does not give it.
+            CorruptArtifactError: a tensor is damaged.
+            StorageError: a tensor cannot be read.
         """
         model = self._model
         remove_experts(self._layers)
@@ -146,10 +142,10 @@ class SkeletonLoader:
         return tuple(part.name for part in parts)
 
     def _check_bundle(self) -> set[str]:
-        """Refuse a bundle's skeleton that is not this model's, neither more nor less.
+        """Refuse a bundle's skeleton with missing or extra tensors.
 
         Returns:
-            The parameters that it lacks because they are tied to one that it has.
+            Parameters that it lacks because they are tied to one that it has.
         """
         self._require_fit()
         parts = {part for linear in self._linears.values() for part in self._part_names(linear)}
@@ -157,7 +153,7 @@ class SkeletonLoader:
         if extra:
             raise CorruptArtifactError(
                 f"the skeleton of {self._folder} holds {quoted(min(extra))}, "
-                "which this model has no use for",
+                "which this model does not use",
                 hint=_REPACK,
             )
         try:
@@ -168,7 +164,7 @@ class SkeletonLoader:
             ) from error
 
     def _require_fit(self) -> None:
-        """Refuse codes that are no matrix of the model, or a matrix that is stored twice."""
+        """Refuse codes of an unknown matrix or of another shape, and matrices stored twice."""
         for name, linear in self._linears.items():
             found, wanted = (linear.n_outputs, linear.n_inputs), self._shapes.get(name)
             if wanted is None:
@@ -207,7 +203,7 @@ class SkeletonLoader:
         return tensor.dtype.itemsize
 
     def _position(self, step: _Step) -> tuple[str, int]:
-        """Return where a step's first tensor lies: files are read from their start to their end."""
+        """Return file and offset of a step's first tensor, to read files in order."""
         info = self._checkpoint.tensors[step.names[0]]
         return str(info.file), info.offset
 
@@ -229,7 +225,7 @@ class SkeletonLoader:
                 assign(self._model, name, value)
 
     def _tie(self) -> None:
-        """Let parameters that are one be one, those too that are no parameters here."""
+        """Tie parameters, including those replaced by stored modules."""
         model = self._model
         for group in tied_groups(model):
             stored = {name: stored_weight(model, name) for name in group}
@@ -267,7 +263,7 @@ def _are_equal(one: StoredWeight | None, other: StoredWeight | None) -> bool:
 
 
 def _table(model: PreTrainedModel) -> list[str]:
-    """The input embedding's weight, where rows may be looked up by us."""
+    """Return the name of the input embedding's weight, unless its lookup is not a plain one."""
     embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
         return []

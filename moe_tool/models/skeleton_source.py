@@ -1,4 +1,4 @@
-"""Which matrices of a skeleton may be stored as codes, read one group of tensors at a time."""
+"""Reader of a checkpoint's skeleton by groups of tensors, for matrices that may be quantized."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,37 +18,37 @@ _WEIGHT = "weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGroup:
-    """Tensors on disk that make nothing but matrices which may be stored as codes."""
+    """Tensors on disk that make matrices which may be quantized, and nothing else."""
 
     target: str
     """Key of `TensorMap.skeleton`"""
     made_as: Mapping[str, str]
-    """Such a matrix -> the parameter that the tensors make; another one where they are tied"""
+    """Matrix -> parameter that the tensors make; they differ if tied"""
 
 
 class SkeletonSource:
-    """Reads everything but the experts of one checkpoint."""
+    """Reader of everything but the experts of one checkpoint."""
 
     def __init__(
         self, model: PreTrainedModel, tensor_map: TensorMap, checkpoint: Checkpoint
     ) -> None:
-        """Sort the skeleton's tensors; nothing is read.
+        """Sort the skeleton's tensors without reading them.
 
         Args:
-            model: on the meta device.
-            tensor_map: of `model` and `checkpoint`, checked.
+            model: a model on the meta device.
+            tensor_map: checked map of `model` and `checkpoint`.
             checkpoint: stays open and owned by the caller.
         """
         self._map = tensor_map
         self._checkpoint = checkpoint
         self.shapes = linear_shapes(model, tensor_map.moe_layers.values())
-        """Every matrix that may be stored as codes -> (out, in)"""
+        """Matrix that may be quantized -> (out, in)"""
         self.groups: list[LinearGroup] = []
         """Tensors that make these matrices, in the order of the model"""
         self.tensor_names: list[str] = tensor_map.skeleton_names()
         """On-disk names, sorted, of everything but the experts"""
         self.other_names: list[str] = self._sort(model)
-        """Groups that are still needed when `groups` are stored as codes"""
+        """Sorted names of tensors that are still needed when `groups` are quantized"""
 
     def read(self, group: LinearGroup) -> Iterator[tuple[str, torch.Tensor]]:
         """Read a group; yield its matrices by name, in the checkpoint's dtype."""
@@ -77,8 +77,8 @@ class SkeletonSource:
             is_needed = not are_floats or as_codes.keys() != wanted.keys()
             if is_needed:
                 others.update(piece.name for piece in pieces)
-            # A head that is tied to the embedding gets codes of its own beside the table, from
-            # which rows are looked up; what else makes more than matrices stays whole.
+            # A head tied to the embedding gets codes of its own, as the embedding needs its floats.
+            # Other groups that make more than such matrices stay native.
             if as_codes and are_floats and not (is_needed and self.shapes.keys() & made.keys()):
                 self.groups.append(LinearGroup(target=target, made_as=MappingProxyType(as_codes)))
         return sorted(others)
@@ -87,23 +87,23 @@ class SkeletonSource:
 def linear_shapes(
     model: PreTrainedModel, moe_layers: Iterable[MoeLayerModules]
 ) -> dict[str, tuple[int, int]]:
-    """Return the weights of a model that may be stored as codes, with (out, in).
+    """Return the (out, in) of weights that may be quantized, by name.
 
-    They are those of `nn.Linear` modules, and of no class made from it, outside routers and
-    experts. A module with one output is a gate: it decides like a router and is as small.
+    They belong to `nn.Linear` modules, not to subclasses, outside routers and experts. Modules with
+    one output are left out: they are gates, as sensitive and small as routers.
     """
-    spared: set[nn.Module] = set()
+    excluded: set[nn.Module] = set()
     for modules in moe_layers:
-        spared.update(modules.router.modules(), modules.experts.modules())
+        excluded.update(modules.router.modules(), modules.experts.modules())
     found = {}
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module not in spared and module.out_features > 1:
+        if type(module) is nn.Linear and module not in excluded and module.out_features > 1:
             found[f"{name}.{_WEIGHT}"] = (module.out_features, module.in_features)
     return found
 
 
 def _copies(model: PreTrainedModel, present: set[str]) -> dict[str, str]:
-    """Parameters that no tensor makes -> the one that they are tied to."""
+    """Return the present parameter that each missing one is tied to."""
     copies = {}
     for group in tied_groups(model):
         source = next((name for name in group if name in present), None)

@@ -1,4 +1,4 @@
-"""Modules that compute from a weight as it is stored, in float32 and without a float32 copy."""
+"""Modules that compute in float32 from a weight in its stored form, without a float32 copy."""
 
 from typing import Any
 
@@ -19,12 +19,7 @@ class StoredLinear(nn.Module):
     """An `nn.Linear` over floats narrower than float32, or over codes."""
 
     def __init__(self, stored: StoredWeight, bias: nn.Parameter | None = None) -> None:
-        """Keep the weight as it is; it may be shared.
-
-        Args:
-            stored: [out, in].
-            bias: [out]; may be replaced later.
-        """
+        """Hold the weight [out, in], which may be shared, and the bias [out]."""
         super().__init__()
         self.stored = stored
         self.out_features, self.in_features = stored.shape
@@ -35,18 +30,18 @@ class StoredLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """float32 [out, in], made anew: for architectures that look at it themselves."""
+        """New float32 copy, [out, in], for architectures that read the weight themselves."""
         return _expanded(self.stored)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return float32 [..., out] of [..., in]; gradients go to `x`, the weight stays."""
+        """Return float32 [..., out] of [..., in]; gradients flow to `x` only."""
         if torch.is_grad_enabled() and x.requires_grad:
             product: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return product
         return self.product(x)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what `forward` does, without a gradient."""
+        """Return the same as `forward`, without a gradient."""
         rows = x.reshape(-1, self.in_features).to(torch.float32)
         if computes_natively(self.stored, rows.shape[0]):
             out = self._described().forward(rows)
@@ -56,8 +51,8 @@ class StoredLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _described(self) -> NativeLinear:
-        """The weight as the kernels read it, made once: describing costs as much as a small
-        product."""
+        """Return the kernels' description of the weight, cached because making it costs as much as
+        a small product."""
         bias = self._parameters["bias"]
         made, of = self._native, self._native_of
         if made is None or of is None or of[0] is not self.stored or of[1] is not bias:
@@ -67,7 +62,7 @@ class StoredLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """A linear map whose weight is expanded for each way through it, and kept in neither."""
+    """Linear map whose weight is expanded in forward and again in backward, but not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: StoredLinear) -> torch.Tensor:
@@ -83,26 +78,26 @@ class StoredEmbedding(nn.Module):
     """An `nn.Embedding` over floats narrower than float32."""
 
     def __init__(self, stored: FloatWeight) -> None:
-        """Keep the table [n, H] as it is; it may be shared."""
+        """Hold the table [n, H], which may be shared."""
         super().__init__()
         self.stored = stored
         self.num_embeddings, self.embedding_dim = stored.shape
 
     @property
     def weight(self) -> torch.Tensor:
-        """float32 [n, H], made anew: for architectures that look at it themselves."""
+        """New float32 copy, [n, H], for architectures that read the weight themselves."""
         return _expanded(self.stored)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return float32 [..., H]: the rows of these ids, exactly."""
+        """Return the rows of ids [...], [..., H] float32."""
         return F.embedding(ids, self.stored.values).to(torch.float32)
 
 
 def put_stored(model: PreTrainedModel, parameter: str, stored: StoredWeight) -> None:
-    """Let the module whose weight this is compute from `stored`; changes the model.
+    """Replace the module of a weight by one that computes from `stored`; changes the model.
 
     Args:
-        parameter: the weight of an `nn.Linear` or `nn.Embedding`, or of what stands for one.
+        parameter: weight of an `nn.Linear`, `nn.Embedding` or `StoredLinear`.
     """
     name = parameter.rpartition(".")[0]
     module = model.get_submodule(name)
@@ -122,7 +117,7 @@ def put_stored(model: PreTrainedModel, parameter: str, stored: StoredWeight) -> 
 
 
 def stored_weight(model: PreTrainedModel, parameter: str) -> StoredWeight | None:
-    """Return what the module of this weight computes from; None where it is a parameter."""
+    """Return the stored weight that a weight's module computes from; None for a parameter."""
     module = model.get_submodule(parameter.rpartition(".")[0])
     return module.stored if isinstance(module, StoredLinear | StoredEmbedding) else None
 

@@ -1,4 +1,4 @@
-"""Which tensors on disk make up which parameter, by transformers' own conversion rules."""
+"""Map from tensors on disk to parameters, by transformers' own conversion rules."""
 
 import copy
 import re
@@ -33,14 +33,14 @@ _HINT = "download the checkpoint again; it must be the one that config.json desc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A tensor on disk and the pattern of the rule that converts it, None if it is only renamed."""
+    """A tensor on disk, with the pattern of its conversion rule; None if it is only renamed."""
 
     name: str
     pattern: str | None
 
 
 class TensorMap:
-    """The map of one checkpoint; nothing but its headers is used."""
+    """Map of one checkpoint, from its headers only."""
 
     def __init__(
         self,
@@ -52,10 +52,10 @@ class TensorMap:
         """Sort the checkpoint's tensors by the parameter that they belong to.
 
         Args:
-            model: on the meta device, complete: the experts' parameters still in it.
-            checkpoint: a whole checkpoint, or what is left of it without the routed experts.
-            apart: parameters that lie in it in a form of our own, with the names of their tensors;
-                they are neither sorted nor missed.
+            model: a model on the meta device, with the experts' parameters.
+            checkpoint: a whole checkpoint, or one without the routed experts.
+            apart: parameters stored in this tool's own format, with the names of their tensors,
+                to leave out.
         """
         mapping = get_model_conversion_mapping(model)
         self._model = model
@@ -75,9 +75,9 @@ class TensorMap:
                 self._full_names[modules.layer, parameter] = full_name
         self._expert_names = frozenset(self._full_names.values())
         self.skeleton: dict[str, list[Piece]] = {}
-        """First parameter that a group of tensors makes -> the group."""
+        """First parameter made from a group of tensors -> the group"""
         self._experts: dict[str, dict[int | None, list[Piece]]] = {}
-        """Expert parameter -> expert (None: stacked on disk) -> its tensors."""
+        """Expert parameter -> expert (None: stacked on disk) -> tensors"""
         self._sort()
         self._meta_state = {}
 
@@ -87,11 +87,11 @@ class TensorMap:
         return bool(self._experts)
 
     def skeleton_names(self) -> list[str]:
-        """Return the on-disk names, sorted, of what the model needs besides its routed experts."""
+        """Return the sorted on-disk names of all tensors needed besides the routed experts."""
         return sorted(piece.name for pieces in self.skeleton.values() for piece in pieces)
 
     def expert_pieces(self, layer: int, parameter: str, expert: int) -> tuple[list[Piece], bool]:
-        """Return the tensors with one parameter of an expert, and whether they hold all experts."""
+        """Return the tensors of one expert's parameter, and whether they contain all experts."""
         by_expert = self._experts[self._full_names[layer, parameter]]
         if None in by_expert:
             return by_expert[None], True
@@ -109,12 +109,12 @@ class TensorMap:
     def convert(
         self, target: str, pieces: Sequence[Piece], tensors: Sequence[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Return the parameters that a group of tensors makes, by full name.
+        """Return the parameters made from a group of tensors, by full name.
 
         Args:
             target: the first of these parameters.
             pieces: the group.
-            tensors: one per piece, as read; on the meta device to learn shapes only.
+            tensors: one per piece, as read, or on the meta device to get shapes only.
         """
         pattern = pieces[0].pattern
         if pattern is None:
@@ -132,7 +132,7 @@ class TensorMap:
     def convert_expert(
         self, layer: int, parameter: str, pieces: Sequence[Piece], tensors: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Return one expert's parameter, oriented as the module has it, from tensors as read."""
+        """Return one expert's parameter, in the module's orientation, from tensors as read."""
         if pieces[0].pattern is None:
             return tensors[0]
         target = self._full_names[layer, parameter]
@@ -140,10 +140,10 @@ class TensorMap:
         return made[0] if made.ndim > len(self._shapes[target]) - 1 else made
 
     def check_skeleton(self) -> set[str]:
-        """Compare names and shapes with the model, everything but the routed experts.
+        """Compare names and shapes of everything but the routed experts with the model.
 
         Returns:
-            The parameters that the checkpoint lacks because they are tied to one that it has.
+            Parameters that the checkpoint lacks because they are tied to one that it has.
 
         Raises:
             CorruptArtifactError: a tensor is missing or has another shape; the first is named.
@@ -167,7 +167,7 @@ class TensorMap:
         return excused
 
     def made_shapes(self, target: str) -> dict[str, tuple[int, ...]]:
-        """Return the parameters that a group of `skeleton` makes, with their shapes."""
+        """Return the shapes of the parameters made from a group of `skeleton`."""
         pieces = self.skeleton[target]
         return self._convert_shapes(target, pieces, self._metas(pieces), self._shapes[target])
 
@@ -194,7 +194,7 @@ class TensorMap:
                 self._check_separate(full_name, by_expert)
 
     def _require_even_layers(self) -> None:
-        """Refuse layers that were pruned to different numbers of experts, numbered without gaps."""
+        """Refuse layers pruned to different numbers of experts, numbered without gaps."""
         counts: dict[int, int] = {}
         for (layer, _), full_name in self._full_names.items():
             experts = set(self._experts.get(full_name, {}))
@@ -221,7 +221,7 @@ class TensorMap:
                 self._experts.setdefault(target, {}).setdefault(expert, []).append(piece)
             elif target in self._meta_state:
                 self.skeleton.setdefault(target, []).append(piece)
-            # Anything else the model has no use for, e.g. a multi-token prediction layer.
+            # The model does not use other tensors, e.g. of a multi-token prediction layer.
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         base = self._model.base_model_prefix
@@ -327,7 +327,7 @@ class TensorMap:
 
 
 def tied_groups(model: PreTrainedModel) -> list[tuple[str, ...]]:
-    """Return the parameters that are one: those that the others are tied to come first."""
+    """Return groups of tied parameters, each with the one that the others are tied to first."""
     groups: dict[str, list[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, [source]).append(target)

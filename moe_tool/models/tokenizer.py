@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a checkpoint, read from the folder alone."""
+"""Tokenizer in a checkpoint's folder."""
 
 import hashlib
 from pathlib import Path
@@ -20,11 +20,11 @@ _WITHOUT_CODE = (
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the transformers tokenizer of a folder; nothing is downloaded and no code of the
-    folder is run.
+    """Return the transformers tokenizer of a folder, without downloads and without running the
+    folder's code.
 
     Raises:
-        NotFoundError: the folder holds no tokenizer.
+        NotFoundError: the folder has no tokenizer.
         UnsupportedModelError: it needs Python code of its own.
         CorruptArtifactError: it cannot be read.
     """
@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path) -> Any:
         if foreign is not None:
             raise foreign
     try:
-        # Left open, transformers asks on stdin whether it may run the folder's code.
+        # By default transformers asks on stdin whether it may run the folder's code.
         return AutoTokenizer.from_pretrained(
             folder, config=_config(folder), local_files_only=True, trust_remote_code=False
         )
@@ -60,8 +60,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _config(folder: Path) -> Any:
-    """The model's configuration as this tool reads it: transformers would stumble over leftovers
-    that have nothing to do with tokens. None where there is none: transformers does without."""
+    """Return the configuration as `read_config` cleans it, so that transformers does not fail on
+    unrelated keys; None if it cannot be read."""
     from moe_tool.models.model_config import read_config
 
     try:

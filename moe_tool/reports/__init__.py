@@ -1,1 +1,1 @@
-"""Artifacts as people read them."""
+"""Tables, lines and plots of results, for people."""

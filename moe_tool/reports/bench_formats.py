@@ -1,4 +1,4 @@
-"""The rows of `bench` as markdown, csv, json and json lines."""
+"""Rows of `bench` as markdown, csv, json and json lines."""
 
 import csv
 import io
@@ -32,8 +32,7 @@ _TEXT_COLUMNS = ("model", "bits", "budget", "policy", "eviction", "prefetch", "t
 
 
 def markdown_rows(rows: Sequence[BenchRow]) -> str:
-    """Return a table with padded columns, readable as it is and as markdown; its bits are those
-    of the experts / of the skeleton."""
+    """Return a markdown table with padded columns; bits are those of experts / skeleton."""
     lines = [_COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
     rule = [

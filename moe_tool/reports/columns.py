@@ -12,10 +12,10 @@ def columns(
     """Return a table without rows.
 
     Args:
-        headings: one for each column.
-        words: positions of the columns that hold words; the others hold numbers.
-        title: stands above it.
-        ruled: whether a line under the headings sets them apart, or bold type.
+        headings: one per column.
+        words: positions of left-aligned columns; the others hold numbers.
+        title: text above the table.
+        ruled: whether a line separates the headings; otherwise they are bold.
     """
     table = Table(
         title=title,

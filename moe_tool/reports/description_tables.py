@@ -1,4 +1,4 @@
-"""The tables below an artifact's facts, by what the artifact is."""
+"""Tables below an artifact's facts, by the artifact's type."""
 
 from collections.abc import Sequence
 from functools import singledispatch
@@ -16,7 +16,7 @@ from moe_tool.reports.routing_tables import profile_tables
 
 @singledispatch
 def tables_of(artifact: object) -> Sequence[Table]:
-    """Return the tables of an artifact; none of what has no table."""
+    """Return the tables of an artifact; empty for types without any."""
     return ()
 
 

@@ -1,4 +1,4 @@
-"""Evaluations as tables: what policies cost on a text, and what tasks of lm_eval gave."""
+"""Tables of evaluations: figures of policies on text, and metrics of lm_eval's tasks."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from moe_tool.reports.columns import columns
 
 
 def evaluation_table(rows: Mapping[str, Figures]) -> Table:
-    """Return one row per label: quality with its 95 % interval, then what it cost."""
+    """Return one row per label: quality with its 95 % interval, then costs."""
     has_source = any(figures.kl_source_mean is not None for figures in rows.values())
     source_heading = ["KL(checkpoint || it)"] if has_source else []
     quality = ("perplexity", "KL(exact || it)", "99 %", "top-1", *source_heading)
@@ -52,7 +52,7 @@ def equal_bytes_table(report: EvaluationReport) -> Table:
 
 
 def dominance(report: EvaluationReport) -> str:
-    """Return one line: which policies have both fewer bytes and a lower KL than `priced`."""
+    """Return a line on the policies with both fewer bytes and a lower KL than `priced`."""
     if not report.dominating:
         return (
             "no other lossy policy has both fewer bytes and a lower KL than priced, beyond the "
@@ -64,14 +64,14 @@ def dominance(report: EvaluationReport) -> str:
 
 
 def checkpoint_perplexity(figures: Figures) -> str:
-    """Return the reference's own perplexity beside that of the bundle under exact, on one line."""
+    """Return a line with the perplexities of the checkpoint and of the bundle under exact."""
     own = _estimate(figures.perplexity_source, 3)
     exact = _estimate(figures.perplexity_exact, 3)
     return f"perplexity of the checkpoint {own}, of the bundle under exact {exact}"
 
 
 def harness_table(report: HarnessReport) -> Table:
-    """Return a row per figure; an arrow says which way is better."""
+    """Return a row per figure; an arrow points to better values."""
     headings = ("task", "filter", "metric", "shots", "documents", "value", "± stderr")
     table = columns(*headings, words=(0, 1, 2))
     for row in report.rows:

@@ -1,4 +1,4 @@
-"""A hardware profile as tables for a terminal."""
+"""Tables of a hardware profile."""
 
 from rich.table import Table
 
@@ -8,7 +8,7 @@ from moe_tool.reports.columns import columns
 
 
 def origin_of(profile: HardwareProfile) -> str:
-    """Return one line: which machine, and whether anybody measured it."""
+    """Return a line with the machine and whether it was measured."""
     how = (
         f"measured with {profile.kernels} kernels"
         if profile.source == "measured"
@@ -18,7 +18,7 @@ def origin_of(profile: HardwareProfile) -> str:
 
 
 def speeds_table(profile: HardwareProfile) -> Table:
-    """Return disk, memory, decoder layer and GPU, a line each."""
+    """Return one row per measurement of disk, memory, decoder layer and GPU."""
     table = columns("what", "how", "speed", words=(0, 1))
     for disk in profile.disk:
         how = f"{disk.pattern}, {format_bytes(disk.read_bytes)}, {_many(disk.readers, 'reader')}"
@@ -45,8 +45,8 @@ def speeds_table(profile: HardwareProfile) -> Table:
 
 
 def experts_table(profile: HardwareProfile) -> Table:
-    """Return a row per width and number of threads, a column per number of tokens: what one call
-    takes for its size, and beside it."""
+    """Return a row per width and number of threads, a column per number of tokens: rate and fixed
+    time of one call."""
     tokens = sorted({row.tokens for row in profile.experts})
     table = columns("bits", "threads", *(f"{_many(n, 'token')} at once" for n in tokens))
     found = {(row.bits, row.threads, row.tokens): row for row in profile.experts}
@@ -63,8 +63,8 @@ def experts_table(profile: HardwareProfile) -> Table:
 
 
 def lookup_table(profile: HardwareProfile) -> Table:
-    """Return a row per width: which way its products are done at each number of tokens, and how
-    long either takes; empty where nothing was measured."""
+    """Return a row per width, a column per number of tokens: the method in use and the times of
+    both; empty if not measured."""
     tokens = sorted({row.tokens for row in profile.lookup})
     table = columns("bits", *(_many(n, "token") for n in tokens))
     found = {(row.bits, row.tokens): row for row in profile.lookup}

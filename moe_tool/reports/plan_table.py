@@ -1,4 +1,4 @@
-"""Plans as tables for people."""
+"""Tables of plans."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,7 @@ from moe_tool.reports.columns import columns
 def rows_to_show(
     best: Sequence[SimulatedRow], lru: SimulatedRow, bound: SimulatedRow
 ) -> list[SimulatedRow]:
-    """Return the best ones, plain lru where it is not among them, and the bound where there was a
-    choice."""
+    """Return the best rows, plain lru if not among them, and the bound; a single best row alone."""
     if len(best) == 1:
         return list(best)
     is_there = any(row.eviction == lru.eviction for row in best)
@@ -23,7 +22,7 @@ def rows_to_show(
 
 
 def lines_table(lines: Sequence[PlanLine]) -> Table:
-    """Return the memory account."""
+    """Return the lines of a memory plan."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -33,7 +32,7 @@ def lines_table(lines: Sequence[PlanLine]) -> Table:
 
 
 def forms_table(plan: PackPlan) -> Table:
-    """Return how many experts are in memory in which form."""
+    """Return the number of experts in memory by form."""
     headings = ("form", "in memory", "on disk only", "one takes", "all of them")
     table = columns(*headings, ruled=False)
     for form in plan.forms:
@@ -49,11 +48,11 @@ def forms_table(plan: PackPlan) -> Table:
 
 
 def allocations_table(allocations: Sequence[Allocation]) -> Table:
-    """Return how many experts get how many bits, one way to hand them out a line."""
+    """Return the number of experts by bits, one row per allocation."""
     widths = sorted({width for each in allocations for width in each.experts})
     names = {0: "removed", 16: "native"}
     headings = [names.get(width, f"{width} bit{'s' * (width > 1)}") for width in widths]
-    of_all = ("bits handed out", "average", "expected KL", "bytes")
+    of_all = ("allocation", "average", "expected KL", "bytes")
     table = columns(*of_all, *headings, ruled=False)
     for each in allocations:
         table.add_row(
@@ -67,7 +66,7 @@ def allocations_table(allocations: Sequence[Allocation]) -> Table:
 
 
 def bit_prices_table(prices: BitPrices) -> Table:
-    """Return the mean error of a layer's experts at each width, one layer a line."""
+    """Return the mean error of a layer's experts at each width, one row per layer."""
     errors = (f"error at {width} bits" for width in prices.widths)
     table = columns("layer", *errors, "KL ratio", words=(), ruled=False)
     for entry in prices.layers:
@@ -79,7 +78,7 @@ def bit_prices_table(prices: BitPrices) -> Table:
 
 
 def curve_table(plans: Sequence[PackPlan]) -> Table:
-    """Return the plans of several budgets, one a line."""
+    """Return the plans of several budgets, one per row."""
     numbers = ("slots", "hits", "read/token", "tokens/s", "first token s", "KL")
     table = columns("memory", "bits", "misses", *numbers, words=(0, 1, 2), ruled=False)
     for plan in plans:

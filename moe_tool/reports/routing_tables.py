@@ -1,4 +1,4 @@
-"""Tables of what a profile says of caching and reading ahead."""
+"""Tables of a profile's routing: caching and prefetching figures."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,8 +19,7 @@ _BAR_CELLS = 24
 
 
 def profile_tables(found: ProfileRouting) -> Iterator[Table]:
-    """Yield a table of the layers, then those of the whole model; the whole model's figures by
-    layer are left to JSON."""
+    """Yield a table of the layers, then the tables of the whole model."""
     report = found.routing
     yield _coverage_table(found)
     yield _hot_sets_table(report.hot_sets)
@@ -64,7 +63,7 @@ def _coverage_table(found: ProfileRouting) -> Table:
 
 
 def _then(inside: float | None, outside: float | None) -> str:
-    """In-sample, then held-out."""
+    """Format an in-sample and a held-out share."""
     return " -> ".join("-" if share is None else f"{share:.1%}" for share in (inside, outside))
 
 
@@ -77,7 +76,7 @@ def _hot_sets_table(rows: Sequence[HotSetCoverage]) -> Table:
         "in-sample",
         "held-out",
         "best set of\neach sequence",
-        title="uses that the hottest experts answer, mean over layers",
+        title="uses covered by the hottest experts, mean over layers",
     )
     if has_domains:
         for heading in ("same\ndomain", "other\ndomains"):
@@ -117,7 +116,7 @@ def _next_gate_table(report: RoutingReport) -> Table:
         "largest gate weight\n(by chance)",
         "worst layer",
         "best layer",
-        title="choices that a router names on the input of an earlier MoE layer",
+        title="choices predicted by a router on the input of an earlier MoE layer",
     )
     for row in report.next_gate:
         prediction = row.held_out or row.in_sample
@@ -153,7 +152,7 @@ def _union_table(report: RoutingReport) -> Table:
     table = columns(
         "tokens in a row",
         *(str(n_tokens) for n_tokens in growth.n_tokens),
-        title="different experts that tokens in a row touch in a layer, in units of one token's",
+        title="distinct experts that tokens in a row use in a layer, in units of one token's",
     )
     table.add_row("mean over layers", *(_times(value) for value in growth.measured))
     by_length = [
@@ -175,7 +174,7 @@ def _reuse_table(model: ReuseHistogram, within_layer: ReuseHistogram) -> Table:
         "cache per layer",
         words=(0, 1, 3),
         title="other experts used between two uses of the same one, held-out; "
-        "a cache of so many answers so much",
+        "size: hit rate of an lru cache",
     )
     n_rows = max(len(model.bins), len(within_layer.bins))
     cells = [list(_reuse_cells(histogram, n_rows)) for histogram in (model, within_layer)]
@@ -189,7 +188,7 @@ def _reuse_table(model: ReuseHistogram, within_layer: ReuseHistogram) -> Table:
 
 
 def _reuse_cells(histogram: ReuseHistogram, n_rows: int) -> Iterator[tuple[str, str]]:
-    """Bar of each bin, and what a least-recently-used cache that ends with it answers."""
+    """Yield the bar of each bin, and the hit rate of an LRU cache that covers it."""
     answered = 0
     for one in histogram.bins:
         answered += one.uses

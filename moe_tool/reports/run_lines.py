@@ -1,4 +1,4 @@
-"""The cost of a run or of tasks, on one line."""
+"""One-line summaries of the costs of a run or of tasks."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def harness_line(report: HarnessReport) -> str:
     """Return tokens, reads and changed answers of all requests of the tasks."""
     parts = [f"{report.prompt.tokens} + {report.decode.tokens} tokens"]
     if report.cut_contexts:
-        parts.append(f"{report.cut_contexts} contexts lost their beginning")
+        parts.append(f"{report.cut_contexts} contexts cut at the beginning")
     parts += [f"{report.seconds:.1f} s", *_reads(report.decode), *_changes(report.decode)]
     return " · ".join([*parts, _peak(report)])
 
@@ -62,11 +62,11 @@ def _changes(counters: PhaseCounters) -> list[str]:
 def _sparsity(counters: PhaseCounters) -> str:
     whole = counters.whole_bytes
     read = "" if not whole else f", {counters.bytes_read / whole:.0%} of whole misses read"
-    return f"{counters.sparsity:.1%} of channels left out{read}"
+    return f"{counters.sparsity:.1%} of channels skipped{read}"
 
 
 def _prompt_changes(counters: PhaseCounters, quality: AnswerQuality) -> str:
-    """Say what a lossy prefill answered otherwise."""
+    """Return the changed answers of a lossy prefill."""
     text = (
         f"in the prompt {counters.substitutions} substitutions, {counters.replica_answers} by "
         f"replicas, {counters.drops} drops"
@@ -77,7 +77,7 @@ def _prompt_changes(counters: PhaseCounters, quality: AnswerQuality) -> str:
 
 
 def _quality(quality: AnswerQuality) -> list[str]:
-    """Say what the answers are expected to have cost, beside what was measured."""
+    """Return the expected KL, beside the measured one."""
     limit = quality.expected_kl_limit
     within = "" if limit is None else f" of {limit:g}"
     parts = [f"expected KL {quality.expected_kl:.4f} per token{within}"]

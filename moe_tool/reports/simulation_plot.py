@@ -1,4 +1,4 @@
-"""Hit rate and tokens per second against the budget, as a picture or a page with one."""
+"""Plot of hit rate and tokens per second against the budget, as image or HTML page."""
 
 import html
 import io
@@ -12,24 +12,20 @@ _GIB, _MIB = 2**30, 2**20
 
 
 def require_plot_path(path: Path) -> None:
-    """Refuse what is neither a picture nor a page.
-
-    Raises:
-        UsageError: another ending than .png, .svg or .html.
-    """
+    """Raise a UsageError for suffixes other than .png, .svg and .html."""
     if path.suffix.lower() not in (".png", ".svg", ".html"):
         raise UsageError(
-            f"--plot {path}: the ending says no format", hint="use .png, .svg or .html"
+            f"--plot {path}: the suffix names no known format", hint="use .png, .svg or .html"
         )
 
 
 def drawn_plot(path: Path, report: SimulationReport, *, bits: str) -> bytes:
-    """Return a file with both curves, one line a policy, the bound marked as such.
+    """Return the bytes of a file with both plots, one curve per policy and one for the bound.
 
     Args:
-        path: says the format: .png, .svg or .html.
+        path: its suffix sets the format: .png, .svg or .html.
         report: rows at one or several budgets.
-        bits: of the experts, in words.
+        bits: bits of the experts, in words.
     """
     require_plot_path(path)
     title = f"{report.model}, {bits}, decoding on {report.hardware}"

@@ -1,4 +1,4 @@
-"""Replayed traces as tables, and a recorded run beside its replay."""
+"""Tables of replayed traces, and of a recorded run beside its replay."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ from moe_tool.reports.columns import columns
 
 
 def hit_rate_table(rows: Mapping[str, Sequence[SimulatedRow]]) -> Table:
-    """Return hit rate and tokens per second, a line per policy and a column per budget."""
+    """Return hit rate and tokens per second, a row per policy and a column per budget."""
     budgets = list(dict.fromkeys(row.memory for each in rows.values() for row in each))
     table = columns("eviction", *budgets, ruled=False)
     for policy, each in rows.items():
@@ -31,7 +31,7 @@ def _cell(row: SimulatedRow | None) -> str:
 
 
 def details_table(rows: Sequence[SimulatedRow]) -> Table:
-    """Return everything about a few rows."""
+    """Return every figure of some rows."""
     table = columns(
         "memory", "slots", "experts", "eviction", "hits", "read/token", "stall ms", "tokens/s",
         "p50 ms", "p99 ms", "x belady", "limit",
@@ -56,7 +56,7 @@ def details_table(rows: Sequence[SimulatedRow]) -> Table:
 
 
 def prompt_table(rows: Sequence[PromptRow]) -> Table:
-    """Return what prompts read, a line per policy and a column per budget."""
+    """Return hit rate and bytes of prompts, a row per policy and a column per budget."""
     budgets = list(dict.fromkeys(row.memory for row in rows))
     table = columns("eviction", *budgets, ruled=False)
     for policy in dict.fromkeys(row.eviction for row in rows):
@@ -72,7 +72,7 @@ def prompt_table(rows: Sequence[PromptRow]) -> Table:
 
 
 def prefetch_table(rows: Sequence[PrefetchRow]) -> Table:
-    """Return what reading ahead would change."""
+    """Return the effect of prefetching, one row per budget, policy and depth."""
     headings = ("memory", "eviction", "depth", "wanted", "bytes/saved", "stall saved ms", "pays")
     table = columns(*headings, words=(0, 1, 6), ruled=False)
     for row in rows:
@@ -90,7 +90,7 @@ def prefetch_table(rows: Sequence[PrefetchRow]) -> Table:
 
 
 def comparison_table(found: RunComparison) -> Table:
-    """Return what the run counted beside what the replay says."""
+    """Return the run's counters beside the replay's."""
     table = columns("", "run", "replayed", ruled=False)
     table.add_row("hits while decoding", str(found.hits), str(found.predicted_hits))
     table.add_row("hits in the prompt", str(found.prompt_hits), str(found.predicted_prompt_hits))

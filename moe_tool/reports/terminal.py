@@ -1,4 +1,4 @@
-"""Tables of facts, of stand-ins and of a pipeline's stages."""
+"""Tables of facts, of stand-ins and of the demo's stages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from moe_tool.reports.columns import columns
 
 
 def facts_table(facts: Mapping[str, object]) -> Table:
-    """Return two columns, name and value; a field whose name ends in `bytes` is shown as a size."""
+    """Return a table of names and values; fields whose names end in `bytes` are shown as sizes."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _fact(name, value))
@@ -24,7 +24,7 @@ def buddies_table(summary: BuddySummary) -> Table:
         "in-sample",
         "held-out",
         "best possible",
-        "nothing instead",
+        "dropped",
         "experts without\na stand-in",
         "experts with\nfew tokens",
     )
@@ -36,8 +36,8 @@ def buddies_table(summary: BuddySummary) -> Table:
 
 
 def stages_table(rows: Sequence[tuple[str, str, float]]) -> Table:
-    """Return one row per (stage, what came out, seconds)."""
-    table = columns("stage", "what happened", "seconds", words=(0, 1))
+    """Return one row per (stage, outcome, seconds)."""
+    table = columns("stage", "outcome", "seconds", words=(0, 1))
     for stage, outcome, seconds in rows:
         table.add_row(stage, outcome, f"{seconds:.1f}")
     return table

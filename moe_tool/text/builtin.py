@@ -21,11 +21,10 @@ BUILTIN_DOMAINS = ("docs", "code")
 Part = Literal["train", "eval"]
 
 _HELD_OUT_ONE_IN = 8
-# Chosen of six salts: it holds out nearly an eighth of the characters of both domains.
+# The best of six salts: it holds out nearly an eighth of the characters of both domains.
 _HASH_SALT = "moe-tool builtin 5 "
 _SHARED_PARAGRAPH_CHARACTERS = 24
-# Tests, other people's packages, generated tables, and the source trees of two applications that
-# only Python itself needs.
+# Tests, third-party packages, generated tables, and two applications that ship with Python.
 _SKIPPED_FOLDERS = frozenset(
     {
         "test",
@@ -63,7 +62,7 @@ def builtin_documents(domain: str, *, part: Part) -> list[BuiltinDocument]:
         part: "train" for training and calibration, "eval" for held-out documents.
 
     Raises:
-        DataSourceError: this Python came without its topics or without the sources of its library.
+        DataSourceError: this Python lacks its topics or the sources of its library.
     """
     if domain == "docs":
         return _topic_documents(part)
@@ -73,7 +72,7 @@ def builtin_documents(domain: str, *, part: Part) -> list[BuiltinDocument]:
 
 
 def is_held_out(name: str) -> bool:
-    """Return whether the document of this name is held out, the same on every machine."""
+    """Return whether a document is held out; depends on its name only."""
     digest = hashlib.sha256((_HASH_SALT + name).encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
 

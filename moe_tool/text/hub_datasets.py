@@ -21,10 +21,10 @@ _SHUFFLE_BUFFER = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """Name of one split of a data set of the hub."""
+    """One split of a data set on the hub."""
 
     name: str
-    """Id as org/name."""
+    """Id org/name."""
     config: str | None
     """Configuration; None: the data set's default."""
     split: str
@@ -43,7 +43,7 @@ def parse_hub_spec(spec: str) -> HubDataset:
 
 
 def require_hub_dataset(spec: str, *, domain: str, offline: bool) -> bool:
-    """Return whether a data set is read from the network; False: from the local cache.
+    """Return whether a data set is read from the network (True) or from the local cache.
 
     Raises:
         NotFoundError: no network and not in the cache; raised within about a second.
@@ -59,8 +59,8 @@ def read_hub_documents(spec: str, *, domain: str, seed: int, offline: bool) -> I
     """Return the documents of a data set, streamed and shuffled by `seed` (shards, then a buffer of
     1000 documents).
 
-    Without network the prepared data sets of the local cache are used. The hub is probed before
-    `datasets` is imported, which would retry for 24 s, so the refusal comes within about a second.
+    Without network the local cache is used. The hub is probed first, because `datasets` would retry
+    for 24 s before failing.
 
     Raises:
         NotFoundError: no network and not in the cache, or the hub has no such data set.
@@ -73,7 +73,7 @@ def read_hub_documents(spec: str, *, domain: str, seed: int, offline: bool) -> I
 
 
 def _cache_folders(name: str) -> list[Path]:
-    """Return where `datasets` and huggingface_hub would keep this data set."""
+    """Return the cache folders of this data set in `datasets` and huggingface_hub."""
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     home = Path(os.environ.get("HF_HOME", cache_home))
     prepared = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
@@ -159,7 +159,7 @@ def _text_of_row(row: dict[str, Any], wanted: HubDataset) -> str:
 def libraries_offline() -> Iterator[None]:
     """Keep datasets and huggingface_hub off the network inside this block.
 
-    They read the environment only when they are imported, so their constants are set.
+    They read the environment only when imported, so their constants are set.
     """
     import datasets.config
     import huggingface_hub.constants

@@ -1,4 +1,4 @@
-"""Order in which the blocks of many documents are read."""
+"""Order of reading blocks of many documents."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,11 +8,10 @@ import numpy as np
 def interleave_blocks(
     n_blocks: Sequence[int], *, rng: np.random.Generator
 ) -> Iterator[tuple[int, int]]:
-    """Yield every (item, block) once: rounds over the items in random order, one block of each per
-    round, in a random order of its blocks.
+    """Yield every (item, block) once, in rounds over the items in random order.
 
-    A short sample thus draws one block from each of many items instead of all blocks of a few, and
-    a sample from one long item draws from all of it.
+    Each round takes one random block of each item. A short sample thus has one block of many items
+    instead of all blocks of a few, and a sample of one long item is spread over it.
 
     Args:
         n_blocks: number of blocks per item; items without blocks are skipped.

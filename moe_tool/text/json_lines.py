@@ -17,17 +17,17 @@ _MAX_LINE_BYTES = 64 * 2**20
 
 
 def count_line_blocks(size_bytes: int) -> int:
-    """Return the number of blocks of lines of a file of this size."""
+    """Return the number of blocks in a file of `size_bytes` bytes."""
     return -(-size_bytes // _BLOCK_BYTES)
 
 
 def read_line_block(file: Path, block: int) -> Iterator[str]:
-    """Yield the texts of the lines that begin in block number `block`, bytes [block, block + 1) *
-    65536; blank lines are passed over, and a text that is null is empty.
+    """Yield the texts of the lines that begin in bytes [block, block + 1) * 65536; blank lines are
+    skipped, and a null text is empty.
 
     Raises:
-        DataSourceError: a line that is no JSON object, has no text field, or is longer than 64 MiB;
-            file and line are named.
+        DataSourceError: a line is not a JSON object, has no text field, or is longer than 64 MiB;
+            the message names file and line.
     """
     end = (block + 1) * _BLOCK_BYTES
     with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Documents from files and folders of this machine, by block, in bounded memory."""
+"""Documents from local files and folders, by block, in bounded memory."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -45,18 +45,17 @@ _FORMS_HINT = (
 
 
 def read_local_documents(path: Path, *, seed: int) -> Iterator[str]:
-    """Return the documents of a file, or of all files below a folder whose suffix is in
-    SUPPORTED_SUFFIXES.
+    """Return the documents of a file, or of all files with SUPPORTED_SUFFIXES below a folder.
 
-    Plain text comes in blocks of about 8 kB cut at blank lines, .jsonl by line, .parquet by row.
-    Links to folders are followed, each folder once. Hidden files and folders are skipped, and empty
-    files beside others. Files are visited in rounds (interleave_blocks), so that a sample is spread
-    over all of them; no file is read further than the sample needs.
+    Plain text is cut into blocks of about 8 kB at blank lines, .jsonl by line, .parquet by row.
+    Links to folders are followed, each folder once. Hidden and empty files are skipped. Files are
+    visited in rounds (interleave_blocks), so that a sample is spread over all of them; no file is
+    read further than the sample needs.
 
     Raises:
-        NotFoundError: nothing is at this path.
-        DataSourceError: it is empty, or (also while iterating) binary, not UTF-8, a broken line, or
-            without a text field.
+        NotFoundError: there is no such file or folder.
+        DataSourceError: there is no text, or (also while iterating) a file is binary, not UTF-8,
+            damaged or without a text field.
     """
     files = [path] if not path.is_dir() else _files_below(path)
     n_blocks = [_count_blocks(file) for file in files]
@@ -101,8 +100,8 @@ def _files_below(folder: Path) -> list[Path]:
     files = [file for file in found if file.is_file()]
     if not files:
         raise DataSourceError(
-            f"text source {folder}: no file below it has a suffix that is read as text",
-            hint="suffixes that are: " + " ".join(sorted(SUPPORTED_SUFFIXES)),
+            f"text source {folder}: no file below it has a known text suffix",
+            hint="known suffixes: " + " ".join(sorted(SUPPORTED_SUFFIXES)),
         )
     return files
 

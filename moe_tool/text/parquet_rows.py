@@ -1,4 +1,4 @@
-"""Documents from a .parquet file: one row each, its text in the column `text` or `content`."""
+"""Documents from a .parquet file: one per row, its text in the column `text` or `content`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ def count_row_groups(file: Path) -> int:
     """Return the number of row groups, which can be read independently.
 
     Raises:
-        DataSourceError: not a parquet file, or one without a text column.
+        DataSourceError: it is not a parquet file, or has no text column.
     """
     with _open(file) as parquet:
         _text_column(file, parquet)
@@ -31,7 +31,7 @@ def read_row_group(file: Path, row_group: int, *, rng: np.random.Generator) -> I
     skipped.
 
     Raises:
-        DataSourceError: damaged data.
+        DataSourceError: the data is damaged.
     """
     import pyarrow
 
@@ -85,8 +85,8 @@ def _text_column(file: Path, parquet: "pyarrow.parquet.ParquetFile") -> str:
 
 
 def _holds_text(kind: "pyarrow.DataType") -> bool:
-    """Whether an Arrow type is one of strings: plain, large, views, bytes of UTF-8, or a dictionary
-    of these, as Polars and others write them."""
+    """Return whether an Arrow type holds strings: plain, large, views, UTF-8 bytes, or dictionaries
+    of these, as written by Polars and others."""
     from pyarrow import types
 
     if types.is_dictionary(kind):

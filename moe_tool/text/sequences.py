@@ -1,4 +1,4 @@
-"""Token sequences of one length, packed from documents, with boundaries and a held-out part."""
+"""Token sequences of one length, packed from documents, with a held-out part."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ class TokenSequences:
     domain: np.ndarray
     """[N] int16, index into `domains`; each sequence has one domain."""
     document: np.ndarray
-    """[N, S] int32, ascending number of the document that each token belongs to."""
+    """[N, S] int32, ascending number of each token's document."""
     held_out: np.ndarray
     """[N] bool, True for held-out sequences."""
     domains: tuple[str, ...]
@@ -37,7 +37,7 @@ class TokenSequences:
     sources: tuple[str, ...]
     """`domain=spec` of each source."""
     seed: int
-    """Seed that decides, with sources and tokenizer, every token and the held-out part."""
+    """Seed of the order of documents and of the held-out part."""
 
 
 def build_sequences(
@@ -54,25 +54,25 @@ def build_sequences(
 ) -> TokenSequences:
     """Return about `n_tokens` tokens of the sources as whole sequences, in equal shares by domain.
 
-    Each document is encoded with the tokenizer's own special tokens and closed with its end-of-text
+    Each document is encoded with the tokenizer's special tokens and closed with its end-of-text
     token if it has one; the documents of a domain are joined and cut every `seq_len` tokens, so a
     document may continue in the next sequence. If a domain is short of text, others give more.
 
     The held-out part of each domain is one run of adjacent sequences, round(holdout * n) and at
-    least one of two, placed by `seed` where it shares the fewest documents (at most one) with the
-    rest. Sequences picked at random would mostly share documents.
+    least one of two, placed by `seed` where it shares the fewest documents with the rest. Sequences
+    picked at random would mostly share documents.
 
     Args:
         vocabulary: V of the model that the tokens are for.
         n_tokens: rounded to whole sequences, at least one per domain.
         seq_len: S, tokens per sequence, at least 2.
         holdout: share of each domain's sequences to hold out, 0 to below 1.
-        progress: told about the tokens.
+        progress: listener.
 
     Raises:
-        UsageError: n_tokens, seq_len or holdout out of range.
+        UsageError: n_tokens, seq_len or holdout is out of range.
         DataSourceError: a source is too short, unreadable, or has a token unknown to the model.
-        NotFoundError: a source is missing or out of reach.
+        NotFoundError: a source is missing or cannot be reached.
     """
     _check_arguments(n_tokens, seq_len, holdout)
     n_sequences = max(round(n_tokens / seq_len), len(sources))
@@ -84,7 +84,7 @@ def build_sequences(
     n_found = sum(n_per_domain)
     if n_found < n_sequences:
         _logger.warning(
-            "the text sources hold %d of the %d tokens asked for",
+            "the text sources have only %d of the %d requested tokens",
             n_found * seq_len,
             n_sequences * seq_len,
         )
@@ -111,7 +111,7 @@ def _cut(
     holdout: float,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids [N, S], documents [N, S] and held-out sequences [N] of all domains."""
+    """Return ids [N, S], documents [N, S] and the held-out mask [N] of all domains."""
     rng = np.random.default_rng(seed)
     ids, documents, held_out = [], [], []
     first_document = 0
@@ -215,9 +215,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[np.n
 def _fill(
     streams: list[_TokenStream], n_sequences: int, *, seq_len: int, progress: Progress
 ) -> list[int]:
-    """Read the streams and return the number of sequences of each: equal, except that others
-    replace what a short source lacks.
-    """
+    """Read the streams and return the number of sequences of each: equal, unless one is short."""
     limits = [n_sequences] * len(streams)
     progress.begin("tokenize", n_sequences * seq_len, "tokens")
     while True:
@@ -239,7 +237,7 @@ def _fill(
 def _fair_shares(n_wanted: int, limits: list[int]) -> list[int]:
     """Return shares that add up to `n_wanted`, or to all limits, none above its limit.
 
-    Shares below their limit are equal, but for one more in the first ones.
+    Shares below their limits are equal, or one larger in the first streams.
     """
     shares = [0] * len(limits)
     left = n_wanted
@@ -255,7 +253,7 @@ def _fair_shares(n_wanted: int, limits: list[int]) -> list[int]:
 def _choose_held_out(
     documents: np.ndarray, *, holdout: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return [n] bool: True for the sequences of a domain to hold out.
+    """Return the mask of a domain's sequences to hold out, [n] bool.
 
     Args:
         documents: [n, S] document number of each token.

@@ -1,4 +1,4 @@
-"""Text sources of `--data`: parsing their names and reading their documents."""
+"""Text sources of `--data`: parsing of their names, reading of their documents."""
 
 import os
 import re
@@ -43,15 +43,14 @@ class TextSource:
 
 
 def parse_sources(arguments: Sequence[str]) -> tuple[TextSource, ...]:
-    """Return the sources that the arguments of --data name, in their order; nothing is opened yet.
+    """Return the sources of --data arguments, in order, without opening them.
 
-    Each argument is `[NAME=]SOURCE`. Without a name the domain is called after the file, folder,
-    alias or data set. `builtin` stands for two domains, `docs` and `code`; `builtin:eval` for their
-    held-out parts, `builtin:docs[:eval]` for one of them.
+    Each argument is `[NAME=]SOURCE`. The default name of a domain is that of the file, folder,
+    alias or data set. `builtin` means two domains, `docs` and `code`; `builtin:eval` their held-out
+    parts, `builtin:docs[:eval]` one of them.
 
     Raises:
-        UsageError: no argument, an argument that cannot be a source, or two domains of the same
-            name.
+        UsageError: there is no argument, one is invalid, or two domains have the same name.
     """
     sources = [source for argument in arguments for source in _parse_argument(argument)]
     if not sources:
@@ -69,10 +68,10 @@ def parse_sources(arguments: Sequence[str]) -> tuple[TextSource, ...]:
 
 
 def require_sources(sources: Sequence[TextSource], *, offline: bool = False) -> None:
-    """Refuse sources that are out of reach, before anything slow begins.
+    """Refuse missing sources before slow work begins.
 
     Raises:
-        NotFoundError: no such file or folder, or the hub is out of reach.
+        NotFoundError: a file or folder does not exist, or the hub cannot be reached.
     """
     for source in sources:
         if source.spec.partition(":")[0] == "builtin":
@@ -86,19 +85,17 @@ def require_sources(sources: Sequence[TextSource], *, offline: bool = False) -> 
 
 
 def read_documents(source: TextSource, *, seed: int, offline: bool = False) -> Iterator[str]:
-    """Return the non-empty documents of a source, in an order that depends on `seed` and the source
-    alone.
+    """Return the non-empty documents of a source, in an order set by `seed` and the source alone.
 
-    Long texts come in blocks of about 8 kB, so that a small sample still draws from many documents.
-    Reading is lazy and in bounded memory, but a source that is missing or empty is refused here and
-    not at the first document.
+    Long texts are cut into blocks of about 8 kB, so that a small sample has many documents. Reading
+    is lazy and in bounded memory, but a missing or empty source is refused at once.
 
     Args:
         offline: read data sets of the hub from the local cache only.
 
     Raises:
-        NotFoundError: no such file, or the hub is out of reach.
-        DataSourceError: it holds no readable text (also while iterating, at a damaged place).
+        NotFoundError: there is no such file, or the hub cannot be reached.
+        DataSourceError: it has no readable text (also while iterating, at a damaged place).
     """
     kind, _, rest = source.spec.partition(":")
     if kind == "builtin":
@@ -147,7 +144,7 @@ def _parse_builtin(name: str | None, spec: str) -> list[TextSource]:
 
 
 def _is_local(spec: str) -> bool:
-    """Return whether a spec is a path: it looks like one, or it exists. Others may be hub ids."""
+    """Return whether a spec is a path: it looks like one, or exists."""
     if not spec or "\0" in spec:
         return False
     if (

@@ -1,4 +1,4 @@
-"""Blocks of about 8 kB, cut at ends of paragraphs, found without reading the text before them."""
+"""Text blocks of about 8 kB, cut at ends of paragraphs, found without reading what precedes."""
 
 import re
 from collections.abc import Callable
@@ -9,21 +9,21 @@ _PARAGRAPH_END = re.compile(rb"\n[ \t\r]*\n")
 
 
 def count_blocks(size_bytes: int) -> int:
-    """Return the number of blocks of a text of this size; some may be empty."""
+    """Return the number of blocks in a text of `size_bytes` bytes; some may be empty."""
     return -(-size_bytes // BLOCK_BYTES)
 
 
 def block_range(
     block: int, *, size_bytes: int, read: Callable[[int, int], bytes]
 ) -> tuple[int, int]:
-    """Return the byte offsets of a block's begin and end; blocks have no gaps or overlaps.
+    """Return the byte offsets of a block's start and end; blocks have no gaps or overlaps.
 
-    Cut number i lies in [i, i + 1) * 8192: after the first blank line there, else after the first
+    Cut number i is in [i, i + 1) * 8192: after the first blank line there, else after the first
     line end, else at the first byte that begins a UTF-8 character. So every block can be found
     independently, and none is longer than 16 kB.
 
     Args:
-        read: returns the bytes of the text from an offset on, at most as many as asked for.
+        read: function (offset, length) that returns at most `length` bytes of the text.
     """
     return _cut(block, size_bytes, read), _cut(block + 1, size_bytes, read)
 

@@ -1,4 +1,4 @@
-"""Hints on text that is not UTF-8: commands that convert it."""
+"""Hints for text that is not UTF-8: commands that convert it."""
 
 import shlex
 from pathlib import Path
@@ -9,18 +9,18 @@ _GZIP = b"\x1f\x8b"
 
 
 def name_encoding(beginning: bytes) -> str | None:
-    """Return the encoding of a file that is not UTF-8 by its first bytes; None if unknown."""
+    """Return the encoding that a file's first bytes reveal, other than UTF-8; None if unknown."""
     if beginning.startswith(_UTF16_BOMS):
         return "UTF-16"
     return "gzip" if beginning.startswith(_GZIP) else None
 
 
 def conversion_hint(file: Path | None, *, beginning: bytes) -> str:
-    """Return how to make UTF-8 text of a file.
+    """Return a command that converts a file to UTF-8.
 
     Args:
         file: the file; None: stdin.
-        beginning: its first bytes, at least four where it has so many.
+        beginning: its first four bytes, fewer if it is shorter.
     """
     kind = name_encoding(beginning)
     if file is None:
@@ -36,6 +36,6 @@ def conversion_hint(file: Path | None, *, beginning: bytes) -> str:
             f"convert it: iconv -f UTF-16 -t UTF-8 {source} > {target}, and give that in its place"
         )
     return (
-        f"convert it, where it is Latin-1: iconv -f LATIN1 -t UTF-8 {source} > {target}, and give "
+        f"convert it if it is Latin-1: iconv -f LATIN1 -t UTF-8 {source} > {target}, and give "
         "that in its place"
     )

@@ -91,7 +91,7 @@ def test_an_interrupted_stage_says_how_to_go_on(
     monkeypatch.setattr(f"moe_tool.cli.{arguments[0]}.open_output", interrupt)
     assert run_command(arguments) == 130
     assert capsys.readouterr().err == (
-        f"interrupted; what is done is kept: resume with\n    {words}\n"
+        f"interrupted; finished work is kept: resume with\n    {words}\n"
     )
 
 

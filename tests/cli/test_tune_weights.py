@@ -49,7 +49,7 @@ def test_an_interrupted_tuning_says_how_to_go_on(
     typed = ["tune", "weights", "b", "--model", "demo", "--data", "builtin", "--out", "t"]
     assert run_command(typed) == 130
     assert capsys.readouterr().err == (
-        "interrupted; what is done is kept: resume with\n"
+        "interrupted; finished work is kept: resume with\n"
         "    moe-tool tune weights b --model demo --data builtin --out t\n"
     )
 

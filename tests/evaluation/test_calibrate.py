@@ -184,7 +184,7 @@ def test_a_limit_out_of_reach_says_what_is_in_reach_and_what_would_do(
 ) -> None:
     monkeypatch.setattr("moe_tool.evaluation.calibrate._ROUNDS", 1)
     before = BundleReader.open(packed).manifest
-    with pytest.raises(UsageError, match="the best that was tried, priced") as refused:
+    with pytest.raises(UsageError, match="the best one, priced") as refused:
         _calibrate(packed, sources, 1e-9)
     assert "--max-kl" in str(refused.value.hint)
     assert BundleReader.open(packed).manifest == before  # nothing is written

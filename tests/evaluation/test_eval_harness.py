@@ -132,7 +132,7 @@ def test_a_group_has_a_row_of_its_own(bundle: Path, tmp_path: Path) -> None:
         ("./empty/", DataSourceError, "holds no task"),
         ("./remote.yaml", NotFoundError, "'remote.yaml': --offline forbids the network"),
         ("./broken.yaml", DataSourceError, "'broken.yaml' cannot be loaded"),
-        ("./metric.yaml", UsageError, "'no_such_metric' is not lm_eval's own"),
+        ("./metric.yaml", UsageError, "'no_such_metric' is not part of lm_eval"),
         ("./template.yaml", DataSourceError, "template"),
     ],
 )

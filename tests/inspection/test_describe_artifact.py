@@ -57,7 +57,7 @@ def test_learned_routers_are_named(bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     put_mask_router(copy)
     found = describe(copy)
-    assert found.facts["pruning"] == f"trained to leave out {LEARNED.rate:.0%} of the experts"
+    assert found.facts["pruning"] == f"trained to drop {LEARNED.rate:.0%} of the chosen experts"
     assert found.details["sections"]["mask-router"]["body"]["rate"] == LEARNED.rate
 
 

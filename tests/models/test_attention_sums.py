@@ -71,5 +71,5 @@ def test_a_model_without_such_attention_is_refused(tiny_checkpoint: Callable[...
     layer.self_attn = Silent()
     sums = AttentionSums(model, [1])
     sums.listen(True)
-    with pytest.raises(UsageError, match="does not tell"):
+    with pytest.raises(UsageError, match="does not return"):
         layer.self_attn(torch.zeros(1, 2, 4))

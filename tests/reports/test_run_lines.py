@@ -34,7 +34,7 @@ def test_what_changed_is_named_before_the_memory() -> None:
     assert run_line(result).split(" · ")[6:] == [
         "5 substitutions",
         "4 prefetches (3 used, 1.00 MiB)",
-        "75.0% of channels left out, 25% of whole misses read",
+        "75.0% of channels skipped, 25% of whole misses read",
         "6 by replicas",
         "7 drops (1.00 MiB per token not read for them)",
         "in the prompt 1 substitutions, 2 by replicas, 3 drops, expected KL 0.2500 per token",
@@ -46,7 +46,7 @@ def test_what_changed_is_named_before_the_memory() -> None:
 
 def test_tasks_count_requests_that_lost_their_beginning() -> None:
     assert harness_line(harness_report()) == (
-        "20 + 5 tokens · 3 contexts lost their beginning · 2.0 s · hit rate 100.0% · 0 B read per "
+        "20 + 5 tokens · 3 contexts cut at the beginning · 2.0 s · hit rate 100.0% · 0 B read per "
         "token · stalled 0.00 s · 0 substitutions · 2 drops (0 B per token not read for them) · "
         "peak memory 1.00 GiB of 2.00 GiB"
     )

@@ -138,7 +138,7 @@ def test_too_little_text_is_used_with_a_warning(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING):
         packed = _build({"a": ["abcd"]}, n_tokens=100, seq_len=3)
     assert packed.ids.shape == (2, 3)
-    assert "hold 6 of the 99 tokens" in caplog.text
+    assert "have only 6 of the 99 requested tokens" in caplog.text
 
 
 def test_tokenizing_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

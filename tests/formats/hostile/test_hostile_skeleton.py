@@ -161,7 +161,7 @@ def test_a_whole_skeleton_loads(bundle: Path) -> None:
     Case(
         name="a plane too many",
         damage=forged(put(f"{Q}.plane2", torch.zeros(1024, dtype=torch.uint8))),
-        says="plane2', which this model has no use for",
+        says="plane2', which this model does not use",
     ),
     Case(
         name="codes that are not listed",
