@@ -97,7 +97,7 @@ _GOOD = PlanRequest(memory=parse_memory("1GiB"), max_kl=0.1)
         ({"average_bits": float("nan")}, "--average-bits nan"),
         ({"average_bits": 2.0, "memory": parse_memory("50%")}, "no size"),
         ({"bits": "mixed", "memory": parse_memory("min")}, "no size"),
-        ({"bits": "mixed", "memory": parse_memory("100%"), "max_kl": None}, "how many bytes"),
+        ({"bits": "mixed", "memory": parse_memory("100%"), "max_kl": None}, "limit of bytes"),
     ],
 )
 def test_a_request_that_means_nothing_is_refused(changed: dict[str, Any], says: str) -> None:

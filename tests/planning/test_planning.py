@@ -50,7 +50,7 @@ def test_a_pinned_set_has_to_hold_up_held_out_and_in_every_domain():
     split = {0: _statistics([80, 10, 10], [75, 15, 10], [[48, 1, 1], [27, 14, 9]])}
     assert "1.8 times" in str(check_pins(split, ranked, 1).refusal)
     alone = {0: _statistics([80, 10, 10], [0, 0, 0], [[0, 0, 0]])}
-    assert "nothing held out" in str(check_pins(alone, ranked, 1).refusal)
+    assert "no held-out tokens" in str(check_pins(alone, ranked, 1).refusal)
     absent = {0: _statistics([80, 10, 10], [50, 40, 10], [[50, 0, 0], [0, 40, 10]])}
     assert check_pins(absent, ranked, 1).refusal is not None
 

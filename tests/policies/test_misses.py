@@ -203,7 +203,7 @@ def test_next_ranked_leaves_the_weights_of_other_tokens_to_the_bit():
         ("drop", {"gates": None}, "thresholds"),
         ("random", {"gates": None}, "thresholds"),
         ("next-ranked", {"gates": None}, "thresholds"),
-        ("next-ranked", {"reweigh": None}, "weighs"),
+        ("next-ranked", {"reweigh": None}, "gate weights"),
     ],
 )
 def test_a_policy_that_cannot_be_made_is_refused_by_name(name, missing, words):
