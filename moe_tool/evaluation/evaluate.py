@@ -41,7 +41,7 @@ from moe_tool.runtime.run_options import (
     default_policy,
     default_residency,
 )
-from moe_tool.runtime.session import Session, open_session
+from moe_tool.runtime.session import Session, load_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
 
@@ -126,8 +126,9 @@ def evaluate(
         CorruptArtifactError: the bundle or the checkpoint is damaged.
     """
     start = time.perf_counter()
-    asked = _read(folder, sources, options, progress)
-    ran = _run(folder, asked, options, reference=reference, progress=progress)
+    with BundleReader.open(folder) as bundle:
+        asked = _read(bundle, sources, options, progress)
+        ran = _run(bundle, asked, options, reference=reference, progress=progress)
     measured = ran.measured
     setup = replace(ran.setup, policy=asked.policy)
     if options.sparse_experts is not None:
@@ -154,10 +155,12 @@ def evaluate(
 
 
 def _read(
-    folder: Path, sources: Sequence[TextSource], options: EvaluateOptions, progress: Progress
+    bundle: BundleReader,
+    sources: Sequence[TextSource],
+    options: EvaluateOptions,
+    progress: Progress,
 ) -> _Asked:
-    with BundleReader.open(folder) as bundle:
-        manifest = bundle.manifest
+    folder, manifest = bundle.folder, bundle.manifest
     if options.sparse_experts is not None:
         _check_sparse(options)
     asked = None if options.policy is None else parse_miss_policy(options.policy)
@@ -170,7 +173,7 @@ def _read(
     text = build_sequences(
         sources,
         tokenizer,
-        vocabulary=bundle.manifest.shape.vocabulary,
+        vocabulary=manifest.shape.vocabulary,
         n_tokens=options.tokens,
         seq_len=seq_len,
         holdout=0.0,
@@ -200,7 +203,7 @@ class _Ran:
 
 
 def _run(
-    folder: Path,
+    bundle: BundleReader,
     asked: _Asked,
     options: EvaluateOptions,
     *,
@@ -214,7 +217,7 @@ def _run(
                 SourceModel(reference, asked.manifest, asked.ids, progress=progress)
             )
         wanted = _policies(asked, options, progress)
-        session = _open(folder, asked, options, has_source=source is not None, progress=progress)
+        session = _open(bundle, asked, options, has_source=source is not None, progress=progress)
         stack.enter_context(session)
         names, skipped = _runnable(session, wanted, asked, progress)
         measured = measure_policies(
@@ -251,7 +254,12 @@ def _policies(asked: _Asked, options: EvaluateOptions, progress: Progress) -> tu
 
 
 def _open(
-    folder: Path, asked: _Asked, options: EvaluateOptions, *, has_source: bool, progress: Progress
+    bundle: BundleReader,
+    asked: _Asked,
+    options: EvaluateOptions,
+    *,
+    has_source: bool,
+    progress: Progress,
 ) -> Session:
     """Open the session with the largest batch of sequences that the budget allows."""
     n_sequences, seq_len = asked.ids.shape
@@ -279,7 +287,7 @@ def _open(
     while True:
         fitted = replace(run, batch=batch, caller_bytes=batch * per_sequence + scratch)
         try:
-            return open_session(folder, fitted, tokenizer=asked.tokenizer, progress=progress)
+            return load_session(bundle, fitted, tokenizer=asked.tokenizer, progress=progress)
         except BudgetError:
             if batch == 1:
                 raise

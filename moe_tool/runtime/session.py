@@ -201,7 +201,6 @@ def open_session(
         UsageError, BudgetError, NotFoundError, UnsupportedModelError: as `plan_run`.
         CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
     """
-    return_freed_memory()
     bundle = BundleReader.open(folder)
     try:
         return load_session(
@@ -224,6 +223,7 @@ def load_session(
 
     The session closes the bundle; if loading fails, the caller has to.
     """
+    return_freed_memory()
     manifest = bundle.manifest
     with bundle.open_skeleton() as checkpoint:
         loader = SkeletonLoader(

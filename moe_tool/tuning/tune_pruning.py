@@ -31,7 +31,7 @@ from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
-from moe_tool.runtime.session import Session, open_session
+from moe_tool.runtime.session import Session, load_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
 from moe_tool.tuning.judge_pruning import Verdict, judge_pruning
@@ -126,14 +126,13 @@ def tune_pruning(
     start = time.perf_counter()
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
-    _require_whole(folder, manifest)
-    share = _share_of_light(options.rate, manifest.shape)
-    text = _text(folder, sources, options, vocabulary=manifest.shape.vocabulary)
-    plan, held_out = _split(text, options, share)
-    opened = _open(folder, options, manifest, n_held_out=held_out.numel(), progress=progress)
-    with opened as session:
-        training, verdict = _train_and_judge(session, folder, options, plan, held_out, progress)
-        budget_bytes = session.plan.memory.budget_bytes
+        _require_whole(folder, manifest)
+        share = _share_of_light(options.rate, manifest.shape)
+        text = _text(folder, sources, options, vocabulary=manifest.shape.vocabulary)
+        plan, held_out = _split(text, options, share)
+        with _open(bundle, options, n_held_out=held_out.numel(), progress=progress) as session:
+            training, verdict = _train_and_judge(session, folder, options, plan, held_out, progress)
+            budget_bytes = session.plan.memory.budget_bytes
     learned = _write(folder, manifest, options, training, verdict, plan, text.sources)
     most = (manifest.shape.top_k - 1) / manifest.shape.top_k
     return TunePruningReport(
@@ -275,15 +274,11 @@ def _text(
 
 
 def _open(
-    folder: Path,
-    options: TunePruningOptions,
-    manifest: BundleManifest,
-    *,
-    n_held_out: int,
-    progress: Progress,
+    bundle: BundleReader, options: TunePruningOptions, *, n_held_out: int, progress: Progress
 ) -> Session:
     """Open the session with as many sequences per forward as the budget allows."""
-    config = read_config(folder).get_text_config()
+    manifest = bundle.manifest
+    config = read_config(bundle.folder).get_text_config()
     longest = context_length(config)
     seq_len = min(options.seq_len, longest or options.seq_len)
     run = RunOptions(
@@ -303,7 +298,7 @@ def _open(
         taken = training_bytes(config, manifest.shape, batch=micro_batch, seq_len=seq_len)
         asked = replace(run, batch=micro_batch, caller_bytes=taken + beside)
         try:
-            return open_session(folder, asked, progress=progress)
+            return load_session(bundle, asked, progress=progress)
         except BudgetError:
             if micro_batch == 1:
                 raise
