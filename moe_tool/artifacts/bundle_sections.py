@@ -10,12 +10,14 @@ from typing import Annotated
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from moe_tool.artifacts.form_table import Basename, Price
+from moe_tool.artifacts.form_table import Price
 from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.artifacts.schema import FrozenModel
 
 SectionName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,63}$")]
 MASK_ROUTER = "mask-router"
+MASK_ROUTER_FILE = r"^pruning-[0-9a-f]{16}\.safetensors$"
+"""Name of the routers' file: it has the start of its sha256"""
 N_QUANTILES = 21
 
 
@@ -30,7 +32,7 @@ class Section(FrozenModel):
 class LearnedPruning(FrozenModel):
     """Mask routers trained by `moe-tool tune pruning`, used by `prune:learned`."""
 
-    file: Basename
+    file: Annotated[str, Field(pattern=MASK_ROUTER_FILE)]
     """Safetensors file of the routers' tensors"""
     rate: Annotated[float, Field(gt=0, lt=1)]
     """Share of the chosen experts that the training aimed to drop"""

@@ -106,6 +106,8 @@ def _check_experts(
         or any(layer not in layers or expert >= shape.experts for layer, expert in found)
     ):
         raise ValueError("the primary tables do not hold every expert exactly once")
+    if not primary:
+        raise ValueError("every expert was removed")
     stored = set(primary)
     for table in tables:
         experts = table.experts

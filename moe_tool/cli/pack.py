@@ -20,6 +20,7 @@ from moe_tool.cli.options import (
     OfflineOption,
     ProfilesOption,
 )
+from moe_tool.errors import MoeToolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,7 +168,7 @@ def pack(
 
         opened = open_model(located)
         with opened.checkpoint:
-            profile = profile or _newest_profile(profiles, opened.identity, output)
+            profile = profile or _profile_of(options.plan, profiles, opened.identity, output)
             buddies = buddies or _newest_buddies(profiles, opened.identity, output)
             report = pack_opened(
                 opened,
@@ -212,8 +213,29 @@ def _read_plan(path: Path) -> "PackPlan":
     return read_plan(path)
 
 
+def _profile_of(
+    plan: "PackPlan | None", folder: Path, identity: "ModelIdentity", output: Output
+) -> Path | None:
+    """Return the profile that the plan was made from; without it, the newest of the model."""
+    from moe_tool.formats.profile_hdf5 import ProfileReader
+
+    def is_planned(path: Path) -> bool:
+        try:
+            with ProfileReader.open(path) as reader:
+                return plan is not None and reader.sha256 == plan.profile_sha256
+        except MoeToolError:
+            return False
+
+    found = None if plan is None else newest_artifact(folder, PROFILE_SUFFIX, fits=is_planned)
+    if found is not None:
+        output.say(f"profile: {found}, which the plan was made from")
+        return found
+    if plan is not None:
+        output.say(f"profile: the one that the plan was made from is not in {folder}/")
+    return _newest_profile(folder, identity, output)
+
+
 def _newest_profile(folder: Path, identity: "ModelIdentity", output: Output) -> Path | None:
-    from moe_tool.errors import MoeToolError
     from moe_tool.formats.profile_hdf5 import ProfileReader
 
     def fits(path: Path) -> bool:
@@ -230,7 +252,6 @@ def _newest_profile(folder: Path, identity: "ModelIdentity", output: Output) -> 
 
 def _newest_buddies(folder: Path, identity: "ModelIdentity", output: Output) -> Path | None:
     from moe_tool.artifacts.buddy_map import BuddyMap
-    from moe_tool.errors import MoeToolError
     from moe_tool.formats.json_artifact import read_json_artifact
 
     def fits(path: Path) -> bool:

@@ -8,7 +8,12 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleFile, BundleManifest
-from moe_tool.artifacts.bundle_sections import MASK_ROUTER, LearnedPruning, Section
+from moe_tool.artifacts.bundle_sections import (
+    MASK_ROUTER,
+    MASK_ROUTER_FILE,
+    LearnedPruning,
+    Section,
+)
 from moe_tool.artifacts.mask_router import (
     MASK_ROUTER_PARTS,
     LayerMaskRouter,
@@ -23,7 +28,7 @@ from moe_tool.formats.hostile_file import quoted, read_capped
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.safetensors_index import Checkpoint, read_header
 
-MASK_ROUTER_NAME = re.compile(r"pruning-[0-9a-f]{16}\.safetensors")
+MASK_ROUTER_NAME = re.compile(MASK_ROUTER_FILE)
 """Names of mask-router files, made from a hash of the content: a new file never replaces an old
 one. One that the manifest does not list is left over from an interrupted write."""
 

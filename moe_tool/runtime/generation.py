@@ -225,7 +225,10 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], options: Generate
     if options.max_tokens < 1:
         raise UsageError(f"--max-tokens {options.max_tokens}: at least 1 is needed")
     if not options.temperature >= 0 or options.temperature == float("inf"):
-        raise UsageError(f"--temperature {options.temperature}: 0 or more is needed")
+        raise UsageError(
+            f"--temperature {options.temperature}: a finite number from 0 on is needed",
+            hint="--temperature 0 takes the likeliest token, 1 samples as the model was trained",
+        )
     if 0 < options.temperature < _MIN_TEMPERATURE:
         raise UsageError(
             f"--temperature {options.temperature}: logits divided by it overflow",

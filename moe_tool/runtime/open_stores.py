@@ -7,6 +7,7 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import AnyPrecision
+from moe_tool.budget.slots import split_slots
 from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_checks import BundleForm
 from moe_tool.formats.bundle_reader import BundleReader
@@ -14,7 +15,13 @@ from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import ChosenPolicy
-from moe_tool.runtime.residency import FormRoom, cache_rooms, forms_read, frozen_rooms
+from moe_tool.runtime.residency import (
+    FormRoom,
+    cache_rooms,
+    expert_rooms,
+    forms_read,
+    frozen_rooms,
+)
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.store.form_stores import FormStores
 from moe_tool.store.protocol import ExpertStore
@@ -42,18 +49,28 @@ def choose_rooms(
         eviction: eviction policy of primary forms.
         policy: miss policy.
     """
-    choice = policy.choice
-    if residency == "frozen":
-        rooms = frozen_rooms(manifest, slots, choice, policy.prices)
-    else:
-        rooms = cache_rooms(manifest, slots, choice, pinned_share=eviction.pinned_share)
-    cheaper = rooms[len(manifest.primaries) :]
-    is_short = any(not cheaper[form - 1].n_slots for form in forms_read(manifest, choice))
-    if is_short and sum(slots) < len(manifest.primary_records):
+    forms = forms_read(manifest, policy.choice)
+
+    def rooms_of(slots: tuple[int, ...]) -> tuple[FormRoom, ...]:
+        if residency == "frozen":
+            return frozen_rooms(manifest, slots, policy.choice, policy.prices)
+        return cache_rooms(manifest, slots, policy.choice, eviction)
+
+    def is_short(slots: tuple[int, ...], rooms: tuple[FormRoom, ...]) -> bool:
+        cheaper = rooms[len(manifest.primaries) :]
+        has_all = sum(slots) >= len(manifest.primary_records)
+        return not has_all and any(not cheaper[form - 1].n_slots for form in forms)
+
+    rooms = rooms_of(slots)
+    if is_short(slots, rooms):
+        pools = expert_rooms(manifest, per_layer=eviction.per_layer)
+        n_experts = sum(pool.n_experts for pool in pools)
+        shares = {percent: split_slots(percent * n_experts // 100, pools) for percent in range(101)}
+        enough = next(p for p, tried in shares.items() if not is_short(tried, rooms_of(tried)))
         raise BudgetError(
             f"--policy {policy.name}: {sum(slots)} expert slots leave no room for cheaper forms "
             "beside what a token needs",
-            hint="more --memory, e.g. 20%, or --policy exact",
+            hint=f"--memory {enough}%, or --policy exact",
         )
     return rooms
 

@@ -10,6 +10,7 @@ from moe_tool.budget.account import MemoryPlan, plan_memory
 from moe_tool.budget.refusal import MemoryLine
 from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.budget.sizes import format_bytes
+from moe_tool.budget.slots import ExpertRoom
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.skeleton import Skeleton
@@ -53,10 +54,10 @@ class Footprint:
     """Account without the process and the expert slots"""
     loading_bytes: int
     """Peak memory of loading the skeleton, beside the process"""
+    experts: tuple[ExpertRoom, ...]
+    """Cost of expert slots, by primary table"""
 
-    def within(
-        self, manifest: BundleManifest, process_bytes: int, available_bytes: int
-    ) -> MemoryPlan:
+    def within(self, process_bytes: int, available_bytes: int) -> MemoryPlan:
         """Return the account with the expert slots that fit the budget.
 
         Raises:
@@ -67,7 +68,7 @@ class Footprint:
             self.request,
             fixed=(process, *self.fixed),
             loading_bytes=process_bytes + self.loading_bytes,
-            experts=expert_rooms(manifest),
+            experts=self.experts,
             available_bytes=available_bytes,
         )
 
@@ -129,9 +130,8 @@ def plan_run(
     followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
     workload = _workload(options, choice, skeleton.config.get_text_config())
-    beside = _beside(bundle, followed.eviction, options.caller_bytes)
-    footprint = _footprint(followed.memory, manifest, skeleton, workload, beside)
-    memory = _estimate(footprint, manifest, used_bytes, available_bytes)
+    footprint = _footprint(options, followed, bundle, skeleton, workload)
+    memory = _estimate(footprint, used_bytes, available_bytes)
     policy = choose_policy(
         choice,
         manifest,
@@ -170,7 +170,7 @@ def settle(
     Raises:
         BudgetError: the budget is below what the session needs.
     """
-    memory = plan.footprint.within(manifest, process_bytes, available_bytes)
+    memory = plan.footprint.within(process_bytes, available_bytes)
     rooms = choose_rooms(manifest, memory.slots, plan.residency, plan.eviction, plan.policy)
     return replace(plan, memory=memory, rooms=rooms)
 
@@ -328,35 +328,35 @@ def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -
 
 
 def _footprint(
-    request: MemoryRequest,
-    manifest: BundleManifest,
+    options: RunOptions,
+    followed: Followed,
+    bundle: BundleReader,
     skeleton: SkeletonLoader,
     workload: Workload,
-    beside: Mapping[str, int],
 ) -> Footprint:
+    eviction = followed.eviction
     return Footprint(
-        request=request,
+        request=followed.memory,
         fixed=run_lines(
             skeleton.config.get_text_config(),
-            manifest.shape,
+            bundle.manifest.shape,
             workload,
             process_bytes=0,
             skeleton_bytes=skeleton.held_bytes,
-            beside=beside,
+            beside=_beside(bundle, eviction, options.caller_bytes),
         ),
         loading_bytes=skeleton.held_bytes + skeleton.largest_bytes,
+        experts=expert_rooms(bundle.manifest, per_layer=eviction.per_layer),
     )
 
 
-def _estimate(
-    footprint: Footprint, manifest: BundleManifest, used_bytes: int, available_bytes: int
-) -> MemoryPlan:
+def _estimate(footprint: Footprint, used_bytes: int, available_bytes: int) -> MemoryPlan:
     """Return the account as if the first use of the model took no memory.
 
     A refusal suggests a budget with room for that use, so that it works.
     """
     try:
-        return footprint.within(manifest, used_bytes, available_bytes)
+        return footprint.within(used_bytes, available_bytes)
     except BudgetError:
-        footprint.within(manifest, used_bytes + _FIRST_USE_BYTES, available_bytes)
+        footprint.within(used_bytes + _FIRST_USE_BYTES, available_bytes)
         raise

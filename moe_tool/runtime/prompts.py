@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe_tool.artifacts.known_tokens import require_known_tokens
-from moe_tool.errors import UsageError
+from moe_tool.errors import DataSourceError, UsageError
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool, vocabulary: int) -> list[int]:
@@ -21,6 +21,13 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool, vocabulary: int) ->
     """
     if not prompt:
         raise UsageError("the prompt is empty", hint="give --prompt some text")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8
+        raise DataSourceError(
+            f"the prompt is not UTF-8 text: character {error.start + 1} is a lone byte",
+            hint="put the text into a UTF-8 file: --prompt-file FILE",
+        ) from error
     if getattr(tokenizer, "chat_template", None) and not raw:
         text = _apply_template(tokenizer, prompt)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])

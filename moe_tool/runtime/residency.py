@@ -8,6 +8,7 @@ from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.budget.slots import ExpertRoom, bytes_of_slots, min_slots, slots_within
 from moe_tool.policies.cheapest_residents import cheapest_residents
+from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.hot_set import hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
 from moe_tool.runtime.price_list import expert_use
@@ -42,7 +43,7 @@ def frozen_rooms(
 
 
 def cache_rooms(
-    manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, *, pinned_share: float
+    manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, eviction: EvictionChoice
 ) -> tuple[FormRoom, ...]:
     """Return each form's room under cache residency, see `frozen_rooms`."""
     rooms = None
@@ -52,7 +53,8 @@ def cache_rooms(
         elif forms_read(manifest, choice):
             rooms = _one_slot_each(manifest, slots)
     if rooms is None:
-        return hottest_rooms(manifest, slots, share=pinned_share)
+        share, per_layer = eviction.pinned_share, eviction.per_layer
+        return hottest_rooms(manifest, slots, share=share, per_layer=per_layer)
     return tuple(replace(room, pinned=()) for room in rooms)
 
 
@@ -66,7 +68,7 @@ def forms_read(manifest: BundleManifest, choice: MissChoice) -> tuple[int, ...]:
 
 
 def hottest_rooms(
-    manifest: BundleManifest, slots: tuple[int, ...], *, share: float
+    manifest: BundleManifest, slots: tuple[int, ...], *, share: float, per_layer: bool = False
 ) -> tuple[FormRoom, ...]:
     """Return rooms with the most used experts pinned in their primary form, and no cheaper form.
 
@@ -77,10 +79,12 @@ def hottest_rooms(
         manifest: manifest of the bundle.
         slots: slots by primary table.
         share: largest share of the slots for pinned experts.
+        per_layer: see `expert_rooms`.
     """
     ranked = _ranked(manifest) if share else []
     rooms = []
-    for n_slots, table, room in zip(slots, manifest.primaries, expert_rooms(manifest), strict=True):
+    rooms_of = expert_rooms(manifest, per_layer=per_layer)
+    for n_slots, table, room in zip(slots, manifest.primaries, rooms_of, strict=True):
         members = table.experts
         count = n_pinned(
             share, n_slots=n_slots, n_slots_min=room.n_slots_min, n_experts=room.n_experts
@@ -90,13 +94,22 @@ def hottest_rooms(
     return (*rooms, *(FormRoom(n_slots=0, pinned=()) for _ in manifest.cheaper))
 
 
-def expert_rooms(manifest: BundleManifest) -> tuple[ExpertRoom, ...]:
-    """Return record size and number of experts by primary table, for a memory plan."""
+def expert_rooms(manifest: BundleManifest, *, per_layer: bool = False) -> tuple[ExpertRoom, ...]:
+    """Return record size and number of experts by primary table, for a memory plan.
+
+    Args:
+        manifest: manifest of the bundle.
+        per_layer: every layer has its own part of the slots, so needs one at least.
+    """
+    n_layers = len(manifest.shape.layers) if per_layer else 0
     return tuple(
         ExpertRoom(
             record_bytes=table.record_size_bytes,
             n_experts=len(table.records),
-            n_slots_min=min_slots(manifest.shape.top_k, len(table.records)),
+            n_slots_min=max(
+                min_slots(manifest.shape.top_k, len(table.records)),
+                min(n_layers, len(table.records)),
+            ),
         )
         for table in manifest.primaries
     )

@@ -202,7 +202,7 @@ def _write(
 ) -> LearnedPruning:
     """Add the routers to the bundle and remove the state of the training."""
     learned = LearnedPruning(
-        file="to-be-named",
+        file=f"pruning-{0:016x}.safetensors",  # named by its hash when it is written
         rate=options.rate,
         offsets=tuple(float(offset) for offset in verdict.offsets),
         penalty=training.penalty_per_slot,

@@ -160,6 +160,19 @@ def test_a_damaged_number_of_experts_makes_no_large_set() -> None:
         check_form_tables([table("4")], (), shape, {"primary-4": 100 * PAGE})
 
 
+def test_a_bundle_without_any_expert_is_none() -> None:
+    with pytest.raises(ValueError, match="every expert was removed"):
+        check(
+            FormTable(
+                role="primary",
+                precision=precision_from_bits("4"),
+                record_size_bytes=PAGE,
+                records=(),
+            ),
+            removed=KEYS,
+        )
+
+
 def test_names_tell_all_forms_apart() -> None:
     """A base is not called as a replica of the same bits."""
     words = ["native", "8", "4", "3", "2", "1", "2:128", "3z", "2+2", "2+1", "2+2:128"]

@@ -13,7 +13,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.mask_router_file import write_mask_router
 
 LEARNED = LearnedPruning(
-    file="unnamed",
+    file=f"pruning-{0:016x}.safetensors",
     rate=0.2,
     offsets=tuple(np.linspace(-1.5, 1.5, 21)),
     penalty=0.01,

@@ -144,7 +144,7 @@ MUTANTS = (
         file="moe_tool/store/slot_book.py",
         old="if per_layer and 0 < capacity",
         new="if per_layer and 0 > capacity",
-        tests="tests/runtime/test_eviction.py::test_a_cache_per_layer_needs_a_slot_for_each_layer",
+        tests="tests/runtime/test_eviction.py::test_a_store_without_a_slot_for_each_layer_is_refused",
     ),
     Mutant(
         name="buddies drawn at random",

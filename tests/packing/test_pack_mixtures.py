@@ -186,7 +186,7 @@ def test_an_interrupted_mixture_resumes_to_the_same_bytes(
         ({"bits": "5"}, UsageError, "--bits 5 is not known"),
         ({"bits": "3z"}, UsageError, "only --quantizer hqq makes zero points"),
         ({"bits": "2+2", "quantizer": "hqq"}, UsageError, "need symmetric codes"),
-        ({"bits": "mixed"}, UsageError, "is what a plan says"),
+        ({"bits": "mixed"}, UsageError, "bits of each expert come from a plan"),
         ({"skeleton_bits": "2+2"}, UsageError, "only experts are nested"),
         ({"replicas": "2,2"}, UsageError, "--replicas 2,2 is not known"),
         ({"replicas": "rank999"}, UsageError, "wide"),
@@ -215,7 +215,7 @@ def test_options_that_do_not_go_together(
         ({"skeleton_bits": "8"}, {"skeleton_bits": "4"}, UsageError, "the plan is for"),
         ({"replicas": "2"}, {"replicas": "1"}, UsageError, "which --replicas 1 leaves out"),
         ({"identity": None}, {}, WrongModelError, "tiny"),
-        ({"eviction": "pinned+lru"}, {}, UsageError, "there is none"),
+        ({"eviction": "pinned+lru"}, {}, UsageError, "there is no profile"),
         ({"bits": "native", "expert_bits": ()}, {"sparse_experts": "up2"}, UsageError, "not know"),
     ],
 )
@@ -239,9 +239,9 @@ def test_a_plan_that_does_not_fit(
     ("options", "says"),
     [
         ({"replicas": "2"}, "--replicas are fitted"),
-        ({"bits": "2+2"}, "first bits are priced"),
+        ({"bits": "2+2"}, "base of nested bits is priced"),
         ({"sparse_experts": "up2"}, "thresholds are measured"),
-        ({"bits": "4", "quantizer": "gptq"}, "--quantizer gptq goes by"),
+        ({"bits": "4", "quantizer": "gptq"}, "--quantizer gptq needs the experts"),
     ],
 )
 def test_what_needs_a_profile(options: dict[str, Any], says: str, opened: OpenedModel) -> None:

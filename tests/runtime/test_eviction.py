@@ -11,6 +11,7 @@ import torch
 from moe_tool.budget.request import parse_memory
 from moe_tool.demo import demo_model_path
 from moe_tool.errors import BudgetError, UsageError
+from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.run_trace_hdf5 import is_run_trace, read_run_trace
 from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.models.locate import LocatedModel
@@ -18,6 +19,8 @@ from moe_tool.planning.compare_run import compare_run
 from moe_tool.policies.eviction import EVICTION, parse_eviction
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import generate_ids
+from moe_tool.runtime.open_stores import open_stores
+from moe_tool.runtime.residency import FormRoom
 from moe_tool.runtime.run_options import RunOptions, run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.runtime.write_trace import write_trace
@@ -123,19 +126,32 @@ def test_what_cannot_be_is_refused(tiny_bundle: TinyBundle) -> None:
             open_session(bundle, options)
 
 
-def test_a_cache_per_layer_needs_a_slot_for_each_layer(tmp_path: Path) -> None:
+def test_a_cache_per_layer_has_a_slot_for_each_layer(tmp_path: Path) -> None:
     """The least memory has a slot more than a token has experts: fewer than the demo has layers."""
     bundle = tmp_path / "bundle"
     pack_bundle(LocatedModel(folder=demo_model_path(), name="demo"), out=bundle, bits="2")
     with open_session(bundle, run_options(memory="min", context=64)) as session:
         shape = session.manifest.shape
         assert session.plan.rooms[0].n_slots == shape.top_k + 1 == len(shape.layers) - 1
-    per_layer = run_options(memory="min", context=64, eviction="lru:per-layer")
-    with pytest.raises(BudgetError, match="4 layers"):
-        open_session(bundle, per_layer)
-    of_64_experts = parse_memory("7%")
-    with open_session(bundle, replace(per_layer, memory=of_64_experts)) as session:
-        assert session.plan.rooms[0].n_slots == len(shape.layers)
+    for eviction in ("lru:per-layer", "pinned+lru:per-layer"):
+        per_layer = run_options(memory="min", context=64, eviction=eviction)
+        with open_session(bundle, per_layer) as session:
+            assert session.plan.rooms[0].n_slots == len(shape.layers)
+            assert session.plan.rooms[0].pinned == ()
+
+
+def test_a_store_without_a_slot_for_each_layer_is_refused(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    pack_bundle(LocatedModel(folder=demo_model_path(), name="demo"), out=bundle, bits="2")
+    eviction = parse_eviction("lru:per-layer")
+    with BundleReader.open(bundle) as reader:
+        for n_slots in (3, 4):
+            rooms = (FormRoom(n_slots=n_slots, pinned=()),)
+            if n_slots < len(reader.manifest.shape.layers):
+                with pytest.raises(BudgetError, match="4 layers"):
+                    open_stores(reader, rooms, eviction)
+            else:
+                open_stores(reader, rooms, eviction).close()
 
 
 def test_what_smoe_remembers_is_in_the_memory_account(tiny_bundle: TinyBundle) -> None:

@@ -62,3 +62,8 @@ def test_a_token_that_the_model_lacks_is_refused() -> None:
     tokenizer: Any = tiny_tokenizer()
     with pytest.raises(DataSourceError, match=r"makes token 83 \(t\), the model knows 80"):
         encode_prompt(tokenizer, "the", raw=True, vocabulary=80)
+
+
+def test_a_prompt_that_is_no_utf8_is_refused() -> None:
+    with pytest.raises(DataSourceError, match="character 2"):
+        encode_prompt(tiny_tokenizer(), "a\udcff", raw=True, vocabulary=300)

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_tool.budget.slots import bytes_of_slots, split_slots
+from moe_tool.policies.eviction import parse_eviction
 from moe_tool.policies.misses import LayerBook, PriceBook, parse_miss_policy
 from moe_tool.runtime.residency import (
     cache_rooms,
@@ -130,7 +131,7 @@ def test_all_forms_together_never_take_more_than_the_slots(
     tables = [*manifest.primaries, *manifest.cheaper]
     for rooms in (
         frozen_rooms(manifest, slots, choice, book),
-        cache_rooms(manifest, slots, choice, pinned_share=0.0),
+        cache_rooms(manifest, slots, choice, parse_eviction("lru")),
     ):
         found = list(zip(rooms, tables, strict=True))
         taken = sum(room.n_slots * table.record_size_bytes for room, table in found)

@@ -239,7 +239,7 @@ def test_what_cannot_be_is_refused(bundle: Path, sources: tuple[TextSource, ...]
         tune_pruning(bundle, sources, replace(SMALL, tokens=32))
     with pytest.raises(BudgetError):
         tune_pruning(bundle, sources, replace(SMALL, memory=parse_memory("1MiB")))
-    with pytest.raises(NotFoundError, match="nothing was learned"):
+    with pytest.raises(NotFoundError, match="no trained mask routers"):
         open_session(bundle, run_options(policy="prune:learned", memory="50%", context=64))
 
 

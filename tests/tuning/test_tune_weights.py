@@ -334,7 +334,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_written(
     cases: list[tuple[Path, LocatedModel, TuneOptions, type[MoeToolError], str]] = [
         (native, model, QUICK, UsageError, "no codes"),
         (bundle, other, QUICK, WrongModelError, "was made from tiny"),
-        (bundle, model, replace(QUICK, tokens=32), UsageError, "one sequence"),
+        (bundle, model, replace(QUICK, tokens=32), UsageError, "at least two sequences"),
         (bundle, model, replace(QUICK, rate=-1.0), UsageError, "--rate"),
         (bundle, model, replace(QUICK, memory_bytes=2**20), BudgetError, "has 1.00 MiB"),
     ]

@@ -117,7 +117,11 @@ def test_a_forgery_is_refused(bundle: Path, change: Callable, says: str) -> None
     ("change", "says"),
     [
         (lambda p: p.update(file="../x.safetensors"), "mask-router.file"),
-        (lambda p: p.update(file="other.safetensors"), "the file of the pruning is not listed"),
+        (lambda p: p.update(file="config.json"), "mask-router.file"),
+        (
+            lambda p: p.update(file=f"pruning-{1:016x}.safetensors"),
+            "the file of the pruning is not listed",
+        ),
         (lambda p: p["offsets"].pop(), "mask-router.offsets"),
         (lambda p: p["offsets"].reverse(), "the offsets of the pruning fall"),
         (lambda p: p.update(rate=1.0), "mask-router.rate"),

@@ -83,10 +83,11 @@ def test_a_profile(profile: Path, damage: tuple[str, float, int]) -> None:
 def test_a_manifest(bundle: Path, damage: tuple[str, float, int]) -> None:
     def read() -> object:
         with BundleReader.open(bundle) as reader:
-            out = torch.empty(reader.layout.size_bytes, dtype=torch.uint8)
+            form = reader.forms[0]
+            out = torch.empty(form.record_size_bytes, dtype=torch.uint8)
             for layer, expert in samples.ORDER:
-                reader.read_record_into(layer, expert, out)
-            return reader.layout, reader.manifest
+                reader.read_record_into(layer, expert, out, form=form.index)
+            return form.form.layout, reader.manifest
 
     path = bundle / "manifest.json"
     good = path.read_bytes()
