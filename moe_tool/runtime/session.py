@@ -1,5 +1,6 @@
 """Session: a model ready to generate from a bundle within a memory budget; Python API of `run`."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -162,7 +163,7 @@ class Session:
             self.runner.is_shadow = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not bool(torch.isfinite(output.logits.amax())):  # amax propagates NaN; -inf is a mask
+        if not math.isfinite(output.logits.amax().item()):  # amax propagates NaN; -inf is a mask
             raise CorruptArtifactError(
                 f"the model of {self.bundle.folder} gives logits that are not finite, from which "
                 "nothing can be predicted",
