@@ -81,7 +81,7 @@ def _inputs(gates):
         ratios={LAYER: np.linspace(0, 1, 21)},
         forms=("native", "2"),
         pruning=LearnedPruning(
-            file="x",
+            file=f"pruning-{0:016x}.safetensors",
             rate=0.3,
             offsets=tuple(np.linspace(-2, 2, 21)),
             penalty=0.1,
