@@ -81,11 +81,6 @@ class TensorMap:
         self._sort()
         self._meta_state = {}
 
-    @property
-    def has_experts(self) -> bool:
-        """Whether the checkpoint holds any tensor of a routed expert."""
-        return bool(self._experts)
-
     def skeleton_names(self) -> list[str]:
         """Return the sorted on-disk names of all tensors needed besides the routed experts."""
         return sorted(piece.name for pieces in self.skeleton.values() for piece in pieces)

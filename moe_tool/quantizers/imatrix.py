@@ -7,7 +7,6 @@ Deviation: llama.cpp also weights by a function of the weight itself; without it
 outputs' error for uncorrelated inputs.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moe_tool.artifacts.precision import IntegerPrecision
@@ -71,25 +70,18 @@ def quantize_imatrix(
 
 
 def _make(inputs: "ExpertInputs | None") -> QuantizeExpert:
-    from moe_tool.quantization.nested import with_base
-    from moe_tool.quantizers.inputs import matrices
+    from moe_tool.quantizers.inputs import by_moments
 
     assert inputs is not None
 
-    def quantize(
-        weights: "Mapping[str, torch.Tensor]", precision: IntegerPrecision
-    ) -> "dict[str, IntegerWeight]":
-        found = {}
-        for name, weight in matrices(weights):
-            moments = inputs.moments(name)
-            coded = quantize_imatrix(
-                weight, moments.diagonal(), precision.width_bits, group=precision.group
-            )
-            is_nested = precision.base_bits is not None
-            found[name] = with_base(weight, coded, moments) if is_nested else coded
-        return found
+    def round_matrix(
+        weight: "torch.Tensor", moments: "torch.Tensor", precision: IntegerPrecision
+    ) -> "IntegerWeight":
+        return quantize_imatrix(
+            weight, moments.diagonal(), precision.width_bits, group=precision.group
+        )
 
-    return quantize
+    return by_moments(inputs, round_matrix)
 
 
 def _objective(difference: "torch.Tensor", moments: "torch.Tensor") -> float:

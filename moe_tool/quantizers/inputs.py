@@ -1,17 +1,22 @@
 """Inputs of one expert's matrices on a profile's tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.experts.expert_forward import inner_activations
+from moe_tool.quantization.nested import with_base
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantizers.spec import QuantizeExpert
 
 LAST = "down_proj"
 """Last matrix, whose inputs the others compute"""
 _MOST_TOKENS = 8192
+RoundByMoments = Callable[[torch.Tensor, torch.Tensor, IntegerPrecision], IntegerWeight]
+"""Function from a matrix, its inputs' second moments and a precision to codes"""
 
 
 class ExpertInputs:
@@ -61,3 +66,20 @@ def second_moments(inputs: torch.Tensor) -> torch.Tensor:
 def matrices(weights: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     """Return an expert's matrices by name, without its vectors."""
     return [(name, weight) for name, weight in weights.items() if weight.dim() == 2]
+
+
+def by_moments(inputs: ExpertInputs, round_matrix: RoundByMoments) -> QuantizeExpert:
+    """Return a quantizer that rounds each matrix by its own inputs, nested bits included."""
+
+    def quantize(
+        weights: Mapping[str, torch.Tensor], precision: IntegerPrecision
+    ) -> dict[str, IntegerWeight]:
+        found = {}
+        for name, weight in matrices(weights):
+            moments = inputs.moments(name)
+            coded = round_matrix(weight, moments, precision)
+            is_nested = precision.base_bits is not None
+            found[name] = with_base(weight, coded, moments) if is_nested else coded
+        return found
+
+    return quantize
