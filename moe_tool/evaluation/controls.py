@@ -1,11 +1,13 @@
 """Choice of the policies that one table compares."""
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
+from moe_tool.policies.misses import EXACT_POLICY, MISS_POLICIES, MissChoice, parse_miss_policy
 from moe_tool.runtime.policy_choice import manifest_inputs
 
 
-def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) -> tuple[str, ...]:
+def policies_to_run(
+    policy: MissChoice, manifest: BundleManifest, *, controls: bool
+) -> tuple[MissChoice, ...]:
     """Return the policies of a table, `policy` among them, each once.
 
     Exact comes first: it shows the bytes that the same residency reads without lossy answers. Then
@@ -19,9 +21,8 @@ def policies_to_run(policy: str, manifest: BundleManifest, *, controls: bool) ->
     """
     if not controls:
         return (policy,)
-    choice = parse_miss_policy(policy)
-    own = choice.spec.controls
-    found = None if own is None else own(choice.values, manifest_inputs(manifest))
+    own = policy.spec.controls
+    found = None if own is None else own(policy.values, manifest_inputs(manifest))
     if found is None:
         found = tuple(name for name, spec in MISS_POLICIES.items() if spec.in_controls)
-    return tuple(dict.fromkeys(("exact", policy, *found)))
+    return tuple(dict.fromkeys((EXACT_POLICY, policy, *map(parse_miss_policy, found))))
