@@ -7,8 +7,8 @@ from moe_tool.runtime.policy_choice import manifest_inputs
 
 def policies_to_run(
     policy: MissChoice, manifest: BundleManifest, *, controls: bool
-) -> tuple[MissChoice, ...]:
-    """Return the policies of a table, `policy` among them, each once.
+) -> dict[MissChoice, str]:
+    """Return the policies of a table, `policy` among them, with their names there.
 
     Exact comes first: it shows the bytes that the same residency reads without lossy answers. Then
     come the policy's own controls, or else all policies marked as controls: random and drop are
@@ -20,9 +20,10 @@ def policies_to_run(
         controls: whether to add controls.
     """
     if not controls:
-        return (policy,)
+        return {policy: policy.name}
     own = policy.spec.controls
     found = None if own is None else own(policy.values, manifest_inputs(manifest))
     if found is None:
         found = tuple(name for name, spec in MISS_POLICIES.items() if spec.in_controls)
-    return tuple(dict.fromkeys((EXACT_POLICY, policy, *map(parse_miss_policy, found))))
+    named = {each: each.name for each in (EXACT_POLICY, policy)}
+    return named | {parse_miss_policy(name): name for name in found}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moe_tool.artifacts.evaluation_report import AtNoMoreBytes, Figures, Verdict
+from moe_tool.artifacts.evaluation_report import AtNoMoreBytes, Figures, PolicyRow, Verdict
 from moe_tool.policies.misses import PRICED_POLICY, MissChoice, PriceBook
 
 _NATS_PER_MB_FACTORS = (0.3, 0.1, 0.03, 0.01, 0.003)
@@ -20,11 +20,11 @@ def priced_settings(book: PriceBook | None) -> tuple[MissChoice, ...]:
     )
 
 
-def compare_at_equal_bytes(rows: Mapping[MissChoice, Figures]) -> tuple[AtNoMoreBytes, ...]:
+def compare_at_equal_bytes(rows: Mapping[MissChoice, PolicyRow]) -> tuple[AtNoMoreBytes, ...]:
     """Return the comparison for every lossy policy that is not `priced`.
 
     Args:
-        rows: figures by policy, all under the same memory.
+        rows: rows by policy, all under the same memory.
     """
     priced, others = _split(rows)
     found = []
@@ -40,7 +40,7 @@ def compare_at_equal_bytes(rows: Mapping[MissChoice, Figures]) -> tuple[AtNoMore
     return tuple(found)
 
 
-def dominating(rows: Mapping[MissChoice, Figures]) -> tuple[tuple[str, str], ...]:
+def dominating(rows: Mapping[MissChoice, PolicyRow]) -> tuple[tuple[str, str], ...]:
     """Return the (policy, setting of `priced`) pairs in which the policy has both fewer bytes and a
     lower KL, with disjoint intervals."""
     priced, others = _split(rows)
@@ -64,8 +64,8 @@ def _beside(name: str, row: Figures, setting: str, priced: Figures) -> AtNoMoreB
     return AtNoMoreBytes(policy=name, priced=setting, ratio=ratio, verdict=verdict)
 
 
-def _split(rows: Mapping[MissChoice, Figures]) -> tuple[dict[str, Figures], dict[str, Figures]]:
+def _split(rows: Mapping[MissChoice, PolicyRow]) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """Return the settings of `priced` and the other lossy policies, by name."""
-    lossy = {policy: row for policy, row in rows.items() if policy.spec.is_lossy}
-    priced = {p.name: row for p, row in lossy.items() if p.kind == PRICED_POLICY.kind}
-    return priced, {p.name: row for p, row in lossy.items() if p.name not in priced}
+    lossy = [(policy.kind, row) for policy, row in rows.items() if policy.spec.is_lossy]
+    priced = {row.policy: row.figures for kind, row in lossy if kind == PRICED_POLICY.kind}
+    return priced, {row.policy: row.figures for _, row in lossy if row.policy not in priced}

@@ -126,10 +126,9 @@ def evaluate(
         ran = _run(bundle, asked, options, reference=reference, progress=progress)
     sparse = "" if options.sparse_experts is None else f", sparse {options.sparse_experts:g}"
     rows = {
-        policy: _row(policy.name + sparse, measured, asked.text, options.seed)
+        policy: _row(ran.names[policy] + sparse, measured, asked.text, options.seed)
         for policy, measured in ran.measured.items()
     }
-    figures = {policy: row.figures for policy, row in rows.items()}
     return EvaluationReport(
         bundle=str(folder),
         setup=replace(ran.setup, policy=rows[asked.policy].policy),
@@ -138,8 +137,8 @@ def evaluate(
         sequences=len(asked.ids),
         seq_len=asked.ids.shape[1],
         rows=tuple(rows.values()),
-        at_no_more_bytes=compare_at_equal_bytes(figures) if options.controls else (),
-        dominating=dominating(figures) if options.controls else (),
+        at_no_more_bytes=compare_at_equal_bytes(rows) if options.controls else (),
+        dominating=dominating(rows) if options.controls else (),
         skipped=ran.skipped,
         sparsity=ran.decode.sparsity,
         whole_bytes_per_token=ran.decode.whole_bytes_per_token,
@@ -190,6 +189,7 @@ class _Ran:
     """Results of the closed session."""
 
     measured: dict[MissChoice, Measured]
+    names: dict[MissChoice, str]
     skipped: dict[str, str]
     setup: RunSetup
     decode: PhaseCounters
@@ -223,7 +223,7 @@ def _run(
             progress=progress,
         )
         setup, decode = run_setup(session), session.runner.stats.decode
-    return _Ran(measured=measured, skipped=skipped, setup=setup, decode=decode)
+    return _Ran(measured=measured, names=wanted, skipped=skipped, setup=setup, decode=decode)
 
 
 def _check_sparse(options: EvaluateOptions) -> None:
@@ -235,15 +235,13 @@ def _check_sparse(options: EvaluateOptions) -> None:
         )
 
 
-def _policies(
-    asked: _Asked, options: EvaluateOptions, progress: Progress
-) -> tuple[MissChoice, ...]:
+def _policies(asked: _Asked, options: EvaluateOptions, progress: Progress) -> dict[MissChoice, str]:
     """Return the requested policy, its controls, and `priced` at several strengths."""
-    policies = policies_to_run(asked.policy, asked.manifest, controls=options.controls)
+    names = policies_to_run(asked.policy, asked.manifest, controls=options.controls)
     frontier = priced_settings(price_book(asked.manifest)) if options.controls else ()
     if options.controls and not frontier:
         progress.note(_NO_PRICES)
-    return tuple(dict.fromkeys((*policies, *frontier, *options.also)))
+    return {policy: policy.name for policy in (*names, *frontier, *options.also)} | names
 
 
 def _open(
@@ -300,7 +298,7 @@ def _planned_slots(manifest: BundleManifest, progress: Progress) -> MemoryReques
 
 
 def _runnable(
-    session: Session, wanted: Sequence[MissChoice], asked: _Asked, progress: Progress
+    session: Session, wanted: dict[MissChoice, str], asked: _Asked, progress: Progress
 ) -> tuple[list[MissChoice], dict[str, str]]:
     """Return the policies that the bundle can run, and the reasons against the other controls.
 
@@ -308,14 +306,14 @@ def _runnable(
         UsageError: the bundle cannot run the requested policy.
     """
     kept, skipped = [], {}
-    for policy in wanted:
+    for policy, name in wanted.items():
         try:
             session.use_policy(policy, residency=asked.residency)
         except UsageError as error:
             if policy == asked.policy:
                 raise
-            skipped[policy.name] = error.message
-            progress.note(f"{policy.name} is skipped: {error.message}")
+            skipped[name] = error.message
+            progress.note(f"{name} is skipped: {error.message}")
         else:
             kept.append(policy)
     return kept, skipped

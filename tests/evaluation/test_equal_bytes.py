@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from moe_tool.artifacts.evaluation_report import Estimate, Figures
+from moe_tool.artifacts.evaluation_report import Estimate, Figures, PolicyRow
 from moe_tool.evaluation.equal_bytes import (
     compare_at_equal_bytes,
     dominating,
@@ -14,8 +14,11 @@ from moe_tool.evaluation.equal_bytes import (
 from moe_tool.policies.misses import LayerBook, MissChoice, PriceBook, parse_miss_policy
 
 
-def _parsed(rows: dict[str, Figures]) -> dict[MissChoice, Figures]:
-    return {parse_miss_policy(name): row for name, row in rows.items()}
+def _parsed(rows: dict[str, Figures]) -> dict[MissChoice, PolicyRow]:
+    return {
+        parse_miss_policy(name): PolicyRow(policy=name, figures=figures, domains={})
+        for name, figures in rows.items()
+    }
 
 
 def _row(n_bytes: float, kl: float, *, spread: float = 0.1, is_alone: bool = False) -> Figures:

@@ -72,7 +72,7 @@ def test_learned_pruning_keeps_to_its_rates_and_beats_random(demo_bundle: Path) 
             tokens=768,
             seq_len=64,
             policy=parse_miss_policy(names[1]),
-            also=tuple(map(parse_miss_policy, (*names, "exact", "prune:random:rate=0.2"))),
+            also=tuple(map(parse_miss_policy, (*names, "exact", "prune:random"))),
             memory=parse_memory("50%"),
             threads=1,
         ),
@@ -87,7 +87,7 @@ def test_learned_pruning_keeps_to_its_rates_and_beats_random(demo_bundle: Path) 
     read = [rows[name].bytes_read_per_token.value for name in names]
     assert kl == sorted(kl) and read == sorted(read, reverse=True)
     assert read[0] == rows["exact"].bytes_read_per_token.value
-    random = rows["prune:random:rate=0.2"]
+    random = rows["prune:random"]
     assert random.drops_per_token / chosen == pytest.approx(0.2, abs=0.02)
     assert 0 < rows[names[1]].kl_mean.value < 0.7 * random.kl_mean.value
 
