@@ -134,7 +134,7 @@ def _choices(names: list[str] | None, output: Output) -> "list[EvictionChoice]":
     slow = ", ".join(replayed_in_python())
     if slow:
         output.say(f"without {slow}, which Python replays, slower: --eviction NAME")
-    return default_choices(parse_eviction)
+    return default_choices()
 
 
 def _words(bits: str) -> str:

@@ -28,7 +28,6 @@ from moe_tool.planning.plan_notes import (
 from moe_tool.planning.plan_request import PlanRequest, check_request
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import predicted_loss
-from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.simulator.simulate import Budget, simulate_prefetch
 
@@ -171,8 +170,8 @@ def _try_prefetch(sources: PlanSources, chosen: Candidate) -> PrefetchRow | None
     if best.hit_rate >= 1 or sources.replayed.trace.n_layers < 2:
         return None
     budget = Budget(label=best.memory, n_slots=best.slots)
-    choice = parse_eviction(best.eviction)
-    return simulate_prefetch(sources.replayed, choice, budget, chosen.experts.machine, depth=1)
+    machine = chosen.experts.machine
+    return simulate_prefetch(sources.replayed, chosen.exact.choice, budget, machine, depth=1)
 
 
 def _notes_of_choice(
@@ -220,8 +219,8 @@ def _elsewhere(
     sources: PlanSources, request: PlanRequest, chosen: Candidate, budget: Budget
 ) -> Candidate | None:
     """Return the same choice with another number of slots; None if it cannot run in them."""
-    experts, eviction = chosen.experts, chosen.exact.rows[0].eviction
-    exact = replay_one(sources, experts, eviction, budget)
+    experts = chosen.experts
+    exact = replay_one(sources, experts, chosen.exact.choice, budget)
     found = _candidates(sources, request, experts, exact or chosen.exact, budget.n_slots)
     if exact is None:
         found.pop()  # the policy cannot work with so few

@@ -16,8 +16,8 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.skeleton import Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.native.kernels import is_native
-from moe_tool.policies.eviction import EvictionChoice, parse_eviction
-from moe_tool.policies.misses import MissChoice
+from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice, parse_eviction
+from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
@@ -25,13 +25,7 @@ from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, require_prefetch
 from moe_tool.runtime.quality_promise import quality_note
 from moe_tool.runtime.residency import FormRoom, expert_rooms
-from moe_tool.runtime.run_options import (
-    DEFAULT_EVICTION,
-    EXACT_POLICY,
-    RunOptions,
-    default_policy,
-    default_residency,
-)
+from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
 from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 

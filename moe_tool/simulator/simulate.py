@@ -1,13 +1,13 @@
 """Simulated cost of a trace for every memory budget and eviction policy."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moe_tool.artifacts.simulation_report import BELADY, Cliff, PrefetchRow, PromptRow, SimulatedRow
-from moe_tool.policies.eviction import EVICTION, EvictionChoice
+from moe_tool.policies.eviction import EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import SILENT, Progress
 from moe_tool.simulator.access_trace import AccessTrace
@@ -172,11 +172,11 @@ def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
     return sentences
 
 
-def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
+def default_choices() -> list[EvictionChoice]:
     """Return every policy with a compiled replay, and LRU and LFU also with a cache per layer."""
     slow = replayed_in_python()
     names = [name for name in EVICTION if name not in slow]
-    return [parse(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
+    return [parse_eviction(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
 
 
 def replayed_in_python() -> list[str]:

@@ -29,8 +29,9 @@ from moe_tool.formats.training_state import (
 from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.misses import EXACT_POLICY
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
+from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, load_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource

@@ -119,6 +119,25 @@ def test_a_wrong_command_line_is_a_usage_error(
     assert "hint: " in err or err.startswith("Usage: ")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "nowhere", "--prompt", "x", "--policy", "magic"],
+        ["run", "nowhere", "--prompt", "x", "--eviction", "magic"],
+        ["evaluate", "nowhere", "--data", "nowhere.txt", "--policy", "magic"],
+        ["evaluate", "nowhere", "--data", "nowhere.txt", "--eviction", "magic"],
+        ["bench", "nowhere", "--policy", "exact,magic"],
+        ["bench", "nowhere", "--eviction", "lru", "--eviction", "magic"],
+        ["calibrate", "nowhere", "--data", "nowhere.txt", "--max-kl", "0.1", "--policy", "magic"],
+    ],
+)
+def test_an_unknown_policy_is_refused_before_anything_is_opened(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(arguments) == 2
+    assert "magic" in capsys.readouterr().err
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["--version"]) == 0
     assert capsys.readouterr().out.count(".") == 2

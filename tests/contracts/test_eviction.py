@@ -160,4 +160,5 @@ def test_a_policy_remembers_no_more_than_it_says(name):
 def test_names_are_what_they_were_made_from():
     for name in (*EVICTION, "lru:per-layer", "lfu:halve-every=9,per-layer", "hobbit:fld=70"):
         assert parse_eviction(name).name == name
+        assert {parse_eviction(name), parse_eviction(name)} == {parse_eviction(name)}
     assert parse_eviction("lfu:halve-every=64").name == "lfu"

@@ -257,7 +257,9 @@ def test_a_spec_is_whole(spec):
     for parameter in spec.parameters.values():
         assert parameter.help and parameter.least <= parameter.default <= parameter.most
     for words in (spec.inert, spec.fires or ""):
-        assert parse_miss_policy(spec.named(words)).kind == spec.name
+        choice = parse_miss_policy(spec.named(words))
+        assert choice.kind == spec.name
+        assert {choice, parse_miss_policy(choice.name)} == {choice}
     for name, values in spec.alternatives.items():
         for value in values:
             assert parse_miss_policy(spec.named("")).with_value(name, value).values[name] == value

@@ -1,7 +1,7 @@
 """Eviction policy with parameters, as `--eviction` names it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_tool.errors import UsageError
 from moe_tool.policies.eviction.protocol import CacheShape, Eviction, Hint
@@ -18,7 +18,7 @@ class EvictionChoice:
 
     kind: str
     """Key of EVICTION"""
-    parameters: Mapping[str, int]
+    parameters: Mapping[str, int] = field(hash=False)
     """Value of every parameter of the kind"""
     per_layer: bool = False
     """Whether every layer has its own equal part of the cache"""
@@ -82,3 +82,6 @@ def parse_eviction(text: str) -> EvictionChoice:
         )
         values[name] = int(value)
     return EvictionChoice(kind=kind, parameters=values, per_layer=per_layer)
+
+
+DEFAULT_EVICTION = parse_eviction("lru")

@@ -1,6 +1,11 @@
 """Answers to a miss: a wanted expert that is not in the fast tier."""
 
-from moe_tool.policies.misses.choice import MissChoice, parse_miss_policy
+from moe_tool.policies.misses.choice import (
+    EXACT_POLICY,
+    PRICED_POLICY,
+    MissChoice,
+    parse_miss_policy,
+)
 from moe_tool.policies.misses.gates import Gates
 from moe_tool.policies.misses.price_book import LayerBook, PriceBook
 from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, Reweigh
@@ -9,7 +14,9 @@ from moe_tool.policies.misses.spec import PolicySpec
 from moe_tool.policies.misses.strength import StrengthGrid
 
 __all__ = [
+    "EXACT_POLICY",
     "MISS_POLICIES",
+    "PRICED_POLICY",
     "Gates",
     "LayerBook",
     "MissChoice",

@@ -1,6 +1,6 @@
 """Miss policy with parameters, as `--policy` names it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import MASK_ROUTER, PROMPT_IMPORTANCE
@@ -16,7 +16,7 @@ class MissChoice:
 
     kind: str
     """Key of MISS_POLICIES"""
-    values: Values
+    values: Values = field(hash=False)
     """Value of every parameter of the kind"""
 
     @property
@@ -82,3 +82,7 @@ def parse_miss_policy(text: str) -> MissChoice:
         name, value = read_parameter(f"--policy {text}", word, parameters)
         values[name] = value
     return MissChoice(kind=kind, values=values)
+
+
+EXACT_POLICY = parse_miss_policy("exact")
+PRICED_POLICY = parse_miss_policy("priced")
