@@ -6,10 +6,25 @@ from moe_tool.artifacts.expert_statistics import ExpertStatistics, RoutingCounts
 from moe_tool.artifacts.routing_report import LayerCoverage
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.pin_rule import judge_pins
-from moe_tool.profiling.hot_set import hottest, share_answered
 
 HOT_SHARE = 0.25
 """Size of the hot set as a share of a layer's experts."""
+
+
+def hottest(load: np.ndarray, *, n_hot: int) -> np.ndarray:
+    """Return the ids of the most used experts, hottest first, ties by lower id.
+
+    Args:
+        load: [E] int64, uses of each expert.
+        n_hot: size of the set, at most E.
+    """
+    return np.argsort(-load, kind="stable")[:n_hot]
+
+
+def share_answered(load: np.ndarray, chosen: np.ndarray) -> float | None:
+    """Return the share of the [E] loads that falls on the chosen experts, None without loads."""
+    total = load.sum()
+    return float(load[chosen].sum() / total) if total else None
 
 
 def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:

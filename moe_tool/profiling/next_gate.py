@@ -37,18 +37,18 @@ def gate_prediction(
 def mean_next_gates(layers: Sequence[Sequence[NextGate]]) -> tuple[NextGate, ...]:
     """Return the mean over layers by depth, over the layers that have that depth."""
     depths = sorted({row.depth for rows in layers for row in rows})
-    means = []
-    for depth in depths:
-        rows = [row for of_layer in layers for row in of_layer if row.depth == depth]
-        means.append(
-            NextGate(
-                depth=depth,
-                from_layer=None,
-                in_sample=_mean([row.in_sample for row in rows]),
-                held_out=_mean([row.held_out for row in rows]),
-            )
+    by_depth = {
+        depth: [row for rows in layers for row in rows if row.depth == depth] for depth in depths
+    }
+    return tuple(
+        NextGate(
+            depth=depth,
+            from_layer=None,
+            in_sample=_mean([row.in_sample for row in rows]),
+            held_out=_mean([row.held_out for row in rows]),
         )
-    return tuple(means)
+        for depth, rows in by_depth.items()
+    )
 
 
 def _are_among(expert: np.ndarray, named: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +42,14 @@ class PartsFolder:
             )
         if not self.folder.exists():
             return
+        held = None
         if any(self.folder.iterdir()) and not (self.folder / "arguments.json").is_file():
+            held = "something else than an interrupted profile"
+        elif self._model() not in (None, model):
+            held = "an interrupted profile of another model"
+        if held is not None:
             raise UsageError(
-                f"{self.folder} is in the way: it holds something else than an interrupted profile",
-                hint="choose another --out, or remove it",
-            )
-        if self._model() not in (None, model):
-            raise UsageError(
-                f"{self.folder} is in the way: it holds an interrupted profile of another model",
+                f"{self.folder} is in the way: it holds {held}",
                 hint="choose another --out, or remove it",
             )
         shutil.rmtree(self.folder)
@@ -66,10 +65,6 @@ class PartsFolder:
     def layer_file(self, layer: int) -> Path:
         """Return the path of a layer's part."""
         return self.folder / f"layer-{layer:05d}.h5"
-
-    def layer_files(self, layers: Sequence[int]) -> dict[int, Path]:
-        """Return the paths of several layers' parts."""
-        return {layer: self.layer_file(layer) for layer in layers}
 
     def keep_digests(self, digests: dict[str, str]) -> None:
         """Keep the hashes of the tensors read so far, so that a resume need not read them again."""

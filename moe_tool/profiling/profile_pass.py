@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.profile_hdf5 import ProfileHeader, write_layer_part, write_profile
@@ -14,7 +13,7 @@ from moe_tool.models.full_hash import FullHash
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.profiling.hidden_states import HiddenStates
-from moe_tool.profiling.layer_pass import LayerPass, PassPlan
+from moe_tool.profiling.layer_pass import LayerPass
 from moe_tool.profiling.parts_folder import PartsFolder
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
 from moe_tool.profiling.sensitivity import sensitivity
@@ -39,7 +38,6 @@ class ProfilePass:
         sequences: TokenSequences,
         parts: PartsFolder,
         memory_bytes: int | None,
-        seed: int,
         progress: Progress,
     ) -> None:
         self._opened = opened
@@ -49,7 +47,7 @@ class ProfilePass:
         self._full_hash = FullHash(parts.digests())
         opened.checkpoint.on_read = self._full_hash.add
         self._stream = LayerStream(folder, opened.checkpoint)
-        self._watched = _watched_sequences(sequences, seed=seed)  # [b, s] int64
+        self._watched = _watched_sequences(sequences)  # [b, s] int64
         n_tokens, n_watched = sequences.ids.size, self._watched.size
         shape = opened.shape
         n_rows = n_tokens + n_watched * (1 + len(shape.layers))
@@ -76,16 +74,9 @@ class ProfilePass:
         self._pass = LayerPass(
             opened,
             self._stream,
-            PassPlan(
-                n_tokens=n_tokens,
-                sample_rows=_sample_rows(sequences, seed=seed),
-                domain_of_sequence=sequences.domain,
-                held_out_sequence=sequences.held_out,
-                n_domains=len(sequences.domains),
-                seq_len=sequences.ids.shape[1],
-                probe_bytes=self.plan.probe_bytes,
-                seed=seed,
-            ),
+            sequences,
+            sample_rows=_sample_rows(sequences),
+            probe_bytes=self.plan.probe_bytes,
         )
 
     def record_layers(self, *, resume: bool) -> int:
@@ -117,8 +108,8 @@ class ProfilePass:
         write_profile(
             out,
             header.model_copy(update={"identity": identity}),
-            _traced_tokens(self._sequences),
-            self._parts.layer_files(self._opened.shape.layers),
+            self._sequences,
+            {layer: self._parts.layer_file(layer) for layer in self._opened.shape.layers},
             self._sensitivities(),
             sensitivity_n_tokens=self._watched.size,
         )
@@ -189,20 +180,10 @@ class ProfilePass:
         return [ids[first : first + size] for first in range(0, len(ids), size)]
 
 
-def _traced_tokens(sequences: TokenSequences) -> TracedTokens:
-    return TracedTokens(
-        ids=sequences.ids,
-        domain=sequences.domain,
-        document=sequences.document,
-        held_out=sequences.held_out,
-        domains=sequences.domains,
-    )
-
-
-def _sample_rows(sequences: TokenSequences, *, seed: int) -> np.ndarray:
+def _sample_rows(sequences: TokenSequences) -> np.ndarray:
     """Rows (tokens) of the probe, ascending: three quarters in-sample, one quarter held-out where
     there is one."""
-    generator = np.random.default_rng([seed, 1])
+    generator = np.random.default_rng([sequences.seed, 1])
     held_out = np.repeat(sequences.held_out, sequences.ids.shape[1])
     n_held_out = min(PROBE_TOKENS // 4, int(held_out.sum()))
     chosen = [
@@ -212,10 +193,10 @@ def _sample_rows(sequences: TokenSequences, *, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _watched_sequences(sequences: TokenSequences, *, seed: int) -> np.ndarray:
+def _watched_sequences(sequences: TokenSequences) -> np.ndarray:
     """[b, s] int64: the beginnings of a few in-sample sequences, on which sensitivity is
     measured."""
-    generator = np.random.default_rng([seed, 2])
+    generator = np.random.default_rng([sequences.seed, 2])
     candidates = np.flatnonzero(~sequences.held_out)
     count = min(SENSITIVITY_SEQUENCES, len(candidates))
     chosen = np.sort(generator.choice(candidates, count, replace=False))

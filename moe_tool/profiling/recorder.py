@@ -102,7 +102,7 @@ def record_profile(
         header = _header(opened, model, sequences, holdout=holdout)
         parts = PartsFolder(out)
         parts.open(header, sequences, resume=resume)
-        run = ProfilePass(opened, model.folder, sequences, parts, memory_bytes, seed, progress)
+        run = ProfilePass(opened, model.folder, sequences, parts, memory_bytes, progress)
         first_layer = run.record_layers(resume=resume)
         run.write(out, header)
     return _report(out, opened, run.plan.memory_bytes, first_layer or None, start, progress)

@@ -27,17 +27,6 @@ def token_cosines(grams: torch.Tensor) -> torch.Tensor:
     return (grams * inverse[:, :, None] * inverse[:, None, :]).clamp(-1.0, 1.0)
 
 
-def cosine(outputs: torch.Tensor) -> np.ndarray:
-    """Return the mean over tokens of the cosine of two experts' outputs, [E, E] float32.
-
-    Tokens on which either output is zero count as 0.
-
-    Args:
-        outputs: [E, n, H] float32, n >= 1.
-    """
-    return token_cosines(token_grams(outputs)).mean(dim=0).numpy()
-
-
 def linear_cka(outputs: torch.Tensor) -> np.ndarray:
     """Return the linear CKA of the experts' centred outputs, [E, E] float32 in 0..1.
 

@@ -4,12 +4,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from moe_tool.native.replay import (
-    Calls,
-    compiled_replay,
-    compiled_stack_depths,
-    is_built,
-)
+from moe_tool.native.kernels import is_built
+from moe_tool.native.replay import Calls, compiled_replay, compiled_stack_depths
 from moe_tool.policies.eviction import Belady, CacheShape, Eviction, EvictionChoice
 from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.counts import CallCounts

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_tool.artifacts.known_tokens import require_known_tokens
+from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sources import TextSource, read_documents
@@ -21,19 +22,9 @@ _MAX_CHARACTERS_PER_BATCH = 4_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenSequences:
-    """N sequences of S tokens, ordered by domain, then in the order of the documents."""
+class TokenSequences(TracedTokens):
+    """Sequences ordered by domain, then in the order of the documents."""
 
-    ids: np.ndarray
-    """[N, S] int32, token ids."""
-    domain: np.ndarray
-    """[N] int16, index into `domains`; each sequence has one domain."""
-    document: np.ndarray
-    """[N, S] int32, ascending number of each token's document."""
-    held_out: np.ndarray
-    """[N] bool, True for held-out sequences."""
-    domains: tuple[str, ...]
-    """Names of the domains, in the order of the sources."""
     sources: tuple[str, ...]
     """`domain=spec` of each source."""
     seed: int
