@@ -9,12 +9,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 
 
 def summarize_buddies(profile: ProfileReader, buddy_map: BuddyMap) -> BuddySummary:
-    """Return the prices of the first substitutes, in-sample and held-out, layer by layer.
-
-    Args:
-        profile: the profile that the map was made from.
-        buddy_map: the map to summarize.
-    """
+    """Return the prices of the first substitutes, in-sample and held-out, layer by layer."""
     rows = tuple(
         _layer_summary(layer, profile.statistics(layer.layer)) for layer in buddy_map.layers
     )

@@ -36,7 +36,6 @@ class Stage:
     n_sequences: int
     """Sequences per step, divided by DOMAIN_SHARE."""
     seq_len: int
-    """Tokens per sequence."""
     peak_lr: float
     """Learning rate after `warmup_steps`; then a cosine down to `final_lr_share` of it."""
     final_lr_share: float
@@ -79,8 +78,7 @@ def train_demo_model(out: Path, *, quick: bool, progress: Progress) -> None:
         dense_stage = replace(DENSE_STAGE, n_steps=3, n_sequences=4, seq_len=64)
         mixture_stage = replace(MIXTURE_STAGE, n_steps=3, n_sequences=4, seq_len=64)
     texts = {
-        domain: [document.text for document in builtin_documents(domain, part="train")]
-        for domain in BUILTIN_DOMAINS
+        domain: list(builtin_documents(domain, part="train").values()) for domain in BUILTIN_DOMAINS
     }
     repeats = round(
         sum(map(len, texts["code"])) / sum(map(len, texts["docs"])) / 3
@@ -156,7 +154,6 @@ def per_layer_balance_loss(router_logits: tuple[torch.Tensor, ...], *, top_k: in
 
     Args:
         router_logits: per layer [T, E].
-        top_k: K, experts per token.
     """
     losses = []
     for logits in router_logits:

@@ -50,7 +50,6 @@ class Gate:
     alpha: float = 1.0
     limit: float = 0.0
     packed: bytes = field(init=False, repr=False, compare=False)
-    """Fields packed for the kernels"""
 
     def __post_init__(self) -> None:
         """Pack the fields for the kernels."""

@@ -80,13 +80,10 @@ def compiled_replay(
     """Return hits, prefetches and prefetch hits of every call, [C] uint16 each.
 
     Args:
-        calls: the trace.
         eviction: key of COMPILED.
         parameters: the policy's parameters, in its order.
         capacity: cached experts, pinned ones not counted.
-        per_layer: whether the capacity is divided among the layers.
         pinned: [L * E] bool, experts that are never evicted.
-        prefetch_depth: number of layers to prefetch.
 
     Raises:
         ValueError: the policy is not known.
@@ -113,7 +110,6 @@ def compiled_stack_depths(calls: Calls, next_use: np.ndarray | None) -> np.ndarr
     """Return the smallest capacity at which each access hits, [A] int32; 0: none.
 
     Args:
-        calls: the trace.
         next_use: [A] int64, next call of the same expert, for Belady's policy; None: LRU.
     """
     _require(next_use is None or len(next_use) == calls.n_accesses, "the next uses do not fit")

@@ -27,8 +27,6 @@ def allocate_average(
     of an error and in that of a read.
 
     Args:
-        costs: costs of all experts.
-        average_bits: limit of the average width.
         room_bytes: memory for experts; None: all are resident.
     """
     nats = costs.nats
@@ -70,7 +68,6 @@ def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray:
     Found by bisection, since the loss falls with the bytes.
 
     Args:
-        costs: costs of all experts.
         max_nats: limit in nats per token, at least 0, which native experts keep.
     """
     n_experts = costs.nats.shape[0] * costs.nats.shape[1]

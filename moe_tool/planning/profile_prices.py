@@ -26,11 +26,6 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
 
     A replica's error is relative to the checkpoint's expert, as the profile measured it, even if
     the primary forms have fewer bits. Stand-ins are not considered: they need a buddy map.
-
-    Args:
-        sources: inputs from the profile.
-        bits: precision of the experts.
-        replicas: widths as from `replicas_below`.
     """
     shape = sources.profile.header.shape
     forms = [f for f in replica_precisions(replicas) if f.kind == "integer"]

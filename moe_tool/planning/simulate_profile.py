@@ -39,7 +39,6 @@ class SimulateOptions:
     memory: Sequence[str] = ("10%..100%",)
     """Budgets: ranges of shares, shares, or sizes of the whole process"""
     bits: SkeletonBits = "4"
-    """Bits of the experts"""
     skeleton_bits: SkeletonBits = "native"
     context: int = 4096
     """Positions that budgets in bytes have room for"""
@@ -53,12 +52,6 @@ def simulate_profile(
     progress: Progress = SILENT,
 ) -> SimulationReport:
     """Replay decoding and prompts, and prefetch under the best policies.
-
-    Args:
-        profile: an open profile.
-        hardware: the machine that times are for.
-        options: budgets, policies and precision.
-        progress: told about the replays.
 
     Raises:
         UsageError: the profile has no tokens, or a budget is out of range.

@@ -12,12 +12,7 @@ HOT_SHARE = 0.25
 
 
 def hottest(load: np.ndarray, *, n_hot: int) -> np.ndarray:
-    """Return the ids of the most used experts, hottest first, ties by lower id.
-
-    Args:
-        load: [E] int64, uses of each expert.
-        n_hot: size of the set, at most E.
-    """
+    """Return the ids of the most used experts by [E] uses, hottest first, ties by lower id."""
     return np.argsort(-load, kind="stable")[:n_hot]
 
 
@@ -37,12 +32,7 @@ def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
 
 
 def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
-    """Return the coverage of one layer.
-
-    Args:
-        layer: decoder-layer index.
-        statistics: the layer's; in-sample or held-out counts may be of no tokens.
-    """
+    """Return the coverage of one layer; its in-sample or held-out counts may be of no tokens."""
     inside, outside = statistics.in_sample, statistics.held_out
     n_experts = len(inside.load)
     hot = hottest(inside.load, n_hot=max(1, int(n_experts * HOT_SHARE)))

@@ -29,9 +29,6 @@ def probe_blocks(
     """Return the blocks in which a sample is fed: slices, each spread over the whole sample.
 
     Args:
-        n_tokens: n, size of the sample.
-        n_experts: E.
-        hidden: H.
         memory_bytes: room for the outputs [E, b, H] float32 of one block of b tokens; a block has
             at least one.
     """
@@ -44,11 +41,7 @@ class ExpertProbe:
     """Sums over the sampled tokens of one part of the trace, in-sample or held-out."""
 
     def __init__(self, *, n_experts: int) -> None:
-        """Start with no tokens.
-
-        Args:
-            n_experts: E.
-        """
+        """Start with no tokens."""
         square = (n_experts, n_experts)
         self._n_sampled = 0
         self._n_cka = 0

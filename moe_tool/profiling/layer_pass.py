@@ -15,12 +15,14 @@ from moe_tool.models.router_rule import RouterRule, router_rule
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.profiling.layer_recording import LayerRecording
 from moe_tool.profiling.layer_statistics import measure_layer
-from moe_tool.profiling.sensitivity import disturb
 from moe_tool.quantization.weights import FloatWeight
 from moe_tool.text.sequences import TokenSequences
 
 NEXT_GATES = 3
 """Following MoE layers whose routers are applied to a layer's input."""
+RELATIVE_NOISE = 0.1
+"""Norm of the noise relative to each token's expert output: small enough for KL to be quadratic,
+large enough for float32"""
 
 
 class LayerPass:
@@ -38,8 +40,6 @@ class LayerPass:
         """Become the experts function of the stream.
 
         Args:
-            opened: the checkpoint.
-            stream: its layers.
             tokens: all T tokens that will be recorded.
             sample_rows: [n] ascending rows (tokens) whose layer inputs the probe uses.
             probe_bytes: room for one block of all experts' outputs.
@@ -82,12 +82,7 @@ class LayerPass:
         )
 
     def forward(self, hidden: torch.Tensor, *, first_row: int | None = None) -> torch.Tensor:
-        """Return the layer's output, recording its routing if `first_row` is given.
-
-        Args:
-            hidden: [B, S, H].
-            first_row: row of the first token in the trace; None: do not record.
-        """
+        """Return the layer's output, [B, S, H]; record its routing from `first_row` on if given."""
         assert self._layer is not None
         self._first_row = first_row
         return self._layer.forward(hidden)
@@ -126,7 +121,7 @@ class LayerPass:
         output = call.run_experts(self._supply)
         if self._disturbed:
             seed = self._tokens.seed * 1_000_003 + call.layer
-            return disturb(output, generator=torch.Generator().manual_seed(seed))
+            return _disturb(output, generator=torch.Generator().manual_seed(seed))
         if self._first_row is not None:
             self._record(call, self._first_row)
         return output
@@ -143,3 +138,17 @@ class LayerPass:
             score=None if self._rule is None else self._rule.selection_scores(call.router_logits),
             next_index=[modules.route(call.hidden).index for modules in self._next],
         )
+
+
+def _disturb(output: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
+    """Return the output plus noise in a random direction, RELATIVE_NOISE times each token's norm.
+
+    Args:
+        output: [T, H] float32, sum of a MoE layer's routed experts.
+    """
+    noise = torch.randn(output.shape, generator=generator)
+    size: torch.Tensor = (
+        RELATIVE_NOISE * output.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    )
+    disturbed: torch.Tensor = output + noise * size
+    return disturbed

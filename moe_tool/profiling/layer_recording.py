@@ -26,8 +26,6 @@ class LayerRecording:
         """Allocate the arrays.
 
         Args:
-            shape: the model's.
-            n_tokens: T.
             n_next_gates: following MoE layers whose routers are applied to this layer's input.
             has_selection_scores: whether top-k is taken of other scores than the logits.
             sample_rows: [n] ascending rows (tokens) whose layer input is kept for the probe.

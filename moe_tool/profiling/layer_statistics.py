@@ -56,10 +56,7 @@ def measure_layer(
     """Return a layer's statistics, with sensitivity 0 until the pass over all layers is complete.
 
     Args:
-        module: the layer's experts module.
         experts: the layer's experts in canonical form.
-        recording: the layer's trace, and its input on the probe's tokens.
-        tokens: the traced tokens.
         probe_bytes: room for one block of all experts' outputs.
 
     Raises:

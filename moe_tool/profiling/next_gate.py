@@ -16,7 +16,6 @@ def gate_prediction(
         named: [T, K] predicted experts, distinct in each row.
         chosen: [T, K] experts that were called, distinct in each row.
         weight: [T, K] float, gate weights of `chosen`.
-        n_experts: E.
     """
     n_tokens, top_k = chosen.shape
     if n_tokens == 0:

@@ -13,10 +13,9 @@ from moe_tool.models.full_hash import FullHash
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.profiling.hidden_states import HiddenStates
-from moe_tool.profiling.layer_pass import LayerPass
+from moe_tool.profiling.layer_pass import RELATIVE_NOISE, LayerPass
 from moe_tool.profiling.parts_folder import PartsFolder
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
-from moe_tool.profiling.sensitivity import sensitivity
 from moe_tool.progress import Progress
 from moe_tool.text.sequences import TokenSequences
 
@@ -117,8 +116,11 @@ class ProfilePass:
 
     @torch.no_grad()
     def _sensitivities(self) -> dict[int, float]:
-        """Return each MoE layer's sensitivity from the disturbed copies of the watched
-        sequences."""
+        """Return each MoE layer's sensitivity: KL in nats per squared relative error of its output.
+
+        It is measured on the disturbed copies of the watched sequences; for small errors KL is
+        quadratic in the error.
+        """
         layers, n_watched = self._opened.shape.layers, self._watched.size
         base = self._sequences.ids.size
         total = dict.fromkeys(layers, 0.0)
@@ -129,7 +131,7 @@ class ProfilePass:
                 row = base + (1 + position) * n_watched + first
                 total[layer] += total_divergence(exact, self._logits(row, n_rows))
         self._states.close()
-        return {layer: sensitivity(total[layer] / n_watched) for layer in layers}
+        return {layer: max(total[layer] / n_watched, 0.0) / RELATIVE_NOISE**2 for layer in layers}
 
     def _logits(self, first_row: int, n_rows: int) -> torch.Tensor:
         hidden = self._states.read(first_row, first_row + n_rows)

@@ -17,12 +17,7 @@ _BLOCK_USES = 2**17
 
 
 def reuse_histogram(uses: np.ndarray, *, n_experts: int) -> ReuseHistogram:
-    """Return the histogram of the reuse distances.
-
-    Args:
-        uses: [U] integers below `n_experts`, in order of time; U may be 0.
-        n_experts: number of different experts.
-    """
+    """Return the histogram of the reuse distances of [U] integers below `n_experts`; U may be 0."""
     n_bins = int(n_experts - 1).bit_length() + 1
     counts = np.zeros(n_bins, np.int64)
     first_uses = 0

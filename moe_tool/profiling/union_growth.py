@@ -18,7 +18,6 @@ def union_growth(top_k_index: np.ndarray, *, n_experts: int) -> UnionGrowth:
 
     Args:
         top_k_index: [n, S, K] integers below `n_experts`, distinct for each token.
-        n_experts: E.
     """
     n_sequences, seq_len, top_k = top_k_index.shape
     position, gap = _gaps(top_k_index, n_experts)

@@ -58,7 +58,6 @@ def build_sequences(
         n_tokens: rounded to whole sequences, at least one per domain.
         seq_len: S, tokens per sequence, at least 2.
         holdout: share of each domain's sequences to hold out, 0 to below 1.
-        progress: listener.
 
     Raises:
         UsageError: n_tokens, seq_len or holdout is out of range.
@@ -244,11 +243,7 @@ def _fair_shares(n_wanted: int, limits: list[int]) -> list[int]:
 def _choose_held_out(
     documents: np.ndarray, *, holdout: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the mask of a domain's sequences to hold out, [n] bool.
-
-    Args:
-        documents: [n, S] document number of each token.
-    """
+    """Return the sequences to hold out, [n] bool, from the document of each token, [n, S]."""
     n = len(documents)
     n_held = min(round(n * holdout), n - 1)
     if holdout > 0 and n >= 2:
