@@ -1,22 +1,23 @@
 """Training of the demo model: tokenizer, a dense stage, upcycling, a mixture stage."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from moe_tool.demo.tokenizer import train_tokenizer
 from moe_tool.demo.upcycling import upcycle
 from moe_tool.text.builtin import BUILTIN_DOMAINS, builtin_documents
 
 Progress = Callable[[str], None]
 
 SEED = 20
+BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
 VOCABULARY = 2048
 N_EXPERTS, TOP_K = 16, 2
 REDRAWN_SHARE = 0.5
@@ -101,6 +102,35 @@ def train_demo_model(out: Path, *, quick: bool, progress: Progress) -> None:
 
     mixture.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of exactly `vocabulary` entries.
+
+    It puts <s> (id 0) before a text; </s> is id 1. Deterministic for the same texts in the same
+    order. Every string can be encoded: the 256 bytes are entries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS_TOKEN, EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS_TOKEN} $A",
+        pair=f"{BOS_TOKEN} $A {BOS_TOKEN} $B",
+        special_tokens=[(BOS_TOKEN, 0)],
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:

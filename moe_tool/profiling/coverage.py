@@ -34,8 +34,8 @@ def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
 def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
     """Return the coverage of one layer; its in-sample or held-out counts may be of no tokens."""
     inside, outside = statistics.in_sample, statistics.held_out
-    n_experts = len(inside.load)
-    hot = hottest(inside.load, n_hot=max(1, int(n_experts * HOT_SHARE)))
+    load, n_experts = inside.load, len(inside.load)
+    hot = hottest(load, n_hot=max(1, int(n_experts * HOT_SHARE)))
     best = hottest(outside.load, n_hot=len(hot))
     coverage = share_answered(inside.load, hot) or 0.0
     coverage_held_out = share_answered(outside.load, hot)
@@ -52,7 +52,7 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         n_hot=len(hot),
         n_tokens=inside.n_tokens,
         n_tokens_held_out=outside.n_tokens,
-        load_skew=_load_skew(inside.load),
+        load_skew=float(load.max() / load.mean()) if load.any() else 0.0,
         entropy=_entropy(inside.load),
         never_used=int((inside.load == 0).sum()),
         locality=inside.same_as_previous,
@@ -65,10 +65,6 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         domain_distance=_largest_total_variation(inside.domain_load),
         pin=ruling.verdict,
     )
-
-
-def _load_skew(load: np.ndarray) -> float:
-    return float(load.max() / load.mean()) if load.any() else 0.0
 
 
 def _entropy(load: np.ndarray) -> float:

@@ -1,7 +1,5 @@
 """Pass of all batches through one layer, with its experts in memory and its routing recorded."""
 
-from collections.abc import Iterator, Mapping
-
 import numpy as np
 import torch
 
@@ -81,19 +79,16 @@ class LayerPass:
             sample_rows=self._sample_rows,
         )
 
-    def forward(self, hidden: torch.Tensor, *, first_row: int | None = None) -> torch.Tensor:
-        """Return the layer's output, [B, S, H]; record its routing from `first_row` on if given."""
-        assert self._layer is not None
-        self._first_row = first_row
-        return self._layer.forward(hidden)
+    def forward(
+        self, hidden: torch.Tensor, *, first_row: int | None = None, disturbed: bool = False
+    ) -> torch.Tensor:
+        """Return the layer's output, [B, S, H]; record its routing from `first_row` on if given.
 
-    def forward_disturbed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output with noise on the sum of its experts."""
-        self._disturbed = True
-        try:
-            return self.forward(hidden)
-        finally:
-            self._disturbed = False
+        `disturbed`: with noise on the sum of its experts.
+        """
+        assert self._layer is not None
+        self._first_row, self._disturbed = first_row, disturbed
+        return self._layer.forward(hidden)
 
     def measure(self) -> tuple[LayerTrace, ExpertStatistics]:
         """Return the layer's trace and statistics, once all batches went through.
@@ -118,17 +113,15 @@ class LayerPass:
         return recording.trace, statistics
 
     def _answer(self, call: LayerCall) -> torch.Tensor:
-        output = call.run_experts(self._supply)
+        output = call.run_experts(
+            lambda wanted: ((expert, self._experts[expert]) for expert in wanted)
+        )
         if self._disturbed:
             seed = self._tokens.seed * 1_000_003 + call.layer
             return _disturb(output, generator=torch.Generator().manual_seed(seed))
         if self._first_row is not None:
             self._record(call, self._first_row)
         return output
-
-    def _supply(self, wanted: list[int]) -> Iterator[tuple[int, Mapping[str, FloatWeight]]]:
-        for expert in wanted:
-            yield expert, self._experts[expert]
 
     def _record(self, call: LayerCall, first_row: int) -> None:
         assert self._recording is not None and call.router_logits is not None

@@ -78,10 +78,6 @@ class PartsFolder:
             return {}
         return kept if isinstance(kept, dict) else {}
 
-    def remove(self) -> None:
-        """Delete the folder once the profile is written."""
-        shutil.rmtree(self.folder)
-
 
 def _fingerprint(header: ProfileHeader, sequences: TokenSequences) -> bytes:
     ids = hashlib.sha256(np.ascontiguousarray(sequences.ids).tobytes()).hexdigest()

@@ -1,5 +1,6 @@
 """One pass of all tokens through all decoder layers, one layer in memory at a time."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ class ProfilePass:
             self._sensitivities(),
             sensitivity_n_tokens=self._watched.size,
         )
-        self._parts.remove()
+        shutil.rmtree(self._parts.folder)
 
     @torch.no_grad()
     def _sensitivities(self) -> dict[int, float]:
@@ -168,7 +169,7 @@ class ProfilePass:
         shape = (*self._watched.shape, -1)
         untouched = self._states.read(base, base + n_watched).view(*shape)
         if layer.moe is not None:
-            disturbed = self._pass.forward_disturbed(untouched)
+            disturbed = self._pass.forward(untouched, disturbed=True)
             row = base + (1 + n_before) * n_watched
             self._states.write(row, disturbed.reshape(n_watched, -1))
         for copy in range(1 + n_before):

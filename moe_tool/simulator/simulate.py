@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.simulation_report import BELADY, Cliff, PrefetchRow, PromptRow, SimulatedRow
+from moe_tool.artifacts.simulation_report import BELADY, PrefetchRow, PromptRow, SimulatedRow
 from moe_tool.policies.eviction import EVICTION, EvictionChoice
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import SILENT, Progress
@@ -145,11 +145,6 @@ def simulate_prefetch(
         stall_saved_ms=1e3 * saved_s / max(1, trace.n_forwards),
         pays=saved_s > 0.02 * float(plain.total.sum()),
     )
-
-
-def find_cliff(trace: AccessTrace, record_bytes: int) -> Cliff:
-    """Return the working set of one token."""
-    return Cliff(experts=trace.cycle, bytes=round(trace.cycle * record_bytes))
 
 
 def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
