@@ -60,11 +60,8 @@ def _mean(predictions: Sequence[GatePrediction | None]) -> GatePrediction | None
     known = [prediction for prediction in predictions if prediction is not None]
     if not known:
         return None
-    count = len(known)
-    return GatePrediction(
-        n_tokens=known[0].n_tokens,
-        share=sum(one.share for one in known) / count,
-        by_chance=sum(one.by_chance for one in known) / count,
-        top_1=sum(one.top_1 for one in known) / count,
-        top_1_by_chance=sum(one.top_1_by_chance for one in known) / count,
-    )
+    means = {
+        name: sum(getattr(one, name) for one in known) / len(known)
+        for name in ("share", "by_chance", "top_1", "top_1_by_chance")
+    }
+    return GatePrediction(n_tokens=known[0].n_tokens, **means)

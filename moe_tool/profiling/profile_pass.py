@@ -60,14 +60,10 @@ class ProfilePass:
         )
         hidden_bytes = n_rows * shape.hidden * 4
         require_free_disk(parts.folder, 2 * hidden_bytes)
-        progress.note(
-            f"hidden states: 2 x {format_bytes(hidden_bytes)} in {parts.folder}"
-            + (
-                ""
-                if self.plan.hidden_in_memory
-                else ", worked on there: they exceed a quarter of the budget"
-            )
-        )
+        note = f"hidden states: 2 x {format_bytes(hidden_bytes)} in {parts.folder}"
+        if not self.plan.hidden_in_memory:
+            note += ", worked on there: they exceed a quarter of the budget"
+        progress.note(note)
         self._states = HiddenStates(
             parts.folder, n_rows=n_rows, hidden=shape.hidden, in_memory=self.plan.hidden_in_memory
         )

@@ -146,29 +146,25 @@ class _TokenStream:
 
     def read_on(self, wanted: int, progress: Progress) -> None:
         """Read until there are `wanted` tokens or no more text."""
-        while self.n_tokens < wanted and not self.is_exhausted:
+        while True:
+            step = min(self.n_tokens, wanted) - self._n_told
+            if step > 0:
+                self._n_told += step
+                progress.advance(step)
+            if self.n_tokens >= wanted or self.is_exhausted:
+                return
             batch = self._next_batch((wanted - self.n_tokens) * _GUESSED_CHARACTERS_PER_TOKEN)
-            for ids in _encode(self._tokenizer, batch):
-                self._encoded.append(ids)
-                self.n_tokens += len(ids)
-            self._tell(wanted, progress)
-        self._tell(wanted, progress)
-
-    def _tell(self, wanted: int, progress: Progress) -> None:
-        step = min(self.n_tokens, wanted) - self._n_told
-        if step > 0:
-            self._n_told += step
-            progress.advance(step)
+            encoded = _encode(self._tokenizer, batch)
+            self._encoded += encoded
+            self.n_tokens += sum(map(len, encoded))
 
     def sequences(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first n sequences: ids, and document numbers from 0, each [n, S] int32."""
         lengths = [len(ids) for ids in self._encoded]
         documents = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        shape = (n, self._seq_len)
+        ids, shape = np.concatenate(self._encoded), (n, self._seq_len)
         n_used = n * self._seq_len
-        return np.concatenate(self._encoded)[:n_used].reshape(shape), documents[:n_used].reshape(
-            shape
-        )
+        return ids[:n_used].reshape(shape), documents[:n_used].reshape(shape)
 
     def _next_batch(self, n_characters: int) -> list[str]:
         batch: list[str] = []

@@ -146,13 +146,12 @@ def _is_local(spec: str) -> bool:
     """Return whether a spec is a path: it looks like one, or exists."""
     if not spec or "\0" in spec:
         return False
-    if (
+    return (
         spec.startswith((".", "~", os.sep))
         or spec.endswith(os.sep)
         or Path(spec).suffix.lower() in SUPPORTED_SUFFIXES
-    ):
-        return True
-    return Path(spec).exists()
+        or Path(spec).exists()
+    )
 
 
 def _read_builtin(which: str, *, seed: int) -> Iterator[str]:
