@@ -68,12 +68,7 @@ class DemoReport:
 
 
 def run_pipeline(folder: Path, *, progress: Progress) -> DemoReport:
-    """Profile, find buddies, pack, run twice and evaluate.
-
-    Args:
-        folder: destination of profile and bundle.
-        progress: listener.
-    """
+    """Profile, find buddies, pack, run twice and evaluate, with the files in `folder`."""
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
     stages: list[Stage] = []
 

@@ -8,7 +8,7 @@ expanded in blocks of rows into one scratch block, so that no float32 copy of an
 import torch
 import torch.nn.functional as F
 
-from moe_tool.native.kernels import is_native, native_linear
+from moe_tool.native.kernels import NativeLinear, is_native
 from moe_tool.quantization.bit_packing import ROWS, n_row_blocks
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.tokens import round_trip_tokens
@@ -40,7 +40,7 @@ def linear(
         [n, out] float32.
     """
     if computes_natively(weight, x.shape[0]):
-        return native_linear(x, weight, bias)
+        return NativeLinear(weight, bias).forward(x)
     if isinstance(weight, IntegerWeight):
         out = _linear_integer(x, weight)
     elif weight.values.dtype == torch.float32:

@@ -75,11 +75,7 @@ def build_plan(
     """Return the fastest plan that keeps the budget and the limits.
 
     Args:
-        sources: inputs of `read_sources`.
-        hardware: the machine to plan for.
-        request: budget and limits.
         prices: bit prices for mixed bits with another quantizer than rtn.
-        progress: told about the steps.
 
     Raises:
         BudgetError: nothing allowed fits; the hint names the smallest budget that works.

@@ -43,12 +43,6 @@ def replay_evictions(
     """Return decoding under every eviction policy that fits the budget, ranked by bytes read.
 
     Experts of mixed widths are replayed under lru alone: one pool per width is not simulated.
-
-    Args:
-        sources: inputs from the profile.
-        experts: packed experts with the account of the budget.
-        label: name of the budget.
-        progress: told about the replays.
     """
     budget = Budget(label=label, n_slots=experts.replayed_slots)
     choices, notes = _choices(sources, experts, budget)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.simulation_report import BELADY, Cliff, PrefetchRow, PromptRow, SimulatedRow
-from moe_tool.policies.eviction import EVICTION, EvictionChoice, parse_eviction
+from moe_tool.artifacts.simulation_report import BELADY, PrefetchRow, PromptRow, SimulatedRow
+from moe_tool.policies.eviction import EVICTION, EvictionChoice
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import SILENT, Progress
-from moe_tool.simulator.access_trace import AccessTrace
-from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.time_model import CallCosts, call_times, forward_seconds
 
@@ -35,7 +34,6 @@ class Machine:
 
     record_bytes: int
     n_slots_min: int
-    """Minimum number of slots of a run"""
     costs: CallCosts
     hottest: Sequence[int]
     """Keys in order of falling use in the profile"""
@@ -53,10 +51,7 @@ def simulate_decoding(
 
     Args:
         replayer: trace with one token per forward.
-        choices: eviction policies.
         budgets: budgets in ascending order.
-        machine: record size and speeds.
-        progress: told about the rows.
     """
     trace, rows = replayer.trace, []
     n_replayed, began = 0, time.perf_counter()
@@ -150,11 +145,6 @@ def simulate_prefetch(
         stall_saved_ms=1e3 * saved_s / max(1, trace.n_forwards),
         pays=saved_s > 0.02 * float(plain.total.sum()),
     )
-
-
-def find_cliff(trace: AccessTrace, record_bytes: int) -> Cliff:
-    """Return the working set of one token."""
-    return Cliff(experts=trace.cycle, bytes=round(trace.cycle * record_bytes))
 
 
 def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
