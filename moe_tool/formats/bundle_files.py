@@ -1,9 +1,11 @@
 """The files of a bundle: their names and headers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 
@@ -11,6 +13,7 @@ MAX_FILE_BYTES = 4 * 2**30
 PART_SUFFIX = ".part"
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
+_DTYPES = {torch.uint8: "U8", torch.float64: "F64", torch.float32: "F32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,3 +81,11 @@ def safetensors_header(tensors: Sequence[tuple[str, str, Sequence[int], int]]) -
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return a whole file of uint8, float32 and float64 tensors."""
+    header = safetensors_header(
+        [(name, _DTYPES[each.dtype], each.shape, each.nbytes) for name, each in tensors.items()]
+    )
+    return header + b"".join(each.contiguous().numpy().tobytes() for each in tensors.values())

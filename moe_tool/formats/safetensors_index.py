@@ -88,10 +88,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
-                raise CorruptArtifactError(
+                raise _corrupt(
                     f"{path} has {file_bytes} bytes, "
-                    f"a safetensors file has at least {_LENGTH_BYTES}",
-                    hint=_AGAIN,
+                    f"a safetensors file has at least {_LENGTH_BYTES}"
                 )
             foreign = foreign_content(path, prefix + file.read(BEGINNING_BYTES - _LENGTH_BYTES))
             if foreign is not None:
@@ -99,10 +98,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             file.seek(_LENGTH_BYTES)
             header_bytes = int.from_bytes(prefix, "little")
             if header_bytes > MAX_HEADER_BYTES or _LENGTH_BYTES + header_bytes > file_bytes:
-                raise CorruptArtifactError(
+                raise _corrupt(
                     f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
-                    "it is truncated or no safetensors file",
-                    hint=_AGAIN,
+                    "it is truncated or no safetensors file"
                 )
             text = file.read(header_bytes)
     except OSError as error:
@@ -111,6 +109,42 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     infos = _parse_header(path, text, data_start)
     _require_tiling(path, infos, data_start=data_start, file_bytes=file_bytes)
     return infos
+
+
+def read_exactly(
+    path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]], *, remedy: str
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file that holds these and no others, without NaN or infinity.
+
+    Args:
+        path: file to read.
+        wanted: dtype and shape by name.
+        remedy: hint of the errors.
+
+    Raises:
+        CorruptArtifactError: it is damaged, or a tensor is missing, unknown, of another dtype or
+            shape, or not finite.
+        NotFoundError, StorageError: it cannot be read.
+    """
+    infos = read_header(path)
+    if infos.keys() != wanted.keys():
+        odd = min(infos.keys() ^ wanted.keys())
+        verb = "lacks" if odd in wanted else "holds the unknown"
+        raise CorruptArtifactError(f"{path} {verb} {quoted(odd)}", hint=remedy)
+    for name, info in infos.items():
+        dtype, shape = wanted[name]
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise CorruptArtifactError(
+                f"{path}: {quoted(name)} is {info.dtype} {list(info.shape)}, "
+                f"wanted {dtype} {list(shape)}",
+                hint=remedy,
+            )
+    with Checkpoint(infos) as checkpoint:
+        values = {name: checkpoint.read(name) for name in wanted}
+    for name, value in values.items():
+        if not are_finite(value):
+            raise CorruptArtifactError(f"{path}: {quoted(name)} holds NaN or infinity", hint=remedy)
+    return values
 
 
 class Checkpoint:
@@ -176,9 +210,8 @@ class Checkpoint:
         for path in files:
             for name, info in read_header(path).items():
                 if name in tensors:
-                    raise CorruptArtifactError(
-                        f"tensor {quoted(name)} lies in {tensors[name].file.name} and in {path}",
-                        hint=_AGAIN,
+                    raise _corrupt(
+                        f"tensor {quoted(name)} lies in {tensors[name].file.name} and in {path}"
                     )
                 tensors[name] = info
         return cls(tensors)
@@ -266,10 +299,9 @@ class Checkpoint:
             while done < len(view):
                 count = os.preadv(file, [view[done:]], offset + done)
                 if count == 0:
-                    raise CorruptArtifactError(
+                    raise _corrupt(
                         f"{info.file} ended while {quoted(info.name)} was read: "
-                        f"{done} of {len(view)} bytes",
-                        hint=_AGAIN,
+                        f"{done} of {len(view)} bytes"
                     )
                 done += count
             if len(view) >= _DROP_CACHE_BYTES:  # under a memory limit the page cache counts too
@@ -286,6 +318,10 @@ class Checkpoint:
             _require_finite(info, row, view)
 
 
+def _corrupt(complaint: str) -> CorruptArtifactError:
+    return CorruptArtifactError(complaint, hint=_AGAIN)
+
+
 def _require_finite(info: TensorInfo, row: int | None, view: memoryview) -> None:
     if not are_finite(torch.frombuffer(view, dtype=_DTYPES[info.dtype])):
         where = "" if row is None else f" (row {row})"
@@ -300,7 +336,7 @@ def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorI
     for name, entry in parse_json_object(path, text, remedy=_AGAIN).items():
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-                raise CorruptArtifactError(f"{path}: its metadata are not strings", hint=_AGAIN)
+                raise _corrupt(f"{path}: its metadata are not strings")
             continue
         infos[name] = _parse_entry(path, name, entry, data_start)
     return infos
@@ -308,7 +344,7 @@ def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorI
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     def refuse(reason: str) -> CorruptArtifactError:
-        return CorruptArtifactError(f"{path}: tensor {quoted(name)} {reason}", hint=_AGAIN)
+        return _corrupt(f"{path}: tensor {quoted(name)} {reason}")
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("is not described by dtype, shape and data_offsets")
@@ -347,20 +383,18 @@ def _require_tiling(
         if info.offset != position:
             overlaps = info.offset < position
             what = "overlaps the tensor before it" if overlaps else "lies behind a hole"
-            raise CorruptArtifactError(f"{path}: tensor {quoted(info.name)} {what}", hint=_AGAIN)
+            raise _corrupt(f"{path}: tensor {quoted(info.name)} {what}")
         position += info.size_bytes
     if position != file_bytes:
         what = "truncated" if file_bytes < position else "longer than its header says"
-        raise CorruptArtifactError(
-            f"{path} is {what}: wanted {position} bytes, found {file_bytes}", hint=_AGAIN
-        )
+        raise _corrupt(f"{path} is {what}: wanted {position} bytes, found {file_bytes}")
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     text = read_capped(index, limit_bytes=_MAX_INDEX_BYTES, remedy=_AGAIN)
     weight_map = parse_json_object(index, text, remedy=_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptArtifactError(f"{index} has no weight_map", hint=_AGAIN)
+        raise _corrupt(f"{index} has no weight_map")
     for name, shard in weight_map.items():
         if (
             not isinstance(shard, str)

@@ -9,6 +9,7 @@ import torch
 
 from moe_tool.buddies.build_buddy_map import build_buddy_map
 from moe_tool.errors import UsageError, WrongModelError
+from moe_tool.formats.bundle_checks import skeleton_files
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.json_artifact import write_json_artifact
@@ -53,7 +54,7 @@ def test_native_bundle_keeps_every_bit(
                 assert isinstance(weight, FloatWeight)
                 assert weight.values.dtype == wanted.dtype
                 assert torch.equal(weight.values, wanted)
-        skeleton = Checkpoint.open_files(bundle.skeleton_files)
+        skeleton = Checkpoint.open_files(skeleton_files(bundle.folder, bundle.manifest))
         for name in opened.skeleton.tensor_names:
             assert skeleton.read_bytes(name) == opened.checkpoint.read_bytes(name)
 
