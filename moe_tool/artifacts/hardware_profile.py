@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from moe_tool.artifacts.schema import FrozenModel
 
-HARDWARE_VERSION: Literal[1] = 1
 Bits = Literal["native", "8", "4", "3", "2", "1"]
 BITS: tuple[Bits, ...] = ("native", "8", "4", "3", "2", "1")
 Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -102,7 +101,7 @@ class HardwareProfile(FrozenModel):
     """Artifact of `moe-tool hardware`."""
 
     kind: Literal["hardware"] = "hardware"
-    format_version: Literal[1] = HARDWARE_VERSION
+    format_version: Literal[1] = 1
     tool_version: str
     name: Annotated[str, Field(max_length=256)]
     source: Literal["measured", "data-sheet"]
