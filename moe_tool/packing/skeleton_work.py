@@ -92,16 +92,11 @@ class SkeletonWork:
         group, _ = self._parts[name]
         if self._made[0] is not group:
             self._made = (None, {})  # free one group before the next is made
-            self._made = (group, self._quantize_group(group))
-        weight = self._made[1][name.rpartition(".")[0]]
-        return memoryview(weight.part(name.rpartition(".")[2]).numpy().data).cast("B")
-
-    def _quantize_group(self, group: LinearGroup) -> dict[str, IntegerWeight]:
-        assert self._precision.kind == "integer"
-        return {
-            parameter: _quantize(weight, self._precision)
-            for parameter, weight in self._opened.skeleton.read(group)
-        }
+            assert self._precision.kind == "integer"
+            weights = self._opened.skeleton.read(group)
+            self._made = (group, {name: _quantize(w, self._precision) for name, w in weights})
+        parameter, _, part = name.rpartition(".")
+        return memoryview(self._made[1][parameter].part(part).numpy().data).cast("B")
 
 
 def _quantize(weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeight:

@@ -17,7 +17,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.record_order import order_experts
+from moe_tool.packing.pack_inputs import order_experts
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
