@@ -3,8 +3,7 @@
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from moe_tool.artifacts.form_table import FormTable
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, NotFoundError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
 from moe_tool.formats.foreign_files import foreign_file
-from moe_tool.formats.hostile_file import quoted, unreadable
+from moe_tool.formats.hostile_file import quoted, reading
 from moe_tool.formats.integer_parts import IntegerPart, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.mask_router_file import MASK_ROUTER_NAME
@@ -67,13 +66,13 @@ def check_bundle(folder: Path) -> CheckedBundle:
         ArtifactVersionError: its manifest has another schema version.
         StorageError: it cannot be read.
     """
-    with naming(folder):
+    with reading(folder):
         _require_finished(folder)
     manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
     _require_known_sections(folder, manifest)
     _check_policies(folder, manifest)
     forms = _forms(folder, manifest)
-    with naming(folder):
+    with reading(folder):
         _check_files(folder, manifest)
     for form in forms:
         if form.table.role != "base":  # a base lies inside the tensors of the primary record
@@ -84,15 +83,6 @@ def check_bundle(folder: Path) -> CheckedBundle:
 def corrupt_bundle(complaint: str) -> CorruptArtifactError:
     """Return the error for a damaged bundle."""
     return CorruptArtifactError(complaint, hint=REPACK)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors about a path into named ones."""
-    try:
-        yield
-    except OSError as error:
-        raise unreadable(Path(error.filename or path), error) from error
 
 
 def _require_finished(folder: Path) -> None:

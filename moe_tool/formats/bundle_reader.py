@@ -18,11 +18,10 @@ from moe_tool.formats.bundle_checks import (
     CheckedBundle,
     check_bundle,
     corrupt_bundle,
-    naming,
     skeleton_parts,
 )
 from moe_tool.formats.channel_form import require_chunks
-from moe_tool.formats.hostile_file import quoted
+from moe_tool.formats.hostile_file import quoted, reading
 from moe_tool.formats.integer_parts import are_finite
 from moe_tool.formats.mask_router_file import read_mask_router
 from moe_tool.formats.record_files import ChannelRead, RecordFiles
@@ -61,7 +60,7 @@ class BundleReader:
             for record in held.table.records
         }
         names = sorted({record.file for record in self._entries.values()})
-        with naming(folder):
+        with reading(folder):
             self._files = RecordFiles(folder, names)
 
     @classmethod
@@ -171,8 +170,6 @@ class BundleReader:
         its file is unchanged.
 
         Args:
-            layer: decoder layer.
-            expert: expert of the layer.
             out: uint8 [record_size_bytes], overwritten; 4096-aligned memory saves a copy.
             form: position of the wanted form among `forms`.
             n_there: bytes of the record that `out` already begins with.
@@ -241,8 +238,6 @@ class BundleReader:
         system is advised to bring in all of it.
 
         Args:
-            layer: decoder layer.
-            expert: expert of the layer.
             weight: the chunks; those of `channels` and of channels read along are overwritten.
             channels: [n] channel numbers, ascending.
             hashes: [I] uint64, as the expert's selector has them.
@@ -285,7 +280,7 @@ class BundleReader:
         progress.begin("verify", total + sum(held.size_bytes for held in self.forms), "bytes")
         for entry in self.manifest.files:
             digest = hashlib.sha256()
-            with naming(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
+            with reading(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
                 while block := file.read(_HASH_BLOCK_BYTES):
                     digest.update(block)
                     progress.advance(len(block))

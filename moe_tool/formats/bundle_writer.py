@@ -127,8 +127,6 @@ class BundleWriter:
 
         Args:
             form: position of its table.
-            layer: decoder layer.
-            expert: expert of the layer.
             record: uint8 [form's layout.size_bytes].
             eps: measured error, see FormRecord; None: not measured.
             base_eps: measured error of the base of a nested expert.
@@ -202,10 +200,7 @@ class BundleWriter:
         """Write the skeleton.
 
         Args:
-            tensors: tensors in the order of writing.
             read: returns the bytes of a tensor by name; called in this order.
-            precision: precision of the quantized matrices.
-            linears: the quantized matrices.
         """
         self._skeleton_precision, self._skeleton_linears = precision, linears
 
@@ -235,17 +230,7 @@ class BundleWriter:
         sections: Mapping[str, Section] | None = None,
         profile_sha256: str | None,
     ) -> BundleManifest:
-        """Write the manifest and give the bundle its name.
-
-        Args:
-            heat: how often experts are used.
-            buddies: stand-ins.
-            prices: prices of dropping an expert.
-            plan: the plan that `run` follows.
-            lineage: changes to the codes since they were packed.
-            sections: additions by name.
-            profile_sha256: the profile that heat and prices come from.
-        """
+        """Write the manifest and give the bundle its name."""
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
         assert self.n_written == len(self._plan.order)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, MoeToolError
 from moe_tool.formats.atomic_write import atomic_file
-from moe_tool.formats.hostile_file import one_line, open_plain_file, quoted, unreadable
+from moe_tool.formats.hostile_file import one_line, open_plain_file, quoted, reading
 from moe_tool.formats.json_artifact import first_complaint
 from moe_tool.formats.strict_json import parse_json_object
 
@@ -63,21 +63,15 @@ def verified_sha256(path: Path, *, remedy: str) -> str:
         CorruptArtifactError: it is no HDF5 file, truncated or damaged.
         StorageError: it cannot be read.
     """
-    digest, held_back = hashlib.sha256(), b""
-    try:
-        with open_plain_file(path, remedy=remedy) as file:
-            start = file.read(len(_SIGNATURE))
-            if start != _SIGNATURE:
-                raise CorruptArtifactError(
-                    f"{path} is not an HDF5 file, so not a profile", hint=remedy
-                )
-            held_back = start
-            while block := file.read(_BLOCK_BYTES):
-                held_back += block
-                digest.update(held_back[:-SEAL_BYTES])
-                held_back = held_back[-SEAL_BYTES:]
-    except OSError as error:
-        raise unreadable(path, error) from error
+    digest = hashlib.sha256()
+    with reading(path), open_plain_file(path, remedy=remedy) as file:
+        held_back = file.read(len(_SIGNATURE))
+        if held_back != _SIGNATURE:
+            raise CorruptArtifactError(f"{path} is not an HDF5 file, so not a profile", hint=remedy)
+        while block := file.read(_BLOCK_BYTES):
+            held_back += block
+            digest.update(held_back[:-SEAL_BYTES])
+            held_back = held_back[-SEAL_BYTES:]
     if digest.digest() != held_back:
         raise damaged(path, "its content does not fit the hash at its end", remedy=remedy)
     digest.update(held_back)

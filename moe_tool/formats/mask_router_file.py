@@ -41,9 +41,6 @@ def write_mask_router(
     The file is written first and the manifest last; until then the bundle is unchanged.
 
     Args:
-        folder: the bundle.
-        manifest: its manifest.
-        router: routers of every MoE layer.
         learned: entry for the manifest; its `file` is set here.
 
     Returns:

@@ -102,9 +102,6 @@ def write_profile(
     """Merge the layers' parts into one profile atomically.
 
     Args:
-        path: file to write.
-        header: inputs and settings.
-        tokens: the profiled tokens.
         parts: layer -> file written by `write_layer_part`.
         sensitivities: layer -> KL per squared relative error, known after the last layer.
         sensitivity_n_tokens: tokens that they were measured on.
@@ -270,10 +267,10 @@ class ProfileReader:
         if expected.is_optional and name not in child_group(self._file, group, self.path):
             return
         found = child_dataset(self._file, expected.name, self.path)
-        dtype = found.dtype
-        if found.shape != expected.shape or not expected.takes(dtype.kind, dtype.itemsize):
+        kinds = (found.dtype.kind, f"{found.dtype.kind}{found.dtype.itemsize}")
+        if found.shape != expected.shape or expected.dtype not in kinds:
             raise self._damaged(
-                f"{expected.name} has shape {found.shape} and dtype {quoted(dtype)}, "
+                f"{expected.name} has shape {found.shape} and dtype {quoted(found.dtype)}, "
                 f"wanted {expected.shape} and {expected.dtype}"
             )
 

@@ -90,7 +90,6 @@ class RecordFiles:
         """Fill `out` from a file and return the bytes read, fewer at the file's end.
 
         Args:
-            name: file name.
             offset: multiple of ALIGNMENT_BYTES.
             out: uint8 [n], n a multiple of ALIGNMENT_BYTES; overwritten. Unaligned memory costs a
                 copy.
@@ -138,7 +137,6 @@ class RecordFiles:
         """Fill some rows of `out` with the rows of a table in a file, run by run.
 
         Args:
-            name: file name.
             offset: file offset of the table.
             out: uint8 [n, bytes per row], contiguous.
             chunks: row numbers, ascending.

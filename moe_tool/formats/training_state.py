@@ -54,10 +54,7 @@ def read_training_state(
     """Return the state; None if there is none, or it belongs to another training.
 
     Args:
-        path: may be missing.
-        order: digest of the training that resumes.
         wanted: tensors of the expected names and shapes.
-        n_steps: total steps of the training.
 
     Raises:
         CorruptArtifactError: the file is damaged.

@@ -42,11 +42,7 @@ def measure_bit_prices(
     as large on a trained model.
 
     Args:
-        model: place of the checkpoint.
-        profile: profile of the same model.
-        quantizer: quantizer that `pack` will use.
         widths: numbers of bits, ascending.
-        progress: told about every expert.
 
     Raises:
         WrongModelError: the profile belongs to another model.

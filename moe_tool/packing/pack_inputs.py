@@ -52,9 +52,6 @@ def read_pack_inputs(
     Args:
         profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
             replicas are fitted to and measured on.
-        buddies: buddy map of this model.
-        identity: identity of the model.
-        shape: shape of the model.
 
     Raises:
         WrongModelError: one of them belongs to another model.

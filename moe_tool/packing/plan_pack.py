@@ -49,12 +49,6 @@ def plan_pack(
 ) -> PackJob:
     """Return the job of a pack.
 
-    Args:
-        options: options of `pack`.
-        opened: the model.
-        folder: folder of its checkpoint.
-        inputs: profile and buddy map of the same model.
-
     Raises:
         BudgetError: the memory budget is too small; the hint names one that is not.
         UsageError: options contradict each other or the model.

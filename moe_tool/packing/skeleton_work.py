@@ -1,5 +1,7 @@
 """Writer of a skeleton: matrices quantized if wanted, the rest as in the checkpoint."""
 
+from dataclasses import replace
+
 import torch
 
 from moe_tool.artifacts.bundle_manifest import SkeletonLinear
@@ -26,7 +28,6 @@ class SkeletonWork:
 
         Args:
             opened: the model; its checkpoint stays open and owned by the caller.
-            precision: precision of the matrices outside experts and routers.
         """
         self._opened = opened
         self._precision = precision
@@ -106,11 +107,9 @@ def _quantize(weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeigh
         quantize(rows, precision.width_bits, group=precision.group)
         for rows in torch.split(weight, n_rows)
     ]
-    return IntegerWeight(
+    return replace(
+        blocks[0],
         planes=tuple(torch.cat(planes) for planes in zip(*(b.planes for b in blocks), strict=True)),
         scales=torch.cat([block.scales for block in blocks]),
-        width_bits=precision.width_bits,
-        group=precision.group,
-        n_outputs=weight.shape[0],
-        n_inputs=weight.shape[1],
+        n_outputs=len(weight),
     )

@@ -75,7 +75,6 @@ def quantize_gptq(
 
     Args:
         weight: [out, in], any float dtype.
-        spread: error propagation of its inputs.
         width_bits: 1 to 8.
         group: inputs per scale, a multiple of 32.
 

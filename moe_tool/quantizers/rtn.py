@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moe_tool.artifacts.precision import IntegerPrecision
-from moe_tool.quantizers.objectives import weight_error
-from moe_tool.quantizers.spec import QuantizerSpec
+from moe_tool.quantizers.spec import QuantizerSpec, weight_error
 
 if TYPE_CHECKING:
     import torch
