@@ -23,7 +23,7 @@ from moe_tool.errors import (
 )
 from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
-from moe_tool.formats.hostile_file import open_plain_file, quoted, read_capped, unreadable
+from moe_tool.formats.hostile_file import open_plain_file, quoted, read_capped, reading
 from moe_tool.formats.strict_json import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
@@ -83,34 +83,69 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             itself.
         StorageError: it cannot be read.
     """
-    try:
-        with open_plain_file(path, remedy=_AGAIN, missing="check the path") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(_LENGTH_BYTES)
-            if len(prefix) < _LENGTH_BYTES:
-                raise CorruptArtifactError(
-                    f"{path} has {file_bytes} bytes, "
-                    f"a safetensors file has at least {_LENGTH_BYTES}",
-                    hint=_AGAIN,
-                )
-            foreign = foreign_content(path, prefix + file.read(BEGINNING_BYTES - _LENGTH_BYTES))
-            if foreign is not None:
-                raise foreign
-            file.seek(_LENGTH_BYTES)
-            header_bytes = int.from_bytes(prefix, "little")
-            if header_bytes > MAX_HEADER_BYTES or _LENGTH_BYTES + header_bytes > file_bytes:
-                raise CorruptArtifactError(
-                    f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
-                    "it is truncated or no safetensors file",
-                    hint=_AGAIN,
-                )
-            text = file.read(header_bytes)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with (
+        reading(path),
+        open_plain_file(path, remedy=_AGAIN, missing="check the path") as file,
+    ):
+        file_bytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(_LENGTH_BYTES)
+        if len(prefix) < _LENGTH_BYTES:
+            raise _corrupt(
+                f"{path} has {file_bytes} bytes, a safetensors file has at least {_LENGTH_BYTES}"
+            )
+        foreign = foreign_content(path, prefix + file.read(BEGINNING_BYTES - _LENGTH_BYTES))
+        if foreign is not None:
+            raise foreign
+        file.seek(_LENGTH_BYTES)
+        header_bytes = int.from_bytes(prefix, "little")
+        if header_bytes > MAX_HEADER_BYTES or _LENGTH_BYTES + header_bytes > file_bytes:
+            raise _corrupt(
+                f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
+                "it is truncated or no safetensors file"
+            )
+        text = file.read(header_bytes)
     data_start = _LENGTH_BYTES + header_bytes
-    infos = _parse_header(path, text, data_start)
+    entries = parse_json_object(path, text, remedy=_AGAIN)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _corrupt(f"{path}: its metadata are not strings")
+    infos = {name: _parse_entry(path, name, each, data_start) for name, each in entries.items()}
     _require_tiling(path, infos, data_start=data_start, file_bytes=file_bytes)
     return infos
+
+
+def read_exactly(
+    path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]], *, remedy: str
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file that holds these and no others, without NaN or infinity.
+
+    Args:
+        wanted: dtype and shape by name.
+
+    Raises:
+        CorruptArtifactError: it is damaged, or a tensor is missing, unknown, of another dtype or
+            shape, or not finite.
+        NotFoundError, StorageError: it cannot be read.
+    """
+    infos = read_header(path)
+    if infos.keys() != wanted.keys():
+        odd = min(infos.keys() ^ wanted.keys())
+        verb = "lacks" if odd in wanted else "holds the unknown"
+        raise CorruptArtifactError(f"{path} {verb} {quoted(odd)}", hint=remedy)
+    for name, info in infos.items():
+        dtype, shape = wanted[name]
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise CorruptArtifactError(
+                f"{path}: {quoted(name)} is {info.dtype} {list(info.shape)}, "
+                f"wanted {dtype} {list(shape)}",
+                hint=remedy,
+            )
+    with Checkpoint(infos) as checkpoint:
+        values = {name: checkpoint.read(name) for name in wanted}
+    for name, value in values.items():
+        if not are_finite(value):
+            raise CorruptArtifactError(f"{path}: {quoted(name)} holds NaN or infinity", hint=remedy)
+    return values
 
 
 class Checkpoint:
@@ -138,36 +173,30 @@ class Checkpoint:
             UnsupportedModelError: it holds weights in another form, e.g. pickled.
             CorruptArtifactError: index and shards contradict each other, or a shard is damaged.
         """
-        try:
-            names = {entry.name for entry in os.scandir(folder)}
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(
-                f"{folder} is not a folder", hint="give a checkpoint's folder"
-            ) from error
-        except OSError as error:
-            raise unreadable(folder, error) from error
-        if _SINGLE in names or _INDEX in names:
-            is_single = _SINGLE in names  # before the index, as in transformers
-            checkpoint = (
-                cls(read_header(folder / _SINGLE))
-                if is_single
-                else cls._open_sharded(folder, folder / _INDEX)
-            )
-            checkpoint.requires_finite = True
-            return checkpoint
-        if any(name.endswith(_PICKLES) for name in names):
+        with reading(folder):
+            try:
+                names = {entry.name for entry in os.scandir(folder)}
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise NotFoundError(
+                    f"{folder} is not a folder", hint="give a checkpoint's folder"
+                ) from error
+        if _SINGLE in names:  # before the index, as in transformers
+            checkpoint = cls(read_header(folder / _SINGLE))
+        elif _INDEX in names:
+            checkpoint = cls._open_sharded(folder, folder / _INDEX)
+        elif any(name.endswith(_PICKLES) for name in names):
             raise UnsupportedModelError(
                 f"{folder} holds only a pickled checkpoint, which is never read: "
                 "pickles can run code",
                 hint="convert it to safetensors, e.g. with transformers' save_pretrained",
             )
-        foreign = foreign_folder(folder)
-        if foreign is not None:
-            raise foreign
-        raise NotFoundError(
-            f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
-            hint="download the checkpoint's safetensors files",
-        )
+        else:
+            raise foreign_folder(folder) or NotFoundError(
+                f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
+                hint="download the checkpoint's safetensors files",
+            )
+        checkpoint.requires_finite = True
+        return checkpoint
 
     @classmethod
     def open_files(cls, files: Sequence[Path]) -> "Checkpoint":
@@ -176,9 +205,8 @@ class Checkpoint:
         for path in files:
             for name, info in read_header(path).items():
                 if name in tensors:
-                    raise CorruptArtifactError(
-                        f"tensor {quoted(name)} lies in {tensors[name].file.name} and in {path}",
-                        hint=_AGAIN,
+                    raise _corrupt(
+                        f"tensor {quoted(name)} lies in {tensors[name].file.name} and in {path}"
                     )
                 tensors[name] = info
         return cls(tensors)
@@ -266,10 +294,9 @@ class Checkpoint:
             while done < len(view):
                 count = os.preadv(file, [view[done:]], offset + done)
                 if count == 0:
-                    raise CorruptArtifactError(
+                    raise _corrupt(
                         f"{info.file} ended while {quoted(info.name)} was read: "
-                        f"{done} of {len(view)} bytes",
-                        hint=_AGAIN,
+                        f"{done} of {len(view)} bytes"
                     )
                 done += count
             if len(view) >= _DROP_CACHE_BYTES:  # under a memory limit the page cache counts too
@@ -282,33 +309,22 @@ class Checkpoint:
         self.bytes_read += len(view)
         if self.on_read is not None:
             self.on_read(info.name, row, view)
-        if self.requires_finite and len(view) > 0 and info.dtype in _DTYPES:
-            _require_finite(info, row, view)
+        is_checked = self.requires_finite and len(view) > 0 and info.dtype in _DTYPES
+        if is_checked and not are_finite(torch.frombuffer(view, dtype=_DTYPES[info.dtype])):
+            where = "" if row is None else f" (row {row})"
+            raise CorruptArtifactError(
+                f"{info.file}: tensor {quoted(info.name)}{where} holds NaN or infinity",
+                hint=f"{_AGAIN}; if it was published like that, use another version of the model",
+            )
 
 
-def _require_finite(info: TensorInfo, row: int | None, view: memoryview) -> None:
-    if not are_finite(torch.frombuffer(view, dtype=_DTYPES[info.dtype])):
-        where = "" if row is None else f" (row {row})"
-        raise CorruptArtifactError(
-            f"{info.file}: tensor {quoted(info.name)}{where} holds NaN or infinity",
-            hint=f"{_AGAIN}; if it was published like that, use another version of the model",
-        )
-
-
-def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:
-    infos = {}
-    for name, entry in parse_json_object(path, text, remedy=_AGAIN).items():
-        if name == "__metadata__":
-            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-                raise CorruptArtifactError(f"{path}: its metadata are not strings", hint=_AGAIN)
-            continue
-        infos[name] = _parse_entry(path, name, entry, data_start)
-    return infos
+def _corrupt(complaint: str) -> CorruptArtifactError:
+    return CorruptArtifactError(complaint, hint=_AGAIN)
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     def refuse(reason: str) -> CorruptArtifactError:
-        return CorruptArtifactError(f"{path}: tensor {quoted(name)} {reason}", hint=_AGAIN)
+        return _corrupt(f"{path}: tensor {quoted(name)} {reason}")
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("is not described by dtype, shape and data_offsets")
@@ -347,20 +363,18 @@ def _require_tiling(
         if info.offset != position:
             overlaps = info.offset < position
             what = "overlaps the tensor before it" if overlaps else "lies behind a hole"
-            raise CorruptArtifactError(f"{path}: tensor {quoted(info.name)} {what}", hint=_AGAIN)
+            raise _corrupt(f"{path}: tensor {quoted(info.name)} {what}")
         position += info.size_bytes
     if position != file_bytes:
         what = "truncated" if file_bytes < position else "longer than its header says"
-        raise CorruptArtifactError(
-            f"{path} is {what}: wanted {position} bytes, found {file_bytes}", hint=_AGAIN
-        )
+        raise _corrupt(f"{path} is {what}: wanted {position} bytes, found {file_bytes}")
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     text = read_capped(index, limit_bytes=_MAX_INDEX_BYTES, remedy=_AGAIN)
     weight_map = parse_json_object(index, text, remedy=_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptArtifactError(f"{index} has no weight_map", hint=_AGAIN)
+        raise _corrupt(f"{index} has no weight_map")
     for name, shard in weight_map.items():
         if (
             not isinstance(shard, str)

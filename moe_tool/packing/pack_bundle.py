@@ -40,11 +40,6 @@ def pack_opened(
 
     Args:
         opened: the model; its checkpoint stays open and belongs to the caller.
-        folder: folder of the checkpoint.
-        options: options of `pack`.
-        profile: HDF5 file of this model.
-        buddies: buddy map of this model.
-        progress: told about every record.
 
     Raises:
         MoeToolError: as `read_pack_inputs`, `plan_pack` and `write_bundle`.

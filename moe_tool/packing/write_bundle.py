@@ -68,9 +68,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     An interrupted run is resumed when called again with the same job.
 
     Args:
-        job: job of `plan_pack`.
         opened: the model of the job; its checkpoint stays open and belongs to the caller.
-        progress: told about every record.
 
     Raises:
         UsageError: the bundle's folder holds something else.

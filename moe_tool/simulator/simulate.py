@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_tool.artifacts.simulation_report import BELADY, PrefetchRow, PromptRow, SimulatedRow
-from moe_tool.policies.eviction import EVICTION, EvictionChoice
+from moe_tool.policies.eviction import EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import SILENT, Progress
 from moe_tool.simulator.access_trace import AccessTrace, CallCounts
