@@ -305,7 +305,7 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
         prompt_tokens=positions
         if options.prompt_tokens is None
         else min(options.prompt_tokens, positions),
-        keeps_scores=options.lossy_prompt and policy.weighs_prompts,
+        keeps_scores=options.lossy_prompt and policy.spec.weighs_prompts,
     )
 
 

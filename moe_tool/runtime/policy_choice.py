@@ -20,6 +20,7 @@ from moe_tool.policies.misses import (
     PriceBook,
     Reweigh,
 )
+from moe_tool.policies.misses.needs import MASK_ROUTER
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
 from moe_tool.runtime.price_list import price_book, record_sizes
 
@@ -105,7 +106,7 @@ def with_masks(policy: ChosenPolicy, bundle: BundleReader) -> ChosenPolicy:
     Raises:
         CorruptArtifactError, StorageError: as `read_mask_router`.
     """
-    if not policy.choice.asks_router:
+    if MASK_ROUTER not in policy.choice.spec.needs:
         return policy
     return replace(policy, masks=mask_tensors(bundle.mask_router() or {}))
 

@@ -31,12 +31,10 @@ class Belady(Ranked):
                 upcoming[key] = number
 
     def begin_call(self, layer: int) -> None:
-        """See `Eviction`."""
         super().begin_call(layer)
         self._call += 1
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self.rank(key, -self._next_use[self._call][key])
 
     add = touch

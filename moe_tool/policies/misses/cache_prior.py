@@ -11,7 +11,7 @@ from moe_tool.policies.misses.needs import WEIGHT_RULE
 from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import ShareStrength
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import Parameter, whole_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +107,8 @@ SPEC = PolicySpec(
             help="bonus of resident experts, as a share of the range of the token's scores",
             default=0.2,
         ),
-        "keep": Parameter(
-            help="best experts of a token that are always kept",
-            default=1,
-            most=1024,
-            is_whole=True,
+        "keep": whole_number(
+            "best experts of a token that are always kept", default=1, most=1024, least=0
         ),
     },
     needs=(WEIGHT_RULE,),

@@ -7,16 +7,14 @@ import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Routing
 from moe_tool.policies.entropy import token_activating_entropy
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import Parameter, whole_number
 
 GATE_PARAMETERS: Mapping[str, Parameter] = {
-    "rho": Parameter(
-        help="slots of a token in a layer that may be answered otherwise; -1: half of K, rounded "
-        "up",
+    "rho": whole_number(
+        "slots of a token in a layer that may be answered otherwise; -1: half of K, rounded up",
         default=-1,
         least=-1,
         most=1024,
-        is_whole=True,
     ),
     "beta": Parameter(
         help="share of a sequence's slots that, if missing, makes it be answered exactly",

@@ -74,9 +74,3 @@ SEVERAL_EXPERTS = Need(
     hint="take --policy exact",
     error=UnsupportedModelError,
 )
-PROMPT_IMPORTANCE = Need(
-    name="importance of a prompt's tokens",
-    is_met=lambda inputs: True,  # measured while a prompt is answered lossily
-    complaint="",
-    hint="",
-)

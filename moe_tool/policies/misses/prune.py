@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
-from moe_tool.policies.misses.needs import PROMPT_IMPORTANCE, RATIO_QUANTILES
+from moe_tool.policies.misses.needs import RATIO_QUANTILES
 from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.quantiles import read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
@@ -141,7 +141,8 @@ SPEC = PolicySpec(
             default=0.02,
         ),
     },
-    needs=(RATIO_QUANTILES, PROMPT_IMPORTANCE),
+    needs=(RATIO_QUANTILES,),
+    weighs_prompts=True,
     acts_on_hits=True,
     strength=ShareStrength(parameter="share"),
     in_controls=False,

@@ -13,7 +13,7 @@ from moe_tool.policies.misses.protocol import PolicyInputs
 from moe_tool.policies.misses.quantiles import read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import ShareStrength
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import Parameter, whole_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +105,8 @@ SPEC = PolicySpec(
             help="share of slots, by the profile, that is read in full", default=0.67
         ),
         "low": Parameter(help="share of slots that is answered in the cheaper form", default=0.3),
-        "form": Parameter(
-            help="the cheaper form: 1 for the first of `pack --replicas`",
-            default=1,
-            least=1,
-            most=64,
-            is_whole=True,
+        "form": whole_number(
+            "the cheaper form: 1 for the first of `pack --replicas`", default=1, most=64
         ),
         "part": Parameter(help="share of the memory that cheaper forms get", default=0.2),
     },
