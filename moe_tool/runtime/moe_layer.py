@@ -98,7 +98,7 @@ class MoeLayerRunner:
         call, present = self._find_present(call)
         if self.is_shadow:
             return self._run(call, call.index, call.weight, present, PhaseCounters())
-        is_plain = self.residency == "cache" and not self.policy.policy.lossy
+        is_plain = self.residency == "cache" and not self.policy.is_lossy
         phase = self.forward.phase
         is_exact_prompt = phase == "prompt" and not self.is_lossy_prompt
         if is_exact_prompt or (is_plain and self.on_decision is None):
@@ -165,7 +165,7 @@ class MoeLayerRunner:
 
     def _spend(self, routing: Routing, answers: Answers) -> np.ndarray | None:
         prices = self.policy.prices
-        if prices is None or not self.policy.policy.lossy:
+        if prices is None or not self.policy.is_lossy:
             return None
         spent = prices.spent(routing, answers)  # [T]
         if self.forward.phase == "prompt":
@@ -244,11 +244,11 @@ class MoeLayerRunner:
     def _routing(self, call: LayerCall, present: torch.Tensor | None) -> Routing:
         n_tokens, n_sequences = call.index.shape[0], self.forward.n_sequences
         score = logits = None
-        policy = self.policy.policy
-        if policy.needs_logits or policy.needs_score:
+        need = self.policy.policy.needs_router
+        if need != "nothing":
             assert call.router_logits is not None, "the router's hook did not answer"
             logits = _narrow(call.router_logits)
-            if policy.needs_score:
+            if need == "scores":
                 rule = self.policy.rules[call.layer]
                 score = _narrow(rule.selection_scores(call.router_logits))
         return Routing(

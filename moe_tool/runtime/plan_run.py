@@ -207,7 +207,7 @@ def with_policy(
 
 def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
     """Return the notes before the first token: what was planned, what is lossy, what is slow."""
-    is_lossy = plan.policy.policy.lossy
+    is_lossy = plan.policy.is_lossy
     notes = [plan.followed] if plan.followed is not None else []
     if is_lossy:
         notes.append(plan.policy.policy.describe())

@@ -31,6 +31,7 @@ class ChosenPolicy:
 
     choice: MissChoice
     policy: MissPolicy
+    is_lossy: bool
     prices: PriceBook | None
     """Prices of the bundle's answers; None if it was packed without a profile"""
     rules: Mapping[int, RouterRule]
@@ -77,7 +78,11 @@ def choose_policy(
         seed=seed,
     )
     return ChosenPolicy(
-        choice=choice, policy=choice.make(inputs), rules=rules or {}, prices=inputs.prices
+        choice=choice,
+        policy=choice.make(inputs),
+        is_lossy=choice.spec.is_lossy,
+        prices=inputs.prices,
+        rules=rules or {},
     )
 
 

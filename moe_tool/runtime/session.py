@@ -257,7 +257,7 @@ def load_session(
     if manifest.selectors:
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)
-    is_shadowed = options.shadow and plan.policy.policy.lossy
+    is_shadowed = options.shadow and plan.policy.is_lossy
     session = Session(
         bundle=bundle,
         skeleton=skeleton,
@@ -292,7 +292,7 @@ def _runner(
 ) -> MoeLayerRunner:
     """Open the stores of a planned run and return its experts function."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
-    is_lossy = plan.policy.policy.lossy
+    is_lossy = plan.policy.is_lossy
     return MoeLayerRunner(
         store=make_store(bundle, plan.rooms, plan.eviction),
         account=open_account(manifest, plan.policy),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moe_tool.policies.misses.price_book import PriceBook
 Reweigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Function (logits [T, E], index [T, K], present [T, K] bool) -> [T, K] float32: gate weights of a
 set of experts by the model's rule; a slot that is not present weighs 0"""
+RouterNeed = Literal["nothing", "logits", "scores"]
 
 
 class MissPolicy(Protocol):
@@ -26,16 +27,8 @@ class MissPolicy(Protocol):
     """
 
     @property
-    def lossy(self) -> bool:
-        """Whether the output may differ from the exact one."""
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether `Routing.logits` is required."""
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether `Routing.score` is required."""
+    def needs_router(self) -> RouterNeed:
+        """Whether `Routing.logits`, or these and `Routing.score`, are required."""
 
     def describe(self) -> str:
         """Return one line for the announcement before the first token."""

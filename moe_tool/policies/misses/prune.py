@@ -9,10 +9,10 @@ import numpy as np
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import RATIO_QUANTILES
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
 from moe_tool.policies.misses.quantiles import read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter
 
 
@@ -33,19 +33,15 @@ class Prune:
     """Quantile of the limits, for the announcement"""
     protect: float
     """Share of a sequence's prompt tokens in a forward that are not pruned"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             f"prune: the lightest {self.share:.0%} of the experts after a token's heaviest are "
             "left out, text may differ"
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with light slots empty."""
         limit = self.limit[routing.layer]
         if limit <= 0:
             return keep(routing)
@@ -55,8 +51,6 @@ class Prune:
         if routing.importance is not None:
             spared = most_important(routing.importance, routing.sequence, self.protect)
             is_left_out[spared] = False
-        if not is_left_out.any():
-            return keep(routing)
         return leave_out(routing, is_left_out)
 
 
@@ -144,7 +138,7 @@ SPEC = PolicySpec(
     needs=(RATIO_QUANTILES,),
     weighs_prompts=True,
     acts_on_hits=True,
-    strength=ShareStrength(parameter="share"),
+    strength=share_strength("share"),
     in_controls=False,
     source="MC, arXiv:2410.06270",
 )

@@ -8,11 +8,11 @@ import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.policies.misses.needs import MASK_ROUTER, SEVERAL_EXPERTS
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
 from moe_tool.policies.misses.prune import largest_rate, share_of_light
 from moe_tool.policies.misses.quantiles import read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter
 
 
@@ -29,12 +29,9 @@ class PruneLearned:
     """Threshold of the slot scores; -inf: all slots are kept"""
     rate: float
     """Share of chosen experts that is dropped, for the announcement"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             f"prune:learned: about {self.rate:.0%} of a token's experts are left out, as its "
             "trained routers say, text may differ"
@@ -49,8 +46,6 @@ class PruneLearned:
         kept = n_kept(routing.worth, self.offset)  # [T]
         is_left_out = np.empty(order.shape, dtype=bool)
         np.put_along_axis(is_left_out, order, np.arange(order.shape[1]) >= kept[:, None], axis=1)
-        if not is_left_out.any():
-            return keep(routing)
         return leave_out(routing, is_left_out)
 
 
@@ -132,7 +127,7 @@ SPEC = PolicySpec(
     },
     needs=(SEVERAL_EXPERTS, MASK_ROUTER),
     acts_on_hits=True,
-    strength=ShareStrength(parameter="rate", most=largest_rate),
+    strength=share_strength("rate", most=largest_rate),
     in_controls=False,
     controls=_controls,
     source="MC#, arXiv:2510.10962",

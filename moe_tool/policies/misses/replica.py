@@ -9,10 +9,10 @@ import numpy as np
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import REPLICAS
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
 from moe_tool.policies.misses.quantiles import read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter, whole_number
 
 
@@ -32,19 +32,15 @@ class Replica:
     stored: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Decoder layer -> [F, E] bool: forms in the bundle; empty if every expert has every form. An
     expert without the cheaper form is fetched in full"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             "replica: a missing expert that matters less is answered by its cheaper form or left "
             f"out, text may differ (T1 {self.t1:.3g}, T2 {self.t2:.3g})"
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with the form of every slot."""
         if resident[PRIMARY].all():
             return keep(routing)
         s = unimportance(routing.weight)
@@ -53,8 +49,6 @@ class Replica:
         if self.stored:
             is_low &= self.stored[routing.layer][self.form][routing.index]
         is_left_out = missing & (s > self.t1) & (s > self.t2)
-        if not (is_low | is_left_out).any():
-            return keep(routing)
         return leave_out(routing, is_left_out, np.where(is_low, self.form, PRIMARY))
 
 
@@ -112,6 +106,6 @@ SPEC = PolicySpec(
     },
     needs=(REPLICAS,),
     residents="two-precisions",
-    strength=ShareStrength(parameter="high", falls=True),
+    strength=share_strength("high", falls=True),
     source="HOBBIT, arXiv:2411.01433",
 )
