@@ -27,7 +27,6 @@ from moe_tool.store.form_stores import FormStores
 from moe_tool.store.protocol import ExpertStore
 from moe_tool.store.record_store import RecordStore
 
-_N_READERS = 2
 MakeStore = Callable[[BundleReader, tuple[FormRoom, ...], EvictionChoice], ExpertStore]
 """Function from a bundle, rooms in the order of `bundle.forms` and the eviction policy of primary
 forms to a store with nothing read yet; the bundle stays open as long as the store"""
@@ -106,7 +105,6 @@ def open_stores(
                 n_slots=room.n_slots,
                 pinned=room.pinned,
                 eviction=Lru,
-                n_readers=_N_READERS,
             )
     primaries: list[ExpertStore] = []
     primary_of: dict[int, list[int | None]] = {
@@ -143,5 +141,4 @@ def _open_primary(
         pinned=room.pinned,
         eviction=eviction.make,
         per_layer=eviction.per_layer,
-        n_readers=_N_READERS,
     )

@@ -9,7 +9,6 @@ from moe_tool.artifacts.form_table import FormTable
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.errors import BudgetError
 from moe_tool.policies.eviction import Entry, ExpertCache, MakeEviction
-from moe_tool.policies.eviction.protocol import Hint
 
 
 class SlotBook:
@@ -44,6 +43,7 @@ class SlotBook:
             per_layer=per_layer,
             pinned=[self._ids.number(key) for key in self.pinned],
         )
+        self.hints = self._cache.hints
         self._pinned_masks = {
             layer: np.zeros((1, shape.experts), dtype=bool) for layer in shape.layers
         }
@@ -51,11 +51,6 @@ class SlotBook:
             self._pinned_masks[layer][0, expert] = True
         self._masks = {layer: mask.copy() for layer, mask in self._pinned_masks.items()}
         self._free = list(range(n_slots - 1, -1, -1))
-
-    @property
-    def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy needs beside the accesses"""
-        return self._cache.hints
 
     def resident(self, layer: int) -> np.ndarray:
         """Return which experts of a layer have a slot or are pinned, [1, E] bool."""
