@@ -48,13 +48,7 @@ def split_halves(gate: Gate, joined: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 @torch.no_grad()
 def selector_values(module: Any, selector: Selector, x: torch.Tensor) -> torch.Tensor:
-    """Return the selector matrix's product with tokens, bias included, [n, I] float32.
-
-    Args:
-        module: an experts module of transformers.
-        selector: the expert's selector.
-        x: [n, H] float32.
-    """
+    """Return the selector matrix's product with tokens [n, H], bias included, [n, I] float32."""
     values = linear(x, selector.weight)
     bias = selector.biases.get("gate_up_proj_bias")
     if bias is not None:
@@ -64,15 +58,11 @@ def selector_values(module: Any, selector: Selector, x: torch.Tensor) -> torch.T
 
 
 def channel_sizes(module: Any, selector: Selector, values: torch.Tensor) -> torch.Tensor:
-    """Return the channel sizes that thresholds are compared with, [n, I] float32.
+    """Return the channel sizes that thresholds are compared with, [n, I] float32, from
+    `selector_values`.
 
     It is the absolute inner activation with 1 in place of the other matrix's output. So for a gate
     it is |silu(gate)|, not |gate|: a gate far below 0 closes its channel.
-
-    Args:
-        module: an experts module of transformers.
-        selector: the expert's selector.
-        values: [n, I] from `selector_values`.
     """
     other = torch.ones_like(values)
     halves = (values, other) if selector.is_gate else (other, values)

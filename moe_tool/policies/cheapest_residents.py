@@ -43,13 +43,6 @@ class _Layer:
     """Costs of the answers that one layer's residents give so far, in nats per token."""
 
     def __init__(self, use: ExpertUse, book: LayerBook, nats_per_mb: float) -> None:
-        """Begin with nothing in memory.
-
-        Args:
-            use: use of the experts.
-            book: prices.
-            nats_per_mb: worth of avoiding a read of 10^6 bytes.
-        """
         self.held: dict[int, int] = {}  # expert -> form
         self.sizes = book.record_bytes
         self.is_stored = np.isfinite(book.eps) & (self.sizes > 0)
@@ -105,7 +98,7 @@ def cheapest_residents(
 
     Args:
         book: prices.
-        use: use of experts by decoder layer.
+        use: decoder layer -> use of its experts.
         room_bytes: limit of the residents' size.
         nats_per_mb: worth of avoiding a read of 10^6 bytes. If it is low, memory goes to the most
             read experts; if it is infinite, to those that can answer most misses.

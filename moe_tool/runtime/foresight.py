@@ -33,12 +33,8 @@ class Foresight:
 
     @torch.no_grad()
     def look(self, call: LayerCall, stored: Mapping[int, torch.Tensor]) -> list[Guess]:
-        """Return the guesses of one call, the next layer first.
-
-        Args:
-            call: call of one layer.
-            stored: decoder layer -> [E] bool, experts in the bundle; empty if none was removed.
-        """
+        """Return the guesses of one call, the next layer first, among the experts in the bundle:
+        decoder layer -> [E] bool, empty if none was removed."""
         guesses = []
         for ahead, modules in enumerate(self.following[call.layer], start=1):
             routed = modules.route(call.hidden)

@@ -9,7 +9,6 @@ from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.budget.slots import split_slots
 from moe_tool.errors import BudgetError
-from moe_tool.formats.bundle_checks import BundleForm
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
@@ -39,15 +38,8 @@ def choose_rooms(
     eviction: EvictionChoice,
     policy: ChosenPolicy,
 ) -> tuple[FormRoom, ...]:
-    """Return each form's part of the memory, in the order of `manifest.forms`.
-
-    Args:
-        manifest: manifest of the bundle.
-        slots: slots for primary records within the budget, by table.
-        residency: whether the content of memory changes.
-        eviction: eviction policy of primary forms.
-        policy: miss policy.
-    """
+    """Return each form's part of the memory, in the order of `manifest.forms`, for primary slots by
+    table within the budget."""
     forms = forms_read(manifest, policy.choice)
 
     def rooms_of(slots: tuple[int, ...]) -> tuple[FormRoom, ...]:
@@ -116,29 +108,20 @@ def open_stores(
                 primary_of[record.layer][record.expert] = len(primaries)
             nested = held.table.precision.base
             base = None if nested is None else cheaper.get(nested)
-            primaries.append(_open_primary(bundle, held, room, eviction, base))
+            open_store: Callable[..., ExpertStore] = partial(RecordStore, base=base)
+            if "selector" in held.table.precision.roles:
+                open_store = ChannelStore
+            store = open_store(
+                bundle,
+                form=held.index,
+                n_slots=room.n_slots,
+                pinned=room.pinned,
+                eviction=eviction.make,
+                per_layer=eviction.per_layer,
+            )
+            primaries.append(store)
     return FormStores(
         primaries,
         [cheaper.get(table.precision) for table in bundle.manifest.cheaper],
         primary_of=primary_of,
-    )
-
-
-def _open_primary(
-    bundle: BundleReader,
-    held: BundleForm,
-    room: FormRoom,
-    eviction: EvictionChoice,
-    base: RecordStore | None,
-) -> ExpertStore:
-    open_store: Callable[..., ExpertStore] = partial(RecordStore, base=base)
-    if "selector" in held.table.precision.roles:
-        open_store = ChannelStore
-    return open_store(
-        bundle,
-        form=held.index,
-        n_slots=room.n_slots,
-        pinned=room.pinned,
-        eviction=eviction.make,
-        per_layer=eviction.per_layer,
     )

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.kv_cache import new_kv_cache
-from moe_tool.models.skeleton import LayerCall, Skeleton
+from moe_tool.models.skeleton import Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.misses import MissChoice
@@ -83,10 +82,9 @@ class Session:
         """
         plan = with_policy(self.plan, policy, residency, self.manifest, self.skeleton)
         plan = replace(plan, policy=with_masks(plan.policy, self.bundle))
-        if (residency, plan.rooms) != (self.plan.residency, self.plan.rooms):
-            self.runner.store.close()
-            self.runner.store = self.make_store(self.bundle, plan.rooms, plan.eviction)
-        self.plan = plan
+        before, self.plan = self.plan, plan
+        if (residency, plan.rooms) != (before.residency, before.rooms):
+            self.empty_cache()
         self.runner.residency = residency
         self.runner.policy = plan.policy
         self.runner.account = open_account(self.manifest, plan.policy)
@@ -110,12 +108,7 @@ class Session:
     def __enter__(self) -> "Session":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _listen(self) -> None:
@@ -324,14 +317,10 @@ def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
 
 def _warm_up(skeleton: Skeleton) -> None:
     """Run two tokens without experts, so that torch's one-time allocations are measured."""
-    skeleton.set_experts_function(_nothing)
+    skeleton.set_experts_function(lambda call: torch.zeros_like(call.hidden))
     ids = torch.zeros(1, _WARM_UP_TOKENS, dtype=torch.int64)
     with torch.inference_mode():
         output = skeleton.model(input_ids=ids, use_cache=True)
         skeleton.model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True)
     del output
     trim()
-
-
-def _nothing(call: LayerCall) -> torch.Tensor:
-    return torch.zeros_like(call.hidden)

@@ -23,15 +23,7 @@ class SlotBook:
         eviction: MakeEviction,
         per_layer: bool,
     ) -> None:
-        """Begin with empty slots.
-
-        Args:
-            shape: shape of the model.
-            n_slots: number of slots for pinned and other experts; `require_slots` accepts it.
-            pinned: experts that never leave.
-            eviction: factory of the eviction policy of unpinned experts.
-            per_layer: every layer has its own equal part of the slots that are not pinned.
-        """
+        """Begin with empty slots, of a number that `require_slots` accepts; see RecordStore."""
         self.pinned = frozenset(pinned)
         self.slot_of: dict[ExpertKey, int] = {}
         self._ids = LayerIds(shape.layers, shape.experts)
@@ -107,14 +99,7 @@ class SlotBook:
 def require_slots(
     shape: MoeShape, table: FormTable, *, n_slots: int, n_pinned: int, per_layer: bool
 ) -> None:
-    """Refuse too few slots.
-
-    Args:
-        shape: shape of the model.
-        table: table of the records; only a primary one needs an unpinned slot.
-        n_slots: requested slots.
-        n_pinned: number of pinned experts.
-        per_layer: every layer has its own equal part of the slots that are not pinned.
+    """Refuse too few slots; only a primary table needs one that is not pinned.
 
     Raises:
         BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.

@@ -47,8 +47,7 @@ class ExpertCache:
 
         Args:
             make: factory of the policy.
-            n_layers: MoE layers; keys are those of `CacheShape`.
-            n_experts: experts of a layer.
+            n_layers, n_experts: as in `CacheShape`, which defines the keys.
             capacity: most experts in the cache, pinned ones not counted; 0 only if all are pinned,
                 and at least `n_layers` with `per_layer`.
             per_layer: every layer has its own equal part of the capacity, and its own policy.

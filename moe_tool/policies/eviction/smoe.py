@@ -46,14 +46,8 @@ class Smoe(Ranked):
 
 
 def gate_scores(logits: np.ndarray) -> np.ndarray:
-    """Return the gate scores of a call: the softmax of the router logits, averaged over tokens.
-
-    Args:
-        logits: [T, E] float16, as recorded by a profile or a run.
-
-    Returns:
-        [E] uint16 of 0..SCORE_ONE.
-    """
+    """Return the gate scores of a call, [E] uint16 of 0..SCORE_ONE: the softmax of the router
+    logits [T, E] float16, averaged over tokens."""
     wide = logits.astype(np.float64)
     odds = np.exp(wide - wide.max(axis=-1, keepdims=True))
     shares = odds / odds.sum(axis=-1, keepdims=True)

@@ -80,13 +80,8 @@ class OpenSlots:
 
 
 def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlots | None:
-    """Return the slots that need not be fetched; None if there are none.
-
-    Args:
-        gates: the thresholds.
-        routing: one layer call.
-        resident: [F, E] bool.
-    """
+    """Return the slots that need not be fetched, given the residents [F, E] bool; None if there are
+    none."""
     if resident[PRIMARY].all():
         return None
     top_k = routing.index.shape[1]

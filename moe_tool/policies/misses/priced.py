@@ -122,14 +122,8 @@ class Priced:
         is_open: np.ndarray,
         answers: Answers,
     ) -> None:
-        """Re-route the open slots of tokens that keep enough of their scores, in place.
-
-        Args:
-            routing: the layer call.
-            resident: [F, E] bool.
-            is_open: [T, K] bool: slots that no form of the wanted expert answers.
-            answers: answers to the call, changed.
-        """
+        """Re-route the open slots [T, K] of tokens that keep enough of their scores, in place; open
+        slots are those that no form of the wanted expert answers."""
         row = np.flatnonzero(is_open.any(axis=1) & routing.present.all(axis=1))
         if not row.size:
             return

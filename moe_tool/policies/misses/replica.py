@@ -53,14 +53,8 @@ class Replica:
 
 
 def unimportance(weight: np.ndarray) -> np.ndarray:
-    """Return the share of the token's gate weight in slots heavier than each slot.
-
-    Args:
-        weight: [T, K] gate weights.
-
-    Returns:
-        [T, K] float64 in 0..1; 0 for the heaviest slot.
-    """
+    """Return the share of the token's gate weight in slots heavier than each slot, [T, K] float64
+    in 0..1; 0 for the heaviest."""
     order = np.argsort(-weight, axis=1, kind="stable")
     ranked = np.take_along_axis(weight.astype(np.float64), order, axis=1)
     total = ranked.sum(axis=1, keepdims=True)
