@@ -73,14 +73,8 @@ def channel_sizes(module: Any, selector: Selector, values: torch.Tensor) -> torc
 def choose_channels(
     module: Any, selector: Selector, x: torch.Tensor, sparsity: float
 ) -> ChosenChannels:
-    """Return the channels that one token needs.
-
-    Args:
-        module: an experts module of transformers.
-        selector: the expert's selector.
-        x: [1, H] float32.
-        sparsity: share of channels that is skipped on the text behind the thresholds.
-    """
+    """Return the channels that one token [1, H] needs; `sparsity` is the share that is skipped on
+    the text behind the thresholds."""
     values = selector_values(module, selector, x)  # [1, I]
     if sparsity == 0:
         kept = torch.arange(values.shape[1])
@@ -92,15 +86,11 @@ def choose_channels(
 
 @torch.no_grad()
 def channel_forward(module: Any, expert: ChannelExpert, x: torch.Tensor) -> torch.Tensor:
-    """Return the expert's output from the chosen channels, or from all, [n, H] float32.
+    """Return the expert's output from the chosen channels of a single token, or from all, [n, H]
+    float32.
 
     The sum over channels of act(gate) * up * column omits the others; its terms and their order do
     not change.
-
-    Args:
-        module: an experts module of transformers.
-        expert: the expert with its selector.
-        x: [n, H] float32; a single token if channels were chosen.
     """
     selector, chosen = expert.selector, expert.chosen
     assert selector is not None

@@ -23,7 +23,8 @@ def run_experts(
     *,
     present: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival.
+    """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival,
+    [T, H] in the dtype of `hidden`.
 
     Each expert is computed as it arrives, but outputs are added in ascending order of experts, as
     transformers' eager experts do; early outputs wait for their turn.
@@ -35,9 +36,6 @@ def run_experts(
         weight: [T, K] gate weights.
         supply: called once, with the experts of the present slots.
         present: [T, K] bool: slots to compute; None: all.
-
-    Returns:
-        [T, H], in the dtype of `hidden`.
     """
     if torch.is_grad_enabled():
         with torch.no_grad():  # 4 us, avoided if the caller has done so

@@ -45,8 +45,7 @@ def read_values(
 
     Args:
         place: option and text that the words come from, for a refusal.
-        words: texts between commas.
-        parameters: known parameters by name.
+        words, parameters: texts between commas, and known parameters by name.
         others: known words without a value, for a refusal.
 
     Raises:

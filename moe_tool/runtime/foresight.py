@@ -38,9 +38,8 @@ class Foresight:
         guesses = []
         for ahead, modules in enumerate(self.following[call.layer], start=1):
             routed = modules.route(call.hidden)
-            removed = np.zeros(int(modules.experts.num_experts), np.bool_)  # type: ignore[arg-type]
-            if stored:
-                removed = ~stored[modules.layer].numpy()
+            n_experts = int(modules.experts.num_experts)  # type: ignore[arg-type]
+            removed = ~stored[modules.layer].numpy() if stored else np.zeros(n_experts, np.bool_)
             experts = fetch_predicted(routed.index.numpy(), routed.weight.numpy(), removed)
             guesses.append(Guess(layer=modules.layer, ahead=ahead, experts=experts))
         return guesses

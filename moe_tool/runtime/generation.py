@@ -97,13 +97,8 @@ def _for_one_prompt(
 def generate(
     session: Session, prompt: str, options: GenerateOptions, *, on_text: OnText | None = None
 ) -> RunResult:
-    """Continue a prompt.
-
-    Args:
-        session: its counters are reset, its expert cache is kept.
-        prompt: the text.
-        options: how tokens are chosen.
-        on_text: called with every piece of generated text.
+    """Continue a prompt; the session's counters are reset, its expert cache is kept. `on_text` is
+    called with every piece of generated text.
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the context.

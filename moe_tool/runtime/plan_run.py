@@ -162,8 +162,7 @@ def settle(
     """Return the plan with the slots that fit now that the size of the process is known.
 
     Args:
-        plan: plan of `plan_run`.
-        manifest: manifest of the bundle.
+        plan, manifest: plan of `plan_run` and manifest of its bundle.
         process_bytes: size of the process without the skeleton, after a first forward.
         available_bytes: possible size of the process, its present size included.
 

@@ -54,8 +54,7 @@ def choose_policy(
         manifest: stand-ins, thresholds and prices of the bundle are used.
         layers: every MoE layer; router rules are used, tensors need not be loaded.
         config: configuration of the model.
-        gates: whether lossy policies keep BuddyMoE's gates.
-        seed: seed of random policies.
+        gates, seed: as in RunOptions.
 
     Raises:
         UsageError: the bundle lacks what the policy needs.

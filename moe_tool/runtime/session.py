@@ -111,7 +111,7 @@ class Session:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _listen(self) -> None:
+    def __post_init__(self) -> None:
         """Install the hooks around every forward."""
         self._hooks += [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -251,7 +251,7 @@ def load_session(
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)
     is_shadowed = options.shadow and plan.policy.is_lossy
-    session = Session(
+    return Session(
         bundle=bundle,
         skeleton=skeleton,
         tokenizer=tokenizer,
@@ -261,8 +261,6 @@ def load_session(
         torch_threads_before=torch_threads_before,
         shadow=Shadow(every=options.shadow) if is_shadowed else None,
     )
-    session._listen()
-    return session
 
 
 def _reachable_bytes() -> int:

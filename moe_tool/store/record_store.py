@@ -267,8 +267,7 @@ class RecordStore:
         return self._slots.view(slot)
 
     def _start_after(self, key: ExpertKey, waiting: dict[ExpertKey, _Fetch]) -> None:
-        fetch = waiting.pop(key, None)
-        if fetch is not None:
+        if fetch := waiting.pop(key, None):
             self._start(fetch)
 
     def _take_arrival(self) -> Job:

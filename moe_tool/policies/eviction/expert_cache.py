@@ -71,12 +71,8 @@ class ExpertCache:
         return key in self._cached or key in self._pinned
 
     def begin_call(self, layer: int, scores: np.ndarray | None = None) -> None:
-        """Begin a layer's call, before its accesses.
-
-        Args:
-            layer: position among the MoE layers.
-            scores: [E], if `hints` has "scores".
-        """
+        """Begin the call of a layer, given by position, before its accesses; `scores` [E] are
+        needed if `hints` has "scores"."""
         policy = self._policies[layer if self._per_layer else 0]
         policy.begin_call(layer)
         if scores is not None and "scores" in policy.hints:

@@ -34,13 +34,8 @@ class MissPolicy(Protocol):
         """Return one line for the announcement before the first token."""
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the answers to a layer call.
-
-        Args:
-            routing: one layer call.
-            resident: [F, E] bool: which forms of which experts are in memory; row PRIMARY is the
-                experts' primary forms.
-        """
+        """Return the answers to a layer call; `resident` [F, E] bool says which forms of which
+        experts are in memory, in row PRIMARY the primary ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +81,8 @@ def as_shares(score: np.ndarray, *, are_logits: bool) -> np.ndarray:
     raised = np.exp(wide - wide.max(axis=1, keepdims=True))
     result: np.ndarray = raised / raised.sum(axis=1, keepdims=True)
     return result
+
+
+def read_quantile(table: np.ndarray, share: float) -> float:
+    """Return the quantile at a share from 0 to 1, from those at equally spaced shares."""
+    return float(np.interp(share, np.linspace(0, 1, len(table)), table))

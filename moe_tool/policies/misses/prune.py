@@ -9,8 +9,7 @@ import numpy as np
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import RATIO_QUANTILES
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
-from moe_tool.policies.misses.quantiles import read_quantile
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed, read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter
@@ -55,14 +54,8 @@ class Prune:
 
 
 def most_important(importance: np.ndarray, sequence: np.ndarray, share: float) -> np.ndarray:
-    """Return the tokens among the most important share of their sequence, [T] bool; ties go to the
-    earlier token.
-
-    Args:
-        importance: [T], see `token_importance`.
-        sequence: [T] sequence of each token.
-        share: share of each sequence's tokens, rounded up.
-    """
+    """Return the tokens among the most important share of their sequence, rounded up, [T] bool;
+    ties go to the earlier token."""
     found = np.zeros(len(importance), dtype=bool)
     for each in np.unique(sequence):
         own = np.flatnonzero(sequence == each)
@@ -72,12 +65,8 @@ def most_important(importance: np.ndarray, sequence: np.ndarray, share: float) -
 
 
 def token_importance(hidden: np.ndarray, received: np.ndarray) -> np.ndarray:
-    """Return the importance of a prompt's tokens, [T] float32: L1 norm times received attention.
-
-    Args:
-        hidden: [T, H] inputs of the layer's experts.
-        received: [T], see models/attention_sums.
-    """
+    """Return the importance of a prompt's tokens, [T] float32: L1 norm of the experts' inputs
+    [T, H] times received attention [T], see models/attention_sums."""
     importance: np.ndarray = np.abs(hidden).sum(axis=1) * received
     return importance.astype(np.float32)
 

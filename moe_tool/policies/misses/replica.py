@@ -9,8 +9,7 @@ import numpy as np
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import REPLICAS
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
-from moe_tool.policies.misses.quantiles import read_quantile
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed, read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter, whole_number

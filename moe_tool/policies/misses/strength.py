@@ -40,13 +40,8 @@ def share_strength(
     falls: bool = False,
     most: Callable[[PolicyInputs], float] = lambda inputs: 1.0,
 ) -> Strength:
-    """Return a strength that is a share of a parameter's largest value.
-
-    Args:
-        parameter: its name.
-        falls: whether the parameter falls with strength.
-        most: function from the inputs to the largest value.
-    """
+    """Return a strength that is a share of a parameter's largest value, which `most` returns;
+    `falls` if the parameter falls with strength."""
 
     def grid(inputs: PolicyInputs) -> StrengthGrid:
         largest = most(inputs)

@@ -33,13 +33,8 @@ def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: P
     """Return the answers with stand-ins where `pick` finds one; other slots are unchanged.
 
     A stand-in gets the gate weight of the replaced expert times its scale. A token's wanted experts
-    are never its stand-ins, and none is used twice by a token.
-
-    Args:
-        routing: one layer call.
-        resident: [F, E] bool.
-        slots: slots that pass the gates.
-        pick: chooses among free experts; called once for each of the K ranks of gate weight.
+    are never its stand-ins, and none is used twice by a token. `pick` is called once for each of
+    the K ranks of gate weight.
     """
     n_tokens, top_k = routing.index.shape
     every = np.arange(n_tokens)
