@@ -1,6 +1,5 @@
 """Plan of a run: every decision and refusal, before anything large is loaded."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -221,16 +220,12 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
         notes.append(describe_sparse(plan.options.sparse_experts))
     staying = staying_by_form(manifest, plan.rooms)
     if len(staying) > 1:
-        notes.append(_staying(staying, n_experts=len(manifest.primary_records)))
+        held = ", ".join(
+            f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
+            for form, count in staying.items()
+        )
+        notes.append(f"in memory of {len(manifest.primary_records)} experts: {held}")
     return notes
-
-
-def _staying(staying: Mapping[str, int], *, n_experts: int) -> str:
-    held = ", ".join(
-        f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
-        for form, count in staying.items()
-    )
-    return f"in memory of {n_experts} experts: {held}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -180,12 +180,9 @@ def _two_precisions(
 
 
 def _ranked(manifest: BundleManifest) -> list[ExpertKey]:
-    if manifest.heat is None:
-        return _in_turns(manifest)
-    return hottest_first({entry.layer: entry.load for entry in manifest.heat})
-
-
-def _in_turns(manifest: BundleManifest) -> list[ExpertKey]:
+    """Return the most used experts first; without heat the layers take turns."""
+    if manifest.heat is not None:
+        return hottest_first({entry.layer: entry.load for entry in manifest.heat})
     seen: Counter[int] = Counter()
     turns: dict[ExpertKey, tuple[int, int]] = {}
     for record in manifest.primary_records:

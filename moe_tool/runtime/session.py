@@ -306,11 +306,9 @@ def _runner(
 
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
     """Return the foresight that the eviction policy or a trace needs; None if neither does."""
-    if plan.eviction.look_ahead:
-        return foresee(skeleton.layers, depth=plan.eviction.look_ahead)
-    if plan.options.record_trace and plan.prefetch != NO_PREFETCH:
-        return foresee(skeleton.layers, depth=1)
-    return None
+    is_traced = plan.options.record_trace and plan.prefetch != NO_PREFETCH
+    depth = plan.eviction.look_ahead or int(is_traced)
+    return foresee(skeleton.layers, depth=depth) if depth else None
 
 
 def _warm_up(skeleton: Skeleton) -> None:
