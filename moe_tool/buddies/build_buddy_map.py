@@ -9,7 +9,7 @@ from moe_tool.buddies.clusters import cluster_experts
 from moe_tool.buddies.measures import CUMULATIVE_MASS, MEASURES, frequent_companions
 from moe_tool.errors import UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.policies.entropy import token_activating_entropy
+from moe_tool.policies.misses.gates import token_activating_entropy
 
 ENTROPY_PERCENTILE = 15.0
 """BuddyMoE's p (10..20): tokens with entropy below this percentile are answered exactly."""

@@ -26,7 +26,7 @@ _LARGE_BLOCK = 2**20
 def linear(
     x: torch.Tensor, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None = None
 ) -> torch.Tensor:
-    """Return x @ weight.T + bias in float32.
+    """Return x @ weight.T + bias, [n, out] float32.
 
     A float32 weight is passed to `F.linear`, so that the result equals the ordinary model's bit for
     bit. The kernels' products do not depend on the number of threads or of tokens; torch's may.
@@ -35,9 +35,6 @@ def linear(
         x: [n, in] float32.
         weight: [out, in].
         bias: [out], any float dtype.
-
-    Returns:
-        [n, out] float32.
     """
     if computes_natively(weight, x.shape[0]):
         return NativeLinear(weight, bias).forward(x)

@@ -1,6 +1,5 @@
 """Plan of a run: every decision and refusal, before anything large is loaded."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,8 +155,7 @@ def settle(
     """Return the plan with the slots that fit now that the size of the process is known.
 
     Args:
-        plan: plan of `plan_run`.
-        manifest: manifest of the bundle.
+        plan, manifest: plan of `plan_run` and manifest of its bundle.
         process_bytes: size of the process without the skeleton, after a first forward.
         available_bytes: possible size of the process, its present size included.
 
@@ -201,7 +199,7 @@ def with_policy(
 
 def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
     """Return the notes before the first token: what was planned, what is lossy, what is slow."""
-    is_lossy = plan.policy.policy.lossy
+    is_lossy = plan.policy.is_lossy
     notes = [plan.followed] if plan.followed is not None else []
     if is_lossy:
         notes.append(plan.policy.policy.describe())
@@ -216,16 +214,12 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
         notes.append(describe_sparse(plan.options.sparse_experts))
     staying = staying_by_form(manifest, plan.rooms)
     if len(staying) > 1:
-        notes.append(_staying(staying, n_experts=len(manifest.primary_records)))
+        held = ", ".join(
+            f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
+            for form, count in staying.items()
+        )
+        notes.append(f"in memory of {len(manifest.primary_records)} experts: {held}")
     return notes
-
-
-def _staying(staying: Mapping[str, int], *, n_experts: int) -> str:
-    held = ", ".join(
-        f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
-        for form, count in staying.items()
-    )
-    return f"in memory of {n_experts} experts: {held}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,7 +293,7 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
         prompt_tokens=positions
         if options.prompt_tokens is None
         else min(options.prompt_tokens, positions),
-        keeps_scores=options.lossy_prompt and policy.weighs_prompts,
+        keeps_scores=options.lossy_prompt and policy.spec.weighs_prompts,
     )
 
 

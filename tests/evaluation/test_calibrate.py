@@ -128,13 +128,13 @@ def test_a_run_follows_it_says_so_and_exact_overrides(
 ) -> None:
     folder, _ = calibrated
     with open_session(folder, run_options(memory="40%", context=64)) as session:
-        assert session.runner.policy.policy.lossy and session.runner.residency == "frozen"
+        assert session.runner.policy.is_lossy and session.runner.residency == "frozen"
         assert session.runner.account.limit == worst / 3
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         assert session.runner.account.tokens == 11
         assert session.runner.account.spent > 0
     with open_session(folder, run_options(memory="40%", policy="exact", context=64)) as session:
-        assert not session.runner.policy.policy.lossy
+        assert not session.runner.policy.is_lossy
         assert session.runner.account.limit is None
 
 
