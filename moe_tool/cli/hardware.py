@@ -135,8 +135,8 @@ def _list_shipped(output: Output) -> None:
     from moe_tool.hardware.shipped import SHEETS
     from moe_tool.reports.terminal import facts_table
 
+    shipped = {name: sheet.about for name, sheet in SHEETS.items()}
     output.show(
-        "from data sheets, not measured; take one with --shipped NAME",
-        facts_table({name: sheet.about for name, sheet in SHEETS.items()}),
+        "from data sheets, not measured; take one with --shipped NAME", facts_table(shipped)
     )
-    output.result({"shipped": {name: sheet.about for name, sheet in SHEETS.items()}})
+    output.result({"shipped": shipped})

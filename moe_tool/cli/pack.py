@@ -15,7 +15,7 @@ from moe_tool.artifact_folder import (
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output
 from moe_tool.cli.options import ModelArgument, OfflineOption, ProfilesOption
-from moe_tool.cli.verb import verb
+from moe_tool.cli.verb import options_from, verb
 from moe_tool.errors import MoeToolError
 
 if TYPE_CHECKING:
@@ -123,16 +123,8 @@ def pack(given: PackArguments, output: Output) -> None:
     from moe_tool.formats.policy_names import read_plan
     from moe_tool.packing.pack_options import parse_pack_options
 
-    options = parse_pack_options(
-        out=given.out,
-        bits=given.bits,
-        skeleton_bits=given.skeleton_bits,
-        replicas=given.replicas,
-        sparse_experts=given.sparse_experts,
-        quantizer=given.quantizer,
-        plan=None if given.plan is None else read_plan(given.plan),
-        memory=given.memory,
-    )
+    plan = None if given.plan is None else read_plan(given.plan)
+    options = options_from(given, parse_pack_options, plan=plan)
 
     from moe_tool.models.locate import locate_model
 
@@ -143,9 +135,7 @@ def pack(given: PackArguments, output: Output) -> None:
 
     opened = open_model(located)
     with opened.checkpoint:
-        profile = given.profile or _profile_of(
-            options.plan, given.profiles, opened.identity, output
-        )
+        profile = given.profile or _profile_of(plan, given.profiles, opened.identity, output)
         buddies = given.buddies or _newest_buddies(given.profiles, opened.identity, output)
         report = pack_opened(
             opened,

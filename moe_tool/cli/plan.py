@@ -19,7 +19,6 @@ from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_tool.artifacts.hardware_profile import HardwareProfile
-    from moe_tool.artifacts.pack_plan import PackPlan
     from moe_tool.errors import BudgetError
     from moe_tool.planning.build_plan import PlanReport
     from moe_tool.planning.plan_request import PlanRequest
@@ -35,6 +34,8 @@ def plan(given: PlanArguments, output: Output) -> None:
     )
     share = None if given.max_loss is None else _share(given.max_loss)
 
+    from moe_tool.formats.claimed_artifact import require_unclaimed
+    from moe_tool.formats.json_artifact import write_json_artifact
     from moe_tool.planning.plan_request import PlanRequest, check_request
     from moe_tool.quantizers.registry import parse_quantizer
 
@@ -52,23 +53,17 @@ def plan(given: PlanArguments, output: Output) -> None:
         raise UsageError("--model is for mixed bits", hint="leave it out, or --bits mixed")
     machine = _with_disk(chosen_hardware(given.hardware, given.profiles, output), given.disk)
     profile = given.profile or newest_profile(given.profiles, output)
-    reports, refused = _plans(
-        profile,
-        machine,
-        request,
-        budgets,
-        given.model,
-        given.profiles,
-        offline=given.offline,
-        output=output,
-    )
+    reports, refused = _plans(given, profile, machine, request, budgets, output)
     if len(budgets) > 1:
         show_curve(reports, refused, output)
         return
     if refused:
         raise refused[0][1]
     report = reports[0]
-    out = _write(report.plan, given.out, default=plan_path(given.profiles, profile))
+    default = plan_path(given.profiles, profile)
+    out = given.out or require_unclaimed(default, report.plan.identity)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json_artifact(out, report.plan)
     show_plan(report, output)
     output.say(f"wrote {out}; next: {pack_command(report.plan, out, given.model)}")
     output.result({"plan_file": out, **plan_fields(report)})
@@ -93,14 +88,11 @@ def _budgets(texts: Sequence[str], *, is_mixed: bool) -> list[MemoryRequest]:
 
 
 def _plans(
+    given: PlanArguments,
     profile: Path,
     machine: "HardwareProfile",
     request: "PlanRequest",
     budgets: Sequence[MemoryRequest],
-    model: str | None,
-    profiles: Path,
-    *,
-    offline: bool,
     output: Output,
 ) -> "tuple[list[PlanReport], list[tuple[str, BudgetError]]]":
     from moe_tool.formats.profile_hdf5 import ProfileReader
@@ -115,9 +107,9 @@ def _plans(
             prices = kept_bit_prices(
                 reader,
                 request.quantizer,
-                folder=profiles,
-                model=model,
-                offline=offline,
+                folder=given.profiles,
+                model=given.model,
+                offline=given.offline,
                 announce=output.say,
                 progress=output.progress,
             )
@@ -128,16 +120,6 @@ def _plans(
             return build_plan(sources, machine, asked, prices=prices, progress=output.progress)
 
         return plan_curve(build, budgets)
-
-
-def _write(plan: "PackPlan", out: Path | None, *, default: Path) -> Path:
-    from moe_tool.formats.claimed_artifact import require_unclaimed
-    from moe_tool.formats.json_artifact import write_json_artifact
-
-    out = out or require_unclaimed(default, plan.identity)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json_artifact(out, plan)
-    return out
 
 
 def _share(text: str) -> float:

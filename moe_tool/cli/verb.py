@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, TypeVar
 
 from moe_tool.cli.console import Output, open_output
@@ -30,11 +29,12 @@ def verb(work: Callable[[Arguments, Output], None]) -> Callable[..., None]:
     return command
 
 
-def options_from(arguments: object, kind: Callable[..., Options], **others: object) -> Options:
-    """Return a dataclass whose fields are those of `others` and, all the rest, of `arguments`.
+def options_from(arguments: object, make: Callable[..., Options], **others: object) -> Options:
+    """Return what a dataclass or function makes of `others` and, for all its other parameters, of
+    the fields of `arguments`.
 
     Raises:
-        AttributeError: a field is in neither.
+        AttributeError: a parameter is in neither.
     """
-    names = {field.name for field in fields(kind)} - others.keys()  # type: ignore[arg-type]
-    return kind(**{name: getattr(arguments, name) for name in names}, **others)
+    names = inspect.signature(make).parameters.keys() - others.keys()
+    return make(**{name: getattr(arguments, name) for name in names}, **others)
