@@ -95,29 +95,21 @@ class _Bars(Progress):
         self._task: TaskID | None = None
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich import progress as bars
 
         self.end()
         amounts = (
-            [DownloadColumn(binary_units=True)]
+            [bars.DownloadColumn(binary_units=True)]
             if unit == "bytes"
-            else [MofNCompleteColumn(), TextColumn(unit)]
+            else [bars.MofNCompleteColumn(), bars.TextColumn(unit)]
         )
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
             *amounts,
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
             console=_console(self._stream),
             transient=True,
             redirect_stdout=False,

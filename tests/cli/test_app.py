@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.cli import inspect as inspect_verb
+from moe_tool.cli import verb
 from moe_tool.cli.app import run_command
 from moe_tool.errors import BudgetError, NotFoundError
 
@@ -24,7 +24,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
         def broken(**_: object) -> None:
             raise error
 
-        monkeypatch.setattr(inspect_verb, "open_output", broken)
+        monkeypatch.setattr(verb, "open_output", broken)
 
     return set_error
 
@@ -88,7 +88,7 @@ def test_an_interrupted_stage_says_how_to_go_on(
     def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"moe_tool.cli.{arguments[0]}.open_output", interrupt)
+    monkeypatch.setattr(verb, "open_output", interrupt)
     assert run_command(arguments) == 130
     assert capsys.readouterr().err == (
         f"interrupted; finished work is kept: resume with\n    {words}\n"

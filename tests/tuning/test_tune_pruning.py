@@ -116,8 +116,8 @@ def test_training_in_small_forwards_is_the_same_training(
     for n_micro in (4, 1):
         opened = story._open
 
-        def fewer(reader, options, *, n_micro=n_micro, opened=opened, **more):
-            return opened(reader, replace(options, batch=n_micro), **more)
+        def fewer(reader, options, *more, n_micro=n_micro, opened=opened):
+            return opened(reader, replace(options, batch=n_micro), *more)
 
         with monkeypatch.context() as patched:
             patched.setattr(story, "_open", fewer)
