@@ -19,6 +19,8 @@ from moe_tool.cli.options import (
     ModelArgument,
     OfflineOption,
     ProfilesOption,
+    RevisionOption,
+    TokenizerOption,
 )
 from moe_tool.errors import MoeToolError
 
@@ -141,6 +143,8 @@ def pack(
     memory: _MemoryOption = None,
     out: _OutOption = Path("bundle"),
     profiles: ProfilesOption = DEFAULT_FOLDER,
+    revision: RevisionOption = None,
+    tokenizer: TokenizerOption = None,
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -161,7 +165,9 @@ def pack(
 
         from moe_tool.models.locate import locate_model
 
-        located = locate_model(model, offline=offline, announce=output.say)
+        located = locate_model(
+            model, revision=revision, tokenizer=tokenizer, offline=offline, announce=output.say
+        )
 
         from moe_tool.models.architecture import open_model
         from moe_tool.packing.pack_bundle import pack_opened
@@ -174,6 +180,7 @@ def pack(
                 opened,
                 located.folder,
                 options,
+                tokenizer=located.tokenizer_folder,
                 profile=profile,
                 buddies=buddies,
                 progress=output.progress,

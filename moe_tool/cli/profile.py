@@ -15,7 +15,9 @@ from moe_tool.cli.options import (
     OfflineOption,
     ProfileMemoryOption,
     ProfilesOption,
+    RevisionOption,
     SeedOption,
+    TokenizerOption,
 )
 
 _Tokens = Annotated[
@@ -52,6 +54,8 @@ def profile(
     resume: _Resume = False,
     out: _Out = None,
     profiles: ProfilesOption = DEFAULT_FOLDER,
+    revision: RevisionOption = None,
+    tokenizer: TokenizerOption = None,
     offline: OfflineOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -65,7 +69,9 @@ def profile(
 
         memory_bytes = None if memory.strip().lower() == "auto" else parse_bytes(memory)
         sources = parse_sources(data)
-        located = locate_model(model, offline=offline, announce=output.say)
+        located = locate_model(
+            model, revision=revision, tokenizer=tokenizer, offline=offline, announce=output.say
+        )
         require_sources(sources, offline=offline)
 
         from moe_tool.profiling.recorder import record_profile

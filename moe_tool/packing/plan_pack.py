@@ -29,6 +29,8 @@ class PackJob:
 
     folder: Path
     """Folder of the checkpoint"""
+    tokenizer: Path
+    """Folder of the tokenizer"""
     out: Path
     spec: BundleSpec
     skeleton: Precision
@@ -44,15 +46,20 @@ class PackJob:
 
 
 def plan_pack(
-    options: PackOptions, opened: OpenedModel, folder: Path, inputs: PackInputs
+    options: PackOptions,
+    opened: OpenedModel,
+    folder: Path,
+    inputs: PackInputs,
+    *,
+    tokenizer: Path | None = None,
 ) -> PackJob:
     """Return the job of a pack.
 
     Args:
-        options: options of `pack`.
-        opened: the model.
+        options, opened: options of `pack`, and the model.
         folder: folder of its checkpoint.
         inputs: profile and buddy map of the same model.
+        tokenizer: folder of the tokenizer; None: the checkpoint's.
 
     Raises:
         BudgetError: the memory budget is too small; the hint names one that is not.
@@ -80,6 +87,7 @@ def plan_pack(
     )
     return PackJob(
         folder=folder,
+        tokenizer=tokenizer or folder,
         out=options.out,
         spec=BundleSpec(
             identity=opened.identity.model_copy(update={"full": profile.full_hash}),
