@@ -20,6 +20,24 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A folder, an alias (demo, mixtral, qwen3-moe, ...) or a hub id."
     ),
 ]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="NAME",
+        help="Branch, tag or commit on the hub; also MODEL@NAME.",
+        show_default="main",
+    ),
+]
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="Take the tokenizer and chat template from this folder.",
+        show_default="the checkpoint's",
+    ),
+]
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder that `pack` wrote.")
 ]

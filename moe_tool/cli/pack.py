@@ -14,7 +14,13 @@ from moe_tool.artifact_folder import (
 )
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output
-from moe_tool.cli.options import ModelArgument, OfflineOption, ProfilesOption
+from moe_tool.cli.options import (
+    ModelArgument,
+    OfflineOption,
+    ProfilesOption,
+    RevisionOption,
+    TokenizerOption,
+)
 from moe_tool.cli.verb import options_from, verb
 from moe_tool.errors import MoeToolError
 
@@ -114,6 +120,8 @@ class PackArguments:
         Path, typer.Option(metavar="DIR", help="The bundle. An interrupted one is resumed.")
     ] = Path("bundle")
     profiles: ProfilesOption = DEFAULT_FOLDER
+    revision: RevisionOption = None
+    tokenizer: TokenizerOption = None
     offline: OfflineOption = False
 
 
@@ -128,7 +136,13 @@ def pack(given: PackArguments, output: Output) -> None:
 
     from moe_tool.models.locate import locate_model
 
-    located = locate_model(given.model, offline=given.offline, announce=output.say)
+    located = locate_model(
+        given.model,
+        revision=given.revision,
+        tokenizer=given.tokenizer,
+        offline=given.offline,
+        announce=output.say,
+    )
 
     from moe_tool.models.architecture import open_model
     from moe_tool.packing.pack_bundle import pack_opened
@@ -141,6 +155,7 @@ def pack(given: PackArguments, output: Output) -> None:
             opened,
             located.folder,
             options,
+            tokenizer=located.tokenizer_folder,
             profile=profile,
             buddies=buddies,
             progress=output.progress,

@@ -1,6 +1,7 @@
 """Opening of a checkpoint: shape, identity, and sources of skeleton and experts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -60,11 +61,7 @@ def open_model(model: LocatedModel) -> OpenedModel:
     meta = build_meta_model(model.folder)
     checkpoint = Checkpoint.open_folder(model.folder)
     try:
-        _require_merged(checkpoint)
-        tensor_map = TensorMap(meta, checkpoint)
-        experts = ExpertSource(meta, checkpoint)
-        tensor_map.check_skeleton()
-        shape = read_shape(meta, checkpoint)
+        tensor_map, experts, shape = _check(meta, checkpoint)
         identity = checkpoint_identity(
             model.folder,
             checkpoint,
@@ -84,6 +81,25 @@ def open_model(model: LocatedModel) -> OpenedModel:
         max_positions=context_length(meta.config.get_text_config()) or 2**30,
         unfused_attention_heads=_unfused_attention_heads(meta),
     )
+
+
+def check_headers(folder: Path, checkpoint: Checkpoint) -> None:
+    """Compare the headers of a checkpoint with the config.json of a folder; no weight is read.
+
+    Raises:
+        NotFoundError, UnsupportedModelError, CorruptArtifactError: as `open_model`.
+    """
+    _check(build_meta_model(folder), checkpoint)
+
+
+def _check(
+    meta: PreTrainedModel, checkpoint: Checkpoint
+) -> tuple[TensorMap, ExpertSource, MoeShape]:
+    _require_merged(checkpoint)
+    tensor_map = TensorMap(meta, checkpoint)
+    experts = ExpertSource(meta, checkpoint)
+    tensor_map.check_skeleton()
+    return tensor_map, experts, read_shape(meta, checkpoint)
 
 
 def _require_merged(checkpoint: Checkpoint) -> None:

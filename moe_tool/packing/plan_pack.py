@@ -30,6 +30,8 @@ class PackJob:
 
     folder: Path
     """Folder of the checkpoint"""
+    tokenizer: Path
+    """Folder of the tokenizer"""
     out: Path
     spec: BundleSpec
     skeleton: Precision
@@ -45,7 +47,12 @@ class PackJob:
 
 
 def plan_pack(
-    options: PackOptions, opened: OpenedModel, folder: Path, inputs: PackInputs
+    options: PackOptions,
+    opened: OpenedModel,
+    folder: Path,
+    inputs: PackInputs,
+    *,
+    tokenizer: Path | None = None,
 ) -> PackJob:
     """Return the job of a pack.
 
@@ -80,6 +87,7 @@ def plan_pack(
     )
     return PackJob(
         folder=folder,
+        tokenizer=tokenizer or folder,
         out=options.out,
         spec=BundleSpec(
             identity=opened.identity.model_copy(update={"full": profile.full_hash}),

@@ -87,7 +87,7 @@ def record_profile(
     with opened.checkpoint:
         sequences = build_sequences(
             sources,
-            load_tokenizer(model.folder),
+            load_tokenizer(model.tokenizer_folder),
             vocabulary=opened.shape.vocabulary,
             n_tokens=tokens,
             seq_len=min(seq_len, opened.max_positions),
@@ -123,7 +123,7 @@ def _header(
     return ProfileHeader(
         identity=opened.identity,
         shape=opened.shape,
-        tokenizer_sha256=tokenizer_sha256(model.folder),
+        tokenizer_sha256=tokenizer_sha256(model.tokenizer_folder),
         sources=sequences.sources,
         seed=sequences.seed,
         seq_len=sequences.ids.shape[1],
