@@ -11,7 +11,7 @@ zero of integers without zeros is half their range, 8 or 128. The compiled kerne
 numbers to the last bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -143,19 +143,25 @@ class KeptWeight:
         )
 
 
-def kept_product(x: torch.Tensor, weight: KeptWeight) -> torch.Tensor:
+def kept_product(
+    x: torch.Tensor,
+    weight: KeptWeight,
+    *,
+    decode: Callable[[KeptWeight, int, int], torch.Tensor] = KeptWeight.decode,
+) -> torch.Tensor:
     """Return x @ weight.T in float32, [n, out], decoding a block of rows at a time.
 
     Args:
         x: [n, in] float32.
         weight: the matrix.
+        decode: returns rows [first, stop) of a matrix.
     """
     n_outputs, n_inputs = weight.shape
     out = x.new_empty(x.shape[0], n_outputs)
     rows = max(1, _BLOCK // n_inputs)
     for start in range(0, n_outputs, rows):
         stop = min(n_outputs, start + rows)
-        torch.mm(x, weight.decode(start, stop).T, out=out[:, start:stop])
+        torch.mm(x, decode(weight, start, stop).T, out=out[:, start:stop])
     return out
 
 
