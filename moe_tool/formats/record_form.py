@@ -10,6 +10,7 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.formats.channel_form import ChannelForm
 from moe_tool.formats.expert_form import IntegerForm, NativeForm
+from moe_tool.formats.kept_form import KeptForm
 from moe_tool.formats.low_rank_form import LowRankForm
 from moe_tool.formats.record_layout import RecordLayout
 from moe_tool.formats.selector_form import SelectorForm
@@ -41,6 +42,7 @@ class RecordForm(Protocol[Content]):
 _Make = Callable[[MoeShape, Any], RecordForm[Any]]
 _FORMS: Mapping[str, _Make] = {
     "native": NativeForm.of,
+    "kept": KeptForm.of,
     "integer": IntegerForm.of,
     "low-rank": LowRankForm.of,
     "channels": ChannelForm.of,
@@ -53,7 +55,8 @@ def record_form(
     """Return the form of the records of a table.
 
     Raises:
-        CorruptArtifactError: channels of a model whose experts have none.
+        CorruptArtifactError: channels of a model whose experts have none, or kept codes of 4 bits
+            in rows of an odd length.
     """
     make: _Make = SelectorForm.of if role == "selector" else _FORMS[precision.kind]
     return make(shape, precision)
