@@ -17,7 +17,7 @@ from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
 from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision
 from moe_tool.formats.integer_parts import integer_parts, is_factor, join_integer_parts
 from moe_tool.formats.record_layout import RecordLayout, lay_out
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class NativeForm:
         """Return the form of a model's experts."""
         return cls(layout=lay_out([(t.name, shape.dtype, t.shape) for t in shape.expert_tensors]))
 
-    def encode(self, content: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
+    def encode(self, content: Mapping[str, AnyWeight]) -> torch.Tensor:
         """Return a record, uint8 [layout.size_bytes]."""
         return self.layout.fill(lambda name: content[name].part(""))
 
@@ -67,7 +67,7 @@ class IntegerForm:
         layout = lay_out(parts + refinements)
         return cls(precision=precision, tensors=shape.expert_tensors, layout=layout)
 
-    def encode(self, content: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
+    def encode(self, content: Mapping[str, AnyWeight]) -> torch.Tensor:
         """Return a record, uint8 [layout.size_bytes]."""
 
         def values(segment: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.precision import LowRankPrecision
 from moe_tool.formats.record_layout import RecordLayout, lay_out
 from moe_tool.quantization.low_rank import LOW_RANK_TENSORS
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class LowRankForm:
         ]
         return cls(layout=lay_out(parts))
 
-    def encode(self, content: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
+    def encode(self, content: Mapping[str, AnyWeight]) -> torch.Tensor:
         """Return a record, uint8 [layout.size_bytes]."""
         return self.layout.fill(lambda name: content[name].part(""))
 

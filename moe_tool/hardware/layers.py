@@ -37,10 +37,9 @@ from moe_tool.models.skeleton_source import linear_shapes
 from moe_tool.models.stored_modules import put_stored, stored_weight
 from moe_tool.native.kernels import NativeLinear, is_native
 from moe_tool.progress import SILENT, Progress
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight
 
 Call = Callable[[], object]
-_Weight = FloatWeight | IntegerWeight
 _VOCABULARY, _N_EXPERTS, _TOP_K = 256, 8, 2
 _DEPTH = 16
 _WARM_UP_TOKENS = 2
@@ -126,19 +125,19 @@ def measure_layers(
 class _Answers:
     """Experts' answers to calls, with the next records in turn."""
 
-    def __init__(self, records: Sequence[Mapping[str, _Weight]]) -> None:
+    def __init__(self, records: Sequence[Mapping[str, AnyWeight]]) -> None:
         self._turns = itertools.cycle(records)
         self.slept: list[float] = []
         """Seconds of each sleep"""
 
-    def next(self) -> Mapping[str, _Weight]:
+    def next(self) -> Mapping[str, AnyWeight]:
         """Return the next expert."""
         return next(self._turns)
 
     def run(self, call: LayerCall) -> torch.Tensor:
         """Answer a call."""
 
-        def supply(wanted: list[int]) -> Iterator[tuple[int, Mapping[str, _Weight]]]:
+        def supply(wanted: list[int]) -> Iterator[tuple[int, Mapping[str, AnyWeight]]]:
             return ((expert, self.next()) for expert in wanted)
 
         return call.run_experts(supply)
