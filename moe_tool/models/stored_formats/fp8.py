@@ -16,6 +16,7 @@ from moe_tool.models.stored_formats.stored_tensor import (
     require_dtype,
     unread_setting,
 )
+from moe_tool.quantization.kept_codes import KeptWeight
 
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _CODE_DTYPES = ("F8_E4M3", "F8_E5M2")
@@ -67,10 +68,21 @@ def fp8_tensor(codes: TensorInfo, scale: TensorInfo, block: tuple[int, int] | No
         values = parts["codes"].to(torch.float32)
         return scale_groups(values, parts["scale"].to(torch.float32).view(grid), group)
 
+    def keep(parts: Parts) -> KeptWeight:
+        scales = parts["scale"].view(grid)
+        is_power = scales.dtype == torch.float8_e8m0fnu
+        return KeptWeight(
+            codes=parts["codes"].view(torch.uint8),
+            kind="e4m3",
+            scale=scales.view(torch.uint8) if is_power else scales,
+            group=group,
+        )
+
     return StoredTensor(
         parts={"codes": codes.name, "scale": scale.name},
         shape=codes.shape,
         decode=decode,
+        keep=keep if codes.dtype == "F8_E4M3" else None,
         decode_bytes=5 * n_out * n_in + 8 * math.prod(grid),
         is_stacked=len(codes.shape) == 3,
     )

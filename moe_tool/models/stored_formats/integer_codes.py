@@ -15,6 +15,7 @@ from moe_tool.models.stored_formats.stored_tensor import (
     require_dtype,
     require_shape,
 )
+from moe_tool.quantization.kept_codes import KeptWeight
 
 _WORD_BITS = 32
 _SCALE_DTYPES = ("F32", "BF16", "F16")
@@ -63,16 +64,11 @@ def integer_tensor(parts: IntegerParts, block: tuple[int, int] | None) -> Stored
     if parts.order is not None:
         require_dtype(parts.order, "I32", "I64")
         require_shape(parts.order, (n_in,))
-    found = {
-        "codes": codes,
-        "scale": scale,
-        "zero": parts.zero,
-        "order": parts.order,
-    }
+    found = {"codes": codes, "scale": scale, "zero": parts.zero, "order": parts.order}
     names = {role: info.name for role, info in found.items() if info is not None}
 
     def decode(read: Parts) -> torch.Tensor:
-        values = _values(read["codes"], parts, n_in)
+        values = _values(read["codes"], parts)
         scales = read["scale"].to(torch.float32).view(grid)
         zeros = _zeros(read["zero"], parts, grid) if "zero" in read else None
         order = read.get("order")
@@ -84,25 +80,40 @@ def integer_tensor(parts: IntegerParts, block: tuple[int, int] | None) -> Stored
             values.sub_(zeros[:, order.long()])
         return values.mul_(scales[:, order.long()])
 
+    def keep(read: Parts) -> KeptWeight:
+        zero = read.get("zero")
+        return KeptWeight(
+            codes=_bytes(read["codes"], parts),
+            kind="int4" if parts.width_bits == 4 else "int8",
+            scale=read["scale"].view(grid),
+            group=group,
+            zero=None if zero is None else _zeros(zero, parts, grid).to(torch.uint8).contiguous(),
+        )
+
     gathered = 0 if parts.order is None else 4 * n_out * n_in + 16 * n_in
     return StoredTensor(
         parts=names,
         shape=(n_out, n_in),
         decode=decode,
-        decode_bytes=5 * codes.size_bytes + 4 * n_out * n_in + 16 * math.prod(grid) + gathered,
+        keep=keep if parts.order is None and parts.width_bits in (4, 8) else None,
+        decode_bytes=6 * codes.size_bytes + 4 * n_out * n_in + 16 * math.prod(grid) + gathered,
     )
 
 
-def _values(codes: torch.Tensor, parts: IntegerParts, n_in: int) -> torch.Tensor:
-    if not parts.is_packed:
-        return codes.to(torch.float32)
+def _bytes(codes: torch.Tensor, parts: IntegerParts) -> torch.Tensor:
+    """Return codes as unsigned bytes, low bits first; signed bytes become codes with zero at 128"""
+    return codes.view(torch.uint8) if parts.is_packed else codes.view(torch.uint8) ^ 128
+
+
+def _values(codes: torch.Tensor, parts: IntegerParts) -> torch.Tensor:
+    """Return codes less the middle one, or as they are if there are zero points."""
     middle = 0 if parts.zero is not None else 2 ** (parts.width_bits - 1)
     table = torch.arange(2**parts.width_bits, dtype=torch.float32) - middle
-    return look_up(codes.view(torch.uint8), table)[:, :n_in]
+    return look_up(_bytes(codes, parts), table)
 
 
 def _zeros(zero: torch.Tensor, parts: IntegerParts, grid: tuple[int, int]) -> torch.Tensor:
-    if not parts.is_packed:
-        return zero.to(torch.float32).view(grid)
     table = torch.arange(2**parts.width_bits, dtype=torch.float32)
+    if not parts.is_packed:
+        return look_up(_bytes(zero.view(grid), parts), table)
     return look_up(zero.view(-1, grid[1]).T.contiguous().view(torch.uint8), table)[:, : grid[0]].T

@@ -22,6 +22,7 @@ from moe_tool.models.stored_formats.stored_tensor import (
     require_part,
     require_shape,
 )
+from moe_tool.quantization.kept_codes import KeptWeight
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _GROUP = 32
@@ -60,6 +61,7 @@ def mxfp4_matrix(codes: TensorInfo, scale: TensorInfo) -> StoredTensor:
         parts={"codes": codes.name, "scale": scale.name},
         shape=(n_out, n_in),
         decode=_decode,
+        keep=_keep,
         decode_bytes=lookup_bytes(codes.size_bytes, n_out * n_in) + 5 * scale.size_bytes,
     )
 
@@ -83,8 +85,18 @@ def _stacked(codes: TensorInfo, scale: TensorInfo) -> StoredTensor:
         parts={"codes": codes.name, "scale": scale.name},
         shape=(experts, n_groups * _GROUP, n_out),
         decode=decode,
+        keep=lambda parts: _keep({**parts, "codes": parts["codes"].flatten(1)}),
         decode_bytes=lookup_bytes(n_weights // 2, n_weights) + 5 * n_out * n_groups,
         is_stacked=True,
+    )
+
+
+def _keep(parts: Parts) -> KeptWeight:
+    return KeptWeight(
+        codes=parts["codes"].view(torch.uint8),
+        kind="e2m1",
+        scale=parts["scale"].view(torch.uint8),
+        group=(1, _GROUP),
     )
 
 

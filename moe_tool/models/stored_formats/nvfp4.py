@@ -11,6 +11,7 @@ from moe_tool.models.stored_formats.stored_tensor import (
     require_dtype,
     require_shape,
 )
+from moe_tool.quantization.kept_codes import KeptWeight
 
 _GROUP = 16
 
@@ -20,13 +21,13 @@ def nvfp4_matrix(
 ) -> StoredTensor:
     """Return a matrix of codes [out, in / 2] and scales [out, in / 16].
 
-    A weight is code * scale, which float32 holds exactly, times the scale of the whole.
+    A weight is code * (scale * scale of the whole), in float32.
 
     Args:
         codes: two in a byte, the even input in the low bits.
         scale: FP8.
         whole: one float32.
-        is_divisor: whether `whole` is what the weights were multiplied by when they were coded.
+        is_divisor: whether scales are divided by `whole`.
 
     Raises:
         CorruptArtifactError: they do not fit together.
@@ -41,14 +42,24 @@ def nvfp4_matrix(
     require_shape(whole, (), (1,))
 
     def decode(parts: Parts) -> torch.Tensor:
-        values = look_up(parts["codes"], E2M1)
-        scale_groups(values, parts["scale"].to(torch.float32), (1, _GROUP))
-        factor = parts["whole"].reshape(())
-        return values.mul_(1 / factor if is_divisor else factor)
+        scales, factor = parts["scale"].to(torch.float32), parts["whole"].reshape(())
+        scales = scales / factor if is_divisor else scales * factor
+        return scale_groups(look_up(parts["codes"], E2M1), scales, (1, _GROUP))
+
+    def keep(parts: Parts) -> KeptWeight:
+        return KeptWeight(
+            codes=parts["codes"],
+            kind="e2m1",
+            scale=parts["scale"],
+            group=(1, _GROUP),
+            global_scale=parts["whole"].reshape(1).repeat(n_out),
+            is_divisor=is_divisor,
+        )
 
     return StoredTensor(
         parts={"codes": codes.name, "scale": scale.name, "whole": whole.name},
         shape=(n_out, n_in),
         decode=decode,
-        decode_bytes=lookup_bytes(codes.size_bytes, n_out * n_in) + 5 * scale.size_bytes + 8,
+        keep=keep,
+        decode_bytes=lookup_bytes(codes.size_bytes, n_out * n_in) + 9 * scale.size_bytes + 8,
     )

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import TensorInfo
+from moe_tool.quantization.kept_codes import KeptWeight
 
 HINT = (
     "download the checkpoint again; if it was published like that, use another version of the model"
@@ -33,8 +33,8 @@ class StoredTensor:
     and result"""
     is_stacked: bool = False
     """Whether the first dimension is the expert's; every part is then read row by row"""
-    keep: Callable[[Parts], Any] | None = None
-    """Parts -> the same codes as a weight that kernels read; None: only decoded"""
+    keep: Callable[[Parts], KeptWeight] | None = None
+    """Parts -> the same codes as a weight [out, in] that kernels read; None: only decoded"""
 
     @property
     def n_weights(self) -> int:
