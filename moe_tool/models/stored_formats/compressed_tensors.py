@@ -101,7 +101,7 @@ def _group_of(groups: list[_Group], module: str) -> _Group | None:
 
 def _groups(settings: Mapping[str, Any]) -> list[_Group]:
     found = settings.get("config_groups")
-    if not isinstance(found, dict) or not found:
+    if not isinstance(found, dict):
         raise unread_setting(_NAME, "config_groups", found)
     return [_group(settings, group) for group in found.values()]
 
@@ -110,7 +110,7 @@ def _group(settings: Mapping[str, Any], group: object) -> _Group:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise unread_setting(_NAME, "config_groups", group)
     weights = group["weights"]
-    form = group.get("format") or settings.get("format")
+    form = str(group.get("format") or settings.get("format"))
     kind, width = weights.get("type", "int"), weights.get("num_bits", 8)
     if form not in _PACKED | _PLAIN or kind not in ("int", "float"):
         raise unread_setting(_NAME, "format", f"{form} of {kind}s")
@@ -121,7 +121,8 @@ def _group(settings: Mapping[str, Any], group: object) -> _Group:
         "int-quantized": kind == "int" and width == 8,
         "naive-quantized": width == 8,
     }
-    if not (kind == "float" and width == 4 if is_four else fits[str(form)]):
+    fits_form = kind == "float" and width == 4 if is_four else fits[form]
+    if not fits_form or type(width) is not int:
         raise unread_setting(_NAME, "num_bits", f"{width} of {form}")
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
@@ -129,7 +130,7 @@ def _group(settings: Mapping[str, Any], group: object) -> _Group:
     return _Group(
         names=frozenset(t for t in targets if not t.startswith(_PATTERN)),
         patterns=tuple(_pattern(t) for t in targets if t.startswith(_PATTERN)),
-        form=str(form),
+        form=form,
         is_float=kind == "float",
         width_bits=width,
         is_symmetric=weights.get("symmetric", True) is not False,

@@ -309,5 +309,7 @@ def test_scales_of_activations_and_of_the_cache_are_no_weights(tmp_path: Path) -
     tensors = named(make.fp8(np.random.default_rng(1), 40, 50))
     one = torch.ones(1)
     extra = [f"{NAME}.input_scale", "model.layers.0.self_attn.k_scale", f"{NAME}.activation_scale"]
-    with opened(tmp_path, tensors | {name: one.clone() for name in extra}, make.FP8_BLOCKS) as checkpoint:
+    with opened(
+        tmp_path, tensors | {name: one.clone() for name in extra}, make.FP8_BLOCKS
+    ) as checkpoint:
         assert list(checkpoint.tensors) == [f"{NAME}.weight"]
