@@ -3,9 +3,14 @@
 import torch
 from transformers import PreTrainedModel
 
+from moe_tool.artifacts.moe_shape import FloatName
+from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters
 from moe_tool.models.tensor_map import TensorMap
+from moe_tool.models.unused_tensors import require_float
+
+_FLOAT_NAMES: dict[str, FloatName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class ExpertSource:
@@ -20,6 +25,7 @@ class ExpertSource:
 
         Raises:
             CorruptArtifactError: an expert's tensor is missing or of another shape.
+            UnsupportedModelError: the experts are not stored as floats.
         """
         self._checkpoint = checkpoint
         self._map = TensorMap(model, checkpoint)
@@ -28,6 +34,7 @@ class ExpertSource:
             layer: tuple(expert_parameters(modules))
             for layer, modules in self._map.moe_layers.items()
         }
+        self._dtype = getattr(torch, expert_dtype(self._map, checkpoint))
         self._transposed = {
             layer: is_transposed(modules) for layer, modules in self._map.moe_layers.items()
         }
@@ -40,7 +47,7 @@ class ExpertSource:
             expert: 0 to E - 1.
 
         Returns:
-            Contiguous tensors in the checkpoint's dtype by the experts module's parameter names:
+            Contiguous tensors of `expert_dtype` by the experts module's parameter names:
             matrices [out, in], biases [out]. Rows of gate_up_proj are in the module's order.
 
         Raises:
@@ -64,7 +71,32 @@ class ExpertSource:
         made = self._map.convert_expert(layer, parameter, pieces, tensors)
         if self._transposed[layer] and made.ndim == 2:
             made = made.T
-        return made.contiguous()
+        return made.to(self._dtype).contiguous()
+
+
+def expert_dtype(tensor_map: TensorMap, checkpoint: Checkpoint) -> FloatName:
+    """Return the dtype that holds every expert as stored: float32 if they have several.
+
+    Raises:
+        CorruptArtifactError: the checkpoint holds no experts.
+        UnsupportedModelError: the experts are not stored as floats.
+    """
+    found = set()
+    for layer in tensor_map.moe_layers:
+        for name in tensor_map.expert_tensor_names(layer):
+            info = checkpoint.tensors[name]
+            require_float(info)
+            found.add(info.dtype)
+    if not found:
+        raise CorruptArtifactError(
+            "the checkpoint holds no experts", hint="download the checkpoint again"
+        )
+    if not found <= _FLOAT_NAMES.keys():
+        raise UnsupportedModelError(
+            f"experts stored as {', '.join(sorted(found))} are not read",
+            hint="use a float32, bfloat16 or float16 version of the checkpoint",
+        )
+    return _FLOAT_NAMES[found.pop()] if len(found) == 1 else "float32"
 
 
 def is_transposed(modules: MoeLayerModules) -> bool:

@@ -49,5 +49,7 @@ def pack_opened(
     Raises:
         MoeToolError: as `read_pack_inputs`, `plan_pack` and `write_bundle`.
     """
+    for warning in opened.warnings:
+        progress.note(warning)
     inputs = read_pack_inputs(profile, buddies, opened.identity, opened.shape)
     return write_bundle(plan_pack(options, opened, folder, inputs), opened, progress)
