@@ -10,14 +10,12 @@ import torch
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
 from moe_tool.artifacts.precision import KeptPrecision
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.formats.record_layout import REPACK, RecordLayout, Segment, lay_out
+from moe_tool.formats.record_layout import REPACK, RecordLayout, lay_out
 from moe_tool.quantization.kept_codes import SCALE_KINDS, KeptWeight
 from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 
 _STORED = {"e8m0": "uint8", "e4m3": "float8_e4m3fn"}
 _ZEROS = {"codes": "uint8", "bias": "float32"}
-_NOT_A_NUMBER = 127
-"""e4m3 with all bits set but the sign's; e8m0 has them all set"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +76,10 @@ class KeptForm:
         Raises:
             CorruptArtifactError: names the segment.
         """
-        for segment in self.layout.segments:
-            _, is_matrix, part = segment.name.partition(".")
-            if is_matrix and not self._are_numbers(segment, part, record):
-                raise CorruptArtifactError(f"{segment.name} holds NaN or infinity", hint=REPACK)
-
-    def _are_numbers(self, segment: Segment, part: str, record: torch.Tensor) -> bool:
-        values = segment.view(record)
-        if part == "codes" or values.dtype == torch.float8_e4m3fn:
-            if part == "codes" and self.precision.codes != "e4m3":
-                return True
-            sizes = values.view(torch.uint8).numpy() & _NOT_A_NUMBER
-            return not bool((sizes == _NOT_A_NUMBER).any())
-        if values.dtype == torch.uint8:
-            return part == "zero" or not bool((values.numpy() == 255).any())
-        return bool(torch.isfinite(values).all())
+        for name, weight in self.decode(record).items():
+            part = weight.broken_part() if isinstance(weight, KeptWeight) else None
+            if part is not None:
+                raise CorruptArtifactError(f"{name}.{part} holds NaN or infinity", hint=REPACK)
 
 
 def kept_precision(expert: Mapping[str, AnyWeight]) -> KeptPrecision:
