@@ -37,6 +37,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -49,7 +50,6 @@ _ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
     "U32": 4,
     "U64": 8,
     "C64": 8,
-    "F8_E8M0": 1,
     "F8_E4M3FNUZ": 1,
     "F8_E5M2FNUZ": 1,
 }
@@ -275,6 +275,11 @@ class Checkpoint:
         data = bytearray(info.size_bytes)
         self._read_into(info, data, info.offset, None)
         return bytes(data)
+
+    def extra_bytes(self, name: str) -> int:
+        """Return the bytes that reading a tensor holds beside it."""
+        del name
+        return 0
 
     def close(self) -> None:
         """Close the files; reading opens them again."""

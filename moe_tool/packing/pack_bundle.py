@@ -57,6 +57,8 @@ def pack_opened(
     # Both go into the bundle, so that a fault in them is told before anything is written.
     load_tokenizer(tokenizer or folder)
     read_generation_settings(folder)
+    for warning in opened.warnings:
+        progress.note(warning)
     inputs = read_pack_inputs(profile, buddies, opened.identity, opened.shape)
     job = plan_pack(options, opened, folder, inputs, tokenizer=tokenizer)
     return write_bundle(job, opened, progress)

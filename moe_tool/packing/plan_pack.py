@@ -65,7 +65,7 @@ def plan_pack(
     plan, profile = options.plan, inputs.profile
     if plan is not None:
         require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
-    primaries = primary_forms(options, opened.shape)
+    primaries = primary_forms(options, opened.shape, opened.experts.kept_precision())
     if options.channels is not None and plan is not None:
         raise UsageError(
             f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "

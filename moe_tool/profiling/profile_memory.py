@@ -87,16 +87,12 @@ def plan_profile_memory(
 
 def _layer_bytes(opened: OpenedModel) -> int:
     """Return the bytes of all experts of a layer as stored, of two of their matrices in float32
-    while they are priced, and of the rest in float32."""
+    while they are priced, of the rest in float32, and of a tensor as it is decoded."""
     shape = opened.shape
     stored = shape.experts * shape.n_expert_weights * FLOAT_SIZE_BYTES[shape.dtype]
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)
-    skeleton = sum(
-        4 * opened.checkpoint.tensors[name].size_bytes // 2
-        for name in opened.skeleton.tensor_names
-        if len(opened.checkpoint.tensors[name].shape) > 1
-    )
-    return stored + 4 * 4 * largest + skeleton // shape.n_decoder_layers
+    skeleton = 4 * opened.skeleton.n_weights // shape.n_decoder_layers
+    return stored + 4 * 4 * largest + skeleton + opened.decode_bytes
 
 
 def _bytes_per_token(opened: OpenedModel) -> int:
