@@ -21,7 +21,7 @@ class LowRankForm:
     @classmethod
     def of(cls, shape: MoeShape, precision: LowRankPrecision) -> "LowRankForm":
         """Return the form of the maps for a model's experts."""
-        sizes = {"rank": precision.rank, "hidden": shape.hidden}
+        sizes = {"rank": precision.rank, "hidden": shape.expert_hidden}
         parts = [
             (name, "float16", tuple(sizes[extent] for extent in extents))
             for name, extents in LOW_RANK_TENSORS.items()

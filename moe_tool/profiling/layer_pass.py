@@ -69,7 +69,7 @@ class LayerPass:
             tensors = self._opened.experts.read(layer.layer, expert)
             self._experts[expert] = {n: FloatWeight(values=t) for n, t in tensors.items()}
         later = [modules for modules in self._stream.moe_layers if modules.layer > layer.layer]
-        self._next = later[:NEXT_GATES]
+        self._next = [modules for modules in later[:NEXT_GATES] if not modules.chooses_by_token]
         self._rule = router_rule(layer.moe, self._stream.model.config)
         self._recording = LayerRecording(
             shape,
@@ -151,5 +151,5 @@ class LayerPass:
             weight=call.weight,
             logits=call.router_logits,
             score=scores,
-            next_index=[modules.route(call.hidden).index for modules in self._next],
+            next_index=[modules.route(call.routed_hidden).index for modules in self._next],
         )

@@ -38,7 +38,7 @@ class LayerRecording:
         self._score = np.zeros((n_tokens, e), np.float16) if has_selection_scores else None
         self._next = np.zeros((n_next_gates, n_tokens, k), np.uint16)
         self._sample_rows = sample_rows
-        self.sample_input = torch.zeros(len(sample_rows), shape.hidden)  # [n, H]
+        self.sample_input = torch.zeros(len(sample_rows), shape.expert_hidden)  # [n, H]
 
     def add(
         self,

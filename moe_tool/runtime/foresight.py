@@ -41,7 +41,9 @@ class Foresight:
         """
         guesses = []
         for ahead, modules in enumerate(self.following[call.layer], start=1):
-            routed = modules.route(call.hidden)
+            if modules.chooses_by_token:
+                continue
+            routed = modules.route(call.routed_hidden)
             removed = np.zeros(int(modules.experts.num_experts), np.bool_)  # type: ignore[arg-type]
             if stored:
                 removed = ~stored[modules.layer].numpy()
