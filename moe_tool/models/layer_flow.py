@@ -45,7 +45,7 @@ class Boundary:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a single tensor [B, S, H]."""
+        """True for a single tensor [B, S, H]"""
         first = self.parts[0]
         return len(self.parts) == 1 and first is not None and len(first.tail) == 1
 

@@ -28,7 +28,7 @@ SUPPORTED = (
     "gpt_oss",
 )
 """Tested model types; others work if they use transformers' experts interface in the same way"""
-_BATCHED_ROUTERS = frozenset({"AfmoeTokenChoiceRouter"})
+_BATCHED_ROUTERS = frozenset({"AfmoeTokenChoiceRouter", "ZayaRouter"})
 """Classes of routers that take [B, S, H] only"""
 
 

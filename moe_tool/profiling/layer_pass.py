@@ -8,7 +8,7 @@ import torch
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import LayerTrace
-from moe_tool.errors import CorruptArtifactError
+from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.moe_layers import MoeLayerModules
@@ -141,6 +141,13 @@ class LayerPass:
 
     def _record(self, call: LayerCall, first_row: int) -> None:
         assert self._recording is not None and call.router_logits is not None
+        n_choices, n_experts = call.router_logits.shape[1], self._opened.shape.experts
+        if n_choices != n_experts:
+            raise UnsupportedModelError(
+                f"{self._opened.shape.model_type!r} is not profiled: its routers choose among "
+                f"{n_choices}, and it has {n_experts} experts",
+                hint="pack it without a profile; the bundle runs exactly",
+            )
         scores = None
         if self._rule is not None and self._rule.scores_differ:
             scores = self._rule.selection_scores(call.router_logits)
