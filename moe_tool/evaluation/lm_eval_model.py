@@ -329,7 +329,7 @@ class BundleLM(TemplateLM):
     def _is_cache_lossy(self) -> bool:
         """Whether answers depend on the contents of the expert cache."""
         runner = self.session.runner
-        return runner.policy.policy.lossy and runner.residency == "cache"
+        return runner.policy.is_lossy and runner.residency == "cache"
 
     def _start_request(self) -> None:
         if self._is_cache_lossy:

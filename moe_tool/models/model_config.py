@@ -11,11 +11,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
+from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.config_dialects import encode_floats, plain_config
 from moe_tool.models.moe_layers import unsupported
+from moe_tool.models.stored_formats.registry import SETTING_KEYS, declared_settings, find_format
 
 _MAX_CONFIG_BYTES = 4 * 2**20
 # Twenty times more than any model has; building modules for a damaged number would take hours.
@@ -47,12 +48,12 @@ _NEVER_USED = frozenset(
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
         *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
         *("_attn_implementation_autoset", "_flash_attn_2_enabled", "gradient_checkpointing"),
+        # the form of the weights on the disk, which `open_checkpoint` reads
+        *SETTING_KEYS,
     )
 )
 """Keys without influence on what the model computes"""
 _HINT = "download the checkpoint again"
-_QUANTIZED_FILES = {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
-"""Quantization format by the file that reveals it, if config.json does not"""
 _RECORD_AGAIN = "record the profile again with moe-tool profile"
 
 
@@ -63,14 +64,22 @@ def read_config(folder: Path) -> PreTrainedConfig:
         NotFoundError: the folder has no config.json.
         CorruptArtifactError: it is not a model's configuration.
         UnsupportedModelError: transformers has no model of this type that predicts text, or the
-            weights are quantized.
+            weights are quantized in a format that is not read.
     """
     path = folder / "config.json"
-    raw = _read_json(path)
-    for name in _QUANTIZED_FILES:
-        if (folder / name).is_file():
-            raise _quantized(str(raw.get("model_type")), _QUANTIZED_FILES[name])
+    raw = read_raw_config(folder)
+    _require_format(raw, folder)
     return _config_of(path, raw, _HINT)
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json.
+
+    Raises:
+        NotFoundError: the folder has no config.json.
+        CorruptArtifactError: it is no JSON object.
+    """
+    return _read_json(folder / "config.json")
 
 
 def read_config_text(folder: Path) -> str:
@@ -79,8 +88,7 @@ def read_config_text(folder: Path) -> str:
     Raises:
         NotFoundError, CorruptArtifactError: as `read_config`.
     """
-    path = folder / "config.json"
-    raw = encode_floats(_without_leftovers(_read_json(path)))
+    raw = encode_floats(_without_leftovers(read_raw_config(folder)))
     return json.dumps(raw, separators=(",", ":"), allow_nan=False)
 
 
@@ -126,7 +134,7 @@ def _config_of(path: Path, raw: dict[str, Any], hint: str) -> PreTrainedConfig:
         raise unsupported(model_type, reason)
     if model_type not in _TEXT_MODELS:
         raise unsupported(model_type, "it is not a model that predicts text token by token")
-    _refuse_quantized(model_type, raw)
+    _require_format(raw, None)
     text = raw.get("text_config")
     for part in (raw, text) if isinstance(text, dict) else (raw,):
         _require_counts(path, part, hint)
@@ -190,18 +198,7 @@ def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
             )
 
 
-def _refuse_quantized(model_type: str, raw: dict[str, Any]) -> None:
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        is_named = isinstance(quantization, dict) and "quant_method" in quantization
-        method = str(quantization["quant_method"])[:32] if is_named else "unknown"
-        raise _quantized(model_type, method)
-    if isinstance(raw.get("quantization"), dict):
-        raise _quantized(model_type, "mlx")
-
-
-def _quantized(model_type: str, method: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"this {model_type[:64]} checkpoint is stored in {method} format, which is not read",
-        hint="use a float32, bfloat16 or float16 version of the checkpoint",
-    )
+def _require_format(raw: dict[str, Any], folder: Path | None) -> None:
+    settings = declared_settings(folder, raw)
+    if settings is not None:
+        find_format(settings, str(raw.get("model_type")))

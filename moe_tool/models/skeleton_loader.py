@@ -112,8 +112,7 @@ class SkeletonLoader:
     @property
     def largest_bytes(self) -> int:
         """Stored bytes of the largest group of tensors, which loading needs beside `held_bytes`."""
-        sizes = [sum(self._checkpoint.tensors[n].size_bytes for n in s.names) for s in self._steps]
-        return max(sizes, default=0)
+        return max((self._reading_bytes(step) for step in self._steps), default=0)
 
     def load(self) -> Skeleton:
         """Read the skeleton, in at most `held_bytes` plus `largest_bytes`; call it once.
@@ -135,6 +134,11 @@ class SkeletonLoader:
         model.generation_config = read_generation_settings(self._folder) or model.generation_config
         hook_routers(self._layers)
         return Skeleton(model=model, shape=self._shape, layers=self._layers)
+
+    def _reading_bytes(self, step: _Step) -> int:
+        """Return the bytes held while a group is read: its tensors, and one as it is decoded."""
+        made = sum(self._checkpoint.tensors[name].size_bytes for name in step.names)
+        return made + max(self._checkpoint.extra_bytes(name) for name in step.names)
 
     def _part_names(self, linear: SkeletonLinear) -> tuple[str, ...]:
         assert self._precision.kind == "integer"

@@ -27,6 +27,7 @@ from moe_tool.models.moe_layers import (
     find_moe_layers,
 )
 from moe_tool.models.text_part import left_out
+from moe_tool.models.unused_tensors import find_unused, require_float
 
 _EXPERT_ID = re.compile(r"experts\.(\d{1,6})\.")
 _NOTHING: Mapping[str, Collection[str]] = MappingProxyType({})
@@ -78,10 +79,17 @@ class TensorMap:
         self._expert_names = frozenset(self._full_names.values())
         self.skeleton: dict[str, list[Piece]] = {}
         """First parameter made from a group of tensors -> the group"""
+        self._unused: dict[str, str] = {}
+        """Tensor that nothing uses -> what it would be in the model"""
         self._experts: dict[str, dict[int | None, list[Piece]]] = {}
         """Expert parameter -> expert (None: stacked on disk) -> tensors"""
         self._sort()
+        self._floats = {name for name, t in self._meta_state.items() if t.is_floating_point()}
         self._meta_state = {}
+
+    def find_unused(self) -> tuple[str, ...]:
+        """Return the tensors of the model's modules that nothing uses; see `find_unused`."""
+        return find_unused(self._model, self._unused)
 
     def skeleton_names(self) -> list[str]:
         """Return the sorted on-disk names of all tensors needed besides the routed experts."""
@@ -237,7 +245,8 @@ class TensorMap:
                 self._experts.setdefault(target, {}).setdefault(expert, []).append(piece)
             elif target in self._shapes:
                 self.skeleton.setdefault(target, []).append(piece)
-            # The model does not use other tensors, e.g. of a multi-token prediction layer.
+            else:
+                self._unused[name] = target
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         base = self._model.base_model_prefix
@@ -252,6 +261,9 @@ class TensorMap:
         if pieces[0].pattern is None and len(pieces) > 1:
             names = " and ".join(piece.name for piece in pieces)
             raise CorruptArtifactError(f"{names} are the same tensor of the model", hint=_HINT)
+        if target in self._floats:
+            for piece in pieces:
+                require_float(self._info(piece))
         made = self._convert_shapes(target, pieces, self._metas(pieces), self._shapes[target])
         for name, shape in made.items():
             self._require_shape(pieces, found=shape, wanted=self._shapes.get(name, shape))

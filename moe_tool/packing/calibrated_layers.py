@@ -15,7 +15,7 @@ from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.packing.pack_memory import MOST_HIDDEN_BYTES
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 from moe_tool.quantizers.inputs import ExpertInputs
 
 _MAX_TOKENS = 32768
@@ -63,12 +63,7 @@ class CalibratedLayer:
     experts; see `CalibratedModel.divergences`"""
 
     def sample(self, expert: int, *, most_measured: int) -> ExpertSample:
-        """Return an expert's inputs, or all experts' if few tokens are routed to it.
-
-        Args:
-            expert: expert of the layer.
-            most_measured: largest number of held-out tokens.
-        """
+        """Return an expert's inputs, or all experts' if few tokens are routed to it."""
         wanted = (self.index == expert).any(dim=1)
 
         def rows(part: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -106,9 +101,6 @@ class CalibratedModel:
         """Load the tensors outside the layers.
 
         Args:
-            folder: the checkpoint.
-            opened: the same checkpoint.
-            tokens: tokens of its profile.
             hidden_bytes: limit of the hidden states carried from layer to layer.
         """
         self._hidden_bytes = hidden_bytes
@@ -201,9 +193,7 @@ class CalibratedModel:
         self._calls.append(call)
         return call.run_experts(self._supply)
 
-    def _supply(
-        self, wanted: list[int]
-    ) -> Iterator[tuple[int, Mapping[str, FloatWeight | IntegerWeight]]]:
+    def _supply(self, wanted: list[int]) -> Iterator[tuple[int, Mapping[str, AnyWeight]]]:
         for expert in wanted:
             if expert in self._instead:
                 yield expert, self._instead[expert]

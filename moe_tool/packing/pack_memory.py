@@ -41,7 +41,6 @@ def plan_pack_memory(
     """Return the memory that packing will take.
 
     Args:
-        opened: the checkpoint.
         n_tokens: tokens of the profile that go through the model; 0: none do.
         is_nested: codes are chosen for two widths at once.
         asked: the budget in bytes; None: no limit, all tokens are used.
@@ -58,6 +57,8 @@ def plan_pack_memory(
     copies = 4 * _WORKING_COPIES * (2 if is_nested else 1)
     skeleton = [opened.checkpoint.tensors[name].size_bytes for name in opened.skeleton.tensor_names]
     parts = {"process": used, "margin": _MARGIN_BYTES}
+    if opened.decode_bytes:
+        parts["decoding of one matrix"] = opened.decode_bytes
     if not n_tokens:
         largest = max(n_out * n_in for n_out, n_in in matrices)
         one = record + copies * largest + read_ahead
@@ -69,7 +70,7 @@ def plan_pack_memory(
     n_batch, n_fitted = min(_BATCH_TOKENS, n_tokens), min(_FITTED_TOKENS, n_tokens)
     # The whole skeleton stays in memory, counted in float32.
     parts["one layer"] = shape.experts * shape.n_expert_weights * size
-    parts["what is beside the experts"] = sum(skeleton) * 4 // size
+    parts["what is beside the experts"] = 4 * opened.skeleton.n_weights
     # Tokens go through a layer before its experts are quantized, one matrix after the other.
     batch = 4 * n_batch * (16 * shape.hidden + shape.top_k * 2 * inner)
     given = 4 * n_fitted * (shape.hidden + 3 * inner)

@@ -56,13 +56,17 @@ def plan_profile_memory(
     used = current_rss_bytes()
     reachable = anonymous_rss_bytes() + available_memory_bytes()
     budget = asked if asked is not None else int(DEFAULT_SHARE * reachable)
-    per_sequence = seq_len * _bytes_per_token(opened, width) + _score_bytes(opened, seq_len)
+    # Masks of a sequence, and its score matrices where no fused attention takes them.
+    score_bytes = 4 * (2 + 3 * opened.unfused_attention_heads) * seq_len * seq_len
+    per_sequence = seq_len * _bytes_per_token(opened, width) + score_bytes
+    shape = opened.shape
     pass_lines = {
         "one layer": _layer_bytes(opened),
-        "trace": _trace_bytes(opened, n_tokens),
+        # Index, weight, logits, scores and next gates, and once more while they are written.
+        "trace": 2 * n_tokens * (4 * shape.experts + 10 * shape.top_k),
         "one sequence": per_sequence,
     }
-    logits = {"logits at the end": LOGIT_ROWS * opened.shape.vocabulary * _LOGIT_COPIES * 4}
+    logits = {"logits at the end": LOGIT_ROWS * shape.vocabulary * _LOGIT_COPIES * 4}
     # The logits are computed once the last layer is let go of.
     largest = max(pass_lines, logits, key=lambda parts: sum(parts.values()))
     lines = name_lines({"process": used, **largest, "margin": _MARGIN_BYTES})
@@ -84,29 +88,12 @@ def plan_profile_memory(
 
 def _layer_bytes(opened: OpenedModel) -> int:
     """Return the bytes of all experts of a layer as stored, of two of their matrices in float32
-    while they are priced, and of the rest in float32."""
+    while they are priced, of the rest in float32, and of a tensor as it is decoded."""
     shape = opened.shape
     stored = shape.experts * shape.n_expert_weights * FLOAT_SIZE_BYTES[shape.dtype]
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)
-    skeleton = sum(
-        4 * opened.checkpoint.tensors[name].size_bytes // 2
-        for name in opened.skeleton.tensor_names
-        if len(opened.checkpoint.tensors[name].shape) > 1
-    )
-    return stored + 4 * 4 * largest + skeleton // shape.n_decoder_layers
-
-
-def _score_bytes(opened: OpenedModel, seq_len: int) -> int:
-    """Masks of one sequence, and its score matrices where no fused attention takes them."""
-    heads = opened.unfused_attention_heads
-    return 4 * (2 + 3 * heads) * seq_len * seq_len
-
-
-def _trace_bytes(opened: OpenedModel, n_tokens: int) -> int:
-    """Index, weight, logits, scores and next gates of one layer, and once more while they are
-    written."""
-    shape = opened.shape
-    return 2 * n_tokens * (4 * shape.experts + 10 * shape.top_k)
+    skeleton = 4 * opened.skeleton.n_weights // shape.n_decoder_layers
+    return stored + 4 * 4 * largest + skeleton + opened.decode_bytes
 
 
 def _bytes_per_token(opened: OpenedModel, width: int) -> int:

@@ -12,13 +12,13 @@ from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.moe_layers import unsupported
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 from moe_tool.tuning.tune_layer import LayerText
 
 BATCH_TOKENS = 2048
 """Tokens per forward of a decoder layer"""
 
-Weights = Mapping[int, Mapping[str, FloatWeight | IntegerWeight]]
+Weights = Mapping[int, Mapping[str, AnyWeight]]
 """Tensors by expert id; removed experts are missing"""
 
 

@@ -107,14 +107,21 @@ def test_an_adapter_that_was_not_merged_is_named(rename: str | None, copied: Pat
 
 
 @pytest.mark.parametrize(
-    ("file", "method"), [("quantize_config.json", "gptq"), ("hf_quant_config.json", "modelopt")]
+    ("file", "content", "words"),
+    [
+        ("quantize_config.json", {}, "mixtral checkpoint is stored in gptq format"),
+        (
+            "hf_quant_config.json",
+            {"quantization": {"quant_algo": "W4A8_AWQ"}},
+            "stored in modelopt format with quant_algo 'W4A8_AWQ'",
+        ),
+    ],
 )
 def test_a_format_that_a_file_beside_the_weights_describes(
-    file: str, method: str, copied: Path
+    file: str, content: dict[str, object], words: str, copied: Path
 ) -> None:
-    (copied / file).write_text("{}")
-    error = refusal_of(copied)
-    assert f"this mixtral checkpoint is stored in {method} format" in error.message
+    (copied / file).write_text(json.dumps(content))
+    assert words in refusal_of(copied).message
 
 
 def test_a_format_that_mlx_describes(copied: Path) -> None:

@@ -177,7 +177,7 @@ def test_code_named_by_a_config_is_never_executed(
     assert not list(tmp_path.rglob("executed"))
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["hqq", "aqlm"])
 def test_quantized_checkpoints_are_refused_by_name(
     method: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -196,7 +196,7 @@ def test_experts_of_other_number_formats_are_refused(
             weights[name] = weights[name].to(torch.int64)
     shutil.copy(tiny_checkpoint("mixtral") / "config.json", tmp_path)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UnsupportedModelError, match="experts stored as I64 are not read"):
+    with pytest.raises(UnsupportedModelError, match=r"experts\S+ is stored as I64, and no"):
         shape_of(tmp_path)
 
 
