@@ -9,6 +9,7 @@ import typer
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
     MAX_CONTEXT,
+    ActivationsOption,
     BundleArgument,
     EvictionOption,
     GatesOption,
@@ -102,6 +103,7 @@ def run(
     eviction: EvictionOption = None,
     prefetch: PrefetchOption = None,
     sparse_experts: SparseExpertsOption = None,
+    activations: ActivationsOption = "float32",
     gates: GatesOption = True,
     shadow: ShadowOption = 0,
     lossy_prefill: LossyPrefillOption = False,
@@ -127,6 +129,7 @@ def run(
             residency=residency,
             prefetch=prefetch,
             sparse_experts=sparse_experts,
+            activations=activations,
             gates=gates,
             shadow=shadow,
             lossy_prompt=lossy_prefill,

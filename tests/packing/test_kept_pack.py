@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
@@ -15,7 +16,7 @@ from moe_tool.native import kernels
 from moe_tool.quantization.kept_codes import KeptWeight
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.decoding_config import GenerateOptions
-from moe_tool.runtime.generation import generate_ids
+from moe_tool.runtime.generation import generate_ids, run_setup
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from tests.models.stored_formats.test_coded_models import MODELS, N_TOKENS, PROMPT, write_pair
@@ -103,3 +104,41 @@ def test_codes_are_the_bytes_on_disk(packed: tuple[str, LocatedModel, Path, Path
         assert torch.equal(kept[tensor].part("codes").flatten(), blocks.flatten())
         scales = stored[on_disk.format(tensor, "scales")][5]
         assert torch.equal(kept[tensor].part("scale"), scales)
+
+
+class Notes:
+    """Remembers notes."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def begin(self, *_: object) -> None: ...
+    def advance(self, *_: object) -> None: ...
+    def end(self) -> None: ...
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_int8_activations_are_announced_and_close(
+    packed: tuple[str, LocatedModel, Path, Path],
+) -> None:
+    name, _, _, bundle = packed
+    options = {"memory": "min", "context": 64, "prompt_tokens": 32}
+    if name == "fp8":
+        with pytest.raises(UsageError, match="changes nothing"):
+            open_session(bundle, run_options(activations="int8", **options))
+        return
+    logits = {}
+    for activations in ("float32", "int8"):
+        notes = Notes()
+        chosen = run_options(activations=activations, **options)
+        with open_session(bundle, chosen, progress=notes) as session, torch.inference_mode():
+            logits[activations] = session.model(input_ids=torch.tensor([PROMPT])).logits
+            assert run_setup(session).activations == activations
+        announced = [line for line in notes.lines if "int8 activations" in line]
+        assert len(announced) == (activations == "int8")
+    wanted, found = logits["float32"], logits["int8"]
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    assert 0 < error < 0.1
+    with open_session(bundle, run_options(**options)) as session, torch.inference_mode():
+        assert torch.equal(session.model(input_ids=torch.tensor([PROMPT])).logits, wanted)
