@@ -22,7 +22,7 @@ from moe_tool.runtime.session import open_session
 from tests.models.stored_formats.test_coded_models import MODELS, N_TOKENS, PROMPT, write_pair
 from tests.packed import pack_bundle
 
-NAMES = {"fp8": "fp8", "mxfp4": "mxfp4", "int4": "int4 g32", "nvfp4": "nvfp4"}
+NAMES = {"fp8": "fp8", "mxfp4": "mxfp4", "int4": "int4-g32", "nvfp4": "nvfp4"}
 
 
 @pytest.fixture(scope="module", params=MODELS)
