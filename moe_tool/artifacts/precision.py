@@ -130,15 +130,15 @@ class KeptPrecision(_Precision):
 
     @property
     def name(self) -> str:
-        """Name in tables: mxfp4, nvfp4, fp8, nf4, int8, or int4 g32 for groups of 32"""
+        """Name in tables: mxfp4, nvfp4, fp8, nf4, int8, or int4-g32 for groups of 32"""
         fixed = {("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}
         name = fixed.get((self.codes, self.scale, self.group_columns))
         if name is not None:
             return name
         if self.codes == "e4m3":
             return "fp8"
-        group = f" g{self.group_columns}" if self.group_columns else ""
-        zero = {"none": "", "codes": " zeros", "bias": " biases"}[self.zero]
+        group = f"-g{self.group_columns}" if self.group_columns else ""
+        zero = {"none": "", "codes": "-zeros", "bias": "-biases"}[self.zero]
         return f"{self.codes}{group}{zero}"
 
     @property

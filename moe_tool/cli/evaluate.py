@@ -8,6 +8,7 @@ from moe_tool.budget.request import parse_memory_option
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import (
+    ActivationsOption,
     BundleArgument,
     DataOption,
     EvictionOption,
@@ -53,6 +54,7 @@ def evaluate(
     residency: ResidencyOption = None,
     eviction: EvictionOption = None,
     sparse_experts: SparseExpertsOption = None,
+    activations: ActivationsOption = "float32",
     gates: GatesOption = True,
     controls: _Controls = False,
     reference: _Reference = None,
@@ -88,6 +90,7 @@ def evaluate(
             residency=residency,
             eviction=eviction_choice,
             sparse_experts=sparse_experts,
+            activations=activations,
             gates=gates,
             seed=seed,
             threads=threads,
@@ -132,6 +135,7 @@ def _show(
     output.say(
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
         f"of {format_bytes(setup.memory_budget_bytes)}"
+        + (", int8 activations" if setup.activations == "int8" else "")
     )
     if not controls and setup.policy != "exact":
         output.say("next: --controls compares the policy with simpler ones")
