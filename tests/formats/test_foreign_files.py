@@ -109,7 +109,7 @@ def test_an_adapter_that_was_not_merged_is_named(rename: str | None, copied: Pat
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("quantize_config.json", {}, "mixtral checkpoint is stored in gptq format"),
+        ("quantize_config.json", {}, "stored in gptq format with bits 'None'"),
         (
             "hf_quant_config.json",
             {"quantization": {"quant_algo": "W4A8_AWQ"}},
