@@ -26,6 +26,7 @@ from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from tests.models.stored_formats import coded_weights as make
 from tests.models.stored_formats.coded_weights import Coded, Floats, Tensors
+from tests.models.stored_formats.test_awq import AWQ, awq
 from tests.models.stored_formats.test_gptq import GPTQ, gptq
 from tests.packed import pack_bundle
 from tests.tiny_models import tiny_tokenizer
@@ -109,6 +110,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], Any, Encode | None]] = {
     "int4": (qwen3_moe, make.INT4, make.packed_integers),
     "nvfp4": (qwen3_moe, make.MODELOPT, make.modelopt_nvfp4),
     "gptq": (qwen3_moe, GPTQ, gptq),
+    "awq": (qwen3_moe, AWQ, awq),
 }
 
 
