@@ -4,6 +4,7 @@ in float32."""
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from moe_tool.runtime.session import open_session
 from tests.models.stored_formats import coded_weights as make
 from tests.models.stored_formats.coded_weights import Coded, Floats, Tensors
 from tests.models.stored_formats.test_awq import AWQ, awq
+from tests.models.stored_formats.test_bitsandbytes import BNB, four_bits
 from tests.models.stored_formats.test_gptq import GPTQ, gptq
 from tests.packed import pack_bundle
 from tests.tiny_models import tiny_tokenizer
@@ -110,6 +112,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], Any, Encode | None]] = {
     "int4": (qwen3_moe, make.INT4, make.packed_integers),
     "nvfp4": (qwen3_moe, make.MODELOPT, make.modelopt_nvfp4),
     "gptq": (qwen3_moe, GPTQ, gptq),
+    "nf4": (qwen3_moe, BNB, partial(four_bits, is_nested=True)),
     "awq": (qwen3_moe, AWQ, awq),
 }
 
