@@ -126,9 +126,9 @@ def test_a_format_that_a_file_beside_the_weights_describes(
 
 def test_a_format_that_mlx_describes(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
-    config["quantization"] = {"group_size": 64, "bits": 4}
+    config["quantization"] = {"group_size": 64, "bits": 5}
     (copied / "config.json").write_text(json.dumps(config))
-    assert "stored in mlx format" in refusal_of(copied).message
+    assert "stored in mlx format with bits '5'" in refusal_of(copied).message
 
 
 def test_a_single_file_is_no_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

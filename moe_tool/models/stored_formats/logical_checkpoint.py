@@ -95,7 +95,8 @@ class LogicalCheckpoint(Checkpoint):
         self._raw.close()
 
     def _decode(self, name: str, stored: StoredTensor, row: int | None) -> torch.Tensor:
-        parts = {role: self._raw.read(part, row=row) for role, part in stored.parts.items()}
+        at = row if stored.row is None else stored.row
+        parts = {role: self._raw.read(part, row=at) for role, part in stored.parts.items()}
         made = stored.decode(parts)
         if self.requires_finite and not are_finite(made):
             where = "" if row is None else f" (row {row})"

@@ -16,6 +16,7 @@ from moe_tool.models.stored_formats import (
     compressed_tensors,
     fp8,
     gptq,
+    mlx,
     modelopt,
     mxfp4,
 )
@@ -60,6 +61,7 @@ FORMATS = (
     ),
     StoredFormat(methods=frozenset({"awq"}), stored_tensors=awq.stored_tensors),
     StoredFormat(methods=frozenset({"bitsandbytes"}), stored_tensors=bitsandbytes.stored_tensors),
+    StoredFormat(methods=frozenset({"mlx"}), stored_tensors=mlx.stored_tensors),
     StoredFormat(methods=frozenset({"gptq"}), stored_tensors=gptq.stored_tensors),
 )
 
