@@ -10,7 +10,16 @@ from moe_tool.errors import UnsupportedModelError
 from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.formats.strict_json import parse_json_object
-from moe_tool.models.stored_formats import compressed_tensors, fp8, modelopt, mxfp4
+from moe_tool.models.stored_formats import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    mlx,
+    modelopt,
+    mxfp4,
+)
 from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
 from moe_tool.models.stored_formats.stored_tensor import StoredTensor
 
@@ -50,6 +59,10 @@ FORMATS = (
     StoredFormat(
         methods=frozenset({"modelopt", "modelopt_fp4"}), stored_tensors=modelopt.stored_tensors
     ),
+    StoredFormat(methods=frozenset({"awq"}), stored_tensors=awq.stored_tensors),
+    StoredFormat(methods=frozenset({"bitsandbytes"}), stored_tensors=bitsandbytes.stored_tensors),
+    StoredFormat(methods=frozenset({"mlx"}), stored_tensors=mlx.stored_tensors),
+    StoredFormat(methods=frozenset({"gptq"}), stored_tensors=gptq.stored_tensors),
 )
 
 
