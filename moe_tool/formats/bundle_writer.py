@@ -245,6 +245,7 @@ class BundleWriter:
         lineage: tuple[TunedWeights, ...] = (),
         sections: Mapping[str, Section] | None = None,
         profile_sha256: str | None,
+        prove: Callable[[Path], None] | None = None,
     ) -> BundleManifest:
         """Write the manifest and give the bundle its name.
 
@@ -256,6 +257,7 @@ class BundleWriter:
             lineage: changes to the codes since they were packed.
             sections: additions by name.
             profile_sha256: the profile that heat and prices come from.
+            prove: given the folder with everything in it; an error keeps the bundle from its name.
         """
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
@@ -281,7 +283,10 @@ class BundleWriter:
         )
         with storage_errors(self._folder):
             write_json_artifact(self._folder / MANIFEST, manifest)
-            (self._folder / JOURNAL).unlink()
+        if prove is not None:
+            prove(self._folder)
+        with storage_errors(self._folder):
+            (self._folder / JOURNAL).unlink()  # with it, a resume begins before the proof
             self._rename()
         return manifest
 
