@@ -145,7 +145,8 @@ class SkeletonLoader:
     def load_in_turn(self) -> Skeleton:
         """Read everything outside the decoder layers, for one forward of the whole model.
 
-        A layer is read when the forward reaches it, and emptied when it is done. Call this once.
+        A layer is read when the forward reaches it, and emptied when it is done; in the end, so is
+        the model. Call this once.
 
         Raises:
             CorruptArtifactError, StorageError: as `load`, here and in the forward.
@@ -156,6 +157,7 @@ class SkeletonLoader:
             steps = by_layer.get(index, [])
             layer.register_forward_pre_hook(partial(self._load_layer, steps))
             layer.register_forward_hook(_empty)
+        self._model.register_forward_hook(_empty)  # it refers to itself, and would stay a while
         return found
 
     def _begin(self, steps: Iterable[_Step]) -> Skeleton:
@@ -342,9 +344,9 @@ def _require_shape(
     return wanted
 
 
-def _empty(layer: nn.Module, args: object, output: object) -> None:
-    """Drop the weights of a layer that has run."""
-    for held in (layer._modules, layer._parameters, layer._buffers):
+def _empty(module: nn.Module, args: object, output: object) -> None:
+    """Drop the weights of a module that has run."""
+    for held in (module._modules, module._parameters, module._buffers):
         held.clear()
 
 

@@ -3,7 +3,6 @@
 Both load the skeleton in the same way, one decoder layer at a time, and one expert at a time.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -83,7 +82,6 @@ def prove_bundle(source: Path, opened: OpenedModel, bundle: Path) -> BundleProof
             hint="its weights are finite, so it overflows in float32: download the checkpoint "
             "again, or use another version of the model",
         ) from None
-    gc.collect()  # the first model refers to itself, and would stay beside the second
     with BundleReader.open(bundle, is_finished=False) as reader:
         rule = _rule(reader.manifest)
         stored = _StoredExperts(reader)
