@@ -308,7 +308,7 @@ def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -
     return {
         "channel selectors": bundle.selector_bytes,
         "caller workspace": caller_bytes,
-        f"eviction state of {eviction.kind}": eviction.notes_bytes(
+        f"eviction state of {eviction.spec.name}": eviction.notes_bytes(
             n_layers=len(shape.layers), n_experts=shape.experts
         ),
         "mask routers": sum(
