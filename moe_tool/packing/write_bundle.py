@@ -19,9 +19,14 @@ from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
 from moe_tool.progress import SILENT, Progress
 
-# Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
-# folder is copied.
-_MODEL_FILES = ("config.json", "generation_config.json")
+# Everything a tokenizer, a chat template or `generate` may read, and how weights are quantized;
+# nothing else of the checkpoint's folder is copied.
+_MODEL_FILES = (
+    "config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "generation_config.json",
+)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
