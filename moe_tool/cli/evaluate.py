@@ -9,6 +9,7 @@ from moe_tool.budget.request import parse_memory_option
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output
 from moe_tool.cli.options import (
+    ActivationsOption,
     BundleArgument,
     DataOption,
     EvictionOption,
@@ -40,6 +41,7 @@ class EvaluateArguments:
     residency: ResidencyOption = None
     eviction: EvictionOption = None
     sparse_experts: SparseExpertsOption = None
+    activations: ActivationsOption = "float32"
     gates: GatesOption = True
     controls: Annotated[
         bool,
@@ -123,6 +125,7 @@ def _show(report: "EvaluationReport", given: EvaluateArguments, output: Output) 
     output.say(
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
         f"of {format_bytes(setup.memory_budget_bytes)}"
+        + (", int8 activations" if setup.activations == "int8" else "")
     )
     if not given.controls and setup.policy != "exact":
         output.say("next: --controls compares the policy with simpler ones")

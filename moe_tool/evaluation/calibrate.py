@@ -188,12 +188,12 @@ def _out_of_reach(
     if tokens is not None:
         hints.append(f"--tokens {max(tokens, asked_tokens) * 5 // 4}, for a narrower interval")
     book = price_book(manifest)
-    if book is not None and best.policy.residents == "cheapest":
+    if book is not None and best.policy.spec.residents == "cheapest":
         share = least_share(manifest, book, max_kl=max_kl, nats_per_price=_exchange(best.figures))
         if share is not None:
             hints.append(f"--memory {math.ceil(100 * share)}%, by the price list")
     return UsageError(
-        f"no setting of {best.policy.kind} keeps a KL of {max_kl:g}: the best one, "
+        f"no setting of {best.policy.spec.name} keeps a KL of {max_kl:g}: the best one, "
         f"{best.policy.name}, has {mean:.4f} with an upper end of {best.upper:.4f}",
         hint=" or ".join(hints),
     )
@@ -204,7 +204,7 @@ def _first_grid(choice: MissChoice, manifest: BundleManifest) -> StrengthGrid:
     if strength is None:
         able = [name for name, spec in MISS_POLICIES.items() if spec.strength is not None]
         raise UsageError(
-            f"--policy {choice.kind} has no strength to search", hint=f"use {', '.join(able)}"
+            f"--policy {choice.spec.name} has no strength to search", hint=f"use {', '.join(able)}"
         )
     return strength.grid(manifest_inputs(manifest))
 

@@ -63,6 +63,6 @@ def dominating(rows: Mapping[MissChoice, PolicyRow]) -> tuple[tuple[str, str], .
 
 def _split(rows: Mapping[MissChoice, PolicyRow]) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """Return the settings of `priced` and the other lossy policies, by name."""
-    lossy = [(policy.kind, row) for policy, row in rows.items() if policy.spec.is_lossy]
-    priced = {row.policy: row.figures for kind, row in lossy if kind == PRICED_POLICY.kind}
+    lossy = [(policy.spec.name, row) for policy, row in rows.items() if policy.spec.is_lossy]
+    priced = {row.policy: row.figures for kind, row in lossy if kind == PRICED_POLICY.spec.name}
     return priced, {row.policy: row.figures for _, row in lossy if row.policy not in priced}

@@ -29,6 +29,7 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.misses import EXACT_POLICY, MISS_POLICIES, MissChoice, parse_miss_policy
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import manifest_inputs
@@ -68,6 +69,8 @@ class EvaluateOptions:
     eviction: EvictionChoice | None = None
     sparse_experts: float | None = None
     """See RunOptions; every sequence then runs alone"""
+    activations: Activations = "float32"
+    """See RunOptions; the exact answers are computed alike"""
     gates: bool = True
     seed: int = 0
     """Seed of the choice of text, of random policies, and of the bootstrap"""
@@ -236,6 +239,7 @@ def _open(
         residency=asked.residency,
         eviction=options.eviction,
         sparse_experts=options.sparse_experts,
+        activations=options.activations,
         gates=options.gates,
         seed=options.seed,
         threads=options.threads,

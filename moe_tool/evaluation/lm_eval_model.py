@@ -359,7 +359,8 @@ class _TextUntil:
 
 def _can_be_cut(cache: DynamicCache) -> bool:
     """Return whether positions can be cut off the end: no sliding window, no recurrent state."""
-    return all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
+    plain = (isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
+    return bool(cache.is_croppable) and all(plain)
 
 
 def _require_known(wanted: Mapping[str, Any], *, is_greedy: bool) -> None:

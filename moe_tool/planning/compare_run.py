@@ -5,12 +5,13 @@ from functools import partial
 
 import numpy as np
 
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.precision import WholeExpertPrecision
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.artifacts.simulation_report import PolicyHits, RunComparison
 from moe_tool.planning.model_costs import costs_of_bytes
 from moe_tool.policies.eviction import Belady, EvictionChoice
-from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
 from moe_tool.simulator.time_model import call_times, forward_seconds
@@ -34,7 +35,7 @@ def compare_run(
         record_bytes=header.record_size_bytes,
         matrix_bytes=header.matrix_bytes,
         n_matrices=header.n_matrices,
-        bits=header.precision.name,
+        bits=_timed_as(header.precision),
         skeleton_bits=header.skeleton_precision.name,
         threads=header.threads,
     ).calls
@@ -85,9 +86,14 @@ def _policies(
         lacks_guesses = "predictions" in choice.hints and not len(calls.guesses)
         capacity = header.n_slots - len(header.pinned)
         is_too_small = choice.per_layer and capacity < len(header.shape.layers)
-        if not (lacks_scores or lacks_guesses or is_too_small or choice.pinned_share):
+        if not (lacks_scores or lacks_guesses or is_too_small or choice.spec.pinned_share):
             yield row(choice.name, replay_run(header, calls, eviction=choice))
     if not header.pinned:
         bound = naive_replay(trace, partial(Belady, calls=trace.calls()), capacity=header.n_slots)
         name = "belady" if header.prefetch == "none" else "belady, without prefetch"
         yield row(name, bound)
+
+
+def _timed_as(precision: WholeExpertPrecision) -> str:
+    """Return the width whose measured products take as long."""
+    return str(precision.width_bits) if precision.kind == "kept" else precision.name

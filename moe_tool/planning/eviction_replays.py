@@ -97,9 +97,9 @@ def _choices(
     choices: list[EvictionChoice] = []
     notes: list[str] = []
     for choice in _CANDIDATES:
-        if choice.pinned_share:
+        if choice.spec.pinned_share:
             count = n_pinned(
-                choice.pinned_share,
+                choice.spec.pinned_share,
                 n_slots=budget.n_slots,
                 n_slots_min=machine.n_slots_min,
                 n_experts=experts.n_experts,
