@@ -26,8 +26,8 @@ def record(folder: Path, out: Path) -> ProfileReport:
         LocatedModel(folder=folder, name="zoo"),
         parse_sources(["builtin"]),
         out=out,
-        tokens=600,
-        seq_len=150,  # longer than the watched sequences
+        tokens=280,
+        seq_len=140,  # longer than the watched sequences
         memory_bytes=8 * 2**30,
     )
 
