@@ -165,6 +165,12 @@ struct Avx2 {
     high = {numbers(table, _mm256_srli_epi32(x, 4), _mm256_slli_epi32(x, 24)),
             numbers(table, _mm256_srli_epi32(y, 4), _mm256_slli_epi32(y, 24))};
   }
+  // Numbers of the K-th codes of sixteen words of eight.
+  template <int K>
+  static Floats numbers_of(Floats table, Bytes words) {
+    return {numbers(table, _mm256_srli_epi32(words.a, 4 * K), _mm256_slli_epi32(words.a, 28 - 4 * K)),
+            numbers(table, _mm256_srli_epi32(words.b, 4 * K), _mm256_slli_epi32(words.b, 28 - 4 * K))};
+  }
   static Floats bytes(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(wide(p)), _mm256_cvtepi32_ps(wide(p + 8))};
   }
