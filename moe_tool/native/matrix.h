@@ -46,6 +46,7 @@ struct KeptMatrix {
   const void *scales, *zeros;  // [row groups][groups]; zeros: null, bytes or float32
   const float* global_scale;  // [n_outputs] or null
   const float* table;         // numbers of 16 codes; of 4 bits
+  const float* centred_table;  // the same less 8, of integers
   int32_t n_outputs, n_inputs, code_kind, scale_kind, rows, columns;
   int32_t zero_is_float, is_divisor;
   int32_t with_integers;  // whether tokens are rounded to int8
@@ -55,7 +56,7 @@ struct KeptMatrix {
   int n_groups() const { return (n_inputs + columns - 1) / columns; }
   int n_blocks() const { return (n_inputs + kInputs - 1) / kInputs; }
   int padded() const {
-    const int part = with_integers ? (bits() == 4 ? 128 : 64) : kInputs;
+    const int part = bits() == 4 ? 128 : (with_integers ? 64 : kInputs);
     return (n_inputs + part - 1) / part * part;
   }
   // Inputs of a token that share a scale.
@@ -70,7 +71,8 @@ struct KeptMatrix {
 
 // Tokens in the order of kept.inc, as floats or, where `values` is null, as int8.
 struct KeptTokens {
-  float* values;  // [tokens][padded]
+  float* values;      // [tokens][padded]
+  float* value_sums;  // [tokens][padded / 8]: sums of what meets in a lane, of 4-bit codes
   int8_t* codes;  // [tokens][padded]
   float* scales;  // [tokens][groups]
   int32_t* sums;  // [tokens][groups]
