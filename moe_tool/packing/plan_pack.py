@@ -45,6 +45,8 @@ class PackJob:
     are packed by their weights alone"""
     hidden_bytes: int
     """Limit of the hidden states carried from layer to layer"""
+    loader: SkeletonLoader
+    """Loader of the checkpoint's skeleton, for the one forward that proves the bundle"""
 
 
 def plan_pack(
@@ -80,11 +82,12 @@ def plan_pack(
             f"{reason}, and there is no profile", hint="--profile FILE, of moe-tool profile"
         )
     tokens = None if reason is None else profile.tokens
+    loader = SkeletonLoader(folder, opened.checkpoint)
     memory = plan_pack_memory(
         opened,
         n_tokens=0 if tokens is None else tokens.ids.size,
         is_nested=primaries.is_nested,
-        in_turn_bytes=SkeletonLoader(folder, opened.checkpoint).in_turn_bytes,
+        in_turn_bytes=loader.in_turn_bytes,
         asked=options.memory_bytes,
     )
     return PackJob(
@@ -106,6 +109,7 @@ def plan_pack(
         buddies=inputs.buddies,
         tokens=tokens,
         hidden_bytes=memory.hidden_bytes,
+        loader=loader,
     )
 
 

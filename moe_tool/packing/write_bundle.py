@@ -92,7 +92,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
 
     def prove(folder: Path) -> None:
         progress.begin("prove the bundle", None, "")
-        proofs.append(prove_bundle(job.folder, opened, folder))
+        proofs.append(prove_bundle(job.loader, opened, folder))
         progress.end()
 
     manifest = writer.finish(
