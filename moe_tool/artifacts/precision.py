@@ -1,5 +1,5 @@
-"""Precisions of expert records: the checkpoint's floats, integer codes with scales, separately
-readable channels, or a low-rank map in the expert's place."""
+"""Precisions of expert records: the checkpoint's floats or codes, integer codes with scales,
+separately readable channels, or a low-rank map in the expert's place."""
 
 import re
 from typing import Annotated, ClassVar, Literal, Self
@@ -106,6 +106,61 @@ class IntegerPrecision(_Precision):
         return self
 
 
+class KeptPrecision(_Precision):
+    """A quantized checkpoint's codes, byte for byte, see quantization/kept_codes.py.
+
+    Vectors (biases) stay floats.
+    """
+
+    kind: Literal["kept"] = "kept"
+    codes: Literal["e2m1", "e4m3", "int4", "int8", "nf4"]
+    group_rows: Annotated[int, Field(ge=1, le=2**16)]
+    """Outputs that share a scale"""
+    group_columns: Annotated[int, Field(ge=0, le=2**16)]
+    """Inputs that share a scale: 16, 32, 64 or a multiple of 128; 0: all of a row"""
+    scale: Literal["float32", "float16", "bfloat16", "e8m0", "e4m3"]
+    global_scale: Literal["none", "factor", "divisor"] = "none"
+    """Whether there is a float32 scale for each output too, and whether it divides the others"""
+    zero: Literal["none", "codes", "bias"] = "none"
+    """Zero points of integers: none, in units of codes, or float32 biases"""
+
+    @property
+    def name(self) -> str:
+        """Name in tables: mxfp4, nvfp4, fp8, nf4, int8, or int4-g32 for groups of 32"""
+        fixed = {("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}
+        name = fixed.get((self.codes, self.scale, self.group_columns))
+        if name is not None:
+            return name
+        if self.codes == "e4m3":
+            return "fp8"
+        group = f"-g{self.group_columns}" if self.group_columns else ""
+        zero = {"none": "", "codes": "-zeros", "bias": "-biases"}[self.zero]
+        return f"{self.codes}{group}{zero}"
+
+    @property
+    def width_bits(self) -> int:
+        """Bits of a code"""
+        return 8 if self.codes in ("e4m3", "int8") else 4
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of tables that may have the precision"""
+        return frozenset({"primary"})
+
+    @property
+    def order_key(self) -> tuple[int, int, int]:
+        """Sort key, the most expensive precision first"""
+        return (0, -self.width_bits, self.group_columns)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "KeptPrecision":
+        if self.group_columns not in (16, 32, 64) and self.group_columns % 128:
+            raise ValueError("a group has 16, 32, 64 or a multiple of 128 inputs, or all of a row")
+        if self.zero != "none" and self.codes not in ("int4", "int8"):
+            raise ValueError("only integers have zero points")
+        return self
+
+
 class LowRankPrecision(_Precision):
     """Low-rank linear map with an offset, fitted to the expert's output, in float16."""
 
@@ -168,12 +223,16 @@ _CHANNELS = re.compile(r"(up|gate)([23])(?::(4|8))?(?::(32|64|128))?")
 _INTEGER = re.compile(r"(?:([12348])(z?)|2\+([12]))(?::(32|64|128))?")
 
 Precision = Annotated[NativePrecision | IntegerPrecision, Field(discriminator="kind")]
+WholeExpertPrecision = Annotated[
+    NativePrecision | KeptPrecision | IntegerPrecision, Field(discriminator="kind")
+]
 ExpertPrecision = Annotated[
-    NativePrecision | IntegerPrecision | ChannelPrecision, Field(discriminator="kind")
+    NativePrecision | KeptPrecision | IntegerPrecision | ChannelPrecision,
+    Field(discriminator="kind"),
 ]
 ReplicaPrecision = Annotated[IntegerPrecision | LowRankPrecision, Field(discriminator="kind")]
 AnyPrecision = Annotated[
-    NativePrecision | IntegerPrecision | ChannelPrecision | LowRankPrecision,
+    NativePrecision | KeptPrecision | IntegerPrecision | ChannelPrecision | LowRankPrecision,
     Field(discriminator="kind"),
 ]
 

@@ -65,13 +65,6 @@ def _text_ids(tokenizer: Any, n_tokens: int, vocabulary: int, seed: int) -> np.n
         seed=seed,
     )
     # The domains alternate block by block, so that every window has both.
-    order = np.argsort(_rank_within(text.domain), kind="stable")
+    rank = np.arange(len(text.domain)) - np.searchsorted(text.domain, text.domain)
+    order = np.argsort(rank, kind="stable")
     return text.ids[order].astype(np.int64).reshape(-1)
-
-
-def _rank_within(domain: np.ndarray) -> np.ndarray:
-    """Return the running number of each sequence inside its own domain, [N]."""
-    rank = np.zeros(len(domain), dtype=np.int64)
-    for label in np.unique(domain):
-        rank[domain == label] = np.arange((domain == label).sum())
-    return rank

@@ -7,6 +7,7 @@ import typer
 
 PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
+Activations = Literal["float32", "int8"]
 
 MAX_CONTEXT = 2**31
 """Largest context that a plan can hold"""
@@ -18,6 +19,24 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", help="A folder, an alias (demo, mixtral, qwen3-moe, ...) or a hub id."
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="NAME",
+        help="Branch, tag or commit on the hub; also MODEL@NAME.",
+        show_default="main",
+    ),
+]
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="Take the tokenizer and chat template from this folder.",
+        show_default="the checkpoint's",
     ),
 ]
 BundleArgument = Annotated[
@@ -120,6 +139,14 @@ SparseExpertsOption = Annotated[
         help="Share of an expert's channels to skip while decoding, the least important ones for "
         "the token: 0 to 0.95, for bundles of `pack --sparse-experts`. Changes the text; prompts "
         "are computed in full.",
+    ),
+]
+ActivationsOption = Annotated[
+    Activations,
+    typer.Option(
+        "--activations",
+        help="Precision of tokens in products with a checkpoint's own codes: int8 is faster for "
+        "mxfp4, nvfp4, int4 and int8, and changes the text.",
     ),
 ]
 ThreadsOption = Annotated[

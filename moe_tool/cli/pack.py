@@ -14,7 +14,13 @@ from moe_tool.artifact_folder import (
 )
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output
-from moe_tool.cli.options import ModelArgument, OfflineOption, ProfilesOption
+from moe_tool.cli.options import (
+    ModelArgument,
+    OfflineOption,
+    ProfilesOption,
+    RevisionOption,
+    TokenizerOption,
+)
 from moe_tool.cli.verb import options_from, verb
 from moe_tool.errors import MoeToolError
 
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
 
     from moe_tool.artifacts.identity import ModelIdentity
     from moe_tool.artifacts.pack_plan import PackPlan
+    from moe_tool.packing.prove_bundle import BundleProof
     from moe_tool.packing.write_bundle import PackReport
 
 
@@ -114,6 +121,8 @@ class PackArguments:
         Path, typer.Option(metavar="DIR", help="The bundle. An interrupted one is resumed.")
     ] = Path("bundle")
     profiles: ProfilesOption = DEFAULT_FOLDER
+    revision: RevisionOption = None
+    tokenizer: TokenizerOption = None
     offline: OfflineOption = False
 
 
@@ -128,7 +137,13 @@ def pack(given: PackArguments, output: Output) -> None:
 
     from moe_tool.models.locate import locate_model
 
-    located = locate_model(given.model, offline=given.offline, announce=output.say)
+    located = locate_model(
+        given.model,
+        revision=given.revision,
+        tokenizer=given.tokenizer,
+        offline=given.offline,
+        announce=output.say,
+    )
 
     from moe_tool.models.architecture import open_model
     from moe_tool.packing.pack_bundle import pack_opened
@@ -141,6 +156,7 @@ def pack(given: PackArguments, output: Output) -> None:
             opened,
             located.folder,
             options,
+            tokenizer=located.tokenizer_folder,
             profile=profile,
             buddies=buddies,
             progress=output.progress,
@@ -157,12 +173,25 @@ def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
         f"and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
     )
+    if report.proof is not None:
+        output.say(_proven(report.proof))
     if report.output_error is not None:
         output.say(f"relative error of the experts' outputs: {report.output_error:.2g}")
     if report.unrouted:
         output.say(_unrouted(report.unrouted))
     sparse = " --sparse-experts 0.7" if is_sparse else ""
     output.say(f'next: moe-tool run {report.bundle}/{sparse} --prompt "The list"')
+
+
+def _proven(proof: "BundleProof") -> str:
+    found = {
+        "equal": "every bit of the logits is the checkpoint's",
+        "close": f"the logits are the checkpoint's, up to {proof.difference:.2g} of rounding",
+    }.get(proof.rule, f"{proof.kl:.3g} nats per token away from the checkpoint")
+    return (
+        f"proven by a forward of {proof.tokens} tokens through both: {found}; "
+        f"{format_bytes(proof.bytes_read)} read, {proof.seconds:.1f} s"
+    )
 
 
 def _unrouted(experts: "Sequence[tuple[int, int]]") -> str:

@@ -15,7 +15,9 @@ from moe_tool.cli.options import (
     OfflineOption,
     ProfileMemoryOption,
     ProfilesOption,
+    RevisionOption,
     SeedOption,
+    TokenizerOption,
 )
 from moe_tool.cli.verb import verb
 
@@ -44,6 +46,8 @@ class ProfileArguments:
         typer.Option(metavar="FILE", help="The profile.", show_default="profiles/NAME.h5"),
     ] = None
     profiles: ProfilesOption = DEFAULT_FOLDER
+    revision: RevisionOption = None
+    tokenizer: TokenizerOption = None
     offline: OfflineOption = False
 
 
@@ -58,7 +62,13 @@ def profile(given: ProfileArguments, output: Output) -> None:
 
     memory_bytes = None if given.memory.strip().lower() == "auto" else parse_bytes(given.memory)
     sources = parse_sources(given.data)
-    located = locate_model(given.model, offline=given.offline, announce=output.say)
+    located = locate_model(
+        given.model,
+        revision=given.revision,
+        tokenizer=given.tokenizer,
+        offline=given.offline,
+        announce=output.say,
+    )
     require_sources(sources, offline=given.offline)
 
     from moe_tool.profiling.recorder import record_profile

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from moe_tool.experts.expert_forward import expert_forward
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight
 
-Supplied = Iterator[tuple[int, Mapping[str, FloatWeight | IntegerWeight]]]
+Supplied = Iterator[tuple[int, Mapping[str, AnyWeight]]]
 Supply = Callable[[list[int]], Supplied]
 """Function from distinct experts, ascending, to each with its weights, in any order. Weights may be
 freed when the next expert is requested."""

@@ -10,12 +10,10 @@ from moe_tool.experts.gate import gate_of
 from moe_tool.experts.linear import computes_natively, linear
 from moe_tool.native.kernels import NativeExpert
 from moe_tool.quantization.channels import ChannelExpert
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 
 
-def expert_forward(
-    module: Any, weights: Mapping[str, FloatWeight | IntegerWeight], x: torch.Tensor
-) -> torch.Tensor:
+def expert_forward(module: Any, weights: Mapping[str, AnyWeight], x: torch.Tensor) -> torch.Tensor:
     """Return one expert's output, [n, H] float32.
 
     Args:
@@ -48,7 +46,7 @@ def expert_forward(
 
 
 def inner_activations(
-    module: Any, weights: Mapping[str, FloatWeight | IntegerWeight], x: torch.Tensor
+    module: Any, weights: Mapping[str, AnyWeight], x: torch.Tensor
 ) -> torch.Tensor:
     """Return the input of an expert's down matrix, [n, I] float32; see `expert_forward`."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -57,7 +55,7 @@ def inner_activations(
     return found
 
 
-def _described(weights: Mapping[str, FloatWeight | IntegerWeight], first: str) -> NativeExpert:
+def _described(weights: Mapping[str, AnyWeight], first: str) -> NativeExpert:
     """Return the kernels' description of the weights, cached in an ExpertWeights."""
     if isinstance(weights, ExpertWeights) and weights.prepared is not None:
         prepared: NativeExpert = weights.prepared
@@ -73,7 +71,7 @@ def _described(weights: Mapping[str, FloatWeight | IntegerWeight], first: str) -
     return prepared
 
 
-def _bias(weights: Mapping[str, FloatWeight | IntegerWeight], name: str) -> FloatWeight | None:
+def _bias(weights: Mapping[str, AnyWeight], name: str) -> FloatWeight | None:
     bias = weights.get(f"{name}_bias")
     assert bias is None or isinstance(bias, FloatWeight), f"{name}_bias is not a vector of floats"
     return bias

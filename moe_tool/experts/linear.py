@@ -8,11 +8,13 @@ expanded in blocks of rows into one scratch block, so that no float32 copy of an
 import torch
 import torch.nn.functional as F
 
-from moe_tool.native.kernels import NativeLinear, is_native
+from moe_tool.native.kept import INTEGER_KINDS, token_group
+from moe_tool.native.kernels import NativeLinear, are_tokens_int8, decode_kept, is_native
 from moe_tool.quantization.bit_packing import ROWS, n_row_blocks
+from moe_tool.quantization.kept_codes import KeptWeight, kept_product
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.tokens import round_trip_tokens
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, FloatWeight, IntegerWeight
 
 FEW_TOKENS = 32
 """Up to here reading the weight dominates; beyond, the product does, where torch is faster for
@@ -23,9 +25,7 @@ _LARGE_BLOCK = 2**20
 
 
 @torch.no_grad()
-def linear(
-    x: torch.Tensor, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None = None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: AnyWeight, bias: FloatWeight | None = None) -> torch.Tensor:
     """Return x @ weight.T + bias, [n, out] float32.
 
     A float32 weight is passed to `F.linear`, so that the result equals the ordinary model's bit for
@@ -40,6 +40,8 @@ def linear(
         return NativeLinear(weight, bias).forward(x)
     if isinstance(weight, IntegerWeight):
         out = _linear_integer(x, weight)
+    elif isinstance(weight, KeptWeight):
+        out = _linear_kept(x, weight)
     elif weight.values.dtype == torch.float32:
         out = F.linear(x, weight.values)
     else:
@@ -48,12 +50,14 @@ def linear(
     return out if bias is None else out.add_(bias.values.to(torch.float32))
 
 
-def computes_natively(weight: FloatWeight | IntegerWeight, n_tokens: int) -> bool:
+def computes_natively(weight: AnyWeight, n_tokens: int) -> bool:
     """Return whether the compiled kernels compute a product of `n_tokens` tokens."""
     if not is_native():
         return False
     if isinstance(weight, IntegerWeight):
         return True
+    if isinstance(weight, KeptWeight):
+        return n_tokens <= FEW_TOKENS or _are_rounded(weight)
     return weight.values.dtype != torch.float32 and n_tokens <= FEW_TOKENS
 
 
@@ -79,6 +83,16 @@ def _linear_integer(x: torch.Tensor, weight: IntegerWeight) -> torch.Tensor:
         start = first * ROWS
         torch.mm(tokens, dequantize(part).T, out=out[:, start : start + part.n_outputs])
     return out
+
+
+def _are_rounded(weight: KeptWeight) -> bool:
+    return are_tokens_int8() and weight.kind in INTEGER_KINDS
+
+
+def _linear_kept(x: torch.Tensor, weight: KeptWeight) -> torch.Tensor:
+    if _are_rounded(weight):
+        x = round_trip_tokens(x, token_group(weight.group[1]))
+    return kept_product(x, weight, decode=decode_kept if is_native() else KeptWeight.decode)
 
 
 def _row_blocks(weight: IntegerWeight, first: int, stop: int) -> IntegerWeight:

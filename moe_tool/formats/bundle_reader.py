@@ -64,8 +64,12 @@ class BundleReader:
             self._files = RecordFiles(folder, names)
 
     @classmethod
-    def open(cls, folder: Path) -> "BundleReader":
+    def open(cls, folder: Path, *, is_finished: bool = True) -> "BundleReader":
         """Open a bundle after checking its manifest against names, sizes and headers of its files.
+
+        Args:
+            folder: the bundle.
+            is_finished: whether a bundle that is still being written is refused.
 
         Raises:
             NotFoundError: there is no such folder.
@@ -73,7 +77,7 @@ class BundleReader:
             ArtifactVersionError: its manifest has another schema version.
             StorageError: it cannot be read.
         """
-        return cls(folder, check_bundle(folder))
+        return cls(folder, check_bundle(folder, is_finished=is_finished))
 
     @property
     def expert_bytes(self) -> int:

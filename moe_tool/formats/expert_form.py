@@ -18,7 +18,7 @@ from moe_tool.artifacts.precision import IntegerPrecision, LowRankPrecision, Nat
 from moe_tool.formats.integer_parts import integer_parts, is_factor, join_integer_parts
 from moe_tool.formats.record_layout import RecordLayout, lay_out
 from moe_tool.quantization.low_rank import LOW_RANK_TENSORS
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 
 _Part = tuple[str, str, tuple[int, ...]]
 
@@ -35,7 +35,7 @@ class TensorForm:
     has_to_be_finite: Callable[[str], bool] = is_factor
     """Whether the segment of a name is checked; the checkpoint's own numbers are not"""
 
-    def encode(self, content: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:
+    def encode(self, content: Mapping[str, AnyWeight]) -> torch.Tensor:
         """Return a record, uint8 [layout.size_bytes]."""
 
         def values(segment: str) -> torch.Tensor:
@@ -85,7 +85,7 @@ def expert_form(shape: MoeShape, precision: NativePrecision | IntegerPrecision) 
 
 def low_rank_form(shape: MoeShape, precision: LowRankPrecision) -> TensorForm:
     """Return the form of the low-rank maps for a model's experts."""
-    sizes = {"rank": precision.rank, "hidden": shape.hidden}
+    sizes = {"rank": precision.rank, "hidden": shape.expert_hidden}
     shapes = {name: tuple(map(sizes.__getitem__, at)) for name, at in LOW_RANK_TENSORS.items()}
     return TensorForm(
         layout=lay_out([(name, "float16", extents) for name, extents in shapes.items()]),

@@ -6,7 +6,6 @@ memory and would break the memory budget.
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,12 @@ from moe_tool.errors import (
 )
 from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
-from moe_tool.formats.hostile_file import open_plain_file, quoted, read_capped, reading
+from moe_tool.formats.hostile_file import open_plain_file, quoted, reading
+from moe_tool.formats.shard_index import index_remarks, read_weight_map
 from moe_tool.formats.strict_json import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
 """Largest header accepted, the safetensors library's own limit."""
-_MAX_INDEX_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _DROP_CACHE_BYTES = 2**20
 _DTYPES: dict[str, torch.dtype] = {
@@ -38,8 +37,10 @@ _DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -47,16 +48,13 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
     "U16": 2,
-    "U32": 4,
     "U64": 8,
     "C64": 8,
-    "F8_E8M0": 1,
     "F8_E4M3FNUZ": 1,
     "F8_E5M2FNUZ": 1,
 }
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_BASENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _AGAIN = "copy or download the file again"
 
 
@@ -88,24 +86,34 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         open_plain_file(path, remedy=_AGAIN, missing="check the path") as file,
     ):
         file_bytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(_LENGTH_BYTES)
-        if len(prefix) < _LENGTH_BYTES:
-            raise _corrupt(
-                f"{path} has {file_bytes} bytes, a safetensors file has at least {_LENGTH_BYTES}"
-            )
-        foreign = foreign_content(path, prefix + file.read(BEGINNING_BYTES - _LENGTH_BYTES))
+        foreign = foreign_content(path, file.read(BEGINNING_BYTES))
         if foreign is not None:
             raise foreign
-        file.seek(_LENGTH_BYTES)
-        header_bytes = int.from_bytes(prefix, "little")
-        if header_bytes > MAX_HEADER_BYTES or _LENGTH_BYTES + header_bytes > file_bytes:
-            raise _corrupt(
-                f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
-                "it is truncated or no safetensors file"
-            )
-        text = file.read(header_bytes)
+        file.seek(0)
+        beginning = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(beginning, "little")
+        beginning += file.read(min(length, MAX_HEADER_BYTES, file_bytes))
+    return parse_header(path, beginning, file_bytes=file_bytes)
+
+
+def parse_header(path: Path, beginning: bytes, *, file_bytes: int) -> dict[str, TensorInfo]:
+    """Return the tensors of one safetensors file from its first bytes, length and header.
+
+    Raises:
+        CorruptArtifactError: as `read_header`.
+    """
+    if len(beginning) < _LENGTH_BYTES:
+        raise _corrupt(
+            f"{path} has {file_bytes} bytes, a safetensors file has at least {_LENGTH_BYTES}"
+        )
+    header_bytes = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
     data_start = _LENGTH_BYTES + header_bytes
-    entries = parse_json_object(path, text, remedy=_AGAIN)
+    if header_bytes > MAX_HEADER_BYTES or data_start > min(file_bytes, len(beginning)):
+        raise _corrupt(
+            f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
+            "it is truncated or no safetensors file"
+        )
+    entries = parse_json_object(path, beginning[_LENGTH_BYTES:data_start], remedy=_AGAIN)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _corrupt(f"{path}: its metadata are not strings")
@@ -158,6 +166,8 @@ class Checkpoint:
         self.bytes_read = 0
         self.on_read: Callable[[str, int | None, memoryview], None] | None = None
         """Callback on every read: tensor name, row if only one was read, bytes"""
+        self.remarks: tuple[str, ...] = ()
+        """Sentences on what the index and the files say differently"""
         self.requires_finite = False
         """Whether tensors with NaN or infinity are refused, as in a model's weights"""
         self._files: dict[Path, int] = {}
@@ -213,30 +223,24 @@ class Checkpoint:
 
     @classmethod
     def _open_sharded(cls, folder: Path, index: Path) -> "Checkpoint":
-        weight_map = _read_weight_map(index)
+        weight_map = read_weight_map(index)
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             if not (folder / shard).is_file():
+                is_begun = (folder / f"{shard}.incomplete").is_file()
+                state = "is downloaded only in part" if is_begun else "is not there"
                 raise CorruptArtifactError(
-                    f"{index} names the shard {shard}, which is not there",
+                    f"{index} names the shard {shard}, which {state}",
                     hint="download the missing shard",
                 )
-        checkpoint = cls.open_files([folder / shard for shard in shards])
-        for name, shard in weight_map.items():
-            found = checkpoint.tensors.get(name)
-            if found is None or found.file.name != shard:
-                where = "no shard" if found is None else found.file.name
-                raise CorruptArtifactError(
-                    f"{index} says that {quoted(name)} lies in {shard}, it lies in {where}",
-                    hint="download index and shards again, all of the same version",
-                )
-        extra = sorted(checkpoint.tensors.keys() - weight_map.keys())
-        if extra:
-            raise CorruptArtifactError(
-                f"{checkpoint.tensors[extra[0]].file} holds {quoted(extra[0])}, "
-                f"which {index.name} does not name",
-                hint="download index and shards again, all of the same version",
-            )
+        headers = {shard: read_header(folder / shard) for shard in shards}
+        named = {
+            name: headers[shard][name]
+            for name, shard in weight_map.items()
+            if name in headers[shard]
+        }
+        checkpoint = cls(named)
+        checkpoint.remarks = index_remarks(index, weight_map, headers)
         return checkpoint
 
     def read(self, name: str, *, row: int | None = None) -> torch.Tensor:
@@ -271,6 +275,11 @@ class Checkpoint:
         data = bytearray(info.size_bytes)
         self._read_into(info, data, info.offset, None)
         return bytes(data)
+
+    def extra_bytes(self, name: str) -> int:
+        """Return the bytes that reading a tensor holds beside it."""
+        del name
+        return 0
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -368,22 +377,3 @@ def _require_tiling(
     if position != file_bytes:
         what = "truncated" if file_bytes < position else "longer than its header says"
         raise _corrupt(f"{path} is {what}: wanted {position} bytes, found {file_bytes}")
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    text = read_capped(index, limit_bytes=_MAX_INDEX_BYTES, remedy=_AGAIN)
-    weight_map = parse_json_object(index, text, remedy=_AGAIN).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise _corrupt(f"{index} has no weight_map")
-    for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or not _BASENAME.fullmatch(shard)
-            or not shard.endswith(".safetensors")
-        ):
-            raise CorruptArtifactError(
-                f"{index} puts {quoted(name)} into {quoted(shard)}, "
-                "which is not the plain name of a safetensors file",
-                hint="use a checkpoint from a source that you trust",
-            )
-    return weight_map

@@ -37,10 +37,9 @@ from moe_tool.models.skeleton_source import linear_shapes
 from moe_tool.models.stored_modules import put_stored, stored_weight
 from moe_tool.native.kernels import NativeLinear, is_native
 from moe_tool.progress import SILENT, Progress
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight
 
 Call = Callable[[], object]
-_Weight = FloatWeight | IntegerWeight
 _VOCABULARY, _N_EXPERTS, _TOP_K = 256, 8, 2
 _DEPTH = 16
 _WARM_UP_TOKENS = 2
@@ -187,7 +186,7 @@ def _matrices(model: PreTrainedModel) -> list[Call]:
 
 
 def _with_experts(
-    matrices: list[Call], records: Iterator[Mapping[str, _Weight]], shape: LayerShape
+    matrices: list[Call], records: Iterator[Mapping[str, AnyWeight]], shape: LayerShape
 ) -> list[Call]:
     """Return the skeleton's products with `_TOP_K` experts after those of each layer."""
     x = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))

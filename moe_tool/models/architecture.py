@@ -1,6 +1,7 @@
 """Opening of a checkpoint: shape, identity, and sources of skeleton and experts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -14,9 +15,10 @@ from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.checkpoint_identity import checkpoint_identity
 from moe_tool.models.context_length import context_length
-from moe_tool.models.expert_source import ExpertSource, is_transposed
+from moe_tool.models.expert_source import ExpertSource, expert_dtype, is_transposed
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.meta_model import build_meta_model
+from moe_tool.models.model_config import read_raw_config
 from moe_tool.models.moe_layers import (
     MoeLayerModules,
     decoder_layers,
@@ -25,11 +27,12 @@ from moe_tool.models.moe_layers import (
     top_k,
 )
 from moe_tool.models.skeleton_source import SkeletonSource
+from moe_tool.models.stored_formats.registry import as_logical, open_checkpoint
 from moe_tool.models.tensor_map import TensorMap
+from moe_tool.models.unused_tensors import warnings_of
 
 UNFUSED_ATTENTION = frozenset({"gpt_oss"})
 """Model types whose attention transformers computes step by step, score matrix included"""
-_FLOAT_NAMES: dict[str, FloatName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,10 @@ class OpenedModel:
     """Context length of the model; a large number if unknown"""
     unfused_attention_heads: int
     """Query heads whose score matrices are in memory in full; 0 with a fused kernel"""
+    decode_bytes: int
+    """Most bytes that decoding one tensor holds beside the result; 0 if none is stored as codes"""
+    warnings: tuple[str, ...]
+    """A sentence for each thing in the folder that has no effect"""
 
 
 def open_model(model: LocatedModel) -> OpenedModel:
@@ -58,13 +65,9 @@ def open_model(model: LocatedModel) -> OpenedModel:
         CorruptArtifactError: config or tensors are damaged or do not belong together.
     """
     meta = build_meta_model(model.folder)
-    checkpoint = Checkpoint.open_folder(model.folder)
+    checkpoint = open_checkpoint(model.folder, read_raw_config(model.folder))
     try:
-        _require_merged(checkpoint)
-        tensor_map = TensorMap(meta, checkpoint)
-        experts = ExpertSource(meta, checkpoint)
-        tensor_map.check_skeleton()
-        shape = read_shape(meta, checkpoint)
+        tensor_map, unused, experts, shape = _check(meta, checkpoint)
         identity = checkpoint_identity(
             model.folder,
             checkpoint,
@@ -83,7 +86,30 @@ def open_model(model: LocatedModel) -> OpenedModel:
         experts=experts,
         max_positions=context_length(meta.config.get_text_config()) or 2**30,
         unfused_attention_heads=_unfused_attention_heads(meta),
+        decode_bytes=max(checkpoint.extra_bytes(name) for name in checkpoint.tensors),
+        warnings=(*checkpoint.remarks, *warnings_of(model.folder, unused)),
     )
+
+
+def check_headers(folder: Path, checkpoint: Checkpoint) -> None:
+    """Compare the headers of a checkpoint with the config.json of a folder; no weight is read.
+
+    Raises:
+        NotFoundError, UnsupportedModelError, CorruptArtifactError: as `open_model`.
+    """
+    meta = build_meta_model(folder)
+    _check(meta, as_logical(checkpoint, folder, read_raw_config(folder)))
+
+
+def _check(
+    meta: PreTrainedModel, checkpoint: Checkpoint
+) -> tuple[TensorMap, tuple[str, ...], ExpertSource, MoeShape]:
+    _require_merged(checkpoint)
+    tensor_map = TensorMap(meta, checkpoint)
+    unused = tensor_map.find_unused()
+    experts = ExpertSource(meta, checkpoint)
+    tensor_map.check_skeleton()
+    return tensor_map, unused, experts, read_shape(meta, checkpoint)
 
 
 def _require_merged(checkpoint: Checkpoint) -> None:
@@ -110,25 +136,11 @@ def read_shape(model: PreTrainedModel, checkpoint: Checkpoint) -> MoeShape:
         checkpoint: a whole checkpoint.
 
     Raises:
-        UnsupportedModelError: the experts are not stored in one floating-point dtype.
+        UnsupportedModelError: the experts are not stored as floats.
         CorruptArtifactError: the checkpoint holds no experts.
     """
     modules = find_moe_layers(model)[0]
-    tensor_map = TensorMap(model, checkpoint)
-    names = [
-        name for layer in tensor_map.moe_layers for name in tensor_map.expert_tensor_names(layer)
-    ]
-    if not names:
-        raise CorruptArtifactError(
-            "the checkpoint holds no experts", hint="download the checkpoint again"
-        )
-    dtypes = {checkpoint.tensors[name].dtype for name in names}
-    if len(dtypes) > 1 or not dtypes <= _FLOAT_NAMES.keys():
-        raise UnsupportedModelError(
-            f"experts stored as {', '.join(sorted(dtypes))} are not read",
-            hint="use a float32, bfloat16 or float16 version of the checkpoint",
-        )
-    return structure(model, modules, dtype=_FLOAT_NAMES[dtypes.pop()])
+    return structure(model, modules, dtype=expert_dtype(TensorMap(model, checkpoint), checkpoint))
 
 
 def structure(model: PreTrainedModel, modules: MoeLayerModules, *, dtype: FloatName) -> MoeShape:

@@ -1,11 +1,24 @@
 """Reader of single experts of a checkpoint in canonical form, whatever the layout on disk."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
+from moe_tool.artifacts.moe_shape import FloatName
+from moe_tool.artifacts.precision import KeptPrecision
+from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
+from moe_tool.formats.kept_form import kept_precision, with_equal_groups
 from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.kept_rows import place_rows, row_order
 from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters
-from moe_tool.models.tensor_map import TensorMap
+from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
+from moe_tool.models.tensor_map import Piece, TensorMap
+from moe_tool.models.unused_tensors import require_float
+from moe_tool.quantization.kept_codes import KeptWeight
+from moe_tool.quantization.weights import AnyWeight, FloatWeight
+
+_FLOAT_NAMES: dict[str, FloatName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class ExpertSource:
@@ -20,6 +33,7 @@ class ExpertSource:
 
         Raises:
             CorruptArtifactError: an expert's tensor is missing or of another shape.
+            UnsupportedModelError: the experts are not stored as floats.
         """
         self._checkpoint = checkpoint
         self._map = TensorMap(model, checkpoint)
@@ -28,6 +42,8 @@ class ExpertSource:
             layer: tuple(expert_parameters(modules))
             for layer, modules in self._map.moe_layers.items()
         }
+        self._dtype = getattr(torch, expert_dtype(self._map, checkpoint))
+        self._orders: dict[tuple[int, str], torch.Tensor | None] = {}
         self._transposed = {
             layer: is_transposed(modules) for layer, modules in self._map.moe_layers.items()
         }
@@ -40,7 +56,7 @@ class ExpertSource:
             expert: 0 to E - 1.
 
         Returns:
-            Contiguous tensors in the checkpoint's dtype by the experts module's parameter names:
+            Contiguous tensors of `expert_dtype` by the experts module's parameter names:
             matrices [out, in], biases [out]. Rows of gate_up_proj are in the module's order.
 
         Raises:
@@ -48,23 +64,123 @@ class ExpertSource:
         """
         return {name: self._read(layer, name, expert) for name in self._parameters[layer]}
 
+    @property
+    def are_coded(self) -> bool:
+        """Whether some experts are stored in codes that are decoded when they are read."""
+        return isinstance(self._checkpoint, LogicalCheckpoint) and any(
+            name in self._checkpoint.stored
+            for layer in self._parameters
+            for name in self.tensor_names(layer)
+        )
+
+    def kept_precision(self) -> KeptPrecision | None:
+        """Return the precision of the experts' codes on disk; None: they are floats, or not all of
+        them can be kept as they are.
+
+        One expert of every layer is read.
+        """
+        found = set()
+        for layer in self._parameters:
+            weights = self.read_kept(layer, 0)
+            try:
+                found.add(None if weights is None else kept_precision(weights))
+            except ValueError:
+                return None
+            if found - {None} != found:
+                return None
+        return found.pop() if len(found) == 1 else None
+
+    def read_kept(self, layer: int, expert: int) -> dict[str, AnyWeight] | None:
+        """Read one expert's matrices in the codes on disk, and its vectors as `read` does.
+
+        Returns:
+            None if a matrix is stored as floats, or in codes that cannot be kept.
+
+        Raises:
+            CorruptArtifactError: a number is NaN or infinite.
+            StorageError: the checkpoint cannot be read.
+        """
+        if not isinstance(self._checkpoint, LogicalCheckpoint):
+            return None
+        found: dict[str, AnyWeight] = {}
+        for name in self._parameters[layer]:
+            pieces, is_stacked = self._map.expert_pieces(layer, name, expert)
+            row = expert if is_stacked else None
+            parts = [self._checkpoint.read_kept(piece.name, row=row) for piece in pieces]
+            kept = [part for part in parts if part is not None]
+            if not kept:
+                found[name] = FloatWeight(values=self._read(layer, name, expert))
+                if len(found[name].shape) == 2:
+                    return None
+                continue
+            order = self._row_order(layer, name, expert, kept) if len(kept) == len(parts) else None
+            if order is None:
+                return None
+            found[name] = place_rows(kept, order)
+        return with_equal_groups(found)
+
+    def _row_order(
+        self, layer: int, parameter: str, expert: int, parts: Sequence[KeptWeight]
+    ) -> torch.Tensor | None:
+        """Return how the parts' rows make a parameter, the same for all experts of a layer."""
+        if (layer, parameter) not in self._orders:
+            pieces, is_stacked = self._map.expert_pieces(layer, parameter, expert)
+
+            def convert(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+                return self._converted(layer, parameter, pieces, tensors, is_stacked)
+
+            self._orders[layer, parameter] = row_order(parts, convert)
+        return self._orders[layer, parameter]
+
     def tensor_names(self, layer: int) -> list[str]:
         """Return the on-disk names, sorted, of all experts' tensors of one layer."""
         return self._map.expert_tensor_names(layer)
 
     def _read(self, layer: int, parameter: str, expert: int) -> torch.Tensor:
         pieces, is_stacked = self._map.expert_pieces(layer, parameter, expert)
-        tensors = []
-        for piece in pieces:
-            if is_stacked:
-                row = self._checkpoint.read(piece.name, row=expert)
-                tensors.append(row if piece.pattern is None else row.unsqueeze(0))
-            else:
-                tensors.append(self._checkpoint.read(piece.name))
+        row = expert if is_stacked else None
+        tensors = [self._checkpoint.read(piece.name, row=row) for piece in pieces]
+        return self._converted(layer, parameter, pieces, tensors, is_stacked)
+
+    def _converted(
+        self,
+        layer: int,
+        parameter: str,
+        pieces: Sequence[Piece],
+        tensors: Sequence[torch.Tensor],
+        is_stacked: bool,
+    ) -> torch.Tensor:
+        if is_stacked and pieces[0].pattern is not None:
+            tensors = [tensor.unsqueeze(0) for tensor in tensors]
         made = self._map.convert_expert(layer, parameter, pieces, tensors)
         if self._transposed[layer] and made.ndim == 2:
             made = made.T
-        return made.contiguous()
+        return made.to(self._dtype).contiguous()
+
+
+def expert_dtype(tensor_map: TensorMap, checkpoint: Checkpoint) -> FloatName:
+    """Return the dtype that holds every expert as stored: float32 if they have several.
+
+    Raises:
+        CorruptArtifactError: the checkpoint holds no experts.
+        UnsupportedModelError: the experts are not stored as floats.
+    """
+    found = set()
+    for layer in tensor_map.moe_layers:
+        for name in tensor_map.expert_tensor_names(layer):
+            info = checkpoint.tensors[name]
+            require_float(info)
+            found.add(info.dtype)
+    if not found:
+        raise CorruptArtifactError(
+            "the checkpoint holds no experts", hint="download the checkpoint again"
+        )
+    if not found <= _FLOAT_NAMES.keys():
+        raise UnsupportedModelError(
+            f"experts stored as {', '.join(sorted(found))} are not read",
+            hint="use a float32, bfloat16 or float16 version of the checkpoint",
+        )
+    return _FLOAT_NAMES[found.pop()] if len(found) == 1 else "float32"
 
 
 def is_transposed(modules: MoeLayerModules) -> bool:

@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
-from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
+from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
 from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.models.config_dialects import encode_floats, plain_config
 from moe_tool.models.moe_layers import unsupported
+from moe_tool.models.stored_formats.registry import SETTING_KEYS, declared_settings, find_format
 
 _MAX_CONFIG_BYTES = 4 * 2**20
 # Twenty times more than any model has; building modules for a damaged number would take hours.
@@ -24,6 +30,13 @@ _COUNTS = (
     "num_experts_per_tok",
     "num_local_experts",
 )
+_TEXT_MODELS = frozenset(
+    (
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+)
 _NEVER_USED = frozenset(
     (
         # code, which is never run, and labels, which language models do not use
@@ -35,30 +48,38 @@ _NEVER_USED = frozenset(
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
         *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
         *("_attn_implementation_autoset", "_flash_attn_2_enabled", "gradient_checkpointing"),
+        # the form of the weights on the disk, which `open_checkpoint` reads
+        *SETTING_KEYS,
     )
 )
 """Keys without influence on what the model computes"""
 _HINT = "download the checkpoint again"
-_QUANTIZED_FILES = {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
-"""Quantization format by the file that reveals it, if config.json does not"""
 _RECORD_AGAIN = "record the profile again with moe-tool profile"
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read config.json of a causal language model without executing code that it names.
+    """Read config.json of a model that predicts text, without executing code that it names.
 
     Raises:
         NotFoundError: the folder has no config.json.
         CorruptArtifactError: it is not a model's configuration.
-        UnsupportedModelError: transformers has no causal language model of this type, or the
-            weights are quantized.
+        UnsupportedModelError: transformers has no model of this type that predicts text, or the
+            weights are quantized in a format that is not read.
     """
     path = folder / "config.json"
-    raw = _read_json(path)
-    for name in _QUANTIZED_FILES:
-        if (folder / name).is_file():
-            raise _quantized(str(raw.get("model_type")), _QUANTIZED_FILES[name])
+    raw = read_raw_config(folder)
+    _require_format(raw, folder)
     return _config_of(path, raw, _HINT)
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json.
+
+    Raises:
+        NotFoundError: the folder has no config.json.
+        CorruptArtifactError: it is no JSON object.
+    """
+    return _read_json(folder / "config.json")
 
 
 def read_config_text(folder: Path) -> str:
@@ -67,12 +88,8 @@ def read_config_text(folder: Path) -> str:
     Raises:
         NotFoundError, CorruptArtifactError: as `read_config`.
     """
-    path = folder / "config.json"
-    raw = _without_leftovers(_read_json(path))
-    try:
-        return json.dumps(raw, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:  # 1e999 is read as infinity
-        raise CorruptArtifactError(f"{path}: {error}", hint=_HINT) from error
+    raw = encode_floats(_without_leftovers(read_raw_config(folder)))
+    return json.dumps(raw, separators=(",", ":"), allow_nan=False)
 
 
 def config_from_json(text: str, source: Path = Path("config.json")) -> PreTrainedConfig:
@@ -108,22 +125,19 @@ def _config_of(path: Path, raw: dict[str, Any], hint: str) -> PreTrainedConfig:
             f"{path} names no model_type",
             hint="use the folder of a checkpoint in Hugging Face format",
         )
-    model_type = model_type[:64]
+    raw = plain_config(raw)
+    model_type = str(raw["model_type"])[:64]
     if model_type not in CONFIG_MAPPING:
         reason = "transformers does not know it"
         if "auto_map" in raw:
             reason = "it needs Python code of its own, which is never executed"
         raise unsupported(model_type, reason)
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise unsupported(model_type, "it is not a causal language model")
-    _refuse_quantized(model_type, raw)
-    n_layers = raw.get("num_hidden_layers", 1)
-    if not isinstance(n_layers, int) or not 1 <= n_layers <= _MAX_LAYERS:
-        raise CorruptArtifactError(
-            f"{path}: num_hidden_layers is {str(n_layers)[:32]}, wanted 1 to {_MAX_LAYERS}",
-            hint=hint,
-        )
-    _require_counts(path, raw, hint)
+    if model_type not in _TEXT_MODELS:
+        raise unsupported(model_type, "it is not a model that predicts text token by token")
+    _require_format(raw, None)
+    text = raw.get("text_config")
+    for part in (raw, text) if isinstance(text, dict) else (raw,):
+        _require_counts(path, part, hint)
     try:
         return CONFIG_MAPPING[model_type].from_dict(_without_leftovers(raw))
     except Exception as error:  # each configuration class has errors of its own
@@ -155,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if foreign is not None:
         raise foreign
     try:
-        raw = json.loads(data, parse_constant=_refuse_constant)
+        raw = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(f"{path} is not JSON: {error}", hint=hint) from error
     if not isinstance(raw, dict):
@@ -163,12 +177,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
     """Refuse impossible sizes before modules or masks are built from them."""
+    n_layers = raw.get("num_hidden_layers")
+    n_layers = 1 if n_layers is None else n_layers
+    if not isinstance(n_layers, int) or not 1 <= n_layers <= _MAX_LAYERS:
+        raise CorruptArtifactError(
+            f"{path}: num_hidden_layers is {str(n_layers)[:32]}, wanted 1 to {_MAX_LAYERS}",
+            hint=hint,
+        )
     for key in _COUNTS:
         value = raw.get(key)
         is_unused = key == "sliding_window" and raw.get("use_sliding_window") is False
@@ -181,18 +198,7 @@ def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
             )
 
 
-def _refuse_quantized(model_type: str, raw: dict[str, Any]) -> None:
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        is_named = isinstance(quantization, dict) and "quant_method" in quantization
-        method = str(quantization["quant_method"])[:32] if is_named else "unknown"
-        raise _quantized(model_type, method)
-    if isinstance(raw.get("quantization"), dict):
-        raise _quantized(model_type, "mlx")
-
-
-def _quantized(model_type: str, method: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"this {model_type[:64]} checkpoint is stored in {method} format, which is not read",
-        hint="use a float32, bfloat16 or float16 version of the checkpoint",
-    )
+def _require_format(raw: dict[str, Any], folder: Path | None) -> None:
+    settings = declared_settings(folder, raw)
+    if settings is not None:
+        find_format(settings, str(raw.get("model_type")))

@@ -1,5 +1,6 @@
 """Reader of a checkpoint's skeleton by groups of tensors, for matrices that may be quantized."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -47,6 +48,10 @@ class SkeletonSource:
         """Tensors that make these matrices, in the order of the model"""
         self.tensor_names: list[str] = tensor_map.skeleton_names()
         """On-disk names, sorted, of everything but the experts"""
+        self.n_weights = sum(
+            math.prod(checkpoint.tensors[name].shape) for name in self.tensor_names
+        )
+        """Numbers in everything but the experts"""
         self.other_names: list[str] = self._sort(model)
         """Sorted names of tensors that are still needed when `groups` are quantized"""
 

@@ -62,13 +62,14 @@ class Scratch {
 struct TokenScratch {
   Scratch<int8_t> codes;
   Scratch<float> scales;
-  Scratch<int32_t> sums;
+  Scratch<int32_t> sums, lane_sums;
   Scratch<uint8_t> tables;
+  Scratch<float> values;
 };
 TokenScratch input_scratch, inner_scratch;
 Scratch<float> product_scratch, inner_floats, input_floats;
 thread_local Scratch<uint8_t> row_codes;
-thread_local Scratch<float> row_sums;
+thread_local Scratch<float> row_sums, kept_factors;
 thread_local Scratch<uint32_t> pair_sums;
 
 // Largest numbers of tokens, by bits.
@@ -102,11 +103,46 @@ void quantize_groups(const QuantizedMatrix& w, const float* x, int token, int fi
                                std::min(w.input_blocks(), last * blocks));
 }
 
-void quantize_tokens(const QuantizedMatrix& w, const float* x, int n_tokens,
-                     const QuantizedTokens& out) {
-  pool().each(n_tokens, [&](int t) {
-    quantize_groups(w, x + size_t(t) * w.n_inputs, t, 0, out.n_groups, out);
-  });
+// Tokens as one form of a matrix takes them.
+struct Tokens {
+  const float* floats;
+  QuantizedTokens rounded;
+  KeptTokens ordered;
+};
+
+KeptTokens room_for(TokenScratch& scratch, const KeptMatrix& w, int n_tokens) {
+  KeptTokens x{};
+  x.padded = w.padded();
+  const size_t size = size_t(n_tokens) * x.padded;
+  if (!w.with_integers) {
+    x.values = scratch.values.of(size);
+    return x;
+  }
+  x.codes = scratch.codes.of(size);
+  x.scales = scratch.scales.of(size_t(n_tokens) * w.n_token_groups());
+  x.sums = scratch.sums.of(size_t(n_tokens) * w.n_token_groups());
+  x.lane_sums = scratch.lane_sums.of(size / 4);
+  return x;
+}
+
+Tokens room_for(TokenScratch& scratch, const Weight& weight, const float* x, int n_tokens) {
+  Tokens tokens{x, {}, {}};
+  if (weight.form == Form::kQuantized)
+    tokens.rounded = room_for(scratch, weight.quantized, n_tokens);
+  if (weight.form == Form::kKept) tokens.ordered = room_for(scratch, weight.kept, n_tokens);
+  return tokens;
+}
+
+// Inputs [first, last) of one token; but for the last input they end where groups do.
+void prepare(const Weight& weight, const float* x, int token, int first, int last,
+             const Tokens& out) {
+  if (weight.form == Form::kQuantized) {
+    const int group = weight.quantized.group;
+    quantize_groups(weight.quantized, x, token, first / group, (last + group - 1) / group,
+                    out.rounded);
+  } else if (weight.form == Form::kKept) {
+    in_use->order_tokens(weight.kept, x, token, first, last, out.ordered);
+  }
 }
 
 void add_bias(const float* bias, int first, int last, int n_tokens, float* out, ptrdiff_t stride) {
@@ -128,11 +164,26 @@ int rows_per_chunk(int n_rows, size_t row_bytes) {
   return std::max({1, for_bytes, n_rows / (kChunksPerThread * pool().n_threads())});
 }
 
-void multiply(const Weight& weight, const QuantizedTokens& codes, const float* x, int n_tokens,
-              float* out) {
-  const int n_outputs = weight.n_outputs();
+void multiply_kept(const Weight& weight, const KeptTokens& x, int n_tokens, float* out) {
+  const KeptMatrix& w = weight.kept;
+  const int rows = (rows_per_chunk(w.n_outputs, w.row_bytes()) + kKeptRows - 1) / kKeptRows * kKeptRows;
+  pool().each((w.n_outputs + rows - 1) / rows, [&](int chunk) {
+    const int first = chunk * rows, last = std::min(w.n_outputs, first + rows);
+    float* const scratch = kept_factors.of(w.scratch());
+    if (w.with_integers)
+      in_use->kept_integer_rows(w, first, last, x, n_tokens, out, w.n_outputs, scratch);
+    else
+      in_use->kept_rows(w, first, last, &x, n_tokens, out, w.n_outputs, scratch);
+    add_bias(weight.bias, first, last, n_tokens, out, w.n_outputs);
+  });
+}
+
+void multiply(const Weight& weight, const Tokens& tokens, int n_tokens, float* out) {
+  const int n_outputs = weight.n_outputs;
   const ptrdiff_t stride = n_outputs;
-  if (!weight.is_quantized) {
+  const float* const x = tokens.floats;
+  if (weight.form == Form::kKept) return multiply_kept(weight, tokens.ordered, n_tokens, out);
+  if (weight.form == Form::kFloats) {
     const FloatMatrix& w = weight.floats;
     const size_t row = size_t(w.n_inputs) * (w.kind == kFloat32 ? 4 : 2);
     const int rows = (rows_per_chunk(n_outputs, row) + 3) / 4 * 4;  // four are computed together
@@ -144,6 +195,7 @@ void multiply(const Weight& weight, const QuantizedTokens& codes, const float* x
     return;
   }
   const QuantizedMatrix& w = weight.quantized;
+  const QuantizedTokens& codes = tokens.rounded;
   const size_t block = size_t(codes.padded) * kRows * w.bits / 8;
   const int n_blocks = w.row_blocks();
   const int blocks = (rows_per_chunk(n_blocks, block) + 1) / 2 * 2;  // two are looked up together
@@ -162,29 +214,27 @@ void multiply(const Weight& weight, const QuantizedTokens& codes, const float* x
 
 void product(const Weight& weight, TokenScratch& scratch, const float* x, int n_tokens,
              float* out) {
-  QuantizedTokens codes{};
-  if (weight.is_quantized) {
-    codes = room_for(scratch, weight.quantized, n_tokens);
-    quantize_tokens(weight.quantized, x, n_tokens, codes);
-  }
-  multiply(weight, codes, x, n_tokens, out);
+  const Tokens tokens = room_for(scratch, weight, x, n_tokens);
+  if (weight.form != Form::kFloats)
+    pool().each(n_tokens, [&](int t) {
+      prepare(weight, x + size_t(t) * weight.n_inputs, t, 0, weight.n_inputs, tokens);
+    });
+  multiply(weight, tokens, n_tokens, out);
 }
 
-// The gate, and where the second matrix is quantized its input's codes, group by group.
+// The gate, and the second matrix's form of its input, part by part.
 void activate(const Gate& gate, const Weight& second, const float* first_product, int n_product,
-              int n_tokens, float* inner, const QuantizedTokens& codes) {
-  const int n_inner = second.n_inputs();
-  const int group = second.is_quantized ? second.quantized.group : 64;
-  const int n_groups = (n_inner + group - 1) / group;
-  const int per_chunk = std::max(1, 1024 / group);
-  const int chunks = (n_groups + per_chunk - 1) / per_chunk;
+              int n_tokens, float* inner, const Tokens& tokens) {
+  const int n_inner = second.n_inputs;
+  const int group = second.form == Form::kQuantized ? second.quantized.group : 128;
+  const int per_chunk = std::max(1, 1024 / group) * group;
+  const int chunks = (n_inner + per_chunk - 1) / per_chunk;
   pool().each(n_tokens * chunks, [&](int at) {
-    const int t = at / chunks, g = at % chunks * per_chunk;
-    const int last = std::min(n_groups, g + per_chunk);
+    const int t = at / chunks, first = at % chunks * per_chunk;
+    const int last = std::min(n_inner, first + per_chunk);
     float* const row = inner + size_t(t) * n_inner;
-    in_use->activate(gate, first_product + size_t(t) * n_product, n_inner, g * group,
-                     std::min(n_inner, last * group), row);
-    if (second.is_quantized) quantize_groups(second.quantized, row, t, g, last, codes);
+    in_use->activate(gate, first_product + size_t(t) * n_product, n_inner, first, last, row);
+    prepare(second, row, t, first, last, tokens);
   });
 }
 
@@ -247,17 +297,26 @@ void linear(const Weight& weight, const float* x, int n_tokens, float* out) {
   product(weight, input_scratch, x, n_tokens, out);
 }
 
+void decode(const KeptMatrix& w, int first, int last, float* out) {
+  std::lock_guard<std::mutex> lock(job);
+  const int rows = rows_per_chunk(last - first, w.row_bytes());
+  pool().each((last - first + rows - 1) / rows, [&](int chunk) {
+    const int row = first + chunk * rows;
+    in_use->kept_rows(w, row, std::min(last, row + rows), nullptr, 0,
+                      out + size_t(row - first) * w.n_inputs, 0, kept_factors.of(w.scratch()));
+  });
+}
+
 void expert(const Weight& first, const Gate& gate, const Weight& second, const float* x,
             int n_tokens, float* out) {
   std::lock_guard<std::mutex> lock(job);
-  const int n_product = first.n_outputs();
+  const int n_product = first.n_outputs;
   float* const first_product = product_scratch.of(size_t(n_tokens) * n_product);
   product(first, input_scratch, x, n_tokens, first_product);
-  float* const inner = inner_floats.of(size_t(n_tokens) * second.n_inputs());
-  QuantizedTokens codes{};
-  if (second.is_quantized) codes = room_for(inner_scratch, second.quantized, n_tokens);
-  activate(gate, second, first_product, n_product, n_tokens, inner, codes);
-  multiply(second, codes, inner, n_tokens, out);
+  float* const inner = inner_floats.of(size_t(n_tokens) * second.n_inputs);
+  const Tokens tokens = room_for(inner_scratch, second, inner, n_tokens);
+  activate(gate, second, first_product, n_product, n_tokens, inner, tokens);
+  multiply(second, tokens, n_tokens, out);
 }
 
 void channel_expert(const ChannelJob& given, float* out) {

@@ -4,15 +4,16 @@
 
 namespace moe {
 
-// A matrix of either kind; the bias is float32 or null.
+enum class Form : int32_t { kFloats = 0, kQuantized = 1, kKept = 2 };
+
+// A matrix of one of the forms; the bias is float32 or null.
 struct Weight {
-  int32_t is_quantized;
+  Form form;
+  int32_t n_outputs, n_inputs;
   QuantizedMatrix quantized;
   FloatMatrix floats;
+  KeptMatrix kept;
   const float* bias;
-
-  int n_outputs() const { return is_quantized ? quantized.n_outputs : floats.n_outputs; }
-  int n_inputs() const { return is_quantized ? quantized.n_inputs : floats.n_inputs; }
 };
 
 void set_threads(int n_threads);
@@ -25,6 +26,9 @@ bool use_lookup(int bits, int max_tokens);
 
 // out [tokens][outputs] = x [tokens][inputs] @ weight.T + bias
 void linear(const Weight& weight, const float* x, int n_tokens, float* out);
+
+// out [last - first][inputs]: rows of kept codes as floats.
+void decode(const KeptMatrix& w, int first, int last, float* out);
 
 // out [tokens][outputs of second] = act(x @ first.T + bias) @ second.T + bias
 void expert(const Weight& first, const Gate& gate, const Weight& second, const float* x,

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from moe_tool.errors import UsageError
+from moe_tool.native.kept import pack_kept
 from moe_tool.quantization.bit_packing import INPUTS, plane_bytes, plane_widths
+from moe_tool.quantization.kept_codes import KeptWeight
 from moe_tool.quantization.pair_lookup import (
     QUAD,
     TILE_ROWS,
@@ -22,7 +24,7 @@ from moe_tool.quantization.pair_lookup import (
     check_pair_product,
     look_up_pairs,
 )
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, FloatWeight, IntegerWeight
 
 ENVIRONMENT = "MOE_TOOL_KERNELS"
 NAMES = ("avx512vnni", "avx512", "avx2", "scalar")
@@ -35,6 +37,7 @@ try:
     from moe_tool.native import _kernels as _compiled  # type: ignore[attr-defined]
 except ImportError:  # no compiler when the tool was installed
     _compiled = None
+_tokens_are_int8 = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +120,27 @@ def use_lookup(bits: int, max_tokens: int) -> bool:
     return is_native() and bool(_compiled.use_lookup(bits, max_tokens))
 
 
+def round_tokens(to_int8: bool) -> None:
+    """Round tokens to int8 for products with kept codes that allow it; otherwise they stay floats.
+
+    Applies to whatever is described afterwards, with the kernels and with torch.
+    """
+    global _tokens_are_int8
+    _tokens_are_int8 = to_int8
+
+
+def are_tokens_int8() -> bool:
+    """Return what `round_tokens` has been told."""
+    return _tokens_are_int8
+
+
+def decode_kept(weight: KeptWeight, first: int, stop: int) -> torch.Tensor:
+    """Return rows [first, stop) in float32, the same numbers as `KeptWeight.decode`."""
+    out = torch.empty(stop - first, weight.shape[1])
+    _compiled.decode(pack_kept(weight, 0), first, stop, out.data_ptr())
+    return out
+
+
 def pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -> torch.Tensor:
     """Return the exact integer products, int32 [n, out].
 
@@ -155,7 +179,7 @@ class NativeLinear:
 
     __slots__ = ("_described", "_n_inputs", "_n_outputs")
 
-    def __init__(self, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None) -> None:
+    def __init__(self, weight: AnyWeight, bias: FloatWeight | None) -> None:
         """Check and describe the matrix.
 
         Raises:
@@ -186,9 +210,9 @@ class NativeExpert:
 
     def __init__(
         self,
-        first: FloatWeight | IntegerWeight,
+        first: AnyWeight,
         first_bias: FloatWeight | None,
-        second: FloatWeight | IntegerWeight,
+        second: AnyWeight,
         second_bias: FloatWeight | None,
     ) -> None:
         """Check and describe the weights.
@@ -226,7 +250,7 @@ class _Described:
 
     __slots__ = ("_bias", "_narrow_bias", "_weight", "packed")
 
-    def __init__(self, weight: FloatWeight | IntegerWeight, bias: FloatWeight | None) -> None:
+    def __init__(self, weight: AnyWeight, bias: FloatWeight | None) -> None:
         n_out, n_in = weight.shape
         self._weight = weight
         self._bias = None if bias is None else bias.values.to(torch.float32).contiguous()
@@ -239,6 +263,9 @@ class _Described:
             bias_at = self._bias.data_ptr()
         if isinstance(weight, IntegerWeight):
             self.packed = _pack_integer(weight, bias_at)
+            return
+        if isinstance(weight, KeptWeight):
+            self.packed = pack_kept(weight, bias_at, int8_tokens=are_tokens_int8())
             return
         values: Any = weight.values
         if not values.is_contiguous():

@@ -24,7 +24,7 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.b);
   }
   static void prefetch(const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p) + 2048, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
   }
   template <int SHIFT, int MASK>
   static __m256i field_half(__m256i x) {
@@ -135,6 +135,78 @@ struct Avx2 {
     const __m128i offset = _mm_set1_epi8(char(1 << (BITS - 1)));
     low = signed_bytes(_mm_sub_epi8(a, offset));
     high = signed_bytes(_mm_sub_epi8(b, offset));
+  }
+
+  static Floats plus(Floats x, Floats y) {
+    return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+  }
+  static Floats minus(Floats x, Floats y) {
+    return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+  }
+  static Floats product(Floats x, Floats y) {
+    return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+  }
+  static Floats quotient(Floats x, Floats y) {
+    return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+  }
+  static Floats halves(float x, float y) { return {_mm256_set1_ps(x), _mm256_set1_ps(y)}; }
+  static __m256i wide(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  // Eight numbers of the low four bits, of which `top` has the fourth in its sign.
+  static __m256 numbers(Floats table, __m256i index, __m256i top) {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.a, index),
+                            _mm256_permutevar8x32_ps(table.b, index), _mm256_castsi256_ps(top));
+  }
+  // Numbers of the low and of the high halves of 16 bytes.
+  static void nibbles(const uint8_t* p, Floats table, Floats& low, Floats& high) {
+    const __m256i x = wide(p), y = wide(p + 8);
+    low = {numbers(table, x, _mm256_slli_epi32(x, 28)), numbers(table, y, _mm256_slli_epi32(y, 28))};
+    high = {numbers(table, _mm256_srli_epi32(x, 4), _mm256_slli_epi32(x, 24)),
+            numbers(table, _mm256_srli_epi32(y, 4), _mm256_slli_epi32(y, 24))};
+  }
+  static Floats bytes(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(wide(p)), _mm256_cvtepi32_ps(wide(p + 8))};
+  }
+  // Numbers times 2**-8, which half has the exponents for.
+  static Floats e4m3(const uint8_t* p) {
+    const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(short(0xBFFF)));
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)),
+            _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+  }
+  static Floats exponents(const uint8_t* p) {
+    const __m256i least = _mm256_set1_epi32(1 << 22);
+    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(wide(p), 23), least)),
+            _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(wide(p + 8), 23), least))};
+  }
+  static Sums load_sums(const int32_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
+  static Bytes look_up(Bytes table, Bytes index) {
+    return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
+  }
+  static __m256i dot_half(__m256i sum, __m256i low, __m256i a, __m256i high, __m256i b, int by) {
+    const __m256i one = _mm256_set1_epi16(1), factor = _mm256_set1_epi16(short(by));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(low, a), one));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(high, b), factor));
+  }
+  static Sums dot_nibbles(Sums s, Bytes low, Bytes a, Bytes high, Bytes b) {
+    return {dot_half(s.a, low.a, a.a, high.a, b.a, 1), dot_half(s.b, low.b, a.b, high.b, b.b, 1)};
+  }
+  static Sums dot_bytes(Sums s, Bytes u, Bytes a) {  // in two halves: 2 * 255 * 127 needs more than 16 bits
+    const Bytes low = field<0, 15>(u), high = field<4, 15>(u);
+    return {dot_half(s.a, low.a, a.a, high.a, a.a, 16), dot_half(s.b, low.b, a.b, high.b, a.b, 16)};
+  }
+  // `n` numbers, up to eight, over the lanes, each for as many neighbours.
+  using Spread = Bytes;
+  static Spread spread(int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), by = _mm256_set1_epi32(n);
+    return {_mm256_srli_epi32(_mm256_mullo_epi32(lane, by), 4),
+            _mm256_srli_epi32(
+                _mm256_mullo_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(8)), by), 4)};
+  }
+  static Floats spread_out(const float* p, Spread by) {
+    const __m256 x = _mm256_loadu_ps(p);
+    return {_mm256_permutevar8x32_ps(x, by.a), _mm256_permutevar8x32_ps(x, by.b)};
   }
   static void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
   static float total(Floats x) {

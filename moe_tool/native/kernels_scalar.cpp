@@ -119,6 +119,67 @@ struct Scalar {
       high.v[i] = float((BITS == 4 ? p[i] >> 4 : p[i + 16]) - (1 << (BITS - 1)));
     }
   }
+
+  template <class F>
+  static Floats each(F&& of) {
+    Floats x;
+    for (int i = 0; i < 16; ++i) x.v[i] = of(i);
+    return x;
+  }
+  static Floats plus(const Floats& x, const Floats& y) {
+    return each([&](int i) { return x.v[i] + y.v[i]; });
+  }
+  static Floats minus(const Floats& x, const Floats& y) {
+    return each([&](int i) { return x.v[i] - y.v[i]; });
+  }
+  static Floats product(const Floats& x, const Floats& y) {
+    return each([&](int i) { return x.v[i] * y.v[i]; });
+  }
+  static Floats quotient(const Floats& x, const Floats& y) {
+    return each([&](int i) { return x.v[i] / y.v[i]; });
+  }
+  static Floats halves(float x, float y) {
+    return each([&](int i) { return i < 8 ? x : y; });
+  }
+  // Numbers of the low and of the high halves of 16 bytes.
+  static void nibbles(const uint8_t* p, const Floats& table, Floats& low, Floats& high) {
+    low = each([&](int i) { return table.v[p[i] & 15]; });
+    high = each([&](int i) { return table.v[p[i] >> 4]; });
+  }
+  static Floats bytes(const uint8_t* p) {
+    return each([&](int i) { return float(p[i]); });
+  }
+  static Floats e4m3(const uint8_t* p) {  // numbers times 2**-8, which half has the exponents for
+    return each([&](int i) {
+      return half_to_float(uint16_t((p[i] & 128) << 8 | (p[i] & 127) << 7));
+    });
+  }
+  static Floats exponents(const uint8_t* p) {
+    return each([&](int i) { return std::ldexp(1.0f, int(p[i]) - 127); });
+  }
+  static Bytes look_up(const Bytes& table, Bytes index) {
+    for (uint8_t& b : index.v) b = table.v[b];
+    return index;
+  }
+  static Sums load_sums(const int32_t* p) {
+    Sums x;
+    memcpy(x.v, p, sizeof x.v);
+    return x;
+  }
+  static Sums dot_bytes(Sums sum, const Bytes& u, const Bytes& a) {
+    for (int i = 0; i < 64; ++i) sum.v[i / 4] += int32_t(u.v[i]) * int8_t(a.v[i]);
+    return sum;
+  }
+  static Sums dot_nibbles(const Sums& sum, const Bytes& low, const Bytes& a, const Bytes& high,
+                          const Bytes& b) {
+    return dot_bytes(dot_bytes(sum, low, a), high, b);
+  }
+  // `n` numbers over the lanes, each for as many neighbours.
+  using Spread = int;
+  static Spread spread(int n) { return n; }
+  static Floats spread_out(const float* p, Spread n) {
+    return each([&](int i) { return p[i * n / 16]; });
+  }
   static void store(float* p, const Floats& x) { memcpy(p, x.v, sizeof x.v); }
   static float total(const Floats& x) {
     float sum = 0;

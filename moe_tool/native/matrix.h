@@ -34,6 +34,57 @@ struct FloatMatrix {
   int32_t n_outputs, n_inputs, kind;
 };
 
+// Codes, scales and zeros as quantization/kept_codes.py has them; a group is [rows][columns].
+enum CodeKind : int32_t { kE2m1 = 0, kInt4 = 1, kNf4 = 2, kE4m3 = 3, kInt8 = 4 };
+// Beside those of FloatKind: bytes that are scales, or zeros.
+enum ByteKind : int32_t { kE8m0Scale = 3, kE4m3Scale = 4, kByteZero = 5 };
+constexpr int scale_bytes(int kind) { return kind == kFloat32 ? 4 : (kind <= kFloat16 ? 2 : 1); }
+constexpr int kKeptRows = 4;  // rows that are computed together
+
+struct KeptMatrix {
+  const uint8_t* codes;       // [n_outputs][n_inputs bits / 8]
+  const void *scales, *zeros;  // [row groups][groups]; zeros: null, bytes or float32
+  const float* global_scale;  // [n_outputs] or null
+  const float* table;         // numbers of 16 codes; of 4 bits
+  int32_t n_outputs, n_inputs, code_kind, scale_kind, rows, columns;
+  int32_t zero_is_float, is_divisor;
+  int32_t with_integers;  // whether tokens are rounded to int8
+
+  int bits() const { return code_kind <= kNf4 ? 4 : 8; }
+  ptrdiff_t row_bytes() const { return ptrdiff_t(n_inputs) * bits() / 8; }
+  int n_groups() const { return (n_inputs + columns - 1) / columns; }
+  int n_blocks() const { return (n_inputs + kInputs - 1) / kInputs; }
+  int padded() const {
+    const int part = with_integers ? (bits() == 4 ? 128 : 64) : kInputs;
+    return (n_inputs + part - 1) / part * part;
+  }
+  // Inputs of a token that share a scale.
+  int token_group() const { return columns == 16 || columns == 32 || columns == 64 ? columns : 128; }
+  int n_token_groups() const { return (n_inputs + token_group() - 1) / token_group(); }
+  // Numbers of scratch for the scales of a row: those of the matrix or of a token.
+  ptrdiff_t factor_row() const {
+    return (n_groups() > n_token_groups() ? n_groups() : n_token_groups()) + 32;
+  }
+  size_t scratch() const { return kKeptRows * (2 * size_t(factor_row()) + padded()); }
+};
+
+// Tokens in the order of kept.inc, as floats or, where `values` is null, as int8.
+struct KeptTokens {
+  float* values;  // [tokens][padded]
+  int8_t* codes;  // [tokens][padded]
+  float* scales;  // [tokens][groups]
+  int32_t* sums;  // [tokens][groups]
+  // [tokens][parts][16]: sums of the codes that meet in a lane, times what the weight makes of them
+  int32_t* lane_sums;
+  int32_t padded;
+};
+
+// Where input i lies in the order of codes of 4 bits: of 32 inputs first the even ones.
+template <bool NIBBLES>
+constexpr int place_of(int i) {
+  return NIBBLES ? i / kInputs * kInputs + i % 2 * (kInputs / 2) + i % kInputs / 2 : i;
+}
+
 // Tokens as int8 with one scale per group of inputs, each row padded with zeros to whole tiles.
 struct QuantizedTokens {
   int8_t* codes;   // [tokens][padded]
@@ -112,6 +163,14 @@ struct Kernels {
                       uint8_t* const* planes);
   // out [tokens][padded] += what the wanted channels [first, last) give.
   void (*add_channels)(const ChannelJob& job, int first, int last, float* out);
+  // out[token * stride + output] for outputs [first, last); without tokens their weights, in order.
+  void (*kept_rows)(const KeptMatrix& w, int first, int last, const KeptTokens* x, int n_tokens,
+                    float* out, ptrdiff_t stride, float* scratch);
+  void (*kept_integer_rows)(const KeptMatrix& w, int first, int last, const KeptTokens& x,
+                            int n_tokens, float* out, ptrdiff_t stride, float* scratch);
+  // Inputs [first, last) of one token, rounded where the products are those of integers.
+  void (*order_tokens)(const KeptMatrix& w, const float* x, int token, int first, int last,
+                       const KeptTokens& out);
   const Lookup* lookup;
 };
 

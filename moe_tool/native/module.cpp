@@ -18,7 +18,7 @@ namespace {
 // What kernels.py packs for a weight: native alignment, 96 bytes.
 struct PackedWeight {
   uint64_t planes[4], scales, zeros, values, bias;
-  int32_t n_outputs, n_inputs, bits, group, kind, is_quantized, shift, offset;
+  int32_t n_outputs, n_inputs, bits, group, kind, form, shift, offset;
 };
 struct PackedGate {
   int32_t activation, gated, interleaved;
@@ -30,6 +30,43 @@ const T* pointer(uint64_t address) {
   return reinterpret_cast<const T*>(static_cast<uintptr_t>(address));
 }
 
+// The same of kept codes, with the form in the same place.
+struct PackedKept {
+  uint64_t codes, scales, zeros, global_scale, unused[3], bias;
+  int32_t n_outputs, n_inputs, code_kind, columns, scale_kind, form, rows, flags;
+};
+enum Flags : int32_t { kFloatZero = 1, kDivisor = 2, kIntegers = 4 };
+
+const float kNumbers[4][16] = {
+    {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f,
+     -4.0f, -6.0f},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}};  // int4 without zeros
+
+bool read_kept(const char* data, moe::KeptMatrix* out) {
+  PackedKept k;
+  std::memcpy(&k, data, sizeof k);
+  const bool is_centred = k.code_kind == moe::kInt4 && !k.zeros;
+  const int table = is_centred ? 3 : k.code_kind >= 0 && k.code_kind < 3 ? k.code_kind : 0;
+  *out = {pointer<uint8_t>(k.codes), pointer<void>(k.scales), pointer<void>(k.zeros),
+          pointer<float>(k.global_scale),
+          kNumbers[table],
+          k.n_outputs, k.n_inputs, k.code_kind, k.scale_kind, k.rows, k.columns,
+          k.zeros && (k.flags & kFloatZero), (k.flags & kDivisor) != 0, (k.flags & kIntegers) != 0};
+  const bool is_integer = k.code_kind == moe::kInt4 || k.code_kind == moe::kInt8;
+  const bool is_group = k.columns == 16 || k.columns == 32 || k.columns == 64 ||
+                        (k.columns > 0 && (k.columns % 128 == 0 || k.columns >= k.n_inputs));
+  return k.code_kind >= 0 && k.code_kind <= moe::kInt8 && k.scale_kind >= 0 &&
+         k.scale_kind <= moe::kE4m3Scale && k.rows > 0 && is_group &&
+         k.n_inputs % (out->bits() == 4 ? 2 : 1) == 0 &&
+         (is_integer || !k.zeros) &&
+         (!(k.flags & kIntegers) || is_integer || k.code_kind == moe::kE2m1);
+}
+
 bool read_weight(const char* data, Py_ssize_t size, moe::Weight* out) {
   PackedWeight w;
   if (size != Py_ssize_t(sizeof w)) {
@@ -37,20 +74,26 @@ bool read_weight(const char* data, Py_ssize_t size, moe::Weight* out) {
     return false;
   }
   std::memcpy(&w, data, sizeof w);
-  out->is_quantized = w.is_quantized;
+  *out = {};
+  out->form = moe::Form(w.form);
+  out->n_outputs = w.n_outputs, out->n_inputs = w.n_inputs;
   out->bias = pointer<float>(w.bias);
-  moe::QuantizedMatrix& q = out->quantized;
-  for (int p = 0; p < 4; ++p) q.planes[p] = pointer<uint8_t>(w.planes[p]);
-  q.scales = pointer<uint16_t>(w.scales);
-  q.zeros = pointer<uint16_t>(w.zeros);
-  q.shift = w.shift, q.offset = w.offset;
-  q.n_outputs = w.n_outputs, q.n_inputs = w.n_inputs, q.bits = w.bits, q.group = w.group;
-  out->floats = {pointer<void>(w.values), w.n_outputs, w.n_inputs, w.kind};
-  const bool sound = w.n_outputs > 0 && w.n_inputs > 0 &&
-                     (w.is_quantized ? w.bits >= 1 && w.bits <= 8 && w.shift >= 0 &&
-                                           w.shift <= 8 && w.group > 0 &&
-                                           w.group % moe::kInputs == 0
-                                     : w.kind >= 0 && w.kind <= 2);
+  bool sound = w.n_outputs > 0 && w.n_inputs > 0;
+  if (out->form == moe::Form::kKept) {
+    sound = sound && read_kept(data, &out->kept);
+  } else if (out->form == moe::Form::kQuantized) {
+    moe::QuantizedMatrix& q = out->quantized;
+    for (int p = 0; p < 4; ++p) q.planes[p] = pointer<uint8_t>(w.planes[p]);
+    q.scales = pointer<uint16_t>(w.scales);
+    q.zeros = pointer<uint16_t>(w.zeros);
+    q.shift = w.shift, q.offset = w.offset;
+    q.n_outputs = w.n_outputs, q.n_inputs = w.n_inputs, q.bits = w.bits, q.group = w.group;
+    sound = sound && w.bits >= 1 && w.bits <= 8 && w.shift >= 0 && w.shift <= 8 && w.group > 0 &&
+            w.group % moe::kInputs == 0;
+  } else {
+    out->floats = {pointer<void>(w.values), w.n_outputs, w.n_inputs, w.kind};
+    sound = sound && out->form == moe::Form::kFloats && w.kind >= 0 && w.kind <= 2;
+  }
   if (!sound) PyErr_SetString(PyExc_ValueError, "a weight's description is not sound");
   return sound;
 }
@@ -82,6 +125,22 @@ PyObject* linear(PyObject*, PyObject* args) {
   });
 }
 
+PyObject* decode(PyObject*, PyObject* args) {
+  const char* data;
+  Py_ssize_t size;
+  int first, last;
+  unsigned long long out;
+  if (!PyArg_ParseTuple(args, "y#iiK", &data, &size, &first, &last, &out)) return nullptr;
+  moe::Weight weight;
+  if (!read_weight(data, size, &weight)) return nullptr;
+  if (weight.form != moe::Form::kKept || first < 0 || first > last || last > weight.n_outputs) {
+    PyErr_SetString(PyExc_ValueError, "only rows of kept codes are decoded");
+    return nullptr;
+  }
+  return without_gil(
+      [&] { moe::decode(weight.kept, first, last, const_cast<float*>(pointer<float>(out))); });
+}
+
 PyObject* expert(PyObject*, PyObject* args) {
   const char *first_data, *gate_data, *second_data;
   Py_ssize_t first_size, gate_size, second_size;
@@ -100,7 +159,7 @@ PyObject* expert(PyObject*, PyObject* args) {
   }
   std::memcpy(&g, gate_data, sizeof g);
   const moe::Gate gate{g.activation, g.gated, g.interleaved, g.alpha, g.limit};
-  if (first.n_outputs() != (gate.gated ? 2 : 1) * second.n_inputs()) {
+  if (first.n_outputs != (gate.gated ? 2 : 1) * second.n_inputs) {
     PyErr_SetString(PyExc_ValueError, "the two matrices of an expert do not fit together");
     return nullptr;
   }
@@ -339,6 +398,7 @@ PyObject* stack_depths(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"linear", linear, METH_VARARGS, "linear(weight, x, n_tokens, out)"},
+    {"decode", decode, METH_VARARGS, "decode(weight, first, last, out)"},
     {"expert", expert, METH_VARARGS, "expert(first, gate, second, x, n_tokens, out)"},
     {"channel_expert", channel_expert, METH_VARARGS, "channel_expert(channels, gate, x, out)"},
     {"read_runs", read_runs, METH_VARARGS, "read_runs(file, start, runs, n_runs, out): bytes read"},

@@ -15,7 +15,7 @@ from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.packing.pack_memory import MOST_HIDDEN_BYTES
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 from moe_tool.quantizers.inputs import ExpertInputs
 
 _MAX_TOKENS = 32768
@@ -193,9 +193,7 @@ class CalibratedModel:
         self._calls.append(call)
         return call.run_experts(self._supply)
 
-    def _supply(
-        self, wanted: list[int]
-    ) -> Iterator[tuple[int, Mapping[str, FloatWeight | IntegerWeight]]]:
+    def _supply(self, wanted: list[int]) -> Iterator[tuple[int, Mapping[str, AnyWeight]]]:
         for expert in wanted:
             if expert in self._instead:
                 yield expert, self._instead[expert]

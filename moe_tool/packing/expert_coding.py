@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from moe_tool.artifacts.precision import AnyPrecision
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, FloatWeight
 from moe_tool.quantizers.rtn import nearest
 from moe_tool.quantizers.spec import QuantizeExpert
 
@@ -14,7 +14,7 @@ def coded(
     weights: Mapping[str, torch.Tensor],
     precision: AnyPrecision,
     quantize_expert: QuantizeExpert = nearest,
-) -> dict[str, FloatWeight | IntegerWeight]:
+) -> dict[str, AnyWeight]:
     """Return the content of an expert's record.
 
     Args:
@@ -24,7 +24,7 @@ def coded(
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite.
     """
-    found: dict[str, FloatWeight | IntegerWeight] = {
+    found: dict[str, AnyWeight] = {
         name: FloatWeight(values=value) for name, value in weights.items()
     }
     if precision.kind == "integer":

@@ -18,7 +18,7 @@ from moe_tool.packing.channel_expert import channel_expert
 from moe_tool.packing.expert_coding import coded
 from moe_tool.quantization.channels import ChannelExpert
 from moe_tool.quantization.low_rank import LinearFit, linear_fit, low_rank_map
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight, base_of
+from moe_tool.quantization.weights import AnyWeight, FloatWeight, base_of
 from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.quantizers.spec import QuantizeExpert
 
@@ -78,7 +78,7 @@ class ExpertRecords:
             base_eps=None if precision.base is None else self._error(base_of(weights)),
         )
 
-    def _error(self, weights: Mapping[str, FloatWeight | IntegerWeight]) -> float:
+    def _error(self, weights: Mapping[str, AnyWeight]) -> float:
         answer = expert_forward(self._sample.module, weights, self._sample.measured_on)
         return relative_error(self._truth, answer)
 

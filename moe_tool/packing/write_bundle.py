@@ -14,15 +14,15 @@ from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.packing.plan_pack import PackJob
+from moe_tool.packing.prove_bundle import BundleProof, prove_bundle
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
 from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
 # folder is copied.
-_COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
+_MODEL_FILES = ("config.json", "generation_config.json")
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -59,6 +59,8 @@ class PackReport:
     """Experts with too few routed tokens, fitted to other experts' tokens"""
     resumed_records: int
     """Records taken over from an interrupted run"""
+    proof: BundleProof | None
+    """Predictions compared with the checkpoint's; None: the bundle was finished before"""
 
 
 def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT) -> PackReport:
@@ -73,7 +75,8 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     Raises:
         UsageError: the bundle's folder holds something else.
         DiskFullError: the bundle would not fit on the disk.
-        CorruptArtifactError, StorageError: the checkpoint is damaged, or a disk refuses.
+        CorruptArtifactError: the checkpoint is damaged, or the bundle does not compute the same.
+        StorageError: a disk refuses.
     """
     start = time.perf_counter()
     skeleton = SkeletonWork(opened, job.skeleton)
@@ -91,14 +94,22 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
         finally:
             writer.suspend()
         skeleton.write(writer, progress)
-        for name, data in _companions(job.folder):
+        for name, data in _companions(job.folder, job.tokenizer):
             writer.add_file(name, data)
+    proofs: list[BundleProof] = []
+
+    def prove(folder: Path) -> None:
+        progress.begin("prove the bundle", None, "")
+        proofs.append(prove_bundle(job.folder, opened, folder))
+        progress.end()
+
     manifest = writer.finish(
         heat=job.profile.heat,
         buddies=job.buddies,
         prices=job.profile.prices,
         plan=job.plan,
         profile_sha256=job.profile.sha256,
+        prove=prove,
     )
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
     return PackReport(
@@ -114,6 +125,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
+        proof=proofs[0] if proofs else None,
     )
 
 
@@ -122,8 +134,8 @@ def _error(manifest: BundleManifest) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _companions(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for name in _COMPANION_FILES:
-        path = folder / name
+def _companions(model: Path, tokenizer: Path) -> Iterator[tuple[str, bytes]]:
+    paths = [model / name for name in _MODEL_FILES] + [tokenizer / n for n in _TOKENIZER_FILES]
+    for path in paths:
         if path.is_file() and path.stat().st_size <= _COMPANION_MAX_BYTES:
-            yield name, path.read_bytes()
+            yield path.name, path.read_bytes()

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_tool.artifacts.access_trace import CallCounts
 from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.precision import WholeExpertPrecision
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.artifacts.simulation_report import PolicyHits, RunComparison
 from moe_tool.planning.model_costs import costs_of_bytes
@@ -34,7 +35,7 @@ def compare_run(
         record_bytes=header.record_size_bytes,
         matrix_bytes=header.matrix_bytes,
         n_matrices=header.n_matrices,
-        bits=header.precision.name,
+        bits=_timed_as(header.precision),
         skeleton_bits=header.skeleton_precision.name,
         threads=header.threads,
     ).calls
@@ -93,3 +94,8 @@ def _hits(
         hit_rate=hits / max(1, n),
         bytes_per_token=n_read * header.record_size_bytes / max(1, header.decode_tokens),
     )
+
+
+def _timed_as(precision: WholeExpertPrecision) -> str:
+    """Return the width whose measured products take as long."""
+    return str(precision.width_bits) if precision.kind == "kept" else precision.name

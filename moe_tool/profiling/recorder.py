@@ -81,13 +81,11 @@ def record_profile(
     """
     start = time.perf_counter()
     _check_arguments(out, tokens=tokens, seq_len=seq_len, holdout=holdout)
-    opened = open_model(model)
-    if not may_replace:
-        require_unclaimed(out, opened.identity)
+    opened = _open(model, None if may_replace else out, progress)
     with opened.checkpoint:
         sequences = build_sequences(
             sources,
-            load_tokenizer(model.folder),
+            load_tokenizer(model.tokenizer_folder),
             vocabulary=opened.shape.vocabulary,
             n_tokens=tokens,
             seq_len=min(seq_len, opened.max_positions),
@@ -103,6 +101,16 @@ def record_profile(
         first_layer = run.record_layers(resume=resume)
         run.write(out, header)
     return _report(out, opened, run.plan.memory_bytes, first_layer or None, start, progress)
+
+
+def _open(model: LocatedModel, unclaimed: Path | None, progress: Progress) -> OpenedModel:
+    """Open a model, and refuse to replace another model's profile at `unclaimed`."""
+    opened = open_model(model)
+    for warning in opened.warnings:
+        progress.note(warning)
+    if unclaimed is not None:
+        require_unclaimed(unclaimed, opened.identity)
+    return opened
 
 
 def _check_arguments(out: Path, *, tokens: int, seq_len: int, holdout: float) -> None:
@@ -123,7 +131,7 @@ def _header(
     return ProfileHeader(
         identity=opened.identity,
         shape=opened.shape,
-        tokenizer_sha256=tokenizer_sha256(model.folder),
+        tokenizer_sha256=tokenizer_sha256(model.tokenizer_folder),
         sources=sequences.sources,
         seed=sequences.seed,
         seq_len=sequences.ids.shape[1],

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_tool.quantization.kept_codes import KeptWeight
+
 PLANE, SCALES, ZEROS, BASE_SCALES = "plane", "scales", "zeros", "base_scales"
 """Names of the tensors that an integer matrix is stored in"""
 
@@ -100,6 +102,10 @@ class IntegerWeight:
         return 1 if self.width_bits == 1 else 1 << (self.width_bits - 1)
 
 
+AnyWeight = FloatWeight | IntegerWeight | KeptWeight
+"""Forms of a matrix that products are computed from"""
+
+
 class StoredExpert(Protocol):
     """An expert as a store hands it out, in whatever memory it lies."""
 
@@ -107,7 +113,7 @@ class StoredExpert(Protocol):
         """Return the expert in memory that the host's kernels can address."""
 
 
-class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
+class ExpertWeights(dict[str, AnyWeight]):
     """Tensors of an expert by name.
 
     They may be views of a slot that holds one expert after the other. The compute code caches in
@@ -116,7 +122,7 @@ class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
 
     __slots__ = ("prepared",)
 
-    def __init__(self, tensors: Mapping[str, FloatWeight | IntegerWeight] | None = None) -> None:
+    def __init__(self, tensors: Mapping[str, AnyWeight] | None = None) -> None:
         """Hold some tensors, or nothing yet."""
         super().__init__(tensors or {})
         self.prepared: Any = None
@@ -127,7 +133,7 @@ class ExpertWeights(dict[str, FloatWeight | IntegerWeight]):
 
 
 def base_of(
-    weights: Mapping[str, FloatWeight | IntegerWeight],
-) -> dict[str, FloatWeight | IntegerWeight]:
+    weights: Mapping[str, AnyWeight],
+) -> dict[str, AnyWeight]:
     """Return the expert that a nested one's first bits are; views."""
     return {name: weight.base for name, weight in weights.items()}

@@ -44,7 +44,8 @@ class Shadow:
         n_seen = cache.get_seq_length()
         output = model(**{**kwargs, "use_cache": True, "return_dict": True})
         self._exact = output.logits[:, -1].clone()
-        cache.crop(n_seen - cache.get_seq_length())  # negative: the number of positions to remove
+        if cache.is_croppable:
+            cache.crop(n_seen - cache.get_seq_length())  # negative: how many positions to remove
         if cache.get_seq_length() != n_seen:
             raise UsageError(
                 "--shadow: this model's cache cannot be shortened", hint="leave --shadow out"

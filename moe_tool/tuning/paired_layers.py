@@ -12,13 +12,13 @@ from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.moe_layers import unsupported
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
 from moe_tool.tuning.tune_layer import LayerText
 
 BATCH_TOKENS = 2048
 """Tokens per forward of a decoder layer"""
 
-Weights = Mapping[int, Mapping[str, FloatWeight | IntegerWeight]]
+Weights = Mapping[int, Mapping[str, AnyWeight]]
 """Tensors by expert id; removed experts are missing"""
 
 
@@ -56,6 +56,7 @@ class PairedModel:
         """
         self._opened = opened
         self._stream = LayerStream(folder, opened.checkpoint)
+        self._stream.require_plain("tuning")
         self._stream.set_experts_function(self._answer)
         self._weights: Weights | None = None
         """Experts of the current forward; None: they output zero"""
@@ -135,7 +136,10 @@ class PairedModel:
         (call,) = self._calls
         self._calls.clear()
         answered = call.hidden.float()
-        share = float((found * answered).sum() / answered.square().sum())
+        if found.shape != answered.shape:
+            share = 0.0
+        else:
+            share = float((found * answered).sum() / answered.square().sum())
         if not share or not torch.allclose(
             found, share * answered, rtol=1e-2, atol=1e-3 * abs(share)
         ):

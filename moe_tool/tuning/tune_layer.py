@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_tool.quantization.weights import FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, FloatWeight, IntegerWeight
 from moe_tool.tuning.code_matrix import CodeMatrix, take_apart
 from moe_tool.tuning.eco import EcoState, begin, takes_residual, update
 from moe_tool.tuning.expert_gradient import ExpertPass, expert_pass, gradients
@@ -59,7 +59,7 @@ class TunedExpert:
             return self.matrices[name].values()
         return self.floats[name].values.float()
 
-    def packed(self) -> dict[str, FloatWeight | IntegerWeight]:
+    def packed(self) -> dict[str, AnyWeight]:
         """Return the tensors as a record holds them."""
         return {**self.floats, **{name: each.pack() for name, each in self.matrices.items()}}
 
@@ -69,7 +69,7 @@ class TunedExpert:
         return sum(state.size_bytes for state in self.states.values())
 
 
-def unpack_expert(weights: Mapping[str, FloatWeight | IntegerWeight]) -> TunedExpert:
+def unpack_expert(weights: Mapping[str, AnyWeight]) -> TunedExpert:
     """Return an expert with unpacked copies of its tensors."""
     return TunedExpert(
         floats={

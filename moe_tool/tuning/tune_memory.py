@@ -32,7 +32,6 @@ def require_tune_memory(
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)
     inner = max(tensor.shape[0] for tensor in shape.expert_tensors)
     n_weights = shape.experts * shape.n_expert_weights
-    skeleton = sum(opened.checkpoint.tensors[n].size_bytes for n in opened.skeleton.tensor_names)
     # The exact layer is freed before codes and states exist. Slopes and starts are floats, a pair
     # for 32 weights at most.
     moving = (
@@ -41,9 +40,11 @@ def require_tune_memory(
     parts = {
         "process": current_rss_bytes(),
         "margin": _MARGIN_BYTES,
-        "what is beside the experts": skeleton * 4 // size,
+        "what is beside the experts": 4 * opened.skeleton.n_weights,
         "one layer": max(n_weights * size + record_bytes, moving),
-        "one expert": shape.n_expert_weights * (size + 1) + 4 * _WORKING_COPIES * largest,
+        "one expert": shape.n_expert_weights * (size + 1)
+        + 4 * _WORKING_COPIES * largest
+        + opened.decode_bytes,
         "text": 4 * _HIDDEN_COPIES * n_tokens * shape.hidden,
         "a batch": 4
         * max(options.batch, BATCH_TOKENS)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from moe_tool.experts.combine import Supply, run_experts
+from moe_tool.quantization.kept_codes import KeptWeight
 from moe_tool.quantization.round_to_nearest import dequantize
-from moe_tool.quantization.weights import ExpertWeights, FloatWeight, IntegerWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights, IntegerWeight
 
 
 def weighed_experts(
@@ -89,5 +90,7 @@ def _product(weights: ExpertWeights, name: str, x: torch.Tensor) -> torch.Tensor
     return F.linear(x, _values(weights[name]), None if bias is None else _values(bias))
 
 
-def _values(weight: FloatWeight | IntegerWeight) -> torch.Tensor:
+def _values(weight: AnyWeight) -> torch.Tensor:
+    if isinstance(weight, KeptWeight):
+        return weight.decode()
     return dequantize(weight) if isinstance(weight, IntegerWeight) else weight.values.float()

@@ -177,7 +177,7 @@ def test_code_named_by_a_config_is_never_executed(
     assert not list(tmp_path.rglob("executed"))
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["hqq", "aqlm"])
 def test_quantized_checkpoints_are_refused_by_name(
     method: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -196,7 +196,7 @@ def test_experts_of_other_number_formats_are_refused(
             weights[name] = weights[name].to(torch.int64)
     shutil.copy(tiny_checkpoint("mixtral") / "config.json", tmp_path)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UnsupportedModelError, match="experts stored as I64 are not read"):
+    with pytest.raises(UnsupportedModelError, match=r"experts\S+ is stored as I64, and no"):
         shape_of(tmp_path)
 
 
@@ -269,7 +269,6 @@ def test_a_config_of_another_checkpoint_is_refused(
         ("max_position_embeddings", -3),
         ("max_position_embeddings", 0),
         ("vocab_size", 10**12),
-        ("rms_norm_eps", float("nan")),
     ],
 )
 def test_a_number_that_no_model_has_is_refused(

@@ -1,0 +1,1 @@
+"""Quantized checkpoints presented as the float tensors that they stand for, one file a format."""

@@ -1,0 +1,143 @@
+"""Formats of quantized checkpoints, and how each is recognised."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_tool.errors import UnsupportedModelError
+from moe_tool.formats.hostile_file import read_capped
+from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
+from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.models.stored_formats import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    mlx,
+    modelopt,
+    mxfp4,
+)
+from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
+from moe_tool.models.stored_formats.stored_tensor import StoredTensor
+
+SETTING_KEYS = frozenset({"quantization_config", "compression_config", "quantization"})
+"""Keys of config.json that tell of quantized weights"""
+_NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
+_METHOD = "quant_method"
+_MAX_FILE_BYTES = 16 * 2**20
+_AGAIN = "download the checkpoint again"
+_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+"""Format by the file that tells of it, if config.json does not"""
+_UNUSED = re.compile(
+    r"\.(weight_shape|(q|k|v|kv|prob|output)_scale|input_(scale|zero_point|global_scale|g_idx)|"
+    r"(\w+_)?activation_scale(_inv)?)$"
+)
+"""Scales of activations and of the cache, which are not quantized here, and shapes"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFormat:
+    """One format that can be read."""
+
+    methods: frozenset[str]
+    """Values of quant_method"""
+    stored_tensors: Callable[
+        [Mapping[str, TensorInfo], Mapping[str, Any]], Mapping[str, StoredTensor]
+    ]
+    """Headers and settings -> logical tensors; refuses what does not fit"""
+
+
+FORMATS = (
+    StoredFormat(methods=frozenset({"fp8"}), stored_tensors=fp8.stored_tensors),
+    StoredFormat(methods=frozenset({"mxfp4"}), stored_tensors=mxfp4.stored_tensors),
+    StoredFormat(
+        methods=frozenset({"compressed-tensors"}), stored_tensors=compressed_tensors.stored_tensors
+    ),
+    StoredFormat(
+        methods=frozenset({"modelopt", "modelopt_fp4"}), stored_tensors=modelopt.stored_tensors
+    ),
+    StoredFormat(methods=frozenset({"awq"}), stored_tensors=awq.stored_tensors),
+    StoredFormat(methods=frozenset({"bitsandbytes"}), stored_tensors=bitsandbytes.stored_tensors),
+    StoredFormat(methods=frozenset({"mlx"}), stored_tensors=mlx.stored_tensors),
+    StoredFormat(methods=frozenset({"gptq"}), stored_tensors=gptq.stored_tensors),
+)
+
+
+def declared_settings(folder: Path | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how a checkpoint says that its weights are quantized; None: it does not.
+
+    Args:
+        folder: its folder; None: only `config` is looked at.
+        config: content of config.json.
+
+    Raises:
+        CorruptArtifactError: a file that tells of it is damaged.
+    """
+    nested = [config.get(key) for key in _NESTED]
+    for holder in (config, *(each for each in nested if isinstance(each, dict))):
+        for key in sorted(SETTING_KEYS):
+            found = holder.get(key)
+            if found is not None:
+                settings = dict(found) if isinstance(found, dict) else {}
+                method = "mlx" if key == "quantization" else "unknown"
+                return {_METHOD: method, **settings}
+    for name, method in _FILES.items():
+        if folder is not None and (folder / name).is_file():
+            raw = parse_json_object(
+                folder / name,
+                read_capped(folder / name, limit_bytes=_MAX_FILE_BYTES, remedy=_AGAIN),
+                remedy=_AGAIN,
+            )
+            inner = raw.get("quantization") if method == "modelopt" else raw
+            return {**(inner if isinstance(inner, dict) else {}), _METHOD: method}
+    return None
+
+
+def find_format(settings: Mapping[str, Any], model_type: str) -> StoredFormat:
+    """Return the format that settings name.
+
+    Raises:
+        UnsupportedModelError: it is not read.
+    """
+    method = str(settings[_METHOD]).lower()
+    for each in FORMATS:
+        if method in each.methods:
+            return each
+    raise UnsupportedModelError(
+        f"this {model_type[:64]} checkpoint is stored in {method[:32]} format, which is not read",
+        hint="use a version of the checkpoint in float32, bfloat16 or float16, or in one of the "
+        f"formats {', '.join(sorted(method for each in FORMATS for method in each.methods))}",
+    )
+
+
+def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """Open a checkpoint; a quantized one reads like the float32 one that it stands for.
+
+    Args:
+        folder: the checkpoint.
+        config: content of its config.json.
+
+    Raises:
+        NotFoundError, CorruptArtifactError, UnsupportedModelError: as `Checkpoint.open_folder`,
+            `find_format` and the format.
+    """
+    return as_logical(Checkpoint.open_folder(folder), folder, config)
+
+
+def as_logical(raw: Checkpoint, folder: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """Return the logical tensors of a checkpoint on disk, or itself if it is not quantized.
+
+    Raises:
+        CorruptArtifactError, UnsupportedModelError: as `open_checkpoint`.
+    """
+    settings = declared_settings(folder, config)
+    if settings is None:
+        return raw
+    found = find_format(settings, str(config.get("model_type")))
+    stored = found.stored_tensors(raw.tensors, settings)
+    parts = {name for tensor in stored.values() for name in tensor.parts.values()}
+    unused = [name for name in raw.tensors if name not in parts and _UNUSED.search(name)]
+    return LogicalCheckpoint(raw, stored, unused=unused)
