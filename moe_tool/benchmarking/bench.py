@@ -17,6 +17,7 @@ from moe_tool.benchmarking.bench_tokens import bench_tokens
 from moe_tool.benchmarking.speed_run import run_test
 from moe_tool.errors import NotFoundError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.bundle_skeleton import n_skeleton_weights
 from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
@@ -170,7 +171,7 @@ def _describe(reader: BundleReader) -> BenchedBundle:
         model=manifest.identity.name,
         size_bytes=sum(file.size_bytes for file in manifest.files),
         params=len(manifest.primary_records) * manifest.shape.n_expert_weights
-        + reader.n_skeleton_weights,
+        + n_skeleton_weights(reader),
         bits=manifest.bits,
         skeleton_bits=manifest.skeleton_precision.name,
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
+from moe_tool.artifacts.bundle_sections import QualityFigure
 from moe_tool.artifacts.evaluation_report import Figures
 from moe_tool.artifacts.json_fields import object_fields
-from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.reachable_budget import enough_tokens, least_share

@@ -19,6 +19,7 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.experts.combine import run_experts
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.bundle_skeleton import bundle_loader, open_bundle_skeleton
 from moe_tool.models.moe_layers import decoder_layers
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton import LayerCall
@@ -52,7 +53,7 @@ class BundleProof:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Forward:
     logits: torch.Tensor
-    """[T, V] float32"""
+    """Logits, [T, V] float32"""
     states: list[torch.Tensor]
     """Hidden states after each decoder layer; empty if layers hand on something else"""
 
@@ -85,16 +86,9 @@ def prove_bundle(source: Path, opened: OpenedModel, bundle: Path) -> BundleProof
     with BundleReader.open(bundle, is_finished=False) as reader:
         rule = _rule(reader.manifest)
         stored = _StoredExperts(reader)
-        with reader.open_skeleton() as skeleton:
-            loader = SkeletonLoader(
-                bundle,
-                skeleton,
-                shape=reader.manifest.shape,
-                precision=reader.manifest.skeleton_precision,
-                linears=reader.manifest.skeleton_linears,
-            )
+        with open_bundle_skeleton(reader) as skeleton:
             try:
-                found = _forward(loader, ids, stored)
+                found = _forward(bundle_loader(reader, skeleton), ids, stored)
             except _NotFiniteError as error:
                 reason = f"{error.place} gives numbers that are not finite"
                 raise _refused(bundle, rule, reason) from None

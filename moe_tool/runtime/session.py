@@ -19,9 +19,9 @@ from moe_tool.available_memory import (
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
+from moe_tool.models.bundle_skeleton import bundle_loader, open_bundle_skeleton
 from moe_tool.models.kv_cache import new_kv_cache
 from moe_tool.models.skeleton import Skeleton
-from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.native.kernels import round_tokens
 from moe_tool.policies.misses import MissChoice
@@ -221,14 +221,8 @@ def load_session(
     """
     return_freed_memory()
     manifest = bundle.manifest
-    with bundle.open_skeleton() as checkpoint:
-        loader = SkeletonLoader(
-            bundle.folder,
-            checkpoint,
-            shape=manifest.shape,
-            precision=manifest.skeleton_precision,
-            linears=manifest.skeleton_linears,
-        )
+    with open_bundle_skeleton(bundle) as checkpoint:
+        loader = bundle_loader(bundle, checkpoint)
         plan = plan_run(
             options,
             bundle,
