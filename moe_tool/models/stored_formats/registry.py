@@ -20,6 +20,7 @@ from moe_tool.models.stored_formats import (
     modelopt,
     mxfp4,
 )
+from moe_tool.models.stored_formats.gguf import holds_gguf, open_gguf
 from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
 from moe_tool.models.stored_formats.stored_tensor import StoredTensor
 
@@ -76,6 +77,8 @@ def declared_settings(folder: Path | None, config: Mapping[str, Any]) -> dict[st
     Raises:
         CorruptArtifactError: a file that tells of it is damaged.
     """
+    if folder is not None and holds_gguf(folder):
+        return None  # config.json is that of the checkpoint that the file was made from
     nested = [config.get(key) for key in _NESTED]
     for holder in (config, *(each for each in nested if isinstance(each, dict))):
         for key in sorted(SETTING_KEYS):
@@ -122,8 +125,10 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
 
     Raises:
         NotFoundError, CorruptArtifactError, UnsupportedModelError: as `Checkpoint.open_folder`,
-            `find_format` and the format.
+            `find_format` and the format, or `open_gguf`.
     """
+    if holds_gguf(folder):
+        return open_gguf(folder, config)
     return as_logical(Checkpoint.open_folder(folder), folder, config)
 
 
