@@ -152,9 +152,12 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
     coded, plain = write_pair(name, tmp_path)
-    report = pack_bundle(
-        LocatedModel(folder=coded, name=name), out=tmp_path / "bundle", bits="native"
-    )
+    run_beside(coded, plain, tmp_path)
+
+
+def run_beside(coded: Path, plain: Path, folder: Path) -> None:
+    """Check that a packed model makes the tokens of a plain one in transformers."""
+    report = pack_bundle(LocatedModel(folder=coded, name="m"), out=folder / "bundle", bits="native")
     options = run_options(memory="min", context=64, prompt_tokens=32)
     with open_session(report.bundle, options) as session:
         generate = GenerateOptions(max_tokens=N_TOKENS, ignore_eos=True)
