@@ -49,6 +49,8 @@ class StoredFormat:
         [Mapping[str, TensorInfo], Mapping[str, Any]], Mapping[str, StoredTensor]
     ]
     """Headers and settings -> logical tensors; refuses what does not fit"""
+    reads_shapes: bool = False
+    """Whether shapes of weights lie in tensors, which are then read, and not in headers"""
 
 
 FORMATS = (
@@ -61,7 +63,11 @@ FORMATS = (
         methods=frozenset({"modelopt", "modelopt_fp4"}), stored_tensors=modelopt.stored_tensors
     ),
     StoredFormat(methods=frozenset({"awq"}), stored_tensors=awq.stored_tensors),
-    StoredFormat(methods=frozenset({"bitsandbytes"}), stored_tensors=bitsandbytes.stored_tensors),
+    StoredFormat(
+        methods=frozenset({"bitsandbytes"}),
+        stored_tensors=bitsandbytes.stored_tensors,
+        reads_shapes=True,
+    ),
     StoredFormat(methods=frozenset({"mlx"}), stored_tensors=mlx.stored_tensors),
     StoredFormat(methods=frozenset({"gptq"}), stored_tensors=gptq.stored_tensors),
 )
@@ -130,6 +136,16 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
     if holds_gguf(folder):
         return open_gguf(folder, config)
     return as_logical(Checkpoint.open_folder(folder), folder, config)
+
+
+def headers_tell_all(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether headers alone tell the shapes of a checkpoint's weights.
+
+    Raises:
+        CorruptArtifactError, UnsupportedModelError: as `declared_settings` and `find_format`.
+    """
+    settings = declared_settings(folder, config)
+    return settings is None or not find_format(settings, str(config.get("model_type"))).reads_shapes
 
 
 def as_logical(raw: Checkpoint, folder: Path, config: Mapping[str, Any]) -> Checkpoint:

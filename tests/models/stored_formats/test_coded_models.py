@@ -4,6 +4,7 @@ in float32."""
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.safetensors_index import Checkpoint, read_header
+from moe_tool.models.architecture import check_headers
 from moe_tool.models.locate import LocatedModel
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import generate_ids
@@ -175,3 +179,15 @@ def run_beside(coded: Path, plain: Path, folder: Path) -> None:
         )
     assert list(made) == wanted[0, len(PROMPT) :].tolist()
     assert len(set(made)) > 3
+
+
+def test_headers_on_the_hub_are_checked_only_where_they_tell_shapes(tmp_path: Path) -> None:
+    for name in ("nf4", "gptq"):
+        coded, _ = write_pair(name, tmp_path / name)
+        raw = read_header(coded / "model.safetensors")
+        away = {key: replace(info, file=tmp_path / "away") for key, info in raw.items()}
+        check_headers(coded, Checkpoint(away))
+        lacking = {key: info for key, info in away.items() if "lm_head" not in key}
+        if name == "gptq":
+            with pytest.raises(CorruptArtifactError, match="lacks a tensor"):
+                check_headers(coded, Checkpoint(lacking))
