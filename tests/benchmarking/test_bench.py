@@ -3,8 +3,6 @@
 import csv
 import io
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -186,20 +184,6 @@ def test_no_tokenizer_and_a_tiny_vocabulary_give_random_ids() -> None:
         assert kind == "random"
         assert ids.shape == (50,)
         assert set(ids.tolist()) <= set(range(vocabulary))
-
-
-def test_a_bundle_of_a_tiny_model_without_a_tokenizer_runs(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    bare = tmp_path / "checkpoint"
-    shutil.copytree(
-        tiny_checkpoint("mixtral"), bare, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja")
-    )
-    pack_bundle(LocatedModel(folder=bare, name="tiny"), out=tmp_path / "bundle", bits="native")
-    assert not list((tmp_path / "bundle").glob("tokenizer*"))
-    options = BenchOptions(prompt_tokens=(4,), generate=(2,), threads=(1,), repetitions=1)
-    rows = bench(tmp_path / "bundle", options).rows
-    assert [(row.test, row.tokens_from) for row in rows] == [("pp4", "random"), ("tg2", "random")]
 
 
 def test_a_depth_beyond_the_model_is_refused_before_anything_is_loaded(
