@@ -51,6 +51,39 @@ def test_weights_are_those_of_another_decoder(kind: str, tmp_path: Path) -> None
         assert heard == [("blk.1.ffn_up_exps.weight", 2, stack.data.nbytes // 3)]
 
 
+def halves(codes: torch.Tensor) -> torch.Tensor:
+    """Codes in pairs as llama.cpp has them: the first sixteen of a block low, the others high."""
+    wide = torch.stack((codes & 15, codes >> 4), dim=-1).view(len(codes), -1, 2, 16)
+    return wide[..., 0, :] | wide[..., 1, :] << 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_codes_are_a_lossless_reordering(kind: str, tmp_path: Path) -> None:
+    stack, experts = random_tensor(np.random.default_rng(5), kind, 3, 8, 256)
+    with opened(tmp_path, {"blk.1.ffn_up_exps.weight": stack}) as checkpoint:
+        kept = checkpoint.read_kept(EXPERT.format(2))
+    assert (kept is not None) == (kind in ("Q8_0", "Q4_0", "MXFP4"))
+    if kept is not None:
+        assert np.array_equal(kept.decode().numpy(), experts[2])
+        scale = kept.scale.view(torch.uint8).view(8, 8, -1)
+        codes = (kept.codes ^ 128).view(8, 8, 32) if kind == "Q8_0" else halves(kept.codes)
+        made = torch.cat((scale, codes), dim=-1).view(8, -1)
+        assert np.array_equal(made.numpy(), stack.data[2])
+
+
+def test_gate_and_up_are_kept_in_turns(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    gate, gates = random_tensor(rng, "MXFP4", 3, 8, 64)
+    up, ups = random_tensor(rng, "MXFP4", 3, 8, 64)
+    metadata = {"general.architecture": "gpt-oss"}
+    with opened(tmp_path, {GATE: gate, UP: up}, OSS, **metadata) as checkpoint:
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        kept = checkpoint.read_kept(name, row=2)
+        wanted = np.stack((gates[2], ups[2]), axis=1).reshape(16, 64)
+        assert np.array_equal(kept.decode().numpy(), wanted)
+        assert np.array_equal(checkpoint.read(name, row=2).numpy(), wanted.T)
+
+
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "MXFP4"])
 def test_what_decoding_holds_is_announced(kind: str, tmp_path: Path) -> None:
     one, _ = random_tensor(np.random.default_rng(5), kind, 2048, 1024)
@@ -197,7 +230,6 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     return coded, plain
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
     coded, plain = write_pair(name, tmp_path)
