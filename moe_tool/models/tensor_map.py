@@ -68,6 +68,7 @@ class TensorMap:
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self._meta_state = {**model.state_dict(), **dict.fromkeys(left_out(model), True)}
+        self._floats = {name for name, t in model.state_dict().items() if t.is_floating_point()}
         self._full_names: dict[tuple[int, str], str] = {}
         module_names = {module: name for name, module in model.named_modules()}
         self.moe_layers: dict[int, MoeLayerModules] = {}
@@ -84,7 +85,6 @@ class TensorMap:
         self._experts: dict[str, dict[int | None, list[Piece]]] = {}
         """Expert parameter -> expert (None: stacked on disk) -> tensors"""
         self._sort()
-        self._floats = {name for name, t in self._meta_state.items() if t.is_floating_point()}
         self._meta_state = {}
 
     def find_unused(self) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ class TensorMap:
                 self._experts.setdefault(target, {}).setdefault(expert, []).append(piece)
             elif target in self._shapes:
                 self.skeleton.setdefault(target, []).append(piece)
-            else:
+            elif target not in self._meta_state:
                 self._unused[name] = target
 
     def _rename(self, name: str) -> tuple[str, str | None]:
