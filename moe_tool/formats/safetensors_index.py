@@ -276,6 +276,14 @@ class Checkpoint:
         self._read_into(info, data, info.offset, None)
         return bytes(data)
 
+    def copied(self, name: str) -> list[TensorInfo]:
+        """Return the tensors on disk that a copy of a tensor needs."""
+        return [self.tensors[name]]
+
+    def read_copied(self, name: str) -> bytes:
+        """Return the bytes of a tensor that `copied` named."""
+        return self.read_bytes(name)
+
     def extra_bytes(self, name: str) -> int:
         """Return the bytes that reading a tensor holds beside it."""
         del name

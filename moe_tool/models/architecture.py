@@ -27,7 +27,11 @@ from moe_tool.models.moe_layers import (
     top_k,
 )
 from moe_tool.models.skeleton_source import SkeletonSource
-from moe_tool.models.stored_formats.registry import as_logical, headers_tell_all, open_checkpoint
+from moe_tool.models.stored_formats.registry import (
+    headers_tell_all,
+    open_checkpoint,
+    read_as_declared,
+)
 from moe_tool.models.tensor_map import TensorMap
 from moe_tool.models.unused_tensors import warnings_of
 
@@ -99,7 +103,7 @@ def check_headers(folder: Path, checkpoint: Checkpoint) -> None:
     """
     config = read_raw_config(folder)
     if headers_tell_all(folder, config):
-        _check(build_meta_model(folder), as_logical(checkpoint, folder, config))
+        _check(build_meta_model(folder), read_as_declared(checkpoint, folder, config))
 
 
 def _check(

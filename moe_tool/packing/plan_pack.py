@@ -14,6 +14,7 @@ from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
 from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
@@ -83,6 +84,7 @@ def plan_pack(
         opened,
         n_tokens=0 if tokens is None else tokens.ids.size,
         is_nested=primaries.is_nested,
+        in_turn_bytes=SkeletonLoader(folder, opened.checkpoint).in_turn_bytes,
         asked=options.memory_bytes,
     )
     return PackJob(
@@ -110,10 +112,11 @@ def plan_pack(
 def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) -> _Replicas:
     """Return the experts of each replica: those with a dearer primary form, if a plan has a use for
     it."""
-    too_wide = [f.rank for f in options.replicas if f.kind == "low-rank" and f.rank > shape.hidden]
+    ranks = [form.rank for form in options.replicas if form.kind == "low-rank"]
+    too_wide = [rank for rank in ranks if rank > shape.expert_hidden]
     if too_wide:
         raise UsageError(
-            f"--replicas rank{max(too_wide)}: the model is {shape.hidden} wide",
+            f"--replicas rank{max(too_wide)}: the experts are {shape.expert_hidden} wide",
             hint="a rank that saves something is a small part of the width",
         )
     planned = None if options.plan is None else planned_residents(options.plan, options.replicas)

@@ -1,7 +1,7 @@
 """Formats of quantized checkpoints, and how each is recognised."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,10 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
     """
     if holds_gguf(folder):
         return open_gguf(folder, config)
-    return as_logical(Checkpoint.open_folder(folder), folder, config)
+    settings = declared_settings(folder, config)
+    if settings is not None:
+        find_format(settings, str(config.get("model_type")))  # before the tensors are looked for
+    return read_as_declared(Checkpoint.open_folder(folder), folder, config)
 
 
 def headers_tell_all(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -148,17 +151,30 @@ def headers_tell_all(folder: Path, config: Mapping[str, Any]) -> bool:
     return settings is None or not find_format(settings, str(config.get("model_type"))).reads_shapes
 
 
-def as_logical(raw: Checkpoint, folder: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """Return the logical tensors of a checkpoint on disk, or itself if it is not quantized.
+def read_as_declared(
+    raw: Checkpoint,
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    apart: Collection[str] = (),
+) -> Checkpoint:
+    """Return tensors on disk as those that they stand for; themselves if none is quantized.
+
+    Args:
+        raw: an open checkpoint, or a part of one; its `on_read` stays.
+        folder: holds config.json, and other files that tell how weights are quantized.
+        config: content of config.json.
+        apart: tensors that are no part of the checkpoint's format.
 
     Raises:
-        CorruptArtifactError, UnsupportedModelError: as `open_checkpoint`.
+        CorruptArtifactError, UnsupportedModelError: as `find_format` and the format.
     """
     settings = declared_settings(folder, config)
     if settings is None:
         return raw
     found = find_format(settings, str(config.get("model_type")))
-    stored = found.stored_tensors(raw.tensors, settings)
+    tensors = {name: info for name, info in raw.tensors.items() if name not in apart}
+    stored = found.stored_tensors(tensors, settings)
     parts = {name for tensor in stored.values() for name in tensor.parts.values()}
     unused = [name for name in raw.tensors if name not in parts and _UNUSED.search(name)]
-    return LogicalCheckpoint(raw, stored, unused=unused)
+    return LogicalCheckpoint(raw, stored, unused=unused, is_declared=True)
