@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig
 
 from moe_tool.errors import CorruptArtifactError, MoeToolError
-from moe_tool.models.architecture import open_model
-from moe_tool.models.locate import LocatedModel
 from moe_tool.models.stored_formats.registry import open_checkpoint
 from tests.gguf_file import Floats, GgufData, gguf_bytes, random_tensor
 from tests.models.stored_formats.test_coded_models import _SHAPE, gpt_oss, qwen3_moe, run_beside
@@ -238,11 +236,11 @@ def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
 
 def test_config_of_a_checkpoint_in_another_format(tmp_path: Path) -> None:
     """gpt-oss's config.json says MXFP4 in safetensors; the file beside it says more."""
-    coded, _ = write_pair("gpt_oss", tmp_path)
+    coded, plain = write_pair("gpt_oss", tmp_path)
     config = json.loads((coded / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (coded / "config.json").write_text(json.dumps(config))
-    open_model(LocatedModel(folder=coded, name="m")).checkpoint.close()
+    run_beside(coded, plain, tmp_path)
 
 
 def tensor(*shape: int, kind: str = "F32") -> GgufData:
