@@ -4,7 +4,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -181,13 +181,4 @@ class _Reader:
                 )
         if self._file_bytes > position:
             raise self._refused(f"is longer than its {position} bytes")
-        return [
-            GgufTensor(
-                name=t.name,
-                kind=t.kind,
-                shape=t.shape,
-                size_bytes=t.size_bytes,
-                offset=start + t.offset,
-            )
-            for t in tensors
-        ]
+        return [replace(tensor, offset=start + tensor.offset) for tensor in tensors]

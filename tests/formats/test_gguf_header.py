@@ -146,22 +146,22 @@ def test_a_damaged_file_is_refused(case: str, tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
 
 
-def test_every_shorter_file_is_refused(tmp_path: Path) -> None:
+def test_a_shorter_file_is_refused(tmp_path: Path) -> None:
     data = gguf_bytes(METADATA, {"one": ONE, "two": TWO})
-    for n_bytes in range(len(data) - 28):  # what follows fills up to the alignment
+    for n_bytes in range(0, len(data) - 28, 5):  # what follows fills up to the alignment
         with pytest.raises(MoeToolError):
             read_gguf(written(tmp_path, data[:n_bytes]))
 
 
-def test_every_changed_byte_is_read_or_refused(tmp_path: Path) -> None:
+def test_a_changed_byte_is_read_or_refused(tmp_path: Path) -> None:
     data = bytearray(gguf_bytes(METADATA, {"one": ONE, "two": TWO}))
     refused = 0
     for at in range(len(data) - 128):
-        for changed in (data[at] ^ 0x80, data[at] ^ 1):
-            damaged = bytes(data[:at]) + bytes([changed]) + bytes(data[at + 1 :])
-            try:
-                read_gguf(written(tmp_path, damaged))
-            except MoeToolError as error:
-                refused += 1
-                assert isinstance(error, UnsupportedModelError) or str(tmp_path) in error.message
+        changed = data[at] ^ (0x80 if at % 2 else 1)
+        damaged = bytes(data[:at]) + bytes([changed]) + bytes(data[at + 1 :])
+        try:
+            read_gguf(written(tmp_path, damaged))
+        except MoeToolError as error:
+            refused += 1
+            assert isinstance(error, UnsupportedModelError) or str(tmp_path) in error.message
     assert refused > 100

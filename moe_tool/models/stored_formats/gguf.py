@@ -21,6 +21,7 @@ from moe_tool.models.stored_formats.stored_tensor import (
     refused,
     require_part,
 )
+from moe_tool.quantization.kept_codes import CodeKind, KeptWeight
 
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -29,6 +30,8 @@ _CHUNK = 2**18
 _CHUNK_BYTES = 16
 """Bytes that the gguf library holds for each of them"""
 _BLOCK_SIZES = {name: (n_weights, n_bytes) for name, n_weights, n_bytes in BLOCKS.values()}
+_KEPT: dict[str, CodeKind] = {"Q8_0": "int8", "Q4_0": "int4", "MXFP4": "e2m1"}
+"""Types whose codes kernels read, with one scale before the codes of a block"""
 _NAME = re.compile(r"blk\.(\d{1,5})\.(\w+)(\.weight|\.bias)")
 _EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
@@ -203,10 +206,12 @@ def _matrix(
         return pairs.transpose(1, 2).reshape(shape)
 
     n_weights = math.prod(shape)
+    is_kept = kind in _KEPT and len(shape) == 2 and heads is None
     return StoredTensor(
         parts={"codes": info.name},
         shape=shape,
         decode=decode,
+        keep=(lambda parts: _kept(parts["codes"], kind)) if is_kept else None,
         row=row,
         decode_bytes=_decode_bytes(info, kind, shape) + (4 * n_weights if heads else 0),
     )
@@ -225,11 +230,21 @@ def _stack(infos: list[TensorInfo], kinds: list[str]) -> StoredTensor:
         joined = made[0] if len(made) == 1 else torch.stack(made, dim=1).flatten(0, 1)
         return joined.T if joined.ndim == 2 else joined
 
+    def keep(parts: Parts) -> KeptWeight:
+        made = [_kept(parts[str(k)], kind) for k, kind in enumerate(kinds)]
+        codes, scale = (
+            torch.stack([weight.part(name) for weight in made], dim=1).flatten(0, 1)
+            for name in ("codes", "scale")
+        )
+        return KeptWeight(codes=codes, kind=made[0].kind, scale=scale, group=made[0].group)
+
+    is_kept = set(kinds) in [{kind} for kind in _KEPT] and len(first) == 3
     each = sum(_decode_bytes(i, kind, first[1:]) for i, kind in zip(infos, kinds, strict=True))
     return StoredTensor(
         parts={str(k): info.name for k, info in enumerate(infos)},
         shape=(shape[0], *reversed(shape[1:])),
         decode=decode,
+        keep=keep if is_kept else None,
         decode_bytes=each + (4 * math.prod(shape[1:]) if len(infos) > 1 else 0),
         is_stacked=True,
     )
@@ -263,3 +278,22 @@ def _floats(read: torch.Tensor, kind: str) -> torch.Tensor:
         part = dequantize(rows[start : start + step].numpy(), GGMLQuantizationType[kind])
         made[start : start + step] = torch.from_numpy(part)
     return made.view(*read.shape[:-1], -1)
+
+
+def _kept(read: torch.Tensor, kind: str) -> KeptWeight:
+    """Return a matrix of blocks [out, bytes] in its codes; halves of a block become pairs."""
+    n_weights, n_bytes = _BLOCK_SIZES[kind]
+    blocks = read.view(read.shape[0], -1, n_bytes)
+    n_scale_bytes = 1 if kind == "MXFP4" else 2
+    scale, codes = blocks[..., :n_scale_bytes].contiguous(), blocks[..., n_scale_bytes:]
+    if _KEPT[kind] == "int8":
+        codes = codes ^ 128
+    else:
+        wide = torch.cat((codes & 15, codes >> 4), dim=-1)
+        codes = wide[..., 0::2] | wide[..., 1::2] << 4
+    return KeptWeight(
+        codes=codes.reshape(read.shape[0], -1),
+        kind=_KEPT[kind],
+        scale=(scale if kind == "MXFP4" else scale.view(torch.float16)).squeeze(-1),
+        group=(1, n_weights),
+    )

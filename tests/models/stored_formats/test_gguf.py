@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig
 
 from moe_tool.errors import CorruptArtifactError, MoeToolError
-from moe_tool.models.architecture import open_model
-from moe_tool.models.locate import LocatedModel
 from moe_tool.models.stored_formats.registry import open_checkpoint
 from tests.gguf_file import Floats, GgufData, gguf_bytes, random_tensor
 from tests.models.stored_formats.test_coded_models import _SHAPE, gpt_oss, qwen3_moe, run_beside
@@ -49,6 +47,39 @@ def test_weights_are_those_of_another_decoder(kind: str, tmp_path: Path) -> None
         checkpoint.on_read = lambda name, row, view: heard.append((name, row, len(view)))
         assert np.array_equal(checkpoint.read(EXPERT.format(2)).numpy(), experts[2])
         assert heard == [("blk.1.ffn_up_exps.weight", 2, stack.data.nbytes // 3)]
+
+
+def halves(codes: torch.Tensor) -> torch.Tensor:
+    """Codes in pairs as llama.cpp has them: the first sixteen of a block low, the others high."""
+    wide = torch.stack((codes & 15, codes >> 4), dim=-1).view(len(codes), -1, 2, 16)
+    return wide[..., 0, :] | wide[..., 1, :] << 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_codes_are_a_lossless_reordering(kind: str, tmp_path: Path) -> None:
+    stack, experts = random_tensor(np.random.default_rng(5), kind, 3, 8, 256)
+    with opened(tmp_path, {"blk.1.ffn_up_exps.weight": stack}) as checkpoint:
+        kept = checkpoint.read_kept(EXPERT.format(2))
+    assert (kept is not None) == (kind in ("Q8_0", "Q4_0", "MXFP4"))
+    if kept is not None:
+        assert np.array_equal(kept.decode().numpy(), experts[2])
+        scale = kept.scale.view(torch.uint8).view(8, 8, -1)
+        codes = (kept.codes ^ 128).view(8, 8, 32) if kind == "Q8_0" else halves(kept.codes)
+        made = torch.cat((scale, codes), dim=-1).view(8, -1)
+        assert np.array_equal(made.numpy(), stack.data[2])
+
+
+def test_gate_and_up_are_kept_in_turns(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    gate, gates = random_tensor(rng, "MXFP4", 3, 8, 64)
+    up, ups = random_tensor(rng, "MXFP4", 3, 8, 64)
+    metadata = {"general.architecture": "gpt-oss"}
+    with opened(tmp_path, {GATE: gate, UP: up}, OSS, **metadata) as checkpoint:
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        kept = checkpoint.read_kept(name, row=2)
+        wanted = np.stack((gates[2], ups[2]), axis=1).reshape(16, 64)
+        assert np.array_equal(kept.decode().numpy(), wanted)
+        assert np.array_equal(checkpoint.read(name, row=2).numpy(), wanted.T)
 
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "MXFP4"])
@@ -197,7 +228,6 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     return coded, plain
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
     coded, plain = write_pair(name, tmp_path)
@@ -206,11 +236,11 @@ def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
 
 def test_config_of_a_checkpoint_in_another_format(tmp_path: Path) -> None:
     """gpt-oss's config.json says MXFP4 in safetensors; the file beside it says more."""
-    coded, _ = write_pair("gpt_oss", tmp_path)
+    coded, plain = write_pair("gpt_oss", tmp_path)
     config = json.loads((coded / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (coded / "config.json").write_text(json.dumps(config))
-    open_model(LocatedModel(folder=coded, name="m")).checkpoint.close()
+    run_beside(coded, plain, tmp_path)
 
 
 def tensor(*shape: int, kind: str = "F32") -> GgufData:
