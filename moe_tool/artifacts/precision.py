@@ -2,7 +2,7 @@
 separately readable channels, or a low-rank map in the expert's place."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,15 +15,13 @@ NATIVE_WIDTH = 16
 class _Precision(FrozenModel):
     """Defaults of the properties that every precision has."""
 
+    is_coded: ClassVar[bool] = False
+    """Whether the matrices are integer codes that can be tuned"""
+
     @property
     def base(self) -> "IntegerPrecision | None":
         """Precision of the nested 2-bit base; None if not nested."""
         return None
-
-    @property
-    def is_coded(self) -> bool:
-        """Whether the matrices are integer codes that can be tuned."""
-        return False
 
     @property
     def leaves_noise(self) -> bool:
@@ -32,28 +30,20 @@ class _Precision(FrozenModel):
 
     def with_zeros(self, zeros: bool) -> Self:
         """Return the precision with or without zero points; itself if it cannot have any."""
-        return self
+        has_zeros = "zeros" in type(self).model_fields
+        return self.model_copy(update={"zeros": zeros}) if has_zeros else self
 
 
 class NativePrecision(_Precision):
     """The checkpoint's dtype, bit for bit."""
 
     kind: Literal["native"] = "native"
-
-    @property
-    def name(self) -> str:
-        """Name in `--bits`"""
-        return "native"
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """Roles of tables that may have the precision"""
-        return frozenset({"primary"})
-
-    @property
-    def order_key(self) -> tuple[int, int, int]:
-        """Sort key, the most expensive precision first"""
-        return (0, -NATIVE_WIDTH, 0)
+    name: ClassVar[str] = "native"
+    """Name in `--bits`"""
+    roles: ClassVar[frozenset[str]] = frozenset({"primary"})
+    """Roles of tables that may have the precision"""
+    order_key: ClassVar[tuple[int, int, int]] = (0, -NATIVE_WIDTH, 0)
+    """Sort key, the most expensive precision first"""
 
 
 class IntegerPrecision(_Precision):
@@ -63,6 +53,7 @@ class IntegerPrecision(_Precision):
     """
 
     kind: Literal["integer"] = "integer"
+    is_coded: ClassVar[bool] = True
     width_bits: Literal[8, 4, 3, 2, 1]
     group: Literal[32, 64, 128] = 64
     zeros: bool = False
@@ -105,18 +96,9 @@ class IntegerPrecision(_Precision):
         )
 
     @property
-    def is_coded(self) -> bool:
-        """Whether the matrices are integer codes that can be tuned."""
-        return True
-
-    @property
     def leaves_noise(self) -> bool:
         """Whether the error of an answer is like noise, independent of the input."""
         return self.width_bits > 1
-
-    def with_zeros(self, zeros: bool) -> Self:
-        """Return the precision with or without zero points."""
-        return self.model_copy(update={"zeros": zeros})
 
     @model_validator(mode="after")
     def _consistent(self) -> "IntegerPrecision":
@@ -188,16 +170,12 @@ class LowRankPrecision(_Precision):
 
     kind: Literal["low-rank"] = "low-rank"
     rank: Annotated[int, Field(ge=1, le=1024)]
+    roles: ClassVar[frozenset[str]] = frozenset({"replica"})
 
     @property
     def name(self) -> str:
         """Name in `--replicas`: rank16"""
         return f"rank{self.rank}"
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """Roles of tables that may have the precision"""
-        return frozenset({"replica"})
 
     @property
     def order_key(self) -> tuple[int, int, int]:
@@ -223,17 +201,13 @@ class ChannelPrecision(_Precision):
     """Numbers of a row, or of a column, that share a scale"""
     zeros: bool = False
     """Whether the selector has zero points; channels never have"""
+    roles: ClassVar[frozenset[str]] = frozenset({"primary", "selector"})
 
     @property
     def name(self) -> str:
         """Name in `pack --sparse-experts`: up2:4, gate3:8:128"""
         group = "" if self.group == 64 else f":{self.group}"
         return f"{self.selected_by}{self.selector_bits}:{self.width_bits}{group}"
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """Roles of tables that may have the precision"""
-        return frozenset({"primary", "selector"})
 
     @property
     def order_key(self) -> tuple[int, int, int]:
@@ -249,10 +223,6 @@ class ChannelPrecision(_Precision):
     def rows(self) -> IntegerPrecision:
         """Precision of the other matrix's rows, and of the down matrix's columns"""
         return IntegerPrecision(width_bits=self.width_bits, group=self.group)
-
-    def with_zeros(self, zeros: bool) -> Self:
-        """Return the precision whose selector is with or without zero points."""
-        return self.model_copy(update={"zeros": zeros})
 
 
 _CHANNELS = re.compile(r"(up|gate)([23])(?::(4|8))?(?::(32|64|128))?")

@@ -9,9 +9,8 @@ from moe_tool.artifacts.form_table import Role
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.formats.channel_form import ChannelForm
-from moe_tool.formats.expert_form import IntegerForm, NativeForm
+from moe_tool.formats.expert_form import expert_form, low_rank_form
 from moe_tool.formats.kept_form import KeptForm
-from moe_tool.formats.low_rank_form import LowRankForm
 from moe_tool.formats.record_layout import RecordLayout
 from moe_tool.formats.selector_form import SelectorForm
 
@@ -41,10 +40,10 @@ class RecordForm(Protocol[Content]):
 
 _Make = Callable[[MoeShape, Any], RecordForm[Any]]
 _FORMS: Mapping[str, _Make] = {
-    "native": NativeForm.of,
+    "native": expert_form,
     "kept": KeptForm.of,
-    "integer": IntegerForm.of,
-    "low-rank": LowRankForm.of,
+    "integer": expert_form,
+    "low-rank": low_rank_form,
     "channels": ChannelForm.of,
 }
 

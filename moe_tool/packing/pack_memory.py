@@ -41,7 +41,6 @@ def plan_pack_memory(
     """Return the memory that packing will take.
 
     Args:
-        opened: the checkpoint.
         n_tokens: tokens of the profile that go through the model; 0: none do.
         is_nested: codes are chosen for two widths at once.
         asked: the budget in bytes; None: no limit, all tokens are used.

@@ -1,5 +1,6 @@
 """Plan of a pack: every decision and every refusal, before anything is written."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from moe_tool.models.architecture import OpenedModel
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
 from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
-from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
+from moe_tool.packing.plan_fit import planned_residents, require_plan_fits
 from moe_tool.packing.primary_forms import PrimaryForms, primary_forms
 from moe_tool.quantizers.registry import QUANTIZERS
 
@@ -29,6 +30,8 @@ class PackJob:
 
     folder: Path
     """Folder of the checkpoint"""
+    tokenizer: Path
+    """Folder of the tokenizer"""
     out: Path
     spec: BundleSpec
     skeleton: Precision
@@ -44,15 +47,14 @@ class PackJob:
 
 
 def plan_pack(
-    options: PackOptions, opened: OpenedModel, folder: Path, inputs: PackInputs
+    options: PackOptions,
+    opened: OpenedModel,
+    folder: Path,
+    inputs: PackInputs,
+    *,
+    tokenizer: Path | None = None,
 ) -> PackJob:
     """Return the job of a pack.
-
-    Args:
-        options: options of `pack`.
-        opened: the model.
-        folder: folder of its checkpoint.
-        inputs: profile and buddy map of the same model.
 
     Raises:
         BudgetError: the memory budget is too small; the hint names one that is not.
@@ -64,7 +66,12 @@ def plan_pack(
     if plan is not None:
         require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
     primaries = primary_forms(options, opened.shape, opened.experts.kept_precision())
-    _require_no_plan(options)
+    if options.channels is not None and plan is not None:
+        raise UsageError(
+            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
+            "channels",
+            hint="leave one of them out",
+        )
     replicas = _replicas(options, primaries, opened.shape)
     reason = _needs_tokens(options, primaries, replicas)
     if reason is not None and profile.tokens is None:
@@ -80,6 +87,7 @@ def plan_pack(
     )
     return PackJob(
         folder=folder,
+        tokenizer=tokenizer or folder,
         out=options.out,
         spec=BundleSpec(
             identity=opened.identity.model_copy(update={"full": profile.full_hash}),
@@ -97,15 +105,6 @@ def plan_pack(
         tokens=tokens,
         hidden_bytes=memory.hidden_bytes,
     )
-
-
-def _require_no_plan(options: PackOptions) -> None:
-    if options.channels is not None and options.plan is not None:
-        raise UsageError(
-            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
-            "channels",
-            hint="leave one of them out",
-        )
 
 
 def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) -> _Replicas:
@@ -164,5 +163,5 @@ def _made_from(options: PackOptions, inputs: PackInputs, replicas: _Replicas) ->
     if options.quantizer != "rtn":
         found["quantizer"] = options.quantizer
     if options.plan is not None:
-        found["plan"] = sha256_of_plan(options.plan)
+        found["plan"] = hashlib.sha256(options.plan.model_dump_json().encode()).hexdigest()
     return found

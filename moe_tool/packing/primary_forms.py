@@ -11,11 +11,12 @@ from moe_tool.artifacts.precision import (
     ChannelPrecision,
     ExpertPrecision,
     KeptPrecision,
+    Precision,
     precision_from_bits,
 )
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.channel_form import has_channels
-from moe_tool.packing.pack_options import PackOptions, WholePrecision
+from moe_tool.packing.pack_options import PackOptions
 from moe_tool.quantizers.registry import QUANTIZERS
 
 
@@ -68,7 +69,7 @@ def _stored(precision: ExpertPrecision, kept: KeptPrecision | None) -> ExpertPre
     return kept if kept is not None and precision.kind == "native" else precision
 
 
-def made_by(quantizer: Quantizer, precision: WholePrecision) -> WholePrecision:
+def made_by(quantizer: Quantizer, precision: Precision) -> Precision:
     """Return the precision with a quantizer's zero points.
 
     Raises:
@@ -107,20 +108,18 @@ def _as_planned(plan: PackPlan | None, shape: MoeShape, quantizer: Quantizer) ->
     of_bits: dict[str, set[ExpertKey]] = {}
     for entry in entries:
         for expert, bits in enumerate(entry.bits):
-            of_bits.setdefault(str(bits), set()).add((entry.layer, expert))
+            name = "native" if bits == NATIVE_WIDTH else str(bits)
+            of_bits.setdefault(name, set()).add((entry.layer, expert))
     removed = frozenset(of_bits.pop("0", set()))
     if not of_bits:
         raise UsageError("the plan leaves every expert out", hint="plan with more --average-bits")
     return PrimaryForms(
         experts={
-            made_by(quantizer, _planned(bits)): frozenset(keys) for bits, keys in of_bits.items()
+            made_by(quantizer, precision_from_bits(bits)): frozenset(keys)
+            for bits, keys in of_bits.items()
         },
         removed=removed,
     )
-
-
-def _planned(bits: str) -> WholePrecision:
-    return precision_from_bits("native" if bits == str(NATIVE_WIDTH) else bits)
 
 
 def _channels(

@@ -20,9 +20,8 @@ from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
 # folder is copied.
-_COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
+_MODEL_FILES = ("config.json", "generation_config.json")
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -68,9 +67,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     An interrupted run is resumed when called again with the same job.
 
     Args:
-        job: job of `plan_pack`.
         opened: the model of the job; its checkpoint stays open and belongs to the caller.
-        progress: told about every record.
 
     Raises:
         UsageError: the bundle's folder holds something else.
@@ -93,7 +90,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
         finally:
             writer.suspend()
         skeleton.write(writer, progress)
-        for name, data in _companions(job.folder):
+        for name, data in _companions(job.folder, job.tokenizer):
             writer.add_file(name, data)
     manifest = writer.finish(
         heat=job.profile.heat,
@@ -124,8 +121,8 @@ def _error(manifest: BundleManifest) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _companions(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for name in _COMPANION_FILES:
-        path = folder / name
+def _companions(model: Path, tokenizer: Path) -> Iterator[tuple[str, bytes]]:
+    paths = [model / name for name in _MODEL_FILES] + [tokenizer / n for n in _TOKENIZER_FILES]
+    for path in paths:
         if path.is_file() and path.stat().st_size <= _COMPANION_MAX_BYTES:
-            yield name, path.read_bytes()
+            yield path.name, path.read_bytes()

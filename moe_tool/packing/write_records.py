@@ -30,10 +30,7 @@ def write_records(
     """Write the missing records, one expert after the other; the next one is read meanwhile.
 
     Args:
-        writer: writer of the bundle.
-        opened: the model; its checkpoint is open.
         quantizer: one that needs no inputs; any if no codes are to be made.
-        progress: told about every record.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite; names its expert.
@@ -101,13 +98,6 @@ def write_calibrated(
     progress: Progress,
 ) -> list[ExpertKey]:
     """Write the missing records with their measured errors, one layer in memory at a time.
-
-    Args:
-        writer: writer of the bundle.
-        opened: the model; its checkpoint is open.
-        job: job of the bundle.
-        tokens: tokens of the profile, for a second pass through the model.
-        progress: told about every record.
 
     Returns:
         Experts fitted to other experts' tokens, since too few are routed to them.

@@ -14,13 +14,7 @@ from moe_tool.runtime.session import Session
 
 def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
     """Write the calls of a session with `record_trace` since it was opened; counts are those of
-    its last run.
-
-    Args:
-        session: nothing but its runs may have changed its cache.
-        path: the trace file.
-        decode_seconds: duration of decoding.
-    """
+    its last run. Nothing but runs may have changed the session's cache."""
     assert session.runner.recorder is not None, "the session records no trace"
     store, manifest = session.runner.store, session.manifest
     prompt, decode = session.runner.stats.prompt, session.runner.stats.decode

@@ -53,7 +53,7 @@ class LogicalCheckpoint(Checkpoint):
             )
         super().__init__(infos)
         self.total_bytes = raw.total_bytes
-        self.requires_finite = raw.requires_finite
+        self.requires_finite, self.remarks = raw.requires_finite, raw.remarks
         self.stored = stored
         """Logical name -> how it is made"""
         self._raw = raw

@@ -111,11 +111,19 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
         NotFoundError, CorruptArtifactError, UnsupportedModelError: as `Checkpoint.open_folder`,
             `find_format` and the format.
     """
+    return as_logical(Checkpoint.open_folder(folder), folder, config)
+
+
+def as_logical(raw: Checkpoint, folder: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """Return the logical tensors of a checkpoint on disk, or itself if it is not quantized.
+
+    Raises:
+        CorruptArtifactError, UnsupportedModelError: as `open_checkpoint`.
+    """
     settings = declared_settings(folder, config)
     if settings is None:
-        return Checkpoint.open_folder(folder)
+        return raw
     found = find_format(settings, str(config.get("model_type")))
-    raw = Checkpoint.open_folder(folder)
     stored = found.stored_tensors(raw.tensors, settings)
     parts = {name for tensor in stored.values() for name in tensor.parts.values()}
     unused = [name for name in raw.tensors if name not in parts and _UNUSED.search(name)]
