@@ -40,7 +40,7 @@ from read_bandwidth import SIZE_BYTES, reading_calls
 from result_rows import print_table, record_rows, spread_of
 
 from moe_tool.experts.linear import linear
-from moe_tool.native.kernels import Gate, is_native, kernels_in_use, native_expert, set_threads
+from moe_tool.native.kernels import Gate, NativeExpert, is_native, kernels_in_use, set_threads
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,7 +140,7 @@ def expert_lines(context: Context, hidden: int, inner: int) -> list[Line]:
 
     def ours() -> torch.Tensor:
         if is_native():
-            return native_expert(x, first.next(), None, _GATE, second.next(), None)
+            return NativeExpert(first.next(), None, second.next(), None).forward(x, _GATE)
         gate, up = linear(x, first.next()).chunk(2, dim=-1)
         return linear(F.silu(gate) * up, second.next())
 

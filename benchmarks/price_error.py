@@ -17,8 +17,10 @@ import numpy as np
 from result_rows import print_table, record_rows
 from scipy.stats import spearmanr
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.policies.misses import MissChoice, parse_miss_policy
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.simulator.profile_trace import part_to_replay
@@ -42,7 +44,7 @@ POLICIES = (
 )
 
 
-def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict[str, float]:
+def predictions(a: argparse.Namespace, budget: str, policies: list[MissChoice]) -> dict[str, float]:
     """Return the expected nats per token of each policy at a budget."""
     found = {}
     with (
@@ -53,8 +55,8 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
         ) as session,
     ):
         shape = session.manifest.shape
-        for name in policies:
-            session.use_policy(name, residency="frozen")
+        for policy in policies:
+            session.use_policy(policy, residency="frozen")
             chosen = session.runner.policy
             assert chosen.prices is not None, "the bundle was packed without a profile"
             masks = resident_masks(
@@ -65,7 +67,7 @@ def predictions(a: argparse.Namespace, budget: str, policies: list[str]) -> dict
             replayed = replay_misses(
                 profile, part_to_replay(profile), chosen.policy, chosen.prices, masks, FREE
             )
-            found[name] = replayed.nats_per_token
+            found[policy.name] = replayed.nats_per_token
     return found
 
 
@@ -80,9 +82,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
-    policies = list(POLICIES)
+    names = list(POLICIES)
     if a.policies:  # parameters are separated by commas too: "priced;priced:nats-per-mb=1"
-        policies = a.policies.split(";")
+        names = a.policies.split(";")
+    policies = [parse_miss_policy(name) for name in names]
     with record_rows(a.out, vars(a)) as kept:
         rows = [row for share in a.budgets.split(",") for row in measure(a, f"{share}%", policies)]
         expected = np.array([row["expected"] for row in rows])
@@ -104,7 +107,7 @@ def main() -> None:
     print(f"over the {int(is_priced.sum())} of them that answer by price: {alone:.3f}")
 
 
-def measure(a: argparse.Namespace, budget: str, policies: list[str]) -> list[dict[str, Any]]:
+def measure(a: argparse.Namespace, budget: str, policies: list[MissChoice]) -> list[dict[str, Any]]:
     """Return a row for each policy at a budget."""
     expected = predictions(a, budget, policies)
     report = evaluate(
@@ -112,7 +115,7 @@ def measure(a: argparse.Namespace, budget: str, policies: list[str]) -> list[dic
         parse_sources(a.text),
         EvaluateOptions(
             tokens=a.tokens,
-            memory=budget,
+            memory=parse_memory(budget),
             policy=policies[0],
             also=tuple(policies[1:]),
             gates=False,

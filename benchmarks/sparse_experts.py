@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from result_rows import print_table, record_rows
 
+from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.experts.channel_forward import channel_sizes, choose_channels, selector_values
 from moe_tool.formats.bundle_reader import BundleReader
@@ -288,7 +289,7 @@ def _compare(
             EvaluateOptions(
                 tokens=a.tokens,
                 seq_len=a.seq_len,
-                memory=a.memory,
+                memory=parse_memory(a.memory),
                 threads=a.threads,
                 sparse_experts=sparsity,
             ),

@@ -13,7 +13,8 @@ BIT_PRICES_SUFFIX = ".bits.json"
 
 def profile_path(folder: Path, model_name: str) -> Path:
     """Return the profile's path: `profiles/NAME.h5`, slashes and odd characters replaced."""
-    return folder / f"{_file_stem(model_name)}{PROFILE_SUFFIX}"
+    stem = re.sub(r"[^\w.-]+", "--", model_name.strip("/")).lstrip(".-")
+    return folder / f"{stem or 'model'}{PROFILE_SUFFIX}"
 
 
 def buddies_path(folder: Path, profile: Path) -> Path:
@@ -52,8 +53,3 @@ def newest_artifact(
     ]
     found.sort(key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
     return next((path for path in found if fits(path)), None)
-
-
-def _file_stem(model_name: str) -> str:
-    stem = re.sub(r"[^\w.-]+", "--", model_name.strip("/")).lstrip(".-")
-    return stem or "model"

@@ -26,10 +26,9 @@ def available_memory_bytes(
     memory cgroup (v1 and v2). Page cache that the kernel can drop counts as free. Memory that the
     process already holds is not included.
     """
-    rooms = [_machine_available(meminfo)]
-    for folder, files in _memory_cgroups(membership, cgroup_root):
-        rooms.append(_cgroup_available(folder, files))
-    return max(0, min(rooms))
+    cgroups = _memory_cgroups(membership, cgroup_root)
+    rooms = [_cgroup_available(folder, files) for folder, files in cgroups]
+    return max(0, min([_machine_available(meminfo), *rooms]))
 
 
 def peak_rss_bytes(status: Path = _STATUS) -> int:
@@ -81,8 +80,7 @@ def _machine_available(meminfo: Path) -> int:
     available = _kib_field(meminfo, "MemAvailable")
     if available is not None:
         return available
-    pages = os.sysconf("SC_AVPHYS_PAGES")
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _memory_cgroups(membership: Path, root: Path) -> list[tuple[Path, _CgroupFiles]]:

@@ -1,10 +1,11 @@
 """Interface through which long work reports its progress; the library never prints."""
 
-from typing import Protocol
 
+class Progress:
+    """A listener that ignores everything; its subclasses show it.
 
-class Progress(Protocol):
-    """A listener. Tasks do not nest; `advance` and `end` refer to the last one begun."""
+    Tasks do not nest; `advance` and `end` refer to the last one begun.
+    """
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
         """Start a task.
@@ -14,34 +15,15 @@ class Progress(Protocol):
             total: number of units; None if unknown.
             unit: plural noun: "tokens", "experts", "bytes".
         """
-        ...
 
     def advance(self, amount: int = 1) -> None:
         """Report `amount` more units as done."""
-        ...
 
     def end(self) -> None:
         """Close the task, whether or not its total was reached."""
-        ...
 
     def note(self, text: str) -> None:
         """Show one sentence to the user: a fallback, a choice, the file in use."""
-        ...
 
 
-class _Silent:
-    def begin(self, task: str, total: int | None, unit: str) -> None:
-        pass
-
-    def advance(self, amount: int = 1) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-SILENT: Progress = _Silent()
-"""Listener that ignores everything."""
+SILENT = Progress()

@@ -39,7 +39,6 @@ class BenchRow:
     """Timed tokens of one repetition"""
     depth: int
     tokens_per_second_all: tuple[float, ...]
-    """Rate of each repetition"""
     timed: PhaseCounters
     """Counters of the timed tokens, all repetitions together"""
     peak_rss_bytes: int

@@ -10,7 +10,6 @@ from moe_tool.artifacts.moe_shape import Index
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.schema import FrozenModel
 
-BIT_PRICES_VERSION: Literal[2] = 2
 Width = Literal[1, 2, 3, 4, 8]
 Error = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -31,7 +30,7 @@ class BitPrices(FrozenModel):
     kept beside the profile because it takes a pass over the model."""
 
     kind: Literal["bit-prices"] = "bit-prices"
-    format_version: Literal[2] = BIT_PRICES_VERSION
+    format_version: Literal[2] = 2
     tool_version: str
     identity: ModelIdentity
     profile_sha256: HexDigest

@@ -8,7 +8,6 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Count, Index
 from moe_tool.artifacts.schema import FrozenModel
 
-BUDDY_MAP_VERSION: Literal[1] = 1
 Similarity = Literal["output", "cka", "cosine", "coactivation", "router"]
 
 
@@ -55,7 +54,7 @@ class BuddyMap(FrozenModel):
     """Artifact of `moe-tool buddies`."""
 
     kind: Literal["buddies"] = "buddies"
-    format_version: Literal[1] = BUDDY_MAP_VERSION
+    format_version: Literal[1] = 1
     tool_version: str
     identity: ModelIdentity
     profile_sha256: HexDigest

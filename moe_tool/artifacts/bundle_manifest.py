@@ -30,10 +30,6 @@ from moe_tool.artifacts.precision import Precision
 from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.artifacts.schema import FrozenModel
 
-BUNDLE_VERSION: Literal[3] = 3
-RECORD_LAYOUT: Literal["planes-1"] = "planes-1"
-"""Id of the record layout that formats/expert_form.py writes; readers refuse any other, with the
-command that repacks as the hint."""
 Quantiles = Annotated[
     tuple[Annotated[float, Field(ge=0, le=1)], ...],
     Field(min_length=N_QUANTILES, max_length=N_QUANTILES),
@@ -147,11 +143,12 @@ class BundleManifest(FrozenModel):
     """Artifact of `moe-tool pack`, written last: no manifest, no bundle."""
 
     kind: Literal["bundle"] = "bundle"
-    format_version: Literal[3] = BUNDLE_VERSION
+    format_version: Literal[3] = 3
     tool_version: str
     identity: ModelIdentity
     shape: MoeShape
-    record_layout: Literal["planes-1"] = RECORD_LAYOUT
+    record_layout: Literal["planes-1"] = "planes-1"
+    """Id of the layout that formats/expert_form.py writes"""
     forms: Annotated[tuple[FormTable, ...], Field(min_length=1, max_length=64)]
     """Primary tables by descending bits, then cheaper ones by descending cost, then selectors"""
     removed: tuple[tuple[Index, Index], ...] = ()

@@ -69,12 +69,6 @@ def check_form_tables(
 ) -> None:
     """Refuse a bundle's tables that contradict each other, the model or the files.
 
-    Args:
-        tables: all tables of the bundle, in manifest order.
-        removed: (layer, expert) of experts without any record.
-        shape: the model's shape.
-        file_sizes: bytes by file name.
-
     Raises:
         ValueError: the first contradiction.
     """

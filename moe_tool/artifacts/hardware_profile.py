@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from moe_tool.artifacts.schema import FrozenModel
 
-HARDWARE_VERSION: Literal[1] = 1
 Bits = Literal["native", "8", "4", "3", "2", "1"]
 BITS: tuple[Bits, ...] = ("native", "8", "4", "3", "2", "1")
 Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -28,7 +27,6 @@ class DiskSpeed(FrozenModel):
     pattern: Literal["sequential", "random"]
     """Access pattern; random: each reader reads one record, all finish before the next round"""
     read_bytes: SizeBytes
-    """Size of one read"""
     readers: Annotated[int, Field(ge=1, le=4)]
     """Threads that read at once"""
     bytes_per_s: Rate
@@ -52,7 +50,6 @@ class ExpertSpeed(FrozenModel):
     bits: Bits
     """Bits per weight of the matrices; native is bfloat16"""
     tokens: Count
-    """Tokens per call"""
     threads: Count
     fixed_s: Seconds
     bytes_per_s: Rate
@@ -93,7 +90,6 @@ class GpuSpeed(FrozenModel):
     name: Annotated[str, Field(max_length=256)]
     memory_bytes: SizeBytes
     memory_bytes_per_s: Rate
-    """Bandwidth of the GPU's memory"""
     link_bytes_per_s: Rate
     """Bandwidth of copies from pinned host memory"""
 
@@ -102,7 +98,7 @@ class HardwareProfile(FrozenModel):
     """Artifact of `moe-tool hardware`."""
 
     kind: Literal["hardware"] = "hardware"
-    format_version: Literal[1] = HARDWARE_VERSION
+    format_version: Literal[1] = 1
     tool_version: str
     name: Annotated[str, Field(max_length=256)]
     source: Literal["measured", "data-sheet"]
@@ -110,7 +106,6 @@ class HardwareProfile(FrozenModel):
     cores: Count
     """CPU cores that a process may use"""
     ram_bytes: SizeBytes
-    """Memory of the machine"""
     kernels: str
     """Kernels of the expert timings: avx512vnni, avx512, avx2, scalar or torch"""
     disk: Annotated[tuple[DiskSpeed, ...], Field(min_length=1)]
@@ -141,7 +136,6 @@ class HardwareProfile(FrozenModel):
 
         Args:
             read_bytes: size of one read, at least 1.
-            readers: threads that read at once.
         """
         rows = [row for row in self.disk if row.pattern == "random"]
         rows = _nearest(rows, lambda row: math.log(row.read_bytes), math.log(read_bytes))
@@ -159,9 +153,6 @@ class HardwareProfile(FrozenModel):
 
         Args:
             bits: width of the matrices, as in `pack --bits`.
-            record_bytes: size of the expert's record.
-            tokens: tokens per call.
-            threads: compute threads.
         """
         rows = _nearest(
             self.experts, lambda row: math.log(_width(row.bits)), math.log(_width(bits))

@@ -36,8 +36,6 @@ def require_same_model(
     """Refuse an artifact that was made from another model.
 
     Args:
-        found: the identity written in the artifact.
-        wanted: the identity of the model at hand.
         artifact: subject of the message, e.g. "the profile profiles/demo.h5".
         remedy: the command that makes a matching one.
 

@@ -1,5 +1,6 @@
 """Shape of a Mixture-of-Experts model: layers, experts, top-k, the tensors of one expert."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -24,10 +25,7 @@ class ExpertTensor(FrozenModel):
     @property
     def n_weights(self) -> int:
         """Number of scalars."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape)
 
 
 class MoeShape(FrozenModel):

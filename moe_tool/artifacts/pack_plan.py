@@ -8,7 +8,6 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Count, Index
 from moe_tool.artifacts.schema import FrozenModel
 
-PLAN_VERSION: Literal[2] = 2
 Bits = Annotated[str, Field(pattern=r"^(native|mixed|[12348]z?(:(32|64|128))?)$")]
 """Bits of the experts, as in `pack --bits`; mixed: set per expert"""
 Quantizer = Annotated[str, Field(pattern=r"^[a-z0-9\-]{1,32}$")]
@@ -76,7 +75,7 @@ class PackPlan(FrozenModel):
     """Artifact of `moe-tool plan`, followed by `pack --plan`, then by `run`."""
 
     kind: Literal["plan"] = "plan"
-    format_version: Literal[2] = PLAN_VERSION
+    format_version: Literal[2] = 2
     tool_version: str
     identity: ModelIdentity
     profile_sha256: HexDigest

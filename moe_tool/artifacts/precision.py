@@ -1,8 +1,8 @@
-"""Precisions of expert records: the checkpoint's floats, integer codes with scales, separately
-readable channels, or a low-rank map in the expert's place."""
+"""Precisions of expert records: the checkpoint's floats or codes, integer codes with scales,
+separately readable channels, or a low-rank map in the expert's place."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,15 +15,13 @@ NATIVE_WIDTH = 16
 class _Precision(FrozenModel):
     """Defaults of the properties that every precision has."""
 
+    is_coded: ClassVar[bool] = False
+    """Whether the matrices are integer codes that can be tuned"""
+
     @property
     def base(self) -> "IntegerPrecision | None":
         """Precision of the nested 2-bit base; None if not nested."""
         return None
-
-    @property
-    def is_coded(self) -> bool:
-        """Whether the matrices are integer codes that can be tuned."""
-        return False
 
     @property
     def leaves_noise(self) -> bool:
@@ -32,28 +30,20 @@ class _Precision(FrozenModel):
 
     def with_zeros(self, zeros: bool) -> Self:
         """Return the precision with or without zero points; itself if it cannot have any."""
-        return self
+        has_zeros = "zeros" in type(self).model_fields
+        return self.model_copy(update={"zeros": zeros}) if has_zeros else self
 
 
 class NativePrecision(_Precision):
     """The checkpoint's dtype, bit for bit."""
 
     kind: Literal["native"] = "native"
-
-    @property
-    def name(self) -> str:
-        """Name in `--bits`"""
-        return "native"
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """Roles of tables that may have the precision"""
-        return frozenset({"primary"})
-
-    @property
-    def order_key(self) -> tuple[int, int, int]:
-        """Sort key, the most expensive precision first"""
-        return (0, -NATIVE_WIDTH, 0)
+    name: ClassVar[str] = "native"
+    """Name in `--bits`"""
+    roles: ClassVar[frozenset[str]] = frozenset({"primary"})
+    """Roles of tables that may have the precision"""
+    order_key: ClassVar[tuple[int, int, int]] = (0, -NATIVE_WIDTH, 0)
+    """Sort key, the most expensive precision first"""
 
 
 class IntegerPrecision(_Precision):
@@ -63,6 +53,7 @@ class IntegerPrecision(_Precision):
     """
 
     kind: Literal["integer"] = "integer"
+    is_coded: ClassVar[bool] = True
     width_bits: Literal[8, 4, 3, 2, 1]
     group: Literal[32, 64, 128] = 64
     zeros: bool = False
@@ -105,18 +96,9 @@ class IntegerPrecision(_Precision):
         )
 
     @property
-    def is_coded(self) -> bool:
-        """Whether the matrices are integer codes that can be tuned."""
-        return True
-
-    @property
     def leaves_noise(self) -> bool:
         """Whether the error of an answer is like noise, independent of the input."""
         return self.width_bits > 1
-
-    def with_zeros(self, zeros: bool) -> Self:
-        """Return the precision with or without zero points."""
-        return self.model_copy(update={"zeros": zeros})
 
     @model_validator(mode="after")
     def _consistent(self) -> "IntegerPrecision":
@@ -128,21 +110,72 @@ class IntegerPrecision(_Precision):
         return self
 
 
+class KeptPrecision(_Precision):
+    """A quantized checkpoint's codes, byte for byte, see quantization/kept_codes.py.
+
+    Vectors (biases) stay floats.
+    """
+
+    kind: Literal["kept"] = "kept"
+    codes: Literal["e2m1", "e4m3", "int4", "int8", "nf4"]
+    group_rows: Annotated[int, Field(ge=1, le=2**16)]
+    """Outputs that share a scale"""
+    group_columns: Annotated[int, Field(ge=0, le=2**16)]
+    """Inputs that share a scale: 16, 32, 64 or a multiple of 128; 0: all of a row"""
+    scale: Literal["float32", "float16", "bfloat16", "e8m0", "e4m3"]
+    global_scale: Literal["none", "factor", "divisor"] = "none"
+    """Whether there is a float32 scale for each output too, and whether it divides the others"""
+    zero: Literal["none", "codes", "bias"] = "none"
+    """Zero points of integers: none, in units of codes, or float32 biases"""
+
+    @property
+    def name(self) -> str:
+        """Name in tables: mxfp4, nvfp4, fp8, nf4, int8, or int4 g32 for groups of 32"""
+        fixed = {("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}
+        name = fixed.get((self.codes, self.scale, self.group_columns))
+        if name is not None:
+            return name
+        if self.codes == "e4m3":
+            return "fp8"
+        group = f" g{self.group_columns}" if self.group_columns else ""
+        zero = {"none": "", "codes": " zeros", "bias": " biases"}[self.zero]
+        return f"{self.codes}{group}{zero}"
+
+    @property
+    def width_bits(self) -> int:
+        """Bits of a code"""
+        return 8 if self.codes in ("e4m3", "int8") else 4
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of tables that may have the precision"""
+        return frozenset({"primary"})
+
+    @property
+    def order_key(self) -> tuple[int, int, int]:
+        """Sort key, the most expensive precision first"""
+        return (0, -self.width_bits, self.group_columns)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "KeptPrecision":
+        if self.group_columns not in (16, 32, 64) and self.group_columns % 128:
+            raise ValueError("a group has 16, 32, 64 or a multiple of 128 inputs, or all of a row")
+        if self.zero != "none" and self.codes not in ("int4", "int8"):
+            raise ValueError("only integers have zero points")
+        return self
+
+
 class LowRankPrecision(_Precision):
     """Low-rank linear map with an offset, fitted to the expert's output, in float16."""
 
     kind: Literal["low-rank"] = "low-rank"
     rank: Annotated[int, Field(ge=1, le=1024)]
+    roles: ClassVar[frozenset[str]] = frozenset({"replica"})
 
     @property
     def name(self) -> str:
         """Name in `--replicas`: rank16"""
         return f"rank{self.rank}"
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """Roles of tables that may have the precision"""
-        return frozenset({"replica"})
 
     @property
     def order_key(self) -> tuple[int, int, int]:
@@ -168,17 +201,13 @@ class ChannelPrecision(_Precision):
     """Numbers of a row, or of a column, that share a scale"""
     zeros: bool = False
     """Whether the selector has zero points; channels never have"""
+    roles: ClassVar[frozenset[str]] = frozenset({"primary", "selector"})
 
     @property
     def name(self) -> str:
         """Name in `pack --sparse-experts`: up2:4, gate3:8:128"""
         group = "" if self.group == 64 else f":{self.group}"
         return f"{self.selected_by}{self.selector_bits}:{self.width_bits}{group}"
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """Roles of tables that may have the precision"""
-        return frozenset({"primary", "selector"})
 
     @property
     def order_key(self) -> tuple[int, int, int]:
@@ -195,21 +224,21 @@ class ChannelPrecision(_Precision):
         """Precision of the other matrix's rows, and of the down matrix's columns"""
         return IntegerPrecision(width_bits=self.width_bits, group=self.group)
 
-    def with_zeros(self, zeros: bool) -> Self:
-        """Return the precision whose selector is with or without zero points."""
-        return self.model_copy(update={"zeros": zeros})
-
 
 _CHANNELS = re.compile(r"(up|gate)([23])(?::(4|8))?(?::(32|64|128))?")
 _INTEGER = re.compile(r"(?:([12348])(z?)|2\+([12]))(?::(32|64|128))?")
 
 Precision = Annotated[NativePrecision | IntegerPrecision, Field(discriminator="kind")]
+WholeExpertPrecision = Annotated[
+    NativePrecision | KeptPrecision | IntegerPrecision, Field(discriminator="kind")
+]
 ExpertPrecision = Annotated[
-    NativePrecision | IntegerPrecision | ChannelPrecision, Field(discriminator="kind")
+    NativePrecision | KeptPrecision | IntegerPrecision | ChannelPrecision,
+    Field(discriminator="kind"),
 ]
 ReplicaPrecision = Annotated[IntegerPrecision | LowRankPrecision, Field(discriminator="kind")]
 AnyPrecision = Annotated[
-    NativePrecision | IntegerPrecision | ChannelPrecision | LowRankPrecision,
+    NativePrecision | KeptPrecision | IntegerPrecision | ChannelPrecision | LowRankPrecision,
     Field(discriminator="kind"),
 ]
 

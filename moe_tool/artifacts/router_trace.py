@@ -44,7 +44,6 @@ def mean_squared_gates(index: np.ndarray, weight: np.ndarray, n_experts: int) ->
     Args:
         index: [T, K] experts.
         weight: [T, K] gate weights.
-        n_experts: E.
     """
     squared = np.square(weight.astype(np.float64))
     sums = np.bincount(

@@ -84,7 +84,6 @@ def leave_out(routing: Routing, is_left_out: np.ndarray, form: np.ndarray | None
     """Return the wanted experts with some slots dropped.
 
     Args:
-        routing: the layer call.
         is_left_out: [T, K] bool.
         form: [T, K] forms of the other slots; None: PRIMARY everywhere.
     """
@@ -102,8 +101,6 @@ def answer_exactly(routing: Routing, answers: Answers, rows: np.ndarray) -> Answ
     """Return the answers with some tokens answered exactly.
 
     Args:
-        routing: the layer call.
-        answers: the policy's answers.
         rows: [T] bool, the tokens to answer exactly.
     """
     if not rows.any():

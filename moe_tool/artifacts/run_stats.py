@@ -26,7 +26,6 @@ class PhaseCounters(Spread):
     channels_used: int = 0
     """Channels that were computed"""
     prefetches: int = 0
-    """Prefetched experts"""
     prefetch_hits: int = 0
     """Prefetched experts that the next layer wanted; counted as hits too"""
     prefetched_bytes: int = 0

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import Count, MoeShape
 from moe_tool.artifacts.pack_plan import EvictionName
-from moe_tool.artifacts.precision import Precision
+from moe_tool.artifacts.precision import Precision, WholeExpertPrecision
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.budget.slots import min_slots
 
@@ -47,7 +47,7 @@ class RunTraceHeader(FrozenModel):
 
     identity: ModelIdentity
     shape: MoeShape
-    precision: Precision
+    precision: WholeExpertPrecision
     record_size_bytes: Count
     skeleton_precision: Precision
     matrix_bytes: _Number

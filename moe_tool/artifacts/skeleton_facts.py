@@ -22,7 +22,6 @@ class LinearCount(FrozenModel):
     n_outputs: Count
     n_inputs: Count
     count: Count
-    """Number of matrices"""
 
     @property
     def n_weights(self) -> int:
@@ -45,7 +44,6 @@ class SkeletonFacts(FrozenModel):
     linear_native_bytes: _SizeBytes
     """Part of `native_bytes` that codes replace when matrices are quantized"""
     largest_tensor_bytes: _SizeBytes
-    """Largest single tensor"""
     linears: Annotated[tuple[LinearCount, ...], Field(max_length=2**16)]
     """Matrices that may be quantized, by ascending shape"""
     tied_head_weights: _SizeBytes

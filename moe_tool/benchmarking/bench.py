@@ -27,8 +27,7 @@ from moe_tool.models.bundle_skeleton import n_skeleton_weights
 from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.policies.eviction import parse_eviction
-from moe_tool.policies.misses import parse_miss_policy
+from moe_tool.policies.misses import MissChoice
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.prefetcher import require_prefetch
@@ -67,7 +66,8 @@ def bench(
     """
     start = time.perf_counter()
     load = os.getloadavg()[0]
-    _check_names(options)
+    for prefetch in options.prefetch:
+        require_prefetch(prefetch, residency="cache")
     with BundleReader.open(folder) as reader:
         limit = context_length(read_config(folder).get_text_config())
         tests = list_tests(options, context_limit=limit)
@@ -119,15 +119,6 @@ def _rows(
                 yield row
 
 
-def _check_names(options: BenchOptions) -> None:
-    for policy in options.policy:
-        parse_miss_policy(policy)
-    for prefetch in options.prefetch:
-        require_prefetch(prefetch, residency="cache")
-    for eviction in options.eviction:
-        parse_eviction(eviction)
-
-
 def _tokenizer(folder: Path) -> Any:
     try:
         return load_tokenizer(folder)
@@ -147,7 +138,7 @@ def _open(
         gates=options.gates,
         seed=options.seed,
         threads=setting.threads,
-        eviction=parse_eviction(setting.eviction),
+        eviction=setting.eviction,
         prefetch=setting.prefetch,
         sparse_experts=setting.sparse_experts,
         context=max(test.positions for test in tests),
@@ -156,8 +147,7 @@ def _open(
     session = open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress)
     try:
         for policy in options.policy:  # a policy that the bundle cannot run fails before any row
-            choice = parse_miss_policy(policy)
-            session.use_policy(choice, residency=default_residency(choice))
+            session.use_policy(policy, residency=default_residency(policy))
     except BaseException:
         session.close()
         raise
@@ -165,12 +155,11 @@ def _open(
 
 
 def _in_turn(
-    session: Session, policies: Sequence[str], tests: Sequence[SpeedTest]
+    session: Session, policies: Sequence[MissChoice], tests: Sequence[SpeedTest]
 ) -> Iterator[SpeedTest]:
     """Yield every test once under every policy."""
     for policy in policies:
-        choice = parse_miss_policy(policy)
-        session.use_policy(choice, residency=default_residency(choice))
+        session.use_policy(policy, residency=default_residency(policy))
         yield from tests
 
 

@@ -12,6 +12,8 @@ from moe_tool.errors import MoeToolError, UsageError
 from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.context_length import context_length
+from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice
+from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 
 Kind = Literal["pp", "tg"]
 _MAX_THREADS = 1024
@@ -29,8 +31,8 @@ class BenchOptions:
     depth: tuple[int, ...] = (0,)
     """Tokens in context before the timing starts"""
     memory: tuple[MemoryRequest, ...] = (AUTO,)
-    policy: tuple[str, ...] = ("exact",)
-    eviction: tuple[str, ...] = ("lru",)
+    policy: tuple[MissChoice, ...] = (EXACT_POLICY,)
+    eviction: tuple[EvictionChoice, ...] = (DEFAULT_EVICTION,)
     prefetch: tuple[str, ...] = ("none",)
     sparse_experts: tuple[float | None, ...] = (None,)
     """See RunOptions"""
@@ -71,7 +73,7 @@ class Setting:
 
     memory: MemoryRequest
     threads: int | None
-    eviction: str
+    eviction: EvictionChoice
     prefetch: str
     sparse_experts: float | None = None
 

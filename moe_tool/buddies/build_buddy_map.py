@@ -6,11 +6,10 @@ from moe_tool import __version__
 from moe_tool.artifacts.buddy_map import Buddy, BuddyMap, LayerBuddies, Similarity
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.buddies.clusters import cluster_experts
-from moe_tool.buddies.coactivation import CUMULATIVE_MASS, frequent_companions
-from moe_tool.buddies.measures import MEASURES
+from moe_tool.buddies.measures import CUMULATIVE_MASS, MEASURES, frequent_companions
 from moe_tool.errors import UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.policies.entropy import token_activating_entropy
+from moe_tool.policies.misses.gates import token_activating_entropy
 
 ENTROPY_PERCENTILE = 15.0
 """BuddyMoE's p (10..20): tokens with entropy below this percentile are answered exactly."""
@@ -26,9 +25,7 @@ def build_buddy_map(
     BuddyMoE's does.
 
     Args:
-        profile: an open profile; its layers are read one at a time.
         k: substitutes per expert, 1..E-1.
-        by: measure to rank by.
         mass: cumulative frequency at which a list by `coactivation` ends, 0..1.
 
     Raises:
@@ -76,11 +73,7 @@ def build_buddy_map(
 
 
 def entropy_threshold(weights: np.ndarray) -> float:
-    """Return BuddyMoE's tau: the 15th percentile of the tokens' entropy, 0..1; 0 without tokens.
-
-    Args:
-        weights: [T, K] gate weights.
-    """
+    """Return BuddyMoE's tau: 15th percentile of the entropy of [T, K] weights; 0 if T is 0."""
     if len(weights) == 0:
         return 0.0
     return float(np.percentile(token_activating_entropy(weights), ENTROPY_PERCENTILE))

@@ -45,7 +45,6 @@ def plan_memory(
     """Return the memory plan with as many expert slots as fit into the budget.
 
     Args:
-        request: the budget.
         fixed: everything but the expert slots: process, skeleton, KV cache, buffers, margin.
         loading_bytes: the peak while the skeleton is loaded, when there are no slots yet.
         experts: slot sizes and limits, by record size.

@@ -74,8 +74,6 @@ def lacks_memory(
     Args:
         needed_bytes: bytes that the run takes within its budget.
         least_bytes: bytes that it takes with the fewest expert slots.
-        free_bytes: size that the process can reach.
-        lines: the run's memory.
     """
     if least_bytes <= free_bytes:
         hint = "--memory auto takes what is free; --memory min takes the least that works"

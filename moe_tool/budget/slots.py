@@ -1,5 +1,6 @@
 """Distribution of expert slots over record sizes, and their bytes."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 
@@ -8,7 +9,6 @@ class ExpertRoom:
     """Experts with records of one size."""
 
     record_bytes: int
-    """Bytes of one slot"""
     n_experts: int
     """Experts of all layers: the most slots that make sense"""
     n_slots_min: int
@@ -19,7 +19,6 @@ def min_slots(top_k: int, n_experts: int) -> int:
     """Return the fewest slots of a pool: one token's experts of one layer, and one for prefetch.
 
     Args:
-        top_k: experts per token and layer.
         n_experts: experts of all layers that share the pool, an upper bound.
     """
     return min(top_k + 1, n_experts)
@@ -44,11 +43,10 @@ def bytes_of_slots(slots: tuple[int, ...], rooms: tuple[ExpertRoom, ...]) -> int
 
 def slots_within(room_bytes: int, rooms: tuple[ExpertRoom, ...]) -> tuple[int, ...]:
     """Return the most slots that fit, by size; the minimum must fit."""
-    low, high = 0, sum(room.n_experts for room in rooms)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if bytes_of_slots(split_slots(middle, rooms), rooms) <= room_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return split_slots(low, rooms)
+    n_experts = sum(room.n_experts for room in rooms)
+    n_slots = bisect_right(
+        range(1, n_experts + 1),
+        room_bytes,
+        key=lambda total: bytes_of_slots(split_slots(total, rooms), rooms),
+    )
+    return split_slots(n_slots, rooms)

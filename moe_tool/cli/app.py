@@ -30,7 +30,8 @@ from moe_tool.cli import (
     profile,
     run,
     simulate,
-    tune,
+    tune_pruning,
+    tune_weights,
 )
 from moe_tool.cli.console import write_json
 from moe_tool.cli.plugin_help import PluginVerb
@@ -65,7 +66,14 @@ for _verb in (
     demo.demo,
 ):
     app.command(cls=PluginVerb)(_verb)
-app.add_typer(tune.tune, name="tune")
+_tune = typer.Typer(
+    help="Train parts of a bundle: codes of experts, mask routers.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+_tune.command("weights")(tune_weights.tune_weights)
+_tune.command("pruning")(tune_pruning.tune_pruning)
+app.add_typer(_tune, name="tune")
 
 
 @app.callback(invoke_without_command=True)

@@ -115,14 +115,16 @@ def bench(
             parse_words,
             refuse_too_long,
         )
+        from moe_tool.policies.eviction import parse_eviction
+        from moe_tool.policies.misses import parse_miss_policy
 
         options = BenchOptions(
             prompt_tokens=parse_numbers(prompt_tokens, option="--prompt-tokens"),
             generate=parse_numbers(generate, option="--generate"),
             depth=parse_numbers(depth, option="--depth"),
             memory=tuple(map(parse_memory, parse_words(memory, option="--memory"))),
-            policy=parse_words(policy, option="--policy"),
-            eviction=tuple(eviction or ["lru"]),
+            policy=tuple(map(parse_miss_policy, parse_words(policy, option="--policy"))),
+            eviction=tuple(map(parse_eviction, eviction or ["lru"])),
             prefetch=parse_words(prefetch, option="--prefetch"),
             sparse_experts=(None,)
             if sparse_experts is None

@@ -54,9 +54,10 @@ def calibrate(
 ) -> None:
     """Find the strongest lossy policy within a KL limit. `run` uses it by default."""
     with open_output(as_json=json) as output:
+        from moe_tool.policies.misses import parse_miss_policy
         from moe_tool.text.sources import parse_sources, require_sources
 
-        sources = parse_sources(data)
+        choice, sources = parse_miss_policy(policy), parse_sources(data)
         require_sources(sources, offline=offline)
 
         from moe_tool.evaluation.calibrate import CalibrateOptions
@@ -68,7 +69,7 @@ def calibrate(
             sources,
             CalibrateOptions(
                 max_kl=max_kl,
-                policy=policy,
+                policy=choice,
                 tokens=tokens,
                 seq_len=seq_len,
                 memory=parse_memory_option(memory),
@@ -81,7 +82,7 @@ def calibrate(
         found = report.calibration
         output.show(
             "settings tried, the strongest first",
-            evaluation_table({trial.policy: trial.figures for trial in report.trials}),
+            evaluation_table({trial.policy.name: trial.figures for trial in report.trials}),
         )
         low, high = found.quality.kl_ci95
         output.say(

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from moe_tool.artifacts.json_fields import json_fields
 from moe_tool.available_memory import peak_rss_bytes
+from moe_tool.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress as RichBars
     from rich.progress import TaskID
-
-    from moe_tool.progress import Progress
 
 _LINE_EVERY_S = 30.0
 _PIPED_WIDTH = 160
@@ -87,7 +86,7 @@ def _console(stream: TextIO) -> "Console":
     return Console(file=stream, width=width, markup=False, emoji=False, highlight=False)
 
 
-class _Bars:
+class _Bars(Progress):
     """Progress on a terminal: one bar with the time left, removed when the task ends."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -96,29 +95,21 @@ class _Bars:
         self._task: TaskID | None = None
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich import progress as bars
 
         self.end()
         amounts = (
-            [DownloadColumn(binary_units=True)]
+            [bars.DownloadColumn(binary_units=True)]
             if unit == "bytes"
-            else [MofNCompleteColumn(), TextColumn(unit)]
+            else [bars.MofNCompleteColumn(), bars.TextColumn(unit)]
         )
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
             *amounts,
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
             console=_console(self._stream),
             transient=True,
             redirect_stdout=False,
@@ -143,7 +134,7 @@ class _Bars:
             print(text, file=self._stream, flush=True)
 
 
-class _Lines:
+class _Lines(Progress):
     """Progress in a log: a plain line at most every 30 s."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -170,9 +161,6 @@ class _Lines:
             left_s = (now - self._start) * (self._total - self._done) / self._done
             left = f", about {left_s:.0f} s left"
         self.note(f"{self._task}: {self._done}{of} {self._unit}{left}")
-
-    def end(self) -> None:
-        pass
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)

@@ -1,34 +1,37 @@
 """`moe-tool demo`: the whole pipeline on the embedded model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
-from moe_tool.cli.console import Output, open_output
-from moe_tool.cli.options import JsonOption
+from moe_tool.cli.console import Output
+from moe_tool.cli.verb import verb
 
 
-def demo(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoArguments:
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Keep profile and bundle here.", show_default="deleted"
-        ),
-    ] = None,
-    json: JsonOption = False,
-) -> None:
+        typer.Option(metavar="DIR", help="Keep profile and bundle here.", show_default="deleted"),
+    ] = None
+
+
+@verb
+def demo(given: DemoArguments, output: Output) -> None:
     """Run every stage on the embedded model and built-in text."""
-    with open_output(as_json=json) as output:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            prompt = _run(out, output)
-            output.say(f"kept in {out}/; next: moe-tool run {out}/bundle/ --prompt {prompt!r}")
-            return
-        with TemporaryDirectory(prefix="moe-tool-demo-") as folder:
-            _run(Path(folder), output)
-        output.say("next, the same by hand: moe-tool profile demo --data builtin")
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        prompt = _run(given.out, output)
+        output.say(
+            f"kept in {given.out}/; next: moe-tool run {given.out}/bundle/ --prompt {prompt!r}"
+        )
+        return
+    with TemporaryDirectory(prefix="moe-tool-demo-") as folder:
+        _run(Path(folder), output)
+    output.say("next, the same by hand: moe-tool profile demo --data builtin")
 
 
 def _run(folder: Path, output: Output) -> str:

@@ -1,16 +1,16 @@
 """`moe-tool eval-harness`: run tasks of lm-evaluation-harness on a bundle."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.console import Output
 from moe_tool.cli.options import (
     BundleArgument,
     EvictionOption,
     GatesOption,
-    JsonOption,
     LossyPrefillOption,
     OfflineOption,
     PolicyOption,
@@ -19,117 +19,97 @@ from moe_tool.cli.options import (
     SeedOption,
     ThreadsOption,
 )
+from moe_tool.cli.verb import options_from, verb
 from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_tool.artifacts.evaluation_report import HarnessReport
 
 
-_Tasks = Annotated[
-    str,
-    typer.Option(
-        "--tasks",
-        metavar="NAME,...",
-        help="Tasks of lm_eval by name, or YAML files and folders by path (./mine.yaml).",
-        show_default=False,
-    ),
-]
-_Include = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--include",
-        metavar="DIR",
-        help="A folder with more tasks to name. May be repeated.",
-        show_default=False,
-    ),
-]
-_Limit = Annotated[
-    int | None,
-    typer.Option("--limit", metavar="N", min=1, help="Documents per task.", show_default="all"),
-]
-_NumFewshot = Annotated[
-    int | None,
-    typer.Option(
-        "--num-fewshot",
-        metavar="N",
-        min=0,
-        help="Solved examples before each question.",
-        show_default="the task's",
-    ),
-]
-_Context = Annotated[
-    int,
-    typer.Option(
-        "--context",
-        metavar="N",
-        min=2,
-        help="Tokens of context and answer together; longer contexts are cut at the beginning.",
-    ),
-]
-_DecodeContext = Annotated[
-    bool,
-    typer.Option(
-        "--decode-context",
-        help="In log-likelihoods, apply the policy to the context too, from its second token on. "
-        "Otherwise the context is an exact prompt, and the first answer token is exact too.",
-    ),
-]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalHarnessArguments:
+    bundle: BundleArgument
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Tasks of lm_eval by name, or YAML files and folders by path (./mine.yaml).",
+        ),
+    ]
+    include: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A folder with more tasks to name. May be repeated."),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Documents per task.", show_default="all")
+    ] = None
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Solved examples before each question.",
+            show_default="the task's",
+        ),
+    ] = None
+    context: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Tokens of context and answer together; longer contexts are cut at the beginning.",
+        ),
+    ] = 4096
+    decode_context: Annotated[
+        bool,
+        typer.Option(
+            "--decode-context",
+            help="In log-likelihoods, apply the policy to the context too, from its second token "
+            "on. Otherwise the context is an exact prompt, and the first answer token is exact "
+            "too.",
+        ),
+    ] = False
+    memory: RunMemoryOption = None
+    policy: PolicyOption = None
+    residency: ResidencyOption = None
+    eviction: EvictionOption = None
+    gates: GatesOption = True
+    lossy_prefill: LossyPrefillOption = False
+    seed: SeedOption = 0
+    threads: ThreadsOption = None
+    offline: OfflineOption = False
 
 
-def eval_harness(
-    bundle: BundleArgument,
-    tasks: _Tasks,
-    include: _Include = None,
-    limit: _Limit = None,
-    num_fewshot: _NumFewshot = None,
-    context: _Context = 4096,
-    decode_context: _DecodeContext = False,
-    memory: RunMemoryOption = None,
-    policy: PolicyOption = None,
-    residency: ResidencyOption = None,
-    eviction: EvictionOption = None,
-    gates: GatesOption = True,
-    lossy_prefill: LossyPrefillOption = False,
-    seed: SeedOption = 0,
-    threads: ThreadsOption = None,
-    offline: OfflineOption = False,
-    json: JsonOption = False,
-) -> None:
+@verb
+def eval_harness(given: EvalHarnessArguments, output: Output) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on a bundle."""
-    with open_output(as_json=json) as output:
-        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-        if not names:
-            raise UsageError("--tasks names no task", hint="--tasks arc_easy,./mine.yaml")
+    names = tuple(name.strip() for name in given.tasks.split(",") if name.strip())
+    if not names:
+        raise UsageError("--tasks names no task", hint="--tasks arc_easy,./mine.yaml")
 
-        from moe_tool.evaluation.eval_harness import require_lm_eval, run_harness
-        from moe_tool.evaluation.harness_tasks import HarnessOptions
+    from moe_tool.evaluation.eval_harness import require_lm_eval, run_harness
+    from moe_tool.evaluation.harness_tasks import HarnessOptions
 
-        require_lm_eval()
+    require_lm_eval()
 
-        from moe_tool.runtime.run_options import run_options
+    from moe_tool.runtime.run_options import run_options
 
-        run = run_options(
-            memory=memory,
-            policy=policy,
-            residency=residency,
-            eviction=eviction,
-            gates=gates,
-            lossy_prompt=lossy_prefill,
-            seed=seed,
-            threads=threads,
-            context=context,
-        )
-        options = HarnessOptions(
-            tasks=names,
-            include=tuple(include or ()),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            decode_context=decode_context,
-            offline=offline,
-        )
-        report = run_harness(bundle, run, options, progress=output.progress)
-        _show(report, output)
-        output.result(report)
+    run = run_options(
+        memory=given.memory,
+        policy=given.policy,
+        residency=given.residency,
+        eviction=given.eviction,
+        gates=given.gates,
+        lossy_prompt=given.lossy_prefill,
+        seed=given.seed,
+        threads=given.threads,
+        context=given.context,
+    )
+    include = tuple(given.include or ())
+    options = options_from(given, HarnessOptions, tasks=names, include=include)
+    report = run_harness(given.bundle, run, options, progress=output.progress)
+    _show(report, output)
+    output.result(report)
 
 
 def _show(report: "HarnessReport", output: Output) -> None:

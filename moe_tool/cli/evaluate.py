@@ -64,8 +64,12 @@ def evaluate(
     """Measure perplexity, and a policy's divergence from exact."""
     with open_output(as_json=json) as output:
         from moe_tool.models.locate import locate_model
+        from moe_tool.policies.eviction import parse_eviction
+        from moe_tool.policies.misses import parse_miss_policy
         from moe_tool.text.sources import parse_sources, require_sources
 
+        policy_choice = None if policy is None else parse_miss_policy(policy)
+        eviction_choice = None if eviction is None else parse_eviction(eviction)
         sources = parse_sources(data)
         require_sources(sources, offline=offline)
         located = None
@@ -79,10 +83,10 @@ def evaluate(
             tokens=tokens,
             seq_len=seq_len,
             memory=parse_memory_option(memory),
-            policy=policy,
+            policy=policy_choice,
             controls=controls,
             residency=residency,
-            eviction=eviction,
+            eviction=eviction_choice,
             sparse_experts=sparse_experts,
             gates=gates,
             seed=seed,

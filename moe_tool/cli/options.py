@@ -12,39 +12,50 @@ MAX_CONTEXT = 2**31
 """Largest context that a plan can hold"""
 
 JsonOption = Annotated[
-    bool,
-    typer.Option("--json", help="One JSON object on stdout, everything else on stderr."),
+    bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")
 ]
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL",
-        help="A folder, an alias (demo, mixtral, qwen3-moe, ...) or a hub id.",
-        show_default=False,
+        metavar="MODEL", help="A folder, an alias (demo, mixtral, qwen3-moe, ...) or a hub id."
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="NAME",
+        help="Branch, tag or commit on the hub; also MODEL@NAME.",
+        show_default="main",
+    ),
+]
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="Take the tokenizer and chat template from this folder.",
+        show_default="the checkpoint's",
     ),
 ]
 BundleArgument = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="A folder that `pack` wrote.", show_default=False)
+    Path, typer.Argument(metavar="BUNDLE", help="A folder that `pack` wrote.")
 ]
 ProfilesOption = Annotated[
-    Path,
-    typer.Option("--profiles", metavar="DIR", help="The folder of profiles and buddy maps."),
+    Path, typer.Option(metavar="DIR", help="The folder of profiles and buddy maps.")
 ]
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Use the local cache only, never the network.")
 ]
 SeedOption = Annotated[
-    int,
-    typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of every random choice."),
+    int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="Seed of every random choice.")
 ]
 DataOption = Annotated[
     list[str],
     typer.Option(
-        "--data",
         metavar="[NAME=]SOURCE",
-        help="Text: builtin, a file or folder, wikitext, c4, or org/name[:config][:split]. "
-        "Repeat it for several domains; NAME labels them.",
-        show_default=False,
+        help="Text: builtin, a file or folder, wikitext, c4, or org/name[:config][:split]. Repeat "
+        "it for several domains; NAME labels them.",
     ),
 ]
 _RUN_MEMORY = (
@@ -52,25 +63,20 @@ _RUN_MEMORY = (
     "(free memory less a margin)."
 )
 RunMemoryOption = Annotated[
-    str | None,
-    typer.Option("--memory", metavar="SIZE", help=_RUN_MEMORY, show_default="the plan's, or auto"),
+    str | None, typer.Option(metavar="SIZE", help=_RUN_MEMORY, show_default="the plan's, or auto")
 ]
 TrainMemoryOption = Annotated[
-    str | None,
-    typer.Option("--memory", metavar="SIZE", help=_RUN_MEMORY, show_default="auto"),
+    str | None, typer.Option(metavar="SIZE", help=_RUN_MEMORY, show_default="auto")
 ]
 ProfileMemoryOption = Annotated[
     str,
     typer.Option(
-        "--memory",
-        metavar="SIZE",
-        help="Budget of the whole process: 4GiB, or auto (80 % of free memory).",
+        metavar="SIZE", help="Budget of the whole process: 4GiB, or auto (80 % of free memory)."
     ),
 ]
 PolicyOption = Annotated[
     str | None,
     typer.Option(
-        "--policy",
         metavar="NAME[:KEY=N,...]",
         help="Answer to experts that are not in memory, {miss policies}; all but exact change the "
         "text.",
@@ -80,7 +86,6 @@ PolicyOption = Annotated[
 ResidencyOption = Annotated[
     Residency | None,
     typer.Option(
-        "--residency",
         help="Experts in memory: a fixed set (frozen), or a cache.",
         show_default="cache for exact, frozen otherwise",
     ),
@@ -88,7 +93,6 @@ ResidencyOption = Annotated[
 PrefetchOption = Annotated[
     PrefetchName | None,
     typer.Option(
-        "--prefetch",
         help="Experts to read ahead: none, or those that the next layer's router chooses for this "
         "layer's input. The text stays the same; a wrong guess costs bytes.",
         show_default="the plan's, or none",
@@ -97,7 +101,6 @@ PrefetchOption = Annotated[
 EvictionOption = Annotated[
     str | None,
     typer.Option(
-        "--eviction",
         metavar="NAME[:KEY=N,...]",
         help="Eviction policy of the expert cache, {evictions}; `:per-layer` gives every layer a "
         "cache of its own. The text stays the same.",
@@ -107,7 +110,6 @@ EvictionOption = Annotated[
 HardwareOption = Annotated[
     str | None,
     typer.Option(
-        "--hardware",
         metavar="FILE|NAME",
         help="A profile of `hardware`, or the name of a shipped one.",
         show_default="profiles/hardware.json",
@@ -125,25 +127,22 @@ LossyPrefillOption = Annotated[
     bool,
     typer.Option(
         "--lossy-prefill",
-        help="Apply the policy to the prompt too, which is exact otherwise; its errors stay in "
-        "the KV cache.",
+        help="Apply the policy to the prompt too, which is exact otherwise; its errors stay in the "
+        "KV cache.",
     ),
 ]
 SparseExpertsOption = Annotated[
     float | None,
     typer.Option(
-        "--sparse-experts",
         metavar="SHARE",
         help="Share of an expert's channels to skip while decoding, the least important ones for "
         "the token: 0 to 0.95, for bundles of `pack --sparse-experts`. Changes the text; prompts "
         "are computed in full.",
-        show_default=False,
     ),
 ]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads",
         metavar="N",
         min=1,
         max=1024,

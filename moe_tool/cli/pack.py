@@ -1,6 +1,6 @@
 """`moe-tool pack`: compile a checkpoint into a bundle."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,17 +13,19 @@ from moe_tool.artifact_folder import (
     newest_artifact,
 )
 from moe_tool.budget.sizes import format_bytes
-from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.console import Output
 from moe_tool.cli.options import (
-    JsonOption,
     ModelArgument,
     OfflineOption,
     ProfilesOption,
+    RevisionOption,
+    TokenizerOption,
 )
+from moe_tool.cli.verb import options_from, verb
 from moe_tool.errors import MoeToolError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from moe_tool.artifacts.identity import ModelIdentity
     from moe_tool.artifacts.pack_plan import PackPlan
@@ -31,156 +33,136 @@ if TYPE_CHECKING:
     from moe_tool.packing.write_bundle import PackReport
 
 
-_ProfileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--profile",
-        metavar="FILE",
-        help="Order the experts by this profile.",
-        show_default="newest of this model, or none",
-    ),
-]
-_BuddiesOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--buddies",
-        metavar="FILE",
-        help="Include the stand-ins of this buddy map.",
-        show_default="newest of this model, or none",
-    ),
-]
-_PlanOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--plan",
-        metavar="FILE",
-        help="Follow this plan: its bits for packing, its settings as the defaults of `run`.",
-        show_default=False,
-    ),
-]
-_BitsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--bits",
-        metavar="BITS",
-        help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
-        "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are a "
-        "complete expert; native keeps the checkpoint's dtype, bit for bit.",
-        show_default="native, or the plan's",
-    ),
-]
-_SkeletonBitsOption = Annotated[
-    Literal["native", "8", "4"] | None,
-    typer.Option(
-        "--skeleton-bits",
-        help="Bits of the matrices outside the experts: attention, shared experts, dense "
-        "layers, head. Routers, norms and the embedding keep the checkpoint's dtype; a head "
-        "tied to the embedding is stored again with these bits. Lossy below native, like --bits: "
-        "`evaluate --reference` measures the cost.",
-        show_default="native, or the plan's",
-    ),
-]
-_ReplicasOption = Annotated[
-    str | None,
-    typer.Option(
-        "--replicas",
-        metavar="LIST",
-        help="Cheaper forms of every expert for lossy policies: bits (8, 4, 3, 2, 1; 2:128 shares "
-        "a scale among 128 inputs instead of 64) and low-rank maps, e.g. 3,2:128,rank16. Fitted "
-        "and priced on the profile's tokens.",
-        show_default="none, or the plan's",
-    ),
-]
-_SparseExpertsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--sparse-experts",
-        metavar="SELECTOR",
-        help="Store gated experts channel by channel, for `run --sparse-experts`: up2, up3, "
-        "gate2 or gate3 names the matrix that selects a token's channels, and its bits; it stays "
-        "in memory for every expert. The rest has 4 bits, or 8 with gate2:8. Thresholds are "
-        "measured on the profile's tokens.",
-        show_default=False,
-    ),
-]
-_QuantizerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--quantizer",
-        metavar="NAME",
-        help="Quantizer of the experts, {quantizers}. Those that use the profile's tokens are "
-        "slower and lose far less.",
-        show_default="rtn, or the plan's",
-    ),
-]
-_MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        metavar="SIZE",
-        help="Budget of the whole process while packing, e.g. 4GiB; to keep it, fewer of the "
-        "profile's tokens may be used.",
-        show_default="no limit",
-    ),
-]
-_OutOption = Annotated[
-    Path,
-    typer.Option("--out", metavar="DIR", help="The bundle. An interrupted one is resumed."),
-]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackArguments:
+    model: ModelArgument
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Order the experts by this profile.",
+            show_default="newest of this model, or none",
+        ),
+    ] = None
+    buddies: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Include the stand-ins of this buddy map.",
+            show_default="newest of this model, or none",
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Follow this plan: its bits for packing, its settings as the defaults of `run`.",
+        ),
+    ] = None
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
+            "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are a "
+            "complete expert; native keeps the checkpoint's dtype, bit for bit.",
+            show_default="native, or the plan's",
+        ),
+    ] = None
+    skeleton_bits: Annotated[
+        Literal["native", "8", "4"] | None,
+        typer.Option(
+            help="Bits of the matrices outside the experts: attention, shared experts, dense "
+            "layers, head. Routers, norms and the embedding keep the checkpoint's dtype; a head "
+            "tied to the embedding is stored again with these bits. Lossy below native, like "
+            "--bits: `evaluate --reference` measures the cost.",
+            show_default="native, or the plan's",
+        ),
+    ] = None
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Cheaper forms of every expert for lossy policies: bits (8, 4, 3, 2, 1; 2:128 "
+            "shares a scale among 128 inputs instead of 64) and low-rank maps, e.g. "
+            "3,2:128,rank16. Fitted and priced on the profile's tokens.",
+            show_default="none, or the plan's",
+        ),
+    ] = None
+    sparse_experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SELECTOR",
+            help="Store gated experts channel by channel, for `run --sparse-experts`: up2, up3, "
+            "gate2 or gate3 names the matrix that selects a token's channels, and its bits; it "
+            "stays in memory for every expert. The rest has 4 bits, or 8 with gate2:8. Thresholds "
+            "are measured on the profile's tokens.",
+        ),
+    ] = None
+    quantizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Quantizer of the experts, {quantizers}. Those that use the profile's tokens are "
+            "slower and lose far less.",
+            show_default="rtn, or the plan's",
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Budget of the whole process while packing, e.g. 4GiB; to keep it, fewer of the "
+            "profile's tokens may be used.",
+            show_default="no limit",
+        ),
+    ] = None
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The bundle. An interrupted one is resumed.")
+    ] = Path("bundle")
+    profiles: ProfilesOption = DEFAULT_FOLDER
+    revision: RevisionOption = None
+    tokenizer: TokenizerOption = None
+    offline: OfflineOption = False
 
 
-def pack(
-    model: ModelArgument,
-    profile: _ProfileOption = None,
-    buddies: _BuddiesOption = None,
-    plan: _PlanOption = None,
-    bits: _BitsOption = None,
-    skeleton_bits: _SkeletonBitsOption = None,
-    replicas: _ReplicasOption = None,
-    sparse_experts: _SparseExpertsOption = None,
-    quantizer: _QuantizerOption = None,
-    memory: _MemoryOption = None,
-    out: _OutOption = Path("bundle"),
-    profiles: ProfilesOption = DEFAULT_FOLDER,
-    offline: OfflineOption = False,
-    json: JsonOption = False,
-) -> None:
+@verb
+def pack(given: PackArguments, output: Output) -> None:
     """Compile a checkpoint into a bundle. `run` reads it expert by expert."""
-    with open_output(as_json=json) as output:
-        from moe_tool.packing.pack_options import parse_pack_options
+    from moe_tool.formats.policy_names import read_plan
+    from moe_tool.packing.pack_options import parse_pack_options
 
-        options = parse_pack_options(
-            out=out,
-            bits=bits,
-            skeleton_bits=skeleton_bits,
-            replicas=replicas,
-            sparse_experts=sparse_experts,
-            quantizer=quantizer,
-            plan=None if plan is None else _read_plan(plan),
-            memory=memory,
+    plan = None if given.plan is None else read_plan(given.plan)
+    options = options_from(given, parse_pack_options, plan=plan)
+
+    from moe_tool.models.locate import locate_model
+
+    located = locate_model(
+        given.model,
+        revision=given.revision,
+        tokenizer=given.tokenizer,
+        offline=given.offline,
+        announce=output.say,
+    )
+
+    from moe_tool.models.architecture import open_model
+    from moe_tool.packing.pack_bundle import pack_opened
+
+    opened = open_model(located)
+    with opened.checkpoint:
+        profile = given.profile or _profile_of(plan, given.profiles, opened.identity, output)
+        buddies = given.buddies or _newest_buddies(given.profiles, opened.identity, output)
+        report = pack_opened(
+            opened,
+            located.folder,
+            options,
+            tokenizer=located.tokenizer_folder,
+            profile=profile,
+            buddies=buddies,
+            progress=output.progress,
         )
-
-        from moe_tool.models.locate import locate_model
-
-        located = locate_model(model, offline=offline, announce=output.say)
-
-        from moe_tool.models.architecture import open_model
-        from moe_tool.packing.pack_bundle import pack_opened
-
-        opened = open_model(located)
-        with opened.checkpoint:
-            profile = profile or _profile_of(options.plan, profiles, opened.identity, output)
-            buddies = buddies or _newest_buddies(profiles, opened.identity, output)
-            report = pack_opened(
-                opened,
-                located.folder,
-                options,
-                profile=profile,
-                buddies=buddies,
-                progress=output.progress,
-            )
-        _show(report, output, is_sparse=options.channels is not None)
-        output.result(asdict(report) | {"profile": profile, "buddies": buddies, "plan": plan})
+    _show(report, output, is_sparse=options.channels is not None)
+    output.result(asdict(report) | {"profile": profile, "buddies": buddies, "plan": given.plan})
 
 
 def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
@@ -221,12 +203,6 @@ def _unrouted(experts: "Sequence[tuple[int, int]]") -> str:
     )
 
 
-def _read_plan(path: Path) -> "PackPlan":
-    from moe_tool.formats.policy_names import read_plan
-
-    return read_plan(path)
-
-
 def _profile_of(
     plan: "PackPlan | None", folder: Path, identity: "ModelIdentity", output: Output
 ) -> Path | None:
@@ -234,32 +210,20 @@ def _profile_of(
     from moe_tool.formats.profile_hdf5 import ProfileReader
 
     def is_planned(path: Path) -> bool:
-        try:
-            with ProfileReader.open(path) as reader:
-                return plan is not None and reader.sha256 == plan.profile_sha256
-        except MoeToolError:
-            return False
-
-    found = None if plan is None else newest_artifact(folder, PROFILE_SUFFIX, fits=is_planned)
-    if found is not None:
-        output.say(f"profile: {found}, which the plan was made from")
-        return found
-    if plan is not None:
-        output.say(f"profile: the one that the plan was made from is not in {folder}/")
-    return _newest_profile(folder, identity, output)
-
-
-def _newest_profile(folder: Path, identity: "ModelIdentity", output: Output) -> Path | None:
-    from moe_tool.formats.profile_hdf5 import ProfileReader
+        with ProfileReader.open(path) as reader:
+            return plan is not None and reader.sha256 == plan.profile_sha256
 
     def fits(path: Path) -> bool:
-        try:
-            with ProfileReader.open(path) as reader:
-                return reader.header.identity.matches(identity)
-        except MoeToolError:
-            return False
+        with ProfileReader.open(path) as reader:
+            return reader.header.identity.matches(identity)
 
-    found = newest_artifact(folder, PROFILE_SUFFIX, fits=fits)
+    if plan is not None:
+        found = _newest(folder, PROFILE_SUFFIX, is_planned)
+        if found is not None:
+            output.say(f"profile: {found}, which the plan was made from")
+            return found
+        output.say(f"profile: the one that the plan was made from is not in {folder}/")
+    found = _newest(folder, PROFILE_SUFFIX, fits)
     _say_which("profile", found, folder, identity, output)
     return found
 
@@ -269,14 +233,23 @@ def _newest_buddies(folder: Path, identity: "ModelIdentity", output: Output) -> 
     from moe_tool.formats.json_artifact import read_json_artifact
 
     def fits(path: Path) -> bool:
+        return read_json_artifact(path, BuddyMap).identity.matches(identity)
+
+    found = _newest(folder, BUDDIES_SUFFIX, fits)
+    _say_which("buddies", found, folder, identity, output)
+    return found
+
+
+def _newest(folder: Path, suffix: str, fits: "Callable[[Path], bool]") -> Path | None:
+    """Return the newest artifact that fits, past those that cannot be read."""
+
+    def reads_and_fits(path: Path) -> bool:
         try:
-            return read_json_artifact(path, BuddyMap).identity.matches(identity)
+            return fits(path)
         except MoeToolError:
             return False
 
-    found = newest_artifact(folder, BUDDIES_SUFFIX, fits=fits)
-    _say_which("buddies", found, folder, identity, output)
-    return found
+    return newest_artifact(folder, suffix, fits=reads_and_fits)
 
 
 def _say_which(

@@ -6,33 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_tool.artifact_folder import DEFAULT_FOLDER, plan_path
+from moe_tool.artifact_folder import plan_path
 from moe_tool.budget.request import EVERY_EXPERT, MemoryRequest, parse_memory
 from moe_tool.budget.sizes import parse_bytes
 from moe_tool.cli.chosen_hardware import chosen_hardware
-from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.console import Output
 from moe_tool.cli.newest_profile import newest_profile
-from moe_tool.cli.options import HardwareOption, JsonOption, OfflineOption, ProfilesOption
-from moe_tool.cli.plan_options import (
-    AverageBitsOption,
-    BudgetsOption,
-    ContextOption,
-    DiskOption,
-    MaxKlOption,
-    MaxLossOption,
-    ModelOption,
-    PlanBitsOption,
-    PlanFileOption,
-    ProfileArgument,
-    QuantizerOption,
-    SkeletonBitsOption,
-)
+from moe_tool.cli.plan_options import PlanArguments
 from moe_tool.cli.show_plan import pack_command, plan_fields, show_curve, show_plan
+from moe_tool.cli.verb import options_from, verb
 from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
     from moe_tool.artifacts.hardware_profile import HardwareProfile
-    from moe_tool.artifacts.pack_plan import PackPlan
     from moe_tool.errors import BudgetError
     from moe_tool.planning.build_plan import PlanReport
     from moe_tool.planning.plan_request import PlanRequest
@@ -40,60 +26,47 @@ if TYPE_CHECKING:
 _DEFAULT_LOSS = 0.01
 
 
-def plan(
-    profile: ProfileArgument = None,
-    memory: BudgetsOption = None,
-    hardware: HardwareOption = None,
-    disk: DiskOption = None,
-    bits: PlanBitsOption = "auto",
-    average_bits: AverageBitsOption = None,
-    quantizer: QuantizerOption = "rtn",
-    model: ModelOption = None,
-    skeleton_bits: SkeletonBitsOption = "native",
-    max_loss: MaxLossOption = None,
-    max_kl: MaxKlOption = None,
-    context: ContextOption = 4096,
-    out: PlanFileOption = None,
-    profiles: ProfilesOption = DEFAULT_FOLDER,
-    offline: OfflineOption = False,
-    json: JsonOption = False,
-) -> None:
+@verb
+def plan(given: PlanArguments, output: Output) -> None:
     """Choose how to pack and run a model in a memory budget."""
-    with open_output(as_json=json) as output:
-        budgets = _budgets(memory or [], is_mixed=bits == "mixed" or average_bits is not None)
-        share = None if max_loss is None else _share(max_loss)
+    budgets = _budgets(
+        given.memory or [], is_mixed=given.bits == "mixed" or given.average_bits is not None
+    )
+    share = None if given.max_loss is None else _share(given.max_loss)
 
-        from moe_tool.planning.plan_request import PlanRequest, check_request
-        from moe_tool.quantizers.registry import parse_quantizer
+    from moe_tool.formats.claimed_artifact import require_unclaimed
+    from moe_tool.formats.json_artifact import write_json_artifact
+    from moe_tool.planning.plan_request import PlanRequest, check_request
+    from moe_tool.quantizers.registry import parse_quantizer
 
-        request = PlanRequest(
-            memory=budgets[0],
-            bits=None if bits == "auto" else bits,
-            average_bits=average_bits,
-            quantizer=parse_quantizer(quantizer).name,
-            skeleton_bits=skeleton_bits,
-            max_loss=_DEFAULT_LOSS if share is None else share,
-            max_kl=_kl_limit(share, max_kl),
-            context=context,
-        )
-        check_request(request)
-        if model is not None and not request.is_mixed:
-            raise UsageError("--model is for mixed bits", hint="leave it out, or --bits mixed")
-        machine = _with_disk(chosen_hardware(hardware, profiles, output), disk)
-        profile = profile or newest_profile(profiles, output)
-        reports, refused = _plans(
-            profile, machine, request, budgets, model, profiles, offline=offline, output=output
-        )
-        if len(budgets) > 1:
-            show_curve(reports, refused, output)
-            return
-        if refused:
-            raise refused[0][1]
-        report = reports[0]
-        out = _write(report.plan, out, default=plan_path(profiles, profile))
-        show_plan(report, output)
-        output.say(f"wrote {out}; next: {pack_command(report.plan, out, model)}")
-        output.result({"plan_file": out, **plan_fields(report)})
+    request = options_from(
+        given,
+        PlanRequest,
+        memory=budgets[0],
+        bits=None if given.bits == "auto" else given.bits,
+        quantizer=parse_quantizer(given.quantizer).name,
+        max_loss=_DEFAULT_LOSS if share is None else share,
+        max_kl=_kl_limit(share, given.max_kl),
+    )
+    check_request(request)
+    if given.model is not None and not request.is_mixed:
+        raise UsageError("--model is for mixed bits", hint="leave it out, or --bits mixed")
+    machine = _with_disk(chosen_hardware(given.hardware, given.profiles, output), given.disk)
+    profile = given.profile or newest_profile(given.profiles, output)
+    reports, refused = _plans(given, profile, machine, request, budgets, output)
+    if len(budgets) > 1:
+        show_curve(reports, refused, output)
+        return
+    if refused:
+        raise refused[0][1]
+    report = reports[0]
+    default = plan_path(given.profiles, profile)
+    out = given.out or require_unclaimed(default, report.plan.identity)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json_artifact(out, report.plan)
+    show_plan(report, output)
+    output.say(f"wrote {out}; next: {pack_command(report.plan, out, given.model)}")
+    output.result({"plan_file": out, **plan_fields(report)})
 
 
 def _kl_limit(share: float | None, max_kl: float | None) -> float | None:
@@ -115,14 +88,11 @@ def _budgets(texts: Sequence[str], *, is_mixed: bool) -> list[MemoryRequest]:
 
 
 def _plans(
+    given: PlanArguments,
     profile: Path,
     machine: "HardwareProfile",
     request: "PlanRequest",
     budgets: Sequence[MemoryRequest],
-    model: str | None,
-    profiles: Path,
-    *,
-    offline: bool,
     output: Output,
 ) -> "tuple[list[PlanReport], list[tuple[str, BudgetError]]]":
     from moe_tool.formats.profile_hdf5 import ProfileReader
@@ -137,9 +107,9 @@ def _plans(
             prices = kept_bit_prices(
                 reader,
                 request.quantizer,
-                folder=profiles,
-                model=model,
-                offline=offline,
+                folder=given.profiles,
+                model=given.model,
+                offline=given.offline,
                 announce=output.say,
                 progress=output.progress,
             )
@@ -150,16 +120,6 @@ def _plans(
             return build_plan(sources, machine, asked, prices=prices, progress=output.progress)
 
         return plan_curve(build, budgets)
-
-
-def _write(plan: "PackPlan", out: Path | None, *, default: Path) -> Path:
-    from moe_tool.formats.claimed_artifact import require_unclaimed
-    from moe_tool.formats.json_artifact import write_json_artifact
-
-    out = out or require_unclaimed(default, plan.identity)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json_artifact(out, plan)
-    return out
 
 
 def _share(text: str) -> float:

@@ -1,5 +1,6 @@
 """`moe-tool simulate`: replay a profile or a recorded run under budgets and policies."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,9 +9,10 @@ import typer
 from moe_tool.artifact_folder import DEFAULT_FOLDER
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.chosen_hardware import chosen_hardware
-from moe_tool.cli.console import Output, open_output
+from moe_tool.cli.console import Output
 from moe_tool.cli.newest_profile import newest_profile
-from moe_tool.cli.options import MAX_CONTEXT, HardwareOption, JsonOption, ProfilesOption
+from moe_tool.cli.options import MAX_CONTEXT, HardwareOption, ProfilesOption
+from moe_tool.cli.verb import options_from, verb
 from moe_tool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,106 +25,89 @@ if TYPE_CHECKING:
 Bits = Literal["native", "8", "4"]
 _DEFAULT_BITS: Bits = "4"
 
-_Source = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="PROFILE",
-        help="A profile, or a trace of `run --record-trace`.",
-        show_default="newest in profiles/",
-    ),
-]
-_Memory = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--memory",
-        metavar="SIZE,...",
-        help="Budgets: 10%..100% of the experts in steps of 10, single shares, or bytes of "
-        "the whole process (4GiB, or min: the least that works).",
-        show_default="10%..100%",
-    ),
-]
-_Eviction = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--eviction",
-        metavar="NAME[:KEY=N,...]",
-        help="Eviction policy, {evictions}; may end in `:per-layer`; repeat it for several.",
-        show_default="all with compiled replay",
-    ),
-]
-_Bits = Annotated[
-    Bits | None, typer.Option("--bits", help="Bits of the experts.", show_default=_DEFAULT_BITS)
-]
-_SkeletonBits = Annotated[Bits, typer.Option("--skeleton-bits", help="Bits of the other matrices.")]
-_Context = Annotated[
-    int,
-    typer.Option(
-        "--context",
-        metavar="N",
-        min=1,
-        max=MAX_CONTEXT,
-        help="Tokens of prompt and text, for budgets in bytes.",
-    ),
-]
-_Plot = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot",
-        metavar="FILE",
-        help="Draw hit rate and tokens/s against the budget: .png, .svg or .html.",
-        show_default=False,
-    ),
-]
-_Details = Annotated[
-    bool, typer.Option("--details", help="Print every figure of every row, not only two.")
-]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateArguments:
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="PROFILE",
+            help="A profile, or a trace of `run --record-trace`.",
+            show_default="newest in profiles/",
+        ),
+    ] = None
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE,...",
+            help="Budgets: 10%..100% of the experts in steps of 10, single shares, or bytes of the "
+            "whole process (4GiB, or min: the least that works).",
+            show_default="10%..100%",
+        ),
+    ] = None
+    eviction: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=N,...]",
+            help="Eviction policy, {evictions}; may end in `:per-layer`; repeat it for several.",
+            show_default="all with compiled replay",
+        ),
+    ] = None
+    bits: Annotated[
+        Bits | None, typer.Option(help="Bits of the experts.", show_default=_DEFAULT_BITS)
+    ] = None
+    skeleton_bits: Annotated[Bits, typer.Option(help="Bits of the other matrices.")] = "native"
+    context: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=MAX_CONTEXT,
+            help="Tokens of prompt and text, for budgets in bytes.",
+        ),
+    ] = 4096
+    hardware: HardwareOption = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw hit rate and tokens/s against the budget: .png, .svg or .html.",
+        ),
+    ] = None
+    details: Annotated[
+        bool, typer.Option("--details", help="Print every figure of every row, not only two.")
+    ] = False
+    profiles: ProfilesOption = DEFAULT_FOLDER
 
 
-def simulate(
-    source: _Source = None,
-    memory: _Memory = None,
-    eviction: _Eviction = None,
-    bits: _Bits = None,
-    skeleton_bits: _SkeletonBits = "native",
-    context: _Context = 4096,
-    hardware: HardwareOption = None,
-    plot: _Plot = None,
-    details: _Details = False,
-    profiles: ProfilesOption = DEFAULT_FOLDER,
-    json: JsonOption = False,
-) -> None:
+@verb
+def simulate(given: SimulateArguments, output: Output) -> None:
     """Replay a trace under every budget and eviction policy. Needs no model."""
-    with open_output(as_json=json) as output:
-        from moe_tool.formats.profile_hdf5 import ProfileReader
-        from moe_tool.formats.run_trace_hdf5 import is_run_trace
-        from moe_tool.planning.simulate_profile import SimulateOptions, simulate_profile
-        from moe_tool.reports.simulation_plot import require_plot_path
+    from moe_tool.formats.profile_hdf5 import ProfileReader
+    from moe_tool.formats.run_trace_hdf5 import is_run_trace
+    from moe_tool.planning.simulate_profile import SimulateOptions, simulate_profile
+    from moe_tool.reports.simulation_plot import require_plot_path
 
-        choices = _choices(eviction, output)
-        if plot is not None:
-            require_plot_path(plot)
-        machine = chosen_hardware(hardware, profiles, output)
-        source = source or newest_profile(profiles, output)
-        if is_run_trace(source):
-            if memory or plot is not None:
-                raise UsageError(
-                    f"{source} is the trace of one run at one budget",
-                    hint="--memory and --plot go with a profile",
-                )
-            _compare_run(source, machine, choices, output)
-            return
-        options = SimulateOptions(
-            choices=choices,
-            memory=memory or ["10%..100%"],
-            bits=bits or _DEFAULT_BITS,
-            skeleton_bits=skeleton_bits,
-            context=context,
-        )
-        with ProfileReader.open(source) as profile:
-            report = simulate_profile(profile, machine, options, progress=output.progress)
-        _show(report, output, details=details, is_default=bits is None)
-        if plot is not None:
-            _draw(plot, report, output)
+    choices = _choices(given.eviction, output)
+    if given.plot is not None:
+        require_plot_path(given.plot)
+    machine = chosen_hardware(given.hardware, given.profiles, output)
+    source = given.source or newest_profile(given.profiles, output)
+    if is_run_trace(source):
+        if given.memory or given.plot is not None:
+            raise UsageError(
+                f"{source} is the trace of one run at one budget",
+                hint="--memory and --plot go with a profile",
+            )
+        _compare_run(source, machine, choices, output)
+        return
+    memory, bits = given.memory or ["10%..100%"], given.bits or _DEFAULT_BITS
+    options = options_from(given, SimulateOptions, choices=choices, memory=memory, bits=bits)
+    with ProfileReader.open(source) as profile:
+        report = simulate_profile(profile, machine, options, progress=output.progress)
+    _show(report, output, details=given.details, is_default=given.bits is None)
+    if given.plot is not None:
+        _draw(given.plot, report, output)
 
 
 def _choices(names: list[str] | None, output: Output) -> "list[EvictionChoice]":
@@ -134,7 +119,7 @@ def _choices(names: list[str] | None, output: Output) -> "list[EvictionChoice]":
     slow = ", ".join(replayed_in_python())
     if slow:
         output.say(f"without {slow}, which Python replays, slower: --eviction NAME")
-    return default_choices(parse_eviction)
+    return default_choices()
 
 
 def _words(bits: str) -> str:

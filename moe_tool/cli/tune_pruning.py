@@ -1,103 +1,87 @@
 """`moe-tool tune pruning`: train mask routers on text and add them to a bundle."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_tool.budget.request import parse_memory_option
 from moe_tool.budget.sizes import format_bytes
-from moe_tool.cli.console import open_output
+from moe_tool.cli.console import Output
 from moe_tool.cli.options import (
     BundleArgument,
     DataOption,
-    JsonOption,
     OfflineOption,
     SeedOption,
     ThreadsOption,
     TrainMemoryOption,
 )
+from moe_tool.cli.verb import options_from, verb
 
 if TYPE_CHECKING:
     from moe_tool.tuning.tune_pruning import TunePruningReport
 
 
-_Rate = Annotated[
-    float,
-    typer.Option(
-        "--rate",
-        metavar="SHARE",
-        help="Share of the chosen experts to drop. Other shares can be set when running: --policy "
-        "prune:learned:rate=0.1.",
-    ),
-]
-_Tokens = Annotated[
-    int,
-    typer.Option(
-        "--tokens",
-        metavar="N",
-        min=1,
-        help="Tokens of text, all domains together; an eighth is held out.",
-    ),
-]
-_SeqLen = Annotated[int, typer.Option("--seq-len", metavar="N", min=3, help="Tokens per sequence.")]
-_Batch = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, max=4096, help="Sequences per step.")
-]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunePruningArguments:
+    bundle: BundleArgument
+    data: DataOption
+    rate: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the chosen experts to drop. Other shares can be set when running: "
+            "--policy prune:learned:rate=0.1.",
+        ),
+    ] = 0.2
+    tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Tokens of text, all domains together; an eighth is held out."
+        ),
+    ] = 131072
+    seq_len: Annotated[int, typer.Option(metavar="N", min=3, help="Tokens per sequence.")] = 256
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=1, max=4096, help="Sequences per step.")
+    ] = 8
+    memory: TrainMemoryOption = None
+    seed: SeedOption = 0
+    threads: ThreadsOption = None
+    offline: OfflineOption = False
 
 
-def tune_pruning(
-    bundle: BundleArgument,
-    data: DataOption,
-    rate: _Rate = 0.2,
-    tokens: _Tokens = 131072,
-    seq_len: _SeqLen = 256,
-    batch: _Batch = 8,
-    memory: TrainMemoryOption = None,
-    seed: SeedOption = 0,
-    threads: ThreadsOption = None,
-    offline: OfflineOption = False,
-    json: JsonOption = False,
-) -> None:
+@verb
+def tune_pruning(given: TunePruningArguments, output: Output) -> None:
     """Train mask routers that drop the least useful experts, for `prune:learned`.
 
     A small router per layer is trained so that the pruned bundle predicts what the exact one does.
     Experts do not change; the routers are added to the bundle.
     """
-    with open_output(as_json=json) as output:
-        from moe_tool.text.sources import parse_sources, require_sources
+    from moe_tool.text.sources import parse_sources, require_sources
 
-        sources = parse_sources(data)
-        require_sources(sources, offline=offline)
+    sources = parse_sources(given.data)
+    require_sources(sources, offline=given.offline)
 
-        from moe_tool.tuning.tune_pruning import TunePruningOptions
-        from moe_tool.tuning.tune_pruning import tune_pruning as train
+    from moe_tool.tuning.tune_pruning import TunePruningOptions
+    from moe_tool.tuning.tune_pruning import tune_pruning as train
 
-        report = train(
-            bundle,
-            sources,
-            TunePruningOptions(
-                rate=rate,
-                tokens=tokens,
-                seq_len=seq_len,
-                batch=batch,
-                memory=parse_memory_option(memory),
-                seed=seed,
-                threads=threads,
-                offline=offline,
-            ),
-            progress=output.progress,
-        )
-        output.show(_worth(report))
-        output.say(
-            f"wrote {bundle}/{report.file}: {report.steps} steps on {report.tokens} tokens, "
-            f"{report.seconds:.0f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
-            f"of {format_bytes(report.memory_budget_bytes)}"
-        )
-        output.say(
-            f'next: moe-tool run {bundle}/ --policy prune:learned --prompt "The list"; '
-            f"moe-tool evaluate {bundle}/ --policy prune:learned --controls --data ..."
-        )
-        output.result(report)
+    report = train(
+        given.bundle,
+        sources,
+        options_from(given, TunePruningOptions, memory=parse_memory_option(given.memory)),
+        progress=output.progress,
+    )
+    output.show(_worth(report))
+    output.say(
+        f"wrote {given.bundle}/{report.file}: {report.steps} steps on {report.tokens} tokens, "
+        f"{report.seconds:.0f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
+        f"of {format_bytes(report.memory_budget_bytes)}"
+    )
+    output.say(
+        f'next: moe-tool run {given.bundle}/ --policy prune:learned --prompt "The list"; '
+        f"moe-tool evaluate {given.bundle}/ --policy prune:learned --controls --data ..."
+    )
+    output.result(report)
 
 
 def _worth(report: "TunePruningReport") -> str:

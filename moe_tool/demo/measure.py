@@ -114,8 +114,8 @@ def _unigram_frequency(tokenizer: PreTrainedTokenizerFast, domains: tuple[str, .
     """Return the frequency of every token in the train part, [V] float64, positive."""
     frequencies = []
     for domain in domains:
-        texts = [document.text for document in builtin_documents(domain, part="train")]
-        counts = 1.0 + np.bincount(token_stream(tokenizer, texts), minlength=len(tokenizer))
+        texts = builtin_documents(domain, part="train").values()
+        counts = 1.0 + np.bincount(token_stream(tokenizer, list(texts)), minlength=len(tokenizer))
         frequencies.append(counts / counts.sum())
     return np.asarray(np.mean(frequencies, axis=0))
 

@@ -20,6 +20,7 @@ from moe_tool.models.locate import locate_model
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.write_bundle import PackReport
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import ProfileReport, record_profile
 from moe_tool.progress import Progress
 from moe_tool.runtime.decoding_config import GenerateOptions
@@ -67,12 +68,7 @@ class DemoReport:
 
 
 def run_pipeline(folder: Path, *, progress: Progress) -> DemoReport:
-    """Profile, find buddies, pack, run twice and evaluate.
-
-    Args:
-        folder: destination of profile and bundle.
-        progress: listener.
-    """
+    """Profile, find buddies, pack, run twice and evaluate, with the files in `folder`."""
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
     stages: list[Stage] = []
 
@@ -161,7 +157,7 @@ def _evaluate(bundle: Path, progress: Progress) -> tuple[EvaluationReport, str]:
         tokens=_EVALUATION_TOKENS,
         seq_len=_EVALUATION_SEQ_LEN,
         memory=parse_memory(LOSSY_MEMORY),
-        policy="buddy",
+        policy=parse_miss_policy("buddy"),
         controls=True,
     )
     report = evaluate(bundle, parse_sources(["builtin:eval"]), options, progress=progress)

@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     started = time.monotonic()
-    train_demo_model(unfinished, quick=options.quick, progress=_reporter(started))
+    train_demo_model(
+        unfinished,
+        quick=options.quick,
+        progress=lambda line: print(
+            f"{time.monotonic() - started:7.1f} s  {line}", file=sys.stderr, flush=True
+        ),
+    )
     seconds = time.monotonic() - started
     figures = measure_demo_model(unfinished)
     if not options.quick:
@@ -54,13 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sentence in unmet:
         print(f"falls short: {sentence}", file=sys.stderr)
     return 1 if unmet else 0
-
-
-def _reporter(started: float) -> Callable[[str], None]:
-    def report(line: str) -> None:
-        print(f"{time.monotonic() - started:7.1f} s  {line}", file=sys.stderr, flush=True)
-
-    return report
 
 
 def _write_record(folder: Path, figures: DemoFigures, *, seconds: float, threads: int) -> None:

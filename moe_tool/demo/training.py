@@ -1,22 +1,23 @@
 """Training of the demo model: tokenizer, a dense stage, upcycling, a mixture stage."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from moe_tool.demo.tokenizer import train_tokenizer
 from moe_tool.demo.upcycling import upcycle
 from moe_tool.text.builtin import BUILTIN_DOMAINS, builtin_documents
 
 Progress = Callable[[str], None]
 
 SEED = 20
+BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
 VOCABULARY = 2048
 N_EXPERTS, TOP_K = 16, 2
 REDRAWN_SHARE = 0.5
@@ -36,7 +37,6 @@ class Stage:
     n_sequences: int
     """Sequences per step, divided by DOMAIN_SHARE."""
     seq_len: int
-    """Tokens per sequence."""
     peak_lr: float
     """Learning rate after `warmup_steps`; then a cosine down to `final_lr_share` of it."""
     final_lr_share: float
@@ -79,8 +79,7 @@ def train_demo_model(out: Path, *, quick: bool, progress: Progress) -> None:
         dense_stage = replace(DENSE_STAGE, n_steps=3, n_sequences=4, seq_len=64)
         mixture_stage = replace(MIXTURE_STAGE, n_steps=3, n_sequences=4, seq_len=64)
     texts = {
-        domain: [document.text for document in builtin_documents(domain, part="train")]
-        for domain in BUILTIN_DOMAINS
+        domain: list(builtin_documents(domain, part="train").values()) for domain in BUILTIN_DOMAINS
     }
     repeats = round(
         sum(map(len, texts["code"])) / sum(map(len, texts["docs"])) / 3
@@ -103,6 +102,35 @@ def train_demo_model(out: Path, *, quick: bool, progress: Progress) -> None:
 
     mixture.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of exactly `vocabulary` entries.
+
+    It puts <s> (id 0) before a text; </s> is id 1. Deterministic for the same texts in the same
+    order. Every string can be encoded: the 256 bytes are entries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS_TOKEN, EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS_TOKEN} $A",
+        pair=f"{BOS_TOKEN} $A {BOS_TOKEN} $B",
+        special_tokens=[(BOS_TOKEN, 0)],
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
@@ -156,7 +184,6 @@ def per_layer_balance_loss(router_logits: tuple[torch.Tensor, ...], *, top_k: in
 
     Args:
         router_logits: per layer [T, E].
-        top_k: K, experts per token.
     """
     losses = []
     for logits in router_logits:

@@ -18,7 +18,7 @@ from moe_tool.evaluation.reachable_budget import enough_tokens, least_share
 from moe_tool.formats.bundle_files import MANIFEST
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import write_json_artifact
-from moe_tool.policies.misses import MISS_POLICIES, MissChoice, StrengthGrid, parse_miss_policy
+from moe_tool.policies.misses import MISS_POLICIES, PRICED_POLICY, MissChoice, StrengthGrid
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.policy_choice import manifest_inputs
 from moe_tool.runtime.price_list import price_book
@@ -35,7 +35,7 @@ class CalibrateOptions:
     """KL limit, policy, and settings of the measurement."""
 
     max_kl: float
-    policy: str = "priced"
+    policy: MissChoice = PRICED_POLICY
     """Policy to search; its parameters other than the strength stay fixed"""
     tokens: int = 8192
     seq_len: int = 256
@@ -49,7 +49,7 @@ class CalibrateOptions:
 class Trial:
     """One measured setting."""
 
-    policy: str
+    policy: MissChoice
     figures: Figures
     domains: Mapping[str, Figures]
     """Figures of each domain of the text"""
@@ -77,7 +77,7 @@ class CalibrationReport:
             "bundle": self.bundle,
             **self.calibration.model_dump(mode="json"),
             "bytes_read_per_token": self.bytes_read_per_token,
-            "trials": [{"policy": t.policy, **object_fields(t.figures)} for t in self.trials],
+            "trials": [{"policy": t.policy.name, **object_fields(t.figures)} for t in self.trials],
             "seconds": self.seconds,
         }
 
@@ -111,17 +111,16 @@ def calibrate(
         raise UsageError(
             f"--max-kl {options.max_kl:g}: not possible", hint="nats per token, e.g. 0.01"
         )
-    choice = parse_miss_policy(options.policy)
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
     bench = _Bench(folder, sources, options, progress)
-    trials = _search(bench, choice, _first_grid(choice, manifest), options.max_kl)
+    trials = _search(bench, options.policy, _first_grid(options.policy, manifest), options.max_kl)
     kept = [strength for strength, trial in trials.items() if trial.upper <= options.max_kl]
     if not kept:
-        raise _out_of_reach(manifest, choice, min(trials.values(), key=_upper), options)
+        raise _out_of_reach(manifest, min(trials.values(), key=_upper), options)
     best = _best_alternative(bench, trials[max(kept)])
     calibration = Calibration(
-        policy=best.policy,
+        policy=best.policy.name,
         max_kl=options.max_kl,
         quality=_quality(best.figures),
         domains={name: _quality(figures) for name, figures in best.domains.items()},
@@ -156,7 +155,7 @@ class _Bench:
         self.slots = 0
         """Expert slots of the last measurement"""
 
-    def measure(self, policies: tuple[str, ...]) -> list[Trial]:
+    def measure(self, policies: tuple[MissChoice, ...]) -> list[Trial]:
         """Return one trial per setting, in order."""
         options = self._options
         report = evaluate(
@@ -178,9 +177,9 @@ class _Bench:
         )
         self.slots = report.setup.slots
         rows = {row.policy: row for row in report.rows}
+        found = [(policy, rows[policy.name]) for policy in policies]
         return [
-            Trial(policy=name, figures=rows[name].figures, domains=rows[name].domains)
-            for name in policies
+            Trial(policy=policy, figures=row.figures, domains=row.domains) for policy, row in found
         ]
 
 
@@ -192,8 +191,8 @@ def _search(
     assert strength is not None
     trials: dict[float, Trial] = {}
     for _ in range(_ROUNDS):
-        names = [choice.with_value(strength.parameter, grid.value(s)).name for s in grid.points]
-        trials.update(zip(grid.points, bench.measure(tuple(names)), strict=True))
+        policies = (choice.with_value(strength.parameter, grid.value(s)) for s in grid.points)
+        trials.update(zip(grid.points, bench.measure(tuple(policies)), strict=True))
         finer = _refine(grid, trials, max_kl)
         if finer is None:
             break
@@ -203,39 +202,36 @@ def _search(
 
 def _best_alternative(bench: _Bench, best: Trial) -> Trial:
     """Return the best of a setting and its policy's alternatives at the same strength."""
-    choice = parse_miss_policy(best.policy)
-    names = tuple(
-        choice.with_value(parameter, value).name
-        for parameter, values in choice.spec.alternatives.items()
+    policies = tuple(
+        best.policy.with_value(parameter, value)
+        for parameter, values in best.policy.spec.alternatives.items()
         for value in values
     )
-    if not names or not best.figures.substitutions_per_token:
+    if not policies or not best.figures.substitutions_per_token:
         return best
-    return min((best, *bench.measure(names)), key=_upper)
+    return min((best, *bench.measure(policies)), key=_upper)
 
 
 def _upper(trial: Trial) -> float:
     return trial.upper
 
 
-def _out_of_reach(
-    manifest: BundleManifest, choice: MissChoice, best: Trial, options: CalibrateOptions
-) -> UsageError:
+def _out_of_reach(manifest: BundleManifest, best: Trial, options: CalibrateOptions) -> UsageError:
     """Return the refusal: the best trial, and limits, text or memory that would suffice."""
     mean, hints = best.figures.kl_mean.value, [f"--max-kl {best.upper * 1.05:.2g}"]
     tokens = enough_tokens(best.figures.tokens, mean=mean, upper=best.upper, max_kl=options.max_kl)
     if tokens is not None:
         hints.append(f"--tokens {max(tokens, options.tokens) * 5 // 4}, for a narrower interval")
     book = price_book(manifest)
-    if book is not None and choice.residents == "cheapest":
+    if book is not None and best.policy.residents == "cheapest":
         share = least_share(
             manifest, book, max_kl=options.max_kl, nats_per_price=_exchange(best.figures)
         )
         if share is not None:
             hints.append(f"--memory {math.ceil(100 * share)}%, by the price list")
     return UsageError(
-        f"no setting of {choice.kind} keeps a KL of {options.max_kl:g}: the best one, "
-        f"{best.policy}, has {mean:.4f} with an upper end of {best.upper:.4f}",
+        f"no setting of {best.policy.kind} keeps a KL of {options.max_kl:g}: the best one, "
+        f"{best.policy.name}, has {mean:.4f} with an upper end of {best.upper:.4f}",
         hint=" or ".join(hints),
     )
 

@@ -2,31 +2,29 @@
 
 from collections.abc import Mapping
 
-from moe_tool.artifacts.evaluation_report import AtNoMoreBytes, Figures, Verdict
-from moe_tool.policies.misses import PriceBook, parse_miss_policy
+from moe_tool.artifacts.evaluation_report import AtNoMoreBytes, Figures, PolicyRow, Verdict
+from moe_tool.policies.misses import PRICED_POLICY, MissChoice, PriceBook
 
 _NATS_PER_MB_FACTORS = (0.3, 0.1, 0.03, 0.01, 0.003)
 """Factors on the bundle's typical nats per MB, from few fetches to nearly all"""
-_BASELINE = "priced"
 
 
-def priced_settings(book: PriceBook | None) -> tuple[str, ...]:
+def priced_settings(book: PriceBook | None) -> tuple[MissChoice, ...]:
     """Return `priced` at several values of `nats-per-mb`, by ascending bytes read."""
     if book is None:
         return ()
-    choice = parse_miss_policy(_BASELINE)
     typical = book.typical_nats_per_mb
     return tuple(
-        choice.with_value("nats-per-mb", float(f"{factor * typical:.4g}")).name
+        PRICED_POLICY.with_value("nats-per-mb", float(f"{factor * typical:.4g}"))
         for factor in _NATS_PER_MB_FACTORS
     )
 
 
-def compare_at_equal_bytes(rows: Mapping[str, Figures]) -> tuple[AtNoMoreBytes, ...]:
+def compare_at_equal_bytes(rows: Mapping[MissChoice, PolicyRow]) -> tuple[AtNoMoreBytes, ...]:
     """Return the comparison for every lossy policy that is not `priced`.
 
     Args:
-        rows: figures by policy, all under the same memory.
+        rows: rows by policy, all under the same memory.
     """
     priced, others = _split(rows)
     found = []
@@ -42,7 +40,7 @@ def compare_at_equal_bytes(rows: Mapping[str, Figures]) -> tuple[AtNoMoreBytes, 
     return tuple(found)
 
 
-def dominating(rows: Mapping[str, Figures]) -> tuple[tuple[str, str], ...]:
+def dominating(rows: Mapping[MissChoice, PolicyRow]) -> tuple[tuple[str, str], ...]:
     """Return the (policy, setting of `priced`) pairs in which the policy has both fewer bytes and a
     lower KL, with disjoint intervals."""
     priced, others = _split(rows)
@@ -66,9 +64,8 @@ def _beside(name: str, row: Figures, setting: str, priced: Figures) -> AtNoMoreB
     return AtNoMoreBytes(policy=name, priced=setting, ratio=ratio, verdict=verdict)
 
 
-def _split(rows: Mapping[str, Figures]) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """Return the settings of `priced`, and the other lossy policies."""
-    kinds = {name: parse_miss_policy(name).spec for name in rows}
-    priced = {name: row for name, row in rows.items() if kinds[name].name == _BASELINE}
-    others = {name: rows[name] for name, spec in kinds.items() if spec.is_lossy}
-    return priced, {name: row for name, row in others.items() if name not in priced}
+def _split(rows: Mapping[MissChoice, PolicyRow]) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """Return the settings of `priced` and the other lossy policies, by name."""
+    lossy = [(policy.kind, row) for policy, row in rows.items() if policy.spec.is_lossy]
+    priced = {row.policy: row.figures for kind, row in lossy if kind == PRICED_POLICY.kind}
+    return priced, {row.policy: row.figures for _, row in lossy if row.policy not in priced}

@@ -71,12 +71,11 @@ def run_harness(
     start = time.perf_counter()
     with BundleLM(folder, run, decode_context=options.decode_context, progress=progress) as model:
         rows = metric_rows(_results(model, options, run.seed, progress))
-        policy = model.session.runner.policy.policy
         return HarnessReport(
             bundle=str(folder),
             rows=rows,
             setup=run_setup(model.session),
-            lossy=policy.lossy,
+            lossy=model.session.runner.policy.is_lossy,
             decode_context=options.decode_context,
             limit=options.limit,
             lm_eval_version=lm_eval_version,

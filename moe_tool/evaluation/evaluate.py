@@ -29,18 +29,13 @@ from moe_tool.models.context_length import context_length
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
-from moe_tool.policies.eviction import parse_eviction
-from moe_tool.policies.misses import parse_miss_policy
+from moe_tool.policies.eviction import EvictionChoice
+from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.price_list import price_book
-from moe_tool.runtime.run_options import (
-    EXACT_POLICY,
-    RunOptions,
-    default_policy,
-    default_residency,
-)
+from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
 from moe_tool.runtime.session import Session, load_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -62,9 +57,9 @@ class EvaluateOptions:
     seq_len: int = 256
     """Tokens per sequence, capped at the model's context length"""
     memory: MemoryRequest | None = None
-    policy: str | None = None
+    policy: MissChoice | None = None
     """Policy; None: the calibrated or planned one, or exact"""
-    also: tuple[str, ...] = ()
+    also: tuple[MissChoice, ...] = ()
     """Further policies of the table"""
     exact_fallback: bool = True
     """Whether a calibrated policy answers exactly when it would exceed its limit"""
@@ -72,7 +67,7 @@ class EvaluateOptions:
     """Whether to measure the policy's controls too, under the same residency"""
     residency: Residency | None = None
     """Residency; None: frozen for lossy policies and tables, cache for exact alone"""
-    eviction: str | None = None
+    eviction: EvictionChoice | None = None
     sparse_experts: float | None = None
     """See RunOptions; every sequence then runs alone"""
     gates: bool = True
@@ -87,7 +82,7 @@ class _Asked:
     """The measurement to make, from options, bundle and text."""
 
     manifest: BundleManifest
-    policy: str
+    policy: MissChoice
     residency: Residency
     tokenizer: Any
     text: TokenSequences
@@ -129,23 +124,21 @@ def evaluate(
     with BundleReader.open(folder) as bundle:
         asked = _read(bundle, sources, options, progress)
         ran = _run(bundle, asked, options, reference=reference, progress=progress)
-    measured = ran.measured
-    setup = replace(ran.setup, policy=asked.policy)
-    if options.sparse_experts is not None:
-        setup = replace(setup, policy=f"{asked.policy}, sparse {options.sparse_experts:g}")
-        measured = {setup.policy: measured[asked.policy]}
-    rows = tuple(_row(name, each, asked.text, options.seed) for name, each in measured.items())
-    by_policy = {row.policy: row.figures for row in rows}
+    sparse = "" if options.sparse_experts is None else f", sparse {options.sparse_experts:g}"
+    rows = {
+        policy: _row(ran.names[policy] + sparse, measured, asked.text, options.seed)
+        for policy, measured in ran.measured.items()
+    }
     return EvaluationReport(
         bundle=str(folder),
-        setup=setup,
+        setup=replace(ran.setup, policy=rows[asked.policy].policy),
         gates=options.gates,
         seed=options.seed,
         sequences=len(asked.ids),
         seq_len=asked.ids.shape[1],
-        rows=rows,
-        at_no_more_bytes=compare_at_equal_bytes(by_policy) if options.controls else (),
-        dominating=dominating(by_policy) if options.controls else (),
+        rows=tuple(rows.values()),
+        at_no_more_bytes=compare_at_equal_bytes(rows) if options.controls else (),
+        dominating=dominating(rows) if options.controls else (),
         skipped=ran.skipped,
         sparsity=ran.decode.sparsity,
         whole_bytes_per_token=ran.decode.whole_bytes_per_token,
@@ -163,8 +156,7 @@ def _read(
     folder, manifest = bundle.folder, bundle.manifest
     if options.sparse_experts is not None:
         _check_sparse(options)
-    asked = None if options.policy is None else parse_miss_policy(options.policy)
-    policy = asked or default_policy(manifest)
+    policy = options.policy or default_policy(manifest)
     tokenizer = load_tokenizer(folder)
     longest = context_length(read_config(folder).get_text_config())
     seq_len = min(options.seq_len, longest or options.seq_len)
@@ -184,7 +176,7 @@ def _read(
     usual: Residency = "frozen" if options.controls else default_residency(policy)
     return _Asked(
         manifest=manifest,
-        policy=policy.name,
+        policy=policy,
         residency=options.residency or usual,
         tokenizer=tokenizer,
         text=text,
@@ -196,7 +188,8 @@ def _read(
 class _Ran:
     """Results of the closed session."""
 
-    measured: dict[str, Measured]
+    measured: dict[MissChoice, Measured]
+    names: dict[MissChoice, str]
     skipped: dict[str, str]
     setup: RunSetup
     decode: PhaseCounters
@@ -219,10 +212,10 @@ def _run(
         wanted = _policies(asked, options, progress)
         session = _open(bundle, asked, options, has_source=source is not None, progress=progress)
         stack.enter_context(session)
-        names, skipped = _runnable(session, wanted, asked, progress)
+        policies, skipped = _runnable(session, wanted, asked, progress)
         measured = measure_policies(
             session,
-            names,
+            policies,
             residency=asked.residency,
             ids=asked.ids,
             source=source,
@@ -230,7 +223,7 @@ def _run(
             progress=progress,
         )
         setup, decode = run_setup(session), session.runner.stats.decode
-    return _Ran(measured=measured, skipped=skipped, setup=setup, decode=decode)
+    return _Ran(measured=measured, names=wanted, skipped=skipped, setup=setup, decode=decode)
 
 
 def _check_sparse(options: EvaluateOptions) -> None:
@@ -242,15 +235,13 @@ def _check_sparse(options: EvaluateOptions) -> None:
         )
 
 
-def _policies(asked: _Asked, options: EvaluateOptions, progress: Progress) -> tuple[str, ...]:
+def _policies(asked: _Asked, options: EvaluateOptions, progress: Progress) -> dict[MissChoice, str]:
     """Return the requested policy, its controls, and `priced` at several strengths."""
     names = policies_to_run(asked.policy, asked.manifest, controls=options.controls)
-    frontier: tuple[str, ...] = ()
-    if options.controls:
-        frontier = priced_settings(price_book(asked.manifest))
-        if not frontier:
-            progress.note(_NO_PRICES)
-    return tuple(dict.fromkeys((*names, *frontier, *options.also)))
+    frontier = priced_settings(price_book(asked.manifest)) if options.controls else ()
+    if options.controls and not frontier:
+        progress.note(_NO_PRICES)
+    return {policy: policy.name for policy in (*names, *frontier, *options.also)} | names
 
 
 def _open(
@@ -276,7 +267,7 @@ def _open(
         memory=options.memory or _planned_slots(asked.manifest, progress),
         policy=EXACT_POLICY,
         residency=asked.residency,
-        eviction=None if options.eviction is None else parse_eviction(options.eviction),
+        eviction=options.eviction,
         sparse_experts=options.sparse_experts,
         gates=options.gates,
         seed=options.seed,
@@ -307,25 +298,25 @@ def _planned_slots(manifest: BundleManifest, progress: Progress) -> MemoryReques
 
 
 def _runnable(
-    session: Session, names: Sequence[str], asked: _Asked, progress: Progress
-) -> tuple[tuple[str, ...], dict[str, str]]:
+    session: Session, wanted: dict[MissChoice, str], asked: _Asked, progress: Progress
+) -> tuple[list[MissChoice], dict[str, str]]:
     """Return the policies that the bundle can run, and the reasons against the other controls.
 
     Raises:
         UsageError: the bundle cannot run the requested policy.
     """
     kept, skipped = [], {}
-    for name in names:
+    for policy, name in wanted.items():
         try:
-            session.use_policy(parse_miss_policy(name), residency=asked.residency)
+            session.use_policy(policy, residency=asked.residency)
         except UsageError as error:
-            if name == asked.policy:
+            if policy == asked.policy:
                 raise
             skipped[name] = error.message
             progress.note(f"{name} is skipped: {error.message}")
         else:
-            kept.append(name)
-    return tuple(kept), skipped
+            kept.append(policy)
+    return kept, skipped
 
 
 def _row(name: str, measured: Measured, text: TokenSequences, seed: int) -> PolicyRow:

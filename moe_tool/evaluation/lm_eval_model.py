@@ -329,7 +329,7 @@ class BundleLM(TemplateLM):
     def _is_cache_lossy(self) -> bool:
         """Whether answers depend on the contents of the expert cache."""
         runner = self.session.runner
-        return runner.policy.policy.lossy and runner.residency == "cache"
+        return runner.policy.is_lossy and runner.residency == "cache"
 
     def _start_request(self) -> None:
         if self._is_cache_lossy:
@@ -370,7 +370,8 @@ class _TextUntil:
 
 def _can_be_cut(cache: DynamicCache) -> bool:
     """Return whether positions can be cut off the end: no sliding window, no recurrent state."""
-    return all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
+    plain = (isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
+    return bool(cache.is_croppable) and all(plain)
 
 
 def _require_known(wanted: Mapping[str, Any], *, is_greedy: bool) -> None:

@@ -17,11 +17,10 @@ from moe_tool.evaluation.stepwise import (
     n_scored,
     run_stepwise,
 )
-from moe_tool.policies.misses import parse_miss_policy
+from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 from moe_tool.progress import Progress
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.quality_account import QualityAccount
-from moe_tool.runtime.run_options import EXACT_POLICY
 from moe_tool.runtime.session import Session
 
 
@@ -83,19 +82,19 @@ class _Base:
 
 def measure_policies(
     session: Session,
-    names: Sequence[str],
+    policies: Sequence[MissChoice],
     *,
     residency: Residency,
     ids: torch.Tensor,
     source: SourceModel | None,
     exact_fallback: bool,
     progress: Progress,
-) -> dict[str, Measured]:
+) -> dict[MissChoice, Measured]:
     """Run every policy on every batch, keeping exact predictions of one batch at a time.
 
     Args:
         session: an open session, whose workload sets the batch.
-        names: policies that the bundle can run.
+        policies: policies that the bundle can run.
         residency: the residency of all policies.
         ids: [N, S] int64.
         source: the checkpoint; None without a reference.
@@ -105,8 +104,8 @@ def measure_policies(
     n_sequences, seq_len = ids.shape
     shape = (n_sequences, n_scored(seq_len))
     base = _Base.zeros(shape, has_source=source is not None)
-    tallies = {name: _Tally.zeros(shape) for name in names}
-    progress.begin("evaluate", n_sequences * len(names), "sequences")
+    tallies = {policy: _Tally.zeros(shape) for policy in policies}
+    progress.begin("evaluate", n_sequences * len(policies), "sequences")
     for first in range(0, n_sequences, session.plan.workload.batch):
         rows = slice(first, min(first + session.plan.workload.batch, n_sequences))
         exact = exact_logits(session, ids[rows])  # [B, S, V]
@@ -116,20 +115,20 @@ def measure_policies(
             for row in range(len(exact)):
                 truth[row] = source.logits(first + row)
         base.fill(rows, ids[rows], exact, truth)
-        for name in names:
-            session.use_policy(parse_miss_policy(name), residency=residency)
+        for policy in policies:
+            session.use_policy(policy, residency=residency)
             if not exact_fallback:
                 session.runner.account = QualityAccount()
             if residency == "cache":
                 session.empty_cache()
-            _run_policy(session, tallies[name], rows, ids[rows], exact, truth)
+            _run_policy(session, tallies[policy], rows, ids[rows], exact, truth)
             progress.advance(len(exact))
         del exact, truth
     progress.end()
     is_sparse = session.runner.sparsity is not None
     return {
-        name: _measured(tally, base, is_exact=name == EXACT_POLICY.name and not is_sparse)
-        for name, tally in tallies.items()
+        policy: _measured(tally, base, is_exact=policy == EXACT_POLICY and not is_sparse)
+        for policy, tally in tallies.items()
     }
 
 

@@ -48,13 +48,7 @@ def split_halves(gate: Gate, joined: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 @torch.no_grad()
 def selector_values(module: Any, selector: Selector, x: torch.Tensor) -> torch.Tensor:
-    """Return the selector matrix's product with tokens, bias included, [n, I] float32.
-
-    Args:
-        module: an experts module of transformers.
-        selector: the expert's selector.
-        x: [n, H] float32.
-    """
+    """Return the selector matrix's product with tokens [n, H], bias included, [n, I] float32."""
     values = linear(x, selector.weight)
     bias = selector.biases.get("gate_up_proj_bias")
     if bias is not None:
@@ -64,15 +58,11 @@ def selector_values(module: Any, selector: Selector, x: torch.Tensor) -> torch.T
 
 
 def channel_sizes(module: Any, selector: Selector, values: torch.Tensor) -> torch.Tensor:
-    """Return the channel sizes that thresholds are compared with, [n, I] float32.
+    """Return the channel sizes that thresholds are compared with, [n, I] float32, from
+    `selector_values`.
 
     It is the absolute inner activation with 1 in place of the other matrix's output. So for a gate
     it is |silu(gate)|, not |gate|: a gate far below 0 closes its channel.
-
-    Args:
-        module: an experts module of transformers.
-        selector: the expert's selector.
-        values: [n, I] from `selector_values`.
     """
     other = torch.ones_like(values)
     halves = (values, other) if selector.is_gate else (other, values)
@@ -83,14 +73,8 @@ def channel_sizes(module: Any, selector: Selector, values: torch.Tensor) -> torc
 def choose_channels(
     module: Any, selector: Selector, x: torch.Tensor, sparsity: float
 ) -> ChosenChannels:
-    """Return the channels that one token needs.
-
-    Args:
-        module: an experts module of transformers.
-        selector: the expert's selector.
-        x: [1, H] float32.
-        sparsity: share of channels that is skipped on the text behind the thresholds.
-    """
+    """Return the channels that one token [1, H] needs; `sparsity` is the share that is skipped on
+    the text behind the thresholds."""
     values = selector_values(module, selector, x)  # [1, I]
     if sparsity == 0:
         kept = torch.arange(values.shape[1])
@@ -102,15 +86,11 @@ def choose_channels(
 
 @torch.no_grad()
 def channel_forward(module: Any, expert: ChannelExpert, x: torch.Tensor) -> torch.Tensor:
-    """Return the expert's output from the chosen channels, or from all, [n, H] float32.
+    """Return the expert's output from the chosen channels of a single token, or from all, [n, H]
+    float32.
 
     The sum over channels of act(gate) * up * column omits the others; its terms and their order do
     not change.
-
-    Args:
-        module: an experts module of transformers.
-        expert: the expert with its selector.
-        x: [n, H] float32; a single token if channels were chosen.
     """
     selector, chosen = expert.selector, expert.chosen
     assert selector is not None

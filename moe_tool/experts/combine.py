@@ -1,7 +1,6 @@
 """Weighted sum of experts that arrive in any order."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,20 +14,6 @@ Supply = Callable[[list[int]], Supplied]
 freed when the next expert is requested."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TokensByExpert:
-    """Slots of a routing, sorted by expert, then in the order of transformers' eager loop."""
-
-    token: torch.Tensor
-    """[n] int64 token of each slot"""
-    position: torch.Tensor
-    """[n] int64 position among the token's K slots"""
-    experts: list[int]
-    """Experts that have tokens, ascending"""
-    counts: list[int]
-    """Number of slots per expert"""
-
-
 def run_experts(
     module: Any,
     hidden: torch.Tensor,
@@ -38,7 +23,8 @@ def run_experts(
     *,
     present: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival.
+    """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival,
+    [T, H] in the dtype of `hidden`.
 
     Each expert is computed as it arrives, but outputs are added in ascending order of experts, as
     transformers' eager experts do; early outputs wait for their turn.
@@ -50,9 +36,6 @@ def run_experts(
         weight: [T, K] gate weights.
         supply: called once, with the experts of the present slots.
         present: [T, K] bool: slots to compute; None: all.
-
-    Returns:
-        [T, H], in the dtype of `hidden`.
     """
     if torch.is_grad_enabled():
         with torch.no_grad():  # 4 us, avoided if the caller has done so
@@ -95,30 +78,8 @@ def _run_tokens(
     supply: Supply,
     present: torch.Tensor | None,
 ) -> torch.Tensor:
-    tokens = _sort_by_expert(index, present)
-    gates = weight[tokens.token, tokens.position, None]  # [n, 1]
-    rows = dict(zip(tokens.experts, tokens.token.split_with_sizes(tokens.counts), strict=True))
-    gates_of = dict(zip(tokens.experts, gates.split_with_sizes(tokens.counts), strict=True))
-    turns = iter(tokens.experts)
-    turn = next(turns, None)
-    early: dict[int, torch.Tensor] = {}
-    final = torch.zeros_like(hidden)
-    for expert, weights in supply(tokens.experts):
-        inputs = hidden.index_select(0, rows[expert])  # [n, H]
-        early[expert] = expert_forward(module, weights, inputs) * gates_of[expert]
-        while turn is not None and turn in early:
-            final.index_add_(0, rows[turn], early.pop(turn).to(final.dtype))
-            turn = next(turns, None)
-    assert turn is None and not early, "the supply and the routing name different experts"
-    return final
-
-
-def _sort_by_expert(index: torch.Tensor, present: torch.Tensor | None) -> _TokensByExpert:
-    """Sort slots by expert in one pass.
-
-    The eager loop takes `torch.where` of a [K, T] mask per expert: slot by slot, tokens ascending.
-    A stable sort of the transposed index gives the same order.
-    """
+    # The eager loop takes `torch.where` of a [K, T] mask per expert: slot by slot, tokens
+    # ascending. A stable sort of the transposed index gives the same order.
     n_tokens = max(index.shape[0], 1)
     flat = index.T.reshape(-1)  # [K * T]
     if present is None:
@@ -127,10 +88,21 @@ def _sort_by_expert(index: torch.Tensor, present: torch.Tensor | None) -> _Token
         slots = torch.nonzero(present.T.reshape(-1)).flatten()
         flat = flat[slots]
         order = slots[torch.argsort(flat, stable=True)]
-    counts = torch.bincount(flat).tolist()
-    return _TokensByExpert(
-        token=order % n_tokens,
-        position=order // n_tokens,
-        experts=[expert for expert, count in enumerate(counts) if count],
-        counts=[count for count in counts if count],
-    )
+    token = order % n_tokens
+    gates = weight[token, order // n_tokens, None]  # [n, 1]
+    slots_of = {expert: n for expert, n in enumerate(torch.bincount(flat).tolist()) if n}
+    experts, counts = list(slots_of), list(slots_of.values())
+    rows = dict(zip(experts, token.split_with_sizes(counts), strict=True))
+    gates_of = dict(zip(experts, gates.split_with_sizes(counts), strict=True))
+    turns = iter(experts)
+    turn = next(turns, None)
+    early: dict[int, torch.Tensor] = {}
+    final = torch.zeros_like(hidden)
+    for expert, weights in supply(experts):
+        inputs = hidden.index_select(0, rows[expert])  # [n, H]
+        early[expert] = expert_forward(module, weights, inputs) * gates_of[expert]
+        while turn is not None and turn in early:
+            final.index_add_(0, rows[turn], early.pop(turn).to(final.dtype))
+            turn = next(turns, None)
+    assert turn is None and not early, "the supply and the routing name different experts"
+    return final

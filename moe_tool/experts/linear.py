@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_tool.native.kept import INTEGER_KINDS, token_group
-from moe_tool.native.kernels import are_tokens_int8, decode_kept, is_native, native_linear
+from moe_tool.native.kernels import NativeLinear, are_tokens_int8, decode_kept, is_native
 from moe_tool.quantization.bit_packing import ROWS, n_row_blocks
 from moe_tool.quantization.kept_codes import KeptWeight, kept_product
 from moe_tool.quantization.round_to_nearest import dequantize
@@ -26,7 +26,7 @@ _LARGE_BLOCK = 2**20
 
 @torch.no_grad()
 def linear(x: torch.Tensor, weight: AnyWeight, bias: FloatWeight | None = None) -> torch.Tensor:
-    """Return x @ weight.T + bias in float32.
+    """Return x @ weight.T + bias, [n, out] float32.
 
     A float32 weight is passed to `F.linear`, so that the result equals the ordinary model's bit for
     bit. The kernels' products do not depend on the number of threads or of tokens; torch's may.
@@ -35,12 +35,9 @@ def linear(x: torch.Tensor, weight: AnyWeight, bias: FloatWeight | None = None) 
         x: [n, in] float32.
         weight: [out, in].
         bias: [out], any float dtype.
-
-    Returns:
-        [n, out] float32.
     """
     if computes_natively(weight, x.shape[0]):
-        return native_linear(x, weight, bias)
+        return NativeLinear(weight, bias).forward(x)
     if isinstance(weight, IntegerWeight):
         out = _linear_integer(x, weight)
     elif isinstance(weight, KeptWeight):

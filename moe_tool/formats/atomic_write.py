@@ -49,7 +49,6 @@ def require_free_disk(folder: Path, needed_bytes: int) -> None:
 
     Args:
         folder: a folder; if it is missing, its nearest existing parent counts.
-        needed_bytes: size of the result.
 
     Raises:
         DiskFullError: too little is free; the message has both numbers.

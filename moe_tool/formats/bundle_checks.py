@@ -3,8 +3,7 @@
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from moe_tool.artifacts.form_table import FormTable
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, NotFoundError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
 from moe_tool.formats.foreign_files import foreign_file
-from moe_tool.formats.hostile_file import quoted, unreadable
+from moe_tool.formats.hostile_file import quoted, reading
 from moe_tool.formats.integer_parts import IntegerPart, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.mask_router_file import MASK_ROUTER_NAME
@@ -72,13 +71,13 @@ def check_bundle(folder: Path, *, is_finished: bool = True) -> CheckedBundle:
         StorageError: it cannot be read.
     """
     if is_finished:
-        with naming(folder):
+        with reading(folder):
             _require_finished(folder)
     manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
     _require_known_sections(folder, manifest)
     _check_policies(folder, manifest)
     forms = _forms(folder, manifest)
-    with naming(folder):
+    with reading(folder):
         _check_files(folder, manifest)
     for form in forms:
         if form.table.role != "base":  # a base lies inside the tensors of the primary record
@@ -86,13 +85,9 @@ def check_bundle(folder: Path, *, is_finished: bool = True) -> CheckedBundle:
     return CheckedBundle(manifest=manifest, forms=forms, skeleton=_check_skeleton(folder, manifest))
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors about a path into named ones."""
-    try:
-        yield
-    except OSError as error:
-        raise unreadable(Path(error.filename or path), error) from error
+def corrupt_bundle(complaint: str) -> CorruptArtifactError:
+    """Return the error for a damaged bundle."""
+    return CorruptArtifactError(complaint, hint=REPACK)
 
 
 def _require_finished(folder: Path) -> None:
@@ -116,9 +111,7 @@ def _require_finished(folder: Path) -> None:
             else "make a bundle of a checkpoint with moe-tool pack",
         )
     if (folder / MANIFEST).is_symlink():
-        raise CorruptArtifactError(
-            f"{folder / MANIFEST} is a link, not a file of the bundle", hint=REPACK
-        )
+        raise corrupt_bundle(f"{folder / MANIFEST} is a link, not a file of the bundle")
 
 
 def _names(folder: Path) -> set[str] | None:
@@ -138,20 +131,18 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
     for file in manifest.files:
         path = folder / file.name
         if file.name == MANIFEST:
-            raise CorruptArtifactError(f"{path} lists itself", hint=REPACK)
+            raise corrupt_bundle(f"{path} lists itself")
         if path.is_symlink():
-            raise CorruptArtifactError(f"{path} is a link, not a file of the bundle", hint=REPACK)
+            raise corrupt_bundle(f"{path} is a link, not a file of the bundle")
         if not path.is_file():
-            raise CorruptArtifactError(f"{path} is missing or not a file", hint=REPACK)
+            raise corrupt_bundle(f"{path} is missing or not a file")
         found = path.stat().st_size
         if found != file.size_bytes:
-            raise CorruptArtifactError(
-                f"{path} has {found} bytes, its manifest says {file.size_bytes}", hint=REPACK
-            )
+            raise corrupt_bundle(f"{path} has {found} bytes, its manifest says {file.size_bytes}")
         # A config changes the text as weights do, and is small enough to hash at every start.
         is_small = not file.name.endswith(".safetensors")
         if is_small and hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
-            raise CorruptArtifactError(f"{path} is damaged: its sha256 does not fit", hint=REPACK)
+            raise corrupt_bundle(f"{path} is damaged: its sha256 does not fit")
     listed = {MANIFEST, *(file.name for file in manifest.files)}
     for name in sorted(_names(folder) or ()):
         is_left_over = name.startswith(".") or MASK_ROUTER_NAME.fullmatch(name) is not None
@@ -186,14 +177,11 @@ def _forms(folder: Path, manifest: BundleManifest) -> tuple[BundleForm, ...]:
         try:
             form = record_form(manifest.shape, table.precision, table.role)
         except CorruptArtifactError as error:
-            raise CorruptArtifactError(
-                f"{folder / MANIFEST}: {error.message}", hint=REPACK
-            ) from error
+            raise corrupt_bundle(f"{folder / MANIFEST}: {error.message}") from error
         if form.layout.size_bytes != table.record_size_bytes:
-            raise CorruptArtifactError(
+            raise corrupt_bundle(
                 f"{folder / MANIFEST} says a record has {table.record_size_bytes} bytes, "
-                f"its tensors need {form.layout.size_bytes}",
-                hint=REPACK,
+                f"its tensors need {form.layout.size_bytes}"
             )
         found.append(BundleForm(index=index, table=table, form=form))
     return tuple(found)
@@ -211,15 +199,13 @@ def _check_headers(folder: Path, held: BundleForm) -> None:
                 or info.offset != record.offset + segment.offset
                 or info.size_bytes != segment.size_bytes
             ):
-                raise CorruptArtifactError(
-                    f"{folder / record.file} does not hold {name} where {MANIFEST} says",
-                    hint=REPACK,
+                raise corrupt_bundle(
+                    f"{folder / record.file} does not hold {name} where {MANIFEST} says"
                 )
     for file, left in headers.items():
         if left:
-            raise CorruptArtifactError(
-                f"{folder / file} holds {quoted(min(left))}, which is no part of a record",
-                hint=REPACK,
+            raise corrupt_bundle(
+                f"{folder / file} holds {quoted(min(left))}, which is no part of a record"
             )
 
 
@@ -227,21 +213,17 @@ def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, Tens
     """Require the listed tensors in the skeleton files, and codes of the right dtype and shape."""
     tensors = Checkpoint.open_files(skeleton_files(folder, manifest)).tensors
     if tensors.keys() != {tensor.name for tensor in manifest.skeleton}:
-        raise CorruptArtifactError(
-            f"the skeleton files of {folder} do not hold the tensors that {MANIFEST} lists",
-            hint=REPACK,
+        raise corrupt_bundle(
+            f"the skeleton files of {folder} do not hold the tensors that {MANIFEST} lists"
         )
     for part in skeleton_parts(manifest):
         found = tensors.get(part.name)
         if found is None:
-            raise CorruptArtifactError(
-                f"the skeleton of {folder} lacks {quoted(part.name)}", hint=REPACK
-            )
+            raise corrupt_bundle(f"the skeleton of {folder} lacks {quoted(part.name)}")
         if found.dtype != part.safetensors_dtype or found.shape != part.shape:
-            raise CorruptArtifactError(
+            raise corrupt_bundle(
                 f"{found.file}: {quoted(part.name)} is {found.dtype} {list(found.shape)}, "
-                f"wanted {part.safetensors_dtype} {list(part.shape)}",
-                hint=REPACK,
+                f"wanted {part.safetensors_dtype} {list(part.shape)}"
             )
     return tensors
 

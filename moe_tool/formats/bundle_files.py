@@ -1,18 +1,19 @@
-"""The files of a bundle: their names, how records are spread over them, their headers."""
+"""The files of a bundle: their names and headers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_tool.artifacts.form_table import ALIGNMENT_BYTES, Role
-from moe_tool.artifacts.precision import AnyPrecision
-from moe_tool.formats.record_layout import RecordLayout
+import torch
+
+from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 
 MAX_FILE_BYTES = 4 * 2**30
 PART_SUFFIX = ".part"
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
+_DTYPES = {torch.uint8: "U8", torch.float64: "F64", torch.float32: "F32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,50 +46,6 @@ class SkeletonEntry:
 def partial_folder(out: Path) -> Path:
     """Return the folder in which a bundle is written until it is finished."""
     return out.parent / (out.name + PART_SUFFIX)
-
-
-def plan_expert_files(
-    order: Sequence[tuple[int, int]], layout: RecordLayout, *, stem: str
-) -> tuple[ExpertFile, ...]:
-    """Spread records over files of at most MAX_FILE_BYTES (a larger record gets one to itself)."""
-    per_file = max(1, MAX_FILE_BYTES // layout.size_bytes)
-    files: list[ExpertFile] = []
-    for start in range(0, len(order), per_file):
-        records = tuple(order[start : start + per_file])
-        files.append(
-            ExpertFile(
-                name=f"{stem}-{len(files) + 1:05d}.safetensors",
-                header=_expert_header(records, layout),
-                records=records,
-                record_size_bytes=layout.size_bytes,
-            )
-        )
-    return tuple(files)
-
-
-def file_stem(role: Role, precision: AnyPrecision, *, is_alone: bool) -> str:
-    """Return the beginning of a table's file names; `is_alone`: no other table has its role."""
-    stem = {"primary": "experts", "base": "experts"}.get(role, f"{role}s")
-    has_name = role == "replica" or not is_alone
-    return f"{stem}-{precision.name.replace(':', 'x').replace('+', 'o')}" if has_name else stem
-
-
-def record_places(
-    order: Sequence[tuple[int, int, int]], plan: Sequence[Sequence[ExpertFile]]
-) -> list[tuple[ExpertFile, int]]:
-    """Return the file of every record, and its position there.
-
-    Args:
-        order: (form, layer, expert) of the records in the order of writing.
-        plan: files by form.
-    """
-    places, counts = [], [0] * len(plan)
-    for form, _, _ in order:
-        per_file = len(plan[form][0].records)
-        number, position = divmod(counts[form], per_file)
-        places.append((plan[form][number], position))
-        counts[form] += 1
-    return places
 
 
 def split_skeleton(
@@ -126,16 +83,9 @@ def safetensors_header(tensors: Sequence[tuple[str, str, Sequence[int], int]]) -
     return len(text).to_bytes(8, "little") + text
 
 
-def _expert_header(records: Sequence[tuple[int, int]], layout: RecordLayout) -> bytes:
-    return safetensors_header(
-        [
-            (
-                f"layer.{layer}.expert.{expert}.{segment.name}",
-                "U8",
-                (segment.size_bytes,),
-                segment.size_bytes,
-            )
-            for layer, expert in records
-            for segment in layout.segments
-        ]
+def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return a whole file of uint8, float32 and float64 tensors."""
+    header = safetensors_header(
+        [(name, _DTYPES[each.dtype], each.shape, each.nbytes) for name, each in tensors.items()]
     )
+    return header + b"".join(each.contiguous().numpy().tobytes() for each in tensors.values())

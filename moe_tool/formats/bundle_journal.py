@@ -33,14 +33,15 @@ class WrittenRecord(FormRecord):
 
 def write_journal(folder: Path, spec: BundleSpec, records: Sequence[WrittenRecord]) -> None:
     """Write a folder's journal atomically, replacing an earlier one."""
-    lines = b"".join(_line(record) for record in records)
-    atomic_write_bytes(folder / JOURNAL, _first_line(spec) + lines)
+    head = {"identity": spec.identity.model_dump(), "options": spec.options}
+    first = json.dumps(head, sort_keys=True).encode() + b"\n"
+    atomic_write_bytes(folder / JOURNAL, first + b"".join(map(_line, records)))
 
 
 def append_to_journal(folder: Path, records: Sequence[WrittenRecord]) -> None:
     """Append the lines of records and sync them."""
     with open(folder / JOURNAL, "ab") as file:
-        file.write(b"".join(_line(record) for record in records))
+        file.write(b"".join(map(_line, records)))
         file.flush()
         os.fsync(file.fileno())
 
@@ -53,23 +54,8 @@ def read_journal(folder: Path, spec: BundleSpec) -> list[bytes]:
     """
     with open(folder / JOURNAL, "rb") as file:
         first, *lines = file.read(_MAX_BYTES).split(b"\n")
-    _require_same(folder, spec, first)
-    return [line for line in lines if line]
-
-
-def _line(record: WrittenRecord) -> bytes:
-    return record.model_dump_json().encode() + b"\n"
-
-
-def _first_line(spec: BundleSpec) -> bytes:
-    head = {"identity": spec.identity.model_dump(), "options": spec.options}
-    return json.dumps(head, sort_keys=True).encode() + b"\n"
-
-
-def _require_same(folder: Path, spec: BundleSpec, first_line: bytes) -> None:
-    """Refuse an interrupted bundle of another specification."""
     remedy = f"remove {folder} and pack again"
-    head = parse_json_object(folder / JOURNAL, first_line, remedy=remedy)
+    head = parse_json_object(folder / JOURNAL, first, remedy=remedy)
     try:
         identity = ModelIdentity.model_validate(head.get("identity"))
     except ValidationError as error:
@@ -78,3 +64,8 @@ def _require_same(folder: Path, spec: BundleSpec, first_line: bytes) -> None:
         ) from error
     options = head.get("options")
     spec.require_same(folder, identity, options if isinstance(options, dict) else {})
+    return [line for line in lines if line]
+
+
+def _line(record: WrittenRecord) -> bytes:
+    return record.model_dump_json().encode() + b"\n"

@@ -1,31 +1,30 @@
 """Reader of a bundle: checks the manifest against the files, then each record as it is read."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.form_table import FormRecord
 from moe_tool.artifacts.mask_router import MaskRouter
 from moe_tool.errors import CorruptArtifactError, StorageError
 from moe_tool.formats.bundle_checks import (
     REPACK,
     BundleForm,
+    CheckedBundle,
     check_bundle,
-    naming,
-    skeleton_files,
+    corrupt_bundle,
     skeleton_parts,
 )
 from moe_tool.formats.channel_form import require_chunks
-from moe_tool.formats.hostile_file import quoted
+from moe_tool.formats.hostile_file import quoted, reading
 from moe_tool.formats.integer_parts import are_finite
 from moe_tool.formats.mask_router_file import read_mask_router
 from moe_tool.formats.record_files import ChannelRead, RecordFiles
-from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
+from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import ChannelWeight
 
@@ -38,35 +37,29 @@ _HASH_BLOCK_BYTES = 16 * 2**20
 class BundleReader:
     """An open bundle. Reading is safe from several threads."""
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: BundleManifest,
-        forms: tuple[BundleForm, ...],
-        skeleton: Mapping[str, TensorInfo],
-    ) -> None:
+    def __init__(self, folder: Path, checked: CheckedBundle) -> None:
         """Use `open`."""
         self.folder = folder
-        self.manifest = manifest
-        self.forms = forms
+        self.manifest = checked.manifest
+        self.forms = checked.forms
         """Forms in the order of `manifest.forms`"""
-        self._skeleton = skeleton
+        self._skeleton = checked.skeleton
         self._verified: set[tuple[int, int, int]] = set()  # records whose hash was found right
         self._verified_channels: dict[tuple[int, int], np.ndarray] = {}  # [I] bool
         self._expected: set[tuple[int, int]] = set()  # records that the system was advised of
         self._entries = {
             (held.index, record.layer, record.expert): record
-            for held in forms
+            for held in self.forms
             for record in held.table.records
         }
         self._primary_form = {
             (record.layer, record.expert): held.index
-            for held in forms
+            for held in self.forms
             if held.table.role == "primary"
             for record in held.table.records
         }
         names = sorted({record.file for record in self._entries.values()})
-        with naming(folder):
+        with reading(folder):
             self._files = RecordFiles(folder, names)
 
     @classmethod
@@ -83,8 +76,7 @@ class BundleReader:
             ArtifactVersionError: its manifest has another schema version.
             StorageError: it cannot be read.
         """
-        found = check_bundle(folder, is_finished=is_finished)
-        return cls(folder, found.manifest, found.forms, found.skeleton)
+        return cls(folder, check_bundle(folder, is_finished=is_finished))
 
     @property
     def expert_bytes(self) -> int:
@@ -108,11 +100,6 @@ class BundleReader:
                 sizes[expert] = self.forms[form].record_size_bytes
         return sizes
 
-    @property
-    def skeleton_files(self) -> list[Path]:
-        """The files of the skeleton."""
-        return skeleton_files(self.folder, self.manifest)
-
     def open_skeleton(self) -> Checkpoint:
         """Open the skeleton; reading a tensor that differs from the packed one raises a
         CorruptArtifactError that names it."""
@@ -124,14 +111,10 @@ class BundleReader:
             assert row is None
             file = checkpoint.tensors[name].file
             if xxhash.xxh3_64_hexdigest(data) != hashes[name]:
-                raise CorruptArtifactError(
-                    f"{file} is damaged: the hash of {quoted(name)} does not fit", hint=REPACK
-                )
+                raise corrupt_bundle(f"{file} is damaged: the hash of {quoted(name)} does not fit")
             # A forged file can have the right hash.
             if name in factors and not are_finite(torch.frombuffer(data, dtype=torch.float16)):
-                raise CorruptArtifactError(
-                    f"{file}: {quoted(name)} holds NaN or infinity", hint=REPACK
-                )
+                raise corrupt_bundle(f"{file}: {quoted(name)} holds NaN or infinity")
 
         checkpoint.on_read = check
         return checkpoint
@@ -149,11 +132,6 @@ class BundleReader:
     def record_entry(self, layer: int, expert: int, *, form: int) -> FormRecord:
         """Return the place of a record."""
         return self._entries[form, layer, expert]
-
-    @property
-    def reads_directly(self) -> bool:
-        """Whether records are read past the page cache."""
-        return self._files.is_direct
 
     def read_directly(self) -> str | None:
         """Read records past the page cache from now on; return the reason if that is refused.
@@ -178,8 +156,6 @@ class BundleReader:
         its file is unchanged.
 
         Args:
-            layer: decoder layer.
-            expert: expert of the layer.
             out: uint8 [record_size_bytes], overwritten; 4096-aligned memory saves a copy.
             form: position of the wanted form among `forms`.
             n_there: bytes of the record that `out` already begins with.
@@ -225,15 +201,11 @@ class BundleReader:
 
     def _require_right(self, form: int, entry: FormRecord, record: torch.Tensor, xxh3: str) -> None:
         if xxh3 != entry.xxh3:
-            raise CorruptArtifactError(
-                f"{self._where(entry)} is damaged: its hash does not fit", hint=REPACK
-            )
+            raise corrupt_bundle(f"{self._where(entry)} is damaged: its hash does not fit")
         try:
             self.forms[form].form.require_finite(record)
         except CorruptArtifactError as error:
-            raise CorruptArtifactError(
-                f"{self._where(entry)}: {error.message}", hint=REPACK
-            ) from error
+            raise corrupt_bundle(f"{self._where(entry)}: {error.message}") from error
         self._verified.add((form, entry.layer, entry.expert))
 
     def read_channels_into(
@@ -252,8 +224,6 @@ class BundleReader:
         system is advised to bring in all of it.
 
         Args:
-            layer: decoder layer.
-            expert: expert of the layer.
             weight: the chunks; those of `channels` and of channels read along are overwritten.
             channels: [n] channel numbers, ascending.
             hashes: [I] uint64, as the expert's selector has them.
@@ -282,7 +252,7 @@ class BundleReader:
             try:
                 require_chunks(weight, unknown, hashes)
             except CorruptArtifactError as error:
-                raise CorruptArtifactError(f"{where}: {error.message}", hint=REPACK) from error
+                raise corrupt_bundle(f"{where}: {error.message}") from error
             known[unknown] = True
         return read
 
@@ -296,14 +266,14 @@ class BundleReader:
         progress.begin("verify", total + sum(held.size_bytes for held in self.forms), "bytes")
         for entry in self.manifest.files:
             digest = hashlib.sha256()
-            with naming(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
+            with reading(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
                 while block := file.read(_HASH_BLOCK_BYTES):
                     digest.update(block)
                     progress.advance(len(block))
             if digest.hexdigest() != entry.sha256:
                 self._find_damaged_record(entry.name)
-                raise CorruptArtifactError(
-                    f"{self.folder / entry.name} is damaged: its sha256 does not fit", hint=REPACK
+                raise corrupt_bundle(
+                    f"{self.folder / entry.name} is damaged: its sha256 does not fit"
                 )
         with self.open_skeleton() as skeleton:
             for part in skeleton_parts(self.manifest):

@@ -7,7 +7,7 @@ there names records only once their bytes are on the disk; a resume checks them 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,6 @@ from moe_tool.formats.bundle_journal import (
 )
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_spec import BundleSpec
-from moe_tool.formats.bundle_tables import form_tables
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.formats.record_file_writer import RecordFileWriter
 from moe_tool.formats.record_form import RecordForm
@@ -71,7 +70,7 @@ class BundleWriter:
         self._records: list[WrittenRecord] = []
         self._unsynced: list[WrittenRecord] = []
         self._unsynced_bytes = 0
-        self._digests: dict[str, str] = {}
+        self._expert_files: dict[str, BundleFile] = {}
         self._open_files: dict[str, RecordFileWriter] = {}
         self._other_files: list[BundleFile] = []
         self._skeleton: list[SkeletonTensor] = []
@@ -81,11 +80,8 @@ class BundleWriter:
 
     @classmethod
     def open(cls, out: Path, spec: BundleSpec) -> "BundleWriter":
-        """Begin a bundle, resume an interrupted one, or find it finished.
+        """Begin a bundle in the folder `out`, resume an interrupted one, or find it finished.
 
-        Args:
-            out: the bundle's folder.
-            spec: contents of the bundle.
         Raises:
             UsageError: `out` holds something else, or was made with other options.
             WrongModelError: it was made from another model.
@@ -131,8 +127,6 @@ class BundleWriter:
 
         Args:
             form: position of its table.
-            layer: decoder layer.
-            expert: expert of the layer.
             record: uint8 [form's layout.size_bytes].
             eps: measured error, see FormRecord; None: not measured.
             base_eps: measured error of the base of a nested expert.
@@ -206,30 +200,20 @@ class BundleWriter:
         """Write the skeleton.
 
         Args:
-            tensors: tensors in the order of writing.
             read: returns the bytes of a tensor by name; called in this order.
-            precision: precision of the quantized matrices.
-            linears: the quantized matrices.
         """
         self._skeleton_precision, self._skeleton_linears = precision, linears
-        for number, group in enumerate(
-            split_skeleton(tensors, limit_bytes=MAX_FILE_BYTES), start=1
-        ):
-            name = f"skeleton-{number:05d}.safetensors"
-            header = safetensors_header(
-                [(info.name, info.dtype, info.shape, info.size_bytes) for info in group]
-            )
-            self._write_file(name, header, self._hashed(group, read))
 
-    def _hashed(
-        self, tensors: Sequence[SkeletonEntry], read: Callable[[str], bytes | memoryview]
-    ) -> Iterator[bytes | memoryview]:
-        for info in tensors:
-            data = read(info.name)
-            self._skeleton.append(
-                SkeletonTensor(name=info.name, xxh3=xxhash.xxh3_64_hexdigest(data))
-            )
-            yield data
+        def hashed(name: str) -> bytes | memoryview:
+            data = read(name)
+            self._skeleton.append(SkeletonTensor(name=name, xxh3=xxhash.xxh3_64_hexdigest(data)))
+            return data
+
+        groups = split_skeleton(tensors, limit_bytes=MAX_FILE_BYTES)
+        for number, group in enumerate(groups, start=1):
+            header = safetensors_header([(t.name, t.dtype, t.shape, t.size_bytes) for t in group])
+            data = (hashed(tensor.name) for tensor in group)
+            self._write_file(f"skeleton-{number:05d}.safetensors", header, data)
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write a file of the tokenizer or a config."""
@@ -247,17 +231,9 @@ class BundleWriter:
         profile_sha256: str | None,
         prove: Callable[[Path], None] | None = None,
     ) -> BundleManifest:
-        """Write the manifest and give the bundle its name.
+        """Write the manifest and give the bundle its name, unless `prove` raises an error.
 
-        Args:
-            heat: how often experts are used.
-            buddies: stand-ins.
-            prices: prices of dropping an expert.
-            plan: the plan that `run` follows.
-            lineage: changes to the codes since they were packed.
-            sections: additions by name.
-            profile_sha256: the profile that heat and prices come from.
-            prove: given the folder with everything in it; an error keeps the bundle from its name.
+        `prove` is given the folder once everything is in it.
         """
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
@@ -266,12 +242,15 @@ class BundleWriter:
             tool_version=__version__,
             identity=self.spec.identity,
             shape=self.spec.shape,
-            forms=form_tables(self.spec.forms, self._plan, self._records),
+            forms=self._plan.form_tables(self._records),
             removed=tuple(key for key in self.spec.order if key in self.spec.removed),
             skeleton=tuple(self._skeleton),
             skeleton_precision=self._skeleton_precision,
             skeleton_linears=self._skeleton_linears,
-            files=(*self._expert_files(), *self._other_files),
+            files=(
+                *(self._expert_files[file.name] for file in chain.from_iterable(self._plan.files)),
+                *self._other_files,
+            ),
             made_from=dict(self.spec.made_from),
             profile_sha256=profile_sha256,
             heat=heat,
@@ -289,11 +268,6 @@ class BundleWriter:
             (self._folder / JOURNAL).unlink()  # with it, a resume begins before the proof
             self._rename()
         return manifest
-
-    def _expert_files(self) -> Iterator[BundleFile]:
-        for file in chain.from_iterable(self._plan.files):
-            size, digest = file.offset(len(file.records)), self._digests[file.name]
-            yield BundleFile(name=file.name, size_bytes=size, sha256=digest)
 
     def _require_same_finished(self) -> None:
         if not (self._out / MANIFEST).is_file():
@@ -359,19 +333,20 @@ class BundleWriter:
             record = WrittenRecord.model_validate_json(line)
         except ValueError:
             return None
-        offset = file.offset(position)
-        if (record.layer, record.expert) != file.records[position] or record.offset != offset:
-            return None
-        if record.file != file.name:
-            return None
-        is_right = self._open_files[file.name].take_over(position, record.xxh3)
-        return record if is_right else None
+        found = (record.file, record.offset, (record.layer, record.expert))
+        is_right = found == (file.name, file.offset(position), file.records[position])
+        if is_right and self._open_files[file.name].take_over(position, record.xxh3):
+            return record
+        return None
 
     def _open(self, file: ExpertFile, *, anew: bool) -> None:
         self._open_files[file.name] = RecordFileWriter(self._folder, file, anew=anew)
 
     def _end_file(self, file: ExpertFile) -> None:
-        self._digests[file.name] = self._open_files.pop(file.name).close()
+        sha256 = self._open_files.pop(file.name).close()
+        self._expert_files[file.name] = BundleFile(
+            name=file.name, size_bytes=file.offset(len(file.records)), sha256=sha256
+        )
 
     def _sync(self) -> None:
         """Sync the data first, then the lines that name them."""

@@ -39,11 +39,6 @@ class ChannelForm:
         layout = lay_out([("channels", "uint8", (n_channels, chunk))])
         return cls(precision=precision, n_hidden=n_hidden, layout=layout)
 
-    @property
-    def n_channels(self) -> int:
-        """Number of channels I"""
-        return self.layout.segments[0].shape[0]
-
     def encode(self, content: ChannelExpert) -> torch.Tensor:
         """Return the record of an expert's chunks, uint8 [layout.size_bytes]."""
         return self.layout.fill(lambda _: content.channels.chunks)
@@ -107,7 +102,6 @@ def require_chunks(weight: ChannelWeight, channels: np.ndarray, hashes: np.ndarr
     """Refuse channels that differ from the packed ones.
 
     Args:
-        weight: the expert's chunks.
         channels: [n] channels to check.
         hashes: [I] uint64 hashes of all chunks.
 

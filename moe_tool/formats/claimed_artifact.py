@@ -20,8 +20,6 @@ def require_unclaimed(path: Path, identity: ModelIdentity, *, remedy: str | None
     file may be replaced.
 
     Args:
-        path: a default name.
-        identity: the model of the new artifact.
         remedy: the option that names another place; None: --out with a free name.
 
     Raises:

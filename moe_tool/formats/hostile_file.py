@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +17,6 @@ def open_plain_file(path: Path, *, remedy: str, missing: str = "") -> BinaryIO:
 
     Args:
         path: links are followed, since the hub's cache consists of links.
-        remedy: hint of the errors.
         missing: hint if the file is missing, where it differs.
 
     Raises:
@@ -23,12 +24,11 @@ def open_plain_file(path: Path, *, remedy: str, missing: str = "") -> BinaryIO:
         CorruptArtifactError: it is a folder, a pipe or a device.
         StorageError: it cannot be opened.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFoundError(f"{path} does not exist", hint=missing or remedy) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path):
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"{path} does not exist", hint=missing or remedy) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise CorruptArtifactError(f"{path} is not a file", hint=remedy)
@@ -43,12 +43,9 @@ def read_capped(path: Path, *, limit_bytes: int, remedy: str) -> bytes:
         CorruptArtifactError: it is no plain file, or larger.
         StorageError: it cannot be read.
     """
-    try:
-        with open_plain_file(path, remedy=remedy) as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(limit_bytes + 1) if size <= limit_bytes else b""
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path), open_plain_file(path, remedy=remedy) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(limit_bytes + 1) if size <= limit_bytes else b""
     if max(size, len(data)) > limit_bytes:
         raise CorruptArtifactError(
             f"{path} has {size} bytes, wanted at most {limit_bytes}", hint=remedy
@@ -56,11 +53,16 @@ def read_capped(path: Path, *, limit_bytes: int, remedy: str) -> bytes:
     return data
 
 
-def unreadable(path: Path, error: OSError) -> StorageError:
-    """Return the named error for a file that the operating system cannot read."""
-    return StorageError(
-        f"{path}: {error.strerror or error}", hint="check its permissions and the disk"
-    )
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about reading a path into named ones."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or path}: {error.strerror or error}",
+            hint="check its permissions and the disk",
+        ) from error
 
 
 def quoted(text: object) -> str:

@@ -10,17 +10,26 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import h5py
+import numpy as np
+from pydantic import ValidationError
 
-from moe_tool.errors import CorruptArtifactError, MoeToolError
+from moe_tool.artifacts.schema import FrozenModel
+from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, MoeToolError
 from moe_tool.formats.atomic_write import atomic_file
-from moe_tool.formats.hostile_file import one_line, open_plain_file, unreadable
+from moe_tool.formats.hostile_file import one_line, open_plain_file, quoted, reading
+from moe_tool.formats.json_artifact import first_complaint
+from moe_tool.formats.strict_json import parse_json_object
 
 SEAL_BYTES = 32
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _BLOCK_BYTES = 2**20
+_VERSION = 1
+"""Format version of every kind of file"""
+
+Header = TypeVar("Header", bound=FrozenModel)
 
 
 @contextmanager
@@ -54,21 +63,15 @@ def verified_sha256(path: Path, *, remedy: str) -> str:
         CorruptArtifactError: it is no HDF5 file, truncated or damaged.
         StorageError: it cannot be read.
     """
-    digest, held_back = hashlib.sha256(), b""
-    try:
-        with open_plain_file(path, remedy=remedy) as file:
-            start = file.read(len(_SIGNATURE))
-            if start != _SIGNATURE:
-                raise CorruptArtifactError(
-                    f"{path} is not an HDF5 file, so not a profile", hint=remedy
-                )
-            held_back = start
-            while block := file.read(_BLOCK_BYTES):
-                held_back += block
-                digest.update(held_back[:-SEAL_BYTES])
-                held_back = held_back[-SEAL_BYTES:]
-    except OSError as error:
-        raise unreadable(path, error) from error
+    digest = hashlib.sha256()
+    with reading(path), open_plain_file(path, remedy=remedy) as file:
+        held_back = file.read(len(_SIGNATURE))
+        if held_back != _SIGNATURE:
+            raise CorruptArtifactError(f"{path} is not an HDF5 file, so not a profile", hint=remedy)
+        while block := file.read(_BLOCK_BYTES):
+            held_back += block
+            digest.update(held_back[:-SEAL_BYTES])
+            held_back = held_back[-SEAL_BYTES:]
     if digest.digest() != held_back:
         raise damaged(path, "its content does not fit the hash at its end", remedy=remedy)
     digest.update(held_back)
@@ -106,6 +109,39 @@ def damaged(path: Path, reason: str, *, remedy: str) -> CorruptArtifactError:
     return CorruptArtifactError(f"{path} is damaged: {reason}", hint=remedy)
 
 
+def write_header(file: h5py.File, kind: str, header: FrozenModel) -> None:
+    """Write kind, version and a header of JSON to the root attributes."""
+    file.attrs["kind"] = kind
+    file.attrs["format_version"] = _VERSION
+    file.attrs["header"] = header.model_dump_json()
+
+
+def read_header(
+    file: h5py.File, path: Path, kind: str, schema: type[Header], *, label: str, remedy: str
+) -> Header:
+    """Return the header that `write_header` wrote.
+
+    Raises:
+        CorruptArtifactError: the file is of another kind (it is not `label`), or damaged.
+        ArtifactVersionError: it has another version.
+    """
+    if file.attrs.get("kind") != kind:
+        raise CorruptArtifactError(f"{path} is not {label}", hint=remedy)
+    version = file.attrs.get("format_version")
+    if not isinstance(version, np.integer) or version != _VERSION:
+        raise ArtifactVersionError(
+            f"{path} has format version {quoted(version)}, wanted {_VERSION}", hint=remedy
+        )
+    text = file.attrs.get("header")
+    if not isinstance(text, str):
+        raise damaged(path, "it has no header", remedy=remedy)
+    parse_json_object(path, text.encode(), remedy=remedy)  # stricter than pydantic
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        raise damaged(path, f"header: {first_complaint(error)}", remedy=remedy) from error
+
+
 def child_group(parent: h5py.Group, name: str, path: Path) -> h5py.Group:
     """Return the group of a slash-separated name, following hard links only."""
     found = _child(parent, name, path)
@@ -117,9 +153,7 @@ def child_group(parent: h5py.Group, name: str, path: Path) -> h5py.Group:
 def child_dataset(parent: h5py.Group, name: str, path: Path) -> h5py.Dataset:
     """Return a dataset stored plainly in this file: its storage size must equal its bytes."""
     found = _child(parent, name, path)
-    if not isinstance(found, h5py.Dataset):
-        raise _missing(name, path)
-    if found.shape is None:
+    if not isinstance(found, h5py.Dataset) or found.shape is None:
         raise _missing(name, path)
     n_bytes = math.prod(map(int, found.shape)) * found.dtype.itemsize
     odd = found.external or found.is_virtual or found.chunks or found.dtype.kind == "O"

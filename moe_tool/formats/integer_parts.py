@@ -13,7 +13,6 @@ from moe_tool.quantization.weights import BASE_SCALES, PLANE, SCALES, ZEROS, Int
 
 _EXPONENT = 0x7C00
 """Exponent bits of float16, all set in NaN and infinity"""
-_PLANE = "plane"
 _DTYPES = {"uint8": torch.uint8, "float16": torch.float16}
 _SAFETENSORS = {"uint8": "U8", "float16": "F16"}
 
@@ -50,29 +49,21 @@ def integer_parts(
 ) -> tuple[IntegerPart, ...]:
     """Return the stored tensors of a matrix [n_outputs, n_inputs], planes first."""
     is_nested = precision.base_bits is not None
-    planes = [
-        IntegerPart(
-            name=f"{name}.{PLANE}{index}",
-            dtype="uint8",
-            shape=(plane_bytes(n_outputs, n_inputs, bits),),
-            is_refinement=is_nested and index > 0,
-        )
+    parts: list[tuple[str, str, tuple[int, ...], bool]] = [
+        (f"{PLANE}{index}", "uint8", (plane_bytes(n_outputs, n_inputs, bits),), index > 0)
         for index, bits in enumerate(plane_widths(precision.width_bits))
     ]
     shape = (n_row_blocks(n_outputs), -(-n_inputs // precision.group), ROWS)
-    factors = [SCALES]
-    factors += [ZEROS] * precision.zeros + [BASE_SCALES] * is_nested
-    return (
-        *planes,
-        *(
-            IntegerPart(
-                name=f"{name}.{each}",
-                dtype="float16",
-                shape=shape,
-                is_refinement=is_nested and each == SCALES,
-            )
-            for each in factors
-        ),
+    factors = [SCALES] + [ZEROS] * precision.zeros + [BASE_SCALES] * is_nested
+    parts += [(factor, "float16", shape, factor == SCALES) for factor in factors]
+    return tuple(
+        IntegerPart(
+            name=f"{name}.{part}",
+            dtype=dtype,
+            shape=extents,
+            is_refinement=is_nested and is_refined,
+        )
+        for part, dtype, extents, is_refined in parts
     )
 
 

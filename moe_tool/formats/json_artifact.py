@@ -48,10 +48,6 @@ def write_json_artifact(path: Path, artifact: FrozenModel) -> None:
 def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
     """Read and validate an artifact.
 
-    Args:
-        path: file to read.
-        kind: expected class.
-
     Raises:
         NotFoundError: there is no such file.
         CorruptArtifactError: it is damaged, or an artifact of another kind.
@@ -62,7 +58,14 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
     remedy = f"make it again with {_COMMANDS[wanted]}"
     text, seal = _unsealed(read_capped(path, limit_bytes=MAX_BYTES, remedy=remedy))
     parsed = parse_json_object(path, text, remedy=remedy)
-    _require_kind(path, parsed, wanted, remedy)
+    found_kind = parsed.get("kind")
+    if found_kind != wanted:
+        what = _LABELS.get(found_kind) if isinstance(found_kind, str) else None
+        raise CorruptArtifactError(
+            f"{path} is {'a ' + what if what else 'not an artifact of moe-tool'}, "
+            f"not a {_LABELS[wanted]}",
+            hint=remedy,
+        )
     found, version = parsed.get("format_version"), kind.model_fields["format_version"].default
     if type(found) is not int or found != version:
         raise ArtifactVersionError(
@@ -109,18 +112,6 @@ def first_complaint(error: ValidationError) -> str:
     where = ".".join(ascii(step).strip("'\"") for step in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     return one_line(f"{where}: {message}" if where else message)
-
-
-def _require_kind(path: Path, parsed: dict[str, Any], wanted: str, remedy: str) -> None:
-    found = parsed.get("kind")
-    if found == wanted:
-        return
-    what = _LABELS.get(found) if isinstance(found, str) else None
-    raise CorruptArtifactError(
-        f"{path} is {'a ' + what if what else 'not an artifact of moe-tool'}, "
-        f"not a {_LABELS[wanted]}",
-        hint=remedy,
-    )
 
 
 def _require_experts_fit(path: Path, parsed: dict[str, Any], remedy: str) -> None:

@@ -23,10 +23,10 @@ from moe_tool.artifacts.mask_router import (
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.atomic_write import atomic_write_bytes, storage_errors
-from moe_tool.formats.bundle_files import MANIFEST, safetensors_header
-from moe_tool.formats.hostile_file import quoted, read_capped
+from moe_tool.formats.bundle_files import MANIFEST, safetensors_file
+from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.json_artifact import write_json_artifact
-from moe_tool.formats.safetensors_index import Checkpoint, read_header
+from moe_tool.formats.safetensors_index import read_exactly
 
 MASK_ROUTER_NAME = re.compile(MASK_ROUTER_FILE)
 """Names of mask-router files, made from a hash of the content: a new file never replaces an old
@@ -41,9 +41,6 @@ def write_mask_router(
     The file is written first and the manifest last; until then the bundle is unchanged.
 
     Args:
-        folder: the bundle.
-        manifest: its manifest.
-        router: routers of every MoE layer.
         learned: entry for the manifest; its `file` is set here.
 
     Returns:
@@ -85,28 +82,12 @@ def read_mask_router(folder: Path, manifest: BundleManifest) -> MaskRouter:
     data = read_capped(path, limit_bytes=entry.size_bytes, remedy=again)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise CorruptArtifactError(f"{path} is damaged: its sha256 does not fit", hint=again)
-    infos = read_header(path)
     wanted = {
-        _name(layer, part): extents
+        _name(layer, part): ("F32", extents)
         for layer in manifest.shape.layers
         for part, extents in mask_router_shapes(manifest.shape).items()
     }
-    if infos.keys() != wanted.keys():
-        odd = min(infos.keys() ^ wanted.keys())
-        verb = "lacks" if odd in wanted else "holds the unknown"
-        raise CorruptArtifactError(f"{path} {verb} {quoted(odd)}", hint=again)
-    for name, info in infos.items():
-        if info.dtype != "F32" or info.shape != wanted[name]:
-            raise CorruptArtifactError(
-                f"{path}: {quoted(name)} is {info.dtype} {list(info.shape)}, "
-                f"wanted F32 {list(wanted[name])}",
-                hint=again,
-            )
-    with Checkpoint(infos) as checkpoint:
-        values = {name: checkpoint.read(name) for name in infos}
-    for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
-            raise CorruptArtifactError(f"{path}: {quoted(name)} holds NaN or infinity", hint=again)
+    values = read_exactly(path, wanted, remedy=again)
     return {
         layer: LayerMaskRouter(
             **{part: values[_name(layer, part)].numpy() for part in MASK_ROUTER_PARTS}
@@ -117,16 +98,13 @@ def read_mask_router(folder: Path, manifest: BundleManifest) -> MaskRouter:
 
 def _encode(shape: MoeShape, router: MaskRouter) -> bytes:
     extents = mask_router_shapes(shape)
-    pieces: dict[str, np.ndarray] = {}
+    pieces: dict[str, torch.Tensor] = {}
     for layer in shape.layers:
         for part in MASK_ROUTER_PARTS:
             value = np.ascontiguousarray(getattr(router[layer], part), dtype="<f4")
             assert value.shape == extents[part]
-            pieces[_name(layer, part)] = value
-    header = safetensors_header(
-        [(name, "F32", value.shape, value.nbytes) for name, value in pieces.items()]
-    )
-    return header + b"".join(value.tobytes() for value in pieces.values())
+            pieces[_name(layer, part)] = torch.from_numpy(value)
+    return safetensors_file(pieces)
 
 
 def _name(layer: int, part: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import h5py
 import numpy as np
-from pydantic import ValidationError
 
 from moe_tool.artifacts.expert_statistics import (
     ExpertStatistics,
@@ -23,7 +22,7 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
-from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
+from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.hostile_hdf5 import (
     child_dataset,
@@ -31,14 +30,14 @@ from moe_tool.formats.hostile_hdf5 import (
     created_hdf5,
     damaged,
     opened_hdf5,
+    read_header,
     translated,
     verified_sha256,
+    write_header,
 )
-from moe_tool.formats.json_artifact import first_complaint
 from moe_tool.formats.profile_shapes import Expected, expected_datasets
 from moe_tool.formats.strict_json import parse_json_object
 
-PROFILE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile"
 _TOKEN_DTYPES: dict[str, type[np.generic]] = {
     "ids": np.int32,
@@ -80,8 +79,15 @@ def write_layer_part(
     path: Path, layer: int, trace: LayerTrace, statistics: ExpertStatistics
 ) -> None:
     """Write one layer's measurements atomically."""
+    arrays = {
+        name: np.asarray(getattr(trace, name), dtype)
+        for name, dtype in _TRACE_DTYPES.items()
+        if getattr(trace, name) is not None
+    }
     with created_hdf5(path) as file:
-        _write_layer(file.create_group(f"layers/{layer}"), trace, statistics)
+        group = file.create_group(f"layers/{layer}")
+        for name, value in (*arrays.items(), *_numbers(statistics, "stats")):
+            group.create_dataset(name, data=value, track_times=False)
 
 
 def write_profile(
@@ -96,20 +102,16 @@ def write_profile(
     """Merge the layers' parts into one profile atomically.
 
     Args:
-        path: file to write.
-        header: inputs and settings.
-        tokens: the profiled tokens.
         parts: layer -> file written by `write_layer_part`.
         sensitivities: layer -> KL per squared relative error, known after the last layer.
         sensitivity_n_tokens: tokens that they were measured on.
     """
     with created_hdf5(path) as file:
-        file.attrs["kind"] = "profile"
-        file.attrs["format_version"] = PROFILE_VERSION
-        file.attrs["header"] = header.model_dump_json()
+        write_header(file, "profile", header)
         file.attrs["domains"] = json.dumps(tokens.domains)
         for name, dtype in _TOKEN_DTYPES.items():
-            _put(file, f"tokens/{name}", np.asarray(getattr(tokens, name), dtype))
+            values = np.asarray(getattr(tokens, name), dtype)
+            file.create_dataset(f"tokens/{name}", data=values, track_times=False)
         for layer in sorted(parts):
             verified_sha256(parts[layer], remedy=_REMEDY)
             with opened_hdf5(parts[layer], remedy=_REMEDY) as part:
@@ -143,7 +145,11 @@ class ProfileReader:
         with translated(path, remedy=_REMEDY):
             file = h5py.File(path, "r", locking=False)
             try:
-                reader = cls(path, file, _read_header(file, path), sha256)
+                label = "a profile of moe-tool"
+                header = read_header(
+                    file, path, "profile", ProfileHeader, label=label, remedy=_REMEDY
+                )
+                reader = cls(path, file, header, sha256)
                 reader._check()
             except BaseException:
                 file.close()
@@ -162,18 +168,11 @@ class ProfileReader:
         Raises:
             CorruptArtifactError: an id or a domain is out of range.
         """
-        with translated(self.path, remedy=_REMEDY):
-            ids, domain, document, held_out = (
-                child_dataset(self._file, f"tokens/{name}", self.path)[()] for name in _TOKEN_DTYPES
-            )
-        self._require_below("tokens/ids", ids, self.header.shape.vocabulary)
-        self._require_below("tokens/domain", domain, len(self._domains))
-        self._require_below("tokens/document", document, 2**31)
         return TracedTokens(
-            ids=ids,
-            domain=domain,
-            document=document,
-            held_out=held_out.astype(bool),
+            ids=self._below("tokens/ids", self.header.shape.vocabulary),
+            domain=self._below("tokens/domain", len(self._domains)),
+            document=self._below("tokens/document", 2**31),
+            held_out=self._read("tokens/held_out").astype(bool),
             domains=self._domains,
         )
 
@@ -183,19 +182,20 @@ class ProfileReader:
         Raises:
             CorruptArtifactError: an index names no expert, or a number is not finite.
         """
+        score = None
         with translated(self.path, remedy=_REMEDY):
             group = child_group(self._file, f"layers/{layer}", self.path)
-            trace = _read_trace(group, self.path)
-        for name in ("top_k_index", "next_gate_index"):
-            where = f"layers/{layer}/{name}"
-            self._require_below(where, getattr(trace, name), self.header.shape.experts)
-        for name in ("top_k_weight", "router_logits"):
-            if not np.isfinite(getattr(trace, name)).all():
-                raise self._damaged(f"layers/{layer}/{name} holds NaN or infinity")
-        # A score of -inf excludes a group.
-        if trace.selection_score is not None and np.isnan(trace.selection_score).any():
+            if "selection_score" in group:
+                score = child_dataset(group, "selection_score", self.path)[()]
+        if score is not None and np.isnan(score).any():  # a score of -inf excludes a group
             raise self._damaged(f"layers/{layer}/selection_score holds NaN")
-        return trace
+        return LayerTrace(
+            top_k_index=self.indices(layer, "top_k_index"),
+            top_k_weight=self.gate_weights(layer),
+            router_logits=self.router_logits(layer),
+            selection_score=score,
+            next_gate_index=self.indices(layer, "next_gate_index"),
+        )
 
     def indices(self, layer: int, name: Literal["top_k_index", "next_gate_index"]) -> np.ndarray:
         """Return one array of a layer's trace without reading the others.
@@ -203,11 +203,7 @@ class ProfileReader:
         Raises:
             CorruptArtifactError: an index names no expert.
         """
-        where = f"layers/{layer}/{name}"
-        with translated(self.path, remedy=_REMEDY):
-            found: np.ndarray = child_dataset(self._file, where, self.path)[()]
-        self._require_below(where, found, self.header.shape.experts)
-        return found
+        return self._below(f"layers/{layer}/{name}", self.header.shape.experts)
 
     def router_logits(self, layer: int) -> np.ndarray:
         """Return one layer's router logits without the rest of its trace, [T, E] float16.
@@ -234,11 +230,11 @@ class ProfileReader:
         with translated(self.path, remedy=_REMEDY):
             group = child_group(self._file, f"layers/{layer}", self.path)
             statistics = _read_statistics(group, self.path)
-        for where, value in _numbers(statistics):
+        for where, value in _numbers(statistics, f"layers/{layer}/stats"):
             if not np.isfinite(value).all():
-                raise self._damaged(f"layers/{layer}/stats/{where} holds NaN or infinity")
+                raise self._damaged(f"{where} holds NaN or infinity")
             if value.dtype.kind == "i" and (value < 0).any():
-                raise self._damaged(f"layers/{layer}/stats/{where} holds a count below zero")
+                raise self._damaged(f"{where} holds a count below zero")
         return statistics
 
     def close(self) -> None:
@@ -271,44 +267,32 @@ class ProfileReader:
         if expected.is_optional and name not in child_group(self._file, group, self.path):
             return
         found = child_dataset(self._file, expected.name, self.path)
-        dtype = found.dtype
-        if found.shape != expected.shape or not expected.takes(dtype.kind, dtype.itemsize):
+        kinds = (found.dtype.kind, f"{found.dtype.kind}{found.dtype.itemsize}")
+        if found.shape != expected.shape or expected.dtype not in kinds:
             raise self._damaged(
-                f"{expected.name} has shape {found.shape} and dtype {quoted(dtype)}, "
+                f"{expected.name} has shape {found.shape} and dtype {quoted(found.dtype)}, "
                 f"wanted {expected.shape} and {expected.dtype}"
             )
 
-    def _finite(self, where: str) -> np.ndarray:
+    def _read(self, where: str) -> np.ndarray:
         with translated(self.path, remedy=_REMEDY):
             found: np.ndarray = child_dataset(self._file, where, self.path)[()]
+        return found
+
+    def _finite(self, where: str) -> np.ndarray:
+        found = self._read(where)
         if not np.isfinite(found).all():
             raise self._damaged(f"{where} holds NaN or infinity")
         return found
 
-    def _require_below(self, where: str, values: np.ndarray, limit: int) -> None:
-        if values.size and not 0 <= int(values.min()) <= int(values.max()) < limit:
+    def _below(self, where: str, limit: int) -> np.ndarray:
+        found = self._read(where)
+        if found.size and not 0 <= int(found.min()) <= int(found.max()) < limit:
             raise self._damaged(f"{where} holds an index outside 0 to {limit - 1}")
+        return found
 
     def _damaged(self, reason: str) -> CorruptArtifactError:
         return damaged(self.path, reason, remedy=_REMEDY)
-
-
-def _read_header(file: h5py.File, path: Path) -> ProfileHeader:
-    if file.attrs.get("kind") != "profile":
-        raise CorruptArtifactError(f"{path} is not a profile of moe-tool", hint=_REMEDY)
-    version = file.attrs.get("format_version")
-    if not isinstance(version, np.integer) or version != PROFILE_VERSION:
-        raise ArtifactVersionError(
-            f"{path} has format version {quoted(version)}, wanted {PROFILE_VERSION}", hint=_REMEDY
-        )
-    text = file.attrs.get("header")
-    if not isinstance(text, str):
-        raise damaged(path, "it has no header", remedy=_REMEDY)
-    parse_json_object(path, text.encode(), remedy=_REMEDY)  # stricter than pydantic
-    try:
-        return ProfileHeader.model_validate_json(text)
-    except ValidationError as error:
-        raise damaged(path, f"header: {first_complaint(error)}", remedy=_REMEDY) from error
 
 
 def _read_domains(file: h5py.File, path: Path) -> tuple[str, ...]:
@@ -320,57 +304,27 @@ def _read_domains(file: h5py.File, path: Path) -> tuple[str, ...]:
     return tuple(domains)
 
 
-def _put(group: h5py.Group, name: str, value: Any) -> None:
-    group.create_dataset(name, data=value, track_times=False)
-
-
-def _write_layer(group: h5py.Group, trace: LayerTrace, statistics: ExpertStatistics) -> None:
-    for name, dtype in _TRACE_DTYPES.items():
-        value = getattr(trace, name)
-        if value is not None:
-            _put(group, name, np.asarray(value, dtype))
-    for where, value in _numbers(statistics):
-        _put(group, f"stats/{where}", value)
-
-
-def _numbers(statistics: ExpertStatistics) -> Iterator[tuple[str, np.ndarray]]:
+def _numbers(statistics: Any, base: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every array of the statistics with its path, in the order of the dataclasses."""
-    for field in fields(ExpertStatistics):
-        value = getattr(statistics, field.name)
+    for field in fields(statistics):
+        value, where = getattr(statistics, field.name), f"{base}/{field.name}"
         if field.name in _GROUPS:
-            for inner in fields(_GROUPS[field.name]):
-                yield f"{field.name}/{inner.name}", np.asarray(getattr(value, inner.name))
+            yield from _numbers(value, where)
         else:
-            yield field.name, np.asarray(value)
-
-
-def _read_trace(group: h5py.Group, path: Path) -> LayerTrace:
-    name = "selection_score"
-    score = child_dataset(group, name, path) if name in group else None
-    return LayerTrace(
-        top_k_index=child_dataset(group, "top_k_index", path)[()],
-        top_k_weight=child_dataset(group, "top_k_weight", path)[()],
-        router_logits=child_dataset(group, "router_logits", path)[()],
-        selection_score=score[()] if score is not None else None,
-        next_gate_index=child_dataset(group, "next_gate_index", path)[()],
-    )
+            yield where, np.asarray(value)
 
 
 def _read_statistics(group: h5py.Group, path: Path) -> ExpertStatistics:
-    values: dict[str, Any] = {}
-    for field in fields(ExpertStatistics):
-        base = f"stats/{field.name}"
-        if field.name in _GROUPS:
-            kind = _GROUPS[field.name]
-            values[field.name] = kind(
-                **{f.name: _plain(group, f"{base}/{f.name}", path) for f in fields(kind)}
-            )
-        else:
-            values[field.name] = _plain(group, base, path)
-    return ExpertStatistics(**values)
+    def read(kind: type[Any], base: str) -> Any:
+        values = {}
+        for field in fields(kind):
+            where = f"{base}/{field.name}"
+            if field.name in _GROUPS:
+                values[field.name] = read(_GROUPS[field.name], where)
+            else:
+                value = child_dataset(group, where, path)[()]
+                values[field.name] = value if np.ndim(value) else value.item()
+        return kind(**values)
 
-
-def _plain(group: h5py.Group, name: str, path: Path) -> Any:
-    """Return a dataset's array, or a scalar as a Python number."""
-    value = child_dataset(group, name, path)[()]
-    return value if np.ndim(value) else value.item()
+    found: ExpertStatistics = read(ExpertStatistics, "stats")
+    return found

@@ -17,10 +17,6 @@ class Expected:
     """Kind and bytes as in numpy, e.g. "u2"; a kind alone allows any width"""
     is_optional: bool = False
 
-    def takes(self, kind: str, item_bytes: int) -> bool:
-        """Return whether numbers of this kind and width are allowed."""
-        return self.dtype in (kind, f"{kind}{item_bytes}")
-
 
 def expected_datasets(
     shape: MoeShape, *, n_sequences: int, seq_len: int, n_domains: int

@@ -17,8 +17,6 @@ class RecordFileWriter:
         """Open the file with its header in place.
 
         Args:
-            folder: the bundle.
-            file: name, header and layout.
             anew: discard old content; else its records wait for `take_over`.
         """
         self._file = file

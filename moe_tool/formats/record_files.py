@@ -46,7 +46,8 @@ class RecordFiles:
         self._folder = Path(os.path.abspath(folder))  # stays valid after a chdir
         self._handles: dict[str, int] = {}
         self._opened_as: dict[str, _Identity] = {}
-        self._is_direct = False
+        self.is_direct = False
+        """Whether reads bypass the page cache"""
         try:
             for name in names:
                 self._handles[name] = os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW)
@@ -54,11 +55,6 @@ class RecordFiles:
         except OSError:
             self.close()
             raise
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether reads bypass the page cache."""
-        return self._is_direct
 
     def read_directly(self) -> str | None:
         """Bypass the page cache from now on, if that works for every file.
@@ -68,7 +64,7 @@ class RecordFiles:
         Returns:
             The reason why not, which names the file system; None if it works.
         """
-        if self._is_direct or not self._handles:
+        if self.is_direct or not self._handles:
             return None
         direct: dict[str, int] = {}
         try:
@@ -85,7 +81,7 @@ class RecordFiles:
                 f"cache (O_DIRECT: {error.strerror or error})"
             )
         _close_all(self._handles)
-        self._handles, self._is_direct = direct, True
+        self._handles, self.is_direct = direct, True
         return None
 
     def read_into(
@@ -94,7 +90,6 @@ class RecordFiles:
         """Fill `out` from a file and return the bytes read, fewer at the file's end.
 
         Args:
-            name: file name.
             offset: multiple of ALIGNMENT_BYTES.
             out: uint8 [n], n a multiple of ALIGNMENT_BYTES; overwritten. Unaligned memory costs a
                 copy.
@@ -107,7 +102,7 @@ class RecordFiles:
         Raises:
             OSError: the read fails.
         """
-        if self._is_direct and out.data_ptr() % ALIGNMENT_BYTES:
+        if self.is_direct and out.data_ptr() % ALIGNMENT_BYTES:
             # Anonymous mappings are page-aligned.
             aligned = torch.frombuffer(mmap.mmap(-1, out.numel()), dtype=torch.uint8)
             count = self._read(name, offset, aligned.numpy().data, on_piece)
@@ -124,7 +119,7 @@ class RecordFiles:
             piece = view[done : done + piece_bytes]
             count = os.preadv(self._handles[name], [piece], offset + done)
             # A direct read continues at whole blocks only; a partial block is the file's end.
-            step = count // ALIGNMENT_BYTES * ALIGNMENT_BYTES if self._is_direct else count
+            step = count // ALIGNMENT_BYTES * ALIGNMENT_BYTES if self.is_direct else count
             if step == 0:
                 return done + count
             done += step
@@ -142,7 +137,6 @@ class RecordFiles:
         """Fill some rows of `out` with the rows of a table in a file, run by run.
 
         Args:
-            name: file name.
             offset: file offset of the table.
             out: uint8 [n, bytes per row], contiguous.
             chunks: row numbers, ascending.
@@ -150,7 +144,7 @@ class RecordFiles:
         Raises:
             OSError: the read fails, or the file is too short.
         """
-        assert not self._is_direct, "a direct read takes whole blocks"
+        assert not self.is_direct, "a direct read takes whole blocks"
         row_bytes = out.shape[1]
         starts, stops = chunk_runs(chunks, row_bytes)
         runs = np.stack([starts, stops - starts], axis=1) * row_bytes  # [runs, (offset, bytes)]

@@ -9,8 +9,8 @@ from moe_tool.artifacts.form_table import Role
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.formats.channel_form import ChannelForm
-from moe_tool.formats.expert_form import IntegerForm, NativeForm
-from moe_tool.formats.low_rank_form import LowRankForm
+from moe_tool.formats.expert_form import expert_form, low_rank_form
+from moe_tool.formats.kept_form import KeptForm
 from moe_tool.formats.record_layout import RecordLayout
 from moe_tool.formats.selector_form import SelectorForm
 
@@ -40,9 +40,10 @@ class RecordForm(Protocol[Content]):
 
 _Make = Callable[[MoeShape, Any], RecordForm[Any]]
 _FORMS: Mapping[str, _Make] = {
-    "native": NativeForm.of,
-    "integer": IntegerForm.of,
-    "low-rank": LowRankForm.of,
+    "native": expert_form,
+    "kept": KeptForm.of,
+    "integer": expert_form,
+    "low-rank": low_rank_form,
     "channels": ChannelForm.of,
 }
 
@@ -53,7 +54,8 @@ def record_form(
     """Return the form of the records of a table.
 
     Raises:
-        CorruptArtifactError: channels of a model whose experts have none.
+        CorruptArtifactError: channels of a model whose experts have none, or kept codes of 4 bits
+            in rows of an odd length.
     """
     make: _Make = SelectorForm.of if role == "selector" else _FORMS[precision.kind]
     return make(shape, precision)

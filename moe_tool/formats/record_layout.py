@@ -3,6 +3,7 @@
 Every segment is padded with zeros to ALIGNMENT_BYTES. Little-endian throughout.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "uint8": torch.uint8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 
 
@@ -71,7 +73,6 @@ class RecordLayout:
         """Refuse NaN and infinity among a record's float16 numbers: a forged hash can be right.
 
         Args:
-            record: uint8 [size_bytes].
             names: whether a segment of this name is checked.
 
         Raises:
@@ -86,9 +87,7 @@ def lay_out(parts: Sequence[tuple[str, str, tuple[int, ...]]]) -> RecordLayout:
     """Return the layout of consecutive parts, given by name, dtype and shape."""
     segments: list[Segment] = []
     for name, kind, shape in parts:
-        n_bytes = _DTYPES[kind].itemsize
-        for extent in shape:
-            n_bytes *= extent
+        n_bytes = math.prod(shape) * _DTYPES[kind].itemsize
         offset = segments[-1].offset + segments[-1].size_bytes if segments else 0
         padded = -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         segments.append(

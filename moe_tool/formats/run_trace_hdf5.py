@@ -4,26 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
-from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
-from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.hostile_hdf5 import (
     child_dataset,
     created_hdf5,
     damaged,
     opened_hdf5,
+    read_header,
     translated,
     verified_sha256,
+    write_header,
 )
-from moe_tool.formats.json_artifact import first_complaint
 from moe_tool.formats.policy_names import named_eviction
 from moe_tool.formats.record_form import record_form
-from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.policies.eviction import EvictionChoice
 
-RUN_TRACE_VERSION = 1
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
 _MAX_UNSCORED_EXPERTS = 2**16
 """Most experts of all layers in a file without scores, whose size would prove the number: twice
@@ -42,9 +38,7 @@ _DTYPES: dict[str, type[np.generic]] = {
 def write_run_trace(path: Path, header: RunTraceHeader, calls: RecordedCalls) -> None:
     """Write a trace atomically."""
     with created_hdf5(path) as file:
-        file.attrs["kind"] = "run-trace"
-        file.attrs["format_version"] = RUN_TRACE_VERSION
-        file.attrs["header"] = header.model_dump_json()
+        write_header(file, "run-trace", header)
         for name, dtype in _DTYPES.items():
             values = getattr(calls, name)
             if values is not None:
@@ -73,22 +67,8 @@ def read_run_trace(path: Path) -> tuple[RunTraceHeader, RecordedCalls]:
     """
     verified_sha256(path, remedy=_REMEDY)
     with opened_hdf5(path, remedy=_REMEDY) as file, translated(path, remedy=_REMEDY):
-        if file.attrs.get("kind") != "run-trace":
-            raise CorruptArtifactError(f"{path} is not the trace of a run", hint=_REMEDY)
-        version = file.attrs.get("format_version")
-        if not isinstance(version, np.integer) or version != RUN_TRACE_VERSION:
-            raise ArtifactVersionError(
-                f"{path} has format version {quoted(version)}, wanted {RUN_TRACE_VERSION}",
-                hint=_REMEDY,
-            )
-        text = file.attrs.get("header")
-        if not isinstance(text, str):
-            raise damaged(path, "it has no header", remedy=_REMEDY)
-        parse_json_object(path, text.encode(), remedy=_REMEDY)
-        try:
-            header = RunTraceHeader.model_validate_json(text)
-        except ValidationError as error:
-            raise damaged(path, f"header: {first_complaint(error)}", remedy=_REMEDY) from error
+        label = "the trace of a run"
+        header = read_header(file, path, "run-trace", RunTraceHeader, label=label, remedy=_REMEDY)
         choice = named_eviction(path, header.eviction, remedy=_REMEDY)
         n_scores = child_dataset(file, "scores", path).size if "scores" in file else 0
         complaint = _size_complaint(header, choice, n_scores)

@@ -6,7 +6,6 @@ memory and would break the memory budget.
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,12 @@ from moe_tool.errors import (
 )
 from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
-from moe_tool.formats.hostile_file import open_plain_file, quoted, read_capped, unreadable
+from moe_tool.formats.hostile_file import open_plain_file, quoted, reading
+from moe_tool.formats.shard_index import index_remarks, read_weight_map
 from moe_tool.formats.strict_json import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
 """Largest header accepted, the safetensors library's own limit."""
-_MAX_INDEX_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _DROP_CACHE_BYTES = 2**20
 _DTYPES: dict[str, torch.dtype] = {
@@ -56,7 +55,6 @@ _ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
 }
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_BASENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _AGAIN = "copy or download the file again"
 
 
@@ -83,34 +81,79 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             itself.
         StorageError: it cannot be read.
     """
-    try:
-        with open_plain_file(path, remedy=_AGAIN, missing="check the path") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(_LENGTH_BYTES)
-            if len(prefix) < _LENGTH_BYTES:
-                raise CorruptArtifactError(
-                    f"{path} has {file_bytes} bytes, "
-                    f"a safetensors file has at least {_LENGTH_BYTES}",
-                    hint=_AGAIN,
-                )
-            foreign = foreign_content(path, prefix + file.read(BEGINNING_BYTES - _LENGTH_BYTES))
-            if foreign is not None:
-                raise foreign
-            file.seek(_LENGTH_BYTES)
-            header_bytes = int.from_bytes(prefix, "little")
-            if header_bytes > MAX_HEADER_BYTES or _LENGTH_BYTES + header_bytes > file_bytes:
-                raise CorruptArtifactError(
-                    f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
-                    "it is truncated or no safetensors file",
-                    hint=_AGAIN,
-                )
-            text = file.read(header_bytes)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with (
+        reading(path),
+        open_plain_file(path, remedy=_AGAIN, missing="check the path") as file,
+    ):
+        file_bytes = os.fstat(file.fileno()).st_size
+        foreign = foreign_content(path, file.read(BEGINNING_BYTES))
+        if foreign is not None:
+            raise foreign
+        file.seek(0)
+        beginning = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(beginning, "little")
+        beginning += file.read(min(length, MAX_HEADER_BYTES, file_bytes))
+    return parse_header(path, beginning, file_bytes=file_bytes)
+
+
+def parse_header(path: Path, beginning: bytes, *, file_bytes: int) -> dict[str, TensorInfo]:
+    """Return the tensors of one safetensors file from its first bytes, length and header.
+
+    Raises:
+        CorruptArtifactError: as `read_header`.
+    """
+    if len(beginning) < _LENGTH_BYTES:
+        raise _corrupt(
+            f"{path} has {file_bytes} bytes, a safetensors file has at least {_LENGTH_BYTES}"
+        )
+    header_bytes = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
     data_start = _LENGTH_BYTES + header_bytes
-    infos = _parse_header(path, text, data_start)
+    if header_bytes > MAX_HEADER_BYTES or data_start > min(file_bytes, len(beginning)):
+        raise _corrupt(
+            f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
+            "it is truncated or no safetensors file"
+        )
+    entries = parse_json_object(path, beginning[_LENGTH_BYTES:data_start], remedy=_AGAIN)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _corrupt(f"{path}: its metadata are not strings")
+    infos = {name: _parse_entry(path, name, each, data_start) for name, each in entries.items()}
     _require_tiling(path, infos, data_start=data_start, file_bytes=file_bytes)
     return infos
+
+
+def read_exactly(
+    path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]], *, remedy: str
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file that holds these and no others, without NaN or infinity.
+
+    Args:
+        wanted: dtype and shape by name.
+
+    Raises:
+        CorruptArtifactError: it is damaged, or a tensor is missing, unknown, of another dtype or
+            shape, or not finite.
+        NotFoundError, StorageError: it cannot be read.
+    """
+    infos = read_header(path)
+    if infos.keys() != wanted.keys():
+        odd = min(infos.keys() ^ wanted.keys())
+        verb = "lacks" if odd in wanted else "holds the unknown"
+        raise CorruptArtifactError(f"{path} {verb} {quoted(odd)}", hint=remedy)
+    for name, info in infos.items():
+        dtype, shape = wanted[name]
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise CorruptArtifactError(
+                f"{path}: {quoted(name)} is {info.dtype} {list(info.shape)}, "
+                f"wanted {dtype} {list(shape)}",
+                hint=remedy,
+            )
+    with Checkpoint(infos) as checkpoint:
+        values = {name: checkpoint.read(name) for name in wanted}
+    for name, value in values.items():
+        if not are_finite(value):
+            raise CorruptArtifactError(f"{path}: {quoted(name)} holds NaN or infinity", hint=remedy)
+    return values
 
 
 class Checkpoint:
@@ -123,6 +166,8 @@ class Checkpoint:
         self.bytes_read = 0
         self.on_read: Callable[[str, int | None, memoryview], None] | None = None
         """Callback on every read: tensor name, row if only one was read, bytes"""
+        self.remarks: tuple[str, ...] = ()
+        """Sentences on what the index and the files say differently"""
         self.requires_finite = False
         """Whether tensors with NaN or infinity are refused, as in a model's weights"""
         self._files: dict[Path, int] = {}
@@ -138,36 +183,30 @@ class Checkpoint:
             UnsupportedModelError: it holds weights in another form, e.g. pickled.
             CorruptArtifactError: index and shards contradict each other, or a shard is damaged.
         """
-        try:
-            names = {entry.name for entry in os.scandir(folder)}
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(
-                f"{folder} is not a folder", hint="give a checkpoint's folder"
-            ) from error
-        except OSError as error:
-            raise unreadable(folder, error) from error
-        if _SINGLE in names or _INDEX in names:
-            is_single = _SINGLE in names  # before the index, as in transformers
-            checkpoint = (
-                cls(read_header(folder / _SINGLE))
-                if is_single
-                else cls._open_sharded(folder, folder / _INDEX)
-            )
-            checkpoint.requires_finite = True
-            return checkpoint
-        if any(name.endswith(_PICKLES) for name in names):
+        with reading(folder):
+            try:
+                names = {entry.name for entry in os.scandir(folder)}
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise NotFoundError(
+                    f"{folder} is not a folder", hint="give a checkpoint's folder"
+                ) from error
+        if _SINGLE in names:  # before the index, as in transformers
+            checkpoint = cls(read_header(folder / _SINGLE))
+        elif _INDEX in names:
+            checkpoint = cls._open_sharded(folder, folder / _INDEX)
+        elif any(name.endswith(_PICKLES) for name in names):
             raise UnsupportedModelError(
                 f"{folder} holds only a pickled checkpoint, which is never read: "
                 "pickles can run code",
                 hint="convert it to safetensors, e.g. with transformers' save_pretrained",
             )
-        foreign = foreign_folder(folder)
-        if foreign is not None:
-            raise foreign
-        raise NotFoundError(
-            f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
-            hint="download the checkpoint's safetensors files",
-        )
+        else:
+            raise foreign_folder(folder) or NotFoundError(
+                f"{folder} holds neither model.safetensors nor model.safetensors.index.json",
+                hint="download the checkpoint's safetensors files",
+            )
+        checkpoint.requires_finite = True
+        return checkpoint
 
     @classmethod
     def open_files(cls, files: Sequence[Path]) -> "Checkpoint":
@@ -176,39 +215,32 @@ class Checkpoint:
         for path in files:
             for name, info in read_header(path).items():
                 if name in tensors:
-                    raise CorruptArtifactError(
-                        f"tensor {quoted(name)} lies in {tensors[name].file.name} and in {path}",
-                        hint=_AGAIN,
+                    raise _corrupt(
+                        f"tensor {quoted(name)} lies in {tensors[name].file.name} and in {path}"
                     )
                 tensors[name] = info
         return cls(tensors)
 
     @classmethod
     def _open_sharded(cls, folder: Path, index: Path) -> "Checkpoint":
-        weight_map = _read_weight_map(index)
+        weight_map = read_weight_map(index)
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             if not (folder / shard).is_file():
+                is_begun = (folder / f"{shard}.incomplete").is_file()
+                state = "is downloaded only in part" if is_begun else "is not there"
                 raise CorruptArtifactError(
-                    f"{index} names the shard {shard}, which is not there",
+                    f"{index} names the shard {shard}, which {state}",
                     hint="download the missing shard",
                 )
-        checkpoint = cls.open_files([folder / shard for shard in shards])
-        for name, shard in weight_map.items():
-            found = checkpoint.tensors.get(name)
-            if found is None or found.file.name != shard:
-                where = "no shard" if found is None else found.file.name
-                raise CorruptArtifactError(
-                    f"{index} says that {quoted(name)} lies in {shard}, it lies in {where}",
-                    hint="download index and shards again, all of the same version",
-                )
-        extra = sorted(checkpoint.tensors.keys() - weight_map.keys())
-        if extra:
-            raise CorruptArtifactError(
-                f"{checkpoint.tensors[extra[0]].file} holds {quoted(extra[0])}, "
-                f"which {index.name} does not name",
-                hint="download index and shards again, all of the same version",
-            )
+        headers = {shard: read_header(folder / shard) for shard in shards}
+        named = {
+            name: headers[shard][name]
+            for name, shard in weight_map.items()
+            if name in headers[shard]
+        }
+        checkpoint = cls(named)
+        checkpoint.remarks = index_remarks(index, weight_map, headers)
         return checkpoint
 
     def read(self, name: str, *, row: int | None = None) -> torch.Tensor:
@@ -279,10 +311,9 @@ class Checkpoint:
             while done < len(view):
                 count = os.preadv(file, [view[done:]], offset + done)
                 if count == 0:
-                    raise CorruptArtifactError(
+                    raise _corrupt(
                         f"{info.file} ended while {quoted(info.name)} was read: "
-                        f"{done} of {len(view)} bytes",
-                        hint=_AGAIN,
+                        f"{done} of {len(view)} bytes"
                     )
                 done += count
             if len(view) >= _DROP_CACHE_BYTES:  # under a memory limit the page cache counts too
@@ -295,33 +326,22 @@ class Checkpoint:
         self.bytes_read += len(view)
         if self.on_read is not None:
             self.on_read(info.name, row, view)
-        if self.requires_finite and len(view) > 0 and info.dtype in _DTYPES:
-            _require_finite(info, row, view)
+        is_checked = self.requires_finite and len(view) > 0 and info.dtype in _DTYPES
+        if is_checked and not are_finite(torch.frombuffer(view, dtype=_DTYPES[info.dtype])):
+            where = "" if row is None else f" (row {row})"
+            raise CorruptArtifactError(
+                f"{info.file}: tensor {quoted(info.name)}{where} holds NaN or infinity",
+                hint=f"{_AGAIN}; if it was published like that, use another version of the model",
+            )
 
 
-def _require_finite(info: TensorInfo, row: int | None, view: memoryview) -> None:
-    if not are_finite(torch.frombuffer(view, dtype=_DTYPES[info.dtype])):
-        where = "" if row is None else f" (row {row})"
-        raise CorruptArtifactError(
-            f"{info.file}: tensor {quoted(info.name)}{where} holds NaN or infinity",
-            hint=f"{_AGAIN}; if it was published like that, use another version of the model",
-        )
-
-
-def _parse_header(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:
-    infos = {}
-    for name, entry in parse_json_object(path, text, remedy=_AGAIN).items():
-        if name == "__metadata__":
-            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-                raise CorruptArtifactError(f"{path}: its metadata are not strings", hint=_AGAIN)
-            continue
-        infos[name] = _parse_entry(path, name, entry, data_start)
-    return infos
+def _corrupt(complaint: str) -> CorruptArtifactError:
+    return CorruptArtifactError(complaint, hint=_AGAIN)
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     def refuse(reason: str) -> CorruptArtifactError:
-        return CorruptArtifactError(f"{path}: tensor {quoted(name)} {reason}", hint=_AGAIN)
+        return _corrupt(f"{path}: tensor {quoted(name)} {reason}")
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("is not described by dtype, shape and data_offsets")
@@ -360,29 +380,8 @@ def _require_tiling(
         if info.offset != position:
             overlaps = info.offset < position
             what = "overlaps the tensor before it" if overlaps else "lies behind a hole"
-            raise CorruptArtifactError(f"{path}: tensor {quoted(info.name)} {what}", hint=_AGAIN)
+            raise _corrupt(f"{path}: tensor {quoted(info.name)} {what}")
         position += info.size_bytes
     if position != file_bytes:
         what = "truncated" if file_bytes < position else "longer than its header says"
-        raise CorruptArtifactError(
-            f"{path} is {what}: wanted {position} bytes, found {file_bytes}", hint=_AGAIN
-        )
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    text = read_capped(index, limit_bytes=_MAX_INDEX_BYTES, remedy=_AGAIN)
-    weight_map = parse_json_object(index, text, remedy=_AGAIN).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptArtifactError(f"{index} has no weight_map", hint=_AGAIN)
-    for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or not _BASENAME.fullmatch(shard)
-            or not shard.endswith(".safetensors")
-        ):
-            raise CorruptArtifactError(
-                f"{index} puts {quoted(name)} into {quoted(shard)}, "
-                "which is not the plain name of a safetensors file",
-                hint="use a checkpoint from a source that you trust",
-            )
-    return weight_map
+        raise _corrupt(f"{path} is {what}: wanted {position} bytes, found {file_bytes}")

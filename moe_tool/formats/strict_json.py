@@ -14,11 +14,6 @@ _MAX_DIGITS = 40
 def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]:
     """Parse the JSON object that a file holds.
 
-    Args:
-        path: named in errors.
-        text: the object's bytes.
-        remedy: hint of the error.
-
     Raises:
         CorruptArtifactError: it is anything else than one JSON object.
     """

@@ -11,9 +11,8 @@ import torch
 
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.atomic_write import atomic_write_bytes
-from moe_tool.formats.bundle_files import safetensors_header
-from moe_tool.formats.hostile_file import quoted
-from moe_tool.formats.safetensors_index import Checkpoint, read_header
+from moe_tool.formats.bundle_files import safetensors_file
+from moe_tool.formats.safetensors_index import Checkpoint, read_exactly, read_header
 
 _ORDER, _COUNTERS = "order", "counters"
 _ORDER_BYTES = 32
@@ -46,12 +45,7 @@ def write_training_state(path: Path, order: bytes, state: TrainingState) -> None
         _COUNTERS: torch.tensor([float(state.step), state.penalty], dtype=torch.float64),
         **state.tensors,
     }
-    names = {torch.uint8: "U8", torch.float64: "F64", torch.float32: "F32"}
-    header = safetensors_header(
-        [(name, names[each.dtype], each.shape, each.nbytes) for name, each in tensors.items()]
-    )
-    data = b"".join(each.contiguous().numpy().tobytes() for each in tensors.values())
-    atomic_write_bytes(path, header + data)
+    atomic_write_bytes(path, safetensors_file(tensors))
 
 
 def read_training_state(
@@ -60,10 +54,7 @@ def read_training_state(
     """Return the state; None if there is none, or it belongs to another training.
 
     Args:
-        path: may be missing.
-        order: digest of the training that resumes.
         wanted: tensors of the expected names and shapes.
-        n_steps: total steps of the training.
 
     Raises:
         CorruptArtifactError: the file is damaged.
@@ -75,23 +66,14 @@ def read_training_state(
     infos = read_header(path)
     expected = {name: ("F32", tuple(each.shape)) for name, each in wanted.items()}
     expected |= {_ORDER: ("U8", (_ORDER_BYTES,)), _COUNTERS: ("F64", (2,))}
-    with Checkpoint(infos) as checkpoint:
-        found = infos.get(_ORDER)
-        is_named = found is not None and (found.dtype, found.shape) == expected[_ORDER]
-        if is_named and checkpoint.read_bytes(_ORDER) != order:
-            return None
-        for name in sorted(expected.keys() | infos.keys()):
-            info = infos.get(name)
-            if info is None or (info.dtype, info.shape) != expected.get(name):
-                raise CorruptArtifactError(
-                    f"{path} is damaged: {quoted(name)} is missing, unknown or misshapen",
-                    hint=again,
-                )
-        tensors = {name: checkpoint.read(name) for name in wanted}
-        counters = checkpoint.read(_COUNTERS)
-    if not all(bool(torch.isfinite(each).all()) for each in (*tensors.values(), counters)):
-        raise CorruptArtifactError(f"{path} is damaged: it holds NaN or infinity", hint=again)
-    step, penalty = counters.tolist()
+    found = infos.get(_ORDER)
+    if found is not None and (found.dtype, found.shape) == expected[_ORDER]:
+        with Checkpoint(infos) as checkpoint:
+            if checkpoint.read_bytes(_ORDER) != order:
+                return None
+    tensors = read_exactly(path, expected, remedy=again)
+    step, penalty = tensors.pop(_COUNTERS).tolist()
+    del tensors[_ORDER]
     if step != int(step) or not 1 <= step <= n_steps or penalty <= 0:
         raise CorruptArtifactError(f"{path} is damaged: its counters cannot be", hint=again)
     return TrainingState(step=int(step), penalty=penalty, tensors=tensors)

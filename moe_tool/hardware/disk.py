@@ -20,7 +20,6 @@ import torch
 from moe_tool.artifacts.hardware_profile import DiskSpeed
 from moe_tool.errors import NotFoundError, StorageError
 from moe_tool.formats.atomic_write import require_free_disk, storage_errors
-from moe_tool.formats.bundle_reader import GoOn
 from moe_tool.formats.record_files import RecordFiles
 from moe_tool.progress import SILENT, Progress
 from moe_tool.store.reader import RecordReader
@@ -65,12 +64,10 @@ def measure_disk(
     cache before each reading. Caches of the disk itself or of a virtual machine's host still count.
 
     Args:
-        folder: on the disk to measure.
         file_bytes: size of the test file, a multiple of 4 MiB, at least the largest read.
         pass_s: seconds after which no reader begins another read.
         repetitions: readings of each kind; the median counts.
         random_bytes: sizes of reads in random order, multiples of 4096.
-        sequential_bytes: size of reads in order.
 
     Raises:
         NotFoundError: the folder does not exist.
@@ -97,6 +94,8 @@ def measure_disk(
                 rates = []
                 for _ in range(repetitions):
                     reads = np.arange(file_bytes // size)
+                    if not file.files.is_direct:
+                        os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
                     if pattern == "random":
                         order.shuffle(reads)
                         rates.append(_read_bursts(file, reads, targets, readers, pass_s))
@@ -158,17 +157,8 @@ def _read_bursts(
 ) -> float:
     """Return bytes per second of bursts of one record per reader, awaited as a layer awaits misses.
     Disk and cores go idle between bursts and have to wake up."""
-    if not file.files.is_direct:
-        os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def read(
-        layer: int,
-        expert: int,
-        out: torch.Tensor,
-        *,
-        n_there: int = 0,
-        go_on: GoOn | None = None,
-    ) -> None:
+    def read(layer: int, expert: int, out: torch.Tensor, **_: object) -> None:
         _read_whole(file, expert * len(out), out)
 
     reader, n_bytes, seconds = RecordReader(read, n_readers=readers), 0, 0.0
@@ -197,8 +187,6 @@ def _read(
     file: _TestFile, offsets: Sequence[int] | np.ndarray, buffers: list[torch.Tensor], pass_s: float
 ) -> float:
     """Return bytes per second of readers that each take the next record in turn."""
-    if not file.files.is_direct:
-        os.posix_fadvise(file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
     turns = iter(offsets)
     lock = threading.Lock()
     end = time.perf_counter() + pass_s

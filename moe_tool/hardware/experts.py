@@ -50,8 +50,6 @@ def measure_experts(
 
     Args:
         block: as `make_block` returns it, several times the last-level cache.
-        threads: numbers of threads to compute with.
-        tokens: numbers of tokens per call.
         repetitions: maximum for each call.
         budget_s: seconds after which no other repetition of a call begins.
         shapes: two shapes to fit through, the smaller first; None: the defaults, smaller where
@@ -108,7 +106,6 @@ def fit_two(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, floa
 
     Args:
         sizes: bytes, the smaller first.
-        seconds: time at each size.
     """
     (small, large), (fast, slow) = sizes, seconds
     slow = max(slow, _LEAST_S)

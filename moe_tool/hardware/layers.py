@@ -9,7 +9,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,28 +88,36 @@ def measure_layers(
 
     Args:
         block: as `make_block` returns it, several times the last-level cache.
-        n_threads: threads of the matrix products.
         n_tokens: maximum for each figure.
         budget_s: seconds for each figure, after which no other token begins; three are timed in any
             case.
-        shape: dimensions of the model.
     """
     use_threads(n_threads, 1)
     bits: Bits = "4" if is_native() else "native"
     inner = _inner(bits, shape)
-    records = cut_records(block, bits, shape.hidden, inner)
+    records = itertools.cycle(cut_records(block, bits, shape.hidden, inner))
     model, layers = _build_model(block, bits, shape)
-    answers = _Answers(records)
     matrices = _matrices(model)
-    with_experts = _with_experts(matrices, answers, shape)
+    with_experts = _with_experts(matrices, records, shape)
+    slept: list[float] = []
+
+    def answer(call: LayerCall) -> torch.Tensor:
+        return call.run_experts(lambda wanted: ((expert, next(records)) for expert in wanted))
+
+    def answer_rested(call: LayerCall) -> torch.Tensor:
+        start = time.perf_counter()
+        time.sleep(REST_S)
+        slept.append(time.perf_counter() - start)
+        return answer(call)
+
     progress.begin("decode layer by layer", 3 * n_tokens, "tokens")
     warm, cold, rested = (
-        _beside(model, layers, answer, alone, n_tokens, budget_s, answers.slept, progress)
+        _beside(model, layers, answered, alone, n_tokens, budget_s, slept, progress)
         / shape.n_layers
-        for answer, alone in (
+        for answered, alone in (
             (_nothing, matrices),
-            (answers.run, with_experts),
-            (answers.run_rested, with_experts),
+            (answer, with_experts),
+            (answer_rested, with_experts),
         )
     )
     progress.end()
@@ -120,34 +128,6 @@ def measure_layers(
         cold_bytes=_TOP_K * record_bytes(bits, shape.hidden, inner),
         rested_s=max(warm, cold, rested),
     )
-
-
-class _Answers:
-    """Experts' answers to calls, with the next records in turn."""
-
-    def __init__(self, records: Sequence[Mapping[str, AnyWeight]]) -> None:
-        self._turns = itertools.cycle(records)
-        self.slept: list[float] = []
-        """Seconds of each sleep"""
-
-    def next(self) -> Mapping[str, AnyWeight]:
-        """Return the next expert."""
-        return next(self._turns)
-
-    def run(self, call: LayerCall) -> torch.Tensor:
-        """Answer a call."""
-
-        def supply(wanted: list[int]) -> Iterator[tuple[int, Mapping[str, AnyWeight]]]:
-            return ((expert, self.next()) for expert in wanted)
-
-        return call.run_experts(supply)
-
-    def run_rested(self, call: LayerCall) -> torch.Tensor:
-        """Answer a call after a sleep."""
-        start = time.perf_counter()
-        time.sleep(REST_S)
-        self.slept.append(time.perf_counter() - start)
-        return self.run(call)
 
 
 def _inner(bits: Bits, shape: LayerShape) -> int:
@@ -205,13 +185,15 @@ def _matrices(model: PreTrainedModel) -> list[Call]:
     return calls
 
 
-def _with_experts(matrices: list[Call], answers: "_Answers", shape: LayerShape) -> list[Call]:
+def _with_experts(
+    matrices: list[Call], records: Iterator[Mapping[str, AnyWeight]], shape: LayerShape
+) -> list[Call]:
     """Return the skeleton's products with `_TOP_K` experts after those of each layer."""
     x = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))
     module = SiluGatedModule()
 
     def one_expert() -> torch.Tensor:
-        return expert_forward(module, answers.next(), x)
+        return expert_forward(module, next(records), x)
 
     per_layer = len(matrices) // shape.n_layers
     calls: list[Call] = []

@@ -87,7 +87,6 @@ def measure_hardware(
     Args:
         disk_folder: on the disk that bundles lie on; a test file is written there and removed.
         quick: fewer repetitions and kinds of call, a smaller test file.
-        progress: told about each measurement.
 
     Raises:
         NotFoundError, DiskFullError, StorageError: see `measure_disk`.

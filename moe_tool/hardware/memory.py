@@ -25,7 +25,6 @@ def measure_memory(
     """Read a buffer repeatedly; sets torch's threads.
 
     Args:
-        threads: numbers of threads to read with.
         size_bytes: size of the buffer, a multiple of 16 KiB beyond any cache.
         repetitions: readings in each way; the median counts.
     """

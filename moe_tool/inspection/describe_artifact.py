@@ -29,7 +29,6 @@ def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Descri
         path: a profile, buddy map, plan, hardware profile, run trace, bundle, half-written bundle
             or checkpoint.
         verify: read everything and check every hash, not only headers and sizes.
-        progress: listener.
 
     Raises:
         NotFoundError: there is no such file or folder.

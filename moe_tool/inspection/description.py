@@ -42,6 +42,11 @@ class Description:
         }
 
 
+def named_facts(artifact: object, *names: str) -> dict[str, object]:
+    """Return fields of an artifact under their own names."""
+    return {name: getattr(artifact, name) for name in names}
+
+
 def model_facts(identity: ModelIdentity) -> dict[str, object]:
     """Return the facts that identify an artifact's model."""
     return {

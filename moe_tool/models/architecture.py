@@ -1,6 +1,7 @@
 """Opening of a checkpoint: shape, identity, and sources of skeleton and experts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -26,7 +27,7 @@ from moe_tool.models.moe_layers import (
     top_k,
 )
 from moe_tool.models.skeleton_source import SkeletonSource
-from moe_tool.models.stored_formats.registry import open_checkpoint
+from moe_tool.models.stored_formats.registry import as_logical, open_checkpoint
 from moe_tool.models.tensor_map import TensorMap
 from moe_tool.models.unused_tensors import warnings_of
 
@@ -66,12 +67,7 @@ def open_model(model: LocatedModel) -> OpenedModel:
     meta = build_meta_model(model.folder)
     checkpoint = open_checkpoint(model.folder, read_raw_config(model.folder))
     try:
-        _require_merged(checkpoint)
-        tensor_map = TensorMap(meta, checkpoint)
-        unused = tensor_map.find_unused()
-        experts = ExpertSource(meta, checkpoint)
-        tensor_map.check_skeleton()
-        shape = read_shape(meta, checkpoint)
+        tensor_map, unused, experts, shape = _check(meta, checkpoint)
         identity = checkpoint_identity(
             model.folder,
             checkpoint,
@@ -91,8 +87,29 @@ def open_model(model: LocatedModel) -> OpenedModel:
         max_positions=context_length(meta.config.get_text_config()) or 2**30,
         unfused_attention_heads=_unfused_attention_heads(meta),
         decode_bytes=max(checkpoint.extra_bytes(name) for name in checkpoint.tensors),
-        warnings=warnings_of(model.folder, unused),
+        warnings=(*checkpoint.remarks, *warnings_of(model.folder, unused)),
     )
+
+
+def check_headers(folder: Path, checkpoint: Checkpoint) -> None:
+    """Compare the headers of a checkpoint with the config.json of a folder; no weight is read.
+
+    Raises:
+        NotFoundError, UnsupportedModelError, CorruptArtifactError: as `open_model`.
+    """
+    meta = build_meta_model(folder)
+    _check(meta, as_logical(checkpoint, folder, read_raw_config(folder)))
+
+
+def _check(
+    meta: PreTrainedModel, checkpoint: Checkpoint
+) -> tuple[TensorMap, tuple[str, ...], ExpertSource, MoeShape]:
+    _require_merged(checkpoint)
+    tensor_map = TensorMap(meta, checkpoint)
+    unused = tensor_map.find_unused()
+    experts = ExpertSource(meta, checkpoint)
+    tensor_map.check_skeleton()
+    return tensor_map, unused, experts, read_shape(meta, checkpoint)
 
 
 def _require_merged(checkpoint: Checkpoint) -> None:

@@ -1,14 +1,22 @@
 """Reader of single experts of a checkpoint in canonical form, whatever the layout on disk."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
 from moe_tool.artifacts.moe_shape import FloatName
+from moe_tool.artifacts.precision import KeptPrecision
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
+from moe_tool.formats.kept_form import kept_precision, with_equal_groups
 from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.kept_rows import place_rows, row_order
 from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters
-from moe_tool.models.tensor_map import TensorMap
+from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
+from moe_tool.models.tensor_map import Piece, TensorMap
 from moe_tool.models.unused_tensors import require_float
+from moe_tool.quantization.kept_codes import KeptWeight
+from moe_tool.quantization.weights import AnyWeight, FloatWeight
 
 _FLOAT_NAMES: dict[str, FloatName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -35,6 +43,7 @@ class ExpertSource:
             for layer, modules in self._map.moe_layers.items()
         }
         self._dtype = getattr(torch, expert_dtype(self._map, checkpoint))
+        self._orders: dict[tuple[int, str], torch.Tensor | None] = {}
         self._transposed = {
             layer: is_transposed(modules) for layer, modules in self._map.moe_layers.items()
         }
@@ -55,19 +64,85 @@ class ExpertSource:
         """
         return {name: self._read(layer, name, expert) for name in self._parameters[layer]}
 
+    def kept_precision(self) -> KeptPrecision | None:
+        """Return the precision of the experts' codes on disk; None: they are floats, or not all of
+        them can be kept as they are.
+
+        One expert of every layer is read.
+        """
+        found = set()
+        for layer in self._parameters:
+            weights = self.read_kept(layer, 0)
+            try:
+                found.add(None if weights is None else kept_precision(weights))
+            except ValueError:
+                return None
+            if found - {None} != found:
+                return None
+        return found.pop() if len(found) == 1 else None
+
+    def read_kept(self, layer: int, expert: int) -> dict[str, AnyWeight] | None:
+        """Read one expert's matrices in the codes on disk, and its vectors as `read` does.
+
+        Returns:
+            None if a matrix is stored as floats, or in codes that cannot be kept.
+
+        Raises:
+            CorruptArtifactError: a number is NaN or infinite.
+            StorageError: the checkpoint cannot be read.
+        """
+        if not isinstance(self._checkpoint, LogicalCheckpoint):
+            return None
+        found: dict[str, AnyWeight] = {}
+        for name in self._parameters[layer]:
+            pieces, is_stacked = self._map.expert_pieces(layer, name, expert)
+            row = expert if is_stacked else None
+            parts = [self._checkpoint.read_kept(piece.name, row=row) for piece in pieces]
+            kept = [part for part in parts if part is not None]
+            if not kept:
+                found[name] = FloatWeight(values=self._read(layer, name, expert))
+                if len(found[name].shape) == 2:
+                    return None
+                continue
+            order = self._row_order(layer, name, expert, kept) if len(kept) == len(parts) else None
+            if order is None:
+                return None
+            found[name] = place_rows(kept, order)
+        return with_equal_groups(found)
+
+    def _row_order(
+        self, layer: int, parameter: str, expert: int, parts: Sequence[KeptWeight]
+    ) -> torch.Tensor | None:
+        """Return how the parts' rows make a parameter, the same for all experts of a layer."""
+        if (layer, parameter) not in self._orders:
+            pieces, is_stacked = self._map.expert_pieces(layer, parameter, expert)
+
+            def convert(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+                return self._converted(layer, parameter, pieces, tensors, is_stacked)
+
+            self._orders[layer, parameter] = row_order(parts, convert)
+        return self._orders[layer, parameter]
+
     def tensor_names(self, layer: int) -> list[str]:
         """Return the on-disk names, sorted, of all experts' tensors of one layer."""
         return self._map.expert_tensor_names(layer)
 
     def _read(self, layer: int, parameter: str, expert: int) -> torch.Tensor:
         pieces, is_stacked = self._map.expert_pieces(layer, parameter, expert)
-        tensors = []
-        for piece in pieces:
-            if is_stacked:
-                row = self._checkpoint.read(piece.name, row=expert)
-                tensors.append(row if piece.pattern is None else row.unsqueeze(0))
-            else:
-                tensors.append(self._checkpoint.read(piece.name))
+        row = expert if is_stacked else None
+        tensors = [self._checkpoint.read(piece.name, row=row) for piece in pieces]
+        return self._converted(layer, parameter, pieces, tensors, is_stacked)
+
+    def _converted(
+        self,
+        layer: int,
+        parameter: str,
+        pieces: Sequence[Piece],
+        tensors: Sequence[torch.Tensor],
+        is_stacked: bool,
+    ) -> torch.Tensor:
+        if is_stacked and pieces[0].pattern is not None:
+            tensors = [tensor.unsqueeze(0) for tensor in tensors]
         made = self._map.convert_expert(layer, parameter, pieces, tensors)
         if self._transposed[layer] and made.ndim == 2:
             made = made.T

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 
 def new_kv_cache(config: PreTrainedConfig, *, n_positions: int) -> DynamicCache:
@@ -13,7 +14,10 @@ def new_kv_cache(config: PreTrainedConfig, *, n_positions: int) -> DynamicCache:
     transformers' own concatenates: every token copies all keys and values, 3 ms per layer at 2000
     positions of 8 heads of 128 on one core. Layers with a sliding window still do, but hold no more
     than the window. The room takes memory once written to; beyond it, a layer grows by copying.
+    MiniMax-M1's linear attention keeps its states in a cache class of its own.
     """
+    if config.get_text_config().model_type == "minimax":
+        return MiniMaxCache()  # type: ignore[no-untyped-call]
     cache = DynamicCache(config=config)
     cache.layers = [
         _PreallocatedLayer(n_positions) if type(layer) is DynamicLayer else layer

@@ -1,17 +1,14 @@
 """Location of a model by folder, alias or hub id: local, cached or downloaded."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
-from moe_tool.budget.sizes import format_bytes
-from moe_tool.errors import NotFoundError, UnsupportedModelError
-from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.errors import NotFoundError, UsageError
 from moe_tool.formats.foreign_files import foreign_file
 from moe_tool.formats.hub_probe import hub_is_reachable
+from moe_tool.models.hub_cache import Snapshot, cache_folder, complete_revisions, find_snapshot
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
 """The embedded model."""
@@ -37,8 +34,7 @@ ALIASES: dict[str, str] = {
 """Folder or hub id by short name, for MODEL"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_WANTED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
-_MAX_INDEX_BYTES = 64 * 2**20
+_REVISION = re.compile(r"[\w.][\w./-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +44,13 @@ class LocatedModel:
     folder: Path
     name: str
     """Alias or hub id as typed by the user, or the folder's own name."""
+    tokenizer: Path | None = None
+    """Folder of a tokenizer that goes before the checkpoint's own"""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder of the tokenizer to use"""
+        return self.tokenizer or self.folder
 
 
 def model_to_type(name: str) -> str:
@@ -60,118 +63,104 @@ def _silent(_: str) -> None:
 
 
 def locate_model(
-    model: str, *, offline: bool = False, announce: Callable[[str], None] = _silent
+    model: str,
+    *,
+    revision: str | None = None,
+    tokenizer: Path | None = None,
+    offline: bool = False,
+    announce: Callable[[str], None] = _silent,
 ) -> LocatedModel:
     """Find a model's folder; download it only if it is neither local nor cached.
 
     Args:
-        model: a folder, an alias, or a hub id "owner/name".
+        model: a folder, an alias, or a hub id "owner/name" or "owner/name@revision".
+        revision: branch, tag or commit on the hub; None: main.
+        tokenizer: folder of a tokenizer that goes before the checkpoint's own.
         offline: never use the network.
-        announce: called with a sentence on a download and its size.
+        announce: called with a sentence on the revision taken, and on a download and its size.
 
     Raises:
+        UsageError: a revision is given twice, or for a folder.
         NotFoundError: it was not found and cannot be downloaded, or is a file.
         DiskFullError: the download does not fit.
-        UnsupportedModelError: the hub has it without safetensors files, or it is a GGUF file.
+        UnsupportedModelError, CorruptArtifactError: the hub has it in a form that is not read,
+            which is found out before the weights are downloaded.
     """
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise NotFoundError(
+            f"--tokenizer {tokenizer} is not a folder",
+            hint="give a folder that holds tokenizer.json or tokenizer.model",
+        )
+    folder = _local_folder(model, revision)
+    if folder is not None:
+        name = model if model.lower() in ALIASES else folder.resolve().name
+        return LocatedModel(folder=folder, name=name, tokenizer=tokenizer)
+    name, revision = _split_revision(model, revision)
+    hub_id = ALIASES.get(name.lower(), name)
+    if not _HUB_ID.fullmatch(hub_id):
+        raise NotFoundError(
+            f"{model} is no folder, no hub id (owner/name) and no alias",
+            hint=f"give a checkpoint's folder, or one of {', '.join(ALIASES)}",
+        )
+    found = find_snapshot(hub_id, revision, needs_tokenizer=tokenizer is None)
+    if found is None or found.missing is not None:
+        if offline or not hub_is_reachable():
+            raise _not_found(model, hub_id, found, offline=offline)
+        from moe_tool.models.hub_download import download
+
+        found = download(hub_id, revision, tokenizer=tokenizer, announce=announce)
+    announce(f"{hub_id}: revision {found.revision}")
+    return LocatedModel(folder=found.folder, name=name, tokenizer=tokenizer)
+
+
+def _local_folder(model: str, revision: str | None) -> Path | None:
+    """Return the folder that `model` is, or that its alias names."""
     folder = Path(model).expanduser()
+    if folder.is_dir() and revision is not None:
+        raise UsageError(
+            f"--revision {revision} beside a folder, which has no revisions",
+            hint="leave --revision out, or give a hub id",
+        )
     if folder.is_dir():
-        return LocatedModel(folder=folder, name=folder.resolve().name)
+        return folder
     if folder.is_file() and model.lower() not in ALIASES:
         raise foreign_file(folder) or NotFoundError(
             f"{folder} is a file, a model is a folder",
             hint=f"give the folder of the checkpoint, e.g. {folder.parent}",
         )
-    target = ALIASES.get(model.lower(), model)
-    if Path(target).is_absolute() and Path(target).is_dir():
-        return LocatedModel(folder=Path(target), name=model)
-    if not _HUB_ID.fullmatch(target):
-        raise NotFoundError(
-            f"{model} is no folder, no hub id (owner/name) and no alias",
-            hint=f"give a checkpoint's folder, or one of {', '.join(ALIASES)}",
+    target = Path(ALIASES.get(model.lower(), "."))
+    return target if target.is_absolute() and target.is_dir() else None
+
+
+def _split_revision(model: str, revision: str | None) -> tuple[str, str | None]:
+    """Return name and revision of "owner/name@revision" and of `--revision`."""
+    name, at, named = model.partition("@")
+    if at and revision is not None and named != revision:
+        raise UsageError(
+            f"{model} names a revision, and --revision {revision} another", hint="give one of them"
         )
-    cached = _cached_snapshot(target)
-    if cached is not None:
-        return LocatedModel(folder=cached, name=model)
-    if offline or not hub_is_reachable():
-        raise _not_found(model, target, offline=offline)
-    return LocatedModel(folder=_download(target, announce), name=model)
+    revision = named if at else revision
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise UsageError(
+            f"{revision[:64]!r} is no name of a revision", hint="give a branch, a tag or a commit"
+        )
+    return name, revision
 
 
-def _not_found(model: str, hub_id: str, *, offline: bool) -> NotFoundError:
+def _not_found(model: str, hub_id: str, found: Snapshot | None, *, offline: bool) -> NotFoundError:
     reason = "the network is forbidden" if offline else "the hub cannot be reached"
-    called = model if model == hub_id else f"{model} ({hub_id})"
+    called = model if model.partition("@")[0] == hub_id else f"{model} ({hub_id})"
+    if found is not None:
+        others = [name for name in complete_revisions(hub_id) if name != found.revision]
+        other = f", or take the complete revision here: {hub_id}@{others[0]}" if others else ""
+        return NotFoundError(
+            f"revision {found.revision} of {called} is here without {found.missing}, "
+            f"and {reason}: {found.folder}",
+            hint=f"connect to the network and try again: the rest is downloaded{other}",
+        )
     return NotFoundError(
         f"{called} is not here and {reason}: looked for the folder {Path(model).absolute()} "
-        f"and in the Hugging Face cache {_cache_folder()}",
+        f"and in the Hugging Face cache {cache_folder()}",
         hint="give the path of a local folder that holds the checkpoint; or connect to the network "
         "(or point HF_HOME at a cache that holds it) and try again",
     )
-
-
-def _cache_folder() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
-
-
-def _cached_snapshot(hub_id: str) -> Path | None:
-    """Return the snapshot that `main` points at, or else the newest one, if it is complete."""
-    repository = _cache_folder() / f"models--{hub_id.replace('/', '--')}"
-    snapshots = repository / "snapshots"
-    if not snapshots.is_dir():
-        return None
-    candidates = sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    reference = repository / "refs" / "main"
-    if reference.is_file() and reference.stat().st_size <= 256:
-        wanted = reference.read_text(encoding="ascii", errors="replace").strip()
-        candidates.sort(key=lambda path: path.name != wanted)
-    return next((folder for folder in candidates if _is_complete(folder)), None)
-
-
-def _is_complete(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    if (folder / "model.safetensors").is_file():
-        return True
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file() or index.stat().st_size > _MAX_INDEX_BYTES:
-        return False
-    try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        return bool(shards) and all((folder / shard).is_file() for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-
-
-def _download(hub_id: str, announce: Callable[[str], None]) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        files = HfApi().model_info(hub_id, files_metadata=True).siblings or []
-        # Some repositories keep a second copy of the weights in a folder; it is not wanted.
-        top = [file for file in files if "/" not in file.rfilename]
-        wanted = [
-            file
-            for file in top
-            if any(fnmatch(file.rfilename, pattern) for pattern in _WANTED_FILES)
-        ]
-        if not any(file.rfilename.endswith(".safetensors") for file in wanted):
-            raise UnsupportedModelError(
-                f"{hub_id} has no safetensors files", hint="only safetensors checkpoints are read"
-            )
-        size_bytes = sum(file.size or 0 for file in wanted)
-        cache = _cache_folder()
-        cache.mkdir(parents=True, exist_ok=True)
-        require_free_disk(cache, size_bytes)
-        announce(f"downloading {hub_id}: {format_bytes(size_bytes)} into {cache}")
-        names = [file.rfilename for file in wanted]
-        return Path(snapshot_download(hub_id, allow_patterns=names))
-    except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise NotFoundError(
-            f"{hub_id} could not be downloaded: {reason}",
-            hint="check the name and the network, log in (hf auth login) if the model is gated, "
-            "or give a local folder",
-        ) from error

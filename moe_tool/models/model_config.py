@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
 from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.models.config_dialects import encode_floats, plain_config
 from moe_tool.models.moe_layers import unsupported
 from moe_tool.models.stored_formats.registry import SETTING_KEYS, declared_settings, find_format
 
@@ -24,6 +29,13 @@ _COUNTS = (
     "num_attention_heads",
     "num_experts_per_tok",
     "num_local_experts",
+)
+_TEXT_MODELS = frozenset(
+    (
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
 )
 _NEVER_USED = frozenset(
     (
@@ -46,12 +58,12 @@ _RECORD_AGAIN = "record the profile again with moe-tool profile"
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read config.json of a causal language model without executing code that it names.
+    """Read config.json of a model that predicts text, without executing code that it names.
 
     Raises:
         NotFoundError: the folder has no config.json.
         CorruptArtifactError: it is not a model's configuration.
-        UnsupportedModelError: transformers has no causal language model of this type, or the
+        UnsupportedModelError: transformers has no model of this type that predicts text, or the
             weights are quantized in a format that is not read.
     """
     path = folder / "config.json"
@@ -76,12 +88,8 @@ def read_config_text(folder: Path) -> str:
     Raises:
         NotFoundError, CorruptArtifactError: as `read_config`.
     """
-    path = folder / "config.json"
-    raw = _without_leftovers(read_raw_config(folder))
-    try:
-        return json.dumps(raw, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:  # 1e999 is read as infinity
-        raise CorruptArtifactError(f"{path}: {error}", hint=_HINT) from error
+    raw = encode_floats(_without_leftovers(read_raw_config(folder)))
+    return json.dumps(raw, separators=(",", ":"), allow_nan=False)
 
 
 def config_from_json(text: str, source: Path = Path("config.json")) -> PreTrainedConfig:
@@ -117,22 +125,19 @@ def _config_of(path: Path, raw: dict[str, Any], hint: str) -> PreTrainedConfig:
             f"{path} names no model_type",
             hint="use the folder of a checkpoint in Hugging Face format",
         )
-    model_type = model_type[:64]
+    raw = plain_config(raw)
+    model_type = str(raw["model_type"])[:64]
     if model_type not in CONFIG_MAPPING:
         reason = "transformers does not know it"
         if "auto_map" in raw:
             reason = "it needs Python code of its own, which is never executed"
         raise unsupported(model_type, reason)
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise unsupported(model_type, "it is not a causal language model")
+    if model_type not in _TEXT_MODELS:
+        raise unsupported(model_type, "it is not a model that predicts text token by token")
     _require_format(raw, None)
-    n_layers = raw.get("num_hidden_layers", 1)
-    if not isinstance(n_layers, int) or not 1 <= n_layers <= _MAX_LAYERS:
-        raise CorruptArtifactError(
-            f"{path}: num_hidden_layers is {str(n_layers)[:32]}, wanted 1 to {_MAX_LAYERS}",
-            hint=hint,
-        )
-    _require_counts(path, raw, hint)
+    text = raw.get("text_config")
+    for part in (raw, text) if isinstance(text, dict) else (raw,):
+        _require_counts(path, part, hint)
     try:
         return CONFIG_MAPPING[model_type].from_dict(_without_leftovers(raw))
     except Exception as error:  # each configuration class has errors of its own
@@ -164,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if foreign is not None:
         raise foreign
     try:
-        raw = json.loads(data, parse_constant=_refuse_constant)
+        raw = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(f"{path} is not JSON: {error}", hint=hint) from error
     if not isinstance(raw, dict):
@@ -172,12 +177,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
     """Refuse impossible sizes before modules or masks are built from them."""
+    n_layers = raw.get("num_hidden_layers")
+    n_layers = 1 if n_layers is None else n_layers
+    if not isinstance(n_layers, int) or not 1 <= n_layers <= _MAX_LAYERS:
+        raise CorruptArtifactError(
+            f"{path}: num_hidden_layers is {str(n_layers)[:32]}, wanted 1 to {_MAX_LAYERS}",
+            hint=hint,
+        )
     for key in _COUNTS:
         value = raw.get(key)
         is_unused = key == "sliding_window" and raw.get("use_sliding_window") is False

@@ -81,7 +81,7 @@ def _argument_names(function: Callable[..., object]) -> tuple[str, ...]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers of a causal language model."""
+    """Return the decoder layers of a model's text part."""
     return decoder(model).layers  # type: ignore[return-value]
 
 
@@ -91,10 +91,12 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     Raises:
         UnsupportedModelError: there is none.
     """
-    base = model.base_model
-    for candidate in (base, getattr(base, "model", None), getattr(base, "decoder", None)):
+    candidate: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    for _ in range(3):
         if isinstance(getattr(candidate, "layers", None), nn.ModuleList):
-            return candidate  # type: ignore[return-value]
+            return candidate  # type: ignore[no-any-return]
+        names = ("language_model", "text_model", "model", "decoder")
+        candidate = next((getattr(candidate, n) for n in names if hasattr(candidate, n)), None)
     raise unsupported(
         model.config.model_type, "its decoder layers are not where they are looked for"
     )
@@ -148,7 +150,8 @@ def top_k(modules: MoeLayerModules) -> int:
         UnsupportedModelError: neither router nor config has it.
     """
     config: Any = modules.experts.config
-    places = ((modules.router, "top_k"), (modules.block, "top_k"), (config, "num_experts_per_tok"))
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+    places = ((modules.router, "top_k"), (modules.block, "top_k"), *((config, n) for n in names))
     for owner, name in places:
         value = getattr(owner, name, None)
         if isinstance(value, int):
@@ -177,6 +180,10 @@ def _modules(model: PreTrainedModel, layer: int, experts_name: str) -> MoeLayerM
             model.config.model_type, "transformers does not say where its routers are"
         )
     routers = [module for module in block.modules() if isinstance(module, target)]
+    for name in ("gate", "router"):  # some layers have a router of another class
+        named = getattr(block, name, None)
+        if not routers and isinstance(named, nn.Module):
+            routers = [named]
     if len(routers) != 1 or any(module is experts for module in routers[0].modules()):
         raise unsupported(
             model.config.model_type, f"layer {layer} has no router apart from its experts"

@@ -20,11 +20,13 @@ from transformers.core_model_loading import (
 
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
+from moe_tool.models.config_dialects import TENSOR_PREFIXES
 from moe_tool.models.moe_layers import (
     MoeLayerModules,
     expert_parameters,
     find_moe_layers,
 )
+from moe_tool.models.text_part import left_out
 from moe_tool.models.unused_tensors import find_unused, require_float
 
 _EXPERT_ID = re.compile(r"experts\.(\d{1,6})\.")
@@ -65,7 +67,8 @@ class TensorMap:
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        self._meta_state = model.state_dict()
+        self._meta_state = {**model.state_dict(), **dict.fromkeys(left_out(model), True)}
+        self._floats = {name for name, t in model.state_dict().items() if t.is_floating_point()}
         self._full_names: dict[tuple[int, str], str] = {}
         module_names = {module: name for name, module in model.named_modules()}
         self.moe_layers: dict[int, MoeLayerModules] = {}
@@ -82,7 +85,6 @@ class TensorMap:
         self._experts: dict[str, dict[int | None, list[Piece]]] = {}
         """Expert parameter -> expert (None: stacked on disk) -> tensors"""
         self._sort()
-        self._floats = {name for name, t in self._meta_state.items() if t.is_floating_point()}
         self._meta_state = {}
 
     def find_unused(self) -> tuple[str, ...]:
@@ -124,6 +126,9 @@ class TensorMap:
             return {target: tensors[0]}
         found = next(rule for rule in self._converters if pattern in rule.source_patterns)
         rule = copy.deepcopy(found)  # it collects tensors in itself
+        for operation in rule.operations:
+            if getattr(operation, "check_dims", False):
+                self._settle_transpose(operation, target, pieces)
         for piece, tensor in zip(pieces, tensors, strict=True):
             read: Any = partial(_same, tensor)  # rules take callables where they may read late
             rule.add_tensor(target, piece.name, str(piece.pattern), read)
@@ -131,6 +136,22 @@ class TensorMap:
         return {
             name: value[0] if isinstance(value, list) else value for name, value in made.items()
         }
+
+    def _settle_transpose(self, operation: Any, target: str, pieces: Sequence[Piece]) -> None:
+        """Let a transpose that depends on the whole tensor's shape act alike on a part of it.
+
+        Square matrices do not tell, but those of one module are never all square, and all of them
+        are stored alike.
+        """
+        module = target.rpartition(".")[0]
+        stored = {target: pieces} | {
+            name: groups[None]
+            for name, groups in self._experts.items()
+            if name.rpartition(".")[0] == module and None in groups
+        }
+        operation.check_dims = False
+        if all(self._info(own[0]).shape == self._shapes[name] for name, own in stored.items()):
+            operation.dim1 = operation.dim0
 
     def convert_expert(
         self, layer: int, parameter: str, pieces: Sequence[Piece], tensors: Sequence[torch.Tensor]
@@ -222,14 +243,15 @@ class TensorMap:
                 match = _EXPERT_ID.search(name) if pattern is not None else None
                 expert = int(match.group(1)) if match else None
                 self._experts.setdefault(target, {}).setdefault(expert, []).append(piece)
-            elif target in self._meta_state:
+            elif target in self._shapes:
                 self.skeleton.setdefault(target, []).append(piece)
-            else:
+            elif target not in self._meta_state:
                 self._unused[name] = target
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         base = self._model.base_model_prefix
         rules = (self._renamings, self._converters)
+        name = name.removeprefix(TENSOR_PREFIXES.get(self._model.config.model_type, ""))
         target, pattern = rename_source_key(name, *rules, base, self._meta_state)
         if target not in self._meta_state and name in self._meta_state:
             return rename_source_key(name, [], [], base, self._meta_state)

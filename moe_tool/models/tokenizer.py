@@ -11,11 +11,13 @@ from moe_tool.errors import (
     UnsupportedModelError,
 )
 from moe_tool.formats.foreign_files import foreign_file
+from moe_tool.models.hub_cache import TOKENIZER_FILES
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+_FILES = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
 _WITHOUT_CODE = (
     "if tokenizer.json holds the whole tokenizer, take auto_map out of tokenizer_config.json; "
-    "otherwise use a version of the checkpoint that transformers reads by itself"
+    "otherwise give a folder with a tokenizer that transformers reads by itself: moe-tool pack and "
+    "profile take --tokenizer FOLDER"
 )
 
 
@@ -30,12 +32,14 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in _FILES[:3]):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        is_tiktoken = any(folder.glob("*.tiktoken")) or (folder / "tiktoken.model").is_file()
+        reason = ", only one that needs Python code of its own" if is_tiktoken else ""
         raise NotFoundError(
-            f"{folder} holds no tokenizer ({', '.join(_FILES[:3])})",
-            hint="copy the tokenizer files of the checkpoint into the folder",
+            f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}){reason}",
+            hint="give a folder that holds it: moe-tool pack and profile take --tokenizer FOLDER",
         )
-    for name in _FILES[:3]:
+    for name in TOKENIZER_FILES:
         foreign = foreign_file(folder / name)
         if foreign is not None:
             raise foreign

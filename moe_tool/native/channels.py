@@ -33,7 +33,6 @@ def native_channels(
 
     Args:
         weight: all channels; those not in `index` may hold anything.
-        gate: the activation.
         x: [n, H] float32.
         values: [n, C] float32, outputs of the selector matrix.
         index: [C] int32, ascending channel numbers; None: all channels.
@@ -80,7 +79,6 @@ def read_runs(file: int, start: int, runs: np.ndarray, out: torch.Tensor) -> int
     for where the file ends.
 
     Args:
-        file: descriptor.
         start: file offset that corresponds to the beginning of `out`.
         runs: [n, 2] int64: offset and length of each part, within `out`.
         out: uint8, contiguous.

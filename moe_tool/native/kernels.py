@@ -53,7 +53,6 @@ class Gate:
     alpha: float = 1.0
     limit: float = 0.0
     packed: bytes = field(init=False, repr=False, compare=False)
-    """Fields packed for the kernels"""
 
     def __post_init__(self) -> None:
         """Pack the fields for the kernels."""
@@ -175,11 +174,6 @@ def pair_product(weights: PairWeights, tokens: PairTokens, tables: PairTables) -
     return out
 
 
-def native_linear(x: torch.Tensor, weight: AnyWeight, bias: FloatWeight | None) -> torch.Tensor:
-    """Return x @ weight.T + bias in float32, [n, out]; x is [n, in] float32."""
-    return NativeLinear(weight, bias).forward(x)
-
-
 class NativeLinear:
     """Matrix described once for the kernels, as `NativeExpert` describes two."""
 
@@ -203,18 +197,6 @@ class NativeLinear:
             self._described.refresh()
             _compiled.linear(self._described.packed, x.data_ptr(), n_tokens, out.data_ptr())
         return out
-
-
-def native_expert(
-    x: torch.Tensor,
-    first: AnyWeight,
-    first_bias: FloatWeight | None,
-    gate: Gate,
-    second: AnyWeight,
-    second_bias: FloatWeight | None,
-) -> torch.Tensor:
-    """Return an expert's output, float32 [n, H]; x is [n, H] float32."""
-    return NativeExpert(first, first_bias, second, second_bias).forward(x, gate)
 
 
 class NativeExpert:

@@ -24,7 +24,7 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.b);
   }
   static void prefetch(const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p) + 2048, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
   }
   template <int SHIFT, int MASK>
   static __m256i field_half(__m256i x) {

@@ -33,11 +33,6 @@ class LookupTime:
     multiply_s: float
     lookup_s: float
 
-    @property
-    def is_faster(self) -> bool:
-        """Whether lookup is faster by more than noise."""
-        return self.multiply_s >= _WORTH * self.lookup_s
-
 
 @cache
 def choose_lookup() -> tuple[LookupTime, ...]:
@@ -57,7 +52,7 @@ def chosen_tokens(times: tuple[LookupTime, ...], bits: int) -> int:
     for row in sorted((row for row in times if row.bits == bits), key=lambda row: row.tokens):
         if row.lookup_s >= _WORTH * row.multiply_s:
             break
-        if row.is_faster:
+        if row.multiply_s >= _WORTH * row.lookup_s:
             most = row.tokens
     return most
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_tool.native.kernels import is_built
+from moe_tool.native import kernels
 
 COMPILED = {
     "lru": 0,
@@ -19,8 +19,6 @@ COMPILED = {
 }
 """Eviction rules that are compiled, by name, with their codes in replay.h"""
 _N_PARAMETERS = 4
-
-__all__ = ["COMPILED", "Calls", "compiled_replay", "compiled_stack_depths", "is_built"]
 
 
 class Calls:
@@ -54,12 +52,15 @@ class Calls:
         if scores is not None:
             _require(scores.shape == (self.n_calls, n_experts), "the scores have another shape")
         self._arrays = [
-            _contiguous(layer, np.int32),
-            _contiguous(start, np.int64),
-            _contiguous(keys, np.int32),
-            None if scores is None else _contiguous(scores, np.uint16),
-            None if guess_start is None else _contiguous(guess_start, np.int64),
-            None if guesses is None else _contiguous(guesses, np.int32),
+            None if array is None else np.ascontiguousarray(array, dtype=dtype)
+            for array, dtype in (
+                (layer, np.int32),
+                (start, np.int64),
+                (keys, np.int32),
+                (scores, np.uint16),
+                (guess_start, np.int64),
+                (guesses, np.int32),
+            )
         ]
         self.n_accesses = len(keys)
         addresses = [_address(array) for array in self._arrays]
@@ -79,25 +80,20 @@ def compiled_replay(
     """Return hits, prefetches and prefetch hits of every call, [C] uint16 each.
 
     Args:
-        calls: the trace.
         eviction: key of COMPILED.
         parameters: the policy's parameters, in its order.
         capacity: cached experts, pinned ones not counted.
-        per_layer: whether the capacity is divided among the layers.
         pinned: [L * E] bool, experts that are never evicted.
-        prefetch_depth: number of layers to prefetch.
 
     Raises:
         ValueError: the policy is not known.
     """
-    from moe_tool.native import _kernels  # type: ignore[attr-defined]
-
     _require(eviction in COMPILED, f"{eviction} is not compiled")
     values = [*parameters, *([0] * (_N_PARAMETERS - len(parameters)))]
     counts = [np.zeros(calls.n_calls, np.uint16) for _ in range(3)]
-    held = None if pinned is None else _contiguous(pinned, np.uint8)
+    held = None if pinned is None else np.ascontiguousarray(pinned, np.uint8)
     _require(held is None or len(held) == calls.n_keys, "the pinned experts have another number")
-    _kernels.replay(
+    kernels.compiled().replay(
         calls.packed,
         COMPILED[eviction],
         struct.pack(f"={_N_PARAMETERS}q", *values),
@@ -114,15 +110,12 @@ def compiled_stack_depths(calls: Calls, next_use: np.ndarray | None) -> np.ndarr
     """Return the smallest capacity at which each access hits, [A] int32; 0: none.
 
     Args:
-        calls: the trace.
         next_use: [A] int64, next call of the same expert, for Belady's policy; None: LRU.
     """
-    from moe_tool.native import _kernels  # type: ignore[attr-defined]
-
     _require(next_use is None or len(next_use) == calls.n_accesses, "the next uses do not fit")
     depths = np.zeros(calls.n_accesses, np.int32)
-    upcoming = None if next_use is None else _contiguous(next_use, np.int64)
-    _kernels.stack_depths(calls.packed, _address(upcoming), _address(depths))
+    upcoming = None if next_use is None else np.ascontiguousarray(next_use, np.int64)
+    kernels.compiled().stack_depths(calls.packed, _address(upcoming), _address(depths))
     return depths
 
 
@@ -140,10 +133,6 @@ def _require_ranges(start: np.ndarray, keys: np.ndarray, n_calls: int, n_keys: i
 
 def _within(values: np.ndarray, limit: int) -> bool:
     return 0 <= int(values.min()) <= int(values.max()) < limit
-
-
-def _contiguous(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
-    return np.ascontiguousarray(array, dtype=dtype)
 
 
 def _address(array: np.ndarray | None) -> int:

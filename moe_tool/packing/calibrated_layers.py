@@ -63,12 +63,7 @@ class CalibratedLayer:
     experts; see `CalibratedModel.divergences`"""
 
     def sample(self, expert: int, *, most_measured: int) -> ExpertSample:
-        """Return an expert's inputs, or all experts' if few tokens are routed to it.
-
-        Args:
-            expert: expert of the layer.
-            most_measured: largest number of held-out tokens.
-        """
+        """Return an expert's inputs, or all experts' if few tokens are routed to it."""
         wanted = (self.index == expert).any(dim=1)
 
         def rows(part: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -106,9 +101,6 @@ class CalibratedModel:
         """Load the tensors outside the layers.
 
         Args:
-            folder: the checkpoint.
-            opened: the same checkpoint.
-            tokens: tokens of its profile.
             hidden_bytes: limit of the hidden states carried from layer to layer.
         """
         self._hidden_bytes = hidden_bytes

@@ -40,8 +40,6 @@ def channel_expert(
     """Return an expert's channels with their selector.
 
     Args:
-        sample: the expert and its inputs.
-        precision: precision of its parts.
         quantizer: quantizer of the selector matrix and of rows.
 
     Raises:

@@ -20,7 +20,6 @@ def coded(
     Args:
         weights: the expert in canonical form, in the checkpoint's dtype.
         precision: precision of matrices; vectors are unchanged.
-        quantize_expert: makes the codes of a quantized precision.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite.

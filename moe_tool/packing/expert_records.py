@@ -60,7 +60,9 @@ class ExpertRecords:
         """
         tensors = self._sample.tensors
         if precision.kind == "channels":
-            expert = self._in_channels(precision)
+            if precision not in self._channels:
+                self._channels[precision] = channel_expert(self._sample, precision, self._quantizer)
+            expert = self._channels[precision]
             if role == "selector":
                 return MeasuredRecord(record=form.encode(expert.selector), eps=None)
             return MeasuredRecord(record=form.encode(expert), eps=self._error(expert))
@@ -75,11 +77,6 @@ class ExpertRecords:
             eps=self._error(weights),
             base_eps=None if precision.base is None else self._error(base_of(weights)),
         )
-
-    def _in_channels(self, precision: ChannelPrecision) -> ChannelExpert:
-        if precision not in self._channels:
-            self._channels[precision] = channel_expert(self._sample, precision, self._quantizer)
-        return self._channels[precision]
 
     def _error(self, weights: Mapping[str, AnyWeight]) -> float:
         answer = expert_forward(self._sample.module, weights, self._sample.measured_on)

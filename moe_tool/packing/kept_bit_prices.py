@@ -28,13 +28,8 @@ def kept_bit_prices(
     """Return the kept prices of a profile, or measure and keep them.
 
     Args:
-        profile: profile of the model.
-        quantizer: quantizer that `pack` will use.
-        folder: folder of kept prices.
         model: the checkpoint to measure on; None: found by the profile's name.
-        offline: never touch the network.
         announce: told in one line what is read, measured and written.
-        progress: told about every expert.
 
     Raises:
         NotFoundError: the checkpoint to measure on is missing.

@@ -6,7 +6,6 @@ import numpy as np
 
 from moe_tool import __version__
 from moe_tool.artifacts.bit_prices import BitPrices, LayerBitPrices, Width
-from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.identity import require_same_model
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.precision import IntegerPrecision
@@ -43,11 +42,7 @@ def measure_bit_prices(
     as large on a trained model.
 
     Args:
-        model: place of the checkpoint.
-        profile: profile of the same model.
-        quantizer: quantizer that `pack` will use.
         widths: numbers of bits, ascending.
-        progress: told about every expert.
 
     Raises:
         WrongModelError: the profile belongs to another model.
@@ -115,36 +110,21 @@ def _measure_layer(
     return eps
 
 
-def expected_nats(
-    profile: ProfileReader, layer: int, statistics: ExpertStatistics, eps: np.ndarray
-) -> np.ndarray:
-    """Return the divergence that a layer's errors are expected to add by the profile's sensitivity,
-    [E] nats per token.
-
-    Args:
-        profile: profile of the model.
-        layer: decoder layer.
-        statistics: statistics of the layer.
-        eps: [E] relative errors of its experts.
-    """
-    use = mean_squared_gates(
-        profile.indices(layer, "top_k_index"), profile.gate_weights(layer), len(eps)
-    )
-    found: np.ndarray = statistics.nats * use * eps**2
-    return found
-
-
 def _kl_ratios(
     walk: CalibratedModel,
     profile: ProfileReader,
     errors: dict[int, np.ndarray],
     widths: Sequence[Width],
 ) -> dict[int, float]:
+    """Return measured over expected divergence by layer; the latter by the profile's sensitivity,
+    nats per token."""
     if _DISTURBED_WIDTH not in widths:
         return dict.fromkeys(errors, 1.0)
     row = list(widths).index(_DISTURBED_WIDTH)
     found = {}
     for (layer, eps), measured in zip(errors.items(), walk.divergences(), strict=True):
-        expected = expected_nats(profile, layer, profile.statistics(layer), eps[row]).sum()
+        index, weight = profile.indices(layer, "top_k_index"), profile.gate_weights(layer)
+        use = mean_squared_gates(index, weight, eps.shape[1])
+        expected = (profile.statistics(layer).nats * use * eps[row] ** 2).sum()
         found[layer] = float(np.clip(measured / expected, 0.05, 20.0)) if expected > 0 else 1.0
     return found

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from moe_tool.models.architecture import OpenedModel, open_model
+from moe_tool.models.generation_settings import read_generation_settings
 from moe_tool.models.locate import LocatedModel
+from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.packing.pack_inputs import read_pack_inputs
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.plan_pack import plan_pack
@@ -23,7 +25,13 @@ def pack_bundle(
     opened = open_model(model)
     with opened.checkpoint:
         return pack_opened(
-            opened, model.folder, options, profile=profile, buddies=buddies, progress=progress
+            opened,
+            model.folder,
+            options,
+            tokenizer=model.tokenizer_folder,
+            profile=profile,
+            buddies=buddies,
+            progress=progress,
         )
 
 
@@ -32,6 +40,7 @@ def pack_opened(
     folder: Path,
     options: PackOptions,
     *,
+    tokenizer: Path | None = None,
     profile: Path | None = None,
     buddies: Path | None = None,
     progress: Progress = SILENT,
@@ -40,16 +49,16 @@ def pack_opened(
 
     Args:
         opened: the model; its checkpoint stays open and belongs to the caller.
-        folder: folder of the checkpoint.
-        options: options of `pack`.
-        profile: HDF5 file of this model.
-        buddies: buddy map of this model.
-        progress: told about every record.
+        tokenizer: folder of the tokenizer; None: the checkpoint's.
 
     Raises:
         MoeToolError: as `read_pack_inputs`, `plan_pack` and `write_bundle`.
     """
+    # Both go into the bundle, so that a fault in them is told before anything is written.
+    load_tokenizer(tokenizer or folder)
+    read_generation_settings(folder)
     for warning in opened.warnings:
         progress.note(warning)
     inputs = read_pack_inputs(profile, buddies, opened.identity, opened.shape)
-    return write_bundle(plan_pack(options, opened, folder, inputs), opened, progress)
+    job = plan_pack(options, opened, folder, inputs, tokenizer=tokenizer)
+    return write_bundle(job, opened, progress)

@@ -7,29 +7,31 @@ import numpy as np
 
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.bundle_manifest import BundleBuddies, LayerHeat, LayerPrices
+from moe_tool.artifacts.bundle_sections import N_QUANTILES
 from moe_tool.artifacts.expert_ids import ExpertKey
+from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens, mean_squared_gates
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
-from moe_tool.packing.prices import layer_prices
-from moe_tool.packing.record_order import order_experts
+from moe_tool.policies.misses.prune import ratio_to_heaviest
+from moe_tool.policies.misses.replica import unimportance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileFacts:
     """Facts from a profile that packing needs, or the defaults without one."""
 
-    sha256: str | None
-    heat: tuple[LayerHeat, ...] | None
     order: tuple[ExpertKey, ...]
     """Experts in file order, (layer, expert)"""
-    full_hash: str | None
+    sha256: str | None = None
+    heat: tuple[LayerHeat, ...] | None = None
+    full_hash: str | None = None
     """Hash of the whole checkpoint, known from the profile"""
-    prices: tuple[LayerPrices, ...] | None
-    tokens: TracedTokens | None
+    prices: tuple[LayerPrices, ...] | None = None
+    tokens: TracedTokens | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +52,6 @@ def read_pack_inputs(
     Args:
         profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
             replicas are fitted to and measured on.
-        buddies: buddy map of this model.
-        identity: identity of the model.
-        shape: shape of the model.
 
     Raises:
         WrongModelError: one of them belongs to another model.
@@ -66,9 +65,8 @@ def read_pack_inputs(
 
 def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -> ProfileFacts:
     if path is None:
-        unread = tuple((layer, e) for layer in shape.layers for e in range(shape.experts))
         return ProfileFacts(
-            sha256=None, heat=None, order=unread, full_hash=None, prices=None, tokens=None
+            order=tuple((layer, e) for layer in shape.layers for e in range(shape.experts))
         )
     with ProfileReader.open(path) as profile:
         require_same_model(
@@ -80,7 +78,7 @@ def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -
         heat, order, prices = [], [], []
         for layer in shape.layers:
             statistics = profile.statistics(layer)
-            prices.append(layer_prices(layer, statistics, profile.trace(layer)))
+            prices.append(_layer_prices(layer, statistics, profile.trace(layer)))
             counts = statistics.in_sample
             share = np.minimum(counts.load / max(counts.n_tokens, 1), 1.0)
             heat.append(LayerHeat(layer=layer, load=tuple(float(x) for x in share)))
@@ -119,3 +117,46 @@ def _read_buddies(
     return BundleBuddies(
         by=found.by, layers=found.layers
     ), f"{found.by}-{found.k}-{found.profile_sha256}"
+
+
+def order_experts(load: np.ndarray, coactivation: np.ndarray) -> list[int]:
+    """Return one layer's experts in the order in which their records should lie.
+
+    Starts at the hottest expert and continues greedily with the one most often used together with
+    the last, so that a token's experts lie close together. Ties go to the hotter, then to the lower
+    id.
+
+    Args:
+        load: [E] tokens routed to each expert.
+        coactivation: [E, E] tokens whose top-k holds both; the diagonal is ignored.
+    """
+    n_experts = len(load)
+    order = [int(np.lexsort((np.arange(n_experts), -load))[0])]
+    left = [expert_id for expert_id in range(n_experts) if expert_id != order[0]]
+    while left:
+        last = order[-1]
+        best = max(left, key=lambda e: (int(coactivation[last, e]), int(load[e]), -e))
+        order.append(best)
+        left.remove(best)
+    return order
+
+
+def _layer_prices(layer: int, statistics: ExpertStatistics, trace: LayerTrace) -> LayerPrices:
+    """Return one decoder layer's prices, from the statistics of its experts and its trace."""
+    use = mean_squared_gates(trace.top_k_index, trace.top_k_weight, len(statistics.nats))
+    weight = trace.top_k_weight.astype(np.float32)
+    lighter = np.sort(ratio_to_heaviest(weight), axis=1)[:, :-1]
+    return LayerPrices(
+        layer=layer,
+        nats=tuple(statistics.nats.tolist()),
+        use=tuple(use.tolist()),
+        unimportance=_quantiles(unimportance(weight)),
+        ratio=_quantiles(lighter),
+    )
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, ...]:
+    if not values.size:
+        return (1.0,) * N_QUANTILES
+    found = np.quantile(values, np.linspace(0, 1, N_QUANTILES))
+    return tuple(np.clip(found, 0.0, 1.0).tolist())

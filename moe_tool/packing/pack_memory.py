@@ -50,7 +50,6 @@ def plan_pack_memory(
     """Return the memory that packing will take.
 
     Args:
-        opened: the checkpoint.
         n_tokens: tokens of the profile that go through the model; 0: none do.
         is_nested: codes are chosen for two widths at once.
         in_turn_bytes: most bytes of the skeleton that a forward holds, one layer at a time.

@@ -6,9 +6,9 @@ from pathlib import Path
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
 from moe_tool.artifacts.precision import (
     ChannelPrecision,
-    IntegerPrecision,
-    LowRankPrecision,
     NativePrecision,
+    Precision,
+    ReplicaPrecision,
     channel_precision,
     precision_from_bits,
     replica_precisions,
@@ -17,8 +17,6 @@ from moe_tool.budget.sizes import parse_bytes
 from moe_tool.errors import UsageError
 from moe_tool.quantizers.registry import parse_quantizer
 
-WholePrecision = NativePrecision | IntegerPrecision
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
@@ -26,11 +24,11 @@ class PackOptions:
 
     out: Path
     """Folder of the bundle; until it is finished its name ends in `.part`"""
-    bits: WholePrecision | None = NativePrecision()
+    bits: Precision | None = NativePrecision()
     """Primary precision of every expert; None: mixed, as the plan says"""
-    skeleton: WholePrecision = NativePrecision()
+    skeleton: Precision = NativePrecision()
     """Precision of the matrices outside experts and routers"""
-    replicas: tuple[IntegerPrecision | LowRankPrecision, ...] = ()
+    replicas: tuple[ReplicaPrecision, ...] = ()
     """Cheaper forms of experts, for lossy policies, the dearest first"""
     channels: ChannelPrecision | None = None
     """Precision of experts in channels; None: experts are whole"""
@@ -90,7 +88,7 @@ def parse_pack_options(
     )
 
 
-def parse_precision(option: str, bits: str) -> WholePrecision:
+def parse_precision(option: str, bits: str) -> Precision:
     """Return the precision that an option names.
 
     Raises:
@@ -104,7 +102,7 @@ def parse_precision(option: str, bits: str) -> WholePrecision:
         ) from None
 
 
-def _skeleton(bits: str) -> WholePrecision:
+def _skeleton(bits: str) -> Precision:
     found = parse_precision("--skeleton-bits", bits)
     if found.base is not None:
         raise UsageError(
@@ -113,7 +111,7 @@ def _skeleton(bits: str) -> WholePrecision:
     return found
 
 
-def _replicas(text: str) -> tuple[IntegerPrecision | LowRankPrecision, ...]:
+def _replicas(text: str) -> tuple[ReplicaPrecision, ...]:
     try:
         return replica_precisions(text)
     except ValueError:

@@ -1,6 +1,5 @@
 """Check of a plan against the options and the model, and the forms that it wants packed."""
 
-import hashlib
 from collections.abc import Sequence
 
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
@@ -38,16 +37,12 @@ def require_plan_fits(
             "no profile",
             hint="--profile FILE, the one that the plan was made from",
         )
-    _require_planned_replicas(plan, options.replica_names)
-
-
-def _require_planned_replicas(plan: PackPlan, replicas: str) -> None:
-    words = set(filter(None, replicas.split(",")))
-    missing = [word for word in plan.replicas.split(",") if word and word not in words]
+    packed = {"", *options.replica_names.split(",")}
+    missing = [word for word in plan.replicas.split(",") if word not in packed]
     if missing:
         raise UsageError(
             f"the plan's policy answers with replicas of {', '.join(missing)} bits, which "
-            f"--replicas {replicas or 'none'} leaves out",
+            f"--replicas {options.replica_names or 'none'} leaves out",
             hint="leave --replicas to the plan",
         )
 
@@ -65,8 +60,3 @@ def planned_residents(
     if not {form.name for form in forms} <= residents.keys():
         return None  # more replicas were asked for than are planned
     return residents
-
-
-def sha256_of_plan(plan: PackPlan) -> str:
-    """Return a hash that tells one plan from another."""
-    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()

@@ -1,5 +1,6 @@
 """Plan of a pack: every decision and every refusal, before anything is written."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
 from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
-from moe_tool.packing.plan_fit import planned_residents, require_plan_fits, sha256_of_plan
+from moe_tool.packing.plan_fit import planned_residents, require_plan_fits
 from moe_tool.packing.primary_forms import PrimaryForms, primary_forms
 from moe_tool.quantizers.registry import QUANTIZERS
 
@@ -30,6 +31,8 @@ class PackJob:
 
     folder: Path
     """Folder of the checkpoint"""
+    tokenizer: Path
+    """Folder of the tokenizer"""
     out: Path
     spec: BundleSpec
     skeleton: Precision
@@ -47,15 +50,14 @@ class PackJob:
 
 
 def plan_pack(
-    options: PackOptions, opened: OpenedModel, folder: Path, inputs: PackInputs
+    options: PackOptions,
+    opened: OpenedModel,
+    folder: Path,
+    inputs: PackInputs,
+    *,
+    tokenizer: Path | None = None,
 ) -> PackJob:
     """Return the job of a pack.
-
-    Args:
-        options: options of `pack`.
-        opened: the model.
-        folder: folder of its checkpoint.
-        inputs: profile and buddy map of the same model.
 
     Raises:
         BudgetError: the memory budget is too small; the hint names one that is not.
@@ -66,15 +68,16 @@ def plan_pack(
     plan, profile = options.plan, inputs.profile
     if plan is not None:
         require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
-    primaries = primary_forms(options, opened.shape)
-    _require_no_plan(options)
+    primaries = primary_forms(options, opened.shape, opened.experts.kept_precision())
+    if options.channels is not None and plan is not None:
+        raise UsageError(
+            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
+            "channels",
+            hint="leave one of them out",
+        )
     replicas = _replicas(options, primaries, opened.shape)
     reason = _needs_tokens(options, primaries, replicas)
-    if reason is not None and profile.tokens is None:
-        raise UsageError(
-            f"{reason}, and there is no profile", hint="--profile FILE, of moe-tool profile"
-        )
-    tokens = None if reason is None else profile.tokens
+    tokens = None if reason is None else _tokens(profile, reason)
     loader = SkeletonLoader(folder, opened.checkpoint)
     memory = plan_pack_memory(
         opened,
@@ -85,6 +88,7 @@ def plan_pack(
     )
     return PackJob(
         folder=folder,
+        tokenizer=tokenizer or folder,
         out=options.out,
         spec=BundleSpec(
             identity=opened.identity.model_copy(update={"full": profile.full_hash}),
@@ -103,15 +107,6 @@ def plan_pack(
         hidden_bytes=memory.hidden_bytes,
         loader=loader,
     )
-
-
-def _require_no_plan(options: PackOptions) -> None:
-    if options.channels is not None and options.plan is not None:
-        raise UsageError(
-            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
-            "channels",
-            hint="leave one of them out",
-        )
 
 
 def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) -> _Replicas:
@@ -139,6 +134,14 @@ def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) ->
         if experts:
             found[form.with_zeros(QUANTIZERS[options.quantizer].makes_zeros)] = experts
     return found
+
+
+def _tokens(profile: ProfileFacts, reason: str) -> TracedTokens:
+    if profile.tokens is None:
+        raise UsageError(
+            f"{reason}, and there is no profile", hint="--profile FILE, of moe-tool profile"
+        )
+    return profile.tokens
 
 
 def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Replicas) -> str | None:
@@ -170,5 +173,5 @@ def _made_from(options: PackOptions, inputs: PackInputs, replicas: _Replicas) ->
     if options.quantizer != "rtn":
         found["quantizer"] = options.quantizer
     if options.plan is not None:
-        found["plan"] = sha256_of_plan(options.plan)
+        found["plan"] = hashlib.sha256(options.plan.model_dump_json().encode()).hexdigest()
     return found

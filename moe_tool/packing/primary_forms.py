@@ -1,7 +1,7 @@
 """Primary precision of every expert: one for all, or as a plan says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.moe_shape import MoeShape
@@ -10,11 +10,13 @@ from moe_tool.artifacts.precision import (
     NATIVE_WIDTH,
     ChannelPrecision,
     ExpertPrecision,
+    KeptPrecision,
+    Precision,
     precision_from_bits,
 )
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.channel_form import has_channels
-from moe_tool.packing.pack_options import PackOptions, WholePrecision
+from moe_tool.packing.pack_options import PackOptions
 from moe_tool.quantizers.registry import QUANTIZERS
 
 
@@ -37,8 +39,15 @@ class PrimaryForms:
         return any(precision.is_coded for precision in self.experts)
 
 
-def primary_forms(options: PackOptions, shape: MoeShape) -> PrimaryForms:
+def primary_forms(
+    options: PackOptions, shape: MoeShape, kept: KeptPrecision | None = None
+) -> PrimaryForms:
     """Return the precisions of all experts.
+
+    Args:
+        options: options of `pack`.
+        shape: shape of the model.
+        kept: precision that native stands for, if the checkpoint has codes instead of floats.
 
     Raises:
         UsageError: bits are mixed without a plan, the quantizer cannot make them, or the experts
@@ -46,15 +55,21 @@ def primary_forms(options: PackOptions, shape: MoeShape) -> PrimaryForms:
         CorruptArtifactError: the plan's bits do not fit the model.
     """
     if options.channels is None and options.bits is None:
-        return _as_planned(options.plan, shape, options.quantizer)
+        planned = _as_planned(options.plan, shape, options.quantizer)
+        return replace(planned, experts={_stored(p, kept): e for p, e in planned.experts.items()})
     everyone = frozenset((layer, e) for layer in shape.layers for e in range(shape.experts))
     if options.channels is not None:
         return PrimaryForms(experts={_channels(options.channels, options, shape): everyone})
     assert options.bits is not None
-    return PrimaryForms(experts={made_by(options.quantizer, options.bits): everyone})
+    precision = _stored(made_by(options.quantizer, options.bits), kept)
+    return PrimaryForms(experts={precision: everyone})
 
 
-def made_by(quantizer: Quantizer, precision: WholePrecision) -> WholePrecision:
+def _stored(precision: ExpertPrecision, kept: KeptPrecision | None) -> ExpertPrecision:
+    return kept if kept is not None and precision.kind == "native" else precision
+
+
+def made_by(quantizer: Quantizer, precision: Precision) -> Precision:
     """Return the precision with a quantizer's zero points.
 
     Raises:
@@ -93,20 +108,18 @@ def _as_planned(plan: PackPlan | None, shape: MoeShape, quantizer: Quantizer) ->
     of_bits: dict[str, set[ExpertKey]] = {}
     for entry in entries:
         for expert, bits in enumerate(entry.bits):
-            of_bits.setdefault(str(bits), set()).add((entry.layer, expert))
+            name = "native" if bits == NATIVE_WIDTH else str(bits)
+            of_bits.setdefault(name, set()).add((entry.layer, expert))
     removed = frozenset(of_bits.pop("0", set()))
     if not of_bits:
         raise UsageError("the plan leaves every expert out", hint="plan with more --average-bits")
     return PrimaryForms(
         experts={
-            made_by(quantizer, _planned(bits)): frozenset(keys) for bits, keys in of_bits.items()
+            made_by(quantizer, precision_from_bits(bits)): frozenset(keys)
+            for bits, keys in of_bits.items()
         },
         removed=removed,
     )
-
-
-def _planned(bits: str) -> WholePrecision:
-    return precision_from_bits("native" if bits == str(NATIVE_WIDTH) else bits)
 
 
 def _channels(

@@ -1,5 +1,7 @@
 """Writer of a skeleton: matrices quantized if wanted, the rest byte for byte as on disk."""
 
+from dataclasses import replace
+
 import torch
 
 from moe_tool.artifacts.bundle_manifest import SkeletonLinear
@@ -26,7 +28,6 @@ class SkeletonWork:
 
         Args:
             opened: the model; its checkpoint stays open and owned by the caller.
-            precision: precision of the matrices outside experts and routers.
         """
         self._opened = opened
         self._precision = precision
@@ -92,16 +93,11 @@ class SkeletonWork:
         group, _ = self._parts[name]
         if self._made[0] is not group:
             self._made = (None, {})  # free one group before the next is made
-            self._made = (group, self._quantize_group(group))
-        weight = self._made[1][name.rpartition(".")[0]]
-        return memoryview(weight.part(name.rpartition(".")[2]).numpy().data).cast("B")
-
-    def _quantize_group(self, group: LinearGroup) -> dict[str, IntegerWeight]:
-        assert self._precision.kind == "integer"
-        return {
-            parameter: _quantize(weight, self._precision)
-            for parameter, weight in self._opened.skeleton.read(group)
-        }
+            assert self._precision.kind == "integer"
+            weights = self._opened.skeleton.read(group)
+            self._made = (group, {name: _quantize(w, self._precision) for name, w in weights})
+        parameter, _, part = name.rpartition(".")
+        return memoryview(self._made[1][parameter].part(part).numpy().data).cast("B")
 
 
 def _quantize(weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeight:
@@ -111,11 +107,9 @@ def _quantize(weight: torch.Tensor, precision: IntegerPrecision) -> IntegerWeigh
         quantize(rows, precision.width_bits, group=precision.group)
         for rows in torch.split(weight, n_rows)
     ]
-    return IntegerWeight(
+    return replace(
+        blocks[0],
         planes=tuple(torch.cat(planes) for planes in zip(*(b.planes for b in blocks), strict=True)),
         scales=torch.cat([block.scales for block in blocks]),
-        width_bits=precision.width_bits,
-        group=precision.group,
-        n_outputs=weight.shape[0],
-        n_inputs=weight.shape[1],
+        n_outputs=len(weight),
     )

@@ -21,11 +21,13 @@ from moe_tool.progress import SILENT, Progress
 
 # Everything a tokenizer, a chat template or `generate` may read, and how weights are quantized;
 # nothing else of the checkpoint's folder is copied.
-_COMPANION_FILES = (
+_MODEL_FILES = (
     "config.json",
     "hf_quant_config.json",
     "quantize_config.json",
     "generation_config.json",
+)
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -73,9 +75,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     An interrupted run is resumed when called again with the same job.
 
     Args:
-        job: job of `plan_pack`.
         opened: the model of the job; its checkpoint stays open and belongs to the caller.
-        progress: told about every record.
 
     Raises:
         UsageError: the bundle's folder holds something else.
@@ -87,20 +87,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     skeleton = SkeletonWork(opened, job.skeleton)
     writer = BundleWriter.open(job.out, job.spec)
     resumed = writer.n_written
-    unrouted: list[ExpertKey] = []
-    if not writer.finished:
-        records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
-        require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
-        try:
-            if job.tokens is None:
-                write_records(writer, opened, job.quantizer, progress)
-            else:
-                unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
-        finally:
-            writer.suspend()
-        skeleton.write(writer, progress)
-        for name, data in _companions(job.folder):
-            writer.add_file(name, data)
+    unrouted = [] if writer.finished else _write(writer, job, opened, skeleton, progress)
     proofs: list[BundleProof] = []
 
     def prove(folder: Path) -> None:
@@ -134,13 +121,37 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     )
 
 
+def _write(
+    writer: BundleWriter,
+    job: PackJob,
+    opened: OpenedModel,
+    skeleton: SkeletonWork,
+    progress: Progress,
+) -> list[ExpertKey]:
+    """Write everything but the manifest; return the experts of `PackReport.unrouted`."""
+    records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
+    require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
+    unrouted: list[ExpertKey] = []
+    try:
+        if job.tokens is None:
+            write_records(writer, opened, job.quantizer, progress)
+        else:
+            unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
+    finally:
+        writer.suspend()
+    skeleton.write(writer, progress)
+    for name, data in _companions(job.folder, job.tokenizer):
+        writer.add_file(name, data)
+    return unrouted
+
+
 def _error(manifest: BundleManifest) -> float | None:
     found = [record.eps for record in manifest.primary_records if record.eps is not None]
     return float(np.mean(found)) if found else None
 
 
-def _companions(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for name in _COMPANION_FILES:
-        path = folder / name
+def _companions(model: Path, tokenizer: Path) -> Iterator[tuple[str, bytes]]:
+    paths = [model / name for name in _MODEL_FILES] + [tokenizer / n for n in _TOKENIZER_FILES]
+    for path in paths:
         if path.is_file() and path.stat().st_size <= _COMPANION_MAX_BYTES:
-            yield name, path.read_bytes()
+            yield path.name, path.read_bytes()

@@ -16,9 +16,10 @@ from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.expert_source import ExpertSource
 from moe_tool.packing.calibrated_layers import CalibratedModel
 from moe_tool.packing.expert_coding import coded
-from moe_tool.packing.expert_records import MEASURED_TOKENS, ExpertRecords
+from moe_tool.packing.expert_records import MEASURED_TOKENS, ExpertRecords, MeasuredRecord
 from moe_tool.packing.plan_pack import PackJob
 from moe_tool.progress import Progress
+from moe_tool.quantization.weights import AnyWeight
 from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.quantizers.rtn import nearest
 
@@ -29,10 +30,7 @@ def write_records(
     """Write the missing records, one expert after the other; the next one is read meanwhile.
 
     Args:
-        writer: writer of the bundle.
-        opened: the model; its checkpoint is open.
         quantizer: one that needs no inputs; any if no codes are to be made.
-        progress: told about every record.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite; names its expert.
@@ -43,13 +41,37 @@ def write_records(
     progress.begin("pack experts", writer.n_written + len(writer.to_write), "experts")
     progress.advance(writer.n_written)
     wanted = list(writer.to_write)
-    read = read_ahead(opened.experts, [(layer, expert) for _, layer, expert in wanted])
-    for (form, layer, expert), tensors in zip(wanted, read, strict=True):
+    floats = [key for form, *key in wanted if not _is_kept(writer, form)]
+    read = read_ahead(opened.experts, [(layer, expert) for layer, expert in floats])
+    for form, layer, expert in wanted:
         with naming(opened, layer, expert):
-            weights = coded(tensors, writer.spec.forms[form].precision, quantize_expert)
+            if _is_kept(writer, form):
+                weights = kept_expert(opened.experts, layer, expert)
+            else:
+                weights = coded(next(read), writer.spec.forms[form].precision, quantize_expert)
         writer.write_record(form, layer, expert, writer.forms[form].encode(weights))
         progress.advance()
     progress.end()
+
+
+def _is_kept(writer: BundleWriter, form: int) -> bool:
+    return writer.spec.forms[form].precision.kind == "kept"
+
+
+def kept_expert(source: ExpertSource, layer: int, expert: int) -> dict[str, AnyWeight]:
+    """Return an expert in the codes on disk.
+
+    Raises:
+        CorruptArtifactError: it is stored in another way than the experts read before.
+        StorageError: the checkpoint cannot be read.
+    """
+    found = source.read_kept(layer, expert)
+    if found is None:
+        raise CorruptArtifactError(
+            "its codes are stored in another way than those of other experts",
+            hint="download the checkpoint again, or pack rounded weights with --bits 8",
+        )
+    return found
 
 
 def read_ahead(
@@ -77,13 +99,6 @@ def write_calibrated(
 ) -> list[ExpertKey]:
     """Write the missing records with their measured errors, one layer in memory at a time.
 
-    Args:
-        writer: writer of the bundle.
-        opened: the model; its checkpoint is open.
-        job: job of the bundle.
-        tokens: tokens of the profile, for a second pass through the model.
-        progress: told about every record.
-
     Returns:
         Experts fitted to other experts' tokens, since too few are routed to them.
 
@@ -108,7 +123,11 @@ def write_calibrated(
             for form in forms:
                 plan = writer.spec.forms[form]
                 with naming(opened, at.layer, expert):
-                    made = records.make(writer.forms[form], plan.precision, plan.role)
+                    if _is_kept(writer, form):
+                        weights = kept_expert(opened.experts, at.layer, expert)
+                        made = MeasuredRecord(record=writer.forms[form].encode(weights), eps=0.0)
+                    else:
+                        made = records.make(writer.forms[form], plan.precision, plan.role)
                 writer.write_record(
                     form, at.layer, expert, made.record, eps=made.eps, base_eps=made.base_eps
                 )

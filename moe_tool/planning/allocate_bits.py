@@ -112,10 +112,9 @@ def allocate_by_layer(cost: np.ndarray, size: np.ndarray, room: int) -> np.ndarr
         size: [L, E, B] int64.
         room: room of all layers together.
     """
-    parts = [allocate(c, s, room // len(cost)) for c, s in zip(cost, size, strict=True)]
-    if any(part is None for part in parts):
-        return None
-    return np.stack([part for part in parts if part is not None])
+    found = (allocate(c, s, room // len(cost)) for c, s in zip(cost, size, strict=True))
+    parts = [part for part in found if part is not None]
+    return np.stack(parts) if len(parts) == len(cost) else None
 
 
 def spread_evenly(n_experts: int, low: int, high: int, share: float) -> np.ndarray:

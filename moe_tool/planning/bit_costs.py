@@ -32,7 +32,6 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
     """Return the costs by measured errors, or by the profile's errors of rounding to nearest.
 
     Args:
-        sources: inputs from the profile.
         prices: bit prices measured with the quantizer in use; None for rtn.
 
     Raises:

@@ -28,7 +28,6 @@ from moe_tool.planning.plan_notes import (
 from moe_tool.planning.plan_request import PlanRequest, check_request
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import predicted_loss
-from moe_tool.policies.eviction import parse_eviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.simulator.simulate import Budget, simulate_prefetch
 
@@ -76,11 +75,7 @@ def build_plan(
     """Return the fastest plan that keeps the budget and the limits.
 
     Args:
-        sources: inputs of `read_sources`.
-        hardware: the machine to plan for.
-        request: budget and limits.
         prices: bit prices for mixed bits with another quantizer than rtn.
-        progress: told about the steps.
 
     Raises:
         BudgetError: nothing allowed fits; the hint names the smallest budget that works.
@@ -171,8 +166,8 @@ def _try_prefetch(sources: PlanSources, chosen: Candidate) -> PrefetchRow | None
     if best.hit_rate >= 1 or sources.replayed.trace.n_layers < 2:
         return None
     budget = Budget(label=best.memory, n_slots=best.slots)
-    choice = parse_eviction(best.eviction)
-    return simulate_prefetch(sources.replayed, choice, budget, chosen.experts.machine, depth=1)
+    machine = chosen.experts.machine
+    return simulate_prefetch(sources.replayed, chosen.exact.choice, budget, machine, depth=1)
 
 
 def _notes_of_choice(
@@ -220,8 +215,8 @@ def _elsewhere(
     sources: PlanSources, request: PlanRequest, chosen: Candidate, budget: Budget
 ) -> Candidate | None:
     """Return the same choice with another number of slots; None if it cannot run in them."""
-    experts, eviction = chosen.experts, chosen.exact.rows[0].eviction
-    exact = replay_one(sources, experts, eviction, budget)
+    experts = chosen.experts
+    exact = replay_one(sources, experts, chosen.exact.choice, budget)
     found = _candidates(sources, request, experts, exact or chosen.exact, budget.n_slots)
     if exact is None:
         found.pop()  # the policy cannot work with so few

@@ -8,6 +8,8 @@ from moe_tool.artifacts.simulation_report import SimulatedRow
 from moe_tool.budget.account import MemoryPlan
 from moe_tool.planning.model_costs import ModelCosts
 from moe_tool.policies.cheapest_residents import ResidentChoice
+from moe_tool.policies.eviction import EvictionChoice
+from moe_tool.policies.misses import MissChoice
 from moe_tool.simulator.replay_misses import ReplayedMisses
 from moe_tool.simulator.simulate import Machine
 
@@ -54,6 +56,8 @@ class EvictionReplays:
 
     rows: tuple[SimulatedRow, ...]
     """Policies by rising bytes read, without the bound"""
+    choice: EvictionChoice
+    """Policy of the first row"""
     lru: SimulatedRow
     bound: SimulatedRow
     notes: tuple[str, ...] = ()
@@ -64,7 +68,7 @@ class EvictionReplays:
 class LossyAnswers:
     """Replay of decoding with misses answered by price."""
 
-    policy: str
+    policy: MissChoice
     replicas: str
     """Cheaper forms to be packed, as `pack --replicas` takes them"""
     record_bytes: tuple[int, ...]

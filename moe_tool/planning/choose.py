@@ -22,7 +22,6 @@ def choose(candidates: Sequence[Candidate], *, max_kl: float | None) -> Candidat
 
     Args:
         candidates: candidates in the order of preference.
-        max_kl: limit of expected divergence in nats per token; None: no limit.
     """
     kept = [each for each in candidates if max_kl is None or each.nats_per_token <= max_kl]
     if not kept:

@@ -1,6 +1,7 @@
 """Comparison of a recorded run with its simulation."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -8,8 +9,8 @@ from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.artifacts.simulation_report import PolicyHits, RunComparison
 from moe_tool.planning.model_costs import costs_of_bytes
-from moe_tool.policies.eviction import Belady, CacheShape, Eviction, EvictionChoice
-from moe_tool.simulator.counts import CallCounts
+from moe_tool.policies.eviction import Belady, EvictionChoice
+from moe_tool.simulator.access_trace import CallCounts
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
 from moe_tool.simulator.time_model import call_times, forward_seconds
@@ -24,9 +25,6 @@ def compare_run(
     """Return the comparison, with replays of the run's calls under other policies.
 
     Args:
-        header: header of the run's trace.
-        calls: calls of the run.
-        hardware: the machine of the run.
         choices: other policies; one that needs more than was recorded is left out.
     """
     trace, counts = recorded_trace(header, calls), replay_run(header, calls)
@@ -76,13 +74,8 @@ def _policies(
         if not (lacks_scores or lacks_guesses or is_too_small or choice.pinned_share):
             counts = replay_run(header, calls, eviction=choice)
             rows.append(_hits(choice.name, counts, header, calls))
-    named = trace.calls()
-
-    def make(shape: CacheShape) -> Eviction:
-        return Belady(shape, calls=named)
-
     if not header.pinned:
-        bound = naive_replay(trace, make, capacity=header.n_slots)
+        bound = naive_replay(trace, partial(Belady, calls=trace.calls()), capacity=header.n_slots)
         name = "belady" if header.prefetch == "none" else "belady, without prefetch"
         rows.append(_hits(name, bound, header, calls))
     return rows

@@ -6,7 +6,7 @@ from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow
 from moe_tool.planning.candidate import EvictionReplays, PackedExperts
 from moe_tool.planning.pinning import check_pins
 from moe_tool.planning.plan_sources import PlanSources
-from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import Progress
 from moe_tool.simulator.simulate import (
@@ -18,19 +18,21 @@ from moe_tool.simulator.simulate import (
 
 _SIMPLE_FIRST = 0.99
 """Share of an earlier policy's bytes below which a later one ranks first"""
-_DEFAULT = "lru"
 _CANDIDATES = (
-    _DEFAULT,
-    "layer-lru",
-    "lfu",
-    "lfu:halve-every=512",
-    "s3-fifo",
-    "pinned+lru",
-    "static-hot",
-    "lru:per-layer",
-    "lfu:per-layer",
+    DEFAULT_EVICTION,
+    parse_eviction("layer-lru"),
+    parse_eviction("lfu"),
+    parse_eviction("lfu:halve-every=512"),
+    parse_eviction("s3-fifo"),
+    parse_eviction("pinned+lru"),
+    parse_eviction("static-hot"),
+    parse_eviction("lru:per-layer"),
+    parse_eviction("lfu:per-layer"),
 )
-_HOBBIT_MIXES = ((70, 0, 30), (45, 35, 20), (20, 70, 10), (20, 40, 40), (10, 20, 70), (0, 80, 20))
+_HOBBIT_MIXES = tuple(
+    parse_eviction(f"hobbit:lru={mix[0]},lfu={mix[1]},lhu=0,fld={mix[2]}")
+    for mix in ((70, 0, 30), (45, 35, 20), (20, 70, 10), (20, 40, 40), (10, 20, 70), (0, 80, 20))
+)
 """Percent of recency, frequency and layer distance; high-precision frequency has no share, since
 every use counts as one"""
 
@@ -41,12 +43,6 @@ def replay_evictions(
     """Return decoding under every eviction policy that fits the budget, ranked by bytes read.
 
     Experts of mixed widths are replayed under lru alone: one pool per width is not simulated.
-
-    Args:
-        sources: inputs from the profile.
-        experts: packed experts with the account of the budget.
-        label: name of the budget.
-        progress: told about the replays.
     """
     budget = Budget(label=label, n_slots=experts.replayed_slots)
     choices, notes = _choices(sources, experts, budget)
@@ -55,22 +51,23 @@ def replay_evictions(
     )
     if experts.is_resident:
         rows = [_once_filled(row) for row in rows]
-    return _rank(rows, notes)
+    return _rank(rows, choices, notes)
 
 
 def replay_one(
-    sources: PlanSources, experts: PackedExperts, eviction: str, budget: Budget
+    sources: PlanSources, experts: PackedExperts, choice: EvictionChoice, budget: Budget
 ) -> EvictionReplays | None:
     """Return decoding under one eviction policy at another number of slots; None if there are too
     few for it."""
-    choice = parse_eviction(eviction)
     rows, _ = simulate_decoding(sources.replayed, [choice], [budget], experts.machine)
     if all(row.eviction == BELADY for row in rows):
         return None
-    return _rank(rows, [])
+    return _rank(rows, [choice], [])
 
 
-def _rank(rows: list[SimulatedRow], notes: list[str]) -> EvictionReplays:
+def _rank(
+    rows: list[SimulatedRow], choices: list[EvictionChoice], notes: list[str]
+) -> EvictionReplays:
     """Rank rows, the bound among them, by bytes read; a later row has to read noticeably less than
     an earlier one."""
     bound = next(row for row in rows if row.eviction == BELADY)
@@ -87,8 +84,11 @@ def _rank(rows: list[SimulatedRow], notes: list[str]) -> EvictionReplays:
             len(ranked),
         )
         ranked.insert(at, row)
-    lru = next((row for row in ranked if row.eviction == _DEFAULT), ranked[0])
-    return EvictionReplays(rows=tuple(ranked), lru=lru, bound=bound, notes=tuple(notes))
+    choice = next(each for each in choices if each.name == ranked[0].eviction)
+    lru = next((row for row in ranked if row.eviction == DEFAULT_EVICTION.name), ranked[0])
+    return EvictionReplays(
+        rows=tuple(ranked), choice=choice, lru=lru, bound=bound, notes=tuple(notes)
+    )
 
 
 def _once_filled(row: SimulatedRow) -> SimulatedRow:
@@ -100,14 +100,14 @@ def _choices(
     sources: PlanSources, experts: PackedExperts, budget: Budget
 ) -> tuple[list[EvictionChoice], list[str]]:
     """Return the policies that a plan may use, and notes on the others."""
-    plain, machine = [parse_eviction(_DEFAULT)], experts.machine
+    plain, machine = [DEFAULT_EVICTION], experts.machine
     if experts.bits == "mixed":
         return plain, []
     if experts.is_resident:
         return plain, ["every expert stays in memory: nothing is ever evicted"]
     choices: list[EvictionChoice] = []
     notes: list[str] = []
-    for choice in map(parse_eviction, _CANDIDATES):
+    for choice in _CANDIDATES:
         if choice.pinned_share:
             count = n_pinned(
                 choice.pinned_share,
@@ -122,19 +122,15 @@ def _choices(
                 notes.append(f"no {choice.name}: {refusal}")
                 continue
         choices.append(choice)
-    choices.append(parse_eviction(_best_hobbit(sources, machine, budget)))
+    choices.append(_best_hobbit(sources, machine, budget))
     return choices, notes
 
 
-def _best_hobbit(sources: PlanSources, machine: Machine, budget: Budget) -> str:
+def _best_hobbit(sources: PlanSources, machine: Machine, budget: Budget) -> EvictionChoice:
     """Return HOBBIT with the weights that miss least on the in-sample trace, as in the paper."""
 
-    def hits(mix: tuple[int, int, int]) -> int:
-        counts = replay_choice(sources.searched, parse_eviction(_hobbit(mix)), budget, machine)
+    def hits(choice: EvictionChoice) -> int:
+        counts = replay_choice(sources.searched, choice, budget, machine)
         return 0 if counts is None else int(counts.hits.sum())
 
-    return _hobbit(max(_HOBBIT_MIXES, key=hits))
-
-
-def _hobbit(mix: tuple[int, int, int]) -> str:
-    return f"hobbit:lru={mix[0]},lfu={mix[1]},lhu=0,fld={mix[2]}"
+    return max(_HOBBIT_MIXES, key=hits)

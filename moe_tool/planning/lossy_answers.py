@@ -6,7 +6,7 @@ from moe_tool.planning.candidate import LossyAnswers, PackedExperts
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import profile_prices, replicas_below
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
-from moe_tool.policies.misses import PolicyInputs, parse_miss_policy
+from moe_tool.policies.misses import PRICED_POLICY, PolicyInputs
 from moe_tool.simulator.profile_trace import part_to_replay
 from moe_tool.simulator.replay_misses import ReplayedMisses, replay_misses, resident_masks
 from moe_tool.simulator.time_model import CallCosts
@@ -34,7 +34,7 @@ def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) ->
         if room <= 0:
             continue
         residents = cheapest_residents(book, sources.use, room_bytes=room, nats_per_mb=price)
-        choice = parse_miss_policy("priced").with_value("nats-per-mb", price)
+        choice = PRICED_POLICY.with_value("nats-per-mb", price)
         replayed = replay_misses(
             sources.profile,
             part,
@@ -46,7 +46,7 @@ def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) ->
         )
         found.append(
             LossyAnswers(
-                policy=choice.name,
+                policy=choice,
                 replicas=replicas,
                 record_bytes=book.record_bytes,
                 residents=residents,

@@ -9,8 +9,6 @@ from moe_tool.artifacts.precision import replica_precisions
 from moe_tool.planning.candidate import Candidate
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
-from moe_tool.policies.eviction import parse_eviction
-from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.simulator.profile_trace import PROMPT_TOKENS
 from moe_tool.simulator.simulate import Budget, simulate_prompts
 
@@ -30,7 +28,6 @@ def make_pack_plan(
 ) -> PackPlan:
     """Return the plan of the chosen candidate; `prefetches`: prefetch pays."""
     header, experts, lossy = sources.profile.header, candidate.experts, candidate.lossy
-    best = candidate.exact.rows[0]
     return PackPlan(
         tool_version=__version__,
         identity=header.identity,
@@ -42,9 +39,9 @@ def make_pack_plan(
         expert_bits=experts.expert_bits,
         quantizer=experts.quantizer,
         skeleton_bits=request.skeleton_bits,
-        eviction=best.eviction,
+        eviction=candidate.exact.choice.name,
         prefetch="next-layer" if prefetches else "none",
-        policy=None if lossy is None else lossy.policy,
+        policy=None if lossy is None else lossy.policy.name,
         replicas="" if lossy is None else lossy.replicas,
         max_kl=None if lossy is None else request.max_kl,
         forms=_forms(candidate),
@@ -83,8 +80,7 @@ def _forms(candidate: Candidate) -> tuple[PlannedForm, ...]:
     if lossy is None:
         return ()
     names = (candidate.experts.bits, *(each.name for each in replica_precisions(lossy.replicas)))
-    n_experts = candidate.experts.n_experts
-    prices = parse_miss_policy(lossy.policy).values["nats-per-mb"]
+    n_experts, price = candidate.experts.n_experts, lossy.policy.values["nats-per-mb"]
     return tuple(
         PlannedForm(
             role="replica" if at else "primary",
@@ -92,7 +88,7 @@ def _forms(candidate: Candidate) -> tuple[PlannedForm, ...]:
             record_bytes=size,
             resident=keys,
             # Primary records are read for prompts; only replicas of use are packed.
-            n_disk_only=0 if at and math.isinf(prices) else n_experts - len(keys),
+            n_disk_only=0 if at and math.isinf(price) else n_experts - len(keys),
         )
         for at, (name, size, keys) in enumerate(
             zip(names, lossy.record_bytes, lossy.residents.by_form, strict=True)
@@ -117,7 +113,7 @@ def _seconds_to_first_token(
     experts, shape = candidate.experts, sources.profile.header.shape
     costs = experts.costs
     budget = Budget(label=str(request.memory), n_slots=experts.replayed_slots)
-    choices = [parse_eviction(candidate.exact.rows[0].eviction)]
+    choices = [candidate.exact.choice]
     row = simulate_prompts(trace, n_traced, choices, [budget], experts.machine)[0]
     per_call = len(trace.keys) / max(1, trace.n_calls)
     chunk, n_threads = min(_FIRST_PROMPT_TOKENS, PROMPT_TOKENS), hardware.cores

@@ -27,41 +27,19 @@ def allocate_average(
     of an error and in that of a read.
 
     Args:
-        costs: costs of all experts.
-        average_bits: limit of the average width.
         room_bytes: memory for experts; None: all are resident.
     """
-    nats = costs.nats
-    n_layers, n_experts, _ = nats.shape
-    size = np.array(WIDTHS, dtype=np.int64)
-    room = math.floor(average_bits * n_layers * n_experts + 1e-9)
-
-    def best(cost: np.ndarray) -> np.ndarray:
-        found = allocate(
-            cost.reshape(-1, len(WIDTHS)),
-            np.broadcast_to(size, (n_layers * n_experts, len(WIDTHS))),
-            room,
-        )
-        assert found is not None  # all may be removed
-        return found.reshape(n_layers, n_experts)
-
-    chosen = best(nats)
+    bits = np.array(WIDTHS, dtype=np.int64)
+    room = math.floor(average_bits * costs.load.size + 1e-9)
+    chosen = _best(costs.nats, bits, room)
     if room_bytes is None or costs.size_bytes[chosen].sum() <= room_bytes:
         return chosen
-    reads = _read_costs(costs, chosen, room_bytes)
-    return best(nats + reads)
+    return _best(costs.nats + _read_costs(costs, chosen, room_bytes), bits, room)
 
 
 def allocate_bytes(costs: BitCosts, room_bytes: int) -> np.ndarray:
     """Return the widths' columns with the least loss that fit in memory, [L, E] int64."""
-    n_layers, n_experts, n_widths = costs.nats.shape
-    found = allocate(
-        costs.nats.reshape(-1, n_widths),
-        np.broadcast_to(costs.size_bytes, (n_layers * n_experts, n_widths)),
-        room_bytes,
-    )
-    assert found is not None  # all may be removed
-    return found.reshape(n_layers, n_experts)
+    return _best(costs.nats, costs.size_bytes, room_bytes)
 
 
 def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray:
@@ -70,7 +48,6 @@ def allocate_within(costs: BitCosts, max_nats: float) -> np.ndarray:
     Found by bisection, since the loss falls with the bytes.
 
     Args:
-        costs: costs of all experts.
         max_nats: limit in nats per token, at least 0, which native experts keep.
     """
     n_experts = costs.nats.shape[0] * costs.nats.shape[1]
@@ -127,6 +104,18 @@ def layer_bits(layers: Sequence[int], chosen: np.ndarray) -> tuple[LayerBits, ..
         LayerBits(layer=layer, bits=tuple(WIDTHS[column] for column in row))
         for layer, row in zip(layers, chosen, strict=True)
     )
+
+
+def _best(cost: np.ndarray, size: np.ndarray, room: int) -> np.ndarray:
+    """Return the cheapest columns, [L, E], by [L, E, W] costs and [W] sizes."""
+    n_layers, n_experts, _ = cost.shape
+    found = allocate(
+        cost.reshape(-1, len(WIDTHS)),
+        np.broadcast_to(size, (n_layers * n_experts, len(WIDTHS))),
+        room,
+    )
+    assert found is not None  # all may be removed
+    return found.reshape(n_layers, n_experts)
 
 
 def _nats(costs: BitCosts, chosen: np.ndarray) -> float:

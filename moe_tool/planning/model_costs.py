@@ -45,11 +45,7 @@ def model_costs(
     """Return the costs of a layer call with one token.
 
     Args:
-        shape: shape of the model.
         skeleton: its sizes outside the experts; None if the profile lacks them.
-        hardware: speeds of the machine.
-        bits: precision of the experts.
-        skeleton_bits: precision of the other matrices.
         threads: threads of computation; None: all cores.
     """
     return costs_of_bytes(
@@ -70,8 +66,6 @@ def replay_machine(
     """Return the replay's description of a model on a machine.
 
     Args:
-        shape: shape of the model.
-        costs: costs of its layer calls.
         ranked: (layer, expert) that a policy may pin, the most used first.
     """
     ids = LayerIds(shape.layers, shape.experts)

@@ -17,7 +17,6 @@ class PinCheck:
     even: float
     """Coverage of a set of this size if all experts were used alike"""
     in_sample: float
-    """Coverage of the in-sample uses"""
     held_out: float | None
     """Coverage of the held-out uses; None without held-out tokens"""
     by_domain: tuple[float | None, ...]
@@ -50,13 +49,7 @@ def rank_experts(statistics: dict[int, ExpertStatistics]) -> list[tuple[int, int
 def check_pins(
     statistics: dict[int, ExpertStatistics], ranked: list[tuple[int, int]], n_pinned: int
 ) -> PinCheck:
-    """Return the coverage of the `n_pinned` hottest experts, at least 1.
-
-    Args:
-        statistics: statistics by decoder layer.
-        ranked: ranking of `rank_experts`.
-        n_pinned: size of the set.
-    """
+    """Return the coverage of the first `n_pinned` experts, at least 1, of `rank_experts`."""
     inside = outside = inside_all = outside_all = 0.0
     n_domains = len(next(iter(statistics.values())).held_out.domain_load)
     answered, uses = np.zeros(n_domains), np.zeros(n_domains)

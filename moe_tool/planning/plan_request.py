@@ -21,7 +21,6 @@ class PlanRequest:
     average_bits: float | None = None
     """Average bits per weight of mixed widths; None: by memory or limit"""
     quantizer: Quantizer = "rtn"
-    """Quantizer of mixed widths"""
     skeleton_bits: SkeletonBits = "native"
     max_loss: float = 0.01
     """Relative increase of perplexity that fewer bits may cause, if misses are answered exactly"""

@@ -25,7 +25,6 @@ class PlanSources:
     skeleton: SkeletonFacts
     statistics: dict[int, ExpertStatistics]
     use: dict[int, ExpertUse]
-    """Use of experts by decoder layer"""
     ranked: list[tuple[int, int]]
     replayed: Replayer
     searched: Replayer

@@ -5,7 +5,6 @@ import math
 import numpy as np
 
 from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS, ExpertStatistics
-from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits
 from moe_tool.artifacts.precision import IntegerPrecision, precision_from_bits, replica_precisions
 from moe_tool.formats.record_form import record_form
@@ -26,16 +25,14 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
 
     A replica's error is relative to the checkpoint's expert, as the profile measured it, even if
     the primary forms have fewer bits. Stand-ins are not considered: they need a buddy map.
-
-    Args:
-        sources: inputs from the profile.
-        bits: precision of the experts.
-        replicas: widths as from `replicas_below`.
     """
     shape = sources.profile.header.shape
     forms = [f for f in replica_precisions(replicas) if f.kind == "integer"]
     nobody = np.zeros((shape.experts, 0))
-    sizes = [record_size(shape, bits), *(_replica_size(shape, form) for form in forms)]
+    sizes = [
+        record_size(shape, bits),
+        *(record_form(shape, form).layout.size_bytes for form in forms),
+    ]
     layers = {}
     for layer in shape.layers:
         each = sources.statistics[layer]
@@ -87,7 +84,3 @@ def predicted_loss(statistics: dict[int, ExpertStatistics], bits: Bits) -> float
 def _effective_errors(statistics: ExpertStatistics, form: IntegerPrecision) -> np.ndarray:
     eps = statistics.eps_bits[:, PRICED_WIDTHS.index(form.width_bits)]  # [E]
     return effective_error(eps, is_noise=form.leaves_noise)
-
-
-def _replica_size(shape: MoeShape, form: IntegerPrecision) -> int:
-    return record_form(shape, form).layout.size_bytes

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import SkeletonBits
-from moe_tool.artifacts.simulation_report import PrefetchRow, SimulationReport, best_policy
+from moe_tool.artifacts.simulation_report import Cliff, SimulationReport, best_policy
 from moe_tool.budget.slots import split_slots
 from moe_tool.errors import ArtifactVersionError, UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
@@ -20,7 +20,6 @@ from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.simulate import (
     Budget,
     Machine,
-    find_cliff,
     find_slower,
     simulate_decoding,
     simulate_prefetch,
@@ -39,7 +38,6 @@ class SimulateOptions:
     memory: Sequence[str] = ("10%..100%",)
     """Budgets: ranges of shares, shares, or sizes of the whole process"""
     bits: SkeletonBits = "4"
-    """Bits of the experts"""
     skeleton_bits: SkeletonBits = "native"
     context: int = 4096
     """Positions that budgets in bytes have room for"""
@@ -53,12 +51,6 @@ def simulate_profile(
     progress: Progress = SILENT,
 ) -> SimulationReport:
     """Replay decoding and prompts, and prefetch under the best policies.
-
-    Args:
-        profile: an open profile.
-        hardware: the machine that times are for.
-        options: budgets, policies and precision.
-        progress: told about the replays.
 
     Raises:
         UsageError: the profile has no tokens, or a budget is out of range.
@@ -94,32 +86,17 @@ def simulate_profile(
         prompt_rows=tuple(simulate_prompts(prompts, n_tokens, choices, budgets, machine)),
         unheard=tuple(choice.name for choice in choices if "scores" in choice.hints),
         prefetch_rows=tuple(
-            row
-            for budget in _some(budgets)
+            simulate_prefetch(replayer, choice, budget, machine, depth=depth)
+            for budget in (() if trace.guesses is None else _some(budgets))
             if (best := best_policy(rows, budget.label)).hit_rate < 1
-            for row in _prefetch_rows(replayer, choices, budget, machine, best.eviction)
+            for choice in choices
+            if choice.name == best.eviction
+            for depth in _PREFETCH_DEPTHS
         ),
-        cliff=find_cliff(trace, machine.record_bytes),
+        cliff=Cliff(experts=trace.cycle, bytes=round(trace.cycle * machine.record_bytes)),
         warnings=tuple(find_slower(rows)),
         accesses_per_second=rate,
     )
-
-
-def _prefetch_rows(
-    replayer: Replayer,
-    choices: Sequence[EvictionChoice],
-    budget: Budget,
-    machine: Machine,
-    eviction: str,
-) -> list[PrefetchRow]:
-    if replayer.trace.guesses is None:
-        return []
-    return [
-        simulate_prefetch(replayer, choice, budget, machine, depth=depth)
-        for choice in choices
-        if choice.name == eviction
-        for depth in _PREFETCH_DEPTHS
-    ]
 
 
 def _some(budgets: Sequence[Budget]) -> Sequence[Budget]:

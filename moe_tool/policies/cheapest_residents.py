@@ -24,7 +24,6 @@ class ResidentChoice:
 
     by_form: tuple[tuple[ExpertKey, ...], ...]
     """Experts held in each form, in the order of choice; each expert in one form at most"""
-    size_bytes: int
     nats_per_token: float
     """Expected price of all misses with the cheapest answers, reads included at `nats_per_mb`"""
 
@@ -43,13 +42,6 @@ class _Layer:
     """Costs of the answers that one layer's residents give so far, in nats per token."""
 
     def __init__(self, use: ExpertUse, book: LayerBook, nats_per_mb: float) -> None:
-        """Begin with nothing in memory.
-
-        Args:
-            use: use of the experts.
-            book: prices.
-            nats_per_mb: worth of avoiding a read of 10^6 bytes.
-        """
         self.held: dict[int, int] = {}  # expert -> form
         self.sizes = book.record_bytes
         self.is_stored = np.isfinite(book.eps) & (self.sizes > 0)
@@ -104,9 +96,7 @@ def cheapest_residents(
     anything: an expert that the profile never saw then has an answer without a read.
 
     Args:
-        book: prices.
-        use: use of experts by decoder layer.
-        room_bytes: limit of the residents' size.
+        book, use, room_bytes: prices, use by decoder layer, and limit of the residents' size.
         nats_per_mb: worth of avoiding a read of 10^6 bytes. If it is low, memory goes to the most
             read experts; if it is infinite, to those that can answer most misses.
     """
@@ -176,7 +166,6 @@ def _search(
         by_form[form].append(key)
     return ResidentChoice(
         by_form=tuple(tuple(keys) for keys in by_form),
-        size_bytes=room_bytes - left,
         nats_per_token=sum(layer.total for layer in layers.values()),
     )
 

@@ -6,11 +6,8 @@ from moe_tool.artifacts.expert_ids import ExpertKey
 
 
 def hottest_first(loads: Mapping[int, Sequence[float]]) -> list[ExpertKey]:
-    """Return all experts, the most used first, equal ones by layer and id.
-
-    Args:
-        loads: decoder layer -> [E] share of tokens routed to each expert.
-    """
+    """Return all experts, the most used first, equal ones by layer and id, given decoder layer ->
+    [E] share of tokens routed to each expert."""
     flat = {(layer, e): load for layer, row in loads.items() for e, load in enumerate(row)}
     return sorted(flat, key=lambda key: (-flat[key], key))
 

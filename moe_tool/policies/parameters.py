@@ -29,20 +29,35 @@ class Parameter:
         return f"{kind}{number_text(self.least)} to {number_text(self.most)}"
 
 
-def read_parameter(
-    place: str, word: str, parameters: Mapping[str, Parameter], *, others: Sequence[str] = ()
-) -> tuple[str, float]:
-    """Return name and value of a word like "alpha=0.3".
+def whole_number(help: str, *, default: int, least: int = 1, most: int = 10**6) -> Parameter:
+    """Return the description of a parameter whose values are whole."""
+    return Parameter(help=help, default=default, least=least, most=most, is_whole=True)
+
+
+def read_values(
+    place: str,
+    words: Sequence[str],
+    parameters: Mapping[str, Parameter],
+    *,
+    others: Sequence[str] = (),
+) -> dict[str, float]:
+    """Return the value of every parameter, from words like "alpha=0.3" or by default.
 
     Args:
-        place: option and text that the word comes from, for a refusal.
-        word: text between two commas.
-        parameters: known parameters by name.
+        place: option and text that the words come from, for a refusal.
+        words, parameters: texts between commas, and known parameters by name.
         others: known words without a value, for a refusal.
 
     Raises:
-        UsageError: the parameter is unknown, or it cannot have this value.
+        UsageError: a parameter is unknown, or it cannot have this value.
     """
+    values = {name: each.default for name, each in parameters.items()}
+    return values | dict(_read_word(place, word, parameters, others) for word in words)
+
+
+def _read_word(
+    place: str, word: str, parameters: Mapping[str, Parameter], others: Sequence[str]
+) -> tuple[str, float]:
     name, _, text = word.partition("=")
     if name not in parameters:
         named = [f"{each}={number_text(p.default)}" for each, p in parameters.items()]

@@ -6,10 +6,20 @@ from moe_tool.artifacts.expert_statistics import ExpertStatistics, RoutingCounts
 from moe_tool.artifacts.routing_report import LayerCoverage
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.pin_rule import judge_pins
-from moe_tool.profiling.hot_set import hottest, share_answered
 
 HOT_SHARE = 0.25
 """Size of the hot set as a share of a layer's experts."""
+
+
+def hottest(load: np.ndarray, *, n_hot: int) -> np.ndarray:
+    """Return the ids of the most used experts by [E] uses, hottest first, ties by lower id."""
+    return np.argsort(-load, kind="stable")[:n_hot]
+
+
+def share_answered(load: np.ndarray, chosen: np.ndarray) -> float | None:
+    """Return the share of the [E] loads that falls on the chosen experts, None without loads."""
+    total = load.sum()
+    return float(load[chosen].sum() / total) if total else None
 
 
 def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
@@ -22,15 +32,10 @@ def layer_coverages(profile: ProfileReader) -> tuple[LayerCoverage, ...]:
 
 
 def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
-    """Return the coverage of one layer.
-
-    Args:
-        layer: decoder-layer index.
-        statistics: the layer's; in-sample or held-out counts may be of no tokens.
-    """
+    """Return the coverage of one layer; its in-sample or held-out counts may be of no tokens."""
     inside, outside = statistics.in_sample, statistics.held_out
-    n_experts = len(inside.load)
-    hot = hottest(inside.load, n_hot=max(1, int(n_experts * HOT_SHARE)))
+    load, n_experts = inside.load, len(inside.load)
+    hot = hottest(load, n_hot=max(1, int(n_experts * HOT_SHARE)))
     best = hottest(outside.load, n_hot=len(hot))
     coverage = share_answered(inside.load, hot) or 0.0
     coverage_held_out = share_answered(outside.load, hot)
@@ -47,7 +52,7 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         n_hot=len(hot),
         n_tokens=inside.n_tokens,
         n_tokens_held_out=outside.n_tokens,
-        load_skew=_load_skew(inside.load),
+        load_skew=float(load.max() / load.mean()) if load.any() else 0.0,
         entropy=_entropy(inside.load),
         never_used=int((inside.load == 0).sum()),
         locality=inside.same_as_previous,
@@ -60,10 +65,6 @@ def layer_coverage(layer: int, statistics: ExpertStatistics) -> LayerCoverage:
         domain_distance=_largest_total_variation(inside.domain_load),
         pin=ruling.verdict,
     )
-
-
-def _load_skew(load: np.ndarray) -> float:
-    return float(load.max() / load.mean()) if load.any() else 0.0
 
 
 def _entropy(load: np.ndarray) -> float:

@@ -29,9 +29,6 @@ def probe_blocks(
     """Return the blocks in which a sample is fed: slices, each spread over the whole sample.
 
     Args:
-        n_tokens: n, size of the sample.
-        n_experts: E.
-        hidden: H.
         memory_bytes: room for the outputs [E, b, H] float32 of one block of b tokens; a block has
             at least one.
     """
@@ -44,11 +41,7 @@ class ExpertProbe:
     """Sums over the sampled tokens of one part of the trace, in-sample or held-out."""
 
     def __init__(self, *, n_experts: int) -> None:
-        """Start with no tokens.
-
-        Args:
-            n_experts: E.
-        """
+        """Start with no tokens."""
         square = (n_experts, n_experts)
         self._n_sampled = 0
         self._n_cka = 0
@@ -109,7 +102,12 @@ class ExpertProbe:
         Raises:
             CorruptArtifactError: an expert's output is not finite; its number is named.
         """
-        self._require_finite()
+        broken = np.flatnonzero(~np.isfinite(self._inner.diagonal()))
+        if broken.size:
+            raise CorruptArtifactError(
+                f"expert {broken[0]} puts out numbers that are not finite",
+                hint="the checkpoint is damaged, or overflows in float32",
+            )
         inner, energy, layer_energy = self._sums()
         own = inner.diagonal()  # [E]
         n_behind = np.where(self._fell_back, self._n_sampled, self._n_routed)
@@ -163,14 +161,6 @@ class ExpertProbe:
         energy = np.where(back[:, None], self._inner.diagonal()[None, :], self._routed_energy)
         layer_energy = np.where(back, self._layer_energy, self._routed_layer_energy)
         return inner, energy, layer_energy
-
-    def _require_finite(self) -> None:
-        broken = np.flatnonzero(~np.isfinite(self._inner.diagonal()))
-        if broken.size:
-            raise CorruptArtifactError(
-                f"expert {broken[0]} puts out numbers that are not finite",
-                hint="the checkpoint is damaged, or overflows in float32",
-            )
 
 
 def bits_price(exact: torch.Tensor, approximations: Mapping[int, torch.Tensor]) -> np.ndarray:

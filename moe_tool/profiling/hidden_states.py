@@ -39,7 +39,7 @@ class HiddenStates:
         self._side = 0
         self._files: list[int] = []
         for side in range(2):
-            path = self._path(side)
+            path = folder / f"hidden-{'ab'[side]}.bin"
             self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
             os.ftruncate(self._files[-1], self.size_bytes)
 
@@ -104,9 +104,6 @@ class HiddenStates:
         for file in self._files:
             os.close(file)
         self._files = []
-
-    def _path(self, side: int) -> Path:
-        return self._folder / f"hidden-{'ab'[side]}.bin"
 
     def _blocks(self) -> Iterator[bytes]:
         for offset in range(0, self.size_bytes, _COPY_BYTES):

@@ -12,7 +12,7 @@ from moe_tool.artifacts.routing_report import (
     Shares,
     mean_of_known,
 )
-from moe_tool.profiling.hot_set import hottest, share_answered
+from moe_tool.profiling.coverage import hottest, share_answered
 
 HOT_PERCENTS = (10, 25, 50)
 """Sizes of hot sets in percent of a layer's experts."""
@@ -32,21 +32,28 @@ def hot_set_coverages(
         sequence_loads: [n, E] int64, loads of each held-out sequence; n may be 0.
         domains: D labels, in the order of both `domain_load`.
     """
-    return tuple(
-        _coverage(percent, in_sample, held_out, sequence_loads, domains) for percent in HOT_PERCENTS
-    )
+    n_experts = len(in_sample.load)
+    coverages = []
+    for percent in HOT_PERCENTS:
+        n_hot = max(1, n_experts * percent // 100)
+        hot = hottest(in_sample.load, n_hot=n_hot)
+        shares = _shares_between(in_sample.domain_load, held_out.domain_load, n_hot)
+        coverages.append(
+            HotSetCoverage(
+                percent=percent,
+                n_hot=n_hot,
+                by_chance=n_hot / n_experts,
+                in_sample=share_answered(in_sample.load, hot),
+                held_out=share_answered(held_out.load, hot),
+                best_per_sequence=_best_per_sequence(sequence_loads, n_hot),
+                domains=domain_transfer(shares, domains),
+            )
+        )
+    return tuple(coverages)
 
 
 def loads_by_sequence(top_k_index: np.ndarray, n_experts: int) -> np.ndarray:
-    """Return how often each sequence uses each expert.
-
-    Args:
-        top_k_index: [n, S, K] integers below `n_experts`.
-        n_experts: E.
-
-    Returns:
-        [n, E] int64.
-    """
+    """Return how often each sequence uses each expert, [n, E] int64, from [n, S, K] experts."""
     n_sequences = len(top_k_index)
     first_cell = np.arange(n_sequences)[:, None, None] * n_experts
     cells = (top_k_index.astype(np.int64) + first_cell).reshape(-1)
@@ -56,22 +63,31 @@ def loads_by_sequence(top_k_index: np.ndarray, n_experts: int) -> np.ndarray:
 def mean_hot_sets(
     layers: Sequence[Sequence[HotSetCoverage]], domains: Sequence[str]
 ) -> tuple[HotSetCoverage, ...]:
-    """Return the mean over layers by size; the worst pair of domains is that of the mean.
-
-    Args:
-        layers: results of `hot_set_coverages`, at least one.
-        domains: D labels.
-    """
-    return tuple(_mean(rows, domains) for rows in zip(*layers, strict=True))
+    """Return the mean over one or more layers by size; the worst pair of domains is that of the
+    mean."""
+    means = []
+    for rows in zip(*layers, strict=True):
+        matrices = [row.domains.shares for row in rows if row.domains is not None]
+        shares = tuple(
+            tuple(mean_of_known(entries) for entries in zip(*of_domain, strict=True))
+            for of_domain in zip(*matrices, strict=True)
+        )
+        means.append(
+            HotSetCoverage(
+                percent=rows[0].percent,
+                n_hot=rows[0].n_hot,
+                by_chance=rows[0].by_chance,
+                in_sample=mean_of_known([row.in_sample for row in rows]),
+                held_out=mean_of_known([row.held_out for row in rows]),
+                best_per_sequence=mean_of_known([row.best_per_sequence for row in rows]),
+                domains=domain_transfer(shares, domains),
+            )
+        )
+    return tuple(means)
 
 
 def domain_transfer(shares: tuple[Shares, ...], domains: Sequence[str]) -> DomainTransfer | None:
-    """Return a matrix of shares with its means, None with fewer than two domains.
-
-    Args:
-        shares: [D, D], None where either domain is without tokens.
-        domains: D labels.
-    """
+    """Return [D, D] shares with their means; None with fewer than two domains."""
     if len(domains) < 2:
         return None
     pairs = [
@@ -88,38 +104,12 @@ def domain_transfer(shares: tuple[Shares, ...], domains: Sequence[str]) -> Domai
     )
 
 
-def _coverage(
-    percent: int,
-    in_sample: RoutingCounts,
-    held_out: RoutingCounts,
-    sequence_loads: np.ndarray,
-    domains: Sequence[str],
-) -> HotSetCoverage:
-    n_experts = len(in_sample.load)
-    n_hot = max(1, n_experts * percent // 100)
-    hot = hottest(in_sample.load, n_hot=n_hot)
-    return HotSetCoverage(
-        percent=percent,
-        n_hot=n_hot,
-        by_chance=n_hot / n_experts,
-        in_sample=share_answered(in_sample.load, hot),
-        held_out=share_answered(held_out.load, hot),
-        best_per_sequence=_best_per_sequence(sequence_loads, n_hot),
-        domains=domain_transfer(
-            _shares_between(in_sample.domain_load, held_out.domain_load, n_hot), domains
-        ),
-    )
-
-
 def _shares_between(fitted: np.ndarray, asked: np.ndarray, n_hot: int) -> tuple[Shares, ...]:
     """Return [D, D] shares from [D, E] loads in-sample and held-out."""
     rows: list[Shares] = []
     for load in fitted:
-        if load.any():
-            hot = hottest(load, n_hot=n_hot)
-            rows.append(tuple(share_answered(other, hot) for other in asked))
-        else:
-            rows.append((None,) * len(asked))
+        hot = hottest(load, n_hot=n_hot)
+        rows.append(tuple(share_answered(other, hot) if load.any() else None for other in asked))
     return tuple(rows)
 
 
@@ -129,26 +119,3 @@ def _best_per_sequence(loads: np.ndarray, n_hot: int) -> float | None:
         return None
     best = np.sort(used, axis=1)[:, used.shape[1] - n_hot :].sum(axis=1)
     return float((best / used.sum(axis=1)).mean())
-
-
-def _mean(rows: Sequence[HotSetCoverage], domains: Sequence[str]) -> HotSetCoverage:
-    first = rows[0]
-    return HotSetCoverage(
-        percent=first.percent,
-        n_hot=first.n_hot,
-        by_chance=first.by_chance,
-        in_sample=mean_of_known([row.in_sample for row in rows]),
-        held_out=mean_of_known([row.held_out for row in rows]),
-        best_per_sequence=mean_of_known([row.best_per_sequence for row in rows]),
-        domains=domain_transfer(
-            _mean_shares([row.domains.shares for row in rows if row.domains is not None]), domains
-        ),
-    )
-
-
-def _mean_shares(matrices: Sequence[tuple[Shares, ...]]) -> tuple[Shares, ...]:
-    """Return the entrywise mean of matrices of one shape."""
-    return tuple(
-        tuple(mean_of_known(entries) for entries in zip(*rows, strict=True))
-        for rows in zip(*matrices, strict=True)
-    )

@@ -1,8 +1,5 @@
 """Pass of all batches through one layer, with its experts in memory and its routing recorded."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -15,43 +12,45 @@ from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.profiling.layer_recording import LayerRecording
-from moe_tool.profiling.layer_statistics import MeasuredTokens, measure_layer
-from moe_tool.profiling.sensitivity import disturb
+from moe_tool.profiling.layer_statistics import measure_layer
 from moe_tool.quantization.weights import FloatWeight
+from moe_tool.text.sequences import TokenSequences
 
 NEXT_GATES = 3
 """Following MoE layers whose routers are applied to a layer's input."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassPlan:
-    """Settings of all layers' passes. T tokens in N sequences."""
-
-    n_tokens: int
-    sample_rows: np.ndarray
-    """[n] ascending rows (tokens) whose layer inputs the probe uses"""
-    domain_of_sequence: np.ndarray
-    """[N] domain index of each sequence"""
-    held_out_sequence: np.ndarray
-    """[N] bool: True for held-out sequences"""
-    n_domains: int
-    seq_len: int
-    probe_bytes: int
-    seed: int
+RELATIVE_NOISE = 0.1
+"""Norm of the noise relative to each token's expert output: small enough for KL to be quadratic,
+large enough for float32"""
 
 
 class LayerPass:
     """State of the current layer; call `begin`, then `forward` for every batch, then `measure`."""
 
-    def __init__(self, opened: OpenedModel, stream: LayerStream, plan: PassPlan) -> None:
-        """Become the experts function of the stream."""
+    def __init__(
+        self,
+        opened: OpenedModel,
+        stream: LayerStream,
+        tokens: TokenSequences,
+        *,
+        sample_rows: np.ndarray,
+        probe_bytes: int,
+    ) -> None:
+        """Become the experts function of the stream.
+
+        Args:
+            tokens: all T tokens that will be recorded.
+            sample_rows: [n] ascending rows (tokens) whose layer inputs the probe uses.
+            probe_bytes: room for one block of all experts' outputs.
+        """
         self._opened = opened
         self._stream = stream
-        self._plan = plan
+        self._tokens = tokens
+        self._sample_rows = sample_rows
+        self._probe_bytes = probe_bytes
         self._layer: StreamedLayer | None = None
         self._experts: dict[int, dict[str, FloatWeight]] = {}
         self._recording: LayerRecording | None = None
-        self._rule: RouterRule | None = None
+        self._rule: RouterRule | None = None  # where top-k is of other scores than the logits
         self._next: list[MoeLayerModules] = []
         self._first_row: int | None = None
         self._disturbed = False
@@ -64,39 +63,32 @@ class LayerPass:
         self._layer = layer
         if layer.moe is None:
             return
-        shape, plan = self._opened.shape, self._plan
+        shape = self._opened.shape
         for expert in range(shape.experts):
             tensors = self._opened.experts.read(layer.layer, expert)
             self._experts[expert] = {n: FloatWeight(values=t) for n, t in tensors.items()}
         later = [modules for modules in self._stream.moe_layers if modules.layer > layer.layer]
         self._next = later[:NEXT_GATES]
-        self._rule = router_rule(layer.moe, self._stream.model.config)
+        rule = router_rule(layer.moe, self._stream.model.config)
+        self._rule = rule if rule is not None and rule.scores_differ else None
         self._recording = LayerRecording(
             shape,
-            n_tokens=plan.n_tokens,
+            n_tokens=self._tokens.ids.size,
             n_next_gates=len(self._next),
-            has_selection_scores=self._rule is not None and self._rule.scores_differ,
-            sample_rows=plan.sample_rows,
+            has_selection_scores=self._rule is not None,
+            sample_rows=self._sample_rows,
         )
 
-    def forward(self, hidden: torch.Tensor, *, first_row: int | None = None) -> torch.Tensor:
-        """Return the layer's output, recording its routing if `first_row` is given.
+    def forward(
+        self, hidden: torch.Tensor, *, first_row: int | None = None, disturbed: bool = False
+    ) -> torch.Tensor:
+        """Return the layer's output, [B, S, H]; record its routing from `first_row` on if given.
 
-        Args:
-            hidden: [B, S, H].
-            first_row: row of the first token in the trace; None: do not record.
+        `disturbed`: with noise on the sum of its experts.
         """
         assert self._layer is not None
-        self._first_row = first_row
+        self._first_row, self._disturbed = first_row, disturbed
         return self._layer.forward(hidden)
-
-    def forward_disturbed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output with noise on the sum of its experts."""
-        self._disturbed = True
-        try:
-            return self.forward(hidden)
-        finally:
-            self._disturbed = False
 
     def measure(self) -> tuple[LayerTrace, ExpertStatistics]:
         """Return the layer's trace and statistics, once all batches went through.
@@ -104,52 +96,52 @@ class LayerPass:
         Raises:
             CorruptArtifactError: an expert puts out numbers that are not finite.
         """
-        assert (
-            self._layer is not None and self._layer.moe is not None and self._recording is not None
-        )
-        plan = self._plan
-        trace = self._recording.trace()
-        tokens = MeasuredTokens(
-            domain=np.repeat(plan.domain_of_sequence, plan.seq_len),
-            sequence=np.repeat(np.arange(len(plan.domain_of_sequence)), plan.seq_len),
-            held_out=np.repeat(plan.held_out_sequence, plan.seq_len),
-            n_domains=plan.n_domains,
-            sample_rows=plan.sample_rows,
-            sample_input=self._recording.sample_input,
-        )
+        layer, recording = self._layer, self._recording
+        assert layer is not None and layer.moe is not None and recording is not None
         try:
             statistics = measure_layer(
-                self._layer.moe.experts, self._experts, trace, tokens, probe_bytes=plan.probe_bytes
+                layer.moe.experts,
+                self._experts,
+                recording,
+                self._tokens,
+                probe_bytes=self._probe_bytes,
             )
         except CorruptArtifactError as error:
-            where = f"layer {self._layer.layer}"
-            raise CorruptArtifactError(f"{where}: {error.message}", hint=error.hint) from error
-        return trace, statistics
+            raise CorruptArtifactError(
+                f"layer {layer.layer}: {error.message}", hint=error.hint
+            ) from error
+        return recording.trace, statistics
 
     def _answer(self, call: LayerCall) -> torch.Tensor:
-        output = call.run_experts(self._supply)
+        output = call.run_experts(
+            lambda wanted: ((expert, self._experts[expert]) for expert in wanted)
+        )
         if self._disturbed:
-            seed = self._plan.seed * 1_000_003 + call.layer
-            return disturb(output, generator=torch.Generator().manual_seed(seed))
+            seed = self._tokens.seed * 1_000_003 + call.layer
+            return _disturb(output, generator=torch.Generator().manual_seed(seed))
         if self._first_row is not None:
             self._record(call, self._first_row)
         return output
 
-    def _supply(self, wanted: list[int]) -> Iterator[tuple[int, Mapping[str, FloatWeight]]]:
-        for expert in wanted:
-            yield expert, self._experts[expert]
-
     def _record(self, call: LayerCall, first_row: int) -> None:
         assert self._recording is not None and call.router_logits is not None
-        scores = None
-        if self._rule is not None and self._rule.scores_differ:
-            scores = self._rule.selection_scores(call.router_logits)
         self._recording.add(
             first_row,
-            hidden=call.hidden,
-            index=call.index,
-            weight=call.weight,
-            logits=call.router_logits,
-            score=scores,
+            call,
+            score=None if self._rule is None else self._rule.selection_scores(call.router_logits),
             next_index=[modules.route(call.hidden).index for modules in self._next],
         )
+
+
+def _disturb(output: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
+    """Return the output plus noise in a random direction, RELATIVE_NOISE times each token's norm.
+
+    Args:
+        output: [T, H] float32, sum of a MoE layer's routed experts.
+    """
+    noise = torch.randn(output.shape, generator=generator)
+    size: torch.Tensor = (
+        RELATIVE_NOISE * output.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    )
+    disturbed: torch.Tensor = output + noise * size
+    return disturbed

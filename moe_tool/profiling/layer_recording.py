@@ -5,13 +5,14 @@ import torch
 
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.router_trace import LayerTrace
+from moe_tool.models.skeleton import LayerCall
 
 # Larger logits would become infinite in float16; a softmax cannot tell the difference.
 _FLOAT16_MAX = 65504.0
 
 
 class LayerRecording:
-    """Preallocated arrays for T tokens, and the layer's input on the probe's tokens."""
+    """Trace of T tokens, allocated at once, and the layer's input on the probe's tokens."""
 
     def __init__(
         self,
@@ -25,51 +26,43 @@ class LayerRecording:
         """Allocate the arrays.
 
         Args:
-            shape: the model's.
-            n_tokens: T.
             n_next_gates: following MoE layers whose routers are applied to this layer's input.
             has_selection_scores: whether top-k is taken of other scores than the logits.
             sample_rows: [n] ascending rows (tokens) whose layer input is kept for the probe.
         """
-        k, e = shape.top_k, shape.experts
-        self._index = np.zeros((n_tokens, k), np.uint16)
-        self._weight = np.zeros((n_tokens, k), np.float16)
-        self._logits = np.zeros((n_tokens, e), np.float16)
-        self._score = np.zeros((n_tokens, e), np.float16) if has_selection_scores else None
-        self._next = np.zeros((n_next_gates, n_tokens, k), np.uint16)
-        self._sample_rows = sample_rows
+        by_choice, by_expert = (n_tokens, shape.top_k), (n_tokens, shape.experts)
+        self.trace = LayerTrace(
+            top_k_index=np.zeros(by_choice, np.uint16),
+            top_k_weight=np.zeros(by_choice, np.float16),
+            router_logits=np.zeros(by_expert, np.float16),
+            selection_score=np.zeros(by_expert, np.float16) if has_selection_scores else None,
+            next_gate_index=np.zeros((n_next_gates, *by_choice), np.uint16),
+        )
+        self.sample_rows = sample_rows
         self.sample_input = torch.zeros(len(sample_rows), shape.hidden)  # [n, H]
 
     def add(
         self,
         first_row: int,
+        call: LayerCall,
         *,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weight: torch.Tensor,
-        logits: torch.Tensor,
         score: torch.Tensor | None,
         next_index: list[torch.Tensor],
     ) -> None:
-        """Record one call: hidden [T', H], index and weight [T', K], logits and score [T', E]."""
-        rows = slice(first_row, first_row + len(hidden))
-        self._index[rows] = index.numpy()
-        self._weight[rows] = weight.numpy()
-        self._logits[rows] = logits.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).numpy()
-        if self._score is not None:
+        """Record one call of T' tokens; score [T', E]; next_index [T', K] for each next gate."""
+        assert call.router_logits is not None
+        rows = slice(first_row, first_row + len(call.hidden))
+        self.trace.top_k_index[rows] = call.index.numpy()
+        self.trace.top_k_weight[rows] = call.weight.numpy()
+        self.trace.router_logits[rows] = _within_float16(call.router_logits)
+        if self.trace.selection_score is not None:
             assert score is not None
-            self._score[rows] = score.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).numpy()
+            self.trace.selection_score[rows] = _within_float16(score)
         for depth, wanted in enumerate(next_index):
-            self._next[depth, rows] = wanted.numpy()
-        first, last = np.searchsorted(self._sample_rows, (rows.start, rows.stop))
-        self.sample_input[first:last] = hidden[self._sample_rows[first:last] - rows.start]
+            self.trace.next_gate_index[depth, rows] = wanted.numpy()
+        first, last = np.searchsorted(self.sample_rows, (rows.start, rows.stop))
+        self.sample_input[first:last] = call.hidden[self.sample_rows[first:last] - rows.start]
 
-    def trace(self) -> LayerTrace:
-        """Return the arrays as a trace."""
-        return LayerTrace(
-            top_k_index=self._index,
-            top_k_weight=self._weight,
-            router_logits=self._logits,
-            selection_score=self._score,
-            next_gate_index=self._next,
-        )
+
+def _within_float16(logits: torch.Tensor) -> np.ndarray:
+    return logits.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).numpy()

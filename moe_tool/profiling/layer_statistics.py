@@ -12,7 +12,7 @@ from moe_tool.artifacts.expert_statistics import (
     ExpertStatistics,
     RoutingCounts,
 )
-from moe_tool.artifacts.router_trace import LayerTrace
+from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
 from moe_tool.experts.expert_forward import expert_forward
 from moe_tool.profiling.expert_probe import (
     MIN_ROUTED_TOKENS,
@@ -20,6 +20,7 @@ from moe_tool.profiling.expert_probe import (
     bits_price,
     probe_blocks,
 )
+from moe_tool.profiling.layer_recording import LayerRecording
 from moe_tool.profiling.routing_counts import count_routing
 from moe_tool.profiling.similarity import router_similarity
 from moe_tool.quantization.round_to_nearest import round_trip
@@ -29,23 +30,6 @@ MAX_PRICED_TOKENS = 256
 """Maximum number of routed tokens per expert for `eps_bits`."""
 
 Experts = Mapping[int, Mapping[str, FloatWeight]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredTokens:
-    """Domain, sequence and part of T traced tokens, and the layer's input on n of them."""
-
-    domain: np.ndarray
-    """[T] domain index"""
-    sequence: np.ndarray
-    """[T] sequence index"""
-    held_out: np.ndarray
-    """[T] bool: True for held-out tokens"""
-    n_domains: int
-    sample_rows: np.ndarray
-    """[n] ascending rows of the sample"""
-    sample_input: torch.Tensor
-    """[n, H] float32 layer input"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,63 +48,68 @@ class _Sample:
 def measure_layer(
     module: nn.Module,
     experts: Experts,
-    trace: LayerTrace,
-    tokens: MeasuredTokens,
+    recording: LayerRecording,
+    tokens: TracedTokens,
     *,
     probe_bytes: int,
 ) -> ExpertStatistics:
     """Return a layer's statistics, with sensitivity 0 until the pass over all layers is complete.
 
     Args:
-        module: the layer's experts module.
         experts: the layer's experts in canonical form.
-        trace: the layer's trace.
-        tokens: the traced tokens.
         probe_bytes: room for one block of all experts' outputs.
 
     Raises:
         CorruptArtifactError: a weight is not finite.
     """
-    in_sample, held_out = (_part_of_sample(trace, tokens, part) for part in (False, True))
+    is_held_out = np.repeat(tokens.held_out, tokens.ids.shape[1])  # [T]
+    in_sample, held_out = (
+        _part_of_sample(recording, part[recording.sample_rows])
+        for part in (~is_held_out, is_held_out)
+    )
     probe = _probe(module, experts, in_sample, probe_bytes)
     probe_held_out = _probe(module, experts, held_out, probe_bytes)
     statistics = probe.finish()
     prices, n_priced = _price_bits(module, experts, in_sample)
     return ExpertStatistics(
-        in_sample=_counts(trace, tokens, held_out=False),
-        held_out=_counts(trace, tokens, held_out=True),
+        in_sample=_counts(recording.trace, tokens, ~is_held_out),
+        held_out=_counts(recording.trace, tokens, is_held_out),
         probe=statistics,
         probe_held_out=probe_held_out.finish(),
         eps_buddy_transferred=probe_held_out.price_of_scales(statistics.scale),
         eps_bits=prices,
         eps_bits_n_tokens=n_priced,
-        router_similarity=router_similarity(trace.router_logits[~tokens.held_out]),
+        router_similarity=router_similarity(recording.trace.router_logits[~is_held_out]),
         sensitivity=0.0,
         sensitivity_n_tokens=0,
     )
 
 
-def _counts(trace: LayerTrace, tokens: MeasuredTokens, *, held_out: bool) -> RoutingCounts:
-    rows = tokens.held_out if held_out else ~tokens.held_out
+def _counts(trace: LayerTrace, tokens: TracedTokens, part: np.ndarray) -> RoutingCounts:
+    """Return the counts over a part, [T] bool, of the tokens."""
+    rows = np.flatnonzero(part)
+    sequence = rows // tokens.ids.shape[1]
     return count_routing(
         top_k_index=trace.top_k_index[rows],
         top_k_weight=trace.top_k_weight[rows],
-        domain_of_token=tokens.domain[rows],
-        sequence_of_token=tokens.sequence[rows],
+        domain_of_token=tokens.domain[sequence],
+        sequence_of_token=sequence,
         n_experts=trace.router_logits.shape[1],
-        n_domains=tokens.n_domains,
+        n_domains=len(tokens.domains),
     )
 
 
-def _part_of_sample(trace: LayerTrace, tokens: MeasuredTokens, held_out: bool) -> _Sample:
-    chosen = tokens.held_out[tokens.sample_rows] == held_out
-    rows = tokens.sample_rows[chosen]
+def _part_of_sample(recording: LayerRecording, chosen: np.ndarray) -> _Sample:
+    """Return a part, [n] bool, of the probe's tokens."""
+    trace, rows = recording.trace, recording.sample_rows[chosen]
     index = trace.top_k_index[rows].astype(np.int64)  # [n, K]
     shape = (len(rows), trace.router_logits.shape[1])
     routed, gate = np.zeros(shape, bool), np.zeros(shape, np.float32)
     np.put_along_axis(routed, index, True, axis=1)
     np.put_along_axis(gate, index, trace.top_k_weight[rows].astype(np.float32), axis=1)
-    return _Sample(inputs=tokens.sample_input[torch.from_numpy(chosen)], routed=routed, gate=gate)
+    return _Sample(
+        inputs=recording.sample_input[torch.from_numpy(chosen)], routed=routed, gate=gate
+    )
 
 
 def _probe(module: nn.Module, experts: Experts, sample: _Sample, probe_bytes: int) -> ExpertProbe:

@@ -16,7 +16,6 @@ def gate_prediction(
         named: [T, K] predicted experts, distinct in each row.
         chosen: [T, K] experts that were called, distinct in each row.
         weight: [T, K] float, gate weights of `chosen`.
-        n_experts: E.
     """
     n_tokens, top_k = chosen.shape
     if n_tokens == 0:
@@ -37,18 +36,18 @@ def gate_prediction(
 def mean_next_gates(layers: Sequence[Sequence[NextGate]]) -> tuple[NextGate, ...]:
     """Return the mean over layers by depth, over the layers that have that depth."""
     depths = sorted({row.depth for rows in layers for row in rows})
-    means = []
-    for depth in depths:
-        rows = [row for of_layer in layers for row in of_layer if row.depth == depth]
-        means.append(
-            NextGate(
-                depth=depth,
-                from_layer=None,
-                in_sample=_mean([row.in_sample for row in rows]),
-                held_out=_mean([row.held_out for row in rows]),
-            )
+    by_depth = {
+        depth: [row for rows in layers for row in rows if row.depth == depth] for depth in depths
+    }
+    return tuple(
+        NextGate(
+            depth=depth,
+            from_layer=None,
+            in_sample=_mean([row.in_sample for row in rows]),
+            held_out=_mean([row.held_out for row in rows]),
         )
-    return tuple(means)
+        for depth, rows in by_depth.items()
+    )
 
 
 def _are_among(expert: np.ndarray, named: np.ndarray) -> np.ndarray:
@@ -61,11 +60,8 @@ def _mean(predictions: Sequence[GatePrediction | None]) -> GatePrediction | None
     known = [prediction for prediction in predictions if prediction is not None]
     if not known:
         return None
-    count = len(known)
-    return GatePrediction(
-        n_tokens=known[0].n_tokens,
-        share=sum(one.share for one in known) / count,
-        by_chance=sum(one.by_chance for one in known) / count,
-        top_1=sum(one.top_1 for one in known) / count,
-        top_1_by_chance=sum(one.top_1_by_chance for one in known) / count,
-    )
+    means = {
+        name: sum(getattr(one, name) for one in known) / len(known)
+        for name in ("share", "by_chance", "top_1", "top_1_by_chance")
+    }
+    return GatePrediction(n_tokens=known[0].n_tokens, **means)

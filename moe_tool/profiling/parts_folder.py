@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +42,14 @@ class PartsFolder:
             )
         if not self.folder.exists():
             return
+        held = None
         if any(self.folder.iterdir()) and not (self.folder / "arguments.json").is_file():
+            held = "something else than an interrupted profile"
+        elif self._model() not in (None, model):
+            held = "an interrupted profile of another model"
+        if held is not None:
             raise UsageError(
-                f"{self.folder} is in the way: it holds something else than an interrupted profile",
-                hint="choose another --out, or remove it",
-            )
-        if self._model() not in (None, model):
-            raise UsageError(
-                f"{self.folder} is in the way: it holds an interrupted profile of another model",
+                f"{self.folder} is in the way: it holds {held}",
                 hint="choose another --out, or remove it",
             )
         shutil.rmtree(self.folder)
@@ -67,10 +66,6 @@ class PartsFolder:
         """Return the path of a layer's part."""
         return self.folder / f"layer-{layer:05d}.h5"
 
-    def layer_files(self, layers: Sequence[int]) -> dict[int, Path]:
-        """Return the paths of several layers' parts."""
-        return {layer: self.layer_file(layer) for layer in layers}
-
     def keep_digests(self, digests: dict[str, str]) -> None:
         """Keep the hashes of the tensors read so far, so that a resume need not read them again."""
         atomic_write_bytes(self.folder / "digests.json", json.dumps(digests).encode())
@@ -82,10 +77,6 @@ class PartsFolder:
         except (OSError, ValueError):
             return {}
         return kept if isinstance(kept, dict) else {}
-
-    def remove(self) -> None:
-        """Delete the folder once the profile is written."""
-        shutil.rmtree(self.folder)
 
 
 def _fingerprint(header: ProfileHeader, sequences: TokenSequences) -> bytes:

@@ -55,18 +55,22 @@ def plan_profile_memory(
     used = current_rss_bytes()
     reachable = anonymous_rss_bytes() + available_memory_bytes()
     budget = asked if asked is not None else int(DEFAULT_SHARE * reachable)
-    per_sequence = seq_len * _bytes_per_token(opened) + _score_bytes(opened, seq_len)
+    # Masks of a sequence, and its score matrices where no fused attention takes them.
+    score_bytes = 4 * (2 + 3 * opened.unfused_attention_heads) * seq_len * seq_len
+    per_sequence = seq_len * _bytes_per_token(opened) + score_bytes
+    shape = opened.shape
     pass_lines = {
         "one layer": _layer_bytes(opened),
-        "trace": _trace_bytes(opened, n_tokens),
+        # Index, weight, logits, scores and next gates, and once more while they are written.
+        "trace": 2 * n_tokens * (4 * shape.experts + 10 * shape.top_k),
         "one sequence": per_sequence,
     }
-    logits = {"logits at the end": LOGIT_ROWS * opened.shape.vocabulary * _LOGIT_COPIES * 4}
+    logits = {"logits at the end": LOGIT_ROWS * shape.vocabulary * _LOGIT_COPIES * 4}
     # The logits are computed once the last layer is let go of.
     largest = max(pass_lines, logits, key=lambda parts: sum(parts.values()))
     lines = name_lines({"process": used, **largest, "margin": _MARGIN_BYTES})
     require_budget(f"profiling {opened.identity.name}", budget, lines)
-    hidden = n_rows * opened.shape.hidden * 4
+    hidden = n_rows * shape.hidden * 4
     room = budget - sum_lines(lines)
     in_memory = hidden <= min(_HIDDEN_SHARE * budget, room)
     if in_memory:
@@ -89,19 +93,6 @@ def _layer_bytes(opened: OpenedModel) -> int:
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)
     skeleton = 4 * opened.skeleton.n_weights // shape.n_decoder_layers
     return stored + 4 * 4 * largest + skeleton + opened.decode_bytes
-
-
-def _score_bytes(opened: OpenedModel, seq_len: int) -> int:
-    """Masks of one sequence, and its score matrices where no fused attention takes them."""
-    heads = opened.unfused_attention_heads
-    return 4 * (2 + 3 * heads) * seq_len * seq_len
-
-
-def _trace_bytes(opened: OpenedModel, n_tokens: int) -> int:
-    """Index, weight, logits, scores and next gates of one layer, and once more while they are
-    written."""
-    shape = opened.shape
-    return 2 * n_tokens * (4 * shape.experts + 10 * shape.top_k)
 
 
 def _bytes_per_token(opened: OpenedModel) -> int:

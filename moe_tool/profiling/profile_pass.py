@@ -1,11 +1,11 @@
 """One pass of all tokens through all decoder layers, one layer in memory at a time."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.profile_hdf5 import ProfileHeader, write_layer_part, write_profile
@@ -14,10 +14,9 @@ from moe_tool.models.full_hash import FullHash
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.profiling.hidden_states import HiddenStates
-from moe_tool.profiling.layer_pass import LayerPass, PassPlan
+from moe_tool.profiling.layer_pass import RELATIVE_NOISE, LayerPass
 from moe_tool.profiling.parts_folder import PartsFolder
 from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
-from moe_tool.profiling.sensitivity import sensitivity
 from moe_tool.progress import Progress
 from moe_tool.text.sequences import TokenSequences
 
@@ -39,7 +38,6 @@ class ProfilePass:
         sequences: TokenSequences,
         parts: PartsFolder,
         memory_bytes: int | None,
-        seed: int,
         progress: Progress,
     ) -> None:
         self._opened = opened
@@ -49,7 +47,7 @@ class ProfilePass:
         self._full_hash = FullHash(parts.digests())
         opened.checkpoint.on_read = self._full_hash.add
         self._stream = LayerStream(folder, opened.checkpoint)
-        self._watched = _watched_sequences(sequences, seed=seed)  # [b, s] int64
+        self._watched = _watched_sequences(sequences)  # [b, s] int64
         n_tokens, n_watched = sequences.ids.size, self._watched.size
         shape = opened.shape
         n_rows = n_tokens + n_watched * (1 + len(shape.layers))
@@ -62,30 +60,19 @@ class ProfilePass:
         )
         hidden_bytes = n_rows * shape.hidden * 4
         require_free_disk(parts.folder, 2 * hidden_bytes)
-        progress.note(
-            f"hidden states: 2 x {format_bytes(hidden_bytes)} in {parts.folder}"
-            + (
-                ""
-                if self.plan.hidden_in_memory
-                else ", worked on there: they exceed a quarter of the budget"
-            )
-        )
+        note = f"hidden states: 2 x {format_bytes(hidden_bytes)} in {parts.folder}"
+        if not self.plan.hidden_in_memory:
+            note += ", worked on there: they exceed a quarter of the budget"
+        progress.note(note)
         self._states = HiddenStates(
             parts.folder, n_rows=n_rows, hidden=shape.hidden, in_memory=self.plan.hidden_in_memory
         )
         self._pass = LayerPass(
             opened,
             self._stream,
-            PassPlan(
-                n_tokens=n_tokens,
-                sample_rows=_sample_rows(sequences, seed=seed),
-                domain_of_sequence=sequences.domain,
-                held_out_sequence=sequences.held_out,
-                n_domains=len(sequences.domains),
-                seq_len=sequences.ids.shape[1],
-                probe_bytes=self.plan.probe_bytes,
-                seed=seed,
-            ),
+            sequences,
+            sample_rows=_sample_rows(sequences),
+            probe_bytes=self.plan.probe_bytes,
         )
 
     def record_layers(self, *, resume: bool) -> int:
@@ -117,17 +104,20 @@ class ProfilePass:
         write_profile(
             out,
             header.model_copy(update={"identity": identity}),
-            _traced_tokens(self._sequences),
-            self._parts.layer_files(self._opened.shape.layers),
+            self._sequences,
+            {layer: self._parts.layer_file(layer) for layer in self._opened.shape.layers},
             self._sensitivities(),
             sensitivity_n_tokens=self._watched.size,
         )
-        self._parts.remove()
+        shutil.rmtree(self._parts.folder)
 
     @torch.no_grad()
     def _sensitivities(self) -> dict[int, float]:
-        """Return each MoE layer's sensitivity from the disturbed copies of the watched
-        sequences."""
+        """Return each MoE layer's sensitivity: KL in nats per squared relative error of its output.
+
+        It is measured on the disturbed copies of the watched sequences; for small errors KL is
+        quadratic in the error.
+        """
         layers, n_watched = self._opened.shape.layers, self._watched.size
         base = self._sequences.ids.size
         total = dict.fromkeys(layers, 0.0)
@@ -138,7 +128,7 @@ class ProfilePass:
                 row = base + (1 + position) * n_watched + first
                 total[layer] += total_divergence(exact, self._logits(row, n_rows))
         self._states.close()
-        return {layer: sensitivity(total[layer] / n_watched) for layer in layers}
+        return {layer: max(total[layer] / n_watched, 0.0) / RELATIVE_NOISE**2 for layer in layers}
 
     def _logits(self, first_row: int, n_rows: int) -> torch.Tensor:
         hidden = self._states.read(first_row, first_row + n_rows)
@@ -175,7 +165,7 @@ class ProfilePass:
         shape = (*self._watched.shape, -1)
         untouched = self._states.read(base, base + n_watched).view(*shape)
         if layer.moe is not None:
-            disturbed = self._pass.forward_disturbed(untouched)
+            disturbed = self._pass.forward(untouched, disturbed=True)
             row = base + (1 + n_before) * n_watched
             self._states.write(row, disturbed.reshape(n_watched, -1))
         for copy in range(1 + n_before):
@@ -189,20 +179,10 @@ class ProfilePass:
         return [ids[first : first + size] for first in range(0, len(ids), size)]
 
 
-def _traced_tokens(sequences: TokenSequences) -> TracedTokens:
-    return TracedTokens(
-        ids=sequences.ids,
-        domain=sequences.domain,
-        document=sequences.document,
-        held_out=sequences.held_out,
-        domains=sequences.domains,
-    )
-
-
-def _sample_rows(sequences: TokenSequences, *, seed: int) -> np.ndarray:
+def _sample_rows(sequences: TokenSequences) -> np.ndarray:
     """Rows (tokens) of the probe, ascending: three quarters in-sample, one quarter held-out where
     there is one."""
-    generator = np.random.default_rng([seed, 1])
+    generator = np.random.default_rng([sequences.seed, 1])
     held_out = np.repeat(sequences.held_out, sequences.ids.shape[1])
     n_held_out = min(PROBE_TOKENS // 4, int(held_out.sum()))
     chosen = [
@@ -212,10 +192,10 @@ def _sample_rows(sequences: TokenSequences, *, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _watched_sequences(sequences: TokenSequences, *, seed: int) -> np.ndarray:
+def _watched_sequences(sequences: TokenSequences) -> np.ndarray:
     """[b, s] int64: the beginnings of a few in-sample sequences, on which sensitivity is
     measured."""
-    generator = np.random.default_rng([seed, 2])
+    generator = np.random.default_rng([sequences.seed, 2])
     candidates = np.flatnonzero(~sequences.held_out)
     count = min(SENSITIVITY_SEQUENCES, len(candidates))
     chosen = np.sort(generator.choice(candidates, count, replace=False))

@@ -64,7 +64,6 @@ def record_profile(
     """Record router traces and expert statistics, with one decoder layer in memory at a time.
 
     Args:
-        model: where the checkpoint lies.
         sources: calibration text by domain.
         out: the profile's HDF5 file; parts of an unfinished one are in `<out>.parts/`.
         tokens: number of tokens, all domains together.
@@ -74,8 +73,6 @@ def record_profile(
         memory_bytes: budget of the whole process; None: 80 % of what is free.
         resume: continue an interrupted run with the same arguments.
         may_replace: whether `out` may replace another model's profile.
-        offline: never use the network.
-        progress: told about every batch.
 
     Raises:
         NotFoundError, DataSourceError, UnsupportedModelError, CorruptArtifactError: model or text.
@@ -88,7 +85,7 @@ def record_profile(
     with opened.checkpoint:
         sequences = build_sequences(
             sources,
-            load_tokenizer(model.folder),
+            load_tokenizer(model.tokenizer_folder),
             vocabulary=opened.shape.vocabulary,
             n_tokens=tokens,
             seq_len=min(seq_len, opened.max_positions),
@@ -100,7 +97,7 @@ def record_profile(
         header = _header(opened, model, sequences, holdout=holdout)
         parts = PartsFolder(out)
         parts.open(header, sequences, resume=resume)
-        run = ProfilePass(opened, model.folder, sequences, parts, memory_bytes, seed, progress)
+        run = ProfilePass(opened, model.folder, sequences, parts, memory_bytes, progress)
         first_layer = run.record_layers(resume=resume)
         run.write(out, header)
     return _report(out, opened, run.plan.memory_bytes, first_layer or None, start, progress)
@@ -134,7 +131,7 @@ def _header(
     return ProfileHeader(
         identity=opened.identity,
         shape=opened.shape,
-        tokenizer_sha256=tokenizer_sha256(model.folder),
+        tokenizer_sha256=tokenizer_sha256(model.tokenizer_folder),
         sources=sequences.sources,
         seed=sequences.seed,
         seq_len=sequences.ids.shape[1],

@@ -17,16 +17,11 @@ _BLOCK_USES = 2**17
 
 
 def reuse_histogram(uses: np.ndarray, *, n_experts: int) -> ReuseHistogram:
-    """Return the histogram of the reuse distances.
-
-    Args:
-        uses: [U] integers below `n_experts`, in order of time; U may be 0.
-        n_experts: number of different experts.
-    """
+    """Return the histogram of the reuse distances of [U] integers below `n_experts`; U may be 0."""
     n_bins = int(n_experts - 1).bit_length() + 1
     counts = np.zeros(n_bins, np.int64)
     first_uses = 0
-    for distance in _distances_by_block(uses, n_experts):
+    for distance in reuse_distances(uses, n_experts):
         again = distance[distance >= 0]
         first_uses += len(distance) - len(again)
         counts += np.bincount(np.frexp(again)[1], minlength=n_bins)  # bits of the distance
@@ -42,12 +37,6 @@ def merged(histograms: Sequence[ReuseHistogram]) -> ReuseHistogram:
     )
 
 
-def reuse_distances(uses: np.ndarray, *, n_experts: int) -> np.ndarray:
-    """Return [U] int32: distinct other experts since the expert's last use, -1 for a first use."""
-    blocks = list(_distances_by_block(uses, n_experts))
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
-
-
 def _histogram(first_uses: int, counts: Sequence[int]) -> ReuseHistogram:
     bins = tuple(
         ReuseBin(low=2 ** (bits - 1) if bits else 0, high=2**bits - 1, uses=count)
@@ -56,9 +45,12 @@ def _histogram(first_uses: int, counts: Sequence[int]) -> ReuseHistogram:
     return ReuseHistogram(uses=first_uses + sum(counts), first_uses=first_uses, bins=bins)
 
 
-def _distances_by_block(uses: np.ndarray, n_experts: int) -> Iterator[np.ndarray]:
-    """Yield distances block by block, each block preceded by the experts used so far in order of
-    their last use: nothing else of the past matters."""
+def reuse_distances(uses: np.ndarray, n_experts: int) -> Iterator[np.ndarray]:
+    """Yield [U] int32 distances block by block; -1: a first use.
+
+    Each block is preceded by the experts used so far in order of their last use: nothing else of
+    the past matters.
+    """
     size = _up_to_power_of_two(max(_BLOCK_USES, 4 * n_experts))
     recent = uses[:0]  # the least recently used first
     start = 0

@@ -22,8 +22,6 @@ def count_routing(
         top_k_weight: [T, K] float, gate weights.
         domain_of_token: [T] integers below `n_domains`.
         sequence_of_token: [T] integers; rows of one sequence are adjacent, in the text's order.
-        n_experts: E.
-        n_domains: D.
     """
     n_tokens, top_k = top_k_index.shape
     chosen = top_k_index.astype(np.int64).reshape(-1)  # [T * K]

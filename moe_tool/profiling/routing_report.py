@@ -1,7 +1,5 @@
 """Routing report: caching and prefetching figures of a profile, layer by layer."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
@@ -18,14 +16,8 @@ from moe_tool.profiling.reuse_distance import merged, reuse_histogram
 from moe_tool.profiling.union_growth import mean_union_growth, union_growth
 from moe_tool.progress import SILENT, Progress
 
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """Experts that the routers of the following MoE layers choose on a layer's input."""
-
-    layer: int
-    next_gate: np.ndarray
-    """[D, T, K] expert ids by depth"""
+Prediction = tuple[int, np.ndarray]
+"""A layer, and [D, T, K] experts that the next D MoE layers' routers choose on its input"""
 
 
 def report_routing(profile: ProfileReader, progress: Progress = SILENT) -> RoutingReport:
@@ -33,10 +25,6 @@ def report_routing(profile: ProfileReader, progress: Progress = SILENT) -> Routi
 
     Memory holds one layer, the predictions of the last three, and two or four bytes per held-out
     use.
-
-    Args:
-        profile: an open one.
-        progress: told about every layer.
 
     Raises:
         CorruptArtifactError: a number in the profile is out of range.
@@ -48,16 +36,14 @@ def report_routing(profile: ProfileReader, progress: Progress = SILENT) -> Routi
         np.uint16 if n_ids <= 2**16 else np.int32,
     )
     layers: list[LayerRouting] = []
-    named: list[_Named] = []  # the nearest layer first
+    named: list[Prediction] = []  # the nearest layer first
     progress.begin("report on layers", len(shape.layers), "layers")
     for position, layer in enumerate(shape.layers):
         trace = profile.trace(layer)
-        held_out = trace.top_k_index[_rows(tokens)]
-        held_out_uses[:, position] = held_out.astype(held_out_uses.dtype) + (
-            position * shape.experts
-        )
+        held_out = trace.top_k_index[_rows(tokens)].astype(held_out_uses.dtype)
+        held_out_uses[:, position] = held_out + position * shape.experts
         layers.append(_layer(layer, trace, profile.statistics(layer), tokens, named, shape.experts))
-        named = [_Named(layer, trace.next_gate_index), *named][:3]
+        named = [(layer, trace.next_gate_index), *named][:3]
         progress.advance()
     progress.end()
     return RoutingReport(
@@ -76,7 +62,7 @@ def _layer(
     trace: LayerTrace,
     statistics: ExpertStatistics,
     tokens: TracedTokens,
-    named: list[_Named],
+    named: list[Prediction],
     n_experts: int,
 ) -> LayerRouting:
     chosen = trace.top_k_index.reshape(*tokens.ids.shape, -1)  # [N, S, K]
@@ -99,19 +85,19 @@ def _layer(
 
 
 def _next_gate(
-    depth: int, source: _Named, trace: LayerTrace, tokens: TracedTokens, n_experts: int
+    depth: int, source: Prediction, trace: LayerTrace, tokens: TracedTokens, n_experts: int
 ) -> NextGate:
-    rows = _rows(tokens)
+    rows, (from_layer, named) = _rows(tokens), source
     in_sample, held_out = (
         gate_prediction(
-            source.next_gate[depth - 1, part],
+            named[depth - 1, part],
             trace.top_k_index[part],
             trace.top_k_weight[part],
             n_experts=n_experts,
         )
         for part in (~rows, rows)
     )
-    return NextGate(depth=depth, from_layer=source.layer, in_sample=in_sample, held_out=held_out)
+    return NextGate(depth=depth, from_layer=from_layer, in_sample=in_sample, held_out=held_out)
 
 
 def _rows(tokens: TracedTokens) -> np.ndarray:

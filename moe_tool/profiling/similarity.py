@@ -7,35 +7,16 @@ _CHUNK_TOKENS = 8192
 
 
 def token_grams(outputs: torch.Tensor) -> torch.Tensor:
-    """Return the inner products of all experts' outputs, token by token, [n, E, E] float32.
-
-    Args:
-        outputs: [E, n, H] float32, all experts on the same n tokens.
-    """
+    """Return the inner products of all experts' outputs, [E, n, H], by token, [n, E, E] float32."""
     by_token = outputs.transpose(0, 1)  # [n, E, H]
     return torch.bmm(by_token, by_token.transpose(1, 2))
 
 
 def token_cosines(grams: torch.Tensor) -> torch.Tensor:
-    """Return each token's cosines between experts' outputs, [n, E, E]; 0 with a zero output.
-
-    Args:
-        grams: [n, E, E] float32 inner products, as `token_grams` returns.
-    """
+    """Return each token's cosines, [n, E, E], from its inner products; 0 with a zero output."""
     norms = grams.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()  # [n, E]
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     return (grams * inverse[:, :, None] * inverse[:, None, :]).clamp(-1.0, 1.0)
-
-
-def cosine(outputs: torch.Tensor) -> np.ndarray:
-    """Return the mean over tokens of the cosine of two experts' outputs, [E, E] float32.
-
-    Tokens on which either output is zero count as 0.
-
-    Args:
-        outputs: [E, n, H] float32, n >= 1.
-    """
-    return token_cosines(token_grams(outputs)).mean(dim=0).numpy()
 
 
 def linear_cka(outputs: torch.Tensor) -> np.ndarray:
@@ -91,7 +72,6 @@ def coactivation(index: np.ndarray, n_experts: int) -> np.ndarray:
 
     Args:
         index: [T, K] integers below `n_experts`, distinct in each row.
-        n_experts: E.
     """
     top_k = index.shape[1]
     wide = index.astype(np.int64)

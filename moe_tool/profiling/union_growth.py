@@ -18,10 +18,10 @@ def union_growth(top_k_index: np.ndarray, *, n_experts: int) -> UnionGrowth:
 
     Args:
         top_k_index: [n, S, K] integers below `n_experts`, distinct for each token.
-        n_experts: E.
     """
     n_sequences, seq_len, top_k = top_k_index.shape
     position, gap = _gaps(top_k_index, n_experts)
+    missed = 1 - top_k / n_experts  # chance that a token does not choose an expert
     measured: list[float | None] = []
     for length in WINDOWS:
         n_windows = n_sequences * (seq_len - length + 1)
@@ -36,7 +36,7 @@ def union_growth(top_k_index: np.ndarray, *, n_experts: int) -> UnionGrowth:
     return UnionGrowth(
         n_tokens=WINDOWS,
         measured=tuple(measured),
-        by_chance=tuple(_by_chance(length, n_experts, top_k) for length in WINDOWS),
+        by_chance=tuple(n_experts * (1 - missed**length) / top_k for length in WINDOWS),
     )
 
 
@@ -63,8 +63,3 @@ def _gaps(top_k_index: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.ndarr
     again = np.flatnonzero(cell[1:] == cell[:-1]) + 1
     gap[again] = position[again] - position[again - 1]
     return position, gap
-
-
-def _by_chance(length: int, n_experts: int, top_k: int) -> float:
-    missed = (1 - top_k / n_experts) ** length
-    return n_experts * (1 - missed) / top_k

@@ -11,7 +11,7 @@ code 16 + i in its high half, so that one shift fills a register of 16 lanes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,12 +51,7 @@ class ChannelWeight:
 
     def take(self, channels: torch.Tensor) -> "ChannelWeight":
         """Return a copy of the channels with these numbers, [n] int64."""
-        return ChannelWeight(
-            chunks=self.chunks.index_select(0, channels),
-            width_bits=self.width_bits,
-            group=self.group,
-            n_hidden=self.n_hidden,
-        )
+        return replace(self, chunks=self.chunks.index_select(0, channels))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

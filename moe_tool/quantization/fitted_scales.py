@@ -63,7 +63,6 @@ def fit_scales(
         codes: [out, in] float32, points of the grid.
         scales: [out, G] float16, the scales that the codes were chosen by.
         hessian: [in, in] float32: mean of x x^T over the matrix's inputs.
-        group: inputs per scale.
     """
     n_in = weight.shape[1]
     n_rows = max(1, _ROWS_BYTES // (4 * n_in))

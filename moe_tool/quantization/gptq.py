@@ -7,7 +7,7 @@ On a trained model of 16 experts the outputs' error fell from 0.079, 0.160, 0.33
 2 and 1 bits to 0.040, 0.081, 0.174 and 0.370.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,11 @@ from moe_tool.quantization.round_to_nearest import (
     from_codes,
     grid_scales,
     nearest_codes,
+    wide_scales,
 )
 from moe_tool.quantization.weights import IntegerWeight
 
+Vectors = Sequence[torch.Tensor]
 BLOCK = 128
 """Inputs whose errors are propagated to later blocks at once"""
 _DAMPING = 0.01
@@ -73,7 +75,6 @@ def quantize_gptq(
 
     Args:
         weight: [out, in], any float dtype.
-        spread: error propagation of its inputs.
         width_bits: 1 to 8.
         group: inputs per scale, a multiple of 32.
 
@@ -81,38 +82,64 @@ def quantize_gptq(
         CorruptArtifactError: the matrix holds NaN or infinity.
     """
     scales = grid_scales(weight, width_bits, group=group)  # [out, G]
-    codes = _spread_codes(weight, spread, scales, width_bits, group)
+    wide = weight.float()
+
+    def choose(_: int, wanted: Vectors, steps: Vectors) -> Vectors:
+        return [nearest_codes(wanted[0], steps[0], width_bits)]
+
+    def spread_codes() -> torch.Tensor:
+        steps = wide_scales(scales, n_inputs=wide.shape[1], group=group).T
+        return spread_rounding([wide], [spread], [steps], choose)
+
+    codes = spread_codes()
     if spread.hessian is not None:
-        wide = weight.float()
         for left in reversed(range(_PASSES.get(width_bits, 1))):
             scales = fit_scales(wide, codes, scales, spread.hessian, group=group)
             if left:
-                codes = _spread_codes(weight, spread, scales, width_bits, group)
+                codes = spread_codes()
     return from_codes(codes, scales, width_bits, group=group)
 
 
-def _spread_codes(
-    weight: torch.Tensor, spread: ErrorSpread, scales: torch.Tensor, width_bits: int, group: int
+def spread_rounding(
+    weights: Sequence[torch.Tensor],
+    spreads: Sequence[ErrorSpread],
+    steps: Sequence[torch.Tensor],
+    choose: Callable[[int, Vectors, Vectors], Vectors],
 ) -> torch.Tensor:
-    """Return the chosen points of the grid, [out, in] float32."""
-    order, carry = spread.order, spread.carry
-    n_in = weight.shape[1]
+    """Round the inputs of one or several matrices together; each propagates its own errors.
+
+    Args:
+        weights: [out, in] float32 each.
+        spreads: error propagation of each matrix, in the same order of inputs.
+        steps: grid steps of each matrix, [in, out].
+        choose: function from a position in the order, the wanted values and the steps of each
+            matrix there, [out] each, to the points of each matrix's grid.
+
+    Returns:
+        Chosen points of the first matrix's grid, [out, in] float32.
+    """
+    order = spreads[0].order
+    carries = [spread.carry for spread in spreads]
     # One row per input: its weights plus the compensation for earlier errors.
-    left = weight.float().T[order]  # [in, out]
-    steps = scales.float().T[order // group]  # [in, out]
-    codes = torch.empty_like(left)
+    left = [weight.T[order] for weight in weights]  # [in, out] each
+    ordered = [step[order] for step in steps]
+    points = torch.empty_like(left[0])
+    n_in = len(order)
     for start in range(0, n_in, BLOCK):
         stop = min(start + BLOCK, n_in)
-        errors = torch.empty(stop - start, left.shape[1])
+        errors = [torch.empty(stop - start, each.shape[1]) for each in left]
         for at in range(start, stop):
-            codes[at] = nearest_codes(left[at], steps[at], width_bits)
-            error = torch.sub(left[at], codes[at] * steps[at], out=errors[at - start])
-            error.div_(carry[at, at])
-            left[at + 1 : stop].addr_(carry[at, at + 1 : stop], error, alpha=-1)
-        left[stop:].addmm_(carry[start:stop, stop:].T, errors, alpha=-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(n_in)
-    return codes[back].T.contiguous()
+            here = [step[at] for step in ordered]
+            chosen = choose(at, [each[at] for each in left], here)
+            points[at] = chosen[0]
+            for side, carry in enumerate(carries):
+                error = errors[side][at - start]
+                torch.sub(left[side][at], chosen[side] * here[side], out=error)
+                error.div_(carry[at, at])
+                left[side][at + 1 : stop].addr_(carry[at, at + 1 : stop], error, alpha=-1)
+        for side, carry in enumerate(carries):
+            left[side][stop:].addmm_(carry[start:stop, stop:].T, errors[side], alpha=-1)
+    return points[torch.argsort(order)].T.contiguous()
 
 
 def _carry(hessian: torch.Tensor, energy: float) -> tuple[torch.Tensor, float]:

@@ -8,9 +8,8 @@ the problem half-quadratic: shrinkage finds the accepted errors and a mean the z
 
 import torch
 
-from moe_tool.errors import CorruptArtifactError
 from moe_tool.quantization.bit_packing import pack
-from moe_tool.quantization.round_to_nearest import GROUP, tile_rows
+from moe_tool.quantization.round_to_nearest import GROUP, not_finite, tile_rows
 from moe_tool.quantization.weights import IntegerWeight
 
 _NORM = 0.7
@@ -37,9 +36,7 @@ def quantize_hqq(weight: torch.Tensor, width_bits: int, *, group: int = GROUP) -
     n_groups = -(-n_in // group)
     values = weight.float()
     if not bool(torch.isfinite(values).all()):
-        raise CorruptArtifactError(
-            "a weight is NaN or infinite", hint="download the checkpoint again"
-        )
+        raise not_finite()
     # A row's last weight pads its last group, which changes no extreme.
     short = n_groups * group - n_in
     if short:

@@ -142,6 +142,33 @@ class KeptWeight:
             group=(1, self.group[1]),
         )
 
+    def rows(self, order: torch.Tensor) -> "KeptWeight":
+        """Return rows of the matrix in this order, int64 [rows], each with scales of its own."""
+        alone = self.with_rows_alone()
+        factors = self.global_scale
+        return replace(
+            alone,
+            codes=alone.codes[order],
+            scale=alone.scale[order],
+            global_scale=None if factors is None else factors[order],
+            zero=None if alone.zero is None else alone.zero[order],
+        )
+
+    def broken_part(self) -> str | None:
+        """Return the name of a part that stands for NaN or infinity; None: all are numbers."""
+        for name in ("codes", "scale", "global_scale", "zero"):
+            if self.part(name) is not None and not self._are_numbers(name):
+                return name
+        return None
+
+    def _are_numbers(self, name: str) -> bool:
+        part = self.part(name)
+        if (name == "codes" and self.kind == "e4m3") or part.dtype == torch.float8_e4m3fn:
+            return not bool(((part.view(torch.uint8) & 127) == 127).any())
+        if part.dtype == torch.uint8:
+            return name != "scale" or not bool((part == 255).any())
+        return bool(torch.isfinite(part).all())
+
 
 def kept_product(
     x: torch.Tensor,

@@ -66,7 +66,6 @@ def low_rank_map(fit: LinearFit, rank: int) -> dict[str, torch.Tensor]:
     """Return the tensors of a map by name, float16.
 
     Args:
-        fit: the expert's least-squares map.
         rank: r; directions beyond H are zero.
     """
     hidden = len(fit.mean_in)

@@ -15,7 +15,7 @@ import torch
 
 from moe_tool.quantization.bit_packing import unpack
 from moe_tool.quantization.fitted_scales import fit_scales
-from moe_tool.quantization.gptq import BLOCK, ErrorSpread
+from moe_tool.quantization.gptq import BLOCK, ErrorSpread, Vectors, spread_rounding
 from moe_tool.quantization.round_to_nearest import (
     from_codes,
     grid_scales,
@@ -88,10 +88,15 @@ def quantize_nested_gptq(
     points = nearest_codes(full.weight, _wide(scales, full.weight, group), width_bits)
     base_scales = scales / 2
     grid = _Grid(width_bits)
-    for at in range(_PASSES + _SWEEPS):
+    spreads = (full.spread, base.spread)
+
+    def choose(at: int, wanted: Vectors, steps: Vectors) -> Vectors:
+        return grid.choose(wanted, steps, [1 / float(each.carry[at, at]) ** 2 for each in spreads])
+
+    for turn in range(_PASSES + _SWEEPS):
         steps = [_wide(each, full.weight, group).T for each in (scales, base_scales)]
-        if at < _PASSES:
-            points = _spread_points((full, base), steps, grid)
+        if turn < _PASSES:
+            points = spread_rounding((full.weight, base.weight), spreads, steps, choose)
         elif full.spread.hessian is not None and base.spread.hessian is not None:
             hessians = (full.spread.hessian, base.spread.hessian)
             points = _swept_points((full, base), hessians, steps, points, grid)
@@ -113,10 +118,7 @@ class _Grid:
         self._full_share = _FULL_SHARE[width_bits]
 
     def choose(
-        self,
-        wanted: Sequence[torch.Tensor],
-        steps: Sequence[torch.Tensor],
-        weights: Sequence[float],
+        self, wanted: Vectors, steps: Vectors, weights: Sequence[float]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the grid points of one input, of the whole code and of the base, [out] each.
 
@@ -132,35 +134,6 @@ class _Grid:
         cost += (self._base_points * steps[1] - wanted[1]).square_() * weights[1]
         best = cost.argmin(dim=0, keepdim=True)
         return near.gather(0, best)[0], self._base_points[best[0], 0]
-
-
-def _spread_points(
-    targets: Sequence[GptqTarget], steps: Sequence[torch.Tensor], grid: _Grid
-) -> torch.Tensor:
-    """Return [out, in] points of one GPTQ pass over both matrices."""
-    order = targets[0].spread.order
-    carries = [target.spread.carry for target in targets]
-    left = [target.weight.T[order] for target in targets]  # [in, out] each
-    ordered = [step[order] for step in steps]
-    points = torch.empty_like(left[0])
-    n_in = len(order)
-    for start in range(0, n_in, BLOCK):
-        stop = min(start + BLOCK, n_in)
-        errors = [torch.empty(stop - start, each.shape[1]) for each in left]
-        for at in range(start, stop):
-            here = [step[at] for step in ordered]
-            weights = [1 / float(carry[at, at]) ** 2 for carry in carries]
-            chosen = grid.choose([each[at] for each in left], here, weights)
-            points[at] = chosen[0]
-            for side, carry in enumerate(carries):
-                error = left[side][at] - chosen[side] * here[side]
-                errors[side][at - start] = error.div_(carry[at, at])
-                left[side][at + 1 : stop].addr_(carry[at, at + 1 : stop], error, alpha=-1)
-        for side, carry in enumerate(carries):
-            left[side][stop:].addmm_(carry[start:stop, stop:].T, errors[side], alpha=-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(n_in)
-    return points[back].T.contiguous()
 
 
 def _swept_points(

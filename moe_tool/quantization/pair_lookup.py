@@ -80,13 +80,6 @@ def pack_pair_weights(codes: torch.Tensor) -> PairWeights:
     return PairWeights(packed.transpose(1, 2).contiguous(), n_out, n_in)
 
 
-def unpack_pair_weights(weights: PairWeights) -> torch.Tensor:
-    """Return the codes given to `pack_pair_weights`, uint8 [out, in]."""
-    fields = torch.stack([weights.codes >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
-    rows = fields.transpose(1, 2).reshape(fields.shape[0] * TILE_ROWS, -1)
-    return rows[: weights.n_outputs, : weights.n_inputs]
-
-
 def pack_pair_tokens(codes: torch.Tensor) -> PairTokens:
     """Pack uint8 [n, in] of codes below 4.
 
@@ -96,12 +89,6 @@ def pack_pair_tokens(codes: torch.Tensor) -> PairTokens:
     _check_codes(codes)
     padded = F.pad(codes, (0, -codes.shape[1] % QUAD))
     return PairTokens(padded[:, ::2] << 4 | padded[:, 1::2] << 6, codes.shape[1])
-
-
-def unpack_pair_tokens(tokens: PairTokens) -> torch.Tensor:
-    """Return the codes given to `pack_pair_tokens`, uint8 [n, in]."""
-    fields = torch.stack([tokens.codes >> 4 & 3, tokens.codes >> 6], dim=-1)
-    return fields.flatten(1)[:, : tokens.n_inputs]
 
 
 def pair_tables(weight_book: torch.Tensor, token_book: torch.Tensor) -> PairTables:

@@ -42,7 +42,6 @@ def from_codes(
         codes: [out, in] float32 points of the grid; overwritten.
         scales: [out, G] float16.
         width_bits: 1 to 8.
-        group: inputs per scale.
     """
     n_out, n_in = codes.shape
     # One bit: -1 and 1 become 0 and 1; more bits: the range is shifted to begin at 0.

@@ -1,7 +1,7 @@
 """Matrices of an expert as a record holds them: floats, or integer codes with scales."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -77,14 +77,13 @@ class IntegerWeight:
     def base(self) -> "IntegerWeight":
         """Nested base: the matrix of the codes' first two bits, as views."""
         assert self.base_scales is not None
-        return IntegerWeight(
+        return replace(
+            self,
             planes=self.planes[:1],
             scales=self.base_scales,
+            base_scales=None,
             width_bits=2,
             of_bits=self.width_bits,
-            group=self.group,
-            n_outputs=self.n_outputs,
-            n_inputs=self.n_inputs,
         )
 
     @property

@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING
 
 from moe_tool.artifacts.precision import IntegerPrecision
-from moe_tool.quantizers.objectives import output_error
-from moe_tool.quantizers.spec import QuantizeExpert, QuantizerSpec
+from moe_tool.quantizers.spec import QuantizeExpert, QuantizerSpec, output_error
 
 if TYPE_CHECKING:
     import torch

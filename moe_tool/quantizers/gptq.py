@@ -1,11 +1,11 @@
 """GPTQ: each column's error compensated in the remaining columns, and in the last matrix."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from moe_tool.artifacts.precision import IntegerPrecision
-from moe_tool.quantizers.objectives import output_error
-from moe_tool.quantizers.spec import QuantizeExpert, QuantizerSpec
+from moe_tool.quantizers.spec import QuantizeExpert, QuantizerSpec, output_error
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ class _Gptq:
 
     def __init__(self, inputs: "ExpertInputs") -> None:
         self._inputs = inputs
-        self._first_spread: ErrorSpread | None = None
 
     def quantize(
         self, weights: "Mapping[str, torch.Tensor]", precision: IntegerPrecision
@@ -43,7 +42,7 @@ class _Gptq:
         found: dict[str, IntegerWeight] = {}
         for name, weight in matrices(weights):
             if name != LAST:
-                target = GptqTarget(weight=weight.float(), spread=self._spread(name))
+                target = GptqTarget(weight=weight.float(), spread=self._first_spread)
                 found[name] = _codes(target, target, precision)
         if LAST not in weights:
             return found
@@ -54,13 +53,12 @@ class _Gptq:
         found[LAST] = _codes(full, base, precision)
         return found
 
-    def _spread(self, name: str) -> "ErrorSpread":
-        """Return the error spread of the matrices before the last, which share their inputs."""
+    @cached_property
+    def _first_spread(self) -> "ErrorSpread":
+        """Error spread of the matrices before the last, which share their inputs"""
         from moe_tool.quantization.gptq import error_spread
 
-        if self._first_spread is None:
-            self._first_spread = error_spread(self._inputs.moments(name))
-        return self._first_spread
+        return error_spread(self._inputs.first_moments)
 
 
 def _codes(full: "GptqTarget", base: "GptqTarget", precision: IntegerPrecision) -> "IntegerWeight":
@@ -93,14 +91,6 @@ def _last_target(
     return GptqTarget(weight=target, spread=spread)
 
 
-def _refit_last(
-    inputs: "ExpertInputs",
-    weight: "torch.Tensor",
-    before: "Mapping[str, FloatWeight | IntegerWeight]",
-) -> "torch.Tensor":
-    return _last_target(inputs, weight, before).weight
-
-
 SPEC = QuantizerSpec(
     name="gptq",
     summary="each column's error compensated in the remaining columns, scales by least squares on "
@@ -108,6 +98,6 @@ SPEC = QuantizerSpec(
     make=_make,
     objective=output_error,
     needs_inputs=True,
-    refit_last=_refit_last,
+    refit_last=lambda inputs, last, before: _last_target(inputs, last, before).weight,
     source="arXiv:2210.17323",
 )

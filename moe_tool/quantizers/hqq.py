@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moe_tool.artifacts.precision import IntegerPrecision
-from moe_tool.quantizers.spec import QuantizeExpert, QuantizerSpec
+from moe_tool.quantizers.spec import QuantizerSpec
 
 if TYPE_CHECKING:
     import torch
 
     from moe_tool.quantization.weights import IntegerWeight
-    from moe_tool.quantizers.inputs import ExpertInputs
 
 
 def _quantize(
@@ -26,14 +25,10 @@ def _quantize(
     }
 
 
-def _make(inputs: "ExpertInputs | None") -> QuantizeExpert:
-    return _quantize
-
-
 SPEC = QuantizerSpec(
     name="hqq",
     summary="to the nearest code, with zero points robust to outliers",
-    make=_make,
+    make=lambda _: _quantize,
     makes_zeros=True,
     source="Badri and Shaji 2023",
 )

@@ -37,7 +37,8 @@ class ExpertInputs:
         return self.inner_of({})
 
     @cached_property
-    def _first_moments(self) -> torch.Tensor:
+    def first_moments(self) -> torch.Tensor:
+        """[in, in] float32: second moments of the inputs of all matrices but the last"""
         return second_moments(self._tokens)
 
     @cached_property
@@ -46,7 +47,7 @@ class ExpertInputs:
 
     def moments(self, name: str) -> torch.Tensor:
         """Return the second moments of a matrix's inputs in the exact expert, [in, in] float32."""
-        return self._last_moments if name == LAST else self._first_moments
+        return self._last_moments if name == LAST else self.first_moments
 
     @torch.no_grad()
     def inner_of(self, found: Mapping[str, FloatWeight | IntegerWeight]) -> torch.Tensor:

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moe_tool.artifacts.precision import IntegerPrecision
-from moe_tool.quantizers.objectives import weight_error
-from moe_tool.quantizers.spec import QuantizeExpert, QuantizerSpec
+from moe_tool.quantizers.spec import QuantizerSpec, weight_error
 
 if TYPE_CHECKING:
     import torch
 
     from moe_tool.quantization.weights import IntegerWeight
-    from moe_tool.quantizers.inputs import ExpertInputs
 
 
 def nearest(
@@ -32,14 +30,10 @@ def nearest(
     return {name: with_base(weights[name], coded) for name, coded in found.items()}
 
 
-def _make(inputs: "ExpertInputs | None") -> QuantizeExpert:
-    return nearest
-
-
 SPEC = QuantizerSpec(
     name="rtn",
     summary="to the nearest code",
-    make=_make,
+    make=lambda _: nearest,
     objective=weight_error,
     is_profiled=True,
 )

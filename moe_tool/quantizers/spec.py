@@ -35,7 +35,6 @@ class QuantizerSpec:
     """Description of one quantizer."""
 
     name: str
-    """Name that `--quantizer` takes"""
     summary: str
     """How codes and scales are chosen"""
     make: Callable[["ExpertInputs | None"], QuantizeExpert]
@@ -58,3 +57,14 @@ class QuantizerSpec:
     def can_nest(self) -> bool:
         """Whether nested bits are supported: not with zero points."""
         return not self.makes_zeros
+
+
+def weight_error(difference: "torch.Tensor", moments: "torch.Tensor") -> float:
+    """Return the sum of squares of the weights' errors."""
+    return float(difference.double().square().sum())
+
+
+def output_error(difference: "torch.Tensor", moments: "torch.Tensor") -> float:
+    """Return the mean square of the outputs' errors, summed over outputs."""
+    wide = difference.double()
+    return float(((wide @ moments.double()) * wide).sum())

@@ -12,7 +12,6 @@ def columns(
     """Return a table without rows.
 
     Args:
-        headings: one per column.
         words: positions of left-aligned columns; the others hold numbers.
         title: text above the table.
         ruled: whether a line separates the headings; otherwise they are bold.

@@ -1,7 +1,6 @@
 """Tables below an artifact's facts, by the artifact's type."""
 
 from collections.abc import Sequence
-from functools import singledispatch
 
 from rich.table import Table
 
@@ -14,29 +13,17 @@ from moe_tool.reports.plan_table import bit_prices_table, forms_table, lines_tab
 from moe_tool.reports.routing_tables import profile_tables
 
 
-@singledispatch
 def tables_of(artifact: object) -> Sequence[Table]:
     """Return the tables of an artifact; empty for types without any."""
+    match artifact:
+        case BitPrices():
+            return [bit_prices_table(artifact)]
+        case HardwareProfile():
+            tables = [speeds_table(artifact), experts_table(artifact)]
+            return [*tables, lookup_table(artifact)] if artifact.lookup else tables
+        case PackPlan():
+            tables = [lines_table(artifact.lines)]
+            return [*tables, forms_table(artifact)] if artifact.forms else tables
+        case ProfileRouting():
+            return [*profile_tables(artifact)]
     return ()
-
-
-@tables_of.register
-def _(artifact: BitPrices) -> Sequence[Table]:
-    return (bit_prices_table(artifact),)
-
-
-@tables_of.register
-def _(artifact: HardwareProfile) -> Sequence[Table]:
-    tables = [speeds_table(artifact), experts_table(artifact)]
-    return [*tables, lookup_table(artifact)] if artifact.lookup else tables
-
-
-@tables_of.register
-def _(artifact: PackPlan) -> Sequence[Table]:
-    tables = [lines_table(artifact.lines)]
-    return [*tables, forms_table(artifact)] if artifact.forms else tables
-
-
-@tables_of.register
-def _(artifact: ProfileRouting) -> Sequence[Table]:
-    return tuple(profile_tables(artifact))

@@ -24,7 +24,6 @@ def drawn_plot(path: Path, report: SimulationReport, *, bits: str) -> bytes:
 
     Args:
         path: its suffix sets the format: .png, .svg or .html.
-        report: rows at one or several budgets.
         bits: bits of the experts, in words.
     """
     require_plot_path(path)

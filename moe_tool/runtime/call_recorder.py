@@ -32,15 +32,8 @@ class CallRecorder:
         scores: np.ndarray | None,
         guesses: Sequence[tuple[int, int]],
     ) -> None:
-        """Record one call.
-
-        Args:
-            layer: decoder layer.
-            experts: experts requested from the store, ascending.
-            is_decode: False in the prompt.
-            scores: [E], `gate_scores` of the call.
-            guesses: (layer, expert) predicted for the next layers.
-        """
+        """Record one call: the experts requested from the store, ascending, the `gate_scores` [E],
+        and (layer, expert) predicted for the next layers."""
         self._layer.append(self.ids.position[layer])
         self._is_decode.append(is_decode)
         self._keys.append([self.ids.number((layer, expert)) for expert in experts])

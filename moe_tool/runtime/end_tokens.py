@@ -29,7 +29,7 @@ def find_end_tokens(
     a turn then continues to the last token.
 
     Args:
-        folder: holds config.json.
+        folder: folder of config.json.
         generation_config: the model's generation_config.json, or its values in config.json.
         tokenizer: tokenizer of transformers.
         vocabulary: V; other ids are ignored.
@@ -74,15 +74,7 @@ def until_end(row: Sequence[int], stops: Set[int]) -> tuple[int, ...]:
 def stop_reason(
     row: Sequence[int], stops: Set[int], *, room: int, max_tokens: int, interrupted: bool
 ) -> StopReason:
-    """Return the reason why a text ended.
-
-    Args:
-        row: tokens of the text, from `until_end`.
-        stops: end-of-text tokens in effect.
-        room: tokens that the context had room for.
-        max_tokens: limit of tokens.
-        interrupted: whether it was stopped from outside.
-    """
+    """Return why a text of `until_end` ended that the context had `room` for."""
     if row and row[-1] in stops:
         return "end_of_text"
     if interrupted:

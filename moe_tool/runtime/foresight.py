@@ -33,18 +33,13 @@ class Foresight:
 
     @torch.no_grad()
     def look(self, call: LayerCall, stored: Mapping[int, torch.Tensor]) -> list[Guess]:
-        """Return the guesses of one call, the next layer first.
-
-        Args:
-            call: call of one layer.
-            stored: decoder layer -> [E] bool, experts in the bundle; empty if none was removed.
-        """
+        """Return the guesses of one call, the next layer first, among the experts in the bundle:
+        decoder layer -> [E] bool, empty if none was removed."""
         guesses = []
         for ahead, modules in enumerate(self.following[call.layer], start=1):
             routed = modules.route(call.hidden)
-            removed = np.zeros(int(modules.experts.num_experts), np.bool_)  # type: ignore[arg-type]
-            if stored:
-                removed = ~stored[modules.layer].numpy()
+            n_experts = int(modules.experts.num_experts)  # type: ignore[arg-type]
+            removed = ~stored[modules.layer].numpy() if stored else np.zeros(n_experts, np.bool_)
             experts = fetch_predicted(routed.index.numpy(), routed.weight.numpy(), removed)
             guesses.append(Guess(layer=modules.layer, ahead=ahead, experts=experts))
         return guesses

@@ -97,24 +97,15 @@ def _for_one_prompt(
 def generate(
     session: Session, prompt: str, options: GenerateOptions, *, on_text: OnText | None = None
 ) -> RunResult:
-    """Continue a prompt.
-
-    Args:
-        session: its counters are reset, its expert cache is kept.
-        prompt: the text.
-        options: how tokens are chosen.
-        on_text: called with every piece of generated text.
+    """Continue a prompt; the session's counters are reset, its expert cache is kept. `on_text` is
+    called with every piece of generated text.
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the context.
         CorruptArtifactError, StorageError: an expert cannot be read.
     """
-    ids = encode_prompt(
-        session.tokenizer,
-        prompt,
-        raw=options.raw,
-        vocabulary=session.manifest.shape.vocabulary,
-    )
+    vocabulary = session.manifest.shape.vocabulary
+    ids = encode_prompt(session.tokenizer, prompt, raw=options.raw, vocabulary=vocabulary)
     return _continue(session, ids, options, on_text)
 
 
@@ -122,8 +113,21 @@ def _continue(
     session: Session, ids: Sequence[int], options: GenerateOptions, on_text: OnText | None
 ) -> RunResult:
     made = generate_ids(session, [ids], options, on_text=on_text)
-    text = session.tokenizer.decode(list(made.token_ids[0]), skip_special_tokens=True)
-    return _result(session, made, text)
+    first = made.ended_at if made.first_token_at is None else made.first_token_at
+    return RunResult(
+        text=session.tokenizer.decode(list(made.token_ids[0]), skip_special_tokens=True),
+        token_ids=made.token_ids[0],
+        setup=run_setup(session),
+        staying=staying_by_form(session.manifest, session.plan.rooms),
+        prompt=session.runner.stats.prompt,
+        decode=session.runner.stats.decode,
+        quality=_quality(session),
+        seconds_to_first_token=first - made.started_at,
+        seconds=made.ended_at - made.started_at,
+        peak_rss_bytes=peak_rss_bytes(),
+        interrupted=made.interrupted,
+        stop_reason=made.stop_reasons[0],
+    )
 
 
 def generate_ids(
@@ -249,24 +253,6 @@ def _longer_context(session: Session) -> str:
     if most is not None and most <= session.plan.workload.positions:
         return f"a shorter prompt: the model was made for {most} positions"
     return f"a shorter prompt, or a larger --context{'' if most is None else f', up to {most}'}"
-
-
-def _result(session: Session, made: Generated, text: str) -> RunResult:
-    first = made.ended_at if made.first_token_at is None else made.first_token_at
-    return RunResult(
-        text=text,
-        token_ids=made.token_ids[0],
-        setup=run_setup(session),
-        staying=staying_by_form(session.manifest, session.plan.rooms),
-        prompt=session.runner.stats.prompt,
-        decode=session.runner.stats.decode,
-        quality=_quality(session),
-        seconds_to_first_token=first - made.started_at,
-        seconds=made.ended_at - made.started_at,
-        peak_rss_bytes=peak_rss_bytes(),
-        interrupted=made.interrupted,
-        stop_reason=made.stop_reasons[0],
-    )
 
 
 def run_setup(session: Session) -> RunSetup:

@@ -56,7 +56,6 @@ def slot_worth(
     each adds to the logit of a keep-pattern.
 
     Args:
-        router: mask router of the layer.
         hidden: [T, H] float32, inputs of the layer's experts.
         index: [T, K] int64; an entry of E or more means no expert.
         weight: [T, K] gate weights.

@@ -22,7 +22,6 @@ from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.eviction import gate_scores
 from moe_tool.policies.misses.prune import token_importance
-from moe_tool.quantization.channels import ChosenChannels, Selector
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
@@ -98,7 +97,7 @@ class MoeLayerRunner:
         call, present = self._find_present(call)
         if self.is_shadow:
             return self._run(call, call.index, call.weight, present, PhaseCounters())
-        is_plain = self.residency == "cache" and not self.policy.policy.lossy
+        is_plain = self.residency == "cache" and not self.policy.is_lossy
         phase = self.forward.phase
         is_exact_prompt = phase == "prompt" and not self.is_lossy_prompt
         if is_exact_prompt or (is_plain and self.on_decision is None):
@@ -128,7 +127,10 @@ class MoeLayerRunner:
         else:
             resident = self.store.resident(call.layer)
         routing = self._routing(call, present)
-        answers = self._answers(routing, resident)
+        answers = self.policy.policy.decide(routing, resident)
+        exact = self.forward.exact_fallback
+        if exact is not None and exact.any():
+            answers = answer_exactly(routing, answers, exact[routing.sequence])
         spent = self._spend(routing, answers)
         if self.on_decision is not None:
             self.on_decision(
@@ -156,16 +158,9 @@ class MoeLayerRunner:
         is_skipped[answers.expert[answers.present]] = False
         return int(sizes[is_skipped & ~resident[PRIMARY]].sum())
 
-    def _answers(self, routing: Routing, resident: np.ndarray) -> Answers:
-        answers = self.policy.policy.decide(routing, resident)
-        exact = self.forward.exact_fallback
-        if exact is not None and exact.any():
-            answers = answer_exactly(routing, answers, exact[routing.sequence])
-        return answers
-
     def _spend(self, routing: Routing, answers: Answers) -> np.ndarray | None:
         prices = self.policy.prices
-        if prices is None or not self.policy.policy.lossy:
+        if prices is None or not self.policy.is_lossy:
             return None
         spent = prices.spent(routing, answers)  # [T]
         if self.forward.phase == "prompt":
@@ -214,11 +209,11 @@ class MoeLayerRunner:
         """Tell the store which channels one token needs, from the layer's own input."""
         if self.is_shadow or len(call.hidden) > 1:
             return
-
-        def select(selector: Selector) -> ChosenChannels:
-            return choose_channels(call.module, selector, call.hidden, sparsity)
-
-        self.store.select_channels(call.layer, wanted, select)
+        self.store.select_channels(
+            call.layer,
+            wanted,
+            lambda selector: choose_channels(call.module, selector, call.hidden, sparsity),
+        )
 
     def _scores(self, call: LayerCall) -> np.ndarray | None:
         """Return the router's scores [E] if eviction or the recorder needs them, else None."""
@@ -227,30 +222,22 @@ class MoeLayerRunner:
             return None
         return gate_scores(_narrow(call.router_logits))
 
-    def _importance(self, call: LayerCall) -> np.ndarray | None:
-        if self.attention is None or self.forward.phase != "prompt":
-            return None
-        received = self.attention.take(call.layer).reshape(-1)  # [T]
-        return token_importance(call.hidden.float().numpy(), received.numpy())
-
-    def _worth(self, call: LayerCall) -> np.ndarray | None:
-        masks = self.policy.masks
-        if not masks:
-            return None
-        worth = slot_worth(masks[call.layer], call.hidden.float(), call.index, call.weight)
-        found: np.ndarray = worth.numpy()
-        return found
-
     def _routing(self, call: LayerCall, present: torch.Tensor | None) -> Routing:
         n_tokens, n_sequences = call.index.shape[0], self.forward.n_sequences
-        score = logits = None
-        policy = self.policy.policy
-        if policy.needs_logits or policy.needs_score:
+        score = logits = importance = worth = None
+        need = self.policy.policy.needs_router
+        if need != "nothing":
             assert call.router_logits is not None, "the router's hook did not answer"
             logits = _narrow(call.router_logits)
-            if policy.needs_score:
+            if need == "scores":
                 rule = self.policy.rules[call.layer]
                 score = _narrow(rule.selection_scores(call.router_logits))
+        if self.attention is not None and self.forward.phase == "prompt":
+            received = self.attention.take(call.layer).reshape(-1)  # [T]
+            importance = token_importance(call.hidden.float().numpy(), received.numpy())
+        if masks := self.policy.masks:
+            hidden = call.hidden.float()
+            worth = slot_worth(masks[call.layer], hidden, call.index, call.weight).numpy()
         return Routing(
             layer=call.layer,
             index=call.index.numpy(),
@@ -259,8 +246,8 @@ class MoeLayerRunner:
             score=score,
             logits=logits,
             sequence=np.repeat(np.arange(n_sequences), n_tokens // n_sequences),
-            importance=self._importance(call),
-            worth=self._worth(call),
+            importance=importance,
+            worth=worth,
         )
 
 

@@ -9,7 +9,6 @@ from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.budget.slots import split_slots
 from moe_tool.errors import BudgetError
-from moe_tool.formats.bundle_checks import BundleForm
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
@@ -27,7 +26,6 @@ from moe_tool.store.form_stores import FormStores
 from moe_tool.store.protocol import ExpertStore
 from moe_tool.store.record_store import RecordStore
 
-_N_READERS = 2
 MakeStore = Callable[[BundleReader, tuple[FormRoom, ...], EvictionChoice], ExpertStore]
 """Function from a bundle, rooms in the order of `bundle.forms` and the eviction policy of primary
 forms to a store with nothing read yet; the bundle stays open as long as the store"""
@@ -40,15 +38,8 @@ def choose_rooms(
     eviction: EvictionChoice,
     policy: ChosenPolicy,
 ) -> tuple[FormRoom, ...]:
-    """Return each form's part of the memory, in the order of `manifest.forms`.
-
-    Args:
-        manifest: manifest of the bundle.
-        slots: slots for primary records within the budget, by table.
-        residency: whether the content of memory changes.
-        eviction: eviction policy of primary forms.
-        policy: miss policy.
-    """
+    """Return each form's part of the memory, in the order of `manifest.forms`, for primary slots by
+    table within the budget."""
     forms = forms_read(manifest, policy.choice)
 
     def rooms_of(slots: tuple[int, ...]) -> tuple[FormRoom, ...]:
@@ -106,7 +97,6 @@ def open_stores(
                 n_slots=room.n_slots,
                 pinned=room.pinned,
                 eviction=Lru,
-                n_readers=_N_READERS,
             )
     primaries: list[ExpertStore] = []
     primary_of: dict[int, list[int | None]] = {
@@ -118,30 +108,20 @@ def open_stores(
                 primary_of[record.layer][record.expert] = len(primaries)
             nested = held.table.precision.base
             base = None if nested is None else cheaper.get(nested)
-            primaries.append(_open_primary(bundle, held, room, eviction, base))
+            open_store: Callable[..., ExpertStore] = partial(RecordStore, base=base)
+            if "selector" in held.table.precision.roles:
+                open_store = ChannelStore
+            store = open_store(
+                bundle,
+                form=held.index,
+                n_slots=room.n_slots,
+                pinned=room.pinned,
+                eviction=eviction.make,
+                per_layer=eviction.per_layer,
+            )
+            primaries.append(store)
     return FormStores(
         primaries,
         [cheaper.get(table.precision) for table in bundle.manifest.cheaper],
         primary_of=primary_of,
-    )
-
-
-def _open_primary(
-    bundle: BundleReader,
-    held: BundleForm,
-    room: FormRoom,
-    eviction: EvictionChoice,
-    base: RecordStore | None,
-) -> ExpertStore:
-    open_store: Callable[..., ExpertStore] = partial(RecordStore, base=base)
-    if "selector" in held.table.precision.roles:
-        open_store = ChannelStore
-    return open_store(
-        bundle,
-        form=held.index,
-        n_slots=room.n_slots,
-        pinned=room.pinned,
-        eviction=eviction.make,
-        per_layer=eviction.per_layer,
-        n_readers=_N_READERS,
     )

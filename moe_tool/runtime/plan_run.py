@@ -1,6 +1,5 @@
 """Plan of a run: every decision and refusal, before anything large is loaded."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +15,8 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.skeleton import Skeleton
 from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.native.kernels import is_native
-from moe_tool.policies.eviction import EvictionChoice, parse_eviction
-from moe_tool.policies.misses import MissChoice
+from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice, parse_eviction
+from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
@@ -25,13 +24,7 @@ from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, require_prefetch
 from moe_tool.runtime.quality_promise import quality_note
 from moe_tool.runtime.residency import FormRoom, expert_rooms
-from moe_tool.runtime.run_options import (
-    DEFAULT_EVICTION,
-    EXACT_POLICY,
-    RunOptions,
-    default_policy,
-    default_residency,
-)
+from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
 from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
@@ -162,8 +155,7 @@ def settle(
     """Return the plan with the slots that fit now that the size of the process is known.
 
     Args:
-        plan: plan of `plan_run`.
-        manifest: manifest of the bundle.
+        plan, manifest: plan of `plan_run` and manifest of its bundle.
         process_bytes: size of the process without the skeleton, after a first forward.
         available_bytes: possible size of the process, its present size included.
 
@@ -207,7 +199,7 @@ def with_policy(
 
 def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
     """Return the notes before the first token: what was planned, what is lossy, what is slow."""
-    is_lossy = plan.policy.policy.lossy
+    is_lossy = plan.policy.is_lossy
     notes = [plan.followed] if plan.followed is not None else []
     if is_lossy:
         notes.append(plan.policy.policy.describe())
@@ -222,16 +214,12 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
         notes.append(describe_sparse(plan.options.sparse_experts))
     staying = staying_by_form(manifest, plan.rooms)
     if len(staying) > 1:
-        notes.append(_staying(staying, n_experts=len(manifest.primary_records)))
+        held = ", ".join(
+            f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
+            for form, count in staying.items()
+        )
+        notes.append(f"in memory of {len(manifest.primary_records)} experts: {held}")
     return notes
-
-
-def _staying(staying: Mapping[str, int], *, n_experts: int) -> str:
-    held = ", ".join(
-        f"{count} at {form} bits" if form[0].isdigit() else f"{count} {form}"
-        for form, count in staying.items()
-    )
-    return f"in memory of {n_experts} experts: {held}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,7 +293,7 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
         prompt_tokens=positions
         if options.prompt_tokens is None
         else min(options.prompt_tokens, positions),
-        keeps_scores=options.lossy_prompt and policy.weighs_prompts,
+        keeps_scores=options.lossy_prompt and policy.spec.weighs_prompts,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,14 +12,8 @@ from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
-from moe_tool.policies.misses import (
-    Gates,
-    MissChoice,
-    MissPolicy,
-    PolicyInputs,
-    PriceBook,
-    Reweigh,
-)
+from moe_tool.policies.misses import Gates, MissChoice, MissPolicy, PolicyInputs, PriceBook
+from moe_tool.policies.misses.needs import MASK_ROUTER
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
 from moe_tool.runtime.price_list import price_book, record_sizes
 
@@ -30,6 +24,7 @@ class ChosenPolicy:
 
     choice: MissChoice
     policy: MissPolicy
+    is_lossy: bool
     prices: PriceBook | None
     """Prices of the bundle's answers; None if it was packed without a profile"""
     rules: Mapping[int, RouterRule]
@@ -59,24 +54,30 @@ def choose_policy(
         manifest: stand-ins, thresholds and prices of the bundle are used.
         layers: every MoE layer; router rules are used, tensors need not be loaded.
         config: configuration of the model.
-        gates: whether lossy policies keep BuddyMoE's gates.
-        seed: seed of random policies.
+        gates, seed: as in RunOptions.
 
     Raises:
         UsageError: the bundle lacks what the policy needs.
         NotFoundError, UnsupportedModelError: as `MissChoice.make`.
     """
-    rules = _rules(layers, config)
+    found = {modules.layer: router_rule(modules, config) for modules in layers}
+    rules = {layer: rule for layer, rule in found.items() if rule is not None}
+    if len(rules) < len(found):
+        rules = {}
     known = manifest_inputs(manifest)
     inputs = replace(
         known,
         gates=known.gates if gates else Gates(entropy_threshold={}, enabled=False),
-        reweigh=None if rules is None else {layer: _reweigh(rule) for layer, rule in rules.items()},
-        scores_are_logits=rules is None or not any(r.scores_differ for r in rules.values()),
+        reweigh={layer: partial(_reweigh, rule) for layer, rule in rules.items()} or None,
+        scores_are_logits=not any(rule.scores_differ for rule in rules.values()),
         seed=seed,
     )
     return ChosenPolicy(
-        choice=choice, policy=choice.make(inputs), rules=rules or {}, prices=inputs.prices
+        choice=choice,
+        policy=choice.make(inputs),
+        is_lossy=choice.spec.is_lossy,
+        prices=inputs.prices,
+        rules=rules,
     )
 
 
@@ -105,28 +106,16 @@ def with_masks(policy: ChosenPolicy, bundle: BundleReader) -> ChosenPolicy:
     Raises:
         CorruptArtifactError, StorageError: as `read_mask_router`.
     """
-    if not policy.choice.asks_router:
+    if MASK_ROUTER not in policy.choice.spec.needs:
         return policy
     return replace(policy, masks=mask_tensors(bundle.mask_router() or {}))
 
 
-def _rules(
-    layers: Sequence[MoeLayerModules], config: PreTrainedConfig
-) -> dict[int, RouterRule] | None:
-    """Return the routers' rules by layer; None if they are unknown."""
-    rules = {}
-    for modules in layers:
-        rule = router_rule(modules, config)
-        if rule is None:
-            return None
-        rules[modules.layer] = rule
-    return rules
-
-
-def _reweigh(rule: RouterRule) -> Reweigh:
-    def reweigh(logits: np.ndarray, index: np.ndarray, present: np.ndarray) -> Any:
-        wide = torch.from_numpy(logits).to(torch.float32)  # [T, E]
-        weights = weights_of_sets(rule, wide, torch.from_numpy(index), torch.from_numpy(present))
-        return weights.to(torch.float32).numpy()
-
-    return reweigh
+def _reweigh(
+    rule: RouterRule, logits: np.ndarray, index: np.ndarray, present: np.ndarray
+) -> np.ndarray:
+    """Return the gate weights of sets of experts by a layer's rule; see `Reweigh`."""
+    wide = torch.from_numpy(logits).to(torch.float32)  # [T, E]
+    weights = weights_of_sets(rule, wide, torch.from_numpy(index), torch.from_numpy(present))
+    found: np.ndarray = weights.to(torch.float32).numpy()
+    return found

@@ -27,13 +27,8 @@ class Prefetcher:
 
     @torch.no_grad()
     def expect(self, call: LayerCall, store: ExpertStore, counters: PhaseCounters) -> None:
-        """Prefetch the experts predicted for the next layer; counters count prefetches.
-
-        Args:
-            call: call whose demanded reads have begun.
-            store: is changed.
-            counters: are changed.
-        """
+        """Prefetch the experts predicted for the next layer, once the call's demanded reads have
+        begun; changes the store and counts prefetches."""
         modules = self.following.get(call.layer)
         if modules is None:
             return

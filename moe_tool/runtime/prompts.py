@@ -7,13 +7,8 @@ from moe_tool.errors import DataSourceError, UsageError
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool, vocabulary: int) -> list[int]:
-    """Return the token ids of a prompt, as a user turn of the model's chat template if it has one.
-
-    Args:
-        tokenizer: tokenizer of transformers.
-        prompt: the text.
-        raw: leave the chat template out.
-        vocabulary: V of the model.
+    """Return the token ids of a prompt, as a user turn of the model's chat template if it has one
+    and `raw` is False.
 
     Raises:
         UsageError: the prompt has no tokens, or the template refuses it or leaves it out.
@@ -41,23 +36,21 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool, vocabulary: int) ->
 
 def _apply_template(tokenizer: Any, prompt: str) -> str:
     """Return the turn as text, with the prompt given as a string or else as parts."""
-    forms = (_as_text, _as_parts)
     failure: Exception | None = None
     rendered = []
-    for form in forms:
+    for as_parts in (False, True):
         try:
-            text = _render(tokenizer, form(prompt))
-        except (
-            Exception
-        ) as error:  # a template is a program of the model's author and may fail in any way
+            text = _render(tokenizer, prompt, as_parts=as_parts)
+        # A template is a program of the model's author and may fail in any way.
+        except Exception as error:
             failure = failure or error
             continue
         if prompt.strip() in text:
             return text
-        rendered.append((form, text))
-    for form, text in rendered:
+        rendered.append((as_parts, text))
+    for as_parts, text in rendered:
         # The template may rewrite the prompt: it is ignored only if another one changes nothing.
-        if text != _render(tokenizer, form(f"{prompt} {prompt}")):
+        if text != _render(tokenizer, f"{prompt} {prompt}", as_parts=as_parts):
             return text
     if failure is not None:
         raise UsageError(
@@ -70,15 +63,8 @@ def _apply_template(tokenizer: Any, prompt: str) -> str:
     )
 
 
-def _render(tokenizer: Any, content: object) -> str:
+def _render(tokenizer: Any, prompt: str, *, as_parts: bool) -> str:
+    # Templates of multimodal families find no parts in a string.
+    content = [{"type": "text", "text": prompt}] if as_parts else prompt
     turns = [{"role": "user", "content": content}]
     return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-
-
-def _as_text(prompt: str) -> object:
-    return prompt
-
-
-def _as_parts(prompt: str) -> object:
-    """Return the prompt as parts: templates of multimodal families find none in a string."""
-    return [{"type": "text", "text": prompt}]

@@ -54,12 +54,7 @@ class QualityAccount:
         return max(1.0, self.judged_measured / self.judged_spent)
 
     def judge(self, divergence: float, *, tokens: int) -> None:
-        """Add the measured loss of the current token.
-
-        Args:
-            divergence: nats, all sequences together.
-            tokens: number of sequences.
-        """
+        """Add the measured loss of the current token, in nats over all its `tokens` sequences."""
         self.judged_tokens += tokens
         self.judged_spent += self._raw
         self.judged_measured += divergence

@@ -2,6 +2,7 @@
 layer, or those that make misses cheapest."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
@@ -28,11 +29,7 @@ def frozen_rooms(
 ) -> tuple[FormRoom, ...]:
     """Return each form's room under frozen residency, primary tables first, then cheaper forms.
 
-    Args:
-        manifest: manifest of the bundle.
-        slots: primary records that fit the budget, by table; cheaper forms share their bytes.
-        choice: the miss policy.
-        prices: prices of the manifest.
+    `slots` are the primary records that fit the budget, by table; cheaper forms share their bytes.
     """
     hottest = hottest_rooms(manifest, slots, share=1.0)
     if _has_everything(manifest, slots) or choice.residents == "hottest":
@@ -73,13 +70,8 @@ def hottest_rooms(
     """Return rooms with the most used experts pinned in their primary form, and no cheaper form.
 
     Slots for one token's experts stay free for fetches, unless everything fits. Without heat in the
-    manifest the layers take turns, each in file order.
-
-    Args:
-        manifest: manifest of the bundle.
-        slots: slots by primary table.
-        share: largest share of the slots for pinned experts.
-        per_layer: see `expert_rooms`.
+    manifest the layers take turns, each in file order. `share` is the largest share of the slots
+    for pinned experts.
     """
     ranked = _ranked(manifest) if share else []
     rooms = []
@@ -95,12 +87,8 @@ def hottest_rooms(
 
 
 def expert_rooms(manifest: BundleManifest, *, per_layer: bool = False) -> tuple[ExpertRoom, ...]:
-    """Return record size and number of experts by primary table, for a memory plan.
-
-    Args:
-        manifest: manifest of the bundle.
-        per_layer: every layer has its own part of the slots, so needs one at least.
-    """
+    """Return record size and number of experts by primary table, for a memory plan; with
+    `per_layer` every layer needs a slot at least."""
     n_layers = len(manifest.shape.layers) if per_layer else 0
     return tuple(
         ExpertRoom(
@@ -192,16 +180,12 @@ def _two_precisions(
 
 
 def _ranked(manifest: BundleManifest) -> list[ExpertKey]:
-    if manifest.heat is None:
-        return _in_turns(manifest)
-    return hottest_first({entry.layer: entry.load for entry in manifest.heat})
-
-
-def _in_turns(manifest: BundleManifest) -> list[ExpertKey]:
-    seen: dict[int, int] = {}
-    turns: list[tuple[int, int, int]] = []
+    """Return the most used experts first; without heat the layers take turns."""
+    if manifest.heat is not None:
+        return hottest_first({entry.layer: entry.load for entry in manifest.heat})
+    seen: Counter[int] = Counter()
+    turns: dict[ExpertKey, tuple[int, int]] = {}
     for record in manifest.primary_records:
-        turn = seen.get(record.layer, 0)
-        seen[record.layer] = turn + 1
-        turns.append((turn, record.layer, record.expert))
-    return [(layer, expert) for _, layer, expert in sorted(turns, key=lambda entry: entry[:2])]
+        turns[record.layer, record.expert] = (seen[record.layer], record.layer)
+        seen[record.layer] += 1
+    return sorted(turns, key=turns.__getitem__)

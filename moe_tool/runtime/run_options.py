@@ -6,11 +6,8 @@ from typing import Any
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.budget.request import MemoryRequest, parse_memory_option
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
-from moe_tool.policies.misses import MissChoice, parse_miss_policy
+from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.runtime.moe_layer import Residency
-
-DEFAULT_EVICTION = parse_eviction("lru")
-EXACT_POLICY = parse_miss_policy("exact")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

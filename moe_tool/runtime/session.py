@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.bundle_skeleton import bundle_loader, open_bundle_skeleton
 from moe_tool.models.kv_cache import new_kv_cache
-from moe_tool.models.skeleton import LayerCall, Skeleton
+from moe_tool.models.skeleton import Skeleton
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.misses import MissChoice
 from moe_tool.progress import SILENT, Progress
@@ -83,10 +82,9 @@ class Session:
         """
         plan = with_policy(self.plan, policy, residency, self.manifest, self.skeleton)
         plan = replace(plan, policy=with_masks(plan.policy, self.bundle))
-        if (residency, plan.rooms) != (self.plan.residency, self.plan.rooms):
-            self.runner.store.close()
-            self.runner.store = self.make_store(self.bundle, plan.rooms, plan.eviction)
-        self.plan = plan
+        before, self.plan = self.plan, plan
+        if (residency, plan.rooms) != (before.residency, before.rooms):
+            self.empty_cache()
         self.runner.residency = residency
         self.runner.policy = plan.policy
         self.runner.account = open_account(self.manifest, plan.policy)
@@ -110,15 +108,10 @@ class Session:
     def __enter__(self) -> "Session":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _listen(self) -> None:
+    def __post_init__(self) -> None:
         """Install the hooks around every forward."""
         self._hooks += [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -251,8 +244,8 @@ def load_session(
     if manifest.selectors:
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)
-    is_shadowed = options.shadow and plan.policy.policy.lossy
-    session = Session(
+    is_shadowed = options.shadow and plan.policy.is_lossy
+    return Session(
         bundle=bundle,
         skeleton=skeleton,
         tokenizer=tokenizer,
@@ -262,8 +255,6 @@ def load_session(
         torch_threads_before=torch_threads_before,
         shadow=Shadow(every=options.shadow) if is_shadowed else None,
     )
-    session._listen()
-    return session
 
 
 def _reachable_bytes() -> int:
@@ -286,7 +277,7 @@ def _runner(
 ) -> MoeLayerRunner:
     """Open the stores of a planned run and return its experts function."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
-    is_lossy = plan.policy.policy.lossy
+    is_lossy = plan.policy.is_lossy
     return MoeLayerRunner(
         store=make_store(bundle, plan.rooms, plan.eviction),
         account=open_account(manifest, plan.policy),
@@ -309,23 +300,17 @@ def _runner(
 
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
     """Return the foresight that the eviction policy or a trace needs; None if neither does."""
-    if plan.eviction.look_ahead:
-        return foresee(skeleton.layers, depth=plan.eviction.look_ahead)
-    if plan.options.record_trace and plan.prefetch != NO_PREFETCH:
-        return foresee(skeleton.layers, depth=1)
-    return None
+    is_traced = plan.options.record_trace and plan.prefetch != NO_PREFETCH
+    depth = plan.eviction.look_ahead or int(is_traced)
+    return foresee(skeleton.layers, depth=depth) if depth else None
 
 
 def _warm_up(skeleton: Skeleton) -> None:
     """Run two tokens without experts, so that torch's one-time allocations are measured."""
-    skeleton.set_experts_function(_nothing)
+    skeleton.set_experts_function(lambda call: torch.zeros_like(call.hidden))
     ids = torch.zeros(1, _WARM_UP_TOKENS, dtype=torch.int64)
     with torch.inference_mode():
         output = skeleton.model(input_ids=ids, use_cache=True)
         skeleton.model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True)
     del output
     trim()
-
-
-def _nothing(call: LayerCall) -> torch.Tensor:
-    return torch.zeros_like(call.hidden)

@@ -33,11 +33,8 @@ class Shadow:
 
     @torch.inference_mode()
     def compute_exactly(self, model: Any, kwargs: dict[str, Any]) -> None:
-        """Run the coming step and remove it from the KV cache again.
-
-        Args:
-            model: model with exact answers for the time being.
-            kwargs: arguments of the coming forward, its cache among them.
+        """Run the coming step, of a model with exact answers for the time being, and remove it from
+        the KV cache again.
 
         Raises:
             UsageError: the model's cache cannot be shortened.
@@ -47,7 +44,8 @@ class Shadow:
         n_seen = cache.get_seq_length()
         output = model(**{**kwargs, "use_cache": True, "return_dict": True})
         self._exact = output.logits[:, -1].clone()
-        cache.crop(n_seen - cache.get_seq_length())  # negative: the number of positions to remove
+        if cache.is_croppable:
+            cache.crop(n_seen - cache.get_seq_length())  # negative: how many positions to remove
         if cache.get_seq_length() != n_seen:
             raise UsageError(
                 "--shadow: this model's cache cannot be shortened", hint="leave --shadow out"
@@ -55,10 +53,8 @@ class Shadow:
         self.seconds += time.perf_counter() - started
 
     def compare(self, logits: torch.Tensor) -> float | None:
-        """Return the divergence of the lossy step, nats summed over sequences; None without shadow.
-        Args:
-            logits: [B, V] logits of its last position.
-        """
+        """Return the divergence of the lossy step, nats summed over sequences, from the logits
+        [B, V] of its last position; None without shadow."""
         exact, self._exact = self._exact, None
         if exact is None:
             return None

@@ -2,10 +2,10 @@
 
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.policies.misses import MissChoice
+from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 from moe_tool.quantization.channels import GRID
 from moe_tool.runtime.prefetcher import NO_PREFETCH
-from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
+from moe_tool.runtime.run_options import RunOptions
 
 
 def require_sparse(options: RunOptions, policy: MissChoice, bundle: BundleReader) -> None:

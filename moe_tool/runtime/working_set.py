@@ -88,8 +88,8 @@ def kv_cache_bytes(config: Any, workload: Workload) -> int:
     layer at a time: while a token is appended, the old and the new keys (or values) of a layer
     exist together. Sliding windows are counted at full length.
     """
-    layer_bytes = workload.batch * workload.positions * _kv_floats(config) * _FLOAT_BYTES
-    return (int(config.num_hidden_layers) + 1) * layer_bytes
+    floats = [_kv_floats(layer) for layer in _layer_configs(config)]
+    return workload.batch * workload.positions * (sum(floats) + max(floats)) * _FLOAT_BYTES
 
 
 def buffer_bytes(config: Any, shape: MoeShape, workload: Workload) -> int:
@@ -112,13 +112,20 @@ def buffer_bytes(config: Any, shape: MoeShape, workload: Workload) -> int:
 
 def _attention_scratch_bytes(config: Any, workload: Workload) -> int:
     """Size of one layer's keys and values for every query head, and of the scores if kept."""
-    heads = int(config.num_attention_heads)
-    n_floats = 0
-    if _expanded_floats(config) > _kv_floats(config):
-        n_floats += workload.batch * workload.positions * _expanded_floats(config)
-    if workload.keeps_scores or config.model_type in UNFUSED_ATTENTION:
-        n_floats += 3 * workload.batch * heads * prefill_chunk(workload) * workload.positions
-    return n_floats * _FLOAT_BYTES
+    most = 0
+    for layer in _layer_configs(config):
+        n_floats = _expanded_floats(layer) if _expanded_floats(layer) > _kv_floats(layer) else 0
+        if workload.keeps_scores or config.model_type in UNFUSED_ATTENTION:
+            n_floats += 3 * int(layer.num_attention_heads) * prefill_chunk(workload)
+        most = max(most, n_floats)
+    return workload.batch * workload.positions * most * _FLOAT_BYTES
+
+
+def _layer_configs(config: Any) -> list[Any]:
+    """Return one configuration per decoder layer: in some models attention differs by layer."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * int(config.num_hidden_layers)
 
 
 def _kv_floats(config: Any) -> int:
@@ -138,7 +145,11 @@ def _expanded_floats(config: Any) -> int:
 
 
 def attention_floats(config: Any) -> int:
-    """Return the scalars per token of queries, keys and values together."""
+    """Return the scalars per token of queries, keys and values together, of the widest layer."""
+    return max(_attention_floats(layer) for layer in _layer_configs(config))
+
+
+def _attention_floats(config: Any) -> int:
     heads = int(config.num_attention_heads)
     if getattr(config, "kv_lora_rank", None):
         return heads * _latent_head_dim(config) + _expanded_floats(config)

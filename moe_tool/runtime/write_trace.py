@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from moe_tool import __version__
-from moe_tool.artifacts.precision import precision_from_bits
 from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.formats.run_trace_hdf5 import write_run_trace
@@ -16,13 +15,7 @@ from moe_tool.runtime.session import Session
 
 def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
     """Write the calls of a session with `record_trace` since it was opened; counts are those of
-    its last run.
-
-    Args:
-        session: nothing but its runs may have changed its cache.
-        path: the trace file.
-        decode_seconds: duration of decoding.
-    """
+    its last run. Nothing but runs may have changed the session's cache."""
     assert session.runner.recorder is not None, "the session records no trace"
     store, manifest = session.runner.store, session.manifest
     prompt, decode = session.runner.stats.prompt, session.runner.stats.decode
@@ -32,10 +25,12 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
         for expert in store.pinned_mask(layer)[PRIMARY].nonzero()[0]
     ]
     (table,) = manifest.primaries  # `plan_run` refuses several tables and channels
+    precision = table.precision
+    assert precision.kind != "channels" and precision.kind != "low-rank"
     header = RunTraceHeader(
         identity=manifest.identity,
         shape=manifest.shape,
-        precision=precision_from_bits(table.name),
+        precision=precision,
         record_size_bytes=table.record_size_bytes,
         skeleton_precision=manifest.skeleton_precision,
         matrix_bytes=matrix_bytes(session.bundle),

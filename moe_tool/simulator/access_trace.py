@@ -1,6 +1,6 @@
-"""Access trace: the experts that layers of a model called, in order."""
+"""Access trace: the experts that layers of a model called, in order; and counts of its replay."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -57,3 +57,20 @@ class AccessTrace:
     def calls(self) -> list[list[int]]:
         """Return the keys of every call."""
         return [part.tolist() for part in np.split(self.keys, self.start[1:-1])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallCounts:
+    """Hits and prefetches of C layer calls, [C] uint16 each."""
+
+    hits: np.ndarray
+    """Experts in the cache when the call began, prefetched ones included"""
+    prefetches: np.ndarray
+    """Experts whose prefetch began during the call"""
+    prefetch_hits: np.ndarray
+    """Hits on experts that had been prefetched for this call"""
+
+    @classmethod
+    def zeros(cls, n_calls: int) -> "CallCounts":
+        """Return counts that are all zero."""
+        return cls(**{field.name: np.zeros(n_calls, np.uint16) for field in fields(cls)})

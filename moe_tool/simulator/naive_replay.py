@@ -5,8 +5,7 @@ from collections.abc import Collection
 import numpy as np
 
 from moe_tool.policies.eviction import ExpertCache, MakeEviction
-from moe_tool.simulator.access_trace import AccessTrace
-from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 
 
 def naive_replay(
@@ -21,10 +20,7 @@ def naive_replay(
     """Return the counts of every call of a trace, with a cache that begins empty.
 
     Args:
-        trace: the calls.
-        make: factory of the eviction policy.
         capacity: cached experts, pinned ones not counted.
-        per_layer: whether the capacity is divided among the layers.
         pinned: keys that are always in memory.
         prefetch_depth: 1 prefetches the experts predicted for the next layer; n up to n layers
             ahead, but a layer only if all experts predicted for nearer ones are in the cache.
@@ -39,7 +35,9 @@ def naive_replay(
     )
     counts = CallCounts.zeros(trace.n_calls)
     pending: dict[int, list[int]] = {}  # layer -> keys prefetched for its next call
-    guesses = _guesses(trace)
+    guesses = None
+    if trace.guesses is not None and trace.guess_start is not None:
+        guesses = np.split(trace.guesses, trace.guess_start[1:-1])
     for number, (layer, named) in enumerate(zip(trace.layer.tolist(), trace.calls(), strict=True)):
         expected = pending.pop(layer, [])
         counts.prefetch_hits[number] = sum(key in named for key in expected)
@@ -52,7 +50,7 @@ def naive_replay(
             _leave(pending, entry.victim, trace.n_experts)
         if guesses is None:
             continue
-        by_layer = _by_layer(guesses[number], trace.n_experts)
+        by_layer = _by_layer(guesses[number].tolist(), trace.n_experts)
         for target, keys in by_layer.items():
             cache.expect(keys, ahead=target - layer)
         held = set(named)
@@ -81,9 +79,3 @@ def _leave(pending: dict[int, list[int]], victim: int | None, n_experts: int) ->
     """Forget a prefetch that was evicted before its layer's call."""
     if victim is not None and victim in pending.get(victim // n_experts, ()):
         pending[victim // n_experts].remove(victim)
-
-
-def _guesses(trace: AccessTrace) -> list[list[int]] | None:
-    if trace.guesses is None or trace.guess_start is None:
-        return None
-    return [part.tolist() for part in np.split(trace.guesses, trace.guess_start[1:-1])]

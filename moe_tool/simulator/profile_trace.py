@@ -24,8 +24,6 @@ def decode_trace(
     """Return the trace of one part's sequences in turn, one token per forward.
 
     Args:
-        profile: is read layer by layer.
-        part: the sequences to take.
         max_tokens: limit on the tokens in whole sequences, at least one, spread over the part.
         with_scores: include router scores, 2 bytes per token, layer and expert.
         with_guesses: include the predictions of the next layers' routers.

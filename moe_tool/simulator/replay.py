@@ -1,18 +1,14 @@
 """Replay of a trace through an expert cache, compiled if the kernels were built."""
 
 from collections.abc import Collection
+from functools import partial
 
 import numpy as np
 
-from moe_tool.native.replay import (
-    Calls,
-    compiled_replay,
-    compiled_stack_depths,
-    is_built,
-)
-from moe_tool.policies.eviction import Belady, CacheShape, Eviction, EvictionChoice
-from moe_tool.simulator.access_trace import AccessTrace
-from moe_tool.simulator.counts import CallCounts
+from moe_tool.native.kernels import is_built
+from moe_tool.native.replay import Calls, compiled_replay, compiled_stack_depths
+from moe_tool.policies.eviction import Belady, EvictionChoice
+from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 from moe_tool.simulator.naive_replay import naive_replay
 
 
@@ -83,16 +79,9 @@ class Replayer:
     def belady(self, capacity: int) -> CallCounts:
         """Return the counts under Belady's optimal policy."""
         if self._calls is None or capacity < self._largest_call:
-            return self._naive_belady(capacity)
+            make = partial(Belady, calls=self.trace.calls())
+            return naive_replay(self.trace, make, capacity=capacity)
         return self._by_depth("belady", capacity)
-
-    def _naive_belady(self, capacity: int) -> CallCounts:
-        calls = self.trace.calls()
-
-        def make(shape: CacheShape) -> Eviction:
-            return Belady(shape, calls=calls)
-
-        return naive_replay(self.trace, make, capacity=capacity)
 
     def _by_depth(self, kind: str, capacity: int) -> CallCounts:
         """Return the counts of LRU or Belady, which are stack algorithms: one pass over the trace

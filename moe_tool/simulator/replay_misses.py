@@ -21,7 +21,6 @@ class ReplayedMisses:
     nats_per_token: float
     """Expected divergence from the same experts with every miss read"""
     bytes_per_token: float
-    """Bytes read per token"""
     hit_rate: float
     """Share of (token, layer, expert) accesses that found the primary form in memory"""
     answered_otherwise: float
@@ -45,10 +44,6 @@ def replay_misses(
     Routing is the recorded one: effects of an answer on later layers are ignored.
 
     Args:
-        profile: is read layer by layer.
-        part: the sequences to take.
-        policy: the miss policy.
-        book: prices of the answers.
         resident: decoder layer -> [F, E] bool.
         costs: costs of a layer call; the time to read a smaller record is proportional to its size.
         max_tokens: limit on the tokens, in whole sequences.
@@ -91,13 +86,7 @@ def resident_masks(
     *,
     n_experts: int,
 ) -> dict[int, np.ndarray]:
-    """Return which forms are in memory as decoder layer -> [F, E] bool.
-
-    Args:
-        layers: of the model.
-        by_form: the (layer, expert) pairs that are held in each form.
-        n_experts: E.
-    """
+    """Return which experts of `by_form` are in memory: decoder layer -> [F, E] bool."""
     masks = {layer: np.zeros((len(by_form), n_experts), dtype=bool) for layer in layers}
     for form, keys in enumerate(by_form):
         for layer, expert in keys:

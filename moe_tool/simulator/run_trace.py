@@ -7,8 +7,7 @@ import numpy as np
 from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
-from moe_tool.simulator.access_trace import AccessTrace
-from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 from moe_tool.simulator.replay import Replayer
 
 _PREFETCH_DEPTHS = {"none": 0, "next-layer": 1}

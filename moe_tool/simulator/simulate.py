@@ -1,17 +1,16 @@
 """Simulated cost of a trace for every memory budget and eviction policy."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.simulation_report import BELADY, Cliff, PrefetchRow, PromptRow, SimulatedRow
-from moe_tool.policies.eviction import EVICTION, EvictionChoice
+from moe_tool.artifacts.simulation_report import BELADY, PrefetchRow, PromptRow, SimulatedRow
+from moe_tool.policies.eviction import EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import SILENT, Progress
-from moe_tool.simulator.access_trace import AccessTrace
-from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.time_model import CallCosts, call_times, forward_seconds
 
@@ -35,7 +34,6 @@ class Machine:
 
     record_bytes: int
     n_slots_min: int
-    """Minimum number of slots of a run"""
     costs: CallCosts
     hottest: Sequence[int]
     """Keys in order of falling use in the profile"""
@@ -53,10 +51,7 @@ def simulate_decoding(
 
     Args:
         replayer: trace with one token per forward.
-        choices: eviction policies.
         budgets: budgets in ascending order.
-        machine: record size and speeds.
-        progress: told about the rows.
     """
     trace, rows = replayer.trace, []
     n_replayed, began = 0, time.perf_counter()
@@ -152,11 +147,6 @@ def simulate_prefetch(
     )
 
 
-def find_cliff(trace: AccessTrace, record_bytes: int) -> Cliff:
-    """Return the working set of one token."""
-    return Cliff(experts=trace.cycle, bytes=round(trace.cycle * record_bytes))
-
-
 def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
     """Return a sentence for each case in which a policy is slower than with a smaller budget."""
     sentences, fastest = [], dict[str, SimulatedRow]()
@@ -172,11 +162,11 @@ def find_slower(rows: Sequence[SimulatedRow]) -> list[str]:
     return sentences
 
 
-def default_choices(parse: Callable[[str], EvictionChoice]) -> list[EvictionChoice]:
+def default_choices() -> list[EvictionChoice]:
     """Return every policy with a compiled replay, and LRU and LFU also with a cache per layer."""
     slow = replayed_in_python()
     names = [name for name in EVICTION if name not in slow]
-    return [parse(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
+    return [parse_eviction(name) for name in (*names, "lru:per-layer", "lfu:per-layer")]
 
 
 def replayed_in_python() -> list[str]:

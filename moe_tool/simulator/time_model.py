@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.simulator.access_trace import AccessTrace
-from moe_tool.simulator.counts import CallCounts
+from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 
 _N_READERS = 2
 
@@ -83,10 +82,9 @@ def _stall(n_hits: int, n_misses: int, costs: CallCosts) -> float:
 
 def _arrivals(n_misses: int, costs: CallCosts) -> list[float]:
     """Return the arrival time of each missed record, counted from the beginning of the call."""
-    n_pairs, is_odd = divmod(n_misses, _N_READERS)
     arrivals = [
-        (pair + 1) * _N_READERS * costs.read_s for pair in range(n_pairs) for _ in range(_N_READERS)
+        (number // _N_READERS + 1) * _N_READERS * costs.read_s for number in range(n_misses)
     ]
-    if is_odd:
-        arrivals.append(n_pairs * _N_READERS * costs.read_s + costs.read_one_s)
+    if n_misses % _N_READERS:
+        arrivals[-1] = (n_misses - 1) * costs.read_s + costs.read_one_s
     return arrivals

@@ -11,7 +11,6 @@ from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.formats.bundle_reader import BundleReader, GoOn
 from moe_tool.policies.eviction import Lru, MakeEviction
-from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import ChannelExpert, ChannelWeight, ChosenChannels, Selector
 from moe_tool.store.protocol import SelectChannels, Supply
@@ -35,7 +34,6 @@ class ChannelStore:
         pinned: Sequence[ExpertKey] = (),
         eviction: MakeEviction,
         per_layer: bool = False,
-        n_readers: int = 2,
     ) -> None:
         """Reserve the memory; nothing is read yet. See RecordStore."""
         held = bundle.forms[form]
@@ -55,7 +53,6 @@ class ChannelStore:
             n_slots=len(keys),
             pinned=keys,
             eviction=Lru,
-            n_readers=n_readers,
         )
         self._decoded: dict[ExpertKey, Selector] = {}
         self._selected: Mapping[int, ChosenChannels] = {}
@@ -71,22 +68,15 @@ class ChannelStore:
             pinned=pinned,
             eviction=eviction,
             per_layer=per_layer,
-            n_readers=n_readers,
             read=self._read,
         )
+        self.hints = self._store.hints
 
     def resident(self, layer: int) -> np.ndarray:
-        """Return which experts of a layer have a slot now, [1, E] bool."""
         return self._store.resident(layer)
 
     def pinned_mask(self, layer: int) -> np.ndarray:
-        """Return which experts of a layer never leave, [1, E] bool."""
         return self._store.pinned_mask(layer)
-
-    @property
-    def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy needs beside the accesses"""
-        return self._store.hints
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
         """Read the channel selectors, then the pinned experts."""
@@ -106,7 +96,6 @@ class ChannelStore:
         return found
 
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
-        """Restrict the next call to the channels that `select` chooses for these experts."""
         self._selected = {expert: select(self.selector(layer, expert)) for expert in experts}
 
     def acquire(
@@ -117,7 +106,6 @@ class ChannelStore:
         *,
         scores: np.ndarray | None = None,
     ) -> Supply:
-        """Yield each expert with its weights; see ExpertStore."""
         for expert in numbers:
             self.selector(layer, expert)  # before a reader thread asks
         selected, self._selected = self._selected, {}
@@ -136,11 +124,9 @@ class ChannelStore:
         self._store.prefetch(layer, experts, spare=spare, counters=counters)
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
-        """Tell the eviction policy the prediction for a coming call."""
         self._store.expect(layer, experts, ahead=ahead)
 
     def close(self) -> None:
-        """Stop reading and give the memory back."""
         self._store.close()
         self._selectors.close()
 

@@ -1,13 +1,12 @@
 """Stores of a bundle's experts in all forms: one store for each record size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
 
 from moe_tool.artifacts.expert_ids import FormIds
 from moe_tool.artifacts.run_stats import PhaseCounters
-from moe_tool.policies.eviction.protocol import Hint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.store.protocol import ExpertStore, SelectChannels, Supply
 
@@ -34,6 +33,7 @@ class FormStores:
             primary_of: decoder layer -> position among `primaries` of each expert's store, [E];
                 None: the expert was removed.
         """
+        self.hints = primaries[0].hints
         self._primaries = tuple(primaries)
         self._cheaper = tuple(cheaper)
         self._stores = tuple(each for each in (*primaries, *cheaper) if each is not None)
@@ -42,32 +42,17 @@ class FormStores:
         self._ids = FormIds(n_experts)
         self._none = np.zeros((1, n_experts), dtype=bool)
 
-    @property
-    def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy of the primary forms needs"""
-        return self._primaries[0].hints
-
     def resident(self, layer: int) -> np.ndarray:
-        """Return which forms of a layer are in memory now, [F, E] bool."""
-        return self._joined(
-            [store.resident(layer) for store in self._primaries],
-            [self._none if each is None else each.resident(layer) for each in self._cheaper],
-        )
+        return self._joined(lambda store: store.resident(layer))
 
     def pinned_mask(self, layer: int) -> np.ndarray:
-        """Return which forms of a layer never leave, [F, E] bool."""
-        return self._joined(
-            [store.pinned_mask(layer) for store in self._primaries],
-            [self._none if each is None else each.pinned_mask(layer) for each in self._cheaper],
-        )
+        return self._joined(lambda store: store.pinned_mask(layer))
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
-        """Read the pinned experts, form by form; see ExpertStore."""
         for store in self._stores:
             store.load_pinned(progress)
 
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
-        """Restrict the next call to the channels that `select` chooses for these experts."""
         for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
             store.select_channels(layer, part, select)
 
@@ -79,10 +64,7 @@ class FormStores:
         *,
         scores: np.ndarray | None = None,
     ) -> Supply:
-        """Yield each expert with its weights; see ExpertStore.
-
-        The reads of all forms begin at once; cheap forms, which are mostly resident, come first.
-        """
+        """Begin the reads of all forms; cheap forms, which are mostly resident, come first."""
         by_form: dict[int, list[int]] = {}
         for number in numbers:
             form, expert = self._ids.pair(number)
@@ -107,26 +89,25 @@ class FormStores:
     def prefetch(
         self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
-        """Prefetch experts for the next call; see ExpertStore."""
         parts, spared = self._split(layer, experts), self._split(layer, spare)
         for store, part, kept in zip(self._primaries, parts, spared, strict=True):
             if part:
                 store.prefetch(layer, part, spare=kept, counters=counters)
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
-        """Tell the eviction policies the prediction for a coming call."""
         for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
             store.expect(layer, part, ahead=ahead)
 
     def close(self) -> None:
-        """Close all stores."""
         for store in self._stores:
             store.close()
 
-    def _joined(self, primaries: list[np.ndarray], cheaper: list[np.ndarray]) -> np.ndarray:
-        """Join [1, E] of each primary store and of each cheaper form to [F, E]."""
-        if len(primaries) == 1 and not cheaper:
+    def _joined(self, mask_of: Callable[[ExpertStore], np.ndarray]) -> np.ndarray:
+        """Join masks [1, E] of each primary store and of each cheaper form to [F, E]."""
+        primaries = [mask_of(store) for store in self._primaries]
+        if len(primaries) == 1 and not self._cheaper:
             return primaries[0]
+        cheaper = [self._none if store is None else mask_of(store) for store in self._cheaper]
         return np.concatenate([np.logical_or.reduce(primaries), *cheaper])
 
     def _split(self, layer: int, experts: Sequence[int]) -> list[list[int]]:

@@ -90,14 +90,8 @@ class ExpertStore(Protocol):
         """
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
-        """Tell the eviction policy the prediction for a coming call, once the reads of the current
-        call have begun.
-
-        Args:
-            layer: decoder layer of the coming call.
-            experts: predicted experts of that layer.
-            ahead: 1 for the next call.
-        """
+        """Tell the eviction policy the experts predicted for a coming call of a layer, once the
+        reads of the current call have begun; `ahead` is 1 for the next call."""
 
     def close(self) -> None:
         """Stop reading, join the threads and free the memory, which invalidates all weights."""

@@ -29,29 +29,22 @@ class Read(Protocol):
         is asked after each piece. Returns the bytes read; None: all missing ones."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """Result of one finished read."""
-
-    key: ExpertKey
-    error: BaseException | None
-    """Failure of the read, after which the memory holds anything; None: success"""
-    n_bytes: int
-    """Bytes read"""
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Job:
+class Job:
+    """One read of a record."""
+
     key: ExpertKey
     out: torch.Tensor
     n_there: int
     is_prefetch: bool
-    arrivals: SimpleQueue["_Job"] | None
+    arrivals: SimpleQueue["Job"] | None
     """Queue for the finished job; None: a prefetch that nobody waits for"""
     state: Literal["queued", "running", "done"] = "queued"
     is_dropped: bool = False
     n_bytes: int = 0
+    """Bytes of a finished read"""
     error: BaseException | None = None
+    """Failure of the read, after which the memory holds anything; None: success"""
     end: threading.Event = field(default_factory=threading.Event)
 
 
@@ -67,14 +60,14 @@ class RecordReader:
         self._read = read
         self._threads = ThreadPoolExecutor(n_readers, thread_name_prefix="expert-reader")
         self._lock = threading.Lock()  # over the queues, the jobs' states, and the byte count
-        self._demanded: deque[_Job] = deque()
-        self._hoped_for: deque[_Job] = deque()
-        self._running: list[_Job] = []
+        self._demanded: deque[Job] = deque()
+        self._hoped_for: deque[Job] = deque()
+        self._running: list[Job] = []
         self._prefetched_bytes = 0
         # Used by the consumer thread alone:
-        self._arrivals: SimpleQueue[_Job] = SimpleQueue()
-        self._under_way: dict[ExpertKey, _Job] = {}
-        self._prefetches: dict[ExpertKey, _Job] = {}
+        self._arrivals: SimpleQueue[Job] = SimpleQueue()
+        self._under_way: dict[ExpertKey, Job] = {}
+        self._prefetches: dict[ExpertKey, Job] = {}
 
     @property
     def n_under_way(self) -> int:
@@ -89,7 +82,7 @@ class RecordReader:
     def start(self, key: ExpertKey, out: torch.Tensor, *, n_there: int = 0) -> None:
         """Start to read a record into `out`, uint8 [record size], unused until the read arrives;
         its first `n_there` bytes are valid already."""
-        job = _Job(key=key, out=out, n_there=n_there, is_prefetch=False, arrivals=self._arrivals)
+        job = Job(key=key, out=out, n_there=n_there, is_prefetch=False, arrivals=self._arrivals)
         self._under_way[key] = job
         with self._lock:
             self._demanded.append(job)
@@ -97,7 +90,7 @@ class RecordReader:
 
     def prefetch(self, key: ExpertKey, out: torch.Tensor, *, n_there: int = 0) -> None:
         """Read a record while no demanded read waits, until `claim` or `drop`."""
-        job = _Job(key=key, out=out, n_there=n_there, is_prefetch=True, arrivals=None)
+        job = Job(key=key, out=out, n_there=n_there, is_prefetch=True, arrivals=None)
         self._prefetches[key] = job
         with self._lock:
             self._hoped_for.append(job)
@@ -138,12 +131,12 @@ class RecordReader:
             count, self._prefetched_bytes = self._prefetched_bytes, 0
         return count
 
-    def next_arrival(self) -> Arrival:
+    def next_arrival(self) -> Job:
         """Wait for the next demanded read to finish and return it."""
         assert self._under_way, "no read is under way"
         job = self._arrivals.get()
         del self._under_way[job.key]
-        return Arrival(key=job.key, error=job.error, n_bytes=job.n_bytes)
+        return job
 
     def stop(self) -> list[ExpertKey]:
         """Cancel queued demanded reads, wait for running ones and return their keys."""
@@ -179,7 +172,7 @@ class RecordReader:
                     job.arrivals.put(job)
             job.end.set()
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         with self._lock:
             # Memory of a dropped prefetch stays busy until its worker comes here.
             busy = {each.out.data_ptr() for each in self._running if each.is_dropped}
@@ -194,7 +187,7 @@ class RecordReader:
             self._running.append(job)
         return job
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         if not job.is_prefetch:
             n_bytes = self._read(*job.key, job.out, n_there=job.n_there)
             job.n_bytes = job.out.numel() - job.n_there if n_bytes is None else n_bytes

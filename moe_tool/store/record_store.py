@@ -11,12 +11,11 @@ import torch
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.policies.eviction import Entry, MakeEviction
-from moe_tool.policies.eviction.protocol import Hint
+from moe_tool.policies.eviction import MakeEviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.store.protocol import SelectChannels, Supply
-from moe_tool.store.reader import Arrival, Read, RecordReader
+from moe_tool.store.reader import Job, Read, RecordReader
 from moe_tool.store.slot_book import SlotBook, require_slots
 from moe_tool.store.slots import SlotPool
 
@@ -29,8 +28,6 @@ class _Fetch:
     slot: int
     after: ExpertKey | None
     """Expert of the same call whose computation frees the slot before the read may start"""
-    n_there: int = 0
-    """Bytes copied from the expert's resident base instead of read"""
     is_read: bool = False
     is_prefetched: bool = False
     """Whether the read began as a prefetch"""
@@ -86,6 +83,7 @@ class RecordStore:
         self._book = SlotBook(
             shape, n_slots=n_slots, pinned=pinned, eviction=eviction, per_layer=per_layer
         )
+        self.hints = self._book.hints
         self._base = base
         self._slots = SlotPool(n_slots=n_slots, slot_size_bytes=self._held.record_size_bytes)
         self._decoded: dict[int, ExpertWeights] = {}
@@ -103,17 +101,10 @@ class RecordStore:
         """Expert -> slot, for the next call"""
         self._is_prefetching = False
 
-    @property
-    def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy needs beside the accesses"""
-        return self._book.hints
-
     def resident(self, layer: int) -> np.ndarray:
-        """Return which experts of a layer are in memory now, [1, E] bool."""
         return self._book.resident(layer)
 
     def pinned_mask(self, layer: int) -> np.ndarray:
-        """Return which experts of a layer never leave, [1, E] bool."""
         return self._book.pinned_mask(layer)
 
     def load_pinned(self, progress: Progress = SILENT) -> None:
@@ -154,7 +145,6 @@ class RecordStore:
         *,
         scores: np.ndarray | None = None,
     ) -> Supply:
-        """Yield each expert with its weights, views of a slot; see ExpertStore."""
         self._end_call()
         if not self._is_pinned_read:
             self._read_pinned(SILENT)
@@ -164,13 +154,16 @@ class RecordStore:
             self._judge_prefetches(wanted, counters)
         slot_of = self._book.slot_of
         present = {key: slot_of[key] for key in wanted if key in slot_of}
-        n_misses = len(wanted) - len(present)
         counters.hits += len(present)
-        counters.misses += n_misses
+        counters.misses += len(wanted) - len(present)
         entries = self._book.access(layer, wanted, scores)
         self._named = wanted
         if entries:
-            self._plan(entries, named=set(wanted))
+            named = set(wanted)
+            for entry in entries:
+                key, slot, victim = self._book.enter(entry)
+                after = victim if victim in named else None
+                self._fetches[key] = _Fetch(key=key, slot=slot, after=after)
             for fetch in self._fetches.values():
                 if fetch.after is None and not fetch.is_prefetched:
                     self._start(fetch)
@@ -180,7 +173,6 @@ class RecordStore:
     def prefetch(
         self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
-        """Prefetch experts for the next call; see ExpertStore."""
         self._is_prefetching = True
         wanted = [(layer, expert) for expert in experts]
         held = {*self._named, *wanted, *((layer, expert) for expert in spare)}
@@ -195,11 +187,9 @@ class RecordStore:
             counters.prefetches += 1
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
-        """Tell the eviction policy the prediction for a coming call."""
         self._book.expect([(layer, expert) for expert in experts], ahead=ahead)
 
     def close(self) -> None:
-        """Stop reading, join the threads and free the memory."""
         self._end_call()
         self._reader.close()
         self._slots.close()
@@ -255,16 +245,9 @@ class RecordStore:
         finally:
             self._settle()
 
-    def _plan(self, entries: Sequence[Entry], *, named: set[ExpertKey]) -> None:
-        """Assign a slot to every miss and update the slot book."""
-        for entry in entries:
-            key, slot, victim = self._book.enter(entry)
-            after = victim if victim in named else None
-            self._fetches[key] = _Fetch(key=key, slot=slot, after=after)
-
     def _start(self, fetch: _Fetch) -> None:
-        fetch.n_there = self._copy_base(fetch.key, fetch.slot)
-        self._reader.start(fetch.key, self._slots.view(fetch.slot), n_there=fetch.n_there)
+        n_there = self._copy_base(fetch.key, fetch.slot)
+        self._reader.start(fetch.key, self._slots.view(fetch.slot), n_there=n_there)
 
     def _copy_base(self, key: ExpertKey, slot: int) -> int:
         """Copy an expert's base into its slot if it is resident, and return the bytes copied."""
@@ -284,11 +267,10 @@ class RecordStore:
         return self._slots.view(slot)
 
     def _start_after(self, key: ExpertKey, waiting: dict[ExpertKey, _Fetch]) -> None:
-        fetch = waiting.pop(key, None)
-        if fetch is not None:
+        if fetch := waiting.pop(key, None):
             self._start(fetch)
 
-    def _take_arrival(self) -> Arrival:
+    def _take_arrival(self) -> Job:
         arrival = self._reader.next_arrival()
         if arrival.error is not None:
             raise arrival.error

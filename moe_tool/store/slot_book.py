@@ -9,7 +9,6 @@ from moe_tool.artifacts.form_table import FormTable
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.errors import BudgetError
 from moe_tool.policies.eviction import Entry, ExpertCache, MakeEviction
-from moe_tool.policies.eviction.protocol import Hint
 
 
 class SlotBook:
@@ -24,15 +23,7 @@ class SlotBook:
         eviction: MakeEviction,
         per_layer: bool,
     ) -> None:
-        """Begin with empty slots.
-
-        Args:
-            shape: shape of the model.
-            n_slots: number of slots for pinned and other experts; `require_slots` accepts it.
-            pinned: experts that never leave.
-            eviction: factory of the eviction policy of unpinned experts.
-            per_layer: every layer has its own equal part of the slots that are not pinned.
-        """
+        """Begin with empty slots, of a number that `require_slots` accepts; see RecordStore."""
         self.pinned = frozenset(pinned)
         self.slot_of: dict[ExpertKey, int] = {}
         self._ids = LayerIds(shape.layers, shape.experts)
@@ -44,6 +35,7 @@ class SlotBook:
             per_layer=per_layer,
             pinned=[self._ids.number(key) for key in self.pinned],
         )
+        self.hints = self._cache.hints
         self._pinned_masks = {
             layer: np.zeros((1, shape.experts), dtype=bool) for layer in shape.layers
         }
@@ -51,11 +43,6 @@ class SlotBook:
             self._pinned_masks[layer][0, expert] = True
         self._masks = {layer: mask.copy() for layer, mask in self._pinned_masks.items()}
         self._free = list(range(n_slots - 1, -1, -1))
-
-    @property
-    def hints(self) -> frozenset[Hint]:
-        """Hints that the eviction policy needs beside the accesses"""
-        return self._cache.hints
 
     def resident(self, layer: int) -> np.ndarray:
         """Return which experts of a layer have a slot or are pinned, [1, E] bool."""
@@ -112,14 +99,7 @@ class SlotBook:
 def require_slots(
     shape: MoeShape, table: FormTable, *, n_slots: int, n_pinned: int, per_layer: bool
 ) -> None:
-    """Refuse too few slots.
-
-    Args:
-        shape: shape of the model.
-        table: table of the records; only a primary one needs an unpinned slot.
-        n_slots: requested slots.
-        n_pinned: number of pinned experts.
-        per_layer: every layer has its own equal part of the slots that are not pinned.
+    """Refuse too few slots; only a primary table needs one that is not pinned.
 
     Raises:
         BudgetError: the slots cannot hold the pinned experts and one more, or one per layer.

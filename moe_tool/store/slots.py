@@ -10,12 +10,7 @@ class SlotPool:
     """A page-aligned anonymous mapping: pages count once touched and are given back on close."""
 
     def __init__(self, *, n_slots: int, slot_size_bytes: int) -> None:
-        """Reserve the pool; no page is touched yet.
-
-        Args:
-            n_slots: at least 1.
-            slot_size_bytes: a multiple of the page size.
-        """
+        """Reserve the pool; no page is touched yet."""
         assert n_slots >= 1 and slot_size_bytes % mmap.PAGESIZE == 0
         self._slot_size_bytes = slot_size_bytes
         self._mapping = mmap.mmap(

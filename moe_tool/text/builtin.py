@@ -10,7 +10,6 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -25,50 +24,23 @@ _HELD_OUT_ONE_IN = 8
 _HASH_SALT = "moe-tool builtin 5 "
 _SHARED_PARAGRAPH_CHARACTERS = 24
 # Tests, third-party packages, generated tables, and two applications that ship with Python.
-_SKIPPED_FOLDERS = frozenset(
-    {
-        "test",
-        "tests",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "encodings",
-        "ensurepip",
-        "pydoc_data",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-    }
+_SKIPPED_FOLDERS = (
+    *("test", "tests", "site-packages", "dist-packages", "__pycache__", "encodings"),
+    *("ensurepip", "pydoc_data", "idlelib", "lib2to3", "turtledemo"),
 )
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "__phello__")
 _SKIPPED_FILES = frozenset({"html/entities.py", "stringprep.py"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltinDocument:
-    """One topic or one source file."""
-
-    name: str
-    """Topic name, or path below the standard library with forward slashes."""
-    text: str
-    """The whole text, never empty."""
-
-
-def builtin_documents(domain: str, *, part: Part) -> list[BuiltinDocument]:
-    """Return the documents of one domain that belong to `part`, sorted by name.
-
-    Args:
-        domain: "docs" or "code".
-        part: "train" for training and calibration, "eval" for held-out documents.
+def builtin_documents(domain: str, *, part: Part) -> dict[str, str]:
+    """Return one domain's texts that belong to `part` by name, sorted: a topic's, or a file's
+    path below the standard library.
 
     Raises:
         DataSourceError: this Python lacks its topics or the sources of its library.
     """
-    if domain == "docs":
-        return _topic_documents(part)
-    if domain == "code":
-        return list(_library_documents(part))
-    raise AssertionError(f"not a built-in domain: {domain}")
+    assert domain in BUILTIN_DOMAINS
+    return _topics(part) if domain == "docs" else dict(_library_sources(part))
 
 
 def is_held_out(name: str) -> bool:
@@ -77,7 +49,7 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
 
 
-def _topic_documents(part: Part) -> list[BuiltinDocument]:
+def _topics(part: Part) -> dict[str, str]:
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except ImportError as error:
@@ -87,24 +59,24 @@ def _topic_documents(part: Part) -> list[BuiltinDocument]:
         ) from error
     held_out = {name: text for name, text in sorted(topics.items()) if is_held_out(name)}
     if part == "eval":
-        return [BuiltinDocument(name=name, text=text) for name, text in held_out.items()]
+        return held_out
     secret = {
         paragraph.strip()
         for text in held_out.values()
         for paragraph in text.split("\n\n")
         if len(paragraph.strip()) >= _SHARED_PARAGRAPH_CHARACTERS
     }
-    train = []
-    for name, text in sorted(topics.items()):
-        kept = "\n\n".join(
+    train = {
+        name: "\n\n".join(
             paragraph for paragraph in text.split("\n\n") if paragraph.strip() not in secret
         )
-        if name not in held_out and kept.strip():
-            train.append(BuiltinDocument(name=name, text=kept))
-    return train
+        for name, text in sorted(topics.items())
+        if name not in held_out
+    }
+    return {name: text for name, text in train.items() if text.strip()}
 
 
-def _library_documents(part: Part) -> Iterator[BuiltinDocument]:
+def _library_sources(part: Part) -> Iterator[tuple[str, str]]:
     library = Path(sysconfig.get_path("stdlib"))
     names = sorted(_library_source_names(library))
     if not names:
@@ -122,7 +94,7 @@ def _library_documents(part: Part) -> Iterator[BuiltinDocument]:
                 f"built-in domain 'code': cannot read {library / name}: {error}"
             ) from error
         if text.strip():
-            yield BuiltinDocument(name=name, text=text)
+            yield name, text
 
 
 def _library_source_names(library: Path) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_tool.errors import DataSourceError, NotFoundError
 from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden, hub_is_reachable
@@ -135,24 +135,20 @@ def _texts(
 ) -> Iterator[str]:
     try:
         for row in rows:
-            text = _text_of_row(row, wanted)
+            text = next((row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str)), None)
+            if text is None:
+                raise DataSourceError(
+                    f"data set '{wanted.name}': no text in the field {' or '.join(TEXT_FIELDS)};"
+                    f" fields found: {', '.join(row)}",
+                    hint="choose a data set with a text column, or export it to a .jsonl with a"
+                    " field 'text'",
+                )
             if text.strip():
                 yield text
     except OSError as error:
         raise DataSourceError(
             f"data set '{wanted.name}': the connection broke ({error})", hint="run it again"
         ) from error
-
-
-def _text_of_row(row: dict[str, Any], wanted: HubDataset) -> str:
-    for field in TEXT_FIELDS:
-        if isinstance(row.get(field), str):
-            return str(row[field])
-    raise DataSourceError(
-        f"data set '{wanted.name}': no text in the field {' or '.join(TEXT_FIELDS)};"
-        f" fields found: {', '.join(row)}",
-        hint="choose a data set with a text column, or export it to a .jsonl with a field 'text'",
-    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from moe_tool.errors import DataSourceError
 from moe_tool.text import TEXT_FIELDS
@@ -70,27 +69,18 @@ def _text_of_line(file: Path, line: bytes, start: int) -> str:
             "not text",
             hint=_ONE_STRING,
         )
-    if row and not any(isinstance(value, str) for value in row.values()):
-        raise DataSourceError(
-            f"{_place(file, start)}: no text in the field {' or '.join(TEXT_FIELDS)};"
-            f" fields found, none of them a string: {', '.join(row)}",
-            hint=_ONE_STRING,
-        )
+    has_none = bool(row) and not any(isinstance(value, str) for value in row.values())
     raise DataSourceError(
-        f"{_place(file, start)}: no text in the field {' or '.join(TEXT_FIELDS)};"
-        f" fields found: {', '.join(row) or 'none'}",
-        hint="rename the field that holds the text to 'text'",
+        f"{_place(file, start)}: no text in the field {' or '.join(TEXT_FIELDS)}; fields found"
+        f"{', none of them a string' if has_none else ''}: {', '.join(row) or 'none'}",
+        hint=_ONE_STRING if has_none else "rename the field that holds the text to 'text'",
     )
 
 
 def _place(file: Path, start: int) -> str:
+    line = 1
     with file.open("rb") as stream:
-        return f"text source {file}, line {_count_line_ends(stream, start) + 1}"
-
-
-def _count_line_ends(stream: BinaryIO, before: int) -> int:
-    count = 0
-    while before > 0 and (chunk := stream.read(min(before, 2**20))):
-        count += chunk.count(b"\n")
-        before -= len(chunk)
-    return count
+        while start > 0 and (chunk := stream.read(min(start, 2**20))):
+            line += chunk.count(b"\n")
+            start -= len(chunk)
+    return f"text source {file}, line {line}"

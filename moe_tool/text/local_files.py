@@ -1,40 +1,23 @@
 """Documents from local files and folders, by block, in bounded memory."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from moe_tool.errors import DataSourceError, NotFoundError
-from moe_tool.text.interleave import interleave_blocks
 from moe_tool.text.json_lines import count_line_blocks, read_line_block
 from moe_tool.text.parquet_rows import count_row_groups, read_row_group
-from moe_tool.text.text_blocks import block_range, count_blocks
+from moe_tool.text.text_blocks import block_range, count_blocks, interleave_blocks
 from moe_tool.text.text_encoding import UTF8_BOM, conversion_hint, name_encoding
 
 _TEXT_NAMES = (
     *("txt", "text", "md", "rst", "tex", "html", "xml", "csv", "tsv"),
     *("json", "yaml", "yml", "toml", "ini", "cfg", "ipynb"),
     *("py", "pyi", "c", "h", "cc", "cpp", "hpp", "cu", "rs", "go", "java", "kt", "scala", "swift"),
-    *(
-        "js",
-        "jsx",
-        "ts",
-        "tsx",
-        "css",
-        "rb",
-        "php",
-        "pl",
-        "sh",
-        "sql",
-        "r",
-        "jl",
-        "lua",
-        "hs",
-        "ml",
-    ),
-    *("lisp", "el", "cs", "f90", "zig"),
+    *("js", "jsx", "ts", "tsx", "css", "rb", "php", "pl", "sh", "sql", "r", "jl", "lua", "hs"),
+    *("ml", "lisp", "el", "cs", "f90", "zig"),
 )
 SUPPORTED_SUFFIXES = frozenset(f".{name}" for name in (*_TEXT_NAMES, "jsonl", "parquet"))
 
@@ -136,7 +119,11 @@ def _read_block(file: Path, block: int, rng: np.random.Generator) -> Iterator[st
 
 def _read_text_block(file: Path, block: int) -> str:
     with file.open("rb") as stream:
-        read = _reader(stream.seek, stream.read)
+
+        def read(start: int, length: int) -> bytes:
+            stream.seek(start)
+            return stream.read(length)
+
         start, end = block_range(block, size_bytes=file.stat().st_size, read=read)
         content = read(start, end - start)
         beginning = read(0, 4)
@@ -161,13 +148,3 @@ def _read_text_block(file: Path, block: int) -> str:
             f" (byte 0x{content[error.start]:02x} at {start + error.start})",
             hint=conversion_hint(file, beginning=beginning),
         ) from error
-
-
-def _reader(
-    seek: Callable[[int], int], read: Callable[[int], bytes]
-) -> Callable[[int, int], bytes]:
-    def read_at(start: int, length: int) -> bytes:
-        seek(start)
-        return read(length)
-
-    return read_at

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_tool.artifacts.known_tokens import require_known_tokens
+from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import DataSourceError, UsageError
 from moe_tool.progress import SILENT, Progress
 from moe_tool.text.sources import TextSource, read_documents
@@ -21,19 +22,9 @@ _MAX_CHARACTERS_PER_BATCH = 4_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenSequences:
-    """N sequences of S tokens, ordered by domain, then in the order of the documents."""
+class TokenSequences(TracedTokens):
+    """Sequences ordered by domain, then in the order of the documents."""
 
-    ids: np.ndarray
-    """[N, S] int32, token ids."""
-    domain: np.ndarray
-    """[N] int16, index into `domains`; each sequence has one domain."""
-    document: np.ndarray
-    """[N, S] int32, ascending number of each token's document."""
-    held_out: np.ndarray
-    """[N] bool, True for held-out sequences."""
-    domains: tuple[str, ...]
-    """Names of the domains, in the order of the sources."""
     sources: tuple[str, ...]
     """`domain=spec` of each source."""
     seed: int
@@ -67,7 +58,6 @@ def build_sequences(
         n_tokens: rounded to whole sequences, at least one per domain.
         seq_len: S, tokens per sequence, at least 2.
         holdout: share of each domain's sequences to hold out, 0 to below 1.
-        progress: listener.
 
     Raises:
         UsageError: n_tokens, seq_len or holdout is out of range.
@@ -156,29 +146,25 @@ class _TokenStream:
 
     def read_on(self, wanted: int, progress: Progress) -> None:
         """Read until there are `wanted` tokens or no more text."""
-        while self.n_tokens < wanted and not self.is_exhausted:
+        while True:
+            step = min(self.n_tokens, wanted) - self._n_told
+            if step > 0:
+                self._n_told += step
+                progress.advance(step)
+            if self.n_tokens >= wanted or self.is_exhausted:
+                return
             batch = self._next_batch((wanted - self.n_tokens) * _GUESSED_CHARACTERS_PER_TOKEN)
-            for ids in _encode(self._tokenizer, batch):
-                self._encoded.append(ids)
-                self.n_tokens += len(ids)
-            self._tell(wanted, progress)
-        self._tell(wanted, progress)
-
-    def _tell(self, wanted: int, progress: Progress) -> None:
-        step = min(self.n_tokens, wanted) - self._n_told
-        if step > 0:
-            self._n_told += step
-            progress.advance(step)
+            encoded = _encode(self._tokenizer, batch)
+            self._encoded += encoded
+            self.n_tokens += sum(map(len, encoded))
 
     def sequences(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first n sequences: ids, and document numbers from 0, each [n, S] int32."""
         lengths = [len(ids) for ids in self._encoded]
         documents = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        shape = (n, self._seq_len)
+        ids, shape = np.concatenate(self._encoded), (n, self._seq_len)
         n_used = n * self._seq_len
-        return np.concatenate(self._encoded)[:n_used].reshape(shape), documents[:n_used].reshape(
-            shape
-        )
+        return ids[:n_used].reshape(shape), documents[:n_used].reshape(shape)
 
     def _next_batch(self, n_characters: int) -> list[str]:
         batch: list[str] = []
@@ -253,11 +239,7 @@ def _fair_shares(n_wanted: int, limits: list[int]) -> list[int]:
 def _choose_held_out(
     documents: np.ndarray, *, holdout: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the mask of a domain's sequences to hold out, [n] bool.
-
-    Args:
-        documents: [n, S] document number of each token.
-    """
+    """Return the sequences to hold out, [n] bool, from the document of each token, [n, S]."""
     n = len(documents)
     n_held = min(round(n * holdout), n - 1)
     if holdout > 0 and n >= 2:

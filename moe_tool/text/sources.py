@@ -11,9 +11,8 @@ import numpy as np
 from moe_tool.errors import NotFoundError, UsageError
 from moe_tool.text.builtin import BUILTIN_DOMAINS, Part, builtin_documents
 from moe_tool.text.hub_datasets import read_hub_documents, require_hub_dataset
-from moe_tool.text.interleave import interleave_blocks
 from moe_tool.text.local_files import SUPPORTED_SUFFIXES, read_local_documents
-from moe_tool.text.text_blocks import split_text
+from moe_tool.text.text_blocks import interleave_blocks, split_text
 
 HUB_ALIASES = {
     "wikitext": "Salesforce/wikitext:wikitext-2-raw-v1:train",
@@ -147,18 +146,17 @@ def _is_local(spec: str) -> bool:
     """Return whether a spec is a path: it looks like one, or exists."""
     if not spec or "\0" in spec:
         return False
-    if (
+    return (
         spec.startswith((".", "~", os.sep))
         or spec.endswith(os.sep)
         or Path(spec).suffix.lower() in SUPPORTED_SUFFIXES
-    ):
-        return True
-    return Path(spec).exists()
+        or Path(spec).exists()
+    )
 
 
 def _read_builtin(which: str, *, seed: int) -> Iterator[str]:
     domain, _, part_word = which.partition(":")
     part: Part = "eval" if part_word == "eval" else "train"
-    blocks = [split_text(document.text) for document in builtin_documents(domain, part=part)]
+    blocks = [split_text(text) for text in builtin_documents(domain, part=part).values()]
     order = interleave_blocks([len(pieces) for pieces in blocks], rng=np.random.default_rng(seed))
     return (blocks[item][block] for item, block in order)

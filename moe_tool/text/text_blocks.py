@@ -1,7 +1,9 @@
-"""Text blocks of about 8 kB, cut at ends of paragraphs, found without reading what precedes."""
+"""Blocks of text: their limits, found without reading what precedes, and their order of reading."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 BLOCK_BYTES = 8192
 
@@ -31,16 +33,35 @@ def block_range(
 def split_text(text: str) -> list[str]:
     """Return the blocks of a text in order, without blocks of white space."""
     content = text.encode()
-
-    def read(start: int, length: int) -> bytes:
-        return content[start : start + length]
-
     ranges = (
-        block_range(block, size_bytes=len(content), read=read)
+        block_range(
+            block, size_bytes=len(content), read=lambda start, size: content[start : start + size]
+        )
         for block in range(count_blocks(len(content)))
     )
     blocks = [content[start:end].decode() for start, end in ranges]
     return [block for block in blocks if block.strip()]
+
+
+def interleave_blocks(
+    n_blocks: Sequence[int], *, rng: np.random.Generator
+) -> Iterator[tuple[int, int]]:
+    """Yield every (item, block) once, in rounds over the items in random order.
+
+    Each round takes one random block of each item. A short sample thus has one block of many items
+    instead of all blocks of a few, and a sample of one long item is spread over it.
+
+    Args:
+        n_blocks: number of blocks per item; items without blocks are skipped.
+    """
+    waiting = [
+        (int(item), rng.permutation(n_blocks[item])) for item in rng.permutation(len(n_blocks))
+    ]
+    round_number = 0
+    while waiting := [(item, blocks) for item, blocks in waiting if len(blocks) > round_number]:
+        for item, blocks in waiting:
+            yield item, int(blocks[round_number])
+        round_number += 1
 
 
 def _cut(number: int, size_bytes: int, read: Callable[[int, int], bytes]) -> int:

@@ -23,19 +23,15 @@ def conversion_hint(file: Path | None, *, beginning: bytes) -> str:
         beginning: its first four bytes, fewer if it is shorter.
     """
     kind = name_encoding(beginning)
+    is_utf16 = kind == "UTF-16"
+    command = f"iconv -f {'UTF-16' if is_utf16 else 'LATIN1'} -t UTF-8"
     if file is None:
-        return f"convert it: iconv -f {'UTF-16' if kind == 'UTF-16' else 'LATIN1'} -t UTF-8"
+        return f"convert it: {command}"
     source = shlex.quote(str(file))
     if kind == "gzip":
         name = file.name.removesuffix(".gz") if file.suffix == ".gz" else f"unpacked-{file.name}"
         target = shlex.quote(str(file.with_name(name)))
         return f"unpack it: gzip -dc < {source} > {target}, and give that in its place"
     target = shlex.quote(str(file.with_name(f"utf8-{file.name}")))
-    if kind == "UTF-16":
-        return (
-            f"convert it: iconv -f UTF-16 -t UTF-8 {source} > {target}, and give that in its place"
-        )
-    return (
-        f"convert it if it is Latin-1: iconv -f LATIN1 -t UTF-8 {source} > {target}, and give "
-        "that in its place"
-    )
+    condition = "" if is_utf16 else " if it is Latin-1"
+    return f"convert it{condition}: {command} {source} > {target}, and give that in its place"

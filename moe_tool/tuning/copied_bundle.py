@@ -23,7 +23,6 @@ class CopiedBundle:
 
         Args:
             old: stays open and owned by the caller.
-            out: the new bundle's folder.
             step: change of the codes; a folder with another one is refused.
 
         Raises:

@@ -73,15 +73,6 @@ class EcoState:
         return sum(each.numel() * each.element_size() for each in held if each is not None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EcoUpdate:
-    """Codes and state after one step."""
-
-    codes: torch.Tensor
-    """New codes, uint8 [out, in]"""
-    state: EcoState
-
-
 def state_bytes_per_weight(rule: EcoRule) -> int:
     """Return the bytes of an `EcoState` per weight."""
     return 4 * (1 + (rule.optimizer == "adam") + (rule.feedback == "exact"))
@@ -103,7 +94,6 @@ def begin(
 
     Args:
         codes: [out, in] codes of the matrix.
-        rule: update rule.
         rate: learning rate of the first step.
         residual: [out, in] float32, rounding error of the codes in grid steps, see
             `takes_residual`. Overwritten.
@@ -133,17 +123,14 @@ def update(
     next_rate: float,
     width_bits: int,
     draw: torch.Generator | None = None,
-) -> EcoUpdate:
-    """Return codes and state after one step.
+) -> tuple[torch.Tensor, EcoState]:
+    """Return the codes, uint8 [out, in], and the state after one step.
 
     Args:
         codes: uint8 [out, in], below 2**width_bits.
         gradient: [out, in] float32, gradient of the loss by the codes.
         state: state after the previous step; its tensors are overwritten.
-        rule: update rule.
         rate: learning rate of this step, in grid steps.
-        next_rate: learning rate of the next step.
-        width_bits: bits of a code.
         draw: generator for stochastic rounding.
     """
     step, beta = state.step + 1, rule.beta1
@@ -168,7 +155,7 @@ def update(
             state.residual.copy_(lost)
         change = before / now - lost / (then * beta)
         momentum.add_(change if spread is None else change.mul_(spread))
-    return EcoUpdate(codes=rounded.to(torch.uint8), state=replace(state, step=step))
+    return rounded.to(torch.uint8), replace(state, step=step)
 
 
 def _round(wanted: torch.Tensor, rounding: Rounding, draw: torch.Generator | None) -> torch.Tensor:

@@ -42,8 +42,6 @@ def expert_pass(module: Any, names: Collection[str], values: Values, x: torch.Te
 
     Args:
         module: an experts module of transformers, see `expert_forward`.
-        names: names of the expert's tensors.
-        values: returns a tensor by name.
         x: [n, H] float32.
     """
     first_name = first_matrix(module)
@@ -69,8 +67,6 @@ def gradients(
 
     Args:
         module: an experts module of transformers.
-        matrices: the expert's matrices by name.
-        done: the forward.
         by_output: [n, H] gradient of the loss by the expert's output.
     """
     by_last = by_output

@@ -16,7 +16,7 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.misses.prune_learned import rate_offsets
 from moe_tool.progress import Progress
 from moe_tool.runtime.mask_scores import MaskTensors
-from moe_tool.tuning.masked_experts import ChooseMask, MaskedExperts
+from moe_tool.tuning.masked_experts import MaskedExperts
 from moe_tool.tuning.train_mask_router import is_prompt, ratio_routers, router_mask, watch_worth
 
 
@@ -55,13 +55,9 @@ def judge_pruning(
     (arXiv:2410.06270).
 
     Args:
-        experts: the session's experts function.
-        routers: trained routers by layer.
-        shape: the model's shape.
         ids: [N, S] int64, held-out token ids.
         share: share of the slots after the heaviest to skip.
         micro_batch: sequences per forward.
-        progress: told about sequences.
     """
     by_ratio = ratio_routers(shape)
     batches = torch.split(ids, micro_batch)
@@ -81,13 +77,21 @@ def judge_pruning(
         layer: float(rate_offsets(np.concatenate(parts), wanted)[0])
         for layer, parts in ratios.items()
     }
-    counted = _Counted(router_mask(routers, lambda _: offset, ids.shape[1]), ids.shape[1])
+    learned_rule = router_mask(routers, lambda _: offset, ids.shape[1])
+    counts = {layer: np.zeros(2) for layer in shape.layers}  # skipped slots, all slots
+
+    def counted(call: LayerCall) -> torch.Tensor:
+        mask = learned_rule(call)
+        light = mask[~is_prompt(len(mask), ids.shape[1]), 1:]
+        counts[call.layer] += float((1 - light).sum()), light.numel()
+        return mask
+
     rule = router_mask(by_ratio, lambda layer: limits[layer], ids.shape[1])
     kl, kl_by_ratio = [], []
     for batch in batches:
         with torch.no_grad():
             exact = experts.logits(batch)
-            kl.append(_divergence(exact, experts.logits(batch, mask=counted.mask)))
+            kl.append(_divergence(exact, experts.logits(batch, mask=counted)))
             kl_by_ratio.append(_divergence(exact, experts.logits(batch, mask=rule)))
         progress.advance(len(batch))
     progress.end()
@@ -95,26 +99,8 @@ def judge_pruning(
         offsets=offsets,
         kl=np.concatenate(kl),
         kl_by_ratio=np.concatenate(kl_by_ratio),
-        left_out=counted.left_out(),
+        left_out={layer: float(empty / slots) for layer, (empty, slots) in counts.items()},
     )
-
-
-class _Counted:
-    """Mask function that counts skipped slots."""
-
-    def __init__(self, mask: ChooseMask, seq_len: int) -> None:
-        self._mask, self._seq_len = mask, seq_len
-        self._totals: dict[int, np.ndarray] = {}
-
-    def mask(self, call: LayerCall) -> torch.Tensor:
-        found = self._mask(call)
-        light = found[~is_prompt(len(found), self._seq_len), 1:]
-        here = np.array([float((1 - light).sum()), light.numel()])
-        self._totals[call.layer] = self._totals.get(call.layer, np.zeros(2)) + here
-        return found
-
-    def left_out(self) -> dict[int, float]:
-        return {layer: float(empty / slots) for layer, (empty, slots) in self._totals.items()}
 
 
 def _divergence(exact: torch.Tensor, found: torch.Tensor) -> np.ndarray:

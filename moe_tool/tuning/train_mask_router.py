@@ -48,18 +48,6 @@ class TrainingPlan:
         return -(-len(self.ids) // self.batch)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """Figures of one training step."""
-
-    step: int
-    """Number of the step, from 1"""
-    kl: float
-    """KL(teacher || drawn masks), nats per token"""
-    left_out: float
-    """Share of the slots after the heaviest that the likeliest patterns skip"""
-
-
 class MaskTraining:
     """State of a training: parameters, Adam's moments, the penalty."""
 
@@ -70,11 +58,14 @@ class MaskTraining:
         self.penalty: float | None = None
         """Nats for keeping all slots after the heaviest; None before the first step"""
         self.routers: _Parameters = {layer: _ratio_router(shape) for layer in shape.layers}
+        self._n_slots = sum(router.bias.numel() for router in self.routers.values())
         self._optimizer = torch.optim.Adam(
             [
-                {"params": [getattr(router, part) for router in self.routers.values()], "lr": rate}
+                {
+                    "params": [getattr(router, part) for router in self.routers.values()],
+                    "lr": _rate_of(part, shape),
+                }
                 for part in MASK_ROUTER_PARTS
-                for rate in [_rate_of(part, shape)]
             ]
         )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
@@ -82,8 +73,7 @@ class MaskTraining:
     @property
     def penalty_per_slot(self) -> float:
         """Nats per kept slot after the heaviest."""
-        n_slots = sum(router.bias.numel() for router in self.routers.values())
-        return 0.0 if self.penalty is None else self.penalty / n_slots
+        return 0.0 if self.penalty is None else self.penalty / self._n_slots
 
     def begin(self, experts: MaskedExperts, *, micro_batch: int) -> None:
         """Set the biases so that the untrained routers skip the wanted share."""
@@ -99,11 +89,10 @@ class MaskTraining:
             for router in self.routers.values():
                 router.bias.sub_(offset)
 
-    def advance(self, experts: MaskedExperts, *, micro_batch: int) -> StepReport:
+    def advance(self, experts: MaskedExperts, *, micro_batch: int) -> None:
         """Learn from the next batch.
 
         Args:
-            experts: the session's experts function.
             micro_batch: sequences per forward.
         """
         plan, ids = self.plan, self._batch(self.step)
@@ -112,7 +101,6 @@ class MaskTraining:
         decay = 1 - (1 - _LAST_LEARNING_RATE) * progress
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * decay
-        n_slots = sum(router.bias.numel() for router in self.routers.values())
         n_scored = ids.shape[0] * (ids.shape[1] - 1)
         noise = self._noise(ids)
         totals = np.zeros(2)
@@ -124,11 +112,11 @@ class MaskTraining:
             with torch.no_grad():
                 exact = experts.logits(ids[rows])
             kl = _total_kl(exact, experts.logits(ids[rows], mask=drawn.mask))
-            loss = kl + penalty * drawn.kept() / n_slots
+            loss = kl + penalty * drawn.kept() / self._n_slots
             (loss / n_scored).backward()  # type: ignore[no-untyped-call]
             totals += float(kl.detach()), drawn.n_left_out
         kl_per_token = totals[0] / n_scored
-        left_out = totals[1] / (n_scored * n_slots)
+        left_out = totals[1] / (n_scored * self._n_slots)
         if self.penalty is None:
             # KL is about quadratic in the skipped share: this is its slope there.
             self.penalty = kl_per_token / (2 * max(left_out, 1 / 64))
@@ -137,7 +125,6 @@ class MaskTraining:
         self.penalty *= float(np.exp(_GAIN * (plan.share - left_out)))
         self.penalty = float(np.clip(self.penalty, *_PENALTY_RANGE))
         self.step += 1
-        return StepReport(step=self.step, kl=kl_per_token, left_out=left_out)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a resume needs, by name."""
@@ -225,8 +212,6 @@ def watch_worth(
     """Return the routers' slot scores with every expert running, [T, K-1] by layer, no prompts.
 
     Args:
-        experts: the session's experts function.
-        routers: mask routers by layer.
         ids: [B, S] int64 token ids.
     """
     found: dict[int, np.ndarray] = {}
@@ -248,7 +233,6 @@ def router_mask(routers: _Parameters, offset: Callable[[int], float], seq_len: i
     """Return the mask function of routers without noise; it keeps all experts for prompts.
 
     Args:
-        routers: mask routers by layer.
         offset: layer -> threshold of the slot scores.
         seq_len: S.
     """

@@ -18,7 +18,6 @@ from moe_tool.tuning.copied_bundle import CopiedBundle
 from moe_tool.tuning.paired_layers import PairedLayer, PairedModel
 from moe_tool.tuning.tune_layer import (
     TunedExpert,
-    TuneSchedule,
     begin_expert,
     layer_error,
     tune_layer,
@@ -119,13 +118,6 @@ class BundleTuner:
     def _move(self, layer: PairedLayer, experts: dict[int, TunedExpert]) -> set[int]:
         """Train the experts that can be tuned and return their ids."""
         number, options = layer.layer, self._options
-        schedule = TuneSchedule(
-            rule=options.rule,
-            steps=options.steps,
-            rate=options.first_rate,
-            batch=options.batch,
-            seed=options.seed + number,
-        )
         rows = torch.nonzero(~layer.held_out).flatten()
         wanted = torch.bincount(layer.text.index[rows].flatten(), minlength=max(experts) + 1)
         moving = set()
@@ -135,13 +127,20 @@ class BundleTuner:
             if int(wanted[expert]) < _LEAST_ROWS:
                 self.untuned.append((number, expert))
                 continue
-            begin_expert(each, self._opened.experts.read(number, expert), schedule)
+            begin_expert(each, self._opened.experts.read(number, expert), options)
             moving.add(expert)
         self.state_bytes = max(self.state_bytes, sum(e.state_bytes for e in experts.values()))
-        self._progress.begin(f"tune layer {number}", schedule.steps, "steps")
+        self._progress.begin(f"tune layer {number}", options.steps, "steps")
         if moving:
-            on_step = self._progress.advance
-            tune_layer(layer.module, experts, layer.text, rows, schedule, on_step=on_step)
+            tune_layer(
+                layer.module,
+                experts,
+                layer.text,
+                rows,
+                options,
+                seed=options.seed + number,
+                on_step=self._progress.advance,
+            )
         self._progress.end()
         for each in experts.values():
             each.states.clear()

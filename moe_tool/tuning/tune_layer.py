@@ -9,11 +9,10 @@ import torch
 
 from moe_tool.quantization.weights import AnyWeight, FloatWeight, IntegerWeight
 from moe_tool.tuning.code_matrix import CodeMatrix, take_apart
-from moe_tool.tuning.eco import EcoRule, EcoState, begin, takes_residual, update
+from moe_tool.tuning.eco import EcoState, begin, takes_residual, update
 from moe_tool.tuning.expert_gradient import ExpertPass, expert_pass, gradients
+from moe_tool.tuning.tune_options import TuneOptions
 
-_LAST_RATE = 0.1
-"""Final learning rate as a share of the first"""
 _MEASURED_AT_ONCE = 2048
 """Tokens per forward when the error is measured"""
 
@@ -39,24 +38,6 @@ class LayerText:
             weight=self.weight[chosen],
             target=self.target[chosen],
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuneSchedule:
-    """Rule, steps and learning rates of a training."""
-
-    rule: EcoRule
-    steps: int
-    rate: float
-    """First learning rate, in grid steps per update for a code whose gradient has the size of its
-    matrix's mean first gradient; it falls linearly to a tenth"""
-    batch: int
-    """Tokens per step"""
-    seed: int
-
-    def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        return self.rate * (1 - (1 - _LAST_RATE) * step / self.steps)
 
 
 @dataclass(slots=True)
@@ -105,19 +86,14 @@ def unpack_expert(weights: Mapping[str, AnyWeight]) -> TunedExpert:
 
 
 def begin_expert(
-    expert: TunedExpert, exact: Mapping[str, torch.Tensor], schedule: TuneSchedule
+    expert: TunedExpert, exact: Mapping[str, torch.Tensor], options: TuneOptions
 ) -> None:
     """Set an expert's optimizer states, beginning with the rounding errors of its codes.
 
     Without these, all codes pulled in one direction would reach the next grid point in the same
     step, and the layer's output would jump.
-
-    Args:
-        expert: its states are set.
-        exact: the checkpoint's tensors by name.
-        schedule: steps and rates.
     """
-    rule, rate = schedule.rule, schedule.rate_at(0)
+    rule, rate = options.rule, options.rate_at(0)
     for name, matrix in expert.matrices.items():
         residual = matrix.residual(exact[name]) if takes_residual(rule) else None
         expert.states[name] = begin(matrix.codes, rule, rate=rate, residual=residual)
@@ -128,8 +104,9 @@ def tune_layer(
     experts: Mapping[int, TunedExpert],
     text: LayerText,
     rows: torch.Tensor,
-    schedule: TuneSchedule,
+    options: TuneOptions,
     *,
+    seed: int,
     on_step: Callable[[], None],
 ) -> None:
     """Train codes to lower the mean squared error of the experts' weighted sum.
@@ -139,17 +116,14 @@ def tune_layer(
     Args:
         module: an experts module of transformers.
         experts: all experts of the layer; those with states are trained.
-        text: inputs and targets.
         rows: [n] int64, tokens to train on.
-        schedule: steps and rates.
-        on_step: called after every step.
     """
-    draw = torch.Generator().manual_seed(schedule.seed)
+    draw = torch.Generator().manual_seed(seed)
     queue = rows[:0]
-    for step in range(schedule.steps):
-        if len(queue) < schedule.batch:
+    for step in range(options.steps):
+        if len(queue) < options.batch:
             queue = torch.cat([queue, rows[torch.randperm(len(rows), generator=draw)]])
-        batch, queue = text.rows(queue[: schedule.batch]), queue[schedule.batch :]
+        batch, queue = text.rows(queue[: options.batch]), queue[options.batch :]
         output, passes = _forward(module, experts, batch)
         by_sum = output.sub_(batch.target).mul_(2 / len(batch.inputs))  # [n, H]
         for expert in list(passes):
@@ -157,7 +131,7 @@ def tune_layer(
             if experts[expert].states:
                 by_output = by_sum[part.token] * part.gate
                 found = gradients(module, experts[expert].matrices, part.done, by_output)
-                _step(experts[expert], found, schedule, step, draw)
+                _step(experts[expert], found, options, step, draw)
         on_step()
 
 
@@ -210,7 +184,7 @@ def _forward(
 def _step(
     expert: TunedExpert,
     found: Mapping[str, torch.Tensor],
-    schedule: TuneSchedule,
+    options: TuneOptions,
     step: int,
     draw: torch.Generator,
 ) -> None:
@@ -220,15 +194,14 @@ def _step(
             del expert.units[name]
             continue
         old = expert.matrices[name]
-        new = update(
+        codes, expert.states[name] = update(
             old.codes,
             gradient.div_(unit),
             expert.states[name],
-            schedule.rule,
-            rate=schedule.rate_at(step),
-            next_rate=schedule.rate_at(step + 1),
+            options.rule,
+            rate=options.rate_at(step),
+            next_rate=options.rate_at(step + 1),
             width_bits=old.stored.width_bits,
             draw=draw,
         )
-        expert.matrices[name] = replace(old, codes=new.codes)
-        expert.states[name] = new.state
+        expert.matrices[name] = replace(old, codes=codes)

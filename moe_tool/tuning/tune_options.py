@@ -9,6 +9,8 @@ from moe_tool.tuning.eco import EcoRule, Optimizer, Rounding
 
 RATES: Mapping[Optimizer, float] = {"sgd": 0.1, "adam": 0.01}
 """Default learning rates"""
+_LAST_RATE = 0.1
+"""Final learning rate as a share of the first"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,8 @@ class TuneOptions:
     feedback: Literal["momentum", "none"] = "momentum"
     """Destination of the rounding error; none: the control"""
     rate: float | None = None
-    """Learning rate at the start, in codes, see `TuneSchedule`; None: as RATES says"""
+    """First learning rate, in grid steps per update for a code whose gradient has the size of its
+    matrix's mean first gradient; it falls linearly to a tenth. None: as RATES says"""
     seed: int = 0
     memory_bytes: int | None = None
     offline: bool = False
@@ -36,6 +39,10 @@ class TuneOptions:
     def first_rate(self) -> float:
         """Learning rate of the first step."""
         return RATES[self.optimizer] if self.rate is None else self.rate
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        return self.first_rate * (1 - (1 - _LAST_RATE) * step / self.steps)
 
     @property
     def rule(self) -> EcoRule:

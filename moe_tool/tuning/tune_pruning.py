@@ -29,8 +29,9 @@ from moe_tool.formats.training_state import (
 from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.misses import EXACT_POLICY
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.run_options import EXACT_POLICY, RunOptions
+from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, load_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -110,12 +111,6 @@ def tune_pruning(
     see gate weights and expert ids, and thresholds of the slot scores, one for all layers, are
     tabulated afterwards on held-out text, so that any rate can be chosen at run time.
 
-    Args:
-        folder: folder of the bundle.
-        sources: the text, one domain each.
-        options: rate, text, memory.
-        progress: told about every step.
-
     Raises:
         UnsupportedModelError: the model has one expert per token.
         UsageError: the rate is out of range, or the text too short.
@@ -130,7 +125,7 @@ def tune_pruning(
         share = _share_of_light(options.rate, manifest.shape)
         text = _text(folder, sources, options, vocabulary=manifest.shape.vocabulary)
         plan, held_out = _split(text, options, share)
-        with _open(bundle, options, n_held_out=held_out.numel(), progress=progress) as session:
+        with _open(bundle, options, held_out, progress) as session:
             training, verdict = _train_and_judge(session, folder, options, plan, held_out, progress)
             budget_bytes = session.plan.memory.budget_bytes
     learned = _write(folder, manifest, options, training, verdict, plan, text.sources)
@@ -274,13 +269,12 @@ def _text(
 
 
 def _open(
-    bundle: BundleReader, options: TunePruningOptions, *, n_held_out: int, progress: Progress
+    bundle: BundleReader, options: TunePruningOptions, held_out: torch.Tensor, progress: Progress
 ) -> Session:
     """Open the session with as many sequences per forward as the budget allows."""
     manifest = bundle.manifest
     config = read_config(bundle.folder).get_text_config()
-    longest = context_length(config)
-    seq_len = min(options.seq_len, longest or options.seq_len)
+    seq_len = held_out.shape[1]
     run = RunOptions(
         # The plan's budget is not used: it is for a run, and training needs more memory.
         memory=options.memory or AUTO,
@@ -291,7 +285,7 @@ def _open(
         context=seq_len,
         prompt_tokens=seq_len,
     )
-    beside = verdict_bytes(manifest.shape, n_tokens=n_held_out)
+    beside = verdict_bytes(manifest.shape, n_tokens=held_out.numel())
     beside += divergence_scratch_bytes(manifest.shape.vocabulary)
     micro_batch = options.batch
     while True:

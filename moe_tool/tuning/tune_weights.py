@@ -72,12 +72,7 @@ def tune_weights(
     run is resumed when called again with the same arguments: finished layers are kept.
 
     Args:
-        bundle: the old bundle.
         model: the checkpoint that it was packed from.
-        sources: the text, by domain.
-        options: steps, rates, text.
-        out: the new bundle.
-        progress: told about every step.
 
     Raises:
         UsageError, WrongModelError: the bundle, `out`, an option or the checkpoint does not fit.
@@ -92,7 +87,7 @@ def tune_weights(
     with opened.checkpoint, BundleReader.open(bundle) as reader:
         _require_tunable(bundle, reader, opened)
         sequences = _text(model, opened, sources, options, progress)
-        needed = _memory(opened, reader, sequences, options)
+        needed = require_tune_memory(opened, reader, options, n_tokens=sequences.ids.size)
         copied = CopiedBundle(reader, out, _lineage(bundle, sequences, options))
         resumed = copied.writer.n_written
         work = BundleTuner(opened, copied, options, progress)
@@ -116,19 +111,6 @@ def tune_weights(
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         memory_needed_bytes=needed,
-    )
-
-
-def _memory(
-    opened: OpenedModel, reader: BundleReader, sequences: TokenSequences, options: TuneOptions
-) -> int:
-    return require_tune_memory(
-        opened,
-        tokens=sequences.ids.size,
-        batch=options.batch,
-        record_bytes=max(sum(reader.primary_record_bytes(x)) for x in opened.shape.layers),
-        state_bytes=state_bytes_per_weight(options.rule),
-        asked=options.memory_bytes,
     )
 
 

@@ -22,6 +22,7 @@ from moe_tool.demo import demo_model_path
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
+from moe_tool.policies.misses import EXACT_POLICY, parse_miss_policy
 from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
@@ -44,7 +45,7 @@ def report(bundle: Path) -> BenchReport:
         generate=(4, 6),
         depth=(0, 8),
         memory=tuple(map(parse_memory, ("50%", "min", "100%"))),
-        policy=("exact", "drop"),
+        policy=(EXACT_POLICY, parse_miss_policy("drop")),
         threads=(1,),
         repetitions=2,
         gates=False,

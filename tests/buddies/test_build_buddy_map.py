@@ -9,8 +9,8 @@ import torch
 
 from moe_tool.artifacts.buddy_map import BuddyMap, Similarity
 from moe_tool.buddies.build_buddy_map import build_buddy_map, entropy_threshold
+from moe_tool.buddies.make_buddies import summarize_buddies
 from moe_tool.buddies.measures import MEASURES
-from moe_tool.buddies.summary import summarize_buddies
 from moe_tool.errors import UsageError
 from tests.buddies.made_profile import MadeProfile, made_profile
 

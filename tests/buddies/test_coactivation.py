@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_tool.buddies.coactivation import conditional_frequency, frequent_companions
+from moe_tool.buddies.measures import conditional_frequency, frequent_companions
 
 
 def test_frequencies_leave_the_diagonal_out() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.cli import inspect as inspect_verb
+from moe_tool.cli import verb
 from moe_tool.cli.app import run_command
 from moe_tool.errors import BudgetError, NotFoundError
 
@@ -24,7 +24,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
         def broken(**_: object) -> None:
             raise error
 
-        monkeypatch.setattr(inspect_verb, "open_output", broken)
+        monkeypatch.setattr(verb, "open_output", broken)
 
     return set_error
 
@@ -88,7 +88,7 @@ def test_an_interrupted_stage_says_how_to_go_on(
     def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"moe_tool.cli.{arguments[0]}.open_output", interrupt)
+    monkeypatch.setattr(verb, "open_output", interrupt)
     assert run_command(arguments) == 130
     assert capsys.readouterr().err == (
         f"interrupted; finished work is kept: resume with\n    {words}\n"
@@ -117,6 +117,25 @@ def test_a_wrong_command_line_is_a_usage_error(
     out, err = capsys.readouterr()
     assert out == ""
     assert "hint: " in err or err.startswith("Usage: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "nowhere", "--prompt", "x", "--policy", "magic"],
+        ["run", "nowhere", "--prompt", "x", "--eviction", "magic"],
+        ["evaluate", "nowhere", "--data", "nowhere.txt", "--policy", "magic"],
+        ["evaluate", "nowhere", "--data", "nowhere.txt", "--eviction", "magic"],
+        ["bench", "nowhere", "--policy", "exact,magic"],
+        ["bench", "nowhere", "--eviction", "lru", "--eviction", "magic"],
+        ["calibrate", "nowhere", "--data", "nowhere.txt", "--max-kl", "0.1", "--policy", "magic"],
+    ],
+)
+def test_an_unknown_policy_is_refused_before_anything_is_opened(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(arguments) == 2
+    assert "magic" in capsys.readouterr().err
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

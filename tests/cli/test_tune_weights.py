@@ -45,7 +45,7 @@ def test_an_interrupted_tuning_says_how_to_go_on(
     def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_tool.cli.tune_weights.open_output", interrupt)
+    monkeypatch.setattr("moe_tool.cli.verb.open_output", interrupt)
     typed = ["tune", "weights", "b", "--model", "demo", "--data", "builtin", "--out", "t"]
     assert run_command(typed) == 130
     assert capsys.readouterr().err == (

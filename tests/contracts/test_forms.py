@@ -12,6 +12,7 @@ from moe_tool.artifacts.form_table import ALIGNMENT_BYTES, Role
 from moe_tool.artifacts.moe_shape import ExpertTensor
 from moe_tool.artifacts.precision import (
     AnyPrecision,
+    KeptPrecision,
     LowRankPrecision,
     channel_precision,
     precision_from_bits,
@@ -25,6 +26,7 @@ from moe_tool.quantization.hqq import quantize_hqq
 from moe_tool.quantization.low_rank import LOW_RANK_TENSORS
 from moe_tool.quantization.weights import FloatWeight, base_of
 from tests.formats.shapes import shape_of
+from tests.kept import draw_kept
 
 H, INNER = 40, 6
 SHAPE = shape_of(
@@ -67,6 +69,17 @@ def _whole(bits: str) -> Callable[[int, RecordForm[Any]], Any]:
     has_zeros = precision.kind == "integer" and precision.zeros
     quantize = {"quantize_expert": hqq} if has_zeros else {}
     return lambda seed, _: coded(_tensors(seed), precision, **quantize)
+
+
+def _kept(name: str) -> Callable[[int, RecordForm[Any]], Any]:
+    def content(seed: int, _: RecordForm[Any]) -> Any:
+        return {
+            "gate_up_proj": draw_kept(name, (2 * INNER, H), seed=seed),
+            "gate_up_proj_bias": FloatWeight(values=_tensors(seed)["gate_up_proj_bias"]),
+            "down_proj": draw_kept(name, (H, INNER), seed=seed + 9),
+        }
+
+    return content
 
 
 def _base(seed: int, _: RecordForm[Any]) -> Any:
@@ -124,6 +137,22 @@ KINDS = {
         content=_whole("3z"),
         n_bytes=9 * PAGE,
         checked=SCALES | {"gate_up_proj.zeros", "down_proj.zeros"},
+    ),
+    "int4 zeros": Kind(  # codes, scales and zero points, twice; a vector
+        precision=KeptPrecision(
+            codes="int4", group_rows=1, group_columns=128, scale="float16", zero="codes"
+        ),
+        role="primary",
+        content=_kept("int4 g128 zeros"),
+        n_bytes=7 * PAGE,
+        checked=frozenset({"gate_up_proj.scale", "down_proj.scale"}),
+    ),
+    "mxfp4": Kind(  # none of the patterns has an exponent of 255
+        precision=KeptPrecision(codes="e2m1", group_rows=1, group_columns=32, scale="e8m0"),
+        role="primary",
+        content=_kept("mxfp4"),
+        n_bytes=5 * PAGE,
+        checked=frozenset(),
     ),
     "1": Kind(
         precision=precision_from_bits("1"),

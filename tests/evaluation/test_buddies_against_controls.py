@@ -11,6 +11,7 @@ from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.text.sources import parse_sources
 from tests.packed import pack_bundle
@@ -38,8 +39,8 @@ def test_buddies_lose_less_than_random_experts_and_than_none_beyond_the_interval
         tokens=512,
         seq_len=32,
         memory=parse_memory("50%"),
-        policy="buddy",
-        also=("random", "drop"),
+        policy=parse_miss_policy("buddy"),
+        also=(parse_miss_policy("random"), parse_miss_policy("drop")),
         gates=False,
         threads=1,
     )

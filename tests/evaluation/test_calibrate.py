@@ -15,7 +15,7 @@ from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.models.locate import LocatedModel
-from moe_tool.policies.misses import parse_miss_policy
+from moe_tool.policies.misses import PRICED_POLICY, MissChoice, parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
 from moe_tool.runtime.decoding_config import GenerateOptions
@@ -46,7 +46,7 @@ def packed(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def worst(packed: Path, sources: tuple[TextSource, ...]) -> float:
     """KL of the strongest setting."""
-    options = EvaluateOptions(policy="priced", **TEXT)
+    options = EvaluateOptions(policy=PRICED_POLICY, **TEXT)
     return evaluate(packed, sources, options).figures.kl_mean.value
 
 
@@ -63,7 +63,7 @@ def calibrated(
 
 
 def _calibrate(
-    folder: Path, sources: tuple[TextSource, ...], max_kl: float, policy: str = "priced"
+    folder: Path, sources: tuple[TextSource, ...], max_kl: float, policy: MissChoice = PRICED_POLICY
 ) -> CalibrationReport:
     return calibrate(folder, sources, CalibrateOptions(max_kl=max_kl, policy=policy, **TEXT))
 
@@ -81,8 +81,9 @@ def test_what_is_written_is_the_strongest_setting_that_keeps_the_limit_when_meas
     assert after.calibration == found
     assert after.model_copy(update={"calibration": before.calibration}) == before
     # Every setting that was tried, and the written one, evaluated in the untouched bundle.
-    names = [trial.policy for trial in report.trials]
-    options = EvaluateOptions(policy=found.policy, also=tuple(names), **TEXT)
+    tried, written = [trial.policy for trial in report.trials], parse_miss_policy(found.policy)
+    names = [policy.name for policy in tried]
+    options = EvaluateOptions(policy=written, also=tuple(tried), **TEXT)
     rows = {row.policy: row for row in evaluate(packed, sources, options).rows}
     upper = {name: row.figures.kl_mean.high for name, row in rows.items()}
     kept = [name for name in names if upper[name] <= worst / 3]
@@ -127,13 +128,13 @@ def test_a_run_follows_it_says_so_and_exact_overrides(
 ) -> None:
     folder, _ = calibrated
     with open_session(folder, run_options(memory="40%", context=64)) as session:
-        assert session.runner.policy.policy.lossy and session.runner.residency == "frozen"
+        assert session.runner.policy.is_lossy and session.runner.residency == "frozen"
         assert session.runner.account.limit == worst / 3
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         assert session.runner.account.tokens == 11
         assert session.runner.account.spent > 0
     with open_session(folder, run_options(memory="40%", policy="exact", context=64)) as session:
-        assert not session.runner.policy.policy.lossy
+        assert not session.runner.policy.is_lossy
         assert session.runner.account.limit is None
 
 
@@ -150,7 +151,7 @@ def test_a_policy_without_a_strength_and_a_senseless_limit_are_refused(
     packed: Path, sources: tuple[TextSource, ...]
 ) -> None:
     with pytest.raises(UsageError, match="no strength"):
-        _calibrate(packed, sources, 0.1, policy="drop")
+        _calibrate(packed, sources, 0.1, policy=parse_miss_policy("drop"))
     for limit in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="max-kl"):
             _calibrate(packed, sources, limit)

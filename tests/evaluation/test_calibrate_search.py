@@ -16,7 +16,7 @@ from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, c
 from moe_tool.evaluation.evaluate import EvaluateOptions
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
-from moe_tool.policies.misses import parse_miss_policy
+from moe_tool.policies.misses import MissChoice, parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.price_list import price_book
 from moe_tool.text.sources import TextSource, parse_sources
@@ -46,8 +46,8 @@ class Known:
     by_reroute: dict[float, float]
     """What other values of it multiply the divergence by"""
 
-    def figures(self, policy: str, factor: float = 1.0) -> Figures:
-        values = dict(parse_miss_policy(policy).values)
+    def figures(self, policy: MissChoice, factor: float = 1.0) -> Figures:
+        values = dict(policy.values)
         strength = self.strength(values)
         upper = factor * self.kl(strength) * self.by_reroute.get(values.get("reroute", 0.5), 1.0)
         known: dict[str, Any] = dict.fromkeys((each.name for each in fields(Figures)), 0)
@@ -66,7 +66,7 @@ class Known:
         assert options.policy is not None and not options.exact_fallback
         rows = [
             SimpleNamespace(
-                policy=policy,
+                policy=policy.name,
                 figures=self.figures(policy),
                 domains={name: self.figures(policy, by) for name, by in DOMAINS.items()},
             )
@@ -102,8 +102,8 @@ def test_it_comes_within_a_sixtieth_of_the_strongest_that_keeps_the_limit(
     policy: str, limit: float, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = Known(strength=LINEAR[policy], kl=lambda s: s**2, by_reroute={})
-    best = math.sqrt(limit)
-    report = _calibrate(packed, tmp_path, monkeypatch, known, max_kl=limit, policy=policy)
+    best, choice = math.sqrt(limit), parse_miss_policy(policy)
+    report = _calibrate(packed, tmp_path, monkeypatch, known, max_kl=limit, policy=choice)
     found = known.strength(dict(parse_miss_policy(report.calibration.policy).values))
     assert found**2 <= limit
     assert found**2 >= 0.9 * limit or found > best - 1 / 60
@@ -131,7 +131,7 @@ def test_prices_are_searched_by_factors_and_what_rerouting_keeps_after_them(
     assert upper <= share and upper > share / 1.25  # rounds divide a decade by 4
     assert chosen.values["reroute"] == min([0.5, *by_reroute], key=lambda r: by_reroute.get(r, 1.0))
     # What is written is what was measured there, in each domain too.
-    figures = known.figures(report.calibration.policy)
+    figures = known.figures(chosen)
     quality = report.calibration.quality
     assert (quality.kl, quality.kl_ci95) == (figures.kl_mean.value, figures.kl_mean.ci95)
     assert {name: found.kl for name, found in report.calibration.domains.items()} == {
@@ -153,10 +153,10 @@ def test_a_looser_limit_reads_less(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = Known(strength=_by("share"), kl=lambda s: 2 * s, by_reroute={})
-    read = []
+    read, choice = [], parse_miss_policy("prune")
     for limit in (0.05, 0.2, 0.6):
         folder = tmp_path / str(limit)
         folder.mkdir()
-        report = _calibrate(packed, folder, monkeypatch, known, max_kl=limit, policy="prune")
+        report = _calibrate(packed, folder, monkeypatch, known, max_kl=limit, policy=choice)
         read.append(report.bytes_read_per_token)
     assert read[0] > read[1] > read[2]

@@ -5,13 +5,20 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from moe_tool.artifacts.evaluation_report import Estimate, Figures
+from moe_tool.artifacts.evaluation_report import Estimate, Figures, PolicyRow
 from moe_tool.evaluation.equal_bytes import (
     compare_at_equal_bytes,
     dominating,
     priced_settings,
 )
-from moe_tool.policies.misses import LayerBook, PriceBook
+from moe_tool.policies.misses import LayerBook, MissChoice, PriceBook, parse_miss_policy
+
+
+def _parsed(rows: dict[str, Figures]) -> dict[MissChoice, PolicyRow]:
+    return {
+        parse_miss_policy(name): PolicyRow(policy=name, figures=figures, domains={})
+        for name, figures in rows.items()
+    }
 
 
 def _row(n_bytes: float, kl: float, *, spread: float = 0.1, is_alone: bool = False) -> Figures:
@@ -36,7 +43,7 @@ ROWS = {
 
 
 def test_each_is_beside_the_setting_that_reads_most_without_reading_more() -> None:
-    found = {each.policy: each for each in compare_at_equal_bytes(ROWS)}
+    found = {each.policy: each for each in compare_at_equal_bytes(_parsed(ROWS))}
     assert list(found) == ["drop", "near-tie", "next-ranked", "replica"]
     assert found["drop"].priced == "priced" and found["drop"].verdict == "beaten"
     assert found["drop"].ratio == pytest.approx(0.5 / 0.9)
@@ -48,18 +55,18 @@ def test_each_is_beside_the_setting_that_reads_most_without_reading_more() -> No
 
 
 def test_what_has_both_fewer_bytes_and_a_lower_kl_is_named() -> None:
-    assert dominating(ROWS) == (("replica", "priced:nats-per-mb=0.1"),)
+    assert dominating(_parsed(ROWS)) == (("replica", "priced:nats-per-mb=0.1"),)
     near = {**ROWS, "replica": _row(500, 0.19)}  # the intervals of KL overlap
-    assert dominating(near) == ()
+    assert dominating(_parsed(near)) == ()
     alone = {"priced": _row(10, 0.2, is_alone=True), "drop": _row(9, 0.19, is_alone=True)}
-    assert dominating(alone) == (("drop", "priced"),)
+    assert dominating(_parsed(alone)) == (("drop", "priced"),)
 
 
 def test_without_prices_there_is_nothing_beside() -> None:
     assert priced_settings(None) == ()
-    assert compare_at_equal_bytes({"exact": ROWS["exact"], "drop": ROWS["drop"]}) == ()
+    assert compare_at_equal_bytes(_parsed({"exact": ROWS["exact"], "drop": ROWS["drop"]})) == ()
     exact_alone = {"priced": _row(0, 0.0), "drop": _row(0, 0.0)}
-    assert compare_at_equal_bytes(exact_alone)[0].ratio is None
+    assert compare_at_equal_bytes(_parsed(exact_alone))[0].ratio is None
 
 
 def test_settings_lie_around_the_price_of_a_middling_expert() -> None:
@@ -79,4 +86,4 @@ def test_settings_lie_around_the_price_of_a_middling_expert() -> None:
     )
     assert book.typical_nats_per_mb == pytest.approx((2 / 4 + 6 / 4) / 2 / 0.5)
     found = priced_settings(book)
-    assert found[0] == "priced:nats-per-mb=0.6" and len(set(found)) == 5
+    assert found[0].name == "priced:nats-per-mb=0.6" and len(set(found)) == 5

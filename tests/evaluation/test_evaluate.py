@@ -16,7 +16,7 @@ from moe_tool.errors import UsageError, WrongModelError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.stepwise import exact_logits, n_scored, run_stepwise
 from moe_tool.models.locate import LocatedModel
-from moe_tool.policies.misses import MISS_POLICIES
+from moe_tool.policies.misses import MISS_POLICIES, parse_miss_policy
 from moe_tool.policies.misses.needs import BUDDIES, PRICES, REPLICAS
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
@@ -24,6 +24,7 @@ from moe_tool.text.sources import TextSource, parse_sources
 from tests.packed import pack_bundle
 
 SEQ_LEN = 16
+DROP = parse_miss_policy("drop")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def _options(**fields: object) -> EvaluateOptions:
 def test_the_table_has_every_policy_that_the_bundle_can_run(
     bundle: Path, sources: tuple[TextSource, ...]
 ) -> None:
-    report = evaluate(bundle, sources, _options(policy="drop", controls=True))
+    report = evaluate(bundle, sources, _options(policy=DROP, controls=True))
     table = [spec for spec in MISS_POLICIES.values() if spec.in_controls]
     lacking = {PRICES, REPLICAS, BUDDIES}  # of this bundle
     able = [spec.name for spec in table if lacking.isdisjoint(spec.needs)]
@@ -137,7 +138,7 @@ def test_stepwise_predictions_under_exact_are_those_of_a_wide_forward(bundle: Pa
 def test_with_everything_resident_no_policy_costs_anything(
     bundle: Path, sources: tuple[TextSource, ...]
 ) -> None:
-    report = evaluate(bundle, sources, _options(policy="drop", memory=parse_memory("100%")))
+    report = evaluate(bundle, sources, _options(policy=DROP, memory=parse_memory("100%")))
     assert report.figures.hit_rate.value == 1.0
     # one wide forward, many small
     assert report.figures.kl_mean.value == pytest.approx(0.0, abs=1e-6)
@@ -148,14 +149,14 @@ def test_a_native_bundle_is_its_checkpoint(
     bundle: Path, sources: tuple[TextSource, ...], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     model = LocatedModel(folder=tiny_checkpoint("mixtral"), name="mixtral")
-    report = evaluate(bundle, sources, _options(policy="drop"), reference=model)
+    report = evaluate(bundle, sources, _options(policy=DROP), reference=model)
     figures = report.figures
     assert figures.kl_source_exact_mean.value == pytest.approx(0.0, abs=1e-6)
     assert figures.kl_source_mean.value == pytest.approx(figures.kl_mean.value, rel=1e-2)
     source, exact = figures.perplexity_source.value, figures.perplexity_exact.value
     assert source == pytest.approx(exact, rel=1e-5)
     assert json_fields(report)["perplexity_source"] == figures.perplexity_source.value
-    alone = evaluate(bundle, sources, _options(policy="drop"))
+    alone = evaluate(bundle, sources, _options(policy=DROP))
     assert alone.figures.perplexity_source is None
 
 
@@ -170,7 +171,7 @@ def test_a_reference_of_another_model_is_refused(
 def test_under_cache_residency_the_order_of_sequences_does_not_matter(
     bundle: Path, sources: tuple[TextSource, ...]
 ) -> None:
-    options = _options(policy="drop", residency="cache", tokens=2 * SEQ_LEN)
+    options = _options(policy=DROP, residency="cache", tokens=2 * SEQ_LEN)
     both = evaluate(bundle, sources, options)
     again = evaluate(bundle, sources, options)
     assert both.figures == again.figures

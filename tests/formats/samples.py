@@ -15,7 +15,7 @@ from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
 from moe_tool.artifacts.precision import NativePrecision, precision_from_bits
 from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
-from moe_tool.formats import bundle_files
+from moe_tool.formats import record_plan
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.formats.bundle_writer import BundleWriter
@@ -108,7 +108,7 @@ def write_bundle(out: Path, source: Path, **changed: Any) -> None:
 
 def small_files(monkeypatch: Any) -> None:
     """Two records to a file, so that six records take three."""
-    monkeypatch.setattr(bundle_files, "MAX_FILE_BYTES", 2 * 5 * 4096)
+    monkeypatch.setattr(record_plan, "MAX_FILE_BYTES", 2 * 5 * 4096)
 
 
 def make_buddies(path: Path, identity: ModelIdentity = IDENTITY) -> Path:

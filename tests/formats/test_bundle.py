@@ -18,7 +18,7 @@ from moe_tool.errors import (
     UsageError,
     WrongModelError,
 )
-from moe_tool.formats import bundle_files, bundle_writer
+from moe_tool.formats import bundle_writer, record_plan
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import read_json_artifact
 from tests.formats.small_bundle import (
@@ -78,7 +78,7 @@ def test_records_are_spread_over_files_that_are_not_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = open_writer(tmp_path / "unused").forms[0].layout.size_bytes
-    monkeypatch.setattr(bundle_files, "MAX_FILE_BYTES", 3 * size)
+    monkeypatch.setattr(record_plan, "MAX_FILE_BYTES", 3 * size)
     monkeypatch.setattr(bundle_writer, "MAX_FILE_BYTES", 100)
     folder = write_bundle(tmp_path / "bundle")
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [
@@ -98,7 +98,7 @@ def test_an_interrupted_bundle_becomes_the_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int, n_files: int
 ) -> None:
     size = open_writer(tmp_path / "unused").forms[0].layout.size_bytes
-    monkeypatch.setattr(bundle_files, "MAX_FILE_BYTES", -(-8 // n_files) * size)
+    monkeypatch.setattr(record_plan, "MAX_FILE_BYTES", -(-8 // n_files) * size)
     whole = write_bundle(tmp_path / "whole")
     writer = open_writer(tmp_path / "resumed")
     for layer, expert in ORDER[:n_before]:

@@ -145,3 +145,56 @@ def test_what_the_library_writes_comes_back(
             assert found.dtype == tensor.dtype and found.shape == tensor.shape
             assert torch.equal(found.to(torch.float64), tensor.to(torch.float64))
         assert checkpoint.bytes_read == checkpoint.total_bytes
+
+
+def set_map(folder: Path, **changed: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    parsed = json.loads(index.read_text())
+    parsed["weight_map"] |= changed
+    index.write_text(json.dumps(parsed))
+
+
+def two_shards(folder: Path) -> Path:
+    return sharded(
+        folder,
+        {
+            "model-1.safetensors": {"a": torch.zeros(2)},
+            "model-2.safetensors": {"b": torch.ones(3)},
+        },
+    )
+
+
+def test_a_name_in_two_shards_is_read_where_the_index_puts_it(tmp_path: Path) -> None:
+    two_shards(tmp_path)
+    save_file({"a": torch.full((2,), 7.0), "b": torch.ones(3)}, tmp_path / "model-2.safetensors")
+    for shard, value, extra in (("1", 0.0, "model-2"), ("2", 7.0, "model-1")):
+        set_map(tmp_path, a=f"model-{shard}.safetensors", b="model-2.safetensors")
+        if shard == "2":
+            set_map(tmp_path, c="model-1.safetensors")
+        with Checkpoint.open_folder(tmp_path) as checkpoint:
+            assert checkpoint.read("a").tolist() == [value, value]
+            assert any(f"{extra}.safetensors holds 'a'" in each for each in checkpoint.remarks)
+
+
+def test_a_name_that_its_shard_lacks_is_not_there_and_said(tmp_path: Path) -> None:
+    two_shards(tmp_path)
+    set_map(tmp_path, c="model-1.safetensors", d="model-1.safetensors")
+    with Checkpoint.open_folder(tmp_path) as checkpoint:
+        assert set(checkpoint.tensors) == {"a", "b"}
+        assert checkpoint.remarks == (
+            "model.safetensors.index.json puts 'c' and 1 more into model-1.safetensors, "
+            "which does not hold it",
+        )
+
+
+def test_an_index_that_says_what_the_shards_hold_is_not_remarked_on(tmp_path: Path) -> None:
+    with Checkpoint.open_folder(two_shards(tmp_path)) as checkpoint:
+        assert checkpoint.remarks == ()
+
+
+def test_a_shard_downloaded_in_part_is_told_so(tmp_path: Path) -> None:
+    two_shards(tmp_path)
+    shard = tmp_path / "model-2.safetensors"
+    shard.rename(f"{shard}.incomplete")
+    with pytest.raises(CorruptArtifactError, match="downloaded only in part"):
+        Checkpoint.open_folder(tmp_path)

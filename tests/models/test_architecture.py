@@ -269,7 +269,6 @@ def test_a_config_of_another_checkpoint_is_refused(
         ("max_position_embeddings", -3),
         ("max_position_embeddings", 0),
         ("vocab_size", 10**12),
-        ("rms_norm_eps", float("nan")),
     ],
 )
 def test_a_number_that_no_model_has_is_refused(

@@ -42,14 +42,16 @@ def test_a_folder_goes_before_an_alias_of_its_name(cache: Path, tmp_path: Path) 
 
 
 def test_a_cached_snapshot_is_taken_without_network(cache: Path) -> None:
-    folder = add_snapshot(cache, ALIASES["mixtral"], "abc", "config.json", "model.safetensors")
+    folder = add_snapshot(
+        cache, ALIASES["mixtral"], "abc", "config.json", "tokenizer.json", "model.safetensors"
+    )
     assert locate_model("mixtral") == LocatedModel(folder=folder, name="mixtral")
     assert locate_model(ALIASES["mixtral"], offline=True).folder == folder
 
 
 def test_the_snapshot_of_main_goes_before_newer_ones(cache: Path) -> None:
-    wanted = add_snapshot(cache, "a/b", "old", "config.json", "model.safetensors")
-    add_snapshot(cache, "a/b", "new", "config.json", "model.safetensors")
+    wanted = add_snapshot(cache, "a/b", "old", "config.json", "tokenizer.json", "model.safetensors")
+    add_snapshot(cache, "a/b", "new", "config.json", "tokenizer.json", "model.safetensors")
     references = cache / "models--a--b" / "refs"
     references.mkdir()
     (references / "main").write_text("old\n")
@@ -57,7 +59,7 @@ def test_the_snapshot_of_main_goes_before_newer_ones(cache: Path) -> None:
 
 
 def test_a_snapshot_with_a_missing_shard_is_not_taken(cache: Path) -> None:
-    folder = add_snapshot(cache, "a/b", "abc", "config.json", "one.safetensors")
+    folder = add_snapshot(cache, "a/b", "abc", "config.json", "tokenizer.json", "one.safetensors")
     index = {"weight_map": {"x": "one.safetensors", "y": "two.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(NotFoundError):

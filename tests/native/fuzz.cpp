@@ -19,7 +19,7 @@ struct Matrix {
   std::vector<std::vector<uint8_t>> planes;
   std::vector<uint16_t> scales, zeros;
   std::vector<uint8_t> values;
-  std::vector<float> bias;
+  std::vector<float> bias, factors;
   moe::Weight weight{};
 };
 
@@ -28,7 +28,7 @@ uint16_t any_half() { return uint16_t(from_to(10, 17) << 10 | from_to(0, 1023));
 
 void quantized(Matrix& m, int n_out, int n_in, int bits, int group) {
   moe::QuantizedMatrix& q = m.weight.quantized;
-  m.weight.is_quantized = 1;
+  m.weight.form = moe::Form::kQuantized;
   q.shift = from_to(0, 3), q.offset = from_to(0, 128);
   q.n_outputs = n_out, q.n_inputs = n_in, q.bits = bits, q.group = group;
   const int n_planes = bits == 8 ? 1 : (bits + 1) / 2;
@@ -63,9 +63,54 @@ void floats(Matrix& m, int n_out, int n_in) {
   m.weight.floats = {m.values.data(), n_out, n_in, kind};
 }
 
+// Kept codes; of bytes and scales that are fp8 none is NaN.
+void kept(Matrix& m, int n_out, int n_in) {
+  static const float table[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6};
+  const int columns[] = {16, 32, 64, 128, 256, n_in}, rows[] = {1, 3, 128};
+  moe::KeptMatrix& k = m.weight.kept;
+  m.weight.form = moe::Form::kKept;
+  k.n_outputs = n_out, k.n_inputs = n_in, k.table = table;
+  k.code_kind = from_to(0, 4), k.scale_kind = from_to(0, 4);
+  if (k.bits() == 4 && n_in % 2) k.code_kind = moe::kE4m3;
+  k.rows = rows[from_to(0, 2)], k.columns = columns[from_to(0, 5)];
+  const bool is_integer = k.code_kind == moe::kInt4 || k.code_kind == moe::kInt8;
+  k.with_integers = (is_integer || k.code_kind == moe::kE2m1) && from_to(0, 1);
+  m.values.resize(size_t(n_out) * k.row_bytes());
+  for (uint8_t& byte : m.values) byte = uint8_t(from_to(0, 126));
+  k.codes = m.values.data();
+  const size_t n = size_t((n_out + k.rows - 1) / k.rows) * k.n_groups();
+  m.planes.resize(2);
+  m.planes[0].resize(n * moe::scale_bytes(k.scale_kind));
+  for (size_t i = 0; i < n; ++i) {
+    const float value = float(from_to(1, 100)) / 64;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t brain = uint16_t(bits >> 16), half = any_half();
+    uint8_t* const at = m.planes[0].data() + i * moe::scale_bytes(k.scale_kind);
+    if (k.scale_kind == moe::kFloat32) std::memcpy(at, &value, 4);
+    else if (k.scale_kind == moe::kBFloat16) std::memcpy(at, &brain, 2);
+    else if (k.scale_kind == moe::kFloat16) std::memcpy(at, &half, 2);
+    else *at = uint8_t(k.scale_kind == moe::kE8m0Scale ? from_to(120, 130) : from_to(30, 70));
+  }
+  k.scales = m.planes[0].data();
+  if (is_integer && from_to(0, 1)) {
+    k.zero_is_float = from_to(0, 1);
+    m.planes[1].assign(n * (k.zero_is_float ? 4 : 1), 60);
+    k.zeros = m.planes[1].data();
+  }
+  if (from_to(0, 1)) {
+    m.factors.assign(n_out, 1.5f);
+    k.global_scale = m.factors.data(), k.is_divisor = from_to(0, 1);
+  }
+}
+
 void fill(Matrix& m, int n_out, int n_in) {
+  m.weight.n_outputs = n_out, m.weight.n_inputs = n_in;
   const int groups[] = {32, 64, 128};
-  if (from_to(0, 3))
+  const int form = from_to(0, 4);
+  if (form < 2)
+    kept(m, n_out, n_in);
+  else if (form < 4)
     quantized(m, n_out, n_in, from_to(1, 8), groups[from_to(0, 2)]);
   else
     floats(m, n_out, n_in);

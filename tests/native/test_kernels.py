@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_tool.experts.gate import gate_output
 from moe_tool.native import kernels
-from moe_tool.native.kernels import NAMES, Gate, native_expert, native_linear, set_threads
+from moe_tool.native.kernels import NAMES, Gate, NativeExpert, NativeLinear, set_threads
 from moe_tool.quantization.bit_packing import pack
 from moe_tool.quantization.round_to_nearest import dequantize, quantize, tile_rows
 from moe_tool.quantization.tokens import round_trip_tokens
@@ -82,7 +82,7 @@ def test_integer_products_are_those_of_the_definition(
     x = torch.randn(n_tokens, n_in, generator=torch.Generator().manual_seed(seed))
     tokens, plain = round_trip_tokens(x, group).double(), dequantize(weight).double()
     size = F.linear(tokens.abs(), plain.abs()) + 2**bits * tokens.abs().sum(-1, keepdim=True)
-    error = (native_linear(x, weight, None) - F.linear(tokens, plain)).abs()
+    error = (NativeLinear(weight, None).forward(x) - F.linear(tokens, plain)).abs()
     assert (error <= 1e-5 * size + 1e-30).all()
 
 
@@ -96,7 +96,8 @@ def test_the_integer_part_is_exact(implementation: str, bits: int) -> None:
     x = torch.randint(-127, 128, (5, n_in), generator=draw).float()
     x[:, ::32] = 127  # the scale of every group of tokens is 1
     assert torch.equal(
-        native_linear(x, weight, None).double(), F.linear(x.double(), dequantize(weight).double())
+        NativeLinear(weight, None).forward(x).double(),
+        F.linear(x.double(), dequantize(weight).double()),
     )
 
 
@@ -110,7 +111,7 @@ def test_long_rows_do_not_overflow(implementation: str, bits: int) -> None:
     x = torch.full((1, n_in), 127.0)
     largest = 2 ** (bits - 1) - 1
     expected = torch.full((1, 3), float(largest * 127 * n_in))
-    torch.testing.assert_close(native_linear(x, weight, None), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(NativeLinear(weight, None).forward(x), expected, rtol=1e-6, atol=0)
 
 
 @ANY_SHAPE
@@ -132,7 +133,7 @@ def test_float_products(
     if bias is not None:
         expected += bias.values.double()
     size = F.linear(x.double().abs(), values.double().abs()) + 4
-    error = (native_linear(x, FloatWeight(values), bias) - expected).abs()
+    error = (NativeLinear(FloatWeight(values), bias).forward(x) - expected).abs()
     assert (error <= n_in * 2**-23 * size).all()
 
 
@@ -150,7 +151,9 @@ def test_every_gate(implementation: str, name: str, interleaved: bool, gated: bo
     bias = torch.randn(first.shape[0], generator=draw)
     x = torch.randn(3, n_hidden, generator=draw)
     inner = gate_output(gate, F.linear(x, first) + bias)
-    found = native_expert(x, FloatWeight(first), FloatWeight(bias), gate, FloatWeight(second), None)
+    found = NativeExpert(FloatWeight(first), FloatWeight(bias), FloatWeight(second), None).forward(
+        x, gate
+    )
     torch.testing.assert_close(found, F.linear(inner, second), rtol=1e-4, atol=1e-3)
 
 
@@ -162,10 +165,10 @@ def test_a_fused_expert_is_its_parts(implementation: str, bits: int, n_tokens: i
     first = quantize(torch.randn(2 * 150, 100, generator=draw) / 10, bits)
     second = quantize(torch.randn(100, 150, generator=draw) / 12, bits)
     x = torch.randn(n_tokens, 100, generator=draw)
-    inner = gate_output(gate, native_linear(x, first, None))
-    parts = native_linear(inner, second, None)
+    inner = gate_output(gate, NativeLinear(first, None).forward(x))
+    parts = NativeLinear(second, None).forward(inner)
     # A rounding of exp may move a code of the inner tokens by one.
-    found = native_expert(x, first, None, gate, second, None)
+    found = NativeExpert(first, None, second, None).forward(x, gate)
     assert (found - parts).norm() <= 2e-3 * parts.norm()
 
 
@@ -177,11 +180,13 @@ def test_the_result_does_not_depend_on_threads_or_on_other_tokens(implementation
         second = quantize(torch.randn(200, 333, generator=draw), bits)
         x = torch.randn(37, 200, generator=draw)
         set_threads(1)
-        alone = [native_expert(x[t : t + 1], first, None, gate, second, None) for t in range(37)]
+        alone = [
+            NativeExpert(first, None, second, None).forward(x[t : t + 1], gate) for t in range(37)
+        ]
         for n_threads in (1, 2, 5):
             set_threads(n_threads)
             for _ in range(5):
-                together = native_expert(x, first, None, gate, second, None)
+                together = NativeExpert(first, None, second, None).forward(x, gate)
                 assert torch.equal(together, torch.cat(alone))
 
 
@@ -190,33 +195,33 @@ def test_tokens_that_are_no_numbers_stay_so(implementation: str, bad: float) -> 
     weight = random_weight(20, 100, 4, 64, 0)
     x = torch.ones(2, 100)
     x[1, 70] = bad
-    found = native_linear(x, weight, None)
+    found = NativeLinear(weight, None).forward(x)
     assert torch.isfinite(found[0]).all() and found[1].isnan().all()
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
     weight = random_weight(20, 100, 4, 64, 0)
     with pytest.raises(ValueError, match="tokens"):
-        native_linear(torch.ones(1, 99), weight, None)
+        NativeLinear(weight, None).forward(torch.ones(1, 99))
     with pytest.raises(ValueError, match="tokens"):
-        native_linear(torch.ones(1, 100, dtype=torch.float64), weight, None)
+        NativeLinear(weight, None).forward(torch.ones(1, 100, dtype=torch.float64))
     with pytest.raises(ValueError, match="bias"):
-        native_linear(torch.ones(1, 100), weight, FloatWeight(torch.ones(19)))
+        NativeLinear(weight, FloatWeight(torch.ones(19))).forward(torch.ones(1, 100))
     shorter = IntegerWeight(
         planes=(weight.planes[0][:-64], weight.planes[1]), scales=weight.scales,
         width_bits=4, group=64, n_outputs=20, n_inputs=100,
     )  # fmt: skip
     with pytest.raises(ValueError, match="plane"):
-        native_linear(torch.ones(1, 100), shorter, None)
+        NativeLinear(shorter, None).forward(torch.ones(1, 100))
     fewer = IntegerWeight(
         planes=weight.planes, scales=weight.scales[:1],
         width_bits=4, group=64, n_outputs=20, n_inputs=100,
     )  # fmt: skip
     with pytest.raises(ValueError, match="scales"):
-        native_linear(torch.ones(1, 100), fewer, None)
+        NativeLinear(fewer, None).forward(torch.ones(1, 100))
     gate = Gate(activation="silu", gated=True)
     with pytest.raises(ValueError, match="fit together"):
-        native_expert(torch.ones(1, 100), weight, None, gate, weight, None)
+        NativeExpert(weight, None, weight, None).forward(torch.ones(1, 100), gate)
 
 
 def run_with(value: str) -> subprocess.CompletedProcess[str]:

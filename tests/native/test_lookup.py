@@ -13,9 +13,9 @@ from moe_tool.native import lookup_choice
 from moe_tool.native.kernels import (
     NAMES,
     Gate,
+    NativeExpert,
+    NativeLinear,
     is_native,
-    native_expert,
-    native_linear,
     pair_product,
     set_threads,
     use_lookup,
@@ -160,9 +160,9 @@ def test_sums_of_activations_give_the_same_to_the_last_bit(
     x = torch.randn(n_tokens, n_in, generator=torch.Generator().manual_seed(seed))
     set_threads(n_threads)
     use_lookup(looked_up, 0)
-    multiplied = native_linear(x, weight, None)
+    multiplied = NativeLinear(weight, None).forward(x)
     use_lookup(looked_up, n_tokens)
-    assert torch.equal(native_linear(x, weight, None), multiplied)
+    assert torch.equal(NativeLinear(weight, None).forward(x), multiplied)
 
 
 def test_the_largest_sums_of_the_longest_group_fit(looked_up: int) -> None:
@@ -173,9 +173,9 @@ def test_the_largest_sums_of_the_longest_group_fit(looked_up: int) -> None:
         weight.scales.fill_(1.0)
         x = torch.full((2, n_in), value)
         use_lookup(looked_up, 0)
-        multiplied = native_linear(x, weight, None)
+        multiplied = NativeLinear(weight, None).forward(x)
         use_lookup(looked_up, 2)
-        assert torch.equal(native_linear(x, weight, None), multiplied)
+        assert torch.equal(NativeLinear(weight, None).forward(x), multiplied)
 
 
 def test_experts_too_and_only_up_to_the_number_of_tokens(looked_up: int) -> None:
@@ -185,11 +185,11 @@ def test_experts_too_and_only_up_to_the_number_of_tokens(looked_up: int) -> None
     second = quantize(torch.randn(100, 150, generator=draw), looked_up)
     x = torch.randn(7, 100, generator=draw)
     x[2, 70] = torch.nan
-    multiplied = native_expert(x, first, None, gate, second, None)
+    multiplied = NativeExpert(first, None, second, None).forward(x, gate)
     for limit, n_threads in itertools.product((3, 7), (1, 2)):
         set_threads(n_threads)
         use_lookup(looked_up, limit)
-        found = native_expert(x, first, None, gate, second, None)
+        found = NativeExpert(first, None, second, None).forward(x, gate)
         torch.testing.assert_close(found, multiplied, rtol=0, atol=0, equal_nan=True)
     assert found[2].isnan().all() and found[3].isfinite().all()
 

@@ -9,6 +9,7 @@ import torch
 
 from moe_tool.buddies.build_buddy_map import build_buddy_map
 from moe_tool.errors import UsageError, WrongModelError
+from moe_tool.formats.bundle_checks import skeleton_files
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.json_artifact import write_json_artifact
@@ -16,7 +17,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.record_order import order_experts
+from moe_tool.packing.pack_inputs import order_experts
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.quantization.round_to_nearest import dequantize, quantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
@@ -53,7 +54,7 @@ def test_native_bundle_keeps_every_bit(
                 assert isinstance(weight, FloatWeight)
                 assert weight.values.dtype == wanted.dtype
                 assert torch.equal(weight.values, wanted)
-        skeleton = Checkpoint.open_files(bundle.skeleton_files)
+        skeleton = Checkpoint.open_files(skeleton_files(bundle.folder, bundle.manifest))
         for name in opened.skeleton.tensor_names:
             assert skeleton.read_bytes(name) == opened.checkpoint.read_bytes(name)
 

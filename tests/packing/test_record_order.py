@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_tool.packing.record_order import order_experts
+from moe_tool.packing.pack_inputs import order_experts
 
 
 def test_hottest_comes_first_then_those_it_is_used_with() -> None:

@@ -12,6 +12,7 @@ from moe_tool.errors import DataSourceError
 from moe_tool.evaluation.calibrate import CalibrateOptions, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.models.locate import LocatedModel
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import run_prompt
@@ -58,7 +59,9 @@ def evaluate_bundle(grown: Grown, tmp_path: Path) -> None:
 
 
 def calibrate_bundle(grown: Grown, tmp_path: Path) -> None:
-    options = CalibrateOptions(max_kl=0.1, policy="prune", tokens=256, seq_len=32)
+    options = CalibrateOptions(
+        max_kl=0.1, policy=parse_miss_policy("prune"), tokens=256, seq_len=32
+    )
     calibrate(grown.bundle, grown.sources, options)
 
 

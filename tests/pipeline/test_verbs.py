@@ -7,6 +7,7 @@ import pytest
 
 from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.text.sources import parse_sources
 from tests.pipeline.commands import Done, Pipeline, moe_tool
 
@@ -102,7 +103,9 @@ def test_the_controls_share_a_table_with_their_policy(pipeline: Pipeline) -> Non
 @pytest.mark.parametrize("policy", ["buddy", "drop", "random", "next-ranked"])
 def test_a_row_of_the_table_is_what_its_policy_has_alone(pipeline: Pipeline, policy: str) -> None:
     rows = {row["policy"]: row for row in pipeline.evaluate.fields["rows"]}
-    options = EvaluateOptions(tokens=256, seq_len=32, memory=parse_memory("50%"), policy=policy)
+    options = EvaluateOptions(
+        tokens=256, seq_len=32, memory=parse_memory("50%"), policy=parse_miss_policy(policy)
+    )
     text = parse_sources([f"words={pipeline.folder / 'words.txt'}"])
     alone = evaluate(pipeline.folder / "bundle", text, options).figures
     kl = alone.kl_mean.value

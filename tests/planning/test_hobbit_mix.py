@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_tool.planning.eviction_replays import _HOBBIT_MIXES, _best_hobbit
-from moe_tool.policies.eviction import parse_eviction
+from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.replay import Replayer
@@ -17,15 +17,14 @@ from tests.simulator.random_traces import random_trace, trace_of
 N_EXPERTS, CAPACITY = 6, 8
 
 
-def _choose(trace: AccessTrace) -> str:
+def _choose(trace: AccessTrace) -> EvictionChoice:
     sources: Any = SimpleNamespace(searched=Replayer(trace))
     machine: Any = SimpleNamespace(spec=Machine, n_slots_min=3, hottest=())
     return _best_hobbit(sources, machine, Budget(label="8", n_slots=CAPACITY))
 
 
-def _hits(trace: AccessTrace, mix: tuple[int, int, int]) -> int:
+def _hits(trace: AccessTrace, choice: EvictionChoice) -> int:
     """Counted through the engine's own cache."""
-    choice = parse_eviction(f"hobbit:lru={mix[0]},lfu={mix[1]},lhu=0,fld={mix[2]}")
     return int(naive_replay(trace, choice.make, capacity=CAPACITY).hits.sum())
 
 
@@ -33,10 +32,9 @@ def _hits(trace: AccessTrace, mix: tuple[int, int, int]) -> int:
 def test_the_mix_with_the_most_hits_wins(seed: int) -> None:
     rng = np.random.default_rng(seed)
     trace = random_trace(rng, n_experts=N_EXPERTS, n_forwards=60, skew=2.0 + 3 * (seed % 2))
-    hits = [_hits(trace, mix) for mix in _HOBBIT_MIXES]
+    hits = [_hits(trace, choice) for choice in _HOBBIT_MIXES]
     assert len(set(hits)) > 1
-    mix = _HOBBIT_MIXES[hits.index(max(hits))]
-    assert _choose(trace) == f"hobbit:lru={mix[0]},lfu={mix[1]},lhu=0,fld={mix[2]}"
+    assert _choose(trace) == _HOBBIT_MIXES[hits.index(max(hits))]
 
 
 def test_one_hot_expert_among_passers_by_asks_for_frequency() -> None:
@@ -48,7 +46,7 @@ def test_one_hot_expert_among_passers_by_asks_for_frequency() -> None:
             calls.append((0, [1 + passer_by % 20]))
             passer_by += 1
     trace = trace_of(calls, n_layers=1, n_experts=21)
-    chosen = parse_eviction(_choose(trace))
+    chosen = _choose(trace)
     recent = naive_replay(trace, parse_eviction("lru").make, capacity=CAPACITY)
     found = naive_replay(trace, chosen.make, capacity=CAPACITY)
     assert recent.hits.sum() == 0 and found.hits.sum() >= 58

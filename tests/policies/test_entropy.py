@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_tool.policies.entropy import token_activating_entropy
+from moe_tool.policies.misses.gates import token_activating_entropy
 
 
 def test_even_weights_have_entropy_one() -> None:

@@ -107,8 +107,8 @@ def test_a_positive_logit_weight_prefers_the_buddy_that_the_router_likes():
         for eta in (0.0, 1.0, 1.25)
     }
     assert chosen == {0.0: 1, 1.0: 1, 1.25: 2}
-    assert _build("buddy:eta=1").needs_logits
-    assert not _build("buddy").needs_logits
+    assert _build("buddy:eta=1").needs_router == "logits"
+    assert _build("buddy").needs_router == "nothing"
 
 
 @pytest.mark.parametrize(("rho", "expected"), [(1, [[2, 5, -1]]), (2, [[2, -1, -1]])])

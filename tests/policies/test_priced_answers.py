@@ -153,7 +153,8 @@ def test_open_slots_are_rerouted_where_the_router_loses_little_by_it():
     assert decide(0.0, _resident(full=[0])) == nothing
     # a slot that a cheaper form answers stays, and is weighed with the new one
     assert decide(0.5, _resident(full=[1], second=[3])) == ([[3, 1]], [[0.909, 0.091]])
-    assert _priced(reroute=1.0).needs_logits and not _priced(reroute=1.01).needs_logits
+    assert _priced(reroute=1.0).needs_router == "scores"
+    assert _priced(reroute=1.01).needs_router == "nothing"
 
 
 SCORES = [[np.log(p) for p in (0.40, 0.21, 0.20, 0.12, 0.05, 0.02)]]

@@ -5,9 +5,8 @@ import pytest
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics, RoutingCounts
 from moe_tool.artifacts.routing_report import LayerCoverage
-from moe_tool.profiling.coverage import layer_coverage
+from moe_tool.profiling.coverage import hottest, layer_coverage
 from moe_tool.profiling.expert_probe import ExpertProbe
-from moe_tool.profiling.hot_set import hottest
 
 
 def counts(domain_load: list[list[int]], *, top_k: int = 1, same: float = 0.0) -> RoutingCounts:

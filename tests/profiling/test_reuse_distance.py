@@ -8,6 +8,10 @@ from moe_tool.profiling import reuse_distance
 from moe_tool.profiling.reuse_distance import merged, reuse_distances, reuse_histogram
 
 
+def distances(uses: np.ndarray, n_experts: int) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int32), *reuse_distances(uses, n_experts)])
+
+
 def searched(uses: list[int]) -> list[int]:
     """Mattson's own way: experts in the order of their last use, the most recent first."""
     stack: list[int] = []
@@ -42,7 +46,7 @@ def test_by_hand() -> None:
     uses = np.array([0, 1, 0, 0, 2, 3, 1, 3, 0])
     # 0 after 1; 0 at once; 1 after 0, 2, 3; 3 after 1; 0 after 2, 3, 1.
     wanted = [-1, -1, 1, 0, -1, -1, 3, 1, 3]
-    assert reuse_distances(uses, n_experts=5).tolist() == wanted
+    assert distances(uses, 5).tolist() == wanted
     histogram = reuse_histogram(uses, n_experts=5)
     assert (histogram.uses, histogram.first_uses) == (9, 4)
     assert [(one.low, one.high, one.uses) for one in histogram.bins] == [
@@ -58,7 +62,7 @@ def test_it_is_what_a_searched_stack_gives(seed: int) -> None:
     random = np.random.default_rng(seed)
     n_experts = int(random.integers(1, 40))
     uses = random.integers(0, n_experts, int(random.integers(0, 300)))
-    assert reuse_distances(uses, n_experts=n_experts).tolist() == searched(uses.tolist())
+    assert distances(uses, n_experts).tolist() == searched(uses.tolist())
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -68,7 +72,7 @@ def test_blocks_make_no_difference(seed: int, dtype: type, monkeypatch: pytest.M
     n_experts = int(random.integers(2, 9))
     uses = random.zipf(1.5, 500) % n_experts
     monkeypatch.setattr(reuse_distance, "_BLOCK_USES", 4)  # then 4 * n_experts decides
-    found = reuse_distances(uses.astype(dtype), n_experts=n_experts)
+    found = distances(uses.astype(dtype), n_experts)
     assert found.tolist() == searched(uses.tolist())
 
 
@@ -90,7 +94,7 @@ def test_one_expert_is_always_at_distance_zero() -> None:
 def test_no_uses_are_no_distances() -> None:
     histogram = reuse_histogram(np.zeros(0, np.uint16), n_experts=4)
     assert (histogram.uses, histogram.first_uses, counts(histogram)) == (0, 0, [0, 0, 0])
-    assert reuse_distances(np.zeros(0, np.uint16), n_experts=4).shape == (0,)
+    assert distances(np.zeros(0, np.uint16), 4).shape == (0,)
 
 
 def test_the_last_bin_holds_the_largest_distance() -> None:

@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_tool.profiling.similarity import coactivation, cosine, linear_cka, router_similarity
+from moe_tool.profiling.similarity import (
+    coactivation,
+    linear_cka,
+    router_similarity,
+    token_cosines,
+    token_grams,
+)
 
 
 def cka_in_features(outputs: torch.Tensor) -> np.ndarray:
@@ -23,20 +29,24 @@ def random_outputs(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def mean_cosine(outputs: torch.Tensor) -> np.ndarray:
+    return token_cosines(token_grams(outputs)).mean(dim=0).numpy()
+
+
 def test_cosine_of_two_experts_on_two_tokens_by_hand() -> None:
     outputs = torch.tensor([[[1.0, 0.0], [3.0, 4.0]], [[0.0, 2.0], [6.0, 8.0]]])
     # Orthogonal on the first token, parallel on the second.
-    np.testing.assert_allclose(cosine(outputs), [[1.0, 0.5], [0.5, 1.0]], atol=1e-6)
+    np.testing.assert_allclose(mean_cosine(outputs), [[1.0, 0.5], [0.5, 1.0]], atol=1e-6)
 
 
 def test_cosine_keeps_its_sign_but_not_the_size() -> None:
     outputs = torch.tensor([[[1.0, 2.0]], [[-10.0, -20.0]]])
-    np.testing.assert_allclose(cosine(outputs), [[1.0, -1.0], [-1.0, 1.0]], atol=1e-6)
+    np.testing.assert_allclose(mean_cosine(outputs), [[1.0, -1.0], [-1.0, 1.0]], atol=1e-6)
 
 
 def test_cosine_beside_a_zero_output_is_zero() -> None:
     outputs = torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
-    np.testing.assert_allclose(cosine(outputs), [[0.0, 0.0], [0.0, 1.0]], atol=1e-6)
+    np.testing.assert_allclose(mean_cosine(outputs), [[0.0, 0.0], [0.0, 1.0]], atol=1e-6)
 
 
 def test_cka_of_two_experts_on_three_tokens_by_hand() -> None:

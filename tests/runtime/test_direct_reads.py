@@ -48,7 +48,7 @@ def test_nothing_is_said_where_it_works(tiny_bundle: Callable[..., Path]) -> Non
     notes = _Notes()
     with open_session(tiny_bundle("mixtral"), run_options(context=16), progress=notes) as session:
         refusal = session.bundle.read_directly()
-        assert session.bundle.reads_directly == (refusal is None)
+        assert session.bundle._files.is_direct == (refusal is None)
     assert notes.about_reading() == [] or refusal is not None
 
 

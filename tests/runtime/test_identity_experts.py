@@ -49,8 +49,7 @@ class _TwoForms:
 class _SecondForm:
     """Answers each missing expert by its second form, and drops one slot in three."""
 
-    lossy = True
-    needs_logits = needs_score = False
+    needs_router = "nothing"
 
     def describe(self) -> str:
         return ""
@@ -80,7 +79,9 @@ def module() -> Any:
 def _runner(
     module: Any, policy: MissPolicy, resident: np.ndarray, *, n_sequences: int = 1, **options: Any
 ) -> Any:
-    chosen = ChosenPolicy(choice=parse_miss_policy("exact"), policy=policy, prices=None, rules={})
+    chosen = ChosenPolicy(
+        choice=parse_miss_policy("exact"), policy=policy, is_lossy=True, prices=None, rules={}
+    )
     store: Any = _TwoForms(module, resident)
     return MoeLayerRunner(
         store=store,

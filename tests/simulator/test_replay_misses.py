@@ -111,7 +111,7 @@ def test_a_routing_is_the_one_that_a_run_would_see(tmp_path: Path) -> None:
     seen: list[Routing] = []
 
     class Listening:
-        lossy = needs_logits = needs_score = True
+        needs_router = "scores"
 
         def describe(self) -> str:
             return ""

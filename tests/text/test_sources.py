@@ -80,16 +80,16 @@ def test_what_cannot_be_a_source_is_a_usage_error(arguments: list[str]) -> None:
 def test_builtin_parts_share_no_document(domain: str) -> None:
     train = builtin_documents(domain, part="train")
     held_out = builtin_documents(domain, part="eval")
-    names = {document.name for document in train}, {document.name for document in held_out}
+    names = set(train), set(held_out)
     assert not names[0] & names[1]
-    sizes = [sum(len(document.text) for document in part) for part in (train, held_out)]
+    sizes = [sum(map(len, part.values())) for part in (train, held_out)]
     assert 0.05 < sizes[1] / sum(sizes) < 0.2
 
 
 def test_no_paragraph_of_a_held_out_topic_is_left_in_the_train_part() -> None:
-    train = "\n\n".join(document.text for document in builtin_documents("docs", part="train"))
-    for document in builtin_documents("docs", part="eval"):
-        for paragraph in document.text.split("\n\n"):
+    train = "\n\n".join(builtin_documents("docs", part="train").values())
+    for text in builtin_documents("docs", part="eval").values():
+        for paragraph in text.split("\n\n"):
             if len(paragraph.strip()) >= 60:
                 assert f"\n\n{paragraph}\n\n" not in train
 
@@ -97,7 +97,7 @@ def test_no_paragraph_of_a_held_out_topic_is_left_in_the_train_part() -> None:
 def test_builtin_text_is_read_whole_in_an_order_set_by_the_seed() -> None:
     first, again, other = (_read("builtin:docs:eval", seed=seed) for seed in (1, 1, 2))
     assert first == again != other
-    whole = sum(len(document.text) for document in builtin_documents("docs", part="eval"))
+    whole = sum(map(len, builtin_documents("docs", part="eval").values()))
     assert sum(map(len, first)) == whole
     assert sorted(first) == sorted(other)
 

@@ -22,6 +22,7 @@ from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel, locate_model
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
@@ -70,8 +71,8 @@ def test_learned_pruning_keeps_to_its_rates_and_beats_random(demo_bundle: Path) 
         EvaluateOptions(
             tokens=768,
             seq_len=64,
-            policy=names[1],
-            also=(*names, "exact", "prune:random:rate=0.2"),
+            policy=parse_miss_policy(names[1]),
+            also=tuple(map(parse_miss_policy, (*names, "exact", "prune:random"))),
             memory=parse_memory("50%"),
             threads=1,
         ),
@@ -86,7 +87,7 @@ def test_learned_pruning_keeps_to_its_rates_and_beats_random(demo_bundle: Path) 
     read = [rows[name].bytes_read_per_token.value for name in names]
     assert kl == sorted(kl) and read == sorted(read, reverse=True)
     assert read[0] == rows["exact"].bytes_read_per_token.value
-    random = rows["prune:random:rate=0.2"]
+    random = rows["prune:random"]
     assert random.drops_per_token / chosen == pytest.approx(0.2, abs=0.02)
     assert 0 < rows[names[1]].kl_mean.value < 0.7 * random.kl_mean.value
 
@@ -115,8 +116,8 @@ def test_training_in_small_forwards_is_the_same_training(
     for n_micro in (4, 1):
         opened = story._open
 
-        def fewer(reader, options, *, n_micro=n_micro, opened=opened, **more):
-            return opened(reader, replace(options, batch=n_micro), **more)
+        def fewer(reader, options, *more, n_micro=n_micro, opened=opened):
+            return opened(reader, replace(options, batch=n_micro), *more)
 
         with monkeypatch.context() as patched:
             patched.setattr(story, "_open", fewer)

@@ -9,6 +9,7 @@ from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.models.stored_formats.stored_tensor import HINT, StoredTensor
+from moe_tool.quantization.kept_codes import KeptWeight
 
 _ITEM_BYTES = 4
 
@@ -55,7 +56,7 @@ class LogicalCheckpoint(Checkpoint):
             )
         super().__init__(infos)
         self.total_bytes = raw.total_bytes
-        self.requires_finite = raw.requires_finite
+        self.requires_finite, self.remarks = raw.requires_finite, raw.remarks
         self.stored = stored
         """Logical name -> how it is made"""
         self._raw = raw
@@ -79,6 +80,22 @@ class LogicalCheckpoint(Checkpoint):
         if row is not None:
             return self._decode(name, stored, row)
         return torch.stack([self._decode(name, stored, k) for k in range(stored.shape[0])])
+
+    def read_kept(self, name: str, *, row: int | None = None) -> KeptWeight | None:
+        """Return one matrix in the codes on disk, [out, in]; None: it can only be decoded.
+
+        Raises:
+            CorruptArtifactError: as the raw checkpoint, or a weight is NaN or infinite.
+            StorageError: as the raw checkpoint.
+        """
+        stored = self.stored.get(name)
+        if stored is None or stored.keep is None:
+            return None
+        kept = stored.keep(self._parts(stored, row))
+        part = kept.broken_part() if self.requires_finite else None
+        if part is not None:
+            raise self._not_finite(name, row)
+        return kept
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of one tensor: float32 if it is decoded, else as on disk.
@@ -111,16 +128,20 @@ class LogicalCheckpoint(Checkpoint):
         self._raw.close()
 
     def _decode(self, name: str, stored: StoredTensor, row: int | None) -> torch.Tensor:
-        parts = {role: self._raw.read(part, row=row) for role, part in stored.parts.items()}
-        made = stored.decode(parts)
+        made = stored.decode(self._parts(stored, row))
         if self.requires_finite and not are_finite(made):
-            where = "" if row is None else f" (row {row})"
-            raise CorruptArtifactError(
-                f"{self.tensors[name].file}: tensor {quoted(name)}{where} stands for NaN or "
-                "infinity",
-                hint=HINT,
-            )
+            raise self._not_finite(name, row)
         return made
+
+    def _parts(self, stored: StoredTensor, row: int | None) -> dict[str, torch.Tensor]:
+        return {role: self._raw.read(part, row=row) for role, part in stored.parts.items()}
+
+    def _not_finite(self, name: str, row: int | None) -> CorruptArtifactError:
+        where = "" if row is None else f" (row {row})"
+        return CorruptArtifactError(
+            f"{self.tensors[name].file}: tensor {quoted(name)}{where} stands for NaN or infinity",
+            hint=HINT,
+        )
 
     def _count(self, name: str, row: int | None, view: memoryview) -> None:
         self.bytes_read += len(view)

@@ -111,29 +111,22 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
         NotFoundError, CorruptArtifactError, UnsupportedModelError: as `Checkpoint.open_folder`,
             `find_format` and the format.
     """
-    settings = declared_settings(folder, config)
-    if settings is not None:
-        find_format(settings, str(config.get("model_type")))  # before the tensors are looked for
-    return read_as_declared(Checkpoint.open_folder(folder), folder, config)
+    return as_logical(Checkpoint.open_folder(folder), folder, config)
 
 
-def read_as_declared(
-    raw: Checkpoint,
-    folder: Path,
-    config: Mapping[str, Any],
-    *,
-    apart: Collection[str] = (),
+def as_logical(
+    raw: Checkpoint, folder: Path, config: Mapping[str, Any], *, apart: Collection[str] = ()
 ) -> Checkpoint:
-    """Return tensors on disk as those that they stand for; themselves if none is quantized.
+    """Return the logical tensors of a checkpoint on disk, or itself if it is not quantized.
 
     Args:
-        raw: an open checkpoint, or a part of one; its `on_read` stays.
+        raw: a checkpoint, or a part of one; its `on_read` stays.
         folder: holds config.json, and other files that tell how weights are quantized.
         config: content of config.json.
         apart: tensors that are no part of the checkpoint's format.
 
     Raises:
-        CorruptArtifactError, UnsupportedModelError: as `find_format` and the format.
+        CorruptArtifactError, UnsupportedModelError: as `open_checkpoint`.
     """
     settings = declared_settings(folder, config)
     if settings is None:

@@ -13,12 +13,7 @@ class Belady(Ranked):
     """Belady's policy: the fewest misses without prefetch, pins and records of several sizes."""
 
     def __init__(self, shape: CacheShape, *, calls: Sequence[Collection[int]]) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            calls: keys of every coming layer call, in order.
-        """
+        """Begin with an empty cache, given the keys of every coming layer call in order."""
         super().__init__(shape)
         n_calls = len(calls)
         self._call = -1
@@ -31,12 +26,10 @@ class Belady(Ranked):
                 upcoming[key] = number
 
     def begin_call(self, layer: int) -> None:
-        """See `Eviction`."""
         super().begin_call(layer)
         self._call += 1
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self.rank(key, -self._next_use[self._call][key])
 
     add = touch

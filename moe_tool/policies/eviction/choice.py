@@ -1,13 +1,13 @@
 """Eviction policy with parameters, as `--eviction` names it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_tool.errors import UsageError
 from moe_tool.policies.eviction.protocol import CacheShape, Eviction, Hint
 from moe_tool.policies.eviction.registry import EVICTION
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import changed_words, read_parameter
+from moe_tool.policies.parameters import changed_words, read_values
 
 PER_LAYER = "per-layer"
 
@@ -18,7 +18,7 @@ class EvictionChoice:
 
     kind: str
     """Key of EVICTION"""
-    parameters: Mapping[str, int]
+    parameters: Mapping[str, int] = field(hash=False)
     """Value of every parameter of the kind"""
     per_layer: bool = False
     """Whether every layer has its own equal part of the cache"""
@@ -53,11 +53,13 @@ class EvictionChoice:
 
     def notes_bytes(self, *, n_layers: int, n_experts: int) -> int:
         """Return the bytes of the policy's state beyond a few numbers per expert."""
-        return self.spec.notes_bytes(self.parameters, n_layers=n_layers, n_experts=n_experts)
+        per_expert = self.spec.notes_bytes
+        return 0 if per_expert is None else per_expert(self.parameters) * n_layers * n_experts
 
     def make(self, shape: CacheShape) -> Eviction:
         """Return a fresh policy."""
-        return self.spec.build(shape, self.parameters)
+        named = {name.replace("-", "_"): value for name, value in self.parameters.items()}
+        return self.spec.make(shape, **named)
 
 
 def parse_eviction(text: str) -> EvictionChoice:
@@ -71,14 +73,18 @@ def parse_eviction(text: str) -> EvictionChoice:
         raise UsageError(
             f"--eviction {text}: {kind!r} is not known", hint=f"use one of {', '.join(EVICTION)}"
         )
-    spec, per_layer = EVICTION[kind], False
-    values = {name: int(each.default) for name, each in spec.parameters.items()}
-    for word in rest.split(",") if rest else ():
-        if word == PER_LAYER:
-            per_layer = True
-            continue
-        name, value = read_parameter(
-            f"--eviction {text}", word, spec.parameters, others=(PER_LAYER,)
-        )
-        values[name] = int(value)
-    return EvictionChoice(kind=kind, parameters=values, per_layer=per_layer)
+    words = rest.split(",") if rest else []
+    values = read_values(
+        f"--eviction {text}",
+        [word for word in words if word != PER_LAYER],
+        EVICTION[kind].parameters,
+        others=(PER_LAYER,),
+    )
+    return EvictionChoice(
+        kind=kind,
+        parameters={name: int(value) for name, value in values.items()},
+        per_layer=PER_LAYER in words,
+    )
+
+
+DEFAULT_EVICTION = parse_eviction("lru")

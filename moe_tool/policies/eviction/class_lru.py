@@ -4,14 +4,12 @@ R. Karedla, J. S. Love, B. G. Wherry, Caching strategies to improve disk system 
 Computer 27(3), 1994.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import ClassVar
-
-import numpy as np
 
 from moe_tool.policies.eviction.protocol import CacheShape, Hint
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import whole_number
 
 
 class ClassLru:
@@ -24,12 +22,6 @@ class ClassLru:
     hints: ClassVar[frozenset[Hint]] = frozenset()
 
     def __init__(self, shape: CacheShape, *, protected: int = 80) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            protected: size of the protected class in percent of the capacity.
-        """
         self._n_protected = shape.capacity * protected // 100
         self._probation: dict[int, None] = {}  # both dicts: least recently used first
         self._protected: dict[int, None] = {}
@@ -38,9 +30,7 @@ class ClassLru:
         """No-op: the layer's position does not matter."""
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
-        self._probation.pop(key, None)
-        self._protected.pop(key, None)
+        self.discard(key)
         self._protected[key] = None
         if len(self._protected) > self._n_protected:
             oldest = next(iter(self._protected))
@@ -48,11 +38,9 @@ class ClassLru:
             self._probation[oldest] = None
 
     def add(self, key: int) -> None:
-        """See `Eviction`."""
         self._probation[key] = None
 
     def evict(self, protected: Collection[int]) -> int:
-        """See `Eviction`."""
         for segment in (self._probation, self._protected):
             for key in segment:
                 if key not in protected:
@@ -61,15 +49,8 @@ class ClassLru:
         raise LookupError("every cached expert is protected")
 
     def discard(self, key: int) -> None:
-        """See `Eviction`."""
         self._probation.pop(key, None)
         self._protected.pop(key, None)
-
-    def observe(self, layer: int, scores: np.ndarray) -> None:
-        """No-op: ignores router scores."""
-
-    def expect(self, keys: Sequence[int], *, ahead: int) -> None:
-        """No-op: ignores predictions."""
 
 
 SPEC = EvictionSpec(
@@ -78,11 +59,11 @@ SPEC = EvictionSpec(
     "cached",
     make=ClassLru,
     parameters={
-        "protected": Parameter(
-            help="most of the cache that experts used again may hold, percent",
+        "protected": whole_number(
+            "most of the cache that experts used again may hold, percent",
             default=80,
             most=100,
-            is_whole=True,
+            least=0,
         )
     },
     source="segmented LRU, Karedla et al. 1994",

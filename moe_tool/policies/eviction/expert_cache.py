@@ -1,11 +1,17 @@
 """Content of an expert cache, call by call, for the store and the simulator."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
-from moe_tool.policies.eviction.protocol import CacheShape, Eviction, Hint
+from moe_tool.policies.eviction.protocol import (
+    CacheShape,
+    Eviction,
+    HearsPredictions,
+    HearsScores,
+)
 
 MakeEviction = Callable[[CacheShape], Eviction]
 
@@ -41,8 +47,7 @@ class ExpertCache:
 
         Args:
             make: factory of the policy.
-            n_layers: MoE layers; keys are those of `CacheShape`.
-            n_experts: experts of a layer.
+            n_layers, n_experts: as in `CacheShape`, which defines the keys.
             capacity: most experts in the cache, pinned ones not counted; 0 only if all are pinned,
                 and at least `n_layers` with `per_layer`.
             per_layer: every layer has its own equal part of the capacity, and its own policy.
@@ -59,26 +64,19 @@ class ExpertCache:
             for room in rooms
         ]
         self._per_layer = per_layer
-
-    @property
-    def hints(self) -> frozenset[Hint]:
-        """Hints that the policy needs beside the accesses."""
-        return self._policies[0].hints
+        self.hints = self._policies[0].hints
+        """Hints that the policy needs beside the accesses"""
 
     def __contains__(self, key: int) -> bool:
         return key in self._cached or key in self._pinned
 
     def begin_call(self, layer: int, scores: np.ndarray | None = None) -> None:
-        """Begin a layer's call, before its accesses.
-
-        Args:
-            layer: position among the MoE layers.
-            scores: [E], if `hints` has "scores".
-        """
+        """Begin the call of a layer, given by position, before its accesses; `scores` [E] are
+        needed if `hints` has "scores"."""
         policy = self._policies[layer if self._per_layer else 0]
         policy.begin_call(layer)
         if scores is not None and "scores" in policy.hints:
-            policy.observe(layer, scores)
+            cast(HearsScores, policy).observe(layer, scores)
 
     def access(self, keys: Sequence[int]) -> list[Entry]:
         """Use the distinct experts of a call and return those that were missing."""
@@ -91,12 +89,9 @@ class ExpertCache:
                     self._policy(key).touch(key)
             elif key not in self._pinned:
                 try:
-                    victim = self._make_room(key, named)
+                    entries.append(self._enter(key, named))
                 except LookupError:
-                    victim = self._make_room(key, ())
-                self._policy(key).add(key)
-                self._cached.add(key)
-                entries.append(Entry(key=key, victim=victim))
+                    entries.append(self._enter(key, ()))
         return entries
 
     def prefetch(self, keys: Sequence[int], held: Collection[int]) -> list[Entry]:
@@ -104,21 +99,16 @@ class ExpertCache:
         entries = []
         for key in keys:
             try:
-                victim = self._make_room(key, held)
+                entries.append(self._enter(key, held))
             except LookupError:
                 break
-            self._policy(key).add(key)
-            self._cached.add(key)
-            entries.append(Entry(key=key, victim=victim))
         return entries
 
-    def expect(self, keys: Iterable[int], *, ahead: int) -> None:
-        """Tell the policies the experts predicted for the call `ahead` calls from now."""
-        by_policy: dict[int, list[int]] = {}
-        for key in keys:
-            by_policy.setdefault(self._part(key), []).append(key)
-        for part, named in by_policy.items():
-            self._policies[part].expect(named, ahead=1 if self._per_layer else ahead)
+    def expect(self, keys: Sequence[int], *, ahead: int) -> None:
+        """Tell the policy one layer's experts predicted for the call `ahead` calls from now."""
+        if keys and "predictions" in self.hints:
+            policy = cast(HearsPredictions, self._policy(keys[0]))
+            policy.expect(keys, ahead=1 if self._per_layer else ahead)
 
     def discard(self, key: int) -> None:
         """Remove a cached expert."""
@@ -126,14 +116,17 @@ class ExpertCache:
         self._policy(key).discard(key)
         self._cached.discard(key)
 
-    def _make_room(self, key: int, held: Collection[int]) -> int | None:
-        part = self._part(key)
+    def _enter(self, key: int, held: Collection[int]) -> Entry:
+        """Let an expert enter; LookupError: no other one than `held` can leave."""
+        part, victim = self._part(key), None
         if self._room[part] > 0:
             self._room[part] -= 1
-            return None
-        victim = self._policies[part].evict(held)
-        self._cached.discard(victim)
-        return victim
+        else:
+            victim = self._policies[part].evict(held)
+            self._cached.discard(victim)
+        self._policies[part].add(key)
+        self._cached.add(key)
+        return Entry(key=key, victim=victim)
 
     def _part(self, key: int) -> int:
         return key // self.n_experts if self._per_layer else 0

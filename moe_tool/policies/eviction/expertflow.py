@@ -8,7 +8,7 @@ import numpy as np
 from moe_tool.policies.eviction.protocol import CacheShape, Hint
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import whole_number
 
 _HIGH = 2**60
 
@@ -20,12 +20,6 @@ class Expertflow(Ranked):
     hints: ClassVar[frozenset[Hint]] = frozenset({"predictions"})
 
     def __init__(self, shape: CacheShape, *, window: int = 2) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            window: layer calls to look back and ahead.
-        """
         super().__init__(shape)
         self._window = window
         self._call = 0
@@ -34,12 +28,10 @@ class Expertflow(Ranked):
         self._high_until = np.full(shape.n_keys, -1, dtype=np.int64)  # number of a call
 
     def begin_call(self, layer: int) -> None:
-        """See `Eviction`."""
         super().begin_call(layer)
         self._call += 1
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self._uses += 1
         self._order[key] = self._uses
         self._raise(key, self._call + self._window)
@@ -48,13 +40,11 @@ class Expertflow(Ranked):
     add = touch
 
     def expect(self, keys: Sequence[int], *, ahead: int) -> None:
-        """See `Eviction`."""
         if ahead <= self._window:
             for key in keys:
                 self._raise(key, self._call + ahead)
 
     def evict(self, protected: Collection[int]) -> int:
-        """See `Eviction`."""
         high = np.flatnonzero(self._high_until >= self._call).tolist()
         cached = [key for key in high if self.is_cached(key)]
         for key in cached:
@@ -74,15 +64,7 @@ SPEC = EvictionSpec(
     name="expertflow",
     summary="those neither just used nor predicted soon",
     make=Expertflow,
-    parameters={
-        "window": Parameter(
-            help="layer calls to look back and ahead",
-            default=2,
-            least=1,
-            most=10**6,
-            is_whole=True,
-        )
-    },
+    parameters={"window": whole_number("layer calls to look back and ahead", default=2)},
     source="arXiv:2510.26730",
     compiled="expertflow",
     look_ahead="window",

@@ -10,7 +10,6 @@ class Fifo(Ranked):
     _arrivals = 0
 
     def add(self, key: int) -> None:
-        """See `Eviction`."""
         self._arrivals += 1
         self.rank(key, self._arrivals)
 

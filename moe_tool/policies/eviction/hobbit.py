@@ -5,7 +5,7 @@ import numpy as np
 from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import Parameter, whole_number
 
 
 class Hobbit(Ranked):
@@ -21,18 +21,11 @@ class Hobbit(Ranked):
     def __init__(
         self, shape: CacheShape, *, lru: int = 25, lfu: int = 25, lhu: int = 25, fld: int = 25
     ) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            lru, lfu, lhu, fld: weights in percent.
-        """
         super().__init__(shape)
         self._of_last, self._of_uses, self._of_distance = lru, lfu + lhu, fld
         self._uses = np.zeros(shape.n_keys, dtype=np.int64)
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self._uses[key] += 1
         mixed = self._of_last * self.forward + self._of_uses * int(self._uses[key])
         self.rank(key, self.shape.n_layers * mixed)
@@ -40,14 +33,13 @@ class Hobbit(Ranked):
     add = touch
 
     def begin_call(self, layer: int) -> None:
-        """See `Eviction`."""
         super().begin_call(layer)
         nearness = self.shape.n_layers - self.turns_until() + 1
         self.layer_ranks = self.forward * self._of_distance * nearness
 
 
 def _weight(of: str) -> Parameter:
-    return Parameter(help=f"weight of {of}, percent", default=25, most=10**6, is_whole=True)
+    return whole_number(f"weight of {of}, percent", default=25, least=0)
 
 
 SPEC = EvictionSpec(

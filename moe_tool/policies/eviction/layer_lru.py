@@ -3,7 +3,7 @@
 from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import whole_number
 
 
 class LayerLru(Ranked):
@@ -15,23 +15,15 @@ class LayerLru(Ranked):
     """
 
     def __init__(self, shape: CacheShape, *, age: int = 25) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            age: delay per forward without use, in percent of a forward.
-        """
         super().__init__(shape)
         self._age = age
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self.rank(key, self._age * self.shape.n_layers * self.forward)
 
     add = touch
 
     def begin_call(self, layer: int) -> None:
-        """See `Eviction`."""
         super().begin_call(layer)
         self.layer_ranks = -100 * self.turns_until()
 
@@ -42,13 +34,7 @@ SPEC = EvictionSpec(
     "forward without use",
     make=LayerLru,
     parameters={
-        "age": Parameter(
-            help="share of a round that a forward without use adds, percent",
-            default=25,
-            least=1,
-            most=10**6,
-            is_whole=True,
-        )
+        "age": whole_number("share of a round that a forward without use adds, percent", default=25)
     },
     compiled="layer-lru",
 )

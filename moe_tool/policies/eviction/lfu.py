@@ -5,22 +5,16 @@ import numpy as np
 from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import whole_number
 
-_USES_BITS = 40
-_MAX_COUNT = 2**20
+USES_BITS = 40
+MAX_COUNT = 2**20
 
 
 class Lfu(Ranked):
     """Uses of every expert, cached or not, halved periodically; ties are broken by last use."""
 
     def __init__(self, shape: CacheShape, *, halve_every: int = 64) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            halve_every: forwards after which all counts are halved.
-        """
         super().__init__(shape)
         self._halve_every = halve_every
         self._counts = np.zeros(shape.n_keys, dtype=np.int64)
@@ -28,7 +22,6 @@ class Lfu(Ranked):
         self._uses = 0
 
     def begin_call(self, layer: int) -> None:
-        """See `Eviction`."""
         before = self.forward
         super().begin_call(layer)
         if self.forward != before and self.forward % self._halve_every == 0:
@@ -38,30 +31,22 @@ class Lfu(Ranked):
                     self._rank(key)
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self._uses += 1
-        self._counts[key] = min(self._counts[key] + 1, _MAX_COUNT)
+        self._counts[key] = min(self._counts[key] + 1, MAX_COUNT)
         self._last_use[key] = self._uses
         self._rank(key)
 
     add = touch
 
     def _rank(self, key: int) -> None:
-        self.rank(key, (int(self._counts[key]) << _USES_BITS) + int(self._last_use[key]))
+        self.rank(key, (int(self._counts[key]) << USES_BITS) + int(self._last_use[key]))
 
 
+HALVE_EVERY = whole_number("forwards after which all counts are halved", default=64)
 SPEC = EvictionSpec(
     name="lfu",
     summary="the least used, old uses counting half",
     make=Lfu,
-    parameters={
-        "halve-every": Parameter(
-            help="forwards after which all counts are halved",
-            default=64,
-            least=1,
-            most=10**6,
-            is_whole=True,
-        )
-    },
+    parameters={"halve-every": HALVE_EVERY},
     compiled="lfu",
 )

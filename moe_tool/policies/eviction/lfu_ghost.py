@@ -2,13 +2,11 @@
 
 from collections.abc import Collection
 
+from moe_tool.policies.eviction.lfu import HALVE_EVERY, MAX_COUNT, USES_BITS
 from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import Parameter
-
-_USES_BITS = 40
-_MAX_COUNT = 2**20
+from moe_tool.policies.parameters import whole_number
 
 
 class LfuGhost(Ranked):
@@ -19,13 +17,6 @@ class LfuGhost(Ranked):
     """
 
     def __init__(self, shape: CacheShape, *, ghosts: int = 100, halve_every: int = 64) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            ghosts: number of remembered evicted experts, in percent of the capacity.
-            halve_every: forwards after which all counts are halved.
-        """
         super().__init__(shape)
         self._n_ghosts = shape.capacity * ghosts // 100
         self._halve_every = halve_every
@@ -35,7 +26,6 @@ class LfuGhost(Ranked):
         self._uses = 0
 
     def begin_call(self, layer: int) -> None:
-        """See `Eviction`."""
         before = self.forward
         super().begin_call(layer)
         if self.forward != before and self.forward % self._halve_every == 0:
@@ -45,19 +35,16 @@ class LfuGhost(Ranked):
                 self._rank(key)
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self._uses += 1
-        self._counts[key] = min(self._counts[key] + 1, _MAX_COUNT)
+        self._counts[key] = min(self._counts[key] + 1, MAX_COUNT)
         self._last_use[key] = self._uses
         self._rank(key)
 
     def add(self, key: int) -> None:
-        """See `Eviction`."""
         self._counts[key] = self._ghosts.pop(key, 0)
         self.touch(key)
 
     def evict(self, protected: Collection[int]) -> int:
-        """See `Eviction`."""
         victim = super().evict(protected)
         self._remember(victim, self._counts.pop(victim) >> 1)
         return victim
@@ -74,7 +61,7 @@ class LfuGhost(Ranked):
             del self._ghosts[next(iter(self._ghosts))]
 
     def _rank(self, key: int) -> None:
-        self.rank(key, (self._counts[key] << _USES_BITS) + self._last_use[key])
+        self.rank(key, (self._counts[key] << USES_BITS) + self._last_use[key])
 
 
 SPEC = EvictionSpec(
@@ -82,18 +69,12 @@ SPEC = EvictionSpec(
     summary="the least used since they entered, plus half of the count at their last eviction",
     make=LfuGhost,
     parameters={
-        "ghosts": Parameter(
-            help="evicted experts to remember, percent of the cache's slots",
+        "ghosts": whole_number(
+            "evicted experts to remember, percent of the cache's slots",
             default=100,
             most=10**4,
-            is_whole=True,
+            least=0,
         ),
-        "halve-every": Parameter(
-            help="forwards after which all counts are halved",
-            default=64,
-            least=1,
-            most=10**6,
-            is_whole=True,
-        ),
+        "halve-every": HALVE_EVERY,
     },
 )

@@ -10,7 +10,6 @@ class Lru(Ranked):
     _uses = 0
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self._uses += 1
         self.rank(key, self._uses)
 

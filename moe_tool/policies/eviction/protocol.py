@@ -56,19 +56,17 @@ class Eviction(Protocol):
     def discard(self, key: int) -> None:
         """Record that a cached expert left for another reason."""
 
-    def observe(self, layer: int, scores: np.ndarray) -> None:
-        """Record the router scores of a call before its accesses, if `hints` has "scores".
 
-        Args:
-            layer: position of the layer.
-            scores: [E] integers, see `gate_scores`.
-        """
+class HearsScores(Protocol):
+    """Further method of a policy whose `hints` have "scores"."""
+
+    def observe(self, layer: int, scores: np.ndarray) -> None:
+        """Record a call's router scores, [E] integers of `gate_scores`, before its accesses."""
+
+
+class HearsPredictions(Protocol):
+    """Further method of a policy whose `hints` have "predictions"."""
 
     def expect(self, keys: Sequence[int], *, ahead: int) -> None:
-        """Record the experts predicted for a coming call, after the accesses of the current call,
-        if `hints` has "predictions".
-
-        Args:
-            keys: experts of one layer.
-            ahead: 1 for the next layer call.
-        """
+        """Record one layer's experts predicted for a coming call, after the accesses of the current
+        call; `ahead` is 1 for the next layer call."""

@@ -1,6 +1,6 @@
 """Base of policies that evict experts in the order of an integer rank."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +17,6 @@ class Ranked:
     hints: ClassVar[frozenset[Hint]] = frozenset()
 
     def __init__(self, shape: CacheShape) -> None:
-        """Begin with an empty cache."""
         self.shape = shape
         self.layer = shape.n_layers
         """Position of the current layer"""
@@ -48,7 +47,6 @@ class Ranked:
         return bool(self._flat[key] != _ABSENT)
 
     def evict(self, protected: Collection[int]) -> int:
-        """See `Eviction`."""
         held = [(key, self._flat[key]) for key in protected]
         for key, _ in held:
             self._flat[key] = _ABSENT
@@ -65,14 +63,7 @@ class Ranked:
         return victim
 
     def discard(self, key: int) -> None:
-        """See `Eviction`."""
         self._flat[key] = _ABSENT
-
-    def observe(self, layer: int, scores: np.ndarray) -> None:
-        """No-op: ignores router scores."""
-
-    def expect(self, keys: Sequence[int], *, ahead: int) -> None:
-        """No-op: ignores predictions."""
 
     def turns_until(self) -> np.ndarray:
         """Return the number of layer calls until each layer is called, [L] int64 of 1..L; L for the

@@ -1,14 +1,12 @@
 """S3-FIFO: a small queue for new experts, a main queue, and a ghost queue of experts evicted from
 the small one (Yang et al., SOSP 2023)."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import ClassVar
-
-import numpy as np
 
 from moe_tool.policies.eviction.protocol import CacheShape, Hint
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import whole_number
 
 _MAX_USES = 3
 
@@ -20,12 +18,6 @@ class S3Fifo:
     hints: ClassVar[frozenset[Hint]] = frozenset()
 
     def __init__(self, shape: CacheShape, *, small: int = 10) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            small: size of the small queue in percent of the capacity.
-        """
         self._n_small = max(1, shape.capacity * small // 100)
         self._n_ghosts = max(1, shape.capacity - self._n_small)
         self._uses: dict[int, int] = {}  # uses of cached experts since they entered their queue
@@ -37,11 +29,9 @@ class S3Fifo:
         """No-op: S3-FIFO does not use the layer's position."""
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self._uses[key] = min(self._uses[key] + 1, _MAX_USES)
 
     def add(self, key: int) -> None:
-        """See `Eviction`."""
         self._uses[key] = 0
         if key in self._ghosts:
             del self._ghosts[key]
@@ -77,16 +67,9 @@ class S3Fifo:
         return key
 
     def discard(self, key: int) -> None:
-        """See `Eviction`."""
         del self._uses[key]
         self._small.pop(key, None)
         self._main.pop(key, None)
-
-    def observe(self, layer: int, scores: np.ndarray) -> None:
-        """No-op: ignores router scores."""
-
-    def expect(self, keys: Sequence[int], *, ahead: int) -> None:
-        """No-op: ignores predictions."""
 
 
 def _pop(queue: dict[int, None]) -> int:
@@ -99,15 +82,7 @@ SPEC = EvictionSpec(
     name="s3-fifo",
     summary="those used once: three queues",
     make=S3Fifo,
-    parameters={
-        "small": Parameter(
-            help="the small queue's part of the cache, percent",
-            default=10,
-            least=1,
-            most=10**6,
-            is_whole=True,
-        )
-    },
+    parameters={"small": whole_number("the small queue's part of the cache, percent", default=10)},
     source="Yang et al., SOSP 2023",
     compiled="s3-fifo",
 )

@@ -1,6 +1,5 @@
 """Evict the expert with the lowest moving-average gate score: arXiv:2508.18983, SMoE."""
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from moe_tool.policies.eviction.protocol import CacheShape, Hint
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import whole_number
 
 SCORE_ONE = 2**15
 """Score that stands for a probability of 1"""
@@ -21,12 +20,6 @@ class Smoe(Ranked):
     hints: ClassVar[frozenset[Hint]] = frozenset({"scores"})
 
     def __init__(self, shape: CacheShape, *, window: int = 16) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            shape: shape of the cache.
-            window: calls of a layer in the mean.
-        """
         super().__init__(shape)
         self._window = window
         self._scores: dict[int, np.ndarray] = {}
@@ -36,7 +29,6 @@ class Smoe(Ranked):
         self._means = np.zeros((shape.n_layers, shape.n_experts), dtype=np.int64)
 
     def observe(self, layer: int, scores: np.ndarray) -> None:
-        """See `Eviction`."""
         seen = self._scores.get(layer)
         if seen is None:
             seen = np.zeros((self._window, self.shape.n_experts), dtype=np.uint16)
@@ -48,21 +40,14 @@ class Smoe(Ranked):
         self.rank_layer(layer, self._means[layer])
 
     def touch(self, key: int) -> None:
-        """See `Eviction`."""
         self.rank(key, int(self._means.reshape(-1)[key]))
 
     add = touch
 
 
 def gate_scores(logits: np.ndarray) -> np.ndarray:
-    """Return the gate scores of a call: the softmax of the router logits, averaged over tokens.
-
-    Args:
-        logits: [T, E] float16, as recorded by a profile or a run.
-
-    Returns:
-        [E] uint16 of 0..SCORE_ONE.
-    """
+    """Return the gate scores of a call, [E] uint16 of 0..SCORE_ONE: the softmax of the router
+    logits [T, E] float16, averaged over tokens."""
     wide = logits.astype(np.float64)
     odds = np.exp(wide - wide.max(axis=-1, keepdims=True))
     shares = odds / odds.sum(axis=-1, keepdims=True)
@@ -70,25 +55,12 @@ def gate_scores(logits: np.ndarray) -> np.ndarray:
     return scores
 
 
-def _notes_bytes(parameters: Mapping[str, int], *, n_layers: int, n_experts: int) -> int:
-    """Return the bytes of the scores in the window, uint16."""
-    return 2 * n_layers * n_experts * parameters["window"]
-
-
 SPEC = EvictionSpec(
     name="smoe",
     summary="the least recent mean gate score",
     make=Smoe,
-    parameters={
-        "window": Parameter(
-            help="calls of the layer in the mean",
-            default=16,
-            least=1,
-            most=1024,
-            is_whole=True,
-        )
-    },
+    parameters={"window": whole_number("calls of the layer in the mean", default=16, most=1024)},
     source="arXiv:2508.18983",
     compiled="smoe",
-    notes_bytes=_notes_bytes,
+    notes_bytes=lambda parameters: 2 * parameters["window"],  # uint16 scores
 )

@@ -1,10 +1,10 @@
 """Description of an eviction policy in its own file: name, help, parameters, needs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from moe_tool.policies.eviction.protocol import CacheShape, Eviction, Hint
+from moe_tool.policies.eviction.protocol import Eviction, Hint
 from moe_tool.policies.parameters import Parameter
 
 
@@ -17,18 +17,6 @@ class MakesEviction(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Eviction:
         """Return a fresh policy for a `CacheShape`, given its parameters by name."""
-
-
-class SizesNotes(Protocol):
-    """Function that returns the bytes of a policy's state."""
-
-    def __call__(self, parameters: Mapping[str, int], *, n_layers: int, n_experts: int) -> int:
-        """Return the bytes for a model of so many layers of so many experts."""
-
-
-def few_notes(parameters: Mapping[str, int], *, n_layers: int, n_experts: int) -> int:
-    """Return 0: a few numbers per expert are not in the memory account."""
-    return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +40,6 @@ class EvictionSpec:
     """Whether one pass over a trace gives the misses at every capacity, as for LRU"""
     look_ahead: str | None = None
     """Parameter with the number of coming layers to predict; None: no predictions"""
-    notes_bytes: SizesNotes = few_notes
-
-    def build(self, shape: CacheShape, parameters: Mapping[str, int]) -> Eviction:
-        """Return a fresh policy."""
-        named = {name.replace("-", "_"): value for name, value in parameters.items()}
-        return self.make(shape, **named)
+    notes_bytes: Callable[[Mapping[str, int]], int] | None = None
+    """Function from parameters to the bytes of state per expert; None: a few numbers, which are not
+    in the memory account"""

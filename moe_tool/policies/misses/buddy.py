@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from moe_tool.artifacts.buddy_map import LayerBuddies
 from moe_tool.artifacts.routing import Answers, Routing, keep
 from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
 from moe_tool.policies.misses.needs import BUDDIES, GATES
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 from moe_tool.policies.parameters import Parameter
@@ -55,16 +54,12 @@ class Buddy:
     tables: Mapping[int, BuddyTable]
     logit_weight: float = 0.0
     """eta; 0 follows the lists alone"""
-    lossy: ClassVar[bool] = True
-    needs_score: ClassVar[bool] = False
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether the choice depends on the token's router logits."""
-        return self.logit_weight != 0
+    def needs_router(self) -> RouterNeed:
+        return "logits" if self.logit_weight else "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             "buddy: the best resident stand-in answers a missing expert, "
             f"text may differ ({self.gates.describe()})"

@@ -1,17 +1,18 @@
 """Cache prior: resident experts get a bonus on the router's scores before the top K are chosen."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.needs import WEIGHT_RULE
-from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, RouterNeed
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import ShareStrength
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.misses.strength import share_strength
+from moe_tool.policies.misses.substitution import Offers, outbid
+from moe_tool.policies.parameters import Parameter, whole_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +33,9 @@ class CachePrior:
     """J: best experts of a token that are always kept"""
     reweigh: Mapping[int, Reweigh]
     """Decoder layer -> gate weight rule"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = True
-    needs_score: ClassVar[bool] = True
+    needs_router: ClassVar[RouterNeed] = "scores"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             "cache-prior: experts in memory are ranked higher, text may differ "
             f"(by {self.share:.0%} of the range of the router's scores)"
@@ -48,30 +46,14 @@ class CachePrior:
         here = resident[PRIMARY]
         if self.share <= 0 or here.all():
             return keep(routing)
-        assert routing.score is not None and routing.logits is not None, "the policy asked for them"
+        assert routing.score is not None, "the policy asked for it"
         score = routing.score.astype(np.float64)  # [T, E]
-        every = np.arange(len(score))[:, None]
-        own = score[every, routing.index]  # [T, K]
+        own = np.take_along_axis(score, routing.index, axis=1)  # [T, K]
         may_go = routing.present & ~here[routing.index] & ~self._best(routing, own)
         may_come = here & ~routing.is_wanted(len(here)) & np.isfinite(score)
         raised = np.where(may_come, score + self.share * _range(score)[:, None], -np.inf)
-        coming = np.argsort(-raised, axis=1, kind="stable")
-        going = np.argsort(np.where(may_go, own, np.inf), axis=1, kind="stable")
-        expert = routing.index.copy()
-        for place in range(min(expert.shape[1], len(here))):  # the lowest that may go first
-            position, newcomer = going[:, place], coming[:, place]
-            moves = may_go[every[:, 0], position]
-            moves &= raised[every[:, 0], newcomer] > own[every[:, 0], position]
-            token = np.flatnonzero(moves)
-            expert[token, position[token]] = newcomer[token]
-        moved = np.flatnonzero((expert != routing.index).any(axis=1))
-        if not moved.size:
-            return keep(routing)
-        weight = routing.weight.astype(np.float32)
-        weight[moved] = self.reweigh[routing.layer](
-            routing.logits[moved], expert[moved], routing.present[moved]
-        )
-        return replace(keep(routing), expert=expert, weight=weight)
+        offers = Offers(own=own, may_go=may_go, bid=raised, floor=own)
+        return outbid(routing, offers, self.reweigh)
 
     def _best(self, routing: Routing, own: np.ndarray) -> np.ndarray:
         """Return which slots are among a token's best ones, [T, K] bool."""
@@ -107,14 +89,11 @@ SPEC = PolicySpec(
             help="bonus of resident experts, as a share of the range of the token's scores",
             default=0.2,
         ),
-        "keep": Parameter(
-            help="best experts of a token that are always kept",
-            default=1,
-            most=1024,
-            is_whole=True,
+        "keep": whole_number(
+            "best experts of a token that are always kept", default=1, most=1024, least=0
         ),
     },
     needs=(WEIGHT_RULE,),
-    strength=ShareStrength(parameter="lambda"),
+    strength=share_strength("lambda"),
     source="Mixture of Cache-Conditional Experts, arXiv:2412.00099",
 )

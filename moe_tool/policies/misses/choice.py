@@ -1,13 +1,12 @@
 """Miss policy with parameters, as `--policy` names it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moe_tool.errors import UsageError
-from moe_tool.policies.misses.needs import MASK_ROUTER, PROMPT_IMPORTANCE
 from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.registry import MISS_POLICIES
 from moe_tool.policies.misses.spec import PolicySpec, Residents, Values
-from moe_tool.policies.parameters import changed_words, read_parameter
+from moe_tool.policies.parameters import changed_words, read_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +15,7 @@ class MissChoice:
 
     kind: str
     """Key of MISS_POLICIES"""
-    values: Values
+    values: Values = field(hash=False)
     """Value of every parameter of the kind"""
 
     @property
@@ -33,16 +32,6 @@ class MissChoice:
     def residents(self) -> Residents:
         """Rule by which residents are chosen under frozen residency."""
         return self.spec.residents
-
-    @property
-    def weighs_prompts(self) -> bool:
-        """Whether the policy needs the importance of a prompt's tokens, from attention sums."""
-        return PROMPT_IMPORTANCE in self.spec.needs
-
-    @property
-    def asks_router(self) -> bool:
-        """Whether the policy uses the bundle's trained mask routers."""
-        return MASK_ROUTER in self.spec.needs
 
     def with_value(self, parameter: str, value: float) -> "MissChoice":
         """Return the policy with another value of one of its parameters."""
@@ -76,9 +65,10 @@ def parse_miss_policy(text: str) -> MissChoice:
         raise UsageError(
             f"--policy {kind} is not known", hint=f"use one of {', '.join(MISS_POLICIES)}"
         )
-    parameters = MISS_POLICIES[kind].parameters
-    values = {name: each.default for name, each in parameters.items()}
-    for word in rest.split(",") if rest else ():
-        name, value = read_parameter(f"--policy {text}", word, parameters)
-        values[name] = value
+    words = rest.split(",") if rest else []
+    values = read_values(f"--policy {text}", words, MISS_POLICIES[kind].parameters)
     return MissChoice(kind=kind, values=values)
+
+
+EXACT_POLICY = parse_miss_policy("exact")
+PRICED_POLICY = parse_miss_policy("priced")

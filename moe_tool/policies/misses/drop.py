@@ -8,7 +8,7 @@ import numpy as np
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
 from moe_tool.policies.misses.needs import GATES
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
 from moe_tool.policies.misses.spec import PolicySpec, Values
 
 
@@ -17,12 +17,9 @@ class Drop:
     """Leaves a slot empty; the remaining gate weights are not renormalised."""
 
     gates: Gates
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return f"drop: a missing expert is left out, text may differ ({self.gates.describe()})"
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:

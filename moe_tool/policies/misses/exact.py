@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
 from moe_tool.policies.misses.spec import PolicySpec, Values
 
 
@@ -14,16 +14,12 @@ from moe_tool.policies.misses.spec import PolicySpec, Values
 class Exact:
     """Policy that answers every miss by the expert itself."""
 
-    lossy: ClassVar[bool] = False
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return "exact: every missing expert is read from the bundle"
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing unchanged."""
         return keep(routing)
 
 

@@ -6,17 +6,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Routing
-from moe_tool.policies.entropy import token_activating_entropy
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import Parameter, whole_number
 
 GATE_PARAMETERS: Mapping[str, Parameter] = {
-    "rho": Parameter(
-        help="slots of a token in a layer that may be answered otherwise; -1: half of K, rounded "
-        "up",
+    "rho": whole_number(
+        "slots of a token in a layer that may be answered otherwise; -1: half of K, rounded up",
         default=-1,
         least=-1,
         most=1024,
-        is_whole=True,
     ),
     "beta": Parameter(
         help="share of a sequence's slots that, if missing, makes it be answered exactly",
@@ -82,13 +79,8 @@ class OpenSlots:
 
 
 def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlots | None:
-    """Return the slots that need not be fetched; None if there are none.
-
-    Args:
-        gates: the thresholds.
-        routing: one layer call.
-        resident: [F, E] bool.
-    """
+    """Return the slots that need not be fetched, given the residents [F, E] bool; None if there are
+    none."""
     if resident[PRIMARY].all():
         return None
     top_k = routing.index.shape[1]
@@ -106,6 +98,29 @@ def open_slots(gates: Gates, routing: Routing, resident: np.ndarray) -> OpenSlot
         return None
     order = np.argsort(-routing.weight, axis=1, kind="stable")
     return OpenSlots(open=missing, order=order, limit=limit)
+
+
+def token_activating_entropy(weights: np.ndarray) -> np.ndarray:
+    """Return the entropy of each token's gate weights over log K, [T] float64 in 0..1.
+
+    0 is one expert with all the weight, 1 is equal weight for all K. It is 0 for K = 1 and for zero
+    weights.
+
+    Source: arXiv:2511.10054, TAE; without its optional temperature.
+
+    Args:
+        weights: [T, K] float, >= 0, the gate weights of the chosen experts; need not sum to 1.
+    """
+    n_tokens, top_k = weights.shape
+    if top_k == 1:
+        return np.zeros(n_tokens)
+    gates = np.maximum(weights.astype(np.float64), 0.0)
+    total = gates.sum(axis=1, keepdims=True)
+    share = np.divide(gates, total, out=np.zeros_like(gates), where=total > 0)
+    log_share = np.log(share, out=np.zeros_like(share), where=share > 0)
+    entropy = -(share * log_share).sum(axis=1) / np.log(top_k)
+    clipped: np.ndarray = np.clip(entropy, 0.0, 1.0)  # rounding can exceed 1
+    return clipped
 
 
 def _margin(weight: np.ndarray) -> np.ndarray:

@@ -1,16 +1,17 @@
 """Near-ties: a missing expert just above the cut is replaced by a resident one just below it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.needs import WEIGHT_RULE
-from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, as_shares
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, RouterNeed, as_shares
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.misses.strength import share_strength
+from moe_tool.policies.misses.substitution import Offers, outbid
 from moe_tool.policies.parameters import Parameter
 
 
@@ -30,49 +31,29 @@ class NearTie:
     """Decoder layer -> gate weight rule"""
     scores_are_logits: bool
     """Whether the selection scores are logits"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = True
-    needs_score: ClassVar[bool] = True
+    needs_router: ClassVar[RouterNeed] = "scores"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             "near-tie: an expert in memory that scored nearly as high answers a missing one, "
             f"text may differ (within {self.alpha:.0%} of the best score not chosen)"
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with near-ties swapped."""
         n_experts = resident.shape[1]
-        top_k = routing.index.shape[1]
-        if self.alpha <= 0 or n_experts <= top_k:
+        if self.alpha <= 0 or n_experts <= routing.index.shape[1]:
             return keep(routing)
-        assert routing.score is not None and routing.logits is not None, "the policy asked for them"
+        assert routing.score is not None, "the policy asked for it"
         score = as_shares(routing.score, are_logits=self.scores_are_logits)  # [T, E]
-        every = np.arange(len(score))[:, None]
         is_chosen = routing.is_wanted(n_experts)
         limit = np.where(is_chosen, -np.inf, score).max(axis=1, keepdims=True)  # [T, 1]
-        own = score[every, routing.index]  # [T, K]
+        own = np.take_along_axis(score, routing.index, axis=1)  # [T, K]
         gives_way = routing.present & ~resident[PRIMARY][routing.index]
         gives_way &= own < (1 + self.alpha) * limit
         may_come = ~is_chosen & resident[PRIMARY] & (score > (1 - self.alpha) * limit)
-        ranked = np.argsort(np.where(may_come, -score, np.inf), axis=1, kind="stable")
-        n_coming = may_come.sum(axis=1)
-        expert = routing.index.copy()
-        order = np.argsort(np.where(gives_way, own, np.inf), axis=1, kind="stable")
-        for place in range(top_k):  # the lowest replaceable score first
-            position = order[:, place]
-            moves = gives_way[every[:, 0], position] & (place < n_coming)
-            token = np.flatnonzero(moves)
-            expert[token, position[token]] = ranked[token, place]
-        moved = np.flatnonzero((expert != routing.index).any(axis=1))
-        if not moved.size:
-            return keep(routing)
-        weight = routing.weight.astype(np.float32)
-        weight[moved] = self.reweigh[routing.layer](
-            routing.logits[moved], expert[moved], routing.present[moved]
-        )
-        return replace(keep(routing), expert=expert, weight=weight)
+        bid = np.where(may_come, score, -np.inf)
+        offers = Offers(own=own, may_go=gives_way, bid=bid, floor=np.full_like(own, -np.inf))
+        return outbid(routing, offers, self.reweigh)
 
 
 def _make(inputs: PolicyInputs, values: Values) -> NearTie:
@@ -96,6 +77,6 @@ SPEC = PolicySpec(
         )
     },
     needs=(WEIGHT_RULE,),
-    strength=ShareStrength(parameter="alpha"),
+    strength=share_strength("alpha"),
     source="SMoE, arXiv:2508.18983",
 )

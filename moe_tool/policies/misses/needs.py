@@ -11,7 +11,6 @@ from moe_tool.policies.misses.protocol import PolicyInputs
 class Need:
     """One kind of input that a policy requires."""
 
-    name: str
     is_met: Callable[[PolicyInputs], bool]
     complaint: str
     """Complaint that follows the policy's name if the need is not met"""
@@ -25,58 +24,44 @@ class Need:
 
 
 BUDDIES = Need(
-    name="buddies",
     is_met=lambda inputs: inputs.buddies is not None,
     complaint="this bundle has no buddies",
     hint="pack it again with --buddies FILE",
 )
 GATES = Need(
-    name="gates",
     is_met=lambda inputs: inputs.gates is not None,
     complaint="this bundle has no buddies, so the gates' thresholds are not known",
     hint="pack it again with --buddies FILE, or add --no-gates",
 )
 PRICES = Need(
-    name="prices",
     is_met=lambda inputs: inputs.prices is not None,
     complaint="this bundle was packed without a profile, so it has no prices",
     hint="pack it again with --profile FILE",
 )
 RATIO_QUANTILES = Need(
-    name="quantiles of gate weight ratios",
     is_met=lambda inputs: bool(inputs.ratios),
     complaint="this bundle was packed without a profile",
     hint="pack it again with --profile FILE",
 )
 WEIGHT_RULE = Need(
-    name="the model's gate weight rule",
     is_met=lambda inputs: inputs.reweigh is not None,
     complaint="the rule for this model's gate weights is not known",
     hint="take --policy buddy, random, drop or exact",
 )
 REPLICAS = Need(
-    name="replicas",
     is_met=lambda inputs: len(inputs.forms) > 1,
     complaint="this bundle has no replicas",
     hint="pack it again with --replicas 2",
 )
 MASK_ROUTER = Need(
-    name="trained mask routers",
     is_met=lambda inputs: inputs.pruning is not None,
     complaint="this bundle has no trained mask routers",
     hint="train it first: moe-tool tune pruning BUNDLE --data ...",
     error=NotFoundError,
 )
 SEVERAL_EXPERTS = Need(
-    name="several experts per token",
     is_met=lambda inputs: inputs.top_k > 1,
     complaint="this model has one expert per token, so none can be left out",
     hint="take --policy exact",
     error=UnsupportedModelError,
-)
-PROMPT_IMPORTANCE = Need(
-    name="importance of a prompt's tokens",
-    is_met=lambda inputs: True,  # measured while a prompt is answered lossily
-    complaint="",
-    hint="",
 )

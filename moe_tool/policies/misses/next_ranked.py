@@ -9,7 +9,7 @@ import numpy as np
 from moe_tool.artifacts.routing import Answers, Routing, keep
 from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, OpenSlots, open_slots
 from moe_tool.policies.misses.needs import GATES, WEIGHT_RULE
-from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, RouterNeed
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 
@@ -27,12 +27,9 @@ class NextRanked:
     gates: Gates
     reweigh: Mapping[int, Reweigh]
     """Decoder layer -> gate weight rule"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = True
-    needs_score: ClassVar[bool] = True
+    needs_router: ClassVar[RouterNeed] = "scores"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             "next-ranked: the router's next choice among resident experts answers a missing one, "
             f"text may differ ({self.gates.describe()})"

@@ -21,14 +21,8 @@ next layers: on two trained models measured over expected divergence was 0.8 to 
 
 
 def effective_error(eps: np.ndarray, *, is_noise: bool) -> np.ndarray:
-    """Return relative errors by their effect on the output, scaled so that dropping is 1.
-
-    Prices of effective errors are `STRUCTURED` times the sensitivity.
-
-    Args:
-        eps: errors relative to the expert's own output.
-        is_noise: whether the errors are those of rounding.
-    """
+    """Return errors relative to an expert's own output by their effect, scaled so that dropping is
+    1; errors of rounding are noise. Their prices are `STRUCTURED` times the sensitivity."""
     wide = np.asarray(eps, dtype=np.float64)
     return wide / np.sqrt(STRUCTURED) if is_noise else wide
 

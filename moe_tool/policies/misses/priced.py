@@ -3,16 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.needs import PRICES
 from moe_tool.policies.misses.price_book import LayerBook, PriceBook
-from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, as_shares
+from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, RouterNeed, as_shares
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import PriceStrength
+from moe_tool.policies.misses.strength import Strength, price_grid
 from moe_tool.policies.parameters import Parameter
 
 _SELF, _NOTHING = -1, -2
@@ -44,20 +43,13 @@ class Priced:
     """Decoder layer -> gate weight rule; None: unknown, and nothing is re-routed"""
     scores_are_logits: bool
     """Whether the selection scores are logits"""
-    lossy: ClassVar[bool] = True
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether tokens may be re-routed, which needs new gate weights."""
-        return self.reweigh is not None and self.reroute <= 1
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether tokens may be re-routed, which needs their scores."""
-        return self.needs_logits
+    def needs_router(self) -> RouterNeed:
+        """Scores and, for new gate weights, logits, if tokens may be re-routed."""
+        return "nothing" if self.reweigh is None or self.reroute > 1 else "scores"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         if math.isinf(self.nats_per_mb):
             price = "nothing is read for a miss"
         else:
@@ -65,7 +57,6 @@ class Priced:
         return f"priced: the cheapest answer to a missing expert, text may differ ({price})"
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the cheapest answers; see MissPolicy."""
         if resident[PRIMARY].all() or self.nats_per_mb == 0:
             return keep(routing)
         book = self.book.layers[routing.layer]
@@ -78,7 +69,7 @@ class Priced:
         present = routing.present & (column != _NOTHING)
         weight[column == _NOTHING] = 0
         answers = Answers(expert=expert, present=present, weight=weight, form=form)
-        if self.needs_logits:
+        if self.needs_router == "scores":
             self._reroute(routing, resident, column != _SELF, answers)
         return answers
 
@@ -131,14 +122,8 @@ class Priced:
         is_open: np.ndarray,
         answers: Answers,
     ) -> None:
-        """Re-route the open slots of tokens that keep enough of their scores, in place.
-
-        Args:
-            routing: the layer call.
-            resident: [F, E] bool.
-            is_open: [T, K] bool: slots that no form of the wanted expert answers.
-            answers: answers to the call, changed.
-        """
+        """Re-route the open slots [T, K] of tokens that keep enough of their scores, in place; open
+        slots are those that no form of the wanted expert answers."""
         row = np.flatnonzero(is_open.any(axis=1) & routing.present.all(axis=1))
         if not row.size:
             return
@@ -194,6 +179,6 @@ SPEC = PolicySpec(
     },
     needs=(PRICES,),
     residents="cheapest",
-    strength=PriceStrength(parameter="nats-per-mb", policy="priced"),
+    strength=Strength(parameter="nats-per-mb", grid=price_grid),
     alternatives={"reroute": (2.0, 0.75)},
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moe_tool.policies.misses.price_book import PriceBook
 Reweigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Function (logits [T, E], index [T, K], present [T, K] bool) -> [T, K] float32: gate weights of a
 set of experts by the model's rule; a slot that is not present weighs 0"""
+RouterNeed = Literal["nothing", "logits", "scores"]
 
 
 class MissPolicy(Protocol):
@@ -26,28 +27,15 @@ class MissPolicy(Protocol):
     """
 
     @property
-    def lossy(self) -> bool:
-        """Whether the output may differ from the exact one."""
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether `Routing.logits` is required."""
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether `Routing.score` is required."""
+    def needs_router(self) -> RouterNeed:
+        """Whether `Routing.logits`, or these and `Routing.score`, are required."""
 
     def describe(self) -> str:
         """Return one line for the announcement before the first token."""
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the answers to a layer call.
-
-        Args:
-            routing: one layer call.
-            resident: [F, E] bool: which forms of which experts are in memory; row PRIMARY is the
-                experts' primary forms.
-        """
+        """Return the answers to a layer call; `resident` [F, E] bool says which forms of which
+        experts are in memory, in row PRIMARY the primary ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,3 +81,8 @@ def as_shares(score: np.ndarray, *, are_logits: bool) -> np.ndarray:
     raised = np.exp(wide - wide.max(axis=1, keepdims=True))
     result: np.ndarray = raised / raised.sum(axis=1, keepdims=True)
     return result
+
+
+def read_quantile(table: np.ndarray, share: float) -> float:
+    """Return the quantile at a share from 0 to 1, from those at equally spaced shares."""
+    return float(np.interp(share, np.linspace(0, 1, len(table)), table))

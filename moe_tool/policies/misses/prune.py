@@ -8,11 +8,10 @@ import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
-from moe_tool.policies.misses.needs import PROMPT_IMPORTANCE, RATIO_QUANTILES
-from moe_tool.policies.misses.protocol import PolicyInputs
-from moe_tool.policies.misses.quantiles import read_quantile
+from moe_tool.policies.misses.needs import RATIO_QUANTILES
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed, read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter
 
 
@@ -33,19 +32,15 @@ class Prune:
     """Quantile of the limits, for the announcement"""
     protect: float
     """Share of a sequence's prompt tokens in a forward that are not pruned"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             f"prune: the lightest {self.share:.0%} of the experts after a token's heaviest are "
             "left out, text may differ"
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with light slots empty."""
         limit = self.limit[routing.layer]
         if limit <= 0:
             return keep(routing)
@@ -55,20 +50,12 @@ class Prune:
         if routing.importance is not None:
             spared = most_important(routing.importance, routing.sequence, self.protect)
             is_left_out[spared] = False
-        if not is_left_out.any():
-            return keep(routing)
         return leave_out(routing, is_left_out)
 
 
 def most_important(importance: np.ndarray, sequence: np.ndarray, share: float) -> np.ndarray:
-    """Return the tokens among the most important share of their sequence, [T] bool; ties go to the
-    earlier token.
-
-    Args:
-        importance: [T], see `token_importance`.
-        sequence: [T] sequence of each token.
-        share: share of each sequence's tokens, rounded up.
-    """
+    """Return the tokens among the most important share of their sequence, rounded up, [T] bool;
+    ties go to the earlier token."""
     found = np.zeros(len(importance), dtype=bool)
     for each in np.unique(sequence):
         own = np.flatnonzero(sequence == each)
@@ -78,12 +65,8 @@ def most_important(importance: np.ndarray, sequence: np.ndarray, share: float) -
 
 
 def token_importance(hidden: np.ndarray, received: np.ndarray) -> np.ndarray:
-    """Return the importance of a prompt's tokens, [T] float32: L1 norm times received attention.
-
-    Args:
-        hidden: [T, H] inputs of the layer's experts.
-        received: [T], see models/attention_sums.
-    """
+    """Return the importance of a prompt's tokens, [T] float32: L1 norm of the experts' inputs
+    [T, H] times received attention [T], see models/attention_sums."""
     importance: np.ndarray = np.abs(hidden).sum(axis=1) * received
     return importance.astype(np.float32)
 
@@ -141,9 +124,10 @@ SPEC = PolicySpec(
             default=0.02,
         ),
     },
-    needs=(RATIO_QUANTILES, PROMPT_IMPORTANCE),
+    needs=(RATIO_QUANTILES,),
+    weighs_prompts=True,
     acts_on_hits=True,
-    strength=ShareStrength(parameter="share"),
+    strength=share_strength("share"),
     in_controls=False,
     source="MC, arXiv:2410.06270",
 )

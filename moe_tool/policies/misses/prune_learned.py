@@ -8,11 +8,10 @@ import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.policies.misses.needs import MASK_ROUTER, SEVERAL_EXPERTS
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed, read_quantile
 from moe_tool.policies.misses.prune import largest_rate, share_of_light
-from moe_tool.policies.misses.quantiles import read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import ShareStrength
+from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter
 
 
@@ -29,12 +28,9 @@ class PruneLearned:
     """Threshold of the slot scores; -inf: all slots are kept"""
     rate: float
     """Share of chosen experts that is dropped, for the announcement"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             f"prune:learned: about {self.rate:.0%} of a token's experts are left out, as its "
             "trained routers say, text may differ"
@@ -49,8 +45,6 @@ class PruneLearned:
         kept = n_kept(routing.worth, self.offset)  # [T]
         is_left_out = np.empty(order.shape, dtype=bool)
         np.put_along_axis(is_left_out, order, np.arange(order.shape[1]) >= kept[:, None], axis=1)
-        if not is_left_out.any():
-            return keep(routing)
         return leave_out(routing, is_left_out)
 
 
@@ -63,11 +57,8 @@ def n_kept(worth: np.ndarray, offset: float) -> np.ndarray:
     """Return the number of heaviest experts that each token keeps, [T] int64 from 1 to K: the
     pattern of the highest logit, the shortest of equals.
 
-    A higher offset never keeps more: two patterns of j < j' experts differ by (j' - j) * offset.
-
-    Args:
-        worth: [T, K-1] slot scores by rank.
-        offset: threshold subtracted from each.
+    The offset is subtracted from each slot score [T, K-1]. A higher one never keeps more: two
+    patterns of j < j' experts differ by (j' - j) * offset.
     """
     logits = np.cumsum(worth.astype(np.float64) - offset, axis=1)
     patterns = np.concatenate([np.zeros((len(worth), 1)), logits], axis=1)  # [T, K]
@@ -76,13 +67,8 @@ def n_kept(worth: np.ndarray, offset: float) -> np.ndarray:
 
 
 def rate_offsets(worth: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Return the offset at which each share of the slots after the heaviest is dropped, [n]
-    float64, rising.
-
-    Args:
-        worth: [T, K-1] slot scores of tokens of all layers.
-        shares: [n], 0 to 1, rising.
-    """
+    """Return the offset at which each share [n] of the slots after the heaviest is dropped, [n]
+    float64, both rising, for slot scores [T, K-1] of tokens of all layers."""
     lowest, highest = float(worth.min()) - 1.0, float(worth.max()) + 1.0
     found = []
     for share in shares:
@@ -132,7 +118,7 @@ SPEC = PolicySpec(
     },
     needs=(SEVERAL_EXPERTS, MASK_ROUTER),
     acts_on_hits=True,
-    strength=ShareStrength(parameter="rate", most=largest_rate),
+    strength=share_strength("rate", most=largest_rate),
     in_controls=False,
     controls=_controls,
     source="MC#, arXiv:2510.10962",

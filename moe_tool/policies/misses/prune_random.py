@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
+from moe_tool.artifacts.routing import Answers, Routing, leave_out
 from moe_tool.policies.misses.needs import SEVERAL_EXPERTS
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
 from moe_tool.policies.misses.prune import share_of_light
 from moe_tool.policies.misses.random_draw import draw_uniform
 from moe_tool.policies.misses.spec import PolicySpec, Values
@@ -22,24 +22,18 @@ class PruneRandom:
     share: float
     """Share of the slots after the heaviest that is dropped"""
     seed: int
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             f"prune:random: {self.share:.0%} of the experts after a token's heaviest are left out "
             f"at random, text may differ (seed {self.seed})"
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with random slots empty."""
         is_left_out = draw_uniform(routing, self.seed) < self.share  # [T, K]
         heaviest = routing.weight.argmax(axis=1)
         is_left_out[np.arange(len(heaviest)), heaviest] = False
-        if not is_left_out.any():
-            return keep(routing)
         return leave_out(routing, is_left_out)
 
 

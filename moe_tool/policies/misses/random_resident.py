@@ -8,7 +8,7 @@ import numpy as np
 from moe_tool.artifacts.routing import Answers, Routing, keep
 from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
 from moe_tool.policies.misses.needs import GATES
-from moe_tool.policies.misses.protocol import PolicyInputs
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
 from moe_tool.policies.misses.random_draw import hash_routing, mix
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
@@ -24,19 +24,15 @@ class RandomResident:
 
     gates: Gates
     seed: int = 0
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             "random: a random resident expert answers a missing one, "
             f"text may differ ({self.gates.describe()}, seed {self.seed})"
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with random experts in open slots."""
         slots = open_slots(self.gates, routing, resident)
         if slots is None:
             return keep(routing)

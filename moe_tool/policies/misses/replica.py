@@ -9,11 +9,10 @@ import numpy as np
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import REPLICAS
-from moe_tool.policies.misses.protocol import PolicyInputs
-from moe_tool.policies.misses.quantiles import read_quantile
+from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed, read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
-from moe_tool.policies.misses.strength import ShareStrength
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.misses.strength import share_strength
+from moe_tool.policies.parameters import Parameter, whole_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +31,15 @@ class Replica:
     stored: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Decoder layer -> [F, E] bool: forms in the bundle; empty if every expert has every form. An
     expert without the cheaper form is fetched in full"""
-    lossy: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = False
-    needs_score: ClassVar[bool] = False
+    needs_router: ClassVar[RouterNeed] = "nothing"
 
     def describe(self) -> str:
-        """Return one line for the announcement."""
         return (
             "replica: a missing expert that matters less is answered by its cheaper form or left "
             f"out, text may differ (T1 {self.t1:.3g}, T2 {self.t2:.3g})"
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        """Return the routing with the form of every slot."""
         if resident[PRIMARY].all():
             return keep(routing)
         s = unimportance(routing.weight)
@@ -53,20 +48,12 @@ class Replica:
         if self.stored:
             is_low &= self.stored[routing.layer][self.form][routing.index]
         is_left_out = missing & (s > self.t1) & (s > self.t2)
-        if not (is_low | is_left_out).any():
-            return keep(routing)
         return leave_out(routing, is_left_out, np.where(is_low, self.form, PRIMARY))
 
 
 def unimportance(weight: np.ndarray) -> np.ndarray:
-    """Return the share of the token's gate weight in slots heavier than each slot.
-
-    Args:
-        weight: [T, K] gate weights.
-
-    Returns:
-        [T, K] float64 in 0..1; 0 for the heaviest slot.
-    """
+    """Return the share of the token's gate weight in slots heavier than each slot, [T, K] float64
+    in 0..1; 0 for the heaviest."""
     order = np.argsort(-weight, axis=1, kind="stable")
     ranked = np.take_along_axis(weight.astype(np.float64), order, axis=1)
     total = ranked.sum(axis=1, keepdims=True)
@@ -105,17 +92,13 @@ SPEC = PolicySpec(
             help="share of slots, by the profile, that is read in full", default=0.67
         ),
         "low": Parameter(help="share of slots that is answered in the cheaper form", default=0.3),
-        "form": Parameter(
-            help="the cheaper form: 1 for the first of `pack --replicas`",
-            default=1,
-            least=1,
-            most=64,
-            is_whole=True,
+        "form": whole_number(
+            "the cheaper form: 1 for the first of `pack --replicas`", default=1, most=64
         ),
         "part": Parameter(help="share of the memory that cheaper forms get", default=0.2),
     },
     needs=(REPLICAS,),
     residents="two-precisions",
-    strength=ShareStrength(parameter="high", falls=True),
+    strength=share_strength("high", falls=True),
     source="HOBBIT, arXiv:2411.01433",
 )

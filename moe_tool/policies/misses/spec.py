@@ -35,6 +35,8 @@ class PolicySpec:
     needs: tuple[Need, ...] = ()
     """Required inputs, in the order in which they are checked"""
     residents: Residents = "hottest"
+    weighs_prompts: bool = False
+    """Whether lossy answers to a prompt need the importance of its tokens"""
     acts_on_hits: bool = False
     """Whether resident experts are dropped too"""
     strength: Strength | None = None

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from moe_tool.policies.misses.needs import PRICES
 from moe_tool.policies.misses.protocol import PolicyInputs
@@ -25,68 +24,44 @@ class StrengthGrid:
     """Function from two strengths, the lower first, to one between them"""
 
 
-class Strength(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strength:
     """Parameter that controls how lossy a policy is."""
 
-    @property
-    def parameter(self) -> str:
-        """Name of the parameter."""
-
-    def grid(self, inputs: PolicyInputs) -> StrengthGrid:
-        """Return the first strengths of a search.
-
-        Args:
-            inputs: inputs known without the model.
-
-        Raises:
-            UsageError: the bundle lacks data that the strengths depend on.
-        """
-
-
-def _everything(inputs: PolicyInputs) -> float:
-    return 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShareStrength:
-    """Strength measured as a share."""
-
     parameter: str
-    falls: bool = False
-    """Whether the parameter falls with strength"""
-    most: Callable[[PolicyInputs], float] = _everything
-    """Largest value that the parameter can have"""
+    grid: Callable[[PolicyInputs], StrengthGrid]
+    """Function from the inputs known without the model to the first strengths of a search; raises
+    UsageError if the bundle lacks data that these depend on"""
 
-    def grid(self, inputs: PolicyInputs) -> StrengthGrid:
-        """Return shares of the largest value; see `Strength`."""
-        most = self.most(inputs)
+
+def share_strength(
+    parameter: str,
+    *,
+    falls: bool = False,
+    most: Callable[[PolicyInputs], float] = lambda inputs: 1.0,
+) -> Strength:
+    """Return a strength that is a share of a parameter's largest value, which `most` returns;
+    `falls` if the parameter falls with strength."""
+
+    def grid(inputs: PolicyInputs) -> StrengthGrid:
+        largest = most(inputs)
 
         def value(strength: float) -> float:
-            share = most * (1 - strength if self.falls else strength)
-            return min(most, float(f"{share:.6g}"))  # 2/3 in six digits is more than 2/3
+            share = largest * (1 - strength if falls else strength)
+            return min(largest, float(f"{share:.6g}"))  # 2/3 in six digits is more than 2/3
 
-        return StrengthGrid(
-            points=_SHARES,
-            value=value,
-            middle=lambda low, high: (low + high) / 2,
-        )
+        return StrengthGrid(points=_SHARES, value=value, middle=lambda low, high: (low + high) / 2)
+
+    return Strength(parameter=parameter, grid=grid)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PriceStrength:
-    """Strength measured in nats per MB of avoided reads."""
-
-    parameter: str
-    policy: str
-    """Name of the policy, for a refusal"""
-
-    def grid(self, inputs: PolicyInputs) -> StrengthGrid:
-        """Return powers of ten around the bundle's typical price; see `Strength`."""
-        PRICES.require(self.policy, inputs)
-        assert inputs.prices is not None
-        typical = inputs.prices.typical_nats_per_mb
-        return StrengthGrid(
-            points=(math.inf, *(typical * factor for factor in _NATS_PER_MB_FACTORS)),
-            value=lambda s: float(f"{s:.6g}"),
-            middle=lambda low, high: math.sqrt(low * high) if math.isfinite(high) else 10 * low,
-        )
+def price_grid(inputs: PolicyInputs) -> StrengthGrid:
+    """Return strengths in nats per MB of avoided reads: powers of ten around the typical price."""
+    PRICES.require("priced", inputs)
+    assert inputs.prices is not None
+    typical = inputs.prices.typical_nats_per_mb
+    return StrengthGrid(
+        points=(math.inf, *(typical * factor for factor in _NATS_PER_MB_FACTORS)),
+        value=lambda s: float(f"{s:.6g}"),
+        middle=lambda low, high: math.sqrt(low * high) if math.isfinite(high) else 10 * low,
+    )

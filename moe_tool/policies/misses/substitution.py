@@ -4,13 +4,14 @@ BuddyMoE's kernel claims stand-ins with atomics, so that its result depends on t
 here the order of slots makes it reproducible. No loop runs over tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.gates import OpenSlots
+from moe_tool.policies.misses.protocol import Reweigh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +33,8 @@ def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: P
     """Return the answers with stand-ins where `pick` finds one; other slots are unchanged.
 
     A stand-in gets the gate weight of the replaced expert times its scale. A token's wanted experts
-    are never its stand-ins, and none is used twice by a token.
-
-    Args:
-        routing: one layer call.
-        resident: [F, E] bool.
-        slots: slots that pass the gates.
-        pick: chooses among free experts; called once for each of the K ranks of gate weight.
+    are never its stand-ins, and none is used twice by a token. `pick` is called once for each of
+    the K ranks of gate weight.
     """
     n_tokens, top_k = routing.index.shape
     every = np.arange(n_tokens)
@@ -59,4 +55,41 @@ def substitute(routing: Routing, resident: np.ndarray, slots: OpenSlots, pick: P
             weight[token, position] *= picked.scale[found]
         used[token, chosen] = True
         n_filled[token] += 1
+    return replace(keep(routing), expert=expert, weight=weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offers:
+    """Competition of experts for the slots of one layer call."""
+
+    own: np.ndarray
+    """[T, K]: scores of the wanted experts"""
+    may_go: np.ndarray
+    """[T, K] bool: slots that may be given away"""
+    bid: np.ndarray
+    """[T, E]: bids of the experts that may come; -inf for all others"""
+    floor: np.ndarray
+    """[T, K]: bid that has to be exceeded for each slot"""
+
+
+def outbid(routing: Routing, offers: Offers, reweigh: Mapping[int, Reweigh]) -> Answers:
+    """Return the answers with the n-th lowest slot that may go given to the n-th highest bid, if
+    that exceeds the slot's floor; changed sets are weighed by the rule of their layer."""
+    assert routing.logits is not None, "the policy asked for them"
+    going = np.argsort(np.where(offers.may_go, offers.own, np.inf), axis=1, kind="stable")
+    coming = np.argsort(-offers.bid, axis=1, kind="stable")
+    every, expert = np.arange(len(going)), routing.index.copy()
+    for place in range(min(going.shape[1], coming.shape[1])):
+        position, newcomer = going[:, place], coming[:, place]
+        moves = offers.may_go[every, position]
+        moves &= offers.bid[every, newcomer] > offers.floor[every, position]
+        token = np.flatnonzero(moves)
+        expert[token, position[token]] = newcomer[token]
+    moved = np.flatnonzero((expert != routing.index).any(axis=1))
+    if not moved.size:
+        return keep(routing)
+    weight = routing.weight.astype(np.float32)
+    weight[moved] = reweigh[routing.layer](
+        routing.logits[moved], expert[moved], routing.present[moved]
+    )
     return replace(keep(routing), expert=expert, weight=weight)

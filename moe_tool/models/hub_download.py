@@ -1,0 +1,137 @@
+"""Download of a checkpoint from the Hugging Face hub, judged before any weight is fetched."""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
+
+from moe_tool.budget.sizes import format_bytes
+from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
+from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.formats.safetensors_index import (
+    MAX_HEADER_BYTES,
+    Checkpoint,
+    TensorInfo,
+    parse_header,
+)
+from moe_tool.formats.shard_index import read_weight_map
+from moe_tool.models.architecture import check_headers
+from moe_tool.models.generation_settings import read_generation_settings
+from moe_tool.models.hub_cache import Snapshot, cache_folder
+from moe_tool.models.model_config import read_config
+from moe_tool.models.tokenizer import load_tokenizer
+
+_SMALL_FILES = ("*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PREFIX_BYTES = 8
+
+
+def download(
+    hub_id: str,
+    revision: str | None,
+    *,
+    tokenizer: Path | None,
+    announce: Callable[[str], None],
+) -> Snapshot:
+    """Download a checkpoint into the cache, in the order of what is cheap to find out.
+
+    First config.json, index and tokenizer, then the headers of the weight files, then the weight
+    files that the index names, if everything before says that the model can be read.
+
+    Args:
+        hub_id: "owner/name".
+        revision: branch, tag or commit; None: main.
+        tokenizer: folder of a tokenizer that replaces the checkpoint's own.
+        announce: told what is downloaded, and how much.
+
+    Raises:
+        NotFoundError: hub, model, revision or a file cannot be reached.
+        UnsupportedModelError, CorruptArtifactError: the model cannot be read.
+        DiskFullError: it does not fit.
+    """
+    try:
+        info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+        branch = revision or "main"  # by its name, so that the cache remembers what it points at
+        # A second copy of the weights in a subfolder is not wanted.
+        sizes = {f.rfilename: f.size or 0 for f in info.siblings or [] if "/" not in f.rfilename}
+        small = [name for name in sizes if any(fnmatch(name, p) for p in _SMALL_FILES)]
+        folder = Path(snapshot_download(hub_id, revision=branch, allow_patterns=small))
+        read_config(folder)
+        load_tokenizer(tokenizer or folder)
+        read_generation_settings(folder)
+        weights = _weight_files(hub_id, folder, sizes)
+        n_bytes = sum(sizes[name] for name in weights)
+        require_free_disk(cache_folder(), n_bytes)
+        _check_remote_headers(hub_id, folder.name, folder, {name: sizes[name] for name in weights})
+        announce(f"downloading {hub_id}: {format_bytes(n_bytes)} into {cache_folder()}")
+        snapshot_download(hub_id, revision=branch, allow_patterns=[*small, *weights])
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise NotFoundError(
+            f"{hub_id} could not be downloaded: {reason}",
+            hint="check name, revision and network, log in (hf auth login) if the model is gated, "
+            "or give a local folder; what was downloaded is kept",
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:  # what a broken proxy or mirror answers
+        raise NotFoundError(
+            f"{hub_id} could not be downloaded: the hub's answer is not understood",
+            hint="check HF_ENDPOINT and the proxy, or give a local folder",
+        ) from error
+    return Snapshot(folder=folder, revision=folder.name)
+
+
+def _weight_files(hub_id: str, folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """Return the weight files that a reader of the checkpoint opens."""
+    if _SINGLE in sizes:
+        return [_SINGLE]
+    if _INDEX not in sizes:
+        gguf = " but GGUF files" if any(name.endswith(".gguf") for name in sizes) else ""
+        raise UnsupportedModelError(
+            f"{hub_id} holds neither {_SINGLE} nor {_INDEX}{gguf}",
+            hint="give the id of the model in safetensors",
+        )
+    shards = sorted(set(read_weight_map(folder / _INDEX).values()))
+    for shard in shards:
+        if shard not in sizes:
+            raise CorruptArtifactError(
+                f"{hub_id} lacks the shard {shard} that its index names",
+                hint="use another revision of the model",
+            )
+    return shards
+
+
+def _check_remote_headers(hub_id: str, commit: str, folder: Path, sizes: Mapping[str, int]) -> None:
+    """Read the headers of weight files on the hub and compare them with config.json."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, n_bytes in sizes.items():
+        url = hf_hub_url(hub_id, name, revision=commit)
+        tensors |= parse_header(folder / name, _remote_header(url, n_bytes), file_bytes=n_bytes)
+    check_headers(folder, Checkpoint(tensors))
+
+
+def _remote_header(url: str, file_bytes: int) -> bytes:
+    """Return the length and text of a safetensors header, from the beginning of a remote file."""
+    beginning = _fetch(url, _PREFIX_BYTES)
+    length = int.from_bytes(beginning, "little")
+    return _fetch(url, _PREFIX_BYTES + min(length, MAX_HEADER_BYTES, file_bytes))
+
+
+def _fetch(url: str, n_bytes: int) -> bytes:
+    """Return the first bytes of a remote file, from servers that ignore ranges too."""
+    headers: dict[str, Any] = {**build_hf_headers(), "range": f"bytes=0-{n_bytes - 1}"}
+    found = bytearray()
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes():
+            found += chunk
+            if len(found) >= n_bytes:
+                break
+    return bytes(found[:n_bytes])
