@@ -231,9 +231,9 @@ class BundleWriter:
         profile_sha256: str | None,
         prove: Callable[[Path], None] | None = None,
     ) -> BundleManifest:
-        """Write the manifest and give the bundle its name, unless `prove` raises an error.
+        """Write the manifest and give the bundle its name.
 
-        `prove` is given the folder once everything is in it.
+        `prove` is given the folder with everything in it; its error keeps the bundle from its name.
         """
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)

@@ -40,6 +40,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -47,7 +48,6 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
     "U16": 2,
-    "U32": 4,
     "U64": 8,
     "C64": 8,
     "F8_E4M3FNUZ": 1,

@@ -9,7 +9,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.models.model_config import read_raw_config
 from moe_tool.models.skeleton_loader import SkeletonLoader
-from moe_tool.models.stored_formats.registry import as_logical
+from moe_tool.models.stored_formats.registry import read_as_declared
 
 
 def open_bundle_skeleton(bundle: BundleReader) -> Checkpoint:
@@ -22,7 +22,7 @@ def open_bundle_skeleton(bundle: BundleReader) -> Checkpoint:
     own = {part.name for part in skeleton_parts(bundle.manifest)}
     raw = bundle.open_skeleton()
     try:
-        return as_logical(raw, bundle.folder, read_raw_config(bundle.folder), apart=own)
+        return read_as_declared(raw, bundle.folder, read_raw_config(bundle.folder), apart=own)
     except CorruptArtifactError as error:
         raise CorruptArtifactError(
             f"the skeleton of {bundle.folder}: {error.message}", hint=REPACK

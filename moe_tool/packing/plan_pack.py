@@ -112,10 +112,11 @@ def plan_pack(
 def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) -> _Replicas:
     """Return the experts of each replica: those with a dearer primary form, if a plan has a use for
     it."""
-    too_wide = [f.rank for f in options.replicas if f.kind == "low-rank" and f.rank > shape.hidden]
+    ranks = [form.rank for form in options.replicas if form.kind == "low-rank"]
+    too_wide = [rank for rank in ranks if rank > shape.expert_hidden]
     if too_wide:
         raise UsageError(
-            f"--replicas rank{max(too_wide)}: the model is {shape.hidden} wide",
+            f"--replicas rank{max(too_wide)}: the experts are {shape.expert_hidden} wide",
             hint="a rank that saves something is a small part of the width",
         )
     planned = None if options.plan is None else planned_residents(options.plan, options.replicas)

@@ -128,7 +128,7 @@ def _write(
     skeleton: SkeletonWork,
     progress: Progress,
 ) -> list[ExpertKey]:
-    """Write everything but the manifest; return the experts of `PackReport.unrouted`."""
+    """Write all files but the manifest; return experts with too few routed tokens."""
     records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
     require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
     unrouted: list[ExpertKey] = []

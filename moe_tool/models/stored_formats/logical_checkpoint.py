@@ -134,7 +134,8 @@ class LogicalCheckpoint(Checkpoint):
         return made
 
     def _parts(self, stored: StoredTensor, row: int | None) -> dict[str, torch.Tensor]:
-        return {role: self._raw.read(part, row=row) for role, part in stored.parts.items()}
+        at = row if stored.row is None else stored.row
+        return {role: self._raw.read(part, row=at) for role, part in stored.parts.items()}
 
     def _not_finite(self, name: str, row: int | None) -> CorruptArtifactError:
         where = "" if row is None else f" (row {row})"
