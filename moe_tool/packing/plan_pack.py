@@ -77,11 +77,7 @@ def plan_pack(
         )
     replicas = _replicas(options, primaries, opened.shape)
     reason = _needs_tokens(options, primaries, replicas)
-    if reason is not None and profile.tokens is None:
-        raise UsageError(
-            f"{reason}, and there is no profile", hint="--profile FILE, of moe-tool profile"
-        )
-    tokens = None if reason is None else profile.tokens
+    tokens = None if reason is None else _tokens(profile, reason)
     loader = SkeletonLoader(folder, opened.checkpoint)
     memory = plan_pack_memory(
         opened,
@@ -139,6 +135,14 @@ def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) ->
         if experts:
             found[form.with_zeros(QUANTIZERS[options.quantizer].makes_zeros)] = experts
     return found
+
+
+def _tokens(profile: ProfileFacts, reason: str) -> TracedTokens:
+    if profile.tokens is None:
+        raise UsageError(
+            f"{reason}, and there is no profile", hint="--profile FILE, of moe-tool profile"
+        )
+    return profile.tokens
 
 
 def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Replicas) -> str | None:
