@@ -79,5 +79,4 @@ def _make_cold(session: Session) -> None:
     """
     session.empty_cache()
     session.runner.store.load_pinned()
-    folder = session.bundle.folder
-    drop_page_cache(folder / file.name for file in session.manifest.files)
+    drop_page_cache(session.bundle.paths)

@@ -36,13 +36,19 @@ class PackMemory:
 
 
 def plan_pack_memory(
-    opened: OpenedModel, *, n_tokens: int, is_nested: bool = False, asked: int | None
+    opened: OpenedModel,
+    *,
+    n_tokens: int,
+    is_nested: bool = False,
+    in_place: bool = False,
+    asked: int | None,
 ) -> PackMemory:
     """Return the memory that packing will take.
 
     Args:
         n_tokens: tokens of the profile that go through the model; 0: none do.
         is_nested: codes are chosen for two widths at once.
+        in_place: records are compared with what the checkpoint's files hold.
         asked: the budget in bytes; None: no limit, all tokens are used.
 
     Raises:
@@ -59,6 +65,8 @@ def plan_pack_memory(
     parts = {"process": used, "margin": _MARGIN_BYTES}
     if opened.decode_bytes:
         parts["decoding of one matrix"] = opened.decode_bytes
+    if in_place:
+        parts["one matrix from the checkpoint's files"] = record
     if not n_tokens:
         largest = max(n_out * n_in for n_out, n_in in matrices)
         one = record + copies * largest + read_ahead

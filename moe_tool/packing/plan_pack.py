@@ -14,6 +14,7 @@ from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.packing.in_place import placed_forms, require_in_place
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
 from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
@@ -83,8 +84,12 @@ def plan_pack(
         opened,
         n_tokens=0 if tokens is None else tokens.ids.size,
         is_nested=primaries.is_nested,
+        in_place=options.in_place,
         asked=options.memory_bytes,
     )
+    forms = planned_forms(primaries.experts, replicas)
+    if options.in_place:
+        require_in_place(opened, folder, forms)
     return PackJob(
         folder=folder,
         tokenizer=tokenizer or folder,
@@ -93,7 +98,8 @@ def plan_pack(
             identity=opened.identity.model_copy(update={"full": profile.full_hash}),
             shape=opened.shape,
             order=profile.order,
-            forms=planned_forms(primaries.experts, replicas),
+            forms=forms,
+            placed=placed_forms(forms) if options.in_place else frozenset(),
             removed=primaries.removed,
             made_from=_made_from(options, inputs, replicas),
         ),
@@ -160,6 +166,8 @@ def _made_from(options: PackOptions, inputs: PackInputs, replicas: _Replicas) ->
         found["replicas"] = ",".join(form.name for form in replicas)
     if options.channels is not None:
         found["sparse_experts"] = options.channels.name
+    if options.in_place:
+        found["in_place"] = "yes"
     if options.quantizer != "rtn":
         found["quantizer"] = options.quantizer
     if options.plan is not None:

@@ -13,6 +13,7 @@ from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.plan_pack import PackJob
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
@@ -58,9 +59,17 @@ class PackReport:
     """Experts with too few routed tokens, fitted to other experts' tokens"""
     resumed_records: int
     """Records taken over from an interrupted run"""
+    source: Path | None
+    """Folder of the checkpoint if the bundle needs it, because experts stay in its files"""
 
 
-def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT) -> PackReport:
+def write_bundle(
+    job: PackJob,
+    opened: OpenedModel,
+    progress: Progress = SILENT,
+    *,
+    in_place: InPlace | None = None,
+) -> PackReport:
     """Compile a checkpoint into a bundle, with one expert in memory, or one layer if codes are
     fitted.
 
@@ -68,6 +77,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
 
     Args:
         opened: the model of the job; its checkpoint stays open and belongs to the caller.
+        in_place: finds the records of `job.spec.placed`, which stay in the checkpoint's files.
 
     Raises:
         UsageError: the bundle's folder holds something else.
@@ -76,17 +86,21 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     """
     start = time.perf_counter()
     skeleton = SkeletonWork(opened, job.skeleton)
-    writer = BundleWriter.open(job.out, job.spec)
+    sources = None if in_place is None else in_place.sources
+    writer = BundleWriter.open(job.out, job.spec, sources=sources)
     resumed = writer.n_written
     unrouted: list[ExpertKey] = []
     if not writer.finished:
-        records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
+        written = (form for form, _, _ in writer.to_write if form not in job.spec.placed)
+        records = sum(writer.forms[form].layout.size_bytes for form in written)
         require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
         try:
             if job.tokens is None:
-                write_records(writer, opened, job.quantizer, progress)
+                write_records(writer, opened, job.quantizer, progress, in_place=in_place)
             else:
-                unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
+                unrouted = write_calibrated(
+                    writer, opened, job, job.tokens, progress, in_place=in_place
+                )
         finally:
             writer.suspend()
         skeleton.write(writer, progress)
@@ -102,7 +116,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
     return PackReport(
         bundle=job.out,
-        bytes=sum(file.size_bytes for file in manifest.files),
+        bytes=sum(file.size_bytes for file in manifest.written_files),
         expert_bytes=manifest.primary_bytes,
         replica_bytes=sum(table.size_bytes for table in manifest.cheaper if table.role != "base"),
         skeleton_bytes=skeleton.size_bytes,
@@ -113,6 +127,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
+        source=job.folder if job.spec.placed else None,
     )
 
 
