@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 WORKERS ?= 2
 ROUNDS ?= 300
 
-.PHONY: help demo test test-quick test-slow test-torch mutants lint fuzz docs clean
+.PHONY: help demo test test-quick test-slow test-torch zoo mutants lint fuzz docs clean
 
 help:
 	@sed -n '/^#/!q;s/^# //p' Makefile
@@ -25,11 +25,15 @@ test-quick: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 test-slow: $(STAMPS)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "slow and not zoo"
 
 # Exactness must not hang on the compiled kernels: the same tests with torch's products.
 test-torch: $(STAMPS)/test
 	OMP_NUM_THREADS=1 MOE_TOOL_KERNELS=torch $(BIN)/python -m pytest -q -n $(WORKERS)
+
+# Every model type of transformers; make test takes one of each family.
+zoo: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "" tests/zoo
 
 # Wrong changes one by one, in a copy: the tests named beside each have to notice it.
 mutants: $(STAMPS)/test

@@ -11,6 +11,7 @@ from moe_tool.artifacts.bundle_sections import (
     N_QUANTILES,
     SOURCE_FILES,
     LearnedPruning,
+    QualityFigure,
     Section,
     SectionName,
     parse_section,
@@ -28,7 +29,6 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import Precision
-from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.artifacts.source_files import PLACED_KINDS, SourceFiles
 
@@ -182,7 +182,6 @@ class BundleManifest(FrozenModel):
 
     @property
     def primaries(self) -> tuple[FormTable, ...]:
-        """Tables of the primary forms"""
         return tuple(table for table in self.forms if table.role == "primary")
 
     @property
@@ -192,7 +191,6 @@ class BundleManifest(FrozenModel):
 
     @property
     def selectors(self) -> tuple[FormTable, ...]:
-        """Tables of the channel selectors"""
         return tuple(table for table in self.forms if table.role == "selector")
 
     @property

@@ -36,7 +36,7 @@ def mask_router_shapes(shape: MoeShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of each part of a layer's router, by name."""
     rows = shape.top_k - 1
     return {
-        "by_hidden": (rows, shape.hidden),
+        "by_hidden": (rows, shape.expert_hidden),
         "by_weight": (rows, 2 * shape.top_k),
         "by_expert": (rows, shape.experts),
         "bias": (rows,),

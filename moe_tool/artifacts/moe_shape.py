@@ -62,6 +62,11 @@ class MoeShape(FrozenModel):
         return self
 
     @property
+    def expert_hidden(self) -> int:
+        """Width of an expert's input and output: H, or that of a latent in which experts work."""
+        return next(t.shape[1] for t in self.expert_tensors if len(t.shape) == 2)
+
+    @property
     def n_expert_weights(self) -> int:
         """Scalars in one expert, biases included."""
         return sum(tensor.n_weights for tensor in self.expert_tensors)

@@ -84,7 +84,7 @@ class SourceFiles(FrozenModel):
     folder: Annotated[str, Field(min_length=1, max_length=4096)]
     """The checkpoint's folder as the user named it"""
     resolved: Annotated[str, Field(pattern=r"^/", max_length=4096)]
-    """Its absolute path without links"""
+    """Absolute path of that folder, links resolved"""
     files: Annotated[tuple[SourceFile, ...], Field(min_length=1, max_length=2**16)]
     tables: Annotated[tuple[PlacedTable, ...], Field(min_length=1, max_length=64)]
 

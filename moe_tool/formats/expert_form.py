@@ -85,7 +85,7 @@ def expert_form(shape: MoeShape, precision: NativePrecision | IntegerPrecision) 
 
 def low_rank_form(shape: MoeShape, precision: LowRankPrecision) -> TensorForm:
     """Return the form of the low-rank maps for a model's experts."""
-    sizes = {"rank": precision.rank, "hidden": shape.hidden}
+    sizes = {"rank": precision.rank, "hidden": shape.expert_hidden}
     shapes = {name: tuple(map(sizes.__getitem__, at)) for name, at in LOW_RANK_TENSORS.items()}
     return TensorForm(
         layout=lay_out([(name, "float16", extents) for name, extents in shapes.items()]),

@@ -1,6 +1,6 @@
 """Forward pass through a model with one decoder layer in memory at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.errors import CorruptArtifactError
+from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import read_shape
 from moe_tool.models.expert_source import ExpertSource
-from moe_tool.models.meta_model import build_meta_model
+from moe_tool.models.layer_flow import Boundary, LayerFlow, trace_layers
+from moe_tool.models.meta_model import CALL_ATTRIBUTE, build_meta_model
 from moe_tool.models.moe_layers import (
     MoeLayerModules,
     decoder,
     decoder_layers,
     decoder_prefix,
-    unsupported,
 )
 from moe_tool.models.skeleton import (
     LayerCall,
@@ -33,13 +33,7 @@ from moe_tool.models.skeleton import (
 )
 from moe_tool.models.tensor_map import TensorMap
 
-
-@dataclass(frozen=True, slots=True)
-class _CallArguments:
-    """Arguments of a decoder layer, besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+_TRACED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +45,7 @@ class StreamedLayer:
     moe: MoeLayerModules | None
     """Modules of the MoE layer; None for a dense layer."""
     forward: Callable[[torch.Tensor], torch.Tensor]
-    """Function of the layer on hidden states [B, S, H], with experts by the experts function."""
+    """Function of the layer on states [B, S, W], with experts by the experts function"""
 
 
 class LayerStream:
@@ -60,6 +54,9 @@ class LayerStream:
     A full pass of `layers`, with each expert read once from `experts`, reads every used tensor
     once. Sequences are never padded: positions run from 0 and every token attends to all before it,
     or to its window.
+
+    States are all that layers hand on, [B, S, W]. In most models they are the hidden states, and W
+    is H; others have several streams, or hand on indices beside them.
     """
 
     def __init__(
@@ -90,33 +87,51 @@ class LayerStream:
         load_groups(self.model, self._map, checkpoint, self._layer_targets.pop(None, []))
         self.model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
         hook_routers(self.moe_layers)
-        self._arguments: dict[torch.Size, list[_CallArguments]] = {}
+        self._flows: dict[int, LayerFlow] = {}
+        self.set_experts_function(_echo)
+        self.flow(_TRACED_TOKENS)  # refuses before any work
 
     def set_experts_function(self, answer: Callable[[LayerCall], torch.Tensor]) -> None:
         """Let `answer` compute the experts of every layer: LayerCall -> [T, H]."""
         set_experts_function(self.moe_layers, answer)
 
+    def flow(self, seq_len: int) -> LayerFlow:
+        """Return what layers hand on for sequences of one length.
+
+        Raises:
+            UnsupportedModelError: a layer depends on more than the output of the one before.
+        """
+        if seq_len not in self._flows:
+            answers = [modules.experts.__dict__[CALL_ATTRIBUTE] for modules in self.moe_layers]
+            self.set_experts_function(_echo)
+            self._flows[seq_len] = trace_layers(self.model, seq_len)
+            for modules, answer in zip(self.moe_layers, answers, strict=True):
+                object.__setattr__(modules.experts, CALL_ATTRIBUTE, answer)
+        return self._flows[seq_len]
+
+    def require_plain(self, purpose: str) -> None:
+        """Refuse a model whose layers hand on more than hidden states [B, S, H].
+
+        Args:
+            purpose: what needs it, subject of the error's sentence.
+        """
+        if self.flow(_TRACED_TOKENS).width != self.shape.hidden:
+            raise UnsupportedModelError(
+                f"{purpose} does not work with {self.shape.model_type!r}: its layers hand on more "
+                "than hidden states",
+                hint="everything else works with this model",
+            )
+
     @torch.no_grad()
     def initial_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states before the first decoder layer, [B, S, H].
+        """Return the states before the first decoder layer, [B, S, W].
 
         Args:
             tokens: [B, S] int64.
-
-        Raises:
-            UnsupportedModelError: this model's layers pass each other more than hidden states.
         """
-        taps = [_Tap(layer) for layer in decoder_layers(self.model)]
-        with self._layers_replaced(taps):
-            decoder(self.model)(input_ids=tokens, use_cache=False)
-        hidden = taps[0].hidden
-        assert hidden is not None
-        for tap in taps:
-            self._require_plain(tap, hidden, tokens)
-        self._arguments.setdefault(
-            tokens.shape, [_CallArguments(tap.args, tap.kwargs) for tap in taps]
-        )
-        return hidden
+        flow = self.flow(tokens.shape[1])
+        found = self._stop_at(0, tokens, None, lambda layer, hidden, *args, **kwargs: hidden)
+        return _with_tokens(flow, flow.boundaries[0].pack(found), tokens)
 
     def layers(self, start: int = 0) -> Iterator[StreamedLayer]:
         """Yield the decoder layers from `start` on, each in memory until the next is requested."""
@@ -136,13 +151,15 @@ class LayerStream:
                 self._drop(loaded)
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits, [B, S, V], of hidden states after the last layer, [B, S, H], by final
-        norm, head and scaling."""
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-        layers: list[nn.Module] = [_Tap(layer) for layer in decoder_layers(self.model)]
-        layers[-1] = _Feed(hidden, decoder_layers(self.model)[-1])
-        with self._layers_replaced(layers):
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """Return the logits, [B, S, V], of states after the last layer, [B, S, W], by final norm,
+        head and scaling."""
+        flow = self.flow(state.shape[1])
+        boundary = flow.boundaries[-1]
+        tokens = _tokens_of(flow, boundary, state)
+        last = boundary.unpack(state)
+        stubs = [_Stub(layer, lambda *_, **__: last) for layer in decoder_layers(self.model)]
+        with self._layers_replaced(stubs):
             return self.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _targets_by_layer(self) -> dict[int | None, list[str]]:
@@ -162,27 +179,46 @@ class LayerStream:
 
     def _forward_of(self, index: int, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         @torch.no_grad()
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            shape = hidden.shape[:2]
-            if shape not in self._arguments:
-                self.initial_hidden(torch.zeros(shape, dtype=torch.int64))
-            call = self._arguments[shape][index]
-            output = module(hidden, *call.args, **call.kwargs)
-            if isinstance(output, tuple):
-                if any(extra is not None for extra in output[1:]):
-                    raise unsupported(
-                        self.shape.model_type, "its layers return more than hidden states"
-                    )
-                output = output[0]
+        def forward(state: torch.Tensor) -> torch.Tensor:
+            flow = self.flow(state.shape[1])
+            before, after = flow.boundaries[index], flow.boundaries[index + 1]
+            tokens = _tokens_of(flow, before, state)
+            found = self._stop_at(index, tokens, before.unpack(state), nn.Module.__call__)
+            output = after.pack(found)
             if not are_finite(output):
                 raise CorruptArtifactError(
                     f"layer {index} gives hidden states that are not finite",
                     hint="its weights are finite, so it overflows in float32: download the "
                     "checkpoint again, or use another version of the model",
                 )
-            return output  # type: ignore[no-any-return]
+            return _with_tokens(flow, output, tokens)
 
         return forward
+
+    def _stop_at(
+        self, index: int, tokens: torch.Tensor, given: Any, run: Callable[..., Any]
+    ) -> Any:
+        """Return `run` of one layer and of the arguments that the model calls it with.
+
+        Args:
+            index: decoder-layer index.
+            tokens: [B, S] int64.
+            given: output of the layer before; for the first one, its hidden states, or None.
+            run: function of the layer and its arguments.
+        """
+
+        def stop(layer: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            is_replaced = index == 0 and given is not None
+            raise _Stopped(run(layer, given if is_replaced else hidden, *args, **kwargs))
+
+        stubs = [_Stub(layer, lambda *_, **__: given) for layer in decoder_layers(self.model)]
+        stubs[index].answer = stop
+        try:
+            with self._layers_replaced(stubs):
+                self.model(input_ids=tokens, use_cache=False)
+        except _Stopped as stopped:
+            return stopped.output
+        raise AssertionError(f"the model did not call layer {index}")
 
     def _drop(self, names: list[str]) -> None:
         for name in names:
@@ -195,7 +231,7 @@ class LayerStream:
                 module._parameters[leaf] = nn.Parameter(meta, requires_grad=False)
 
     @contextmanager
-    def _layers_replaced(self, layers: list[Any]) -> Iterator[None]:
+    def _layers_replaced(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         owner = decoder(self.model)
         real = owner.layers
         owner.layers = nn.ModuleList(layers)
@@ -204,25 +240,32 @@ class LayerStream:
         finally:
             owner.layers = real
 
-    def _require_plain(self, tap: "_Tap", hidden: torch.Tensor, tokens: torch.Tensor) -> None:
-        if tap.hidden is not hidden:
-            raise unsupported(self.shape.model_type, "the hidden states change between its layers")
-        for value in (*tap.args, *tap.kwargs.values()):
-            if value is tokens or isinstance(value, dict | list):
-                reason = "its layers pass each other more than hidden states"
-                raise unsupported(self.shape.model_type, reason)
-        tap.hidden = None
+
+def _echo(call: LayerCall) -> torch.Tensor:
+    """Answer with something that depends on all that experts depend on."""
+    return call.hidden * call.weight.sum() * call.index.sum()
 
 
-class _Tap(nn.Module):
-    """Replacement of a decoder layer that returns its input and keeps its arguments."""
+def _with_tokens(flow: LayerFlow, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    if not flow.needs_tokens:
+        return state
+    return torch.cat([state, tokens[..., None].to(state.dtype)], dim=-1)
 
-    def __init__(self, real: nn.Module) -> None:
+
+def _tokens_of(flow: LayerFlow, boundary: Boundary, state: torch.Tensor) -> torch.Tensor:
+    """Return the token ids [B, S] that a state holds; zeros where nothing looks at them."""
+    if not flow.needs_tokens:
+        return torch.zeros(state.shape[:2], dtype=torch.int64)
+    return state[..., boundary.width].to(torch.int64)
+
+
+class _Stub(nn.Module):
+    """Replacement of a decoder layer."""
+
+    def __init__(self, real: nn.Module, answer: Callable[..., Any]) -> None:
         super().__init__()
         self.__dict__["real"] = real  # not as a submodule, which would expose its weights
-        self.hidden: torch.Tensor | None = None
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
+        self.answer = answer
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -230,19 +273,14 @@ class _Tap(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["real"], name)  # e.g. attention_type
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the hidden states unchanged."""
-        self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
-        return hidden_states
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the answer, a function of the real layer and its arguments."""
+        return self.answer(self.__dict__["real"], hidden_states, *args, **kwargs)
 
 
-class _Feed(_Tap):
-    """Replacement of the last decoder layer that returns given hidden states."""
+class _Stopped(Exception):
+    """End of a forward pass behind the only layer that runs."""
 
-    def __init__(self, hidden: torch.Tensor, real: nn.Module) -> None:
-        super().__init__(real)
-        self.__dict__["given"] = hidden
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the given hidden states."""
-        return self.__dict__["given"]  # type: ignore[no-any-return]
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output

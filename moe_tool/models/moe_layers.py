@@ -28,6 +28,8 @@ SUPPORTED = (
     "gpt_oss",
 )
 """Tested model types; others work if they use transformers' experts interface in the same way"""
+_BATCHED_ROUTERS = frozenset({"AfmoeTokenChoiceRouter", "ZayaRouter"})
+"""Classes of routers that take [B, S, H] only"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +58,15 @@ class MoeLayerModules:
     logits_position: int
     """Position of the logits in the router's output."""
 
+    @property
+    def chooses_by_token(self) -> bool:
+        """Whether token ids choose the experts, so that `route` cannot."""
+        return "input_ids" in _argument_names(type(self.router).forward)
+
     def route(self, hidden: torch.Tensor) -> Routed:
         """Apply the router to hidden states [T, H] of this or another layer."""
+        if type(self.router).__name__ in _BATCHED_ROUTERS:
+            hidden = hidden[None]
         return self.read_output(self.router(hidden, **self._extra_arguments()))
 
     def read_output(self, output: Sequence[torch.Tensor]) -> Routed:

@@ -34,6 +34,13 @@ class LayerCall:
     """[T, K] gate weights"""
     router_logits: torch.Tensor | None
     """[T, E] router logits; None if the router did not run before its experts"""
+    router_input: torch.Tensor | None = None
+    """[T, H] input of the router, if it is another than the experts' input"""
+
+    @property
+    def routed_hidden(self) -> torch.Tensor:
+        """Hidden states that the router chose by, [T, H]."""
+        return self.hidden if self.router_input is None else self.router_input
 
     def find_present(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return valid experts, [T, K], and the mask of slots with an expert, [T, K] bool; None if
@@ -162,7 +169,10 @@ def _caller(
     modules: MoeLayerModules, answer: Callable[[LayerCall], torch.Tensor]
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     def call(hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logits = modules.router.__dict__.pop(_ROUTED_ATTRIBUTE, None)
+        logits, seen = modules.router.__dict__.pop(_ROUTED_ATTRIBUTE, (None, None))
+        is_same = (
+            seen is None or seen.shape == hidden.shape and seen.data_ptr() == hidden.data_ptr()
+        )
         return answer(
             LayerCall(
                 layer=modules.layer,
@@ -171,6 +181,7 @@ def _caller(
                 index=index,
                 weight=weight,
                 router_logits=logits,
+                router_input=None if is_same else seen,
             )
         )
 
@@ -178,7 +189,11 @@ def _caller(
 
 
 def _keep_logits(modules: MoeLayerModules) -> Callable[..., None]:
-    def keep(router: nn.Module, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-        object.__setattr__(router, _ROUTED_ATTRIBUTE, output[modules.logits_position])
+    def keep(
+        router: nn.Module, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]
+    ) -> None:
+        logits, seen = output[modules.logits_position], inputs[0]
+        kept = (logits.flatten(0, -2), seen.flatten(0, -2))
+        object.__setattr__(router, _ROUTED_ATTRIBUTE, kept)
 
     return keep

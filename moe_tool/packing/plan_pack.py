@@ -14,6 +14,7 @@ from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.packing.in_place import placed_forms, require_in_place
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
 from moe_tool.packing.pack_memory import plan_pack_memory
@@ -67,12 +68,7 @@ def plan_pack(
     if plan is not None:
         require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
     primaries = primary_forms(options, opened.shape, opened.experts.kept_precision())
-    if options.channels is not None and plan is not None:
-        raise UsageError(
-            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
-            "channels",
-            hint="leave one of them out",
-        )
+    _require_no_channels(options)
     replicas = _replicas(options, primaries, opened.shape)
     reason = _needs_tokens(options, primaries, replicas)
     if reason is not None and profile.tokens is None:
@@ -85,6 +81,7 @@ def plan_pack(
         n_tokens=0 if tokens is None else tokens.ids.size,
         is_nested=primaries.is_nested,
         in_place=options.in_place,
+        in_turn_bytes=SkeletonLoader(folder, opened.checkpoint).in_turn_bytes,
         asked=options.memory_bytes,
     )
     forms = planned_forms(primaries.experts, replicas)
@@ -113,13 +110,24 @@ def plan_pack(
     )
 
 
+def _require_no_channels(options: PackOptions) -> None:
+    """Refuse experts in channels beside a plan."""
+    if options.channels is not None and options.plan is not None:
+        raise UsageError(
+            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
+            "channels",
+            hint="leave one of them out",
+        )
+
+
 def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) -> _Replicas:
     """Return the experts of each replica: those with a dearer primary form, if a plan has a use for
     it."""
-    too_wide = [f.rank for f in options.replicas if f.kind == "low-rank" and f.rank > shape.hidden]
+    ranks = [form.rank for form in options.replicas if form.kind == "low-rank"]
+    too_wide = [rank for rank in ranks if rank > shape.expert_hidden]
     if too_wide:
         raise UsageError(
-            f"--replicas rank{max(too_wide)}: the model is {shape.hidden} wide",
+            f"--replicas rank{max(too_wide)}: the experts are {shape.expert_hidden} wide",
             hint="a rank that saves something is a small part of the width",
         )
     planned = None if options.plan is None else planned_residents(options.plan, options.replicas)

@@ -15,13 +15,19 @@ from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.plan_pack import PackJob
+from moe_tool.packing.prove_bundle import BundleProof, prove_bundle
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
 from moe_tool.progress import SILENT, Progress
 
-# Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
-# folder is copied.
-_MODEL_FILES = ("config.json", "generation_config.json")
+# Everything a tokenizer, a chat template or `generate` may read, and how weights are quantized;
+# nothing else of the checkpoint's folder is copied.
+_MODEL_FILES = (
+    "config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "generation_config.json",
+)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -59,6 +65,8 @@ class PackReport:
     """Experts with too few routed tokens, fitted to other experts' tokens"""
     resumed_records: int
     """Records taken over from an interrupted run"""
+    proof: BundleProof | None
+    """Predictions compared with the checkpoint's; None: the bundle was finished before"""
     source: Path | None
     """Folder of the checkpoint if the bundle needs it, because experts stay in its files"""
 
@@ -82,7 +90,8 @@ def write_bundle(
     Raises:
         UsageError: the bundle's folder holds something else.
         DiskFullError: the bundle would not fit on the disk.
-        CorruptArtifactError, StorageError: the checkpoint is damaged, or a disk refuses.
+        CorruptArtifactError: the checkpoint is damaged, or the bundle does not compute the same.
+        StorageError: a disk refuses.
     """
     start = time.perf_counter()
     skeleton = SkeletonWork(opened, job.skeleton)
@@ -91,27 +100,21 @@ def write_bundle(
     resumed = writer.n_written
     unrouted: list[ExpertKey] = []
     if not writer.finished:
-        written = (form for form, _, _ in writer.to_write if form not in job.spec.placed)
-        records = sum(writer.forms[form].layout.size_bytes for form in written)
-        require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
-        try:
-            if job.tokens is None:
-                write_records(writer, opened, job.quantizer, progress, in_place=in_place)
-            else:
-                unrouted = write_calibrated(
-                    writer, opened, job, job.tokens, progress, in_place=in_place
-                )
-        finally:
-            writer.suspend()
-        skeleton.write(writer, progress)
-        for name, data in _companions(job.folder, job.tokenizer):
-            writer.add_file(name, data)
+        unrouted = _write(job, opened, writer, skeleton, progress, in_place)
+    proofs: list[BundleProof] = []
+
+    def prove(folder: Path) -> None:
+        progress.begin("prove the bundle", None, "")
+        proofs.append(prove_bundle(job.folder, opened, folder))
+        progress.end()
+
     manifest = writer.finish(
         heat=job.profile.heat,
         buddies=job.buddies,
         prices=job.profile.prices,
         plan=job.plan,
         profile_sha256=job.profile.sha256,
+        prove=prove,
     )
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
     return PackReport(
@@ -127,8 +130,37 @@ def write_bundle(
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
+        proof=proofs[0] if proofs else None,
         source=job.folder if job.spec.placed else None,
     )
+
+
+def _write(
+    job: PackJob,
+    opened: OpenedModel,
+    writer: BundleWriter,
+    skeleton: SkeletonWork,
+    progress: Progress,
+    in_place: InPlace | None,
+) -> list[ExpertKey]:
+    """Write everything but the manifest; return experts with too few routed tokens."""
+    written = (form for form, _, _ in writer.to_write if form not in job.spec.placed)
+    records = sum(writer.forms[form].layout.size_bytes for form in written)
+    require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
+    unrouted: list[ExpertKey] = []
+    try:
+        if job.tokens is None:
+            write_records(writer, opened, job.quantizer, progress, in_place=in_place)
+        else:
+            unrouted = write_calibrated(
+                writer, opened, job, job.tokens, progress, in_place=in_place
+            )
+    finally:
+        writer.suspend()
+    skeleton.write(writer, progress)
+    for name, data in _companions(job.folder, job.tokenizer):
+        writer.add_file(name, data)
+    return unrouted
 
 
 def _error(manifest: BundleManifest) -> float | None:

@@ -27,7 +27,7 @@ class HiddenStates:
         Args:
             folder: working folder of the profile.
             n_rows: tokens of all batches together.
-            hidden: H.
+            hidden: H, or the width of all that layers hand on.
             in_memory: keep the rows in memory and copy them to the file at each commit; else work
                 on the files themselves.
         """
@@ -58,7 +58,12 @@ class HiddenStates:
         return rows
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """Set rows of the *next* boundary; `commit` makes it the current one."""
+        """Set rows of the *next* boundary; `commit` makes it the current one.
+
+        Rows narrower than H, of shorter sequences in some models, are padded with zeros.
+        """
+        if rows.shape[1] < self._hidden:
+            rows = torch.nn.functional.pad(rows, (0, self._hidden - rows.shape[1]))
         if self._rows is not None:
             self._rows[start : start + len(rows)] = rows
             return

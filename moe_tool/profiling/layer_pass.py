@@ -5,7 +5,7 @@ import torch
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import LayerTrace
-from moe_tool.errors import CorruptArtifactError
+from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.moe_layers import MoeLayerModules
@@ -68,7 +68,7 @@ class LayerPass:
             tensors = self._opened.experts.read(layer.layer, expert)
             self._experts[expert] = {n: FloatWeight(values=t) for n, t in tensors.items()}
         later = [modules for modules in self._stream.moe_layers if modules.layer > layer.layer]
-        self._next = later[:NEXT_GATES]
+        self._next = [modules for modules in later[:NEXT_GATES] if not modules.chooses_by_token]
         rule = router_rule(layer.moe, self._stream.model.config)
         self._rule = rule if rule is not None and rule.scores_differ else None
         self._recording = LayerRecording(
@@ -125,11 +125,18 @@ class LayerPass:
 
     def _record(self, call: LayerCall, first_row: int) -> None:
         assert self._recording is not None and call.router_logits is not None
+        n_choices, n_experts = call.router_logits.shape[1], self._opened.shape.experts
+        if n_choices != n_experts:
+            raise UnsupportedModelError(
+                f"{self._opened.shape.model_type!r} is not profiled: its routers choose among "
+                f"{n_choices}, and it has {n_experts} experts",
+                hint="pack it without a profile; the bundle runs exactly",
+            )
         self._recording.add(
             first_row,
             call,
             score=None if self._rule is None else self._rule.selection_scores(call.router_logits),
-            next_index=[modules.route(call.hidden).index for modules in self._next],
+            next_index=[modules.route(call.routed_hidden).index for modules in self._next],
         )
 
 

@@ -39,7 +39,7 @@ class LayerRecording:
             next_gate_index=np.zeros((n_next_gates, *by_choice), np.uint16),
         )
         self.sample_rows = sample_rows
-        self.sample_input = torch.zeros(len(sample_rows), shape.hidden)  # [n, H]
+        self.sample_input = torch.zeros(len(sample_rows), shape.expert_hidden)  # [n, H]
 
     def add(
         self,

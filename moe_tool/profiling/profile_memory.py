@@ -38,13 +38,14 @@ class ProfileMemory:
 
 
 def plan_profile_memory(
-    opened: OpenedModel, *, n_rows: int, n_tokens: int, seq_len: int, asked: int | None
+    opened: OpenedModel, *, n_rows: int, width: int, n_tokens: int, seq_len: int, asked: int | None
 ) -> ProfileMemory:
     """Return how the budget is divided.
 
     Args:
         opened: the checkpoint; its non-layer tensors are counted as loaded already.
         n_rows: rows of hidden states.
+        width: W, numbers in such a row.
         n_tokens: T, rows of a layer's trace.
         seq_len: S; a batch holds at least one sequence.
         asked: the budget in bytes; None: DEFAULT_SHARE of what the process can reach.
@@ -57,7 +58,7 @@ def plan_profile_memory(
     budget = asked if asked is not None else int(DEFAULT_SHARE * reachable)
     # Masks of a sequence, and its score matrices where no fused attention takes them.
     score_bytes = 4 * (2 + 3 * opened.unfused_attention_heads) * seq_len * seq_len
-    per_sequence = seq_len * _bytes_per_token(opened) + score_bytes
+    per_sequence = seq_len * _bytes_per_token(opened, width) + score_bytes
     shape = opened.shape
     pass_lines = {
         "one layer": _layer_bytes(opened),
@@ -70,7 +71,7 @@ def plan_profile_memory(
     largest = max(pass_lines, logits, key=lambda parts: sum(parts.values()))
     lines = name_lines({"process": used, **largest, "margin": _MARGIN_BYTES})
     require_budget(f"profiling {opened.identity.name}", budget, lines)
-    hidden = n_rows * shape.hidden * 4
+    hidden = n_rows * width * 4
     room = budget - sum_lines(lines)
     in_memory = hidden <= min(_HIDDEN_SHARE * budget, room)
     if in_memory:
@@ -95,11 +96,9 @@ def _layer_bytes(opened: OpenedModel) -> int:
     return stored + 4 * 4 * largest + skeleton + opened.decode_bytes
 
 
-def _bytes_per_token(opened: OpenedModel) -> int:
+def _bytes_per_token(opened: OpenedModel, width: int) -> int:
     """Activations of one token in one layer, float32: attention, all slots' inner and outer
     products, the copies between."""
     shape = opened.shape
     inner = max(tensor.shape[0] for tensor in shape.expert_tensors)
-    return 4 * (
-        16 * shape.hidden + shape.top_k * (2 * inner + 3 * shape.hidden) + 4 * shape.experts
-    )
+    return 4 * (16 * width + shape.top_k * (2 * inner + 3 * shape.hidden) + 4 * shape.experts)

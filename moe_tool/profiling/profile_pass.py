@@ -49,23 +49,24 @@ class ProfilePass:
         self._stream = LayerStream(folder, opened.checkpoint)
         self._watched = _watched_sequences(sequences)  # [b, s] int64
         n_tokens, n_watched = sequences.ids.size, self._watched.size
-        shape = opened.shape
-        n_rows = n_tokens + n_watched * (1 + len(shape.layers))
+        n_rows = n_tokens + n_watched * (1 + len(opened.shape.layers))
+        width = max(self._stream.flow(ids.shape[1]).width for ids in (sequences.ids, self._watched))
         self.plan = plan_profile_memory(
             opened,
             n_rows=n_rows,
+            width=width,
             n_tokens=n_tokens,
             seq_len=sequences.ids.shape[1],
             asked=memory_bytes,
         )
-        hidden_bytes = n_rows * shape.hidden * 4
+        hidden_bytes = n_rows * width * 4
         require_free_disk(parts.folder, 2 * hidden_bytes)
         note = f"hidden states: 2 x {format_bytes(hidden_bytes)} in {parts.folder}"
         if not self.plan.hidden_in_memory:
             note += ", worked on there: they exceed a quarter of the budget"
         progress.note(note)
         self._states = HiddenStates(
-            parts.folder, n_rows=n_rows, hidden=shape.hidden, in_memory=self.plan.hidden_in_memory
+            parts.folder, n_rows=n_rows, hidden=width, in_memory=self.plan.hidden_in_memory
         )
         self._pass = LayerPass(
             opened,

@@ -37,7 +37,9 @@ class Foresight:
         decoder layer -> [E] bool, empty if none was removed."""
         guesses = []
         for ahead, modules in enumerate(self.following[call.layer], start=1):
-            routed = modules.route(call.hidden)
+            if modules.chooses_by_token:
+                continue
+            routed = modules.route(call.routed_hidden)
             n_experts = int(modules.experts.num_experts)  # type: ignore[arg-type]
             removed = ~stored[modules.layer].numpy() if stored else np.zeros(n_experts, np.bool_)
             experts = fetch_predicted(routed.index.numpy(), routed.weight.numpy(), removed)

@@ -30,9 +30,9 @@ class Prefetcher:
         """Prefetch the experts predicted for the next layer, once the call's demanded reads have
         begun; changes the store and counts prefetches."""
         modules = self.following.get(call.layer)
-        if modules is None:
+        if modules is None or modules.chooses_by_token:
             return
-        routed = modules.route(call.hidden)
+        routed = modules.route(call.routed_hidden)
         index = routed.index.numpy()  # [T, K]
         resident = store.resident(modules.layer)[PRIMARY]  # [E]
         experts = self.choose(index, routed.weight.numpy(), resident)

@@ -56,6 +56,7 @@ class PairedModel:
         """
         self._opened = opened
         self._stream = LayerStream(folder, opened.checkpoint)
+        self._stream.require_plain("tuning")
         self._stream.set_experts_function(self._answer)
         self._weights: Weights | None = None
         """Experts of the current forward; None: they output zero"""
@@ -135,7 +136,10 @@ class PairedModel:
         (call,) = self._calls
         self._calls.clear()
         answered = call.hidden.float()
-        share = float((found * answered).sum() / answered.square().sum())
+        if found.shape != answered.shape:
+            share = 0.0
+        else:
+            share = float((found * answered).sum() / answered.square().sum())
         if not share or not torch.allclose(
             found, share * answered, rtol=1e-2, atol=1e-3 * abs(share)
         ):

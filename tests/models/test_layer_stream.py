@@ -116,12 +116,3 @@ def test_a_router_asked_again_answers_as_in_the_model(
             hidden = layer.forward(hidden)
             assert (layer.moe is not None) == (layer.layer in stream.shape.layers)
         assert seen == list(stream.shape.layers)
-
-
-def test_batches_of_one_shape_share_their_masks(tiny_checkpoint: Callable[..., Path]) -> None:
-    folder = tiny_checkpoint("gpt_oss")
-    with Checkpoint.open_folder(folder) as checkpoint:
-        stream = LayerStream(folder, checkpoint)
-        for _ in range(50):
-            stream.initial_hidden(batches()[0])
-        assert len(stream._arguments) == 1
