@@ -95,8 +95,7 @@ def write_bundle(
     """
     start = time.perf_counter()
     skeleton = SkeletonWork(opened, job.skeleton)
-    sources = None if in_place is None else in_place.sources
-    writer = BundleWriter.open(job.out, job.spec, sources=sources)
+    writer = BundleWriter.open(job.out, job.spec, sources=in_place and in_place.sources)
     resumed = writer.n_written
     unrouted: list[ExpertKey] = []
     if not writer.finished:
