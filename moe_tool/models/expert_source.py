@@ -77,10 +77,12 @@ class ExpertSource:
         """Return the precision of the experts' codes on disk; None: they are floats, or not all of
         them can be kept as they are.
 
-        One expert of every layer is read.
+        One expert of every layer is read; of the others, headers have to be alike.
         """
         found = set()
         for layer in self._parameters:
+            if not self._are_alike(layer):
+                return None
             weights = self.read_kept(layer, 0)
             try:
                 found.add(None if weights is None else kept_precision(weights))
@@ -129,6 +131,19 @@ class ExpertSource:
             for role, info in places.items():
                 found.setdefault(role, []).append(info)
         return found
+
+    def _are_alike(self, layer: int) -> bool:
+        """Return whether all experts of a layer have codes and scales of the same form."""
+        if not isinstance(self._checkpoint, LogicalCheckpoint):
+            return True
+        for name in self._parameters[layer]:
+            forms = {
+                tuple(self._checkpoint.form_of(piece.name) for piece in pieces)
+                for pieces in self._map.pieces_of_experts(layer, name)
+            }
+            if len(forms) != 1:
+                return False
+        return True
 
     def _row_order(
         self, layer: int, parameter: str, expert: int, parts: Sequence[KeptWeight]

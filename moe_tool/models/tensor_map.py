@@ -104,6 +104,10 @@ class TensorMap:
             return by_expert[None], True
         return by_expert[expert], False
 
+    def pieces_of_experts(self, layer: int, parameter: str) -> list[list[Piece]]:
+        """Return `expert_pieces` of every expert; one list if they lie in the same tensors."""
+        return list(self._experts[self._full_names[layer, parameter]].values())
+
     def expert_tensor_names(self, layer: int) -> list[str]:
         """Return the on-disk names, sorted, of all routed experts of one layer."""
         names: set[str] = set()

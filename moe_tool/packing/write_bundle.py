@@ -95,7 +95,7 @@ def write_bundle(
     """
     start = time.perf_counter()
     skeleton = SkeletonWork(opened, job.skeleton)
-    writer = BundleWriter.open(job.out, job.spec, sources=in_place and in_place.sources)
+    writer = BundleWriter.open(job.out, job.spec, sources=in_place.sources if in_place else None)
     resumed = writer.n_written
     unrouted: list[ExpertKey] = []
     if not writer.finished:

@@ -21,6 +21,7 @@ _NAME = "compressed-tensors"
 _SCALE, _CODES = ".weight_scale", ".weight_packed"
 _LINEAR = "Linear"
 _PATTERN = "re:"
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
 _PACKED = frozenset({"pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"})
 _PLAIN = frozenset({"float-quantized", "int-quantized", "naive-quantized"})
 
@@ -139,6 +140,8 @@ def _group(settings: Mapping[str, Any], group: object) -> _Group:
 
 
 def _pattern(target: str) -> re.Pattern[str]:
+    if _REPEATED_GROUP.search(target):  # such patterns may take for ever on an innocent name
+        raise unread_setting(_NAME, "targets", target)
     try:
         return re.compile(target.removeprefix(_PATTERN))
     except re.error as error:

@@ -12,6 +12,8 @@ from moe_tool.models.stored_formats.stored_tensor import HINT, StoredTensor
 from moe_tool.quantization.kept_codes import KeptWeight
 
 _ITEM_BYTES = 4
+Form = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Role, dtype and shape of each part; empty: not kept"""
 
 
 class LogicalCheckpoint(Checkpoint):
@@ -109,6 +111,14 @@ class LogicalCheckpoint(Checkpoint):
             return self._raw.places(name, row=row)
         row = row if stored.is_stacked else None
         return {role: self._raw.tensors[n].at_row(row) for role, n in stored.parts.items()}
+
+    def form_of(self, name: str) -> Form:
+        """Return dtype and shape of each part on disk: equal ones are kept in one way."""
+        stored = self.stored.get(name)
+        if stored is None or stored.keep is None:
+            return ()
+        parts = {role: self._raw.tensors[part] for role, part in stored.parts.items()}
+        return tuple((role, info.dtype, info.shape) for role, info in sorted(parts.items()))
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of one tensor: float32 if it is decoded, else as on disk.

@@ -79,7 +79,7 @@ def _rows(info: TensorInfo) -> Iterator[tuple[str, int | None]]:
         return
     before, _, matrix = info.name.removesuffix(_WEIGHT).rpartition(_STACK)
     names = next((names for end, names in _NUMBERED.items() if f"{before}.".endswith(end)), {})
-    if matrix not in names or len(info.shape) != 3:
+    if matrix not in names or len(info.shape) != 3 or 0 in info.shape:
         raise refused(info, f"with shape {list(info.shape)} is no stack of experts")
     for expert in range(info.shape[0]):
         yield f"{before}.experts.{expert}.{names[matrix]}{_WEIGHT}", expert

@@ -111,7 +111,9 @@ def code_stacks(weights: dict[str, Floats], _: Encode | None) -> tuple[Tensors, 
     return coded, plain
 
 
-MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], Any, Encode | None]] = {
+Model = tuple[Callable[[], PreTrainedConfig], Any, Encode | None]
+"""Configuration, quantization settings, and the coder of a matrix; None: stacks of MXFP4"""
+MODELS: dict[str, Model] = {
     "fp8": (deepseek_v3, make.FP8_BLOCKS, make.fp8),
     "mxfp4": (gpt_oss, make.MXFP4, None),
     "int4": (qwen3_moe, make.INT4, make.packed_integers),
@@ -125,7 +127,12 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], Any, Encode | None]] = {
 
 def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     """Write a coded checkpoint, and the one in float32 that it stands for."""
-    configure, settings, encode = MODELS[name]
+    return write_model(MODELS[name], folder)
+
+
+def write_model(model_of: Model, folder: Path) -> tuple[Path, Path]:
+    """Write a checkpoint of a tiny random model, coded and in float32."""
+    configure, settings, encode = model_of
     plain_folder, coded_folder = folder / "plain", folder / "coded"
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(configure(), dtype=torch.float32)
@@ -147,7 +154,8 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     coded_folder.mkdir()
     save_file(coded | rest, coded_folder / "model.safetensors", {"format": "pt"})
     config = json.loads((plain_folder / "config.json").read_text())
-    config["quantization" if name == "mlx" else "quantization_config"] = settings
+    key = "quantization_config" if "quant_method" in settings else "quantization"
+    config[key] = settings
     (coded_folder / "config.json").write_text(json.dumps(config))
     tiny_tokenizer().save_pretrained(coded_folder)
     return coded_folder, plain_folder

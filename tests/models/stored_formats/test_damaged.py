@@ -237,6 +237,10 @@ UNREAD: dict[str, tuple[Any, str]] = {
         make.compressed("pack-quantized", ("re:(",), group_size=32),
         r"targets 're:\('",
     ),
+    "a pattern without end": (
+        make.compressed("pack-quantized", (r"re:(\w+\.?)+!",), group_size=32),
+        "targets",
+    ),
     "rotated weights": (make.INT4 | {"transform_config": {"a": 1}}, "transform_config"),
     "modelopt's AWQ": (make.MODELOPT | {"quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ'"),
 }

@@ -141,6 +141,12 @@ REFUSED: dict[str, tuple[dict[str, Any], Tensors, str]] = {
     "empty": ({}, changed(tensors(), ".weight", lambda t: t[:0]), "no groups"),
     "signed": ({}, changed(tensors(), ".weight", lambda t: t.view(torch.int32)), "stored as I32"),
     "no stack": ({}, tensors(STACK), "is no stack of experts"),
+    # its first extent may be anything, since the file has no bytes of it
+    "empty floats": (
+        {},
+        {f"{STACK}.weight": torch.zeros(3, 0, 16).bfloat16()},
+        "is no stack of experts",
+    ),
     "stack of another model": (
         {},
         named(mlx(np.random.default_rng(1), 3, 48, 192), STACK.replace(".mlp", ".ffn")),
