@@ -79,9 +79,7 @@ def write_bundle(
     in_place: InPlace | None = None,
 ) -> PackReport:
     """Compile a checkpoint into a bundle, with one expert in memory, or one layer if codes are
-    fitted.
-
-    An interrupted run is resumed when called again with the same job.
+    fitted. An interrupted run is resumed when called again with the same job.
 
     Args:
         opened: the model of the job; its checkpoint stays open and belongs to the caller.
