@@ -1,32 +1,9 @@
-"""Keys of experts, and the only codec between pairs of numbers and one flat number."""
+"""Keys of experts, and their codec to flat numbers."""
 
 from collections.abc import Sequence
 
-import numpy as np
-
 ExpertKey = tuple[int, int]
 """Key of an expert: (decoder layer, expert)"""
-
-
-class FormIds:
-    """Codec from one layer's (form, expert) pairs to flat numbers, E per form."""
-
-    def __init__(self, n_experts: int) -> None:
-        """Number the forms of E experts."""
-        self.n_experts = n_experts
-
-    def numbers(self, form: np.ndarray, expert: np.ndarray) -> np.ndarray:
-        """Return the flat number of each pair, elementwise."""
-        found: np.ndarray = form * self.n_experts + expert
-        return found
-
-    def number(self, form: int, expert: int) -> int:
-        """Return one expert's flat number in one form."""
-        return form * self.n_experts + expert
-
-    def pair(self, number: int) -> tuple[int, int]:
-        """Return (form, expert) of a flat number."""
-        return divmod(number, self.n_experts)
 
 
 class LayerIds:

@@ -57,19 +57,6 @@ class Answers:
     """[T, K] int64: row of the form that runs, PRIMARY where nothing runs"""
 
 
-def find_present(index: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return `index` and `present` of a `Routing`.
-
-    Args:
-        index: [T, K] experts chosen by the router; E or more is an identity expert.
-        stored: [E] bool, False for removed experts.
-    """
-    n_experts = len(stored)
-    valid = np.minimum(index, n_experts - 1)
-    present: np.ndarray = (index < n_experts) & stored[valid]
-    return valid, present
-
-
 def keep(routing: Routing) -> Answers:
     """Return the exact answers: every slot its wanted expert."""
     return Answers(

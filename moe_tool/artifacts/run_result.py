@@ -19,6 +19,8 @@ class RunSetup(Spread):
     prefetch: str
     sparse_experts: float | None
     """Share of experts' channels to skip; None: none"""
+    activations: str
+    """Precision of tokens in products with a checkpoint's own codes: float32 or int8"""
     threads: int
     memory_budget_bytes: int
     slots: int
@@ -71,7 +73,6 @@ class RunResult:
 
     @property
     def generated_tokens(self) -> int:
-        """Number of generated tokens."""
         return len(self.token_ids)
 
     @property

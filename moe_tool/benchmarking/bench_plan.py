@@ -1,10 +1,8 @@
-"""Tests and session settings that the options of `bench` ask for."""
+"""Options of `bench` and the tests that they ask for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from moe_tool.artifacts.bench_report import CacheState
 from moe_tool.budget.request import AUTO, MemoryRequest
@@ -16,6 +14,7 @@ from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 
 Kind = Literal["pp", "tg"]
+Number = TypeVar("Number", int, float)
 _MAX_THREADS = 1024
 _MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -65,17 +64,6 @@ class SpeedTest:
     def label(self) -> str:
         """Name in the table, in llama-bench's syntax: "tg64 @ d512"."""
         return f"{self.kind}{self.n_tokens}" + (f" @ d{self.depth}" if self.depth else "")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """Options of one session."""
-
-    memory: MemoryRequest
-    threads: int | None
-    eviction: EvictionChoice
-    prefetch: str
-    sparse_experts: float | None = None
 
 
 def list_tests(options: BenchOptions, *, context_limit: int | None) -> tuple[SpeedTest, ...]:
@@ -146,54 +134,19 @@ def refuse_too_long(bundle: Path, options: BenchOptions) -> None:
     list_tests(options, context_limit=limit)
 
 
-def list_settings(options: BenchOptions) -> tuple[Setting, ...]:
-    """Return the settings of all sessions to open."""
-    wanted = product(
-        options.memory,
-        options.threads,
-        options.eviction,
-        options.prefetch,
-        options.sparse_experts,
-    )
-    return tuple(
-        Setting(
-            memory=memory,
-            threads=threads,
-            eviction=eviction,
-            prefetch=prefetch,
-            sparse_experts=sparse,
-        )
-        for memory, threads, eviction, prefetch, sparse in wanted
-    )
-
-
-def parse_numbers(text: str, *, option: str) -> tuple[int, ...]:
-    """Return the numbers of "512,1024".
+def parse_numbers(text: str, number: type[Number], *, option: str) -> tuple[Number, ...]:
+    """Return the numbers of "512,1024" or "0,0.8".
 
     Raises:
-        UsageError: an entry is not an integer.
+        UsageError: an entry is not such a number.
     """
     try:
-        return tuple(int(word) for word in parse_words(text, option=option))
+        return tuple(number(word) for word in parse_words(text, option=option))
     except ValueError as error:
+        what, example = ("whole numbers", "128,512") if number is int else ("numbers", "0,0.8")
         raise UsageError(
-            f"{option} {text}: whole numbers with commas between them are needed",
-            hint=f"{option} 128,512",
-        ) from error
-
-
-def parse_shares(text: str, *, option: str) -> tuple[float, ...]:
-    """Return the numbers of "0,0.8".
-
-    Raises:
-        UsageError: an entry is not a number.
-    """
-    try:
-        return tuple(float(word) for word in parse_words(text, option=option))
-    except ValueError as error:
-        raise UsageError(
-            f"{option} {text}: numbers with commas between them are needed",
-            hint=f"{option} 0,0.8",
+            f"{option} {text}: {what} with commas between them are needed",
+            hint=f"{option} {example}",
         ) from error
 
 
@@ -203,7 +156,7 @@ def parse_words(text: str, *, option: str) -> tuple[str, ...]:
     Raises:
         UsageError: an entry is empty.
     """
-    words: Sequence[str] = [word.strip() for word in text.split(",")]
+    words = tuple(word.strip() for word in text.split(","))
     if not all(words):
         raise UsageError(f"{option} '{text}': an entry of the list is empty")
-    return tuple(words)
+    return words

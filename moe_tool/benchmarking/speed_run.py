@@ -4,6 +4,7 @@ Only forward passes are timed, as in llama-bench: no sampling, no detokenizing.
 """
 
 import inspect
+import os
 import time
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from transformers import DynamicCache
 from moe_tool.artifacts.bench_report import CacheState
 from moe_tool.artifacts.run_stats import PhaseCounters, RunStats
 from moe_tool.benchmarking.bench_plan import SpeedTest
-from moe_tool.benchmarking.page_cache import drop_page_cache
+from moe_tool.errors import StorageError
 from moe_tool.runtime.session import Session
 from moe_tool.runtime.working_set import prefill_chunk
 
@@ -79,5 +80,14 @@ def _make_cold(session: Session) -> None:
     """
     session.empty_cache()
     session.runner.store.load_pinned()
-    folder = session.bundle.folder
-    drop_page_cache(folder / file.name for file in session.manifest.files)
+    for file in session.manifest.files:
+        path = session.bundle.folder / file.name
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}") from error
+        try:
+            os.fsync(handle)  # a page that waits to be written cannot be dropped
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

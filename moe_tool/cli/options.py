@@ -7,6 +7,7 @@ import typer
 
 PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
+Activations = Literal["float32", "int8"]
 
 MAX_CONTEXT = 2**31
 """Largest context that a plan can hold"""
@@ -138,6 +139,14 @@ SparseExpertsOption = Annotated[
         help="Share of an expert's channels to skip while decoding, the least important ones for "
         "the token: 0 to 0.95, for bundles of `pack --sparse-experts`. Changes the text; prompts "
         "are computed in full.",
+    ),
+]
+ActivationsOption = Annotated[
+    Activations,
+    typer.Option(
+        "--activations",
+        help="Precision of tokens in products with a checkpoint's own codes: int8 is faster for "
+        "mxfp4, nvfp4, int4 and int8, and changes the text.",
     ),
 ]
 ThreadsOption = Annotated[

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from moe_tool.artifacts.identity import ModelIdentity
     from moe_tool.artifacts.pack_plan import PackPlan
+    from moe_tool.packing.prove_bundle import BundleProof
     from moe_tool.packing.write_bundle import PackReport
 
 
@@ -172,12 +173,25 @@ def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
         f"and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
     )
+    if report.proof is not None:
+        output.say(_proven(report.proof))
     if report.output_error is not None:
         output.say(f"relative error of the experts' outputs: {report.output_error:.2g}")
     if report.unrouted:
         output.say(_unrouted(report.unrouted))
     sparse = " --sparse-experts 0.7" if is_sparse else ""
     output.say(f'next: moe-tool run {report.bundle}/{sparse} --prompt "The list"')
+
+
+def _proven(proof: "BundleProof") -> str:
+    found = {
+        "equal": "every bit of the logits is the checkpoint's",
+        "close": f"the logits are the checkpoint's, up to {proof.difference:.2g} of rounding",
+    }.get(proof.rule, f"{proof.kl:.3g} nats per token away from the checkpoint")
+    return (
+        f"proven by a forward of {proof.tokens} tokens through both: {found}; "
+        f"{format_bytes(proof.bytes_read)} read, {proof.seconds:.1f} s"
+    )
 
 
 def _unrouted(experts: "Sequence[tuple[int, int]]") -> str:

@@ -10,6 +10,7 @@ import typer
 from moe_tool.cli.console import Output
 from moe_tool.cli.options import (
     MAX_CONTEXT,
+    ActivationsOption,
     BundleArgument,
     EvictionOption,
     GatesOption,
@@ -50,6 +51,7 @@ class RunArguments:
     eviction: EvictionOption = None
     prefetch: PrefetchOption = None
     sparse_experts: SparseExpertsOption = None
+    activations: ActivationsOption = "float32"
     gates: GatesOption = True
     shadow: Annotated[
         int,
@@ -100,6 +102,7 @@ def run(given: RunArguments, output: Output) -> None:
         residency=given.residency,
         prefetch=given.prefetch,
         sparse_experts=given.sparse_experts,
+        activations=given.activations,
         gates=given.gates,
         shadow=given.shadow,
         lossy_prompt=given.lossy_prefill,

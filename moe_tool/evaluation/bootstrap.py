@@ -24,7 +24,7 @@ def bootstrap_interval(
     Args:
         values: [N, ...] measurements, one row per sequence.
         statistic: [R, N, ...] -> [R], the figure of each of R resamples.
-        seed: seed of the resampling; the same seed draws the same sequences for all statistics.
+        seed: the same seed draws the same sequences for all statistics.
         n_resamples: R.
 
     Returns:

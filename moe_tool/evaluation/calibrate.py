@@ -2,16 +2,16 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
+from moe_tool.artifacts.bundle_sections import QualityFigure
 from moe_tool.artifacts.evaluation_report import Figures
 from moe_tool.artifacts.json_fields import object_fields
-from moe_tool.artifacts.quality_figure import QualityFigure
-from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.reachable_budget import enough_tokens, least_share
@@ -31,21 +31,6 @@ _CLOSE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrateOptions:
-    """KL limit, policy, and settings of the measurement."""
-
-    max_kl: float
-    policy: MissChoice = PRICED_POLICY
-    """Policy to search; its parameters other than the strength stay fixed"""
-    tokens: int = 8192
-    seq_len: int = 256
-    memory: MemoryRequest | None = None
-    seed: int = 0
-    threads: int | None = None
-    offline: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """One measured setting."""
 
@@ -53,11 +38,17 @@ class Trial:
     figures: Figures
     domains: Mapping[str, Figures]
     """Figures of each domain of the text"""
+    slots: int
+    """Expert slots"""
 
     @property
     def upper(self) -> float:
         """Upper end of the KL interval, which has to keep the limit."""
         return self.figures.kl_mean.high
+
+
+Measure = Callable[[Iterable[MissChoice]], list[Trial]]
+"""Function that returns a trial per policy, in order"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +76,9 @@ class CalibrationReport:
 def calibrate(
     folder: Path,
     sources: Sequence[TextSource],
-    options: CalibrateOptions,
+    options: EvaluateOptions,
     *,
+    max_kl: float,
     progress: Progress = SILENT,
 ) -> CalibrationReport:
     """Find the strongest setting whose divergence keeps the limit, and write it into the manifest.
@@ -96,36 +88,35 @@ def calibrate(
     calibration changes.
 
     Args:
-        folder: the bundle.
-        sources: the text, one domain each.
-        options: limit and policy.
-        progress: listener.
+        options: settings of the measurement; parameters of the policy (default: priced) other than
+            the strength stay fixed.
+        max_kl: limit in nats per token.
 
     Raises:
         UsageError: the policy has no strength to search, no setting keeps the limit, or the bundle
             lacks what the policy needs.
         BudgetError, DataSourceError, CorruptArtifactError: as `evaluate`.
     """
-    began = time.perf_counter()
-    if not 0 < options.max_kl < 100:
-        raise UsageError(
-            f"--max-kl {options.max_kl:g}: not possible", hint="nats per token, e.g. 0.01"
-        )
+    began, choice = time.perf_counter(), options.policy or PRICED_POLICY
+    if not 0 < max_kl < 100:
+        raise UsageError(f"--max-kl {max_kl:g}: not possible", hint="nats per token, e.g. 0.01")
     with BundleReader.open(folder) as bundle:
         manifest = bundle.manifest
-    bench = _Bench(folder, sources, options, progress)
-    trials = _search(bench, options.policy, _first_grid(options.policy, manifest), options.max_kl)
-    kept = [strength for strength, trial in trials.items() if trial.upper <= options.max_kl]
+    measure = partial(_measure, folder, sources, options, progress)
+    trials = _search(measure, choice, _first_grid(choice, manifest), max_kl)
+    kept = [strength for strength, trial in trials.items() if trial.upper <= max_kl]
     if not kept:
-        raise _out_of_reach(manifest, min(trials.values(), key=_upper), options)
-    best = _best_alternative(bench, trials[max(kept)])
+        raise _out_of_reach(
+            manifest, min(trials.values(), key=lambda trial: trial.upper), max_kl, options.tokens
+        )
+    best = _best_alternative(measure, trials[max(kept)])
     calibration = Calibration(
         policy=best.policy.name,
-        max_kl=options.max_kl,
+        max_kl=max_kl,
         quality=_quality(best.figures),
         domains={name: _quality(figures) for name, figures in best.domains.items()},
         sources=tuple(f"{source.domain}={source.spec}" for source in sources),
-        expert_slots=bench.slots,
+        expert_slots=best.slots,
         nats_per_price=_exchange(best.figures),
     )
     write_json_artifact(folder / MANIFEST, manifest.model_copy(update={"calibration": calibration}))
@@ -138,53 +129,29 @@ def calibrate(
     )
 
 
-class _Bench:
-    """Measures settings of one bundle on one text."""
-
-    def __init__(
-        self,
-        folder: Path,
-        sources: Sequence[TextSource],
-        options: CalibrateOptions,
-        progress: Progress,
-    ) -> None:
-        self._folder = folder
-        self._sources = sources
-        self._options = options
-        self._progress = progress
-        self.slots = 0
-        """Expert slots of the last measurement"""
-
-    def measure(self, policies: tuple[MissChoice, ...]) -> list[Trial]:
-        """Return one trial per setting, in order."""
-        options = self._options
-        report = evaluate(
-            self._folder,
-            self._sources,
-            EvaluateOptions(
-                tokens=options.tokens,
-                seq_len=options.seq_len,
-                memory=options.memory,
-                policy=policies[0],
-                also=policies[1:],
-                exact_fallback=False,
-                residency="frozen",
-                seed=options.seed,
-                threads=options.threads,
-                offline=options.offline,
-            ),
-            progress=self._progress,
-        )
-        self.slots = report.setup.slots
-        rows = {row.policy: row for row in report.rows}
-        found = [(policy, rows[policy.name]) for policy in policies]
-        return [
-            Trial(policy=policy, figures=row.figures, domains=row.domains) for policy, row in found
-        ]
+def _measure(
+    folder: Path,
+    sources: Sequence[TextSource],
+    options: EvaluateOptions,
+    progress: Progress,
+    policies: Iterable[MissChoice],
+) -> list[Trial]:
+    first, *others = policies
+    asked = replace(
+        options, policy=first, also=tuple(others), exact_fallback=False, residency="frozen"
+    )
+    report = evaluate(folder, sources, asked, progress=progress)
+    rows = {row.policy: row for row in report.rows}
+    found = [(policy, rows[policy.name]) for policy in (first, *others)]
+    slots = report.setup.slots
+    return [
+        Trial(policy=policy, figures=row.figures, domains=row.domains, slots=slots)
+        for policy, row in found
+    ]
 
 
 def _search(
-    bench: _Bench, choice: MissChoice, grid: StrengthGrid, max_kl: float
+    measure: Measure, choice: MissChoice, grid: StrengthGrid, max_kl: float
 ) -> dict[float, Trial]:
     """Return all trials by strength."""
     strength = choice.spec.strength
@@ -192,7 +159,7 @@ def _search(
     trials: dict[float, Trial] = {}
     for _ in range(_ROUNDS):
         policies = (choice.with_value(strength.parameter, grid.value(s)) for s in grid.points)
-        trials.update(zip(grid.points, bench.measure(tuple(policies)), strict=True))
+        trials.update(zip(grid.points, measure(policies), strict=True))
         finer = _refine(grid, trials, max_kl)
         if finer is None:
             break
@@ -200,7 +167,7 @@ def _search(
     return trials
 
 
-def _best_alternative(bench: _Bench, best: Trial) -> Trial:
+def _best_alternative(measure: Measure, best: Trial) -> Trial:
     """Return the best of a setting and its policy's alternatives at the same strength."""
     policies = tuple(
         best.policy.with_value(parameter, value)
@@ -209,28 +176,24 @@ def _best_alternative(bench: _Bench, best: Trial) -> Trial:
     )
     if not policies or not best.figures.substitutions_per_token:
         return best
-    return min((best, *bench.measure(policies)), key=_upper)
+    return min((best, *measure(policies)), key=lambda trial: trial.upper)
 
 
-def _upper(trial: Trial) -> float:
-    return trial.upper
-
-
-def _out_of_reach(manifest: BundleManifest, best: Trial, options: CalibrateOptions) -> UsageError:
+def _out_of_reach(
+    manifest: BundleManifest, best: Trial, max_kl: float, asked_tokens: int
+) -> UsageError:
     """Return the refusal: the best trial, and limits, text or memory that would suffice."""
     mean, hints = best.figures.kl_mean.value, [f"--max-kl {best.upper * 1.05:.2g}"]
-    tokens = enough_tokens(best.figures.tokens, mean=mean, upper=best.upper, max_kl=options.max_kl)
+    tokens = enough_tokens(best.figures.tokens, mean=mean, upper=best.upper, max_kl=max_kl)
     if tokens is not None:
-        hints.append(f"--tokens {max(tokens, options.tokens) * 5 // 4}, for a narrower interval")
+        hints.append(f"--tokens {max(tokens, asked_tokens) * 5 // 4}, for a narrower interval")
     book = price_book(manifest)
-    if book is not None and best.policy.residents == "cheapest":
-        share = least_share(
-            manifest, book, max_kl=options.max_kl, nats_per_price=_exchange(best.figures)
-        )
+    if book is not None and best.policy.spec.residents == "cheapest":
+        share = least_share(manifest, book, max_kl=max_kl, nats_per_price=_exchange(best.figures))
         if share is not None:
             hints.append(f"--memory {math.ceil(100 * share)}%, by the price list")
     return UsageError(
-        f"no setting of {best.policy.kind} keeps a KL of {options.max_kl:g}: the best one, "
+        f"no setting of {best.policy.spec.name} keeps a KL of {max_kl:g}: the best one, "
         f"{best.policy.name}, has {mean:.4f} with an upper end of {best.upper:.4f}",
         hint=" or ".join(hints),
     )
@@ -241,7 +204,7 @@ def _first_grid(choice: MissChoice, manifest: BundleManifest) -> StrengthGrid:
     if strength is None:
         able = [name for name, spec in MISS_POLICIES.items() if spec.strength is not None]
         raise UsageError(
-            f"--policy {choice.kind} has no strength to search", hint=f"use {', '.join(able)}"
+            f"--policy {choice.spec.name} has no strength to search", hint=f"use {', '.join(able)}"
         )
     return strength.grid(manifest_inputs(manifest))
 

@@ -51,12 +51,6 @@ def run_harness(
     Seeds python's, numpy's and torch's generators, as lm_eval does. Code of a task runs only from
     lm_eval itself or from beside a named YAML file; none is downloaded.
 
-    Args:
-        folder: the bundle.
-        run: options of the session.
-        options: the tasks.
-        progress: listener.
-
     Raises:
         UsageError: lm_eval is not installed, or a task is unknown or not supported.
         NotFoundError, DataSourceError: the data of a task is missing or unreadable.

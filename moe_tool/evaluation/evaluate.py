@@ -1,7 +1,7 @@
 """Work of `evaluate`: predict a text exactly and under each policy, and compare."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +12,9 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.evaluation_report import EvaluationReport, PolicyRow
-from moe_tool.artifacts.run_result import RunSetup
-from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import BudgetError, UsageError
-from moe_tool.evaluation.controls import policies_to_run
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.evaluation.equal_bytes import compare_at_equal_bytes, dominating, priced_settings
 from moe_tool.evaluation.figures import Measured, summarize
@@ -30,10 +27,12 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import EvictionChoice
-from moe_tool.policies.misses import EXACT_POLICY, MissChoice
+from moe_tool.policies.misses import EXACT_POLICY, MISS_POLICIES, MissChoice, parse_miss_policy
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.policy_choice import manifest_inputs
 from moe_tool.runtime.price_list import price_book
 from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
 from moe_tool.runtime.session import Session, load_session
@@ -70,6 +69,8 @@ class EvaluateOptions:
     eviction: EvictionChoice | None = None
     sparse_experts: float | None = None
     """See RunOptions; every sequence then runs alone"""
+    activations: Activations = "float32"
+    """See RunOptions; the exact answers are computed alike"""
     gates: bool = True
     seed: int = 0
     """Seed of the choice of text, of random policies, and of the bootstrap"""
@@ -81,8 +82,9 @@ class EvaluateOptions:
 class _Asked:
     """The measurement to make, from options, bundle and text."""
 
-    manifest: BundleManifest
     policy: MissChoice
+    names: dict[MissChoice, str]
+    """Policies of the table, with their names there"""
     residency: Residency
     tokenizer: Any
     text: TokenSequences
@@ -107,11 +109,7 @@ def evaluate(
     alone (see `TokenCosts`).
 
     Args:
-        folder: the bundle.
-        sources: the text, one domain each.
-        options: policies and settings.
         reference: the checkpoint that the bundle was packed from, for KL(checkpoint || bundle).
-        progress: listener.
 
     Raises:
         UsageError: options contradict each other, the bundle or the model.
@@ -121,17 +119,20 @@ def evaluate(
         CorruptArtifactError: the bundle or the checkpoint is damaged.
     """
     start = time.perf_counter()
-    with BundleReader.open(folder) as bundle:
-        asked = _read(bundle, sources, options, progress)
-        ran = _run(bundle, asked, options, reference=reference, progress=progress)
-    sparse = "" if options.sparse_experts is None else f", sparse {options.sparse_experts:g}"
-    rows = {
-        policy: _row(ran.names[policy] + sparse, measured, asked.text, options.seed)
-        for policy, measured in ran.measured.items()
-    }
+    with ExitStack() as stack:
+        bundle = stack.enter_context(BundleReader.open(folder))
+        asked, source = _read(bundle, sources, options, progress), None
+        if reference is not None:
+            source = SourceModel(reference, bundle.manifest, asked.ids, progress=progress)
+            stack.callback(source.close)
+        session = _open(bundle, asked, options, source is not None, progress)
+        stack.enter_context(session)
+        measured, skipped = _measure(session, asked, options, source, progress)
+        setup, decode = run_setup(session), session.runner.stats.decode
+    rows = _rows(measured, asked, options)
     return EvaluationReport(
         bundle=str(folder),
-        setup=replace(ran.setup, policy=rows[asked.policy].policy),
+        setup=replace(setup, policy=rows[asked.policy].policy),
         gates=options.gates,
         seed=options.seed,
         sequences=len(asked.ids),
@@ -139,9 +140,9 @@ def evaluate(
         rows=tuple(rows.values()),
         at_no_more_bytes=compare_at_equal_bytes(rows) if options.controls else (),
         dominating=dominating(rows) if options.controls else (),
-        skipped=ran.skipped,
-        sparsity=ran.decode.sparsity,
-        whole_bytes_per_token=ran.decode.whole_bytes_per_token,
+        skipped=skipped,
+        sparsity=decode.sparsity,
+        whole_bytes_per_token=decode.whole_bytes_per_token,
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
     )
@@ -154,8 +155,13 @@ def _read(
     progress: Progress,
 ) -> _Asked:
     folder, manifest = bundle.folder, bundle.manifest
-    if options.sparse_experts is not None:
-        _check_sparse(options)
+    is_alone = not (options.controls or options.also or options.residency == "frozen")
+    if options.sparse_experts is not None and not is_alone:
+        raise UsageError(
+            f"--sparse-experts {options.sparse_experts:g} cannot be combined with --controls or "
+            "--residency frozen: it is measured alone, sequence by sequence",
+            hint="leave the others out",
+        )
     policy = options.policy or default_policy(manifest)
     tokenizer = load_tokenizer(folder)
     longest = context_length(read_config(folder).get_text_config())
@@ -175,8 +181,8 @@ def _read(
     )
     usual: Residency = "frozen" if options.controls else default_residency(policy)
     return _Asked(
-        manifest=manifest,
         policy=policy,
+        names=_policies(policy, manifest, options, progress),
         residency=options.residency or usual,
         tokenizer=tokenizer,
         text=text,
@@ -184,77 +190,41 @@ def _read(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ran:
-    """Results of the closed session."""
+def _policies(
+    policy: MissChoice, manifest: BundleManifest, options: EvaluateOptions, progress: Progress
+) -> dict[MissChoice, str]:
+    """Return the policies of the table with their names there: the requested one, its controls, and
+    `priced` at several strengths.
 
-    measured: dict[MissChoice, Measured]
-    names: dict[MissChoice, str]
-    skipped: dict[str, str]
-    setup: RunSetup
-    decode: PhaseCounters
-
-
-def _run(
-    bundle: BundleReader,
-    asked: _Asked,
-    options: EvaluateOptions,
-    *,
-    reference: LocatedModel | None,
-    progress: Progress,
-) -> _Ran:
-    with ExitStack() as stack:
-        source = None
-        if reference is not None:
-            source = stack.enter_context(
-                SourceModel(reference, asked.manifest, asked.ids, progress=progress)
-            )
-        wanted = _policies(asked, options, progress)
-        session = _open(bundle, asked, options, has_source=source is not None, progress=progress)
-        stack.enter_context(session)
-        policies, skipped = _runnable(session, wanted, asked, progress)
-        measured = measure_policies(
-            session,
-            policies,
-            residency=asked.residency,
-            ids=asked.ids,
-            source=source,
-            exact_fallback=options.exact_fallback,
-            progress=progress,
-        )
-        setup, decode = run_setup(session), session.runner.stats.decode
-    return _Ran(measured=measured, names=wanted, skipped=skipped, setup=setup, decode=decode)
-
-
-def _check_sparse(options: EvaluateOptions) -> None:
-    if options.controls or options.also or options.residency == "frozen":
-        raise UsageError(
-            f"--sparse-experts {options.sparse_experts:g} cannot be combined with --controls or "
-            "--residency frozen: it is measured alone, sequence by sequence",
-            hint="leave the others out",
-        )
-
-
-def _policies(asked: _Asked, options: EvaluateOptions, progress: Progress) -> dict[MissChoice, str]:
-    """Return the requested policy, its controls, and `priced` at several strengths."""
-    names = policies_to_run(asked.policy, asked.manifest, controls=options.controls)
-    frontier = priced_settings(price_book(asked.manifest)) if options.controls else ()
-    if options.controls and not frontier:
+    Of the controls exact comes first: it shows the bytes that the same residency reads without
+    lossy answers. Then come the policy's own controls, or else all policies marked as controls:
+    random and drop are baselines for any choice of stand-in, next-ranked is one that needs no buddy
+    map.
+    """
+    if not options.controls:
+        return {each: each.name for each in (policy, *options.also)}
+    frontier = priced_settings(price_book(manifest))
+    if not frontier:
         progress.note(_NO_PRICES)
-    return {policy: policy.name for policy in (*names, *frontier, *options.also)} | names
+    own = policy.spec.controls
+    found = None if own is None else own(policy.values, manifest_inputs(manifest))
+    if found is None:
+        found = tuple(name for name, spec in MISS_POLICIES.items() if spec.in_controls)
+    names = {each: each.name for each in (EXACT_POLICY, policy)}
+    names |= {parse_miss_policy(name): name for name in found}
+    return {each: each.name for each in (*names, *frontier, *options.also)} | names
 
 
 def _open(
     bundle: BundleReader,
     asked: _Asked,
     options: EvaluateOptions,
-    *,
     has_source: bool,
     progress: Progress,
 ) -> Session:
     """Open the session with the largest batch of sequences that the budget allows."""
     n_sequences, seq_len = asked.ids.shape
-    vocabulary = asked.manifest.shape.vocabulary
+    vocabulary = bundle.manifest.shape.vocabulary
     per_sequence = (2 if has_source else 1) * seq_len * vocabulary * 4
     batch = 1
     if asked.residency == "frozen":
@@ -264,11 +234,12 @@ def _open(
     if has_source:
         scratch += seq_len * vocabulary * 4
     run = RunOptions(
-        memory=options.memory or _planned_slots(asked.manifest, progress),
+        memory=options.memory or _planned_slots(bundle.manifest, progress),
         policy=EXACT_POLICY,
         residency=asked.residency,
         eviction=options.eviction,
         sparse_experts=options.sparse_experts,
+        activations=options.activations,
         gates=options.gates,
         seed=options.seed,
         threads=options.threads,
@@ -297,16 +268,21 @@ def _planned_slots(manifest: BundleManifest, progress: Progress) -> MemoryReques
     return MemoryRequest(kind="slots", n_slots=n_slots)
 
 
-def _runnable(
-    session: Session, wanted: dict[MissChoice, str], asked: _Asked, progress: Progress
-) -> tuple[list[MissChoice], dict[str, str]]:
-    """Return the policies that the bundle can run, and the reasons against the other controls.
+def _measure(
+    session: Session,
+    asked: _Asked,
+    options: EvaluateOptions,
+    source: SourceModel | None,
+    progress: Progress,
+) -> tuple[dict[MissChoice, Measured], dict[str, str]]:
+    """Return the measurements of the policies that the bundle can run, and the reasons against the
+    other controls.
 
     Raises:
         UsageError: the bundle cannot run the requested policy.
     """
     kept, skipped = [], {}
-    for policy, name in wanted.items():
+    for policy, name in asked.names.items():
         try:
             session.use_policy(policy, residency=asked.residency)
         except UsageError as error:
@@ -316,16 +292,32 @@ def _runnable(
             progress.note(f"{name} is skipped: {error.message}")
         else:
             kept.append(policy)
-    return kept, skipped
-
-
-def _row(name: str, measured: Measured, text: TokenSequences, seed: int) -> PolicyRow:
-    everything = np.ones(len(text.ids), dtype=bool)
-    return PolicyRow(
-        policy=name,
-        figures=summarize(measured, everything, seed=seed),
-        domains={
-            domain: summarize(measured, text.domain == index, seed=seed)
-            for index, domain in enumerate(text.domains)
-        },
+    measured = measure_policies(
+        session,
+        kept,
+        residency=asked.residency,
+        ids=asked.ids,
+        source=source,
+        exact_fallback=options.exact_fallback,
+        progress=progress,
     )
+    return measured, skipped
+
+
+def _rows(
+    measured: Mapping[MissChoice, Measured], asked: _Asked, options: EvaluateOptions
+) -> dict[MissChoice, PolicyRow]:
+    sparse = "" if options.sparse_experts is None else f", sparse {options.sparse_experts:g}"
+    text, seed = asked.text, options.seed
+    everything = np.ones(len(text.ids), dtype=bool)
+    return {
+        policy: PolicyRow(
+            policy=asked.names[policy] + sparse,
+            figures=summarize(found, everything, seed=seed),
+            domains={
+                domain: summarize(found, text.domain == index, seed=seed)
+                for index, domain in enumerate(text.domains)
+            },
+        )
+        for policy, found in measured.items()
+    }

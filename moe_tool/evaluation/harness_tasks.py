@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_tool.errors import DataSourceError, MoeToolError, NotFoundError, UsageError
-from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden
 from moe_tool.progress import Progress
+from moe_tool.text.hub_datasets import why_offline
 
 _FEWSHOT_SEED = 1234
 """Seed that lm_eval uses, so that a task has its usual examples"""
@@ -39,7 +39,6 @@ def load_tasks(
     """Return tasks, groups and group_map, as lm_eval's own `load` does.
 
     Args:
-        options: the tasks.
         refused: the list that `no_downloaded_metrics` yields.
         is_online: whether the hub may be used.
 
@@ -152,8 +151,8 @@ def _cannot_load(
     is_missing = isinstance(error, (ConnectionError, datasets.exceptions.DatasetNotFoundError))
     if is_missing and not is_online:
         return NotFoundError(
-            f"task '{name}': {_why_offline(options)}, and its data is not in the local cache "
-            f"({reason})",
+            f"task '{name}': {why_offline(offline=options.offline)}, and its data is not in the "
+            f"local cache ({reason})",
             hint="run it once on a machine with network, or give a task of your own with local "
             "data",
         )
@@ -162,14 +161,6 @@ def _cannot_load(
         f"task '{name}' cannot be loaded: {reason}",
         hint="`lm_eval validate --tasks NAME` gives details",
     )
-
-
-def _why_offline(options: HarnessOptions) -> str:
-    if options.offline:
-        return "--offline forbids the network"
-    if hub_is_forbidden():
-        return "HF_HUB_OFFLINE forbids the network"
-    return f"{hub_endpoint()} does not answer"
 
 
 def _downloaded_metric(name: str) -> UsageError:

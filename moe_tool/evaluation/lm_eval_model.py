@@ -1,10 +1,9 @@
 """Adapter of a bundle to EleutherAI's lm-evaluation-harness, with misses in the loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -70,10 +69,8 @@ class BundleLM(TemplateLM):
         """Check the bundle; its weights are loaded later.
 
         Args:
-            folder: the bundle.
             options: options of the session; its context limits the length of requests.
             decode_context: whether log-likelihoods feed the context token by token too.
-            progress: listener.
 
         Raises:
             CorruptArtifactError, NotFoundError: the bundle is damaged or missing.
@@ -117,12 +114,7 @@ class BundleLM(TemplateLM):
     def __enter__(self) -> "BundleLM":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -166,17 +158,14 @@ class BundleLM(TemplateLM):
         Args:
             requests: Instances of (context, answer). Contexts that are too long are cut at the
                 beginning.
-            disable_tqdm: unused.
 
         Raises:
             DataSourceError: an answer has no tokens, or more than the context length.
         """
         scored = []
-        self._progress.begin("loglikelihood", len(requests), "requests")
-        for request in requests:  # one by one, so that only one is in memory as token ids
+        # One by one, so that only one is in memory as token ids.
+        for request in self._in_turn("loglikelihood", requests):
             scored += super().loglikelihood([request], disable_tqdm=True)
-            self._progress.advance()
-        self._progress.end()
         return scored
 
     def loglikelihood_rolling(
@@ -189,11 +178,9 @@ class BundleLM(TemplateLM):
 
         Args:
             requests: Instances of (text,).
-            disable_tqdm: unused.
         """
         sums = []
-        self._progress.begin("loglikelihood_rolling", len(requests), "requests")
-        for request in requests:
+        for request in self._in_turn("loglikelihood_rolling", requests):
             (text,) = request.args
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -203,8 +190,6 @@ class BundleLM(TemplateLM):
             )
             pairs = [make_disjoint_window(window) for window in windows]
             sums.append(sum(self._score(context, answer)[0] for context, answer in pairs))
-            self._progress.advance()
-        self._progress.end()
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -213,19 +198,23 @@ class BundleLM(TemplateLM):
         Args:
             requests: Instances of (context, generation arguments). Contexts that are too long are
                 cut at the beginning. Sampling is seeded by the position in the list.
-            disable_tqdm: unused.
 
         Raises:
             UsageError: an argument is not supported, or there is no room for the answer.
         """
-        texts = []
-        self._progress.begin("generate_until", len(requests), "requests")
-        for index, request in enumerate(requests):
-            context, arguments = request.args
-            texts.append(self._generate(context, arguments, seed=self._options.seed + index))
+        seed = self._options.seed
+        return [
+            self._generate(*request.args, seed=seed + index)
+            for index, request in enumerate(self._in_turn("generate_until", requests))
+        ]
+
+    def _in_turn(self, task: str, requests: Sequence[Any]) -> Iterator[Any]:
+        """Yield the requests and report progress."""
+        self._progress.begin(task, len(requests), "requests")
+        for request in requests:
+            yield request
             self._progress.advance()
         self._progress.end()
-        return texts
 
     def _loglikelihood_tokens(
         self,

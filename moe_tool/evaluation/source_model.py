@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import TracebackType
 
 import torch
 
@@ -38,10 +37,8 @@ class SourceModel:
         """Push every sequence through the whole checkpoint.
 
         Args:
-            model: the checkpoint.
             manifest: manifest of the bundle.
             ids: [N, S] int64.
-            progress: listener.
 
         Raises:
             WrongModelError: the bundle was made from another model.
@@ -71,17 +68,6 @@ class SourceModel:
     def close(self) -> None:
         """Close the checkpoint."""
         self._checkpoint.close()
-
-    def __enter__(self) -> "SourceModel":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _push(self, ids: torch.Tensor, progress: Progress) -> list[torch.Tensor]:
         """Run groups of sequences through the layers; a layer's experts are read once per group."""

@@ -124,7 +124,6 @@ def exact_logits(session: Session, ids: torch.Tensor) -> torch.Tensor:
     Exact answers do not depend on the order of work, so many positions go through at once.
 
     Args:
-        session: an open session.
         ids: [B, S] int64.
     """
     n_sequences, seq_len = ids.shape

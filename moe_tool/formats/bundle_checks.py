@@ -57,8 +57,12 @@ class CheckedBundle:
     skeleton: Mapping[str, TensorInfo]
 
 
-def check_bundle(folder: Path) -> CheckedBundle:
+def check_bundle(folder: Path, *, is_finished: bool = True) -> CheckedBundle:
     """Check a manifest against names, sizes and headers of its files.
+
+    Args:
+        folder: the bundle.
+        is_finished: whether a bundle that is still being written is refused.
 
     Raises:
         NotFoundError: there is no such folder.
@@ -66,8 +70,9 @@ def check_bundle(folder: Path) -> CheckedBundle:
         ArtifactVersionError: its manifest has another schema version.
         StorageError: it cannot be read.
     """
-    with reading(folder):
-        _require_finished(folder)
+    if is_finished:
+        with reading(folder):
+            _require_finished(folder)
     manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
     _require_known_sections(folder, manifest)
     _check_policies(folder, manifest)

@@ -229,8 +229,12 @@ class BundleWriter:
         lineage: tuple[TunedWeights, ...] = (),
         sections: Mapping[str, Section] | None = None,
         profile_sha256: str | None,
+        prove: Callable[[Path], None] | None = None,
     ) -> BundleManifest:
-        """Write the manifest and give the bundle its name."""
+        """Write the manifest and give the bundle its name.
+
+        `prove` is given the folder with everything in it; its error keeps the bundle from its name.
+        """
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
         assert self.n_written == len(self._plan.order)
@@ -258,7 +262,10 @@ class BundleWriter:
         )
         with storage_errors(self._folder):
             write_json_artifact(self._folder / MANIFEST, manifest)
-            (self._folder / JOURNAL).unlink()
+        if prove is not None:
+            prove(self._folder)
+        with storage_errors(self._folder):
+            (self._folder / JOURNAL).unlink()  # with it, a resume begins before the proof
             self._rename()
         return manifest
 

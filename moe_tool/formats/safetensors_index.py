@@ -40,6 +40,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -47,7 +48,6 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
     "U16": 2,
-    "U32": 4,
     "U64": 8,
     "C64": 8,
     "F8_E4M3FNUZ": 1,
@@ -275,6 +275,14 @@ class Checkpoint:
         data = bytearray(info.size_bytes)
         self._read_into(info, data, info.offset, None)
         return bytes(data)
+
+    def copied(self, name: str) -> list[TensorInfo]:
+        """Return the tensors on disk that a copy of a tensor needs."""
+        return [self.tensors[name]]
+
+    def read_copied(self, name: str) -> bytes:
+        """Return the bytes of a tensor that `copied` named."""
+        return self.read_bytes(name)
 
     def extra_bytes(self, name: str) -> int:
         """Return the bytes that reading a tensor holds beside it."""

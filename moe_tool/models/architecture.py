@@ -27,7 +27,7 @@ from moe_tool.models.moe_layers import (
     top_k,
 )
 from moe_tool.models.skeleton_source import SkeletonSource
-from moe_tool.models.stored_formats.registry import as_logical, open_checkpoint
+from moe_tool.models.stored_formats.registry import open_checkpoint, read_as_declared
 from moe_tool.models.tensor_map import TensorMap
 from moe_tool.models.unused_tensors import warnings_of
 
@@ -98,7 +98,7 @@ def check_headers(folder: Path, checkpoint: Checkpoint) -> None:
         NotFoundError, UnsupportedModelError, CorruptArtifactError: as `open_model`.
     """
     meta = build_meta_model(folder)
-    _check(meta, as_logical(checkpoint, folder, read_raw_config(folder)))
+    _check(meta, read_as_declared(checkpoint, folder, read_raw_config(folder)))
 
 
 def _check(

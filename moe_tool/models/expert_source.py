@@ -64,6 +64,15 @@ class ExpertSource:
         """
         return {name: self._read(layer, name, expert) for name in self._parameters[layer]}
 
+    @property
+    def are_coded(self) -> bool:
+        """Whether some experts are stored in codes that are decoded when they are read."""
+        return isinstance(self._checkpoint, LogicalCheckpoint) and any(
+            name in self._checkpoint.stored
+            for layer in self._parameters
+            for name in self.tensor_names(layer)
+        )
+
     def kept_precision(self) -> KeptPrecision | None:
         """Return the precision of the experts' codes on disk; None: they are floats, or not all of
         them can be kept as they are.

@@ -1,7 +1,8 @@
 """Loader of everything but the routed experts: check and measure, then read tensor by tensor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,12 @@ from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import read_shape, structure
 from moe_tool.models.generation_settings import read_generation_settings
 from moe_tool.models.meta_model import build_meta_model
-from moe_tool.models.moe_layers import MoeLayerModules, unsupported
+from moe_tool.models.moe_layers import (
+    MoeLayerModules,
+    decoder_layers,
+    decoder_prefix,
+    unsupported,
+)
 from moe_tool.models.skeleton import (
     Skeleton,
     assign,
@@ -114,6 +120,15 @@ class SkeletonLoader:
         """Stored bytes of the largest group of tensors, which loading needs beside `held_bytes`."""
         return max((self._reading_bytes(step) for step in self._steps), default=0)
 
+    @property
+    def in_turn_bytes(self) -> int:
+        """Most bytes that `load_in_turn` and a forward hold of the skeleton, reading included."""
+        held = {
+            layer: sum(step.held_bytes for step in steps)
+            for layer, steps in self._steps_by_layer().items()
+        }
+        return held.pop(None, 0) + max(held.values(), default=0) + self.largest_bytes
+
     def load(self) -> Skeleton:
         """Read the skeleton, in at most `held_bytes` plus `largest_bytes`; call it once.
 
@@ -121,19 +136,57 @@ class SkeletonLoader:
             CorruptArtifactError: a tensor is damaged.
             StorageError: a tensor cannot be read.
         """
-        model = self._model
+        found = self._begin(self._steps)
+        _require_loaded(self._model)
+        generation = read_generation_settings(self._folder)
+        self._model.generation_config = generation or self._model.generation_config
+        return found
+
+    def load_in_turn(self) -> Skeleton:
+        """Read everything outside the decoder layers, for one forward of the whole model.
+
+        A layer is read when the forward reaches it, and emptied when it is done; in the end, so is
+        the model. Call this once.
+
+        Raises:
+            CorruptArtifactError, StorageError: as `load`, here and in the forward.
+        """
+        by_layer = self._steps_by_layer()
+        found = self._begin(by_layer.get(None, []))
+        for index, layer in enumerate(decoder_layers(self._model)):
+            steps = by_layer.get(index, [])
+            layer.register_forward_pre_hook(partial(self._load_layer, steps))
+            layer.register_forward_hook(_empty)
+        self._model.register_forward_hook(_empty)  # it refers to itself, and would stay a while
+        return found
+
+    def _begin(self, steps: Iterable[_Step]) -> Skeleton:
         remove_experts(self._layers)
-        make_unsaved_buffers(model)
-        for step in self._steps:
+        make_unsaved_buffers(self._model)
+        self._load_steps(steps)
+        self._tie()
+        hook_routers(self._layers)
+        return Skeleton(model=self._model, shape=self._shape, layers=self._layers)
+
+    def _load_steps(self, steps: Iterable[_Step]) -> None:
+        for step in steps:
             if step.is_codes:
                 self._load_codes(step.target)
             else:
                 self._load_group(step.target)
-        self._tie()
-        _require_loaded(model)
-        model.generation_config = read_generation_settings(self._folder) or model.generation_config
-        hook_routers(self._layers)
-        return Skeleton(model=model, shape=self._shape, layers=self._layers)
+
+    def _load_layer(self, steps: Iterable[_Step], layer: nn.Module, args: object) -> None:
+        self._load_steps(steps)
+
+    def _steps_by_layer(self) -> dict[int | None, list[_Step]]:
+        """Group the steps by decoder layer; None: all outside layers."""
+        prefix = decoder_prefix(self._model)
+        found: dict[int | None, list[_Step]] = {}
+        for step in self._steps:
+            is_inside = step.target.startswith(prefix)
+            layer = int(step.target.removeprefix(prefix).split(".")[0]) if is_inside else None
+            found.setdefault(layer, []).append(step)
+        return found
 
     def _reading_bytes(self, step: _Step) -> int:
         """Return the bytes held while a group is read: its tensors, and one as it is decoded."""
@@ -289,6 +342,12 @@ def _require_shape(
             hint="use the config.json that was packed with the experts",
         )
     return wanted
+
+
+def _empty(module: nn.Module, args: object, output: object) -> None:
+    """Drop the weights of a module that has run."""
+    for held in (module._modules, module._parameters, module._buffers):
+        held.clear()
 
 
 def _require_loaded(model: PreTrainedModel) -> None:

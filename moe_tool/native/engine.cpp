@@ -62,9 +62,9 @@ class Scratch {
 struct TokenScratch {
   Scratch<int8_t> codes;
   Scratch<float> scales;
-  Scratch<int32_t> sums;
+  Scratch<int32_t> sums, lane_sums;
   Scratch<uint8_t> tables;
-  Scratch<float> values, lane_sums;
+  Scratch<float> values;
 };
 TokenScratch input_scratch, inner_scratch;
 Scratch<float> product_scratch, inner_floats, input_floats;

@@ -168,33 +168,33 @@ struct Avx2 {
   static Floats bytes(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(wide(p)), _mm256_cvtepi32_ps(wide(p + 8))};
   }
-  // As half of another exponent: no number is too small for that.
+  // Numbers times 2**-8, which half has the exponents for.
   static Floats e4m3(const uint8_t* p) {
     const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     const __m256i half = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(short(0xBFFF)));
-    const __m256 factor = _mm256_set1_ps(256.0f);
-    return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), factor),
-            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), factor)};
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)),
+            _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
   }
   static Floats exponents(const uint8_t* p) {
     const __m256i least = _mm256_set1_epi32(1 << 22);
     return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(wide(p), 23), least)),
             _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(wide(p + 8), 23), least))};
   }
+  static Sums load_sums(const int32_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
   static Bytes look_up(Bytes table, Bytes index) {
     return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
   }
-  static __m256i dot_half(__m256i low, __m256i a, __m256i high, __m256i b, int factor) {
-    return _mm256_add_epi32(
-        _mm256_madd_epi16(_mm256_maddubs_epi16(low, a), _mm256_set1_epi16(1)),
-        _mm256_madd_epi16(_mm256_maddubs_epi16(high, b), _mm256_set1_epi16(short(factor))));
+  static __m256i dot_half(__m256i sum, __m256i low, __m256i a, __m256i high, __m256i b, int by) {
+    const __m256i one = _mm256_set1_epi16(1), factor = _mm256_set1_epi16(short(by));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(low, a), one));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(high, b), factor));
   }
-  static Sums dot_nibbles(Bytes low, Bytes a, Bytes high, Bytes b) {
-    return {dot_half(low.a, a.a, high.a, b.a, 1), dot_half(low.b, a.b, high.b, b.b, 1)};
+  static Sums dot_nibbles(Sums s, Bytes low, Bytes a, Bytes high, Bytes b) {
+    return {dot_half(s.a, low.a, a.a, high.a, b.a, 1), dot_half(s.b, low.b, a.b, high.b, b.b, 1)};
   }
-  static Sums dot_bytes(Bytes u, Bytes a) {  // in two halves: 2 * 255 * 127 needs more than 16 bits
+  static Sums dot_bytes(Sums s, Bytes u, Bytes a) {  // in two halves: 2 * 255 * 127 needs more than 16 bits
     const Bytes low = field<0, 15>(u), high = field<4, 15>(u);
-    return {dot_half(low.a, a.a, high.a, a.a, 16), dot_half(low.b, a.b, high.b, a.b, 16)};
+    return {dot_half(s.a, low.a, a.a, high.a, a.a, 16), dot_half(s.b, low.b, a.b, high.b, a.b, 16)};
   }
   // `n` numbers, up to eight, over the lanes, each for as many neighbours.
   using Spread = Bytes;

@@ -149,9 +149,9 @@ struct Scalar {
   static Floats bytes(const uint8_t* p) {
     return each([&](int i) { return float(p[i]); });
   }
-  static Floats e4m3(const uint8_t* p) {  // as half of another exponent
+  static Floats e4m3(const uint8_t* p) {  // numbers times 2**-8, which half has the exponents for
     return each([&](int i) {
-      return 256.0f * half_to_float(uint16_t((p[i] & 128) << 8 | (p[i] & 127) << 7));
+      return half_to_float(uint16_t((p[i] & 128) << 8 | (p[i] & 127) << 7));
     });
   }
   static Floats exponents(const uint8_t* p) {
@@ -161,13 +161,18 @@ struct Scalar {
     for (uint8_t& b : index.v) b = table.v[b];
     return index;
   }
-  static Sums dot_bytes(const Bytes& u, const Bytes& a) {
-    Sums sum{};
+  static Sums load_sums(const int32_t* p) {
+    Sums x;
+    memcpy(x.v, p, sizeof x.v);
+    return x;
+  }
+  static Sums dot_bytes(Sums sum, const Bytes& u, const Bytes& a) {
     for (int i = 0; i < 64; ++i) sum.v[i / 4] += int32_t(u.v[i]) * int8_t(a.v[i]);
     return sum;
   }
-  static Sums dot_nibbles(const Bytes& low, const Bytes& a, const Bytes& high, const Bytes& b) {
-    return add<8>(dot_bytes(low, a), dot_bytes(high, b));
+  static Sums dot_nibbles(const Sums& sum, const Bytes& low, const Bytes& a, const Bytes& high,
+                          const Bytes& b) {
+    return dot_bytes(dot_bytes(sum, low, a), high, b);
   }
   // `n` numbers over the lanes, each for as many neighbours.
   using Spread = int;

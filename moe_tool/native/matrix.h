@@ -74,7 +74,8 @@ struct KeptTokens {
   int8_t* codes;  // [tokens][padded]
   float* scales;  // [tokens][groups]
   int32_t* sums;  // [tokens][groups]
-  float* lane_sums;  // [tokens][parts][16]: sums of the codes that meet in a lane
+  // [tokens][parts][16]: sums of the codes that meet in a lane, times what the weight makes of them
+  int32_t* lane_sums;
   int32_t padded;
 };
 

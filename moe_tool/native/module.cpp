@@ -37,21 +37,24 @@ struct PackedKept {
 };
 enum Flags : int32_t { kFloatZero = 1, kDivisor = 2, kIntegers = 4 };
 
-const float kNumbers[3][16] = {
+const float kNumbers[4][16] = {
     {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f,
      -4.0f, -6.0f},
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
     {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
      -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
      0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f}};
+     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}};  // int4 without zeros
 
 bool read_kept(const char* data, moe::KeptMatrix* out) {
   PackedKept k;
   std::memcpy(&k, data, sizeof k);
+  const bool is_centred = k.code_kind == moe::kInt4 && !k.zeros;
+  const int table = is_centred ? 3 : k.code_kind >= 0 && k.code_kind < 3 ? k.code_kind : 0;
   *out = {pointer<uint8_t>(k.codes), pointer<void>(k.scales), pointer<void>(k.zeros),
           pointer<float>(k.global_scale),
-          kNumbers[k.code_kind >= 0 && k.code_kind < 3 ? k.code_kind : 0],
+          kNumbers[table],
           k.n_outputs, k.n_inputs, k.code_kind, k.scale_kind, k.rows, k.columns,
           k.zeros && (k.flags & kFloatZero), (k.flags & kDivisor) != 0, (k.flags & kIntegers) != 0};
   const bool is_integer = k.code_kind == moe::kInt4 || k.code_kind == moe::kInt8;

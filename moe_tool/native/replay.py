@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.native import kernels
 
 COMPILED = {
@@ -24,47 +25,37 @@ _N_PARAMETERS = 4
 class Calls:
     """Layer calls described for the compiled replay; keeps the arrays alive."""
 
-    def __init__(
-        self,
-        *,
-        n_layers: int,
-        n_experts: int,
-        layer: np.ndarray,
-        start: np.ndarray,
-        keys: np.ndarray,
-        scores: np.ndarray | None = None,
-        guess_start: np.ndarray | None = None,
-        guesses: np.ndarray | None = None,
-    ) -> None:
-        """Check the arrays of an `AccessTrace` and describe them.
+    def __init__(self, trace: AccessTrace) -> None:
+        """Check the arrays of a trace and describe them.
 
         Raises:
             ValueError: they do not fit together.
         """
-        self.n_calls, self.n_keys = len(layer), n_layers * n_experts
-        _require(n_layers > 0 and n_experts > 0, "there are no experts")
-        _require(not self.n_calls or _within(layer, n_layers), "a layer does not exist")
-        _require_ranges(start, keys, self.n_calls, self.n_keys)
-        if guess_start is not None and guesses is not None:
-            _require_ranges(guess_start, guesses, self.n_calls, self.n_keys)
-            owner = np.repeat(layer, np.diff(guess_start))
+        self.trace = trace
+        n_experts, layer, guesses = trace.n_experts, trace.layer, trace.guesses
+        _require(trace.n_layers > 0 and n_experts > 0, "there are no experts")
+        _require(not len(layer) or _within(layer, trace.n_layers), "a layer does not exist")
+        _require_ranges(trace, trace.start, trace.keys)
+        if trace.guess_start is not None and guesses is not None:
+            _require_ranges(trace, trace.guess_start, guesses)
+            owner = np.repeat(layer, np.diff(trace.guess_start))
             _require(bool((guesses // n_experts > owner).all()), "a guess is not about a layer on")
-        if scores is not None:
-            _require(scores.shape == (self.n_calls, n_experts), "the scores have another shape")
+        if trace.scores is not None:
+            right_shape = trace.scores.shape == (trace.n_calls, n_experts)
+            _require(right_shape, "the scores have another shape")
         self._arrays = [
             None if array is None else np.ascontiguousarray(array, dtype=dtype)
             for array, dtype in (
                 (layer, np.int32),
-                (start, np.int64),
-                (keys, np.int32),
-                (scores, np.uint16),
-                (guess_start, np.int64),
+                (trace.start, np.int64),
+                (trace.keys, np.int32),
+                (trace.scores, np.uint16),
+                (trace.guess_start, np.int64),
                 (guesses, np.int32),
             )
         ]
-        self.n_accesses = len(keys)
         addresses = [_address(array) for array in self._arrays]
-        self.packed = struct.pack("=q2i6Q", self.n_calls, n_layers, n_experts, *addresses)
+        self.packed = struct.pack("=q2i6Q", trace.n_calls, trace.n_layers, n_experts, *addresses)
 
 
 def compiled_replay(
@@ -76,8 +67,8 @@ def compiled_replay(
     per_layer: bool,
     pinned: np.ndarray | None,
     prefetch_depth: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return hits, prefetches and prefetch hits of every call, [C] uint16 each.
+) -> CallCounts:
+    """Return the counts of every call.
 
     Args:
         eviction: key of COMPILED.
@@ -90,9 +81,9 @@ def compiled_replay(
     """
     _require(eviction in COMPILED, f"{eviction} is not compiled")
     values = [*parameters, *([0] * (_N_PARAMETERS - len(parameters)))]
-    counts = [np.zeros(calls.n_calls, np.uint16) for _ in range(3)]
+    counts, n_keys = CallCounts.zeros(calls.trace.n_calls), calls.trace.n_keys
     held = None if pinned is None else np.ascontiguousarray(pinned, np.uint8)
-    _require(held is None or len(held) == calls.n_keys, "the pinned experts have another number")
+    _require(held is None or len(held) == n_keys, "the pinned experts have another number")
     kernels.compiled().replay(
         calls.packed,
         COMPILED[eviction],
@@ -101,9 +92,9 @@ def compiled_replay(
         per_layer,
         prefetch_depth,
         _address(held),
-        *(_address(array) for array in counts),
+        *(_address(each) for each in (counts.hits, counts.prefetches, counts.prefetch_hits)),
     )
-    return counts[0], counts[1], counts[2]
+    return counts
 
 
 def compiled_stack_depths(calls: Calls, next_use: np.ndarray | None) -> np.ndarray:
@@ -112,8 +103,9 @@ def compiled_stack_depths(calls: Calls, next_use: np.ndarray | None) -> np.ndarr
     Args:
         next_use: [A] int64, next call of the same expert, for Belady's policy; None: LRU.
     """
-    _require(next_use is None or len(next_use) == calls.n_accesses, "the next uses do not fit")
-    depths = np.zeros(calls.n_accesses, np.int32)
+    n_accesses = len(calls.trace.keys)
+    _require(next_use is None or len(next_use) == n_accesses, "the next uses do not fit")
+    depths = np.zeros(n_accesses, np.int32)
     upcoming = None if next_use is None else np.ascontiguousarray(next_use, np.int64)
     kernels.compiled().stack_depths(calls.packed, _address(upcoming), _address(depths))
     return depths
@@ -124,11 +116,11 @@ def _require(holds: bool, complaint: str) -> None:
         raise ValueError(complaint)
 
 
-def _require_ranges(start: np.ndarray, keys: np.ndarray, n_calls: int, n_keys: int) -> None:
-    _require(len(start) == n_calls + 1, "the calls have no beginnings")
+def _require_ranges(trace: AccessTrace, start: np.ndarray, keys: np.ndarray) -> None:
+    _require(len(start) == trace.n_calls + 1, "the calls have no beginnings")
     ends_right = int(start[0]) == 0 and int(start[-1]) == len(keys)
     _require(ends_right and bool((np.diff(start) >= 0).all()), "the calls' keys do not add up")
-    _require(not len(keys) or _within(keys, n_keys), "an expert does not exist")
+    _require(not len(keys) or _within(keys, trace.n_keys), "an expert does not exist")
 
 
 def _within(values: np.ndarray, limit: int) -> bool:

@@ -12,6 +12,11 @@ from moe_tool.packing.plan_pack import plan_pack
 from moe_tool.packing.write_bundle import PackReport, write_bundle
 from moe_tool.progress import SILENT, Progress
 
+_DECODED = (
+    "native: the codes of these experts cannot be kept as they are (the kernels do not know their "
+    "format, or experts differ in it), so they are written as float32, four times --bits 8"
+)
+
 
 def pack_bundle(
     model: LocatedModel,
@@ -61,4 +66,6 @@ def pack_opened(
         progress.note(warning)
     inputs = read_pack_inputs(profile, buddies, opened.identity, opened.shape)
     job = plan_pack(options, opened, folder, inputs, tokenizer=tokenizer)
+    if opened.experts.are_coded and any(f.precision.kind == "native" for f in job.spec.forms):
+        progress.note(_DECODED)
     return write_bundle(job, opened, progress)

@@ -21,6 +21,10 @@ _WORKING_COPIES = 6
 remainder, and two temporaries"""
 _SQUARES = 7
 """Matrices [in, in] in float32: second moments, damped, ordered, factor, inverse and its factor"""
+PROOF_TOKENS = 4
+"""Tokens of the forward that proves a bundle: few, since each reads K experts of every layer"""
+_PROOF_COPIES = 4
+"""Logits of all tokens in 64 bits: of both forwards, and as probabilities"""
 _NESTED_SQUARES = 3
 """Matrices [in, in] of the whole codes, kept while the base's are made"""
 
@@ -36,13 +40,19 @@ class PackMemory:
 
 
 def plan_pack_memory(
-    opened: OpenedModel, *, n_tokens: int, is_nested: bool = False, asked: int | None
+    opened: OpenedModel,
+    *,
+    n_tokens: int,
+    is_nested: bool = False,
+    in_turn_bytes: int = 0,
+    asked: int | None,
 ) -> PackMemory:
     """Return the memory that packing will take.
 
     Args:
         n_tokens: tokens of the profile that go through the model; 0: none do.
         is_nested: codes are chosen for two widths at once.
+        in_turn_bytes: most bytes of the skeleton that a forward holds, one layer at a time.
         asked: the budget in bytes; None: no limit, all tokens are used.
 
     Raises:
@@ -59,12 +69,15 @@ def plan_pack_memory(
     parts = {"process": used, "margin": _MARGIN_BYTES}
     if opened.decode_bytes:
         parts["decoding of one matrix"] = opened.decode_bytes
+    # The forward that proves the bundle: a layer of the skeleton and an expert, being read.
+    logits = 8 * PROOF_TOKENS * _PROOF_COPIES * shape.vocabulary
+    proof = sum(parts.values()) + in_turn_bytes + record + read_ahead + logits
     if not n_tokens:
         largest = max(n_out * n_in for n_out, n_in in matrices)
         one = record + copies * largest + read_ahead
         parts["one expert, and the next"] = max(one, 3 * max(skeleton, default=0))
-        _require(opened, asked, parts)
-        return PackMemory(needed_bytes=sum(parts.values()), hidden_bytes=0)
+        needed = _require(opened, asked, parts, proof)
+        return PackMemory(needed_bytes=needed, hidden_bytes=0)
     squares = 4 * (_SQUARES + (_NESTED_SQUARES if is_nested else 0))
     inner = max(n_out for n_out, _ in matrices)
     n_batch, n_fitted = min(_BATCH_TOKENS, n_tokens), min(_FITTED_TOKENS, n_tokens)
@@ -78,16 +91,17 @@ def plan_pack_memory(
     parts["a batch, or one expert with its inputs"] = max(batch, record + given + working)
     fixed = sum(parts.values())
     least = 3 * 4 * min(_LEAST_TOKENS, n_tokens) * shape.hidden
-    _require(opened, asked, parts | {"hidden states": least})
+    _require(opened, asked, parts | {"hidden states": least}, proof)
     most = min(MOST_HIDDEN_BYTES, 4 * n_tokens * shape.hidden)
     hidden = most if asked is None else min(most, (asked - fixed) // 3)
-    return PackMemory(needed_bytes=fixed + 3 * hidden, hidden_bytes=hidden)
+    return PackMemory(needed_bytes=max(fixed + 3 * hidden, proof), hidden_bytes=hidden)
 
 
-def _require(opened: OpenedModel, asked: int | None, parts: dict[str, int]) -> None:
-    require_budget(
+def _require(opened: OpenedModel, asked: int | None, parts: dict[str, int], proof: int) -> int:
+    return require_budget(
         f"packing {opened.identity.name}",
         asked,
         name_lines(parts),
+        peak_bytes=proof,
         instead="a --quantizer that needs no inputs" if "one layer" in parts else None,
     )

@@ -31,7 +31,7 @@ def require_plan_fits(
             f"{asked[0]} and {asked[1]}",
             hint="leave the bits to the plan, or plan again with these",
         )
-    if parse_eviction(plan.eviction).pinned_share and not has_heat:
+    if parse_eviction(plan.eviction).spec.pinned_share and not has_heat:
         raise UsageError(
             f"the plan's {plan.eviction} pins the experts that a profile found hot, and there is "
             "no profile",

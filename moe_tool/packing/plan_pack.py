@@ -14,6 +14,7 @@ from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
 from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
@@ -83,6 +84,7 @@ def plan_pack(
         opened,
         n_tokens=0 if tokens is None else tokens.ids.size,
         is_nested=primaries.is_nested,
+        in_turn_bytes=SkeletonLoader(folder, opened.checkpoint).in_turn_bytes,
         asked=options.memory_bytes,
     )
     return PackJob(

@@ -1,4 +1,4 @@
-"""Writer of a skeleton: matrices quantized if wanted, the rest as in the checkpoint."""
+"""Writer of a skeleton: matrices quantized if wanted, the rest byte for byte as on disk."""
 
 from dataclasses import replace
 
@@ -40,10 +40,10 @@ class SkeletonWork:
             names = source.other_names
             for group in source.groups:
                 self._plan_group(group, precision)
-        infos = [opened.checkpoint.tensors[name] for name in names]
+        infos = {info.name: info for name in names for info in opened.checkpoint.copied(name)}
         self._entries = [
             SkeletonEntry(name=i.name, dtype=i.dtype, shape=i.shape, size_bytes=i.size_bytes)
-            for i in infos
+            for i in infos.values()
         ]
         self._entries += [
             SkeletonEntry(
@@ -89,7 +89,7 @@ class SkeletonWork:
 
     def _read(self, name: str) -> bytes | memoryview:
         if name not in self._parts:
-            return self._opened.checkpoint.read_bytes(name)
+            return self._opened.checkpoint.read_copied(name)
         group, _ = self._parts[name]
         if self._made[0] is not group:
             self._made = (None, {})  # free one group before the next is made

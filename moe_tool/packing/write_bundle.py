@@ -14,13 +14,19 @@ from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.packing.plan_pack import PackJob
+from moe_tool.packing.prove_bundle import BundleProof, prove_bundle
 from moe_tool.packing.skeleton_work import SkeletonWork
 from moe_tool.packing.write_records import write_calibrated, write_records
 from moe_tool.progress import SILENT, Progress
 
-# Everything a tokenizer, a chat template or `generate` may read; nothing else of the checkpoint's
-# folder is copied.
-_MODEL_FILES = ("config.json", "generation_config.json")
+# Everything a tokenizer, a chat template or `generate` may read, and how weights are quantized;
+# nothing else of the checkpoint's folder is copied.
+_MODEL_FILES = (
+    "config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "generation_config.json",
+)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,6 +64,8 @@ class PackReport:
     """Experts with too few routed tokens, fitted to other experts' tokens"""
     resumed_records: int
     """Records taken over from an interrupted run"""
+    proof: BundleProof | None
+    """Predictions compared with the checkpoint's; None: the bundle was finished before"""
 
 
 def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT) -> PackReport:
@@ -72,32 +80,28 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     Raises:
         UsageError: the bundle's folder holds something else.
         DiskFullError: the bundle would not fit on the disk.
-        CorruptArtifactError, StorageError: the checkpoint is damaged, or a disk refuses.
+        CorruptArtifactError: the checkpoint is damaged, or the bundle does not compute the same.
+        StorageError: a disk refuses.
     """
     start = time.perf_counter()
     skeleton = SkeletonWork(opened, job.skeleton)
     writer = BundleWriter.open(job.out, job.spec)
     resumed = writer.n_written
-    unrouted: list[ExpertKey] = []
-    if not writer.finished:
-        records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
-        require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
-        try:
-            if job.tokens is None:
-                write_records(writer, opened, job.quantizer, progress)
-            else:
-                unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
-        finally:
-            writer.suspend()
-        skeleton.write(writer, progress)
-        for name, data in _companions(job.folder, job.tokenizer):
-            writer.add_file(name, data)
+    unrouted = [] if writer.finished else _write(writer, job, opened, skeleton, progress)
+    proofs: list[BundleProof] = []
+
+    def prove(folder: Path) -> None:
+        progress.begin("prove the bundle", None, "")
+        proofs.append(prove_bundle(job.folder, opened, folder))
+        progress.end()
+
     manifest = writer.finish(
         heat=job.profile.heat,
         buddies=job.buddies,
         prices=job.profile.prices,
         plan=job.plan,
         profile_sha256=job.profile.sha256,
+        prove=prove,
     )
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
     return PackReport(
@@ -113,7 +117,32 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
+        proof=proofs[0] if proofs else None,
     )
+
+
+def _write(
+    writer: BundleWriter,
+    job: PackJob,
+    opened: OpenedModel,
+    skeleton: SkeletonWork,
+    progress: Progress,
+) -> list[ExpertKey]:
+    """Write all files but the manifest; return experts with too few routed tokens."""
+    records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
+    require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
+    unrouted: list[ExpertKey] = []
+    try:
+        if job.tokens is None:
+            write_records(writer, opened, job.quantizer, progress)
+        else:
+            unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
+    finally:
+        writer.suspend()
+    skeleton.write(writer, progress)
+    for name, data in _companions(job.folder, job.tokenizer):
+        writer.add_file(name, data)
+    return unrouted
 
 
 def _error(manifest: BundleManifest) -> float | None:

@@ -1,16 +1,17 @@
 """Comparison of a recorded run with its simulation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.artifacts.hardware_profile import HardwareProfile
+from moe_tool.artifacts.precision import WholeExpertPrecision
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.artifacts.simulation_report import PolicyHits, RunComparison
 from moe_tool.planning.model_costs import costs_of_bytes
 from moe_tool.policies.eviction import Belady, EvictionChoice
-from moe_tool.simulator.access_trace import CallCounts
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
 from moe_tool.simulator.time_model import call_times, forward_seconds
@@ -34,7 +35,7 @@ def compare_run(
         record_bytes=header.record_size_bytes,
         matrix_bytes=header.matrix_bytes,
         n_matrices=header.n_matrices,
-        bits=header.precision.name,
+        bits=_timed_as(header.precision),
         skeleton_bits=header.skeleton_precision.name,
         threads=header.threads,
     ).calls
@@ -58,38 +59,41 @@ def compare_run(
         predicted_tokens_per_second=header.decode_tokens / max(1e-9, predicted_s),
         stall_ms=1e3 * header.stall_seconds / n_tokens,
         predicted_stall_ms=1e3 * float(times.stall[decodes].sum()) / n_tokens,
-        policies=tuple(_policies(header, calls, choices)),
+        policies=tuple(_policies(header, calls, choices, trace, decodes)),
     )
 
 
 def _policies(
-    header: RunTraceHeader, calls: RecordedCalls, choices: Sequence[EvictionChoice]
-) -> list[PolicyHits]:
-    trace, rows = recorded_trace(header, calls), []
+    header: RunTraceHeader,
+    calls: RecordedCalls,
+    choices: Sequence[EvictionChoice],
+    trace: AccessTrace,
+    decodes: np.ndarray,
+) -> Iterator[PolicyHits]:
+    n = int(np.diff(calls.start)[decodes].sum())
+
+    def row(name: str, counts: CallCounts) -> PolicyHits:
+        hits, prefetches = int(counts.hits[decodes].sum()), int(counts.prefetches[decodes].sum())
+        n_read = n - hits + prefetches
+        return PolicyHits(
+            eviction=name,
+            hit_rate=hits / max(1, n),
+            bytes_per_token=n_read * header.record_size_bytes / max(1, header.decode_tokens),
+        )
+
     for choice in choices:
         lacks_scores = "scores" in choice.hints and calls.scores is None
         lacks_guesses = "predictions" in choice.hints and not len(calls.guesses)
         capacity = header.n_slots - len(header.pinned)
         is_too_small = choice.per_layer and capacity < len(header.shape.layers)
-        if not (lacks_scores or lacks_guesses or is_too_small or choice.pinned_share):
-            counts = replay_run(header, calls, eviction=choice)
-            rows.append(_hits(choice.name, counts, header, calls))
+        if not (lacks_scores or lacks_guesses or is_too_small or choice.spec.pinned_share):
+            yield row(choice.name, replay_run(header, calls, eviction=choice))
     if not header.pinned:
         bound = naive_replay(trace, partial(Belady, calls=trace.calls()), capacity=header.n_slots)
         name = "belady" if header.prefetch == "none" else "belady, without prefetch"
-        rows.append(_hits(name, bound, header, calls))
-    return rows
+        yield row(name, bound)
 
 
-def _hits(
-    name: str, counts: CallCounts, header: RunTraceHeader, calls: RecordedCalls
-) -> PolicyHits:
-    decodes = calls.is_decode & (np.arange(len(calls.layer)) >= header.n_calls_before)
-    n = int(np.diff(calls.start)[decodes].sum())
-    hits, prefetches = int(counts.hits[decodes].sum()), int(counts.prefetches[decodes].sum())
-    n_read = n - hits + prefetches
-    return PolicyHits(
-        eviction=name,
-        hit_rate=hits / max(1, n),
-        bytes_per_token=n_read * header.record_size_bytes / max(1, header.decode_tokens),
-    )
+def _timed_as(precision: WholeExpertPrecision) -> str:
+    """Return the width whose measured products take as long."""
+    return str(precision.width_bits) if precision.kind == "kept" else precision.name

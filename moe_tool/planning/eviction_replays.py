@@ -4,17 +4,12 @@ from dataclasses import replace
 
 from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow
 from moe_tool.planning.candidate import EvictionReplays, PackedExperts
-from moe_tool.planning.pinning import check_pins
+from moe_tool.planning.pinning import refuse_pins
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import Progress
-from moe_tool.simulator.simulate import (
-    Budget,
-    Machine,
-    replay_choice,
-    simulate_decoding,
-)
+from moe_tool.simulator.simulate import Budget, Machine, replay_choice, simulate_decoding
 
 _SIMPLE_FIRST = 0.99
 """Share of an earlier policy's bytes below which a later one ranks first"""
@@ -75,15 +70,9 @@ def _rank(
     for row in rows:
         if row.eviction == BELADY:
             continue
-        at = next(
-            (
-                i
-                for i, other in enumerate(ranked)
-                if row.bytes_per_token < _SIMPLE_FIRST * other.bytes_per_token
-            ),
-            len(ranked),
-        )
-        ranked.insert(at, row)
+        limits = (_SIMPLE_FIRST * other.bytes_per_token for other in ranked)
+        worse = (at for at, limit in enumerate(limits) if row.bytes_per_token < limit)
+        ranked.insert(next(worse, len(ranked)), row)
     choice = next(each for each in choices if each.name == ranked[0].eviction)
     lru = next((row for row in ranked if row.eviction == DEFAULT_EVICTION.name), ranked[0])
     return EvictionReplays(
@@ -108,16 +97,16 @@ def _choices(
     choices: list[EvictionChoice] = []
     notes: list[str] = []
     for choice in _CANDIDATES:
-        if choice.pinned_share:
+        if choice.spec.pinned_share:
             count = n_pinned(
-                choice.pinned_share,
+                choice.spec.pinned_share,
                 n_slots=budget.n_slots,
                 n_slots_min=machine.n_slots_min,
                 n_experts=experts.n_experts,
             )
             if count == 0:
                 continue
-            refusal = check_pins(sources.statistics, sources.ranked, count).refusal
+            refusal = refuse_pins(sources.statistics, sources.ranked, count)
             if refusal is not None:
                 notes.append(f"no {choice.name}: {refusal}")
                 continue

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
+from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.budget.account import MemoryPlan, plan_memory
@@ -94,6 +94,8 @@ def rooms_of_bits(shape: MoeShape, bits: Bits) -> tuple[ExpertRoom, ...]:
 
 
 def _widened_bytes(shape: MoeShape) -> int:
-    """Return the growth of the routers, held as float32 in a run; norms and biases are small."""
-    wider = 4 - FLOAT_SIZE_BYTES[shape.dtype]
-    return wider * len(shape.layers) * shape.experts * shape.hidden
+    """Return the growth of the routers, held as float32 in a run; norms and biases are small.
+
+    Routers may be of 16 bits where experts are not: a quantized checkpoint's are float32.
+    """
+    return 2 * len(shape.layers) * shape.experts * shape.hidden

@@ -1,7 +1,7 @@
 """Ways to pack experts for a budget: one precision, or the mixed widths with the least loss."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -141,32 +141,32 @@ def _mean_costs(
     chosen: np.ndarray,
 ) -> ModelCosts:
     """Return the mean costs of a call over widths, weighted by the use of their experts."""
-    stored = {width: chosen == column for column, width in enumerate(WIDTHS)}
     total = float(costs.load.sum()) or 1.0
-    each = {
-        width: model_costs(
-            sources.profile.header.shape,
-            sources.skeleton,
-            hardware,
-            bits="native" if width == WIDTHS[-1] else str(width),
-            skeleton_bits=request.skeleton_bits,
-        )
-        for width, is_in in stored.items()
-        if width and is_in.any()
-    }
-    shares = {width: float(costs.load[stored[width]].sum()) / total for width in each}
-    first = next(iter(each.values()))
+    each, shares = [], []
+    for column, width in enumerate(WIDTHS):
+        is_stored = chosen == column
+        if width and is_stored.any():
+            bits = "native" if width == WIDTHS[-1] else str(width)
+            each.append(
+                model_costs(
+                    sources.profile.header.shape,
+                    sources.skeleton,
+                    hardware,
+                    bits=bits,
+                    skeleton_bits=request.skeleton_bits,
+                )
+            )
+            shares.append(float(costs.load[is_stored].sum()) / total)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
     calls = {
-        name: _mean(shares, {width: getattr(of.calls, name) for width, of in each.items()})
+        name: mean(getattr(one.calls, name) for one in each)
         for name in ("layer_s", "expert_s", "read_one_s", "read_s")
     }
-    record_bytes = _mean(shares, {width: of.record_bytes for width, of in each.items()})
     return ModelCosts(
-        record_bytes=max(1, round(record_bytes)),
-        matrix_bytes=first.matrix_bytes,
-        calls=replace(first.calls, **calls),
+        record_bytes=max(1, round(mean(one.record_bytes for one in each))),
+        matrix_bytes=each[0].matrix_bytes,
+        calls=replace(each[0].calls, **calls),
     )
-
-
-def _mean(shares: Mapping[int, float], values: Mapping[int, float]) -> float:
-    return sum(share * float(values[width]) for width, share in shares.items())

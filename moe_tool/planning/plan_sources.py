@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from moe_tool.artifacts.access_trace import AccessTrace
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import mean_squared_gates
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
@@ -9,7 +10,6 @@ from moe_tool.errors import ArtifactVersionError
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.planning.pinning import rank_experts
 from moe_tool.policies.cheapest_residents import ExpertUse
-from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.profile_trace import decode_trace, part_to_replay, prompt_trace
 from moe_tool.simulator.replay import Replayer
 

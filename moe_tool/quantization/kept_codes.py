@@ -42,6 +42,8 @@ SCALE_KINDS = {
     torch.float8_e4m3fn: "e4m3",
 }
 """Names of the dtypes that scales may have; uint8 holds exponents, 2**(byte - 127)"""
+_MOST_SCALE = 2.0**119
+"""Scales of e4m3 whose product with the largest code is finite"""
 _BLOCK = 2**18
 """Weights decoded at a time, which stay in the second-level cache"""
 
@@ -165,6 +167,8 @@ class KeptWeight:
         part = self.part(name)
         if (name == "codes" and self.kind == "e4m3") or part.dtype == torch.float8_e4m3fn:
             return not bool(((part.view(torch.uint8) & 127) == 127).any())
+        if name == "scale" and self.kind == "e4m3":
+            return bool((_floats(part).abs() < _MOST_SCALE).all())
         if part.dtype == torch.uint8:
             return name != "scale" or not bool((part == 255).any())
         return bool(torch.isfinite(part).all())

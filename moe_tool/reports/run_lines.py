@@ -23,6 +23,8 @@ def run_line(result: RunResult) -> str:
         parts.append(f"{counters.prefetches} prefetches ({used})")
     if result.setup.sparse_experts is not None:
         parts.append(_sparsity(counters))
+    if result.setup.activations == "int8":
+        parts.append("int8 activations")
     parts += _changes(counters)
     if result.prompt.changed_answers:
         parts.append(_prompt_changes(result.prompt, quality))

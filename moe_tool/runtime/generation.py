@@ -263,6 +263,7 @@ def run_setup(session: Session) -> RunSetup:
         eviction=session.plan.eviction.name,
         prefetch=session.plan.prefetch,
         sparse_experts=session.runner.sparsity,
+        activations=session.plan.options.activations,
         threads=session.plan.threads.n_threads,
         memory_budget_bytes=session.plan.memory.budget_bytes,
         slots=session.plan.memory.n_slots,

@@ -17,6 +17,7 @@ from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.native.kernels import is_native
 from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice
+from moe_tool.runtime.activations import INT8_NOTE, require_activations
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
@@ -120,6 +121,7 @@ def plan_run(
     residency = options.residency or default_residency(choice)
     _check(options, choice, residency, manifest)
     require_sparse(options, choice, bundle)
+    require_activations(options.activations, manifest.primaries)
     followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
     workload = _workload(options, choice, skeleton.config.get_text_config())
@@ -210,6 +212,8 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
         notes.append(_LOSSY_PROMPT if is_lossy else _EXACT_PROMPT)
     if not is_native():
         notes.append("the native kernels are not in use: torch computes the experts, slower")
+    if plan.options.activations == "int8":
+        notes.append(INT8_NOTE)
     if plan.options.sparse_experts is not None:
         notes.append(describe_sparse(plan.options.sparse_experts))
     staying = staying_by_form(manifest, plan.rooms)
@@ -304,7 +308,7 @@ def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -
     return {
         "channel selectors": bundle.selector_bytes,
         "caller workspace": caller_bytes,
-        f"eviction state of {eviction.kind}": eviction.notes_bytes(
+        f"eviction state of {eviction.spec.name}": eviction.notes_bytes(
             n_layers=len(shape.layers), n_experts=shape.experts
         ),
         "mask routers": sum(

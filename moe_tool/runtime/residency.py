@@ -32,9 +32,9 @@ def frozen_rooms(
     `slots` are the primary records that fit the budget, by table; cheaper forms share their bytes.
     """
     hottest = hottest_rooms(manifest, slots, share=1.0)
-    if _has_everything(manifest, slots) or choice.residents == "hottest":
+    if _has_everything(manifest, slots) or choice.spec.residents == "hottest":
         return hottest
-    if choice.residents == "two-precisions":
+    if choice.spec.residents == "two-precisions":
         return _two_precisions(manifest, slots, choice) or hottest
     return _cheapest(manifest, slots, choice, prices) or hottest
 
@@ -45,21 +45,21 @@ def cache_rooms(
     """Return each form's room under cache residency, see `frozen_rooms`."""
     rooms = None
     if not _has_everything(manifest, slots):
-        if choice.residents == "two-precisions":
+        if choice.spec.residents == "two-precisions":
             rooms = _two_precisions(manifest, slots, choice)
         elif forms_read(manifest, choice):
             rooms = _one_slot_each(manifest, slots)
     if rooms is None:
-        share, per_layer = eviction.pinned_share, eviction.per_layer
+        share, per_layer = eviction.spec.pinned_share, eviction.per_layer
         return hottest_rooms(manifest, slots, share=share, per_layer=per_layer)
     return tuple(replace(room, pinned=()) for room in rooms)
 
 
 def forms_read(manifest: BundleManifest, choice: MissChoice) -> tuple[int, ...]:
     """Return the cheaper forms that a policy may read on a miss, as rows after PRIMARY."""
-    if choice.residents == "two-precisions":
+    if choice.spec.residents == "two-precisions":
         return (int(choice.values["form"]),)
-    if choice.residents == "cheapest" and not math.isinf(choice.values["nats-per-mb"]):
+    if choice.spec.residents == "cheapest" and not math.isinf(choice.values["nats-per-mb"]):
         return tuple(range(1, 1 + len(manifest.cheaper)))
     return ()
 

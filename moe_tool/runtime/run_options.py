@@ -7,6 +7,7 @@ from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.budget.request import MemoryRequest, parse_memory_option
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
+from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.moe_layer import Residency
 
 
@@ -34,6 +35,8 @@ class RunOptions:
     sparse_experts: float | None = None
     """Share of an expert's channels left out while decoding one sequence, for bundles with experts
     in channels; None: all are computed"""
+    activations: Activations = "float32"
+    """Precision of tokens in products with a checkpoint's own codes; int8 is not exact"""
     gates: bool = True
     """Whether lossy policies keep BuddyMoE's gates"""
     seed: int = 0

@@ -19,10 +19,11 @@ from moe_tool.available_memory import (
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
+from moe_tool.models.bundle_skeleton import bundle_loader, open_bundle_skeleton
 from moe_tool.models.kv_cache import new_kv_cache
 from moe_tool.models.skeleton import Skeleton
-from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.native.kernels import round_tokens
 from moe_tool.policies.misses import MissChoice
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.allocator import return_freed_memory, trim
@@ -102,6 +103,7 @@ class Session:
         if self.runner.attention is not None:
             self.runner.attention.close()
         torch.set_num_threads(self.torch_threads_before)
+        round_tokens(False)
         self.runner.store.close()
         self.bundle.close()
 
@@ -219,14 +221,8 @@ def load_session(
     """
     return_freed_memory()
     manifest = bundle.manifest
-    with bundle.open_skeleton() as checkpoint:
-        loader = SkeletonLoader(
-            bundle.folder,
-            checkpoint,
-            shape=manifest.shape,
-            precision=manifest.skeleton_precision,
-            linears=manifest.skeleton_linears,
-        )
+    with open_bundle_skeleton(bundle) as checkpoint:
+        loader = bundle_loader(bundle, checkpoint)
         plan = plan_run(
             options,
             bundle,
@@ -246,6 +242,7 @@ def load_session(
     plan = settle(plan, manifest, process_bytes=process_bytes, available_bytes=_reachable_bytes())
     plan = replace(plan, policy=with_masks(plan.policy, bundle))
     _announce(plan, bundle, progress)
+    round_tokens(options.activations == "int8")
     runner = _runner(plan, bundle, skeleton, make_store)
     if manifest.selectors:
         runner.store.load_pinned(progress)

@@ -8,6 +8,7 @@ from moe_tool import __version__
 from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_trace import RunTraceHeader
 from moe_tool.formats.run_trace_hdf5 import write_run_trace
+from moe_tool.models.bundle_skeleton import matrix_bytes
 from moe_tool.models.stored_modules import StoredLinear
 from moe_tool.runtime.session import Session
 
@@ -32,7 +33,7 @@ def write_trace(session: Session, path: Path, *, decode_seconds: float) -> None:
         precision=precision,
         record_size_bytes=table.record_size_bytes,
         skeleton_precision=manifest.skeleton_precision,
-        matrix_bytes=session.bundle.matrix_bytes,
+        matrix_bytes=matrix_bytes(session.bundle),
         n_matrices=_n_matrices(session),
         threads=session.plan.threads.n_threads,
         n_slots=session.plan.memory.n_slots,

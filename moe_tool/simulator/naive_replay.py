@@ -4,8 +4,8 @@ from collections.abc import Collection
 
 import numpy as np
 
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.policies.eviction import ExpertCache, MakeEviction
-from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 
 
 def naive_replay(

@@ -4,9 +4,9 @@ from typing import Literal
 
 import numpy as np
 
+from moe_tool.artifacts.access_trace import AccessTrace
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.eviction import gate_scores
-from moe_tool.simulator.access_trace import AccessTrace
 
 Part = Literal["held-out", "in-sample"]
 PROMPT_TOKENS = 256

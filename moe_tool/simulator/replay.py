@@ -5,10 +5,10 @@ from functools import partial
 
 import numpy as np
 
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.native.kernels import is_built
 from moe_tool.native.replay import Calls, compiled_replay, compiled_stack_depths
 from moe_tool.policies.eviction import Belady, EvictionChoice
-from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 from moe_tool.simulator.naive_replay import naive_replay
 
 
@@ -22,20 +22,7 @@ class Replayer:
             ValueError: its arrays do not fit together.
         """
         self.trace = trace
-        self._calls = (
-            Calls(
-                n_layers=trace.n_layers,
-                n_experts=trace.n_experts,
-                layer=trace.layer,
-                start=trace.start,
-                keys=trace.keys,
-                scores=trace.scores,
-                guess_start=trace.guess_start,
-                guesses=trace.guesses,
-            )
-            if is_built()
-            else None
-        )
+        self._calls = Calls(trace) if is_built() else None
         self._largest_call = int(trace.sizes.max()) if trace.n_calls else 0
         self._depths: dict[str, np.ndarray] = {}
 
@@ -59,13 +46,13 @@ class Replayer:
                 prefetch_depth=prefetch_depth,
             )
         is_plain = not (choice.per_layer or pinned or prefetch_depth)
-        if choice.spec.is_stack and is_plain and capacity >= self._largest_call:
+        if compiled == "lru" and is_plain and capacity >= self._largest_call:
             return self._by_depth("lru", capacity)
         mask = None
         if pinned:
             mask = np.zeros(self.trace.n_keys, np.uint8)
             mask[list(pinned)] = 1
-        hits, prefetches, prefetch_hits = compiled_replay(
+        return compiled_replay(
             self._calls,
             compiled,
             list(choice.parameters.values()),
@@ -74,7 +61,6 @@ class Replayer:
             pinned=mask,
             prefetch_depth=prefetch_depth,
         )
-        return CallCounts(hits=hits, prefetches=prefetches, prefetch_hits=prefetch_hits)
 
     def belady(self, capacity: int) -> CallCounts:
         """Return the counts under Belady's optimal policy."""

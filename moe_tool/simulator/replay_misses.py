@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_tool.artifacts.expert_ids import ExpertKey
-from moe_tool.artifacts.routing import PRIMARY, Routing, count_answers, find_present
+from moe_tool.artifacts.routing import PRIMARY, Routing, count_answers
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.policies.misses import MissPolicy, PriceBook
 from moe_tool.simulator.profile_trace import Part, rows_of_part
@@ -67,8 +67,7 @@ def replay_misses(
         stall += float(np.maximum(waited, 0.0).sum())
         hits += int(held[PRIMARY, routing.index[routing.present]].sum())
         slots += int(routing.present.sum())
-        counted = count_answers(routing, answers)
-        otherwise += counted.substitutions + counted.replica_answers + counted.drops
+        otherwise += count_answers(routing, answers).changed_answers
     n_tokens = max(1, len(rows))
     return ReplayedMisses(
         tokens=len(rows),
@@ -81,10 +80,7 @@ def replay_misses(
 
 
 def resident_masks(
-    layers: tuple[int, ...],
-    by_form: tuple[tuple[ExpertKey, ...], ...],
-    *,
-    n_experts: int,
+    layers: tuple[int, ...], by_form: tuple[tuple[ExpertKey, ...], ...], *, n_experts: int
 ) -> dict[int, np.ndarray]:
     """Return which experts of `by_form` are in memory: decoder layer -> [F, E] bool."""
     masks = {layer: np.zeros((len(by_form), n_experts), dtype=bool) for layer in layers}
@@ -100,7 +96,9 @@ def _routing(
     trace = profile.trace(layer)
     logits = trace.router_logits[rows]
     score = logits if trace.selection_score is None else trace.selection_score[rows]
-    index, present = find_present(trace.top_k_index[rows].astype(np.int64), stored)
+    chosen = trace.top_k_index[rows].astype(np.int64)
+    index = np.minimum(chosen, len(stored) - 1)
+    present = (chosen < len(stored)) & stored[index]  # neither identity nor removed experts
     return Routing(
         layer=layer,
         index=index,

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
-from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 from moe_tool.simulator.replay import Replayer
 
 _PREFETCH_DEPTHS = {"none": 0, "next-layer": 1}
@@ -46,8 +46,5 @@ def replay_run(
     if "predictions" not in choice.hints and not depth:
         trace = replace(trace, guess_start=None, guesses=None)
     return Replayer(trace).replay(
-        choice,
-        capacity=header.n_slots - len(pinned),
-        pinned=pinned,
-        prefetch_depth=depth,
+        choice, capacity=header.n_slots - len(pinned), pinned=pinned, prefetch_depth=depth
     )

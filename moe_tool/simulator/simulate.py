@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.artifacts.simulation_report import BELADY, PrefetchRow, PromptRow, SimulatedRow
 from moe_tool.policies.eviction import EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
 from moe_tool.progress import SILENT, Progress
-from moe_tool.simulator.access_trace import AccessTrace, CallCounts
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.time_model import CallCosts, call_times, forward_seconds
 
@@ -79,15 +79,13 @@ def replay_choice(
 ) -> CallCounts | None:
     """Return the counts of one policy at one budget; None if the policy cannot run there."""
     trace = replayer.trace
-    pinned: Sequence[int] = ()
-    if choice.pinned_share:
-        count = n_pinned(
-            choice.pinned_share,
-            n_slots=budget.n_slots,
-            n_slots_min=machine.n_slots_min,
-            n_experts=trace.n_keys,
-        )
-        pinned = machine.hottest[:count]
+    count = n_pinned(
+        choice.spec.pinned_share,
+        n_slots=budget.n_slots,
+        n_slots_min=machine.n_slots_min,
+        n_experts=trace.n_keys,
+    )
+    pinned = machine.hottest[:count]
     capacity = min(budget.n_slots, trace.n_keys) - len(pinned)
     if choice.per_layer and capacity < trace.n_layers * (machine.n_slots_min - 1):
         return None  # a layer could not hold one token's experts

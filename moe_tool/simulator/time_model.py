@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.simulator.access_trace import AccessTrace, CallCounts
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 
 _N_READERS = 2
 
@@ -73,18 +73,11 @@ def forward_seconds(trace: AccessTrace, times: CallTimes, costs: CallCosts) -> n
 
 
 def _stall(n_hits: int, n_misses: int, costs: CallCosts) -> float:
-    now, stall = n_hits * costs.expert_s, 0.0
-    for arrival in _arrivals(n_misses, costs):
+    now, stall = n_hits * costs.expert_s, 0.0  # since the beginning of the call
+    for number in range(n_misses):
+        arrival = (number // _N_READERS + 1) * _N_READERS * costs.read_s
+        if number == n_misses - 1 and n_misses % _N_READERS:
+            arrival = number * costs.read_s + costs.read_one_s
         stall += max(0.0, arrival - now)
         now = max(now, arrival) + costs.expert_s
     return stall
-
-
-def _arrivals(n_misses: int, costs: CallCosts) -> list[float]:
-    """Return the arrival time of each missed record, counted from the beginning of the call."""
-    arrivals = [
-        (number // _N_READERS + 1) * _N_READERS * costs.read_s for number in range(n_misses)
-    ]
-    if n_misses % _N_READERS:
-        arrivals[-1] = (n_misses - 1) * costs.read_s + costs.read_one_s
-    return arrivals

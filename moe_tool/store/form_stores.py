@@ -5,7 +5,6 @@ from itertools import chain
 
 import numpy as np
 
-from moe_tool.artifacts.expert_ids import FormIds
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.progress import SILENT, Progress
 from moe_tool.store.protocol import ExpertStore, SelectChannels, Supply
@@ -38,9 +37,8 @@ class FormStores:
         self._cheaper = tuple(cheaper)
         self._stores = tuple(each for each in (*primaries, *cheaper) if each is not None)
         self._primary_of = primary_of
-        n_experts = len(next(iter(primary_of.values())))
-        self._ids = FormIds(n_experts)
-        self._none = np.zeros((1, n_experts), dtype=bool)
+        self._n_experts = len(next(iter(primary_of.values())))
+        self._none = np.zeros((1, self._n_experts), dtype=bool)
 
     def resident(self, layer: int) -> np.ndarray:
         return self._joined(lambda store: store.resident(layer))
@@ -67,7 +65,7 @@ class FormStores:
         """Begin the reads of all forms; cheap forms, which are mostly resident, come first."""
         by_form: dict[int, list[int]] = {}
         for number in numbers:
-            form, expert = self._ids.pair(number)
+            form, expert = divmod(number, self._n_experts)
             by_form.setdefault(form, []).append(expert)
         primary = by_form.pop(0, [])
         # Every primary store is called, so that it settles its prefetches by this call.
@@ -121,4 +119,4 @@ class FormStores:
 
     def _numbered(self, supply: Supply, form: int) -> Supply:
         for expert, weights in supply:
-            yield self._ids.number(form, expert), weights
+            yield form * self._n_experts + expert, weights

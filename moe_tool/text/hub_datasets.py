@@ -89,17 +89,20 @@ def _cache_folders(name: str) -> list[Path]:
     return [folder.expanduser() for folder in folders]
 
 
-def _out_of_reach(wanted: HubDataset, *, domain: str, offline: bool) -> NotFoundError:
+def why_offline(*, offline: bool) -> str:
+    """Return the reason why the hub is not used; `offline`: --offline was given."""
     if offline:
-        reason = "--offline forbids the network"
-    elif hub_is_forbidden():
-        reason = "HF_HUB_OFFLINE forbids the network"
-    else:
-        reason = f"{hub_endpoint()} does not answer"
+        return "--offline forbids the network"
+    if hub_is_forbidden():
+        return "HF_HUB_OFFLINE forbids the network"
+    return f"{hub_endpoint()} does not answer"
+
+
+def _out_of_reach(wanted: HubDataset, *, domain: str, offline: bool) -> NotFoundError:
     prepared, downloaded = _cache_folders(wanted.name)
     return NotFoundError(
-        f"data set '{wanted.name}' (domain '{domain}'): {reason}, it is not in the cache"
-        f" ({prepared}, {downloaded}), and no local file or folder has that name",
+        f"data set '{wanted.name}' (domain '{domain}'): {why_offline(offline=offline)}, it is not"
+        f" in the cache ({prepared}, {downloaded}), and no local file or folder has that name",
         hint=f"give a text of your own (--data {domain}=./{domain}.txt) or --data builtin,"
         " which needs no network; or run this once on a machine with network",
     )

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_tool.artifacts.buddy_map import Buddy, LayerBuddies
-from moe_tool.artifacts.bundle_sections import LearnedPruning
-from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.artifacts.bundle_sections import LearnedPruning, QualityFigure
 from moe_tool.artifacts.routing import Routing, count_answers
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.policies.misses import (
@@ -23,11 +22,11 @@ from moe_tool.policies.misses import (
 )
 from moe_tool.policies.misses.buddy import buddy_tables
 from moe_tool.policies.misses.needs import GATES
+from tests.policies.settings import ACT_ON_HITS, FIRES, INERT
 
 N_EXPERTS, TOP_K, LAYER = 8, 3, 2
 LOSSY = [spec for spec in MISS_POLICIES.values() if spec.is_lossy]
 GATED = [name for name, spec in MISS_POLICIES.items() if GATES in spec.needs]
-PRUNES = {name for name, spec in MISS_POLICIES.items() if spec.acts_on_hits}
 NOTHING = PolicyInputs(top_k=1)
 RESIDENTS_GO_BY = {
     "hottest": set(),
@@ -155,7 +154,7 @@ def test_answers_are_distinct_resident_and_within_the_cap(
         assert len(set(kept)) == len(kept)
         assert all(resident[0, expert] for expert in set(kept) - set(wanted))
         assert not set(kept) & removed
-    if name not in PRUNES:
+    if name not in ACT_ON_HITS:
         assert not changed[resident[0][routing.index]].any()  # only misses are answered otherwise
     is_low = answers.form > 0
     assert (is_there & (answers.expert == routing.index))[is_low].all()
@@ -199,14 +198,14 @@ SOME = np.stack([np.arange(N_EXPERTS) % 2 == 0, np.arange(N_EXPERTS) % 4 == 1])
 @pytest.mark.parametrize("spec", LOSSY, ids=lambda spec: spec.name)
 def test_at_strength_it_fires_and_is_counted(spec):
     routing = _routing(0, 20)
-    answers = _build(spec.named(spec.fires), FIRING).decide(routing, SOME)
+    answers = _build(FIRES[spec.name], FIRING).decide(routing, SOME)
     assert count_answers(routing, answers) != PhaseCounters()
 
 
-@pytest.mark.parametrize("spec", MISS_POLICIES.values(), ids=list(MISS_POLICIES))
-def test_the_inert_setting_is_exact(spec):
+@pytest.mark.parametrize("name", ["exact", *INERT.values()])
+def test_the_inert_setting_is_exact(name):
     routing = _routing(0, 20)
-    answers = _build(spec.named(spec.inert), FIRING).decide(routing, SOME)
+    answers = _build(name, FIRING).decide(routing, SOME)
     assert _is_exact(answers, routing)
 
 
@@ -225,7 +224,7 @@ def test_each_closed_gate_alone_makes_a_policy_exact(name, changes):
     assert _is_exact(_build(name, replace(FIRING, **changes)).decide(routing, SOME), routing)
 
 
-@pytest.mark.parametrize("name", sorted(set(MISS_POLICIES) - PRUNES))
+@pytest.mark.parametrize("name", sorted(set(MISS_POLICIES) - ACT_ON_HITS))
 def test_everything_resident_is_exact(name):
     routing = _routing(0, 20)
     policy = _build(name, replace(FIRING, enabled=False))
@@ -255,13 +254,13 @@ def test_a_spec_is_whole(spec):
     assert spec.summary and "\n" not in spec.summary
     for parameter in spec.parameters.values():
         assert parameter.help and parameter.least <= parameter.default <= parameter.most
-    for words in (spec.inert, spec.fires or ""):
-        choice = parse_miss_policy(spec.named(words))
-        assert choice.kind == spec.name
+    for name in (spec.name, INERT.get(spec.name, spec.name), FIRES.get(spec.name, spec.name)):
+        choice = parse_miss_policy(name)
+        assert choice.spec is spec
         assert {choice, parse_miss_policy(choice.name)} == {choice}
     for name, values in spec.alternatives.items():
         for value in values:
-            assert parse_miss_policy(spec.named("")).with_value(name, value).values[name] == value
+            assert parse_miss_policy(spec.name).with_value(name, value).values[name] == value
     assert len(set(spec.needs)) == len(spec.needs)
     assert set(spec.parameters) >= RESIDENTS_GO_BY[spec.residents]
 

@@ -10,7 +10,7 @@ from moe_tool.artifacts.bundle_manifest import QualityFigure
 from moe_tool.artifacts.evaluation_report import Figures, PolicyRow
 from moe_tool.budget.request import parse_memory
 from moe_tool.errors import UsageError
-from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, calibrate
+from moe_tool.evaluation.calibrate import CalibrationReport, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.inspection.describe_artifact import describe_artifact
@@ -65,7 +65,7 @@ def calibrated(
 def _calibrate(
     folder: Path, sources: tuple[TextSource, ...], max_kl: float, policy: MissChoice = PRICED_POLICY
 ) -> CalibrationReport:
-    return calibrate(folder, sources, CalibrateOptions(max_kl=max_kl, policy=policy, **TEXT))
+    return calibrate(folder, sources, EvaluateOptions(policy=policy, **TEXT), max_kl=max_kl)
 
 
 @pytest.mark.slow

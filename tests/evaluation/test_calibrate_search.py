@@ -12,7 +12,7 @@ import pytest
 
 from moe_tool.artifacts.evaluation_report import Estimate, Figures
 from moe_tool.evaluation import calibrate as module
-from moe_tool.evaluation.calibrate import CalibrateOptions, CalibrationReport, calibrate
+from moe_tool.evaluation.calibrate import CalibrationReport, calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
@@ -76,11 +76,18 @@ class Known:
 
 
 def _calibrate(
-    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: Known, **options: Any
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    known: Known,
+    *,
+    max_kl: float,
+    **options: Any,
 ) -> CalibrationReport:
     folder = Path(shutil.copytree(packed, tmp_path / "b"))
     monkeypatch.setattr(module, "evaluate", known.evaluate)
-    report = calibrate(folder, parse_sources(["builtin"]), CalibrateOptions(**options))
+    settings = EvaluateOptions(**options)
+    report = calibrate(folder, parse_sources(["builtin"]), settings, max_kl=max_kl)
     assert BundleReader.open(folder).manifest.calibration == report.calibration
     return report
 

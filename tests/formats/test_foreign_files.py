@@ -109,7 +109,7 @@ def test_an_adapter_that_was_not_merged_is_named(rename: str | None, copied: Pat
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("quantize_config.json", {}, "mixtral checkpoint is stored in gptq format"),
+        ("quantize_config.json", {}, "stored in gptq format with bits 'None'"),
         (
             "hf_quant_config.json",
             {"quantization": {"quant_algo": "W4A8_AWQ"}},
@@ -126,9 +126,9 @@ def test_a_format_that_a_file_beside_the_weights_describes(
 
 def test_a_format_that_mlx_describes(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
-    config["quantization"] = {"group_size": 64, "bits": 4}
+    config["quantization"] = {"group_size": 64, "bits": 5}
     (copied / "config.json").write_text(json.dumps(config))
-    assert "stored in mlx format" in refusal_of(copied).message
+    assert "stored in mlx format with bits '5'" in refusal_of(copied).message
 
 
 def test_a_single_file_is_no_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ TENSORS = (
 )
 NAMES = {
     "mxfp4": "mxfp4", "nvfp4": "nvfp4", "nvfp4 divided": "nvfp4", "fp8 blocks": "fp8",
-    "fp8 rows": "fp8", "fp8 e8m0": "fp8", "fp8 tensor": "fp8", "int4 g32": "int4 g32",
-    "int4 g128 zeros": "int4 g128 zeros", "int4 bias": "int4 g64 biases", "int8 rows": "int8",
-    "int8 zeros": "int8 g64 zeros", "int8 bias": "int8 g32 biases", "nf4": "nf4 g64",
+    "fp8 rows": "fp8", "fp8 e8m0": "fp8", "fp8 tensor": "fp8", "int4 g32": "int4-g32",
+    "int4 g128 zeros": "int4-g128-zeros", "int4 bias": "int4-g64-biases", "int8 rows": "int8",
+    "int8 zeros": "int8-g64-zeros", "int8 bias": "int8-g32-biases", "nf4": "nf4-g64",
 }  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def test_an_mxfp4_record_byte_by_byte() -> None:
         ("fp8 blocks", "down_proj.codes", b"\xff"),
         ("fp8 blocks", "gate_up_proj.scale", b"\0\0\xc0\xff"),
         ("fp8 rows", "gate_up_proj.scale", b"\x80\x7f"),
+        ("fp8 e8m0", "gate_up_proj.scale", bytes([127 + 119])),
         ("int4 g128 zeros", "gate_up_proj.scale", b"\0\x7c"),
         ("int4 bias", "gate_up_proj.zero", b"\0\0\x80\xff"),
     ],

@@ -116,5 +116,3 @@ def test_a_router_asked_again_answers_as_in_the_model(
             hidden = layer.forward(hidden)
             assert (layer.moe is not None) == (layer.layer in stream.shape.layers)
         assert seen == list(stream.shape.layers)
-
-

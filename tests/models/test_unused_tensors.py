@@ -137,6 +137,17 @@ def test_parts_that_a_language_model_lacks_are_no_faults(
     assert opened(model).warnings == ()
 
 
+def test_parts_that_were_left_out_of_the_model_are_no_faults(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.ears.0.layer_scale"
+    model = with_tensors(tiny_checkpoint("mixtral"), tmp_path / "m", {name: torch.ones(2)})
+    with pytest.raises(UnsupportedModelError, match="layer_scale"):
+        opened(model)
+    monkeypatch.setattr("moe_tool.models.tensor_map.left_out", lambda _: (name,))
+    assert opened(model).warnings == ()
+
+
 def test_every_tiny_model_uses_all_of_its_tensors(tiny_checkpoint: TinyCheckpoint) -> None:
     for arch in TINY:
         assert opened(LocatedModel(folder=tiny_checkpoint(arch), name=arch)).warnings == ()

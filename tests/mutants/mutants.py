@@ -149,8 +149,8 @@ MUTANTS = (
     Mutant(
         name="buddies drawn at random",
         file="moe_tool/policies/misses/buddy.py",
-        old="make=_make,",
-        new="make=__import__(f'{__package__}.random_resident', fromlist=['_make'])._make,",
+        old="make=Buddy,",
+        new="make=__import__(f'{__package__}.random_resident', fromlist=['_']).RandomResident,",
         tests="tests/evaluation/test_buddies_against_controls.py",
     ),
     Mutant(

@@ -61,7 +61,8 @@ def mixed(opened: OpenedModel, bits: tuple[Any, ...] = BITS) -> PackPlan:
 
 def planned(opened: OpenedModel, inputs: PackInputs, **options: Any) -> PackJob:
     parsed = parse_pack_options(out=Path("nowhere"), **options)
-    return plan_pack(parsed, opened, Path("checkpoint"), inputs)
+    folder = next(iter(opened.checkpoint.tensors.values())).file.parent
+    return plan_pack(parsed, opened, folder, inputs)
 
 
 def test_the_job_says_which_expert_gets_what(opened: OpenedModel, inputs: PackInputs) -> None:

@@ -1,22 +1,31 @@
 """Weights and predictions that are not finite: refused by name, never turned into text."""
 
+import importlib.util
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_tool.benchmarking.bench import bench
+from moe_tool.benchmarking.bench_plan import BenchOptions
 from moe_tool.budget.request import parse_memory
 from moe_tool.errors import CorruptArtifactError
+from moe_tool.evaluation.eval_harness import run_harness
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
+from moe_tool.evaluation.harness_tasks import HarnessOptions
 from moe_tool.models.locate import LocatedModel
+from moe_tool.packing import write_bundle
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.text.sources import parse_sources
+from moe_tool.tuning.tune_pruning import TunePruningOptions, tune_pruning
+from tests.evaluation.small_tasks import write_tasks
 from tests.packed import pack_bundle
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
@@ -85,22 +94,43 @@ def test_profile_names_the_layer_that_overflows(
         )
 
 
-def test_no_text_comes_of_logits_that_are_not_finite(
-    changed: Callable[..., LocatedModel], tmp_path: Path
-) -> None:
-    bundle = tmp_path / "bundle"
-    pack_bundle(changed(MATRIX, overflow), out=bundle)
+@pytest.fixture
+def overflowing(
+    changed: Callable[..., LocatedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Return a bundle as a pack without a proof would leave it."""
+    monkeypatch.setattr(write_bundle, "prove_bundle", lambda *_: None)
+    pack_bundle(changed(MATRIX, overflow), out=tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_no_text_comes_of_logits_that_are_not_finite(overflowing: Path) -> None:
     pieces: list[str] = []
     with pytest.raises(CorruptArtifactError, match="logits that are not finite") as caught:
         run_prompt(
-            bundle,
+            overflowing,
             "The list",
             options=run_options(memory="50%"),
             generation=GenerateOptions(max_tokens=4, ignore_eos=True),
             on_text=pieces.append,
         )
     assert pieces == []
-    assert caught.value.hint is not None and f"inspect {bundle} --verify" in caught.value.hint
-    options = EvaluateOptions(tokens=64, seq_len=16, memory=parse_memory("50%"))
-    with pytest.raises(CorruptArtifactError, match="logits that are not finite"):
-        evaluate(bundle, parse_sources(["builtin"]), options)
+    assert caught.value.hint is not None and f"inspect {overflowing} --verify" in caught.value.hint
+
+
+def test_no_figure_comes_of_logits_that_are_not_finite(overflowing: Path, tmp_path: Path) -> None:
+    memory, text = parse_memory("50%"), parse_sources(["builtin"])
+    refused = partial(pytest.raises, CorruptArtifactError, match="logits that are not finite")
+    with refused():
+        evaluate(overflowing, text, EvaluateOptions(tokens=64, seq_len=16, memory=memory))
+    with refused():
+        bench(overflowing, BenchOptions(prompt_tokens=(8,), generate=(2,), memory=(memory,)))
+    with refused():
+        tune_pruning(overflowing, text, TunePruningOptions(tokens=64, seq_len=16, memory=memory))
+    if importlib.util.find_spec("lm_eval") is not None:
+        with refused():
+            run_harness(
+                overflowing,
+                run_options(memory="50%", gates=False),
+                HarnessOptions(tasks=(str(write_tasks(tmp_path)),), offline=True),
+            )

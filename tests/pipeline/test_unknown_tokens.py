@@ -9,7 +9,7 @@ import pytest
 from transformers import AddedToken
 
 from moe_tool.errors import DataSourceError
-from moe_tool.evaluation.calibrate import CalibrateOptions, calibrate
+from moe_tool.evaluation.calibrate import calibrate
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.models.locate import LocatedModel
 from moe_tool.policies.misses import parse_miss_policy
@@ -59,10 +59,8 @@ def evaluate_bundle(grown: Grown, tmp_path: Path) -> None:
 
 
 def calibrate_bundle(grown: Grown, tmp_path: Path) -> None:
-    options = CalibrateOptions(
-        max_kl=0.1, policy=parse_miss_policy("prune"), tokens=256, seq_len=32
-    )
-    calibrate(grown.bundle, grown.sources, options)
+    options = EvaluateOptions(policy=parse_miss_policy("prune"), tokens=256, seq_len=32)
+    calibrate(grown.bundle, grown.sources, options, max_kl=0.1)
 
 
 def profile(grown: Grown, tmp_path: Path) -> None:

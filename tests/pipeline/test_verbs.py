@@ -1,5 +1,6 @@
 """The verbs work one after the other, and their JSON fields are a contract."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.slow
 EVERY_VERB = {"seconds", "peak_rss_bytes"}
 PROFILE = {"profile", "tokens", "layers", "experts", "top_k", "bytes_read", "tokens_per_second"}
 BUDDIES = {"buddies", "k", "by", "price_in_sample", "price_held_out"}
-PACK = {"bundle", "bytes", "expert_bytes", "skeleton_bytes", "bits_per_weight"}
+PACK = {"bundle", "bytes", "expert_bytes", "skeleton_bytes", "bits_per_weight", "proof"}
 RUN = {
     "text",
     "prompt_tokens",
@@ -202,6 +203,16 @@ def test_inspect_reports_on_a_profile_what_profile_did(pipeline: Pipeline) -> No
     shown = moe_tool("inspect", path, folder=pipeline.folder).stdout
     for words in ("hottest", "earlier MoE layer", "tokens in a row", "between two uses"):
         assert words in shown
+
+
+def test_pack_says_how_it_proved_the_bundle(pipeline: Pipeline, tmp_path: Path) -> None:
+    done = moe_tool(
+        "pack", pipeline.model, "--bits", "4", "--out", tmp_path / "b", folder=pipeline.folder
+    )
+    assert done.code == 0
+    assert re.search(r"proven by a forward of 4 tokens through both: \S+ nats per", done.stderr)
+    assert pipeline.pack.fields["proof"]["tokens"] == 4
+    assert pipeline.pack.fields["proof"]["bytes_read"] > 0
 
 
 def test_a_profile_packed_again_gives_the_same_bundle(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_tool.artifacts.access_trace import AccessTrace
 from moe_tool.planning.eviction_replays import _HOBBIT_MIXES, _best_hobbit
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
-from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.simulate import Budget, Machine

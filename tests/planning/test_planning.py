@@ -8,9 +8,11 @@ import pytest
 
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import UsageError
+from moe_tool.planning import pinning
 from moe_tool.planning.model_costs import costs_of_bytes
-from moe_tool.planning.pinning import check_pins, rank_experts
+from moe_tool.planning.pinning import rank_experts, refuse_pins
 from moe_tool.planning.profile_prices import predicted_loss
+from moe_tool.policies.pin_rule import judge_pins
 from moe_tool.runtime.plan_run import follow_plan
 from moe_tool.runtime.run_options import run_options
 from tests.formats import samples
@@ -38,21 +40,27 @@ def test_experts_are_ranked_by_load_over_all_layers():
     assert found == [(0, 1), (2, 0), (2, 2), (0, 0), (0, 2), (2, 1)]
 
 
-def test_a_pinned_set_has_to_hold_up_held_out_and_in_every_domain():
+def test_a_pinned_set_has_to_hold_up_held_out_and_in_every_domain(monkeypatch):
+    found = {}
+
+    def judge(**coverage):
+        found.update(coverage)
+        return judge_pins(**coverage)
+
+    monkeypatch.setattr(pinning, "judge_pins", judge)
     ranked = [(0, 0), (0, 1), (0, 2)]
     good = {0: _statistics([80, 10, 10], [75, 15, 10], [[38, 7, 5], [37, 8, 5]])}
-    check = check_pins(good, ranked, 1)
-    assert (check.in_sample, check.held_out) == (0.8, 0.75)
-    assert check.even == pytest.approx(1 / 3) and check.by_domain == (0.76, 0.74)
-    assert check.refusal is None
+    assert refuse_pins(good, ranked, 1) is None
+    assert (found["in_sample"], found["held_out"]) == (0.8, 0.75)
+    assert found["even"] == pytest.approx(1 / 3) and found["by_domain"] == [0.76, 0.74]
     moved = {0: _statistics([80, 10, 10], [60, 30, 10], [[30, 15, 5], [30, 15, 5]])}
-    assert "60% held-out" in str(check_pins(moved, ranked, 1).refusal)
+    assert "60% held-out" in str(refuse_pins(moved, ranked, 1))
     split = {0: _statistics([80, 10, 10], [75, 15, 10], [[48, 1, 1], [27, 14, 9]])}
-    assert "1.8 times" in str(check_pins(split, ranked, 1).refusal)
+    assert "1.8 times" in str(refuse_pins(split, ranked, 1))
     alone = {0: _statistics([80, 10, 10], [0, 0, 0], [[0, 0, 0]])}
-    assert "no held-out tokens" in str(check_pins(alone, ranked, 1).refusal)
+    assert "no held-out tokens" in str(refuse_pins(alone, ranked, 1))
     absent = {0: _statistics([80, 10, 10], [50, 40, 10], [[50, 0, 0], [0, 40, 10]])}
-    assert check_pins(absent, ranked, 1).refusal is not None
+    assert refuse_pins(absent, ranked, 1) is not None
 
 
 def test_bits_are_priced_by_use_and_by_the_layers_sensitivity():

@@ -9,7 +9,6 @@ import pytest
 from moe_tool.artifacts.routing import Answers, Routing, answer_exactly, count_answers
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses import LayerBook, PolicyInputs, PriceBook, parse_miss_policy
-from moe_tool.policies.misses.priced import Priced
 from moe_tool.policies.misses.prune import most_important, token_importance
 from moe_tool.policies.misses.replica import unimportance
 from tests.policies.shown_answers import shown
@@ -55,12 +54,8 @@ def _softmax_among(logits, index, present):
 
 
 def _priced(nats_per_mb=math.inf, *, reroute=2.0, book=BOOK):
-    return Priced(
-        book=book,
-        nats_per_mb=nats_per_mb,
-        reroute=reroute,
-        reweigh={LAYER: _softmax_among},
-        scores_are_logits=True,
+    return parse_miss_policy(f"priced:nats-per-mb={nats_per_mb},reroute={reroute}").make(
+        PolicyInputs(prices=book, reweigh={LAYER: _softmax_among})
     )
 
 

@@ -1,7 +1,5 @@
 """Keep-patterns at a policy: by hand, by brute force, and how offsets become rates."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,10 +10,10 @@ from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import NotFoundError, UnsupportedModelError, UsageError
 from moe_tool.policies.misses import PolicyInputs, parse_miss_policy
 from moe_tool.policies.misses.prune_learned import PruneLearned, n_kept, rate_offsets
-from moe_tool.policies.misses.prune_random import PruneRandom
 from tests.formats.made_mask_router import LEARNED
 from tests.policies.shown_answers import shown
 
+ALL_ONE = LEARNED.model_copy(update={"offsets": (1.0,) * 21})
 EVERYTHING = np.ones((1, 8), dtype=bool)
 
 
@@ -36,7 +34,8 @@ def _routing(weight, worth):
 def test_a_token_keeps_its_heaviest_as_far_as_the_logits_rise() -> None:
     # By rank: heaviest, second, third. Patterns' logits at offset 1 are 0, 1, 0 and 0, -3, 1.
     routing = _routing([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]], [[2.0, 0.0], [-2.0, 5.0]])
-    answers = PruneLearned(offset=1.0, rate=0.2).decide(routing, EVERYTHING)
+    policy = parse_miss_policy("prune:learned").make(PolicyInputs(pruning=ALL_ONE, top_k=3))
+    answers = policy.decide(routing, EVERYTHING)
     assert shown(answers) == [[-1, 1, 2], [0, 1, 2]]
     np.testing.assert_array_equal(
         answers.weight, np.array([[0, 0.5, 0.3], [0.6, 0.1, 0.3]], dtype=np.float32)
@@ -46,7 +45,8 @@ def test_a_token_keeps_its_heaviest_as_far_as_the_logits_rise() -> None:
 
 def test_without_a_limit_everything_is_kept_whatever_the_routers_say() -> None:
     routing = _routing([[0.5, 0.5]], [[-1e30]])
-    answers = PruneLearned(offset=-math.inf, rate=0).decide(routing, EVERYTHING)
+    inputs = PolicyInputs(pruning=ALL_ONE, top_k=2)
+    answers = parse_miss_policy("prune:learned:rate=0").make(inputs).decide(routing, EVERYTHING)
     assert answers.expert is routing.index and answers.present.all()
 
 
@@ -115,8 +115,10 @@ def test_names_with_a_colon_are_read_back_as_they_are_written() -> None:
 def test_random_pruning_leaves_out_its_share_and_never_the_heaviest() -> None:
     rng = np.random.default_rng(2)
     weight = rng.dirichlet([1, 1, 1], size=5000)
-    answers = PruneRandom(share=0.3, seed=4).decide(_routing(weight, np.zeros((5000, 2))), None)
+    choice = parse_miss_policy("prune:random:rate=0.2")  # of the two lighter of three: 0.3
+    inputs, routing = PolicyInputs(top_k=3, seed=4), _routing(weight, np.zeros((5000, 2)))
+    answers = choice.make(inputs).decide(routing, EVERYTHING)
     assert (~answers.present).sum() / 10000 == pytest.approx(0.3, abs=0.02)
     assert answers.present[np.arange(5000), weight.argmax(axis=1)].all()
-    again = PruneRandom(share=0.3, seed=4).decide(_routing(weight, np.zeros((5000, 2))), None)
+    again = choice.make(inputs).decide(routing, EVERYTHING)
     np.testing.assert_array_equal(again.present, answers.present)

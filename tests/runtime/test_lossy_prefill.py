@@ -18,12 +18,13 @@ from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
 from tests.packed import pack_bundle
+from tests.policies.settings import FIRES
 
 PROMPT = torch.tensor([[256, 84, 104, 101, 32, 108, 105, 115, 116, 100, 101, 102]])
 POLICIES = [
-    spec.named(spec.fires)
-    for spec in MISS_POLICIES.values()
-    if spec.fires is not None and BUDDIES not in spec.needs  # the bundle has no stand-ins
+    policy
+    for name, policy in FIRES.items()
+    if BUDDIES not in MISS_POLICIES[name].needs  # the bundle has no stand-ins
 ]
 
 

@@ -12,7 +12,6 @@ from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.models.locate import LocatedModel
-from moe_tool.policies.misses import MISS_POLICIES
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import generate_ids
@@ -21,14 +20,12 @@ from moe_tool.runtime.session import Session, open_session
 from moe_tool.text.sources import parse_sources
 from tests.formats.made_mask_router import put_mask_router
 from tests.packed import pack_bundle
+from tests.policies.settings import ACT_ON_HITS, FIRES, INERT, LOSSY
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116]
 GREEDY = GenerateOptions(max_tokens=24, ignore_eos=True)
-LOSSY = [name for name, spec in MISS_POLICIES.items() if spec.is_lossy]
 ARCHITECTURES = ("qwen3_moe", "mixtral", "gpt_oss")
-ANSWERS_MISSES = [name for name in LOSSY if not MISS_POLICIES[name].acts_on_hits]
-FIRES = {name: MISS_POLICIES[name].named(MISS_POLICIES[name].fires or "") for name in LOSSY}
-INERT = {name: MISS_POLICIES[name].named(MISS_POLICIES[name].inert) for name in LOSSY}
+ANSWERS_MISSES = [name for name in LOSSY if name not in ACT_ON_HITS]
 
 
 def _buddy_map(manifest: BundleManifest) -> BuddyMap:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moe_tool.simulator.access_trace import AccessTrace
+from moe_tool.artifacts.access_trace import AccessTrace
 
 
 def trace_of(calls, *, n_layers, n_experts, scores=None, guesses=None):

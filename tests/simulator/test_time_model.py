@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_tool.simulator.access_trace import CallCounts
+from moe_tool.artifacts.access_trace import CallCounts
 from moe_tool.simulator.time_model import CallCosts, call_times, forward_seconds
 from tests.simulator.random_traces import trace_of
 

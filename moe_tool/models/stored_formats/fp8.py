@@ -112,6 +112,10 @@ def scale_grid(
         return (n_out, n_in), (1, 1)
     if of_scale in ((n_out,), (n_out, 1)):
         return (1, n_in), (n_out, 1)
+    step = (n_out, n_in) if block is None else block
+    halves = (2, -(-n_in // step[1]))
+    if len(shape) == 3 and of_scale == halves and n_out % 2 == 0 and n_out <= step[0]:
+        return (n_out // 2, step[1]), halves  # gate and up, coded apart and then stacked
     wanted = f"1 or {[n_out, 1]}"
     if block is not None:
         grid = (-(-n_out // block[0]), -(-n_in // block[1]))

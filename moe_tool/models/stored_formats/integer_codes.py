@@ -57,13 +57,7 @@ def integer_tensor(parts: IntegerParts, block: tuple[int, int] | None) -> Stored
     group, grid = scale_grid(codes, (n_out, n_in), scale, block)
     if group[0] == 1 and n_in % group[1]:
         raise refused(codes, f"has {n_in} inputs, which groups of {group[1]} do not divide")
-    if parts.zero is not None:
-        require_dtype(parts.zero, "I32" if parts.is_packed else "I8")
-        rows = -(-grid[0] // per_word)
-        require_shape(parts.zero, (rows, grid[1]), *([(rows,)] if grid[1] == 1 else []))
-    if parts.order is not None:
-        require_dtype(parts.order, "I32", "I64")
-        require_shape(parts.order, (n_in,))
+    _require_fit(parts, grid, n_in=n_in, per_word=per_word)
     found = {"codes": codes, "scale": scale, "zero": parts.zero, "order": parts.order}
     names = {role: info.name for role, info in found.items() if info is not None}
 
@@ -98,6 +92,17 @@ def integer_tensor(parts: IntegerParts, block: tuple[int, int] | None) -> Stored
         keep=keep if parts.order is None and parts.width_bits in (4, 8) else None,
         decode_bytes=6 * codes.size_bytes + 4 * n_out * n_in + 16 * math.prod(grid) + gathered,
     )
+
+
+def _require_fit(parts: IntegerParts, grid: tuple[int, int], *, n_in: int, per_word: int) -> None:
+    """Refuse zero points and an order of inputs that are not those of the codes."""
+    if parts.zero is not None:
+        require_dtype(parts.zero, "I32" if parts.is_packed else "I8")
+        rows = -(-grid[0] // per_word)
+        require_shape(parts.zero, (rows, grid[1]), *([(rows,)] if grid[1] == 1 else []))
+    if parts.order is not None:
+        require_dtype(parts.order, "I32", "I64")
+        require_shape(parts.order, (n_in,))
 
 
 def _bytes(codes: torch.Tensor, parts: IntegerParts) -> torch.Tensor:

@@ -26,6 +26,7 @@ class LogicalCheckpoint(Checkpoint):
         stored: Mapping[str, StoredTensor],
         *,
         unused: Collection[str] = (),
+        is_declared: bool = False,
     ) -> None:
         """Lay out the logical tensors; nothing is read.
 
@@ -33,6 +34,8 @@ class LogicalCheckpoint(Checkpoint):
             raw: the checkpoint on disk, owned by this object from now on.
             stored: logical name -> how it is made; its parts' names must exist.
             unused: names on disk that the weights do not depend on.
+            is_declared: whether files beside the checkpoint tell how it is stored, so that a copy
+                of its tensors can be read by a copy of them.
         """
         hidden = {name for tensor in stored.values() for name in tensor.parts.values()}
         infos = {
@@ -57,6 +60,8 @@ class LogicalCheckpoint(Checkpoint):
         self.stored = stored
         """Logical name -> how it is made"""
         self._raw = raw
+        self._is_declared = is_declared
+        self.on_read = raw.on_read
         raw.on_read = self._count
 
     def read(self, name: str, *, row: int | None = None) -> torch.Tensor:
@@ -102,6 +107,17 @@ class LogicalCheckpoint(Checkpoint):
             return self._raw.read_bytes(name)
         return self.read(name).contiguous().numpy().tobytes()
 
+    def copied(self, name: str) -> list[TensorInfo]:
+        """Return the tensors on disk that a copy of a tensor needs."""
+        stored = self.stored.get(name)
+        if stored is None or not self._is_declared:
+            return [self.tensors[name]]
+        return [self._raw.tensors[part] for part in stored.parts.values()]
+
+    def read_copied(self, name: str) -> bytes:
+        """Return the bytes of a tensor that `copied` named."""
+        return self._raw.read_bytes(name) if self._is_declared else self.read_bytes(name)
+
     def extra_bytes(self, name: str) -> int:
         """Return the bytes that reading a tensor, or a row of a stacked one, holds beside it."""
         stored = self.stored.get(name)
@@ -118,7 +134,8 @@ class LogicalCheckpoint(Checkpoint):
         return made
 
     def _parts(self, stored: StoredTensor, row: int | None) -> dict[str, torch.Tensor]:
-        return {role: self._raw.read(part, row=row) for role, part in stored.parts.items()}
+        at = row if stored.row is None else stored.row
+        return {role: self._raw.read(part, row=at) for role, part in stored.parts.items()}
 
     def _not_finite(self, name: str, row: int | None) -> CorruptArtifactError:
         where = "" if row is None else f" (row {row})"

@@ -1,7 +1,7 @@
 """Formats of quantized checkpoints, and how each is recognised."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,16 @@ from moe_tool.errors import UnsupportedModelError
 from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.formats.strict_json import parse_json_object
-from moe_tool.models.stored_formats import compressed_tensors, fp8, modelopt, mxfp4
+from moe_tool.models.stored_formats import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    mlx,
+    modelopt,
+    mxfp4,
+)
 from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
 from moe_tool.models.stored_formats.stored_tensor import StoredTensor
 
@@ -50,6 +59,10 @@ FORMATS = (
     StoredFormat(
         methods=frozenset({"modelopt", "modelopt_fp4"}), stored_tensors=modelopt.stored_tensors
     ),
+    StoredFormat(methods=frozenset({"awq"}), stored_tensors=awq.stored_tensors),
+    StoredFormat(methods=frozenset({"bitsandbytes"}), stored_tensors=bitsandbytes.stored_tensors),
+    StoredFormat(methods=frozenset({"mlx"}), stored_tensors=mlx.stored_tensors),
+    StoredFormat(methods=frozenset({"gptq"}), stored_tensors=gptq.stored_tensors),
 )
 
 
@@ -111,20 +124,36 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
         NotFoundError, CorruptArtifactError, UnsupportedModelError: as `Checkpoint.open_folder`,
             `find_format` and the format.
     """
-    return as_logical(Checkpoint.open_folder(folder), folder, config)
+    settings = declared_settings(folder, config)
+    if settings is not None:
+        find_format(settings, str(config.get("model_type")))  # before the tensors are looked for
+    return read_as_declared(Checkpoint.open_folder(folder), folder, config)
 
 
-def as_logical(raw: Checkpoint, folder: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """Return the logical tensors of a checkpoint on disk, or itself if it is not quantized.
+def read_as_declared(
+    raw: Checkpoint,
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    apart: Collection[str] = (),
+) -> Checkpoint:
+    """Return tensors on disk as those that they stand for; themselves if none is quantized.
+
+    Args:
+        raw: an open checkpoint, or a part of one; its `on_read` stays.
+        folder: holds config.json, and other files that tell how weights are quantized.
+        config: content of config.json.
+        apart: tensors that are no part of the checkpoint's format.
 
     Raises:
-        CorruptArtifactError, UnsupportedModelError: as `open_checkpoint`.
+        CorruptArtifactError, UnsupportedModelError: as `find_format` and the format.
     """
     settings = declared_settings(folder, config)
     if settings is None:
         return raw
     found = find_format(settings, str(config.get("model_type")))
-    stored = found.stored_tensors(raw.tensors, settings)
+    tensors = {name: info for name, info in raw.tensors.items() if name not in apart}
+    stored = found.stored_tensors(tensors, settings)
     parts = {name for tensor in stored.values() for name in tensor.parts.values()}
     unused = [name for name in raw.tensors if name not in parts and _UNUSED.search(name)]
-    return LogicalCheckpoint(raw, stored, unused=unused)
+    return LogicalCheckpoint(raw, stored, unused=unused, is_declared=True)

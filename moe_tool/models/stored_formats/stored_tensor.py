@@ -33,6 +33,8 @@ class StoredTensor:
     and result"""
     is_stacked: bool = False
     """Whether the first dimension is the expert's; every part is then read row by row"""
+    row: int | None = None
+    """Row of every part that this tensor is made from; None: of whole parts"""
     keep: Callable[[Parts], KeptWeight] | None = None
     """Parts -> the same codes as a weight [out, in] that kernels read; None: only decoded"""
 

@@ -16,29 +16,18 @@ PER_LAYER = "per-layer"
 class EvictionChoice:
     """A policy and its options."""
 
-    kind: str
-    """Key of EVICTION"""
+    spec: EvictionSpec
     parameters: Mapping[str, int] = field(hash=False)
-    """Value of every parameter of the kind"""
+    """Value of every parameter of the policy"""
     per_layer: bool = False
     """Whether every layer has its own equal part of the cache"""
 
     @property
-    def spec(self) -> EvictionSpec:
-        """Spec in the policy's file."""
-        return EVICTION[self.kind]
-
-    @property
     def name(self) -> str:
         """Text from which `parse_eviction` makes this choice; defaults left out."""
-        words = [*changed_words(self.parameters, self.spec.parameters)]
-        words += [PER_LAYER] if self.per_layer else []
-        return self.kind + (":" + ",".join(words) if words else "")
-
-    @property
-    def pinned_share(self) -> float:
-        """Share of the slots in which the profile's hottest experts are pinned."""
-        return self.spec.pinned_share
+        words = changed_words(self.parameters, self.spec.parameters)
+        words += (PER_LAYER,) * self.per_layer
+        return self.spec.name + (":" + ",".join(words) if words else "")
 
     @property
     def hints(self) -> frozenset[Hint]:
@@ -53,8 +42,7 @@ class EvictionChoice:
 
     def notes_bytes(self, *, n_layers: int, n_experts: int) -> int:
         """Return the bytes of the policy's state beyond a few numbers per expert."""
-        per_expert = self.spec.notes_bytes
-        return 0 if per_expert is None else per_expert(self.parameters) * n_layers * n_experts
+        return self.spec.notes_bytes(self.parameters) * n_layers * n_experts
 
     def make(self, shape: CacheShape) -> Eviction:
         """Return a fresh policy."""
@@ -81,7 +69,7 @@ def parse_eviction(text: str) -> EvictionChoice:
         others=(PER_LAYER,),
     )
     return EvictionChoice(
-        kind=kind,
+        spec=EVICTION[kind],
         parameters={name: int(value) for name, value in values.items()},
         per_layer=PER_LAYER in words,
     )

@@ -5,29 +5,23 @@ Computer 27(3), 1994.
 """
 
 from collections.abc import Collection
-from typing import ClassVar
 
-from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.protocol import CacheShape, Eviction
 from moe_tool.policies.eviction.spec import EvictionSpec
 from moe_tool.policies.parameters import whole_number
 
 
-class ClassLru:
+class ClassLru(Eviction):
     """A new expert is on probation; a use while it is cached makes it protected.
 
     If the protected class overflows, its least recently used expert goes back on probation as the
     most recently used. The least recently used on probation leaves first.
     """
 
-    hints: ClassVar[frozenset[Hint]] = frozenset()
-
     def __init__(self, shape: CacheShape, *, protected: int = 80) -> None:
         self._n_protected = shape.capacity * protected // 100
         self._probation: dict[int, None] = {}  # both dicts: least recently used first
         self._protected: dict[int, None] = {}
-
-    def begin_call(self, layer: int) -> None:
-        """No-op: the layer's position does not matter."""
 
     def touch(self, key: int) -> None:
         self.discard(key)

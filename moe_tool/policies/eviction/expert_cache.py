@@ -2,16 +2,10 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
-from moe_tool.policies.eviction.protocol import (
-    CacheShape,
-    Eviction,
-    HearsPredictions,
-    HearsScores,
-)
+from moe_tool.policies.eviction.protocol import CacheShape, Eviction
 
 MakeEviction = Callable[[CacheShape], Eviction]
 
@@ -76,7 +70,7 @@ class ExpertCache:
         policy = self._policies[layer if self._per_layer else 0]
         policy.begin_call(layer)
         if scores is not None and "scores" in policy.hints:
-            cast(HearsScores, policy).observe(layer, scores)
+            policy.observe(layer, scores)
 
     def access(self, keys: Sequence[int]) -> list[Entry]:
         """Use the distinct experts of a call and return those that were missing."""
@@ -107,8 +101,7 @@ class ExpertCache:
     def expect(self, keys: Sequence[int], *, ahead: int) -> None:
         """Tell the policy one layer's experts predicted for the call `ahead` calls from now."""
         if keys and "predictions" in self.hints:
-            policy = cast(HearsPredictions, self._policy(keys[0]))
-            policy.expect(keys, ahead=1 if self._per_layer else ahead)
+            self._policy(keys[0]).expect(keys, ahead=1 if self._per_layer else ahead)
 
     def discard(self, key: int) -> None:
         """Remove a cached expert."""

@@ -1,11 +1,10 @@
 """Recency in two tiers, in which recent or predicted experts leave last: arXiv:2510.26730."""
 
 from collections.abc import Collection, Sequence
-from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
 from moe_tool.policies.parameters import whole_number
@@ -17,7 +16,7 @@ class Expertflow(Ranked):
     """The high tier holds experts used within the last `window` layer calls or predicted for one of
     the next; the low tier is evicted first, each tier in order of last use."""
 
-    hints: ClassVar[frozenset[Hint]] = frozenset({"predictions"})
+    hints = frozenset({"predictions"})
 
     def __init__(self, shape: CacheShape, *, window: int = 2) -> None:
         super().__init__(shape)

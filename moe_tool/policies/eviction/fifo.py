@@ -13,8 +13,5 @@ class Fifo(Ranked):
         self._arrivals += 1
         self.rank(key, self._arrivals)
 
-    def touch(self, key: int) -> None:
-        """No-op: a use changes nothing."""
-
 
 SPEC = EvictionSpec(name="fifo", summary="the first that entered", make=Fifo, compiled="fifo")

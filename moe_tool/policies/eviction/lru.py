@@ -1,5 +1,7 @@
 """Evict the least recently used expert."""
 
+from dataclasses import replace
+
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
 
@@ -16,10 +18,16 @@ class Lru(Ranked):
     add = touch
 
 
-SPEC = EvictionSpec(
-    name="lru",
-    summary="the least recently used",
-    make=Lru,
-    compiled="lru",
-    is_stack=True,
+SPEC = EvictionSpec(name="lru", summary="the least recently used", make=Lru, compiled="lru")
+STATIC_HOT = replace(
+    SPEC,
+    name="static-hot",
+    summary="none of the profile's hottest experts: only the slots of one token change",
+    pinned_share=1.0,
+)
+PINNED = replace(
+    SPEC,
+    name="pinned+lru",
+    summary="as lru, beside the hottest experts in half of the slots",
+    pinned_share=0.5,
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -27,15 +27,18 @@ class CacheShape:
         return self.n_layers * self.n_experts
 
 
-class Eviction(Protocol):
-    """Order in which cached experts are evicted.
+class Eviction:
+    """Base of eviction policies: the order in which cached experts are evicted.
 
-    The policy is told of calls, entries and departures, except for pinned experts. It is
-    deterministic: no clock, no random numbers, integers only.
+    The policy is told of calls, entries and departures, except for pinned experts; it overrides the
+    methods that matter to it. It is deterministic: no clock, no random numbers, integers only.
     """
 
-    hints: ClassVar[frozenset[Hint]]
+    hints: ClassVar[frozenset[Hint]] = frozenset()
     """Hints that it needs beside the accesses"""
+
+    def __init__(self, shape: CacheShape, **parameters: int) -> None:
+        """Begin with an empty cache."""
 
     def begin_call(self, layer: int) -> None:
         """Begin the call of a layer, given by position; a forward calls layers ascending."""
@@ -52,21 +55,15 @@ class Eviction(Protocol):
         Raises:
             LookupError: every cached expert is protected.
         """
+        raise NotImplementedError
 
     def discard(self, key: int) -> None:
         """Record that a cached expert left for another reason."""
 
-
-class HearsScores(Protocol):
-    """Further method of a policy whose `hints` have "scores"."""
-
     def observe(self, layer: int, scores: np.ndarray) -> None:
-        """Record a call's router scores, [E] integers of `gate_scores`, before its accesses."""
-
-
-class HearsPredictions(Protocol):
-    """Further method of a policy whose `hints` have "predictions"."""
+        """Record a call's router scores, [E] integers of `gate_scores`, before its accesses; called
+        if `hints` has "scores"."""
 
     def expect(self, keys: Sequence[int], *, ahead: int) -> None:
         """Record one layer's experts predicted for a coming call, after the accesses of the current
-        call; `ahead` is 1 for the next layer call."""
+        call; `ahead` is 1 for the next layer call. Called if `hints` has "predictions"."""

@@ -1,20 +1,17 @@
 """Base of policies that evict experts in the order of an integer rank."""
 
 from collections.abc import Collection
-from typing import ClassVar
 
 import numpy as np
 
-from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.protocol import CacheShape, Eviction
 
 _ABSENT = 2**62
 
 
-class Ranked:
+class Ranked(Eviction):
     """Evicts the lowest rank first, then the lowest key. A layer's rank is added to those of its
     experts."""
-
-    hints: ClassVar[frozenset[Hint]] = frozenset()
 
     def __init__(self, shape: CacheShape) -> None:
         self.shape = shape

@@ -11,10 +11,8 @@ from moe_tool.policies.eviction import (
     lfu,
     lfu_ghost,
     lru,
-    pinned_lru,
     s3_fifo,
     smoe,
-    static_hot,
 )
 from moe_tool.policies.eviction.spec import EvictionSpec
 
@@ -25,8 +23,8 @@ EVICTION: Mapping[str, EvictionSpec] = {
         lfu.SPEC,
         fifo.SPEC,
         s3_fifo.SPEC,
-        static_hot.SPEC,
-        pinned_lru.SPEC,
+        lru.STATIC_HOT,
+        lru.PINNED,
         hobbit.SPEC,
         smoe.SPEC,
         expertflow.SPEC,

@@ -2,20 +2,17 @@
 the small one (Yang et al., SOSP 2023)."""
 
 from collections.abc import Collection
-from typing import ClassVar
 
-from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.protocol import CacheShape, Eviction
 from moe_tool.policies.eviction.spec import EvictionSpec
 from moe_tool.policies.parameters import whole_number
 
 _MAX_USES = 3
 
 
-class S3Fifo:
+class S3Fifo(Eviction):
     """A new expert enters the small queue, a tenth of the cache, and moves to the main queue if it
     was used again by the time it would leave. Ghost-queue hits enter the main queue."""
-
-    hints: ClassVar[frozenset[Hint]] = frozenset()
 
     def __init__(self, shape: CacheShape, *, small: int = 10) -> None:
         self._n_small = max(1, shape.capacity * small // 100)
@@ -24,9 +21,6 @@ class S3Fifo:
         self._small: dict[int, None] = {}  # all queues: oldest first
         self._main: dict[int, None] = {}
         self._ghosts: dict[int, None] = {}
-
-    def begin_call(self, layer: int) -> None:
-        """No-op: S3-FIFO does not use the layer's position."""
 
     def touch(self, key: int) -> None:
         self._uses[key] = min(self._uses[key] + 1, _MAX_USES)

@@ -1,10 +1,8 @@
 """Evict the expert with the lowest moving-average gate score: arXiv:2508.18983, SMoE."""
 
-from typing import ClassVar
-
 import numpy as np
 
-from moe_tool.policies.eviction.protocol import CacheShape, Hint
+from moe_tool.policies.eviction.protocol import CacheShape
 from moe_tool.policies.eviction.ranked import Ranked
 from moe_tool.policies.eviction.spec import EvictionSpec
 from moe_tool.policies.parameters import whole_number
@@ -17,7 +15,7 @@ _MEAN_BITS = 8
 class Smoe(Ranked):
     """Mean gate score of each expert, chosen or not, over its layer's last calls."""
 
-    hints: ClassVar[frozenset[Hint]] = frozenset({"scores"})
+    hints = frozenset({"scores"})
 
     def __init__(self, shape: CacheShape, *, window: int = 16) -> None:
         super().__init__(shape)

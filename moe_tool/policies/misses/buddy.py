@@ -1,15 +1,15 @@
 """The best resident buddy of a missing expert answers (BuddyMoE)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moe_tool.artifacts.buddy_map import LayerBuddies
 from moe_tool.artifacts.routing import Answers, Routing, keep
-from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, open_slots
 from moe_tool.policies.misses.needs import BUDDIES, GATES
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 from moe_tool.policies.parameters import Parameter
@@ -39,8 +39,7 @@ def buddy_tables(layers: Sequence[LayerBuddies]) -> dict[int, BuddyTable]:
     return tables
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Buddy:
+class Buddy(MissPolicy):
     """Replaces a missing expert by the first of its buddies that is resident and free.
 
     Source: arXiv:2511.10054. Priority psi = rank * (1 + eta * z): rank is (B - r) / B for the r-th
@@ -50,14 +49,11 @@ class Buddy:
     one device; and the buddy's output is multiplied by the fitted scale (1 in the paper).
     """
 
-    gates: Gates
-    tables: Mapping[int, BuddyTable]
-    logit_weight: float = 0.0
-    """eta; 0 follows the lists alone"""
-
-    @property
-    def needs_router(self) -> RouterNeed:
-        return "logits" if self.logit_weight else "nothing"
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        assert inputs.gates is not None and inputs.buddies is not None
+        self.gates, self.eta = inputs.gates.tuned(values), values["eta"]
+        self.tables = buddy_tables(inputs.buddies)
+        self.needs_router = "logits" if self.eta else "nothing"
 
     def describe(self) -> str:
         return (
@@ -82,9 +78,9 @@ class Buddy:
             row = np.arange(token.size)
             usable = (candidates >= 0) & free[row[:, None], candidates]
             priority = np.broadcast_to(rank, candidates.shape)
-            if self.logit_weight:
+            if self.eta:
                 relative = _relative_logits(routing, token)  # [n, E]
-                priority = rank * (1 + self.logit_weight * relative[row[:, None], candidates])
+                priority = rank * (1 + self.eta * relative[row[:, None], candidates])
             best = np.where(usable, priority, -np.inf).argmax(axis=1)  # the earlier one of equals
             chosen = np.where(usable[row, best], candidates[row, best], -1)
             return Pick(expert=chosen, scale=table.scale[wanted, best])
@@ -100,21 +96,11 @@ def _relative_logits(routing: Routing, token: np.ndarray) -> np.ndarray:
     return relative
 
 
-def _make(inputs: PolicyInputs, values: Values) -> Buddy:
-    assert inputs.gates is not None and inputs.buddies is not None
-    return Buddy(
-        gates=inputs.gates.tuned(values),
-        tables=buddy_tables(inputs.buddies),
-        logit_weight=values["eta"],
-    )
-
-
 SPEC = PolicySpec(
     name="buddy",
     summary="the best of its listed stand-ins that is resident and free, times its fitted scale; "
     "without one, itself",
-    make=_make,
-    inert="rho=0",
+    make=Buddy,
     parameters={
         **GATE_PARAMETERS,
         "eta": Parameter(

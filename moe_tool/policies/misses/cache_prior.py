@@ -1,22 +1,17 @@
 """Cache prior: resident experts get a bonus on the router's scores before the top K are chosen."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.needs import WEIGHT_RULE
-from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, RouterNeed
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.misses.substitution import Offers, outbid
 from moe_tool.policies.parameters import Parameter, whole_number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachePrior:
+class CachePrior(MissPolicy):
     """The cache prior of Mixture of Cache-Conditional Experts (arXiv:2412.00099).
 
     lambda times the range of the router's scores is added to the scores of resident experts, the
@@ -27,13 +22,12 @@ class CachePrior:
     if these are not the logits.
     """
 
-    share: float
-    """lambda: bonus of a resident expert, as a share of the range of the token's scores"""
-    n_kept: int
-    """J: best experts of a token that are always kept"""
-    reweigh: Mapping[int, Reweigh]
-    """Decoder layer -> gate weight rule"""
-    needs_router: ClassVar[RouterNeed] = "scores"
+    needs_router = "scores"
+
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        assert inputs.reweigh is not None
+        self.share, self.n_kept = values["lambda"], int(values["keep"])
+        self.reweigh = inputs.reweigh
 
     def describe(self) -> str:
         return (
@@ -72,18 +66,11 @@ def _range(score: np.ndarray) -> np.ndarray:
     return found
 
 
-def _make(inputs: PolicyInputs, values: Values) -> CachePrior:
-    assert inputs.reweigh is not None
-    return CachePrior(share=values["lambda"], n_kept=int(values["keep"]), reweigh=inputs.reweigh)
-
-
 SPEC = PolicySpec(
     name="cache-prior",
     summary="a resident expert that outranks it once all resident ones get a bonus on the router's "
     "scores, the whole set weighed anew by the model's rule",
-    make=_make,
-    inert="lambda=0",
-    fires="lambda=1",
+    make=CachePrior,
     parameters={
         "lambda": Parameter(
             help="bonus of resident experts, as a share of the range of the token's scores",

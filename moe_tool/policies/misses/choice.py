@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.registry import MISS_POLICIES
-from moe_tool.policies.misses.spec import PolicySpec, Residents, Values
+from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.parameters import changed_words, read_values
 
 
@@ -13,25 +13,15 @@ from moe_tool.policies.parameters import changed_words, read_values
 class MissChoice:
     """A policy and its parameters."""
 
-    kind: str
-    """Key of MISS_POLICIES"""
+    spec: PolicySpec
     values: Values = field(hash=False)
-    """Value of every parameter of the kind"""
-
-    @property
-    def spec(self) -> PolicySpec:
-        """Spec in the policy's file."""
-        return MISS_POLICIES[self.kind]
+    """Value of every parameter of the policy"""
 
     @property
     def name(self) -> str:
         """Text from which `parse_miss_policy` makes this choice; defaults left out."""
-        return self.spec.named(",".join(changed_words(self.values, self.spec.parameters)))
-
-    @property
-    def residents(self) -> Residents:
-        """Rule by which residents are chosen under frozen residency."""
-        return self.spec.residents
+        words = changed_words(self.values, self.spec.parameters)
+        return self.spec.name + (":" + ",".join(words) if words else "")
 
     def with_value(self, parameter: str, value: float) -> "MissChoice":
         """Return the policy with another value of one of its parameters."""
@@ -47,7 +37,7 @@ class MissChoice:
             UnsupportedModelError: the policy does not apply to this model.
         """
         for need in self.spec.needs:
-            need.require(self.kind, inputs)
+            need.require(self.spec.name, inputs)
         return self.spec.make(inputs, self.values)
 
 
@@ -67,7 +57,7 @@ def parse_miss_policy(text: str) -> MissChoice:
         )
     words = rest.split(",") if rest else []
     values = read_values(f"--policy {text}", words, MISS_POLICIES[kind].parameters)
-    return MissChoice(kind=kind, values=values)
+    return MissChoice(spec=MISS_POLICIES[kind], values=values)
 
 
 EXACT_POLICY = parse_miss_policy("exact")

@@ -1,23 +1,20 @@
 """A missing expert is left out."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
-from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, open_slots
 from moe_tool.policies.misses.needs import GATES
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.spec import PolicySpec, Values
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drop:
+class Drop(MissPolicy):
     """Leaves a slot empty; the remaining gate weights are not renormalised."""
 
-    gates: Gates
-    needs_router: ClassVar[RouterNeed] = "nothing"
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        assert inputs.gates is not None
+        self.gates = inputs.gates.tuned(values)
 
     def describe(self) -> str:
         return f"drop: a missing expert is left out, text may differ ({self.gates.describe()})"
@@ -34,16 +31,10 @@ class Drop:
         return leave_out(routing, dropped)
 
 
-def _make(inputs: PolicyInputs, values: Values) -> Drop:
-    assert inputs.gates is not None
-    return Drop(gates=inputs.gates.tuned(values))
-
-
 SPEC = PolicySpec(
     name="drop",
     summary="nothing",
-    make=_make,
-    inert="rho=0",
+    make=Drop,
     parameters=GATE_PARAMETERS,
     needs=(GATES,),
     source="a control of buddy",

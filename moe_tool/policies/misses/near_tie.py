@@ -1,22 +1,17 @@
 """Near-ties: a missing expert just above the cut is replaced by a resident one just below it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.needs import WEIGHT_RULE
-from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, RouterNeed, as_shares
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, as_shares
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.misses.substitution import Offers, outbid
 from moe_tool.policies.parameters import Parameter
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NearTie:
+class NearTie(MissPolicy):
     """SMoE's router (arXiv:2508.18983): bands around S, the best score that was not chosen.
 
     Chosen experts scoring below (1 + alpha) S are low, the others are always kept. Missing low ones
@@ -26,12 +21,12 @@ class NearTie:
     does not depend on the batch.
     """
 
-    alpha: float
-    reweigh: Mapping[int, Reweigh]
-    """Decoder layer -> gate weight rule"""
-    scores_are_logits: bool
-    """Whether the selection scores are logits"""
-    needs_router: ClassVar[RouterNeed] = "scores"
+    needs_router = "scores"
+
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        assert inputs.reweigh is not None
+        self.alpha, self.reweigh = values["alpha"], inputs.reweigh
+        self.scores_are_logits = inputs.scores_are_logits
 
     def describe(self) -> str:
         return (
@@ -56,21 +51,10 @@ class NearTie:
         return outbid(routing, offers, self.reweigh)
 
 
-def _make(inputs: PolicyInputs, values: Values) -> NearTie:
-    assert inputs.reweigh is not None
-    return NearTie(
-        alpha=values["alpha"],
-        reweigh=inputs.reweigh,
-        scores_are_logits=inputs.scores_are_logits,
-    )
-
-
 SPEC = PolicySpec(
     name="near-tie",
     summary="in a near-tie, a resident expert that was nearly chosen",
-    make=_make,
-    inert="alpha=0",
-    fires="alpha=1",
+    make=NearTie,
     parameters={
         "alpha": Parameter(
             help="width of the bands around the best score that was not chosen", default=0.3

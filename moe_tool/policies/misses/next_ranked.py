@@ -1,21 +1,18 @@
 """Re-routing of a token to its next-ranked resident experts, weighed by the model's rule."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep
-from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, OpenSlots, open_slots
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, OpenSlots, open_slots
 from moe_tool.policies.misses.needs import GATES, WEIGHT_RULE
-from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, RouterNeed
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NextRanked:
+class NextRanked(MissPolicy):
     """Replaces a missing expert by the resident one that the token's router ranks next.
 
     The gate weights of re-routed tokens are computed anew by the model's rule. If residents run
@@ -24,10 +21,11 @@ class NextRanked:
     candidate.
     """
 
-    gates: Gates
-    reweigh: Mapping[int, Reweigh]
-    """Decoder layer -> gate weight rule"""
-    needs_router: ClassVar[RouterNeed] = "scores"
+    needs_router = "scores"
+
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        assert inputs.gates is not None and inputs.reweigh is not None
+        self.gates, self.reweigh = inputs.gates.tuned(values), inputs.reweigh
 
     def describe(self) -> str:
         return (
@@ -76,17 +74,11 @@ def _left_out(routing: Routing, slots: OpenSlots, expert: np.ndarray) -> np.ndar
     return found
 
 
-def _make(inputs: PolicyInputs, values: Values) -> NextRanked:
-    assert inputs.gates is not None and inputs.reweigh is not None
-    return NextRanked(gates=inputs.gates.tuned(values), reweigh=inputs.reweigh)
-
-
 SPEC = PolicySpec(
     name="next-ranked",
     summary="the resident expert that this token's router ranks next, the whole set weighed anew "
     "by the model's rule; where residents run out the set is smaller",
-    make=_make,
-    inert="rho=0",
+    make=NextRanked,
     parameters=GATE_PARAMETERS,
     needs=(GATES, WEIGHT_RULE),
     source="the fallback of eMoE, arXiv:2503.06823, and the substitute of SMoE, arXiv:2508.18983",

@@ -1,15 +1,13 @@
 """Priced answers: a missing expert is answered by whatever is expected to cost least."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.needs import PRICES
-from moe_tool.policies.misses.price_book import LayerBook, PriceBook
-from moe_tool.policies.misses.protocol import PolicyInputs, Reweigh, RouterNeed, as_shares
+from moe_tool.policies.misses.price_book import LayerBook
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, as_shares
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import Strength, price_grid
 from moe_tool.policies.parameters import Parameter
@@ -17,8 +15,7 @@ from moe_tool.policies.parameters import Parameter
 _SELF, _NOTHING = -1, -2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Priced:
+class Priced(MissPolicy):
     """Answers every missing expert with the least price + nats per MB * bytes to read.
 
     Candidates: a cheaper form, resident or read; a listed resident stand-in with its scale;
@@ -33,21 +30,12 @@ class Priced:
     stand-ins has.
     """
 
-    book: PriceBook
-    nats_per_mb: float
-    """Worth of avoiding a read of 10^6 bytes; 0 is exact, infinity reads nothing"""
-    reroute: float
-    """Share of the wanted experts' selection scores that re-routing has to keep; above 1 nothing
-    is re-routed"""
-    reweigh: Mapping[int, Reweigh] | None
-    """Decoder layer -> gate weight rule; None: unknown, and nothing is re-routed"""
-    scores_are_logits: bool
-    """Whether the selection scores are logits"""
-
-    @property
-    def needs_router(self) -> RouterNeed:
-        """Scores and, for new gate weights, logits, if tokens may be re-routed."""
-        return "nothing" if self.reweigh is None or self.reroute > 1 else "scores"
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        assert inputs.prices is not None
+        self.book, self.nats_per_mb = inputs.prices, values["nats-per-mb"]
+        self.reroute, self.reweigh = values["reroute"], inputs.reweigh
+        self.scores_are_logits = inputs.scores_are_logits
+        self.needs_router = "nothing" if self.reweigh is None or self.reroute > 1 else "scores"
 
     def describe(self) -> str:
         if math.isinf(self.nats_per_mb):
@@ -116,11 +104,7 @@ class Priced:
         return form, column
 
     def _reroute(
-        self,
-        routing: Routing,
-        resident: np.ndarray,
-        is_open: np.ndarray,
-        answers: Answers,
+        self, routing: Routing, resident: np.ndarray, is_open: np.ndarray, answers: Answers
     ) -> None:
         """Re-route the open slots [T, K] of tokens that keep enough of their scores, in place; open
         slots are those that no form of the wanted expert answers."""
@@ -148,23 +132,11 @@ class Priced:
             answers.weight[row] = self.reweigh[routing.layer](routing.logits[row], new, present)
 
 
-def _make(inputs: PolicyInputs, values: Values) -> Priced:
-    assert inputs.prices is not None
-    return Priced(
-        book=inputs.prices,
-        nats_per_mb=values["nats-per-mb"],
-        reroute=values["reroute"],
-        reweigh=inputs.reweigh,
-        scores_are_logits=inputs.scores_are_logits,
-    )
-
-
 SPEC = PolicySpec(
     name="priced",
     summary="whatever is expected to cost least: a cheaper form, a listed stand-in, the residents "
     "that the router ranks next, nothing, or itself",
-    make=_make,
-    inert="nats-per-mb=0",
+    make=Priced,
     parameters={
         "nats-per-mb": Parameter(
             help="what avoiding a read of 10^6 bytes is worth; inf never reads",

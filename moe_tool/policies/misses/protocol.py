@@ -26,9 +26,8 @@ class MissPolicy(Protocol):
     present in the routing is not present in the answers either.
     """
 
-    @property
-    def needs_router(self) -> RouterNeed:
-        """Whether `Routing.logits`, or these and `Routing.score`, are required."""
+    needs_router: RouterNeed = "nothing"
+    """Whether `Routing.logits`, or these and `Routing.score`, are required"""
 
     def describe(self) -> str:
         """Return one line for the announcement before the first token."""

@@ -1,22 +1,17 @@
 """Pruning of a token's light experts, resident or not, by gate weight relative to its heaviest."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import RATIO_QUANTILES
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed, read_quantile
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prune:
+class Prune(MissPolicy):
     """MC's online pruning (arXiv:2410.06270): a slot is dropped if its gate weight over the token's
     heaviest is below mu. The most important tokens of a lossily answered prompt are not pruned, as
     in the paper.
@@ -26,13 +21,10 @@ class Prune:
     every slot after the heaviest is judged alone.
     """
 
-    limit: Mapping[int, float]
-    """mu by decoder layer"""
-    share: float
-    """Quantile of the limits, for the announcement"""
-    protect: float
-    """Share of a sequence's prompt tokens in a forward that are not pruned"""
-    needs_router: ClassVar[RouterNeed] = "nothing"
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        self.share, self.protect = values["share"], values["protect"]
+        self.limits = {at: read_quantile(each, self.share) for at, each in inputs.ratios.items()}
+        """mu by decoder layer"""
 
     def describe(self) -> str:
         return (
@@ -41,8 +33,8 @@ class Prune:
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        limit = self.limit[routing.layer]
-        if limit <= 0:
+        limit = self.limits[routing.layer]
+        if self.share == 0 or limit <= 0:
             return keep(routing)
         is_left_out = ratio_to_heaviest(routing.weight) < limit
         heaviest = routing.weight.argmax(axis=1)
@@ -99,20 +91,10 @@ def share_of_light(inputs: PolicyInputs, name: str, rate: float) -> float:
     return min(1.0, rate / most)
 
 
-def _make(inputs: PolicyInputs, values: Values) -> Prune:
-    share = values["share"]
-    limit = {layer: read_quantile(found, share) for layer, found in inputs.ratios.items()}
-    if share == 0:
-        limit = dict.fromkeys(limit, 0.0)
-    return Prune(limit=limit, share=share, protect=values["protect"])
-
-
 SPEC = PolicySpec(
     name="prune",
     summary="(hits too) nothing, where its gate weight is small beside the token's heaviest",
-    make=_make,
-    inert="share=0",
-    fires="share=0.8",
+    make=Prune,
     parameters={
         "share": Parameter(
             help="lightest share of the profile's slots after the heaviest, which is left out",
@@ -126,7 +108,6 @@ SPEC = PolicySpec(
     },
     needs=(RATIO_QUANTILES,),
     weighs_prompts=True,
-    acts_on_hits=True,
     strength=share_strength("share"),
     in_controls=False,
     source="MC, arXiv:2410.06270",

@@ -1,22 +1,19 @@
 """Pruning of a token's experts, resident or not, by a trained mask router."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep, leave_out
 from moe_tool.policies.misses.needs import MASK_ROUTER, SEVERAL_EXPERTS
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed, read_quantile
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, read_quantile
 from moe_tool.policies.misses.prune import largest_rate, share_of_light
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneLearned:
+class PruneLearned(MissPolicy):
     """MC#'s top-any pruning (arXiv:2510.10962): a token keeps its j heaviest experts, where a
     router trained on the layer's input chooses j.
 
@@ -24,11 +21,12 @@ class PruneLearned:
     is one number for all layers, tabulated against the rate on held-out tokens.
     """
 
-    offset: float
-    """Threshold of the slot scores; -inf: all slots are kept"""
-    rate: float
-    """Share of chosen experts that is dropped, for the announcement"""
-    needs_router: ClassVar[RouterNeed] = "nothing"
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        assert inputs.pruning is not None
+        self.rate = _rate(values, inputs)
+        share = share_of_light(inputs, "prune:learned", self.rate)
+        offset = read_quantile(np.array(inputs.pruning.offsets), share)
+        self.offset = -math.inf if share == 0 else offset  # -inf keeps all slots
 
     def describe(self) -> str:
         return (
@@ -41,16 +39,11 @@ class PruneLearned:
         if np.isneginf(self.offset):
             return keep(routing)
         assert routing.worth is not None, "the mask router did not answer"
-        order = by_weight(routing.weight)  # [T, K]
+        order = np.argsort(-routing.weight, axis=1, kind="stable")  # [T, K]
         kept = n_kept(routing.worth, self.offset)  # [T]
         is_left_out = np.empty(order.shape, dtype=bool)
         np.put_along_axis(is_left_out, order, np.arange(order.shape[1]) >= kept[:, None], axis=1)
         return leave_out(routing, is_left_out)
-
-
-def by_weight(weight: np.ndarray) -> np.ndarray:
-    """Return each token's slots by falling gate weight, equal ones in order, [T, K] int64."""
-    return np.argsort(-weight, axis=1, kind="stable")
 
 
 def n_kept(worth: np.ndarray, offset: float) -> np.ndarray:
@@ -87,14 +80,6 @@ def _rate(values: Values, inputs: PolicyInputs) -> float:
     return inputs.pruning.rate if values["rate"] < 0 else values["rate"]
 
 
-def _make(inputs: PolicyInputs, values: Values) -> PruneLearned:
-    assert inputs.pruning is not None
-    rate = _rate(values, inputs)
-    share = share_of_light(inputs, "prune:learned", rate)
-    table = np.array(inputs.pruning.offsets)
-    return PruneLearned(offset=-math.inf if share == 0 else read_quantile(table, share), rate=rate)
-
-
 def _controls(values: Values, inputs: PolicyInputs) -> tuple[str, ...] | None:
     """Return controls that drop as many experts: by the ratio of gate weights, and at random."""
     if inputs.pruning is None:
@@ -107,8 +92,7 @@ def _controls(values: Values, inputs: PolicyInputs) -> tuple[str, ...] | None:
 SPEC = PolicySpec(
     name="prune:learned",
     summary="(hits too) nothing, where a router trained by `tune pruning` finds it not worth it",
-    make=_make,
-    inert="rate=0",
+    make=PruneLearned,
     parameters={
         "rate": Parameter(
             help="share of the chosen experts that is left out; -1: the one trained for",
@@ -117,7 +101,6 @@ SPEC = PolicySpec(
         )
     },
     needs=(SEVERAL_EXPERTS, MASK_ROUTER),
-    acts_on_hits=True,
     strength=share_strength("rate", most=largest_rate),
     in_controls=False,
     controls=_controls,

@@ -1,28 +1,22 @@
 """Random pruning of a token's experts: the control that a pruning rule has to beat."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, leave_out
 from moe_tool.policies.misses.needs import SEVERAL_EXPERTS
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.prune import share_of_light
 from moe_tool.policies.misses.random_draw import draw_uniform
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.parameters import Parameter
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneRandom:
+class PruneRandom(MissPolicy):
     """Drops every slot after the heaviest with the same probability, by a hash of seed and
     routing."""
 
-    share: float
-    """Share of the slots after the heaviest that is dropped"""
-    seed: int
-    needs_router: ClassVar[RouterNeed] = "nothing"
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        self.share, self.seed = share_of_light(inputs, "prune:random", values["rate"]), inputs.seed
 
     def describe(self) -> str:
         return (
@@ -37,21 +31,14 @@ class PruneRandom:
         return leave_out(routing, is_left_out)
 
 
-def _make(inputs: PolicyInputs, values: Values) -> PruneRandom:
-    share = share_of_light(inputs, "prune:random", values["rate"])
-    return PruneRandom(share=share, seed=inputs.seed)
-
-
 SPEC = PolicySpec(
     name="prune:random",
     summary="(hits too) nothing, at random, but never a token's heaviest",
-    make=_make,
-    inert="rate=0",
+    make=PruneRandom,
     parameters={
         "rate": Parameter(help="share of the chosen experts that is left out", default=0.2)
     },
     needs=(SEVERAL_EXPERTS,),
-    acts_on_hits=True,
     in_controls=False,
     source="the control of the other two",
 )

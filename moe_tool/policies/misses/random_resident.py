@@ -1,30 +1,26 @@
 """Random substitution by a resident expert: the control that a choice has to beat."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 
 from moe_tool.artifacts.routing import Answers, Routing, keep
-from moe_tool.policies.misses.gates import GATE_PARAMETERS, Gates, open_slots
+from moe_tool.policies.misses.gates import GATE_PARAMETERS, open_slots
 from moe_tool.policies.misses.needs import GATES
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.random_draw import hash_routing, mix
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RandomResident:
+class RandomResident(MissPolicy):
     """Replaces a missing expert by a uniformly random one of those resident and free.
 
     The draw is a hash of seed, layer, the token's routing (experts, and gate weights to three
     digits) and the slot. It needs no state and does not depend on the batch.
     """
 
-    gates: Gates
-    seed: int = 0
-    needs_router: ClassVar[RouterNeed] = "nothing"
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        assert inputs.gates is not None
+        self.gates, self.seed = inputs.gates.tuned(values), inputs.seed
 
     def describe(self) -> str:
         return (
@@ -49,16 +45,10 @@ class RandomResident:
         return substitute(routing, resident, slots, pick)
 
 
-def _make(inputs: PolicyInputs, values: Values) -> RandomResident:
-    assert inputs.gates is not None
-    return RandomResident(gates=inputs.gates.tuned(values), seed=inputs.seed)
-
-
 SPEC = PolicySpec(
     name="random",
     summary="a random resident expert; a hash of seed and routing, so that a run can be repeated",
-    make=_make,
-    inert="rho=0",
+    make=RandomResident,
     parameters=GATE_PARAMETERS,
     needs=(GATES,),
     source="BuddyMoE's control",

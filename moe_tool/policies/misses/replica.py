@@ -1,37 +1,37 @@
 """Replica answers: a missing expert is read in full, in a cheaper form, or dropped, by its rank."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
-
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep, leave_out
 from moe_tool.errors import UsageError
 from moe_tool.policies.misses.needs import REPLICAS
-from moe_tool.policies.misses.protocol import PolicyInputs, RouterNeed, read_quantile
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, read_quantile
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.parameters import Parameter, whole_number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replica:
+class Replica(MissPolicy):
     """HOBBIT's scorer (arXiv:2411.01433): the unimportance s of a slot is the normalised gate
     weight of all slots above it, 0 for the heaviest.
 
-    A missing expert with s <= t1 is fetched in full, with s <= t2 in its cheaper form, else it is
-    dropped. Resident primary forms are used. The heaviest slot is always answered in full.
+    A missing expert with s <= t1 is fetched in full, with s <= t2 in its cheaper form (in full
+    without one), else it is dropped. Resident primary forms are used. The heaviest slot is always
+    answered in full.
     """
 
-    t1: float
-    t2: float
-    form: int
-    """Row of the cheaper form"""
-    stored: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """Decoder layer -> [F, E] bool: forms in the bundle; empty if every expert has every form. An
-    expert without the cheaper form is fetched in full"""
-    needs_router: ClassVar[RouterNeed] = "nothing"
+    def __init__(self, inputs: PolicyInputs, values: Values) -> None:
+        self.form, n_forms = int(values["form"]), len(inputs.forms)
+        if self.form >= n_forms:
+            raise UsageError(
+                f"--policy replica: there is no form {self.form}",
+                hint=f"the bundle has replicas 1 to {n_forms - 1}: {', '.join(inputs.forms[1:])}",
+            )
+        self.stored = inputs.stored
+        self.t1, self.t2 = values["high"], min(1.0, values["high"] + values["low"])
+        if inputs.unimportance:
+            table = np.mean(list(inputs.unimportance.values()), axis=0)
+            self.t1, self.t2 = read_quantile(table, self.t1), read_quantile(table, self.t2)
 
     def describe(self) -> str:
         return (
@@ -64,29 +64,11 @@ def unimportance(weight: np.ndarray) -> np.ndarray:
     return result
 
 
-def _make(inputs: PolicyInputs, values: Values) -> Replica:
-    form, n_forms = int(values["form"]), len(inputs.forms)
-    if form >= n_forms:
-        raise UsageError(
-            f"--policy replica: there is no form {form}",
-            hint=f"the bundle has replicas 1 to {n_forms - 1}: {', '.join(inputs.forms[1:])}",
-        )
-    shares = (values["high"], min(1.0, values["high"] + values["low"]))
-    if inputs.unimportance:
-        table = np.mean(list(inputs.unimportance.values()), axis=0)
-        t1, t2 = (read_quantile(table, share) for share in shares)
-    else:
-        t1, t2 = shares
-    return Replica(t1=t1, t2=t2, form=form, stored=inputs.stored)
-
-
 SPEC = PolicySpec(
     name="replica",
     summary="itself in full, in a cheaper form, or nothing, by how much gate weight lies above its "
     "slot",
-    make=_make,
-    inert="high=1",
-    fires="high=0.3,low=0.5",
+    make=Replica,
     parameters={
         "high": Parameter(
             help="share of slots, by the profile, that is read in full", default=0.67

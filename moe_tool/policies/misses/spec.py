@@ -1,4 +1,4 @@
-"""Description of a miss policy in its own file: name, help, parameters, needs, test settings."""
+"""Description of a miss policy in its own file: name, help, parameters, needs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ Residents = Literal["hottest", "two-precisions", "cheapest"]
 memory, cheaper forms of the next ones; or the set with the least expected price"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PolicySpec:
     """Description of one miss policy."""
 
@@ -27,18 +27,14 @@ class PolicySpec:
     make: Callable[[PolicyInputs, Values], MissPolicy]
     """Function from inputs that meet the needs and all values to the policy; raises UsageError if a
     value does not fit the inputs"""
-    inert: str
-    """Parameters with which it answers like `exact`"""
-    fires: str | None = ""
-    """Parameters with which it changes answers if experts are missing; None: it never does"""
+    is_lossy: bool = True
+    """Whether the output may differ from the exact one"""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     """Required inputs, in the order in which they are checked"""
     residents: Residents = "hottest"
     weighs_prompts: bool = False
     """Whether lossy answers to a prompt need the importance of its tokens"""
-    acts_on_hits: bool = False
-    """Whether resident experts are dropped too"""
     strength: Strength | None = None
     """Parameter that `calibrate` searches; None: there is none"""
     alternatives: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -50,12 +46,3 @@ class PolicySpec:
     """Function from values to the policies to compare with in that table; None: the usual ones"""
     source: str = ""
     """Paper of the rule, with its name there"""
-
-    @property
-    def is_lossy(self) -> bool:
-        """Whether the output may differ from the exact one."""
-        return self.fires is not None
-
-    def named(self, words: str) -> str:
-        """Return the policy's name with parameters, as `--policy` takes both."""
-        return f"{self.name}:{words}" if words else self.name

@@ -4,6 +4,7 @@ in float32."""
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from tests.models.stored_formats import coded_weights as make
 from tests.models.stored_formats.coded_weights import Coded, Floats, Tensors
+from tests.models.stored_formats.test_awq import AWQ, awq
+from tests.models.stored_formats.test_bitsandbytes import BNB, four_bits
+from tests.models.stored_formats.test_gptq import GPTQ, gptq
+from tests.models.stored_formats.test_mlx import MLX, mlx
 from tests.packed import pack_bundle
 from tests.tiny_models import tiny_tokenizer
 
@@ -107,6 +112,10 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], Any, Encode | None]] = {
     "mxfp4": (gpt_oss, make.MXFP4, None),
     "int4": (qwen3_moe, make.INT4, make.packed_integers),
     "nvfp4": (qwen3_moe, make.MODELOPT, make.modelopt_nvfp4),
+    "gptq": (qwen3_moe, GPTQ, gptq),
+    "mlx": (qwen3_moe, MLX, mlx),
+    "nf4": (qwen3_moe, BNB, partial(four_bits, is_nested=True)),
+    "awq": (qwen3_moe, AWQ, awq),
 }
 
 
@@ -134,7 +143,7 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     coded_folder.mkdir()
     save_file(coded | rest, coded_folder / "model.safetensors", {"format": "pt"})
     config = json.loads((plain_folder / "config.json").read_text())
-    config["quantization_config"] = settings
+    config["quantization" if name == "mlx" else "quantization_config"] = settings
     (coded_folder / "config.json").write_text(json.dumps(config))
     tiny_tokenizer().save_pretrained(coded_folder)
     return coded_folder, plain_folder

@@ -201,6 +201,8 @@ STACKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "one scale an expert, as a matrix": (None, (4, 1, 1)),
     "channels": (None, (4, 130, 1)),
     "blocks": ([128, 128], (4, 2, 3)),
+    "gate and up": (None, (4, 2, 1)),
+    "gate and up in blocks": ([256, 128], (4, 2, 3)),
 }
 
 
@@ -210,7 +212,12 @@ def test_stacked_fp8_is_read_expert_by_expert(case: str, tmp_path: Path) -> None
     rng = np.random.default_rng(3)
     codes = make.fp8_bytes(rng, 4, 130, 300)
     scale = (rng.random(shape) + 0.5).astype(np.float32) * np.float32(1e-4)
-    group = (128, 128) if block else ((1, 300) if case == "channels" else (130, 300))
+    group = {
+        "blocks": (128, 128),
+        "channels": (1, 300),
+        "gate and up": (65, 300),
+        "gate and up in blocks": (65, 128),
+    }.get(case, (130, 300))
     grid = (-(-130 // group[0]), -(-300 // group[1]))
     wanted = np.stack(
         [
