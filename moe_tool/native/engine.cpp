@@ -64,7 +64,7 @@ struct TokenScratch {
   Scratch<float> scales;
   Scratch<int32_t> sums, lane_sums;
   Scratch<uint8_t> tables;
-  Scratch<float> values, value_sums;
+  Scratch<float> values;
 };
 TokenScratch input_scratch, inner_scratch;
 Scratch<float> product_scratch, inner_floats, input_floats;
@@ -116,7 +116,6 @@ KeptTokens room_for(TokenScratch& scratch, const KeptMatrix& w, int n_tokens) {
   const size_t size = size_t(n_tokens) * x.padded;
   if (!w.with_integers) {
     x.values = scratch.values.of(size);
-    x.value_sums = scratch.value_sums.of(size / 8);
     return x;
   }
   x.codes = scratch.codes.of(size);

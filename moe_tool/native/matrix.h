@@ -46,7 +46,6 @@ struct KeptMatrix {
   const void *scales, *zeros;  // [row groups][groups]; zeros: null, bytes or float32
   const float* global_scale;  // [n_outputs] or null
   const float* table;         // numbers of 16 codes; of 4 bits
-  const float* centred_table;  // the same less 8, of integers
   int32_t n_outputs, n_inputs, code_kind, scale_kind, rows, columns;
   int32_t zero_is_float, is_divisor;
   int32_t with_integers;  // whether tokens are rounded to int8
@@ -72,7 +71,6 @@ struct KeptMatrix {
 // Tokens in the order of kept.inc, as floats or, where `values` is null, as int8.
 struct KeptTokens {
   float* values;      // [tokens][padded]
-  float* value_sums;  // [tokens][padded / 8]: sums of what meets in a lane, of 4-bit codes
   int8_t* codes;  // [tokens][padded]
   float* scales;  // [tokens][groups]
   int32_t* sums;  // [tokens][groups]

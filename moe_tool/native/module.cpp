@@ -54,7 +54,7 @@ bool read_kept(const char* data, moe::KeptMatrix* out) {
   const int table = is_centred ? 3 : k.code_kind >= 0 && k.code_kind < 3 ? k.code_kind : 0;
   *out = {pointer<uint8_t>(k.codes), pointer<void>(k.scales), pointer<void>(k.zeros),
           pointer<float>(k.global_scale),
-          kNumbers[table], kNumbers[3],
+          kNumbers[table],
           k.n_outputs, k.n_inputs, k.code_kind, k.scale_kind, k.rows, k.columns,
           k.zeros && (k.flags & kFloatZero), (k.flags & kDivisor) != 0, (k.flags & kIntegers) != 0};
   const bool is_integer = k.code_kind == moe::kInt4 || k.code_kind == moe::kInt8;

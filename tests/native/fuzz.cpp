@@ -69,7 +69,7 @@ void kept(Matrix& m, int n_out, int n_in) {
   const int columns[] = {16, 32, 64, 128, 256, n_in}, rows[] = {1, 3, 128};
   moe::KeptMatrix& k = m.weight.kept;
   m.weight.form = moe::Form::kKept;
-  k.n_outputs = n_out, k.n_inputs = n_in, k.table = k.centred_table = table;
+  k.n_outputs = n_out, k.n_inputs = n_in, k.table = table;
   k.code_kind = from_to(0, 4), k.scale_kind = from_to(0, 4);
   if (k.bits() == 4 && n_in % 2) k.code_kind = moe::kE4m3;
   k.rows = rows[from_to(0, 2)], k.columns = columns[from_to(0, 5)];
