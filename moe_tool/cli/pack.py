@@ -189,8 +189,9 @@ def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
     skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
     if report.source is not None:
         output.say(f"native experts stay in {report.source}/: leave it where it is, and as it is")
+    beside = "of which experts" if report.source is None else "beside experts of"
     output.say(
-        f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
+        f"wrote {report.bundle}/: {format_bytes(report.bytes)}, {beside} "
         f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per "
         f"weight and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
