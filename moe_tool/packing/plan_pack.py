@@ -69,7 +69,7 @@ def plan_pack(
     plan, profile = options.plan, inputs.profile
     if plan is not None:
         require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
-    primaries = primary_forms(options, opened.shape, opened.experts.kept_precision())
+    primaries = primary_forms(options, opened.shape, opened.kept_precision())
     _require_no_channels(options)
     replicas = _replicas(options, primaries, opened.shape)
     reason = _needs_tokens(options, primaries, replicas)
