@@ -102,7 +102,9 @@ def _dtype(c: Contents, rng: random.Random, _: Path) -> str:
 
 def _wider(c: Contents, rng: random.Random, _: Path) -> str:
     name = c.any_tensor(rng)
-    dtype = c.entries[name]["dtype"] = rng.choice([*_BYTES, "F4", "", "C64", 7])
+    size = _BYTES[c.entries[name]["dtype"]]
+    others = [dtype for dtype, other in _BYTES.items() if other != size]
+    dtype = c.entries[name]["dtype"] = rng.choice([*others, "F4", "", "C64", 7])
     return f"{name}: as {dtype}"
 
 
