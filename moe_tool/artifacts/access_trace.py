@@ -46,7 +46,6 @@ class AccessTrace:
 
     @property
     def n_forwards(self) -> int:
-        """Number of forwards."""
         return int(self.forward[-1]) + 1 if len(self.forward) else 0
 
     @property
@@ -72,5 +71,4 @@ class CallCounts:
 
     @classmethod
     def zeros(cls, n_calls: int) -> "CallCounts":
-        """Return counts that are all zero."""
         return cls(**{field.name: np.zeros(n_calls, np.uint16) for field in fields(cls)})

@@ -10,6 +10,7 @@ from moe_tool.artifacts.bundle_sections import (
     MASK_ROUTER,
     N_QUANTILES,
     LearnedPruning,
+    QualityFigure,
     Section,
     SectionName,
     parse_section,
@@ -27,7 +28,6 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import Precision
-from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.artifacts.schema import FrozenModel
 
 Quantiles = Annotated[
@@ -180,7 +180,6 @@ class BundleManifest(FrozenModel):
 
     @property
     def primaries(self) -> tuple[FormTable, ...]:
-        """Tables of the primary forms"""
         return tuple(table for table in self.forms if table.role == "primary")
 
     @property
@@ -190,7 +189,6 @@ class BundleManifest(FrozenModel):
 
     @property
     def selectors(self) -> tuple[FormTable, ...]:
-        """Tables of the channel selectors"""
         return tuple(table for table in self.forms if table.role == "selector")
 
     @property

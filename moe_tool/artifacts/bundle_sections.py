@@ -11,7 +11,6 @@ from typing import Annotated
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from moe_tool.artifacts.form_table import Price
-from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.artifacts.schema import FrozenModel
 
 SectionName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,63}$")]
@@ -27,6 +26,14 @@ class Section(FrozenModel):
     required: bool
     """Whether a reader that does not know the section has to refuse the bundle"""
     body: dict[str, JsonValue]
+
+
+class QualityFigure(FrozenModel):
+    """Measured KL with its 95 % interval, nats per token."""
+
+    kl: Price
+    kl_ci95: tuple[Price, Price]
+    tokens: Annotated[int, Field(ge=1, le=2**40)]
 
 
 class LearnedPruning(FrozenModel):

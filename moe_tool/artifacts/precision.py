@@ -76,19 +76,16 @@ class IntegerPrecision(_Precision):
 
     @property
     def roles(self) -> frozenset[str]:
-        """Roles of tables that may have the precision"""
         if self.of_bits is not None:
             return frozenset({"base"})
         return frozenset({"primary"} if self.base_bits is not None else {"primary", "replica"})
 
     @property
     def order_key(self) -> tuple[int, int, int]:
-        """Sort key, the most expensive precision first"""
         return (0, -self.width_bits, self.group)
 
     @property
     def base(self) -> "IntegerPrecision | None":
-        """Precision of the nested 2-bit base; None if not nested."""
         if self.base_bits is None:
             return None
         return IntegerPrecision.model_validate(
@@ -97,7 +94,6 @@ class IntegerPrecision(_Precision):
 
     @property
     def leaves_noise(self) -> bool:
-        """Whether the error of an answer is like noise, independent of the input."""
         return self.width_bits > 1
 
     @model_validator(mode="after")
@@ -179,7 +175,6 @@ class LowRankPrecision(_Precision):
 
     @property
     def order_key(self) -> tuple[int, int, int]:
-        """Sort key, the most expensive precision first"""
         return (1, -self.rank, 0)
 
 
@@ -211,7 +206,6 @@ class ChannelPrecision(_Precision):
 
     @property
     def order_key(self) -> tuple[int, int, int]:
-        """Sort key, the most expensive precision first"""
         return (0, -self.width_bits, self.group)
 
     @property

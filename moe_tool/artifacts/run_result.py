@@ -73,7 +73,6 @@ class RunResult:
 
     @property
     def generated_tokens(self) -> int:
-        """Number of generated tokens."""
         return len(self.token_ids)
 
     @property

@@ -41,13 +41,8 @@ class PhaseCounters(Spread):
     """Bytes of non-resident experts that were not fetched because they were dropped"""
 
     def __add__(self, other: Self) -> Self:
-        """Return the sums of the counters."""
-        return type(self)(
-            **{
-                each.name: getattr(self, each.name) + getattr(other, each.name)
-                for each in fields(self)
-            }
-        )
+        names = [each.name for each in fields(self)]
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def keys_of(self, name: str, /) -> dict[str, Any]:
         """Return counters and rates, with the prefix `prompt_` in a field named `prompt`."""
@@ -82,12 +77,10 @@ class PhaseCounters(Spread):
 
     @property
     def whole_bytes_per_token(self) -> float:
-        """`whole_bytes` over tokens."""
         return self.whole_bytes / max(1, self.tokens)
 
     @property
     def skipped_fetch_bytes_per_token(self) -> float:
-        """`skipped_fetch_bytes` over tokens."""
         return self.skipped_fetch_bytes / max(1, self.tokens)
 
 
@@ -99,7 +92,6 @@ class RunStats:
     decode: PhaseCounters = field(default_factory=PhaseCounters)
 
     def __add__(self, other: Self) -> Self:
-        """Return the sums of the counters."""
         return type(self)(prompt=self.prompt + other.prompt, decode=self.decode + other.decode)
 
     def phase(self, name: str) -> PhaseCounters:
@@ -108,7 +100,4 @@ class RunStats:
 
     def count(self, name: str, counters: PhaseCounters) -> None:
         """Add to the counters of "prompt" or "decode"."""
-        if name == "prompt":
-            self.prompt += counters
-        else:
-            self.decode += counters
+        setattr(self, name, self.phase(name) + counters)

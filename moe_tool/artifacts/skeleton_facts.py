@@ -13,7 +13,6 @@ _MAX_CONFIG_CHARACTERS = 2**20
 _TILE_OUTPUTS = 16
 _TILE_INPUTS = 32
 _SCALE_BYTES = 2
-_WIDTH_BITS = {"8": 8, "4": 4}
 
 
 class LinearCount(FrozenModel):
@@ -68,7 +67,7 @@ class SkeletonFacts(FrozenModel):
         """
         if bits == "native":
             return self.native_bytes
-        codes = sum(linear.stored_bytes(_WIDTH_BITS[bits], group) for linear in self.linears)
+        codes = sum(linear.stored_bytes(int(bits), group) for linear in self.linears)
         return self.native_bytes - self.linear_native_bytes + codes
 
 

@@ -31,30 +31,23 @@ def bench_tokens(
 
     Args:
         tokenizer: a transformers tokenizer; None if the bundle has none.
-        n_tokens: number of tokens.
-        vocabulary: V.
-        seed: seed of the choice.
         random: whether to skip text.
-        progress: listener.
     """
     if not random:
         try:
             ids = _text_ids(tokenizer, n_tokens, vocabulary, seed)
+            return torch.from_numpy(np.resize(ids, n_tokens)), "text"
         except DataSourceError as error:
             progress.note(f"random token ids instead of text: {error.message}")
-        else:
-            if ids is not None:
-                return torch.from_numpy(np.resize(ids, n_tokens)), "text"
-            progress.note("random token ids instead of text: the bundle has no tokenizer")
     # The first two ids of most vocabularies mark the beginning and end of a text.
     low = min(2, vocabulary - 1)
     drawn = np.random.default_rng(seed).integers(low, vocabulary, n_tokens)
     return torch.from_numpy(drawn), "random"
 
 
-def _text_ids(tokenizer: Any, n_tokens: int, vocabulary: int, seed: int) -> np.ndarray | None:
+def _text_ids(tokenizer: Any, n_tokens: int, vocabulary: int, seed: int) -> np.ndarray:
     if tokenizer is None:
-        return None
+        raise DataSourceError("the bundle has no tokenizer")
     text = build_sequences(
         parse_sources([SOURCE]),
         tokenizer,

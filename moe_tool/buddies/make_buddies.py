@@ -28,7 +28,6 @@ def make_buddies(
             require_unclaimed(out, reader.header.identity)
         buddy_map = build_buddy_map(reader, k=k, by=by)
         summary = summarize_buddies(reader, buddy_map)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json_artifact(out, buddy_map)
     return BuddyReport(
         buddies=out, model=buddy_map.identity.name, profile=profile, k=k, by=by, summary=summary

@@ -25,12 +25,10 @@ class MemoryPlan:
 
     @property
     def n_slots(self) -> int:
-        """Expert records in memory."""
         return sum(self.slots)
 
     @property
     def total_bytes(self) -> int:
-        """Sum of the lines in bytes."""
         return sum_lines(self.lines)
 
 

@@ -26,7 +26,6 @@ def name_lines(parts: Mapping[str, int]) -> tuple[MemoryLine, ...]:
 
 
 def sum_lines(lines: tuple[MemoryLine, ...]) -> int:
-    """Return the sum of the lines in bytes."""
     return sum(line.size_bytes for line in lines)
 
 

@@ -43,7 +43,7 @@ def _run(folder: Path, output: Output) -> str:
     report = run_pipeline(folder, progress=output.progress)
     roomy, tight = report.roomy, report.tight
     output.show(
-        stages_table([(each.title, each.outcome, each.seconds) for each in report.stages]),
+        stages_table(report.stages),
         f"{PROMPT}{roomy.text}\n",
         f"policies on held-out text, {LOSSY_MEMORY} of the experts in memory",
         evaluation_table(report.evaluation.by_policy()),

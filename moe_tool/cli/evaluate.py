@@ -89,13 +89,11 @@ def evaluate(given: EvaluateArguments, output: Output) -> None:
         eviction=eviction,
     )
     report = measure(given.bundle, sources, options, reference=located, progress=output.progress)
-    _show(report, output, controls=given.controls, has_reference=given.reference is not None)
+    _show(report, given, output)
     output.result(report)
 
 
-def _show(
-    report: "EvaluationReport", output: Output, *, controls: bool, has_reference: bool
-) -> None:
+def _show(report: "EvaluationReport", given: EvaluateArguments, output: Output) -> None:
     from moe_tool.reports.evaluation_tables import (
         checkpoint_perplexity,
         dominance,
@@ -110,7 +108,7 @@ def _show(
     )
     if report.at_no_more_bytes:
         output.show("at no more bytes per token", equal_bytes_table(report), dominance(report))
-    if has_reference:
+    if given.reference is not None:
         output.show(checkpoint_perplexity(figures))
     if setup.sparse_experts is not None:
         output.show(
@@ -118,7 +116,7 @@ def _show(
             f"{format_bytes(figures.bytes_read_per_token.value)} per token instead of "
             f"{format_bytes(report.whole_bytes_per_token)} for whole experts"
         )
-    if len(report.domains) > 1 and controls:
+    if len(report.domains) > 1 and given.controls:
         for domain in report.domains:
             rows = {row.policy: row.domains[domain] for row in report.rows}
             output.show(domain, evaluation_table(rows))
@@ -129,5 +127,5 @@ def _show(
         f"of {format_bytes(setup.memory_budget_bytes)}"
         + (", int8 activations" if setup.activations == "int8" else "")
     )
-    if not controls and setup.policy != "exact":
+    if not given.controls and setup.policy != "exact":
         output.say("next: --controls compares the policy with simpler ones")

@@ -62,7 +62,6 @@ def plan(given: PlanArguments, output: Output) -> None:
     report = reports[0]
     default = plan_path(given.profiles, profile)
     out = given.out or require_unclaimed(default, report.plan.identity)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json_artifact(out, report.plan)
     show_plan(report, output)
     output.say(f"wrote {out}; next: {pack_command(report.plan, out, given.model)}")

@@ -185,7 +185,6 @@ def _draw(path: Path, report: "SimulationReport", output: Output) -> None:
     from moe_tool.reports.simulation_plot import drawn_plot
 
     data = drawn_plot(path, report, bits=_words(report.bits))
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(path, data)
     output.say(f"wrote {path}")
 

@@ -39,19 +39,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One finished stage."""
-
-    title: str
-    outcome: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
     """The pipeline's results."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[tuple[str, str, float], ...]
+    """Title, outcome and seconds of each stage"""
     profile: ProfileReport
     buddies: BuddyReport
     pack: PackReport
@@ -70,14 +62,13 @@ class DemoReport:
 def run_pipeline(folder: Path, *, progress: Progress) -> DemoReport:
     """Profile, find buddies, pack, run twice and evaluate, with the files in `folder`."""
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
-    stages: list[Stage] = []
+    stages: list[tuple[str, str, float]] = []
 
     def stage(title: str, work: Callable[[], tuple[T, str]]) -> T:
         progress.note(f"{title} ...")
         start = time.perf_counter()
         result, outcome = work()
-        seconds = time.perf_counter() - start
-        stages.append(Stage(title=title, outcome=outcome, seconds=seconds))
+        stages.append((title, outcome, time.perf_counter() - start))
         return result
 
     profile = stage("profile", lambda: _profile(folder, progress))

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
+from moe_tool.artifacts.bundle_sections import QualityFigure
 from moe_tool.artifacts.evaluation_report import Figures
 from moe_tool.artifacts.json_fields import object_fields
-from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.errors import UsageError
 from moe_tool.evaluation.evaluate import EvaluateOptions, evaluate
 from moe_tool.evaluation.reachable_budget import enough_tokens, least_share
@@ -106,7 +106,9 @@ def calibrate(
     trials = _search(measure, choice, _first_grid(choice, manifest), max_kl)
     kept = [strength for strength, trial in trials.items() if trial.upper <= max_kl]
     if not kept:
-        raise _out_of_reach(manifest, min(trials.values(), key=_upper), max_kl, options.tokens)
+        raise _out_of_reach(
+            manifest, min(trials.values(), key=lambda trial: trial.upper), max_kl, options.tokens
+        )
     best = _best_alternative(measure, trials[max(kept)])
     calibration = Calibration(
         policy=best.policy.name,
@@ -174,11 +176,7 @@ def _best_alternative(measure: Measure, best: Trial) -> Trial:
     )
     if not policies or not best.figures.substitutions_per_token:
         return best
-    return min((best, *measure(policies)), key=_upper)
-
-
-def _upper(trial: Trial) -> float:
-    return trial.upper
+    return min((best, *measure(policies)), key=lambda trial: trial.upper)
 
 
 def _out_of_reach(

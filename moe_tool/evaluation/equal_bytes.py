@@ -34,9 +34,17 @@ def compare_at_equal_bytes(rows: Mapping[MissChoice, PolicyRow]) -> tuple[AtNoMo
             for setting, other in priced.items()
             if other.bytes_read_per_token.value <= row.bytes_read_per_token.value
         ]
-        if affordable:
-            best = max(affordable)[2]
-            found.append(_beside(name, row, best, priced[best]))
+        if not affordable:
+            continue
+        best = max(affordable)[2]
+        kl, theirs = row.kl_mean, priced[best].kl_mean
+        verdict: Verdict = "within intervals"
+        if theirs.high < kl.low:
+            verdict = "beaten"
+        elif theirs.low > kl.high:
+            verdict = "beats priced"
+        ratio = theirs.value / kl.value if kl.value > 0 else None
+        found.append(AtNoMoreBytes(policy=name, priced=best, ratio=ratio, verdict=verdict))
     return tuple(found)
 
 
@@ -51,17 +59,6 @@ def dominating(rows: Mapping[MissChoice, PolicyRow]) -> tuple[tuple[str, str], .
         if row.kl_mean.high < other.kl_mean.low
         and row.bytes_read_per_token.high < other.bytes_read_per_token.low
     )
-
-
-def _beside(name: str, row: Figures, setting: str, priced: Figures) -> AtNoMoreBytes:
-    verdict: Verdict = "within intervals"
-    if priced.kl_mean.high < row.kl_mean.low:
-        verdict = "beaten"
-    elif priced.kl_mean.low > row.kl_mean.high:
-        verdict = "beats priced"
-    kl = row.kl_mean.value
-    ratio = priced.kl_mean.value / kl if kl > 0 else None
-    return AtNoMoreBytes(policy=name, priced=setting, ratio=ratio, verdict=verdict)
 
 
 def _split(rows: Mapping[MissChoice, PolicyRow]) -> tuple[dict[str, Figures], dict[str, Figures]]:

@@ -15,7 +15,6 @@ from moe_tool.artifacts.evaluation_report import EvaluationReport, PolicyRow
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import BudgetError, UsageError
-from moe_tool.evaluation.controls import policies_to_run
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.evaluation.equal_bytes import compare_at_equal_bytes, dominating, priced_settings
 from moe_tool.evaluation.figures import Measured, summarize
@@ -28,11 +27,12 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import EvictionChoice
-from moe_tool.policies.misses import EXACT_POLICY, MissChoice
+from moe_tool.policies.misses import EXACT_POLICY, MISS_POLICIES, MissChoice, parse_miss_policy
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.policy_choice import manifest_inputs
 from moe_tool.runtime.price_list import price_book
 from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
 from moe_tool.runtime.session import Session, load_session
@@ -82,7 +82,6 @@ class EvaluateOptions:
 class _Asked:
     """The measurement to make, from options, bundle and text."""
 
-    manifest: BundleManifest
     policy: MissChoice
     names: dict[MissChoice, str]
     """Policies of the table, with their names there"""
@@ -182,7 +181,6 @@ def _read(
     )
     usual: Residency = "frozen" if options.controls else default_residency(policy)
     return _Asked(
-        manifest=manifest,
         policy=policy,
         names=_policies(policy, manifest, options, progress),
         residency=options.residency or usual,
@@ -195,11 +193,25 @@ def _read(
 def _policies(
     policy: MissChoice, manifest: BundleManifest, options: EvaluateOptions, progress: Progress
 ) -> dict[MissChoice, str]:
-    """Return the requested policy, its controls, and `priced` at several strengths."""
-    names = policies_to_run(policy, manifest, controls=options.controls)
-    frontier = priced_settings(price_book(manifest)) if options.controls else ()
-    if options.controls and not frontier:
+    """Return the policies of the table with their names there: the requested one, its controls, and
+    `priced` at several strengths.
+
+    Of the controls exact comes first: it shows the bytes that the same residency reads without
+    lossy answers. Then come the policy's own controls, or else all policies marked as controls:
+    random and drop are baselines for any choice of stand-in, next-ranked is one that needs no buddy
+    map.
+    """
+    if not options.controls:
+        return {each: each.name for each in (policy, *options.also)}
+    frontier = priced_settings(price_book(manifest))
+    if not frontier:
         progress.note(_NO_PRICES)
+    own = policy.spec.controls
+    found = None if own is None else own(policy.values, manifest_inputs(manifest))
+    if found is None:
+        found = tuple(name for name, spec in MISS_POLICIES.items() if spec.in_controls)
+    names = {each: each.name for each in (EXACT_POLICY, policy)}
+    names |= {parse_miss_policy(name): name for name in found}
     return {each: each.name for each in (*names, *frontier, *options.also)} | names
 
 
@@ -212,7 +224,7 @@ def _open(
 ) -> Session:
     """Open the session with the largest batch of sequences that the budget allows."""
     n_sequences, seq_len = asked.ids.shape
-    vocabulary = asked.manifest.shape.vocabulary
+    vocabulary = bundle.manifest.shape.vocabulary
     per_sequence = (2 if has_source else 1) * seq_len * vocabulary * 4
     batch = 1
     if asked.residency == "frozen":
@@ -222,7 +234,7 @@ def _open(
     if has_source:
         scratch += seq_len * vocabulary * 4
     run = RunOptions(
-        memory=options.memory or _planned_slots(asked.manifest, progress),
+        memory=options.memory or _planned_slots(bundle.manifest, progress),
         policy=EXACT_POLICY,
         residency=asked.residency,
         eviction=options.eviction,

@@ -1,6 +1,7 @@
 """Memory or tokens of text with which a failed calibration would keep its KL limit."""
 
 import math
+from bisect import bisect_left
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
@@ -17,7 +18,6 @@ def least_share(
 
     Args:
         manifest: manifest of a bundle with prices.
-        book: its prices.
         max_kl: the limit, nats per token.
         nats_per_price: measured nats per expected nat.
     """
@@ -32,11 +32,9 @@ def least_share(
         chosen = cheapest_residents(book, use, room_bytes=room)
         return chosen.nats_per_token * nats_per_price <= max_kl
 
-    low, high = free, len(manifest.primary_records)  # `high` holds everything
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if keeps(middle) else (middle, high)
-    return high / len(manifest.primary_records) if high < len(manifest.primary_records) else None
+    everything = len(manifest.primary_records)
+    n_slots = bisect_left(range(everything), True, lo=free + 1, key=keeps)
+    return n_slots / everything if n_slots < everything else None
 
 
 def enough_tokens(tokens: int, *, mean: float, upper: float, max_kl: float) -> int | None:
@@ -45,9 +43,7 @@ def enough_tokens(tokens: int, *, mean: float, upper: float, max_kl: float) -> i
 
     Args:
         tokens: tokens behind the interval, whose width shrinks with their square root.
-        mean: measured mean KL.
-        upper: upper end of its interval.
-        max_kl: the limit.
+        upper: upper end of the interval around `mean`.
     """
     if mean >= max_kl:
         return None

@@ -1,7 +1,6 @@
 """Reader of a bundle: checks the manifest against the files, then each record as it is read."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,23 +99,6 @@ class BundleReader:
             if at == layer:
                 sizes[expert] = self.forms[form].record_size_bytes
         return sizes
-
-    @property
-    def n_skeleton_weights(self) -> int:
-        """Number of the skeleton's weights, however they are stored."""
-        parts = {part.name for part in skeleton_parts(self.manifest)}
-        others = [info for name, info in self._skeleton.items() if name not in parts]
-        coded = sum(linear.n_outputs * linear.n_inputs for linear in self.manifest.skeleton_linears)
-        return coded + sum(math.prod(info.shape) for info in others)
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Bytes of the skeleton that a forward reads: all but an embedding that is not also the
-        head, since a forward reads a row of it."""
-        sizes = {name: info.size_bytes for name, info in self._skeleton.items()}
-        embeddings = sum(size for name, size in sizes.items() if "embed" in name)
-        is_tied = not any("lm_head" in name for name in sizes)
-        return sum(sizes.values()) - (0 if is_tied else embeddings)
 
     def open_skeleton(self) -> Checkpoint:
         """Open the skeleton; reading a tensor that differs from the packed one raises a

@@ -29,14 +29,7 @@ _READERS = (1, 2, 4)
 _MEMORY_DERATING = 0.8
 # One token reads an expert once, at a share of the memory bandwidth. The shares are those in
 # docs/benchmarks.md of the AVX2 kernels with all cores; 8 bits, which it lacks, are taken as 4.
-_SHARE: dict[Bits, float] = {
-    "native": 0.83,
-    "8": 0.75,
-    "4": 0.75,
-    "3": 0.71,
-    "2": 0.60,
-    "1": 0.48,
-}
+_SHARE: dict[Bits, float] = {"native": 0.83, "8": 0.75, "4": 0.75, "3": 0.71, "2": 0.60, "1": 0.48}
 _CALL_S = 60e-6
 """Overhead of an expert call, as measured on a 2 vCPU EPYC of 2021"""
 # Many tokens are bound by the cores. Multiply-adds per second of one core of that machine, whose
@@ -51,15 +44,6 @@ _LAYER_WARM_S = 0.6e-3
 _LAYER_COLD_S = 1.1e-3
 _LAYER_RESTED_S = 2.0e-3
 _COLD_BYTES = 2 * 23 * 10**6
-# Codes with a float16 scale for 64 of them.
-_STORED_BITS: dict[Bits, float] = {
-    "native": 16.0,
-    "8": 8.25,
-    "4": 4.25,
-    "3": 3.25,
-    "2": 2.25,
-    "1": 1.25,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +190,8 @@ def _expert(sheet: DataSheet, bits: Bits, tokens: int, threads: int) -> ExpertSp
     from_memory = _SHARE[bits] * _memory(sheet, threads)
     of_a_core = _FLOAT_PRODUCTS_PER_S if bits == "native" else _CODE_PRODUCTS_PER_S
     products_per_s = threads * of_a_core * sheet.ghz / _MEASURED_GHZ
-    from_cores = products_per_s / tokens * _STORED_BITS[bits] / 8
+    stored_bits = 16 if bits == "native" else int(bits) + 0.25  # a float16 scale for 64 codes
+    from_cores = products_per_s / tokens * stored_bits / 8
     return ExpertSpeed(
         bits=bits,
         tokens=tokens,

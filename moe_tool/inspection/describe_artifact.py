@@ -86,17 +86,10 @@ def _describe_checkpoint(path: Path) -> Description:
 
     opened = open_model(LocatedModel(folder=path, name=path.resolve().name))
     with opened.checkpoint:
-        facts: dict[str, object] = (
-            model_facts(opened.identity)
-            | shape_facts(opened.shape)
-            | {"bytes": opened.checkpoint.total_bytes, "tensors": len(opened.checkpoint.tensors)}
-        )
-    return Description(
-        kind="checkpoint",
-        path=path,
-        checked="headers; a checkpoint carries no hashes",
-        facts=facts,
-    )
+        facts = model_facts(opened.identity) | shape_facts(opened.shape)
+        facts |= {"bytes": opened.checkpoint.total_bytes, "tensors": len(opened.checkpoint.tensors)}
+    checked = "headers; a checkpoint carries no hashes"
+    return Description(kind="checkpoint", path=path, checked=checked, facts=facts)
 
 
 def _unfinished(path: Path, kind: str, remedy: str) -> Description:

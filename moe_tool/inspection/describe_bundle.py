@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.artifacts.bundle_sections import QualityFigure
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.inspection.description import Description, model_facts, shape_facts
 from moe_tool.progress import Progress

@@ -66,9 +66,11 @@ class TensorMap:
         self._apart = apart
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        self._meta_state = {**model.state_dict(), **dict.fromkeys(left_out(model), True)}
-        self._floats = {name for name, t in model.state_dict().items() if t.is_floating_point()}
+        self._prefix = TENSOR_PREFIXES.get(model.config.model_type, "")
+        state = model.state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self._floats = {name for name, tensor in state.items() if tensor.is_floating_point()}
+        self._meta_state = {**state, **dict.fromkeys(left_out(model), True)}
         self._full_names: dict[tuple[int, str], str] = {}
         module_names = {module: name for name, module in model.named_modules()}
         self.moe_layers: dict[int, MoeLayerModules] = {}
@@ -240,7 +242,9 @@ class TensorMap:
 
     def _sort(self) -> None:
         apart = {name for names in self._apart.values() for name in names}
-        for name in sorted(self._checkpoint.tensors.keys() - apart, key=dot_natural_key):
+        names = self._checkpoint.tensors.keys() - apart
+        of_whole = {name for name in names if self._prefix and name.startswith(self._prefix)}
+        for name in sorted(of_whole or names, key=dot_natural_key):
             target, pattern = self._rename(name)
             piece = Piece(name=name, pattern=pattern)
             if target in self._expert_names:
@@ -249,13 +253,13 @@ class TensorMap:
                 self._experts.setdefault(target, {}).setdefault(expert, []).append(piece)
             elif target in self._shapes:
                 self.skeleton.setdefault(target, []).append(piece)
-            elif target not in self._meta_state:
+            elif target not in self._meta_state:  # else of a part that sees or hears
                 self._unused[name] = target
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         base = self._model.base_model_prefix
         rules = (self._renamings, self._converters)
-        name = name.removeprefix(TENSOR_PREFIXES.get(self._model.config.model_type, ""))
+        name = name.removeprefix(self._prefix)
         target, pattern = rename_source_key(name, *rules, base, self._meta_state)
         if target not in self._meta_state and name in self._meta_state:
             return rename_source_key(name, [], [], base, self._meta_state)

@@ -53,7 +53,7 @@ class BundleProof:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Forward:
     logits: torch.Tensor
-    """[T, V] float32"""
+    """Logits, [T, V] float32"""
     states: list[torch.Tensor]
     """Hidden states after each decoder layer; empty if layers hand on something else"""
 

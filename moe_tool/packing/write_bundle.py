@@ -87,20 +87,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     skeleton = SkeletonWork(opened, job.skeleton)
     writer = BundleWriter.open(job.out, job.spec)
     resumed = writer.n_written
-    unrouted: list[ExpertKey] = []
-    if not writer.finished:
-        records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
-        require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
-        try:
-            if job.tokens is None:
-                write_records(writer, opened, job.quantizer, progress)
-            else:
-                unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
-        finally:
-            writer.suspend()
-        skeleton.write(writer, progress)
-        for name, data in _companions(job.folder, job.tokenizer):
-            writer.add_file(name, data)
+    unrouted = [] if writer.finished else _write(writer, job, opened, skeleton, progress)
     proofs: list[BundleProof] = []
 
     def prove(folder: Path) -> None:
@@ -132,6 +119,30 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
         resumed_records=resumed,
         proof=proofs[0] if proofs else None,
     )
+
+
+def _write(
+    writer: BundleWriter,
+    job: PackJob,
+    opened: OpenedModel,
+    skeleton: SkeletonWork,
+    progress: Progress,
+) -> list[ExpertKey]:
+    """Write all files but the manifest; return experts with too few routed tokens."""
+    records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
+    require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
+    unrouted: list[ExpertKey] = []
+    try:
+        if job.tokens is None:
+            write_records(writer, opened, job.quantizer, progress)
+        else:
+            unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
+    finally:
+        writer.suspend()
+    skeleton.write(writer, progress)
+    for name, data in _companions(job.folder, job.tokenizer):
+        writer.add_file(name, data)
+    return unrouted
 
 
 def _error(manifest: BundleManifest) -> float | None:

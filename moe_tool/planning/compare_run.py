@@ -1,11 +1,11 @@
 """Comparison of a recorded run with its simulation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
-from moe_tool.artifacts.access_trace import CallCounts
+from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.precision import WholeExpertPrecision
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
@@ -59,41 +59,39 @@ def compare_run(
         predicted_tokens_per_second=header.decode_tokens / max(1e-9, predicted_s),
         stall_ms=1e3 * header.stall_seconds / n_tokens,
         predicted_stall_ms=1e3 * float(times.stall[decodes].sum()) / n_tokens,
-        policies=tuple(_policies(header, calls, choices)),
+        policies=tuple(_policies(header, calls, choices, trace, decodes)),
     )
 
 
 def _policies(
-    header: RunTraceHeader, calls: RecordedCalls, choices: Sequence[EvictionChoice]
-) -> list[PolicyHits]:
-    trace, rows = recorded_trace(header, calls), []
+    header: RunTraceHeader,
+    calls: RecordedCalls,
+    choices: Sequence[EvictionChoice],
+    trace: AccessTrace,
+    decodes: np.ndarray,
+) -> Iterator[PolicyHits]:
+    n = int(np.diff(calls.start)[decodes].sum())
+
+    def row(name: str, counts: CallCounts) -> PolicyHits:
+        hits, prefetches = int(counts.hits[decodes].sum()), int(counts.prefetches[decodes].sum())
+        n_read = n - hits + prefetches
+        return PolicyHits(
+            eviction=name,
+            hit_rate=hits / max(1, n),
+            bytes_per_token=n_read * header.record_size_bytes / max(1, header.decode_tokens),
+        )
+
     for choice in choices:
         lacks_scores = "scores" in choice.hints and calls.scores is None
         lacks_guesses = "predictions" in choice.hints and not len(calls.guesses)
         capacity = header.n_slots - len(header.pinned)
         is_too_small = choice.per_layer and capacity < len(header.shape.layers)
         if not (lacks_scores or lacks_guesses or is_too_small or choice.spec.pinned_share):
-            counts = replay_run(header, calls, eviction=choice)
-            rows.append(_hits(choice.name, counts, header, calls))
+            yield row(choice.name, replay_run(header, calls, eviction=choice))
     if not header.pinned:
         bound = naive_replay(trace, partial(Belady, calls=trace.calls()), capacity=header.n_slots)
         name = "belady" if header.prefetch == "none" else "belady, without prefetch"
-        rows.append(_hits(name, bound, header, calls))
-    return rows
-
-
-def _hits(
-    name: str, counts: CallCounts, header: RunTraceHeader, calls: RecordedCalls
-) -> PolicyHits:
-    decodes = calls.is_decode & (np.arange(len(calls.layer)) >= header.n_calls_before)
-    n = int(np.diff(calls.start)[decodes].sum())
-    hits, prefetches = int(counts.hits[decodes].sum()), int(counts.prefetches[decodes].sum())
-    n_read = n - hits + prefetches
-    return PolicyHits(
-        eviction=name,
-        hit_rate=hits / max(1, n),
-        bytes_per_token=n_read * header.record_size_bytes / max(1, header.decode_tokens),
-    )
+        yield row(name, bound)
 
 
 def _timed_as(precision: WholeExpertPrecision) -> str:

@@ -8,8 +8,7 @@ from moe_tool.planning.profile_prices import profile_prices, replicas_below
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
 from moe_tool.policies.misses import PRICED_POLICY, PolicyInputs
 from moe_tool.simulator.profile_trace import part_to_replay
-from moe_tool.simulator.replay_misses import ReplayedMisses, replay_misses, resident_masks
-from moe_tool.simulator.time_model import CallCosts
+from moe_tool.simulator.replay_misses import replay_misses, resident_masks
 
 _NATS_PER_MB_FACTORS = (math.inf, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Multiples of the typical nats per MB to try; infinite: no miss is read"""
@@ -21,7 +20,10 @@ def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) ->
     whose prices a profile lacks. `n_slots` is the room for primary records."""
     if experts.bits == "mixed" or n_slots >= experts.n_experts:
         return []
-    shape = sources.profile.header.shape
+    shape, costs = sources.profile.header.shape, experts.machine.costs
+    # Every slot is computed, since nothing is dropped.
+    layer_s = costs.layer_s + shape.top_k * costs.expert_s
+    computed_s = costs.forward_s + len(shape.layers) * layer_s
     replicas = replicas_below(experts.bits)
     book = profile_prices(sources, experts.bits, replicas)
     part = part_to_replay(sources.profile)
@@ -41,7 +43,7 @@ def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) ->
             choice.make(PolicyInputs(prices=book)),
             book,
             resident_masks(shape.layers, residents.by_form, n_experts=shape.experts),
-            experts.machine.costs,
+            costs,
             max_tokens=_MAX_TOKENS,
         )
         found.append(
@@ -51,14 +53,7 @@ def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) ->
                 record_bytes=book.record_bytes,
                 residents=residents,
                 replayed=replayed,
-                tokens_per_second=1 / _token_seconds(sources, experts.machine.costs, replayed),
+                tokens_per_second=1 / (computed_s + replayed.stall_s),
             )
         )
     return found
-
-
-def _token_seconds(sources: PlanSources, costs: CallCosts, replayed: ReplayedMisses) -> float:
-    """Return the time of a token; every slot is computed, since nothing is dropped."""
-    shape = sources.profile.header.shape
-    per_layer = costs.layer_s + shape.top_k * costs.expert_s
-    return costs.forward_s + len(shape.layers) * per_layer + replayed.stall_s

@@ -28,6 +28,8 @@ def make_pack_plan(
 ) -> PackPlan:
     """Return the plan of the chosen candidate; `prefetches`: prefetch pays."""
     header, experts, lossy = sources.profile.header, candidate.experts, candidate.lossy
+    best, has_kl = candidate.exact.rows[0], request.max_kl is not None or request.is_mixed
+    decoding = best if lossy is None else lossy.replayed
     return PackPlan(
         tool_version=__version__,
         identity=header.identity,
@@ -45,32 +47,22 @@ def make_pack_plan(
         replicas="" if lossy is None else lossy.replicas,
         max_kl=None if lossy is None else request.max_kl,
         forms=_forms(candidate),
-        prediction=_prediction(
-            candidate,
-            first_token_s=_seconds_to_first_token(sources, hardware, request, candidate),
-            has_kl=request.max_kl is not None or request.is_mixed,
+        prediction=PlanPrediction(
+            tokens_per_second=candidate.tokens_per_second,
+            error=PREDICTION_ERROR,
+            hit_rate=decoding.hit_rate,
+            bytes_per_token=decoding.bytes_per_token,
+            to_belady=best.to_belady if lossy is None else None,
+            seconds_to_first_token=_seconds_to_first_token(sources, hardware, request, candidate),
+            prompt_tokens=_FIRST_PROMPT_TOKENS,
+            expert_slots=experts.memory.n_slots,
+            loss=experts.loss,
+            kl=candidate.nats_per_token if has_kl else None,
+            kl_of_bits=experts.nats if has_kl else 0.0,
         ),
         lines=tuple(
             PlanLine(name=line.name, size_bytes=line.size_bytes) for line in experts.memory.lines
         ),
-    )
-
-
-def _prediction(candidate: Candidate, *, first_token_s: float, has_kl: bool) -> PlanPrediction:
-    experts, best = candidate.experts, candidate.exact.rows[0]
-    decoding = best if candidate.lossy is None else candidate.lossy.replayed
-    return PlanPrediction(
-        tokens_per_second=candidate.tokens_per_second,
-        error=PREDICTION_ERROR,
-        hit_rate=decoding.hit_rate,
-        bytes_per_token=decoding.bytes_per_token,
-        to_belady=best.to_belady if candidate.lossy is None else None,
-        seconds_to_first_token=first_token_s,
-        prompt_tokens=_FIRST_PROMPT_TOKENS,
-        expert_slots=experts.memory.n_slots,
-        loss=experts.loss,
-        kl=candidate.nats_per_token if has_kl else None,
-        kl_of_bits=experts.nats if has_kl else 0.0,
     )
 
 

@@ -3,44 +3,27 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moe_tool.artifacts.bench_report import BenchRow
 from moe_tool.artifacts.json_fields import json_fields
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.budget.sizes import format_bytes
 
-_COLUMNS = (
-    "model",
-    "size",
-    "params",
-    "bits",
-    "budget",
-    "policy",
-    "eviction",
-    "prefetch",
-    "threads",
-    "test",
-    "tokens/s",
-    "hit rate",
-    "bytes/token",
-    "stall share",
-    "peak RSS",
-    "cache",
-)
 _TEXT_COLUMNS = ("model", "bits", "budget", "policy", "eviction", "prefetch", "test", "cache")
 
 
 def markdown_rows(rows: Sequence[BenchRow]) -> str:
     """Return a markdown table with padded columns; bits are those of experts / skeleton."""
-    lines = [_COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
-    rule = [
-        "-" * width if name in _TEXT_COLUMNS else "-" * (width - 1) + ":"
-        for name, width in zip(_COLUMNS, widths, strict=True)
-    ]
-    text = [_line(_COLUMNS, widths), _line(rule, widths)]
-    return "\n".join(text + [_line(line, widths) for line in lines[1:]])
+    found = [_cells(row) for row in rows]
+    names = list(found[0])
+    widths = {name: max(len(name), *(len(cells[name]) for cells in found)) for name in names}
+    rule = {
+        name: "-" * width if name in _TEXT_COLUMNS else "-" * (width - 1) + ":"
+        for name, width in widths.items()
+    }
+    lines = (dict(zip(names, names, strict=True)), rule, *found)
+    return "\n".join(_line(cells, widths) for cells in lines)
 
 
 def csv_rows(rows: Sequence[BenchRow]) -> str:
@@ -65,36 +48,36 @@ def json_line(row: BenchRow) -> str:
     return json.dumps(json_fields(row), ensure_ascii=False, allow_nan=False)
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+def _line(cells: Mapping[str, str], widths: Mapping[str, int]) -> str:
     padded = [
-        cell.ljust(width) if name in _TEXT_COLUMNS else cell.rjust(width)
-        for name, cell, width in zip(_COLUMNS, cells, widths, strict=True)
+        cell.ljust(widths[name]) if name in _TEXT_COLUMNS else cell.rjust(widths[name])
+        for name, cell in cells.items()
     ]
     return "| " + " | ".join(padded) + " |"
 
 
-def _cells(row: BenchRow) -> tuple[str, ...]:
+def _cells(row: BenchRow) -> dict[str, str]:
     bundle, setup, timed = row.bundle, row.setup, row.timed
     peak = format_bytes(row.peak_rss_bytes)
     sparse = "" if setup.sparse_experts is None else f", sparse {setup.sparse_experts:g}"
-    return (
-        bundle.model.replace("|", "\\|"),
-        format_bytes(bundle.size_bytes),
-        _count(bundle.params),
-        f"{bundle.bits} / {bundle.skeleton_bits}",
-        f"{row.budget} ({format_bytes(setup.memory_budget_bytes)})",
-        setup.policy + sparse,
-        setup.eviction,
-        setup.prefetch + _prefetched(timed),
-        str(setup.threads),
-        row.test,
-        f"{row.tokens_per_second:.2f} ± {row.tokens_per_second_sd:.2f}",
-        f"{timed.hit_rate:.1%}",
-        format_bytes(timed.bytes_read_per_token),
-        f"{row.stall_share:.1%}",
-        peak if row.peak_rss_of == "row" else f"{peak} (process)",
-        row.cache,
-    )
+    return {
+        "model": bundle.model.replace("|", "\\|"),
+        "size": format_bytes(bundle.size_bytes),
+        "params": _count(bundle.params),
+        "bits": f"{bundle.bits} / {bundle.skeleton_bits}",
+        "budget": f"{row.budget} ({format_bytes(setup.memory_budget_bytes)})",
+        "policy": setup.policy + sparse,
+        "eviction": setup.eviction,
+        "prefetch": setup.prefetch + _prefetched(timed),
+        "threads": str(setup.threads),
+        "test": row.test,
+        "tokens/s": f"{row.tokens_per_second:.2f} ± {row.tokens_per_second_sd:.2f}",
+        "hit rate": f"{timed.hit_rate:.1%}",
+        "bytes/token": format_bytes(timed.bytes_read_per_token),
+        "stall share": f"{row.stall_share:.1%}",
+        "peak RSS": peak if row.peak_rss_of == "row" else f"{peak} (process)",
+        "cache": row.cache,
+    }
 
 
 def _prefetched(timed: PhaseCounters) -> str:

@@ -49,15 +49,17 @@ def experts_table(profile: HardwareProfile) -> Table:
     time of one call."""
     tokens = sorted({row.tokens for row in profile.experts})
     table = columns("bits", "threads", *(f"{_many(n, 'token')} at once" for n in tokens))
-    found = {(row.bits, row.threads, row.tokens): row for row in profile.experts}
+    found = {
+        (
+            row.bits,
+            row.threads,
+            row.tokens,
+        ): f"{_rate(row.bytes_per_s)} + {1e6 * row.fixed_s:.0f} us"
+        for row in profile.experts
+    }
     for bits in BITS:
         for threads in sorted({row.threads for row in profile.experts if row.bits == bits}):
-            cells = []
-            for n_tokens in tokens:
-                row = found.get((bits, threads, n_tokens))
-                cells.append(
-                    "-" if row is None else f"{_rate(row.bytes_per_s)} + {1e6 * row.fixed_s:.0f} us"
-                )
+            cells = (found.get((bits, threads, n_tokens), "-") for n_tokens in tokens)
             table.add_row(bits, str(threads), *cells)
     return table
 
@@ -67,13 +69,9 @@ def lookup_table(profile: HardwareProfile) -> Table:
     both; empty if not measured."""
     tokens = sorted({row.tokens for row in profile.lookup})
     table = columns("bits", *(_many(n, "token") for n in tokens))
-    found = {(row.bits, row.tokens): row for row in profile.lookup}
+    found = {(row.bits, row.tokens): _both_ways(row) for row in profile.lookup}
     for bits in sorted({row.bits for row in profile.lookup}):
-        cells = []
-        for n_tokens in tokens:
-            row = found.get((bits, n_tokens))
-            cells.append("-" if row is None else _both_ways(row))
-        table.add_row(bits, *cells)
+        table.add_row(bits, *(found.get((bits, n_tokens), "-") for n_tokens in tokens))
     return table
 
 

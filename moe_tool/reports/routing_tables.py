@@ -1,13 +1,12 @@
 """Tables of a profile's routing: caching and prefetching figures."""
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 from rich.table import Table
 
 from moe_tool.artifacts.routing_report import (
-    GatePrediction,
     HotSetCoverage,
-    NextGate,
     ProfileRouting,
     ReuseHistogram,
     RoutingReport,
@@ -64,7 +63,7 @@ def _coverage_table(found: ProfileRouting) -> Table:
 
 def _then(inside: float | None, outside: float | None) -> str:
     """Format an in-sample and a held-out share."""
-    return " -> ".join("-" if share is None else f"{share:.1%}" for share in (inside, outside))
+    return f"{_percent(inside)} -> {_percent(outside)}"
 
 
 def _hot_sets_table(rows: Sequence[HotSetCoverage]) -> Table:
@@ -83,15 +82,13 @@ def _hot_sets_table(rows: Sequence[HotSetCoverage]) -> Table:
             table.add_column(heading, justify="right")
         table.add_column("worst pair")
     for row in rows:
-        cells = [_percent(row.by_chance), _percent(row.in_sample), _percent(row.held_out)]
-        cells.append(_percent(row.best_per_sequence))
+        shares = [row.by_chance, row.in_sample, row.held_out, row.best_per_sequence]
+        pair = []
         if row.domains is not None:
             worst = row.domains.worst
-            cells += [_percent(row.domains.same_domain), _percent(row.domains.other_domain)]
-            cells.append(
-                f"{_percent(worst.share)} ({worst.hot_in} on {worst.asked_of})" if worst else "-"
-            )
-        table.add_row(f"{row.percent} %", str(row.n_hot), *cells)
+            shares += [row.domains.same_domain, row.domains.other_domain]
+            pair = [f"{worst.share:.1%} ({worst.hot_in} on {worst.asked_of})" if worst else "-"]
+        table.add_row(f"{row.percent} %", str(row.n_hot), *map(_percent, shares), *pair)
     return table
 
 
@@ -123,8 +120,8 @@ def _next_gate_table(report: RoutingReport) -> Table:
         by_layer = [
             (found.share, one.layer)
             for one in report.layers
-            for found in (_at_depth(one.next_gate, row.depth),)
-            if found is not None
+            for each in one.next_gate
+            if each.depth == row.depth and (found := each.held_out or each.in_sample)
         ]
         if prediction is None or not by_layer:
             continue
@@ -140,11 +137,6 @@ def _next_gate_table(report: RoutingReport) -> Table:
             ),
         )
     return table
-
-
-def _at_depth(rows: Sequence[NextGate], depth: int) -> GatePrediction | None:
-    found = [row.held_out or row.in_sample for row in rows if row.depth == depth]
-    return found[0] if found else None
 
 
 def _union_table(report: RoutingReport) -> Table:
@@ -176,26 +168,22 @@ def _reuse_table(model: ReuseHistogram, within_layer: ReuseHistogram) -> Table:
         title="other experts used between two uses of the same one, held-out; "
         "size: hit rate of an lru cache",
     )
-    n_rows = max(len(model.bins), len(within_layer.bins))
-    cells = [list(_reuse_cells(histogram, n_rows)) for histogram in (model, within_layer)]
-    for row in range(n_rows):
-        one = model.bins[row] if row < len(model.bins) else within_layer.bins[row]
-        label = str(one.low) if one.low == one.high else f"{one.low}-{one.high}"
-        table.add_row(label, *cells[0][row], *cells[1][row])
+    cells = (_reuse_cells(histogram) for histogram in (model, within_layer))
+    for one, other in zip_longest(*cells, fillvalue=("", "", "")):
+        table.add_row(one[0] or other[0], *one[1:], *other[1:])
     firsts = (_bar(one.first_uses, one.uses) for one in (model, within_layer))
     table.add_row("first use", next(firsts), "", next(firsts), "")
     return table
 
 
-def _reuse_cells(histogram: ReuseHistogram, n_rows: int) -> Iterator[tuple[str, str]]:
-    """Yield the bar of each bin, and the hit rate of an LRU cache that covers it."""
+def _reuse_cells(histogram: ReuseHistogram) -> Iterator[tuple[str, str, str]]:
+    """Yield the limits and the bar of each bin, and the hit rate of an LRU cache that covers it."""
     answered = 0
     for one in histogram.bins:
         answered += one.uses
         share = answered / histogram.uses if histogram.uses else 0.0
-        yield _bar(one.uses, histogram.uses), f"{one.high + 1}: {share:.1%}"
-    for _ in range(n_rows - len(histogram.bins)):
-        yield "", ""
+        label = str(one.low) if one.low == one.high else f"{one.low}-{one.high}"
+        yield label, _bar(one.uses, histogram.uses), f"{one.high + 1}: {share:.1%}"
 
 
 def _bar(count: int, of: int) -> str:

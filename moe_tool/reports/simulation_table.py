@@ -1,10 +1,12 @@
 """Tables of replayed traces, and of a recorded run beside its replay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from rich.table import Table
 
 from moe_tool.artifacts.simulation_report import (
+    BELADY,
     PolicyHits,
     PrefetchRow,
     PromptRow,
@@ -14,20 +16,15 @@ from moe_tool.artifacts.simulation_report import (
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.reports.columns import columns
 
+Row = TypeVar("Row", SimulatedRow, PromptRow)
+
 
 def hit_rate_table(rows: Mapping[str, Sequence[SimulatedRow]]) -> Table:
     """Return hit rate and tokens per second, a row per policy and a column per budget."""
-    budgets = list(dict.fromkeys(row.memory for each in rows.values() for row in each))
-    table = columns("eviction", *budgets, ruled=False)
-    for policy, each in rows.items():
-        found = {row.memory: row for row in each}
-        cells = [_cell(found.get(memory)) for memory in budgets]
-        table.add_row(policy, *cells, style="bold" if policy == "belady" else None)
-    return table
-
-
-def _cell(row: SimulatedRow | None) -> str:
-    return "-" if row is None else f"{row.hit_rate:.0%} {_speed(row.tokens_per_second)}"
+    return _by_budget(
+        [row for each in rows.values() for row in each],
+        lambda row: f"{row.hit_rate:.0%} {_speed(row.tokens_per_second)}",
+    )
 
 
 def details_table(rows: Sequence[SimulatedRow]) -> Table:
@@ -57,17 +54,16 @@ def details_table(rows: Sequence[SimulatedRow]) -> Table:
 
 def prompt_table(rows: Sequence[PromptRow]) -> Table:
     """Return hit rate and bytes of prompts, a row per policy and a column per budget."""
+    return _by_budget(rows, lambda row: f"{row.hit_rate:.0%} {format_bytes(row.bytes_per_token)}")
+
+
+def _by_budget(rows: Sequence[Row], cell: Callable[[Row], str]) -> Table:
     budgets = list(dict.fromkeys(row.memory for row in rows))
     table = columns("eviction", *budgets, ruled=False)
+    cells = {(row.eviction, row.memory): cell(row) for row in rows}
     for policy in dict.fromkeys(row.eviction for row in rows):
-        found = {row.memory: row for row in rows if row.eviction == policy}
-        cells = [
-            f"{found[m].hit_rate:.0%} {format_bytes(found[m].bytes_per_token)}"
-            if m in found
-            else "-"
-            for m in budgets
-        ]
-        table.add_row(policy, *cells)
+        shown = (cells.get((policy, memory), "-") for memory in budgets)
+        table.add_row(policy, *shown, style="bold" if policy == BELADY else None)
     return table
 
 

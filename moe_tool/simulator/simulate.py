@@ -79,15 +79,13 @@ def replay_choice(
 ) -> CallCounts | None:
     """Return the counts of one policy at one budget; None if the policy cannot run there."""
     trace = replayer.trace
-    pinned: Sequence[int] = ()
-    if choice.spec.pinned_share:
-        count = n_pinned(
-            choice.spec.pinned_share,
-            n_slots=budget.n_slots,
-            n_slots_min=machine.n_slots_min,
-            n_experts=trace.n_keys,
-        )
-        pinned = machine.hottest[:count]
+    count = n_pinned(
+        choice.spec.pinned_share,
+        n_slots=budget.n_slots,
+        n_slots_min=machine.n_slots_min,
+        n_experts=trace.n_keys,
+    )
+    pinned = machine.hottest[:count]
     capacity = min(budget.n_slots, trace.n_keys) - len(pinned)
     if choice.per_layer and capacity < trace.n_layers * (machine.n_slots_min - 1):
         return None  # a layer could not hold one token's experts

@@ -110,12 +110,6 @@ class RecordStore:
     def load_pinned(self, progress: Progress = SILENT) -> None:
         """Read the pinned experts that are not in memory yet, in file order; see ExpertStore."""
         self._end_call()
-        self._read_pinned(progress)
-
-    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
-        """Do nothing: the experts are whole."""
-
-    def _read_pinned(self, progress: Progress) -> None:
         pinned, slot_of = self._book.pinned, self._book.slot_of
         keys = [(record.layer, record.expert) for record in self._held.table.records]
         missing = [key for key in keys if key in pinned and key not in slot_of]
@@ -137,6 +131,9 @@ class RecordStore:
             self._settle()
             progress.end()
 
+    def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
+        """Do nothing: the experts are whole."""
+
     def acquire(
         self,
         layer: int,
@@ -147,7 +144,7 @@ class RecordStore:
     ) -> Supply:
         self._end_call()
         if not self._is_pinned_read:
-            self._read_pinned(SILENT)
+            self.load_pinned()
         wanted = [(layer, expert) for expert in numbers]
         assert len(set(numbers)) == len(wanted), "an expert is named twice"
         if self._is_prefetching:

@@ -66,14 +66,12 @@ def _topics(part: Part) -> dict[str, str]:
         for paragraph in text.split("\n\n")
         if len(paragraph.strip()) >= _SHARED_PARAGRAPH_CHARACTERS
     }
-    train = {
-        name: "\n\n".join(
-            paragraph for paragraph in text.split("\n\n") if paragraph.strip() not in secret
-        )
-        for name, text in sorted(topics.items())
-        if name not in held_out
-    }
-    return {name: text for name, text in train.items() if text.strip()}
+    train = {}
+    for name in sorted(topics.keys() - held_out.keys()):
+        kept = [part for part in topics[name].split("\n\n") if part.strip() not in secret]
+        if any(map(str.strip, kept)):
+            train[name] = "\n\n".join(kept)
+    return train
 
 
 def _library_sources(part: Part) -> Iterator[tuple[str, str]]:

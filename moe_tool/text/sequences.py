@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,7 +69,7 @@ def build_sequences(
     streams = []
     for source in sources:
         documents = read_documents(source, seed=seed, offline=offline)
-        streams.append(_TokenStream(source, tokenizer, seq_len=seq_len, documents=documents))
+        streams.append(_TokenStream(source, documents, tokenizer, seq_len))
     n_per_domain = _fill(streams, n_sequences, seq_len=seq_len, progress=progress)
     n_found = sum(n_per_domain)
     if n_found < n_sequences:
@@ -78,30 +78,18 @@ def build_sequences(
             n_found * seq_len,
             n_sequences * seq_len,
         )
-    ids, document, held_out = _cut(
-        streams, n_per_domain, tokenizer, vocabulary=vocabulary, holdout=holdout, seed=seed
-    )
-    return TokenSequences(
-        ids=ids,
-        domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
-        document=document,
-        held_out=held_out,
-        domains=tuple(source.domain for source in sources),
-        sources=tuple(f"{source.domain}={source.spec}" for source in sources),
-        seed=seed,
-    )
+    return _cut(streams, n_per_domain, vocabulary=vocabulary, holdout=holdout, seed=seed)
 
 
 def _cut(
     streams: Sequence["_TokenStream"],
     n_per_domain: Sequence[int],
-    tokenizer: "PreTrainedTokenizerBase",
     *,
     vocabulary: int,
     holdout: float,
     seed: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids [N, S], documents [N, S] and the held-out mask [N] of all domains."""
+) -> TokenSequences:
+    """Return so many sequences of each domain, some of them held out."""
     rng = np.random.default_rng(seed)
     ids, documents, held_out = [], [], []
     first_document = 0
@@ -111,8 +99,17 @@ def _cut(
         documents.append(domain_documents + first_document)
         held_out.append(_choose_held_out(domain_documents, holdout=holdout, rng=rng))
         first_document = int(documents[-1][-1, -1]) + 1
-        require_known_tokens([domain_ids.max()], vocabulary, tokenizer=tokenizer)
-    return np.concatenate(ids), np.concatenate(documents), np.concatenate(held_out)
+        require_known_tokens([domain_ids.max()], vocabulary, tokenizer=stream.tokenizer)
+    sources = [stream.source for stream in streams]
+    return TokenSequences(
+        ids=np.concatenate(ids),
+        domain=np.repeat(np.arange(len(sources), dtype=np.int16), n_per_domain),
+        document=np.concatenate(documents),
+        held_out=np.concatenate(held_out),
+        domains=tuple(source.domain for source in sources),
+        sources=tuple(f"{source.domain}={source.spec}" for source in sources),
+        seed=seed,
+    )
 
 
 def _check_arguments(n_tokens: int, seq_len: int, holdout: float) -> None:
@@ -124,53 +121,46 @@ def _check_arguments(n_tokens: int, seq_len: int, holdout: float) -> None:
         raise UsageError(f"--holdout {holdout}: a share from 0 to below 1 is needed")
 
 
+@dataclass(slots=True)
 class _TokenStream:
     """Tokens of one source, read as far as needed."""
 
-    def __init__(
-        self,
-        source: TextSource,
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        seq_len: int,
-        documents: Iterator[str],
-    ) -> None:
-        self.source = source
-        self.n_tokens = 0
-        self._n_told = 0
-        self.is_exhausted = False
-        self._seq_len = seq_len
-        self._tokenizer = tokenizer
-        self._documents = documents
-        self._encoded: list[np.ndarray] = []
+    source: TextSource
+    documents: Iterator[str]
+    tokenizer: "PreTrainedTokenizerBase"
+    seq_len: int
+    n_tokens: int = 0
+    n_told: int = 0
+    is_exhausted: bool = False
+    encoded: list[np.ndarray] = field(default_factory=list)
 
     def read_on(self, wanted: int, progress: Progress) -> None:
         """Read until there are `wanted` tokens or no more text."""
         while True:
-            step = min(self.n_tokens, wanted) - self._n_told
+            step = min(self.n_tokens, wanted) - self.n_told
             if step > 0:
-                self._n_told += step
+                self.n_told += step
                 progress.advance(step)
             if self.n_tokens >= wanted or self.is_exhausted:
                 return
             batch = self._next_batch((wanted - self.n_tokens) * _GUESSED_CHARACTERS_PER_TOKEN)
-            encoded = _encode(self._tokenizer, batch)
-            self._encoded += encoded
+            encoded = _encode(self.tokenizer, batch)
+            self.encoded += encoded
             self.n_tokens += sum(map(len, encoded))
 
     def sequences(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first n sequences: ids, and document numbers from 0, each [n, S] int32."""
-        lengths = [len(ids) for ids in self._encoded]
+        lengths = [len(ids) for ids in self.encoded]
         documents = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        ids, shape = np.concatenate(self._encoded), (n, self._seq_len)
-        n_used = n * self._seq_len
+        ids, shape = np.concatenate(self.encoded), (n, self.seq_len)
+        n_used = n * self.seq_len
         return ids[:n_used].reshape(shape), documents[:n_used].reshape(shape)
 
     def _next_batch(self, n_characters: int) -> list[str]:
         batch: list[str] = []
         size = 0
         while size < min(n_characters, _MAX_CHARACTERS_PER_BATCH):
-            text = next(self._documents, None)
+            text = next(self.documents, None)
             if text is None:
                 self.is_exhausted = True
                 break

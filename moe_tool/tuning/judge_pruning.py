@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_tool.artifacts.bundle_sections import N_QUANTILES
+from moe_tool.artifacts.bundle_sections import N_QUANTILES, QualityFigure
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.evaluation.bootstrap import bootstrap_interval
 from moe_tool.evaluation.divergence import compare_logits
 from moe_tool.evaluation.figures import means

@@ -15,7 +15,7 @@ from moe_tool.artifacts.bundle_manifest import (
     SkeletonLinear,
     TunedWeights,
 )
-from moe_tool.artifacts.bundle_sections import LearnedPruning, Section
+from moe_tool.artifacts.bundle_sections import LearnedPruning, QualityFigure, Section
 from moe_tool.artifacts.form_table import FormRecord, FormTable, Role, check_form_tables
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
 from moe_tool.artifacts.precision import (
@@ -27,7 +27,6 @@ from moe_tool.artifacts.precision import (
     precision_from_bits,
     replica_precisions,
 )
-from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.artifacts.schema import FrozenModel
 
 SHAPE = MoeShape(

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_tool.artifacts.buddy_map import Buddy, LayerBuddies
-from moe_tool.artifacts.bundle_sections import LearnedPruning
-from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.artifacts.bundle_sections import LearnedPruning, QualityFigure
 from moe_tool.artifacts.routing import Routing, count_answers
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.policies.misses import (

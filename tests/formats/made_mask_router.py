@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.bundle_sections import LearnedPruning
+from moe_tool.artifacts.bundle_sections import LearnedPruning, QualityFigure
 from moe_tool.artifacts.mask_router import LayerMaskRouter, MaskRouter, mask_router_shapes
 from moe_tool.artifacts.moe_shape import MoeShape
-from moe_tool.artifacts.quality_figure import QualityFigure
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.mask_router_file import write_mask_router
 

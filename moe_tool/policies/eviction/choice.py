@@ -42,8 +42,7 @@ class EvictionChoice:
 
     def notes_bytes(self, *, n_layers: int, n_experts: int) -> int:
         """Return the bytes of the policy's state beyond a few numbers per expert."""
-        per_expert = self.spec.notes_bytes
-        return 0 if per_expert is None else per_expert(self.parameters) * n_layers * n_experts
+        return self.spec.notes_bytes(self.parameters) * n_layers * n_experts
 
     def make(self, shape: CacheShape) -> Eviction:
         """Return a fresh policy."""

@@ -26,6 +26,6 @@ class EvictionSpec:
     """Name of the same rule in native/replay.py; None: Python replays it"""
     look_ahead: str | None = None
     """Parameter with the number of coming layers to predict; None: no predictions"""
-    notes_bytes: Callable[[Mapping[str, int]], int] | None = None
-    """Function from parameters to the bytes of state per expert; None: a few numbers, which are not
+    notes_bytes: Callable[[Mapping[str, int]], int] = lambda parameters: 0
+    """Function from parameters to the bytes of state per expert beyond a few numbers, which are not
     in the memory account"""

@@ -59,7 +59,6 @@ class Gates:
         return found
 
     def describe(self) -> str:
-        """Return the gates in a few words."""
         if not self.enabled:
             return "gates off"
         limit = "half of top-k" if self.max_substitutions is None else f"{self.max_substitutions}"

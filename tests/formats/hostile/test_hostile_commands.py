@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
-from moe_tool.artifacts.quality_figure import QualityFigure
+from moe_tool.artifacts.bundle_sections import QualityFigure
 from moe_tool.cli.app import run_command
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from tests.formats import samples
