@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, Qwen3MoeConfig
+from transformers import PreTrainedConfig
 
 from tests.models.stored_formats import coded_weights as make
 from tests.models.stored_formats.coded_weights import Coded
@@ -19,9 +19,8 @@ SCALAR = make.FP8_BLOCKS | {"weight_block_size": None}
 
 
 def small() -> PreTrainedConfig:
-    """Two experts more than are chosen, one layer."""
+    """One layer of four experts."""
     config = qwen3_moe()
-    assert isinstance(config, Qwen3MoeConfig)
     config.num_hidden_layers, config.num_experts = 1, 4
     return config
 
@@ -36,13 +35,15 @@ def scalar_fp8(rng: np.random.Generator, n_out: int, n_in: int) -> Coded:
 
 def modelopt_fp8(rng: np.random.Generator, n_out: int, n_in: int) -> Coded:
     made = make.fp8(rng, n_out, n_in, block=(n_out, n_in), ending="weight_scale")
-    return Coded(
-        tensors=made.tensors | {"input_scale": torch.tensor(0.01)}, weights=made.weights
-    )
+    return Coded(tensors=made.tensors | {"input_scale": torch.tensor(0.01)}, weights=made.weights)
 
 
 LAYOUTS: dict[str, Model] = {
-    "fp8 blocks": (small, make.FP8_BLOCKS | {"weight_block_size": [32, 32]}, partial(make.fp8, block=(32, 32))),
+    "fp8 blocks": (
+        small,
+        make.FP8_BLOCKS | {"weight_block_size": [32, 32]},
+        partial(make.fp8, block=(32, 32)),
+    ),
     "fp8 scalar": (small, SCALAR, scalar_fp8),
     "fp8 powers": (
         small,
@@ -71,3 +72,8 @@ LAYOUTS: dict[str, Model] = {
     "mlx": (small, MLX, mlx),
 }
 """Model by the name of its layout"""
+FIRST = {
+    "fp8 blocks", "deepseek fp4", "mxfp4", "ct int4 zeros", "ct nvfp4", "modelopt fp8", "gptq",
+    "awq", "nf4", "bnb int8", "mlx",
+}  # fmt: skip
+"""One layout for each format and way to store codes"""
