@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from moe_tool.simulator.access_trace import AccessTrace
 from result_rows import print_table, record_rows
 
 from moe_tool.artifacts.run_stats import RunStats
@@ -24,7 +25,6 @@ from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import read_sources
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
-from moe_tool.simulator.access_trace import AccessTrace
 from moe_tool.simulator.replay import Replayer
 
 

@@ -9,6 +9,7 @@ from moe_tool.artifacts.buddy_map import LayerBuddies, Similarity
 from moe_tool.artifacts.bundle_sections import (
     MASK_ROUTER,
     N_QUANTILES,
+    SOURCE_FILES,
     LearnedPruning,
     QualityFigure,
     Section,
@@ -29,6 +30,7 @@ from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import Precision
 from moe_tool.artifacts.schema import FrozenModel
+from moe_tool.artifacts.source_files import PLACED_KINDS, SourceFiles
 
 Quantiles = Annotated[
     tuple[Annotated[float, Field(ge=0, le=1)], ...],
@@ -160,7 +162,7 @@ class BundleManifest(FrozenModel):
     skeleton_linears: tuple[SkeletonLinear, ...]
     """Quantized matrices; empty if `skeleton_precision` is native"""
     files: tuple[BundleFile, ...]
-    """Every file but the manifest"""
+    """Every file but the manifest, also those whose records stay in the checkpoint's files"""
     made_from: dict[str, str]
     """Options of `pack` and hashes of its inputs; resuming or repeating with others is refused"""
     profile_sha256: HexDigest | None
@@ -220,6 +222,22 @@ class BundleManifest(FrozenModel):
         assert found is None or isinstance(found, LearnedPruning)
         return found
 
+    @property
+    def sources(self) -> SourceFiles | None:
+        """Files of the checkpoint that hold records; None if all are in the bundle"""
+        section = self.sections.get(SOURCE_FILES)
+        found = None if section is None else parse_section(SOURCE_FILES, section)
+        assert found is None or isinstance(found, SourceFiles)
+        return found
+
+    @property
+    def written_files(self) -> tuple[BundleFile, ...]:
+        """Files in the bundle's own folder, without the manifest"""
+        sources = self.sources
+        forms = () if sources is None else (self.forms[table.form] for table in sources.tables)
+        placed = {record.file for form in forms for record in form.records}
+        return tuple(file for file in self.files if file.name not in placed)
+
     def stored(self, layer: int) -> np.ndarray:
         """Return which experts of a layer have a record, [E] bool."""
         mask = np.ones(self.shape.experts, dtype=bool)
@@ -237,6 +255,7 @@ class BundleManifest(FrozenModel):
         for name, section in self.sections.items():
             parse_section(name, section)
         self._check_pruning()
+        self._check_sources()
         return self
 
     def _check_skeleton(self) -> None:
@@ -255,6 +274,18 @@ class BundleManifest(FrozenModel):
             raise ValueError("the file of the pruning is not listed")
         if self.shape.top_k < 2:
             raise ValueError("a model of one expert per token has nothing to prune")
+
+    def _check_sources(self) -> None:
+        section = self.sections.get(SOURCE_FILES)
+        if section is not None and not section.required:
+            raise ValueError("the source files of records are not marked as required")
+        body = self.sources
+        for placed in () if body is None else body.tables:
+            table = self.forms[placed.form] if placed.form < len(self.forms) else None
+            if table is None or table.role != "primary" or table.precision.kind not in PLACED_KINDS:
+                raise ValueError("records that no checkpoint holds lie in its files")
+            if len(placed.parts) != len(table.records):
+                raise ValueError("the parts of records are not as many as the records")
 
     def _check_tables(self) -> None:
         tables: dict[str, list[tuple[int, int]]] = {}

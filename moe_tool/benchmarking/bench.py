@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,6 @@ from moe_tool.available_memory import peak_rss_bytes, reset_peak_rss
 from moe_tool.benchmarking.bench_plan import BenchOptions, SpeedTest, list_tests
 from moe_tool.benchmarking.bench_tokens import bench_tokens
 from moe_tool.benchmarking.speed_run import run_test
-from moe_tool.errors import NotFoundError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.bundle_skeleton import n_skeleton_weights
 from moe_tool.models.context_length import context_length
@@ -63,7 +61,7 @@ def bench(
         bundle = _describe(reader)
         vocabulary = reader.manifest.shape.vocabulary
     fed = bench_tokens(
-        _tokenizer(folder),
+        load_tokenizer(folder),
         n_tokens=(options.repetitions + 1) * max(test.positions for test in tests),
         vocabulary=vocabulary,
         seed=options.seed,
@@ -120,13 +118,6 @@ def _runs(options: BenchOptions, tests: Sequence[SpeedTest]) -> list[RunOptions]
             options.sparse_experts,
         )
     ]
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return load_tokenizer(folder)
-    except NotFoundError:
-        return None
 
 
 def _row(

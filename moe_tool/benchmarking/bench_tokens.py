@@ -26,11 +26,11 @@ def bench_tokens(
 ) -> tuple[torch.Tensor, str]:
     """Return tokens to feed, [n_tokens] int64 below `vocabulary`, and "text" or "random".
 
-    Text that is too short is repeated. Without a tokenizer, or with one whose ids the model does
-    not have, the ids are random, which is reported once.
+    Text that is too short is repeated. With a tokenizer whose ids the model does not have, the ids
+    are random, which is reported once.
 
     Args:
-        tokenizer: a transformers tokenizer; None if the bundle has none.
+        tokenizer: a transformers tokenizer.
         random: whether to skip text.
     """
     if not random:
@@ -46,8 +46,6 @@ def bench_tokens(
 
 
 def _text_ids(tokenizer: Any, n_tokens: int, vocabulary: int, seed: int) -> np.ndarray:
-    if tokenizer is None:
-        raise DataSourceError("the bundle has no tokenizer")
     text = build_sequences(
         parse_sources([SOURCE]),
         tokenizer,

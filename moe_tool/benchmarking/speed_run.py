@@ -80,8 +80,7 @@ def _make_cold(session: Session) -> None:
     """
     session.empty_cache()
     session.runner.store.load_pinned()
-    for file in session.manifest.files:
-        path = session.bundle.folder / file.name
+    for path in session.bundle.paths:
         try:
             handle = os.open(path, os.O_RDONLY)
         except OSError as error:

@@ -108,6 +108,14 @@ class PackArguments:
             show_default="rtn, or the plan's",
         ),
     ] = None
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place",
+            help="Leave experts of native bits in the checkpoint's files, which `run` then reads: "
+            "only the rest is written, and the checkpoint has to stay where it is.",
+        ),
+    ] = False
     memory: Annotated[
         str | None,
         typer.Option(
@@ -167,10 +175,12 @@ def pack(given: PackArguments, output: Output) -> None:
 
 def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
     skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
+    if report.source is not None:
+        output.say(f"native experts stay in {report.source}/: leave it where it is, and as it is")
     output.say(
         f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
-        f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per weight "
-        f"and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
+        f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per "
+        f"weight and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
     )
     if report.proof is not None:

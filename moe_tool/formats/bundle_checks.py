@@ -11,6 +11,7 @@ from typing import Any
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.bundle_sections import unknown_required
 from moe_tool.artifacts.form_table import FormTable
+from moe_tool.artifacts.source_files import Part, SourceFiles, parse_parts
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, NotFoundError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
 from moe_tool.formats.foreign_files import foreign_file
@@ -20,6 +21,7 @@ from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.mask_router_file import MASK_ROUTER_NAME
 from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
 from moe_tool.formats.record_form import RecordForm, record_form
+from moe_tool.formats.record_sources import require_filled
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
 
 # Suffixes of files that a loader of models or tokenizers may pick up by name alone.
@@ -29,12 +31,14 @@ REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleForm:
-    """One form in which a bundle holds experts."""
+    """One form of a bundle's experts."""
 
     index: int
     """Position among the forms of the bundle"""
     table: FormTable
     form: RecordForm[Any]
+    parts: tuple[tuple[Part, ...], ...] | None = None
+    """Parts of each record in the checkpoint's files; None: records are in the bundle's own"""
 
     @property
     def record_size_bytes(self) -> int:
@@ -55,6 +59,8 @@ class CheckedBundle:
     forms: tuple[BundleForm, ...]
     """Forms in the order of the manifest's tables"""
     skeleton: Mapping[str, TensorInfo]
+    sources: SourceFiles | None
+    """Files of the checkpoint that hold records"""
 
 
 def check_bundle(folder: Path, *, is_finished: bool = True) -> CheckedBundle:
@@ -76,13 +82,16 @@ def check_bundle(folder: Path, *, is_finished: bool = True) -> CheckedBundle:
     manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
     _require_known_sections(folder, manifest)
     _check_policies(folder, manifest)
-    forms = _forms(folder, manifest)
+    sources = manifest.sources
+    forms = _forms(folder, manifest, sources)
     with reading(folder):
         _check_files(folder, manifest)
     for form in forms:
-        if form.table.role != "base":  # a base lies inside the tensors of the primary record
+        # A base lies inside the tensors of the primary record.
+        if form.table.role != "base" and form.parts is None:
             _check_headers(folder, form)
-    return CheckedBundle(manifest=manifest, forms=forms, skeleton=_check_skeleton(folder, manifest))
+    skeleton = _check_skeleton(folder, manifest)
+    return CheckedBundle(manifest=manifest, forms=forms, skeleton=skeleton, sources=sources)
 
 
 def corrupt_bundle(complaint: str) -> CorruptArtifactError:
@@ -128,10 +137,11 @@ def _names(folder: Path) -> set[str] | None:
 
 def _check_files(folder: Path, manifest: BundleManifest) -> None:
     """Require every listed file in full, and no other file that could be loaded."""
-    for file in manifest.files:
+    if MANIFEST in {file.name for file in manifest.files}:
+        raise corrupt_bundle(f"{folder / MANIFEST} lists itself")
+    files = manifest.written_files
+    for file in files:
         path = folder / file.name
-        if file.name == MANIFEST:
-            raise corrupt_bundle(f"{path} lists itself")
         if path.is_symlink():
             raise corrupt_bundle(f"{path} is a link, not a file of the bundle")
         if not path.is_file():
@@ -143,7 +153,7 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
         is_small = not file.name.endswith(".safetensors")
         if is_small and hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
             raise corrupt_bundle(f"{path} is damaged: its sha256 does not fit")
-    listed = {MANIFEST, *(file.name for file in manifest.files)}
+    listed = {MANIFEST, *(file.name for file in files)}
     for name in sorted(_names(folder) or ()):
         is_left_over = name.startswith(".") or MASK_ROUTER_NAME.fullmatch(name) is not None
         if name not in listed and name.endswith(_LOADABLE) and not is_left_over:
@@ -170,9 +180,12 @@ def _check_policies(folder: Path, manifest: BundleManifest) -> None:
         named_miss_policy(folder / MANIFEST, manifest.calibration.policy, remedy=REPACK)
 
 
-def _forms(folder: Path, manifest: BundleManifest) -> tuple[BundleForm, ...]:
+def _forms(
+    folder: Path, manifest: BundleManifest, sources: SourceFiles | None
+) -> tuple[BundleForm, ...]:
     """Return the manifest's forms after comparing their record sizes with their tensors."""
     found = []
+    placed = {} if sources is None else {table.form: table.parts for table in sources.tables}
     for index, table in enumerate(manifest.forms):
         try:
             form = record_form(manifest.shape, table.precision, table.role)
@@ -183,7 +196,13 @@ def _forms(folder: Path, manifest: BundleManifest) -> tuple[BundleForm, ...]:
                 f"{folder / MANIFEST} says a record has {table.record_size_bytes} bytes, "
                 f"its tensors need {form.layout.size_bytes}"
             )
-        found.append(BundleForm(index=index, table=table, form=form))
+        parts = tuple(map(parse_parts, placed[index])) if index in placed else None
+        try:
+            for each in parts or ():
+                require_filled(each, form.layout)
+        except ValueError as error:
+            raise corrupt_bundle(f"{folder / MANIFEST}: {error}") from error
+        found.append(BundleForm(index=index, table=table, form=form, parts=parts))
     return tuple(found)
 
 

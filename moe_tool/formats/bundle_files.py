@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
+from moe_tool.formats.record_layout import RecordLayout
 
 MAX_FILE_BYTES = 4 * 2**30
 PART_SUFFIX = ".part"
@@ -81,6 +82,17 @@ def safetensors_header(tensors: Sequence[tuple[str, str, Sequence[int], int]]) -
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     return len(text).to_bytes(8, "little") + text
+
+
+def record_file_header(records: Sequence[tuple[int, int]], layout: RecordLayout) -> bytes:
+    """Return the header of a file of records, (layer, expert) in file order."""
+    return safetensors_header(
+        [
+            (f"layer.{layer}.expert.{expert}.{s.name}", "U8", (s.size_bytes,), s.size_bytes)
+            for layer, expert in records
+            for s in layout.segments
+        ]
+    )
 
 
 def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> bytes:

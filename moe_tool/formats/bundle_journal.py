@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from moe_tool.artifacts.form_table import FormRecord, Price, Xxh3
 from moe_tool.artifacts.identity import ModelIdentity
+from moe_tool.artifacts.source_files import PartsText
 from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes
 from moe_tool.formats.bundle_files import JOURNAL
@@ -29,6 +30,8 @@ class WrittenRecord(FormRecord):
     """Hash of the base of a nested expert"""
     base_eps: Price | None = None
     """Measured error of the base"""
+    parts: PartsText | None = None
+    """Parts of a record that stays in the checkpoint's files"""
 
 
 def write_journal(folder: Path, spec: BundleSpec, records: Sequence[WrittenRecord]) -> None:

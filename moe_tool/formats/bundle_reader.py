@@ -10,6 +10,7 @@ import xxhash
 
 from moe_tool.artifacts.form_table import FormRecord
 from moe_tool.artifacts.mask_router import MaskRouter
+from moe_tool.artifacts.source_files import Part
 from moe_tool.errors import CorruptArtifactError, StorageError
 from moe_tool.formats.bundle_checks import (
     REPACK,
@@ -19,11 +20,13 @@ from moe_tool.formats.bundle_checks import (
     corrupt_bundle,
     skeleton_parts,
 )
+from moe_tool.formats.bundle_files import record_file_header
 from moe_tool.formats.channel_form import require_chunks
 from moe_tool.formats.hostile_file import quoted, reading
 from moe_tool.formats.integer_parts import are_finite
 from moe_tool.formats.mask_router_file import read_mask_router
-from moe_tool.formats.record_files import ChannelRead, RecordFiles
+from moe_tool.formats.record_files import ChannelRead, OnPiece, RecordFiles
+from moe_tool.formats.record_sources import SOURCE_AGAIN, RecordSources
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import ChannelWeight
@@ -58,9 +61,16 @@ class BundleReader:
             if held.table.role == "primary"
             for record in held.table.records
         }
-        names = sorted({record.file for record in self._entries.values()})
+        self._parts: dict[tuple[int, int, int], tuple[Part, ...]] = {
+            (held.index, record.layer, record.expert): parts
+            for held in self.forms
+            if held.parts is not None
+            for record, parts in zip(held.table.records, held.parts, strict=True)
+        }
+        self._sources = None if checked.sources is None else RecordSources.open(checked.sources)
+        own = {entry.file for key, entry in self._entries.items() if key not in self._parts}
         with reading(folder):
-            self._files = RecordFiles(folder, names)
+            self._files = RecordFiles(folder, sorted(own))
 
     @classmethod
     def open(cls, folder: Path, *, is_finished: bool = True) -> "BundleReader":
@@ -82,6 +92,12 @@ class BundleReader:
     def expert_bytes(self) -> int:
         """Size of the primary records, without channel selectors"""
         return sum(table.size_bytes for table in self.manifest.primaries)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Files that hold the bundle, the checkpoint's too if records stay there"""
+        own = [self.folder / file.name for file in self.manifest.written_files]
+        return own if self._sources is None else [*own, *self._sources.paths]
 
     @property
     def selector_bytes(self) -> int:
@@ -167,7 +183,7 @@ class BundleReader:
             StorageError: the disk does not give them.
         """
         entry = self._entries[form, layer, expert]
-        where = self._where(entry)
+        where = self._where(form, entry)
         is_known = (form, layer, expert) in self._verified
         digest = xxhash.xxh3_64()
         if n_there and not is_known:
@@ -180,10 +196,7 @@ class BundleReader:
 
         in_pieces = None if is_known and go_on is None else look_at
         try:
-            count = self._files.read_into(
-                entry.file, entry.offset + n_there, out[n_there:], on_piece=in_pieces
-            )
-            has_changed = count is not None and self._files.has_changed(entry.file)
+            count, has_changed = self._fill(form, entry, out, n_there, in_pieces)
         except OSError as error:
             raise _disk_error(where, error) from error
         if count is None:
@@ -199,13 +212,32 @@ class BundleReader:
         if not is_known:
             self._require_right(form, entry, out, digest.hexdigest())
 
+    def _fill(
+        self,
+        form: int,
+        entry: FormRecord,
+        out: torch.Tensor,
+        n_there: int,
+        on_piece: OnPiece | None,
+    ) -> tuple[int | None, bool]:
+        """Read a record; return the bytes read, None if cancelled, and whether a file changed."""
+        parts = self._parts.get((form, entry.layer, entry.expert))
+        if parts is None or self._sources is None:
+            offset = entry.offset + n_there
+            count = self._files.read_into(entry.file, offset, out[n_there:], on_piece=on_piece)
+            return count, count is not None and self._files.has_changed(entry.file)
+        assert n_there == 0, "a record with a base lies in the bundle"
+        layout = self.forms[form].form.layout
+        count = self._sources.read_into(parts, layout, out, on_piece=on_piece)
+        return count, count is not None and self._sources.has_changed(parts)
+
     def _require_right(self, form: int, entry: FormRecord, record: torch.Tensor, xxh3: str) -> None:
         if xxh3 != entry.xxh3:
-            raise corrupt_bundle(f"{self._where(entry)} is damaged: its hash does not fit")
+            raise self._damaged(form, entry)
         try:
             self.forms[form].form.require_finite(record)
         except CorruptArtifactError as error:
-            raise corrupt_bundle(f"{self._where(entry)}: {error.message}") from error
+            raise corrupt_bundle(f"{self._where(form, entry)}: {error.message}") from error
         self._verified.add((form, entry.layer, entry.expert))
 
     def read_channels_into(
@@ -233,7 +265,7 @@ class BundleReader:
         """
         held = self.primary_form(layer, expert)
         entry = self._entries[held.index, layer, expert]
-        where = self._where(entry)
+        where = self._where(held.index, entry)
         try:
             if (layer, expert) not in self._expected:
                 self._expected.add((layer, expert))
@@ -262,9 +294,10 @@ class BundleReader:
         Raises:
             CorruptArtifactError: names the first file or record that differs.
         """
-        total = sum(file.size_bytes for file in self.manifest.files)
+        written = self.manifest.written_files
+        total = sum(file.size_bytes for file in written)
         progress.begin("verify", total + sum(held.size_bytes for held in self.forms), "bytes")
-        for entry in self.manifest.files:
+        for entry in written:
             digest = hashlib.sha256()
             with reading(self.folder / entry.name), open(self.folder / entry.name, "rb") as file:
                 while block := file.read(_HASH_BLOCK_BYTES):
@@ -283,15 +316,32 @@ class BundleReader:
         self._verified.clear()
         self._verified_channels.clear()
         for held in self.forms:
-            out = torch.empty(held.record_size_bytes, dtype=torch.uint8)
-            for record in held.table.records:
-                self.read_record_into(record.layer, record.expert, out, form=held.index)
-                progress.advance(held.record_size_bytes)
+            self._verify_records(held, progress)
         progress.end()
+
+    def _verify_records(self, held: BundleForm, progress: Progress) -> None:
+        """Check every record, and the sha256 of files that are not written."""
+        out = torch.empty(held.record_size_bytes, dtype=torch.uint8)
+        by_file: dict[str, list[FormRecord]] = {}
+        for record in held.table.records:
+            by_file.setdefault(record.file, []).append(record)
+        for name, records in by_file.items():
+            keys = [(record.layer, record.expert) for record in records]
+            digest = hashlib.sha256(record_file_header(keys, held.form.layout))
+            for layer, expert in keys:
+                self.read_record_into(layer, expert, out, form=held.index)
+                if held.parts is not None:
+                    digest.update(out.numpy().data)
+                progress.advance(held.record_size_bytes)
+            wanted = next(file.sha256 for file in self.manifest.files if file.name == name)
+            if held.parts is not None and digest.hexdigest() != wanted:
+                raise corrupt_bundle(f"the records of {name} do not fit its sha256")
 
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+        if self._sources is not None:
+            self._sources.close()
 
     def __enter__(self) -> "BundleReader":
         return self
@@ -299,8 +349,18 @@ class BundleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _where(self, entry: FormRecord) -> str:
-        return f"layer {entry.layer} expert {entry.expert} in {self.folder / entry.file}"
+    def _where(self, form: int, entry: FormRecord) -> str:
+        parts = self._parts.get((form, entry.layer, entry.expert))
+        path = self.folder / entry.file
+        if parts is not None and self._sources is not None:
+            path = self._sources.paths[parts[0].file]
+        return f"layer {entry.layer} expert {entry.expert} in {path}"
+
+    def _damaged(self, form: int, entry: FormRecord) -> CorruptArtifactError:
+        complaint = f"{self._where(form, entry)} is damaged: its hash does not fit"
+        if self.forms[form].parts is None:
+            return corrupt_bundle(complaint)
+        return CorruptArtifactError(complaint, hint=SOURCE_AGAIN)
 
     def _find_damaged_record(self, name: str) -> None:
         for held in self.forms:

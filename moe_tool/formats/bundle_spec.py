@@ -35,6 +35,8 @@ class BundleSpec:
     forms: tuple[FormPlan, ...]
     """Tables in the manifest's order, see `planned_forms`"""
     removed: frozenset[tuple[int, int]] = frozenset()
+    placed: frozenset[int] = frozenset()
+    """Positions of the tables whose records stay in the checkpoint's files"""
     made_from: Mapping[str, str]
     """Options and input hashes; a bundle or part of one with others is refused"""
 

@@ -26,9 +26,10 @@ from moe_tool.artifacts.bundle_manifest import (
     SkeletonTensor,
     TunedWeights,
 )
-from moe_tool.artifacts.bundle_sections import Section
+from moe_tool.artifacts.bundle_sections import SOURCE_FILES, Section
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import NativePrecision, Precision
+from moe_tool.artifacts.source_files import Part, parts_text
 from moe_tool.errors import StorageError, UsageError
 from moe_tool.formats.atomic_write import storage_errors, sync_folder
 from moe_tool.formats.bundle_files import (
@@ -51,9 +52,11 @@ from moe_tool.formats.bundle_journal import (
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_spec import BundleSpec
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
+from moe_tool.formats.placed_file_writer import PlacedFileWriter, source_section
 from moe_tool.formats.record_file_writer import RecordFileWriter
 from moe_tool.formats.record_form import RecordForm
 from moe_tool.formats.record_plan import plan_records
+from moe_tool.formats.record_sources import RecordSources
 
 _SYNC_BYTES = 256 * 2**20
 
@@ -71,7 +74,10 @@ class BundleWriter:
         self._unsynced: list[WrittenRecord] = []
         self._unsynced_bytes = 0
         self._expert_files: dict[str, BundleFile] = {}
-        self._open_files: dict[str, RecordFileWriter] = {}
+        self._open_files: dict[str, RecordFileWriter | PlacedFileWriter] = {}
+        self._sources: RecordSources | None = None
+        self._placed: Mapping[str, int] = {}
+        """File that is not written -> form"""
         self._other_files: list[BundleFile] = []
         self._skeleton: list[SkeletonTensor] = []
         self._skeleton_precision: Precision = NativePrecision()
@@ -79,8 +85,13 @@ class BundleWriter:
         self.finished = False
 
     @classmethod
-    def open(cls, out: Path, spec: BundleSpec) -> "BundleWriter":
+    def open(
+        cls, out: Path, spec: BundleSpec, *, sources: RecordSources | None = None
+    ) -> "BundleWriter":
         """Begin a bundle in the folder `out`, resume an interrupted one, or find it finished.
+
+        Args:
+            sources: files that hold the records of `spec.placed`; belong to the caller.
 
         Raises:
             UsageError: `out` holds something else, or was made with other options.
@@ -89,6 +100,9 @@ class BundleWriter:
             StorageError: the disk refuses.
         """
         writer = cls(out, spec)
+        writer._sources = sources
+        files = enumerate(writer._plan.files)
+        writer._placed = {f.name: at for at, held in files if at in spec.placed for f in held}
         with storage_errors(writer._folder):
             if out.exists() or out.is_symlink():
                 writer._require_same_finished()
@@ -122,6 +136,7 @@ class BundleWriter:
         *,
         eps: float | None = None,
         base_eps: float | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         """Append the next record of the order.
 
@@ -130,6 +145,7 @@ class BundleWriter:
             record: uint8 [form's layout.size_bytes].
             eps: measured error, see FormRecord; None: not measured.
             base_eps: measured error of the base of a nested expert.
+            parts: where the record lies in `sources`, if its form is in `spec.placed`.
 
         Raises:
             DiskFullError, StorageError: the disk refuses; records written so far can be resumed.
@@ -152,6 +168,7 @@ class BundleWriter:
                     eps=eps,
                     base_xxh3=xxhash.xxh3_64_hexdigest(base) if base else None,
                     base_eps=base_eps,
+                    parts=None if parts is None else parts_text(parts),
                 )
             )
             self._unsynced_bytes += len(data)
@@ -238,6 +255,12 @@ class BundleWriter:
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
         assert self.n_written == len(self._plan.order)
+        sources = {}
+        if self._sources is not None:
+            forms = (form for form, _, _ in self._plan.order)
+            parts = [record.parts for record in self._records]
+            placed = zip(forms, parts, strict=True)
+            sources[SOURCE_FILES] = source_section(self._sources, placed)
         manifest = BundleManifest(
             tool_version=__version__,
             identity=self.spec.identity,
@@ -258,7 +281,7 @@ class BundleWriter:
             prices=prices,
             plan=plan,
             lineage=lineage,
-            sections=dict(sections or {}),
+            sections={**(sections or {}), **sources},
         )
         with storage_errors(self._folder):
             write_json_artifact(self._folder / MANIFEST, manifest)
@@ -335,12 +358,17 @@ class BundleWriter:
             return None
         found = (record.file, record.offset, (record.layer, record.expert))
         is_right = found == (file.name, file.offset(position), file.records[position])
-        if is_right and self._open_files[file.name].take_over(position, record.xxh3):
+        if is_right and self._open_files[file.name].take_over(position, record):
             return record
         return None
 
     def _open(self, file: ExpertFile, *, anew: bool) -> None:
-        self._open_files[file.name] = RecordFileWriter(self._folder, file, anew=anew)
+        form = self._placed.get(file.name)
+        if form is None or self._sources is None:
+            self._open_files[file.name] = RecordFileWriter(self._folder, file, anew=anew)
+        else:
+            layout = self.forms[form].layout
+            self._open_files[file.name] = PlacedFileWriter(file, layout, self._sources)
 
     def _end_file(self, file: ExpertFile) -> None:
         sha256 = self._open_files.pop(file.name).close()

@@ -3,13 +3,14 @@
 import shlex
 from pathlib import Path
 
-from moe_tool.errors import CorruptArtifactError, MoeToolError, UnsupportedModelError
+from moe_tool.errors import CorruptArtifactError, MoeToolError, NotFoundError, UnsupportedModelError
 
 BEGINNING_BYTES = 64
 """Bytes by which a file is recognized"""
 _READ = ("model.safetensors", "model.safetensors.index.json")
 _NO_GGUF = (
-    "GGUF is not read: give the folder of the checkpoint that it was made from, in safetensors"
+    "give a folder that holds it under a name in .gguf, beside config.json, tokenizer.json and "
+    "tokenizer_config.json of the model that it was made from"
 )
 
 
@@ -73,5 +74,9 @@ def foreign_folder(folder: Path) -> MoeToolError | None:
             hint="download model.safetensors.index.json of the same checkpoint into the folder",
         )
     if any(name.endswith(".gguf") for name in names):
-        return UnsupportedModelError(f"{folder} holds its weights as GGUF", hint=_NO_GGUF)
+        return NotFoundError(
+            f"{folder} holds its weights as GGUF, but no config.json",
+            hint="download config.json, tokenizer.json and tokenizer_config.json of the model that "
+            "it was made from into the folder",
+        )
     return None

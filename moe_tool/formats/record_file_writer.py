@@ -8,6 +8,7 @@ import xxhash
 
 from moe_tool.errors import StorageError
 from moe_tool.formats.bundle_files import ExpertFile
+from moe_tool.formats.bundle_journal import WrittenRecord
 
 
 class RecordFileWriter:
@@ -32,10 +33,10 @@ class RecordFileWriter:
         _write_all(self._handle, data)
         self._digest.update(data)
 
-    def take_over(self, position: int, xxh3: str) -> bool:
+    def take_over(self, position: int, record: WrittenRecord) -> bool:
         """Accept a record that the file already holds; return False if its hash does not match."""
         data = _read_all(self._handle, self._file.record_size_bytes, self._file.offset(position))
-        if xxhash.xxh3_64_hexdigest(data) != xxh3:
+        if xxhash.xxh3_64_hexdigest(data) != record.xxh3:
             return False
         self._digest.update(data)
         return True

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_tool.artifacts.form_table import FormRecord, FormTable
 from moe_tool.artifacts.precision import AnyPrecision
-from moe_tool.formats.bundle_files import MAX_FILE_BYTES, ExpertFile, safetensors_header
+from moe_tool.formats.bundle_files import MAX_FILE_BYTES, ExpertFile, record_file_header
 from moe_tool.formats.bundle_journal import WrittenRecord
 from moe_tool.formats.bundle_spec import BundleSpec, FormPlan
 from moe_tool.formats.record_form import RecordForm, record_form
@@ -93,15 +93,10 @@ def _expert_files(
     files = []
     for number, start in enumerate(range(0, len(order), per_file), start=1):
         records = tuple(order[start : start + per_file])
-        parts = [
-            (f"layer.{layer}.expert.{expert}.{segment.name}", segment.size_bytes)
-            for layer, expert in records
-            for segment in layout.segments
-        ]
         files.append(
             ExpertFile(
                 name=f"{stem}-{number:05d}.safetensors",
-                header=safetensors_header([(name, "U8", (size,), size) for name, size in parts]),
+                header=record_file_header(records, layout),
                 records=records,
                 record_size_bytes=layout.size_bytes,
             )
@@ -117,7 +112,7 @@ def _file_stem(plan: FormPlan, *, is_alone: bool) -> str:
 
 
 def _listed(record: WrittenRecord) -> FormRecord:
-    return FormRecord(**record.model_dump(exclude={"base_xxh3", "base_eps"}))
+    return FormRecord(**record.model_dump(exclude={"base_xxh3", "base_eps", "parts"}))
 
 
 def _first_bits(record: WrittenRecord) -> FormRecord:

@@ -7,7 +7,7 @@ memory and would break the memory budget.
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -70,6 +70,13 @@ class TensorInfo:
     offset: int
     """Offset in bytes from the start of the file"""
     size_bytes: int
+
+    def at_row(self, row: int | None) -> "TensorInfo":
+        """Return the place of one slice along the first dimension; None: the whole tensor"""
+        if row is None:
+            return self
+        size = self.size_bytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], offset=self.offset + row * size, size_bytes=size)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -257,13 +264,19 @@ class Checkpoint:
                 f"{info.file}: tensor {quoted(name)} is stored as {info.dtype}, which is not read",
                 hint="use a float32, bfloat16 or float16 version of the checkpoint",
             )
-        shape, offset, size = info.shape, info.offset, info.size_bytes
-        if row is not None:
-            size //= shape[0]
-            shape, offset = shape[1:], offset + row * size
-        raw = torch.empty(size, dtype=torch.uint8)
-        self._read_into(info, raw.numpy(), offset, row)
-        return raw.view(_DTYPES[info.dtype]).view(shape)
+        slice_ = info.at_row(row)
+        raw = torch.empty(slice_.size_bytes, dtype=torch.uint8)
+        self._read_into(info, raw.numpy(), slice_.offset, row)
+        return raw.view(_DTYPES[info.dtype]).view(slice_.shape)
+
+    @property
+    def raw(self) -> "Checkpoint":
+        """The tensors on disk; this object unless it decodes them"""
+        return self
+
+    def places(self, name: str, *, row: int | None = None) -> dict[str, TensorInfo]:
+        """Return the tensors on disk that `read` makes a tensor or a row of, by role."""
+        return {"values": self.tensors[name].at_row(row)}
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of one tensor, whatever its dtype.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.bundle_sections import QualityFigure
+from moe_tool.artifacts.bundle_sections import SOURCE_FILES, QualityFigure
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.inspection.description import Description, model_facts, shape_facts
 from moe_tool.progress import Progress
@@ -19,31 +19,33 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
         if verify:
             reader.verify_all(progress)
         manifest = reader.manifest
+    sections = {name: each.model_dump(mode="json") for name, each in manifest.sections.items()}
+    if SOURCE_FILES in sections:
+        del sections[SOURCE_FILES]["body"]["tables"]  # as long as the list of records
+    details = manifest.model_dump(mode="json", include={"calibration", "lineage"})
     return Description(
         kind="bundle",
         path=path,
         checked="every hash" if verify else "sizes and headers",
         facts=_facts(manifest),
         details={
-            name: found
-            for name, found in manifest.model_dump(
-                mode="json", include={"calibration", "lineage", "sections"}
-            ).items()
-            if found
+            name: found for name, found in (details | {"sections": sections}).items() if found
         },
     )
 
 
 def _facts(manifest: BundleManifest) -> dict[str, object]:
+    sources = manifest.sources
     return (
         model_facts(manifest.identity)
         | shape_facts(manifest.shape)
         | {
             "bits": _primary_bits(manifest),
             "skeleton_bits": manifest.skeleton_precision.name,
-            "bytes": sum(file.size_bytes for file in manifest.files),
+            "bytes": sum(file.size_bytes for file in manifest.written_files),
             "record_bytes": manifest.primaries[0].record_size_bytes,
             "expert_bytes": manifest.primary_bytes,
+            "experts_in": "the bundle" if sources is None else sources.resolved,
             "record_layout": manifest.record_layout,
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,

@@ -27,7 +27,11 @@ from moe_tool.models.moe_layers import (
     top_k,
 )
 from moe_tool.models.skeleton_source import SkeletonSource
-from moe_tool.models.stored_formats.registry import open_checkpoint, read_as_declared
+from moe_tool.models.stored_formats.registry import (
+    headers_tell_all,
+    open_checkpoint,
+    read_as_declared,
+)
 from moe_tool.models.tensor_map import TensorMap
 from moe_tool.models.unused_tensors import warnings_of
 
@@ -97,8 +101,9 @@ def check_headers(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         NotFoundError, UnsupportedModelError, CorruptArtifactError: as `open_model`.
     """
-    meta = build_meta_model(folder)
-    _check(meta, read_as_declared(checkpoint, folder, read_raw_config(folder)))
+    config = read_raw_config(folder)
+    if headers_tell_all(folder, config):
+        _check(build_meta_model(folder), read_as_declared(checkpoint, folder, config))
 
 
 def _check(

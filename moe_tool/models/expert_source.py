@@ -9,7 +9,7 @@ from moe_tool.artifacts.moe_shape import FloatName
 from moe_tool.artifacts.precision import KeptPrecision
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.formats.kept_form import kept_precision, with_equal_groups
-from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.models.kept_rows import place_rows, row_order
 from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters
 from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
@@ -120,6 +120,17 @@ class ExpertSource:
                 return None
             found[name] = place_rows(kept, order)
         return with_equal_groups(found)
+
+    def places(self, layer: int, parameter: str, expert: int) -> dict[str, list[TensorInfo]]:
+        """Return the tensors on disk that an expert's parameter is made from, by role, e.g. codes
+        and scales; row by row of tensors that hold all experts."""
+        pieces, is_stacked = self._map.expert_pieces(layer, parameter, expert)
+        found: dict[str, list[TensorInfo]] = {}
+        for piece in pieces:
+            places = self._checkpoint.places(piece.name, row=expert if is_stacked else None)
+            for role, info in places.items():
+                found.setdefault(role, []).append(info)
+        return found
 
     def _are_alike(self, layer: int) -> bool:
         """Return whether all experts of a layer have codes and scales of the same form."""

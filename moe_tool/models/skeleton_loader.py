@@ -16,7 +16,8 @@ from moe_tool.errors import CorruptArtifactError, WrongModelError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.integer_parts import integer_parts, join_integer_parts
 from moe_tool.formats.safetensors_index import Checkpoint
-from moe_tool.models.architecture import read_shape, structure
+from moe_tool.models.architecture import structure
+from moe_tool.models.expert_source import expert_dtype
 from moe_tool.models.generation_settings import read_generation_settings
 from moe_tool.models.meta_model import build_meta_model
 from moe_tool.models.moe_layers import (
@@ -93,7 +94,8 @@ class SkeletonLoader:
         self._shapes = linear_shapes(self._model, self._layers)
         if shape is None:
             self._missing = self._map.check_skeleton()
-            self._shape = read_shape(self._model, checkpoint)
+            dtype = expert_dtype(self._map, checkpoint)
+            self._shape = structure(self._model, self._layers[0], dtype=dtype)
         else:
             self._shape = _require_shape(self._model, self._layers, shape)
             self._missing = self._check_bundle()
@@ -345,9 +347,10 @@ def _require_shape(
 
 
 def _empty(module: nn.Module, args: object, output: object) -> None:
-    """Drop the weights of a module that has run."""
-    for held in (module._modules, module._parameters, module._buffers):
-        held.clear()
+    """Drop the weights of a module that has run, wherever else its parts are referred to."""
+    for part in module.modules():
+        part._parameters.clear()
+        part.__dict__.pop("stored", None)
 
 
 def _require_loaded(model: PreTrainedModel) -> None:

@@ -165,6 +165,14 @@ struct Avx2 {
     high = {numbers(table, _mm256_srli_epi32(x, 4), _mm256_slli_epi32(x, 24)),
             numbers(table, _mm256_srli_epi32(y, 4), _mm256_slli_epi32(y, 24))};
   }
+  // Numbers of the K-th codes of sixteen words of eight; a load is cheaper than a shift.
+  template <int K>
+  static Floats numbers_of(Floats table, const uint8_t* words) {
+    const Bytes x = load(words + K / 2);
+    constexpr int kLow = 4 * (K % 2), kTop = 28 - kLow;
+    return {numbers(table, _mm256_srli_epi32(x.a, kLow), _mm256_slli_epi32(x.a, kTop)),
+            numbers(table, _mm256_srli_epi32(x.b, kLow), _mm256_slli_epi32(x.b, kTop))};
+  }
   static Floats bytes(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(wide(p)), _mm256_cvtepi32_ps(wide(p + 8))};
   }

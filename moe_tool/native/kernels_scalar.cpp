@@ -146,6 +146,11 @@ struct Scalar {
     low = each([&](int i) { return table.v[p[i] & 15]; });
     high = each([&](int i) { return table.v[p[i] >> 4]; });
   }
+  // Numbers of the K-th codes of sixteen words of eight.
+  template <int K>
+  static Floats numbers_of(const Floats& table, const uint8_t* words) {
+    return each([&](int i) { return table.v[words[4 * i + K / 2] >> K % 2 * 4 & 15]; });
+  }
   static Floats bytes(const uint8_t* p) {
     return each([&](int i) { return float(p[i]); });
   }

@@ -55,7 +55,7 @@ struct KeptMatrix {
   int n_groups() const { return (n_inputs + columns - 1) / columns; }
   int n_blocks() const { return (n_inputs + kInputs - 1) / kInputs; }
   int padded() const {
-    const int part = with_integers ? (bits() == 4 ? 128 : 64) : kInputs;
+    const int part = bits() == 4 ? 128 : (with_integers ? 64 : kInputs);
     return (n_inputs + part - 1) / part * part;
   }
   // Inputs of a token that share a scale.
@@ -70,7 +70,7 @@ struct KeptMatrix {
 
 // Tokens in the order of kept.inc, as floats or, where `values` is null, as int8.
 struct KeptTokens {
-  float* values;  // [tokens][padded]
+  float* values;      // [tokens][padded]
   int8_t* codes;  // [tokens][padded]
   float* scales;  // [tokens][groups]
   int32_t* sums;  // [tokens][groups]

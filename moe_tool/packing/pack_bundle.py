@@ -1,11 +1,13 @@
 """Story of `pack`: read profile and buddy map, plan, write."""
 
+from contextlib import closing
 from pathlib import Path
 
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.generation_settings import read_generation_settings
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.pack_inputs import read_pack_inputs
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.plan_pack import plan_pack
@@ -68,4 +70,8 @@ def pack_opened(
     job = plan_pack(options, opened, folder, inputs, tokenizer=tokenizer)
     if opened.experts.are_coded and any(f.precision.kind == "native" for f in job.spec.forms):
         progress.note(_DECODED)
-    return write_bundle(job, opened, progress)
+    if not job.spec.placed:
+        return write_bundle(job, opened, progress)
+    in_place = InPlace(folder, opened)
+    with closing(in_place.sources):
+        return write_bundle(job, opened, progress, in_place=in_place)

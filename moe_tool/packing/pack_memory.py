@@ -44,6 +44,7 @@ def plan_pack_memory(
     *,
     n_tokens: int,
     is_nested: bool = False,
+    in_place: bool = False,
     in_turn_bytes: int = 0,
     asked: int | None,
 ) -> PackMemory:
@@ -52,6 +53,7 @@ def plan_pack_memory(
     Args:
         n_tokens: tokens of the profile that go through the model; 0: none do.
         is_nested: codes are chosen for two widths at once.
+        in_place: records are compared with what the checkpoint's files hold.
         in_turn_bytes: most bytes of the skeleton that a forward holds, one layer at a time.
         asked: the budget in bytes; None: no limit, all tokens are used.
 
@@ -69,6 +71,8 @@ def plan_pack_memory(
     parts = {"process": used, "margin": _MARGIN_BYTES}
     if opened.decode_bytes:
         parts["decoding of one matrix"] = opened.decode_bytes
+    if in_place:
+        parts["one matrix from the checkpoint's files"] = record
     # The forward that proves the bundle: a layer of the skeleton and an expert, being read.
     logits = 8 * PROOF_TOKENS * _PROOF_COPIES * shape.vocabulary
     proof = sum(parts.values()) + in_turn_bytes + record + read_ahead + logits

@@ -35,6 +35,8 @@ class PackOptions:
     quantizer: Quantizer = "rtn"
     plan: PackPlan | None = None
     """Plan for the manifest, which `run` follows"""
+    in_place: bool = False
+    """Whether records that the checkpoint's files hold stay there"""
     memory_bytes: int | None = None
     """Budget of the whole process; None: no limit"""
 
@@ -65,6 +67,7 @@ def parse_pack_options(
     sparse_experts: str | None = None,
     quantizer: Quantizer | None = None,
     plan: PackPlan | None = None,
+    in_place: bool = False,
     memory: str | None = None,
 ) -> PackOptions:
     """Return the options for words of the command line; None: as the plan says, or the default.
@@ -84,6 +87,7 @@ def parse_pack_options(
         channels=_channels(sparse_experts, bits) if sparse_experts else None,
         quantizer=parse_quantizer(quantizer or "rtn").name,
         plan=plan,
+        in_place=in_place,
         memory_bytes=None if memory is None else parse_bytes(memory),
     )
 

@@ -15,6 +15,7 @@ from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.skeleton_loader import SkeletonLoader
+from moe_tool.packing.in_place import placed_forms, require_in_place
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
 from moe_tool.packing.pack_memory import plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
@@ -45,6 +46,8 @@ class PackJob:
     are packed by their weights alone"""
     hidden_bytes: int
     """Limit of the hidden states carried from layer to layer"""
+    loader: SkeletonLoader
+    """Loader of the checkpoint's skeleton, for the one forward that proves the bundle"""
 
 
 def plan_pack(
@@ -67,26 +70,22 @@ def plan_pack(
     if plan is not None:
         require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
     primaries = primary_forms(options, opened.shape, opened.experts.kept_precision())
-    if options.channels is not None and plan is not None:
-        raise UsageError(
-            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
-            "channels",
-            hint="leave one of them out",
-        )
+    _require_no_channels(options)
     replicas = _replicas(options, primaries, opened.shape)
     reason = _needs_tokens(options, primaries, replicas)
-    if reason is not None and profile.tokens is None:
-        raise UsageError(
-            f"{reason}, and there is no profile", hint="--profile FILE, of moe-tool profile"
-        )
-    tokens = None if reason is None else profile.tokens
+    tokens = None if reason is None else _tokens(profile, reason)
+    loader = SkeletonLoader(folder, opened.checkpoint)
     memory = plan_pack_memory(
         opened,
         n_tokens=0 if tokens is None else tokens.ids.size,
         is_nested=primaries.is_nested,
-        in_turn_bytes=SkeletonLoader(folder, opened.checkpoint).in_turn_bytes,
+        in_place=options.in_place,
+        in_turn_bytes=loader.in_turn_bytes,
         asked=options.memory_bytes,
     )
+    forms = planned_forms(primaries.experts, replicas)
+    if options.in_place:
+        require_in_place(opened, folder, forms)
     return PackJob(
         folder=folder,
         tokenizer=tokenizer or folder,
@@ -95,7 +94,8 @@ def plan_pack(
             identity=opened.identity.model_copy(update={"full": profile.full_hash}),
             shape=opened.shape,
             order=profile.order,
-            forms=planned_forms(primaries.experts, replicas),
+            forms=forms,
+            placed=placed_forms(forms) if options.in_place else frozenset(),
             removed=primaries.removed,
             made_from=_made_from(options, inputs, replicas),
         ),
@@ -106,7 +106,18 @@ def plan_pack(
         buddies=inputs.buddies,
         tokens=tokens,
         hidden_bytes=memory.hidden_bytes,
+        loader=loader,
     )
+
+
+def _require_no_channels(options: PackOptions) -> None:
+    """Refuse experts in channels beside a plan."""
+    if options.channels is not None and options.plan is not None:
+        raise UsageError(
+            f"--sparse-experts {options.channels.name} beside --plan: plans do not know experts in "
+            "channels",
+            hint="leave one of them out",
+        )
 
 
 def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) -> _Replicas:
@@ -137,6 +148,14 @@ def _replicas(options: PackOptions, primaries: PrimaryForms, shape: MoeShape) ->
     return found
 
 
+def _tokens(profile: ProfileFacts, reason: str) -> TracedTokens:
+    if profile.tokens is None:
+        raise UsageError(
+            f"{reason}, and there is no profile", hint="--profile FILE, of moe-tool profile"
+        )
+    return profile.tokens
+
+
 def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Replicas) -> str | None:
     """Return why a profile's tokens have to go through the model; None if they need not."""
     if options.channels is not None:
@@ -163,6 +182,8 @@ def _made_from(options: PackOptions, inputs: PackInputs, replicas: _Replicas) ->
         found["replicas"] = ",".join(form.name for form in replicas)
     if options.channels is not None:
         found["sparse_experts"] = options.channels.name
+    if options.in_place:
+        found["in_place"] = "yes"
     if options.quantizer != "rtn":
         found["quantizer"] = options.quantizer
     if options.plan is not None:

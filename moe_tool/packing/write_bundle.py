@@ -13,6 +13,7 @@ from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.plan_pack import PackJob
 from moe_tool.packing.prove_bundle import BundleProof, prove_bundle
 from moe_tool.packing.skeleton_work import SkeletonWork
@@ -66,16 +67,23 @@ class PackReport:
     """Records taken over from an interrupted run"""
     proof: BundleProof | None
     """Predictions compared with the checkpoint's; None: the bundle was finished before"""
+    source: Path | None
+    """Folder of the checkpoint if the bundle needs it, because experts stay in its files"""
 
 
-def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT) -> PackReport:
+def write_bundle(
+    job: PackJob,
+    opened: OpenedModel,
+    progress: Progress = SILENT,
+    *,
+    in_place: InPlace | None = None,
+) -> PackReport:
     """Compile a checkpoint into a bundle, with one expert in memory, or one layer if codes are
-    fitted.
-
-    An interrupted run is resumed when called again with the same job.
+    fitted. An interrupted run is resumed when called again with the same job.
 
     Args:
         opened: the model of the job; its checkpoint stays open and belongs to the caller.
+        in_place: finds the records of `job.spec.placed`, which stay in the checkpoint's files.
 
     Raises:
         UsageError: the bundle's folder holds something else.
@@ -85,14 +93,16 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     """
     start = time.perf_counter()
     skeleton = SkeletonWork(opened, job.skeleton)
-    writer = BundleWriter.open(job.out, job.spec)
+    writer = BundleWriter.open(job.out, job.spec, sources=in_place.sources if in_place else None)
     resumed = writer.n_written
-    unrouted = [] if writer.finished else _write(writer, job, opened, skeleton, progress)
+    unrouted: list[ExpertKey] = []
+    if not writer.finished:
+        unrouted = _write(job, opened, writer, skeleton, progress, in_place)
     proofs: list[BundleProof] = []
 
     def prove(folder: Path) -> None:
         progress.begin("prove the bundle", None, "")
-        proofs.append(prove_bundle(job.folder, opened, folder))
+        proofs.append(prove_bundle(job.loader, opened, folder))
         progress.end()
 
     manifest = writer.finish(
@@ -106,7 +116,7 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
     return PackReport(
         bundle=job.out,
-        bytes=sum(file.size_bytes for file in manifest.files),
+        bytes=sum(file.size_bytes for file in manifest.written_files),
         expert_bytes=manifest.primary_bytes,
         replica_bytes=sum(table.size_bytes for table in manifest.cheaper if table.role != "base"),
         skeleton_bytes=skeleton.size_bytes,
@@ -118,25 +128,30 @@ def write_bundle(job: PackJob, opened: OpenedModel, progress: Progress = SILENT)
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
         proof=proofs[0] if proofs else None,
+        source=job.folder if job.spec.placed else None,
     )
 
 
 def _write(
-    writer: BundleWriter,
     job: PackJob,
     opened: OpenedModel,
+    writer: BundleWriter,
     skeleton: SkeletonWork,
     progress: Progress,
+    in_place: InPlace | None,
 ) -> list[ExpertKey]:
-    """Write all files but the manifest; return experts with too few routed tokens."""
-    records = sum(writer.forms[form].layout.size_bytes for form, _, _ in writer.to_write)
+    """Write everything but the manifest; return experts with too few routed tokens."""
+    written = (form for form, _, _ in writer.to_write if form not in job.spec.placed)
+    records = sum(writer.forms[form].layout.size_bytes for form in written)
     require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
     unrouted: list[ExpertKey] = []
     try:
         if job.tokens is None:
-            write_records(writer, opened, job.quantizer, progress)
+            write_records(writer, opened, job.quantizer, progress, in_place=in_place)
         else:
-            unrouted = write_calibrated(writer, opened, job, job.tokens, progress)
+            unrouted = write_calibrated(
+                writer, opened, job, job.tokens, progress, in_place=in_place
+            )
     finally:
         writer.suspend()
     skeleton.write(writer, progress)

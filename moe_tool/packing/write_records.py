@@ -10,6 +10,7 @@ import torch
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.pack_plan import Quantizer
 from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.artifacts.source_files import Part
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import OpenedModel
@@ -17,6 +18,7 @@ from moe_tool.models.expert_source import ExpertSource
 from moe_tool.packing.calibrated_layers import CalibratedModel
 from moe_tool.packing.expert_coding import coded
 from moe_tool.packing.expert_records import MEASURED_TOKENS, ExpertRecords, MeasuredRecord
+from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.plan_pack import PackJob
 from moe_tool.progress import Progress
 from moe_tool.quantization.weights import AnyWeight
@@ -25,12 +27,18 @@ from moe_tool.quantizers.rtn import nearest
 
 
 def write_records(
-    writer: BundleWriter, opened: OpenedModel, quantizer: Quantizer, progress: Progress
+    writer: BundleWriter,
+    opened: OpenedModel,
+    quantizer: Quantizer,
+    progress: Progress,
+    *,
+    in_place: InPlace | None = None,
 ) -> None:
     """Write the missing records, one expert after the other; the next one is read meanwhile.
 
     Args:
         quantizer: one that needs no inputs; any if no codes are to be made.
+        in_place: finds the records that stay in the checkpoint's files; None: there are none.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite; names its expert.
@@ -49,9 +57,24 @@ def write_records(
                 weights = kept_expert(opened.experts, layer, expert)
             else:
                 weights = coded(next(read), writer.spec.forms[form].precision, quantize_expert)
-        writer.write_record(form, layer, expert, writer.forms[form].encode(weights))
+        record = writer.forms[form].encode(weights)
+        parts = _parts(writer, in_place, (form, layer, expert), record)
+        writer.write_record(form, layer, expert, record, parts=parts)
         progress.advance()
     progress.end()
+
+
+def _parts(
+    writer: BundleWriter,
+    in_place: InPlace | None,
+    key: tuple[int, int, int],
+    record: torch.Tensor,
+) -> tuple[Part, ...] | None:
+    """Return where a record lies in the checkpoint's files; None: it is written."""
+    form, layer, expert = key
+    if in_place is None or form not in writer.spec.placed:
+        return None
+    return in_place.find(writer.forms[form], layer, expert, record)
 
 
 def _is_kept(writer: BundleWriter, form: int) -> bool:
@@ -96,6 +119,8 @@ def write_calibrated(
     job: PackJob,
     tokens: TracedTokens,
     progress: Progress,
+    *,
+    in_place: InPlace | None = None,
 ) -> list[ExpertKey]:
     """Write the missing records with their measured errors, one layer in memory at a time.
 
@@ -128,8 +153,15 @@ def write_calibrated(
                         made = MeasuredRecord(record=writer.forms[form].encode(weights), eps=0.0)
                     else:
                         made = records.make(writer.forms[form], plan.precision, plan.role)
+                parts = _parts(writer, in_place, (form, at.layer, expert), made.record)
                 writer.write_record(
-                    form, at.layer, expert, made.record, eps=made.eps, base_eps=made.base_eps
+                    form,
+                    at.layer,
+                    expert,
+                    made.record,
+                    eps=made.eps,
+                    base_eps=made.base_eps,
+                    parts=parts,
                 )
                 progress.advance()
     progress.end()

@@ -3,8 +3,6 @@
 import csv
 import io
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from tests.packed import pack_bundle
+from tests.tiny_models import tiny_tokenizer
 
 SMALL = ("--prompt-tokens", "16", "--generate", "4", "--repetitions", "2", "--threads", "1")
 
@@ -180,26 +179,15 @@ def test_tests_go_by_depth_and_zero_leaves_one_out() -> None:
         list_tests(options, context_limit=15)
 
 
-def test_no_tokenizer_and_a_tiny_vocabulary_give_random_ids() -> None:
+def test_a_vocabulary_smaller_than_the_tokenizers_gives_random_ids() -> None:
+    tokenizer = tiny_tokenizer()
     for vocabulary in (1, 2, 3):
-        ids, kind = bench_tokens(None, n_tokens=50, vocabulary=vocabulary, seed=0, random=False)
+        ids, kind = bench_tokens(
+            tokenizer, n_tokens=50, vocabulary=vocabulary, seed=0, random=False
+        )
         assert kind == "random"
         assert ids.shape == (50,)
         assert set(ids.tolist()) <= set(range(vocabulary))
-
-
-def test_a_bundle_of_a_tiny_model_without_a_tokenizer_runs(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    bare = tmp_path / "checkpoint"
-    shutil.copytree(
-        tiny_checkpoint("mixtral"), bare, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja")
-    )
-    pack_bundle(LocatedModel(folder=bare, name="tiny"), out=tmp_path / "bundle", bits="native")
-    assert not list((tmp_path / "bundle").glob("tokenizer*"))
-    options = BenchOptions(prompt_tokens=(4,), generate=(2,), threads=(1,), repetitions=1)
-    rows = bench(tmp_path / "bundle", options).rows
-    assert [(row.test, row.tokens_from) for row in rows] == [("pp4", "random"), ("tg2", "random")]
 
 
 def test_a_depth_beyond_the_model_is_refused_before_anything_is_loaded(

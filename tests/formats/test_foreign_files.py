@@ -15,6 +15,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel, locate_model
 from moe_tool.models.tokenizer import load_tokenizer
+from tests.gguf_file import gguf_bytes
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"
 PAGE = b"<!DOCTYPE html><html>Entry not found</html>"
@@ -39,7 +40,7 @@ def refusal_of(folder: Path) -> MoeToolError:
     [
         (POINTER, "is a Git LFS pointer", "git lfs pull"),
         (PAGE, "is a web page", "hf auth login"),
-        (b"GGUF" + bytes(100), "is a GGUF file", "safetensors"),
+        (b"GGUF" + bytes(100), "is a GGUF file", "beside config.json"),
     ],
 )
 def test_a_file_that_is_something_else_is_named(
@@ -60,7 +61,6 @@ def test_a_tokenizer_that_is_a_pointer_is_named(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("called", "says"),
     [
-        (("m-Q4_K_M.gguf",), "holds its weights as GGUF"),
         (("consolidated.safetensors",), r"only as consolidated\.safetensors"),
         (
             ("model-00001-of-00002.safetensors", "x.safetensors"),
@@ -149,7 +149,7 @@ def test_what_is_no_bundle_gets_a_hint_that_removes_nothing(copied: Path) -> Non
     gguf.write_bytes(b"GGUF" + bytes(100))
     os.mkfifo(copied / "pipe")
     for path, says, hint in (
-        (gguf, "is a GGUF file", "safetensors"),
+        (gguf, "is a GGUF file", "beside config.json"),
         (copied / WEIGHTS, "is not a folder", "moe-tool pack"),
         (copied / "pipe", "is not a folder", "moe-tool pack"),
         (copied, "is not a bundle", f"moe-tool pack '{copied}' --out bundle/"),
@@ -157,3 +157,21 @@ def test_what_is_no_bundle_gets_a_hint_that_removes_nothing(copied: Path) -> Non
         with pytest.raises(MoeToolError, match=says) as caught:
             BundleReader.open(path)
         assert hint in (caught.value.hint or "") and "remove" not in (caught.value.hint or "")
+
+
+def test_the_hint_about_a_gguf_file_makes_it_a_model(copied: Path, tmp_path: Path) -> None:
+    metadata = {"general.architecture": "llama"}
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(metadata, {}))
+    with pytest.raises(UnsupportedModelError, match="is a GGUF file") as caught:
+        locate_model(str(tmp_path / "m.gguf"), offline=True)
+    assert "a folder that holds it" in (caught.value.hint or "")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "m.gguf").rename(folder / "m.gguf")
+    error = refusal_of(folder)
+    assert "holds its weights as GGUF, but no config.json" in error.message
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert name in (error.hint or "")
+        shutil.copy(copied / name, folder)
+    assert "lacks a tensor" in refusal_of(folder).message  # the file is read, and is empty
+    load_tokenizer(folder)

@@ -13,9 +13,9 @@ from moe_tool.native.kept import INTEGER_KINDS, token_group
 from moe_tool.native.kernels import (
     NAMES,
     Gate,
+    NativeExpert,
+    NativeLinear,
     decode_kept,
-    native_expert,
-    native_linear,
     round_tokens,
     set_threads,
 )
@@ -43,6 +43,10 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     compiled.use(BEST)
     set_threads(1)
     round_tokens(False)
+
+
+def native_linear(x: torch.Tensor, weight: KeptWeight, bias: FloatWeight | None) -> torch.Tensor:
+    return NativeLinear(weight, bias).forward(x)
 
 
 def tokens(n: int, n_in: int, seed: int) -> torch.Tensor:
@@ -156,13 +160,13 @@ def test_an_expert_is_its_two_products(implementation: str, name: str) -> None:
         up = product[:, 1::2].clamp(-7.0, 7.0)
         inner = (up + 1) * (left * torch.sigmoid(left * 1.702))
         wanted = native_linear(inner, second, biases[1])
-        found = native_expert(x, first, biases[0], gate, second, biases[1])
+        found = NativeExpert(first, biases[0], second, biases[1]).forward(x, gate)
         # A code of int8 may differ where the two sigmoids do.
         assert torch.allclose(found, wanted, rtol=1e-4, atol=0.1 if to_int8 else 1e-3)
     small = draw_kept(name, (192, 160), seed=3)
     round_tokens(False)
     inner = native_linear(x, small, None).clamp(min=0)
-    found = native_expert(x, small, None, plain, second, None)
+    found = NativeExpert(small, None, second, None).forward(x, plain)
     assert torch.equal(found, native_linear(inner, second, None))
 
 

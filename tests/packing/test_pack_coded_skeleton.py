@@ -69,10 +69,21 @@ def test_the_skeleton_is_byte_for_byte_the_checkpoints(
     assert all(same_bytes(found[each], wanted[each]) for each in wanted)
     assert any(not t.is_floating_point() or t.element_size() == 1 for t in found.values())
     assert report.skeleton_bytes == sum(tensor.nbytes for tensor in wanted.values())
-    assert report.proof is not None and (report.proof.rule, report.proof.kl) == ("equal", 0.0)
+    # Codes are multiplied as they are, those of the checkpoint were decoded first.
+    assert report.proof is not None and report.proof.rule == "close"
+    assert 0 < report.proof.difference < 1e-6
     floats = raw_skeleton(plain)
     with BundleReader.open(tmp_path / "b") as reader:
         reader.verify_all()
+        # A row has a scale of its own where the checkpoint has one for several.
+        experts = {
+            n: t for n, t in load_file(coded / "model.safetensors").items() if n not in found
+        }
+        stored = sum(t.nbytes for n, t in experts.items() if ".experts." in n)
+        (held,) = reader.forms
+        content = sum(segment.n_bytes for segment in held.form.layout.segments)
+        rows = sum(t.shape[0] for t in reader.manifest.shape.expert_tensors)
+        assert len(held.table.records) * (content - 4 * rows) <= stored
         with open_bundle_skeleton(reader) as skeleton:
             assert skeleton.tensors.keys() == floats.keys()
             for each, tensor in floats.items():

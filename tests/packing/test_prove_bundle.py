@@ -194,7 +194,7 @@ def test_the_proof_counts_in_the_budget(tiny_checkpoint: Callable[..., Path]) ->
 def test_a_forward_in_turn_is_the_forward_and_holds_one_layer(
     arch: str, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    folder = tiny_checkpoint(arch)
+    folder = tiny_checkpoint(arch, "bfloat16")
     opened = open_model(located(folder))
     with opened.checkpoint as checkpoint:
         whole = SkeletonLoader(folder, checkpoint).load()
@@ -205,15 +205,23 @@ def test_a_forward_in_turn_is_the_forward_and_holds_one_layer(
         most, held = loader.in_turn_bytes - loader.largest_bytes, list[int]()
         skeleton = loader.load_in_turn()
         skeleton.set_experts_function(lambda call: prove_bundle._by_source(opened, call))
+        parts = [
+            *skeleton.model.modules(),
+            *(p for m in skeleton.layers for p in m.block.modules()),
+        ]
+
+        def count(layer: object, args: object) -> None:
+            tensors = [p for part in {*parts, *skeleton.model.modules()} for p in part.parameters()]
+            stored = [m.stored.values for m in skeleton.model.modules() if hasattr(m, "stored")]
+            each = {t.data_ptr(): t.nbytes for t in (*tensors, *stored) if not t.is_meta}
+            held.append(sum(each.values()))
+
         for layer in skeleton.model.model.layers:
-            layer.register_forward_pre_hook(
-                lambda *_: held.append(
-                    sum(p.nbytes for p in skeleton.model.parameters() if not p.is_meta)
-                )
-            )
+            layer.register_forward_pre_hook(count)
         with torch.no_grad():
             found = skeleton.model(input_ids=IDS, use_cache=False).logits
     assert torch.equal(found, wanted)
     assert len(held) == 3 and max(held) <= most
     assert max(held) < loader.held_bytes
-    assert not list(skeleton.model.parameters())
+    count(None, ())
+    assert held.pop() == 0

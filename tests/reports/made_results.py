@@ -23,6 +23,7 @@ SETUP = RunSetup(
     eviction="lru",
     prefetch="none",
     sparse_experts=None,
+    activations="float32",
     threads=2,
     memory_budget_bytes=2 * 2**30,
     slots=7,

@@ -185,6 +185,10 @@ COMPOSITE_MODELS: dict[str, Kind] = {
         EXPERTS,
         M_ROPE,
         parts={
+            "vision_start_token_id": 250,
+            "vision_end_token_id": 251,
+            "audio_start_token_id": 252,
+            "audio_end_token_id": 253,
             "vision_config": EYE | {"deepstack_visual_indexes": [0]},
             "audio_config": {
                 "encoder_layers": 1,

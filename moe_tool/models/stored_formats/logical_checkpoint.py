@@ -99,6 +99,19 @@ class LogicalCheckpoint(Checkpoint):
             raise self._not_finite(name, row)
         return kept
 
+    @property
+    def raw(self) -> Checkpoint:
+        """The tensors on disk"""
+        return self._raw
+
+    def places(self, name: str, *, row: int | None = None) -> dict[str, TensorInfo]:
+        """Return the tensors on disk that `read` makes a tensor or a row of, by role."""
+        stored = self.stored.get(name)
+        if stored is None:
+            return self._raw.places(name, row=row)
+        row = row if stored.is_stacked else None
+        return {role: self._raw.tensors[n].at_row(row) for role, n in stored.parts.items()}
+
     def form_of(self, name: str) -> Form:
         """Return dtype and shape of each part on disk: equal ones are kept in one way."""
         stored = self.stored.get(name)

@@ -20,6 +20,7 @@ from moe_tool.models.stored_formats import (
     modelopt,
     mxfp4,
 )
+from moe_tool.models.stored_formats.gguf import holds_gguf, open_gguf
 from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
 from moe_tool.models.stored_formats.stored_tensor import StoredTensor
 
@@ -48,6 +49,8 @@ class StoredFormat:
         [Mapping[str, TensorInfo], Mapping[str, Any]], Mapping[str, StoredTensor]
     ]
     """Headers and settings -> logical tensors; refuses what does not fit"""
+    reads_shapes: bool = False
+    """Whether shapes of weights lie in tensors, which are then read, and not in headers"""
 
 
 FORMATS = (
@@ -60,7 +63,11 @@ FORMATS = (
         methods=frozenset({"modelopt", "modelopt_fp4"}), stored_tensors=modelopt.stored_tensors
     ),
     StoredFormat(methods=frozenset({"awq"}), stored_tensors=awq.stored_tensors),
-    StoredFormat(methods=frozenset({"bitsandbytes"}), stored_tensors=bitsandbytes.stored_tensors),
+    StoredFormat(
+        methods=frozenset({"bitsandbytes"}),
+        stored_tensors=bitsandbytes.stored_tensors,
+        reads_shapes=True,
+    ),
     StoredFormat(methods=frozenset({"mlx"}), stored_tensors=mlx.stored_tensors),
     StoredFormat(methods=frozenset({"gptq"}), stored_tensors=gptq.stored_tensors),
 )
@@ -76,6 +83,8 @@ def declared_settings(folder: Path | None, config: Mapping[str, Any]) -> dict[st
     Raises:
         CorruptArtifactError: a file that tells of it is damaged.
     """
+    if folder is not None and holds_gguf(folder):
+        return None  # config.json is that of the checkpoint that the file was made from
     nested = [config.get(key) for key in _NESTED]
     for holder in (config, *(each for each in nested if isinstance(each, dict))):
         for key in sorted(SETTING_KEYS):
@@ -123,12 +132,24 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
 
     Raises:
         NotFoundError, CorruptArtifactError, UnsupportedModelError: as `Checkpoint.open_folder`,
-            `find_format` and the format.
+            `find_format` and the format, or `open_gguf`.
     """
+    if holds_gguf(folder):
+        return open_gguf(folder, config)
     settings = declared_settings(folder, config)
     if settings is not None:
         find_format(settings, str(config.get("model_type")))  # before the tensors are looked for
     return read_as_declared(Checkpoint.open_folder(folder), folder, config)
+
+
+def headers_tell_all(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether headers alone tell the shapes of a checkpoint's weights.
+
+    Raises:
+        CorruptArtifactError, UnsupportedModelError: as `declared_settings` and `find_format`.
+    """
+    settings = declared_settings(folder, config)
+    return settings is None or not find_format(settings, str(config.get("model_type"))).reads_shapes
 
 
 def read_as_declared(

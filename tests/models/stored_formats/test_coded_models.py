@@ -4,6 +4,7 @@ in float32."""
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.safetensors_index import Checkpoint, read_header
+from moe_tool.models.architecture import check_headers
 from moe_tool.models.locate import LocatedModel
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import generate_ids
@@ -160,9 +164,12 @@ def write_model(model_of: Model, folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
     coded, plain = write_pair(name, tmp_path)
-    report = pack_bundle(
-        LocatedModel(folder=coded, name=name), out=tmp_path / "bundle", bits="native"
-    )
+    run_beside(coded, plain, tmp_path)
+
+
+def run_beside(coded: Path, plain: Path, folder: Path) -> None:
+    """Check that a packed model makes the tokens of a plain one in transformers."""
+    report = pack_bundle(LocatedModel(folder=coded, name="m"), out=folder / "bundle", bits="native")
     options = run_options(memory="min", context=64, prompt_tokens=32)
     with open_session(report.bundle, options) as session:
         generate = GenerateOptions(max_tokens=N_TOKENS, ignore_eos=True)
@@ -180,3 +187,15 @@ def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
         )
     assert list(made) == wanted[0, len(PROMPT) :].tolist()
     assert len(set(made)) > 3
+
+
+def test_headers_on_the_hub_are_checked_only_where_they_tell_shapes(tmp_path: Path) -> None:
+    for name in ("nf4", "gptq"):
+        coded, _ = write_pair(name, tmp_path / name)
+        raw = read_header(coded / "model.safetensors")
+        away = {key: replace(info, file=tmp_path / "away") for key, info in raw.items()}
+        check_headers(coded, Checkpoint(away))
+        lacking = {key: info for key, info in away.items() if "lm_head" not in key}
+        if name == "gptq":
+            with pytest.raises(CorruptArtifactError, match="lacks a tensor"):
+                check_headers(coded, Checkpoint(lacking))
