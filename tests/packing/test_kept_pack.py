@@ -22,7 +22,17 @@ from moe_tool.runtime.session import open_session
 from tests.models.stored_formats.test_coded_models import MODELS, N_TOKENS, PROMPT, write_pair
 from tests.packed import pack_bundle
 
-NAMES = {"fp8": "fp8", "mxfp4": "mxfp4", "int4": "int4-g32", "nvfp4": "nvfp4"}
+NAMES = {
+    "fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "int4": "int4-g32",
+    "nvfp4": "nvfp4",
+    "gptq": "int4-g32-zeros",
+    "awq": "int4-g32-zeros",
+    "mlx": "int4-g32-biases",
+    "nf4": "nf4",
+    "int8": "int8",
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -124,7 +134,7 @@ def test_int8_activations_are_announced_and_close(
 ) -> None:
     name, _, _, bundle = packed
     options = {"memory": "min", "context": 64, "prompt_tokens": 32}
-    if name == "fp8":
+    if name in ("fp8", "nf4"):
         with pytest.raises(UsageError, match="changes nothing"):
             open_session(bundle, run_options(activations="int8", **options))
         return
