@@ -3,6 +3,7 @@ stopped."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,12 +135,10 @@ def test_interrupted_pack_resumes_to_the_same_bytes(
     pack_bundle(located(folder), out=tmp_path / "whole", bits="4")
     write = BundleWriter.write_record
 
-    def killing(
-        self: BundleWriter, level: int, layer: int, expert: int, record: torch.Tensor
-    ) -> None:
+    def killing(self: BundleWriter, *args: Any, **more: Any) -> None:
         if self.n_written == after:
             raise Killed
-        write(self, level, layer, expert, record)
+        write(self, *args, **more)
 
     monkeypatch.setattr(BundleWriter, "write_record", killing)
     with pytest.raises(Killed):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,19 +119,10 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
 ) -> None:
     write = BundleWriter.write_record
 
-    def killing(
-        self: BundleWriter,
-        form: int,
-        layer: int,
-        expert: int,
-        record: torch.Tensor,
-        *,
-        eps: float | None = None,
-        base_eps: float | None = None,
-    ) -> None:
+    def killing(self: BundleWriter, *args: Any, **more: Any) -> None:
         if self.n_written == after:
             raise Killed
-        write(self, form, layer, expert, record, eps=eps, base_eps=base_eps)
+        write(self, *args, **more)
 
     monkeypatch.setattr(BundleWriter, "write_record", killing)
     with pytest.raises(Killed):
