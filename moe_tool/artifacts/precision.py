@@ -2,7 +2,7 @@
 separately readable channels, or a low-rank map in the expert's place."""
 
 import re
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -230,11 +230,18 @@ ExpertPrecision = Annotated[
     NativePrecision | KeptPrecision | IntegerPrecision | ChannelPrecision,
     Field(discriminator="kind"),
 ]
+_P = TypeVar("_P", bound=_Precision)
 ReplicaPrecision = Annotated[IntegerPrecision | LowRankPrecision, Field(discriminator="kind")]
 AnyPrecision = Annotated[
     NativePrecision | KeptPrecision | IntegerPrecision | ChannelPrecision | LowRankPrecision,
     Field(discriminator="kind"),
 ]
+
+
+def stored_as(precision: _P, kept: KeptPrecision | None) -> _P | KeptPrecision:
+    """Return the precision of records of a checkpoint whose codes are kept as `kept`, if any:
+    native stands for it."""
+    return kept if kept is not None and isinstance(precision, NativePrecision) else precision
 
 
 def precision_from_bits(bits: str) -> NativePrecision | IntegerPrecision:

@@ -47,6 +47,11 @@ class SkeletonFacts(FrozenModel):
     """Matrices that may be quantized, by ascending shape"""
     tied_head_weights: _SizeBytes
     """Scalars of a head tied to the embedding, which gets codes while the embedding stays native"""
+    held_bytes: _SizeBytes | None = None
+    """Bytes in memory of a run that holds `native_bytes`: codes are decoded, routers and norms
+    widened; None in profiles of earlier versions"""
+    reading_bytes: _SizeBytes | None = None
+    """Most bytes that loading holds beside them; None in profiles of earlier versions"""
     config_json: Annotated[str, Field(max_length=_MAX_CONFIG_CHARACTERS)]
     """config.json on one line, for models.model_config.config_from_json"""
 

@@ -125,7 +125,7 @@ def _show(report: "EvaluationReport", given: EvaluateArguments, output: Output) 
     output.say(
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)} "
         f"of {format_bytes(setup.memory_budget_bytes)}"
-        + (", int8 activations" if setup.activations == "int8" else "")
+        + (", int8 activations compared with float32" if setup.activations == "int8" else "")
     )
     if not given.controls and setup.policy != "exact":
         output.say("next: --controls compares the policy with simpler ones")

@@ -29,7 +29,7 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.misses import EXACT_POLICY, MISS_POLICIES, MissChoice, parse_miss_policy
 from moe_tool.progress import SILENT, Progress
-from moe_tool.runtime.activations import Activations
+from moe_tool.runtime.activations import PRICED_NOTE, Activations
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import manifest_inputs
@@ -70,7 +70,7 @@ class EvaluateOptions:
     sparse_experts: float | None = None
     """See RunOptions; every sequence then runs alone"""
     activations: Activations = "float32"
-    """See RunOptions; the exact answers are computed alike"""
+    """See RunOptions; exact predictions, to compare with, are made in float32"""
     gates: bool = True
     seed: int = 0
     """Seed of the choice of text, of random policies, and of the bootstrap"""
@@ -127,6 +127,8 @@ def evaluate(
             stack.callback(source.close)
         session = _open(bundle, asked, options, source is not None, progress)
         stack.enter_context(session)
+        if options.activations != "float32":
+            progress.note(PRICED_NOTE)
         measured, skipped = _measure(session, asked, options, source, progress)
         setup, decode = run_setup(session), session.runner.stats.decode
     rows = _rows(measured, asked, options)

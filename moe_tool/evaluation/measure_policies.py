@@ -35,6 +35,8 @@ def measure_policies(
 ) -> dict[MissChoice, Measured]:
     """Run every policy on every batch, keeping exact predictions of one batch at a time.
 
+    Exact predictions are made with float32 activations, whatever the session's.
+
     Args:
         session: an open session, whose workload sets the batch.
         policies: policies that the bundle can run.
@@ -44,15 +46,20 @@ def measure_policies(
     """
     n_sequences = len(ids)
     exact = _exact((n_sequences, n_scored(ids.shape[1])), has_source=source is not None)
-    is_sparse = session.runner.sparsity is not None
+    activations = session.plan.options.activations
+    is_exact = session.runner.sparsity is None and activations == "float32"
     found = {
-        policy: exact if policy == EXACT_POLICY and not is_sparse else _another(exact)
+        policy: exact if policy == EXACT_POLICY and is_exact else _another(exact)
         for policy in policies
     }
     progress.begin("evaluate", n_sequences * len(policies), "sequences")
     for first in range(0, n_sequences, session.plan.workload.batch):
         rows = slice(first, min(first + session.plan.workload.batch, n_sequences))
+        if activations != "float32":
+            session.use_activations("float32")
         wide = exact_logits(session, ids[rows])  # [B, S, V]
+        if activations != "float32":
+            session.use_activations(activations)
         truth = None
         if source is not None:
             truth = torch.empty_like(wide)

@@ -19,6 +19,7 @@ from moe_tool.artifacts.expert_statistics import (
 )
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.precision import KeptPrecision
 from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
@@ -73,6 +74,8 @@ class ProfileHeader(FrozenModel):
     tool_version: str
     skeleton: SkeletonFacts | None = None
     """Sizes outside the experts; None in profiles of earlier versions"""
+    kept: KeptPrecision | None = None
+    """Precision of the checkpoint's own codes, which native stands for; None: floats"""
 
 
 def write_layer_part(

@@ -10,6 +10,7 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.json_artifact import first_complaint
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.model_config import read_config_text
+from moe_tool.models.skeleton_loader import SkeletonLoader
 
 
 def skeleton_facts(opened: OpenedModel, folder: Path) -> SkeletonFacts:
@@ -27,6 +28,7 @@ def skeleton_facts(opened: OpenedModel, folder: Path) -> SkeletonFacts:
     kept = set(source.other_names)
     found: Counter[tuple[int, int]] = Counter()
     tied_weights = 0
+    loader = SkeletonLoader(folder, opened.checkpoint)
     for group in source.groups:
         stays = any(name in kept for name in source.group_names(group))
         for parameter in group.made_as:
@@ -43,6 +45,8 @@ def skeleton_facts(opened: OpenedModel, folder: Path) -> SkeletonFacts:
                 for (n_outputs, n_inputs), count in sorted(found.items())
             ),
             tied_head_weights=tied_weights,
+            held_bytes=loader.held_bytes,
+            reading_bytes=loader.largest_bytes,
             config_json=read_config_text(folder),
         )
     except ValidationError as error:

@@ -350,7 +350,8 @@ def _empty(module: nn.Module, args: object, output: object) -> None:
     """Drop the weights of a module that has run, wherever else its parts are referred to."""
     for part in module.modules():
         part._parameters.clear()
-        part.__dict__.pop("stored", None)
+        for name in ("stored", "_native", "_native_of"):  # of a StoredLinear
+            part.__dict__.pop(name, None)
 
 
 def _require_loaded(model: PreTrainedModel) -> None:

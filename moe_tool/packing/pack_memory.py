@@ -18,7 +18,8 @@ _MARGIN_BYTES = 160 * 2**20
 """Allocator slack, libraries on first use, dirty file pages"""
 _WORKING_COPIES = 6
 """Copies of the largest matrix in float32 while its codes are chosen: weights, codes, steps,
-remainder, and two temporaries"""
+remainder, and two temporaries; or, of a quantized checkpoint, while expert 0 tells how the rows of
+codes lie, which takes four"""
 _SQUARES = 7
 """Matrices [in, in] in float32: second moments, damped, ordered, factor, inverse and its factor"""
 PROOF_TOKENS = 4

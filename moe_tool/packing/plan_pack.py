@@ -69,20 +69,24 @@ def plan_pack(
     plan, profile = options.plan, inputs.profile
     if plan is not None:
         require_plan_fits(options, plan, opened.identity, has_heat=profile.heat is not None)
-    primaries = primary_forms(options, opened.shape, opened.kept_precision())
+    shape = opened.shape
+    floats = primary_forms(options, shape)  # codes on the disk change neither tokens nor nesting
     _require_no_channels(options)
-    replicas = _replicas(options, primaries, opened.shape)
-    reason = _needs_tokens(options, primaries, replicas)
+    reason = _needs_tokens(options, floats, _replicas(options, floats, shape))
     tokens = None if reason is None else _tokens(profile, reason)
     loader = SkeletonLoader(folder, opened.checkpoint)
     memory = plan_pack_memory(
         opened,
         n_tokens=0 if tokens is None else tokens.ids.size,
-        is_nested=primaries.is_nested,
+        is_nested=floats.is_nested,
         in_place=options.in_place,
         in_turn_bytes=loader.in_turn_bytes,
         asked=options.memory_bytes,
     )
+    has_native = any(precision.kind == "native" for precision in floats.experts)
+    kept = opened.kept_precision() if has_native else None
+    primaries = primary_forms(options, shape, kept)
+    replicas = _replicas(options, primaries, shape)
     forms = planned_forms(primaries.experts, replicas)
     if options.in_place:
         require_in_place(opened, folder, forms)
@@ -92,7 +96,7 @@ def plan_pack(
         out=options.out,
         spec=BundleSpec(
             identity=opened.identity.model_copy(update={"full": profile.full_hash}),
-            shape=opened.shape,
+            shape=shape,
             order=profile.order,
             forms=forms,
             placed=placed_forms(forms) if options.in_place else frozenset(),

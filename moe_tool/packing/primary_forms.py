@@ -13,6 +13,7 @@ from moe_tool.artifacts.precision import (
     KeptPrecision,
     Precision,
     precision_from_bits,
+    stored_as,
 )
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.channel_form import has_channels
@@ -56,17 +57,13 @@ def primary_forms(
     """
     if options.channels is None and options.bits is None:
         planned = _as_planned(options.plan, shape, options.quantizer)
-        return replace(planned, experts={_stored(p, kept): e for p, e in planned.experts.items()})
+        return replace(planned, experts={stored_as(p, kept): e for p, e in planned.experts.items()})
     everyone = frozenset((layer, e) for layer in shape.layers for e in range(shape.experts))
     if options.channels is not None:
         return PrimaryForms(experts={_channels(options.channels, options, shape): everyone})
     assert options.bits is not None
-    precision = _stored(made_by(options.quantizer, options.bits), kept)
+    precision = stored_as(made_by(options.quantizer, options.bits), kept)
     return PrimaryForms(experts={precision: everyone})
-
-
-def _stored(precision: ExpertPrecision, kept: KeptPrecision | None) -> ExpertPrecision:
-    return kept if kept is not None and precision.kind == "native" else precision
 
 
 def made_by(quantizer: Quantizer, precision: Precision) -> Precision:

@@ -55,7 +55,9 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
         for column, width in enumerate(WIDTHS):
             cost[at, :, column] = kl_ratio * each.nats * use * squared[width]
     sizes = [
-        0 if width == 0 else record_size(shape, "native" if width == _NATIVE else str(width))
+        0
+        if width == 0
+        else record_size(sources.profile.header, "native" if width == _NATIVE else str(width))
         for width in WIDTHS
     ]
     return BitCosts(

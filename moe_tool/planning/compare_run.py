@@ -7,10 +7,9 @@ import numpy as np
 
 from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.artifacts.hardware_profile import HardwareProfile
-from moe_tool.artifacts.precision import WholeExpertPrecision
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.artifacts.simulation_report import PolicyHits, RunComparison
-from moe_tool.planning.model_costs import costs_of_bytes
+from moe_tool.planning.model_costs import costs_of_bytes, timed_as
 from moe_tool.policies.eviction import Belady, EvictionChoice
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
@@ -35,7 +34,7 @@ def compare_run(
         record_bytes=header.record_size_bytes,
         matrix_bytes=header.matrix_bytes,
         n_matrices=header.n_matrices,
-        bits=_timed_as(header.precision),
+        bits=timed_as(header.precision),
         skeleton_bits=header.skeleton_precision.name,
         threads=header.threads,
     ).calls
@@ -92,8 +91,3 @@ def _policies(
         bound = naive_replay(trace, partial(Belady, calls=trace.calls()), capacity=header.n_slots)
         name = "belady" if header.prefetch == "none" else "belady, without prefetch"
         yield row(name, bound)
-
-
-def _timed_as(precision: WholeExpertPrecision) -> str:
-    """Return the width whose measured products take as long."""
-    return str(precision.width_bits) if precision.kind == "kept" else precision.name

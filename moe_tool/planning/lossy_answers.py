@@ -3,6 +3,7 @@
 import math
 
 from moe_tool.planning.candidate import LossyAnswers, PackedExperts
+from moe_tool.planning.model_costs import record_precision
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import profile_prices, replicas_below
 from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
@@ -24,7 +25,7 @@ def lossy_answers(sources: PlanSources, experts: PackedExperts, n_slots: int) ->
     # Every slot is computed, since nothing is dropped.
     layer_s = costs.layer_s + shape.top_k * costs.expert_s
     computed_s = costs.forward_s + len(shape.layers) * layer_s
-    replicas = replicas_below(experts.bits)
+    replicas = replicas_below(record_precision(sources.profile.header, experts.bits))
     book = profile_prices(sources, experts.bits, replicas)
     part = part_to_replay(sources.profile)
     found = []

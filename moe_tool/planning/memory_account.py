@@ -9,6 +9,7 @@ from moe_tool.budget.account import MemoryPlan, plan_memory
 from moe_tool.budget.refusal import MemoryLine, sum_lines
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, min_slots
+from moe_tool.formats.profile_hdf5 import ProfileHeader
 from moe_tool.models.model_config import config_from_json
 from moe_tool.planning.model_costs import record_size
 from moe_tool.planning.plan_request import PlanRequest
@@ -53,7 +54,8 @@ def fixed_memory(
     """Return the memory of a run of one sequence of `context` positions beside its experts."""
     config = config_from_json(skeleton.config_json)
     positions = positions_within(config, context)
-    held = skeleton.stored_bytes(skeleton_bits) + _widened_bytes(shape)
+    native = skeleton.held_bytes or skeleton.native_bytes + _widened_bytes(shape)
+    held = native + skeleton.stored_bytes(skeleton_bits) - skeleton.native_bytes
     return FixedMemory(
         lines=run_lines(
             config,
@@ -63,7 +65,9 @@ def fixed_memory(
             skeleton_bytes=held,
             beside={},
         ),
-        loading_bytes=PROCESS_BYTES + held + skeleton.largest_tensor_bytes,
+        loading_bytes=PROCESS_BYTES
+        + held
+        + (skeleton.reading_bytes or skeleton.largest_tensor_bytes),
     )
 
 
@@ -71,22 +75,23 @@ def account_of_bits(
     memory: MemoryRequest, sources: PlanSources, request: PlanRequest, bits: Bits
 ) -> MemoryPlan:
     """Return the account of a budget with all experts at one precision, see `within`."""
-    shape = sources.profile.header.shape
+    header = sources.profile.header
     fixed = fixed_memory(
-        shape,
+        header.shape,
         sources.skeleton,
         skeleton_bits=request.skeleton_bits,
         context=request.context,
     )
-    return fixed.within(memory, rooms_of_bits(shape, bits))
+    return fixed.within(memory, rooms_of_bits(header, bits))
 
 
-def rooms_of_bits(shape: MoeShape, bits: Bits) -> tuple[ExpertRoom, ...]:
+def rooms_of_bits(header: ProfileHeader, bits: Bits) -> tuple[ExpertRoom, ...]:
     """Return the pool of all experts at one precision."""
+    shape = header.shape
     n_experts = shape.experts * len(shape.layers)
     return (
         ExpertRoom(
-            record_bytes=record_size(shape, bits),
+            record_bytes=record_size(header, bits),
             n_experts=n_experts,
             n_slots_min=min_slots(shape.top_k, n_experts),
         ),
@@ -94,8 +99,6 @@ def rooms_of_bits(shape: MoeShape, bits: Bits) -> tuple[ExpertRoom, ...]:
 
 
 def _widened_bytes(shape: MoeShape) -> int:
-    """Return the growth of the routers, held as float32 in a run; norms and biases are small.
-
-    Routers may be of 16 bits where experts are not: a quantized checkpoint's are float32.
-    """
+    """Return the growth of the routers, held as float32 in a run, for profiles that lack
+    `held_bytes`; norms and biases are small."""
     return 2 * len(shape.layers) * shape.experts * shape.hidden

@@ -7,9 +7,10 @@ from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
-from moe_tool.artifacts.precision import precision_from_bits
+from moe_tool.artifacts.precision import WholeExpertPrecision, precision_from_bits, stored_as
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.budget.slots import min_slots
+from moe_tool.formats.profile_hdf5 import ProfileHeader
 from moe_tool.formats.record_form import record_form
 from moe_tool.simulator.simulate import Machine
 from moe_tool.simulator.time_model import CallCosts
@@ -28,33 +29,42 @@ class ModelCosts:
     calls: CallCosts
 
 
-def record_size(shape: MoeShape, bits: Bits) -> int:
+def record_precision(header: ProfileHeader, bits: Bits) -> WholeExpertPrecision:
+    """Return the precision of an expert in a bundle of `pack --bits`."""
+    return stored_as(precision_from_bits(bits), header.kept)
+
+
+def record_size(header: ProfileHeader, bits: Bits) -> int:
     """Return the bytes of an expert's record in a bundle of `pack --bits`."""
-    return record_form(shape, precision_from_bits(bits)).layout.size_bytes
+    return record_form(header.shape, record_precision(header, bits)).layout.size_bytes
+
+
+def timed_as(precision: WholeExpertPrecision) -> str:
+    """Return the width whose measured products take as long."""
+    return str(precision.width_bits) if precision.kind == "kept" else precision.name
 
 
 def model_costs(
-    shape: MoeShape,
-    skeleton: SkeletonFacts | None,
+    header: ProfileHeader,
     hardware: HardwareProfile,
     *,
     bits: Bits,
     skeleton_bits: SkeletonBits,
     threads: int | None = None,
 ) -> ModelCosts:
-    """Return the costs of a layer call with one token.
+    """Return the costs of a layer call with one token, without matrices that the profile lacks.
 
     Args:
-        skeleton: its sizes outside the experts; None if the profile lacks them.
         threads: threads of computation; None: all cores.
     """
+    shape, skeleton = header.shape, header.skeleton
     return costs_of_bytes(
         shape,
         hardware,
-        record_bytes=record_size(shape, bits),
+        record_bytes=record_size(header, bits),
         matrix_bytes=_matrix_bytes(shape, skeleton, skeleton_bits),
         n_matrices=0 if skeleton is None else sum(each.count for each in skeleton.linears),
-        bits=bits,
+        bits=timed_as(record_precision(header, bits)),
         skeleton_bits=skeleton_bits,
         threads=threads,
     )
@@ -120,6 +130,8 @@ def _matrix_bytes(shape: MoeShape, skeleton: SkeletonFacts | None, bits: Skeleto
     if skeleton is None:
         return 0
     if bits == "native":
-        size = FLOAT_SIZE_BYTES[shape.dtype]
-        return sum(linear.n_weights for linear in skeleton.linears) * size
+        return (
+            skeleton.linear_native_bytes
+            + skeleton.tied_head_weights * FLOAT_SIZE_BYTES[shape.dtype]
+        )
     return skeleton.stored_bytes(bits) - skeleton.native_bytes + skeleton.linear_native_bytes

@@ -25,7 +25,13 @@ from moe_tool.planning.mixed_allocations import (
     describe,
     layer_bits,
 )
-from moe_tool.planning.model_costs import ModelCosts, model_costs, replay_machine
+from moe_tool.planning.model_costs import (
+    ModelCosts,
+    model_costs,
+    record_precision,
+    replay_machine,
+    timed_as,
+)
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import nats_of_bits, predicted_loss
@@ -39,15 +45,14 @@ def uniform_experts(
     Raises:
         BudgetError: they do not fit; the hint names the smallest budget that works.
     """
-    shape = sources.profile.header.shape
     memory = account_of_bits(request.memory, sources, request, bits)
-    costs = model_costs(
-        shape, sources.skeleton, hardware, bits=bits, skeleton_bits=request.skeleton_bits
-    )
+    header = sources.profile.header
+    costs = model_costs(header, hardware, bits=bits, skeleton_bits=request.skeleton_bits)
+    shape = header.shape
     n_experts = shape.experts * len(shape.layers)
     return PackedExperts(
         bits=bits,
-        compute_bits=bits,
+        compute_bits=timed_as(record_precision(header, bits)),
         n_experts=n_experts,
         n_stored=n_experts,
         memory=memory,
@@ -149,8 +154,7 @@ def _mean_costs(
             bits = "native" if width == WIDTHS[-1] else str(width)
             each.append(
                 model_costs(
-                    sources.profile.header.shape,
-                    sources.skeleton,
+                    sources.profile.header,
                     hardware,
                     bits=bits,
                     skeleton_bits=request.skeleton_bits,

@@ -6,18 +6,23 @@ import numpy as np
 
 from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS, ExpertStatistics
 from moe_tool.artifacts.pack_plan import Bits
-from moe_tool.artifacts.precision import IntegerPrecision, precision_from_bits, replica_precisions
+from moe_tool.artifacts.precision import (
+    IntegerPrecision,
+    WholeExpertPrecision,
+    precision_from_bits,
+    replica_precisions,
+)
 from moe_tool.formats.record_form import record_form
-from moe_tool.planning.model_costs import record_size
+from moe_tool.planning.model_costs import record_size, timed_as
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.misses import LayerBook, PriceBook
 from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
-def replicas_below(bits: Bits) -> str:
-    """Return the replicas that a plan may use beside experts of these bits, as `--replicas` takes
+def replicas_below(precision: WholeExpertPrecision) -> str:
+    """Return the replicas that a plan may use beside experts of a precision, as `--replicas` takes
     them."""
-    return "3,2,1" if bits == "4" else "4,3,2,1"
+    return "3,2,1" if timed_as(precision) == "4" else "4,3,2,1"
 
 
 def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook:
@@ -30,7 +35,7 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
     forms = [f for f in replica_precisions(replicas) if f.kind == "integer"]
     nobody = np.zeros((shape.experts, 0))
     sizes = [
-        record_size(shape, bits),
+        record_size(sources.profile.header, bits),
         *(record_form(shape, form).layout.size_bytes for form in forms),
     ]
     layers = {}

@@ -120,7 +120,7 @@ def _machine(
             "record it again with moe-tool profile to include it"
         )
     costs = model_costs(
-        shape, skeleton, hardware, bits=options.bits, skeleton_bits=options.skeleton_bits
+        profile.header, hardware, bits=options.bits, skeleton_bits=options.skeleton_bits
     )
     ranked = rank_experts({layer: profile.statistics(layer) for layer in shape.layers})
     return replay_machine(shape, costs, ranked)
@@ -128,7 +128,7 @@ def _machine(
 
 def _budgets(profile: ProfileReader, options: SimulateOptions) -> list[Budget]:
     shape, skeleton = profile.header.shape, profile.header.skeleton
-    rooms, fixed = rooms_of_bits(shape, options.bits), None
+    rooms, fixed = rooms_of_bits(profile.header, options.bits), None
     if skeleton is not None:
         fixed = fixed_memory(
             shape, skeleton, skeleton_bits=options.skeleton_bits, context=options.context

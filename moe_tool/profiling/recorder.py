@@ -138,6 +138,7 @@ def _header(
         holdout=holdout,
         tool_version=__version__,
         skeleton=skeleton_facts(opened, model.folder),
+        kept=opened.experts.kept_precision(),
     )
 
 

@@ -26,6 +26,7 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.native.kernels import round_tokens
 from moe_tool.policies.misses import MissChoice
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, foresee
@@ -95,6 +96,11 @@ class Session:
         """Evict every expert that is not pinned."""
         self.runner.store.close()
         self.runner.store = self.make_store(self.bundle, self.plan.rooms, self.plan.eviction)
+
+    def use_activations(self, activations: Activations) -> None:
+        """Switch the precision of tokens; evicts every expert that is not pinned."""
+        round_tokens(activations == "int8")
+        self.empty_cache()
 
     def close(self) -> None:
         """Stop the reader threads, free the memory and close the bundle."""

@@ -1,14 +1,20 @@
 """A budget for packing: kept by taking fewer tokens, refused with a number where nothing helps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_tool.errors import BudgetError
 from moe_tool.models.architecture import open_model
+from moe_tool.models.expert_source import ExpertSource
+from moe_tool.models.kept_rows import row_order
 from moe_tool.models.locate import LocatedModel
-from moe_tool.packing.pack_memory import MOST_HIDDEN_BYTES, plan_pack_memory
+from moe_tool.packing.pack_memory import _WORKING_COPIES, MOST_HIDDEN_BYTES, plan_pack_memory
+from tests.kept import FORMATS, draw_kept
+from tests.models.stored_formats.test_coded_models import write_pair
+from tests.models.stored_formats.test_decoding import HeldBytes
 from tests.packed import pack_bundle
 from tests.packing.test_pack_bundle import located, profile_of
 
@@ -31,6 +37,34 @@ def test_the_least_budget_is_named_and_works(
         assert least.needed_bytes <= nearest
         assert least.hidden_bytes <= free.hidden_bytes <= MOST_HIDDEN_BYTES
         assert ("--quantizer" in hint) == (n_tokens > 0)
+
+
+def test_a_budget_is_refused_before_codes_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(source: ExpertSource) -> None:
+        raise AssertionError("codes were read")
+
+    coded, _ = write_pair("mxfp4", tmp_path)
+    monkeypatch.setattr(ExpertSource, "kept_precision", unread)
+    with pytest.raises(BudgetError):
+        pack_bundle(located(coded), out=tmp_path / "b", bits="native", memory="1MiB")
+    pack_bundle(located(coded), out=tmp_path / "b", bits="4")
+    with pytest.raises(AssertionError, match="codes were read"):
+        pack_bundle(located(coded), out=tmp_path / "c", bits="native")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_finding_how_rows_lie_takes_four_matrices_of_floats(name: str) -> None:
+    parts = [draw_kept(name, (512, 1024), seed=seed) for seed in (1, 2)]
+
+    def convert(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(tuple(tensors), dim=1).flatten(0, 1)
+
+    with HeldBytes() as held:
+        order = row_order(parts, convert)
+    assert order is not None and order[:4].tolist() == [0, 512, 1, 513]
+    assert held.most < 4 * 4 * 2 * 512 * 1024 < 4 * _WORKING_COPIES * 2 * 512 * 1024
 
 
 def test_a_budget_changes_no_byte_where_it_is_large_enough(

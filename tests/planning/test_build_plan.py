@@ -111,7 +111,7 @@ def test_a_lossy_plan_says_who_is_in_memory_in_which_form(sources: PlanSources) 
     assert roles == ["primary"] + ["replica"] * len(plan.replicas.split(","))
     assert [form.precision for form in plan.forms] == [plan.bits, *plan.replicas.split(",")]
     for form in plan.forms:
-        assert form.record_bytes == record_size(shape, form.precision)
+        assert form.record_bytes == record_size(sources.profile.header, form.precision)
         assert len(form.resident) + form.n_disk_only in (n_experts, len(form.resident))
     assert plan.forms[0].n_disk_only == n_experts - len(plan.forms[0].resident)
     held = [key for form in plan.forms for key in form.resident]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from moe_tool.artifacts.precision import KeptPrecision, precision_from_bits
 from moe_tool.artifacts.router_trace import mean_squared_gates
 from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.formats.profile_hdf5 import ProfileReader
@@ -46,7 +47,9 @@ def test_a_profiles_prices_are_those_of_its_bits_and_layers(tmp_path: Path) -> N
         # what rounding leaves is noise, which costs less than what the nats are of
         assert each.eps[1] ** 2 * STRUCTURED == pytest.approx(0.1**2)
         assert each.eps[2] ** 2 * STRUCTURED == pytest.approx(0.4**2)
-    assert replicas_below("4") == "3,2,1" and replicas_below("native") == "4,3,2,1"
+    codes = KeptPrecision(codes="e2m1", group_rows=1, group_columns=32, scale="e8m0")
+    assert replicas_below(precision_from_bits("4")) == replicas_below(codes) == "3,2,1"
+    assert replicas_below(precision_from_bits("native")) == "4,3,2,1"
 
 
 def test_bits_cost_what_all_their_errors_add_up_to(tmp_path: Path) -> None:

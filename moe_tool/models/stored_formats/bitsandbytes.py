@@ -97,16 +97,18 @@ def _four_bits(
         return KeptWeight(
             codes=_even_low(parts["codes"]).view(n_out, -1),
             kind="nf4",
-            scale=_scales(parts, state).view(n_out, -1),
-            group=(1, state.block),
+            scale=_scales(parts, state).view(-1, max(1, n_in // state.block)),
+            group=(max(1, state.block // n_in), min(state.block, n_in)),
         )
 
+    # A run of weights fills whole rows, or a row whole runs.
+    is_even = n_in % 2 == 0 and (n_in % state.block == 0 or state.block % n_in == 0)
     is_nf4 = state_info.name.endswith("nf4")
     return StoredTensor(
         parts=names,
         shape=state.shape,
         decode=decode,
-        keep=keep if is_nf4 and n_in % state.block == 0 else None,
+        keep=keep if is_nf4 and is_even else None,
         decode_bytes=lookup_bytes(codes.size_bytes, n_out * n_in)
         + codes.size_bytes
         + 16 * n_scales,

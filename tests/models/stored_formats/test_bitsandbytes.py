@@ -81,12 +81,13 @@ def int8(rng: np.random.Generator, n_out: int, n_in: int) -> Coded:
 CASES: dict[str, Any] = {
     "nf4": lambda r: four_bits(r, 48, 192),
     "nf4 of nested scales": lambda r: four_bits(r, 320, 128, is_nested=True),
+    "blocks of two rows": lambda r: four_bits(r, 49, 32),
     "blocks that go on in the next row": lambda r: four_bits(r, 50, 98),
     "fp4": lambda r: four_bits(r, 48, 192, kind="fp4", block=128),
     "fp4 of nested scales": lambda r: four_bits(r, 48, 192, kind="fp4", is_nested=True),
     "int8": lambda r: int8(r, 48, 192),
 }
-KEPT = {"nf4", "nf4 of nested scales", "int8"}
+KEPT = {"nf4", "nf4 of nested scales", "blocks of two rows", "int8"}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -32,7 +32,7 @@ from moe_tool.runtime.session import open_session
 from tests.models.stored_formats import coded_weights as make
 from tests.models.stored_formats.coded_weights import Coded, Floats, Tensors
 from tests.models.stored_formats.test_awq import AWQ, awq
-from tests.models.stored_formats.test_bitsandbytes import BNB, four_bits
+from tests.models.stored_formats.test_bitsandbytes import BNB, four_bits, int8
 from tests.models.stored_formats.test_gptq import GPTQ, gptq
 from tests.models.stored_formats.test_mlx import MLX, mlx
 from tests.packed import pack_bundle
@@ -121,6 +121,7 @@ MODELS: dict[str, Model] = {
     "gptq": (qwen3_moe, GPTQ, gptq),
     "mlx": (qwen3_moe, MLX, mlx),
     "nf4": (qwen3_moe, BNB, partial(four_bits, is_nested=True)),
+    "int8": (qwen3_moe, {"quant_method": "bitsandbytes", "load_in_8bit": True}, int8),
     "awq": (qwen3_moe, AWQ, awq),
 }
 
