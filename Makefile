@@ -9,8 +9,9 @@ STAMPS := $(VENV)/.stamps
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 ROUNDS ?= 300
+MUTATIONS ?= 200
 
-.PHONY: help demo test test-quick test-slow test-torch zoo mutants lint fuzz docs clean
+.PHONY: help demo test test-quick test-slow test-torch zoo mutants lint fuzz fuzz-formats docs clean
 
 help:
 	@sed -n '/^#/!q;s/^# //p' Makefile
@@ -50,6 +51,10 @@ fuzz:
 	  -Imoe_tool/native tests/native/fuzz.cpp $(filter-out %/module.cpp,$(wildcard moe_tool/native/*.cpp)) \
 	  -pthread -o build/fuzz
 	build/fuzz $(ROUNDS)
+
+# Quantized checkpoints with one thing wrong: refused with a sentence, or read right.
+fuzz-formats: $(STAMPS)/test
+	OMP_NUM_THREADS=1 MUTATIONS=$(MUTATIONS) $(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz_formats
 
 docs: $(STAMPS)/tool
 	$(BIN)/python docs/make_reference.py

@@ -1,5 +1,6 @@
 """Identity of the model that an artifact belongs to, and the refusal of another model's."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -8,6 +9,14 @@ from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.errors import WrongModelError
 
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubRevision:
+    """A commit of a model on the hub."""
+
+    hub_id: str
+    commit: str
 
 
 class ModelIdentity(FrozenModel):

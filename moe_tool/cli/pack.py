@@ -116,6 +116,14 @@ class PackArguments:
             "only the rest is written, and the checkpoint has to stay where it is.",
         ),
     ] = False
+    discard_source: Annotated[
+        bool,
+        typer.Option(
+            "--discard-source",
+            help="Delete each downloaded shard of a hub model from the Hugging Face cache once "
+            "everything in it is packed. An interrupted pack goes on without them.",
+        ),
+    ] = False
     memory: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +151,7 @@ def pack(given: PackArguments, output: Output) -> None:
     plan = None if given.plan is None else read_plan(given.plan)
     options = options_from(given, parse_pack_options, plan=plan)
 
+    from moe_tool.formats.discarded_source import read_discarded
     from moe_tool.models.locate import locate_model
 
     located = locate_model(
@@ -150,6 +159,7 @@ def pack(given: PackArguments, output: Output) -> None:
         revision=given.revision,
         tokenizer=given.tokenizer,
         offline=given.offline,
+        gone=read_discarded(given.out) if given.discard_source else None,
         announce=output.say,
     )
 
@@ -165,6 +175,8 @@ def pack(given: PackArguments, output: Output) -> None:
             located.folder,
             options,
             tokenizer=located.tokenizer_folder,
+            hub=located.hub,
+            offline=given.offline,
             profile=profile,
             buddies=buddies,
             progress=output.progress,
@@ -177,14 +189,20 @@ def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
     skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
     if report.source is not None:
         output.say(f"native experts stay in {report.source}/: leave it where it is, and as it is")
+    beside = "of which experts" if report.source is None else "beside experts of"
     output.say(
-        f"wrote {report.bundle}/: {format_bytes(report.bytes)}, of which experts "
+        f"wrote {report.bundle}/: {format_bytes(report.bytes)}, {beside} "
         f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per "
         f"weight and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
     )
     if report.proof is not None:
         output.say(_proven(report.proof))
+    if report.freed:
+        output.say(
+            f"freed {format_bytes(sum(report.freed.values()))} of the Hugging Face cache: "
+            f"{len(report.freed)} shards"
+        )
     if report.output_error is not None:
         output.say(f"relative error of the experts' outputs: {report.output_error:.2g}")
     if report.unrouted:

@@ -26,7 +26,7 @@ from moe_tool.artifacts.bundle_manifest import (
     SkeletonTensor,
     TunedWeights,
 )
-from moe_tool.artifacts.bundle_sections import SOURCE_FILES, Section
+from moe_tool.artifacts.bundle_sections import Section
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import NativePrecision, Precision
 from moe_tool.artifacts.source_files import Part, parts_text
@@ -52,7 +52,7 @@ from moe_tool.formats.bundle_journal import (
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_spec import BundleSpec
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
-from moe_tool.formats.placed_file_writer import PlacedFileWriter, source_section
+from moe_tool.formats.placed_file_writer import PlacedFileWriter, source_sections
 from moe_tool.formats.record_file_writer import RecordFileWriter
 from moe_tool.formats.record_form import RecordForm
 from moe_tool.formats.record_plan import plan_records
@@ -120,6 +120,11 @@ class BundleWriter:
     def n_written(self) -> int:
         """Number of records written so far, replicas included."""
         return len(self._plan.order) if self.finished else len(self._records) + len(self._unsynced)
+
+    @property
+    def n_durable(self) -> int:
+        """Number of records that are on the disk, with their lines in the journal."""
+        return len(self._records)
 
     @property
     def to_write(self) -> Sequence[tuple[int, int, int]]:
@@ -255,12 +260,7 @@ class BundleWriter:
         if self.finished:
             return read_json_artifact(self._out / MANIFEST, BundleManifest)
         assert self.n_written == len(self._plan.order)
-        sources = {}
-        if self._sources is not None:
-            forms = (form for form, _, _ in self._plan.order)
-            parts = [record.parts for record in self._records]
-            placed = zip(forms, parts, strict=True)
-            sources[SOURCE_FILES] = source_section(self._sources, placed)
+        placed = source_sections(self._sources, self._plan.order, self._records)
         manifest = BundleManifest(
             tool_version=__version__,
             identity=self.spec.identity,
@@ -281,7 +281,7 @@ class BundleWriter:
             prices=prices,
             plan=plan,
             lineage=lineage,
-            sections={**(sections or {}), **sources},
+            sections={**(sections or {}), **placed},
         )
         with storage_errors(self._folder):
             write_json_artifact(self._folder / MANIFEST, manifest)

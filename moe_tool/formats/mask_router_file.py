@@ -24,9 +24,9 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.atomic_write import atomic_write_bytes, storage_errors
 from moe_tool.formats.bundle_files import MANIFEST, safetensors_file
+from moe_tool.formats.exact_tensors import read_exactly
 from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.json_artifact import write_json_artifact
-from moe_tool.formats.safetensors_index import read_exactly
 
 MASK_ROUTER_NAME = re.compile(MASK_ROUTER_FILE)
 """Names of mask-router files, made from a hash of the content: a new file never replaces an old

@@ -1,12 +1,12 @@
 """Writer of a record file that is not written: its records stay in the checkpoint's files."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import xxhash
 
-from moe_tool.artifacts.bundle_sections import Section
+from moe_tool.artifacts.bundle_sections import SOURCE_FILES, Section
 from moe_tool.artifacts.source_files import PlacedTable, SourceFiles, parse_parts
 from moe_tool.formats.bundle_files import ExpertFile
 from moe_tool.formats.bundle_journal import WrittenRecord
@@ -57,21 +57,28 @@ class PlacedFileWriter:
         return self._digest.hexdigest()
 
 
-def source_section(sources: RecordSources, records: Iterable[tuple[int, str | None]]) -> Section:
-    """Return the manifest's section about records that stay in the checkpoint's files.
+def source_sections(
+    sources: RecordSources | None,
+    order: Sequence[tuple[int, int, int]],
+    records: Sequence[WrittenRecord],
+) -> dict[str, Section]:
+    """Return the manifest's section about records that stay in the checkpoint's files, by its name.
 
     Args:
-        sources: the files.
-        records: form and parts of every record in order; None: it is written.
+        sources: the files; None: everything is written.
+        order: (form, layer, expert) of every record.
+        records: the same in the journal.
     """
+    if sources is None:
+        return {}
     tables: dict[int, list[str]] = {}
-    for form, parts in records:
-        if parts is not None:
-            tables.setdefault(form, []).append(parts)
+    for (form, _, _), record in zip(order, records, strict=True):
+        if record.parts is not None:
+            tables.setdefault(form, []).append(record.parts)
     body = SourceFiles(
         folder=str(sources.folder),
         resolved=str(sources.folder.resolve()),
         files=sources.files,
         tables=tuple(PlacedTable(form=form, parts=tuple(each)) for form, each in tables.items()),
     )
-    return Section(required=True, body=body.model_dump(mode="json"))
+    return {SOURCE_FILES: Section(required=True, body=body.model_dump(mode="json"))}

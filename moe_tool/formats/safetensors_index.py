@@ -129,40 +129,6 @@ def parse_header(path: Path, beginning: bytes, *, file_bytes: int) -> dict[str, 
     return infos
 
 
-def read_exactly(
-    path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]], *, remedy: str
-) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file that holds these and no others, without NaN or infinity.
-
-    Args:
-        wanted: dtype and shape by name.
-
-    Raises:
-        CorruptArtifactError: it is damaged, or a tensor is missing, unknown, of another dtype or
-            shape, or not finite.
-        NotFoundError, StorageError: it cannot be read.
-    """
-    infos = read_header(path)
-    if infos.keys() != wanted.keys():
-        odd = min(infos.keys() ^ wanted.keys())
-        verb = "lacks" if odd in wanted else "holds the unknown"
-        raise CorruptArtifactError(f"{path} {verb} {quoted(odd)}", hint=remedy)
-    for name, info in infos.items():
-        dtype, shape = wanted[name]
-        if (info.dtype, info.shape) != (dtype, shape):
-            raise CorruptArtifactError(
-                f"{path}: {quoted(name)} is {info.dtype} {list(info.shape)}, "
-                f"wanted {dtype} {list(shape)}",
-                hint=remedy,
-            )
-    with Checkpoint(infos) as checkpoint:
-        values = {name: checkpoint.read(name) for name in wanted}
-    for name, value in values.items():
-        if not are_finite(value):
-            raise CorruptArtifactError(f"{path}: {quoted(name)} holds NaN or infinity", hint=remedy)
-    return values
-
-
 class Checkpoint:
     """Tensors of one or several safetensors files, every header checked, read by name."""
 
@@ -301,6 +267,12 @@ class Checkpoint:
         """Return the bytes that reading a tensor holds beside it."""
         del name
         return 0
+
+    def close_file(self, path: Path) -> None:
+        """Close one file, which no thread may be reading."""
+        handle = self._files.pop(path, None)
+        if handle is not None:
+            os.close(handle)
 
     def close(self) -> None:
         """Close the files; reading opens them again."""

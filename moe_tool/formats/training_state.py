@@ -12,7 +12,8 @@ import torch
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.atomic_write import atomic_write_bytes
 from moe_tool.formats.bundle_files import safetensors_file
-from moe_tool.formats.safetensors_index import Checkpoint, read_exactly, read_header
+from moe_tool.formats.exact_tensors import read_exactly
+from moe_tool.formats.safetensors_index import Checkpoint, read_header
 
 _ORDER, _COUNTERS = "order", "counters"
 _ORDER_BYTES = 32

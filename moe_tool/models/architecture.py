@@ -10,7 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.moe_shape import ExpertTensor, FloatName, MoeShape
+from moe_tool.artifacts.precision import KeptPrecision
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
+from moe_tool.formats.discarded_source import DiscardedSource
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.checkpoint_identity import checkpoint_identity
@@ -58,6 +60,12 @@ class OpenedModel:
     """Most bytes that decoding one tensor holds beside the result; 0 if none is stored as codes"""
     warnings: tuple[str, ...]
     """A sentence for each thing in the folder that has no effect"""
+    gone: DiscardedSource | None = None
+    """State of an interrupted pack that deleted shards"""
+
+    def kept_precision(self) -> KeptPrecision | None:
+        """Return the precision of the experts' codes on disk; see `ExpertSource.kept_precision`."""
+        return self.experts.kept_precision() if self.gone is None else self.gone.state.kept
 
 
 def open_model(model: LocatedModel) -> OpenedModel:
@@ -69,16 +77,23 @@ def open_model(model: LocatedModel) -> OpenedModel:
         CorruptArtifactError: config or tensors are damaged or do not belong together.
     """
     meta = build_meta_model(model.folder)
-    checkpoint = open_checkpoint(model.folder, read_raw_config(model.folder))
+    gone, config = model.gone, read_raw_config(model.folder)
+    if gone is None:
+        checkpoint = open_checkpoint(model.folder, config)
+    else:
+        checkpoint = read_as_declared(gone.open_checkpoint(model.folder), model.folder, config)
     try:
         tensor_map, unused, experts, shape = _check(meta, checkpoint)
-        identity = checkpoint_identity(
-            model.folder,
-            checkpoint,
-            name=model.name,
-            model_type=shape.model_type,
-            hashed_tensors=identity_tensor_names(meta, checkpoint),
-        )
+        if gone is None:
+            identity = checkpoint_identity(
+                model.folder,
+                checkpoint,
+                name=model.name,
+                model_type=shape.model_type,
+                hashed_tensors=identity_tensor_names(meta, checkpoint),
+            )
+        else:
+            identity = gone.state.identity.model_copy(update={"name": model.name})
     except BaseException:
         checkpoint.close()
         raise
@@ -92,6 +107,7 @@ def open_model(model: LocatedModel) -> OpenedModel:
         unfused_attention_heads=_unfused_attention_heads(meta),
         decode_bytes=max(checkpoint.extra_bytes(name) for name in checkpoint.tensors),
         warnings=(*checkpoint.remarks, *warnings_of(model.folder, unused)),
+        gone=gone,
     )
 
 

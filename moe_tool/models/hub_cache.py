@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def cache_folder() -> Path:
 
 
 def find_snapshot(
-    hub_id: str, revision: str | None, *, needs_tokenizer: bool = True
+    hub_id: str,
+    revision: str | None,
+    *,
+    needs_tokenizer: bool = True,
+    freed: Collection[str] = (),
 ) -> Snapshot | None:
     """Return the cached snapshot of a revision, complete or not; None if there is none.
 
@@ -41,11 +46,12 @@ def find_snapshot(
         revision: branch, tag, or commit (at least 7 digits); None: main, or the newest complete
             snapshot of a cache that knows no main.
         needs_tokenizer: whether a snapshot without a tokenizer lacks something.
+        freed: weight files that are not missed.
     """
     commit = _commit(hub_id, revision or "main")
     if commit is not None:
         folder = _repository(hub_id) / "snapshots" / commit
-        missing = missing_file(folder, needs_tokenizer=needs_tokenizer)
+        missing = missing_file(folder, needs_tokenizer=needs_tokenizer, freed=freed)
         return Snapshot(folder=folder, revision=commit, missing=missing)
     if revision is not None:
         return None
@@ -64,20 +70,23 @@ def complete_revisions(hub_id: str) -> list[str]:
     return [folder.name for folder in _by_age(hub_id) if missing_file(folder) is None]
 
 
-def missing_file(folder: Path, *, needs_tokenizer: bool = True) -> str | None:
+def missing_file(
+    folder: Path, *, needs_tokenizer: bool = True, freed: Collection[str] = ()
+) -> str | None:
     """Return the first file that a checkpoint's folder lacks; None if it is complete."""
     if not (folder / "config.json").is_file():
         return "config.json"
     if needs_tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return TOKENIZER_FILES[0]
-    if (folder / _SINGLE).is_file():
+    if (folder / _SINGLE).is_file() or _SINGLE in freed:
         return None
     index = folder / _INDEX
     if not index.is_file() or index.stat().st_size > _MAX_INDEX_BYTES:
         return f"{_SINGLE} or {_INDEX}"
     try:
         shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        return next((str(shard) for shard in shards if not (folder / shard).is_file()), None)
+        wanted = (str(shard) for shard in shards if shard not in freed)
+        return next((shard for shard in wanted if not (folder / shard).is_file()), None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"a readable {_INDEX}"
 

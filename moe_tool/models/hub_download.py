@@ -1,11 +1,12 @@
 """Download of a checkpoint from the Hugging Face hub, judged before any weight is fetched."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
@@ -13,6 +14,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
 )
 
+from moe_tool.artifacts.identity import HubRevision
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
 from moe_tool.formats.atomic_write import require_free_disk
@@ -57,7 +59,7 @@ def download(
         UnsupportedModelError, CorruptArtifactError: the model cannot be read.
         DiskFullError: it does not fit.
     """
-    try:
+    with _downloading(hub_id):
         info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
         branch = revision or "main"  # by its name, so that the cache remembers what it points at
         # A second copy of the weights in a subfolder is not wanted.
@@ -73,6 +75,23 @@ def download(
         _check_remote_headers(hub_id, folder.name, folder, {name: sizes[name] for name in weights})
         announce(f"downloading {hub_id}: {format_bytes(n_bytes)} into {cache_folder()}")
         snapshot_download(hub_id, revision=branch, allow_patterns=[*small, *weights])
+    return Snapshot(folder=folder, revision=folder.name)
+
+
+def download_shard(hub: HubRevision, name: str) -> None:
+    """Download one weight file of a revision into the cache.
+
+    Raises:
+        NotFoundError: it cannot be reached.
+    """
+    with _downloading(hub.hub_id):
+        hf_hub_download(hub.hub_id, name, revision=hub.commit)
+
+
+@contextmanager
+def _downloading(hub_id: str) -> Iterator[None]:
+    try:
+        yield
     except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise NotFoundError(
@@ -85,7 +104,6 @@ def download(
             f"{hub_id} could not be downloaded: the hub's answer is not understood",
             hint="check HF_ENDPOINT and the proxy, or give a local folder",
         ) from error
-    return Snapshot(folder=folder, revision=folder.name)
 
 
 def _weight_files(hub_id: str, folder: Path, sizes: Mapping[str, int]) -> list[str]:

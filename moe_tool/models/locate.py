@@ -4,11 +4,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moe_tool.artifacts.identity import HubRevision
 from moe_tool.errors import NotFoundError, UsageError
 from moe_tool.formats.foreign_files import foreign_file
 from moe_tool.formats.hub_probe import hub_is_reachable
 from moe_tool.models.hub_cache import Snapshot, cache_folder, complete_revisions, find_snapshot
+
+if TYPE_CHECKING:
+    from moe_tool.formats.discarded_source import DiscardedSource
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
 """The embedded model."""
@@ -46,6 +51,10 @@ class LocatedModel:
     """Alias or hub id as typed by the user, or the folder's own name."""
     tokenizer: Path | None = None
     """Folder of a tokenizer that goes before the checkpoint's own"""
+    hub: HubRevision | None = None
+    """Revision that was downloaded; None: a local folder"""
+    gone: "DiscardedSource | None" = None
+    """State of an interrupted pack that deleted shards of it"""
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -68,6 +77,7 @@ def locate_model(
     revision: str | None = None,
     tokenizer: Path | None = None,
     offline: bool = False,
+    gone: "DiscardedSource | None" = None,
     announce: Callable[[str], None] = _silent,
 ) -> LocatedModel:
     """Find a model's folder; download it only if it is neither local nor cached.
@@ -77,6 +87,7 @@ def locate_model(
         revision: branch, tag or commit on the hub; None: main.
         tokenizer: folder of a tokenizer that goes before the checkpoint's own.
         offline: never use the network.
+        gone: state of an interrupted pack, whose deleted shards are not downloaded again.
         announce: called with a sentence on the revision taken, and on a download and its size.
 
     Raises:
@@ -102,7 +113,12 @@ def locate_model(
             f"{model} is no folder, no hub id (owner/name) and no alias",
             hint=f"give a checkpoint's folder, or one of {', '.join(ALIASES)}",
         )
-    found = find_snapshot(hub_id, revision, needs_tokenizer=tokenizer is None)
+    hub = None if gone is None else gone.hub
+    freed = gone.state.freed if gone is not None else ()
+    found = find_snapshot(hub_id, revision, needs_tokenizer=tokenizer is None, freed=freed)
+    if found is not None and hub != HubRevision(hub_id=hub_id, commit=found.revision):
+        gone = None
+        found = find_snapshot(hub_id, revision, needs_tokenizer=tokenizer is None)
     if found is None or found.missing is not None:
         if offline or not hub_is_reachable():
             raise _not_found(model, hub_id, found, offline=offline)
@@ -110,7 +126,8 @@ def locate_model(
 
         found = download(hub_id, revision, tokenizer=tokenizer, announce=announce)
     announce(f"{hub_id}: revision {found.revision}")
-    return LocatedModel(folder=found.folder, name=name, tokenizer=tokenizer)
+    hub = HubRevision(hub_id=hub_id, commit=found.revision)
+    return LocatedModel(folder=found.folder, name=name, tokenizer=tokenizer, hub=hub, gone=gone)
 
 
 def _local_folder(model: str, revision: str | None) -> Path | None:

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
+from moe_tool.formats.hostile_file import one_line
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.config_dialects import encode_floats, plain_config
 from moe_tool.models.moe_layers import unsupported
@@ -114,7 +115,7 @@ def config_from_json(text: str, source: Path = Path("config.json")) -> PreTraine
 def bad_config(path: Path, error: Exception, hint: str = _HINT) -> CorruptArtifactError:
     """Return the error for a configuration that transformers cannot use."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(lines[:2])[:300] or type(error).__name__
+    reason = one_line(" ".join(lines[:2])) or type(error).__name__
     return CorruptArtifactError(f"{path} does not describe a model: {reason}", hint=hint)
 
 

@@ -30,7 +30,7 @@ _FAULTS = (
         ("merge it, with peft's merge_and_unload and save_pretrained, and give the folder of that"),
     ),
     (
-        re.compile(r"\.SCB$|scale"),
+        re.compile(r"\.SCB$|scale|\.(absmax|quant_map|quant_state\b.*|qzeros)$"),
         "weights stored as codes, which nothing says how to read",
         (_RESTORE),
     ),

@@ -3,10 +3,13 @@
 from contextlib import closing
 from pathlib import Path
 
+from moe_tool.artifacts.identity import HubRevision
+from moe_tool.errors import UsageError
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.generation_settings import read_generation_settings
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.packing.discard_source import DiscardSource
 from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.pack_inputs import read_pack_inputs
 from moe_tool.packing.pack_options import PackOptions
@@ -36,6 +39,7 @@ def pack_bundle(
             model.folder,
             options,
             tokenizer=model.tokenizer_folder,
+            hub=model.hub,
             profile=profile,
             buddies=buddies,
             progress=progress,
@@ -48,6 +52,8 @@ def pack_opened(
     options: PackOptions,
     *,
     tokenizer: Path | None = None,
+    hub: HubRevision | None = None,
+    offline: bool = False,
     profile: Path | None = None,
     buddies: Path | None = None,
     progress: Progress = SILENT,
@@ -57,6 +63,8 @@ def pack_opened(
     Args:
         opened: the model; its checkpoint stays open and belongs to the caller.
         tokenizer: folder of the tokenizer; None: the checkpoint's.
+        hub: revision that was downloaded; None: a local folder.
+        offline: never use the network.
 
     Raises:
         MoeToolError: as `read_pack_inputs`, `plan_pack` and `write_bundle`.
@@ -70,6 +78,14 @@ def pack_opened(
     job = plan_pack(options, opened, folder, inputs, tokenizer=tokenizer)
     if opened.experts.are_coded and any(f.precision.kind == "native" for f in job.spec.forms):
         progress.note(_DECODED)
+    if options.discard_source:
+        if hub is None:
+            raise UsageError(
+                "--discard-source beside a local folder: only what was downloaded is deleted",
+                hint="give a hub id, owner/name, or leave it out",
+            )
+        discard = DiscardSource(hub, job, opened, offline=offline)
+        return write_bundle(job, opened, progress, discard=discard)
     if not job.spec.placed:
         return write_bundle(job, opened, progress)
     in_place = InPlace(folder, opened)

@@ -37,6 +37,8 @@ class PackOptions:
     """Plan for the manifest, which `run` follows"""
     in_place: bool = False
     """Whether records that the checkpoint's files hold stay there"""
+    discard_source: bool = False
+    """Whether downloaded shards are deleted once they are packed"""
     memory_bytes: int | None = None
     """Budget of the whole process; None: no limit"""
 
@@ -68,6 +70,7 @@ def parse_pack_options(
     quantizer: Quantizer | None = None,
     plan: PackPlan | None = None,
     in_place: bool = False,
+    discard_source: bool = False,
     memory: str | None = None,
 ) -> PackOptions:
     """Return the options for words of the command line; None: as the plan says, or the default.
@@ -75,6 +78,11 @@ def parse_pack_options(
     Raises:
         UsageError: a word is unknown.
     """
+    if in_place and discard_source:
+        raise UsageError(
+            "--discard-source beside --in-place, which needs the checkpoint",
+            hint="leave one of them out",
+        )
     if plan is not None:
         bits, skeleton_bits = bits or plan.bits, skeleton_bits or plan.skeleton_bits
         quantizer = quantizer or plan.quantizer
@@ -88,6 +96,7 @@ def parse_pack_options(
         quantizer=parse_quantizer(quantizer or "rtn").name,
         plan=plan,
         in_place=in_place,
+        discard_source=discard_source,
         memory_bytes=None if memory is None else parse_bytes(memory),
     )
 

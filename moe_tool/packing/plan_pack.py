@@ -118,7 +118,7 @@ def _with_codes_kept(
     """Return the forms with native experts in the checkpoint's own codes, where it has any."""
     if not any(precision.kind == "native" for precision in floats.experts):
         return floats
-    return primary_forms(options, opened.shape, opened.experts.kept_precision())
+    return primary_forms(options, opened.shape, opened.kept_precision())
 
 
 def _require_no_channels(options: PackOptions) -> None:

@@ -9,6 +9,7 @@ from moe_tool.artifacts.precision import IntegerPrecision, NativePrecision
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.formats.integer_parts import IntegerPart, integer_parts
+from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.skeleton_source import LinearGroup
 from moe_tool.progress import Progress
@@ -58,8 +59,13 @@ class SkeletonWork:
         self._made: tuple[LinearGroup | None, dict[str, IntegerWeight]] = (None, {})
         """Codes of the current group"""
 
-    def write(self, writer: BundleWriter, progress: Progress) -> None:
+    def write(
+        self, writer: BundleWriter, progress: Progress, *, written: Checkpoint | None = None
+    ) -> None:
         """Write the skeleton, one group of tensors in memory at a time.
+
+        Args:
+            written: the same skeleton as another run wrote it; None: it is made.
 
         Raises:
             CorruptArtifactError: a tensor holds NaN or infinity.
@@ -68,7 +74,7 @@ class SkeletonWork:
         progress.begin("pack the skeleton", self.size_bytes, "bytes")
 
         def read(name: str) -> bytes | memoryview:
-            data = self._read(name)
+            data = self._read(name) if written is None else written.read_bytes(name)
             progress.advance(len(data))
             return data
 

@@ -13,6 +13,7 @@ from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.packing.discard_source import DiscardSource, forget_source
 from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.plan_pack import PackJob
 from moe_tool.packing.prove_bundle import BundleProof, prove_bundle
@@ -69,6 +70,8 @@ class PackReport:
     """Predictions compared with the checkpoint's; None: the bundle was finished before"""
     source: Path | None
     """Folder of the checkpoint if the bundle needs it, because experts stay in its files"""
+    freed: dict[str, int] | None
+    """Size of each downloaded shard that was deleted; None: not asked for"""
 
 
 def write_bundle(
@@ -77,6 +80,7 @@ def write_bundle(
     progress: Progress = SILENT,
     *,
     in_place: InPlace | None = None,
+    discard: DiscardSource | None = None,
 ) -> PackReport:
     """Compile a checkpoint into a bundle, with one expert in memory, or one layer if codes are
     fitted. An interrupted run is resumed when called again with the same job.
@@ -84,6 +88,7 @@ def write_bundle(
     Args:
         opened: the model of the job; its checkpoint stays open and belongs to the caller.
         in_place: finds the records of `job.spec.placed`, which stay in the checkpoint's files.
+        discard: deletes downloaded shards once they are packed; None: they stay.
 
     Raises:
         UsageError: the bundle's folder holds something else.
@@ -93,26 +98,14 @@ def write_bundle(
     """
     start = time.perf_counter()
     skeleton = SkeletonWork(opened, job.skeleton)
-    writer = BundleWriter.open(job.out, job.spec, sources=in_place.sources if in_place else None)
+    sources = in_place.sources if in_place else None
+    writer = BundleWriter.open(job.out, job.spec, sources=sources)
     resumed = writer.n_written
     unrouted: list[ExpertKey] = []
     if not writer.finished:
-        unrouted = _write(job, opened, writer, skeleton, progress, in_place)
-    proofs: list[BundleProof] = []
-
-    def prove(folder: Path) -> None:
-        progress.begin("prove the bundle", None, "")
-        proofs.append(prove_bundle(job.loader, opened, folder))
-        progress.end()
-
-    manifest = writer.finish(
-        heat=job.profile.heat,
-        buddies=job.buddies,
-        prices=job.profile.prices,
-        plan=job.plan,
-        profile_sha256=job.profile.sha256,
-        prove=prove,
-    )
+        unrouted = _write(job, opened, writer, skeleton, progress, in_place, discard)
+    manifest, proof = _finish(job, opened, writer, progress, discard)
+    forget_source(job.out)
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
     return PackReport(
         bundle=job.out,
@@ -127,8 +120,9 @@ def write_bundle(
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_records=resumed,
-        proof=proofs[0] if proofs else None,
+        proof=proof,
         source=job.folder if job.spec.placed else None,
+        freed=None if discard is None else discard.freed,
     )
 
 
@@ -139,25 +133,65 @@ def _write(
     skeleton: SkeletonWork,
     progress: Progress,
     in_place: InPlace | None,
+    discard: DiscardSource | None,
 ) -> list[ExpertKey]:
     """Write everything but the manifest; return experts with too few routed tokens."""
-    written = (form for form, _, _ in writer.to_write if form not in job.spec.placed)
-    records = sum(writer.forms[form].layout.size_bytes for form in written)
-    require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
     unrouted: list[ExpertKey] = []
     try:
-        if job.tokens is None:
+        if discard is not None:
+            discard.begin(writer, skeleton, progress)
+            discard.free(writer)
+            write_records(writer, opened, job.quantizer, progress, after=discard.free)
+        elif job.tokens is None:
+            _require_disk(job, writer, skeleton)
             write_records(writer, opened, job.quantizer, progress, in_place=in_place)
         else:
+            _require_disk(job, writer, skeleton)
             unrouted = write_calibrated(
                 writer, opened, job, job.tokens, progress, in_place=in_place
             )
     finally:
         writer.suspend()
-    skeleton.write(writer, progress)
+    if discard is None:
+        skeleton.write(writer, progress)
+    else:
+        discard.free(writer)
     for name, data in _companions(job.folder, job.tokenizer):
         writer.add_file(name, data)
     return unrouted
+
+
+def _finish(
+    job: PackJob,
+    opened: OpenedModel,
+    writer: BundleWriter,
+    progress: Progress,
+    discard: DiscardSource | None,
+) -> tuple[BundleManifest, BundleProof | None]:
+    """Prove the bundle and give it its name; no proof if it was finished before."""
+    proofs: list[BundleProof] = []
+
+    def prove(folder: Path) -> None:
+        progress.begin("prove the bundle", None, "")
+        wanted = None if discard is None else discard.reference()
+        proofs.append(prove_bundle(job.loader, opened, folder, wanted=wanted))
+        progress.end()
+
+    manifest = writer.finish(
+        heat=job.profile.heat,
+        buddies=job.buddies,
+        prices=job.profile.prices,
+        plan=job.plan,
+        profile_sha256=job.profile.sha256,
+        prove=prove,
+    )
+    return manifest, proofs[0] if proofs else None
+
+
+def _require_disk(job: PackJob, writer: BundleWriter, skeleton: SkeletonWork) -> None:
+    written = (form for form, _, _ in writer.to_write if form not in job.spec.placed)
+    records = sum(writer.forms[form].layout.size_bytes for form in written)
+    require_free_disk(job.out.absolute().parent, records + skeleton.size_bytes)
 
 
 def _error(manifest: BundleManifest) -> float | None:

@@ -1,7 +1,7 @@
 """Writer of a bundle's records, from the weights alone or from the experts' inputs."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -26,6 +26,10 @@ from moe_tool.quantizers.registry import QUANTIZERS
 from moe_tool.quantizers.rtn import nearest
 
 
+def _nothing(_: BundleWriter) -> None:
+    pass
+
+
 def write_records(
     writer: BundleWriter,
     opened: OpenedModel,
@@ -33,12 +37,14 @@ def write_records(
     progress: Progress,
     *,
     in_place: InPlace | None = None,
+    after: Callable[[BundleWriter], None] = _nothing,
 ) -> None:
     """Write the missing records, one expert after the other; the next one is read meanwhile.
 
     Args:
         quantizer: one that needs no inputs; any if no codes are to be made.
         in_place: finds the records that stay in the checkpoint's files; None: there are none.
+        after: called after every record.
 
     Raises:
         CorruptArtifactError: a weight to be quantized is NaN or infinite; names its expert.
@@ -60,6 +66,7 @@ def write_records(
         record = writer.forms[form].encode(weights)
         parts = _parts(writer, in_place, (form, layer, expert), record)
         writer.write_record(form, layer, expert, record, parts=parts)
+        after(writer)
         progress.advance()
     progress.end()
 

@@ -25,6 +25,7 @@ from moe_tool.reports.bench_formats import csv_rows, json_rows, markdown_rows
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from tests.packed import pack_bundle
+from tests.tiny_models import tiny_tokenizer
 
 SMALL = ("--prompt-tokens", "16", "--generate", "4", "--repetitions", "2", "--threads", "1")
 
@@ -178,9 +179,12 @@ def test_tests_go_by_depth_and_zero_leaves_one_out() -> None:
         list_tests(options, context_limit=15)
 
 
-def test_no_tokenizer_and_a_tiny_vocabulary_give_random_ids() -> None:
+def test_a_vocabulary_smaller_than_the_tokenizers_gives_random_ids() -> None:
+    tokenizer = tiny_tokenizer()
     for vocabulary in (1, 2, 3):
-        ids, kind = bench_tokens(None, n_tokens=50, vocabulary=vocabulary, seed=0, random=False)
+        ids, kind = bench_tokens(
+            tokenizer, n_tokens=50, vocabulary=vocabulary, seed=0, random=False
+        )
         assert kind == "random"
         assert ids.shape == (50,)
         assert set(ids.tolist()) <= set(range(vocabulary))

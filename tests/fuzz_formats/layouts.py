@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, Qwen3MoeConfig
+from transformers import PreTrainedConfig
 
 from tests.models.stored_formats import coded_weights as make
 from tests.models.stored_formats.coded_weights import Coded
@@ -19,9 +19,8 @@ SCALAR = make.FP8_BLOCKS | {"weight_block_size": None}
 
 
 def small() -> PreTrainedConfig:
-    """Two experts more than are chosen, one layer."""
+    """One layer of four experts."""
     config = qwen3_moe()
-    assert isinstance(config, Qwen3MoeConfig)
     config.num_hidden_layers, config.num_experts = 1, 4
     return config
 
@@ -73,3 +72,8 @@ LAYOUTS: dict[str, Model] = {
     "mlx": (small, MLX, mlx),
 }
 """Model by the name of its layout"""
+FIRST = {
+    "fp8 blocks", "deepseek fp4", "mxfp4", "ct int4 zeros", "ct nvfp4", "modelopt fp8", "gptq",
+    "awq", "nf4", "bnb int8", "mlx",
+}  # fmt: skip
+"""One layout for each format and way to store codes"""

@@ -23,6 +23,10 @@ _SUFFIXES = (
     ".weight", "_scale", ".scales", "_blocks", ".SCB", ".qweight", ".biases", "_packed", ".scale",
     ".weight_scale_inv", ".absmax", ".quant_state.bitsandbytes__nf4", ".g_idx", ".weight_shape",
 )  # fmt: skip
+_METHODS = (
+    "fp8", "mxfp4", "compressed-tensors", "modelopt", "awq", "gptq", "bitsandbytes", "mlx", "FP8",
+    "aqlm",
+)  # fmt: skip
 _ABSURD: tuple[Any, ...] = (
     0, -1, 1, 2, 3, 7, 16, 64, 2**31, 2**40, 2**62, 10**30, 0.5, -0.0, 1e308, float("nan"),
     float("inf"), True, False, None, "", "x", "4", "\x00", "re:(", [], [0], [[]], {}, {"a": 1},
@@ -102,7 +106,9 @@ def _dtype(c: Contents, rng: random.Random, _: Path) -> str:
 
 def _wider(c: Contents, rng: random.Random, _: Path) -> str:
     name = c.any_tensor(rng)
-    dtype = c.entries[name]["dtype"] = rng.choice([*_BYTES, "F4", "", "C64", 7])
+    size = _BYTES[c.entries[name]["dtype"]]
+    others = [dtype for dtype, other in _BYTES.items() if other != size]
+    dtype = c.entries[name]["dtype"] = rng.choice([*others, "F4", "", "C64", 7])
     return f"{name}: as {dtype}"
 
 
@@ -141,13 +147,9 @@ def _cut_tensor(c: Contents, rng: random.Random, _: Path) -> str:
     if not shape or shape[0] == 0:
         return "nothing"
     row = len(c.data[name]) // shape[0]
-    if rng.random() < 0.5:
-        c.entries[name]["shape"], c.data[name] = (
-            [shape[0] + 1, *shape[1:]],
-            c.data[name] + bytes(row),
-        )
-    else:
-        c.entries[name]["shape"], c.data[name] = [shape[0] - 1, *shape[1:]], c.data[name][row:]
+    data, is_longer = c.data[name], rng.random() < 0.5
+    c.data[name] = data + bytes(row) if is_longer else data[row:]
+    c.entries[name]["shape"] = [shape[0] + (1 if is_longer else -1), *shape[1:]]
     return f"{name}: {shape} as {c.entries[name]['shape']}"
 
 
@@ -240,19 +242,7 @@ def _other_settings(c: Contents, rng: random.Random, folder: Path) -> str:
     settings = c.config.pop(key)
     where = rng.choice(["none", "text_config", "compression_config", "method", "file", "string"])
     if where == "method":
-        methods = [
-            "fp8",
-            "mxfp4",
-            "compressed-tensors",
-            "modelopt",
-            "awq",
-            "gptq",
-            "bitsandbytes",
-            "mlx",
-            "FP8",
-            "aqlm",
-        ]
-        c.config[key] = {**settings, "quant_method": rng.choice(methods)}
+        c.config[key] = {**settings, "quant_method": rng.choice(_METHODS)}
         return f"quant_method {c.config[key]['quant_method']}"
     if where == "text_config":
         c.config["text_config"] = {key: settings}
@@ -262,9 +252,8 @@ def _other_settings(c: Contents, rng: random.Random, folder: Path) -> str:
         c.config[key] = rng.choice(["fp8", 8, [], [settings]])
     elif where == "file":
         name = rng.choice(["hf_quant_config.json", "quantize_config.json"])
-        inner = rng.choice(
-            [settings, {"quantization": settings}, {"quantization": {"quant_algo": "NVFP4"}}]
-        )
+        algorithm = {"quantization": {"quant_algo": "NVFP4"}}
+        inner = rng.choice([settings, {"quantization": settings}, algorithm])
         (folder / name).write_text(rng.choice([json.dumps(inner), "", "[]", "{"]))
         return f"settings in {name}: {str(inner)[:60]}"
     return f"settings: {where}"
@@ -301,10 +290,8 @@ def _index(c: Contents, rng: random.Random, folder: Path) -> str:
     name = rng.choice(names)
     wrong: list[Any] = ["", "../x", "/etc/passwd", "config.json", None, 3, *shards, "x" * 300]
     how = rng.choice(["place", "absent", "extra", "map", "text", "shard", "right"])
-    document: Any = {
-        "metadata": {"total_size": rng.choice([0, -1, 2**70])},
-        "weight_map": weight_map,
-    }
+    total = {"total_size": rng.choice([0, -1, 2**70])}
+    document: dict[str, Any] = {"metadata": total, "weight_map": weight_map}
     if how == "place":
         weight_map[name] = rng.choice(wrong)
     elif how == "absent":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_tool.artifacts.identity import HubRevision
 from moe_tool.errors import NotFoundError
 from moe_tool.models import locate
 from moe_tool.models.locate import ALIASES, LocatedModel, locate_model
@@ -45,7 +46,8 @@ def test_a_cached_snapshot_is_taken_without_network(cache: Path) -> None:
     folder = add_snapshot(
         cache, ALIASES["mixtral"], "abc", "config.json", "tokenizer.json", "model.safetensors"
     )
-    assert locate_model("mixtral") == LocatedModel(folder=folder, name="mixtral")
+    hub = HubRevision(hub_id=ALIASES["mixtral"], commit="abc")
+    assert locate_model("mixtral") == LocatedModel(folder=folder, name="mixtral", hub=hub)
     assert locate_model(ALIASES["mixtral"], offline=True).folder == folder
 
 

@@ -94,7 +94,7 @@ def test_what_other_runs_left_over_changes_nothing(
         ('{"model_type": "no_such", "auto_map": {"AutoConfig": "a.B"}}', UnsupportedModelError),
         ('{"model_type": "bert_japanese_none"}', UnsupportedModelError),
         (
-            '{"model_type": "mixtral", "quantization_config": {"quant_method": "gptq"}}',
+            '{"model_type": "mixtral", "quantization_config": {"quant_method": "no-such"}}',
             UnsupportedModelError,
         ),
     ],

@@ -62,6 +62,10 @@ FAULTS = {
         {f"{QUERY}.lora_A.weight": torch.ones(4, 64)},
         "q_proj.lora_A.weight', a part of an adapter",
     ),
+    "scales of 4-bit codes": (
+        {f"{QUERY}.weight.absmax": torch.ones(4)},
+        "q_proj.weight.absmax', a part of weights stored as codes",
+    ),
     "scales of the head": ({"lm_head.weight_scale": torch.ones(1)}, "lm_head.weight_scale"),
 }
 

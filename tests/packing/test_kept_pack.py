@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe_tool.errors import UsageError
@@ -152,3 +152,18 @@ def test_int8_activations_are_announced_and_close(
     assert 0 < error < 0.1
     with open_session(bundle, run_options(**options)) as session, torch.inference_mode():
         assert torch.equal(session.model(input_ids=torch.tensor([PROMPT])).logits, wanted)
+
+
+def test_experts_that_differ_in_form_are_packed_decoded(tmp_path: Path) -> None:
+    coded, plain = write_pair("int4", tmp_path)
+    path = coded / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_scale"
+    tensors[name] = tensors[name].float()  # the same numbers, unlike the scales of its gate
+    save_file(tensors, path, {"format": "pt"})
+    model = LocatedModel(folder=coded, name="int4")
+    bundle = pack_bundle(model, out=tmp_path / "b", bits="native").bundle
+    with BundleReader.open(bundle) as reader:
+        (held,) = reader.forms
+        assert held.table.precision.kind == "native"
+    assert tokens_of(bundle, "min") == wanted_tokens(plain)

@@ -119,10 +119,10 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
 ) -> None:
     write = BundleWriter.write_record
 
-    def killing(self: BundleWriter, *args: Any, **more: Any) -> None:
+    def killing(self: BundleWriter, *record: Any, **more: Any) -> None:
         if self.n_written == after:
             raise Killed
-        write(self, *args, **more)
+        write(self, *record, **more)
 
     monkeypatch.setattr(BundleWriter, "write_record", killing)
     with pytest.raises(Killed):

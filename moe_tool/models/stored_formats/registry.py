@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_tool.errors import UnsupportedModelError
-from moe_tool.formats.hostile_file import read_capped
+from moe_tool.formats.hostile_file import one_line, read_capped
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.stored_formats import (
@@ -116,7 +116,8 @@ def find_format(settings: Mapping[str, Any], model_type: str) -> StoredFormat:
         if method in each.methods:
             return each
     raise UnsupportedModelError(
-        f"this {model_type[:64]} checkpoint is stored in {method[:32]} format, which is not read",
+        f"this {one_line(model_type[:64])} checkpoint is stored in {one_line(method[:32])} format, "
+        "which is not read",
         hint="use a version of the checkpoint in float32, bfloat16 or float16, or in one of the "
         f"formats {', '.join(sorted(method for each in FORMATS for method in each.methods))}",
     )

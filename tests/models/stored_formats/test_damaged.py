@@ -214,6 +214,7 @@ def test_a_truncated_file_is_refused(n_bytes: int, tmp_path: Path) -> None:
 FP4 = {"type": "float", "num_bits": 4}
 UNREAD: dict[str, tuple[Any, str]] = {
     "another method": ({"quant_method": "aqlm"}, "stored in aqlm format, which is not read"),
+    "a method of no letters": ({"quant_method": "\x1b[2J\x00"}, r"stored in \?\[2j\? format"),
     "no method": ({"bits": 4}, "stored in unknown format"),
     "no object": ("fp8", "stored in unknown format"),
     "another width": (make.compressed("pack-quantized", num_bits=3), "num_bits '3 of pack"),
