@@ -83,9 +83,7 @@ def plan_pack(
         in_turn_bytes=loader.in_turn_bytes,
         asked=options.memory_bytes,
     )
-    has_native = any(precision.kind == "native" for precision in floats.experts)
-    kept = opened.kept_precision() if has_native else None
-    primaries = primary_forms(options, shape, kept)
+    primaries = _with_codes_kept(floats, options, opened)
     replicas = _replicas(options, primaries, shape)
     forms = planned_forms(primaries.experts, replicas)
     if options.in_place:
@@ -112,6 +110,15 @@ def plan_pack(
         hidden_bytes=memory.hidden_bytes,
         loader=loader,
     )
+
+
+def _with_codes_kept(
+    floats: PrimaryForms, options: PackOptions, opened: OpenedModel
+) -> PrimaryForms:
+    """Return the forms with native experts in the checkpoint's own codes, where it has any."""
+    if not any(precision.kind == "native" for precision in floats.experts):
+        return floats
+    return primary_forms(options, opened.shape, opened.kept_precision())
 
 
 def _require_no_channels(options: PackOptions) -> None:
