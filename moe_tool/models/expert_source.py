@@ -43,7 +43,7 @@ class ExpertSource:
             for layer, modules in self._map.moe_layers.items()
         }
         self._dtype = getattr(torch, expert_dtype(self._map, checkpoint))
-        self._orders: dict[tuple[int, str], torch.Tensor | None] = {}
+        self._orders: dict[tuple[object, ...], torch.Tensor | None] = {}
         self._transposed = {
             layer: is_transposed(modules) for layer, modules in self._map.moe_layers.items()
         }
@@ -148,15 +148,26 @@ class ExpertSource:
     def _row_order(
         self, layer: int, parameter: str, expert: int, parts: Sequence[KeptWeight]
     ) -> torch.Tensor | None:
-        """Return how the parts' rows make a parameter, the same for all experts of a layer."""
-        if (layer, parameter) not in self._orders:
-            pieces, is_stacked = self._map.expert_pieces(layer, parameter, expert)
+        """Return how the parts' rows make a parameter.
+
+        It is the same wherever the same rules convert tensors of the same shapes, so it is found
+        once for all layers that are alike.
+        """
+        pieces, is_stacked = self._map.expert_pieces(layer, parameter, expert)
+        alike = (
+            parameter,
+            self._transposed[layer],
+            is_stacked,
+            tuple(piece.pattern for piece in pieces),
+            tuple((part.kind, part.shape, part.group) for part in parts),
+        )
+        if alike not in self._orders:
 
             def convert(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
                 return self._converted(layer, parameter, pieces, tensors, is_stacked)
 
-            self._orders[layer, parameter] = row_order(parts, convert)
-        return self._orders[layer, parameter]
+            self._orders[alike] = row_order(parts, convert)
+        return self._orders[alike]
 
     def tensor_names(self, layer: int) -> list[str]:
         """Return the on-disk names, sorted, of all experts' tensors of one layer."""

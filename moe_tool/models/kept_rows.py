@@ -10,6 +10,7 @@ from moe_tool.quantization.kept_codes import KeptWeight, join_rows
 Convert = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Tensors in the orientation of the checkpoint's floats -> the parameter, [out, in]"""
 _BLOCK_WEIGHTS = 2**16
+_BLOCKS = 32
 
 
 def row_order(parts: Sequence[KeptWeight], convert: Convert) -> torch.Tensor | None:
@@ -68,7 +69,7 @@ def _decoded(parts: Sequence[KeptWeight]) -> Iterator[torch.Tensor]:
 
 def _blocks(weight: KeptWeight) -> Iterator[tuple[slice, torch.Tensor]]:
     """Decode some rows at a time: decoding takes several times the room of its result."""
-    n_rows = max(1, _BLOCK_WEIGHTS // weight.shape[1])
+    n_rows = max(1, _BLOCK_WEIGHTS // weight.shape[1], weight.shape[0] // _BLOCKS)
     for first in range(0, weight.shape[0], n_rows):
         at = slice(first, first + n_rows)
         yield at, weight.decode(at.start, min(at.stop, weight.shape[0]))
