@@ -112,6 +112,7 @@ def _load(
     wanted: HubDataset, *, domain: str, seed: int, online: bool, offline: bool
 ) -> "datasets.IterableDataset | datasets.Dataset":
     import datasets
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         if online:
@@ -123,11 +124,19 @@ def _load(
             return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split).shuffle(
                 seed=seed
             )
-    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        HTTPError,
+    ) as error:
         if not online:
             raise _out_of_reach(wanted, domain=domain, offline=offline) from error
         message = f"data set '{wanted.name}' (domain '{domain}'): {error}"
-        if isinstance(error, (FileNotFoundError, ConnectionError)):  # missing, gated, or cut off
+        if isinstance(
+            error, (FileNotFoundError, ConnectionError, HTTPError)
+        ):  # missing, gated, or cut off
             hint = f"check its name at {hub_endpoint()}/datasets; a gated one needs `hf auth login`"
             raise NotFoundError(message, hint=hint) from error
         raise DataSourceError(message, hint="write it as org/name:config:split") from error
@@ -136,6 +145,8 @@ def _load(
 def _texts(
     rows: "datasets.IterableDataset | datasets.Dataset", wanted: HubDataset
 ) -> Iterator[str]:
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
     try:
         for row in rows:
             text = next((row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str)), None)
@@ -148,7 +159,7 @@ def _texts(
                 )
             if text.strip():
                 yield text
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise DataSourceError(
             f"data set '{wanted.name}': the connection broke ({error})", hint="run it again"
         ) from error
