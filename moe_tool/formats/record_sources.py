@@ -17,6 +17,7 @@ import torch
 from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 from moe_tool.artifacts.source_files import WIDENED, Part, SourceFile, SourceFiles
 from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.formats.home_folder import from_home
 from moe_tool.formats.hostile_file import open_plain_file, quoted, reading
 from moe_tool.formats.record_files import PIECE_BYTES, OnPiece
 from moe_tool.formats.record_layout import RecordLayout, Segment
@@ -55,7 +56,7 @@ class RecordSources:
         """Open the files that a manifest names; see `RecordSources`."""
         folder = Path(sources.resolved)
         if not folder.is_dir():
-            other = Path(sources.folder).expanduser()
+            other = from_home(sources.folder)
             if not other.is_dir():
                 raise NotFoundError(
                     f"the experts of this bundle lie in the checkpoint {quoted(folder)}, which is "
@@ -193,10 +194,10 @@ def source_path(folder: Path, name: str) -> Path:
         StorageError: it cannot be looked up.
     """
     with reading(folder / name):
-        home = folder.resolve()
         try:
+            home = folder.resolve()
             path = (home / name).resolve(strict=True)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, RuntimeError) as error:  # RuntimeError: a loop of links
             raise NotFoundError(
                 f"{folder / name}, which holds experts of this bundle, is not there",
                 hint=f"download the checkpoint again, or {SOURCE_AGAIN}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moe_tool.artifacts.identity import HubRevision
 from moe_tool.errors import NotFoundError, UsageError
 from moe_tool.formats.foreign_files import foreign_file
+from moe_tool.formats.home_folder import from_home
 from moe_tool.formats.hub_probe import hub_is_reachable
 from moe_tool.models.hub_cache import Snapshot, cache_folder, complete_revisions, find_snapshot
 
@@ -132,7 +133,7 @@ def locate_model(
 
 def _local_folder(model: str, revision: str | None) -> Path | None:
     """Return the folder that `model` is, or that its alias names."""
-    folder = Path(model).expanduser()
+    folder = from_home(model)
     if folder.is_dir() and revision is not None:
         raise UsageError(
             f"--revision {revision} beside a folder, which has no revisions",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_tool.errors import DataSourceError, NotFoundError
+from moe_tool.formats.home_folder import from_home
 from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden, hub_is_reachable
 from moe_tool.text import TEXT_FIELDS
 
@@ -86,7 +87,7 @@ def _cache_folders(name: str) -> list[Path]:
         prepared / f"{organisation}___{snake_case}",
         downloaded / f"datasets--{organisation}--{title}",
     ]
-    return [folder.expanduser() for folder in folders]
+    return [from_home(folder) for folder in folders]
 
 
 def why_offline(*, offline: bool) -> str:

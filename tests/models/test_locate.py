@@ -120,3 +120,8 @@ def test_the_answer_without_network_takes_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(cache: Path) -> None:
+    with pytest.raises(NotFoundError, match="~nosuchuser-/m is no"):
+        locate_model("~nosuchuser-/m", offline=True)

@@ -144,6 +144,19 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
     assert isinstance(error, NotFoundError) and path.name in error.message
 
 
+def test_a_home_folder_of_nobody_and_links_in_a_loop_are_not_there(copy: Path) -> None:
+    path, _ = first_part(copy)
+    path.unlink()
+    path.symlink_to(path.name)
+    assert isinstance(refusal(copy / "b"), NotFoundError)
+
+    def elsewhere(section: dict[str, Any]) -> None:
+        section |= {"resolved": str(copy / "nowhere"), "folder": "~nosuchuser-/m"}
+
+    change_section(copy / "b", elsewhere)
+    assert isinstance(refusal(copy / "b"), NotFoundError)
+
+
 def longer(data: bytearray, _: Part) -> bytearray:
     return data + b"x"
 
