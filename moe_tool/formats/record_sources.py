@@ -110,17 +110,19 @@ class RecordSources:
             at += part.filled_bytes
         return out
 
-    def has_changed(self, parts: Sequence[Part]) -> bool:
-        """Return whether a file of these parts was replaced or changed since it was opened.
+    def changed_file(self, parts: Sequence[Part]) -> Path | None:
+        """Return a file of these parts that was replaced or changed since it was opened, if any.
 
         Raises:
             OSError: the file's status cannot be read.
         """
-        try:
-            used = {part.file for part in parts}
-            return any(_identity(os.stat(self.paths[at])) != self._opened_as[at] for at in used)
-        except FileNotFoundError:
-            return True
+        for at in sorted({part.file for part in parts}):
+            try:
+                if _identity(os.stat(self.paths[at])) != self._opened_as[at]:
+                    return self.paths[at]
+            except FileNotFoundError:
+                return self.paths[at]
+        return None
 
     def close(self) -> None:
         """Close the files."""

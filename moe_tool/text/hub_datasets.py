@@ -101,11 +101,12 @@ def why_offline(*, offline: bool) -> str:
 
 def _out_of_reach(wanted: HubDataset, *, domain: str, offline: bool) -> NotFoundError:
     prepared, downloaded = _cache_folders(wanted.name)
+    way_out = "leave out --offline" if offline else "run this once on a machine with network"
     return NotFoundError(
         f"data set '{wanted.name}' (domain '{domain}'): {why_offline(offline=offline)}, it is not"
         f" in the cache ({prepared}, {downloaded}), and no local file or folder has that name",
         hint=f"give a text of your own (--data {domain}=./{domain}.txt) or --data builtin,"
-        " which needs no network; or run this once on a machine with network",
+        f" which needs no network; or {way_out}",
     )
 
 

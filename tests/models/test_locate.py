@@ -86,8 +86,9 @@ def test_offline_never_asks_the_network(cache: Path, monkeypatch: pytest.MonkeyP
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(locate, "hub_is_reachable", asked)
-    with pytest.raises(NotFoundError, match="the network is forbidden"):
+    with pytest.raises(NotFoundError, match="--offline forbids the network") as found:
         locate_model("mixtral", offline=True)
+    assert "leave out --offline" in (found.value.hint or "")
 
 
 @pytest.mark.parametrize(
