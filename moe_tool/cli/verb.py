@@ -2,10 +2,12 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_tool.cli.console import Output, open_output
 from moe_tool.cli.options import JsonOption
+from moe_tool.errors import UsageError
 
 Arguments = TypeVar("Arguments")
 Options = TypeVar("Options")
@@ -18,7 +20,7 @@ def verb(work: Callable[[Arguments, Output], None]) -> Callable[..., None]:
 
     def command(*, json: bool, **given: Any) -> None:
         with open_output(as_json=json) as output:
-            work(kind(**given), output)
+            work(kind(**{name: _expanded(value) for name, value in given.items()}), output)
 
     as_json = inspect.Parameter(
         "json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JsonOption
@@ -27,6 +29,19 @@ def verb(work: Callable[[Arguments, Output], None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__name__, command.__doc__ = work.__name__, work.__doc__
     return command
+
+
+def _expanded(value: object) -> object:
+    """Return a path with ~ replaced, as a shell does in most places, but not after `--out=`."""
+    if not isinstance(value, Path):
+        return value
+    try:
+        return value.expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{value}: there is no such home folder",
+            hint=f"write the whole path; ./{value} is a folder of that name here",
+        ) from error
 
 
 def options_from(arguments: object, make: Callable[..., Options], **others: object) -> Options:

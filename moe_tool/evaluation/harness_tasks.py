@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_tool.errors import DataSourceError, MoeToolError, NotFoundError, UsageError
+from moe_tool.formats.home_folder import from_home
 from moe_tool.progress import Progress
 from moe_tool.text.hub_datasets import why_offline
 
@@ -76,7 +77,7 @@ def _find_tasks(options: HarnessOptions) -> tuple[Any, list[str]]:
             )
     folders, names, is_local = list(options.include), [], True
     for task in options.tasks:
-        path = Path(task).expanduser()
+        path = from_home(task)
         if not (os.sep in task or path.suffix in (".yaml", ".yml")):
             names.append(task)
         elif path.is_dir():

@@ -49,6 +49,14 @@ def partial_folder(out: Path) -> Path:
     return out.parent / (out.name + PART_SUFFIX)
 
 
+def remove_begun(out: Path) -> None:
+    """Remove the folder of a bundle that was begun, if it holds nothing but the journal."""
+    folder = partial_folder(out)
+    if [path.name for path in folder.iterdir()] == [JOURNAL]:
+        (folder / JOURNAL).unlink()
+        folder.rmdir()
+
+
 def split_skeleton(
     tensors: Sequence[SkeletonEntry], *, limit_bytes: int
 ) -> list[list[SkeletonEntry]]:

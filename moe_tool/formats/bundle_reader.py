@@ -34,6 +34,7 @@ from moe_tool.quantization.channels import ChannelWeight
 GoOn = Callable[[int], bool]
 """Callback after every piece of a record, with its bytes; returning False cancels the read."""
 
+_CHECK_DISK = "check the disk"
 _HASH_BLOCK_BYTES = 16 * 2**20
 
 
@@ -196,9 +197,10 @@ class BundleReader:
 
         in_pieces = None if is_known and go_on is None else look_at
         try:
-            count, has_changed = self._fill(form, entry, out, n_there, in_pieces)
+            count, changed = self._fill(form, entry, out, n_there, in_pieces)
         except OSError as error:
-            raise _disk_error(where, error) from error
+            is_placed = self.forms[form].parts is not None
+            raise _disk_error(where, error, SOURCE_AGAIN if is_placed else _CHECK_DISK) from error
         if count is None:
             return
         if n_there + count < out.numel():
@@ -206,9 +208,9 @@ class BundleReader:
                 f"{where}: the file ended after {n_there + count} of {out.numel()} bytes",
                 hint=REPACK,
             )
-        if has_changed:
+        if changed is not None:
             # The manifest in memory may describe another bundle, even if this record is whole.
-            raise _changed(where)
+            raise _changed(where, changed)
         if not is_known:
             self._require_right(form, entry, out, digest.hexdigest())
 
@@ -219,17 +221,19 @@ class BundleReader:
         out: torch.Tensor,
         n_there: int,
         on_piece: OnPiece | None,
-    ) -> tuple[int | None, bool]:
-        """Read a record; return the bytes read, None if cancelled, and whether a file changed."""
+    ) -> tuple[int | None, str | None]:
+        """Read a record; return the bytes read, None if cancelled, and what changed meanwhile."""
         parts = self._parts.get((form, entry.layer, entry.expert))
         if parts is None or self._sources is None:
             offset = entry.offset + n_there
             count = self._files.read_into(entry.file, offset, out[n_there:], on_piece=on_piece)
-            return count, count is not None and self._files.has_changed(entry.file)
+            has_changed = count is not None and self._files.has_changed(entry.file)
+            return count, "the bundle" if has_changed else None
         assert n_there == 0, "a record with a base lies in the bundle"
         layout = self.forms[form].form.layout
         count = self._sources.read_into(parts, layout, out, on_piece=on_piece)
-        return count, count is not None and self._sources.has_changed(parts)
+        changed = None if count is None else self._sources.changed_file(parts)
+        return count, None if changed is None else f"the checkpoint's {changed}"
 
     def _require_right(self, form: int, entry: FormRecord, record: torch.Tensor, xxh3: str) -> None:
         if xxh3 != entry.xxh3:
@@ -273,9 +277,9 @@ class BundleReader:
             read = self._files.read_chunks(entry.file, entry.offset, weight.chunks, channels)
             has_changed = self._files.has_changed(entry.file)
         except OSError as error:
-            raise _disk_error(where, error) from error
+            raise _disk_error(where, error, _CHECK_DISK) from error
         if has_changed:
-            raise _changed(where)
+            raise _changed(where, "the bundle")
         known = self._verified_channels.setdefault(
             (layer, expert), np.zeros(weight.n_channels, dtype=bool)
         )
@@ -370,12 +374,12 @@ class BundleReader:
                     self.read_record_into(record.layer, record.expert, out, form=held.index)
 
 
-def _disk_error(where: str, error: OSError) -> StorageError:
-    return StorageError(f"{where}: {error.strerror or error}", hint="check the disk")
+def _disk_error(where: str, error: OSError, remedy: str) -> StorageError:
+    return StorageError(f"{where}: {error.strerror or error}", hint=remedy)
 
 
-def _changed(where: str) -> CorruptArtifactError:
+def _changed(where: str, what: str) -> CorruptArtifactError:
     return CorruptArtifactError(
         f"{where}: the file was changed after the bundle was opened",
-        hint="run the command again, and leave the bundle alone while it runs",
+        hint=f"run the command again, and leave {what} alone while it runs",
     )

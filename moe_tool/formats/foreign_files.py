@@ -48,6 +48,12 @@ def foreign_folder(folder: Path) -> MoeToolError | None:
         return None
     if not names.isdisjoint(_READ):
         return None
+    if "manifest.json" in names and any(name.startswith("skeleton-") for name in names):
+        return UnsupportedModelError(
+            f"{folder} is a bundle, not the checkpoint that it was packed from",
+            hint=f"moe-tool run {shlex.quote(str(folder))} runs it; "
+            "give the checkpoint to pack and profile",
+        )
     if "adapter_config.json" in names or "adapter_model.safetensors" in names:
         return UnsupportedModelError(
             f"{folder} holds an adapter, not a model",

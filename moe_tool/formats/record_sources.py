@@ -17,6 +17,7 @@ import torch
 from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 from moe_tool.artifacts.source_files import WIDENED, Part, SourceFile, SourceFiles
 from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.formats.home_folder import from_home
 from moe_tool.formats.hostile_file import open_plain_file, quoted, reading
 from moe_tool.formats.record_files import PIECE_BYTES, OnPiece
 from moe_tool.formats.record_layout import RecordLayout, Segment
@@ -55,7 +56,7 @@ class RecordSources:
         """Open the files that a manifest names; see `RecordSources`."""
         folder = Path(sources.resolved)
         if not folder.is_dir():
-            other = Path(sources.folder).expanduser()
+            other = from_home(sources.folder)
             if not other.is_dir():
                 raise NotFoundError(
                     f"the experts of this bundle lie in the checkpoint {quoted(folder)}, which is "
@@ -109,17 +110,19 @@ class RecordSources:
             at += part.filled_bytes
         return out
 
-    def has_changed(self, parts: Sequence[Part]) -> bool:
-        """Return whether a file of these parts was replaced or changed since it was opened.
+    def changed_file(self, parts: Sequence[Part]) -> Path | None:
+        """Return a file of these parts that was replaced or changed since it was opened, if any.
 
         Raises:
             OSError: the file's status cannot be read.
         """
-        try:
-            used = {part.file for part in parts}
-            return any(_identity(os.stat(self.paths[at])) != self._opened_as[at] for at in used)
-        except FileNotFoundError:
-            return True
+        for at in sorted({part.file for part in parts}):
+            try:
+                if _identity(os.stat(self.paths[at])) != self._opened_as[at]:
+                    return self.paths[at]
+            except FileNotFoundError:
+                return self.paths[at]
+        return None
 
     def close(self) -> None:
         """Close the files."""
@@ -193,10 +196,10 @@ def source_path(folder: Path, name: str) -> Path:
         StorageError: it cannot be looked up.
     """
     with reading(folder / name):
-        home = folder.resolve()
         try:
+            home = folder.resolve()
             path = (home / name).resolve(strict=True)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, RuntimeError) as error:  # RuntimeError: a loop of links
             raise NotFoundError(
                 f"{folder / name}, which holds experts of this bundle, is not there",
                 hint=f"download the checkpoint again, or {SOURCE_AGAIN}",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its client's
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
     get_session,
@@ -66,15 +66,22 @@ def download(
         sizes = {f.rfilename: f.size or 0 for f in info.siblings or [] if "/" not in f.rfilename}
         small = [name for name in sizes if any(fnmatch(name, p) for p in _SMALL_FILES)]
         folder = Path(snapshot_download(hub_id, revision=branch, allow_patterns=small))
+        if info.sha not in (None, folder.name):
+            raise NotFoundError(
+                f"{hub_id}: {branch} moved from {info.sha} to {folder.name} during the download",
+                hint="run the same command again; what was downloaded is kept",
+            )
         read_config(folder)
         load_tokenizer(tokenizer or folder)
         read_generation_settings(folder)
         weights = _weight_files(hub_id, folder, sizes)
+        _require_sizes(hub_id, {name: sizes[name] for name in weights})
         n_bytes = sum(sizes[name] for name in weights)
         require_free_disk(cache_folder(), n_bytes)
         _check_remote_headers(hub_id, folder.name, folder, {name: sizes[name] for name in weights})
         announce(f"downloading {hub_id}: {format_bytes(n_bytes)} into {cache_folder()}")
-        snapshot_download(hub_id, revision=branch, allow_patterns=[*small, *weights])
+        # By its commit, which has been judged: the branch may have moved.
+        snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *weights])
     return Snapshot(folder=folder, revision=folder.name)
 
 
@@ -92,7 +99,7 @@ def download_shard(hub: HubRevision, name: str) -> None:
 def _downloading(hub_id: str) -> Iterator[None]:
     try:
         yield
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise NotFoundError(
             f"{hub_id} could not be downloaded: {reason}",
@@ -124,6 +131,16 @@ def _weight_files(hub_id: str, folder: Path, sizes: Mapping[str, int]) -> list[s
                 hint="use another revision of the model",
             )
     return shards
+
+
+def _require_sizes(hub_id: str, sizes: Mapping[str, int]) -> None:
+    for name, n_bytes in sizes.items():
+        if n_bytes <= 0:
+            raise NotFoundError(
+                f"{hub_id} could not be downloaded: the hub says that {name} has {n_bytes} bytes, "
+                "or does not say how many",
+                hint="check HF_ENDPOINT and the proxy, or give a local folder",
+            )
 
 
 def _check_remote_headers(hub_id: str, commit: str, folder: Path, sizes: Mapping[str, int]) -> None:

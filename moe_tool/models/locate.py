@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moe_tool.artifacts.identity import HubRevision
 from moe_tool.errors import NotFoundError, UsageError
 from moe_tool.formats.foreign_files import foreign_file
+from moe_tool.formats.home_folder import from_home
 from moe_tool.formats.hub_probe import hub_is_reachable
 from moe_tool.models.hub_cache import Snapshot, cache_folder, complete_revisions, find_snapshot
 
@@ -132,7 +133,7 @@ def locate_model(
 
 def _local_folder(model: str, revision: str | None) -> Path | None:
     """Return the folder that `model` is, or that its alias names."""
-    folder = Path(model).expanduser()
+    folder = from_home(model)
     if folder.is_dir() and revision is not None:
         raise UsageError(
             f"--revision {revision} beside a folder, which has no revisions",
@@ -165,7 +166,8 @@ def _split_revision(model: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def _not_found(model: str, hub_id: str, found: Snapshot | None, *, offline: bool) -> NotFoundError:
-    reason = "the network is forbidden" if offline else "the hub cannot be reached"
+    reason = "--offline forbids the network" if offline else "the hub cannot be reached"
+    way_out = "leave out --offline" if offline else "connect to the network and try again"
     called = model if model.partition("@")[0] == hub_id else f"{model} ({hub_id})"
     if found is not None:
         others = [name for name in complete_revisions(hub_id) if name != found.revision]
@@ -173,11 +175,11 @@ def _not_found(model: str, hub_id: str, found: Snapshot | None, *, offline: bool
         return NotFoundError(
             f"revision {found.revision} of {called} is here without {found.missing}, "
             f"and {reason}: {found.folder}",
-            hint=f"connect to the network and try again: the rest is downloaded{other}",
+            hint=f"{way_out}: the rest is downloaded{other}",
         )
     return NotFoundError(
         f"{called} is not here and {reason}: looked for the folder {Path(model).absolute()} "
         f"and in the Hugging Face cache {cache_folder()}",
-        hint="give the path of a local folder that holds the checkpoint; or connect to the network "
-        "(or point HF_HOME at a cache that holds it) and try again",
+        hint="give the path of a local folder that holds the checkpoint, or point HF_HOME at a "
+        f"cache that holds it; or {way_out}",
     )

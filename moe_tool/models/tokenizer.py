@@ -14,6 +14,7 @@ from moe_tool.formats.foreign_files import foreign_file
 from moe_tool.models.hub_cache import TOKENIZER_FILES
 
 _FILES = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json")
+_PROBE = "The list"
 _WITHOUT_CODE = (
     "if tokenizer.json holds the whole tokenizer, take auto_map out of tokenizer_config.json; "
     "otherwise give a folder with a tokenizer that transformers reads by itself: moe-tool pack and "
@@ -45,9 +46,11 @@ def load_tokenizer(folder: Path) -> Any:
             raise foreign
     try:
         # By default transformers asks on stdin whether it may run the folder's code.
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, config=_config(folder), local_files_only=True, trust_remote_code=False
         )
+        tokenizer.decode(tokenizer.encode(_PROBE))  # settings of wrong types are found in use
+        return tokenizer
     except Exception as error:  # tokenizers raises bare Exception, transformers half a dozen kinds
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(

@@ -88,7 +88,6 @@ class DiscardSource:
             CorruptArtifactError, StorageError: as the checkpoint and the disk.
         """
         job, gone = self._job, self._gone
-        gone.folder.mkdir(exist_ok=True)
         for number, (_, layer, expert) in enumerate(writer.to_write, start=writer.n_written):
             for tensor in job.spec.shape.expert_tensors:
                 places = self._opened.experts.places(layer, tensor.name, expert)
@@ -98,6 +97,7 @@ class DiscardSource:
         needed = self.shards if old is None or not has_reference else list(self._last)
         self._fetch([path for path in needed if not path.is_file()], progress)
         self._require_disk(writer, skeleton)
+        gone.folder.mkdir(exist_ok=True)
         if not has_reference:
             made = forward_source(job.loader, self._opened)
             tensors = {f"state.{k:06d}": state for k, state in enumerate(made.states)}

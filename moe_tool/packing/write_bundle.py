@@ -10,7 +10,9 @@ import numpy as np
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.available_memory import peak_rss_bytes
-from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.errors import MoeToolError
+from moe_tool.formats.atomic_write import require_free_disk, storage_errors
+from moe_tool.formats.bundle_files import remove_begun
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.packing.discard_source import DiscardSource, forget_source
@@ -150,6 +152,11 @@ def _write(
             unrouted = write_calibrated(
                 writer, opened, job, job.tokens, progress, in_place=in_place
             )
+    except MoeToolError:
+        if not writer.n_written:  # other options may follow, which a journal would refuse
+            with storage_errors(job.out):
+                remove_begun(job.out)
+        raise
     finally:
         writer.suspend()
     if discard is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_tool.errors import DataSourceError, NotFoundError
+from moe_tool.formats.home_folder import from_home
 from moe_tool.formats.hub_probe import hub_endpoint, hub_is_forbidden, hub_is_reachable
 from moe_tool.text import TEXT_FIELDS
 
@@ -86,7 +87,7 @@ def _cache_folders(name: str) -> list[Path]:
         prepared / f"{organisation}___{snake_case}",
         downloaded / f"datasets--{organisation}--{title}",
     ]
-    return [folder.expanduser() for folder in folders]
+    return [from_home(folder) for folder in folders]
 
 
 def why_offline(*, offline: bool) -> str:
@@ -100,11 +101,12 @@ def why_offline(*, offline: bool) -> str:
 
 def _out_of_reach(wanted: HubDataset, *, domain: str, offline: bool) -> NotFoundError:
     prepared, downloaded = _cache_folders(wanted.name)
+    way_out = "leave out --offline" if offline else "run this once on a machine with network"
     return NotFoundError(
         f"data set '{wanted.name}' (domain '{domain}'): {why_offline(offline=offline)}, it is not"
         f" in the cache ({prepared}, {downloaded}), and no local file or folder has that name",
         hint=f"give a text of your own (--data {domain}=./{domain}.txt) or --data builtin,"
-        " which needs no network; or run this once on a machine with network",
+        f" which needs no network; or {way_out}",
     )
 
 
@@ -112,6 +114,7 @@ def _load(
     wanted: HubDataset, *, domain: str, seed: int, online: bool, offline: bool
 ) -> "datasets.IterableDataset | datasets.Dataset":
     import datasets
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         if online:
@@ -123,11 +126,19 @@ def _load(
             return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split).shuffle(
                 seed=seed
             )
-    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        HTTPError,
+    ) as error:
         if not online:
             raise _out_of_reach(wanted, domain=domain, offline=offline) from error
         message = f"data set '{wanted.name}' (domain '{domain}'): {error}"
-        if isinstance(error, (FileNotFoundError, ConnectionError)):  # missing, gated, or cut off
+        if isinstance(
+            error, (FileNotFoundError, ConnectionError, HTTPError)
+        ):  # missing, gated, or cut off
             hint = f"check its name at {hub_endpoint()}/datasets; a gated one needs `hf auth login`"
             raise NotFoundError(message, hint=hint) from error
         raise DataSourceError(message, hint="write it as org/name:config:split") from error
@@ -136,6 +147,8 @@ def _load(
 def _texts(
     rows: "datasets.IterableDataset | datasets.Dataset", wanted: HubDataset
 ) -> Iterator[str]:
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
     try:
         for row in rows:
             text = next((row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str)), None)
@@ -148,7 +161,7 @@ def _texts(
                 )
             if text.strip():
                 yield text
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise DataSourceError(
             f"data set '{wanted.name}': the connection broke ({error})", hint="run it again"
         ) from error

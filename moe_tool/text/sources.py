@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_tool.errors import NotFoundError, UsageError
+from moe_tool.formats.home_folder import from_home
 from moe_tool.text.builtin import BUILTIN_DOMAINS, Part, builtin_documents
 from moe_tool.text.hub_datasets import read_hub_documents, require_hub_dataset
 from moe_tool.text.local_files import SUPPORTED_SUFFIXES, read_local_documents
@@ -77,7 +78,7 @@ def require_sources(sources: Sequence[TextSource], *, offline: bool = False) -> 
             continue
         if not _is_local(source.spec):
             require_hub_dataset(source.spec, domain=source.domain, offline=offline)
-        elif not (path := Path(source.spec).expanduser()).exists():
+        elif not (path := from_home(source.spec)).exists():
             raise NotFoundError(
                 f"{path} does not exist", hint=f"check the path; {_WAYS_TO_NAME_TEXT}"
             )
@@ -100,7 +101,7 @@ def read_documents(source: TextSource, *, seed: int, offline: bool = False) -> I
     if kind == "builtin":
         return _read_builtin(rest, seed=seed)
     if _is_local(source.spec):
-        return read_local_documents(Path(source.spec).expanduser(), seed=seed)
+        return read_local_documents(from_home(source.spec), seed=seed)
     return read_hub_documents(source.spec, domain=source.domain, seed=seed, offline=offline)
 
 
@@ -112,7 +113,7 @@ def _parse_argument(argument: str) -> list[TextSource]:
     if spec in HUB_ALIASES:
         return [TextSource(domain=name or spec, spec=HUB_ALIASES[spec])]
     if _is_local(spec):
-        path = Path(spec).expanduser()
+        path = from_home(spec)
         return [TextSource(domain=name or Path(os.path.abspath(path)).stem, spec=spec)]
     if _HUB_ID.fullmatch(spec):
         return [TextSource(domain=name or spec.split(":")[0].split("/")[1], spec=spec)]

@@ -3,18 +3,30 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 COMMIT = "c" * 40
 MODEL = "owner/name"
 
 
 @contextmanager
-def local_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve a folder as MODEL; yield the endpoint and the list of files that were fetched."""
+def local_hub(
+    folder: Path,
+    *,
+    cut: str | None = None,
+    edit: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[tuple[str, list[str]]]:
+    """Serve a folder as MODEL; yield the endpoint and the list of files that were fetched.
+
+    Args:
+        cut: what a request asks for whose connection drops halfway: a file, perhaps with a range,
+            or "listing".
+        edit: changes the listing of the model before it is sent.
+    """
     fetched: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,6 +48,8 @@ def local_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
                 first, last = asked.removeprefix("bytes=").split("-")
                 status, data = 206, data[int(first) : int(last or len(data)) + 1]
             name = self.path.rpartition("/")[2]
+            request = f"{name} {asked}".strip() if "/resolve/" in self.path else "listing"
+            is_cut = with_body and request == cut
             if with_body and "/resolve/" in self.path:
                 fetched.append(f"{name} {asked}".strip())
             self.send_response(status)
@@ -44,7 +58,8 @@ def local_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if with_body:
-                self.wfile.write(data)
+                self.wfile.write(data[: len(data) // 2] if is_cut else data)
+                self.close_connection = is_cut
 
         def _find(self) -> tuple[int, dict[str, str], bytes]:
             path = self.path.partition("?")[0]
@@ -57,7 +72,14 @@ def local_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
                     ]
                     return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
                 listed = [{"rfilename": f.name, "size": f.stat().st_size} for f in files]
-                found = {"id": MODEL, "modelId": MODEL, "sha": COMMIT, "siblings": listed}
+                found: dict[str, Any] = {
+                    "id": MODEL,
+                    "modelId": MODEL,
+                    "sha": COMMIT,
+                    "siblings": listed,
+                }
+                if edit is not None:
+                    edit(found)
                 return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
             file = folder / path.rpartition("/")[2]
             if f"/{MODEL}/resolve/" not in path or not file.is_file():

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,11 +39,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fetch(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, name: str = MODEL, **options: object
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str = MODEL,
+    *,
+    hub: Mapping[str, Any] | None = None,
+    **options: object,
 ) -> tuple[list[str], list[str], MoeToolError | Path]:
     """Locate MODEL on a hub; return the files fetched, the lines said, and folder or error."""
     lines: list[str] = []
-    with local_hub(repository) as (endpoint, fetched):
+    with local_hub(repository, **(hub or {})) as (endpoint, fetched):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         monkeypatch.setattr(
             "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
@@ -205,3 +212,47 @@ def test_headers_that_contradict_config_name_the_tensor(
     assert isinstance(found, CorruptArtifactError)
     assert name in found.message
     assert weights(fetched) == []
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["listing", "header", *(pytest.param(w, marks=pytest.mark.slow) for w in ("file", "weights"))],
+)
+def test_a_connection_that_drops_is_told_and_keeps_what_came(
+    what: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = sorted(path.name for path in repository.glob("model-*.safetensors"))[-1]
+    cut = {"header": f"{shard} bytes=0-7", "weights": shard, "file": "config.json"}.get(what, what)
+    _, _, found = fetch(repository, monkeypatch, hub={"cut": cut})
+    assert isinstance(found, NotFoundError)
+    assert found.message.startswith(f"{MODEL} could not be downloaded: ")
+    assert "is kept" in (found.hint or "")
+    _, _, folder = fetch(repository, monkeypatch)
+    assert isinstance(folder, Path)
+
+
+@pytest.mark.parametrize("size", [0, None, -5])
+def test_sizes_that_the_hub_gets_wrong_are_the_hubs_fault(
+    size: int | None, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edit(listing: dict[str, Any]) -> None:
+        for file in listing["siblings"]:
+            if file["rfilename"].endswith(".safetensors"):
+                file["size"] = size
+
+    fetched, _, found = fetch(repository, monkeypatch, hub={"edit": edit})
+    assert isinstance(found, NotFoundError)
+    assert "the hub says that model-" in found.message
+    assert "HF_ENDPOINT" in (found.hint or "")
+    assert weights(fetched) == []
+
+
+def test_a_branch_that_moves_is_told(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["d" * 40])
+
+    def edit(listing: dict[str, Any]) -> None:
+        listing["sha"] = next(commits, COMMIT)
+
+    _, _, found = fetch(repository, monkeypatch, hub={"edit": edit})
+    assert isinstance(found, NotFoundError)
+    assert "main moved" in found.message and "again" in (found.hint or "")

@@ -86,8 +86,9 @@ def test_offline_never_asks_the_network(cache: Path, monkeypatch: pytest.MonkeyP
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(locate, "hub_is_reachable", asked)
-    with pytest.raises(NotFoundError, match="the network is forbidden"):
+    with pytest.raises(NotFoundError, match="--offline forbids the network") as found:
         locate_model("mixtral", offline=True)
+    assert "leave out --offline" in (found.value.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -120,3 +121,8 @@ def test_the_answer_without_network_takes_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(cache: Path) -> None:
+    with pytest.raises(NotFoundError, match="~nosuchuser-/m is no"):
+        locate_model("~nosuchuser-/m", offline=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.errors import NotFoundError, UnsupportedModelError
+from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
 from moe_tool.models.tokenizer import load_tokenizer
 from tests.tiny_models import tiny_tokenizer
 
@@ -106,3 +106,11 @@ def test_no_call_of_the_package_leaves_code_open() -> None:
     assert found == {}
     assert calls_that_leave_code_open("x = AutoTokenizer.from_pretrained(f)\n") == [1]
     assert calls_that_leave_code_open("AutoConfig.for_model(f, trust_remote_code=False)\n") == []
+
+
+def test_settings_of_wrong_types_are_found_before_text_is_encoded(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(CorruptArtifactError, match="tokenizer in .* cannot be read"):
+        load_tokenizer(tmp_path)

@@ -144,6 +144,19 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
     assert isinstance(error, NotFoundError) and path.name in error.message
 
 
+def test_a_home_folder_of_nobody_and_links_in_a_loop_are_not_there(copy: Path) -> None:
+    path, _ = first_part(copy)
+    path.unlink()
+    path.symlink_to(path.name)
+    assert isinstance(refusal(copy / "b"), NotFoundError)
+
+    def elsewhere(section: dict[str, Any]) -> None:
+        section |= {"resolved": str(copy / "nowhere"), "folder": "~nosuchuser-/m"}
+
+    change_section(copy, elsewhere)
+    assert isinstance(refusal(copy / "b"), NotFoundError)
+
+
 def longer(data: bytearray, _: Part) -> bytearray:
     return data + b"x"
 
@@ -186,8 +199,13 @@ def test_a_shard_that_changes_during_a_run_is_noticed(copy: Path) -> None:
         out = torch.empty(reader.forms[0].record_size_bytes, dtype=torch.uint8)
         reader.read_record_into(0, 0, out, form=0)
         os.utime(path, ns=(1, 1))
-        with pytest.raises(CorruptArtifactError, match="was changed after"):
+        with pytest.raises(CorruptArtifactError, match="was changed after") as found:
             reader.read_record_into(0, 0, out, form=0)
+        assert f"leave the checkpoint's {path} alone" in (found.value.hint or "")
+        path.unlink()
+        with pytest.raises(CorruptArtifactError, match="was changed after") as found:
+            reader.read_record_into(0, 0, out, form=0)
+        assert f"leave the checkpoint's {path} alone" in (found.value.hint or "")
 
 
 def test_a_shard_that_shrinks_during_a_run_is_named(copy: Path) -> None:
@@ -195,8 +213,9 @@ def test_a_shard_that_shrinks_during_a_run_is_named(copy: Path) -> None:
     with BundleReader.open(copy / "b") as reader:
         out = torch.empty(reader.forms[0].record_size_bytes, dtype=torch.uint8)
         os.truncate(path, part.offset + 1)
-        with pytest.raises(MoeToolError, match="layer 0 expert 0 in .*safetensors"):
+        with pytest.raises(MoeToolError, match="layer 0 expert 0 in .*safetensors") as found:
             reader.read_record_into(0, 0, out, form=0)
+        assert "put the checkpoint back" in (found.value.hint or "")
 
 
 def parts(change: Callable[[list[Part]], list[Part]]) -> Callable[[dict[str, Any]], None]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_tool.buddies.build_buddy_map import build_buddy_map
-from moe_tool.errors import UsageError, WrongModelError
+from moe_tool.errors import DiskFullError, UnsupportedModelError, UsageError, WrongModelError
 from moe_tool.formats.bundle_checks import skeleton_files
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
@@ -162,3 +162,26 @@ def test_packing_again_finds_the_bundle_finished(
     assert again.bytes == first.bytes and again.resumed_records == 24
     with pytest.raises(UsageError, match="bits 'native', now '4' is asked for"):
         pack_bundle(located(folder), out=tmp_path / "b", bits="4")
+
+
+def test_a_pack_refused_for_lack_of_disk_leaves_nothing_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, needed_bytes: int) -> None:
+        raise DiskFullError(f"{folder} needs {needed_bytes} bytes", hint="free some space")
+
+    model = located(make_tiny_checkpoint("mixtral", tmp_path / "model"))
+    with monkeypatch.context() as full:
+        full.setattr("moe_tool.packing.write_bundle.require_free_disk", refuse)
+        with pytest.raises(DiskFullError):
+            pack_bundle(model, out=tmp_path / "b")
+    assert not (tmp_path / "b.part").exists()
+    pack_bundle(model, out=tmp_path / "b", bits="4")
+
+
+def test_a_bundle_in_place_of_a_checkpoint_is_told(tmp_path: Path) -> None:
+    model = located(make_tiny_checkpoint("mixtral", tmp_path / "model"))
+    pack_bundle(model, out=tmp_path / "b")
+    with pytest.raises(UnsupportedModelError, match="is a bundle") as found:
+        pack_bundle(located(tmp_path / "b"), out=tmp_path / "c")
+    assert f"moe-tool run {tmp_path / 'b'}" in (found.value.hint or "")

@@ -295,3 +295,8 @@ def test_a_link_to_itself_is_a_source_that_is_not_there(tmp_path: Path) -> None:
     assert sources[0].domain == "loop"
     with pytest.raises(NotFoundError, match="does not exist"):
         require_sources(sources)
+
+
+def test_a_home_folder_of_nobody_is_a_source_that_is_not_there() -> None:
+    with pytest.raises(NotFoundError, match="does not exist"):
+        require_sources(parse_sources(["~nosuchuser-/a.txt"]))

@@ -1,6 +1,5 @@
 """compressed-tensors: integers, FP8, NVFP4 and MXFP4, each module by the settings of its group."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from moe_tool.formats.safetensors_index import TensorInfo
 from moe_tool.models.stored_formats.fp8 import block_size, fp8_tensor
 from moe_tool.models.stored_formats.integer_codes import IntegerParts, integer_tensor
 from moe_tool.models.stored_formats.mxfp4 import mxfp4_matrix
+from moe_tool.models.stored_formats.name_pattern import NamePattern
 from moe_tool.models.stored_formats.nvfp4 import nvfp4_matrix
 from moe_tool.models.stored_formats.stored_tensor import (
     StoredTensor,
@@ -21,7 +21,6 @@ _NAME = "compressed-tensors"
 _SCALE, _CODES = ".weight_scale", ".weight_packed"
 _LINEAR = "Linear"
 _PATTERN = "re:"
-_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
 _PACKED = frozenset({"pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"})
 _PLAIN = frozenset({"float-quantized", "int-quantized", "naive-quantized"})
 
@@ -31,7 +30,7 @@ class _Group:
     """Settings of the modules that a group's targets name."""
 
     names: frozenset[str]
-    patterns: tuple[re.Pattern[str], ...]
+    patterns: tuple[NamePattern, ...]
     form: str
     is_float: bool
     width_bits: int
@@ -95,7 +94,7 @@ def _group_of(groups: list[_Group], module: str) -> _Group | None:
         if module in group.names:
             return group
     for group in groups:
-        if any(pattern.match(module) for pattern in group.patterns):
+        if any(pattern.matches(module) for pattern in group.patterns):
             return group
     return next((group for group in groups if _LINEAR in group.names), None)
 
@@ -139,12 +138,10 @@ def _group(settings: Mapping[str, Any], group: object) -> _Group:
     )
 
 
-def _pattern(target: str) -> re.Pattern[str]:
-    if _REPEATED_GROUP.search(target):  # such patterns may take for ever on an innocent name
-        raise unread_setting(_NAME, "targets", target)
+def _pattern(target: str) -> NamePattern:
     try:
-        return re.compile(target.removeprefix(_PATTERN))
-    except re.error as error:
+        return NamePattern(target.removeprefix(_PATTERN))
+    except ValueError as error:
         raise unread_setting(_NAME, "targets", target) from error
 
 

@@ -238,8 +238,12 @@ UNREAD: dict[str, tuple[Any, str]] = {
         make.compressed("pack-quantized", ("re:(",), group_size=32),
         r"targets 're:\('",
     ),
-    "a pattern without end": (
-        make.compressed("pack-quantized", (r"re:(\w+\.?)+!",), group_size=32),
+    "a pattern that looks ahead": (
+        make.compressed("pack-quantized", ("re:(?!lm_head).*",), group_size=32),
+        r"targets 're:\(\?!lm_head\)",
+    ),
+    "a pattern of many groups": (
+        make.compressed("pack-quantized", ("re:" + "(" * 3000 + "a" + ")" * 3000,), group_size=32),
         "targets",
     ),
     "rotated weights": (make.INT4 | {"transform_config": {"a": 1}}, "transform_config"),
