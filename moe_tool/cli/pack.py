@@ -65,7 +65,8 @@ class PackArguments:
             metavar="BITS",
             help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
             "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are a "
-            "complete expert; native keeps the checkpoint's dtype, bit for bit.",
+            "complete expert; native keeps the checkpoint's floats, or a quantized one's codes, "
+            "bit for bit.",
             show_default="native, or the plan's",
         ),
     ] = None

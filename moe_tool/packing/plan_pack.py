@@ -9,7 +9,7 @@ from moe_tool.artifacts.bundle_manifest import BundleBuddies
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
-from moe_tool.artifacts.precision import KeptPrecision, Precision, ReplicaPrecision
+from moe_tool.artifacts.precision import Precision, ReplicaPrecision
 from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
@@ -83,7 +83,7 @@ def plan_pack(
         in_turn_bytes=loader.in_turn_bytes,
         asked=options.memory_bytes,
     )
-    primaries = primary_forms(options, shape, _kept(opened, floats))
+    primaries = _with_codes_kept(floats, options, opened)
     replicas = _replicas(options, primaries, shape)
     forms = planned_forms(primaries.experts, replicas)
     if options.in_place:
@@ -112,10 +112,13 @@ def plan_pack(
     )
 
 
-def _kept(opened: OpenedModel, floats: PrimaryForms) -> KeptPrecision | None:
-    """Return the precision that native experts have; codes are read only if there are some."""
-    has_native = any(precision.kind == "native" for precision in floats.experts)
-    return opened.kept_precision() if has_native else None
+def _with_codes_kept(
+    floats: PrimaryForms, options: PackOptions, opened: OpenedModel
+) -> PrimaryForms:
+    """Return the forms with native experts in the checkpoint's own codes, where it has any."""
+    if not any(precision.kind == "native" for precision in floats.experts):
+        return floats
+    return primary_forms(options, opened.shape, opened.kept_precision())
 
 
 def _require_no_channels(options: PackOptions) -> None:

@@ -138,7 +138,7 @@ def _header(
         holdout=holdout,
         tool_version=__version__,
         skeleton=skeleton_facts(opened, model.folder),
-        kept=opened.experts.kept_precision(),
+        kept=opened.kept_precision(),
     )
 
 
