@@ -65,7 +65,8 @@ class PackArguments:
             metavar="BITS",
             help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
             "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are a "
-            "complete expert; native keeps the checkpoint's dtype, bit for bit.",
+            "complete expert; native keeps the checkpoint's floats, or a quantized one's codes, "
+            "bit for bit.",
             show_default="native, or the plan's",
         ),
     ] = None
@@ -187,15 +188,22 @@ def pack(given: PackArguments, output: Output) -> None:
 
 def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
     skeleton = "native" if report.skeleton_bits == "native" else f"{report.skeleton_bits} bits"
-    if report.source is not None:
-        output.say(f"native experts stay in {report.source}/: leave it where it is, and as it is")
-    beside = "of which experts" if report.source is None else "beside experts of"
+    experts = f"{report.bits_per_weight:.2f} bits per weight"
+    written = ""
+    if report.written_expert_bytes:
+        written = f"experts {format_bytes(report.written_expert_bytes)} at {experts} and "
     output.say(
-        f"wrote {report.bundle}/: {format_bytes(report.bytes)}, {beside} "
-        f"{format_bytes(report.expert_bytes)} at {report.bits_per_weight:.2f} bits per "
-        f"weight and skeleton {format_bytes(report.skeleton_bytes)}, {skeleton}; "
+        f"wrote {report.bundle}/: {format_bytes(report.bytes)} (checkpoint: "
+        f"{format_bytes(report.checkpoint_bytes)}), of which {written}skeleton "
+        f"{format_bytes(report.skeleton_bytes)}, {skeleton}; "
         f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_rss_bytes)}"
     )
+    if report.source is not None:
+        stay = format_bytes(report.expert_bytes - report.written_expert_bytes)
+        output.say(
+            f"not written: experts, {stay} as records, stay in {report.source}/: leave it where it "
+            "is, and as it is"
+        )
     if report.proof is not None:
         output.say(_proven(report.proof))
     if report.freed:

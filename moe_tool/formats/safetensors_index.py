@@ -137,6 +137,8 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(sorted(tensors.items())))
         self.total_bytes = sum(info.size_bytes for info in tensors.values())
         self.bytes_read = 0
+        self.format_name: str | None = None
+        """Name of the format of quantized weights; None: plain floats"""
         self.on_read: Callable[[str, int | None, memoryview], None] | None = None
         """Callback on every read: tensor name, row if only one was read, bytes"""
         self.remarks: tuple[str, ...] = ()

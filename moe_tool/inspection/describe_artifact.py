@@ -87,6 +87,7 @@ def _describe_checkpoint(path: Path) -> Description:
     opened = open_model(LocatedModel(folder=path, name=path.resolve().name))
     with opened.checkpoint:
         facts = model_facts(opened.identity) | shape_facts(opened.shape)
+        facts |= {"format": opened.format_name}
         facts |= {"bytes": opened.checkpoint.total_bytes, "tensors": len(opened.checkpoint.tensors)}
     checked = "headers; a checkpoint carries no hashes"
     return Description(kind="checkpoint", path=path, checked=checked, facts=facts)

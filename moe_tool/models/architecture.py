@@ -63,6 +63,11 @@ class OpenedModel:
     gone: DiscardedSource | None = None
     """State of an interrupted pack that deleted shards"""
 
+    @property
+    def format_name(self) -> str:
+        """Name of the format of quantized weights, or dtype of the experts"""
+        return self.checkpoint.format_name or self.shape.dtype
+
     def kept_precision(self) -> KeptPrecision | None:
         """Return the precision of the experts' codes on disk; see `ExpertSource.kept_precision`."""
         return self.experts.kept_precision() if self.gone is None else self.gone.state.kept

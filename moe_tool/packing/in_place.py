@@ -15,7 +15,7 @@ from moe_tool.artifacts.source_files import (
     Part,
     SourceFile,
 )
-from moe_tool.errors import UsageError
+from moe_tool.errors import UnsupportedModelError, UsageError
 from moe_tool.formats.bundle_spec import FormPlan
 from moe_tool.formats.hostile_file import reading
 from moe_tool.formats.record_form import RecordForm, record_form
@@ -60,7 +60,7 @@ class InPlace:
         """Return the parts that make a record.
 
         Raises:
-            UsageError: the checkpoint holds a tensor of it in another layout; names the tensor.
+            UnsupportedModelError: a tensor of it lies in another layout; names it.
             StorageError: the checkpoint cannot be read.
         """
         found: list[Part] = []
@@ -72,7 +72,7 @@ class InPlace:
             parts = next((p for p in options if p and self._is_right(p, segment, wanted)), None)
             if parts is None:
                 first = next(iter(by_role.values()))[0].name
-                raise UsageError(
+                raise UnsupportedModelError(
                     f"--in-place: layer {layer} expert {expert} needs {segment.name} in another "
                     f"order or dtype than the checkpoint's {first} lies in its file",
                     hint="pack without --in-place",
@@ -115,7 +115,8 @@ def require_in_place(opened: OpenedModel, folder: Path, forms: Sequence[FormPlan
     """Refuse --in-place, before anything is written, if the first expert cannot stay in place.
 
     Raises:
-        UsageError: nothing would stay, or the checkpoint has another layout.
+        UsageError: nothing would stay.
+        UnsupportedModelError: the checkpoint has another layout.
         CorruptArtifactError, StorageError: as `InPlace`.
     """
     at = next(iter(placed_forms(forms)), None)

@@ -14,13 +14,9 @@ from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.pack_inputs import read_pack_inputs
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.plan_pack import plan_pack
+from moe_tool.packing.source_notes import source_notes
 from moe_tool.packing.write_bundle import PackReport, write_bundle
 from moe_tool.progress import SILENT, Progress
-
-_DECODED = (
-    "native: the codes of these experts cannot be kept as they are (the kernels do not know their "
-    "format, or experts differ in it), so they are written as float32, four times --bits 8"
-)
 
 
 def pack_bundle(
@@ -76,8 +72,8 @@ def pack_opened(
         progress.note(warning)
     inputs = read_pack_inputs(profile, buddies, opened.identity, opened.shape)
     job = plan_pack(options, opened, folder, inputs, tokenizer=tokenizer)
-    if opened.experts.are_coded and any(f.precision.kind == "native" for f in job.spec.forms):
-        progress.note(_DECODED)
+    for note in source_notes(opened, job.spec):
+        progress.note(note)
     if options.discard_source:
         if hub is None:
             raise UsageError(

@@ -3,6 +3,7 @@ experts' inputs."""
 
 from dataclasses import dataclass
 
+from moe_tool.allocator import trim
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
 from moe_tool.budget.refusal import name_lines, require_budget
@@ -62,14 +63,13 @@ def plan_pack_memory(
         BudgetError: it does not fit; the hint names a budget that does.
     """
     shape = opened.shape
-    used = current_rss_bytes()
     size = FLOAT_SIZE_BYTES[shape.dtype]
     matrices = [tensor.shape for tensor in shape.expert_tensors if len(tensor.shape) == 2]
     record = shape.n_expert_weights * (size + 1)
     read_ahead = shape.n_expert_weights * 2 * size  # as it lies on the disk, and put together
     copies = 4 * _WORKING_COPIES * (2 if is_nested else 1)
     skeleton = [opened.checkpoint.tensors[name].size_bytes for name in opened.skeleton.tensor_names]
-    parts = {"process": used, "margin": _MARGIN_BYTES}
+    parts = {"process": _process_bytes(), "margin": _MARGIN_BYTES}
     if opened.decode_bytes:
         parts["decoding of one matrix"] = opened.decode_bytes
     if in_place:
@@ -100,6 +100,12 @@ def plan_pack_memory(
     most = min(MOST_HIDDEN_BYTES, 4 * n_tokens * shape.hidden)
     hidden = most if asked is None else min(most, (asked - fixed) // 3)
     return PackMemory(needed_bytes=max(fixed + 3 * hidden, proof), hidden_bytes=hidden)
+
+
+def _process_bytes() -> int:
+    """Return the size of the process, without what opening the checkpoint has freed."""
+    trim()
+    return current_rss_bytes()
 
 
 def _require(opened: OpenedModel, asked: int | None, parts: dict[str, int], proof: int) -> int:

@@ -54,6 +54,10 @@ class PackReport:
     """Size of all files"""
     expert_bytes: int
     """Size of the expert records, alignment included, without replicas"""
+    written_expert_bytes: int
+    """Size of those of them that do not stay in the checkpoint's files"""
+    checkpoint_bytes: int
+    """Size of the checkpoint's tensors"""
     replica_bytes: int
     skeleton_bytes: int
     skeleton_bits: str
@@ -108,11 +112,14 @@ def write_bundle(
         unrouted = _write(job, opened, writer, skeleton, progress, in_place, discard)
     manifest, proof = _finish(job, opened, writer, progress, discard)
     forget_source(job.out)
+    placed_bytes = sum(manifest.forms[at].size_bytes for at in job.spec.placed)
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
     return PackReport(
         bundle=job.out,
         bytes=sum(file.size_bytes for file in manifest.written_files),
         expert_bytes=manifest.primary_bytes,
+        written_expert_bytes=manifest.primary_bytes - placed_bytes,
+        checkpoint_bytes=opened.checkpoint.total_bytes,
         replica_bytes=sum(table.size_bytes for table in manifest.cheaper if table.role != "base"),
         skeleton_bytes=skeleton.size_bytes,
         skeleton_bits=job.skeleton.name,

@@ -130,7 +130,8 @@ class KeptWeight:
         return numbers.mul_(scale).add_(zero)
 
     def _spread(self, values: torch.Tensor, n_inputs: int) -> torch.Tensor:
-        return values.repeat_interleave(self.group[1], dim=1)[:, :n_inputs]
+        columns = min(self.group[1], n_inputs)  # a group may be far longer than a row
+        return values.repeat_interleave(columns, dim=1)[:, :n_inputs]
 
     def with_rows_alone(self) -> "KeptWeight":
         """Return the same matrix with a scale for every row: nothing but scales is repeated."""

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from moe_tool.allocator import return_freed_memory, trim
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.available_memory import (
@@ -27,7 +28,6 @@ from moe_tool.native.kernels import round_tokens
 from moe_tool.policies.misses import MissChoice
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
-from moe_tool.runtime.allocator import return_freed_memory, trim
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency

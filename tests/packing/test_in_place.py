@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from moe_tool.artifacts.source_files import Part, parse_parts, parts_text
-from moe_tool.errors import CorruptArtifactError, MoeToolError, NotFoundError, UsageError
+from moe_tool.errors import (
+    CorruptArtifactError,
+    MoeToolError,
+    NotFoundError,
+    UnsupportedModelError,
+    UsageError,
+)
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.models.locate import LocatedModel
@@ -69,6 +75,7 @@ def test_a_bundle_in_place_is_the_copied_one_without_its_records(name: str, tmp_
     report = pack_bundle(model, out=tmp_path / "placed", in_place=True)
     placed = report.bundle
     assert report.source == model.folder
+    assert report.expert_bytes > report.written_expert_bytes == 0
     names = {path.name for path in placed.iterdir()}
     assert names == {path.name for path in copied.iterdir() if not path.name.startswith("experts")}
     with BundleReader.open(copied) as old, BundleReader.open(placed) as new:
@@ -309,8 +316,9 @@ def test_the_links_of_a_hub_snapshot_are_followed(copy: Path) -> None:
 
 def test_another_layout_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = located(make_tiny_checkpoint("gpt_oss", tmp_path / "model", dtype="bfloat16"))
-    with pytest.raises(UsageError, match="layer 0 expert 0 needs gate_up_proj in another") as found:
+    with pytest.raises(UnsupportedModelError, match="layer 0 expert 0 needs gate_up_pr") as found:
         pack_bundle(model, out=tmp_path / "b", in_place=True)
+    assert found.value.exit_code == 3
     assert found.value.hint == "pack without --in-place"
     with pytest.raises(UsageError, match="all experts get new codes"):
         pack_bundle(model, out=tmp_path / "b", bits="4", in_place=True)

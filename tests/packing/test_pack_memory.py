@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,27 @@ def test_the_least_budget_is_named_and_works(
         assert least.needed_bytes <= nearest
         assert least.hidden_bytes <= free.hidden_bytes <= MOST_HIDDEN_BYTES
         assert ("--quantizer" in hint) == (n_tokens > 0)
+
+
+def test_freed_memory_is_no_part_of_the_process(tiny_checkpoint: Callable[..., Path]) -> None:
+    opened = open_model(LocatedModel(folder=tiny_checkpoint("mixtral"), name="tiny"))
+    with opened.checkpoint:
+        before = plan_pack_memory(opened, n_tokens=0, asked=None).needed_bytes
+        # Blocks below the threshold of mmap, every other one freed, and one that stays on top.
+        held = [torch.ones(24 * 2**8) for _ in range(4096)]
+        kept = held[-1]
+        del held
+        after = plan_pack_memory(opened, n_tokens=0, asked=None).needed_bytes
+    assert kept.numel() and after - before < 24 * MIB
+
+
+@pytest.mark.parametrize("options", [{"bits": "native"}, {"bits": "4"}, {"in_place": True}])
+def test_the_named_budget_packs(options: dict[str, Any], tmp_path: Path) -> None:
+    coded, _ = write_pair("mxfp4", tmp_path)
+    with pytest.raises(BudgetError) as refused:
+        pack_bundle(located(coded), out=tmp_path / "b", memory="1MiB", **options)
+    named = (refused.value.hint or "").split("--memory ")[1]
+    pack_bundle(located(coded), out=tmp_path / "b", memory=named, **options)
 
 
 def test_a_budget_is_refused_before_codes_are_read(

@@ -8,6 +8,7 @@ import torch
 
 from moe_tool.quantization.kept_codes import KeptWeight, join_rows, kept_product
 from tests.kept import FORMATS, draw_kept
+from tests.models.stored_formats.test_decoding import HeldBytes
 
 
 def bytes_of(*rows: list[int]) -> torch.Tensor:
@@ -159,6 +160,19 @@ def test_joined_rows_are_those_of_the_parts(name: str) -> None:
         # Blocks stay blocks where the first part ends with one.
         rows = {each.group[0] for each in parts}
         assert joined.group[0] == (128 if rows == {128} and heights[0] == 128 else 1)
+
+
+@pytest.mark.parametrize("zero", [None, torch.tensor([[3.0]])])
+def test_a_group_far_longer_than_a_row_takes_no_memory(zero: torch.Tensor | None) -> None:
+    weight = KeptWeight(
+        codes=torch.full((4, 120), 130, dtype=torch.uint8), kind="int8",
+        scale=torch.tensor([[0.5]]), group=(2**30, 2**30), zero=zero,
+    )  # fmt: skip
+    with HeldBytes() as held:
+        found = weight.decode()
+    # (130 - 128) * 0.5, or 130 * 0.5 + 3
+    assert torch.equal(found, torch.full((4, 120), 1.0 if zero is None else 68.0))
+    assert held.most < 8 * found.nbytes
 
 
 def test_matrices_of_different_formats_are_not_joined() -> None:

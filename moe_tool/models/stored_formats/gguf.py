@@ -133,7 +133,7 @@ def open_gguf(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
         stored.update(_logical(raw, kinds, name, model, config))
     checkpoint = Checkpoint(raw)
     checkpoint.requires_finite = True
-    return LogicalCheckpoint(checkpoint, stored)
+    return LogicalCheckpoint(checkpoint, stored, format_name="gguf")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -27,6 +27,7 @@ class LogicalCheckpoint(Checkpoint):
         raw: Checkpoint,
         stored: Mapping[str, StoredTensor],
         *,
+        format_name: str,
         unused: Collection[str] = (),
         is_declared: bool = False,
     ) -> None:
@@ -35,6 +36,7 @@ class LogicalCheckpoint(Checkpoint):
         Args:
             raw: the checkpoint on disk, owned by this object from now on.
             stored: logical name -> how it is made; its parts' names must exist.
+            format_name: name of the format, for people.
             unused: names on disk that the weights do not depend on.
             is_declared: whether files beside the checkpoint tell how it is stored, so that a copy
                 of its tensors can be read by a copy of them.
@@ -59,6 +61,7 @@ class LogicalCheckpoint(Checkpoint):
         super().__init__(infos)
         self.total_bytes = raw.total_bytes
         self.requires_finite, self.remarks = raw.requires_finite, raw.remarks
+        self.format_name = format_name
         self.stored = stored
         """Logical name -> how it is made"""
         self._raw = raw

@@ -178,4 +178,10 @@ def read_as_declared(
     stored = found.stored_tensors(tensors, settings)
     parts = {name for tensor in stored.values() for name in tensor.parts.values()}
     unused = [name for name in raw.tensors if name not in parts and _UNUSED.search(name)]
-    return LogicalCheckpoint(raw, stored, unused=unused, is_declared=True)
+    return LogicalCheckpoint(
+        raw,
+        stored,
+        format_name=str(settings[_METHOD]).lower(),
+        unused=unused,
+        is_declared=True,
+    )

@@ -1,0 +1,60 @@
+"""What pack says of a checkpoint's format before it writes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moe_tool.inspection.describe_artifact import describe_artifact
+from moe_tool.models.locate import LocatedModel
+from moe_tool.packing.pack_bundle import pack_bundle
+from moe_tool.packing.pack_options import parse_pack_options
+from moe_tool.progress import SILENT, Progress
+from tests.models.stored_formats.test_coded_models import write_pair
+
+
+class _Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def notes_of(folder: Path, out: Path, bits: str, *, in_place: bool = False) -> list[str]:
+    progress = _Notes()
+    options = parse_pack_options(out=out, bits=bits, in_place=in_place)
+    pack_bundle(LocatedModel(folder=folder, name="tiny"), options, progress=progress)
+    return progress.notes
+
+
+@pytest.mark.parametrize(
+    ("bits", "becomes", "warns"),
+    [
+        ("native", "codes kept (mxfp4)", False),
+        ("8", "decoded and rounded to 8 bits", True),
+        ("4", "decoded and rounded to 4 bits", True),
+        ("3", "decoded and rounded to 3 bits", False),
+    ],
+)
+def test_codes_are_named_and_rounding_them_in_vain_is_warned_of(
+    bits: str, becomes: str, warns: bool, tmp_path: Path
+) -> None:
+    coded, _ = write_pair("mxfp4", tmp_path)
+    first, *others = notes_of(coded, tmp_path / "b", bits)
+    assert first.startswith("checkpoint: mxfp4, ") and first.endswith(f"experts: {becomes}")
+    assert any("codes of 4 bits are rounded again" in note for note in others) == warns
+
+
+def test_floats_and_experts_in_place_are_named(tmp_path: Path) -> None:
+    coded, plain = write_pair("fp8", tmp_path)
+    shutil.copy(coded / "tokenizer.json", plain)
+    assert [note.partition("experts: ")[2] for note in notes_of(plain, tmp_path / "a", "4")] == [
+        "rounded to 4 bits"
+    ]
+    (kept,) = notes_of(coded, tmp_path / "b", "native", in_place=True)
+    assert kept.endswith("experts: codes kept (fp8), in the checkpoint's files")
+    facts = [
+        describe_artifact(folder, verify=False, progress=SILENT).facts for folder in (coded, plain)
+    ]
+    assert [each["format"] for each in facts] == ["fp8", "float32"]
