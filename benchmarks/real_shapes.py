@@ -27,6 +27,8 @@ from moe_tool.budget.sizes import parse_bytes
 
 _COPY_BYTES = 2**24
 _TIMEOUT_S = 3600.0
+_SPARE_BYTES = 2**28
+"""What a budget leaves of the hard limit: page cache of libraries, and the shell"""
 
 
 def copy_seconds(source: Path, target: Path) -> float:
@@ -58,7 +60,7 @@ def measure_gpt_oss(work: Path, limit: MemoryLimit, tokens: int) -> dict[str, An
         write_checkpoint("gpt-oss-20b", checkpoint, layers=None, dtype="bf16")
     shutil.rmtree(bundle, ignore_errors=True)
     copied = copy_seconds(checkpoint, work / "copy")
-    memory = str(limit.size_bytes)
+    memory = str(limit.size_bytes - _SPARE_BYTES)
     packed = moe_tool(
         ["pack", checkpoint, "--bits", "native", "--out", bundle, "--profiles", work / "none"],
         limit,
@@ -83,7 +85,7 @@ def measure_qwen(
         write_checkpoint("qwen3-30b", checkpoint, layers=layers, dtype=dtype)
     out = work / f"{checkpoint.name}.h5"
     profile = ["profile", checkpoint, "--data", "builtin", "--tokens", str(tokens), "--out", out]
-    done = moe_tool([*profile, "--memory", str(limit.size_bytes)], limit)
+    done = moe_tool([*profile, "--memory", str(limit.size_bytes - _SPARE_BYTES)], limit)
     return {
         "layers": layers,
         "dtype": dtype,
