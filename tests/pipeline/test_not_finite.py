@@ -99,7 +99,7 @@ def overflowing(
     changed: Callable[..., LocatedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """Return a bundle as a pack without a proof would leave it."""
-    monkeypatch.setattr(write_bundle, "prove_bundle", lambda *_: None)
+    monkeypatch.setattr(write_bundle, "prove_bundle", lambda *_, **__: None)
     pack_bundle(changed(MATRIX, overflow), out=tmp_path / "bundle")
     return tmp_path / "bundle"
 

@@ -90,7 +90,7 @@ def test_a_bundle_generates_the_tokens_of_transformers(made: Made, tmp_path: Pat
     options = GenerateOptions(max_tokens=N_GENERATED, ignore_eos=True)
     with open_session(tmp_path / "b", run_options(memory="min", context=64)) as session:
         assert list(generate_ids(session, [PROMPT], options).token_ids[0]) == wanted
-    assert len(set(wanted)) > 2 or name == "zaya", "a constant text proves nothing"
+    assert len(set(wanted)) > 1 or name == "zaya", "a constant text proves nothing"
 
 
 @torch.no_grad()
