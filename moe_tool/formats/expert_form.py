@@ -37,12 +37,7 @@ class TensorForm:
 
     def encode(self, content: Mapping[str, AnyWeight]) -> torch.Tensor:
         """Return a record, uint8 [layout.size_bytes]."""
-
-        def values(segment: str) -> torch.Tensor:
-            name, _, part = segment.partition(".")
-            return content[name].part(part)
-
-        return self.layout.fill(values)
+        return fill_by_name(self.layout, content)
 
     def decode(self, record: torch.Tensor) -> ExpertWeights:
         """Return the tensors as views into `record`."""
@@ -62,6 +57,16 @@ class TensorForm:
             CorruptArtifactError: names the segment.
         """
         self.layout.require_finite(record, names=self.has_to_be_finite)
+
+
+def fill_by_name(layout: RecordLayout, content: Mapping[str, AnyWeight]) -> torch.Tensor:
+    """Return the record of weights whose segments are called NAME or NAME.PART."""
+
+    def values(segment: str) -> torch.Tensor:
+        name, _, part = segment.partition(".")
+        return content[name].part(part)
+
+    return layout.fill(values)
 
 
 def expert_form(shape: MoeShape, precision: NativePrecision | IntegerPrecision) -> TensorForm:

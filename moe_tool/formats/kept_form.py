@@ -10,6 +10,7 @@ import torch
 from moe_tool.artifacts.moe_shape import ExpertTensor, MoeShape
 from moe_tool.artifacts.precision import KeptPrecision
 from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.expert_form import fill_by_name
 from moe_tool.formats.record_layout import REPACK, RecordLayout, lay_out
 from moe_tool.quantization.kept_codes import SCALE_KINDS, KeptWeight
 from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
@@ -43,12 +44,7 @@ class KeptForm:
 
     def encode(self, content: Mapping[str, AnyWeight]) -> torch.Tensor:
         """Return a record, uint8 [layout.size_bytes]."""
-
-        def values(segment: str) -> torch.Tensor:
-            name, _, part = segment.partition(".")
-            return content[name].part(part)
-
-        return self.layout.fill(values)
+        return fill_by_name(self.layout, content)
 
     def decode(self, record: torch.Tensor) -> ExpertWeights:
         """Return an expert whose weights are views into `record`."""

@@ -76,11 +76,6 @@ class Skeleton:
         set_experts_function(self.layers, answer)
 
 
-def skeleton_tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
-    """Return the sorted on-disk names of all tensors that a model needs besides its experts."""
-    return TensorMap(model, checkpoint).skeleton_names()
-
-
 def set_experts_function(
     layers: Iterable[MoeLayerModules], answer: Callable[[LayerCall], torch.Tensor]
 ) -> None:

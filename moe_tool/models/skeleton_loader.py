@@ -308,13 +308,6 @@ class SkeletonLoader:
                 put_stored(self._model, name, weight)
 
 
-def load_skeleton(
-    folder: Path, checkpoint: Checkpoint, *, shape: MoeShape | None = None
-) -> Skeleton:
-    """Load everything but the experts of a native checkpoint; see `SkeletonLoader`."""
-    return SkeletonLoader(folder, checkpoint, shape=shape).load()
-
-
 def _are_equal(one: StoredWeight | None, other: StoredWeight | None) -> bool:
     if not isinstance(one, FloatWeight) or not isinstance(other, FloatWeight):
         return False

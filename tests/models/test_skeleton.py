@@ -17,9 +17,9 @@ from moe_tool.models.meta_model import build_meta_model
 from moe_tool.models.skeleton import (
     LayerCall,
     Skeleton,
-    skeleton_tensor_names,
 )
-from moe_tool.models.skeleton_loader import load_skeleton
+from moe_tool.models.skeleton_loader import SkeletonLoader
+from moe_tool.models.tensor_map import TensorMap
 from tests.models.eager_experts import eager_experts, read_once
 from tests.tiny_models import TINY, VOCABULARY
 
@@ -40,7 +40,7 @@ def reference(folder: Path) -> PreTrainedModel:
 
 def ours(folder: Path) -> Skeleton:
     with Checkpoint.open_folder(folder) as checkpoint:
-        skeleton = load_skeleton(folder, checkpoint)
+        skeleton = SkeletonLoader(folder, checkpoint).load()
         source = ExpertSource(build_meta_model(folder), checkpoint)
         kept = {
             (layer, expert): source.read(layer, expert)
@@ -84,8 +84,8 @@ def test_nothing_is_left_on_meta_and_no_expert_is_loaded(
 ) -> None:
     folder = tiny_checkpoint(arch)
     with Checkpoint.open_folder(folder) as checkpoint:
-        skeleton = load_skeleton(folder, checkpoint)
-        names = skeleton_tensor_names(build_meta_model(folder), checkpoint)
+        skeleton = SkeletonLoader(folder, checkpoint).load()
+        names = TensorMap(build_meta_model(folder), checkpoint).skeleton_names()
         assert checkpoint.bytes_read == sum(checkpoint.tensors[n].size_bytes for n in names)
     everything = [*skeleton.model.named_parameters(), *skeleton.model.named_buffers()]
     assert not [name for name, tensor in everything if tensor.is_meta]
@@ -96,7 +96,7 @@ def test_nothing_is_left_on_meta_and_no_expert_is_loaded(
 def test_tied_embeddings_are_one_tensor(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("granitemoe")
     with Checkpoint.open_folder(folder) as checkpoint:
-        model = load_skeleton(folder, checkpoint).model
+        model = SkeletonLoader(folder, checkpoint).load().model
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -105,12 +105,12 @@ def test_a_skeleton_loads_from_files_that_hold_no_experts(
 ) -> None:
     folder = tiny_checkpoint("gpt_oss")
     with Checkpoint.open_folder(folder) as checkpoint:
-        whole = load_skeleton(folder, checkpoint)
-        names = skeleton_tensor_names(build_meta_model(folder), checkpoint)
+        whole = SkeletonLoader(folder, checkpoint).load()
+        names = TensorMap(build_meta_model(folder), checkpoint).skeleton_names()
     weights = load_file(folder / "model.safetensors")
     save_file({name: weights[name] for name in names}, tmp_path / "skeleton-00001.safetensors")
     with Checkpoint.open_files([tmp_path / "skeleton-00001.safetensors"]) as checkpoint:
-        alone = load_skeleton(folder, checkpoint, shape=whole.shape)
+        alone = SkeletonLoader(folder, checkpoint, shape=whole.shape).load()
     assert alone.shape == whole.shape
     wanted = dict(whole.model.named_parameters())
     assert wanted.keys() == dict(alone.model.named_parameters()).keys()
@@ -121,10 +121,10 @@ def test_a_skeleton_loads_from_files_that_hold_no_experts(
 def test_a_skeleton_of_another_shape_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("mixtral")
     with Checkpoint.open_folder(folder) as checkpoint:
-        shape = load_skeleton(folder, checkpoint).shape
+        shape = SkeletonLoader(folder, checkpoint).load().shape
         other = shape.model_copy(update={"experts": 16})
         with pytest.raises(WrongModelError, match="experts 8, the experts were made for 16"):
-            load_skeleton(folder, checkpoint, shape=other)
+            SkeletonLoader(folder, checkpoint, shape=other).load()
 
 
 def test_an_experts_call_carries_layer_and_router_logits(
@@ -133,7 +133,7 @@ def test_an_experts_call_carries_layer_and_router_logits(
     folder = tiny_checkpoint("qwen3_moe")
     calls: list[LayerCall] = []
     with Checkpoint.open_folder(folder) as checkpoint:
-        skeleton = load_skeleton(folder, checkpoint)
+        skeleton = SkeletonLoader(folder, checkpoint).load()
 
     def record(call: LayerCall) -> torch.Tensor:
         calls.append(call)
@@ -155,7 +155,7 @@ def test_generation_config_is_loaded(tiny_checkpoint: Callable[..., Path], tmp_p
     shutil.copytree(tiny_checkpoint("mixtral"), folder)
     (folder / "generation_config.json").write_text(json.dumps({"top_k": 17}))
     with Checkpoint.open_folder(folder) as checkpoint:
-        assert load_skeleton(folder, checkpoint).model.generation_config.top_k == 17
+        assert SkeletonLoader(folder, checkpoint).load().model.generation_config.top_k == 17
 
 
 def test_a_damaged_generation_config_is_named(
@@ -168,7 +168,7 @@ def test_a_damaged_generation_config_is_named(
         Checkpoint.open_folder(folder) as checkpoint,
         pytest.raises(CorruptArtifactError, match="generation_config.json is damaged"),
     ):
-        load_skeleton(folder, checkpoint)
+        SkeletonLoader(folder, checkpoint).load()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_missing_tensor_is_named_before_any_is_read(
     folder = _write(tiny_checkpoint(arch), tmp_path, weights)
     with Checkpoint.open_folder(folder) as checkpoint:
         with pytest.raises(CorruptArtifactError) as caught:
-            load_skeleton(folder, checkpoint)
+            SkeletonLoader(folder, checkpoint).load()
         assert checkpoint.bytes_read == 0
     assert name in caught.value.message
     assert "found none" in caught.value.message
@@ -203,7 +203,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(
     folder = _write(tiny_checkpoint("mixtral"), tmp_path, weights)
     with Checkpoint.open_folder(folder) as checkpoint:
         with pytest.raises(CorruptArtifactError) as caught:
-            load_skeleton(folder, checkpoint)
+            SkeletonLoader(folder, checkpoint).load()
         assert checkpoint.bytes_read == 0
     assert caught.value.message == f"{name} does not fit the model: wanted [32, 64], found [33, 64]"
 

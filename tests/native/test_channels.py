@@ -1,6 +1,5 @@
 """Compiled products over channels against the torch definition, and reads of runs."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from moe_tool.experts.gate import gate_output
 from moe_tool.native import channels as native
 from moe_tool.native.channels import native_channels, read_runs
-from moe_tool.native.kernels import NAMES, Gate, set_threads
+from moe_tool.native.kernels import Gate, set_threads
 from moe_tool.quantization.channels import dequantize_channels
 from tests.native.test_kernels import ANY_SHAPE
 from tests.quantization.test_channels import random_channels
@@ -21,15 +20,6 @@ from tests.quantization.test_channels import random_channels
 compiled = pytest.importorskip("moe_tool.native._kernels")
 BEST = compiled.in_use()
 SWIGLU = Gate(activation="silu", gated=True)
-
-
-@pytest.fixture(params=NAMES)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not compiled.use(request.param):
-        pytest.skip(f"this processor lacks {request.param}")
-    yield request.param
-    compiled.use(BEST)
-    set_threads(1)
 
 
 @ANY_SHAPE

@@ -1,7 +1,5 @@
 """Products of kept codes: every compiled implementation against the torch definitions."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +9,6 @@ from moe_tool.experts.linear import linear
 from moe_tool.native import kernels
 from moe_tool.native.kept import INTEGER_KINDS, token_group
 from moe_tool.native.kernels import (
-    NAMES,
     Gate,
     NativeExpert,
     NativeLinear,
@@ -33,16 +30,6 @@ ANY_SHAPE = settings(
 )
 HALVES = st.integers(1, 250)
 INTEGER = [name for name, of in FORMATS.items() if of.kind in INTEGER_KINDS]
-
-
-@pytest.fixture(params=NAMES)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not compiled.use(request.param):
-        pytest.skip(f"this processor lacks {request.param}")
-    yield request.param
-    compiled.use(BEST)
-    set_threads(1)
-    round_tokens(False)
 
 
 def native_linear(x: torch.Tensor, weight: KeptWeight, bias: FloatWeight | None) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_tool.experts.gate import gate_output
 from moe_tool.native import kernels
-from moe_tool.native.kernels import NAMES, Gate, NativeExpert, NativeLinear, set_threads
+from moe_tool.native.kernels import Gate, NativeExpert, NativeLinear, set_threads
 from moe_tool.quantization.bit_packing import pack
 from moe_tool.quantization.round_to_nearest import dequantize, quantize, tile_rows
 from moe_tool.quantization.tokens import round_trip_tokens
@@ -26,15 +25,6 @@ ANY_SHAPE = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-@pytest.fixture(params=NAMES)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not compiled.use(request.param):
-        pytest.skip(f"this processor lacks {request.param}")
-    yield request.param
-    compiled.use(BEST)
-    set_threads(1)
 
 
 def random_weight(

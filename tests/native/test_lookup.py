@@ -1,7 +1,6 @@
 """What is looked up is what is multiplied: exactly, on any number of threads."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from moe_tool.native import lookup_choice
 from moe_tool.native.kernels import (
-    NAMES,
     Gate,
     NativeExpert,
     NativeLinear,
@@ -38,17 +36,6 @@ ANY_SHAPE = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 BOOKS = st.lists(st.integers(-128, 127), min_size=4, max_size=4)
-
-
-@pytest.fixture(params=NAMES)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not compiled.use(request.param):
-        pytest.skip(f"this processor lacks {request.param}")
-    yield request.param
-    compiled.use(BEST)
-    set_threads(1)
-    use_lookup(1, 0)
-    use_lookup(2, 0)
 
 
 @pytest.fixture(params=[1, 2])

@@ -1,29 +1,17 @@
 """Rounding in compiled kernels: what the definition makes, to the last bit."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.native.kernels import NAMES, compiled, is_native, kernels_in_use, set_threads
+from moe_tool.native.kernels import is_native, set_threads
 from moe_tool.native.rounding import round_matrix
 from moe_tool.quantization.round_to_nearest import quantize
 from tests.native.test_kernels import ANY_SHAPE
 
 pytestmark = pytest.mark.skipif(not is_native(), reason="no compiled kernels")
-
-
-@pytest.fixture(params=NAMES)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = kernels_in_use()
-    if not compiled().use(request.param):
-        pytest.skip(f"this processor lacks {request.param}")
-    yield request.param
-    compiled().use(best)
-    set_threads(1)
 
 
 @ANY_SHAPE

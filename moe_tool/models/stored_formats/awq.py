@@ -7,12 +7,14 @@ import torch
 
 from moe_tool.formats.safetensors_index import TensorInfo
 from moe_tool.models.stored_formats.code_values import scale_groups
-from moe_tool.models.stored_formats.gptq import SCALE_DTYPES, group_size
 from moe_tool.models.stored_formats.stored_tensor import (
+    SCALE_DTYPES,
     Parts,
     StoredTensor,
+    group_size,
     refused,
     require_dtype,
+    require_matrix,
     require_part,
     require_shape,
     unread_setting,
@@ -52,8 +54,7 @@ def _tensor(raw: Mapping[str, TensorInfo], module: str, size: int) -> StoredTens
     require_dtype(codes, "I32")
     require_dtype(zero, "I32")
     require_dtype(scale, *SCALE_DTYPES)
-    if len(codes.shape) != 2 or 0 in codes.shape:
-        raise refused(codes, f"has shape {list(codes.shape)}, which is no matrix's")
+    require_matrix(codes)
     n_in, n_out = codes.shape[0], _PER_WORD * codes.shape[1]
     group = (1, n_in if size == -1 else size)
     if n_in % group[1]:

@@ -14,6 +14,7 @@ from moe_tool.models.stored_formats.stored_tensor import (
     StoredTensor,
     refused,
     require_dtype,
+    require_matrix,
     require_part,
     require_shape,
 )
@@ -121,8 +122,7 @@ def _int8(raw: Mapping[str, TensorInfo], module: str) -> StoredTensor:
     codes = require_part(raw, f"{module}.weight", of=scale.name)
     require_dtype(codes, "I8")
     require_dtype(scale, "F32")
-    if len(codes.shape) != 2 or 0 in codes.shape:
-        raise refused(codes, f"has shape {list(codes.shape)}, which is no matrix's")
+    require_matrix(codes)
     n_out, n_in = codes.shape
     require_shape(scale, (n_out,))
     names = {"codes": codes.name, "scale": scale.name}

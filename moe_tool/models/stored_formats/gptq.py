@@ -9,8 +9,10 @@ import torch
 from moe_tool.formats.safetensors_index import TensorInfo
 from moe_tool.models.stored_formats.code_values import look_up, scale_groups
 from moe_tool.models.stored_formats.stored_tensor import (
+    SCALE_DTYPES,
     Parts,
     StoredTensor,
+    group_size,
     refused,
     require_dtype,
     require_part,
@@ -19,7 +21,6 @@ from moe_tool.models.stored_formats.stored_tensor import (
 )
 from moe_tool.quantization.kept_codes import KeptWeight
 
-SCALE_DTYPES = ("F16", "BF16", "F32")
 _NAME, _CODES = "gptq", ".qweight"
 _WORD_BITS = 32
 _FORMATS = ("gptq", "gptq_v2")
@@ -49,17 +50,6 @@ def stored_tensors(
     checked = _checked(settings)
     modules = [name.removesuffix(_CODES) for name in raw if name.endswith(_CODES)]
     return {f"{module}.weight": _tensor(raw, module, checked) for module in modules}
-
-
-def group_size(format_name: str, value: object) -> int:
-    """Return the number of inputs with one scale from a setting; -1: all of them.
-
-    Raises:
-        UnsupportedModelError: it is no such number.
-    """
-    if type(value) is int and (value == -1 or 0 < value < 2**31):
-        return value
-    raise unread_setting(format_name, "group_size", value)
 
 
 def _checked(settings: Mapping[str, Any]) -> _Settings:

@@ -15,10 +15,11 @@ from moe_tool.models.stored_formats.code_values import (
     power_of_two,
     scale_groups,
 )
-from moe_tool.models.stored_formats.gptq import SCALE_DTYPES, group_size
 from moe_tool.models.stored_formats.stored_tensor import (
+    SCALE_DTYPES,
     Parts,
     StoredTensor,
+    group_size,
     refused,
     require_dtype,
     require_part,

@@ -14,6 +14,8 @@ from moe_tool.quantization.kept_codes import KeptWeight
 HINT = (
     "download the checkpoint again; if it was published like that, use another version of the model"
 )
+SCALE_DTYPES = ("F16", "BF16", "F32")
+"""Dtypes of scales in formats of integers"""
 Parts = Mapping[str, torch.Tensor]
 """Tensors as read, by role"""
 
@@ -77,3 +79,20 @@ def require_shape(info: TensorInfo, *shapes: Sequence[int]) -> None:
     if info.shape not in {tuple(shape) for shape in shapes}:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise refused(info, f"has shape {list(info.shape)}, its codes want {wanted}")
+
+
+def require_matrix(info: TensorInfo) -> None:
+    """Refuse a shape that is no matrix's."""
+    if len(info.shape) != 2 or 0 in info.shape:
+        raise refused(info, f"has shape {list(info.shape)}, which is no matrix's")
+
+
+def group_size(format_name: str, value: object) -> int:
+    """Return the number of inputs with one scale from a setting; -1: all of them.
+
+    Raises:
+        UnsupportedModelError: it is no such number.
+    """
+    if type(value) is int and (value == -1 or 0 < value < 2**31):
+        return value
+    raise unread_setting(format_name, "group_size", value)
