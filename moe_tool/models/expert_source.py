@@ -88,7 +88,7 @@ class ExpertSource:
                 found.add(None if weights is None else kept_precision(weights))
             except ValueError:
                 return None
-            if found - {None} != found:
+            if None in found:
                 return None
         return found.pop() if len(found) == 1 else None
 
