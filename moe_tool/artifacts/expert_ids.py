@@ -1,9 +1,31 @@
-"""Keys of experts, and their codec to flat numbers."""
+"""Keys of experts, and the only codec between pairs of numbers and one flat number."""
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+Number = TypeVar("Number", int, np.ndarray)
 
 ExpertKey = tuple[int, int]
 """Key of an expert: (decoder layer, expert)"""
+
+
+class FormIds:
+    """Codec from one layer's (form, expert) pairs to flat numbers, E per form."""
+
+    def __init__(self, n_experts: int) -> None:
+        """Number the forms of E experts."""
+        self._n_experts = n_experts
+
+    def number(self, form: Number, expert: Number) -> Number:
+        """Return the flat number of an expert in a form; of arrays elementwise."""
+        found: Number = form * self._n_experts + expert
+        return found
+
+    def pair(self, number: int) -> tuple[int, int]:
+        """Return (form, expert) of a flat number."""
+        return divmod(number, self._n_experts)
 
 
 class LayerIds:

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from moe_tool.artifacts.expert_ids import FormIds
 from moe_tool.artifacts.routing import (
     PRIMARY,
     Answers,
@@ -138,7 +139,7 @@ class MoeLayerRunner:
         counted = count_answers(routing, answers)
         index, weight = call.index, call.weight
         if counted.substitutions or counted.replica_answers or counted.drops:
-            numbers = answers.form * resident.shape[1] + answers.expert
+            numbers = FormIds(resident.shape[1]).number(answers.form, answers.expert)
             index, weight = torch.from_numpy(numbers), torch.from_numpy(answers.weight)
             present = torch.from_numpy(answers.present)
         output = self._run(call, index, weight, present, counted)

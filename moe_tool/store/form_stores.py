@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 
+from moe_tool.artifacts.expert_ids import FormIds
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.progress import SILENT, Progress
 from moe_tool.store.protocol import ExpertStore, SelectChannels, Supply
@@ -37,8 +38,9 @@ class FormStores:
         self._cheaper = tuple(cheaper)
         self._stores = tuple(each for each in (*primaries, *cheaper) if each is not None)
         self._primary_of = primary_of
-        self._n_experts = len(next(iter(primary_of.values())))
-        self._none = np.zeros((1, self._n_experts), dtype=bool)
+        n_experts = len(next(iter(primary_of.values())))
+        self._ids = FormIds(n_experts)
+        self._none = np.zeros((1, n_experts), dtype=bool)
 
     def resident(self, layer: int) -> np.ndarray:
         return self._joined(lambda store: store.resident(layer))
@@ -65,7 +67,7 @@ class FormStores:
         """Begin the reads of all forms; cheap forms, which are mostly resident, come first."""
         by_form: dict[int, list[int]] = {}
         for number in numbers:
-            form, expert = divmod(number, self._n_experts)
+            form, expert = self._ids.pair(number)
             by_form.setdefault(form, []).append(expert)
         primary = by_form.pop(0, [])
         # Every primary store is called, so that it settles its prefetches by this call.
@@ -119,4 +121,4 @@ class FormStores:
 
     def _numbered(self, supply: Supply, form: int) -> Supply:
         for expert, weights in supply:
-            yield form * self._n_experts + expert, weights
+            yield self._ids.number(form, expert), weights

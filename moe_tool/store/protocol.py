@@ -20,7 +20,7 @@ SelectChannels = Callable[[Selector], ChosenChannels]
 class ExpertStore(Protocol):
     """A cache of the experts of a bundle, in F forms of E experts per layer.
 
-    An expert of a layer is named by its id plus E times the row of its form, 0 for the primary. A
+    Experts of a layer are named by the numbers of `FormIds`; numbers below E are primary forms. A
     call's evictions are settled when it starts, in whatever order its reads arrive. The next call
     keeps or cancels the prefetches before it. One thread makes all calls.
     """
