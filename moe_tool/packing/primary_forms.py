@@ -79,8 +79,8 @@ def made_by(quantizer: Quantizer, precision: Precision) -> Precision:
             f"--bits {precision.name}: only --quantizer {', '.join(able)} makes zero points",
             hint="leave out the z",
         )
-    if precision.base is not None and spec.makes_zeros:
-        able = [each.name for each in QUANTIZERS.values() if not each.makes_zeros]
+    if precision.base is not None and not spec.can_nest:
+        able = [each.name for each in QUANTIZERS.values() if each.can_nest]
         raise UsageError(
             f"--bits {precision.name}: nested bits need symmetric codes; {quantizer} uses zero "
             "points",

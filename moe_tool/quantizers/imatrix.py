@@ -7,12 +7,16 @@ Deviation: llama.cpp also weights by a function of the weight itself; without it
 outputs' error for uncorrelated inputs.
 """
 
-import torch
+from typing import TYPE_CHECKING
 
-from moe_tool.quantization.round_to_nearest import from_codes, grid_scales, nearest_codes
-from moe_tool.quantization.weights import IntegerWeight
-from moe_tool.quantizers.inputs import ExpertInputs, by_moments
-from moe_tool.quantizers.spec import QuantizeExpert
+from moe_tool.artifacts.precision import IntegerPrecision
+from moe_tool.quantizers.spec import QuantizeExpert, QuantizerSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_tool.quantization.weights import IntegerWeight
+    from moe_tool.quantizers.inputs import ExpertInputs
 
 _STEPS = tuple(step / 10 for step in range(-9, 10))
 """Offsets tried for the code of a group's largest weight, from the outermost code"""
@@ -20,8 +24,8 @@ _FLOAT16_MAX = 65504.0
 
 
 def quantize_imatrix(
-    weight: torch.Tensor, energy: torch.Tensor, width_bits: int, *, group: int
-) -> IntegerWeight:
+    weight: "torch.Tensor", energy: "torch.Tensor", width_bits: int, *, group: int
+) -> "IntegerWeight":
     """Return the codes and scales of a matrix.
 
     Args:
@@ -33,6 +37,10 @@ def quantize_imatrix(
     Raises:
         CorruptArtifactError: the matrix holds NaN or infinity.
     """
+    import torch
+
+    from moe_tool.quantization.round_to_nearest import from_codes, grid_scales, nearest_codes
+
     scales = grid_scales(weight, width_bits, group=group)  # [out, G]
     n_out, n_in = weight.shape
     short = scales.shape[1] * group - n_in
@@ -40,7 +48,7 @@ def quantize_imatrix(
     even = torch.ones(n_in) if not energy.any() else energy.float()
     counts = torch.nn.functional.pad(even, (0, short)).view(-1, group)  # [G, group]
 
-    def error_of(codes: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    def error_of(codes: "torch.Tensor", steps: "torch.Tensor") -> "torch.Tensor":
         return ((codes * steps.float()[..., None] - values).square_() * counts).sum(dim=-1)
 
     outermost, first = 2 ** (width_bits - 1), scales.float()
@@ -61,11 +69,32 @@ def quantize_imatrix(
     return from_codes(codes.flatten(1)[:, :n_in].clone(), scales, width_bits, group=group)
 
 
-def make(inputs: ExpertInputs) -> QuantizeExpert:
-    return by_moments(inputs, _round)
+def _make(inputs: "ExpertInputs | None") -> QuantizeExpert:
+    from moe_tool.quantizers.inputs import by_moments
+
+    assert inputs is not None
+
+    def round_matrix(
+        weight: "torch.Tensor", moments: "torch.Tensor", precision: IntegerPrecision
+    ) -> "IntegerWeight":
+        return quantize_imatrix(
+            weight, moments.diagonal(), precision.width_bits, group=precision.group
+        )
+
+    return by_moments(inputs, round_matrix)
 
 
-def _round(
-    weight: torch.Tensor, moments: torch.Tensor, width_bits: int, *, group: int
-) -> IntegerWeight:
-    return quantize_imatrix(weight, moments.diagonal(), width_bits, group=group)
+def _objective(difference: "torch.Tensor", moments: "torch.Tensor") -> float:
+    """Return the mean square of the outputs' errors if inputs were uncorrelated."""
+    return float((difference.double().square() * moments.diagonal().double()).sum())
+
+
+SPEC = QuantizerSpec(
+    name="imatrix",
+    summary="to the nearest code, scales by least squares weighted with each column's mean squared "
+    "input",
+    make=_make,
+    objective=_objective,
+    needs_inputs=True,
+    source="llama.cpp's importance matrix",
+)

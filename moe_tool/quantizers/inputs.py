@@ -8,7 +8,6 @@ import torch
 
 from moe_tool.artifacts.precision import IntegerPrecision
 from moe_tool.experts.expert_forward import inner_activations
-from moe_tool.quantization.gptq import ErrorSpread, error_spread
 from moe_tool.quantization.nested import with_base
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 from moe_tool.quantizers.spec import QuantizeExpert
@@ -16,8 +15,8 @@ from moe_tool.quantizers.spec import QuantizeExpert
 LAST = "down_proj"
 """Last matrix, whose inputs the others compute"""
 _MOST_TOKENS = 8192
-RoundByMoments = Callable[..., IntegerWeight]
-"""Function (matrix, second moments of its inputs, bits, *, group) -> codes"""
+RoundByMoments = Callable[[torch.Tensor, torch.Tensor, IntegerPrecision], IntegerWeight]
+"""Function from a matrix, its inputs' second moments and a precision to codes"""
 
 
 class ExpertInputs:
@@ -41,11 +40,6 @@ class ExpertInputs:
     def first_moments(self) -> torch.Tensor:
         """[in, in] float32: second moments of the inputs of all matrices but the last"""
         return second_moments(self._tokens)
-
-    @cached_property
-    def first_spread(self) -> ErrorSpread:
-        """GPTQ's error spread over the inputs of all matrices but the last"""
-        return error_spread(self.first_moments)
 
     @cached_property
     def _last_moments(self) -> torch.Tensor:
@@ -84,7 +78,7 @@ def by_moments(inputs: ExpertInputs, round_matrix: RoundByMoments) -> QuantizeEx
         found = {}
         for name, weight in matrices(weights):
             moments = inputs.moments(name)
-            coded = round_matrix(weight, moments, precision.width_bits, group=precision.group)
+            coded = round_matrix(weight, moments, precision)
             is_nested = precision.base_bits is not None
             found[name] = with_base(weight, coded, moments) if is_nested else coded
         return found

@@ -1,12 +1,11 @@
-"""Description of a quantizer: name, help, needs, abilities.
+"""Description of a quantizer in its own file: name, help, needs, abilities.
 
-This file and the registry do not load torch, so that --help can list the quantizers.
+Neither this file nor the registry loads torch, so that --help can list the quantizers: their files
+import it where they compute.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from moe_tool.artifacts.precision import IntegerPrecision
@@ -21,6 +20,9 @@ QuantizeExpert = Callable[
     [Mapping[str, "torch.Tensor"], IntegerPrecision], Mapping[str, "IntegerWeight"]
 ]
 """Function from an expert's tensors and a precision to the codes of its matrices"""
+Objective = Callable[["torch.Tensor", "torch.Tensor"], float]
+"""Function from a matrix's error, [out, in], and the second moments of its inputs, [in, in], to the
+quantity that the quantizer minimises"""
 RefitLast = Callable[
     ["ExpertInputs", "torch.Tensor", Mapping[str, "FloatWeight | IntegerWeight"]], "torch.Tensor"
 ]
@@ -35,25 +37,34 @@ class QuantizerSpec:
     name: str
     summary: str
     """How codes and scales are chosen"""
+    make: Callable[["ExpertInputs | None"], QuantizeExpert]
+    """Function from an expert's inputs, None only without `needs_inputs`, to its quantizer"""
+    objective: Objective | None = None
+    """Measure that never exceeds that of rounding to nearest, except in a refitted last matrix;
+    None: no promise"""
     needs_inputs: bool = False
     """Whether the quantizer needs the experts' inputs on a profile's tokens"""
     is_profiled: bool = False
     """Whether profiles hold its errors at every width; otherwise `plan` measures them"""
     makes_zeros: bool = False
-    """Whether scales have zero points, which rule out nested bits; otherwise grids are symmetric"""
+    """Whether scales have zero points; otherwise grids are symmetric"""
+    refit_last: RefitLast | None = None
+    """Function that compensates earlier errors in the last matrix; None: nothing does"""
     source: str = ""
     """Paper of the rule"""
 
-    def make(self, inputs: "ExpertInputs | None") -> QuantizeExpert:
-        """Return the quantizer of an expert with these inputs, None only without `needs_inputs`."""
-        found: QuantizeExpert = self._module.make(inputs)
-        return found
-
     @property
-    def refit_last(self) -> RefitLast | None:
-        """Function that compensates earlier errors in the last matrix; None: nothing does"""
-        return getattr(self._module, "refit_last", None)
+    def can_nest(self) -> bool:
+        """Whether nested bits are supported: not with zero points."""
+        return not self.makes_zeros
 
-    @property
-    def _module(self) -> ModuleType:
-        return import_module(f"moe_tool.quantizers.{self.name}")
+
+def weight_error(difference: "torch.Tensor", moments: "torch.Tensor") -> float:
+    """Return the sum of squares of the weights' errors."""
+    return float(difference.double().square().sum())
+
+
+def output_error(difference: "torch.Tensor", moments: "torch.Tensor") -> float:
+    """Return the mean square of the outputs' errors, summed over outputs."""
+    wide = difference.double()
+    return float(((wide @ moments.double()) * wide).sum())

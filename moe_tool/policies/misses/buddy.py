@@ -101,6 +101,7 @@ SPEC = PolicySpec(
     summary="the best of its listed stand-ins that is resident and free, times its fitted scale; "
     "without one, itself",
     make=Buddy,
+    inert="rho=0",
     parameters={
         **GATE_PARAMETERS,
         "eta": Parameter(

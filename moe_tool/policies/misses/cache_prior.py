@@ -71,6 +71,8 @@ SPEC = PolicySpec(
     summary="a resident expert that outranks it once all resident ones get a bonus on the router's "
     "scores, the whole set weighed anew by the model's rule",
     make=CachePrior,
+    inert="lambda=0",
+    fires="lambda=1",
     parameters={
         "lambda": Parameter(
             help="bonus of resident experts, as a share of the range of the token's scores",

@@ -35,6 +35,7 @@ SPEC = PolicySpec(
     name="drop",
     summary="nothing",
     make=Drop,
+    inert="rho=0",
     parameters=GATE_PARAMETERS,
     needs=(GATES,),
     source="a control of buddy",

@@ -21,5 +21,4 @@ SPEC = PolicySpec(
     name="exact",
     summary="itself, read from the bundle while the layer's resident experts compute",
     make=lambda inputs, values: Exact(),
-    is_lossy=False,
 )

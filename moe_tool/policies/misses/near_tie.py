@@ -55,6 +55,8 @@ SPEC = PolicySpec(
     name="near-tie",
     summary="in a near-tie, a resident expert that was nearly chosen",
     make=NearTie,
+    inert="alpha=0",
+    fires="alpha=1",
     parameters={
         "alpha": Parameter(
             help="width of the bands around the best score that was not chosen", default=0.3

@@ -79,6 +79,7 @@ SPEC = PolicySpec(
     summary="the resident expert that this token's router ranks next, the whole set weighed anew "
     "by the model's rule; where residents run out the set is smaller",
     make=NextRanked,
+    inert="rho=0",
     parameters=GATE_PARAMETERS,
     needs=(GATES, WEIGHT_RULE),
     source="the fallback of eMoE, arXiv:2503.06823, and the substitute of SMoE, arXiv:2508.18983",

@@ -137,6 +137,7 @@ SPEC = PolicySpec(
     summary="whatever is expected to cost least: a cheaper form, a listed stand-in, the residents "
     "that the router ranks next, nothing, or itself",
     make=Priced,
+    inert="nats-per-mb=0",
     parameters={
         "nats-per-mb": Parameter(
             help="what avoiding a read of 10^6 bytes is worth; inf never reads",

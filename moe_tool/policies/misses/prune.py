@@ -95,6 +95,9 @@ SPEC = PolicySpec(
     name="prune",
     summary="(hits too) nothing, where its gate weight is small beside the token's heaviest",
     make=Prune,
+    inert="share=0",
+    fires="share=0.8",
+    acts_on_hits=True,
     parameters={
         "share": Parameter(
             help="lightest share of the profile's slots after the heaviest, which is left out",

@@ -93,6 +93,8 @@ SPEC = PolicySpec(
     name="prune:learned",
     summary="(hits too) nothing, where a router trained by `tune pruning` finds it not worth it",
     make=PruneLearned,
+    inert="rate=0",
+    acts_on_hits=True,
     parameters={
         "rate": Parameter(
             help="share of the chosen experts that is left out; -1: the one trained for",

@@ -35,6 +35,8 @@ SPEC = PolicySpec(
     name="prune:random",
     summary="(hits too) nothing, at random, but never a token's heaviest",
     make=PruneRandom,
+    inert="rate=0",
+    acts_on_hits=True,
     parameters={
         "rate": Parameter(help="share of the chosen experts that is left out", default=0.2)
     },

@@ -49,6 +49,7 @@ SPEC = PolicySpec(
     name="random",
     summary="a random resident expert; a hash of seed and routing, so that a run can be repeated",
     make=RandomResident,
+    inert="rho=0",
     parameters=GATE_PARAMETERS,
     needs=(GATES,),
     source="BuddyMoE's control",

@@ -69,6 +69,8 @@ SPEC = PolicySpec(
     summary="itself in full, in a cheaper form, or nothing, by how much gate weight lies above its "
     "slot",
     make=Replica,
+    inert="high=1",
+    fires="high=0.3,low=0.5",
     parameters={
         "high": Parameter(
             help="share of slots, by the profile, that is read in full", default=0.67

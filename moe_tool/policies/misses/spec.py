@@ -1,4 +1,4 @@
-"""Description of a miss policy in its own file: name, help, parameters, needs."""
+"""Description of a miss policy in its own file: name, help, parameters, needs, inert setting."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,8 +27,12 @@ class PolicySpec:
     make: Callable[[PolicyInputs, Values], MissPolicy]
     """Function from inputs that meet the needs and all values to the policy; raises UsageError if a
     value does not fit the inputs"""
-    is_lossy: bool = True
-    """Whether the output may differ from the exact one"""
+    inert: str | None = None
+    """Parameters with which it answers like `exact`; None: it always does"""
+    fires: str = ""
+    """Parameters with which it changes answers if experts are missing"""
+    acts_on_hits: bool = False
+    """Whether resident experts are dropped too"""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     """Required inputs, in the order in which they are checked"""
@@ -46,3 +50,8 @@ class PolicySpec:
     """Function from values to the policies to compare with in that table; None: the usual ones"""
     source: str = ""
     """Paper of the rule, with its name there"""
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether the output may differ from the exact one."""
+        return self.inert is not None
