@@ -6,7 +6,8 @@ WITH_MEMORY_LIMIT BYTES COMMAND runs a command under a limit that counts the pag
 empty page cache, and says its peak. In WORK lie the random checkpoints of real_checkpoints.py, made
 where they are missing. Measured: packing gpt-oss-20b's MXFP4 codes as they are beside copying its
 files with fsync; decoding from the bundle, with the stall beside what the missed bytes take at the
-disk's bandwidth; and a profile of Qwen3-30B-A3B's layers, per layer. One JSON object.
+disk's bandwidth; and a profile of Qwen3-30B-A3B's layers, per layer beside the seconds that one of
+transformers' layers takes for as many tokens in float32. One JSON object.
 """
 
 import argparse
@@ -18,15 +19,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from child_runs import MemoryLimit, Outcome, run_program
 from disk_bandwidth import measure_disk
 from machine import drop_page_caches
 from real_checkpoints import write_checkpoint
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeRotaryEmbedding,
+)
 
 from moe_tool.budget.sizes import parse_bytes
 
 _COPY_BYTES = 2**24
 _TIMEOUT_S = 3600.0
+_SEQUENCE = 512
+"""Tokens of a sequence, as `profile` takes them"""
+_PROFILE_FIGURES = (
+    "seconds", "tokens", "bytes_read", "checkpoint_bytes", "peak_rss_bytes", "memory_budget_bytes",
+)  # fmt: skip
 _SPARE_BYTES = 2**28
 """What a budget leaves of the hard limit: page cache of libraries, and the shell"""
 
@@ -76,6 +88,22 @@ def measure_gpt_oss(work: Path, limit: MemoryLimit, tokens: int) -> dict[str, An
     return row
 
 
+@torch.inference_mode()
+def plain_layer_seconds(checkpoint: Path, tokens: int) -> float:
+    """Return the seconds of one layer of transformers for so many tokens, in float32."""
+    config = Qwen3MoeConfig.from_pretrained(checkpoint)
+    layer = Qwen3MoeDecoderLayer(config, 0).float().eval()
+    for parameter in layer.parameters():
+        parameter.normal_(std=0.02)
+    states = torch.randn(tokens // _SEQUENCE, _SEQUENCE, config.hidden_size)
+    positions = torch.arange(_SEQUENCE)[None]
+    rotary = Qwen3MoeRotaryEmbedding(config)(states, positions)
+    start = time.perf_counter()
+    for sequences in states.split(4):
+        layer(sequences, position_embeddings=rotary, position_ids=positions)
+    return time.perf_counter() - start
+
+
 def measure_qwen(
     work: Path, limit: MemoryLimit, *, layers: int, dtype: str, tokens: int
 ) -> dict[str, Any]:
@@ -90,7 +118,9 @@ def measure_qwen(
         "layers": layers,
         "dtype": dtype,
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")),
-        "profile": done.fields or done.failure,
+        "profile": done.failure or {name: done.fields[name] for name in _PROFILE_FIGURES},
+        "seconds_per_layer": None if done.failure else done.fields["seconds"] / layers,
+        "plain_seconds_per_layer": plain_layer_seconds(checkpoint, tokens),
         "profile_peak_bytes": done.peak_bytes,
     }
 

@@ -17,7 +17,7 @@ class ComputeThreads:
 
     n_threads: int
     kernels_decode: bool
-    """Whether the kernels compute every matrix in a forward of a few tokens"""
+    """Whether the kernels compute every expert in a forward of a few tokens"""
 
     def begin(self) -> None:
         """Give all threads to the kernels and to torch; the first call also chooses the kernels."""
@@ -50,6 +50,9 @@ def choose_threads(asked: int | None, manifest: BundleManifest) -> ComputeThread
     """
     n_cores = len(os.sched_getaffinity(0))
     # torch computes float32 matrices at any number of tokens.
-    kernels_decode = is_native() and manifest.shape.dtype != "float32"
+    has_float32 = manifest.shape.dtype == "float32" and any(
+        table.precision.kind == "native" for table in manifest.primaries
+    )
+    kernels_decode = is_native() and not has_float32
     n_default = n_cores if kernels_decode else max(1, n_cores - 1)
     return ComputeThreads(n_threads=asked or n_default, kernels_decode=kernels_decode)

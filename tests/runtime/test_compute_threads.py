@@ -18,8 +18,9 @@ def _threads_as_they_were():
     torch.set_num_threads(before)
 
 
-def made_manifest(dtype: str = "bfloat16", n_records: int = 8) -> Any:
-    return SimpleNamespace(records=[None] * n_records, shape=SimpleNamespace(dtype=dtype))
+def made_manifest(dtype: str = "bfloat16", kinds: tuple[str, ...] = ("native",)) -> Any:
+    primaries = [SimpleNamespace(precision=SimpleNamespace(kind=kind)) for kind in kinds]
+    return SimpleNamespace(primaries=primaries, shape=SimpleNamespace(dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,9 @@ def test_float32_matrices_and_missing_kernels_are_torchs(monkeypatch):
     monkeypatch.setattr(compute_threads, "is_native", lambda: True)
     assert choose_threads(2, made_manifest("bfloat16")).kernels_decode
     assert not choose_threads(2, made_manifest("float32")).kernels_decode
+    assert choose_threads(2, made_manifest("float32", ("kept",))).kernels_decode
+    assert choose_threads(2, made_manifest("float32", ("integer", "kept"))).kernels_decode
+    assert not choose_threads(2, made_manifest("float32", ("integer", "native"))).kernels_decode
     monkeypatch.setattr(compute_threads, "is_native", lambda: False)
     assert not choose_threads(2, made_manifest("bfloat16")).kernels_decode
 
