@@ -31,6 +31,7 @@ struct Scalar {
     return x;
   }
   static void store_bytes(uint8_t* p, const Bytes& x) { memcpy(p, x.v, 64); }
+  static void prefetch_soon(const uint8_t*) {}
   static void prefetch(const uint8_t*) {}
   template <int SHIFT, int MASK>
   static Bytes field(Bytes x) {

@@ -52,6 +52,8 @@ struct KeptMatrix {
 
   int bits() const { return code_kind <= kNf4 ? 4 : 8; }
   ptrdiff_t row_bytes() const { return ptrdiff_t(n_inputs) * bits() / 8; }
+  // Whether codes of rows from `row` on fill so many bytes: what is read behind a row meets inputs of 0.
+  bool has_behind(int row, int n_bytes) const { return row_bytes() * (n_outputs - row) >= n_bytes; }
   int n_groups() const { return (n_inputs + columns - 1) / columns; }
   int n_blocks() const { return (n_inputs + kInputs - 1) / kInputs; }
   int padded() const {
