@@ -46,7 +46,7 @@ SCALE_KINDS = {
 _MOST_SCALE = 2.0**119
 """Scales of e4m3 whose product with the largest code is finite, in the kernels' steps too"""
 _SAFE_SCALE = 2.0**118
-"""Below it a scale times a code's number, which is 448 at most, plus a bias up to `_SAFE_BIAS` is
+"""Limit below which a scale times any code's number, 448 at most, plus a bias up to `_SAFE_BIAS` is
 finite"""
 _SAFE_BIAS = 2.0**126
 _BLOCK = 2**18
