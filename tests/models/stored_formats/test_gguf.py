@@ -56,28 +56,67 @@ def halves(codes: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kept_codes_are_a_lossless_reordering(kind: str, tmp_path: Path) -> None:
-    stack, experts = random_tensor(np.random.default_rng(5), kind, 3, 8, 256)
+def test_kept_codes_stand_for_the_same_weights(kind: str, tmp_path: Path) -> None:
+    stack, experts = random_tensor(np.random.default_rng(5), kind, 3, 8, 512)
     with opened(tmp_path, {"blk.1.ffn_up_exps.weight": stack}) as checkpoint:
         kept = checkpoint.read_kept(EXPERT.format(2))
-    assert (kept is not None) == (kind in ("Q8_0", "Q4_0", "MXFP4"))
-    if kept is not None:
-        assert np.array_equal(kept.decode().numpy(), experts[2])
-        scale = kept.scale.view(torch.uint8).view(8, 8, -1)
-        codes = (kept.codes ^ 128).view(8, 8, 32) if kind == "Q8_0" else halves(kept.codes)
+    assert (kept is None) == (kind in ("F32", "F16", "BF16"))
+    if kept is None:
+        return
+    assert np.array_equal(kept.decode().numpy(), experts[2])
+    bits = {"int4": 4, "e2m1": 4, "int8": 8}[kept.kind]
+    assert bits == (4 if kind in ("Q4_0", "Q4_K", "MXFP4") else 8)
+    assert kept.codes.nbytes * 8 == bits * experts[2].size
+    if kind in ("Q8_0", "Q4_0", "MXFP4"):
+        scale = kept.scale.view(torch.uint8).view(8, 16, -1)
+        codes = (kept.codes ^ 128).view(8, 16, 32) if kind == "Q8_0" else halves(kept.codes)
         made = torch.cat((scale, codes), dim=-1).view(8, -1)
         assert np.array_equal(made.numpy(), stack.data[2])
 
 
-def test_gate_and_up_are_kept_in_turns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "codes", "group"),
+    [
+        (("Q4_K", "Q6_K"), "int8", 16),
+        (("Q4_K", "Q5_K"), "int8", 32),
+        (("Q4_0", "Q5_0"), "int8", 32),
+        (("Q4_0", "Q6_K", "Q8_0"), "int8", 16),
+        (("Q5_0", "Q5_K", "Q6_K", "Q8_0", "Q4_0"), "int8", 16),
+        (("MXFP4", "Q8_0"), None, 0),
+        (("F16", "Q8_0"), None, 0),
+    ],
+)
+def test_experts_of_several_types_are_kept_in_one_form(
+    kinds: tuple[str, ...], codes: str | None, group: int, tmp_path: Path
+) -> None:
+    rng, tensors, weights = np.random.default_rng(5), {}, []
+    for layer, kind in enumerate(kinds):
+        tensors[f"blk.{layer}.ffn_up_exps.weight"], made = random_tensor(rng, kind, 2, 8, 512)
+        weights.append(made)
+    with opened(tmp_path, tensors) as checkpoint:
+        name = "model.layers.{}.mlp.experts.1.up_proj.weight"
+        found = [checkpoint.read_kept(name.format(layer)) for layer in range(len(kinds))]
+    if codes is None:
+        assert None in found
+        return
+    assert (
+        len({(kept.kind, kept.group, kept.scale.dtype, kept.zero is None) for kept in found}) == 1
+    )
+    assert (found[0].kind, found[0].group) == (codes, (1, group))
+    for kept, wanted in zip(found, weights, strict=True):
+        assert np.array_equal(kept.decode().numpy(), wanted[1])
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "Q4_K"])
+def test_gate_and_up_are_kept_in_turns(kind: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
-    gate, gates = random_tensor(rng, "MXFP4", 3, 8, 64)
-    up, ups = random_tensor(rng, "MXFP4", 3, 8, 64)
+    gate, gates = random_tensor(rng, kind, 3, 8, 256)
+    up, ups = random_tensor(rng, kind, 3, 8, 256)
     metadata = {"general.architecture": "gpt-oss"}
     with opened(tmp_path, {GATE: gate, UP: up}, OSS, **metadata) as checkpoint:
         name = "model.layers.0.mlp.experts.gate_up_proj"
         kept = checkpoint.read_kept(name, row=2)
-        wanted = np.stack((gates[2], ups[2]), axis=1).reshape(16, 64)
+        wanted = np.stack((gates[2], ups[2]), axis=1).reshape(16, 256)
         assert np.array_equal(kept.decode().numpy(), wanted)
         assert np.array_equal(checkpoint.read(name, row=2).numpy(), wanted.T)
 
