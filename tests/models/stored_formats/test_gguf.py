@@ -1,10 +1,12 @@
 """GGUF files read like the checkpoints that they stand for: bit for bit, and token for token."""
 
+import itertools
 import json
 import re
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +170,10 @@ PARTS = {"w1": "gate", "w3": "up", "w2": "down"} | {
 class Converted:
     """Tensors of a GGUF file with random codes, and the weights that they stand for."""
 
-    def __init__(self, config: PreTrainedConfig, weights: dict[str, Floats]) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, weights: dict[str, Floats], kinds: Sequence[str]
+    ) -> None:
+        self._kinds = itertools.cycle(kinds)
         self.tensors: dict[str, GgufData] = {}
         self.plain = dict(weights)
         self._rng = np.random.default_rng(3)
@@ -185,7 +190,7 @@ class Converted:
                 self._add_plain(name)
         for called, names in stacks.items():
             shape = (len(names), *weights[names[0]].shape)
-            self.tensors[called], made = random_tensor(self._rng, "Q8_0", *shape)
+            self.tensors[called], made = random_tensor(self._rng, next(self._kinds), *shape)
             for expert, name in names.items():
                 self.plain[name] = made[expert]
 
@@ -226,7 +231,8 @@ class Converted:
                 self.tensors[called] = GgufData(kind="F32", data=np.ascontiguousarray(view))
                 continue
             experts, n_in, n_out = view.shape
-            self.tensors[called], made = random_tensor(self._rng, "MXFP4", experts, n_out, n_in)
+            kind = next(self._kinds)
+            self.tensors[called], made = random_tensor(self._rng, kind, experts, n_out, n_in)
             view[:] = made.swapaxes(1, 2)
         self.plain[name] = values
 
@@ -238,12 +244,51 @@ MODELS: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
 }
 
 
+def tiny_wide() -> PreTrainedConfig:
+    """One layer of four experts, whose rows are whole blocks of every type."""
+    return wide(qwen3_moe, num_hidden_layers=1, num_experts=4)
+
+
+def wide(configure: Callable[[], PreTrainedConfig], **changed: int) -> PreTrainedConfig:
+    """A model whose rows are whole blocks of every type."""
+    config = configure()
+    for key in ("hidden_size", "moe_intermediate_size", "intermediate_size"):
+        if hasattr(config, key):
+            setattr(config, key, 256)
+    for key, value in changed.items():
+        setattr(config, key, value)
+    return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertedModel:
+    """Folders of a GGUF file and of the float32 checkpoint that it stands for."""
+
+    coded: Path
+    plain: Path
+    config: dict[str, Any]
+    metadata: dict[str, object]
+    tensors: dict[str, GgufData]
+
+
 def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     """Write a folder with a GGUF file, and the float32 checkpoint that it stands for."""
-    architecture, configure = MODELS[name]
+    made = converted_model(name, folder, kinds=("MXFP4" if name == "gpt_oss" else "Q8_0",))
+    return made.coded, made.plain
+
+
+def converted_model(
+    name: str,
+    folder: Path,
+    *,
+    kinds: Sequence[str],
+    configure: Callable[[], PreTrainedConfig] | None = None,
+) -> ConvertedModel:
+    """Write a tiny random model; `kinds` are the types of experts' tensors, in turns."""
+    architecture, usual = MODELS[name]
     plain, coded = folder / "plain", folder / "coded"
     torch.manual_seed(3)
-    config = configure()
+    config = (configure or usual)()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
@@ -252,7 +297,7 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     model.save_pretrained(plain)
     file = plain / "model.safetensors"
     weights = {key: tensor.numpy() for key, tensor in load_file(file).items()}
-    made = Converted(config, weights)
+    made = Converted(config, weights, kinds)
     assert any(not np.array_equal(made.plain[key], weights[key]) for key in weights)
     save_file(
         {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in made.plain.items()},
@@ -260,17 +305,37 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
         {"format": "pt"},
     )
     coded.mkdir()
-    metadata = {"general.architecture": architecture, "tokenizer.ggml.tokens": ["a", "b"]}
-    (coded / f"{name}-Q8_0.gguf").write_bytes(gguf_bytes(metadata, made.tensors))
+    metadata: dict[str, object] = {
+        "general.architecture": architecture,
+        "tokenizer.ggml.tokens": ["a", "b"],
+    }
+    (coded / f"{name}-{kinds[0]}.gguf").write_bytes(gguf_bytes(metadata, made.tensors))
     shutil.copy(plain / "config.json", coded)
     tiny_tokenizer().save_pretrained(coded)
-    return coded, plain
+    return ConvertedModel(
+        coded=coded,
+        plain=plain,
+        config=json.loads((plain / "config.json").read_text()),
+        metadata=metadata,
+        tensors=made.tensors,
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
     coded, plain = write_pair(name, tmp_path)
     run_beside(coded, plain, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("qwen3_moe", ("Q4_K", "Q6_K")), ("mixtral", ("Q4_0",)), ("gpt_oss", ("Q6_K",))],
+)
+def test_tokens_of_other_types(name: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
+    made = converted_model(name, tmp_path, kinds=kinds, configure=lambda: wide(MODELS[name][1]))
+    run_beside(made.coded, made.plain, tmp_path)
+    manifest = (tmp_path / "bundle" / "manifest.json").read_text()
+    assert '"kept"' in manifest
 
 
 def test_config_of_a_checkpoint_in_another_format(tmp_path: Path) -> None:
