@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content, foreign_folder
-from moe_tool.formats.hostile_file import one_line, quoted
+from moe_tool.formats.hostile_file import one_line
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.config_dialects import encode_floats, plain_config
 from moe_tool.models.moe_layers import unsupported
@@ -194,7 +194,7 @@ def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
             raise CorruptArtifactError(
-                f"{path}: {key} is {quoted(str(value)[:32])}, wanted a whole number from 1 on",
+                f"{path}: {key} is {one_line(str(value)[:32])}, wanted a whole number from 1 on",
                 hint=hint,
             )
 

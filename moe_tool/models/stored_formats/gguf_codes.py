@@ -10,7 +10,7 @@ from moe_tool.quantization.kept_codes import MIDDLES, CodeKind, KeptWeight
 
 _N_BYTES = {name: n_bytes for name, _, n_bytes in BLOCKS.values()}
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Of blocks [rows, blocks, bytes]: a code for each weight, uint8 [rows, blocks, weights]; a scale
+"""Codes of blocks [rows, blocks, bytes]: one per weight, uint8 [rows, blocks, weights]; a scale
 for each group; a float32 bias for each, or None"""
 
 
