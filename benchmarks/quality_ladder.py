@@ -26,7 +26,6 @@ from moe_tool.models.locate import locate_model
 from moe_tool.packing.measure_bit_prices import measure_bit_prices
 from moe_tool.packing.pack_options import parse_precision
 from moe_tool.packing.primary_forms import made_by
-from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.bit_costs import bit_costs
 from moe_tool.planning.mixed_allocations import allocate_average
 from moe_tool.planning.plan_sources import read_sources
@@ -75,7 +74,7 @@ def rows_of(a: argparse.Namespace) -> Iterator[Row]:
                 instead = {}
                 for at, layer in enumerate(shape.layers):
                     for expert, column in enumerate(chosen[at]):
-                        if (width := WIDTHS[column]) == 0:
+                        if (width := costs.widths[column]) == 0:
                             like = weights[layer, expert, "1"]
                             instead[layer, expert] = {
                                 name: torch.zeros_like(value) for name, value in like.items()

@@ -220,10 +220,13 @@ def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:
 
 
 def _proven(proof: "BundleProof") -> str:
+    away = f"{proof.kl:.3g} nats per token away from the checkpoint"
     found = {
         "equal": "every bit of the logits is the checkpoint's",
         "close": f"the logits are the checkpoint's, up to {proof.difference:.2g} of rounding",
-    }.get(proof.rule, f"{proof.kl:.3g} nats per token away from the checkpoint")
+        "bounded": f"{away}, at most {proof.most_kl:.3g} is allowed: that of knowing nothing",
+        "finite": f"{away}, without a bound at 1 bit or with removed experts",
+    }[proof.rule]
     return (
         f"proven by a forward of {proof.tokens} tokens through both: {found}; "
         f"{format_bytes(proof.bytes_read)} read, {proof.seconds:.1f} s"

@@ -33,7 +33,7 @@ class ProfileArguments:
     holdout: Annotated[
         float,
         typer.Option(
-            metavar="SHARE", min=0, max=0.9, help="Share of the sequences to hold out for checks."
+            metavar="SHARE", max=0.5, help="Share of the sequences to hold out for checks, above 0."
         ),
     ] = 0.25
     seed: SeedOption = 0

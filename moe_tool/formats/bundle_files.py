@@ -49,6 +49,13 @@ def partial_folder(out: Path) -> Path:
     return out.parent / (out.name + PART_SUFFIX)
 
 
+def is_taken(out: Path) -> bool:
+    """Return whether a name is in use by more than an empty folder, which a rename replaces."""
+    if out.is_symlink() or not out.is_dir() or out.is_mount():
+        return out.is_symlink() or out.exists()
+    return any(out.iterdir())
+
+
 def remove_begun(out: Path) -> None:
     """Remove the folder of a bundle that was begun, if it holds nothing but the journal."""
     folder = partial_folder(out)

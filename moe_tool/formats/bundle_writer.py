@@ -39,6 +39,7 @@ from moe_tool.formats.bundle_files import (
     PART_SUFFIX,
     ExpertFile,
     SkeletonEntry,
+    is_taken,
     partial_folder,
     safetensors_header,
     split_skeleton,
@@ -104,7 +105,7 @@ class BundleWriter:
         files = enumerate(writer._plan.files)
         writer._placed = {f.name: at for at, held in files if at in spec.placed for f in held}
         with storage_errors(writer._folder):
-            if out.exists() or out.is_symlink():
+            if is_taken(out):
                 writer._require_same_finished()
                 writer.finished = True
             else:
@@ -306,8 +307,7 @@ class BundleWriter:
                 f"{self._out}: names ending in {PART_SUFFIX} are for half-written bundles",
                 hint="choose another --out",
             )
-        folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := self._folder).mkdir(parents=True, exist_ok=True)
         for torn in folder.glob(f".*{PART_SUFFIX}"):  # unfinished atomic writes of a killed run
             torn.unlink()
         names = {path.name for path in folder.iterdir()}

@@ -1,5 +1,6 @@
 """Opening of untrusted files: a plain file or a named error, and safe quotes of their content."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ def open_plain_file(path: Path, *, remedy: str, missing: str = "") -> BinaryIO:
         missing: hint if the file is missing, where it differs.
 
     Raises:
-        NotFoundError: the file does not exist.
+        NotFoundError: the file, or what it links to, does not exist.
         CorruptArtifactError: it is a folder, a pipe or a device.
         StorageError: it cannot be opened.
     """
@@ -28,6 +29,11 @@ def open_plain_file(path: Path, *, remedy: str, missing: str = "") -> BinaryIO:
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
+            if os.path.islink(path):
+                target = quoted(os.readlink(path))
+                raise NotFoundError(
+                    f"{path} is a link to {target}, which is not there", hint=remedy
+                ) from error
             raise NotFoundError(f"{path} does not exist", hint=missing or remedy) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -59,6 +65,11 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NotFoundError(
+                f"{error.filename or path} is a link that leads back to itself",
+                hint="put the file itself there",
+            ) from error
         raise StorageError(
             f"{error.filename or path}: {error.strerror or error}",
             hint="check its permissions and the disk",

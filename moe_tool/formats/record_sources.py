@@ -58,12 +58,7 @@ class RecordSources:
         if not folder.is_dir():
             other = from_home(sources.folder)
             if not other.is_dir():
-                raise NotFoundError(
-                    f"the experts of this bundle lie in the checkpoint {quoted(folder)}, which is "
-                    "not there",
-                    hint="move it back, or say where it is now: ln -s NEW_FOLDER "
-                    f"{shlex.quote(str(folder))}",
-                )
+                raise _moved(folder)
             folder = other
         return cls(folder, sources.files)
 
@@ -213,6 +208,20 @@ def source_path(folder: Path, name: str) -> Path:
             hint="copy the file into the folder, or pack without --in-place",
         )
     return path
+
+
+def _moved(folder: Path) -> NotFoundError:
+    place = shlex.quote(str(folder))
+    if os.path.lexists(folder):
+        reason, first = "no folder any more", f"mv {place} {place}.old && "
+    else:
+        reason, first = "not there", ""
+    if not folder.parent.is_dir():
+        first = f"mkdir -p {shlex.quote(str(folder.parent))} && "
+    return NotFoundError(
+        f"the experts of this bundle lie in the checkpoint {quoted(folder)}, which is {reason}",
+        hint=f"move it back, or say where it is now: {first}ln -s NEW_FOLDER {place}",
+    )
 
 
 def require_filled(parts: Sequence[Part], layout: RecordLayout) -> None:

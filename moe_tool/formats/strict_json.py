@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content
 from moe_tool.formats.hostile_file import one_line, quoted
 
 _MAX_DIGITS = 40
@@ -16,7 +17,10 @@ def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]
 
     Raises:
         CorruptArtifactError: it is anything else than one JSON object.
+        UnsupportedModelError: it is a GGUF file.
     """
+    if (foreign := foreign_content(path, text[:BEGINNING_BYTES])) is not None:
+        raise foreign
     try:
         parsed = json.loads(
             text.decode("utf-8"),

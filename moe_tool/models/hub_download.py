@@ -1,6 +1,6 @@
 """Download of a checkpoint from the Hugging Face hub, judged before any weight is fetched."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +18,7 @@ from moe_tool.artifacts.identity import HubRevision
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import CorruptArtifactError, NotFoundError, UnsupportedModelError
 from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.formats.hostile_file import one_line
 from moe_tool.formats.safetensors_index import (
     MAX_HEADER_BYTES,
     Checkpoint,
@@ -34,6 +35,8 @@ from moe_tool.models.tokenizer import load_tokenizer
 _SMALL_FILES = ("*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREFIX_BYTES = 8
+_MOST_NAMES = 12
+"""Names of files that a message lists"""
 
 
 def download(
@@ -61,6 +64,7 @@ def download(
     """
     with _downloading(hub_id):
         info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+        _refuse_gguf_alone(hub_id, [f.rfilename for f in info.siblings or []])
         branch = revision or "main"  # by its name, so that the cache remembers what it points at
         # A second copy of the weights in a subfolder is not wanted.
         sizes = {f.rfilename: f.size or 0 for f in info.siblings or [] if "/" not in f.rfilename}
@@ -113,14 +117,30 @@ def _downloading(hub_id: str) -> Iterator[None]:
         ) from error
 
 
+def _refuse_gguf_alone(hub_id: str, names: Sequence[str]) -> None:
+    """Refuse a repository of GGUF files: config.json and tokenizer are another repository's."""
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    if not files or _SINGLE in names or _INDEX in names:
+        return
+    shown = ", ".join(map(one_line, files[:_MOST_NAMES]))
+    more = f" and {len(files) - _MOST_NAMES} more" if len(files) > _MOST_NAMES else ""
+    raise UnsupportedModelError(
+        f"{hub_id} holds its weights as GGUF, which is read from a local folder only: "
+        f"{shown}{more}",
+        hint=f"choose one FILE of these: hf download {hub_id} FILE --local-dir FOLDER; from "
+        "ORIGINAL, the model that it was made from: hf download ORIGINAL config.json "
+        "tokenizer.json tokenizer_config.json generation_config.json --local-dir FOLDER; then give "
+        "FOLDER, with the .gguf file directly in it",
+    )
+
+
 def _weight_files(hub_id: str, folder: Path, sizes: Mapping[str, int]) -> list[str]:
     """Return the weight files that a reader of the checkpoint opens."""
     if _SINGLE in sizes:
         return [_SINGLE]
     if _INDEX not in sizes:
-        gguf = " but GGUF files" if any(name.endswith(".gguf") for name in sizes) else ""
         raise UnsupportedModelError(
-            f"{hub_id} holds neither {_SINGLE} nor {_INDEX}{gguf}",
+            f"{hub_id} holds neither {_SINGLE} nor {_INDEX}",
             hint="give the id of the model in safetensors",
         )
     shards = sorted(set(read_weight_map(folder / _INDEX).values()))

@@ -153,14 +153,21 @@ class LayerStream:
     @torch.no_grad()
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """Return the logits, [B, S, V], of states after the last layer, [B, S, W], by final norm,
-        head and scaling."""
+        head and scaling.
+
+        Raises:
+            CorruptArtifactError: the largest is not finite; -inf masks a token.
+        """
         flow = self.flow(state.shape[1])
         boundary = flow.boundaries[-1]
         tokens = _tokens_of(flow, boundary, state)
         last = boundary.unpack(state)
         stubs = [_Stub(layer, lambda *_, **__: last) for layer in decoder_layers(self.model)]
         with self._layers_replaced(stubs):
-            return self.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        if not are_finite(logits.amax(dim=-1)):  # amax propagates NaN
+            raise _not_finite("the head gives logits")
+        return logits
 
     def _targets_by_layer(self) -> dict[int | None, list[str]]:
         """Group the skeleton's targets by decoder layer; None: routers, and all outside layers."""
@@ -186,11 +193,7 @@ class LayerStream:
             found = self._stop_at(index, tokens, before.unpack(state), nn.Module.__call__)
             output = after.pack(found)
             if not are_finite(output):
-                raise CorruptArtifactError(
-                    f"layer {index} gives hidden states that are not finite",
-                    hint="its weights are finite, so it overflows in float32: download the "
-                    "checkpoint again, or use another version of the model",
-                )
+                raise _not_finite(f"layer {index} gives hidden states")
             return _with_tokens(flow, output, tokens)
 
         return forward
@@ -284,3 +287,11 @@ class _Stopped(Exception):
     def __init__(self, output: Any) -> None:
         super().__init__()
         self.output = output
+
+
+def _not_finite(what: str) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"{what} that are not finite",
+        hint="its weights are finite, so it overflows in float32: download the checkpoint again, "
+        "or use another version of the model",
+    )

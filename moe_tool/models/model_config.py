@@ -194,7 +194,7 @@ def _require_counts(path: Path, raw: dict[str, Any], hint: str) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
             raise CorruptArtifactError(
-                f"{path}: {key} is {str(value)[:32]}, wanted a whole number from 1 on",
+                f"{path}: {key} is {one_line(str(value)[:32])}, wanted a whole number from 1 on",
                 hint=hint,
             )
 

@@ -189,11 +189,7 @@ class TensorMap:
                 excused |= missing.intersection(group)
         for name in self._shapes:
             if name in missing - excused:
-                raise CorruptArtifactError(
-                    f"the checkpoint lacks a tensor for {name}, "
-                    f"wanted shape {list(self._shapes[name])}, found none",
-                    hint=_HINT,
-                )
+                raise self._lacking(name)
         return excused
 
     def made_shapes(self, target: str) -> dict[str, tuple[int, ...]]:
@@ -211,17 +207,25 @@ class TensorMap:
         self._require_even_layers()
         for full_name in self._full_names.values():
             by_expert = self._experts.get(full_name)
-            shape = self._shapes[full_name]
             if not by_expert:
-                raise CorruptArtifactError(
-                    f"the checkpoint lacks a tensor for {full_name}, "
-                    f"wanted shape {list(shape)}, found none",
-                    hint=_HINT,
-                )
+                raise self._lacking(full_name)
             if None in by_expert:
                 self._check_stacked(full_name, by_expert)
             else:
                 self._check_separate(full_name, by_expert)
+
+    def _lacking(self, name: str) -> CorruptArtifactError:
+        return CorruptArtifactError(
+            f"the checkpoint lacks a tensor for {name}, "
+            f"wanted shape {list(self._shapes[name])}, found none",
+            hint=self._hint(),
+        )
+
+    def _hint(self) -> str:
+        """Return what helps where a tensor is missing, which may be the index's fault alone."""
+        remarks = "; ".join(self._checkpoint.remarks)
+        index = "download the index again, with the shards that it names"
+        return f"{index}: {remarks}" if remarks else _HINT
 
     def _require_even_layers(self) -> None:
         """Refuse layers pruned to different numbers of experts, numbered without gaps."""
@@ -303,7 +307,7 @@ class TensorMap:
                 raise CorruptArtifactError(
                     f"the checkpoint lacks expert {expert} of {full_name}, "
                     f"wanted {shape[0]} experts, found {len(by_expert)}",
-                    hint=_HINT,
+                    hint=self._hint(),
                 )
         if len(by_expert) > shape[0]:
             extra = sorted(set(by_expert) - set(range(shape[0])), key=str)[0]
@@ -323,7 +327,7 @@ class TensorMap:
         if [piece.pattern for piece in other] != [piece.pattern for piece in first]:
             raise CorruptArtifactError(
                 f"the expert of {other[0].name} has {len(other)} tensors, wanted {len(first)}",
-                hint=_HINT,
+                hint=self._hint(),
             )
         for piece, model_piece in zip(other, first, strict=True):
             wanted = self._info(model_piece).shape

@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}){reason}",
             hint="give a folder that holds it: moe-tool pack and profile take --tokenizer FOLDER",
         )
-    for name in TOKENIZER_FILES:
+    for name in _FILES:
         foreign = foreign_file(folder / name)
         if foreign is not None:
             raise foreign

@@ -14,7 +14,7 @@ from moe_tool.packing.in_place import InPlace
 from moe_tool.packing.pack_inputs import read_pack_inputs
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.plan_pack import plan_pack
-from moe_tool.packing.source_notes import source_notes
+from moe_tool.packing.source_notes import source_notes, tokenizer_notes
 from moe_tool.packing.write_bundle import PackReport, write_bundle
 from moe_tool.progress import SILENT, Progress
 
@@ -66,9 +66,9 @@ def pack_opened(
         MoeToolError: as `read_pack_inputs`, `plan_pack` and `write_bundle`.
     """
     # Both go into the bundle, so that a fault in them is told before anything is written.
-    load_tokenizer(tokenizer or folder)
+    words = load_tokenizer(tokenizer or folder)
     read_generation_settings(folder)
-    for warning in opened.warnings:
+    for warning in (*opened.warnings, *tokenizer_notes(words, opened.shape.vocabulary)):
         progress.note(warning)
     inputs = read_pack_inputs(profile, buddies, opened.identity, opened.shape)
     job = plan_pack(options, opened, folder, inputs, tokenizer=tokenizer)

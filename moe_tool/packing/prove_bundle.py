@@ -47,6 +47,8 @@ class BundleProof:
     """Norm of the difference of all logits, relative to the norm of the checkpoint's"""
     kl: float
     """Mean divergence of the bundle's predictions from the checkpoint's, nats per token"""
+    most_kl: float
+    """Divergence of knowing nothing, ln of the vocabulary: the bound on `kl` of a bounded one"""
     bytes_read: int
     """Bytes read of checkpoint and bundle"""
     seconds: float
@@ -124,6 +126,7 @@ def prove_bundle(
         rule=rule,
         difference=difference,
         kl=kl,
+        most_kl=_most_kl(wanted),
         bytes_read=read,
         seconds=time.perf_counter() - start,
     )
@@ -163,7 +166,7 @@ def _require(
     kl: float,
 ) -> None:
     """Refuse a bundle that breaks its rule."""
-    most_kl = math.log(wanted.logits.shape[-1])
+    most_kl = _most_kl(wanted)
     is_kept = {
         "equal": torch.equal(wanted.logits, found.logits),
         "close": difference <= _ROUNDING,
@@ -185,6 +188,10 @@ def _require(
         f"{parts[0] if parts else 'the head'} is the first that differs; of the logits "
         f"{difference:.2g} differs, where {limit:g} is allowed",
     )
+
+
+def _most_kl(wanted: SourceForward) -> float:
+    return math.log(wanted.logits.shape[-1])
 
 
 def _refused(bundle: Path, rule: Rule, reason: str) -> CorruptArtifactError:

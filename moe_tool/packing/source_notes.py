@@ -1,6 +1,7 @@
 """Sentences on a checkpoint's format and what becomes of it, said before a bundle is written."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from moe_tool.artifacts.precision import AnyPrecision
 from moe_tool.budget.sizes import format_bytes
@@ -33,6 +34,16 @@ def source_notes(opened: OpenedModel, spec: BundleSpec) -> Iterator[str]:
                 "bits: that loses quality and saves nothing; --bits native keeps the codes of "
                 "most formats"
             )
+
+
+def tokenizer_notes(tokenizer: Any, vocabulary: int) -> Iterator[str]:
+    """Yield a warning if a tokenizer makes tokens that the model does not know."""
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= vocabulary:
+        yield (
+            f"warning: the tokenizer makes tokens up to {last}, the model knows {vocabulary}: it "
+            "belongs to another model, or tokens were added since; a text with them is refused"
+        )
 
 
 def _becomes(opened: OpenedModel, precision: AnyPrecision, are_coded: bool) -> str:

@@ -1,31 +1,46 @@
 """Expected cost of every width of every expert, as arrays to choose from."""
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from moe_tool.artifacts.bit_prices import BitPrices
 from moe_tool.artifacts.expert_statistics import PRICED_WIDTHS
 from moe_tool.artifacts.identity import require_same_model
+from moe_tool.artifacts.precision import NATIVE_WIDTH
 from moe_tool.errors import CorruptArtifactError, WrongModelError
 from moe_tool.planning.allocate_bits import WIDTHS
-from moe_tool.planning.model_costs import record_size
+from moe_tool.planning.model_costs import native_bits, record_size, useful_widths
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.misses.price_book import STRUCTURED
-
-_NATIVE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitCosts:
-    """Costs of L layers of E experts at each of WIDTHS."""
+    """Costs of L layers of E experts at each of W widths."""
 
+    widths: tuple[int, ...]
+    """[W] widths that experts may get, ascending, of WIDTHS"""
+    bits: tuple[Fraction, ...]
+    """[W] bits that an average counts for a weight: the width, or those of the native record"""
     nats: np.ndarray
     """[L, E, W] float64: expected divergence per token"""
     size_bytes: np.ndarray
     """[W] int64: bytes of a record; 0 for a removed expert"""
     load: np.ndarray
     """[L, E] float64: share of tokens that want the expert"""
+
+    @property
+    def bit_unit(self) -> Fraction:
+        """Largest fraction of a bit that all of `bits` are multiples of"""
+        return Fraction(1, math.lcm(*(each.denominator for each in self.bits)))
+
+    @property
+    def units(self) -> np.ndarray:
+        """[W] int64: `bits` in units of `bit_unit`"""
+        return np.array([int(each / self.bit_unit) for each in self.bits], dtype=np.int64)
 
 
 def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
@@ -37,10 +52,12 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
     Raises:
         WrongModelError, CorruptArtifactError: the prices are not of this profile.
     """
-    shape = sources.profile.header.shape
+    header = sources.profile.header
+    shape = header.shape
     if prices is not None:
         _require_fit(prices, sources)
-    cost = np.zeros((len(shape.layers), shape.experts, len(WIDTHS)))
+    widths = useful_widths(header, WIDTHS)
+    cost = np.zeros((len(shape.layers), shape.experts, len(widths)))
     for at, layer in enumerate(shape.layers):
         each, use = sources.statistics[layer], sources.use[layer].squared_gate
         kl_ratio = 1.0 if prices is None else prices.layers[at].kl_ratio
@@ -51,16 +68,18 @@ def bit_costs(sources: PlanSources, prices: BitPrices | None) -> BitCosts:
         else:
             measured = zip(prices.widths, prices.layers[at].eps, strict=True)
             squared |= {width: np.array(found) ** 2 for width, found in measured}
-        squared |= {0: np.full(shape.experts, STRUCTURED), _NATIVE: np.zeros(shape.experts)}
-        for column, width in enumerate(WIDTHS):
+        squared |= {0: np.full(shape.experts, STRUCTURED), NATIVE_WIDTH: np.zeros(shape.experts)}
+        for column, width in enumerate(widths):
             cost[at, :, column] = kl_ratio * each.nats * use * squared[width]
     sizes = [
-        0
-        if width == 0
-        else record_size(sources.profile.header, "native" if width == _NATIVE else str(width))
-        for width in WIDTHS
+        0 if width == 0 else record_size(header, "native" if width == NATIVE_WIDTH else str(width))
+        for width in widths
     ]
     return BitCosts(
+        widths=widths,
+        bits=tuple(
+            native_bits(header) if width == NATIVE_WIDTH else Fraction(width) for width in widths
+        ),
         nats=cost,
         size_bytes=np.array(sizes, dtype=np.int64),
         load=np.stack([sources.use[layer].load for layer in shape.layers]),

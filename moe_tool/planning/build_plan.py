@@ -11,15 +11,18 @@ from moe_tool.artifacts.simulation_report import PrefetchRow, SimulatedRow
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError
+from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.candidate import Candidate, EvictionReplays, PackedExperts
 from moe_tool.planning.choose import choose, out_of_reach
 from moe_tool.planning.eviction_replays import replay_evictions, replay_one
 from moe_tool.planning.lossy_answers import lossy_answers
 from moe_tool.planning.make_pack_plan import make_pack_plan
+from moe_tool.planning.model_costs import useful_widths
 from moe_tool.planning.packed_experts import mixed_experts, uniform_experts
 from moe_tool.planning.plan_notes import (
     bit_notes,
     eviction_note,
+    kept_notes,
     limit_note,
     mixed_notes,
     overhead_notes,
@@ -31,6 +34,8 @@ from moe_tool.planning.profile_prices import predicted_loss
 from moe_tool.progress import SILENT, Progress
 from moe_tool.simulator.simulate import Budget, simulate_prefetch
 
+_AUTO_WIDTHS = (8, 4)
+"""Widths that a plan without --bits chooses from, beside native"""
 _BUDGET_STEPS = (0.5, 0.75, 1.25, 1.5, 2.0)
 
 
@@ -128,9 +133,13 @@ def _packed(
     prices: BitPrices | None,
 ) -> tuple[list[PackedExperts], list[str]]:
     """Return the allowed precisions that fit, most bits first, and notes on the others."""
+    header = sources.profile.header
     if request.is_mixed:
-        return [mixed_experts(sources, hardware, request, prices)], []
-    every: tuple[Bits, ...] = ("native", "8", "4") if request.bits is None else (request.bits,)
+        found = mixed_experts(sources, hardware, request, prices)
+        return [found], kept_notes(header, WIDTHS)
+    every: tuple[Bits, ...] = ("native", *map(str, useful_widths(header, _AUTO_WIDTHS)))
+    if request.bits is not None:
+        every = (request.bits,)
     losses = {bits: predicted_loss(sources.statistics, bits) for bits in every}
     is_free = request.bits is not None or request.max_kl is not None
     packed: list[PackedExperts] = []
@@ -143,7 +152,8 @@ def _packed(
                 refused[bits] = error
     if not packed:  # native experts lose nothing: some were allowed
         raise list(refused.values())[-1]
-    return packed, [] if is_free else bit_notes(request, losses, tuple(refused))
+    notes = [] if is_free else bit_notes(request, losses, tuple(refused))
+    return packed, notes if request.bits is not None else notes + kept_notes(header, _AUTO_WIDTHS)
 
 
 def _candidates(

@@ -1,13 +1,20 @@
 """Costs of one model on one machine: bytes of a record, seconds of a layer call."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES, MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
-from moe_tool.artifacts.precision import WholeExpertPrecision, precision_from_bits, stored_as
+from moe_tool.artifacts.precision import (
+    NATIVE_WIDTH,
+    WholeExpertPrecision,
+    precision_from_bits,
+    stored_as,
+)
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.budget.slots import min_slots
 from moe_tool.formats.profile_hdf5 import ProfileHeader
@@ -37,6 +44,29 @@ def record_precision(header: ProfileHeader, bits: Bits) -> WholeExpertPrecision:
 def record_size(header: ProfileHeader, bits: Bits) -> int:
     """Return the bytes of an expert's record in a bundle of `pack --bits`."""
     return record_form(header.shape, record_precision(header, bits)).layout.size_bytes
+
+
+def native_bits(header: ProfileHeader) -> Fraction:
+    """Return the bits of a weight in a native record: those of kept codes with their scales, or
+    NATIVE_WIDTH for floats of any dtype."""
+    if header.kept is None:
+        return Fraction(NATIVE_WIDTH)
+    tensors = header.shape.expert_tensors
+    vectors = {each.name for each in tensors if len(each.shape) != 2}
+    segments = record_form(header.shape, header.kept).layout.segments
+    n_bytes = sum(each.n_bytes for each in segments if each.name not in vectors)
+    n_weights = sum(math.prod(each.shape) for each in tensors if each.name not in vectors)
+    return Fraction(8 * n_bytes, n_weights)
+
+
+def useful_widths(header: ProfileHeader, widths: Sequence[int]) -> tuple[int, ...]:
+    """Return the widths without those that rounding kept codes again would make no smaller."""
+    kept = header.kept
+    return tuple(
+        width
+        for width in widths
+        if width == NATIVE_WIDTH or kept is None or width < kept.width_bits
+    )
 
 
 def timed_as(precision: WholeExpertPrecision) -> str:

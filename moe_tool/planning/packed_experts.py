@@ -10,10 +10,10 @@ from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits
+from moe_tool.artifacts.precision import NATIVE_WIDTH
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, min_slots
 from moe_tool.errors import UsageError
-from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.bit_costs import BitCosts, bit_costs
 from moe_tool.planning.candidate import PackedExperts
 from moe_tool.planning.memory_account import FixedMemory, account_of_bits, fixed_memory
@@ -86,7 +86,7 @@ def mixed_experts(
     others = control_allocations(costs, request.average_bits or found.average_bits)
     return PackedExperts(
         bits="mixed",
-        expert_bits=layer_bits(shape.layers, chosen),
+        expert_bits=layer_bits(costs, shape.layers, chosen),
         allocations=(found, *(describe(name, costs, each) for name, each in others.items())),
         quantizer="rtn" if prices is None else prices.quantizer,
         compute_bits=str(min((1, 2, 3, 4, 8), key=lambda width: abs(width - found.average_bits))),
@@ -105,14 +105,14 @@ def _expert_room(memory: MemoryRequest, fixed: FixedMemory, costs: BitCosts) -> 
     if memory.kind != "bytes":
         return None
     if memory.size_bytes < max(fixed.total_bytes, fixed.loading_bytes):
-        size, n = int(costs.size_bytes[WIDTHS.index(1)]), costs.load.size
+        size, n = int(costs.size_bytes[costs.widths.index(1)]), costs.load.size
         # No expert would fit: this refuses with a budget for all experts at 1 bit.
         fixed.within(memory, (ExpertRoom(record_bytes=size, n_experts=n, n_slots_min=n),))
     return memory.size_bytes - fixed.total_bytes
 
 
 def _allocate(costs: BitCosts, request: PlanRequest, room_bytes: int | None) -> np.ndarray:
-    """Return columns of WIDTHS, [L, E], by average bits, else by max_kl, else by memory."""
+    """Return columns of widths, [L, E], by average bits, else by max_kl, else by memory."""
     if request.average_bits is not None:
         return allocate_average(costs, request.average_bits, room_bytes=room_bytes)
     if request.max_kl is not None:
@@ -124,7 +124,7 @@ def _allocate(costs: BitCosts, request: PlanRequest, room_bytes: int | None) -> 
 def _rooms(shape: MoeShape, found: Allocation, costs: BitCosts) -> tuple[ExpertRoom, ...]:
     rooms = tuple(
         ExpertRoom(
-            record_bytes=int(costs.size_bytes[WIDTHS.index(width)]),
+            record_bytes=int(costs.size_bytes[costs.widths.index(width)]),
             n_experts=count,
             n_slots_min=min_slots(shape.top_k, count),
         )
@@ -148,10 +148,10 @@ def _mean_costs(
     """Return the mean costs of a call over widths, weighted by the use of their experts."""
     total = float(costs.load.sum()) or 1.0
     each, shares = [], []
-    for column, width in enumerate(WIDTHS):
+    for column, width in enumerate(costs.widths):
         is_stored = chosen == column
         if width and is_stored.any():
-            bits = "native" if width == WIDTHS[-1] else str(width)
+            bits = "native" if width == NATIVE_WIDTH else str(width)
             each.append(
                 model_costs(
                     sources.profile.header,

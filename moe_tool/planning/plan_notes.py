@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from moe_tool.artifacts.pack_plan import Bits
 from moe_tool.artifacts.simulation_report import PrefetchRow
+from moe_tool.formats.profile_hdf5 import ProfileHeader
 from moe_tool.planning.candidate import Candidate
 from moe_tool.planning.make_pack_plan import PREDICTION_ERROR
+from moe_tool.planning.model_costs import native_bits, useful_widths
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.quantizers.registry import QUANTIZERS
 
@@ -25,6 +27,18 @@ def bit_notes(
     if unfit:
         notes.append(f"{', '.join(unfit)}: does not fit into {request.memory}")
     return notes
+
+
+def kept_notes(header: ProfileHeader, widths: Sequence[int]) -> list[str]:
+    """Return which of the widths are left out because the checkpoint's codes have no more bits."""
+    useful = useful_widths(header, widths)
+    left_out = [str(width) for width in widths if width not in useful]
+    if header.kept is None or not left_out:
+        return []
+    return [
+        f"left out: {' and '.join(left_out)} bits: the checkpoint's {header.kept.name} codes, "
+        f"{float(native_bits(header)):.4g} bits a weight with their scales, are kept without loss"
+    ]
 
 
 def limit_note(candidate: Candidate) -> str:

@@ -11,6 +11,7 @@ zero of integers without zeros is half their range, 8 or 128. The compiled kerne
 numbers to the last bit.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -43,7 +44,11 @@ SCALE_KINDS = {
 }
 """Names of the dtypes that scales may have; uint8 holds exponents, 2**(byte - 127)"""
 _MOST_SCALE = 2.0**119
-"""Scales of e4m3 whose product with the largest code is finite"""
+"""Scales of e4m3 whose product with the largest code is finite, in the kernels' steps too"""
+_SAFE_SCALE = 2.0**118
+"""Limit below which a scale times any code's number, 448 at most, plus a bias up to `_SAFE_BIAS` is
+finite"""
+_SAFE_BIAS = 2.0**126
 _BLOCK = 2**18
 """Weights decoded at a time, which stay in the second-level cache"""
 
@@ -162,7 +167,7 @@ class KeptWeight:
         for name in ("codes", "scale", "global_scale", "zero"):
             if self.part(name) is not None and not self._are_numbers(name):
                 return name
-        return None
+        return "scale" if self._may_overflow() and not self._is_finite() else None
 
     def _are_numbers(self, name: str) -> bool:
         part = self.part(name)
@@ -173,6 +178,28 @@ class KeptWeight:
         if part.dtype == torch.uint8:
             return name != "scale" or not bool((part == 255).any())
         return bool(torch.isfinite(part).all())
+
+    def _may_overflow(self) -> bool:
+        """Tell by the largest parts, without decoding, whether a number may leave float32."""
+        # Exponents are compared as bytes: the largest byte is the largest scale.
+        largest = self.scale.max()[None] if self.scale.dtype == torch.uint8 else self.scale
+        scale = float(_floats(largest).abs().max())
+        if self.global_scale is not None and self.is_divisor:
+            scale /= max(float(self.global_scale.abs().min()), sys.float_info.min)
+        elif self.global_scale is not None:
+            scale *= float(self.global_scale.abs().max())
+        bias = 0.0
+        if self.zero is not None and self.zero.dtype == torch.float32:
+            bias = float(self.zero.abs().max())
+        return scale >= _SAFE_SCALE or bias > _SAFE_BIAS
+
+    def _is_finite(self) -> bool:
+        """Return whether every number is finite, decoding a block of rows at a time."""
+        rows = max(1, _BLOCK // self.shape[1])
+        return all(
+            bool(torch.isfinite(self.decode(first, min(first + rows, self.shape[0]))).all())
+            for first in range(0, self.shape[0], rows)
+        )
 
 
 def kept_product(

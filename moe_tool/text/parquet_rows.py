@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 _ROWS_PER_READ = 1024
+_ONE_STRING = (
+    "write each row's text as one string into a column 'text'; turns of a chat are joined first, "
+    "e.g. by the tokenizer's chat template"
+)
 
 
 def count_row_groups(file: Path) -> int:
@@ -74,13 +78,15 @@ def _text_column(file: Path, parquet: "pyarrow.parquet.ParquetFile") -> str:
         raise DataSourceError(
             f"text source {file}: the column {named[0]} holds {schema.field(named[0]).type}, not "
             "text",
-            hint="write each row's text as one string into a column 'text'",
+            hint=_ONE_STRING,
         )
     found = [f"{field.name} ({str(field.type)[:40]})" for field in schema]
     raise DataSourceError(
         f"text source {file}: no text column {' or '.join(TEXT_FIELDS)};"
         f" columns found: {', '.join(found) or 'none'}",
-        hint="rename the column that holds the text, one string per row, to 'text'",
+        hint="rename the column that holds the text, one string per row, to 'text'"
+        if any(_holds_text(field.type) for field in schema)
+        else _ONE_STRING,
     )
 
 

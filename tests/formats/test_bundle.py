@@ -111,6 +111,23 @@ def test_an_interrupted_bundle_becomes_the_uninterrupted_one(
     assert folder_bytes(tmp_path / "resumed") == folder_bytes(whole)
 
 
+def test_an_empty_folder_takes_the_bundle_and_a_used_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert folder_bytes(write_bundle(tmp_path / "empty")) == folder_bytes(
+        write_bundle(tmp_path / "whole")
+    )
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "beside")  # a rename cannot replace it
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name in ("used", "link", "dangling"):
+        with pytest.raises(UsageError, match=f"{name} exists and is not a bundle"):
+            write_bundle(tmp_path / name)
+        assert not (tmp_path / f"{name}.part").exists()
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize("cut", [0, 1, 4096, 5000, -4097, -1])
 def test_a_torn_end_of_the_records_is_written_again(tmp_path: Path, cut: int) -> None:
     whole = write_bundle(tmp_path / "whole")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from moe_tool.errors import CorruptArtifactError, MoeToolError, UnsupportedModelError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.architecture import open_model
+from moe_tool.models.generation_settings import read_generation_settings
 from moe_tool.models.locate import LocatedModel, locate_model
 from moe_tool.models.tokenizer import load_tokenizer
 from tests.gguf_file import gguf_bytes
@@ -52,10 +53,23 @@ def test_a_file_that_is_something_else_is_named(
     assert hint in (error.hint or "")
 
 
-def test_a_tokenizer_that_is_a_pointer_is_named(copied: Path) -> None:
-    (copied / "tokenizer.json").write_bytes(POINTER)
-    with pytest.raises(CorruptArtifactError, match=r"tokenizer\.json is a Git LFS pointer"):
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "merges.txt"])
+def test_a_tokenizer_that_is_a_pointer_is_named(name: str, copied: Path) -> None:
+    (copied / name).write_bytes(POINTER)
+    with pytest.raises(CorruptArtifactError, match=rf"{name} is a Git LFS pointer"):
         load_tokenizer(copied)
+
+
+@pytest.mark.parametrize(("content", "says"), [(POINTER, "Git LFS pointer"), (PAGE, "web page")])
+def test_an_index_or_settings_that_are_something_else_are_named(
+    content: bytes, says: str, copied: Path
+) -> None:
+    (copied / "generation_config.json").write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match=rf"generation_config\.json is a {says}"):
+        read_generation_settings(copied)
+    (copied / WEIGHTS).rename(copied / "model-00001-of-00001.safetensors")
+    (copied / f"{WEIGHTS}.index.json").write_bytes(content)
+    assert f"{copied / WEIGHTS}.index.json is a {says}" in refusal_of(copied).message
 
 
 @pytest.mark.parametrize(

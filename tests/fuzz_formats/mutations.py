@@ -211,14 +211,14 @@ def _fill(c: Contents, rng: random.Random, _: Path) -> str:
 
 
 def _config(c: Contents, rng: random.Random, _: Path) -> str:
-    return _leaf(c.config, rng)
+    return change_leaf(c.config, rng)
 
 
 def _settings(c: Contents, rng: random.Random, _: Path) -> str:
-    return _leaf(c.settings, rng)
+    return change_leaf(c.settings, rng)
 
 
-def _leaf(holder: dict[str, Any], rng: random.Random) -> str:
+def change_leaf(holder: dict[str, Any], rng: random.Random) -> str:
     """Change, remove or add one value somewhere below."""
     path = ""
     while True:

@@ -1,5 +1,6 @@
 """An expert read alone equals the row of the model's own stacked parameter."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.models.architecture import open_model
 from moe_tool.models.expert_source import ExpertSource
+from moe_tool.models.locate import LocatedModel
 from moe_tool.models.meta_model import build_meta_model
 from moe_tool.models.moe_layers import find_moe_layers
 from tests.tiny_models import TINY, make_tiny_checkpoint
@@ -121,3 +124,25 @@ def test_experts_that_do_not_fit_the_config_are_named_before_any_is_read(
             ExpertSource(build_meta_model(tmp_path), checkpoint)
         assert checkpoint.bytes_read == 0
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"]
+)
+def test_a_tensor_that_only_the_index_lacks_leads_to_the_index(
+    name: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("mixtral")
+    shutil.copy(source / "config.json", tmp_path)
+    shutil.copy(source / "model.safetensors", tmp_path / "model-1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = dict.fromkeys(load_file(source / "model.safetensors"), "model-1.safetensors")
+    del weight_map[name]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CorruptArtifactError) as caught:
+        open_model(LocatedModel(folder=tmp_path, name="tiny"))
+    assert caught.value.hint is not None
+    assert f"model-1.safetensors holds '{name}'" in caught.value.hint
+    weight_map[name] = "model-1.safetensors"
+    index.write_text(json.dumps({"weight_map": weight_map}))  # as the hint says
+    open_model(LocatedModel(folder=tmp_path, name="tiny"))

@@ -142,7 +142,9 @@ def another_width(folder: Path) -> None:
 def no_safetensors(folder: Path) -> None:
     for path in folder.glob("*safetensors*"):
         path.unlink()
-    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "config.json").unlink()
+    for kind in ("Q4_K_M", "Q8_0"):
+        (folder / f"m-{kind}.gguf").write_bytes(b"GGUF")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def no_safetensors(folder: Path) -> None:
         (bad_settings, CorruptArtifactError, "top_k"),
         (a_shard_fewer, CorruptArtifactError, "lacks the shard"),
         (another_width, CorruptArtifactError, "does not fit the model"),
-        (no_safetensors, UnsupportedModelError, "but GGUF files"),
+        (no_safetensors, UnsupportedModelError, "only: m-Q4_K_M.gguf, m-Q8_0.gguf"),
     ],
 )
 def test_what_cannot_be_read_is_refused_before_any_weight_is_fetched(
@@ -168,7 +170,7 @@ def test_what_cannot_be_read_is_refused_before_any_weight_is_fetched(
     damage(repository)  # type: ignore[operator]
     fetched, _, found = fetch(repository, monkeypatch)
     assert isinstance(found, error)
-    assert says in found.message
+    assert says in found.message and found.hint
     assert weights(fetched) == []
 
 

@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         name="a planner that minimizes something else",
         file="moe_tool/planning/mixed_allocations.py",
-        old="cost.reshape(-1, len(WIDTHS)),",
-        new="np.sqrt(cost).reshape(-1, len(WIDTHS)),",
+        old="cost.reshape(-1, n_widths),",
+        new="np.sqrt(cost).reshape(-1, n_widths),",
         tests=_BEST_BITS,
     ),
     Mutant(

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import re
+import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +143,24 @@ def test_a_checkpoint_that_moved_is_found_where_the_hint_says(copy: Path) -> Non
     assert tokens(copy / "b", "min") == wanted
     os.unlink(command)
     change_section(copy, lambda body: body.update(folder=str(copy / "elsewhere")))
+    assert tokens(copy / "b", "min") == wanted
+
+
+@pytest.mark.parametrize("is_blocked", [False, True])
+def test_a_moved_checkpoint_is_found_by_the_commands_of_the_hint(
+    copy: Path, tmp_path: Path, is_blocked: bool
+) -> None:
+    """The folder around it is gone too, or something else lies in its place."""
+    wanted, place = tokens(copy / "b", "min"), tmp_path / "away" / "for good" / "model"
+    change_section(copy, lambda body: body.update(resolved=str(place), folder="nowhere"))
+    if is_blocked:
+        place.parent.mkdir(parents=True)
+        place.write_text("a file")
+    error = refusal(copy / "b")
+    assert ("no folder any more" if is_blocked else "is not there") in error.message
+    command = str(error.hint).partition("where it is now: ")[2]
+    new_folder = shlex.quote(str(copy / "model"))
+    subprocess.run(command.replace("NEW_FOLDER", new_folder), shell=True, check=True)
     assert tokens(copy / "b", "min") == wanted
 
 

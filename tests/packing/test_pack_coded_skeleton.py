@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.errors import CorruptArtifactError, MoeToolError
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.finite_numbers import are_finite_codes
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.models.bundle_skeleton import matrix_bytes, n_skeleton_weights, open_bundle_skeleton
+from moe_tool.packing import write_bundle
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.run_options import run_options
@@ -154,6 +157,41 @@ def test_rounded_matrices_lie_beside_codes_that_stay(
     assert "model.layers.0.self_attn.o_proj.weight" not in found
     assert report.proof is not None and 0 < report.proof.kl < 1
     assert len(tokens_of(tmp_path / "b")) == N_TOKENS
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_codes_of_nan_are_refused_as_they_are_copied(
+    code: int,
+    pair: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(pair("fp8")[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    weights[name].view(torch.uint8)[3, 5] = code
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    def unproven(*_: object, **__: object) -> None:
+        raise AssertionError("the copy went through")
+
+    monkeypatch.setattr(write_bundle, "prove_bundle", unproven)
+    with pytest.raises(CorruptArtifactError, match=f"'{name}' stands for NaN") as caught:
+        pack_bundle(located(folder), out=tmp_path / "b")
+    assert caught.value.exit_code == 3 and not (tmp_path / "b").exists()
+
+
+def test_every_code_of_eight_bits_is_judged_as_torch_does() -> None:
+    for dtype, name in (
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+        (torch.float8_e8m0fnu, "F8_E8M0"),
+    ):
+        every = torch.arange(256, dtype=torch.uint8)
+        wanted = every.view(dtype).to(torch.float32).isfinite().tolist()
+        assert [are_finite_codes(bytes([k]), name) for k in range(256)] == wanted
+    assert are_finite_codes(b"\xff\x7f", "U8")
 
 
 def forge(bundle: Path, change: Callable[[dict], None]) -> None:

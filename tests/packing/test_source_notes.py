@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_tool.inspection.describe_artifact import describe_artifact
-from moe_tool.models.locate import LocatedModel
+from moe_tool.models.locate import DEMO_FOLDER, LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.pack_options import parse_pack_options
 from moe_tool.progress import SILENT, Progress
@@ -21,10 +21,13 @@ class _Notes(Progress):
         self.notes.append(text)
 
 
-def notes_of(folder: Path, out: Path, bits: str, *, in_place: bool = False) -> list[str]:
+def notes_of(
+    folder: Path, out: Path, bits: str, *, in_place: bool = False, tokenizer: Path | None = None
+) -> list[str]:
     progress = _Notes()
     options = parse_pack_options(out=out, bits=bits, in_place=in_place)
-    pack_bundle(LocatedModel(folder=folder, name="tiny"), options, progress=progress)
+    located = LocatedModel(folder=folder, name="tiny", tokenizer=tokenizer)
+    pack_bundle(located, options, progress=progress)
     return progress.notes
 
 
@@ -58,3 +61,11 @@ def test_floats_and_experts_in_place_are_named(tmp_path: Path) -> None:
         describe_artifact(folder, verify=False, progress=SILENT).facts for folder in (coded, plain)
     ]
     assert [each["format"] for each in facts] == ["fp8", "float32"]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_warned_of(tmp_path: Path) -> None:
+    """The demo model's has 2048, this model 260, as many as its own."""
+    coded, _ = write_pair("mxfp4", tmp_path)
+    first, *_ = notes_of(coded, tmp_path / "a", "native", tokenizer=DEMO_FOLDER)
+    assert "tokens up to 2047, the model knows 260" in first
+    assert not any("the model knows" in note for note in notes_of(coded, tmp_path / "b", "native"))

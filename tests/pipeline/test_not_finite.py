@@ -84,11 +84,19 @@ def overflow(tensor: torch.Tensor) -> None:
     tensor.fill_(3e38)
 
 
-def test_profile_names_the_layer_that_overflows(
-    changed: Callable[..., LocatedModel], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (MATRIX, "layer 1 gives hidden states that are not finite"),
+        ("lm_head.weight", "the head gives logits that are not finite"),
+        ("model.norm.weight", "the head gives logits that are not finite"),
+    ],
+)
+def test_profile_names_the_place_that_overflows(
+    name: str, says: str, changed: Callable[..., LocatedModel], tmp_path: Path
 ) -> None:
-    model = changed(MATRIX, overflow)
-    with pytest.raises(CorruptArtifactError, match="layer 1 gives hidden states that are not"):
+    model = changed(name, overflow)
+    with pytest.raises(CorruptArtifactError, match=says):
         record_profile(
             model, parse_sources(["builtin"]), out=tmp_path / "p.h5", tokens=512, seq_len=32
         )

@@ -1,6 +1,8 @@
 """plan and simulate of a quantized checkpoint: sizes of its own codes, from the profile alone."""
 
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.formats.record_form import record_form
 from moe_tool.models.bundle_skeleton import bundle_loader, open_bundle_skeleton
-from moe_tool.planning.model_costs import record_size
+from moe_tool.planning.model_costs import native_bits, record_size
 from tests.models.stored_formats.test_coded_models import write_pair
 from tests.pipeline.commands import Done, moe_tool
 
@@ -24,7 +26,7 @@ def done(*arguments: str | Path, folder: Path) -> Done:
     return found
 
 
-@pytest.fixture(scope="module", params=["fp8", "mxfp4"])
+@pytest.fixture(scope="module", params=["fp8", "mxfp4", "int4"])
 def profiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     write_pair(request.param, folder)
@@ -88,3 +90,67 @@ def test_budgets_of_a_simulation_count_codes(profiled: Path) -> None:
     assert {row["expert_bytes"] for row in of_codes["rows"]} == {
         row["slots"] * size for row in of_codes["rows"]
     }
+
+
+SCALE_BITS = {"float32": 32, "bfloat16": 16, "e8m0": 8}
+
+
+def bits_by_hand(profile: ProfileReader) -> Fraction:
+    """Bits of a weight's code, and of its share of a scale."""
+    kept, bits, n_weights = profile.header.kept, 0, 0
+    assert kept is not None and (kept.global_scale, kept.zero) == ("none", "none")
+    for rows, columns in (
+        t.shape for t in profile.header.shape.expert_tensors if len(t.shape) == 2
+    ):
+        grid = -(-rows // kept.group_rows) * -(-columns // (kept.group_columns or columns))
+        bits += rows * columns * kept.width_bits + grid * SCALE_BITS[kept.scale]
+        n_weights += rows * columns
+    return Fraction(bits, n_weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", ["2.5", "4", "16"])
+def test_an_average_counts_the_bits_of_codes(profiled: Path, average: str, tmp_path: Path) -> None:
+    """The bits of kept experts are those of their records, not 16; no rounding is chosen that has
+    as many."""
+    plan = tmp_path / "x.plan.json"
+    options = ("--average-bits", average, "--context", "64", *SHIPPED, "--out", plan)
+    made = done("plan", "p.h5", *options, folder=profiled)
+    with ProfileReader.open(profiled / "p.h5") as profile:
+        native, kept = native_bits(profile.header), profile.header.kept
+        assert native == bits_by_hand(profile)
+        size = {16: record_size(profile.header, "native"), 0: 0}
+        size |= {bits: record_size(profile.header, str(bits)) for bits in (1, 2, 3, 4, 8)}
+    assert kept is not None
+    if profiled.name.startswith("mxfp4"):
+        assert native == Fraction(17, 4)
+    bits = [each for row in json.loads(plan.read_text())["expert_bits"] for each in row["bits"]]
+    assert set(bits) <= {0, 1, 2, 3, 16} | ({4} if kept.width_bits == 8 else set())
+    counted = sum(native if each == 16 else each for each in bits) / len(bits)
+    (chosen, *others) = made.fields["allocations"]
+    assert chosen["average_bits"] == pytest.approx(float(counted)) and counted <= float(average)
+    if average == "16":
+        assert set(bits) <= {0, 16} and chosen["nats"] == 0  # 0: tokens want no such expert
+    elif kept.width_bits == 4:
+        assert 16 in bits and len(set(bits)) > 1  # kept codes among fewer bits, the useful case
+    for other in others:
+        assert other["nats"] >= chosen["nats"] and set(map(int, other["experts"])) <= {*size}
+        assert other["average_bits"] <= math.ceil(native)
+    left_out = "8" if kept.width_bits == 8 else "4 and 8"
+    lines = [line for line in made.stderr.splitlines() if "left out" in line]
+    assert len(lines) == 1 and f"left out: {left_out} bits" in lines[0] and kept.name in lines[0]
+    packed = done(
+        "pack", profiled / "coded", "--plan", plan, "--out", tmp_path / "b", folder=profiled
+    )
+    assert packed.fields["expert_bytes"] == chosen["expert_bytes"]
+    assert chosen["expert_bytes"] == sum(size[each] for each in bits)
+
+
+def test_a_plan_without_bits_rounds_no_codes_to_as_many(profiled: Path, tmp_path: Path) -> None:
+    asked = ("--memory", "60%", "--context", "64", "--max-loss", "900%", *SHIPPED)
+    made = done("plan", "p.h5", *asked, "--out", tmp_path / "x.json", folder=profiled)
+    with ProfileReader.open(profiled / "p.h5") as profile:
+        kept = profile.header.kept
+    assert kept is not None
+    assert made.fields["plan"]["bits"] in (("native", "4") if kept.width_bits == 8 else ("native",))
+    assert ("left out: 8 bits" if kept.width_bits == 8 else "left out: 8 and 4") in made.stderr

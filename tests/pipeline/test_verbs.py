@@ -210,7 +210,13 @@ def test_pack_says_how_it_proved_the_bundle(pipeline: Pipeline, tmp_path: Path) 
         "pack", pipeline.model, "--bits", "4", "--out", tmp_path / "b", folder=pipeline.folder
     )
     assert done.code == 0
-    assert re.search(r"proven by a forward of 4 tokens through both: \S+ nats per", done.stderr)
+    found = re.search(
+        r"proven by a forward of 4 tokens through both: (\S+) nats per token away from the "
+        r"checkpoint, at most (\S+) is allowed: that of knowing nothing;",
+        done.stderr,
+    )
+    assert found is not None
+    assert float(found[1]) < float(found[2]) == 5.56  # ln of 260 tokens
     assert pipeline.pack.fields["proof"]["tokens"] == 4
     assert pipeline.pack.fields["proof"]["bytes_read"] > 0
 

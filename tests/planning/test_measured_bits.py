@@ -231,7 +231,7 @@ def test_packed_bits_lose_less_than_as_many_handed_out_otherwise(
         plan = made_plan(
             identity=measured.profile.header.identity,
             bits="mixed",
-            expert_bits=layer_bits(measured.profile.header.shape.layers, chosen),
+            expert_bits=layer_bits(measured.costs, measured.profile.header.shape.layers, chosen),
         )
         pack_bundle(measured.model, out=tmp_path / name, bits="mixed", plan=plan)
         options = run_options(memory="100%", context=48, batch=8)

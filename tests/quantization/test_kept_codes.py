@@ -203,3 +203,57 @@ def test_parts_that_do_not_fit_are_refused(changed: dict[str, object]) -> None:
     KeptWeight(**sound)  # type: ignore[arg-type]
     with pytest.raises(ValueError):
         KeptWeight(**{**sound, **changed})  # type: ignore[arg-type]
+
+
+OVERFLOWS: dict[str, tuple[dict[str, object], bool]] = {
+    "6 * 2**127": ({"codes": bytes_of([0x70]), "scale": bytes_of([254])}, True),
+    "1 * 2**127": ({"codes": bytes_of([0x22]), "scale": bytes_of([254])}, False),
+    "2 * 2**127": ({"codes": bytes_of([0x42]), "scale": bytes_of([254])}, True),
+    "6 * 2**125": ({"codes": bytes_of([0x77]), "scale": bytes_of([252])}, False),
+    "a factor": ({"scale": torch.tensor([[3e38]]), "global_scale": torch.tensor([2.0])}, True),
+    "a small factor": (
+        {"scale": torch.tensor([[3e38]]), "global_scale": torch.tensor([0.01])}, False,
+    ),
+    "zero divides": (
+        {
+            "scale": torch.tensor([[1.0]]),
+            "global_scale": torch.tensor([0.0]),
+            "is_divisor": True,
+        },
+        True,
+    ),
+    "a tiny divisor": (
+        {
+            "scale": torch.tensor([[448.0]]),
+            "global_scale": torch.tensor([1e-38]),
+            "is_divisor": True,
+        },
+        True,
+    ),
+    "a bias": (
+        {
+            "kind": "int4",
+            "codes": bytes_of([0xFF]),
+            "scale": torch.tensor([[1e37]]),
+            "zero": torch.tensor([[3e38]]),
+        },
+        True,
+    ),
+    "a bias that is taken back": (
+        {
+            "kind": "int4",
+            "codes": bytes_of([0xFF]),
+            "scale": torch.tensor([[1e37]]),
+            "zero": torch.tensor([[-3e38]]),
+        },
+        False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_finite_parts_whose_product_is_infinite_are_broken(name: str) -> None:
+    parts, is_broken = OVERFLOWS[name]
+    weight = KeptWeight(**{"codes": bytes_of([0x77]), "kind": "e2m1", "group": (1, 2)} | parts)  # type: ignore[arg-type]
+    assert torch.isfinite(weight.decode()).all() == (not is_broken)
+    assert weight.broken_part() == ("scale" if is_broken else None)

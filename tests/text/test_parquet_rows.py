@@ -83,3 +83,15 @@ def test_bytes_that_are_not_utf8_are_damage(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": pa.array([b"caf\xe9"])}), file)
     with pytest.raises(DataSourceError, match="row group 0"):
         read(file)
+
+
+def test_a_rename_is_advised_only_where_a_column_holds_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    for table, says in (
+        ({"body": ["a"], "n": [1]}, "rename the column"),
+        ({"messages": [[{"role": "user", "content": "a"}]]}, "as one string"),
+    ):
+        parquet.write_table(pa.table(table), file)
+        with pytest.raises(DataSourceError) as caught:
+            count_row_groups(file)
+        assert caught.value.hint is not None and says in caught.value.hint

@@ -4,7 +4,7 @@ it."""
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from moe_tool.errors import UnsupportedModelError
 from moe_tool.formats.gguf_header import BLOCKS, GgufTensor, read_gguf
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
+from moe_tool.models.stored_formats.gguf_codes import GgufForm, common_form, kept_weight
 from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
 from moe_tool.models.stored_formats.stored_tensor import (
     Parts,
@@ -21,7 +22,7 @@ from moe_tool.models.stored_formats.stored_tensor import (
     refused,
     require_part,
 )
-from moe_tool.quantization.kept_codes import CodeKind, KeptWeight
+from moe_tool.quantization.kept_codes import KeptWeight
 
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -30,8 +31,6 @@ _CHUNK = 2**18
 _CHUNK_BYTES = 16
 """Bytes that the gguf library holds for each of them"""
 _BLOCK_SIZES = {name: (n_weights, n_bytes) for name, n_weights, n_bytes in BLOCKS.values()}
-_KEPT: dict[str, CodeKind] = {"Q8_0": "int8", "Q4_0": "int4", "MXFP4": "e2m1"}
-"""Types whose codes kernels read, with one scale before the codes of a block"""
 _NAME = re.compile(r"blk\.(\d{1,5})\.(\w+)(\.weight|\.bias)")
 _EXPERTS = re.compile(r"ffn_(gate|up|down)_exps")
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
@@ -128,9 +127,10 @@ def open_gguf(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
         )
     kinds = {tensor.name: tensor.kind for tensor in header.tensors}
     raw = {tensor.name: _raw_info(path, tensor) for tensor in header.tensors}
+    form = common_form({kind for name, kind in kinds.items() if _holds_expert_matrices(name)})
     stored: dict[str, StoredTensor] = {}
     for name in raw:
-        stored.update(_logical(raw, kinds, name, model, config))
+        stored.update(_logical(raw, kinds, name, model, config, form))
     checkpoint = Checkpoint(raw)
     checkpoint.requires_finite = True
     return LogicalCheckpoint(checkpoint, stored, format_name="gguf")
@@ -138,6 +138,11 @@ def open_gguf(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.gguf"))
+
+
+def _holds_expert_matrices(name: str) -> bool:
+    match = _NAME.fullmatch(name)
+    return match is not None and match[3] == ".weight" and bool(_EXPERTS.fullmatch(match[2]))
 
 
 def _raw_info(path: Path, tensor: GgufTensor) -> TensorInfo:
@@ -161,8 +166,9 @@ def _logical(
     name: str,
     model: _Model,
     config: Mapping[str, Any],
+    form: GgufForm | None,
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield what a tensor stands for in transformers' names."""
+    """Yield what a tensor stands for in transformers' names; experts' codes are kept in `form`."""
     info, match = raw[name], _NAME.fullmatch(name)
     if name in _OUTER:
         yield _OUTER[name], _matrix(info, kinds[name])
@@ -179,7 +185,7 @@ def _logical(
     elif model.experts:
         for expert in range(info.shape[0]):
             called = model.experts[part[1]].format(expert)
-            yield f"{before}{called}{ending}", _matrix(info, kinds[name], row=expert)
+            yield f"{before}{called}{ending}", _matrix(info, kinds[name], row=expert, form=form)
     else:
         called = "down_proj" if part[1] == "down" else "gate_up_proj"
         names = [name]
@@ -187,11 +193,17 @@ def _logical(
             names = [f"blk.{layer}.ffn_{each}_exps{ending}" for each in ("gate", "up")]
         parts = [require_part(raw, each, of=name) for each in names]
         suffix = "_bias" if ending == ".bias" else ""
-        yield f"{before}mlp.experts.{called}{suffix}", _stack(parts, [kinds[n] for n in names])
+        stack = _stack(parts, [kinds[n] for n in names], form)
+        yield f"{before}mlp.experts.{called}{suffix}", stack
 
 
 def _matrix(
-    info: TensorInfo, kind: str, *, row: int | None = None, heads: object = None
+    info: TensorInfo,
+    kind: str,
+    *,
+    row: int | None = None,
+    heads: object = None,
+    form: GgufForm | None = None,
 ) -> StoredTensor:
     """Return a tensor, or a row of a stack, as it lies; with rows put back if there are heads."""
     shape = _shape(info, kind)[0 if row is None else 1 :]
@@ -206,18 +218,19 @@ def _matrix(
         return pairs.transpose(1, 2).reshape(shape)
 
     n_weights = math.prod(shape)
-    is_kept = kind in _KEPT and len(shape) == 2 and heads is None
     return StoredTensor(
         parts={"codes": info.name},
         shape=shape,
         decode=decode,
-        keep=(lambda parts: _kept(parts["codes"], kind)) if is_kept else None,
+        keep=(lambda parts: kept_weight(parts["codes"], kind, form))
+        if form is not None and len(shape) == 2
+        else None,
         row=row,
         decode_bytes=_decode_bytes(info, kind, shape) + (4 * n_weights if heads else 0),
     )
 
 
-def _stack(infos: list[TensorInfo], kinds: list[str]) -> StoredTensor:
+def _stack(infos: list[TensorInfo], kinds: list[str], form: GgufForm | None) -> StoredTensor:
     """Return all experts' [E, in, out] or biases [E, out], of gate and up in turns if of both."""
     first = _shape(infos[0], kinds[0])
     for info, kind in zip(infos, kinds, strict=True):
@@ -231,20 +244,25 @@ def _stack(infos: list[TensorInfo], kinds: list[str]) -> StoredTensor:
         return joined.T if joined.ndim == 2 else joined
 
     def keep(parts: Parts) -> KeptWeight:
-        made = [_kept(parts[str(k)], kind) for k, kind in enumerate(kinds)]
-        codes, scale = (
-            torch.stack([weight.part(name) for weight in made], dim=1).flatten(0, 1)
-            for name in ("codes", "scale")
-        )
-        return KeptWeight(codes=codes, kind=made[0].kind, scale=scale, group=made[0].group)
+        assert form is not None
+        made = [kept_weight(parts[str(k)], kind, form) for k, kind in enumerate(kinds)]
 
-    is_kept = set(kinds) in [{kind} for kind in _KEPT] and len(first) == 3
+        def in_turns(name: str) -> torch.Tensor:
+            return torch.stack([weight.part(name) for weight in made], dim=1).flatten(0, 1)
+
+        return replace(
+            made[0],
+            codes=in_turns("codes"),
+            scale=in_turns("scale"),
+            zero=None if made[0].zero is None else in_turns("zero"),
+        )
+
     each = sum(_decode_bytes(i, kind, first[1:]) for i, kind in zip(infos, kinds, strict=True))
     return StoredTensor(
         parts={str(k): info.name for k, info in enumerate(infos)},
         shape=(shape[0], *reversed(shape[1:])),
         decode=decode,
-        keep=keep if is_kept else None,
+        keep=keep if form is not None and len(first) == 3 else None,
         decode_bytes=each + (4 * math.prod(shape[1:]) if len(infos) > 1 else 0),
         is_stacked=True,
     )
@@ -278,22 +296,3 @@ def _floats(read: torch.Tensor, kind: str) -> torch.Tensor:
         part = dequantize(rows[start : start + step].numpy(), GGMLQuantizationType[kind])
         made[start : start + step] = torch.from_numpy(part)
     return made.view(*read.shape[:-1], -1)
-
-
-def _kept(read: torch.Tensor, kind: str) -> KeptWeight:
-    """Return a matrix of blocks [out, bytes] in its codes; halves of a block become pairs."""
-    n_weights, n_bytes = _BLOCK_SIZES[kind]
-    blocks = read.view(read.shape[0], -1, n_bytes)
-    n_scale_bytes = 1 if kind == "MXFP4" else 2
-    scale, codes = blocks[..., :n_scale_bytes].contiguous(), blocks[..., n_scale_bytes:]
-    if _KEPT[kind] == "int8":
-        codes = codes ^ 128
-    else:
-        wide = torch.cat((codes & 15, codes >> 4), dim=-1)
-        codes = wide[..., 0::2] | wide[..., 1::2] << 4
-    return KeptWeight(
-        codes=codes.reshape(read.shape[0], -1),
-        kind=_KEPT[kind],
-        scale=(scale if kind == "MXFP4" else scale.view(torch.float16)).squeeze(-1),
-        group=(1, n_weights),
-    )

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.formats.finite_numbers import are_finite
+from moe_tool.formats.finite_numbers import are_finite, are_finite_codes
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.models.stored_formats.stored_tensor import HINT, StoredTensor
@@ -141,8 +141,18 @@ class LogicalCheckpoint(Checkpoint):
         return [self._raw.tensors[part] for part in stored.parts.values()]
 
     def read_copied(self, name: str) -> bytes:
-        """Return the bytes of a tensor that `copied` named."""
-        return self._raw.read_bytes(name) if self._is_declared else self.read_bytes(name)
+        """Return the bytes of a tensor that `copied` named.
+
+        Raises:
+            CorruptArtifactError: as `read_bytes`, or a code stands for NaN or infinity.
+            StorageError: as the raw checkpoint.
+        """
+        if not self._is_declared:
+            return self.read_bytes(name)
+        data = self._raw.read_bytes(name)
+        if self.requires_finite and not are_finite_codes(data, self._raw.tensors[name].dtype):
+            raise self._not_finite(name, None)
+        return data
 
     def extra_bytes(self, name: str) -> int:
         """Return the bytes that reading a tensor, or a row of a stacked one, holds beside it."""
@@ -165,8 +175,9 @@ class LogicalCheckpoint(Checkpoint):
 
     def _not_finite(self, name: str, row: int | None) -> CorruptArtifactError:
         where = "" if row is None else f" (row {row})"
+        file = (self.tensors.get(name) or self._raw.tensors[name]).file
         return CorruptArtifactError(
-            f"{self.tensors[name].file}: tensor {quoted(name)}{where} stands for NaN or infinity",
+            f"{file}: tensor {quoted(name)}{where} stands for NaN or infinity",
             hint=HINT,
         )
 

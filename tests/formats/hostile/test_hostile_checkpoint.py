@@ -141,14 +141,14 @@ def test_a_damaged_set_of_shards(tmp_path: Path, case: Case) -> None:
     Case(
         name="a link to nothing",
         damage=lambda path: (path.unlink(), path.symlink_to("gone"))[0],
-        says="does not exist",
+        says="is a link to 'gone', which is not there",
         error=NotFoundError,
     ),
     Case(
         name="a link to itself",
         damage=lambda path: (path.unlink(), path.symlink_to(path.name))[0],
-        says=ONE,
-        error=StorageError,
+        says=f"{ONE} is a link that leads back to itself",
+        error=NotFoundError,
     ),
 )
 def test_what_is_not_there(tmp_path: Path, case: Case) -> None:

@@ -1,10 +1,12 @@
 """GGUF files read like the checkpoints that they stand for: bit for bit, and token for token."""
 
+import itertools
 import json
 import re
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +58,67 @@ def halves(codes: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kept_codes_are_a_lossless_reordering(kind: str, tmp_path: Path) -> None:
-    stack, experts = random_tensor(np.random.default_rng(5), kind, 3, 8, 256)
+def test_kept_codes_stand_for_the_same_weights(kind: str, tmp_path: Path) -> None:
+    stack, experts = random_tensor(np.random.default_rng(5), kind, 3, 8, 512)
     with opened(tmp_path, {"blk.1.ffn_up_exps.weight": stack}) as checkpoint:
         kept = checkpoint.read_kept(EXPERT.format(2))
-    assert (kept is not None) == (kind in ("Q8_0", "Q4_0", "MXFP4"))
-    if kept is not None:
-        assert np.array_equal(kept.decode().numpy(), experts[2])
-        scale = kept.scale.view(torch.uint8).view(8, 8, -1)
-        codes = (kept.codes ^ 128).view(8, 8, 32) if kind == "Q8_0" else halves(kept.codes)
+    assert (kept is None) == (kind in ("F32", "F16", "BF16"))
+    if kept is None:
+        return
+    assert np.array_equal(kept.decode().numpy(), experts[2])
+    bits = {"int4": 4, "e2m1": 4, "int8": 8}[kept.kind]
+    assert bits == (4 if kind in ("Q4_0", "Q4_K", "MXFP4") else 8)
+    assert kept.codes.nbytes * 8 == bits * experts[2].size
+    if kind in ("Q8_0", "Q4_0", "MXFP4"):
+        scale = kept.scale.view(torch.uint8).view(8, 16, -1)
+        codes = (kept.codes ^ 128).view(8, 16, 32) if kind == "Q8_0" else halves(kept.codes)
         made = torch.cat((scale, codes), dim=-1).view(8, -1)
         assert np.array_equal(made.numpy(), stack.data[2])
 
 
-def test_gate_and_up_are_kept_in_turns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "codes", "group"),
+    [
+        (("Q4_K", "Q6_K"), "int8", 16),
+        (("Q4_K", "Q5_K"), "int8", 32),
+        (("Q4_0", "Q5_0"), "int8", 32),
+        (("Q4_0", "Q6_K", "Q8_0"), "int8", 16),
+        (("Q5_0", "Q5_K", "Q6_K", "Q8_0", "Q4_0"), "int8", 16),
+        (("MXFP4", "Q8_0"), None, 0),
+        (("F16", "Q8_0"), None, 0),
+    ],
+)
+def test_experts_of_several_types_are_kept_in_one_form(
+    kinds: tuple[str, ...], codes: str | None, group: int, tmp_path: Path
+) -> None:
+    rng, tensors, weights = np.random.default_rng(5), {}, []
+    for layer, kind in enumerate(kinds):
+        tensors[f"blk.{layer}.ffn_up_exps.weight"], made = random_tensor(rng, kind, 2, 8, 512)
+        weights.append(made)
+    with opened(tmp_path, tensors) as checkpoint:
+        name = "model.layers.{}.mlp.experts.1.up_proj.weight"
+        found = [checkpoint.read_kept(name.format(layer)) for layer in range(len(kinds))]
+    if codes is None:
+        assert None in found
+        return
+    assert (
+        len({(kept.kind, kept.group, kept.scale.dtype, kept.zero is None) for kept in found}) == 1
+    )
+    assert (found[0].kind, found[0].group) == (codes, (1, group))
+    for kept, wanted in zip(found, weights, strict=True):
+        assert np.array_equal(kept.decode().numpy(), wanted[1])
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "Q4_K"])
+def test_gate_and_up_are_kept_in_turns(kind: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
-    gate, gates = random_tensor(rng, "MXFP4", 3, 8, 64)
-    up, ups = random_tensor(rng, "MXFP4", 3, 8, 64)
+    gate, gates = random_tensor(rng, kind, 3, 8, 256)
+    up, ups = random_tensor(rng, kind, 3, 8, 256)
     metadata = {"general.architecture": "gpt-oss"}
     with opened(tmp_path, {GATE: gate, UP: up}, OSS, **metadata) as checkpoint:
         name = "model.layers.0.mlp.experts.gate_up_proj"
         kept = checkpoint.read_kept(name, row=2)
-        wanted = np.stack((gates[2], ups[2]), axis=1).reshape(16, 64)
+        wanted = np.stack((gates[2], ups[2]), axis=1).reshape(16, 256)
         assert np.array_equal(kept.decode().numpy(), wanted)
         assert np.array_equal(checkpoint.read(name, row=2).numpy(), wanted.T)
 
@@ -129,7 +170,10 @@ PARTS = {"w1": "gate", "w3": "up", "w2": "down"} | {
 class Converted:
     """Tensors of a GGUF file with random codes, and the weights that they stand for."""
 
-    def __init__(self, config: PreTrainedConfig, weights: dict[str, Floats]) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, weights: dict[str, Floats], kinds: Sequence[str]
+    ) -> None:
+        self._kinds = itertools.cycle(kinds)
         self.tensors: dict[str, GgufData] = {}
         self.plain = dict(weights)
         self._rng = np.random.default_rng(3)
@@ -146,7 +190,7 @@ class Converted:
                 self._add_plain(name)
         for called, names in stacks.items():
             shape = (len(names), *weights[names[0]].shape)
-            self.tensors[called], made = random_tensor(self._rng, "Q8_0", *shape)
+            self.tensors[called], made = random_tensor(self._rng, next(self._kinds), *shape)
             for expert, name in names.items():
                 self.plain[name] = made[expert]
 
@@ -187,7 +231,8 @@ class Converted:
                 self.tensors[called] = GgufData(kind="F32", data=np.ascontiguousarray(view))
                 continue
             experts, n_in, n_out = view.shape
-            self.tensors[called], made = random_tensor(self._rng, "MXFP4", experts, n_out, n_in)
+            kind = next(self._kinds)
+            self.tensors[called], made = random_tensor(self._rng, kind, experts, n_out, n_in)
             view[:] = made.swapaxes(1, 2)
         self.plain[name] = values
 
@@ -199,12 +244,51 @@ MODELS: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
 }
 
 
+def tiny_wide() -> PreTrainedConfig:
+    """One layer of four experts, whose rows are whole blocks of every type."""
+    return wide(qwen3_moe, num_hidden_layers=1, num_experts=4)
+
+
+def wide(configure: Callable[[], PreTrainedConfig], **changed: int) -> PreTrainedConfig:
+    """A model whose rows are whole blocks of every type."""
+    config = configure()
+    for key in ("hidden_size", "moe_intermediate_size", "intermediate_size"):
+        if hasattr(config, key):
+            setattr(config, key, 256)
+    for key, value in changed.items():
+        setattr(config, key, value)
+    return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertedModel:
+    """Folders of a GGUF file and of the float32 checkpoint that it stands for."""
+
+    coded: Path
+    plain: Path
+    config: dict[str, Any]
+    metadata: dict[str, object]
+    tensors: dict[str, GgufData]
+
+
 def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     """Write a folder with a GGUF file, and the float32 checkpoint that it stands for."""
-    architecture, configure = MODELS[name]
+    made = converted_model(name, folder, kinds=("MXFP4" if name == "gpt_oss" else "Q8_0",))
+    return made.coded, made.plain
+
+
+def converted_model(
+    name: str,
+    folder: Path,
+    *,
+    kinds: Sequence[str],
+    configure: Callable[[], PreTrainedConfig] | None = None,
+) -> ConvertedModel:
+    """Write a tiny random model; `kinds` are the types of experts' tensors, in turns."""
+    architecture, usual = MODELS[name]
     plain, coded = folder / "plain", folder / "coded"
     torch.manual_seed(3)
-    config = configure()
+    config = (configure or usual)()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
@@ -213,7 +297,7 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
     model.save_pretrained(plain)
     file = plain / "model.safetensors"
     weights = {key: tensor.numpy() for key, tensor in load_file(file).items()}
-    made = Converted(config, weights)
+    made = Converted(config, weights, kinds)
     assert any(not np.array_equal(made.plain[key], weights[key]) for key in weights)
     save_file(
         {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in made.plain.items()},
@@ -221,17 +305,37 @@ def write_pair(name: str, folder: Path) -> tuple[Path, Path]:
         {"format": "pt"},
     )
     coded.mkdir()
-    metadata = {"general.architecture": architecture, "tokenizer.ggml.tokens": ["a", "b"]}
-    (coded / f"{name}-Q8_0.gguf").write_bytes(gguf_bytes(metadata, made.tensors))
+    metadata: dict[str, object] = {
+        "general.architecture": architecture,
+        "tokenizer.ggml.tokens": ["a", "b"],
+    }
+    (coded / f"{name}-{kinds[0]}.gguf").write_bytes(gguf_bytes(metadata, made.tensors))
     shutil.copy(plain / "config.json", coded)
     tiny_tokenizer().save_pretrained(coded)
-    return coded, plain
+    return ConvertedModel(
+        coded=coded,
+        plain=plain,
+        config=json.loads((plain / "config.json").read_text()),
+        metadata=metadata,
+        tensors=made.tensors,
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_the_plain_model(name: str, tmp_path: Path) -> None:
     coded, plain = write_pair(name, tmp_path)
     run_beside(coded, plain, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("qwen3_moe", ("Q4_K", "Q6_K")), ("mixtral", ("Q4_0",)), ("gpt_oss", ("Q6_K",))],
+)
+def test_tokens_of_other_types(name: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
+    made = converted_model(name, tmp_path, kinds=kinds, configure=lambda: wide(MODELS[name][1]))
+    run_beside(made.coded, made.plain, tmp_path)
+    manifest = (tmp_path / "bundle" / "manifest.json").read_text()
+    assert '"kept"' in manifest
 
 
 def test_config_of_a_checkpoint_in_another_format(tmp_path: Path) -> None:
