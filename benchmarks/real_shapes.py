@@ -39,7 +39,7 @@ _SEQUENCE = 512
 _PROFILE_FIGURES = (
     "seconds", "tokens", "bytes_read", "checkpoint_bytes", "peak_rss_bytes", "memory_budget_bytes",
 )  # fmt: skip
-_SPARE_BYTES = 96 * 2**20
+_SPARE_BYTES = 2**28
 """What a budget leaves of the hard limit: page cache of libraries, and the shell"""
 
 
