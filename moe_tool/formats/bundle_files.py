@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
+from moe_tool.errors import UsageError
 from moe_tool.formats.record_layout import RecordLayout
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -47,6 +48,15 @@ class SkeletonEntry:
 def partial_folder(out: Path) -> Path:
     """Return the folder in which a bundle is written until it is finished."""
     return out.parent / (out.name + PART_SUFFIX)
+
+
+def require_bundle_name(out: Path) -> None:
+    """Refuse the name of a half-written bundle for a whole one."""
+    if out.name.endswith(PART_SUFFIX):
+        raise UsageError(
+            f"{out}: names ending in {PART_SUFFIX} are for half-written bundles",
+            hint="choose another --out",
+        )
 
 
 def is_taken(out: Path) -> bool:

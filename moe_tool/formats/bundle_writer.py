@@ -41,6 +41,7 @@ from moe_tool.formats.bundle_files import (
     SkeletonEntry,
     is_taken,
     partial_folder,
+    require_bundle_name,
     safetensors_header,
     split_skeleton,
 )
@@ -302,12 +303,9 @@ class BundleWriter:
             self.spec.require_same_bundle(self._out, found.manifest)
 
     def _begin_or_resume(self) -> None:
-        if self._out.name.endswith(PART_SUFFIX):
-            raise UsageError(
-                f"{self._out}: names ending in {PART_SUFFIX} are for half-written bundles",
-                hint="choose another --out",
-            )
-        (folder := self._folder).mkdir(parents=True, exist_ok=True)
+        require_bundle_name(self._out)
+        folder = self._folder
+        folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob(f".*{PART_SUFFIX}"):  # unfinished atomic writes of a killed run
             torn.unlink()
         names = {path.name for path in folder.iterdir()}
