@@ -8,7 +8,7 @@ expanded in blocks of rows into one scratch block, so that no float32 copy of an
 import torch
 import torch.nn.functional as F
 
-from moe_tool.native.kept import INTEGER_KINDS, token_group
+from moe_tool.native.kept import INTEGER_KINDS, is_computed, token_group
 from moe_tool.native.kernels import NativeLinear, are_tokens_int8, decode_kept, is_native
 from moe_tool.quantization.bit_packing import ROWS, n_row_blocks
 from moe_tool.quantization.kept_codes import KeptWeight, kept_product
@@ -48,6 +48,20 @@ def linear(x: torch.Tensor, weight: AnyWeight, bias: FloatWeight | None = None) 
         out = _linear_narrow_float(x, weight.values)
     # Added afterwards, as the models with biases do: a fused bias rounds differently.
     return out if bias is None else out.add_(bias.values.to(torch.float32))
+
+
+def expanded(weight: FloatWeight | KeptWeight) -> FloatWeight:
+    """Return a matrix of kept codes in float32, and a weight of floats itself."""
+    if isinstance(weight, FloatWeight):
+        return weight
+    n_outputs, n_inputs = weight.shape
+    if is_native() and is_computed(weight.group[1], n_inputs):
+        return FloatWeight(values=decode_kept(weight, 0, n_outputs))
+    out = torch.empty(n_outputs, n_inputs)
+    rows = max(1, _LARGE_BLOCK // n_inputs)
+    for first in range(0, n_outputs, rows):
+        out[first : first + rows] = weight.decode(first, min(first + rows, n_outputs))
+    return FloatWeight(values=out)
 
 
 def computes_natively(weight: AnyWeight, n_tokens: int) -> bool:

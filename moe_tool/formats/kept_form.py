@@ -92,7 +92,9 @@ def kept_precision(expert: Mapping[str, AnyWeight]) -> KeptPrecision:
     return found.pop()
 
 
-def with_equal_groups(expert: Mapping[str, AnyWeight]) -> dict[str, AnyWeight]:
+def with_equal_groups(
+    expert: Mapping[str, FloatWeight | KeptWeight],
+) -> dict[str, FloatWeight | KeptWeight]:
     """Return an expert whose matrices have groups of as many rows, repeating scales if need be."""
     rows = {each.group[0] for each in expert.values() if isinstance(each, KeptWeight)}
     if len(rows) == 1 and max(rows) < 2**16:

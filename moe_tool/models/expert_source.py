@@ -12,11 +12,11 @@ from moe_tool.formats.kept_form import kept_precision, with_equal_groups
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.models.kept_rows import place_rows, row_order
 from moe_tool.models.moe_layers import MoeLayerModules, expert_parameters
-from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
+from moe_tool.models.stored_formats.logical_checkpoint import Form, LogicalCheckpoint
 from moe_tool.models.tensor_map import Piece, TensorMap
 from moe_tool.models.unused_tensors import require_float
 from moe_tool.quantization.kept_codes import KeptWeight
-from moe_tool.quantization.weights import AnyWeight, FloatWeight
+from moe_tool.quantization.weights import FloatWeight
 
 _FLOAT_NAMES: dict[str, FloatName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -44,6 +44,7 @@ class ExpertSource:
         }
         self._dtype = getattr(torch, expert_dtype(self._map, checkpoint))
         self._orders: dict[tuple[object, ...], torch.Tensor | None] = {}
+        self._kept_bytes: dict[tuple[tuple[Form, ...], ...], int | None] = {}
         self._transposed = {
             layer: is_transposed(modules) for layer, modules in self._map.moe_layers.items()
         }
@@ -81,7 +82,7 @@ class ExpertSource:
         """
         found = set()
         for layer in self._parameters:
-            if not self._are_alike(layer):
+            if self._common_forms(layer) is None:
                 return None
             weights = self.read_kept(layer, 0)
             try:
@@ -92,7 +93,28 @@ class ExpertSource:
                 return None
         return found.pop() if len(found) == 1 else None
 
-    def read_kept(self, layer: int, expert: int) -> dict[str, AnyWeight] | None:
+    def kept_bytes(self, layer: int) -> int | None:
+        """Return the bytes in memory of each of a layer's experts as `read_kept` returns them.
+
+        Expert 0 is read, unless that of a layer stored alike has been.
+
+        Returns:
+            None if they are floats, or not all of them can be kept.
+
+        Raises:
+            CorruptArtifactError, StorageError: as `read_kept`.
+        """
+        form = self._common_forms(layer)
+        if form is None:
+            return None
+        if form not in self._kept_bytes:
+            weights = self.read_kept(layer, 0)
+            self._kept_bytes[form] = (
+                None if weights is None else sum(each.size_bytes for each in weights.values())
+            )
+        return self._kept_bytes[form]
+
+    def read_kept(self, layer: int, expert: int) -> dict[str, FloatWeight | KeptWeight] | None:
         """Read one expert's matrices in the codes on disk, and its vectors as `read` does.
 
         Returns:
@@ -104,7 +126,7 @@ class ExpertSource:
         """
         if not isinstance(self._checkpoint, LogicalCheckpoint):
             return None
-        found: dict[str, AnyWeight] = {}
+        found: dict[str, FloatWeight | KeptWeight] = {}
         for name in self._parameters[layer]:
             pieces, is_stacked = self._map.expert_pieces(layer, name, expert)
             row = expert if is_stacked else None
@@ -132,18 +154,21 @@ class ExpertSource:
                 found.setdefault(role, []).append(info)
         return found
 
-    def _are_alike(self, layer: int) -> bool:
-        """Return whether all experts of a layer have codes and scales of the same form."""
+    def _common_forms(self, layer: int) -> tuple[tuple[Form, ...], ...] | None:
+        """Return the forms of a layer's codes and scales, parameter by parameter; None if its
+        experts differ, or the checkpoint holds no codes."""
         if not isinstance(self._checkpoint, LogicalCheckpoint):
-            return True
+            return None
+        found = []
         for name in self._parameters[layer]:
             forms = {
                 tuple(self._checkpoint.form_of(piece.name) for piece in pieces)
                 for pieces in self._map.pieces_of_experts(layer, name)
             }
             if len(forms) != 1:
-                return False
-        return True
+                return None
+            found.append(forms.pop())
+        return tuple(found)
 
     def _row_order(
         self, layer: int, parameter: str, expert: int, parts: Sequence[KeptWeight]

@@ -11,6 +11,7 @@ import torch
 
 from moe_tool.artifacts.router_trace import TracedTokens
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.layer_experts import LayerExperts
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.skeleton import LayerCall
@@ -51,7 +52,7 @@ class CalibratedLayer:
 
     layer: int
     module: Any
-    experts: Mapping[int, Mapping[str, torch.Tensor]]
+    experts: Mapping[int, Mapping[str, FloatWeight]]
     inputs: torch.Tensor
     """[T, H] float32 inputs of the experts"""
     index: torch.Tensor
@@ -76,7 +77,7 @@ class CalibratedLayer:
         step = max(1, -(-len(measured) // most_measured))
         return ExpertSample(
             module=self.module,
-            tensors=self.experts[expert],
+            tensors={name: each.values for name, each in self.experts[expert].items()},
             fitted_on=self.inputs[fitted],
             measured_on=self.inputs[measured[::step]],
             is_own=is_own and is_measured_on_own,
@@ -109,7 +110,7 @@ class CalibratedModel:
         self._stream = LayerStream(folder, opened.checkpoint)
         self._stream.set_experts_function(self._answer)
         self._calls: list[LayerCall] = []
-        self._experts: dict[int, dict[str, torch.Tensor]] = {}
+        self._experts: Mapping[int, Mapping[str, FloatWeight]] = {}
         self._instead: Mapping[int, ExpertWeights] = {}
         """Expert -> weights in its place"""
         self._watched: list[torch.Tensor] = []
@@ -140,10 +141,9 @@ class CalibratedModel:
             if last is not None and layer.layer > last:
                 return
             self._calls.clear()
-            self._experts.clear()
+            self._experts = {}
             if layer.moe is not None:
-                for expert in range(self._opened.shape.experts):
-                    self._experts[expert] = self._opened.experts.read(layer.layer, expert)
+                self._experts = LayerExperts(self._opened.experts, self._opened.shape, layer.layer)
             for at, states in enumerate(hidden):
                 hidden[at] = layer.forward(states)
             calls, self._calls = self._calls, []
@@ -198,8 +198,7 @@ class CalibratedModel:
             if expert in self._instead:
                 yield expert, self._instead[expert]
                 continue
-            found = self._experts[expert]
-            yield expert, {name: FloatWeight(values=value) for name, value in found.items()}
+            yield expert, self._experts[expert]
 
 
 def _choose(tokens: TracedTokens, *, hidden: int, hidden_bytes: int) -> np.ndarray:

@@ -128,9 +128,8 @@ def require_in_place(opened: OpenedModel, folder: Path, forms: Sequence[FormPlan
     layer, expert = min(forms[at].experts)
     precision = forms[at].precision
     form = record_form(opened.shape, precision)
-    weights = opened.experts.read_kept(layer, expert) if precision.kind == "kept" else None
-    if weights is None:
-        weights = coded(opened.experts.read(layer, expert), precision)
+    kept = opened.experts.read_kept(layer, expert) if precision.kind == "kept" else None
+    weights = kept or coded(opened.experts.read(layer, expert), precision)
     in_place = InPlace(folder, opened)
     with closing(in_place.sources):
         in_place.find(form, layer, expert, form.encode(weights))

@@ -8,6 +8,7 @@ from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
 from moe_tool.budget.refusal import name_lines, require_budget
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.layer_experts import layer_experts_bytes
 
 MOST_HIDDEN_BYTES = 128 * 2**20
 """Size of the hidden states carried from layer to layer, and again of one layer's inputs"""
@@ -87,7 +88,7 @@ def plan_pack_memory(
     inner = max(n_out for n_out, _ in matrices)
     n_batch, n_fitted = min(_BATCH_TOKENS, n_tokens), min(_FITTED_TOKENS, n_tokens)
     # The whole skeleton stays in memory, counted in float32.
-    parts["one layer"] = shape.experts * shape.n_expert_weights * size
+    parts["one layer"] = layer_experts_bytes(opened.experts, shape)
     parts["what is beside the experts"] = 4 * opened.skeleton.n_weights
     # Tokens go through a layer before its experts are quantized, one matrix after the other.
     batch = 4 * n_batch * (16 * shape.hidden + shape.top_k * 2 * inner)

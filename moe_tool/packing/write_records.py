@@ -1,7 +1,7 @@
 """Writer of a bundle's records, from the weights alone or from the experts' inputs."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -88,7 +88,7 @@ def _is_kept(writer: BundleWriter, form: int) -> bool:
     return writer.spec.forms[form].precision.kind == "kept"
 
 
-def kept_expert(source: ExpertSource, layer: int, expert: int) -> dict[str, AnyWeight]:
+def kept_expert(source: ExpertSource, layer: int, expert: int) -> Mapping[str, AnyWeight]:
     """Return an expert in the codes on disk.
 
     Raises:

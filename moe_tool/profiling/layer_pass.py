@@ -1,5 +1,7 @@
 """Pass of all batches through one layer, with its experts in memory and its routing recorded."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.router_trace import LayerTrace
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.layer_experts import LayerExperts
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule
@@ -48,7 +51,7 @@ class LayerPass:
         self._sample_rows = sample_rows
         self._probe_bytes = probe_bytes
         self._layer: StreamedLayer | None = None
-        self._experts: dict[int, dict[str, FloatWeight]] = {}
+        self._experts: Mapping[int, Mapping[str, FloatWeight]] = {}
         self._recording: LayerRecording | None = None
         self._rule: RouterRule | None = None  # where top-k is of other scores than the logits
         self._next: list[MoeLayerModules] = []
@@ -64,9 +67,7 @@ class LayerPass:
         if layer.moe is None:
             return
         shape = self._opened.shape
-        for expert in range(shape.experts):
-            tensors = self._opened.experts.read(layer.layer, expert)
-            self._experts[expert] = {n: FloatWeight(values=t) for n, t in tensors.items()}
+        self._experts = LayerExperts(self._opened.experts, shape, layer.layer)
         later = [modules for modules in self._stream.moe_layers if modules.layer > layer.layer]
         self._next = [modules for modules in later[:NEXT_GATES] if not modules.chooses_by_token]
         rule = router_rule(layer.moe, self._stream.model.config)

@@ -137,9 +137,10 @@ def _price_bits(
         if len(rows) < MIN_ROUTED_TOKENS:
             rows = np.arange(len(sample.inputs))
         inputs = sample.inputs[torch.from_numpy(rows[:MAX_PRICED_TOKENS])]
-        exact = expert_forward(module, experts[expert], inputs)
+        weights = experts[expert]
+        exact = expert_forward(module, weights, inputs)
         approximations = {
-            width: expert_forward(module, _rounded(experts[expert], width), inputs)
+            width: expert_forward(module, _rounded(weights, width), inputs)
             for width in PRICED_WIDTHS
         }
         prices[expert] = bits_price(exact, approximations)

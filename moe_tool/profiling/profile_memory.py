@@ -3,7 +3,6 @@ of the probe."""
 
 from dataclasses import dataclass
 
-from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import (
     anonymous_rss_bytes,
     available_memory_bytes,
@@ -11,6 +10,7 @@ from moe_tool.available_memory import (
 )
 from moe_tool.budget.refusal import name_lines, require_budget, sum_lines
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.layer_experts import layer_experts_bytes
 
 DEFAULT_SHARE = 0.8
 """Share of what is free"""
@@ -90,7 +90,7 @@ def _layer_bytes(opened: OpenedModel) -> int:
     """Return the bytes of all experts of a layer as stored, of two of their matrices in float32
     while they are priced, of the rest in float32, and of a tensor as it is decoded."""
     shape = opened.shape
-    stored = shape.experts * shape.n_expert_weights * FLOAT_SIZE_BYTES[shape.dtype]
+    stored = layer_experts_bytes(opened.experts, shape)
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)
     skeleton = 4 * opened.skeleton.n_weights // shape.n_decoder_layers
     return stored + 4 * 4 * largest + skeleton + opened.decode_bytes

@@ -169,10 +169,16 @@ class ProfilePass:
             disturbed = self._pass.forward(untouched, disturbed=True)
             row = base + (1 + n_before) * n_watched
             self._states.write(row, disturbed.reshape(n_watched, -1))
-        for copy in range(1 + n_before):
-            row = base + copy * n_watched
-            hidden = self._states.read(row, row + n_watched).view(*shape)
-            self._states.write(row, self._pass.forward(hidden).reshape(n_watched, -1))
+        n_copies = 1 + n_before
+        at_once = max(
+            1, self.plan.batch_sequences * self._sequences.ids.shape[1] // max(n_watched, 1)
+        )
+        for first in range(0, n_copies, at_once):
+            n_rows = min(at_once, n_copies - first) * n_watched
+            row = base + first * n_watched
+            states = self._states.read(row, row + n_rows)  # [rows, W]
+            hidden = states.view(-1, self._watched.shape[1], states.shape[1])
+            self._states.write(row, self._pass.forward(hidden).reshape(n_rows, -1))
 
     def _batches(self) -> list[torch.Tensor]:
         ids = torch.from_numpy(self._sequences.ids.astype(np.int64))

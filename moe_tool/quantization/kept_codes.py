@@ -107,6 +107,12 @@ class KeptWeight:
         return (-(-n_out // rows), -(-n_in // columns))
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes of all parts."""
+        parts = (self.codes, self.scale, self.global_scale, self.zero)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
     def base(self) -> "KeptWeight":
         """The matrix itself: kept codes are not nested"""
         return self

@@ -25,6 +25,11 @@ class FloatWeight:
         return tuple(self.values.shape)
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes of the values."""
+        return self.values.nbytes
+
+    @property
     def base(self) -> "FloatWeight":
         """The tensor itself: a nested expert's floats are those of its first bits too"""
         return self

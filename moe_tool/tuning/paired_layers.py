@@ -9,10 +9,11 @@ import torch
 
 from moe_tool.experts.combine import run_experts
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.layer_experts import LayerExperts
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
 from moe_tool.models.moe_layers import unsupported
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.quantization.weights import AnyWeight, ExpertWeights, FloatWeight
+from moe_tool.quantization.weights import AnyWeight, ExpertWeights
 from moe_tool.tuning.tune_layer import LayerText
 
 BATCH_TOKENS = 2048
@@ -85,13 +86,7 @@ class PairedModel:
                 self._bundle = self._through(layer, self._bundle)
                 self._calls.clear()
                 continue
-            self._weights = {
-                expert: {
-                    name: FloatWeight(values=value)
-                    for name, value in self._opened.experts.read(layer.layer, expert).items()
-                }
-                for expert in range(self._opened.shape.experts)
-            }
+            self._weights = LayerExperts(self._opened.experts, self._opened.shape, layer.layer)
             self._exact = self._through(layer, self._exact)
             inputs, index, _ = self._collected()
             kept = self._held_out

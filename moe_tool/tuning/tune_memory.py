@@ -5,6 +5,7 @@ from moe_tool.available_memory import current_rss_bytes
 from moe_tool.budget.refusal import name_lines, require_budget
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.architecture import OpenedModel
+from moe_tool.models.layer_experts import layer_experts_bytes
 from moe_tool.tuning.eco import state_bytes_per_weight
 from moe_tool.tuning.paired_layers import BATCH_TOKENS
 from moe_tool.tuning.tune_options import TuneOptions
@@ -41,7 +42,7 @@ def require_tune_memory(
         "process": current_rss_bytes(),
         "margin": _MARGIN_BYTES,
         "what is beside the experts": 4 * opened.skeleton.n_weights,
-        "one layer": max(n_weights * size + record_bytes, moving),
+        "one layer": max(layer_experts_bytes(opened.experts, shape) + record_bytes, moving),
         "one expert": shape.n_expert_weights * (size + 1)
         + 4 * _WORKING_COPIES * largest
         + opened.decode_bytes,
