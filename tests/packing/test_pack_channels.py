@@ -97,26 +97,27 @@ def test_an_expert_is_what_its_parts_say_and_near_the_checkpoint(
         reader.verify_all()
         for layer in CalibratedModel(model.folder, opened, p.tokens).layers():
             weights = read_expert(reader, layer.layer, 1)
+            exact = {name: weight.values for name, weight in layer.experts[1].items()}
             selector = selector_of(weights)
             rows, columns = dequantize_channels(weights.channels)
             choosing = dequantize(selector.weight)
             gate = channel_gate(layer.module)
-            exact_halves = split_halves(gate, layer.experts[1]["gate_up_proj"])
+            exact_halves = split_halves(gate, exact["gate_up_proj"])
             chosen_half, other_half = exact_halves if selector.is_gate else exact_halves[::-1]
             assert (rows - other_half).abs().max() < 0.2 * other_half.abs().max()
-            assert (columns.T - layer.experts[1]["down_proj"]).abs().max() < 0.2
+            assert (columns.T - exact["down_proj"]).abs().max() < 0.2
             assert torch.nn.functional.cosine_similarity(choosing, chosen_half).mean() > 0.85
             x = layer.inputs[:7]
             halves = (choosing, rows) if selector.is_gate else (rows, choosing)
             products = [x @ half.T for half in halves]
-            bias = layer.experts[1].get("gate_up_proj_bias")
+            bias = exact.get("gate_up_proj_bias")
             if bias is not None:
                 products = [p + b for p, b in zip(products, split_halves(gate, bias), strict=True)]
             joined = type(gate)(
                 activation=gate.activation, gated=True, alpha=gate.alpha, limit=gate.limit
             )
             wanted = gate_output(joined, torch.cat(products, dim=1)) @ columns
-            wanted += layer.experts[1].get("down_proj_bias", 0)
+            wanted += exact.get("down_proj_bias", 0)
             found = expert_forward(layer.module, weights, x)
             # The selector's product rounds tokens to 8 bits.
             assert (found - wanted).norm() < 0.03 * wanted.norm()
