@@ -39,7 +39,8 @@ class SkeletonFacts(FrozenModel):
     """Sizes of one checkpoint's skeleton."""
 
     native_bytes: _SizeBytes
-    """Bytes of all tensors but the routed experts', as stored in the checkpoint"""
+    """Bytes of all tensors but the routed experts', as stored in the checkpoint: of codes that a
+    run holds as they are, and of float32 where it decodes them"""
     linear_native_bytes: _SizeBytes
     """Part of `native_bytes` that codes replace when matrices are quantized"""
     largest_tensor_bytes: _SizeBytes
@@ -48,8 +49,8 @@ class SkeletonFacts(FrozenModel):
     tied_head_weights: _SizeBytes
     """Scalars of a head tied to the embedding, which gets codes while the embedding stays native"""
     held_bytes: _SizeBytes | None = None
-    """Bytes in memory of a run that holds `native_bytes`: codes are decoded, routers and norms
-    widened; None in profiles of earlier versions"""
+    """Bytes in memory of a run that holds `native_bytes`: routers and norms are widened; None in
+    profiles of earlier versions"""
     reading_bytes: _SizeBytes | None = None
     """Most bytes that loading holds beside them; None in profiles of earlier versions"""
     config_json: Annotated[str, Field(max_length=_MAX_CONFIG_CHARACTERS)]

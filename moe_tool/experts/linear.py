@@ -25,7 +25,13 @@ _LARGE_BLOCK = 2**20
 
 
 @torch.no_grad()
-def linear(x: torch.Tensor, weight: AnyWeight, bias: FloatWeight | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: AnyWeight,
+    bias: FloatWeight | None = None,
+    *,
+    is_expert: bool = True,
+) -> torch.Tensor:
     """Return x @ weight.T + bias, [n, out] float32.
 
     A float32 weight is passed to `F.linear`, so that the result equals the ordinary model's bit for
@@ -35,13 +41,15 @@ def linear(x: torch.Tensor, weight: AnyWeight, bias: FloatWeight | None = None) 
         x: [n, in] float32.
         weight: [out, in].
         bias: [out], any float dtype.
+        is_expert: whether tokens are rounded for kept codes if a run asks for int8 activations.
     """
-    if computes_natively(weight, x.shape[0]):
-        return NativeLinear(weight, bias).forward(x)
+    if computes_natively(weight, x.shape[0], is_expert=is_expert):
+        rounded = is_expert and are_tokens_int8()
+        return NativeLinear(weight, bias, int8_tokens=rounded).forward(x)
     if isinstance(weight, IntegerWeight):
         out = _linear_integer(x, weight)
     elif isinstance(weight, KeptWeight):
-        out = _linear_kept(x, weight)
+        out = _linear_kept(x, weight, is_rounded=is_expert and _are_rounded(weight))
     elif weight.values.dtype == torch.float32:
         out = F.linear(x, weight.values)
     else:
@@ -64,14 +72,14 @@ def expanded(weight: FloatWeight | KeptWeight) -> FloatWeight:
     return FloatWeight(values=out)
 
 
-def computes_natively(weight: AnyWeight, n_tokens: int) -> bool:
-    """Return whether the compiled kernels compute a product of `n_tokens` tokens."""
+def computes_natively(weight: AnyWeight, n_tokens: int, *, is_expert: bool = True) -> bool:
+    """Return whether the compiled kernels compute a product of `n_tokens` tokens, see `linear`."""
     if not is_native():
         return False
     if isinstance(weight, IntegerWeight):
         return True
     if isinstance(weight, KeptWeight):
-        return n_tokens <= FEW_TOKENS or _are_rounded(weight)
+        return n_tokens <= FEW_TOKENS or (is_expert and _are_rounded(weight))
     return weight.values.dtype != torch.float32 and n_tokens <= FEW_TOKENS
 
 
@@ -103,8 +111,8 @@ def _are_rounded(weight: KeptWeight) -> bool:
     return are_tokens_int8() and weight.kind in INTEGER_KINDS
 
 
-def _linear_kept(x: torch.Tensor, weight: KeptWeight) -> torch.Tensor:
-    if _are_rounded(weight):
+def _linear_kept(x: torch.Tensor, weight: KeptWeight, *, is_rounded: bool) -> torch.Tensor:
+    if is_rounded:
         x = round_trip_tokens(x, token_group(weight.group[1]))
     return kept_product(x, weight, decode=decode_kept if is_native() else KeptWeight.decode)
 

@@ -30,7 +30,7 @@ MAX_HEADER_BYTES = 100_000_000
 """Largest header accepted, the safetensors library's own limit."""
 _LENGTH_BYTES = 8
 _DROP_CACHE_BYTES = 2**20
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,7 +46,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()} | {
+"""Dtypes that torch has, by safetensors' name"""
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
     "U16": 2,
     "U64": 8,
     "C64": 8,
@@ -227,7 +228,7 @@ class Checkpoint:
             StorageError: the read fails.
         """
         info = self.tensors[name]
-        if info.dtype not in _DTYPES:
+        if info.dtype not in DTYPES:
             raise UnsupportedModelError(
                 f"{info.file}: tensor {quoted(name)} is stored as {info.dtype}, which is not read",
                 hint="use a float32, bfloat16 or float16 version of the checkpoint",
@@ -235,7 +236,7 @@ class Checkpoint:
         slice_ = info.at_row(row)
         raw = torch.empty(slice_.size_bytes, dtype=torch.uint8)
         self._read_into(info, raw.numpy(), slice_.offset, row)
-        return raw.view(_DTYPES[info.dtype]).view(slice_.shape)
+        return raw.view(DTYPES[info.dtype]).view(slice_.shape)
 
     @property
     def raw(self) -> "Checkpoint":
@@ -313,8 +314,8 @@ class Checkpoint:
         self.bytes_read += len(view)
         if self.on_read is not None:
             self.on_read(info.name, row, view)
-        is_checked = self.requires_finite and len(view) > 0 and info.dtype in _DTYPES
-        if is_checked and not are_finite(torch.frombuffer(view, dtype=_DTYPES[info.dtype])):
+        is_checked = self.requires_finite and len(view) > 0 and info.dtype in DTYPES
+        if is_checked and not are_finite(torch.frombuffer(view, dtype=DTYPES[info.dtype])):
             where = "" if row is None else f" (row {row})"
             raise CorruptArtifactError(
                 f"{info.file}: tensor {quoted(info.name)}{where} holds NaN or infinity",

@@ -52,7 +52,9 @@ def n_skeleton_weights(bundle: BundleReader) -> int:
 def matrix_bytes(bundle: BundleReader) -> int:
     """Return the bytes of the loaded skeleton that a forward reads: all but an embedding that is
     not also the head, since a forward reads a row of it."""
-    sizes = {name: info.size_bytes for name, info in _tensors(bundle).items()}
+    with open_bundle_skeleton(bundle) as checkpoint:
+        sizes = {name: info.size_bytes for name, info in checkpoint.tensors.items()}
+        sizes |= bundle_loader(bundle, checkpoint).kept_bytes
     embeddings = sum(size for name, size in sizes.items() if "embed" in name)
     is_tied = not any("lm_head" in name for name in sizes)
     return sum(sizes.values()) - (0 if is_tied else embeddings)

@@ -24,11 +24,12 @@ def skeleton_facts(opened: OpenedModel, folder: Path) -> SkeletonFacts:
         NotFoundError, CorruptArtifactError: config.json is missing or too large.
     """
     tensors, source = opened.checkpoint.tensors, opened.skeleton
-    sizes = {name: tensors[name].size_bytes for name in source.tensor_names}
+    loader = SkeletonLoader(folder, opened.checkpoint)
+    coded = loader.kept_bytes
+    sizes = {name: coded.get(name, tensors[name].size_bytes) for name in source.tensor_names}
     kept = set(source.other_names)
     found: Counter[tuple[int, int]] = Counter()
     tied_weights = 0
-    loader = SkeletonLoader(folder, opened.checkpoint)
     for group in source.groups:
         stays = any(name in kept for name in source.group_names(group))
         for parameter in group.made_as:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.architecture import structure
 from moe_tool.models.expert_source import expert_dtype
 from moe_tool.models.generation_settings import read_generation_settings
+from moe_tool.models.kept_matrices import kept_matrices
 from moe_tool.models.meta_model import build_meta_model
 from moe_tool.models.moe_layers import (
     MoeLayerModules,
@@ -35,6 +37,7 @@ from moe_tool.models.skeleton import (
     remove_experts,
 )
 from moe_tool.models.skeleton_source import linear_shapes
+from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
 from moe_tool.models.stored_modules import StoredWeight, put_stored, stored_weight
 from moe_tool.models.tensor_map import TensorMap, tied_groups
 from moe_tool.quantization.weights import FloatWeight
@@ -45,10 +48,10 @@ _REPACK = "remove the folder and pack the bundle again with moe-tool pack"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """One read: a group of tensors, or the parts of a quantized matrix."""
+    """One read: a group of tensors, or a matrix in codes, of a bundle or of a checkpoint."""
 
     target: str
-    is_codes: bool
+    form: Literal["floats", "integer", "kept"]
     names: tuple[str, ...]
     """Names of the tensors"""
     held_bytes: int
@@ -58,7 +61,7 @@ class _Step:
 class SkeletonLoader:
     """A skeleton that is checked against its model but not read yet.
 
-    Quantized matrices, and matrices and input embedding of floats narrower than float32, stay in
+    Matrices in codes, and matrices and input embedding of floats narrower than float32, stay in
     their stored form; everything else becomes float32.
     """
 
@@ -99,7 +102,10 @@ class SkeletonLoader:
         else:
             self._shape = _require_shape(self._model, self._layers, shape)
             self._missing = self._check_bundle()
-        self._kept = {*self._shapes, *_table(self._model)}
+        self._narrow = {*self._shapes, *_table(self._model)}
+        tied = {name for group in tied_groups(self._model) for name in group}
+        needed = tied if self._missing else set()  # as the embedding that a head is tied to
+        self._kept = kept_matrices(self._map, checkpoint, self._shapes, excluded=needed)
         self._steps = sorted(self._plan(), key=self._position)
 
     @property
@@ -116,6 +122,11 @@ class SkeletonLoader:
     def held_bytes(self) -> int:
         """Bytes of the loaded skeleton."""
         return sum(step.held_bytes for step in self._steps)
+
+    @property
+    def kept_bytes(self) -> dict[str, int]:
+        """Tensor -> bytes of the loaded matrix, of those that stay in a checkpoint's codes."""
+        return {self._map.skeleton[name][0].name: size for name, size in self._kept.items()}
 
     @property
     def largest_bytes(self) -> int:
@@ -172,8 +183,10 @@ class SkeletonLoader:
 
     def _load_steps(self, steps: Iterable[_Step]) -> None:
         for step in steps:
-            if step.is_codes:
+            if step.form == "integer":
                 self._load_codes(step.target)
+            elif step.form == "kept":
+                self._load_kept(step.target)
             else:
                 self._load_group(step.target)
 
@@ -191,7 +204,8 @@ class SkeletonLoader:
         return found
 
     def _reading_bytes(self, step: _Step) -> int:
-        """Return the bytes held while a group is read: its tensors, and one as it is decoded."""
+        """Return the bytes held while a group is read: its tensors, and one as it is decoded, which
+        takes more than keeping its codes."""
         made = sum(self._checkpoint.tensors[name].size_bytes for name in step.names)
         return made + max(self._checkpoint.extra_bytes(name) for name in step.names)
 
@@ -241,19 +255,23 @@ class SkeletonLoader:
 
     def _plan(self) -> Iterator[_Step]:
         for target, pieces in self._map.skeleton.items():
-            dtypes = {self._checkpoint.tensors[piece.name].dtype for piece in pieces}
+            names = tuple(piece.name for piece in pieces)
+            if target in self._kept:
+                held = self._kept[target]
+                yield _Step(target=target, form="kept", names=names, held_bytes=held)
+                continue
+            dtypes = {self._checkpoint.tensors[name].dtype for name in names}
             held = 0
             for name, shape in self._map.made_shapes(target).items():
                 held += torch.Size(shape).numel() * self._item_bytes(name, dtypes)
-            names = tuple(piece.name for piece in pieces)
-            yield _Step(target=target, is_codes=False, names=names, held_bytes=held)
+            yield _Step(target=target, form="floats", names=names, held_bytes=held)
         for name, linear in self._linears.items():
             names = self._part_names(linear)
             held = sum(self._checkpoint.tensors[part].size_bytes for part in names)
-            yield _Step(target=name, is_codes=True, names=names, held_bytes=held)
+            yield _Step(target=name, form="integer", names=names, held_bytes=held)
 
     def _item_bytes(self, name: str, dtypes: set[str]) -> int:
-        if name in self._kept and dtypes <= _NARROW.keys() and len(dtypes) == 1:
+        if name in self._narrow and dtypes <= _NARROW.keys() and len(dtypes) == 1:
             return 2
         owner, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(owner)
@@ -274,11 +292,17 @@ class SkeletonLoader:
         )
         put_stored(self._model, name, weight)
 
+    def _load_kept(self, name: str) -> None:
+        assert isinstance(self._checkpoint, LogicalCheckpoint)
+        weight = self._checkpoint.read_kept(self._map.skeleton[name][0].name)
+        assert weight is not None and weight.size_bytes == self._kept[name]
+        put_stored(self._model, name, weight)
+
     def _load_group(self, target: str) -> None:
         made = read_group(self._map, self._checkpoint, target)
         for name in list(made):
             value = made.pop(name)
-            if name in self._kept and value.dtype in _NARROW.values():
+            if name in self._narrow and value.dtype in _NARROW.values():
                 put_stored(self._model, name, FloatWeight(values=value.contiguous()))
             else:
                 assign(self._model, name, value)

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_tool.experts.linear import computes_natively, linear
+from moe_tool.experts.linear import computes_natively, expanded, linear
 from moe_tool.native.kernels import NativeLinear
+from moe_tool.quantization.kept_codes import KeptWeight
 from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.quantization.weights import FloatWeight, IntegerWeight
 
-StoredWeight = FloatWeight | IntegerWeight
+StoredWeight = FloatWeight | IntegerWeight | KeptWeight
 
 
 class StoredLinear(nn.Module):
@@ -43,11 +44,11 @@ class StoredLinear(nn.Module):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return the same as `forward`, without a gradient."""
         rows = x.reshape(-1, self.in_features).to(torch.float32)
-        if computes_natively(self.stored, rows.shape[0]):
+        if computes_natively(self.stored, rows.shape[0], is_expert=False):
             out = self._described().forward(rows)
         else:
             bias = None if self.bias is None else FloatWeight(values=self.bias)
-            out = linear(rows, self.stored, bias)
+            out = linear(rows, self.stored, bias, is_expert=False)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _described(self) -> NativeLinear:
@@ -125,4 +126,4 @@ def stored_weight(model: PreTrainedModel, parameter: str) -> StoredWeight | None
 def _expanded(stored: StoredWeight) -> torch.Tensor:
     if isinstance(stored, IntegerWeight):
         return dequantize(stored)
-    return stored.values.to(torch.float32)
+    return expanded(stored).values.to(torch.float32)

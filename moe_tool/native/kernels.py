@@ -121,7 +121,8 @@ def use_lookup(bits: int, max_tokens: int) -> bool:
 
 
 def round_tokens(to_int8: bool) -> None:
-    """Round tokens to int8 for products with kept codes that allow it; otherwise they stay floats.
+    """Round tokens to int8 for products with experts' kept codes that allow it; else they stay
+    floats.
 
     Applies to whatever is described afterwards, with the kernels and with torch.
     """
@@ -179,13 +180,20 @@ class NativeLinear:
 
     __slots__ = ("_described", "_n_inputs", "_n_outputs")
 
-    def __init__(self, weight: AnyWeight, bias: FloatWeight | None) -> None:
+    def __init__(
+        self, weight: AnyWeight, bias: FloatWeight | None, *, int8_tokens: bool = False
+    ) -> None:
         """Check and describe the matrix.
+
+        Args:
+            weight: [out, in].
+            bias: [out], any float dtype.
+            int8_tokens: round tokens before they meet kept codes, where these allow it.
 
         Raises:
             ValueError: its planes, scales or bias do not fit its shape.
         """
-        self._described = _Described(weight, bias)
+        self._described = _Described(weight, bias, int8_tokens=int8_tokens)
         self._n_outputs, self._n_inputs = weight.shape
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,8 +228,8 @@ class NativeExpert:
         Raises:
             ValueError: their planes, scales or biases do not fit their shapes.
         """
-        self._first = _Described(first, first_bias)
-        self._second = _Described(second, second_bias)
+        self._first = _Described(first, first_bias, int8_tokens=are_tokens_int8())
+        self._second = _Described(second, second_bias, int8_tokens=are_tokens_int8())
         self._n_inputs, self._n_outputs = first.shape[1], second.shape[0]
 
     def forward(self, x: torch.Tensor, gate: Gate) -> torch.Tensor:
@@ -250,7 +258,7 @@ class _Described:
 
     __slots__ = ("_bias", "_narrow_bias", "_weight", "packed")
 
-    def __init__(self, weight: AnyWeight, bias: FloatWeight | None) -> None:
+    def __init__(self, weight: AnyWeight, bias: FloatWeight | None, *, int8_tokens: bool) -> None:
         n_out, n_in = weight.shape
         self._weight = weight
         self._bias = None if bias is None else bias.values.to(torch.float32).contiguous()
@@ -265,7 +273,7 @@ class _Described:
             self.packed = _pack_integer(weight, bias_at)
             return
         if isinstance(weight, KeptWeight):
-            self.packed = pack_kept(weight, bias_at, int8_tokens=are_tokens_int8())
+            self.packed = pack_kept(weight, bias_at, int8_tokens=int8_tokens)
             return
         values: Any = weight.values
         if not values.is_contiguous():

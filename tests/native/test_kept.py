@@ -12,6 +12,7 @@ from moe_tool.native.kernels import (
     Gate,
     NativeExpert,
     NativeLinear,
+    are_tokens_int8,
     decode_kept,
     round_tokens,
     set_threads,
@@ -33,7 +34,7 @@ INTEGER = [name for name, of in FORMATS.items() if of.kind in INTEGER_KINDS]
 
 
 def native_linear(x: torch.Tensor, weight: KeptWeight, bias: FloatWeight | None) -> torch.Tensor:
-    return NativeLinear(weight, bias).forward(x)
+    return NativeLinear(weight, bias, int8_tokens=are_tokens_int8()).forward(x)
 
 
 def tokens(n: int, n_in: int, seed: int) -> torch.Tensor:

@@ -92,9 +92,11 @@ def _four_bits(
             n_out, n_in
         )
 
-    def keep(parts: Parts) -> KeptWeight:
+    def require_nf4(parts: Parts) -> None:
         if not torch.equal(parts["quant_map"], torch.tensor(TABLES["nf4"])):
             raise refused(codes, "has a quant_map that is not NF4's")
+
+    def keep(parts: Parts) -> KeptWeight:
         return KeptWeight(
             codes=_even_low(parts["codes"]).view(n_out, -1),
             kind="nf4",
@@ -110,6 +112,7 @@ def _four_bits(
         shape=state.shape,
         decode=decode,
         keep=keep if is_nf4 and is_even else None,
+        require_kept=require_nf4,
         decode_bytes=lookup_bytes(codes.size_bytes, n_out * n_in)
         + codes.size_bytes
         + 16 * n_scales,
@@ -132,18 +135,18 @@ def _int8(raw: Mapping[str, TensorInfo], module: str) -> StoredTensor:
         require_shape(form, (), (1,))
         names["form"] = form.name
 
-    def checked(parts: Parts) -> torch.Tensor:
+    def require_rows(parts: Parts) -> None:
         if form is not None and bool(parts["form"].any()):
             raise refused(form, "says that codes do not lie row by row")
-        return parts["codes"]
 
     def decode(parts: Parts) -> torch.Tensor:
+        require_rows(parts)
         factors = parts["scale"] / _INT8_RANGE
-        return checked(parts).to(torch.float32).mul_(factors[:, None])
+        return parts["codes"].to(torch.float32).mul_(factors[:, None])
 
     def keep(parts: Parts) -> KeptWeight:
         return KeptWeight(
-            codes=checked(parts).view(torch.uint8) ^ 128,
+            codes=parts["codes"].view(torch.uint8) ^ 128,
             kind="int8",
             scale=parts["scale"][:, None],
             group=(1, n_in),
@@ -156,6 +159,7 @@ def _int8(raw: Mapping[str, TensorInfo], module: str) -> StoredTensor:
         shape=(n_out, n_in),
         decode=decode,
         keep=keep,
+        require_kept=require_rows,
         decode_bytes=5 * n_out * n_in + 8 * n_out,
     )
 

@@ -97,13 +97,17 @@ def _tensor(raw: Mapping[str, TensorInfo], module: str, settings: _Settings) -> 
     elif settings.is_ordered:
         raise refused(codes, "lacks its g_idx, which settings with desc_act need")
     gathered = 4 * n_out * n_in + 16 * n_in if settings.is_ordered else 0
+
+    def require_plain(read: Parts) -> None:
+        if not _is_plain(read, group):
+            raise refused(codes, "has inputs out of order, which settings without desc_act deny")
+
     return StoredTensor(
         parts=parts,
         shape=(n_out, n_in),
         decode=_decoder(codes, settings, group),
-        keep=None
-        if settings.is_ordered or settings.width_bits == 2
-        else _keeper(codes, settings, group),
+        keep=None if settings.is_ordered or settings.width_bits == 2 else _keeper(settings, group),
+        require_kept=require_plain,
         decode_bytes=6 * codes.size_bytes + 4 * n_out * n_in + 20 * n_out * n_groups + gathered,
     )
 
@@ -125,12 +129,9 @@ def _decoder(codes: TensorInfo, settings: _Settings, group: int) -> Callable[[Pa
     return decode
 
 
-def _keeper(codes: TensorInfo, settings: _Settings, group: int) -> Callable[[Parts], KeptWeight]:
-    table = torch.arange(2**settings.width_bits, dtype=torch.float32)
-
+def _keeper(settings: _Settings, group: int) -> Callable[[Parts], KeptWeight]:
     def keep(parts: Parts) -> KeptWeight:
-        if not _is_plain(parts, group):
-            raise refused(codes, "has inputs out of order, which settings without desc_act deny")
+        table = torch.arange(2**settings.width_bits, dtype=torch.float32)
         zero = look_up(_zeros(parts, settings), table).T
         return KeptWeight(
             codes=_codes(parts),

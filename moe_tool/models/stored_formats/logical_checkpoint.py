@@ -7,7 +7,7 @@ import torch
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.finite_numbers import are_finite, are_finite_codes
 from moe_tool.formats.hostile_file import quoted
-from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
+from moe_tool.formats.safetensors_index import DTYPES, Checkpoint, TensorInfo
 from moe_tool.models.stored_formats.stored_tensor import HINT, StoredTensor
 from moe_tool.quantization.kept_codes import KeptWeight
 
@@ -65,7 +65,8 @@ class LogicalCheckpoint(Checkpoint):
         self.stored = stored
         """Logical name -> how it is made"""
         self._raw = raw
-        self._is_declared = is_declared
+        self.is_declared = is_declared
+        """Whether a copy of a skeleton holds its codes, see `copied`"""
         self.on_read = raw.on_read
         raw.on_read = self._count
 
@@ -96,11 +97,31 @@ class LogicalCheckpoint(Checkpoint):
         stored = self.stored.get(name)
         if stored is None or stored.keep is None:
             return None
-        kept = stored.keep(self._parts(stored, row))
+        parts = self._parts(stored, row)
+        if stored.require_kept is not None:
+            stored.require_kept(parts)
+        kept = stored.keep(parts)
         part = kept.broken_part() if self.requires_finite else None
         if part is not None:
             raise self._not_finite(name, row)
         return kept
+
+    def outline(self, name: str) -> KeptWeight | None:
+        """Return what `read_kept` returns of a whole matrix, with parts on the meta device.
+
+        Nothing is read: headers tell the sizes.
+        """
+        stored = self.stored.get(name)
+        if stored is None or stored.keep is None or stored.is_stacked or stored.row is not None:
+            return None
+        infos = {role: self._raw.tensors[part] for role, part in stored.parts.items()}
+        with torch.device("meta"):
+            try:
+                return stored.keep(
+                    {role: torch.empty(i.shape, dtype=DTYPES[i.dtype]) for role, i in infos.items()}
+                )
+            except (RuntimeError, ValueError):  # scales in another order than a kept weight's
+                return None
 
     @property
     def raw(self) -> Checkpoint:
@@ -136,7 +157,7 @@ class LogicalCheckpoint(Checkpoint):
     def copied(self, name: str) -> list[TensorInfo]:
         """Return the tensors on disk that a copy of a tensor needs."""
         stored = self.stored.get(name)
-        if stored is None or not self._is_declared:
+        if stored is None or not self.is_declared:
             return [self.tensors[name]]
         return [self._raw.tensors[part] for part in stored.parts.values()]
 
@@ -147,7 +168,7 @@ class LogicalCheckpoint(Checkpoint):
             CorruptArtifactError: as `read_bytes`, or a code stands for NaN or infinity.
             StorageError: as the raw checkpoint.
         """
-        if not self._is_declared:
+        if not self.is_declared:
             return self.read_bytes(name)
         data = self._raw.read_bytes(name)
         if self.requires_finite and not are_finite_codes(data, self._raw.tensors[name].dtype):

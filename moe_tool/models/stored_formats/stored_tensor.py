@@ -38,7 +38,10 @@ class StoredTensor:
     row: int | None = None
     """Row of every part that this tensor is made from; None: of whole parts"""
     keep: Callable[[Parts], KeptWeight] | None = None
-    """Parts -> the same codes as a weight [out, in] that kernels read; None: only decoded"""
+    """Parts -> the same codes as a weight [out, in] that kernels read; None: only decoded. Sizes
+    do not depend on values: parts on the meta device tell them"""
+    require_kept: Callable[[Parts], None] | None = None
+    """Check of values before `keep`: a CorruptArtifactError for those that it has no place for"""
 
     @property
     def n_weights(self) -> int:

@@ -181,11 +181,11 @@ def test_what_shows_only_when_read(tmp_path: Path) -> None:
     ):
         checkpoint.read(WEIGHT)
     other = changed(tensors("nf4"), ".quant_map", lambda t: t * 2)
-    with opened(tmp_path, other, BNB) as checkpoint:
-        stored = checkpoint.stored[WEIGHT]
-        assert stored.keep is not None
-        with pytest.raises(CorruptArtifactError, match="quant_map that is not NF4's"):
-            stored.keep({role: other[name] for role, name in stored.parts.items()})
+    with (
+        opened(tmp_path, other, BNB) as checkpoint,
+        pytest.raises(CorruptArtifactError, match="quant_map that is not NF4's"),
+    ):
+        checkpoint.read_kept(WEIGHT)
     endless = changed(
         tensors(),
         "__nf4",
