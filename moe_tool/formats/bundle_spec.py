@@ -71,7 +71,8 @@ class BundleSpec:
             if old != new:
                 raise UsageError(
                     f"{folder} was packed with {key} {quoted(old)}, now {quoted(new)} is asked for",
-                    hint=f"repeat the command with the same options, {remedy}",
+                    hint=f"give the same options and artifacts as then (without --profile and "
+                    f"--buddies the newest of the model are taken), {remedy}",
                 )
 
 

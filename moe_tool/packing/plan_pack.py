@@ -15,6 +15,7 @@ from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.skeleton_loader import SkeletonLoader
+from moe_tool.models.tokenizer import tokenizer_sha256
 from moe_tool.packing.in_place import placed_forms, require_in_place
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
 from moe_tool.packing.pack_memory import plan_pack_memory
@@ -99,7 +100,9 @@ def plan_pack(
             forms=forms,
             placed=placed_forms(forms) if options.in_place else frozenset(),
             removed=primaries.removed,
-            made_from=_made_from(options, inputs, replicas),
+            made_from=_made_from(
+                options, inputs, replicas, None if tokenizer == folder else tokenizer
+            ),
         ),
         skeleton=options.skeleton,
         quantizer=options.quantizer,
@@ -182,13 +185,17 @@ def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Repl
     return None
 
 
-def _made_from(options: PackOptions, inputs: PackInputs, replicas: _Replicas) -> dict[str, str]:
+def _made_from(
+    options: PackOptions, inputs: PackInputs, replicas: _Replicas, tokenizer: Path | None
+) -> dict[str, str]:
     found = {
         "bits": options.bits_name,
         "skeleton_bits": options.skeleton.name,
         "profile": inputs.profile.sha256 or "none",
         "buddies": inputs.buddies_name,
     }
+    if tokenizer is not None:
+        found["tokenizer"] = tokenizer_sha256(tokenizer)
     if replicas:
         found["replicas"] = ",".join(form.name for form in replicas)
     if options.channels is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_tool.errors import UsageError
 from moe_tool.inspection.describe_artifact import describe_artifact
 from moe_tool.models.locate import DEMO_FOLDER, LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
@@ -69,3 +70,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_warned_of(tmp_path: Path
     first, *_ = notes_of(coded, tmp_path / "a", "native", tokenizer=DEMO_FOLDER)
     assert "tokens up to 2047, the model knows 260" in first
     assert not any("the model knows" in note for note in notes_of(coded, tmp_path / "b", "native"))
+
+
+def test_another_tokenizer_is_another_bundle(tmp_path: Path) -> None:
+    coded, _ = write_pair("fp8", tmp_path)
+    notes_of(coded, tmp_path / "b", "native", tokenizer=DEMO_FOLDER)
+    with pytest.raises(UsageError, match="was packed with tokenizer"):
+        notes_of(coded, tmp_path / "b", "native")
+    notes_of(coded, tmp_path / "b", "native", tokenizer=DEMO_FOLDER)

@@ -119,7 +119,7 @@ def find_format(settings: Mapping[str, Any], model_type: str) -> StoredFormat:
         f"this {one_line(model_type[:64])} checkpoint is stored in {one_line(method[:32])} format, "
         "which is not read",
         hint="use a version of the checkpoint in float32, bfloat16 or float16, or in one of the "
-        f"formats {', '.join(sorted(method for each in FORMATS for method in each.methods))}",
+        f"formats {', '.join(sorted(method for each in FORMATS for method in each.methods))}, gguf",
     )
 
 
