@@ -100,9 +100,7 @@ def plan_pack(
             forms=forms,
             placed=placed_forms(forms) if options.in_place else frozenset(),
             removed=primaries.removed,
-            made_from=_made_from(
-                options, inputs, replicas, None if tokenizer == folder else tokenizer
-            ),
+            made_from=_made_from(options, inputs, replicas, folder=folder, tokenizer=tokenizer),
         ),
         skeleton=options.skeleton,
         quantizer=options.quantizer,
@@ -186,7 +184,12 @@ def _needs_tokens(options: PackOptions, primaries: PrimaryForms, replicas: _Repl
 
 
 def _made_from(
-    options: PackOptions, inputs: PackInputs, replicas: _Replicas, tokenizer: Path | None
+    options: PackOptions,
+    inputs: PackInputs,
+    replicas: _Replicas,
+    *,
+    folder: Path,
+    tokenizer: Path | None,
 ) -> dict[str, str]:
     found = {
         "bits": options.bits_name,
@@ -194,7 +197,7 @@ def _made_from(
         "profile": inputs.profile.sha256 or "none",
         "buddies": inputs.buddies_name,
     }
-    if tokenizer is not None:
+    if tokenizer is not None and tokenizer != folder:
         found["tokenizer"] = tokenizer_sha256(tokenizer)
     if replicas:
         found["replicas"] = ",".join(form.name for form in replicas)
