@@ -5,7 +5,6 @@ import numpy as np
 from moe_tool import __version__
 from moe_tool.artifacts.buddy_map import Buddy, BuddyMap, LayerBuddies, Similarity
 from moe_tool.artifacts.expert_statistics import ExpertStatistics, ProbeStatistics
-from moe_tool.artifacts.router_trace import LayerTrace
 from moe_tool.buddies.clusters import cluster_experts
 from moe_tool.buddies.list_rules import ListRules
 from moe_tool.buddies.measures import (
@@ -64,43 +63,40 @@ def build_buddy_map(
             f"--alpha-by-layer: layer {unknown[0]} has no experts",
             hint=f"MoE layers are {', '.join(map(str, profile.layers))}",
         )
-    tokens = profile.tokens
-    in_sample = np.repeat(~tokens.held_out, tokens.ids.shape[1])  # [T]
-    layers = []
-    for layer in profile.layers:
-        statistics = profile.statistics(layer)
-        trace = profile.trace(layer)
-        quantiles = entropy_quantiles(trace.top_k_weight[in_sample])
-        similarity = MEASURES[by](statistics)
-        if by == "coactivation":
-            position = np.tile(np.arange(tokens.ids.shape[1]), len(tokens.ids))
-            counts: np.ndarray = statistics.in_sample.coactivation
-            if rules.counts_anew:
-                counts = _counts(trace, in_sample, position, rules=rules, n_experts=n_experts)
-            similarity = conditional_frequency(counts, rules.smoothing)
-        mass = rules.alpha_of(layer)
-        layers.append(
-            LayerBuddies(
-                layer=layer,
-                entropy_threshold=entropy_threshold(trace.top_k_weight[in_sample]),
-                entropy_quantiles=quantiles,
-                buddies=tuple(
-                    tuple(
-                        _buddy(statistics, similarity, expert, other, rules=rules)
-                        for other in _ranked(similarity[expert], expert, k=k, by=by, mass=mass)
-                    )
-                    for expert in range(n_experts)
-                ),
-                clusters=cluster_experts(similarity),
-            )
-        )
+    layers = tuple(
+        _layer_buddies(profile, layer, k=k, by=by, rules=rules) for layer in profile.layers
+    )
     return BuddyMap(
         tool_version=__version__,
         identity=profile.header.identity,
         profile_sha256=profile.sha256,
         by=by,
         k=k,
-        layers=tuple(layers),
+        layers=layers,
+    )
+
+
+def _layer_buddies(
+    profile: ProfileReader, layer: int, *, k: int, by: Similarity, rules: ListRules
+) -> LayerBuddies:
+    statistics, tokens = profile.statistics(layer), profile.tokens
+    in_sample = np.repeat(~tokens.held_out, tokens.ids.shape[1])  # [T]
+    weights = profile.trace(layer).top_k_weight[in_sample]
+    is_counted = by == "coactivation"
+    similarity = _frequency(profile, layer, rules=rules) if is_counted else MEASURES[by](statistics)
+    mass = rules.alpha_of(layer)
+    return LayerBuddies(
+        layer=layer,
+        entropy_threshold=entropy_threshold(weights),
+        entropy_quantiles=entropy_quantiles(weights),
+        buddies=tuple(
+            tuple(
+                _buddy(statistics, similarity, expert, other, rules=rules)
+                for other in _ranked(similarity[expert], expert, k=k, by=by, mass=mass)
+            )
+            for expert in range(len(similarity))
+        ),
+        clusters=cluster_experts(similarity),
     )
 
 
@@ -119,24 +115,24 @@ def entropy_quantiles(weights: np.ndarray) -> tuple[float, ...]:
     return tuple(float(each) for each in np.maximum.accumulate(found))
 
 
-def _counts(
-    trace: LayerTrace,
-    in_sample: np.ndarray,
-    position: np.ndarray,
-    *,
-    rules: ListRules,
-    n_experts: int,
-) -> np.ndarray:
-    """Return the co-activations of the in-sample tokens by the rules' weights, [E, E] float64."""
+def _frequency(profile: ProfileReader, layer: int, *, rules: ListRules) -> np.ndarray:
+    """Return the co-activation frequencies of a layer by the rules, [E, E] float64."""
+    if not rules.counts_anew:
+        counts = profile.statistics(layer).in_sample.coactivation
+        return conditional_frequency(counts, rules.smoothing)
+    trace, tokens = profile.trace(layer), profile.tokens
+    seq_len = tokens.ids.shape[1]
+    in_sample = np.repeat(~tokens.held_out, seq_len)  # [T]
+    is_warm_up = np.tile(np.arange(seq_len) < rules.warm_up, len(tokens.ids))[in_sample]
     index = trace.top_k_index[in_sample]
     share = np.ones(index.shape)
     if rules.weighted:
         gates = np.maximum(trace.top_k_weight[in_sample].astype(np.float64), 0.0)
         total = gates.sum(axis=1, keepdims=True)
         share = np.divide(gates, total, out=np.zeros_like(gates), where=total > 0)
-    is_warm_up = position[in_sample] < rules.warm_up
     token_weight = np.where(is_warm_up, rules.warm_up_weight, 1.0)
-    return weighted_coactivation(index, share, token_weight, n_experts)
+    counts = weighted_coactivation(index, share, token_weight, profile.header.shape.experts)
+    return conditional_frequency(counts, rules.smoothing)
 
 
 def _ranked(
