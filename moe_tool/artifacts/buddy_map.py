@@ -31,6 +31,8 @@ class LayerBuddies(FrozenModel):
     layer: Index
     entropy_threshold: Annotated[float, Field(ge=0, le=1)]
     """BuddyMoE's tau: 15th percentile of the token activating entropy in the profile"""
+    entropy_quantiles: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """Quantiles of that entropy at 0, 1, ..., 100 %; empty in maps of earlier versions"""
     buddies: tuple[tuple[Buddy, ...], ...]
     """[E] lists of substitutes, best first"""
     clusters: tuple[Index, ...]
@@ -39,6 +41,9 @@ class LayerBuddies(FrozenModel):
     @model_validator(mode="after")
     def _consistent(self) -> "LayerBuddies":
         n_experts = len(self.buddies)
+        quantiles = self.entropy_quantiles
+        if len(quantiles) not in (0, 101) or list(quantiles) != sorted(quantiles):
+            raise ValueError("entropy_quantiles are not 101 in ascending order")
         if len(self.clusters) != n_experts:
             raise ValueError("clusters and buddies differ in length")
         for expert_id, candidates in enumerate(self.buddies):

@@ -7,26 +7,33 @@ import numpy as np
 from moe_tool.artifacts.buddy_map import BuddyMap, LayerBuddies, Similarity
 from moe_tool.artifacts.buddy_summary import BuddyReport, BuddySummary, LayerBuddySummary
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
-from moe_tool.buddies.build_buddy_map import build_buddy_map
+from moe_tool.buddies.build_buddy_map import DEFAULT_RULES, build_buddy_map
+from moe_tool.buddies.list_rules import ListRules
 from moe_tool.formats.claimed_artifact import require_unclaimed
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 
 
 def make_buddies(
-    profile: Path, *, k: int, by: Similarity, out: Path, may_replace: bool = True
+    profile: Path,
+    *,
+    k: int,
+    by: Similarity,
+    out: Path,
+    rules: ListRules = DEFAULT_RULES,
+    may_replace: bool = True,
 ) -> BuddyReport:
     """Build the buddy map of a profile and write it to `out`.
 
     Raises:
         NotFoundError, CorruptArtifactError: the profile cannot be read.
-        UsageError: k is not below the number of experts, or `out` is another model's map and
-            `may_replace` is False.
+        UsageError: k is not below the number of experts, the rules do not fit, or `out` is
+            another model's map and `may_replace` is False.
     """
     with ProfileReader.open(profile) as reader:
         if not may_replace:
             require_unclaimed(out, reader.header.identity)
-        buddy_map = build_buddy_map(reader, k=k, by=by)
+        buddy_map = build_buddy_map(reader, k=k, by=by, rules=rules)
         summary = summarize_buddies(reader, buddy_map)
     write_json_artifact(out, buddy_map)
     return BuddyReport(

@@ -9,23 +9,46 @@ import numpy as np
 
 from moe_tool.artifacts.buddy_map import Similarity
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
-
-CUMULATIVE_MASS = 0.9
-"""Threshold alpha of a public re-implementation; the paper does not state its own."""
+from moe_tool.buddies.list_rules import CUMULATIVE_MASS
 
 
-def conditional_frequency(coactivation: np.ndarray) -> np.ndarray:
-    """Return q(j|i) = M(i, j) / sum over j of M(i, j), without the diagonal, [E, E] float64.
+def weighted_coactivation(
+    index: np.ndarray, share: np.ndarray, token_weight: np.ndarray, n_experts: int
+) -> np.ndarray:
+    """Return the sum over tokens of token weight * share of one expert * share of the other,
+    [E, E] float64; the diagonal is 0.
 
-    The row of an expert that was never chosen with another one is 0.
-
-    Source: arXiv:2511.10054. Deviation: no Laplace smoothing, which would only add buddies that
-    were never chosen together.
+    Source: arXiv:2511.10054, the second, probability-weighted count. The paper does not say how a
+    pair's two probabilities are combined.
 
     Args:
-        coactivation: [E, E] int64, tokens whose top-k holds both.
+        index: [T, K] experts, distinct in each row.
+        share: [T, K] weight of each slot: shares of the gate weights, or 1 to count.
+        token_weight: [T].
     """
-    pairs = coactivation.astype(np.float64)
+    wide = index.astype(np.int64)
+    pairs = np.zeros(n_experts * n_experts)
+    for slot in range(index.shape[1]):
+        for other in range(slot + 1, index.shape[1]):
+            cell = wide[:, slot] * n_experts + wide[:, other]
+            weight = token_weight * share[:, slot] * share[:, other]
+            pairs += np.bincount(cell, weights=weight, minlength=n_experts * n_experts)
+    one_way = pairs.reshape(n_experts, n_experts)
+    return one_way + one_way.T
+
+
+def conditional_frequency(coactivation: np.ndarray, smoothing: float = 0.0) -> np.ndarray:
+    """Return q(j|i) = M(i, j) / sum over j of M(i, j), without the diagonal, [E, E] float64.
+
+    Without smoothing the row of an expert that was never chosen with another one is 0.
+
+    Source: arXiv:2511.10054.
+
+    Args:
+        coactivation: [E, E], tokens whose top-k holds both, or their weights.
+        smoothing: Laplace's addition to every pair.
+    """
+    pairs = coactivation.astype(np.float64) + smoothing
     np.fill_diagonal(pairs, 0.0)
     total = pairs.sum(axis=1, keepdims=True)
     frequency: np.ndarray = np.divide(pairs, total, out=np.zeros_like(pairs), where=total > 0)

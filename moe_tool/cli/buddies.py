@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_tool.artifacts.buddy_summary import BuddyReport
 
 By = Literal["output", "cka", "cosine", "coactivation", "router"]
+Scale = Literal["fitted", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,35 @@ class BuddiesArguments:
             "cosine), chosen together (coactivation), or similar router logits (router)."
         ),
     ] = "output"
+    alpha: Annotated[
+        float,
+        typer.Option(
+            metavar="A", min=0, max=1, help="Coactivation: frequency at which a list ends."
+        ),
+    ] = 0.9
+    alpha_by_layer: Annotated[
+        str | None,
+        typer.Option(metavar="LAYER=A,...", help="Other alphas of some layers: 0=0.9,3=0.75."),
+    ] = None
+    weighted: Annotated[
+        bool, typer.Option("--weighted", help="Coactivation: weigh pairs by both gate weights.")
+    ] = False
+    smoothing: Annotated[
+        float,
+        typer.Option(metavar="N", min=0, help="Coactivation: add to the count of every pair."),
+    ] = 0.0
+    warm_up: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS", min=0, help="Coactivation: tokens at each head that count less."
+        ),
+    ] = 0
+    warm_up_weight: Annotated[
+        float, typer.Option(metavar="W", min=0, max=1, help="Weight of these tokens.")
+    ] = 0.0
+    scale: Annotated[
+        Scale, typer.Option(help="Factor on a stand-in's output: fitted, or none (1).")
+    ] = "fitted"
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", show_default="profiles/NAME.buddies.json", help="The map."),
@@ -45,14 +75,25 @@ def buddies(given: BuddiesArguments, output: Output) -> None:
     """Find the K best stand-ins of every expert. Each has a scale and a price."""
     profile = given.profile or newest_profile(given.profiles, output)
 
+    from moe_tool.buddies.list_rules import ListRules, parse_alpha_by_layer
     from moe_tool.buddies.make_buddies import make_buddies
     from moe_tool.reports.terminal import buddies_table
 
+    rules = ListRules(
+        alpha=given.alpha,
+        alpha_by_layer=parse_alpha_by_layer(given.alpha_by_layer) if given.alpha_by_layer else {},
+        weighted=given.weighted,
+        smoothing=given.smoothing,
+        warm_up=given.warm_up,
+        warm_up_weight=given.warm_up_weight,
+        scale=given.scale,
+    )
     default = buddies_path(given.profiles, profile)
     made = make_buddies(
         profile,
         k=given.k,
         by=given.by,
+        rules=rules,
         out=given.out or default,
         may_replace=given.out is not None,
     )

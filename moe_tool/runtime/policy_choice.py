@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
@@ -84,20 +85,32 @@ def choose_policy(
 def manifest_inputs(manifest: BundleManifest) -> PolicyInputs:
     """Return the inputs of policies that are known without the model."""
     buddies = None if manifest.buddies is None else manifest.buddies.layers
+    sizes = record_sizes(manifest)
     entries = manifest.prices or ()
     return PolicyInputs(
         gates=None
         if buddies is None
-        else Gates(entropy_threshold={entry.layer: entry.entropy_threshold for entry in buddies}),
+        else Gates(
+            entropy_threshold={entry.layer: entry.entropy_threshold for entry in buddies},
+            entropy_quantiles={entry.layer: entry.entropy_quantiles for entry in buddies},
+            expert_bytes=_mean_size(sizes),
+        ),
         buddies=buddies,
+        buddies_by=None if manifest.buddies is None else manifest.buddies.by,
         prices=price_book(manifest),
         unimportance={entry.layer: np.array(entry.unimportance) for entry in entries},
         ratios={entry.layer: np.array(entry.ratio) for entry in entries},
         pruning=manifest.pruning,
         top_k=manifest.shape.top_k,
         forms=(manifest.bits, *(table.name for table in manifest.cheaper)),
-        stored={layer: sizes > 0 for layer, sizes in record_sizes(manifest).items()},
+        stored={layer: size > 0 for layer, size in sizes.items()},
     )
+
+
+def _mean_size(sizes: Mapping[int, np.ndarray]) -> float:
+    """Return the mean size of the primary records in bytes, from [F, E] sizes by layer."""
+    primary = np.concatenate([size[PRIMARY] for size in sizes.values()])
+    return float(primary.sum() / max(1, np.count_nonzero(primary)))
 
 
 def with_masks(policy: ChosenPolicy, bundle: BundleReader) -> ChosenPolicy:

@@ -9,6 +9,7 @@ import torch
 
 from moe_tool.artifacts.buddy_map import BuddyMap, Similarity
 from moe_tool.buddies.build_buddy_map import build_buddy_map, entropy_threshold
+from moe_tool.buddies.list_rules import ListRules
 from moe_tool.buddies.make_buddies import summarize_buddies
 from moe_tool.buddies.measures import MEASURES
 from moe_tool.errors import UsageError
@@ -103,7 +104,7 @@ def test_coactivation_lists_end_at_the_cumulative_mass() -> None:
         for buddies in build_buddy_map(profile, k=2, by="coactivation").layers[0].buddies
     ]
     assert named == [[1], [0], [0], []]
-    whole = build_buddy_map(profile, k=2, by="coactivation", mass=1.0).layers[0]
+    whole = build_buddy_map(profile, k=2, by="coactivation", rules=ListRules(alpha=1.0)).layers[0]
     assert [buddy.expert for buddy in whole.buddies[0]] == [1, 2]
     assert whole.buddies[0][0].similarity == 15 / 16
     # The price is that of the regression all the same.

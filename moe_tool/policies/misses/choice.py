@@ -42,7 +42,9 @@ class MissChoice:
 
 
 def parse_miss_policy(text: str) -> MissChoice:
-    """Parse a word like "exact", "buddy:rho=1" or "priced:nats-per-mb=0.01".
+    """Parse a word like "exact", "buddy:rho=1", "buddy:published" or "priced:nats-per-mb=0.01".
+
+    Parameters that follow a preset change its values.
 
     Raises:
         UsageError: the policy or a parameter is unknown, or a value is out of range.
@@ -55,9 +57,12 @@ def parse_miss_policy(text: str) -> MissChoice:
         raise UsageError(
             f"--policy {kind} is not known", hint=f"use one of {', '.join(MISS_POLICIES)}"
         )
-    words = rest.split(",") if rest else []
-    values = read_values(f"--policy {text}", words, MISS_POLICIES[kind].parameters)
-    return MissChoice(spec=MISS_POLICIES[kind], values=values)
+    spec, words = MISS_POLICIES[kind], rest.split(",") if rest else []
+    if words and words[0] in spec.presets:
+        preset = changed_words(spec.presets[words[0]], spec.parameters)
+        words = [*preset, *words[1:]]
+    values = read_values(f"--policy {text}", words, spec.parameters, others=tuple(spec.presets))
+    return MissChoice(spec=spec, values=values)
 
 
 EXACT_POLICY = parse_miss_policy("exact")

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from moe_tool.artifacts.buddy_map import LayerBuddies
+from moe_tool.artifacts.buddy_map import LayerBuddies, Similarity
 from moe_tool.artifacts.bundle_sections import LearnedPruning
 from moe_tool.artifacts.routing import Answers, Routing
 from moe_tool.policies.misses.gates import Gates
@@ -44,6 +44,10 @@ class PolicyInputs:
     gates: Gates | None = None
     """Gates with their thresholds; None if these are unknown"""
     buddies: tuple[LayerBuddies, ...] | None = None
+    buddies_by: Similarity | None = None
+    """Measure that ranks the buddies; None if it is unknown"""
+    hops: np.ndarray | None = None
+    """[E] hops to the device that holds each expert; None: all are on one device, 0"""
     reweigh: Mapping[int, Reweigh] | None = None
     """Decoder layer -> gate weight rule; None if it is unknown"""
     scores_are_logits: bool = True

@@ -48,6 +48,8 @@ class PolicySpec:
     """Whether `evaluate --controls` has a row for it"""
     controls: Callable[[Values, PolicyInputs], tuple[str, ...] | None] | None = None
     """Function from values to the policies to compare with in that table; None: the usual ones"""
+    presets: Mapping[str, Values] = field(default_factory=dict)
+    """Words that stand for values of several parameters"""
     source: str = ""
     """Paper of the rule, with its name there"""
 
