@@ -1,12 +1,16 @@
 """Ways to hand bits out to experts, and one number of bits for all, by measured divergence.
 
     python benchmarks/bit_allocation.py MODEL PROFILE --text FILE [--quantizer gptq]
-        [--average 1.6,2.0,2.5,3.0] [--tokens 4096] [--seq-len 256] [--prices FILE]
+        [--average 1.57,2.05,2.54] [--tokens 4096] [--seq-len 256] [--prices FILE]
         [--out rows.jsonl]
 
 Every expert is quantized once at 1, 2, 3 and 4 bits in one pass over the model, and its price
 measured on held-out tokens of the profile as `plan --average-bits` does; then each allocation is
-put together and KL(checkpoint || it) is taken over the text. Products are torch's in float32: what
+put together and KL(checkpoint || it) is taken over the text. "as published" is Mixture Compressor's
+program (`plan --cost published`), whose averages count 4-bit matrices beside the experts; here an
+average is of experts, the nearest that is a whole number of bits per layer, for all ways alike.
+`mc` is GPTQ with the paper's one-bit scale. "over published" is the mean difference of KL per
+sequence, with half a 95 % interval. Products are torch's in float32: what
 is compared are weights, not kernels. The model has to fit into memory for this.
 """
 
@@ -23,29 +27,21 @@ from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import locate_model
 from moe_tool.packing.measure_bit_prices import MEASURED_WIDTHS, measure_bit_prices
-from moe_tool.planning.allocate_bits import WIDTHS, allocate_by_layer
+from moe_tool.planning.allocate_bits import WIDTHS
 from moe_tool.planning.bit_costs import bit_costs
 from moe_tool.planning.mixed_allocations import allocate_average, control_allocations
-from moe_tool.planning.plan_sources import PlanSources, read_sources
+from moe_tool.planning.plan_sources import read_sources
+from moe_tool.planning.published_bits import (
+    PublishedCost,
+    allocate_published,
+    nearest_average,
+    published_costs,
+)
 
-HEADINGS = ("average", "allocation", "expected KL", "KL", "to uniform", "MiB of experts")
-
-
-def published_costs(sources: PlanSources, eps: np.ndarray) -> np.ndarray:
-    """Return what Mixture Compressor adds up, [L, E, W]: frequency times mean gate weight times
-    squared error, each layer's shares adding up to 1.
-
-    Args:
-        sources: of the profile.
-        eps: [L, E, W] relative errors.
-    """
-    found = np.zeros(eps.shape)
-    for at, layer in enumerate(sources.profile.header.shape.layers):
-        counts = sources.statistics[layer].in_sample
-        frequency = counts.load / max(1, counts.load.sum())
-        gate = counts.gate_sum / np.maximum(1, counts.load)
-        found[at] = (frequency * gate / max(1e-12, gate.sum()))[:, None] * eps[at] ** 2
-    return found
+HEADINGS = (
+    *("average", "allocation", "expected KL", "KL", "to uniform", "over published", "+-"),
+    "MiB of experts",
+)
 
 
 def main() -> None:
@@ -54,8 +50,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("profile", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--quantizer", default="gptq", choices=["fitted", "gptq"])
-    parser.add_argument("--average", default="1.6,2.0,2.5,3.0")
+    parser.add_argument("--quantizer", default="gptq", choices=["fitted", "gptq", "mc"])
+    parser.add_argument("--average", default="1.57,2.05,2.54")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--prices", type=Path, help="bit prices that `plan` kept")
@@ -81,23 +77,18 @@ def _compare(a: argparse.Namespace) -> list[dict[str, str | float]]:
         sources = read_sources(profile)
     costs = bit_costs(sources, prices)
     layers = sources.profile.header.shape.layers
-    eps = np.ones((*costs.load.shape, len(WIDTHS)))
-    for at, entry in enumerate(prices.layers):
-        for width, row in zip(prices.widths, entry.eps, strict=True):
-            eps[at, :, WIDTHS.index(width)] = row
-        eps[at, :, WIDTHS.index(8) :] = 0
-    published = published_costs(sources, eps)
+    published = published_costs(sources, prices, PublishedCost())
     weights = quantized(a.model, a.profile, a.quantizer, map(str, MEASURED_WIDTHS))
     judge = Judge(a.model, a.text, n_tokens=a.tokens, seq_len=a.seq_len)
     allowed = [WIDTHS.index(width) for width in (0, *MEASURED_WIDTHS)]
     rows: list[dict[str, str | float]] = []
-    for average in map(float, a.average.split(",")):
-        size = np.broadcast_to(np.array(WIDTHS, dtype=np.int64), costs.nats.shape)
-        room = int(average * costs.load.shape[1] + 1e-9) * len(layers)
-        ways = {"over all layers": allocate_average(costs, average)}
-        by_published = allocate_by_layer(published, size, room)
-        assert by_published is not None
-        ways |= {"as published": by_published, **control_allocations(costs, average)}
+    for asked in map(float, a.average.split(",")):
+        average = nearest_average(costs.load.shape[1], asked)
+        ways = {
+            "over all layers": allocate_average(costs, average),
+            "as published": allocate_published(costs, published, average),
+            **control_allocations(costs, average),
+        }
         measured = {}
         for name, chosen in ways.items():
             assert np.isin(chosen, allowed).all(), "more than 4 bits: not measured here"
@@ -109,16 +100,19 @@ def _compare(a: argparse.Namespace) -> list[dict[str, str | float]]:
                         instead[layer, expert] = {k: torch.zeros_like(v) for k, v in zeros.items()}
                     else:
                         instead[layer, expert] = weights[layer, expert, str(width)]
-            measured[name] = judge.divergence(instead)
+            measured[name] = judge.divergences(instead)
         for name, chosen in ways.items():
             nats = float(np.take_along_axis(costs.nats, chosen[..., None], axis=2).sum())
+            over = measured[name] - measured["as published"]  # [N]
             rows.append(
                 {
                     "average": average,
                     "allocation": name,
                     "expected KL": nats,
-                    "KL": measured[name],
-                    "to uniform": measured[name] / measured["uniform"],
+                    "KL": float(measured[name].mean()),
+                    "to uniform": float(measured[name].mean() / measured["uniform"].mean()),
+                    "over published": float(over.mean()),
+                    "+-": float(1.96 * over.std() / len(over) ** 0.5),
                     "MiB of experts": float(costs.size_bytes[chosen].sum() / 2**20),
                 }
             )

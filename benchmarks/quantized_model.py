@@ -68,6 +68,10 @@ class Judge:
 
     def divergence(self, instead: Mapping[tuple[int, int], Matrices]) -> float:
         """Return the mean KL with some experts' matrices replaced."""
+        return float(self.divergences(instead).mean())
+
+    def divergences(self, instead: Mapping[tuple[int, int], Matrices]) -> torch.Tensor:
+        """Return each sequence's mean KL with some experts' matrices replaced, [N]."""
         with torch.no_grad():
             for (at, name), whole in self._whole.items():
                 weight = getattr(self._experts[at], name)
@@ -76,7 +80,8 @@ class Judge:
                     if (at, expert) in instead:
                         weight[expert] = instead[at, expert][name].float()
         found = self._answers()
-        return float((self._truth.exp() * (self._truth - found)).sum(-1).mean())
+        each = (self._truth.exp() * (self._truth - found)).sum(-1)
+        return each.view(len(self._ids), -1).mean(-1)
 
     @torch.inference_mode()
     def _answers(self) -> torch.Tensor:

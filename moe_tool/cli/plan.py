@@ -37,6 +37,7 @@ def plan(given: PlanArguments, output: Output) -> None:
     from moe_tool.formats.claimed_artifact import require_unclaimed
     from moe_tool.formats.json_artifact import write_json_artifact
     from moe_tool.planning.plan_request import PlanRequest, check_request
+    from moe_tool.planning.published_bits import parse_cost
     from moe_tool.quantizers.registry import parse_quantizer
 
     request = options_from(
@@ -44,6 +45,7 @@ def plan(given: PlanArguments, output: Output) -> None:
         PlanRequest,
         memory=budgets[0],
         bits=None if given.bits == "auto" else given.bits,
+        cost=parse_cost(given.cost),
         quantizer=parse_quantizer(given.quantizer).name,
         max_loss=_DEFAULT_LOSS if share is None else share,
         max_kl=_kl_limit(share, given.max_kl),

@@ -45,6 +45,15 @@ class PlanArguments:
         float | None,
         typer.Option(metavar="BITS", help="Mixed bits: average bits per expert weight, e.g. 2.5."),
     ] = None
+    cost: Annotated[
+        str,
+        typer.Option(
+            metavar="COST",
+            help="Average bits: what is least. kl: the expected divergence, over all layers; "
+            "published:alpha=1,beta=1,gamma=2: Mixture Compressor's program (arXiv:2410.06270), "
+            "layer by layer, 1 to 3 bits, exactly the average.",
+        ),
+    ] = "kl"
     quantizer: Annotated[
         str,
         typer.Option(

@@ -35,6 +35,7 @@ from moe_tool.planning.model_costs import (
 from moe_tool.planning.plan_request import PlanRequest
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.planning.profile_prices import nats_of_bits, predicted_loss
+from moe_tool.planning.published_bits import allocate_published, published_costs
 
 
 def uniform_experts(
@@ -69,25 +70,35 @@ def mixed_experts(
     request: PlanRequest,
     prices: BitPrices | None,
 ) -> PackedExperts:
-    """Return experts at the widths with the least expected loss; `prices` None for rtn.
+    """Return experts at the widths with the least expected loss, or as published if the request
+    says so; `prices` None for rtn.
 
     Raises:
         BudgetError: the budget is too small for the memory beside the experts.
-        UsageError: no widths keep the limit, or every expert would be removed.
+        UsageError: no widths keep the limit, or every expert would be removed; or the published
+            program has no solution.
     """
     shape, costs = sources.profile.header.shape, bit_costs(sources, prices)
     fixed = fixed_memory(
         shape, sources.skeleton, skeleton_bits=request.skeleton_bits, context=request.context
     )
-    chosen = _allocate(costs, request, _expert_room(request.memory, fixed, costs))
-    found = describe("over all layers", costs, chosen)
+    ways = {
+        "over all layers": _allocate(costs, request, _expert_room(request.memory, fixed, costs))
+    }
+    if request.cost is not None:
+        assert request.average_bits is not None  # check_request
+        published = published_costs(sources, prices, request.cost)
+        by_published = allocate_published(costs, published, request.average_bits)
+        ways = {"as published": by_published, **ways}
+    name, chosen = next(iter(ways.items()))
+    found = describe(name, costs, chosen)
     rooms = _rooms(shape, found, costs)
     mean = _mean_costs(sources, hardware, request, costs, chosen)
-    others = control_allocations(costs, request.average_bits or found.average_bits)
+    ways |= control_allocations(costs, request.average_bits or found.average_bits)
     return PackedExperts(
         bits="mixed",
         expert_bits=layer_bits(costs, shape.layers, chosen),
-        allocations=(found, *(describe(name, costs, each) for name, each in others.items())),
+        allocations=tuple(describe(name, costs, each) for name, each in ways.items()),
         quantizer="rtn" if prices is None else prices.quantizer,
         compute_bits=str(min((1, 2, 3, 4, 8), key=lambda width: abs(width - found.average_bits))),
         n_experts=shape.experts * len(shape.layers),

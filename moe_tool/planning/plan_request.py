@@ -6,6 +6,7 @@ from moe_tool.artifacts.pack_plan import Bits, Quantizer, SkeletonBits
 from moe_tool.budget.request import EVERY_EXPERT, MemoryRequest
 from moe_tool.errors import UsageError
 from moe_tool.planning.allocate_bits import WIDTHS
+from moe_tool.planning.published_bits import PublishedCost
 
 _MAX_CONTEXT = 2**31
 _MAX_KL = 100
@@ -20,6 +21,8 @@ class PlanRequest:
     """Precision of every expert, or mixed; None: the fastest within the limits"""
     average_bits: float | None = None
     """Average bits per weight of mixed widths; None: by memory or limit"""
+    cost: PublishedCost | None = None
+    """Program that hands out average bits as published; None: the least expected divergence"""
     quantizer: Quantizer = "rtn"
     skeleton_bits: SkeletonBits = "native"
     max_loss: float = 0.01
@@ -52,6 +55,10 @@ def check_request(request: PlanRequest) -> None:
         raise UsageError(
             "--memory auto: what will be free where the plan runs is not known",
             hint="--memory 8GiB, or 100% for all experts",
+        )
+    if request.cost is not None and request.average_bits is None:
+        raise UsageError(
+            "--cost published spends a budget of bits, which is missing", hint="--average-bits 2.5"
         )
     if request.is_mixed:
         _check_mixed(request)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from moe_tool.errors import UsageError
-from moe_tool.quantizers import fitted, gptq, hqq, imatrix, rtn
+from moe_tool.quantizers import fitted, gptq, hqq, imatrix, mc, rtn
 from moe_tool.quantizers.spec import QuantizerSpec
 
 QUANTIZERS: Mapping[str, QuantizerSpec] = {
@@ -14,6 +14,7 @@ QUANTIZERS: Mapping[str, QuantizerSpec] = {
         fitted.SPEC,
         imatrix.SPEC,
         gptq.SPEC,
+        mc.SPEC,
     )
 }
 """Specs by the name that `--quantizer` takes"""

@@ -111,3 +111,26 @@ def test_mistakes_are_one_sentence(
     assert done.code == code, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "p.json").exists()
+
+
+def test_the_published_program_is_planned_and_packed_beside_ours(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    plan = tmp_path / "published.plan.json"
+    ask = ("plan", *SHIPPED, "--out", plan, "--json", "--cost", "published:beta=1.5")
+    made = moe_tool(*ask, "--average-bits", "2.5", folder=pipeline.folder)
+    assert made.code == 0, made.stderr
+    names = [each["name"] for each in made.fields["allocations"]]
+    assert names[:2] == ["as published", "over all layers"]
+    published, ours = made.fields["allocations"][:2]
+    assert published["average_bits"] == 2.5 and published["nats"] >= ours["nats"]
+    for layer in json.loads(plan.read_text())["expert_bits"]:
+        assert sum(layer["bits"]) == 20 and set(layer["bits"]) == {1, 2, 3}
+    packed = moe_tool(
+        *("pack", pipeline.model, "--plan", plan, "--out", tmp_path / "b", "--json"),
+        folder=pipeline.folder,
+    )
+    assert packed.code == 0, packed.stderr
+    assert packed.fields["expert_bytes"] == published["expert_bytes"]
+    refused = moe_tool(*ask, "--average-bits", "2.54", folder=pipeline.folder)
+    assert refused.code == 2 and "hint: --average-bits 2.5\n" in refused.stderr
