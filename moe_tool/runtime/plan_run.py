@@ -1,5 +1,6 @@
 """Plan of a run: every decision and refusal, before anything large is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from moe_tool.runtime.quality_promise import quality_note
 from moe_tool.runtime.residency import FormRoom, expert_rooms
 from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
 from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
+from moe_tool.runtime.table_choice import describe_tables
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 _FIRST_USE_BYTES = 16 * 2**20
@@ -81,6 +83,8 @@ class RunPlan:
     workload: Workload
     threads: ComputeThreads
     footprint: Footprint
+    on_disk: Mapping[str, int]
+    """Embedding table that stays on disk -> bytes that it would take in memory"""
     skeleton_bytes: int
     """Size of the loaded skeleton"""
     memory: MemoryPlan
@@ -125,8 +129,15 @@ def plan_run(
     followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
     workload = _workload(options, choice, skeleton.config.get_text_config())
-    footprint = _footprint(options, followed, bundle, skeleton, workload)
+    sizes = {name: table.held_bytes for name, table in skeleton.tables.items()}
+    on_disk = {name: sizes[name] for name in options.rows.choose(sizes)}
+    footprint = _footprint(options, followed, bundle, skeleton, workload, on_disk)
     memory = _estimate(footprint, used_bytes, available_bytes)
+    if on_disk and not options.rows.is_forced:
+        whole = _footprint(options, followed, bundle, skeleton, workload, {})
+        roomy = _if_everything_fits(whole, used_bytes, available_bytes)
+        if roomy is not None:
+            footprint, memory, on_disk = whole, roomy, {}
     policy = choose_policy(
         choice,
         manifest,
@@ -144,7 +155,8 @@ def plan_run(
         workload=workload,
         threads=choose_threads(options.threads, manifest),
         footprint=footprint,
-        skeleton_bytes=skeleton.held_bytes,
+        on_disk=on_disk,
+        skeleton_bytes=skeleton.held_bytes - sum(on_disk.values()),
         memory=memory,
         rooms=choose_rooms(manifest, memory.slots, residency, followed.eviction, policy),
         followed=followed.note,
@@ -208,6 +220,8 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
     promise = quality_note(manifest, plan.policy, n_slots=plan.memory.n_slots)
     if promise is not None:
         notes.append(promise)
+    if plan.on_disk:
+        notes.append(describe_tables(plan.on_disk))
     if plan.options.lossy_prompt:
         notes.append(_LOSSY_PROMPT if is_lossy else _EXACT_PROMPT)
     if not is_native():
@@ -325,8 +339,10 @@ def _footprint(
     bundle: BundleReader,
     skeleton: SkeletonLoader,
     workload: Workload,
+    on_disk: Mapping[str, int],
 ) -> Footprint:
     eviction = followed.eviction
+    held_bytes = skeleton.held_bytes - sum(on_disk.values())
     return Footprint(
         request=followed.memory,
         fixed=run_lines(
@@ -334,11 +350,25 @@ def _footprint(
             bundle.manifest.shape,
             workload,
             process_bytes=0,
-            skeleton_bytes=skeleton.held_bytes,
+            skeleton_bytes=held_bytes,
             beside=_beside(bundle, eviction, options.caller_bytes),
         ),
-        loading_bytes=skeleton.held_bytes + skeleton.largest_bytes,
+        loading_bytes=held_bytes + skeleton.largest_without(on_disk),
         experts=expert_rooms(bundle.manifest, per_layer=eviction.per_layer),
+    )
+
+
+def _if_everything_fits(
+    footprint: Footprint, used_bytes: int, available_bytes: int
+) -> MemoryPlan | None:
+    """Return the account if it has room for every expert, the first use of the model included."""
+    try:
+        memory = footprint.within(used_bytes + _FIRST_USE_BYTES, available_bytes)
+    except BudgetError:
+        return None
+    n_experts = sum(room.n_experts for room in footprint.experts)
+    return (
+        _estimate(footprint, used_bytes, available_bytes) if memory.n_slots == n_experts else None
     )
 
 
