@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,10 @@ def zoo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             torch.manual_seed(0)
-            config = TEXT_MODELS[name].config(name)
+            kind = TEXT_MODELS[name]
             if name == "qwen4_exp_text":
-                kept = config.to_dict() | {"ple_layer_ids": [2]}
-                config = type(config)(**kept)
+                kind = replace(kind, fields=kind.fields | {"ple_layer_ids": [2]})
+            config = kind.config(name)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             model.save_pretrained(folder / "model")
             tiny_tokenizer().save_pretrained(folder / "model")
