@@ -107,6 +107,11 @@ class BundleReader:
         """Size of the channel selectors; 0 where there are none"""
         return sum(table.size_bytes for table in self.manifest.selectors)
 
+    @property
+    def row_bytes_read(self) -> int:
+        """Bytes read of tables by `open_rows`, without their checks"""
+        return sum(rows.bytes_read for rows in self._rows)
+
     def primary_form(self, layer: int, expert: int) -> BundleForm:
         """Return the primary form of an expert that is stored."""
         return self.forms[self._primary_form[layer, expert]]

@@ -1,7 +1,8 @@
 """Plan of a run: every decision and refusal, before anything large is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
@@ -11,6 +12,7 @@ from moe_tool.budget.refusal import MemoryLine
 from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.budget.slots import ExpertRoom
+from moe_tool.budget.table_choice import describe_tables
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.skeleton import Skeleton
@@ -28,7 +30,6 @@ from moe_tool.runtime.quality_promise import quality_note
 from moe_tool.runtime.residency import FormRoom, expert_rooms
 from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
 from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
-from moe_tool.runtime.table_choice import describe_tables
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 _FIRST_USE_BYTES = 16 * 2**20
@@ -129,15 +130,9 @@ def plan_run(
     followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
     workload = _workload(options, choice, skeleton.config.get_text_config())
-    sizes = {name: table.held_bytes for name, table in skeleton.tables.items()}
-    on_disk = {name: sizes[name] for name in options.rows.choose(sizes)}
-    footprint = _footprint(options, followed, bundle, skeleton, workload, on_disk)
-    memory = _estimate(footprint, used_bytes, available_bytes)
-    if on_disk and not options.rows.is_forced:
-        whole = _footprint(options, followed, bundle, skeleton, workload, {})
-        roomy = _if_everything_fits(whole, used_bytes, available_bytes)
-        if roomy is not None:
-            footprint, memory, on_disk = whole, roomy, {}
+    account = partial(_footprint, options, followed, bundle, skeleton, workload)
+    on_disk = _tables_on_disk(options, skeleton, account, used_bytes, available_bytes)
+    memory = _estimate(account(on_disk), used_bytes, available_bytes)
     policy = choose_policy(
         choice,
         manifest,
@@ -154,7 +149,7 @@ def plan_run(
         prefetch=followed.prefetch,
         workload=workload,
         threads=choose_threads(options.threads, manifest),
-        footprint=footprint,
+        footprint=account(on_disk),
         on_disk=on_disk,
         skeleton_bytes=skeleton.held_bytes - sum(on_disk.values()),
         memory=memory,
@@ -358,18 +353,26 @@ def _footprint(
     )
 
 
-def _if_everything_fits(
-    footprint: Footprint, used_bytes: int, available_bytes: int
-) -> MemoryPlan | None:
-    """Return the account if it has room for every expert, the first use of the model included."""
+def _tables_on_disk(
+    options: RunOptions,
+    skeleton: SkeletonLoader,
+    account: Callable[[Mapping[str, int]], Footprint],
+    used_bytes: int,
+    available_bytes: int,
+) -> Mapping[str, int]:
+    """Return the tables that stay on disk with their bytes in memory: none by itself if everything
+    fits, the first use of the model included."""
+    sizes = {name: table.held_bytes for name, table in skeleton.tables.items()}
+    chosen = {name: sizes[name] for name in options.rows.choose(sizes)}
+    if not chosen or options.rows.is_forced:
+        return chosen
+    whole = account({})
     try:
-        memory = footprint.within(used_bytes + _FIRST_USE_BYTES, available_bytes)
+        memory = whole.within(used_bytes + _FIRST_USE_BYTES, available_bytes)
     except BudgetError:
-        return None
-    n_experts = sum(room.n_experts for room in footprint.experts)
-    return (
-        _estimate(footprint, used_bytes, available_bytes) if memory.n_slots == n_experts else None
-    )
+        return chosen
+    has_room = memory.n_slots == sum(room.n_experts for room in whole.experts)
+    return {} if has_room else chosen
 
 
 def _estimate(footprint: Footprint, used_bytes: int, available_bytes: int) -> MemoryPlan:

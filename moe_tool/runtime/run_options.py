@@ -5,11 +5,11 @@ from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.budget.request import MemoryRequest, parse_memory_option
+from moe_tool.budget.table_choice import AUTO_ROWS, RowsRequest, parse_rows
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.table_choice import AUTO_ROWS, RowsRequest, parse_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

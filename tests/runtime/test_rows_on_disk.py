@@ -9,17 +9,31 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe_tool.budget.table_choice import RowsRequest
 from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.row_tables import RowsOnDisk
+from moe_tool.progress import Progress
+from moe_tool.reports.run_lines import run_line
 from moe_tool.runtime.decoding_config import GenerateOptions
-from moe_tool.runtime.generation import generate_ids
+from moe_tool.runtime.generation import generate_ids, run_prompt
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import Session, open_session
 from tests.packed import pack_bundle
 from tests.tiny_models import tiny_tokenizer
 from tests.zoo.text_models import TEXT_MODELS
+
+
+class Notes(Progress):
+    """Keeps the notes of a run."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
 
 PROMPT = [256, 84, 104, 101, 32, 108, 105, 115, 116, 104]
 DISTINCT = 9
@@ -80,7 +94,6 @@ def test_tables_on_disk_change_no_bit(
         assert not lookups(session) and not session.plan.on_disk
         wanted, wanted_logits = tokens_and_logits(session)
         held = {line.name: line.size_bytes for line in session.plan.memory.lines}
-        budget = session.plan.memory.total_bytes
     with opened(bundle, "1") as session:
         found, logits = tokens_and_logits(session)
         left = session.plan.on_disk
@@ -121,10 +134,33 @@ def test_auto_leaves_small_tables_in_memory_and_large_ones_if_it_must(
     _, bundle = zoo_bundle("olmoe")
     with opened(bundle, "auto") as session:
         assert not session.plan.on_disk
+    forced = RowsRequest(kind="auto", least_bytes=1)
+    for memory, is_left in (("min", True), ("50%", True), ("100%", False)):
+        options = replace(run_options(memory=memory, context=64, threads=1), rows=forced)
+        with open_session(bundle, options) as session:
+            assert bool(session.plan.on_disk) == is_left
     with opened(bundle, str(260 * 64 * 2)) as session:
         assert list(session.plan.on_disk) == ["model.embed_tokens.weight"]
     with opened(bundle, str(260 * 64 * 2 + 1)) as session:
         assert not session.plan.on_disk
+
+
+def test_a_run_says_what_stays_on_disk_and_what_was_read(
+    zoo_bundle: Callable[[str], tuple[Path, Path]],
+) -> None:
+    _, bundle = zoo_bundle("olmoe")
+    result = run_prompt(
+        bundle,
+        "the list",
+        options=run_options(memory="min", threads=1, rows="1"),
+        generation=GenerateOptions(max_tokens=3, ignore_eos=True),
+        progress=(progress := Notes()),
+    )
+    assert result.setup.table_bytes_on_disk == 260 * 64 * 2
+    n_distinct = len(set("the list")) + 1  # and <bos>
+    assert result.row_bytes_read == (n_distinct + 2) * 64 * 2
+    assert any("1 embedding table stays on disk (32.5 KiB)" in note for note in progress.notes)
+    assert "of table rows read" in run_line(result)
 
 
 def test_a_word_that_is_no_size_is_refused() -> None:
