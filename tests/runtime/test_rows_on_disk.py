@@ -157,7 +157,7 @@ def test_a_run_says_what_stays_on_disk_and_what_was_read(
         progress=(progress := Notes()),
     )
     assert result.setup.table_bytes_on_disk == 260 * 64 * 2
-    n_distinct = len(set("the list")) + 1  # and <bos>
+    n_distinct = 7  # letters of the prompt, and then 2 of the 3 new tokens
     assert result.row_bytes_read == (n_distinct + 2) * 64 * 2
     assert any("1 embedding table stays on disk (32.5 KiB)" in note for note in progress.notes)
     assert "of table rows read" in run_line(result)
