@@ -21,6 +21,8 @@ class RunSetup(Spread):
     """Share of experts' channels to skip; None: none"""
     activations: str
     """Precision of tokens in products with a checkpoint's own codes: float32 or int8"""
+    table_bytes_on_disk: int
+    """Bytes that embedding tables on disk, of which rows are read, would take in memory"""
     threads: int
     memory_budget_bytes: int
     slots: int
@@ -61,6 +63,8 @@ class RunResult:
     prompt: PhaseCounters
     decode: PhaseCounters
     quality: AnswerQuality
+    row_bytes_read: int
+    """Bytes read of embedding tables on disk, for prompt and decoding"""
     seconds_to_first_token: float
     """Time from the call to the choice of the first token, loading not included"""
     seconds: float

@@ -35,6 +35,15 @@ class LinearCount(FrozenModel):
         return self.count * (code_bytes + scale_bytes)
 
 
+class TablesOnDisk(FrozenModel):
+    """Embedding tables that a run leaves on disk where memory has no room for everything."""
+
+    held_bytes: Annotated[int, Field(ge=1, le=2**50)]
+    """Bytes that they would take in memory"""
+    reading_bytes: _SizeBytes
+    """Most bytes that loading holds beside the rest of the skeleton"""
+
+
 class SkeletonFacts(FrozenModel):
     """Sizes of one checkpoint's skeleton."""
 
@@ -53,6 +62,8 @@ class SkeletonFacts(FrozenModel):
     profiles of earlier versions"""
     reading_bytes: _SizeBytes | None = None
     """Most bytes that loading holds beside them; None in profiles of earlier versions"""
+    tables_on_disk: TablesOnDisk | None = None
+    """Large embedding tables; None without any, and in profiles of earlier versions"""
     config_json: Annotated[str, Field(max_length=_MAX_CONFIG_CHARACTERS)]
     """config.json on one line, for models.model_config.config_from_json"""
 
@@ -60,6 +71,9 @@ class SkeletonFacts(FrozenModel):
     def _consistent(self) -> "SkeletonFacts":
         if max(self.linear_native_bytes, self.largest_tensor_bytes) > self.native_bytes:
             raise ValueError("a part of the skeleton is larger than all of it")
+        tables, held_bytes = self.tables_on_disk, self.held_bytes
+        if tables is not None and (held_bytes is None or tables.held_bytes > held_bytes):
+            raise ValueError("the embedding tables are larger than the skeleton")
         if self.tied_head_weights > sum(linear.n_weights for linear in self.linears):
             raise ValueError("the tied head is larger than all matrices")
         return self

@@ -141,6 +141,15 @@ SparseExpertsOption = Annotated[
         "are computed in full.",
     ),
 ]
+RowsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|SIZE|none",
+        help="Embedding tables that stay on disk, of which only the rows of the tokens at hand are "
+        "read: those of SIZE or more; auto: of 64MiB or more, where memory has no room for "
+        "everything. The text stays the same.",
+    ),
+]
 ActivationsOption = Annotated[
     Activations,
     typer.Option(

@@ -18,6 +18,7 @@ from moe_tool.cli.options import (
     PolicyOption,
     PrefetchOption,
     ResidencyOption,
+    RowsOption,
     RunMemoryOption,
     SeedOption,
     SparseExpertsOption,
@@ -50,6 +51,7 @@ class RunArguments:
     residency: ResidencyOption = None
     eviction: EvictionOption = None
     prefetch: PrefetchOption = None
+    rows: RowsOption = "auto"
     sparse_experts: SparseExpertsOption = None
     activations: ActivationsOption = "float32"
     gates: GatesOption = True
@@ -101,6 +103,7 @@ def run(given: RunArguments, output: Output) -> None:
         eviction=given.eviction,
         residency=given.residency,
         prefetch=given.prefetch,
+        rows=given.rows,
         sparse_experts=given.sparse_experts,
         activations=given.activations,
         gates=given.gates,

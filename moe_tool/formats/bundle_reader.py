@@ -1,7 +1,7 @@
 """Reader of a bundle: checks the manifest against the files, then each record as it is read."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ from moe_tool.formats.integer_parts import are_finite
 from moe_tool.formats.mask_router_file import read_mask_router
 from moe_tool.formats.record_files import ChannelRead, OnPiece, RecordFiles
 from moe_tool.formats.record_sources import SOURCE_AGAIN, RecordSources
-from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
+from moe_tool.formats.table_rows import TableRows
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import ChannelWeight
 
@@ -48,6 +49,7 @@ class BundleReader:
         self.forms = checked.forms
         """Forms in the order of `manifest.forms`"""
         self._skeleton = checked.skeleton
+        self._rows: list[TableRows] = []
         self._verified: set[tuple[int, int, int]] = set()  # records whose hash was found right
         self._verified_channels: dict[tuple[int, int], np.ndarray] = {}  # [I] bool
         self._expected: set[tuple[int, int]] = set()  # records that the system was advised of
@@ -105,6 +107,11 @@ class BundleReader:
         """Size of the channel selectors; 0 where there are none"""
         return sum(table.size_bytes for table in self.manifest.selectors)
 
+    @property
+    def row_bytes_read(self) -> int:
+        """Bytes read of tables by `open_rows`, without their checks"""
+        return sum(rows.bytes_read for rows in self._rows)
+
     def primary_form(self, layer: int, expert: int) -> BundleForm:
         """Return the primary form of an expert that is stored."""
         return self.forms[self._primary_form[layer, expert]]
@@ -135,6 +142,12 @@ class BundleReader:
 
         checkpoint.on_read = check
         return checkpoint
+
+    def open_rows(self, parts: Sequence[TensorInfo]) -> TableRows:
+        """Open a table of the skeleton, see `TableRows.open`; it is closed with the bundle."""
+        hashes = {tensor.name: tensor.xxh3 for tensor in self.manifest.skeleton}
+        self._rows.append(TableRows.open(parts, hashes))
+        return self._rows[-1]
 
     def mask_router(self) -> MaskRouter | None:
         """Read the trained mask routers; None if the bundle has none.
@@ -344,6 +357,8 @@ class BundleReader:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+        for rows in self._rows:
+            rows.close()
         if self._sources is not None:
             self._sources.close()
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from moe_tool.artifacts.skeleton_facts import LinearCount, SkeletonFacts
+from moe_tool.artifacts.skeleton_facts import LinearCount, SkeletonFacts, TablesOnDisk
+from moe_tool.budget.table_choice import AUTO_ROWS
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.json_artifact import first_complaint
 from moe_tool.models.architecture import OpenedModel
@@ -48,6 +49,7 @@ def skeleton_facts(opened: OpenedModel, folder: Path) -> SkeletonFacts:
             tied_head_weights=tied_weights,
             held_bytes=loader.held_bytes,
             reading_bytes=loader.largest_bytes,
+            tables_on_disk=_tables_on_disk(loader),
             config_json=read_config_text(folder),
         )
     except ValidationError as error:
@@ -55,3 +57,14 @@ def skeleton_facts(opened: OpenedModel, folder: Path) -> SkeletonFacts:
             f"{folder / 'config.json'} does not describe a model: {first_complaint(error)}",
             hint="download the checkpoint again",
         ) from error
+
+
+def _tables_on_disk(loader: SkeletonLoader) -> TablesOnDisk | None:
+    sizes = {name: table.held_bytes for name, table in loader.tables.items()}
+    chosen = AUTO_ROWS.choose(sizes)
+    if not chosen:
+        return None
+    return TablesOnDisk(
+        held_bytes=sum(sizes[name] for name in chosen),
+        reading_bytes=loader.largest_without(chosen),
+    )

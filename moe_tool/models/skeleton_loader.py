@@ -1,9 +1,10 @@
 """Loader of everything but the routed experts: check and measure, then read tensor by tensor."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from moe_tool.errors import CorruptArtifactError, WrongModelError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.integer_parts import integer_parts, join_integer_parts
 from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.formats.table_rows import TableRows
 from moe_tool.models.architecture import structure
 from moe_tool.models.expert_source import expert_dtype
 from moe_tool.models.generation_settings import read_generation_settings
@@ -28,6 +30,7 @@ from moe_tool.models.moe_layers import (
     decoder_prefix,
     unsupported,
 )
+from moe_tool.models.row_tables import find_tables, put_rows
 from moe_tool.models.skeleton import (
     Skeleton,
     assign,
@@ -107,6 +110,11 @@ class SkeletonLoader:
         needed = tied if self._missing else set()  # as the embedding that a head is tied to
         self._kept = kept_matrices(self._map, checkpoint, self._shapes, excluded=needed)
         self._steps = sorted(self._plan(), key=self._position)
+        floats = {step.target: step.held_bytes for step in self._steps if step.form == "floats"}
+        self.tables = find_tables(
+            self._model, self._map, checkpoint, held=floats, coded=self._linears
+        )
+        """Embedding tables that `load` can leave on disk, by parameter"""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -131,7 +139,12 @@ class SkeletonLoader:
     @property
     def largest_bytes(self) -> int:
         """Stored bytes of the largest group of tensors, which loading needs beside `held_bytes`."""
-        return max((self._reading_bytes(step) for step in self._steps), default=0)
+        return self.largest_without(())
+
+    def largest_without(self, tables: Collection[str]) -> int:
+        """Return `largest_bytes` where these of `tables` are left on disk."""
+        steps = (step for step in self._steps if step.target not in tables)
+        return max((self._reading_bytes(step) for step in steps), default=0)
 
     @property
     def in_turn_bytes(self) -> int:
@@ -142,14 +155,19 @@ class SkeletonLoader:
         }
         return held.pop(None, 0) + max(held.values(), default=0) + self.largest_bytes
 
-    def load(self) -> Skeleton:
+    def load(self, on_disk: Mapping[str, TableRows] = MappingProxyType({})) -> Skeleton:
         """Read the skeleton, in at most `held_bytes` plus `largest_bytes`; call it once.
+
+        Args:
+            on_disk: those of `tables` that stay there, opened.
 
         Raises:
             CorruptArtifactError: a tensor is damaged.
             StorageError: a tensor cannot be read.
         """
-        found = self._begin(self._steps)
+        for parameter, rows in on_disk.items():
+            put_rows(self._model, parameter, rows)
+        found = self._begin(step for step in self._steps if step.target not in on_disk)
         _require_loaded(self._model)
         generation = read_generation_settings(self._folder)
         self._model.generation_config = generation or self._model.generation_config

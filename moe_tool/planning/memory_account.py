@@ -1,6 +1,6 @@
 """Predicted memory account of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import Bits, SkeletonBits
@@ -9,6 +9,7 @@ from moe_tool.budget.account import MemoryPlan, plan_memory
 from moe_tool.budget.refusal import MemoryLine, sum_lines
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.slots import ExpertRoom, min_slots
+from moe_tool.errors import BudgetError
 from moe_tool.formats.profile_hdf5 import ProfileHeader
 from moe_tool.models.model_config import config_from_json
 from moe_tool.planning.model_costs import record_size
@@ -27,6 +28,13 @@ class FixedMemory:
     lines: tuple[MemoryLine, ...]
     loading_bytes: int
     """Peak memory of loading the skeleton"""
+    with_tables_on_disk: "FixedMemory | None" = None
+    """Account of a run that leaves large embedding tables on disk; None without any"""
+
+    @property
+    def least(self) -> "FixedMemory":
+        """The smaller account, of a run without room for everything."""
+        return self.with_tables_on_disk or self
 
     @property
     def total_bytes(self) -> int:
@@ -36,9 +44,22 @@ class FixedMemory:
     def within(self, memory: MemoryRequest, rooms: tuple[ExpertRoom, ...]) -> MemoryPlan:
         """Return the lines and expert slots of a budget other than auto.
 
+        Tables stay on disk unless everything fits into memory, as in a run.
+
         Raises:
             BudgetError: it is too small; the hint names the smallest that works.
         """
+        if self.with_tables_on_disk is not None:
+            try:
+                whole = self._within(memory, rooms)
+            except BudgetError:
+                return self.with_tables_on_disk._within(memory, rooms)
+            if whole.n_slots < sum(room.n_experts for room in rooms):
+                return self.with_tables_on_disk._within(memory, rooms)
+            return whole
+        return self._within(memory, rooms)
+
+    def _within(self, memory: MemoryRequest, rooms: tuple[ExpertRoom, ...]) -> MemoryPlan:
         return plan_memory(
             memory,
             fixed=self.lines,
@@ -52,22 +73,32 @@ def fixed_memory(
     shape: MoeShape, skeleton: SkeletonFacts, *, skeleton_bits: SkeletonBits, context: int
 ) -> FixedMemory:
     """Return the memory of a run of one sequence of `context` positions beside its experts."""
-    config = config_from_json(skeleton.config_json)
-    positions = positions_within(config, context)
     native = skeleton.held_bytes or skeleton.native_bytes + _widened_bytes(shape)
     held = native + skeleton.stored_bytes(skeleton_bits) - skeleton.native_bytes
+    reading = skeleton.reading_bytes or skeleton.largest_tensor_bytes
+    tables, on_disk = skeleton.tables_on_disk, None
+    if tables is not None:
+        rest = max(0, held - tables.held_bytes)
+        on_disk = _account(shape, skeleton, rest, reading=tables.reading_bytes, context=context)
+    whole = _account(shape, skeleton, held, reading=reading, context=context)
+    return replace(whole, with_tables_on_disk=on_disk)
+
+
+def _account(
+    shape: MoeShape, skeleton: SkeletonFacts, held_bytes: int, *, reading: int, context: int
+) -> FixedMemory:
+    config = config_from_json(skeleton.config_json)
+    positions = positions_within(config, context)
     return FixedMemory(
         lines=run_lines(
             config,
             shape,
             Workload(batch=1, positions=positions, prompt_tokens=positions),
             process_bytes=PROCESS_BYTES,
-            skeleton_bytes=held,
+            skeleton_bytes=held_bytes,
             beside={},
         ),
-        loading_bytes=PROCESS_BYTES
-        + held
-        + (skeleton.reading_bytes or skeleton.largest_tensor_bytes),
+        loading_bytes=PROCESS_BYTES + held_bytes + reading,
     )
 
 

@@ -115,11 +115,12 @@ def _expert_room(memory: MemoryRequest, fixed: FixedMemory, costs: BitCosts) -> 
     """Return the bytes that a budget leaves for experts; None: no limit."""
     if memory.kind != "bytes":
         return None
-    if memory.size_bytes < max(fixed.total_bytes, fixed.loading_bytes):
+    least = fixed.least
+    if memory.size_bytes < max(least.total_bytes, least.loading_bytes):
         size, n = int(costs.size_bytes[costs.widths.index(1)]), costs.load.size
         # No expert would fit: this refuses with a budget for all experts at 1 bit.
         fixed.within(memory, (ExpertRoom(record_bytes=size, n_experts=n, n_slots_min=n),))
-    return memory.size_bytes - fixed.total_bytes
+    return memory.size_bytes - least.total_bytes
 
 
 def _allocate(costs: BitCosts, request: PlanRequest, room_bytes: int | None) -> np.ndarray:

@@ -21,6 +21,8 @@ def run_line(result: RunResult) -> str:
     if counters.prefetches:
         used = f"{counters.prefetch_hits} used, {format_bytes(counters.prefetched_bytes)}"
         parts.append(f"{counters.prefetches} prefetches ({used})")
+    if result.setup.table_bytes_on_disk:
+        parts.append(f"{format_bytes(result.row_bytes_read)} of table rows read")
     if result.setup.sparse_experts is not None:
         parts.append(_sparsity(counters))
     if result.setup.activations == "int8":

@@ -112,6 +112,7 @@ def generate(
 def _continue(
     session: Session, ids: Sequence[int], options: GenerateOptions, on_text: OnText | None
 ) -> RunResult:
+    row_bytes_before = session.bundle.row_bytes_read
     made = generate_ids(session, [ids], options, on_text=on_text)
     first = made.ended_at if made.first_token_at is None else made.first_token_at
     return RunResult(
@@ -122,6 +123,7 @@ def _continue(
         prompt=session.runner.stats.prompt,
         decode=session.runner.stats.decode,
         quality=_quality(session),
+        row_bytes_read=session.bundle.row_bytes_read - row_bytes_before,
         seconds_to_first_token=first - made.started_at,
         seconds=made.ended_at - made.started_at,
         peak_rss_bytes=peak_rss_bytes(),
@@ -264,6 +266,7 @@ def run_setup(session: Session) -> RunSetup:
         prefetch=session.plan.prefetch,
         sparse_experts=session.runner.sparsity,
         activations=session.plan.options.activations,
+        table_bytes_on_disk=sum(session.plan.on_disk.values()),
         threads=session.plan.threads.n_threads,
         memory_budget_bytes=session.plan.memory.budget_bytes,
         slots=session.plan.memory.n_slots,

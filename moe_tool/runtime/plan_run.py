@@ -1,6 +1,8 @@
 """Plan of a run: every decision and refusal, before anything large is loaded."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
@@ -10,6 +12,7 @@ from moe_tool.budget.refusal import MemoryLine
 from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.budget.slots import ExpertRoom
+from moe_tool.budget.table_choice import describe_tables
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.skeleton import Skeleton
@@ -81,6 +84,8 @@ class RunPlan:
     workload: Workload
     threads: ComputeThreads
     footprint: Footprint
+    on_disk: Mapping[str, int]
+    """Embedding table that stays on disk -> bytes that it would take in memory"""
     skeleton_bytes: int
     """Size of the loaded skeleton"""
     memory: MemoryPlan
@@ -125,8 +130,9 @@ def plan_run(
     followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
     workload = _workload(options, choice, skeleton.config.get_text_config())
-    footprint = _footprint(options, followed, bundle, skeleton, workload)
-    memory = _estimate(footprint, used_bytes, available_bytes)
+    account = partial(_footprint, options, followed, bundle, skeleton, workload)
+    on_disk = _tables_on_disk(options, skeleton, account, used_bytes, available_bytes)
+    memory = _estimate(account(on_disk), used_bytes, available_bytes)
     policy = choose_policy(
         choice,
         manifest,
@@ -143,8 +149,9 @@ def plan_run(
         prefetch=followed.prefetch,
         workload=workload,
         threads=choose_threads(options.threads, manifest),
-        footprint=footprint,
-        skeleton_bytes=skeleton.held_bytes,
+        footprint=account(on_disk),
+        on_disk=on_disk,
+        skeleton_bytes=skeleton.held_bytes - sum(on_disk.values()),
         memory=memory,
         rooms=choose_rooms(manifest, memory.slots, residency, followed.eviction, policy),
         followed=followed.note,
@@ -208,6 +215,8 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
     promise = quality_note(manifest, plan.policy, n_slots=plan.memory.n_slots)
     if promise is not None:
         notes.append(promise)
+    if plan.on_disk:
+        notes.append(describe_tables(plan.on_disk))
     if plan.options.lossy_prompt:
         notes.append(_LOSSY_PROMPT if is_lossy else _EXACT_PROMPT)
     if not is_native():
@@ -325,8 +334,10 @@ def _footprint(
     bundle: BundleReader,
     skeleton: SkeletonLoader,
     workload: Workload,
+    on_disk: Mapping[str, int],
 ) -> Footprint:
     eviction = followed.eviction
+    held_bytes = skeleton.held_bytes - sum(on_disk.values())
     return Footprint(
         request=followed.memory,
         fixed=run_lines(
@@ -334,12 +345,34 @@ def _footprint(
             bundle.manifest.shape,
             workload,
             process_bytes=0,
-            skeleton_bytes=skeleton.held_bytes,
+            skeleton_bytes=held_bytes,
             beside=_beside(bundle, eviction, options.caller_bytes),
         ),
-        loading_bytes=skeleton.held_bytes + skeleton.largest_bytes,
+        loading_bytes=held_bytes + skeleton.largest_without(on_disk),
         experts=expert_rooms(bundle.manifest, per_layer=eviction.per_layer),
     )
+
+
+def _tables_on_disk(
+    options: RunOptions,
+    skeleton: SkeletonLoader,
+    account: Callable[[Mapping[str, int]], Footprint],
+    used_bytes: int,
+    available_bytes: int,
+) -> Mapping[str, int]:
+    """Return the tables that stay on disk with their bytes in memory: none by itself if everything
+    fits, the first use of the model included."""
+    sizes = {name: table.held_bytes for name, table in skeleton.tables.items()}
+    chosen = {name: sizes[name] for name in options.rows.choose(sizes)}
+    if not chosen or options.rows.is_forced:
+        return chosen
+    whole = account({})
+    try:
+        memory = whole.within(used_bytes + _FIRST_USE_BYTES, available_bytes)
+    except BudgetError:
+        return chosen
+    has_room = memory.n_slots == sum(room.n_experts for room in whole.experts)
+    return {} if has_room else chosen
 
 
 def _estimate(footprint: Footprint, used_bytes: int, available_bytes: int) -> MemoryPlan:

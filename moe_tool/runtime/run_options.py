@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.budget.request import MemoryRequest, parse_memory_option
+from moe_tool.budget.table_choice import AUTO_ROWS, RowsRequest, parse_rows
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.runtime.activations import Activations
@@ -35,6 +36,8 @@ class RunOptions:
     sparse_experts: float | None = None
     """Share of an expert's channels left out while decoding one sequence, for bundles with experts
     in channels; None: all are computed"""
+    rows: RowsRequest = AUTO_ROWS
+    """Embedding tables that stay on disk, of which only rows are read"""
     activations: Activations = "float32"
     """Precision of tokens in products with a checkpoint's own codes; int8 is not exact"""
     gates: bool = True
@@ -59,6 +62,7 @@ def run_options(
     memory: str | None = None,
     policy: str | None = None,
     eviction: str | None = None,
+    rows: str = "auto",
     **rest: Any,
 ) -> RunOptions:
     """Return the options for words of the command line.
@@ -67,6 +71,7 @@ def run_options(
         memory: "4GiB", "50%" of the experts, "min" or "auto".
         policy: "buddy:rho=1", see `parse_miss_policy`.
         eviction: "lfu:halve-every=128", see `parse_eviction`.
+        rows: "auto", "none" or "64MiB".
         rest: other fields of RunOptions.
 
     Raises:
@@ -76,6 +81,7 @@ def run_options(
         memory=parse_memory_option(memory),
         policy=None if policy is None else parse_miss_policy(policy),
         eviction=None if eviction is None else parse_eviction(eviction),
+        rows=parse_rows(rows),
         **rest,
     )
 

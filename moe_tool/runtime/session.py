@@ -241,7 +241,9 @@ def load_session(
         if tokenizer is None:
             tokenizer = load_tokenizer(bundle.folder)
         progress.begin("load the skeleton", None, "")
-        skeleton = loader.load()
+        skeleton = loader.load(
+            {name: bundle.open_rows(loader.tables[name].parts) for name in plan.on_disk}
+        )
         progress.end()
     _warm_up(skeleton)
     process_bytes = max(0, current_rss_bytes() - plan.skeleton_bytes)

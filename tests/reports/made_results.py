@@ -24,6 +24,7 @@ SETUP = RunSetup(
     prefetch="none",
     sparse_experts=None,
     activations="float32",
+    table_bytes_on_disk=0,
     threads=2,
     memory_budget_bytes=2 * 2**30,
     slots=7,
@@ -71,6 +72,7 @@ def run_result(**changed: Any) -> RunResult:
             forwards=10, tokens=10, hits=6, misses=2, bytes_read=20 * 2**20, stall_seconds=0.5
         ),
         "quality": QUALITY,
+        "row_bytes_read": 0,
         "seconds_to_first_token": 1.0,
         "seconds": 6.0,
         "peak_rss_bytes": 2**30,
