@@ -188,6 +188,21 @@ def test_published_is_the_values_of_the_paper():
     assert four == {**choice.values, "rho": 4}
 
 
+def test_controls_have_the_gates_of_the_policy():
+    inputs = PolicyInputs(gates=OPEN, buddies=(LISTS,), buddies_by="coactivation")
+    choice = parse_miss_policy("buddy:published")
+    controls = choice.spec.controls(choice.values, inputs)
+    words = "rho=3,tau=0.95"
+    assert set(controls) == {
+        f"{name}:{words}" for name in ("buddy", "next-ranked", "random", "drop")
+    }
+    for name in controls:
+        assert {choice.values[gate] for gate in ("rho", "tau")} <= set(
+            parse_miss_policy(name).values.values()
+        )
+    assert choice.spec.controls(parse_miss_policy("buddy:eta=1").values, inputs) is None
+
+
 @pytest.mark.parametrize("text", ["buddy:rho=1,published", "drop:published", "buddy:publish"])
 def test_a_preset_is_the_first_word_of_its_own_policy(text):
     with pytest.raises(UsageError, match="not known"):

@@ -13,7 +13,7 @@ from moe_tool.policies.misses.needs import BUDDIES, GATES
 from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.substitution import Pick, substitute
-from moe_tool.policies.parameters import Parameter, whole_number
+from moe_tool.policies.parameters import Parameter, changed_words, whole_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +134,15 @@ def _relative_logits(routing: Routing, token: np.ndarray) -> np.ndarray:
     return relative
 
 
+def _controls(values: Values, _: PolicyInputs) -> tuple[str, ...] | None:
+    """Return the controls under the same gates, and our buddy; None if the gates are the usual."""
+    gates = {name: values[name] for name in GATE_PARAMETERS}
+    words = ",".join(changed_words(gates, GATE_PARAMETERS))
+    if not words:
+        return None
+    return tuple(f"{name}:{words}" for name in ("buddy", "next-ranked", "random", "drop"))
+
+
 PUBLISHED: Values = {
     "tau": 0.95,
     "rho": 3,
@@ -183,6 +192,7 @@ SPEC = PolicySpec(
         ),
     },
     presets={"published": PUBLISHED},
+    controls=_controls,
     needs=(BUDDIES, GATES),
     source="BuddyMoE, arXiv:2511.10054",
 )
