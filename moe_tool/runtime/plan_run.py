@@ -132,14 +132,10 @@ def plan_run(
     workload = _workload(options, choice, skeleton.config.get_text_config())
     account = partial(_footprint, options, followed, bundle, skeleton, workload)
     on_disk = _tables_on_disk(options, skeleton, account, used_bytes, available_bytes)
-    memory = _estimate(account(on_disk), used_bytes, available_bytes)
+    footprint = account(on_disk)
+    memory = _estimate(footprint, used_bytes, available_bytes)
     policy = choose_policy(
-        choice,
-        manifest,
-        skeleton.layers,
-        skeleton.config,
-        gates=options.gates,
-        seed=options.seed,
+        choice, manifest, skeleton.layers, skeleton.config, gates=options.gates, seed=options.seed
     )
     return RunPlan(
         options=options,
@@ -149,7 +145,7 @@ def plan_run(
         prefetch=followed.prefetch,
         workload=workload,
         threads=choose_threads(options.threads, manifest),
-        footprint=account(on_disk),
+        footprint=footprint,
         on_disk=on_disk,
         skeleton_bytes=skeleton.held_bytes - sum(on_disk.values()),
         memory=memory,
