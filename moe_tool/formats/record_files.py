@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
+from moe_tool.formats.file_identity import FileIdentity, file_identity
 from moe_tool.native.channels import read_runs
 
 PIECE_BYTES = 4 * 2**20
@@ -21,8 +22,6 @@ OnPiece = Callable[[memoryview], bool]
 GAP_BYTES = 512
 """Largest gap between two wanted chunks that is read along with them. Another read of the page
 cache takes 1.2 us, in which 20 KB could be copied, but bytes are scarce below the cache"""
-_Identity = tuple[int, int, int]
-"""Identity of a file: (inode, size in bytes, time of the last change in ns)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,7 @@ class RecordFiles:
         """
         self._folder = Path(os.path.abspath(folder))  # stays valid after a chdir
         self._handles: dict[str, int] = {}
-        self._opened_as: dict[str, _Identity] = {}
+        self._opened_as: dict[str, FileIdentity] = {}
         self.is_direct = False
         """Whether reads bypass the page cache"""
         try:
@@ -190,9 +189,8 @@ def chunk_runs(chunks: np.ndarray, chunk_bytes: int) -> tuple[np.ndarray, np.nda
     return starts, stops
 
 
-def _identity(path: Path) -> _Identity:
-    found = os.stat(path, follow_symlinks=False)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _identity(path: Path) -> FileIdentity:
+    return file_identity(os.stat(path, follow_symlinks=False))
 
 
 def _close_all(handles: dict[str, int]) -> None:

@@ -17,6 +17,7 @@ import torch
 from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 from moe_tool.artifacts.source_files import WIDENED, Part, SourceFile, SourceFiles
 from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.formats.file_identity import file_identity
 from moe_tool.formats.home_folder import from_home
 from moe_tool.formats.hostile_file import open_plain_file, quoted, reading
 from moe_tool.formats.record_files import PIECE_BYTES, OnPiece
@@ -113,7 +114,7 @@ class RecordSources:
         """
         for at in sorted({part.file for part in parts}):
             try:
-                if _identity(os.stat(self.paths[at])) != self._opened_as[at]:
+                if file_identity(os.stat(self.paths[at])) != self._opened_as[at]:
                     return self.paths[at]
             except FileNotFoundError:
                 return self.paths[at]
@@ -138,7 +139,7 @@ class RecordSources:
                     hint=SOURCE_AGAIN,
                 )
             self._handles.append(os.dup(opened.fileno()))
-            self._opened_as.append(_identity(os.fstat(opened.fileno())))
+            self._opened_as.append(file_identity(os.fstat(opened.fileno())))
         self.paths.append(path)
 
     def _pieces(
@@ -246,7 +247,3 @@ def _spread(raw: bytearray, times: int) -> bytes:
     if times == WIDENED:
         return (np.frombuffer(raw, dtype="<u2").astype("<u4") << 16).tobytes()
     return bytes(raw) * times
-
-
-def _identity(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_ino, found.st_size, found.st_mtime_ns

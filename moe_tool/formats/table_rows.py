@@ -9,12 +9,11 @@ import xxhash
 
 from moe_tool.errors import CorruptArtifactError, StorageError
 from moe_tool.formats.bundle_checks import corrupt_bundle
+from moe_tool.formats.file_identity import FileIdentity, file_identity
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import DTYPES, TensorInfo
 
 _BLOCK_BYTES = 4 * 2**20
-_FileState = tuple[int, int, int]
-"""State of a file: (inode, size in bytes, time of the last change in ns)"""
 
 
 class TableRows:
@@ -24,7 +23,7 @@ class TableRows:
         """Use `open`."""
         self._parts = tuple(parts)
         self._files: dict[Path, int] = {}
-        self._opened_as: dict[Path, _FileState | None] = {}
+        self._opened_as: dict[Path, FileIdentity | None] = {}
         self.n_rows = sum(part.shape[0] for part in parts)
         self.width = parts[0].shape[1]
         self.bytes_read = 0
@@ -73,7 +72,7 @@ class TableRows:
             out[at : at + count] = raw
             at += count
         for path in self._files:
-            if _state(path) != self._opened_as[path]:
+            if _identity(path) != self._opened_as[path]:
                 raise CorruptArtifactError(
                     f"{path} was changed after the bundle was opened",
                     hint="run the command again, and leave the bundle alone while it runs",
@@ -120,7 +119,7 @@ class TableRows:
         try:
             if part.file not in self._files:
                 self._files[part.file] = os.open(part.file, os.O_RDONLY | os.O_NOFOLLOW)
-                self._opened_as[part.file] = _state(part.file)
+                self._opened_as[part.file] = _identity(part.file)
             while done < len(view):
                 count = os.preadv(self._files[part.file], [view[done:]], offset + done)
                 if count == 0:
@@ -133,10 +132,9 @@ class TableRows:
             ) from error
 
 
-def _state(path: Path) -> _FileState | None:
-    """Return the present state of a file; None if it is gone."""
+def _identity(path: Path) -> FileIdentity | None:
+    """Return the present identity of a file; None if it is gone."""
     try:
-        found = os.stat(path, follow_symlinks=False)
+        return file_identity(os.stat(path, follow_symlinks=False))
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
