@@ -1,0 +1,220 @@
+"""BuddyMoE's table: published and scaled buddies beside every other answer to a miss.
+
+    python benchmarks/buddy_table.py OURS PUBLISHED --text NAME=FILE [--text ...] [--out rows.jsonl]
+        [--ratios 0.75,0.5,0.375] [--tokens 2048] [--items 192] [--miss-per-layer 0.75]
+
+OURS is a bundle with the default lists (`buddies`) and cheaper forms, PUBLISHED the same with the
+paper's (`buddies --by coactivation --alpha 0.9 --k 16 --scale none`). Residents are the profile's
+hottest experts, fixed, but of `priced` and `replica`, which choose theirs in the same bytes. The
+controls stand twice: under the published gates and rho, as the paper's Random, and under ours.
+
+Divergence, perplexity and three tasks of four answers (text_tasks.py) are of the same text; tokens
+per second of another pass, one sequence alone, on a disk slowed down so that reading one expert
+takes `--miss-per-layer` times as long as computing a layer: 17 MB of DeepSeek-V2-Lite's expert over
+PCIe 4 (25 GB/s) beside 0.93 ms, a 27th of the paper's fastest row. "fetch" reads every miss into a
+cache (lru); all others keep their residents.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from result_rows import RowFile, print_table, record_rows
+from text_tasks import Task, accuracy, half_width, make_tasks
+
+from moe_tool.benchmarking.bench_plan import SpeedTest
+from moe_tool.benchmarking.speed_run import run_test
+from moe_tool.budget.request import parse_memory
+from moe_tool.budget.sizes import format_bytes
+from moe_tool.evaluation.equal_bytes import priced_settings
+from moe_tool.evaluation.figures import summarize
+from moe_tool.evaluation.measure_policies import measure_policies
+from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
+from moe_tool.progress import SILENT
+from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.policy_choice import manifest_inputs
+from moe_tool.runtime.price_list import price_book
+from moe_tool.runtime.run_options import RunOptions
+from moe_tool.runtime.session import Session, open_session
+from moe_tool.store.throttle import Throttle
+from moe_tool.text.sequences import build_sequences
+from moe_tool.text.sources import parse_sources
+
+HEADINGS = (
+    *("resident", "answer to a miss", "KL", "perplexity", "next word", "domain", "copy"),
+    *("read per token", "tokens/s"),
+)
+_SEQ_LEN = 128
+_TIMED = SpeedTest(kind="tg", n_tokens=48, depth=16)
+_WINDOWS = 3
+Row = dict[str, object]
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ours", type=Path)
+    parser.add_argument("published", type=Path)
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--ratios", default="0.75,0.5,0.375")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--items", type=int, default=192)
+    parser.add_argument("--miss-per-layer", type=float, default=0.75)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    with record_rows(a.out, vars(a)) as kept:
+        rows = list(_rows(a, kept))
+    print_table(HEADINGS, [[_cell(name, row[name]) for name in HEADINGS] for row in rows])
+    right = {str(at): float(row[name]) for at, row in enumerate(rows) for name in HEADINGS[4:7]}
+    print(f"accuracies: +- {half_width(right, a.items):.3f} at most (95 %)")
+
+
+def _rows(a: argparse.Namespace, kept: RowFile) -> Iterator[Row]:
+    tokenizer = load_tokenizer(a.ours)
+    texts = [Path(text.partition("=")[2] or text) for text in a.text]
+    tasks = make_tasks(tokenizer, texts, n_items=a.items, seed=a.seed)
+    slow = _slow_disk(a)
+    kept.add("disk", bytes_per_s=slow.bytes_per_s)
+    for ratio in map(float, a.ratios.split(",")):
+        for folder, choices in _choices(a.ours, a.published).items():
+            for row in _measured(a, folder, choices, ratio, tasks, slow):
+                kept.add("answer", **row)
+                yield row
+
+
+def _choices(ours: Path, published: Path) -> dict[Path, dict[str, MissChoice]]:
+    """Return the answers to measure with each bundle, by name in the table."""
+    paper = parse_miss_policy("buddy:published")
+    with BundleReader.open(published) as bundle:
+        assert paper.spec.controls is not None
+        named = paper.spec.controls(paper.values, manifest_inputs(bundle.manifest)) or ()
+        controls = {
+            f"{choice.spec.name}, published gates": choice
+            for choice in map(parse_miss_policy, named)
+            if choice.spec.name in ("random", "drop", "next-ranked")
+        }
+    with BundleReader.open(ours) as bundle:
+        strict, *_ = priced_settings(price_book(bundle.manifest))[-1:]
+    own = ("buddy", "random", "drop", "next-ranked", "near-tie", "replica", "priced")
+    return {
+        published: {"fetch": EXACT_POLICY, "buddy:published": paper, **controls},
+        ours: {name: parse_miss_policy(name) for name in own} | {strict.name: strict},
+    }
+
+
+def _measured(
+    a: argparse.Namespace,
+    folder: Path,
+    choices: dict[str, MissChoice],
+    ratio: float,
+    tasks: list[Task],
+    slow: Throttle,
+) -> Iterator[Row]:
+    with _open(a, folder, ratio, batch=32) as session:
+        text = build_sequences(
+            parse_sources(a.text),
+            session.tokenizer,
+            vocabulary=session.manifest.shape.vocabulary,
+            n_tokens=a.tokens,
+            seq_len=_SEQ_LEN,
+            holdout=0.0,
+            seed=a.seed,
+        )
+        ids = torch.from_numpy(text.ids.astype("int64"))
+        found = measure_policies(
+            session,
+            list(choices.values()),
+            residency="frozen",
+            ids=ids,
+            source=None,
+            exact_fallback=False,
+            progress=SILENT,
+        )
+        right: dict[str, dict[str, float]] = {}
+        for name, choice in choices.items():
+            session.use_policy(choice, residency="frozen")
+            right[name] = {task.name: accuracy(session, task) for task in tasks}
+    speeds = _speeds(a, folder, choices, ratio, slow)
+    for name, choice in choices.items():
+        figures = summarize(found[choice], text.domain >= 0, seed=a.seed)
+        kl = figures.kl_mean
+        yield {
+            "resident": ratio,
+            "answer to a miss": name,
+            "KL": kl.value,
+            "KL low": kl.low,
+            "KL high": kl.high,
+            "perplexity": figures.perplexity.value,
+            **right[name],
+            "read per token": figures.bytes_read_per_token.value,
+            "tokens/s": speeds[name],
+        }
+
+
+def _open(
+    a: argparse.Namespace, folder: Path, share: float, *, batch: int, slow: Throttle | None = None
+) -> Session:
+    options = RunOptions(
+        memory=parse_memory(f"{100 * share:g}%"),
+        policy=EXACT_POLICY,
+        residency="cache" if batch == 1 else "frozen",
+        throttle=slow,
+        context=_SEQ_LEN,
+        prompt_tokens=_SEQ_LEN,
+        batch=batch,
+        threads=a.threads,
+        seed=a.seed,
+    )
+    return open_session(folder, options)
+
+
+def _speeds(
+    a: argparse.Namespace,
+    folder: Path,
+    choices: dict[str, MissChoice],
+    ratio: float,
+    slow: Throttle | None,
+) -> dict[str, float]:
+    """Return tokens per second, the median over windows of text, answers taking turns."""
+    found: dict[str, list[float]] = {name: [] for name in choices}
+    with _open(a, folder, ratio, batch=1, slow=slow) as session:
+        ids = session.tokenizer(Path(a.text[0].partition("=")[2] or a.text[0]).read_text("utf-8"))
+        windows = torch.tensor(ids["input_ids"]).split(_TIMED.positions)[: _WINDOWS + 1]
+        for number, window in enumerate(windows):
+            for name, choice in choices.items():
+                is_cached: Residency = "cache" if choice == EXACT_POLICY else "frozen"
+                session.use_policy(choice, residency=is_cached)
+                session.runner.store.load_pinned()
+                sample = run_test(session, _TIMED, window, cache_state="warm")
+                if number:  # the first warms up
+                    found[name].append(_TIMED.n_tokens / sample.seconds)
+    return {name: statistics.median(each) for name, each in found.items()}
+
+
+def _slow_disk(a: argparse.Namespace) -> Throttle:
+    """Return the disk on which one miss takes the wanted share of a layer's time."""
+    with BundleReader.open(a.ours) as bundle:
+        n_layers = len(bundle.manifest.shape.layers)
+        record_bytes = bundle.manifest.primaries[0].record_size_bytes
+    (fast,) = _speeds(a, a.ours, {"fetch": EXACT_POLICY}, 1.0, None).values()
+    layer_s = 1 / fast / n_layers
+    print(f"everything in memory: {fast:.1f} tokens/s, {1e6 * layer_s:.0f} us a layer")
+    return Throttle(bytes_per_s=record_bytes / (a.miss_per_layer * layer_s))
+
+
+def _cell(name: str, value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if name == "read per token":
+        return format_bytes(value)
+    return f"{value:.4f}" if name == "KL" else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()
