@@ -94,8 +94,17 @@ def load_tensors(
 
 def skeleton_bytes(model: MoleForCausalLM) -> int:
     """Return the bytes of everything but the table of rows, in float32."""
+    return sum(_sizes(model))
+
+
+def largest_bytes(model: MoleForCausalLM) -> int:
+    """Return the bytes of the largest tensor but the table of rows, in float32."""
+    return max(_sizes(model))
+
+
+def _sizes(model: MoleForCausalLM) -> list[int]:
     shapes = _wanted(model, without_table=True).values()
-    return 4 * sum(torch.Size(shape).numel() for shape in shapes)
+    return [4 * torch.Size(shape).numel() for shape in shapes]
 
 
 def _tied(model: MoleForCausalLM) -> set[str]:
