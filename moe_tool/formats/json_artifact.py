@@ -37,7 +37,7 @@ _HINTS = {
     ("lookup-bundle", "bundle"): "its experts are rows of a table, so that there are none to keep, "
     "to answer for or to measure: only moe-tool run and inspect take it",
 }
-"""What helps beside the remedy, by the kinds that were found and wanted"""
+"""Hints that help more than the remedy, by the kinds that were found and wanted"""
 
 Artifact = TypeVar("Artifact", bound=FrozenModel)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from moe_tool.allocator import return_freed_memory, trim
 from moe_tool.artifacts.run_result import StopReason
@@ -183,23 +184,7 @@ def _generate(
     room: int,
     progress: Progress,
 ) -> LookupResult:
-    settings = read_generation_settings(bundle.folder) or model.generation_config
-    ends = find_end_tokens(
-        bundle.folder,
-        generation_config=settings,
-        tokenizer=tokenizer,
-        vocabulary=bundle.manifest.vocabulary,
-    )
-    if ends.note is not None and not options.ignore_eos:
-        progress.note(ends.note)
-    config = overridden(
-        settings,
-        options,
-        max_new_tokens=min(options.max_tokens, room),
-        pad=_pad(tokenizer, ends, bundle.manifest.vocabulary),
-        ends=ends,
-        chunk=chunk_of(model.config),
-    )
+    config = _decoding(bundle, model, tokenizer, options, room=room, progress=progress)
     stream = TextStream(tokenizer, on_text)
     torch.manual_seed(options.seed)
     begun, interrupted = time.perf_counter(), False
@@ -236,6 +221,35 @@ def _generate(
         stop_reason=stop_reason(
             row, stops, room=room, max_tokens=options.max_tokens, interrupted=interrupted
         ),
+    )
+
+
+def _decoding(
+    bundle: LookupBundle,
+    model: MoleForCausalLM,
+    tokenizer: Any,
+    options: GenerateOptions,
+    *,
+    room: int,
+    progress: Progress,
+) -> GenerationConfig:
+    """Return how tokens are chosen, and where a text ends."""
+    settings = read_generation_settings(bundle.folder) or model.generation_config
+    ends = find_end_tokens(
+        bundle.folder,
+        generation_config=settings,
+        tokenizer=tokenizer,
+        vocabulary=bundle.manifest.vocabulary,
+    )
+    if ends.note is not None and not options.ignore_eos:
+        progress.note(ends.note)
+    return overridden(
+        settings,
+        options,
+        max_new_tokens=min(options.max_tokens, room),
+        pad=_pad(tokenizer, ends, bundle.manifest.vocabulary),
+        ends=ends,
+        chunk=chunk_of(model.config),
     )
 
 
