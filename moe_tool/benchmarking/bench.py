@@ -101,6 +101,7 @@ def _runs(options: BenchOptions, tests: Sequence[SpeedTest]) -> list[RunOptions]
     return [
         RunOptions(
             memory=memory,
+            throttle=options.throttle,
             gates=options.gates,
             seed=options.seed,
             threads=threads,

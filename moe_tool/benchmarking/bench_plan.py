@@ -12,6 +12,7 @@ from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.context_length import context_length
 from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice
+from moe_tool.store.throttle import Throttle
 
 Kind = Literal["pp", "tg"]
 Number = TypeVar("Number", int, float)
@@ -39,6 +40,8 @@ class BenchOptions:
     """Compute threads; None: the session's default"""
     repetitions: int = 3
     cache: CacheState = "warm"
+    throttle: Throttle | None = None
+    """Disk to pretend to have"""
     gates: bool = True
     """Whether lossy policies keep BuddyMoE's gates"""
     random: bool = False

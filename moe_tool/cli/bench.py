@@ -7,7 +7,7 @@ import typer
 
 from moe_tool.budget.request import parse_memory
 from moe_tool.cli.console import Output
-from moe_tool.cli.options import BundleArgument, GatesOption, SeedOption
+from moe_tool.cli.options import BundleArgument, GatesOption, SeedOption, ThrottleOption
 from moe_tool.cli.verb import options_from, verb
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class BenchArguments:
             show_default=False,
         ),
     ] = None
+    throttle: ThrottleOption = None
     gates: GatesOption = True
     threads: Annotated[
         str | None,
@@ -92,6 +93,7 @@ def bench(given: BenchArguments, output: Output) -> None:
     )
     from moe_tool.policies.eviction import parse_eviction
     from moe_tool.policies.misses import parse_miss_policy
+    from moe_tool.store.throttle import parse_throttle
 
     shares, threads = given.sparse_experts, given.threads
     options = options_from(
@@ -107,6 +109,7 @@ def bench(given: BenchArguments, output: Output) -> None:
         sparse_experts=(None,)
         if shares is None
         else parse_numbers(shares, float, option="--sparse-experts"),
+        throttle=None if given.throttle is None else parse_throttle(given.throttle),
         threads=(None,) if threads is None else parse_numbers(threads, int, option="--threads"),
     )
     refuse_too_long(given.bundle, options)

@@ -150,6 +150,15 @@ RowsOption = Annotated[
         "everything. The text stays the same.",
     ),
 ]
+ThrottleOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEED[,LATENCY]",
+        help="Slow reads of experts down to a disk's speed, to measure what it would give: 200MB/s "
+        "or 200MB/s,100us.",
+        show_default=False,
+    ),
+]
 ActivationsOption = Annotated[
     Activations,
     typer.Option(

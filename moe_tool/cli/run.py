@@ -24,6 +24,7 @@ from moe_tool.cli.options import (
     SeedOption,
     SparseExpertsOption,
     ThreadsOption,
+    ThrottleOption,
 )
 from moe_tool.cli.verb import options_from, verb
 from moe_tool.errors import DataSourceError, NotFoundError, UsageError
@@ -55,6 +56,7 @@ class RunArguments:
     rows: RowsOption = "auto"
     sparse_experts: SparseExpertsOption = None
     activations: ActivationsOption = "float32"
+    throttle: ThrottleOption = None
     gates: GatesOption = True
     shadow: Annotated[
         int,
@@ -110,6 +112,7 @@ def run(given: RunArguments, output: Output) -> None:
         rows=given.rows,
         sparse_experts=given.sparse_experts,
         activations=given.activations,
+        throttle=given.throttle,
         gates=given.gates,
         shadow=given.shadow,
         lossy_prompt=given.lossy_prefill,

@@ -24,7 +24,9 @@ from moe_tool.runtime.residency import (
 from moe_tool.store.channel_store import ChannelStore
 from moe_tool.store.form_stores import FormStores
 from moe_tool.store.protocol import ExpertStore
+from moe_tool.store.reader import Read
 from moe_tool.store.record_store import RecordStore
+from moe_tool.store.throttle import Throttle, ThrottledDisk
 
 MakeStore = Callable[[BundleReader, tuple[FormRoom, ...], EvictionChoice], ExpertStore]
 """Function from a bundle, rooms in the order of `bundle.forms` and the eviction policy of primary
@@ -83,9 +85,18 @@ def stored_masks(manifest: BundleManifest) -> dict[int, torch.Tensor]:
 
 
 def open_stores(
-    bundle: BundleReader, rooms: tuple[FormRoom, ...], eviction: EvictionChoice
+    bundle: BundleReader,
+    rooms: tuple[FormRoom, ...],
+    eviction: EvictionChoice,
+    throttle: Throttle | None = None,
 ) -> FormStores:
-    """Return one store for each form that has room in memory; see `MakeStore`."""
+    """Return one store for each form that has room in memory, all on one disk; see `MakeStore`."""
+    disk = None if throttle is None else ThrottledDisk(speed=throttle)
+
+    def read_of(form: int) -> Read | None:
+        read = partial(bundle.read_record_into, form=form)
+        return None if disk is None else disk.slow_down(read)
+
     shape = bundle.manifest.shape
     n_primaries = len(bundle.manifest.primaries)
     cheaper: dict[AnyPrecision, RecordStore] = {}
@@ -97,6 +108,7 @@ def open_stores(
                 n_slots=room.n_slots,
                 pinned=room.pinned,
                 eviction=Lru,
+                read=read_of(held.index),
             )
     primaries: list[ExpertStore] = []
     primary_of: dict[int, list[int | None]] = {
@@ -108,9 +120,11 @@ def open_stores(
                 primary_of[record.layer][record.expert] = len(primaries)
             nested = held.table.precision.base
             base = None if nested is None else cheaper.get(nested)
-            open_store: Callable[..., ExpertStore] = partial(RecordStore, base=base)
+            open_store: Callable[..., ExpertStore]
             if "selector" in held.table.precision.roles:
-                open_store = ChannelStore
+                open_store = partial(ChannelStore, disk=disk)
+            else:
+                open_store = partial(RecordStore, base=base, read=read_of(held.index))
             store = open_store(
                 bundle,
                 form=held.index,

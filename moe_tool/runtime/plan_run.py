@@ -217,6 +217,8 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
         notes.append(_LOSSY_PROMPT if is_lossy else _EXACT_PROMPT)
     if not is_native():
         notes.append("the native kernels are not in use: torch computes the experts, slower")
+    if plan.options.throttle is not None:
+        notes.append(plan.options.throttle.describe())
     if plan.options.activations == "int8":
         notes.append(INT8_NOTE)
     if plan.options.sparse_experts is not None:

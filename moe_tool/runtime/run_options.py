@@ -10,6 +10,7 @@ from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.moe_layer import Residency
+from moe_tool.store.throttle import Throttle, parse_throttle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,8 @@ class RunOptions:
     in channels; None: all are computed"""
     rows: RowsRequest = AUTO_ROWS
     """Embedding tables that stay on disk, of which only rows are read"""
+    throttle: Throttle | None = None
+    """Disk that the run pretends to have, for measurements; None: the real one"""
     activations: Activations = "float32"
     """Precision of tokens in products with a checkpoint's own codes; int8 is not exact"""
     gates: bool = True
@@ -63,6 +66,7 @@ def run_options(
     policy: str | None = None,
     eviction: str | None = None,
     rows: str = "auto",
+    throttle: str | None = None,
     **rest: Any,
 ) -> RunOptions:
     """Return the options for words of the command line.
@@ -72,6 +76,7 @@ def run_options(
         policy: "buddy:rho=1", see `parse_miss_policy`.
         eviction: "lfu:halve-every=128", see `parse_eviction`.
         rows: "auto", "none" or "64MiB".
+        throttle: "200MB/s" or "200MB/s,100us", see `parse_throttle`.
         rest: other fields of RunOptions.
 
     Raises:
@@ -82,6 +87,7 @@ def run_options(
         policy=None if policy is None else parse_miss_policy(policy),
         eviction=None if eviction is None else parse_eviction(eviction),
         rows=parse_rows(rows),
+        throttle=None if throttle is None else parse_throttle(throttle),
         **rest,
     )
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,8 @@ def load_session(
     """
     return_freed_memory()
     manifest = bundle.manifest
+    if options.throttle is not None and make_store is open_stores:
+        make_store = partial(open_stores, throttle=options.throttle)
     with open_bundle_skeleton(bundle) as checkpoint:
         loader = bundle_loader(bundle, checkpoint)
         plan = plan_run(

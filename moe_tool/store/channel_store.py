@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -14,7 +15,9 @@ from moe_tool.policies.eviction import Lru, MakeEviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import ChannelExpert, ChannelWeight, ChosenChannels, Selector
 from moe_tool.store.protocol import SelectChannels, Supply
+from moe_tool.store.reader import Read
 from moe_tool.store.record_store import RecordStore
+from moe_tool.store.throttle import ThrottledDisk
 
 
 class ChannelStore:
@@ -34,8 +37,10 @@ class ChannelStore:
         pinned: Sequence[ExpertKey] = (),
         eviction: MakeEviction,
         per_layer: bool = False,
+        disk: ThrottledDisk | None = None,
     ) -> None:
-        """Reserve the memory; nothing is read yet. See RecordStore."""
+        """Reserve the memory; nothing is read yet. See RecordStore; reads keep to the pace of
+        `disk`, if there is one."""
         held = bundle.forms[form]
         (selectors,) = (
             each
@@ -44,6 +49,7 @@ class ChannelStore:
         )
         keys = [(record.layer, record.expert) for record in selectors.table.records]
         self._bundle = bundle
+        self._disk = disk
         self._held = held
         self._n_channels = held.form.layout.segments[0].shape[0]
         self._selector_form = selectors.form
@@ -166,9 +172,10 @@ class ChannelStore:
         key = (layer, expert)
         wanted = self._wanted.get(key)
         if wanted is None:
-            self._bundle.read_record_into(
-                layer, expert, out, form=self._held.index, n_there=n_there, go_on=go_on
-            )
+            read: Read = partial(self._bundle.read_record_into, form=self._held.index)
+            if self._disk is not None:
+                read = self._disk.slow_down(read)
+            read(layer, expert, out, n_there=n_there, go_on=go_on)
             self._there[key] = np.ones(self._n_channels, dtype=bool)
             return None
         self._there[key] = np.zeros(self._n_channels, dtype=bool)
@@ -177,6 +184,9 @@ class ChannelStore:
     def _add(self, key: ExpertKey, weight: ChannelWeight, missing: np.ndarray) -> int:
         """Read channels to their places and return the bytes read."""
         hashes = self._decoded[key].hashes
+        since = time.perf_counter()
         read = self._bundle.read_channels_into(*key, weight, missing, hashes=hashes)
+        if self._disk is not None:
+            self._disk.wait(read.n_bytes, since=since)
         self._there[key][read.channels] = True
         return read.n_bytes
