@@ -28,6 +28,7 @@ BELOW = {
     "packing": {"models", "experts", "quantization", "quantizers", "formats"},
     "runtime": {"models", "store", "experts", "native", "policies"},
     "simulator": {"formats", "policies", "native"},
+    "lookup": {"runtime", "packing", "models", "formats", "quantization"},
     "planning": {"simulator", "runtime", "models"},
     "evaluation": {"runtime", "text", "models"},
     "tuning": {"evaluation", "packing", "text"},

@@ -14,6 +14,7 @@ from moe_tool.artifact_folder import (
 )
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output
+from moe_tool.cli.lookup import pack_rows
 from moe_tool.cli.options import (
     ModelArgument,
     OfflineOption,
@@ -22,7 +23,7 @@ from moe_tool.cli.options import (
     TokenizerOption,
 )
 from moe_tool.cli.verb import options_from, verb
-from moe_tool.errors import MoeToolError
+from moe_tool.errors import MoeToolError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ class PackArguments:
             help="Bits of an expert's weights: 8, 4, 3, 2 or 1, where 2:128 shares a scale among "
             "128 inputs instead of 64; 2+2 or 2+1: nested, 4 or 3 bits of which the first 2 are a "
             "complete expert; native keeps the checkpoint's floats, or a quantized one's codes, "
-            "bit for bit.",
+            "bit for bit. Lookup experts (mole) become rows: native, 8 or nf4.",
             show_default="native, or the plan's",
         ),
     ] = None
@@ -150,7 +151,9 @@ def pack(given: PackArguments, output: Output) -> None:
     from moe_tool.packing.pack_options import parse_pack_options
 
     plan = None if given.plan is None else read_plan(given.plan)
-    options = options_from(given, parse_pack_options, plan=plan)
+    # Only the model tells whether these bits are possible, and it may have to be downloaded.
+    for_rows = (given.bits or "").strip().lower() == "nf4"
+    options = None if for_rows else options_from(given, parse_pack_options, plan=plan)
 
     from moe_tool.formats.discarded_source import read_discarded
     from moe_tool.models.locate import locate_model
@@ -163,6 +166,17 @@ def pack(given: PackArguments, output: Output) -> None:
         gone=read_discarded(given.out) if given.discard_source else None,
         announce=output.say,
     )
+
+    from moe_tool.models.mole.load_mole import is_mole
+
+    if is_mole(located.folder):
+        pack_rows(given, located, output)
+        return
+    if options is None:
+        raise UsageError(
+            "--bits nf4 is a form of the rows of lookup experts, which this model does not have",
+            hint="--bits 4 has as many bits for experts that are computed",
+        )
 
     from moe_tool.models.architecture import open_model
     from moe_tool.packing.pack_bundle import pack_opened

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_tool.cli.console import Output
+from moe_tool.cli.lookup import is_lookup_folder, run_rows
 from moe_tool.cli.options import (
     MAX_CONTEXT,
     ActivationsOption,
@@ -93,6 +94,9 @@ class RunArguments:
 def run(given: RunArguments, output: Output) -> None:
     """Generate text from a bundle inside a memory budget."""
     text = _read_prompt(given.stdin, given.prompt, given.prompt_file)
+    if is_lookup_folder(given.bundle):
+        run_rows(given, text, output)
+        return
 
     from moe_tool.reports.run_lines import run_line
     from moe_tool.runtime.decoding_config import GenerateOptions

@@ -3,12 +3,12 @@
 import hashlib
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_manifest import BundleFile, BundleManifest
 from moe_tool.artifacts.bundle_sections import unknown_required
 from moe_tool.artifacts.form_table import FormTable
 from moe_tool.artifacts.source_files import Part, SourceFiles, parse_parts
@@ -78,14 +78,14 @@ def check_bundle(folder: Path, *, is_finished: bool = True) -> CheckedBundle:
     """
     if is_finished:
         with reading(folder):
-            _require_finished(folder)
+            require_finished(folder)
     manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
     _require_known_sections(folder, manifest)
     _check_policies(folder, manifest)
     sources = manifest.sources
     forms = _forms(folder, manifest, sources)
     with reading(folder):
-        _check_files(folder, manifest)
+        check_files(folder, manifest.written_files)
     for form in forms:
         # A base lies inside the tensors of the primary record.
         if form.table.role != "base" and form.parts is None:
@@ -99,8 +99,12 @@ def corrupt_bundle(complaint: str) -> CorruptArtifactError:
     return CorruptArtifactError(complaint, hint=REPACK)
 
 
-def _require_finished(folder: Path) -> None:
-    """Refuse a folder that is no bundle, or a half-written one."""
+def require_finished(folder: Path) -> None:
+    """Refuse a folder that is no bundle, or a half-written one.
+
+    Raises:
+        NotFoundError, CorruptArtifactError: as `check_bundle`.
+    """
     resume = "run the command that began it again, moe-tool pack or tune weights: it resumes"
     names = _names(folder)
     if names is None:
@@ -135,11 +139,14 @@ def _names(folder: Path) -> set[str] | None:
         ) from error
 
 
-def _check_files(folder: Path, manifest: BundleManifest) -> None:
-    """Require every listed file in full, and no other file that could be loaded."""
-    if MANIFEST in {file.name for file in manifest.files}:
+def check_files(folder: Path, files: Sequence[BundleFile]) -> None:
+    """Require every listed file in full, and no other file that could be loaded.
+
+    Raises:
+        CorruptArtifactError: a file is missing, of another size, damaged or not listed.
+    """
+    if MANIFEST in {file.name for file in files}:
         raise corrupt_bundle(f"{folder / MANIFEST} lists itself")
-    files = manifest.written_files
     for file in files:
         path = folder / file.name
         if path.is_symlink():

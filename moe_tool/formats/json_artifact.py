@@ -21,6 +21,7 @@ _COMMANDS = {
     "buddies": "moe-tool buddies",
     "bundle": "moe-tool pack, once its folder is removed",
     "hardware": "moe-tool hardware",
+    "lookup-bundle": "moe-tool pack, once its folder is removed",
     "plan": "moe-tool plan",
 }
 _LABELS = {
@@ -28,9 +29,15 @@ _LABELS = {
     "buddies": "buddy map",
     "bundle": "bundle manifest",
     "hardware": "hardware profile",
+    "lookup-bundle": "lookup bundle",
     "plan": "plan",
     "profile": "profile",
 }
+_HINTS = {
+    ("lookup-bundle", "bundle"): "its experts are rows of a table, so that there are none to keep, "
+    "to answer for or to measure: only moe-tool run and inspect take it",
+}
+"""Hints that help more than the remedy, by the kinds that were found and wanted"""
 
 Artifact = TypeVar("Artifact", bound=FrozenModel)
 
@@ -64,7 +71,7 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
         raise CorruptArtifactError(
             f"{path} is {'a ' + what if what else 'not an artifact of moe-tool'}, "
             f"not a {_LABELS[wanted]}",
-            hint=remedy,
+            hint=_HINTS.get((str(found_kind), wanted), remedy),
         )
     found, version = parsed.get("format_version"), kind.model_fields["format_version"].default
     if type(found) is not int or found != version:

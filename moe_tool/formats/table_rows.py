@@ -17,7 +17,7 @@ _BLOCK_BYTES = 4 * 2**20
 
 
 class TableRows:
-    """One table [V, d] of floats, in one tensor or in several below each other."""
+    """One table [V, d] of floats or bytes, in one tensor or in several below each other."""
 
     def __init__(self, parts: Sequence[TensorInfo]) -> None:
         """Use `open`."""
@@ -34,7 +34,7 @@ class TableRows:
         """Open a table after reading it once, block by block, to check it.
 
         Args:
-            parts: tensors [v, d] of one float dtype, whose rows follow each other.
+            parts: tensors [v, d] of one dtype, whose rows follow each other.
             hashes: tensor name -> xxh3-64 of its bytes.
 
         Raises:
@@ -62,7 +62,15 @@ class TableRows:
             CorruptArtifactError: a file was changed since it was checked.
             StorageError: the disk does not give the rows.
         """
-        out = torch.empty(len(ids), self.width, dtype=torch.float32)
+        return self._read_into(torch.empty(len(ids), self.width, dtype=torch.float32), ids)
+
+    def read_bytes(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return rows of a table of bytes, [n, width] uint8; otherwise as `read`."""
+        assert all(part.dtype == "U8" for part in self._parts)
+        return self._read_into(torch.empty(len(ids), self.width, dtype=torch.uint8), ids)
+
+    def _read_into(self, out: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return `out` after reading the rows into it, in its dtype."""
         at = 0
         for part, first, count in self._runs(ids.tolist()):
             raw = torch.empty(count, self.width, dtype=DTYPES[part.dtype])

@@ -5,6 +5,7 @@ from pathlib import Path
 from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.errors import CorruptArtifactError, NotFoundError
 from moe_tool.formats.json_artifact import json_artifact_kind
+from moe_tool.formats.lookup_bundle import is_lookup_bundle
 from moe_tool.formats.run_trace_hdf5 import is_run_trace
 from moe_tool.inspection.describe_bundle import describe_bundle
 from moe_tool.inspection.describe_json import (
@@ -13,6 +14,7 @@ from moe_tool.inspection.describe_json import (
     describe_hardware,
     describe_plan,
 )
+from moe_tool.inspection.describe_lookup import describe_lookup
 from moe_tool.inspection.describe_traces import describe_profile, describe_run_trace
 from moe_tool.inspection.description import Description, model_facts, shape_facts
 from moe_tool.progress import Progress
@@ -48,7 +50,7 @@ def describe_artifact(path: Path, *, verify: bool, progress: Progress) -> Descri
     if path.name.endswith(PROFILE_SUFFIX):
         return describe_profile(path, progress)
     if path.name == "manifest.json":
-        return describe_bundle(path.parent, verify=verify, progress=progress)
+        return _describe_packed(path.parent, verify=verify, progress=progress)
     if path.name.endswith((BUDDIES_SUFFIX, ".json")):
         return _describe_json(path)
     raise _unknown(path)
@@ -60,10 +62,15 @@ def _describe_folder(path: Path, *, verify: bool, progress: Progress) -> Descrip
     if path.name.endswith(_PARTIAL_PROFILE):
         return _unfinished(path, "half-written profile", "moe-tool profile ... --resume")
     if (path / "manifest.json").exists() or any(path.glob("experts-*.safetensors")):
-        return describe_bundle(path, verify=verify, progress=progress)
+        return _describe_packed(path, verify=verify, progress=progress)
     if (path / "config.json").exists():
         return _describe_checkpoint(path)
     raise _unknown(path)
+
+
+def _describe_packed(path: Path, *, verify: bool, progress: Progress) -> Description:
+    describe = describe_lookup if is_lookup_bundle(path) else describe_bundle
+    return describe(path, verify=verify, progress=progress)
 
 
 def _describe_json(path: Path) -> Description:

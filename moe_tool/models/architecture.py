@@ -28,6 +28,7 @@ from moe_tool.models.moe_layers import (
     find_moe_layers,
     top_k,
 )
+from moe_tool.models.mole.load_mole import is_mole
 from moe_tool.models.skeleton_source import SkeletonSource
 from moe_tool.models.stored_formats.registry import (
     headers_tell_all,
@@ -78,9 +79,16 @@ def open_model(model: LocatedModel) -> OpenedModel:
 
     Raises:
         NotFoundError: there is no config.json or no checkpoint.
-        UnsupportedModelError: the architecture or the weight format is unknown.
+        UnsupportedModelError: the architecture or the weight format is unknown, or its experts are
+            looked up and not routed to.
         CorruptArtifactError: config or tensors are damaged or do not belong together.
     """
+    if is_mole(model.folder):
+        raise UnsupportedModelError(
+            f"{model.name} is a mixture of lookup experts: every token uses every expert, so that "
+            "there is no routing to profile, to plan or to answer misses of",
+            hint=f"moe-tool pack {model.folder} writes its experts as rows, which run looks up",
+        )
     meta = build_meta_model(model.folder)
     gone, config = model.gone, read_raw_config(model.folder)
     if gone is None:

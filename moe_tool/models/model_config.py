@@ -17,6 +17,7 @@ from moe_tool.formats.hostile_file import one_line
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.config_dialects import encode_floats, plain_config
 from moe_tool.models.moe_layers import unsupported
+from moe_tool.models.mole.config import MODEL_TYPE as MOLE
 from moe_tool.models.stored_formats.registry import SETTING_KEYS, declared_settings, find_format
 
 _MAX_CONFIG_BYTES = 4 * 2**20
@@ -30,12 +31,14 @@ _COUNTS = (
     "num_attention_heads",
     "num_experts_per_tok",
     "num_local_experts",
+    "expert_intermediate_size",
 )
 _TEXT_MODELS = frozenset(
     (
         *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        MOLE,
     )
 )
 _NEVER_USED = frozenset(

@@ -170,7 +170,7 @@ def _write(
         skeleton.write(writer, progress)
     else:
         discard.free(writer)
-    for name, data in _companions(job.folder, job.tokenizer):
+    for name, data in companion_files(job.folder, job.tokenizer):
         writer.add_file(name, data)
     return unrouted
 
@@ -213,7 +213,8 @@ def _error(manifest: BundleManifest) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _companions(model: Path, tokenizer: Path) -> Iterator[tuple[str, bytes]]:
+def companion_files(model: Path, tokenizer: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the files beside the weights that a bundle copies."""
     paths = [model / name for name in _MODEL_FILES] + [tokenizer / n for n in _TOKENIZER_FILES]
     for path in paths:
         if path.is_file() and path.stat().st_size <= _COMPANION_MAX_BYTES:

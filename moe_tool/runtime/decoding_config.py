@@ -30,9 +30,33 @@ def decoding_config(
     session: Session, options: GenerateOptions, *, max_new_tokens: int, pad: int, ends: EndTokens
 ) -> GenerationConfig:
     """Return the model's generation settings, overridden by the options."""
+    return overridden(
+        session.model.generation_config,
+        options,
+        max_new_tokens=max_new_tokens,
+        pad=pad,
+        ends=ends,
+        chunk=prefill_chunk(session.plan.workload),
+    )
+
+
+def overridden(
+    settings: GenerationConfig | None,
+    options: GenerateOptions,
+    *,
+    max_new_tokens: int,
+    pad: int,
+    ends: EndTokens,
+    chunk: int,
+) -> GenerationConfig:
+    """Return a model's settings, overridden by the options.
+
+    Args:
+        chunk: prompt tokens per sequence in one forward.
+    """
     config = GenerationConfig()  # type: ignore[no-untyped-call]
     for name in FOLLOWED_SETTINGS:
-        value = getattr(session.model.generation_config, name, None)
+        value = getattr(settings, name, None)
         if value is not None:
             setattr(config, name, copy.deepcopy(value))
     config.max_new_tokens = max_new_tokens
@@ -43,7 +67,7 @@ def decoding_config(
     config.use_cache = True
     config.cache_implementation = None
     config.pad_token_id = pad
-    config.prefill_chunk_size = prefill_chunk(session.plan.workload)
+    config.prefill_chunk_size = chunk
     config.eos_token_id = None if options.ignore_eos else list(ends.ids) or None
     config.do_sample = options.temperature > 0
     if config.do_sample:

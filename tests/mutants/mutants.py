@@ -174,4 +174,18 @@ MUTANTS = (
         new="size=(n_resamples, values.size)",
         tests="tests/evaluation/test_bootstrap.py",
     ),
+    Mutant(
+        name="lookup experts without their layer's norm",
+        file="moe_tool/models/mole/modeling.py",
+        old="normed = self.expert_layernorm(embedded)",
+        new="normed = embedded",
+        tests="tests/lookup/test_mole_model.py",
+    ),
+    Mutant(
+        name="two codes of a row the wrong way round",
+        file="moe_tool/quantization/row_codes.py",
+        old="torch.stack((codes >> 4, codes & 15), dim=2)",
+        new="torch.stack((codes & 15, codes >> 4), dim=2)",
+        tests="tests/lookup/test_lookup_bundle.py",
+    ),
 )
