@@ -1,6 +1,7 @@
 """Stores of a session: pinned experts of each form, and slots for the rest."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
+from moe_tool.policies.eviction.protocol import CacheShape, Eviction
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.residency import (
@@ -89,6 +91,11 @@ def open_stores(
     shape = bundle.manifest.shape
     n_primaries = len(bundle.manifest.primaries)
     cheaper: dict[AnyPrecision, RecordStore] = {}
+    in_step = any(room.in_step for room in rooms)
+
+    def make_cheaper(shape: CacheShape) -> Eviction:
+        return eviction.make(replace(shape, is_cheaper=True))
+
     for held, room in zip(bundle.forms[n_primaries:], rooms[n_primaries:], strict=False):
         if room.n_slots:
             cheaper[held.table.precision] = RecordStore(
@@ -96,7 +103,8 @@ def open_stores(
                 form=held.index,
                 n_slots=room.n_slots,
                 pinned=room.pinned,
-                eviction=Lru,
+                eviction=make_cheaper if in_step else Lru,
+                per_layer=in_step and eviction.per_layer,
             )
     primaries: list[ExpertStore] = []
     primary_of: dict[int, list[int | None]] = {
@@ -124,4 +132,5 @@ def open_stores(
         primaries,
         [cheaper.get(table.precision) for table in bundle.manifest.cheaper],
         primary_of=primary_of,
+        in_step=in_step,
     )
