@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from moe_tool.artifacts.buddy_map import LayerBuddies, Similarity
 from moe_tool.artifacts.bundle_sections import (
     MASK_ROUTER,
+    N_FINE_QUANTILES,
     N_QUANTILES,
     SOURCE_FILES,
     LearnedPruning,
@@ -37,6 +38,11 @@ Quantiles = Annotated[
     Field(min_length=N_QUANTILES, max_length=N_QUANTILES),
 ]
 """0 %, 5 %, ... 100 %"""
+FineQuantiles = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], ...],
+    Field(min_length=N_QUANTILES, max_length=N_FINE_QUANTILES),
+]
+"""Quantiles at equal steps from 0 to 100 %; `pack` writes 0 %, 1 %, ... 100 %"""
 
 
 class BundleFile(FrozenModel):
@@ -111,7 +117,7 @@ class LayerPrices(FrozenModel):
     layer's"""
     use: tuple[Price, ...]
     """[E]: mean over all tokens of the squared gate weight, counted as 0 for unselected experts"""
-    unimportance: Quantiles
+    unimportance: FineQuantiles
     """Quantiles, over all slots, of the share of the token's gate weight in heavier slots"""
     ratio: Quantiles
     """Quantiles, over all slots but each token's heaviest, of gate weight over the largest"""

@@ -20,6 +20,8 @@ SOURCE_FILES = "source-files"
 MASK_ROUTER_FILE = r"^pruning-[0-9a-f]{16}\.safetensors$"
 """Name of the routers' file: it has the start of its sha256"""
 N_QUANTILES = 21
+N_FINE_QUANTILES = 101
+"""Quantiles of a distribution with atoms, of which a step must not hide more than 1 %"""
 
 
 class Section(FrozenModel):

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_tool.artifacts.buddy_map import BuddyMap
 from moe_tool.artifacts.bundle_manifest import BundleBuddies, LayerHeat, LayerPrices
-from moe_tool.artifacts.bundle_sections import N_QUANTILES
+from moe_tool.artifacts.bundle_sections import N_FINE_QUANTILES, N_QUANTILES
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
@@ -150,13 +150,13 @@ def _layer_prices(layer: int, statistics: ExpertStatistics, trace: LayerTrace) -
         layer=layer,
         nats=tuple(statistics.nats.tolist()),
         use=tuple(use.tolist()),
-        unimportance=_quantiles(unimportance(weight)),
-        ratio=_quantiles(lighter),
+        unimportance=_quantiles(unimportance(weight), N_FINE_QUANTILES),
+        ratio=_quantiles(lighter, N_QUANTILES),
     )
 
 
-def _quantiles(values: np.ndarray) -> tuple[float, ...]:
+def _quantiles(values: np.ndarray, n: int) -> tuple[float, ...]:
     if not values.size:
-        return (1.0,) * N_QUANTILES
-    found = np.quantile(values, np.linspace(0, 1, N_QUANTILES))
+        return (1.0,) * n
+    found = np.quantile(values, np.linspace(0, 1, n), method="inverted_cdf")
     return tuple(np.clip(found, 0.0, 1.0).tolist())

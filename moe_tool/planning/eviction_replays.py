@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from moe_tool.artifacts.simulation_report import BELADY, SimulatedRow
 from moe_tool.planning.candidate import EvictionReplays, PackedExperts
+from moe_tool.planning.hobbit_weights import search_hobbit_weights
 from moe_tool.planning.pinning import refuse_pins
 from moe_tool.planning.plan_sources import PlanSources
 from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice, parse_eviction
@@ -24,12 +25,6 @@ _CANDIDATES = (
     parse_eviction("lru:per-layer"),
     parse_eviction("lfu:per-layer"),
 )
-_HOBBIT_MIXES = tuple(
-    parse_eviction(f"hobbit:lru={mix[0]},lfu={mix[1]},lhu=0,fld={mix[2]}")
-    for mix in ((70, 0, 30), (45, 35, 20), (20, 70, 10), (20, 40, 40), (10, 20, 70), (0, 80, 20))
-)
-"""Percent of recency, frequency and layer distance; high-precision frequency has no share, since
-every use counts as one"""
 
 
 def replay_evictions(
@@ -118,8 +113,8 @@ def _choices(
 def _best_hobbit(sources: PlanSources, machine: Machine, budget: Budget) -> EvictionChoice:
     """Return HOBBIT with the weights that miss least on the in-sample trace, as in the paper."""
 
-    def hits(choice: EvictionChoice) -> int:
+    def misses(choice: EvictionChoice) -> float:
         counts = replay_choice(sources.searched, choice, budget, machine)
-        return 0 if counts is None else int(counts.hits.sum())
+        return 0.0 if counts is None else -float(counts.hits.sum())
 
-    return max(_HOBBIT_MIXES, key=hits)
+    return search_hobbit_weights(misses, has_cheaper=False)

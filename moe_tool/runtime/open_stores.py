@@ -1,6 +1,7 @@
 """Stores of a session: pinned experts of each form, and slots for the rest."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from moe_tool.errors import BudgetError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
+from moe_tool.policies.eviction.protocol import CacheShape, Eviction
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.residency import (
@@ -100,6 +102,11 @@ def open_stores(
     shape = bundle.manifest.shape
     n_primaries = len(bundle.manifest.primaries)
     cheaper: dict[AnyPrecision, RecordStore] = {}
+    in_step = any(room.in_step for room in rooms)
+
+    def make_cheaper(shape: CacheShape) -> Eviction:
+        return eviction.make(replace(shape, is_cheaper=True))
+
     for held, room in zip(bundle.forms[n_primaries:], rooms[n_primaries:], strict=False):
         if room.n_slots:
             cheaper[held.table.precision] = RecordStore(
@@ -107,7 +114,8 @@ def open_stores(
                 form=held.index,
                 n_slots=room.n_slots,
                 pinned=room.pinned,
-                eviction=Lru,
+                eviction=make_cheaper if in_step else Lru,
+                per_layer=in_step and eviction.per_layer,
                 read=read_of(held.index),
             )
     primaries: list[ExpertStore] = []
@@ -138,4 +146,5 @@ def open_stores(
         primaries,
         [cheaper.get(table.precision) for table in bundle.manifest.cheaper],
         primary_of=primary_of,
+        in_step=in_step,
     )

@@ -22,6 +22,9 @@ class FormRoom:
     n_slots: int
     pinned: tuple[ExpertKey, ...]
     """Pinned experts, (layer, expert)"""
+    in_step: bool = False
+    """Whether a cheaper form's slots follow the run's eviction policy, as the primary ones do, and
+    not LRU among the calls that name the form"""
 
 
 def frozen_rooms(
@@ -46,7 +49,12 @@ def cache_rooms(
     rooms = None
     if not _has_everything(manifest, slots):
         if choice.spec.residents == "two-precisions":
-            rooms = _two_precisions(manifest, slots, choice)
+            n_least = len(manifest.shape.layers) if eviction.per_layer else 0
+            rooms = _two_precisions(manifest, slots, choice, n_least=n_least)
+            if rooms is not None:
+                n_primaries = len(manifest.primaries)
+                cheaper = (replace(room, in_step=True) for room in rooms[n_primaries:])
+                rooms = (*rooms[:n_primaries], *cheaper)
         elif forms_read(manifest, choice):
             rooms = _one_slot_each(manifest, slots)
     if rooms is None:
@@ -155,16 +163,16 @@ def _one_slot_each(manifest: BundleManifest, slots: tuple[int, ...]) -> tuple[Fo
 
 
 def _two_precisions(
-    manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice
+    manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, *, n_least: int = 0
 ) -> tuple[FormRoom, ...] | None:
     """Return rooms of the hottest experts in their primary form and the next hottest in a cheaper
-    one; None if there is no such form or no room."""
+    one, of at least `n_least` slots; None if there is no such form or no room."""
     form = int(choice.values["form"])
     if form > len(manifest.cheaper):
         return None
     low, rooms = manifest.cheaper[form - 1], expert_rooms(manifest)
     total = bytes_of_slots(slots, rooms)
-    free = n_slots_min(manifest)
+    free = max(n_least, n_slots_min(manifest))
     n_low = max(free, int(choice.values["part"] * total) // low.record_size_bytes)
     low_bytes = n_low * low.record_size_bytes
     high_slots = slots_within(total - low_bytes, rooms)

@@ -111,13 +111,14 @@ class ChannelStore:
         counters: PhaseCounters,
         *,
         scores: np.ndarray | None = None,
+        elsewhere: Sequence[int] = (),
     ) -> Supply:
         for expert in numbers:
             self.selector(layer, expert)  # before a reader thread asks
         selected, self._selected = self._selected, {}
         self._wanted = {(layer, e): each.index.numpy() for e, each in selected.items()}
         n_misses = counters.misses
-        supply = self._store.acquire(layer, numbers, counters, scores=scores)
+        supply = self._store.acquire(layer, numbers, counters, scores=scores, elsewhere=elsewhere)
         counters.whole_bytes += (counters.misses - n_misses) * self._held.record_size_bytes
         return self._supply(layer, supply, selected, counters)
 

@@ -24,6 +24,7 @@ class FormStores:
         cheaper: Sequence[ExpertStore | None] = (),
         *,
         primary_of: Mapping[int, Sequence[int | None]],
+        in_step: bool = False,
     ) -> None:
         """Take the stores over.
 
@@ -32,12 +33,15 @@ class FormStores:
             cheaper: store of each cheaper form; None: the form is never in memory.
             primary_of: decoder layer -> position among `primaries` of each expert's store, [E];
                 None: the expert was removed.
+            in_step: the stores of cheaper forms have the eviction policy of the primaries and are
+                told of every call; otherwise only of those that name their form.
         """
         self.hints = primaries[0].hints
         self._primaries = tuple(primaries)
         self._cheaper = tuple(cheaper)
         self._stores = tuple(each for each in (*primaries, *cheaper) if each is not None)
         self._primary_of = primary_of
+        self._in_step = in_step
         n_experts = len(next(iter(primary_of.values())))
         self._ids = FormIds(n_experts)
         self._none = np.zeros((1, n_experts), dtype=bool)
@@ -63,6 +67,7 @@ class FormStores:
         counters: PhaseCounters,
         *,
         scores: np.ndarray | None = None,
+        elsewhere: Sequence[int] = (),
     ) -> Supply:
         """Begin the reads of all forms; cheap forms, which are mostly resident, come first."""
         by_form: dict[int, list[int]] = {}
@@ -72,6 +77,8 @@ class FormStores:
         primary = by_form.pop(0, [])
         # Every primary store is called, so that it settles its prefetches by this call.
         parts = [primary] if len(self._primaries) == 1 else self._split(layer, primary)
+        if self._in_step:
+            return self._acquire_in_step(layer, parts, by_form, counters, scores)
         supplies = [
             store.acquire(layer, part, counters, scores=scores)
             for store, part in zip(self._primaries, parts, strict=True)
@@ -86,6 +93,36 @@ class FormStores:
             cheap.append(self._numbered(supply, form))
         return chain.from_iterable([*cheap, *supplies])
 
+    def _acquire_in_step(
+        self,
+        layer: int,
+        primary: list[list[int]],
+        by_form: Mapping[int, list[int]],
+        counters: PhaseCounters,
+        scores: np.ndarray | None,
+    ) -> Supply:
+        """Begin the reads of every store; each is also told who answers in another form.
+
+        Args:
+            primary: experts in their primary form, by primary store.
+            by_form: experts in a cheaper one.
+        """
+        lower = self._split(layer, sorted({e for part in by_form.values() for e in part}))
+        supplies = [
+            store.acquire(layer, part, counters, scores=scores, elsewhere=heard)
+            for store, part, heard in zip(self._primaries, primary, lower, strict=True)
+        ]
+        whole = sorted(chain.from_iterable(primary))
+        cheap = []
+        for form in range(len(self._cheaper), 0, -1):
+            store = self._cheaper[form - 1]
+            assert store is not None or form not in by_form, "a form that is not held was named"
+            if store is not None:
+                part = by_form.get(form, [])
+                supply = store.acquire(layer, part, counters, scores=scores, elsewhere=whole)
+                cheap.append(self._numbered(supply, form))
+        return chain.from_iterable([*cheap, *supplies])
+
     def prefetch(
         self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
@@ -97,6 +134,9 @@ class FormStores:
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
         for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
             store.expect(layer, part, ahead=ahead)
+        for cheaper in self._cheaper if self._in_step else ():
+            if cheaper is not None:
+                cheaper.expect(layer, experts, ahead=ahead)
 
     def close(self) -> None:
         for store in self._stores:

@@ -54,6 +54,7 @@ class ExpertStore(Protocol):
         counters: PhaseCounters,
         *,
         scores: np.ndarray | None = None,
+        elsewhere: Sequence[int] = (),
     ) -> Supply:
         """Yield each expert: resident ones, then the others as they arrive.
 
@@ -66,6 +67,8 @@ class ExpertStore(Protocol):
             counters: hits, misses, bytes_read, stall_seconds and the use of prefetches and channels
                 are updated.
             scores: [E], `gate_scores` of the call, if `hints` has "scores".
+            elsewhere: experts of the layer that another store's form answers in this call, if
+                `hints` has "other forms".
 
         Raises:
             CorruptArtifactError: a record does not have the bytes that the manifest promises. The

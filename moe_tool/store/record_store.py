@@ -141,6 +141,7 @@ class RecordStore:
         counters: PhaseCounters,
         *,
         scores: np.ndarray | None = None,
+        elsewhere: Sequence[int] = (),
     ) -> Supply:
         self._end_call()
         if not self._is_pinned_read:
@@ -153,7 +154,7 @@ class RecordStore:
         present = {key: slot_of[key] for key in wanted if key in slot_of}
         counters.hits += len(present)
         counters.misses += len(wanted) - len(present)
-        entries = self._book.access(layer, wanted, scores)
+        entries = self._book.access(layer, wanted, scores, elsewhere)
         self._named = wanted
         if entries:
             named = set(wanted)

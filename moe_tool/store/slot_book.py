@@ -59,10 +59,16 @@ class SlotBook:
         return slot
 
     def access(
-        self, layer: int, keys: Sequence[ExpertKey], scores: np.ndarray | None
+        self,
+        layer: int,
+        keys: Sequence[ExpertKey],
+        scores: np.ndarray | None,
+        elsewhere: Sequence[int] = (),
     ) -> list[Entry]:
-        """Use the experts of a call and return those that are to `enter`."""
-        self._cache.begin_call(self._ids.position[layer], scores)
+        """Use the experts of a call and return those that are to `enter`; another form answers the
+        experts of the layer in `elsewhere`."""
+        heard = [self._ids.number((layer, expert)) for expert in elsewhere]
+        self._cache.begin_call(self._ids.position[layer], scores, elsewhere=heard)
         return self._cache.access([self._ids.number(key) for key in keys])
 
     def prefetch(self, keys: Sequence[ExpertKey], held: Collection[ExpertKey]) -> list[Entry]:

@@ -51,15 +51,15 @@ MUTANTS = (
     Mutant(
         name="a hobbit cache that ignores the weight lhu",
         file="moe_tool/policies/eviction/hobbit.py",
-        old="lru, lfu + lhu, fld",
-        new="lru, lfu, fld",
+        old="mixed += self._of_precise",
+        new="mixed += 0 * self._of_precise",
         tests="tests/policies/test_eviction.py",
     ),
     Mutant(
         name="the hobbit mix that finds least",
-        file="moe_tool/planning/eviction_replays.py",
-        old="max(_HOBBIT_MIXES",
-        new="min(_HOBBIT_MIXES",
+        file="moe_tool/planning/hobbit_weights.py",
+        old="return min(tried,",
+        new="return max(tried,",
         tests="tests/planning/test_hobbit_mix.py",
     ),
     Mutant(

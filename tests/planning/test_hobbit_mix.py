@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from moe_tool.artifacts.access_trace import AccessTrace
-from moe_tool.planning.eviction_replays import _HOBBIT_MIXES, _best_hobbit
+from moe_tool.planning.eviction_replays import _best_hobbit
+from moe_tool.planning.hobbit_weights import search_hobbit_weights
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.replay import Replayer
@@ -29,12 +30,31 @@ def _hits(trace: AccessTrace, choice: EvictionChoice) -> int:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_mix_with_the_most_hits_wins(seed: int) -> None:
+def test_no_mix_in_steps_of_a_quarter_finds_more(seed: int) -> None:
     rng = np.random.default_rng(seed)
     trace = random_trace(rng, n_experts=N_EXPERTS, n_forwards=60, skew=2.0 + 3 * (seed % 2))
-    hits = [_hits(trace, choice) for choice in _HOBBIT_MIXES]
+    shares = range(0, 101, 25)
+    mixes = [
+        parse_eviction(f"hobbit:lru={lru},lfu={lfu},lhu=0,fld={100 - lru - lfu}")
+        for lru in shares
+        for lfu in shares
+        if lru + lfu <= 100
+    ]
+    hits = [_hits(trace, choice) for choice in mixes]
     assert len(set(hits)) > 1
-    assert _choose(trace) == _HOBBIT_MIXES[hits.index(max(hits))]
+    chosen = _choose(trace)
+    assert sum(chosen.parameters.values()) == 100 and chosen.parameters["lhu"] == 0
+    assert _hits(trace, chosen) >= max(hits)
+
+
+def test_the_search_leaves_the_grid_for_a_better_mix_and_weighs_precise_uses() -> None:
+    wanted = np.array([15, 10, 60, 15])
+
+    def penalty(choice: EvictionChoice) -> float:
+        return float(np.abs(np.array(list(choice.parameters.values())) - wanted).sum())
+
+    found = search_hobbit_weights(penalty, has_cheaper=True)
+    assert list(found.parameters.values()) == wanted.tolist()
 
 
 def test_one_hot_expert_among_passers_by_asks_for_frequency() -> None:

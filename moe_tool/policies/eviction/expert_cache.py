@@ -64,13 +64,19 @@ class ExpertCache:
     def __contains__(self, key: int) -> bool:
         return key in self._cached or key in self._pinned
 
-    def begin_call(self, layer: int, scores: np.ndarray | None = None) -> None:
+    def begin_call(
+        self, layer: int, scores: np.ndarray | None = None, *, elsewhere: Sequence[int] = ()
+    ) -> None:
         """Begin the call of a layer, given by position, before its accesses; `scores` [E] are
-        needed if `hints` has "scores"."""
+        needed if `hints` has "scores", and `elsewhere`, the experts that another form answers in
+        this call, if it has "other forms"."""
         policy = self._policies[layer if self._per_layer else 0]
         policy.begin_call(layer)
         if scores is not None and "scores" in policy.hints:
             policy.observe(layer, scores)
+        if "other forms" in policy.hints:
+            for key in elsewhere:
+                policy.hear(key)
 
     def access(self, keys: Sequence[int]) -> list[Entry]:
         """Use the distinct experts of a call and return those that were missing."""

@@ -11,26 +11,42 @@ from moe_tool.policies.parameters import Parameter, whole_number
 class Hobbit(Ranked):
     """Evict the least priority w_lru R/T + w_lfu F/T + w_lhu H/T + w_fld (1 - d/L).
 
-    R is the token of an expert's last use, F the number of its uses, H that of its high-precision
-    uses (here every use), T the current token, L the number of layers. d counts the layer calls
+    R is the token of an expert's last use, F the number of its uses, H that of its uses in the
+    primary form, T the current token, L the number of layers. R and F are of every form: a cache of
+    one form also hears of the uses of the other, so that the caches of both go by the same records.
+    d counts the layer calls
     until the expert's layer is called again; the printed formula counts those since its last call,
     which evicts first what is wanted next (docs/simulate.md has both). Priorities are scaled by T L
     to integers. Counts are kept from one sequence to the next.
     """
 
+    hints = frozenset({"other forms"})
+
     def __init__(
         self, shape: CacheShape, *, lru: int = 25, lfu: int = 25, lhu: int = 25, fld: int = 25
     ) -> None:
         super().__init__(shape)
-        self._of_last, self._of_uses, self._of_distance = lru, lfu + lhu, fld
+        self._of_last, self._of_uses, self._of_precise, self._of_distance = lru, lfu, lhu, fld
         self._uses = np.zeros(shape.n_keys, dtype=np.int64)
+        self._precise = np.zeros(shape.n_keys, dtype=np.int64)
 
     def touch(self, key: int) -> None:
-        self._uses[key] += 1
-        mixed = self._of_last * self.forward + self._of_uses * int(self._uses[key])
-        self.rank(key, self.shape.n_layers * mixed)
+        self._record(key, is_precise=not self.shape.is_cheaper)
 
     add = touch
+
+    def hear(self, key: int) -> None:
+        is_cached = self.is_cached(key)
+        self._record(key, is_precise=self.shape.is_cheaper)
+        if not is_cached:
+            self.discard(key)
+
+    def _record(self, key: int, *, is_precise: bool) -> None:
+        self._uses[key] += 1
+        self._precise[key] += is_precise
+        mixed = self._of_last * self.forward + self._of_uses * int(self._uses[key])
+        mixed += self._of_precise * int(self._precise[key])
+        self.rank(key, self.shape.n_layers * mixed)
 
     def begin_call(self, layer: int) -> None:
         super().begin_call(layer)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-Hint = Literal["scores", "predictions"]
+Hint = Literal["scores", "predictions", "other forms"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,8 @@ class CacheShape:
     """Experts of one layer"""
     capacity: int
     """Most experts in the cache, pinned ones not counted"""
+    is_cheaper: bool = False
+    """Whether the cache holds a cheaper form of the experts"""
 
     @property
     def n_keys(self) -> int:
@@ -63,6 +65,10 @@ class Eviction:
     def observe(self, layer: int, scores: np.ndarray) -> None:
         """Record a call's router scores, [E] integers of `gate_scores`, before its accesses; called
         if `hints` has "scores"."""
+
+    def hear(self, key: int) -> None:
+        """Record an expert that another form answers in the current call, before its accesses; it
+        need not be cached here. Called if `hints` has "other forms"."""
 
     def expect(self, keys: Sequence[int], *, ahead: int) -> None:
         """Record one layer's experts predicted for a coming call, after the accesses of the current

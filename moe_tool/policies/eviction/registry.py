@@ -11,6 +11,7 @@ from moe_tool.policies.eviction import (
     lfu,
     lfu_ghost,
     lru,
+    random_victim,
     s3_fifo,
     smoe,
 )
@@ -31,6 +32,7 @@ EVICTION: Mapping[str, EvictionSpec] = {
         layer_lru.SPEC,
         class_lru.SPEC,
         lfu_ghost.SPEC,
+        random_victim.SPEC,
     )
 }
 """Specs by the name that `--eviction` takes"""

@@ -17,7 +17,8 @@ class Replica(MissPolicy):
 
     A missing expert with s <= t1 is fetched in full, with s <= t2 in its cheaper form (in full
     without one), else it is dropped. Resident primary forms are used. The heaviest slot is always
-    answered in full.
+    answered in full, so that at least one slot of K is, whatever share is asked for. The paper has
+    one t1 and t2 for a model; here every layer has its own, at which it has the asked shares.
     """
 
     def __init__(self, inputs: PolicyInputs, values: Values) -> None:
@@ -28,27 +29,58 @@ class Replica(MissPolicy):
                 hint=f"the bundle has replicas 1 to {n_forms - 1}: {', '.join(inputs.forms[1:])}",
             )
         self.stored = inputs.stored
-        self.t1, self.t2 = values["high"], min(1.0, values["high"] + values["low"])
-        if inputs.unimportance:
-            table = np.mean(list(inputs.unimportance.values()), axis=0)
-            self.t1, self.t2 = read_quantile(table, self.t1), read_quantile(table, self.t2)
+        self._shares = values["high"], min(1.0, values["high"] + values["low"])
+        self._limits = {
+            layer: (threshold(table, self._shares[0]), threshold(table, self._shares[1]))
+            for layer, table in inputs.unimportance.items()
+        }
 
     def describe(self) -> str:
+        pairs = tuple(self._limits.values()) or (self._shares,)
+        first, second = (_range(limits) for limits in zip(*pairs, strict=True))
         return (
             "replica: a missing expert that matters less is answered by its cheaper form or left "
-            f"out, text may differ (T1 {self.t1:.3g}, T2 {self.t2:.3g})"
+            f"out, text may differ (T1 {first}, T2 {second})"
         )
+
+    def limits(self, layer: int) -> tuple[float, float]:
+        """Return T1 and T2 of a decoder layer; without a profile they are the shares themselves."""
+        return self._limits.get(layer, self._shares)
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
         if resident[PRIMARY].all():
             return keep(routing)
         s = unimportance(routing.weight)
+        t1, t2 = self.limits(routing.layer)
         missing = routing.present & ~resident[PRIMARY][routing.index]
-        is_low = missing & (s > self.t1) & (s <= self.t2)
+        is_low = missing & (s > t1) & (s <= t2)
         if self.stored:
             is_low &= self.stored[routing.layer][self.form][routing.index]
-        is_left_out = missing & (s > self.t1) & (s > self.t2)
+        is_left_out = missing & (s > t1) & (s > t2)
         return leave_out(routing, is_left_out, np.where(is_low, self.form, PRIMARY))
+
+
+def threshold(table: np.ndarray, share: float) -> float:
+    """Return the limit t at which the part of a layer's slots with s <= t is closest to `share`.
+
+    Args:
+        table: quantiles of s at equally spaced shares. Many slots may have the same s: the
+            heaviest ones have 0. Such an s counts as a whole, on the side that is closer, and
+            0 always counts.
+        share: 0 to 1; 1 admits every slot, also where its s is above all of the profile.
+    """
+    if share >= 1.0:
+        return 1.0
+    value = read_quantile(table, share)
+    same = np.flatnonzero(table == value) / (len(table) - 1)
+    if len(same) > 1 and value > 0.0 and share - same[0] < same[-1] - share:
+        return float(np.nextafter(value, 0.0))
+    return value
+
+
+def _range(values: tuple[float, ...]) -> str:
+    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
+    return least if least == most else f"{least} to {most} by layer"
 
 
 def unimportance(weight: np.ndarray) -> np.ndarray:

@@ -1,0 +1,99 @@
+"""The caches of two forms under `replica`: their misses in a run are those of the simulator."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_tool.artifacts.routing import PRIMARY
+from moe_tool.models.locate import LocatedModel
+from moe_tool.policies.eviction import parse_eviction
+from moe_tool.profiling.recorder import record_profile
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
+from moe_tool.runtime.moe_layer import Decision
+from moe_tool.runtime.run_options import run_options
+from moe_tool.runtime.session import Session, open_session
+from moe_tool.simulator.two_caches import CHEAPER, NOTHING, WHOLE, replay_two_caches
+from moe_tool.text.sources import parse_sources
+from tests.packed import pack_bundle
+from tests.simulator.random_traces import trace_of
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    model = LocatedModel(folder=tiny_checkpoint("mixtral"), name="tiny")
+    record_profile(
+        model,
+        parse_sources(["builtin"]),
+        out=folder / "tiny.h5",
+        tokens=512,
+        seq_len=32,
+        memory_bytes=8 * 2**30,
+    )
+    pack_bundle(model, out=folder / "bundle", profile=folder / "tiny.h5", replicas="2")
+    return folder / "bundle"
+
+
+class _Listener:
+    """Calls of a session's store, what each expert is answered by if it is missing, and misses."""
+
+    def __init__(self, session: Session) -> None:
+        self.calls: list[tuple[int, list[int]]] = []
+        self.answers: list[list[int]] = []
+        self.misses = {PRIMARY: 0, 1: 0}
+        self._session, self._decision = session, None
+        self._acquire = session.runner.store.acquire
+        session.runner.store.acquire = self._listen  # type: ignore[method-assign]
+        session.runner.on_decision = self._decided
+
+    def _decided(self, decision: Decision) -> None:
+        self._decision = decision
+
+    def _listen(self, layer, numbers, counters, **more):
+        position = self._session.manifest.shape.layers.index(layer)
+        resident = self._session.runner.store.resident(layer)
+        n_experts = resident.shape[1]
+        for number in numbers:
+            form, expert = divmod(number, n_experts)
+            self.misses[form] += not resident[form, expert]
+        decision, self._decision = self._decision, None
+        wanted = {number: WHOLE for number in numbers}
+        if decision is not None:
+            none = np.zeros_like(resident)
+            answers = self._session.runner.policy.policy.decide(decision.routing, none)
+            form = np.where(answers.form == PRIMARY, WHOLE, CHEAPER)
+            form = np.where(answers.present, form, NOTHING)
+            pairs = zip(decision.routing.index[0].tolist(), form[0].tolist(), strict=True)
+            wanted = dict(pairs)
+        self.calls.append((position, sorted(wanted)))
+        self.answers.append([wanted[expert] for expert in sorted(wanted)])
+        return self._acquire(layer, numbers, counters, **more)
+
+
+@pytest.mark.parametrize("eviction", ["hobbit", "hobbit:lru=0,lfu=20,lhu=70,fld=10", "lru", "lfu"])
+def test_misses_of_both_caches_are_those_of_the_simulator(bundle: Path, eviction: str) -> None:
+    options = run_options(
+        memory="40%",
+        policy="replica:high=0.6,low=0.35",
+        residency="cache",
+        eviction=eviction,
+        context=64,
+    )
+    with open_session(bundle, options) as session:
+        rooms, shape = session.plan.rooms, session.manifest.shape
+        heard = _Listener(session)
+        generate_ids(session, [list(range(3, 14))], GenerateOptions(max_tokens=24, ignore_eos=True))
+    trace = trace_of(heard.calls, n_layers=len(shape.layers), n_experts=shape.experts)
+    found = replay_two_caches(
+        trace,
+        np.array([answer for row in heard.answers for answer in row], np.uint8),
+        parse_eviction(eviction),
+        capacity=rooms[0].n_slots,
+        cheaper_capacity=rooms[1].n_slots,
+    )
+    assert rooms[1].in_step
+    assert (found.misses, found.cheaper_misses) == (heard.misses[PRIMARY], heard.misses[1])
+    assert found.misses > 0 and found.cheaper_misses > 0
