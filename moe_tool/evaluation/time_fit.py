@@ -16,7 +16,7 @@ class TimeFit:
     """T(alpha) fitted to a few runs (SMoE, arXiv:2508.18983)."""
 
     coefficients: tuple[float, ...]
-    """Of the polynomial, the highest power first"""
+    """Coefficients of the polynomial, the highest power first"""
     residuals: tuple[float, ...]
     """Measured less fitted time of each run, in the unit of the times"""
     least: float
