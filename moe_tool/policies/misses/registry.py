@@ -15,6 +15,7 @@ from moe_tool.policies.misses import (
     prune_random,
     random_resident,
     replica,
+    smoe,
 )
 from moe_tool.policies.misses.spec import PolicySpec
 
@@ -25,6 +26,7 @@ MISS_POLICIES: Mapping[str, PolicySpec] = {
         priced.SPEC,
         replica.SPEC,
         near_tie.SPEC,
+        smoe.SPEC,
         cache_prior.SPEC,
         buddy.SPEC,
         next_ranked.SPEC,
