@@ -88,8 +88,7 @@ def plan_pack_memory(
         largest = max(n_out * n_in for n_out, n_in in matrices)
         one = record + copies * largest + read_ahead
         parts["one expert, and the next"] = max(one, 3 * max(skeleton, default=0))
-        needed = _require(opened, asked, parts, proof)
-        return PackMemory(needed_bytes=needed, hidden_bytes=0)
+        return PackMemory(needed_bytes=_require(opened, asked, parts, proof), hidden_bytes=0)
     squares = 4 * (_SQUARES + (_NESTED_SQUARES if is_nested else 0))
     inner = max(n_out for n_out, _ in matrices)
     n_batch, n_fitted = min(_BATCH_TOKENS, n_tokens), min(_FITTED_TOKENS, n_tokens)

@@ -203,7 +203,7 @@ def test_a_forward_in_turn_is_the_forward_and_holds_one_layer(
         with torch.no_grad():
             wanted = whole.model(input_ids=IDS, use_cache=False).logits
         loader = SkeletonLoader(folder, checkpoint)
-        most, held = loader.in_turn_bytes - loader.largest_bytes, list[int]()
+        most, held = loader.in_turn_bytes() - loader.largest_bytes, list[int]()
         skeleton = loader.load_in_turn()
         skeleton.set_experts_function(lambda call: prove_bundle._by_source(opened, call))
         parts = [
