@@ -19,9 +19,9 @@ from tests.packed import pack_bundle
 from tests.tiny_models import tiny_tokenizer
 from tests.zoo.text_models import TEXT_MODELS
 
-_ROWS, _WIDTH, _LAYERS = 16384, 512, 4
+_ROWS, _WIDTH, _LAYERS = 16384, 1024, 4
 _STORED_BYTES = _ROWS * _WIDTH * _LAYERS * 2
-"""Size of the table per layer: 64 MiB of bfloat16, twice as much in memory"""
+"""Size of the table per layer: 128 MiB of bfloat16, twice as much in memory"""
 _MIB = 2**20
 _PACK = """
 import json, sys
