@@ -10,6 +10,7 @@ from moe_tool.artifacts.bundle_sections import (
     MASK_ROUTER,
     N_FINE_QUANTILES,
     N_QUANTILES,
+    ROW_TABLES,
     SOURCE_FILES,
     LearnedPruning,
     QualityFigure,
@@ -30,6 +31,7 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import Precision
+from moe_tool.artifacts.row_tables import RowTables
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.artifacts.source_files import PLACED_KINDS, SourceFiles
 
@@ -237,6 +239,14 @@ class BundleManifest(FrozenModel):
         return found
 
     @property
+    def row_tables(self) -> RowTables | None:
+        """Tables that can stay on disk; None in bundles that were packed without their hashes"""
+        section = self.sections.get(ROW_TABLES)
+        found = None if section is None else parse_section(ROW_TABLES, section)
+        assert found is None or isinstance(found, RowTables)
+        return found
+
+    @property
     def written_files(self) -> tuple[BundleFile, ...]:
         """Files in the bundle's own folder, without the manifest"""
         sources = self.sources
@@ -271,6 +281,10 @@ class BundleManifest(FrozenModel):
             raise ValueError("a tensor of the skeleton is listed twice")
         if parameters and not self.skeleton_precision.is_coded:
             raise ValueError("a native skeleton stores no matrix as codes")
+        tables = self.row_tables
+        unknown = {part.tensor for part in tables.parts} - set(names) if tables else ()
+        if unknown:
+            raise ValueError("a table is no tensor of the skeleton")
 
     def _check_pruning(self) -> None:
         pruning = self.pruning

@@ -11,11 +11,13 @@ from typing import Annotated
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from moe_tool.artifacts.form_table import Price
+from moe_tool.artifacts.row_tables import RowTables
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.artifacts.source_files import SourceFiles
 
 SectionName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,63}$")]
 MASK_ROUTER = "mask-router"
+ROW_TABLES = "row-tables"
 SOURCE_FILES = "source-files"
 MASK_ROUTER_FILE = r"^pruning-[0-9a-f]{16}\.safetensors$"
 """Name of the routers' file: it has the start of its sha256"""
@@ -72,6 +74,7 @@ class LearnedPruning(FrozenModel):
 
 SECTIONS: dict[str, type[FrozenModel]] = {
     MASK_ROUTER: LearnedPruning,
+    ROW_TABLES: RowTables,
     SOURCE_FILES: SourceFiles,
 }
 """Name -> schema of the body"""

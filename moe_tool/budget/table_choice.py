@@ -20,6 +20,11 @@ class RowsRequest:
     """Size in memory of the smallest such table"""
 
     @property
+    def word(self) -> str:
+        """The request as `parse_rows` takes it"""
+        return str(self.least_bytes) if self.kind == "bytes" else self.kind
+
+    @property
     def is_forced(self) -> bool:
         """Whether the tables stay on disk even if there is memory for everything."""
         return self.kind == "bytes"

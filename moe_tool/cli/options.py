@@ -142,12 +142,13 @@ SparseExpertsOption = Annotated[
     ),
 ]
 RowsOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="auto|SIZE|none",
         help="Embedding tables that stay on disk, of which only the rows of the tokens at hand are "
         "read: those of SIZE or more; auto: of 64MiB or more, where memory has no room for "
         "everything. The text stays the same.",
+        show_default="as `pack --rows`, or auto",
     ),
 ]
 ThrottleOption = Annotated[

@@ -126,6 +126,15 @@ class PackArguments:
             "everything in it is packed. An interrupted pack goes on without them.",
         ),
     ] = False
+    rows: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|SIZE|none",
+            help="Embedding tables that packing holds no more than a piece of, and of which `run` "
+            "reads rows: auto, of 64MiB or more, in `run` where memory has no room for everything; "
+            "those of SIZE or more, always; none. `run --rows` overrides it.",
+        ),
+    ] = "auto"
     memory: Annotated[
         str | None,
         typer.Option(

@@ -53,7 +53,7 @@ class RunArguments:
     residency: ResidencyOption = None
     eviction: EvictionOption = None
     prefetch: PrefetchOption = None
-    rows: RowsOption = "auto"
+    rows: RowsOption = None
     sparse_experts: SparseExpertsOption = None
     activations: ActivationsOption = "float32"
     throttle: ThrottleOption = None

@@ -251,7 +251,22 @@ def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, Tens
                 f"{found.file}: {quoted(part.name)} is {found.dtype} {list(found.shape)}, "
                 f"wanted {part.safetensors_dtype} {list(part.shape)}"
             )
+    _check_tables(folder, manifest, tensors)
     return tensors
+
+
+def _check_tables(
+    folder: Path, manifest: BundleManifest, tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Require as many hashes of a table's blocks as it has blocks."""
+    tables = manifest.row_tables
+    for part in () if tables is None else tables.parts:
+        wanted = -(-tensors[part.tensor].size_bytes // part.block_bytes)
+        if part.n_blocks != wanted:
+            raise corrupt_bundle(
+                f"{folder / MANIFEST} has {part.n_blocks} hashes of {quoted(part.tensor)}, "
+                f"whose blocks are {wanted}"
+            )
 
 
 def skeleton_parts(manifest: BundleManifest) -> list[IntegerPart]:

@@ -1,7 +1,7 @@
 """Reader of a bundle: checks the manifest against the files, then each record as it is read."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,14 @@ from moe_tool.formats.bundle_checks import (
     skeleton_parts,
 )
 from moe_tool.formats.bundle_files import record_file_header
+from moe_tool.formats.bundle_tables import BundleTables
 from moe_tool.formats.channel_form import require_chunks
 from moe_tool.formats.hostile_file import quoted, reading
 from moe_tool.formats.integer_parts import are_finite
 from moe_tool.formats.mask_router_file import read_mask_router
 from moe_tool.formats.record_files import ChannelRead, OnPiece, RecordFiles
 from moe_tool.formats.record_sources import SOURCE_AGAIN, RecordSources
-from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
-from moe_tool.formats.table_rows import TableRows
+from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.channels import ChannelWeight
 
@@ -49,7 +49,8 @@ class BundleReader:
         self.forms = checked.forms
         """Forms in the order of `manifest.forms`"""
         self._skeleton = checked.skeleton
-        self._rows: list[TableRows] = []
+        self.tables = BundleTables(checked.manifest, checked.skeleton)
+        """Embedding tables that are read row by row"""
         self._verified: set[tuple[int, int, int]] = set()  # records whose hash was found right
         self._verified_channels: dict[tuple[int, int], np.ndarray] = {}  # [I] bool
         self._expected: set[tuple[int, int]] = set()  # records that the system was advised of
@@ -107,11 +108,6 @@ class BundleReader:
         """Size of the channel selectors; 0 where there are none"""
         return sum(table.size_bytes for table in self.manifest.selectors)
 
-    @property
-    def row_bytes_read(self) -> int:
-        """Bytes read of tables by `open_rows`, without their checks"""
-        return sum(rows.bytes_read for rows in self._rows)
-
     def primary_form(self, layer: int, expert: int) -> BundleForm:
         """Return the primary form of an expert that is stored."""
         return self.forms[self._primary_form[layer, expert]]
@@ -142,12 +138,6 @@ class BundleReader:
 
         checkpoint.on_read = check
         return checkpoint
-
-    def open_rows(self, parts: Sequence[TensorInfo]) -> TableRows:
-        """Open a table of the skeleton, see `TableRows.open`; it is closed with the bundle."""
-        hashes = {tensor.name: tensor.xxh3 for tensor in self.manifest.skeleton}
-        self._rows.append(TableRows.open(parts, hashes))
-        return self._rows[-1]
 
     def mask_router(self) -> MaskRouter | None:
         """Read the trained mask routers; None if the bundle has none.
@@ -306,7 +296,8 @@ class BundleReader:
         return read
 
     def verify_all(self, progress: Progress = SILENT) -> None:
-        """Check the sha256 of every file, the hash of every record and the scales of the skeleton.
+        """Check the sha256 of every file, the hashes of records and tables, and the scales of the
+        skeleton.
 
         Raises:
             CorruptArtifactError: names the first file or record that differs.
@@ -329,6 +320,7 @@ class BundleReader:
             for part in skeleton_parts(self.manifest):
                 if part.is_factor:
                     skeleton.read(part.name)
+        self.tables.verify()
         self.mask_router()
         self._verified.clear()
         self._verified_channels.clear()
@@ -357,8 +349,7 @@ class BundleReader:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
-        for rows in self._rows:
-            rows.close()
+        self.tables.close()
         if self._sources is not None:
             self._sources.close()
 

@@ -7,7 +7,7 @@ there names records only once their bytes are on the disk; a resume checks them 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ class BundleWriter:
     def write_skeleton(
         self,
         tensors: Sequence[SkeletonEntry],
-        read: Callable[[str], bytes | memoryview],
+        read: Callable[[str], Iterable[bytes | memoryview]],
         *,
         precision: Precision,
         linears: tuple[SkeletonLinear, ...],
@@ -224,19 +224,21 @@ class BundleWriter:
         """Write the skeleton.
 
         Args:
-            read: returns the bytes of a tensor by name; called in this order.
+            read: returns the bytes of a tensor by name, in pieces; called in this order.
         """
         self._skeleton_precision, self._skeleton_linears = precision, linears
 
-        def hashed(name: str) -> bytes | memoryview:
-            data = read(name)
-            self._skeleton.append(SkeletonTensor(name=name, xxh3=xxhash.xxh3_64_hexdigest(data)))
-            return data
+        def hashed(name: str) -> Iterator[bytes | memoryview]:
+            digest = xxhash.xxh3_64()
+            for piece in read(name):
+                digest.update(piece)
+                yield piece
+            self._skeleton.append(SkeletonTensor(name=name, xxh3=digest.hexdigest()))
 
         groups = split_skeleton(tensors, limit_bytes=MAX_FILE_BYTES)
         for number, group in enumerate(groups, start=1):
             header = safetensors_header([(t.name, t.dtype, t.shape, t.size_bytes) for t in group])
-            data = (hashed(tensor.name) for tensor in group)
+            data = chain.from_iterable(hashed(tensor.name) for tensor in group)
             self._write_file(f"skeleton-{number:05d}.safetensors", header, data)
 
     def add_file(self, name: str, data: bytes) -> None:

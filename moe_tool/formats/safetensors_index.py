@@ -56,7 +56,7 @@ _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
 }
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_AGAIN = "copy or download the file again"
+AGAIN = "copy or download the file again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     with (
         reading(path),
-        open_plain_file(path, remedy=_AGAIN, missing="check the path") as file,
+        open_plain_file(path, remedy=AGAIN, missing="check the path") as file,
     ):
         file_bytes = os.fstat(file.fileno()).st_size
         foreign = foreign_content(path, file.read(BEGINNING_BYTES))
@@ -121,7 +121,7 @@ def parse_header(path: Path, beginning: bytes, *, file_bytes: int) -> dict[str, 
             f"{path} says its header has {header_bytes} bytes, the file has {file_bytes}: "
             "it is truncated or no safetensors file"
         )
-    entries = parse_json_object(path, beginning[_LENGTH_BYTES:data_start], remedy=_AGAIN)
+    entries = parse_json_object(path, beginning[_LENGTH_BYTES:data_start], remedy=AGAIN)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _corrupt(f"{path}: its metadata are not strings")
@@ -146,6 +146,8 @@ class Checkpoint:
         """Sentences on what the index and the files say differently"""
         self.requires_finite = False
         """Whether tensors with NaN or infinity are refused, as in a model's weights"""
+        self.closes: list[Callable[[], None]] = []
+        """Callbacks of `close`, for other readers of the files"""
         self._files: dict[Path, int] = {}
 
     @classmethod
@@ -279,6 +281,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
+        for close in self.closes:
+            close()
         for file in self._files.values():
             os.close(file)
         self._files = {}
@@ -319,12 +323,12 @@ class Checkpoint:
             where = "" if row is None else f" (row {row})"
             raise CorruptArtifactError(
                 f"{info.file}: tensor {quoted(info.name)}{where} holds NaN or infinity",
-                hint=f"{_AGAIN}; if it was published like that, use another version of the model",
+                hint=f"{AGAIN}; if it was published like that, use another version of the model",
             )
 
 
 def _corrupt(complaint: str) -> CorruptArtifactError:
-    return CorruptArtifactError(complaint, hint=_AGAIN)
+    return CorruptArtifactError(complaint, hint=AGAIN)
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:

@@ -8,49 +8,76 @@ import torch
 import xxhash
 
 from moe_tool.errors import CorruptArtifactError, StorageError
-from moe_tool.formats.bundle_checks import corrupt_bundle
+from moe_tool.formats.block_hashes import CheckedBlocks
+from moe_tool.formats.bundle_checks import REPACK, corrupt_bundle
 from moe_tool.formats.file_identity import FileIdentity, file_identity
 from moe_tool.formats.hostile_file import quoted
-from moe_tool.formats.safetensors_index import DTYPES, TensorInfo
-
-_BLOCK_BYTES = 4 * 2**20
+from moe_tool.formats.safetensors_index import AGAIN, DTYPES, TensorInfo
+from moe_tool.formats.tensor_stream import fill, require_finite, stream_tensor
 
 
 class TableRows:
     """One table [V, d] of floats or bytes, in one tensor or in several below each other."""
 
-    def __init__(self, parts: Sequence[TensorInfo]) -> None:
-        """Use `open`."""
+    def __init__(
+        self, parts: Sequence[TensorInfo], blocks: Mapping[str, CheckedBlocks] | None = None
+    ) -> None:
+        """Use `open` or `open_unhashed`.
+
+        Args:
+            parts: tensors [v, d] of one float dtype, whose rows follow each other.
+            blocks: hashed blocks by tensor, of those that have any; None: of a checkpoint, which
+                has no hashes, but must hold finite numbers.
+        """
         self._parts = tuple(parts)
+        self._blocks: Mapping[str, CheckedBlocks] = blocks or {}
+        self._is_hashed = blocks is not None
         self._files: dict[Path, int] = {}
         self._opened_as: dict[Path, FileIdentity | None] = {}
+        self._block = memoryview(
+            bytearray(max((each.block_bytes for each in self._blocks.values()), default=0))
+        )
         self.n_rows = sum(part.shape[0] for part in parts)
         self.width = parts[0].shape[1]
         self.bytes_read = 0
-        """Bytes of rows read, without the check when the table was opened"""
+        """Bytes of rows read, without what is read along to check them"""
 
     @classmethod
-    def open(cls, parts: Sequence[TensorInfo], hashes: Mapping[str, str]) -> "TableRows":
-        """Open a table after reading it once, block by block, to check it.
+    def open(
+        cls,
+        parts: Sequence[TensorInfo],
+        hashes: Mapping[str, str],
+        blocks: Mapping[str, CheckedBlocks],
+    ) -> "TableRows":
+        """Open a table of a bundle.
+
+        A tensor with hashed blocks is not read yet: each block is checked when the first row in it
+        is read. Any other one is read through once, to check it as a whole.
 
         Args:
             parts: tensors [v, d] of one dtype, whose rows follow each other.
             hashes: tensor name -> xxh3-64 of its bytes.
+            blocks: tensor name -> its hashed blocks.
 
         Raises:
             CorruptArtifactError: a tensor is not the one that was packed.
             StorageError: the disk does not give it.
         """
-        rows = cls(parts)
+        rows = cls(parts, {part.name: blocks[part.name] for part in parts if part.name in blocks})
         try:
             for part in parts:
-                rows._check(part, hashes[part.name])
-            for handle in rows._files.values():  # or the system reads 128 KiB around each row
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+                rows._open(part)  # before the check, so that a change after it is noticed
+                if part.name not in blocks:
+                    _check(part, hashes[part.name])
         except BaseException:
             rows.close()
             raise
         return rows
+
+    @classmethod
+    def open_unhashed(cls, parts: Sequence[TensorInfo]) -> "TableRows":
+        """Open a table of a checkpoint; its rows have to be finite, and files open at a read."""
+        return cls(parts)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Return rows as float32, [n, d]; adjacent ones come in one read.
@@ -75,15 +102,15 @@ class TableRows:
         for part, first, count in self._runs(ids.tolist()):
             raw = torch.empty(count, self.width, dtype=DTYPES[part.dtype])
             view = raw.view(torch.uint8).numpy().data.cast("B")
-            self._fill(part, view, part.offset + first * (part.size_bytes // part.shape[0]))
+            self._read_into(part, first * (part.size_bytes // part.shape[0]), view)
             self.bytes_read += len(view)
             out[at : at + count] = raw
             at += count
         for path in self._files:
             if _identity(path) != self._opened_as[path]:
                 raise CorruptArtifactError(
-                    f"{path} was changed after the bundle was opened",
-                    hint="run the command again, and leave the bundle alone while it runs",
+                    f"{path} was changed after it was opened",
+                    hint="run the command again, and leave the file alone while it runs",
                 )
         return out
 
@@ -106,38 +133,63 @@ class TableRows:
                 yield part, ids[first] - begin, at - first
             begin = end
 
-    def _check(self, part: TensorInfo, xxh3: str) -> None:
-        block = memoryview(bytearray(min(_BLOCK_BYTES, part.size_bytes)))
-        digest = xxhash.xxh3_64()
-        for done in range(0, part.size_bytes, _BLOCK_BYTES):
-            view = block[: min(_BLOCK_BYTES, part.size_bytes - done)]
-            self._fill(part, view, part.offset + done)
-            digest.update(view)
-            # Under a memory limit the page cache counts too.
-            os.posix_fadvise(
-                self._files[part.file], part.offset + done, len(view), os.POSIX_FADV_DONTNEED
-            )
-        if digest.hexdigest() != xxh3:
-            raise corrupt_bundle(
-                f"{part.file} is damaged: the hash of {quoted(part.name)} does not fit"
-            )
+    def _read_into(self, part: TensorInfo, begin: int, view: memoryview) -> None:
+        """Read bytes of a tensor from `begin` on, each block whole where it is not known yet."""
+        blocks = self._blocks.get(part.name)
+        if blocks is None:
+            self._fill(part, view, begin)
+            if not self._is_hashed:
+                require_finite(part, view)
+            return
+        at, end = begin, begin + len(view)
+        last = (end - 1) // blocks.block_bytes
+        while at < end:
+            number = at // blocks.block_bytes
+            n_known = blocks.n_known(number, last)
+            if n_known:
+                stop = min(end, (number + n_known) * blocks.block_bytes)
+                self._fill(part, view[at - begin : stop - begin], at)
+            else:
+                first, stop = blocks.span(number)
+                block = self._block[: stop - first]
+                self._fill(part, block, first)
+                blocks.require(number, block)
+                stop = min(end, stop)
+                view[at - begin : stop - begin] = block[at - first : stop - first]
+            at = stop
 
-    def _fill(self, part: TensorInfo, view: memoryview, offset: int) -> None:
-        done = 0
-        try:
-            if part.file not in self._files:
-                self._files[part.file] = os.open(part.file, os.O_RDONLY | os.O_NOFOLLOW)
-                self._opened_as[part.file] = _identity(part.file)
-            while done < len(view):
-                count = os.preadv(self._files[part.file], [view[done:]], offset + done)
-                if count == 0:
-                    raise corrupt_bundle(f"{part.file} ended while {quoted(part.name)} was read")
-                done += count
-        except OSError as error:
-            raise StorageError(
-                f"{part.file}: {error.strerror or error} while {quoted(part.name)} was read",
-                hint="check the disk",
-            ) from error
+    def _fill(self, part: TensorInfo, view: memoryview, begin: int) -> None:
+        remedy = REPACK if self._is_hashed else AGAIN
+        fill(self._open(part), part, view, part.offset + begin, remedy=remedy)
+
+    def _open(self, part: TensorInfo) -> int:
+        """Return the open file of a tensor."""
+        path = part.file
+        if path not in self._files:
+            # A bundle's files are its own; a checkpoint in the hub's cache consists of links.
+            flags = os.O_RDONLY | (os.O_NOFOLLOW if self._is_hashed else 0)
+            try:
+                self._files[path] = os.open(path, flags)
+            except OSError as error:
+                raise StorageError(
+                    f"{path}: {error.strerror or error} while {quoted(part.name)} was read",
+                    hint="check the disk",
+                ) from error
+            # Otherwise the system reads 128 KiB around each row.
+            os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_RANDOM)
+            self._opened_as[path] = _identity(path)
+        return self._files[path]
+
+
+def _check(part: TensorInfo, xxh3: str) -> None:
+    """Read a tensor once, piece by piece, and compare it with its hash."""
+    digest = xxhash.xxh3_64()
+    for piece in stream_tensor(part, remedy=REPACK):
+        digest.update(piece)
+    if digest.hexdigest() != xxh3:
+        raise corrupt_bundle(
+            f"{part.file} is damaged: the hash of {quoted(part.name)} does not fit"
+        )
 
 
 def _identity(path: Path) -> FileIdentity | None:

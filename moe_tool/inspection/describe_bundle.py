@@ -1,10 +1,15 @@
 """Facts of a bundle: contents, precisions, and measured quality."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.bundle_sections import SOURCE_FILES, QualityFigure
+from moe_tool.artifacts.bundle_sections import ROW_TABLES, SOURCE_FILES, QualityFigure
+from moe_tool.artifacts.row_tables import table_bytes
+from moe_tool.budget.sizes import format_bytes
+from moe_tool.budget.table_choice import parse_rows
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.safetensors_index import TensorInfo
 from moe_tool.inspection.description import Description, model_facts, shape_facts
 from moe_tool.progress import Progress
 
@@ -19,15 +24,18 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
         if verify:
             reader.verify_all(progress)
         manifest = reader.manifest
+        with reader.open_skeleton() as skeleton:
+            tables = _table_facts(manifest, skeleton.tensors)
     sections = {name: each.model_dump(mode="json") for name, each in manifest.sections.items()}
     if SOURCE_FILES in sections:
         del sections[SOURCE_FILES]["body"]["tables"]  # as long as the list of records
+    sections.pop(ROW_TABLES, None)  # as long as the tables; the facts tell the rest
     details = manifest.model_dump(mode="json", include={"calibration", "lineage"})
     return Description(
         kind="bundle",
         path=path,
         checked="every hash" if verify else "sizes and headers",
-        facts=_facts(manifest),
+        facts=_facts(manifest) | tables,
         details={
             name: found for name, found in (details | {"sections": sections}).items() if found
         },
@@ -104,6 +112,25 @@ def _pruning_facts(manifest: BundleManifest) -> dict[str, object]:
         "pruning_measured": _measured(pruning.quality),
         "pruning_trained_on": ", ".join(pruning.sources),
     }
+
+
+def _table_facts(manifest: BundleManifest, tensors: Mapping[str, TensorInfo]) -> dict[str, object]:
+    """Return each embedding table of which rows can be read, and where a run has it by default."""
+    section = manifest.row_tables
+    if section is None:
+        return {}
+    request = parse_rows(section.rows)
+    chosen = request.choose(table_bytes(section.parts))
+    short = "on disk" if request.is_forced else "on disk where memory is short"
+    facts: dict[str, object] = {}
+    for part in section.parts:
+        info = tensors[part.tensor]
+        row_bytes = info.size_bytes // info.shape[0]
+        facts[f"table {part.tensor}"] = (
+            f"{info.shape[0]} rows of {row_bytes} bytes, {format_bytes(info.size_bytes)}, "
+            f"{short if part.parameter in chosen else 'in memory'}"
+        )
+    return facts
 
 
 def _measured(quality: QualityFigure) -> str:

@@ -1,7 +1,7 @@
 """Full hash of a checkpoint, computed while its tensors are read for another purpose."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class FullHash:
@@ -15,6 +15,14 @@ class FullHash:
         """Add the bytes of a tensor or of a row; a listener for `Checkpoint.on_read`."""
         key = name if row is None else f"{name} {row:06d}"
         self._digests[key] = hashlib.sha256(data).hexdigest()
+
+    def add_streamed(self, name: str, pieces: Iterable[memoryview]) -> None:
+        """Add the bytes of a whole tensor that is read in pieces, unless it was added before."""
+        if name not in self._digests:
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            self._digests[name] = digest.hexdigest()
 
     @property
     def digests(self) -> dict[str, str]:

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.budget.table_choice import AUTO_ROWS, RowsRequest
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError
 from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.formats.table_rows import TableRows
 from moe_tool.models.architecture import read_shape
 from moe_tool.models.expert_source import ExpertSource
 from moe_tool.models.layer_flow import Boundary, LayerFlow, trace_layers
@@ -23,6 +25,7 @@ from moe_tool.models.moe_layers import (
     decoder_layers,
     decoder_prefix,
 )
+from moe_tool.models.row_tables import RowTable, find_tables, put_rows
 from moe_tool.models.skeleton import (
     LayerCall,
     hook_routers,
@@ -60,7 +63,12 @@ class LayerStream:
     """
 
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        rows: RowsRequest = AUTO_ROWS,
     ) -> None:
         """Check the checkpoint against config.json; load routers and everything outside the layers.
 
@@ -68,6 +76,7 @@ class LayerStream:
             folder: holds config.json.
             checkpoint: a whole checkpoint; stays open and owned by the caller.
             dtype: dtype of the loaded parameters.
+            rows: embedding tables of which only rows are read; of float32 parameters alone.
 
         Raises:
             NotFoundError, UnsupportedModelError: as `build_meta_model`.
@@ -82,7 +91,13 @@ class LayerStream:
         self.experts = ExpertSource(self.model, checkpoint)
         self.shape: MoeShape = read_shape(self.model, checkpoint)
         remove_experts(self.moe_layers)
+        self.on_disk = self._tables(rows) if dtype == torch.float32 else {}
+        """Embedding tables of which only rows are read, by parameter"""
         self._layer_targets = self._targets_by_layer()
+        for parameter, table in self.on_disk.items():
+            opened = TableRows.open_unhashed(table.parts)
+            checkpoint.raw.closes.append(opened.close)
+            put_rows(self.model, parameter, opened)
         make_unsaved_buffers(self.model)
         load_groups(self.model, self._map, checkpoint, self._layer_targets.pop(None, []))
         self.model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
@@ -169,6 +184,12 @@ class LayerStream:
             raise _not_finite("the head gives logits")
         return logits
 
+    def _tables(self, rows: RowsRequest) -> dict[str, RowTable]:
+        names = {name for name, _ in self.model.named_parameters()} & self._map.skeleton.keys()
+        held = {name: 4 * self.model.get_parameter(name).numel() for name in names}
+        found = find_tables(self.model, self._map, self._checkpoint, held=held, coded=())
+        return {name: found[name] for name in rows.choose({n: held[n] for n in found})}
+
     def _targets_by_layer(self) -> dict[int | None, list[str]]:
         """Group the skeleton's targets by decoder layer; None: routers, and all outside layers."""
         prefix = decoder_prefix(self.model)
@@ -177,6 +198,8 @@ class LayerStream:
         blocks = {names[modules.block] for modules in self.moe_layers}
         targets: dict[int | None, list[str]] = {}
         for target in self._map.skeleton:
+            if target in self.on_disk:
+                continue
             layer = None
             is_of_router = target.startswith(routers) or target.rpartition(".")[0] in blocks
             if target.startswith(prefix) and not is_of_router:

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moe_tool.artifacts.bundle_manifest import SkeletonLinear
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.precision import NativePrecision, Precision
-from moe_tool.errors import CorruptArtifactError, WrongModelError
+from moe_tool.budget.table_choice import RowsRequest
+from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.integer_parts import integer_parts, join_integer_parts
 from moe_tool.formats.safetensors_index import Checkpoint
@@ -28,9 +29,8 @@ from moe_tool.models.moe_layers import (
     MoeLayerModules,
     decoder_layers,
     decoder_prefix,
-    unsupported,
 )
-from moe_tool.models.row_tables import find_tables, put_rows
+from moe_tool.models.row_tables import RowTable, find_tables, put_rows
 from moe_tool.models.skeleton import (
     Skeleton,
     assign,
@@ -39,6 +39,7 @@ from moe_tool.models.skeleton import (
     read_group,
     remove_experts,
 )
+from moe_tool.models.skeleton_checks import require_loaded, require_shape
 from moe_tool.models.skeleton_source import linear_shapes
 from moe_tool.models.stored_formats.logical_checkpoint import LogicalCheckpoint
 from moe_tool.models.stored_modules import StoredWeight, put_stored, stored_weight
@@ -103,17 +104,14 @@ class SkeletonLoader:
             dtype = expert_dtype(self._map, checkpoint)
             self._shape = structure(self._model, self._layers[0], dtype=dtype)
         else:
-            self._shape = _require_shape(self._model, self._layers, shape)
+            self._shape = require_shape(self._model, self._layers, shape)
             self._missing = self._check_bundle()
         self._narrow = {*self._shapes, *_table(self._model)}
         tied = {name for group in tied_groups(self._model) for name in group}
         needed = tied if self._missing else set()  # as the embedding that a head is tied to
         self._kept = kept_matrices(self._map, checkpoint, self._shapes, excluded=needed)
         self._steps = sorted(self._plan(), key=self._position)
-        floats = {step.target: step.held_bytes for step in self._steps if step.form == "floats"}
-        self.tables = find_tables(
-            self._model, self._map, checkpoint, held=floats, coded=self._linears
-        )
+        self.tables = self.tables_beside(self._linears)
         """Embedding tables that `load` can leave on disk, by parameter"""
 
     @property
@@ -146,14 +144,23 @@ class SkeletonLoader:
         steps = (step for step in self._steps if step.target not in tables)
         return max((self._reading_bytes(step) for step in steps), default=0)
 
-    @property
-    def in_turn_bytes(self) -> int:
-        """Most bytes that `load_in_turn` and a forward hold of the skeleton, reading included."""
+    def tables_beside(self, coded: Collection[str]) -> dict[str, RowTable]:
+        """Return what `tables` would be in a bundle with these matrices as codes."""
+        floats = {step.target: step.held_bytes for step in self._steps if step.form == "floats"}
+        return find_tables(self._model, self._map, self._checkpoint, held=floats, coded=coded)
+
+    def choose(self, rows: RowsRequest) -> tuple[str, ...]:
+        """Return those of `tables` that a request may leave on disk."""
+        return rows.choose({name: table.held_bytes for name, table in self.tables.items()})
+
+    def in_turn_bytes(self, on_disk: Collection[str] = ()) -> int:
+        """Return the most bytes that `load_in_turn` and a forward hold of the skeleton, reading
+        included, with these of `tables` on disk."""
         held = {
             layer: sum(step.held_bytes for step in steps)
-            for layer, steps in self._steps_by_layer().items()
+            for layer, steps in self._steps_by_layer(on_disk).items()
         }
-        return held.pop(None, 0) + max(held.values(), default=0) + self.largest_bytes
+        return held.pop(None, 0) + max(held.values(), default=0) + self.largest_without(on_disk)
 
     def load(self, on_disk: Mapping[str, TableRows] = MappingProxyType({})) -> Skeleton:
         """Read the skeleton, in at most `held_bytes` plus `largest_bytes`; call it once.
@@ -168,21 +175,26 @@ class SkeletonLoader:
         for parameter, rows in on_disk.items():
             put_rows(self._model, parameter, rows)
         found = self._begin(step for step in self._steps if step.target not in on_disk)
-        _require_loaded(self._model)
+        require_loaded(self._model)
         generation = read_generation_settings(self._folder)
         self._model.generation_config = generation or self._model.generation_config
         return found
 
-    def load_in_turn(self) -> Skeleton:
+    def load_in_turn(self, on_disk: Mapping[str, TableRows] = MappingProxyType({})) -> Skeleton:
         """Read everything outside the decoder layers, for one forward of the whole model.
 
         A layer is read when the forward reaches it, and emptied when it is done; in the end, so is
         the model. Call this once.
 
+        Args:
+            on_disk: as in `load`.
+
         Raises:
             CorruptArtifactError, StorageError: as `load`, here and in the forward.
         """
-        by_layer = self._steps_by_layer()
+        for parameter, rows in on_disk.items():
+            put_rows(self._model, parameter, rows)
+        by_layer = self._steps_by_layer(on_disk)
         found = self._begin(by_layer.get(None, []))
         for index, layer in enumerate(decoder_layers(self._model)):
             steps = by_layer.get(index, [])
@@ -211,11 +223,13 @@ class SkeletonLoader:
     def _load_layer(self, steps: Iterable[_Step], layer: nn.Module, args: object) -> None:
         self._load_steps(steps)
 
-    def _steps_by_layer(self) -> dict[int | None, list[_Step]]:
-        """Group the steps by decoder layer; None: all outside layers."""
+    def _steps_by_layer(self, on_disk: Collection[str]) -> dict[int | None, list[_Step]]:
+        """Group the steps of what is loaded by decoder layer; None: all outside layers."""
         prefix = decoder_prefix(self._model)
         found: dict[int | None, list[_Step]] = {}
         for step in self._steps:
+            if step.target in on_disk:
+                continue
             is_inside = step.target.startswith(prefix)
             layer = int(step.target.removeprefix(prefix).split(".")[0]) if is_inside else None
             found.setdefault(layer, []).append(step)
@@ -364,33 +378,9 @@ def _table(model: PreTrainedModel) -> list[str]:
     return [f"{name}.weight" for name, module in model.named_modules() if module is embedding]
 
 
-def _require_shape(
-    model: PreTrainedModel, layers: tuple[MoeLayerModules, ...], wanted: MoeShape
-) -> MoeShape:
-    found = structure(model, layers[0], dtype=wanted.dtype)
-    if found != wanted:
-        fields = [
-            name for name in MoeShape.model_fields if getattr(found, name) != getattr(wanted, name)
-        ]
-        name = fields[0]
-        raise WrongModelError(
-            f"config.json has {name} {getattr(found, name)}, "
-            f"the experts were made for {getattr(wanted, name)}",
-            hint="use the config.json that was packed with the experts",
-        )
-    return wanted
-
-
 def _empty(module: nn.Module, args: object, output: object) -> None:
     """Drop the weights of a module that has run, wherever else its parts are referred to."""
     for part in module.modules():
         part._parameters.clear()
         for name in ("stored", "_native", "_native_of"):  # of a StoredLinear
             part.__dict__.pop(name, None)
-
-
-def _require_loaded(model: PreTrainedModel) -> None:
-    for kind in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in kind:
-            if tensor.is_meta:
-                raise unsupported(model.config.model_type, f"{name} is in no checkpoint")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.budget.table_choice import AUTO_ROWS, RowsRequest
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_experts import LayerExperts
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
@@ -98,16 +99,18 @@ class CalibratedModel:
         tokens: TracedTokens,
         *,
         hidden_bytes: int = MOST_HIDDEN_BYTES,
+        rows: RowsRequest = AUTO_ROWS,
     ) -> None:
         """Load the tensors outside the layers.
 
         Args:
             hidden_bytes: limit of the hidden states carried from layer to layer.
+            rows: embedding tables of which only rows are read.
         """
         self._hidden_bytes = hidden_bytes
         self._opened = opened
         self._tokens = tokens
-        self._stream = LayerStream(folder, opened.checkpoint)
+        self._stream = LayerStream(folder, opened.checkpoint, rows=rows)
         self._stream.set_experts_function(self._answer)
         self._calls: list[LayerCall] = []
         self._experts: Mapping[int, Mapping[str, FloatWeight]] = {}

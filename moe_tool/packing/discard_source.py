@@ -99,7 +99,7 @@ class DiscardSource:
         self._require_disk(writer, skeleton)
         gone.folder.mkdir(exist_ok=True)
         if not has_reference:
-            made = forward_source(job.loader, self._opened)
+            made = forward_source(job.loader, self._opened, rows=job.rows)
             tensors = {f"state.{k:06d}": state for k, state in enumerate(made.states)}
             data = safetensors_file({"logits": made.logits, **tensors})
             atomic_write_bytes(gone.folder / _REFERENCE, data)

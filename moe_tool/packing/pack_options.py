@@ -14,6 +14,7 @@ from moe_tool.artifacts.precision import (
     replica_precisions,
 )
 from moe_tool.budget.sizes import parse_bytes
+from moe_tool.budget.table_choice import AUTO_ROWS, RowsRequest, parse_rows
 from moe_tool.errors import UsageError
 from moe_tool.quantizers.registry import parse_quantizer
 
@@ -39,6 +40,8 @@ class PackOptions:
     """Whether records that the checkpoint's files hold stay there"""
     discard_source: bool = False
     """Whether downloaded shards are deleted once they are packed"""
+    rows: RowsRequest = AUTO_ROWS
+    """Embedding tables that stay out of memory, now and by default in a run"""
     memory_bytes: int | None = None
     """Budget of the whole process; None: no limit"""
 
@@ -71,6 +74,7 @@ def parse_pack_options(
     plan: PackPlan | None = None,
     in_place: bool = False,
     discard_source: bool = False,
+    rows: str = "auto",
     memory: str | None = None,
 ) -> PackOptions:
     """Return the options for words of the command line; None: as the plan says, or the default.
@@ -97,6 +101,7 @@ def parse_pack_options(
         plan=plan,
         in_place=in_place,
         discard_source=discard_source,
+        rows=parse_rows(rows),
         memory_bytes=None if memory is None else parse_bytes(memory),
     )
 

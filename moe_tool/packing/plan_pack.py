@@ -11,6 +11,7 @@ from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan, Quantizer
 from moe_tool.artifacts.precision import Precision, ReplicaPrecision
 from moe_tool.artifacts.router_trace import TracedTokens
+from moe_tool.budget.table_choice import AUTO_ROWS, RowsRequest
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_spec import BundleSpec, planned_forms
 from moe_tool.models.architecture import OpenedModel
@@ -18,7 +19,7 @@ from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.models.tokenizer import tokenizer_sha256
 from moe_tool.packing.in_place import placed_forms, require_in_place
 from moe_tool.packing.pack_inputs import PackInputs, ProfileFacts
-from moe_tool.packing.pack_memory import plan_pack_memory
+from moe_tool.packing.pack_memory import PackMemory, plan_pack_memory
 from moe_tool.packing.pack_options import PackOptions
 from moe_tool.packing.plan_fit import planned_residents, require_plan_fits
 from moe_tool.packing.primary_forms import PrimaryForms, primary_forms
@@ -49,6 +50,8 @@ class PackJob:
     """Limit of the hidden states carried from layer to layer"""
     loader: SkeletonLoader
     """Loader of the checkpoint's skeleton, for the one forward that proves the bundle"""
+    rows: RowsRequest
+    """Embedding tables that stay out of memory, now and by default in a run"""
 
 
 def plan_pack(
@@ -76,14 +79,7 @@ def plan_pack(
     reason = _needs_tokens(options, floats, _replicas(options, floats, shape))
     tokens = None if reason is None else _tokens(profile, reason)
     loader = SkeletonLoader(folder, opened.checkpoint)
-    memory = plan_pack_memory(
-        opened,
-        n_tokens=0 if tokens is None else tokens.ids.size,
-        is_nested=floats.is_nested,
-        in_place=options.in_place,
-        in_turn_bytes=loader.in_turn_bytes,
-        asked=options.memory_bytes,
-    )
+    memory = _memory(options, opened, loader, tokens, is_nested=floats.is_nested)
     primaries = _with_codes_kept(floats, options, opened)
     replicas = _replicas(options, primaries, shape)
     forms = planned_forms(primaries.experts, replicas)
@@ -110,6 +106,27 @@ def plan_pack(
         tokens=tokens,
         hidden_bytes=memory.hidden_bytes,
         loader=loader,
+        rows=options.rows,
+    )
+
+
+def _memory(
+    options: PackOptions,
+    opened: OpenedModel,
+    loader: SkeletonLoader,
+    tokens: TracedTokens | None,
+    *,
+    is_nested: bool,
+) -> PackMemory:
+    on_disk = loader.choose(options.rows)
+    return plan_pack_memory(
+        opened,
+        n_tokens=0 if tokens is None else tokens.ids.size,
+        is_nested=is_nested,
+        in_place=options.in_place,
+        in_turn_bytes=loader.in_turn_bytes(on_disk),
+        on_disk={name: loader.tables[name] for name in on_disk},
+        asked=options.memory_bytes,
     )
 
 
@@ -205,6 +222,8 @@ def _made_from(
         found["sparse_experts"] = options.channels.name
     if options.in_place:
         found["in_place"] = "yes"
+    if options.rows != AUTO_ROWS:
+        found["rows"] = options.rows.word
     if options.quantizer != "rtn":
         found["quantizer"] = options.quantizer
     if options.plan is not None:

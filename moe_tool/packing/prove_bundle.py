@@ -15,9 +15,11 @@ from torch import nn
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.budget.table_choice import AUTO_ROWS, RowsRequest
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.experts.combine import run_experts
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.table_rows import TableRows
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.bundle_skeleton import bundle_loader, open_bundle_skeleton
 from moe_tool.models.moe_layers import decoder_layers
@@ -64,26 +66,35 @@ class SourceForward:
     """Hidden states after each decoder layer; empty if layers hand on something else"""
 
 
-def forward_source(source: SkeletonLoader, opened: OpenedModel) -> SourceForward:
+def forward_source(
+    source: SkeletonLoader, opened: OpenedModel, *, rows: RowsRequest = AUTO_ROWS
+) -> SourceForward:
     """Return the forward of a checkpoint that its bundle is compared with.
 
     Args:
         source: loader of the checkpoint's skeleton, not used before.
         opened: the checkpoint.
+        rows: embedding tables of which only rows are read.
 
     Raises:
         CorruptArtifactError: it computes numbers that are not finite.
         StorageError: it cannot be read.
     """
     ids = _token_ids(opened.shape)
+    on_disk = {
+        name: TableRows.open_unhashed(source.tables[name].parts) for name in source.choose(rows)
+    }
     try:
-        return _forward(source, ids, lambda call: _by_source(opened, call))
+        return _forward(source, ids, lambda call: _by_source(opened, call), on_disk)
     except _NotFiniteError as error:
         raise CorruptArtifactError(
             f"{error.place} of {opened.identity.name} gives numbers that are not finite",
             hint="its weights are finite, so it overflows in float32: download the checkpoint "
             "again, or use another version of the model",
         ) from None
+    finally:
+        for table in on_disk.values():
+            table.close()
 
 
 def prove_bundle(
@@ -92,6 +103,7 @@ def prove_bundle(
     bundle: Path,
     *,
     wanted: SourceForward | None = None,
+    rows: RowsRequest = AUTO_ROWS,
 ) -> BundleProof:
     """Compare a bundle's predictions with its checkpoint's.
 
@@ -100,6 +112,7 @@ def prove_bundle(
         opened: the checkpoint.
         bundle: everything of the bundle, in the folder that it is written in.
         wanted: the checkpoint's forward; None: it is made.
+        rows: embedding tables of which only rows are read.
 
     Raises:
         CorruptArtifactError: the bundle does not compute what the checkpoint does, or the
@@ -108,13 +121,15 @@ def prove_bundle(
     """
     start, before = time.perf_counter(), opened.checkpoint.bytes_read
     ids = _token_ids(opened.shape)
-    wanted = wanted or forward_source(source, opened)
+    wanted = wanted or forward_source(source, opened, rows=rows)
     with BundleReader.open(bundle, is_finished=False) as reader:
         rule = _rule(reader.manifest)
         stored = _StoredExperts(reader)
         with open_bundle_skeleton(reader) as skeleton:
+            loader = bundle_loader(reader, skeleton)
+            on_disk = {n: reader.tables.open(loader.tables[n].parts) for n in loader.choose(rows)}
             try:
-                found = _forward(bundle_loader(reader, skeleton), ids, stored)
+                found = _forward(loader, ids, stored, on_disk)
             except _NotFiniteError as error:
                 reason = f"{error.place} gives numbers that are not finite"
                 raise _refused(bundle, rule, reason) from None
@@ -214,9 +229,12 @@ class _NotFiniteError(Exception):
 
 @torch.no_grad()
 def _forward(
-    loader: SkeletonLoader, ids: torch.Tensor, answer: Callable[[LayerCall], torch.Tensor]
+    loader: SkeletonLoader,
+    ids: torch.Tensor,
+    answer: Callable[[LayerCall], torch.Tensor],
+    on_disk: Mapping[str, TableRows],
 ) -> SourceForward:
-    skeleton = loader.load_in_turn()
+    skeleton = loader.load_in_turn(on_disk)
     skeleton.set_experts_function(answer)
     states: list[torch.Tensor] = []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.bundle_sections import ROW_TABLES
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import MoeToolError
@@ -103,14 +104,14 @@ def write_bundle(
         StorageError: a disk refuses.
     """
     start = time.perf_counter()
-    skeleton = SkeletonWork(opened, job.skeleton)
+    skeleton = SkeletonWork(opened, job.skeleton, loader=job.loader, rows=job.rows)
     sources = in_place.sources if in_place else None
     writer = BundleWriter.open(job.out, job.spec, sources=sources)
     resumed = writer.n_written
     unrouted: list[ExpertKey] = []
     if not writer.finished:
         unrouted = _write(job, opened, writer, skeleton, progress, in_place, discard)
-    manifest, proof = _finish(job, opened, writer, progress, discard)
+    manifest, proof = _finish(job, opened, writer, skeleton, progress, discard)
     forget_source(job.out)
     placed_bytes = sum(manifest.forms[at].size_bytes for at in job.spec.placed)
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights
@@ -179,6 +180,7 @@ def _finish(
     job: PackJob,
     opened: OpenedModel,
     writer: BundleWriter,
+    skeleton: SkeletonWork,
     progress: Progress,
     discard: DiscardSource | None,
 ) -> tuple[BundleManifest, BundleProof | None]:
@@ -188,7 +190,7 @@ def _finish(
     def prove(folder: Path) -> None:
         progress.begin("prove the bundle", None, "")
         wanted = None if discard is None else discard.reference()
-        proofs.append(prove_bundle(job.loader, opened, folder, wanted=wanted))
+        proofs.append(prove_bundle(job.loader, opened, folder, wanted=wanted, rows=job.rows))
         progress.end()
 
     manifest = writer.finish(
@@ -196,6 +198,7 @@ def _finish(
         buddies=job.buddies,
         prices=job.profile.prices,
         plan=job.plan,
+        sections={} if writer.finished else {ROW_TABLES: skeleton.section()},
         profile_sha256=job.profile.sha256,
         prove=prove,
     )

@@ -145,7 +145,7 @@ def write_calibrated(
     progress.begin("pack experts", writer.n_written + len(writer.to_write), "records")
     progress.advance(writer.n_written)
     last = max(missing, default=-1)
-    walk = CalibratedModel(job.folder, opened, tokens, hidden_bytes=job.hidden_bytes)
+    walk = CalibratedModel(job.folder, opened, tokens, hidden_bytes=job.hidden_bytes, rows=job.rows)
     for at in walk.layers(last=last):
         for expert, forms in missing[at.layer].items():
             sample = at.sample(expert, most_measured=MEASURED_TOKENS)

@@ -9,6 +9,7 @@ import torch
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.profile_hdf5 import ProfileHeader, write_layer_part, write_profile
+from moe_tool.formats.tensor_stream import stream_tensor
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.full_hash import FullHash
 from moe_tool.models.layer_stream import LayerStream, StreamedLayer
@@ -47,6 +48,10 @@ class ProfilePass:
         self._full_hash = FullHash(parts.digests())
         opened.checkpoint.on_read = self._full_hash.add
         self._stream = LayerStream(folder, opened.checkpoint)
+        for table in self._stream.on_disk.values():  # the hash is of all tensors
+            for info in table.parts:
+                pieces = stream_tensor(info, requires_finite=True)
+                self._full_hash.add_streamed(info.name, pieces)
         self._watched = _watched_sequences(sequences)  # [b, s] int64
         n_tokens, n_watched = sequences.ids.size, self._watched.size
         n_rows = n_tokens + n_watched * (1 + len(opened.shape.layers))

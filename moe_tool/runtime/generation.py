@@ -112,7 +112,7 @@ def generate(
 def _continue(
     session: Session, ids: Sequence[int], options: GenerateOptions, on_text: OnText | None
 ) -> RunResult:
-    row_bytes_before = session.bundle.row_bytes_read
+    row_bytes_before = session.bundle.tables.bytes_read
     made = generate_ids(session, [ids], options, on_text=on_text)
     first = made.ended_at if made.first_token_at is None else made.first_token_at
     return RunResult(
@@ -123,7 +123,7 @@ def _continue(
         prompt=session.runner.stats.prompt,
         decode=session.runner.stats.decode,
         quality=_quality(session),
-        row_bytes_read=session.bundle.row_bytes_read - row_bytes_before,
+        row_bytes_read=session.bundle.tables.bytes_read - row_bytes_before,
         seconds_to_first_token=first - made.started_at,
         seconds=made.ended_at - made.started_at,
         peak_rss_bytes=peak_rss_bytes(),

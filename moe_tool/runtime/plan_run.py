@@ -12,7 +12,7 @@ from moe_tool.budget.refusal import MemoryLine
 from moe_tool.budget.request import AUTO, MemoryRequest
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.budget.slots import ExpertRoom
-from moe_tool.budget.table_choice import describe_tables
+from moe_tool.budget.table_choice import RowsRequest, describe_tables
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.skeleton import Skeleton
@@ -28,7 +28,12 @@ from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
 from moe_tool.runtime.prefetcher import NO_PREFETCH, require_prefetch
 from moe_tool.runtime.quality_promise import quality_note
 from moe_tool.runtime.residency import FormRoom, expert_rooms
-from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
+from moe_tool.runtime.run_options import (
+    RunOptions,
+    default_policy,
+    default_residency,
+    default_rows,
+)
 from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
@@ -131,7 +136,8 @@ def plan_run(
     require_prefetch(followed.prefetch, residency=residency)
     workload = _workload(options, choice, skeleton.config.get_text_config())
     account = partial(_footprint, options, followed, bundle, skeleton, workload)
-    on_disk = _tables_on_disk(options, skeleton, account, used_bytes, available_bytes)
+    rows = options.rows or default_rows(manifest)
+    on_disk = _tables_on_disk(rows, skeleton, account, used_bytes, available_bytes)
     footprint = account(on_disk)
     memory = _estimate(footprint, used_bytes, available_bytes)
     policy = choose_policy(
@@ -352,7 +358,7 @@ def _footprint(
 
 
 def _tables_on_disk(
-    options: RunOptions,
+    rows: RowsRequest,
     skeleton: SkeletonLoader,
     account: Callable[[Mapping[str, int]], Footprint],
     used_bytes: int,
@@ -361,8 +367,8 @@ def _tables_on_disk(
     """Return the tables that stay on disk with their bytes in memory: none by itself if everything
     fits, the first use of the model included."""
     sizes = {name: table.held_bytes for name, table in skeleton.tables.items()}
-    chosen = {name: sizes[name] for name in options.rows.choose(sizes)}
-    if not chosen or options.rows.is_forced:
+    chosen = {name: sizes[name] for name in rows.choose(sizes)}
+    if not chosen or rows.is_forced:
         return chosen
     whole = account({})
     try:

@@ -37,8 +37,8 @@ class RunOptions:
     sparse_experts: float | None = None
     """Share of an expert's channels left out while decoding one sequence, for bundles with experts
     in channels; None: all are computed"""
-    rows: RowsRequest = AUTO_ROWS
-    """Embedding tables that stay on disk, of which only rows are read"""
+    rows: RowsRequest | None = None
+    """Embedding tables that stay on disk, of which only rows are read; default the bundle's"""
     throttle: Throttle | None = None
     """Disk that the run pretends to have, for measurements; None: the real one"""
     activations: Activations = "float32"
@@ -65,7 +65,7 @@ def run_options(
     memory: str | None = None,
     policy: str | None = None,
     eviction: str | None = None,
-    rows: str = "auto",
+    rows: str | None = None,
     throttle: str | None = None,
     **rest: Any,
 ) -> RunOptions:
@@ -75,7 +75,7 @@ def run_options(
         memory: "4GiB", "50%" of the experts, "min" or "auto".
         policy: "buddy:rho=1", see `parse_miss_policy`.
         eviction: "lfu:halve-every=128", see `parse_eviction`.
-        rows: "auto", "none" or "64MiB".
+        rows: "auto", "none" or "64MiB"; None: as the bundle was packed.
         throttle: "200MB/s" or "200MB/s,100us", see `parse_throttle`.
         rest: other fields of RunOptions.
 
@@ -86,7 +86,7 @@ def run_options(
         memory=parse_memory_option(memory),
         policy=None if policy is None else parse_miss_policy(policy),
         eviction=None if eviction is None else parse_eviction(eviction),
-        rows=parse_rows(rows),
+        rows=None if rows is None else parse_rows(rows),
         throttle=None if throttle is None else parse_throttle(throttle),
         **rest,
     )
@@ -99,6 +99,12 @@ def default_policy(manifest: BundleManifest) -> MissChoice:
     if manifest.plan is not None and manifest.plan.policy is not None:
         return parse_miss_policy(manifest.plan.policy)
     return EXACT_POLICY
+
+
+def default_rows(manifest: BundleManifest) -> RowsRequest:
+    """Return the request that the bundle was packed with, else auto."""
+    tables = manifest.row_tables
+    return AUTO_ROWS if tables is None else parse_rows(tables.rows)
 
 
 def default_residency(policy: MissChoice) -> Residency:

@@ -245,7 +245,7 @@ def load_session(
             tokenizer = load_tokenizer(bundle.folder)
         progress.begin("load the skeleton", None, "")
         skeleton = loader.load(
-            {name: bundle.open_rows(loader.tables[name].parts) for name in plan.on_disk}
+            {name: bundle.tables.open(loader.tables[name].parts) for name in plan.on_disk}
         )
         progress.end()
     _warm_up(skeleton)

@@ -1,11 +1,13 @@
 """Copy of a bundle with new codes for some experts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, TunedWeights
+from moe_tool.artifacts.bundle_sections import ROW_TABLES
 from moe_tool.formats.bundle_checks import BundleForm
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_reader import BundleReader
@@ -110,6 +112,8 @@ class CopiedBundle:
             prices=old.prices,
             plan=old.plan,
             lineage=(*old.lineage, self._step),
+            # The skeleton is copied, so its tables have the same blocks.
+            sections={n: old.sections[n] for n in (ROW_TABLES,) if n in old.sections},
             profile_sha256=old.profile_sha256,
         )
 
@@ -127,10 +131,10 @@ class CopiedBundle:
             ]
             progress.begin("copy the skeleton", sum(e.size_bytes for e in entries), "bytes")
 
-            def read(name: str) -> bytes | memoryview:
+            def read(name: str) -> Iterator[bytes]:
                 data = skeleton.read_bytes(name)
                 progress.advance(len(data))
-                return data
+                yield data
 
             self.writer.write_skeleton(
                 entries,

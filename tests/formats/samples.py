@@ -100,7 +100,10 @@ def write_bundle(out: Path, source: Path, **changed: Any) -> None:
                 for i in checkpoint.tensors.values()
             ]
             writer.write_skeleton(
-                entries, checkpoint.read_bytes, precision=NativePrecision(), linears=()
+                entries,
+                lambda name: (checkpoint.read_bytes(name),),
+                precision=NativePrecision(),
+                linears=(),
             )
         writer.add_file("config.json", b"{}\n")
     writer.finish(heat=None, buddies=None, profile_sha256=None)

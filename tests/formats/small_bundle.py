@@ -82,7 +82,7 @@ def write_rest(writer: BundleWriter) -> None:
         ]
         writer.write_skeleton(
             infos,
-            lambda name: SKELETON[name].numpy().tobytes(),
+            lambda name: (SKELETON[name].numpy().tobytes(),),
             precision=NativePrecision(),
             linears=(),
         )

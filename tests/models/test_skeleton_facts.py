@@ -14,6 +14,7 @@ from moe_tool.errors import CorruptArtifactError
 from moe_tool.models.architecture import open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton_facts import skeleton_facts
+from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.packing.skeleton_work import SkeletonWork
 from tests.packed import pack_bundle
 from tests.tiny_models import TINY, VOCABULARY
@@ -47,7 +48,11 @@ def test_every_size_is_the_one_that_would_be_packed(
     opened = open_model(LocatedModel(folder=folder, name="tiny"))
     with opened.checkpoint:
         for bits in ("native", "8", "4"):
-            wanted = SkeletonWork(opened, precision_from_bits(bits)).size_bytes
+            wanted = SkeletonWork(
+                opened,
+                precision_from_bits(bits),
+                loader=SkeletonLoader(folder, opened.checkpoint),
+            ).size_bytes
             assert facts.stored_bytes(bits) == wanted, bits  # type: ignore[arg-type]
 
 

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,10 @@ def test_a_wrong_head_is_refused(
 ) -> None:
     read = skeleton_work.SkeletonWork._read
 
-    def wrong(self: skeleton_work.SkeletonWork, name: str) -> bytes:
-        values = torch.frombuffer(bytearray(read(self, name)), dtype=torch.float32)
-        return (values * (2 if name == "lm_head.weight" else 1)).numpy().tobytes()
+    def wrong(self: skeleton_work.SkeletonWork, name: str) -> Iterator[bytes]:
+        for piece in read(self, name):
+            values = torch.frombuffer(bytearray(piece), dtype=torch.float32)
+            yield (values * (2 if name == "lm_head.weight" else 1)).numpy().tobytes()
 
     monkeypatch.setattr(skeleton_work.SkeletonWork, "_read", wrong)
     with pytest.raises(CorruptArtifactError, match="the head is the first that differs; .* 1 "):
@@ -202,7 +203,7 @@ def test_a_forward_in_turn_is_the_forward_and_holds_one_layer(
         with torch.no_grad():
             wanted = whole.model(input_ids=IDS, use_cache=False).logits
         loader = SkeletonLoader(folder, checkpoint)
-        most, held = loader.in_turn_bytes - loader.largest_bytes, list[int]()
+        most, held = loader.in_turn_bytes() - loader.largest_bytes, list[int]()
         skeleton = loader.load_in_turn()
         skeleton.set_experts_function(lambda call: prove_bundle._by_source(opened, call))
         parts = [

@@ -9,9 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.budget.table_choice import RowsRequest
 from moe_tool.errors import CorruptArtifactError, UsageError
+from moe_tool.formats.bundle_files import MANIFEST
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
+from moe_tool.inspection.describe_bundle import describe_bundle
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.row_tables import RowsOnDisk
 from moe_tool.progress import Progress
@@ -182,8 +186,45 @@ def test_a_damaged_table_is_refused(
     data = bytearray(file.read_bytes())
     data[offset] ^= 1
     file.write_bytes(data)
+    of_block = r"hash of bytes 0 to 33280 of .*embed_tokens.weight"
+    with pytest.raises(CorruptArtifactError, match=of_block):
+        opened(bundle, "1")  # its first forward needs a row
+    without_blocks(bundle)
     with pytest.raises(CorruptArtifactError, match=r"hash of .*embed_tokens.weight"):
         opened(bundle, "1")
+
+
+def without_blocks(bundle: Path) -> None:
+    """Make a bundle as it was before tables had hashed blocks."""
+    path = bundle / MANIFEST
+    manifest = read_json_artifact(path, BundleManifest)
+    write_json_artifact(path, manifest.model_copy(update={"sections": {}}))
+
+
+def test_a_bundle_without_hashed_blocks_runs_the_same(
+    zoo_bundle: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(zoo_bundle("gemma4_text")[1], tmp_path / "b"))
+    with opened(bundle, "1") as session:
+        wanted, wanted_logits = tokens_and_logits(session)
+    without_blocks(bundle)
+    with opened(bundle, "1") as session:
+        assert session.plan.on_disk
+        found, logits = tokens_and_logits(session)
+    assert found == wanted and torch.equal(logits, wanted_logits)
+
+
+def test_a_bundle_packed_for_rows_runs_so_by_default(
+    zoo_bundle: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model = LocatedModel(folder=zoo_bundle("olmoe")[0], name="olmoe")
+    for word, is_left in (("1KiB", True), ("none", False), ("auto", False)):
+        pack_bundle(model, out=tmp_path / word, rows=word)
+        options = run_options(memory="min", context=64, threads=1)
+        with open_session(tmp_path / word, options) as session:
+            assert bool(session.plan.on_disk) == is_left, word
+    facts = describe_bundle(tmp_path / "1KiB", verify=True, progress=Notes()).facts
+    assert facts["table model.embed_tokens.weight"] == "260 rows of 128 bytes, 32.5 KiB, on disk"
 
 
 def test_a_table_changed_under_a_run_is_refused(
