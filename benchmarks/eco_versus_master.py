@@ -1,7 +1,7 @@
 """Codes trained without a master copy (ECO), beside quantization-aware training that keeps one.
 
     python benchmarks/eco_versus_master.py MODEL --train news=FILE --select wiki=FILE
-        --judge reviews=FILE [--bits 4] [--steps 250] [--rates 0.03,0.1,0.3] [--tokens 32768]
+        --judge reviews=FILE [--bits 4] [--steps 250] [--rates 0.003,0.01,0.03] [--tokens 32768]
         [--judge-tokens 8192] [--optimizer sgd] [--out rows.jsonl]
 
 All begin with the same codes, rounded to nearest, and are trained layer by layer towards the exact
@@ -83,9 +83,10 @@ def main() -> None:
     for name in ("train", "select", "judge"):
         parser.add_argument(f"--{name}", nargs="+", required=True)
     parser.add_argument("--bits", default="4")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--rates", default="0.03,0.1,0.3")
+    parser.add_argument("--rates", default="0.003,0.01,0.03")
     parser.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--judge-tokens", type=int, default=8192)
@@ -105,7 +106,7 @@ def main() -> None:
         for bits in a.bits.split(","):
             start = _rounded(opened, bits)
             found = [_train(located, opened, start, texts["train"], a, "RTN start", 0.0)]
-            for method in METHODS:
+            for method in a.methods.split(","):
                 tried = []
                 for rate in map(float, a.rates.split(",")):
                     one = _train(located, opened, start, texts["train"], a, method, rate)
