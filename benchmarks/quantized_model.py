@@ -53,10 +53,20 @@ class Judge:
     """The checkpoint, whole, and its answers to a text."""
 
     def __init__(self, model: str, text: Path, *, n_tokens: int, seq_len: int) -> None:
-        folder = locate_model(model, offline=True).folder
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(locate_model(model, offline=True).folder)
         ids = tokenizer(text.read_text(encoding="utf-8")[: 8 * n_tokens])["input_ids"][:n_tokens]
-        self._ids = torch.tensor(ids[: len(ids) // seq_len * seq_len]).view(-1, seq_len)
+        self._load(model, torch.tensor(ids[: len(ids) // seq_len * seq_len]).view(-1, seq_len))
+
+    @classmethod
+    def of_ids(cls, model: str, ids: torch.Tensor) -> "Judge":
+        """Return the judge by token ids, [N, S] int64."""
+        judge = cls.__new__(cls)
+        judge._load(model, ids)
+        return judge
+
+    def _load(self, model: str, ids: torch.Tensor) -> None:
+        self._ids = ids
+        folder = locate_model(model, offline=True).folder
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self._experts = {at: layer.mlp.experts for at, layer in enumerate(self._model.model.layers)}
         self._whole = {
@@ -72,6 +82,11 @@ class Judge:
 
     def divergences(self, instead: Mapping[tuple[int, int], Matrices]) -> torch.Tensor:
         """Return each sequence's mean KL with some experts' matrices replaced, [N]."""
+        return self.losses(instead)[0]
+
+    def losses(self, instead: Mapping[tuple[int, int], Matrices]) -> tuple[torch.Tensor, ...]:
+        """Return each sequence's mean KL and mean negative log-likelihood, in nats, with some
+        experts' matrices replaced, [N] each."""
         with torch.no_grad():
             for (at, name), whole in self._whole.items():
                 weight = getattr(self._experts[at], name)
@@ -81,7 +96,9 @@ class Judge:
                         weight[expert] = instead[at, expert][name].float()
         found = self._answers()
         each = (self._truth.exp() * (self._truth - found)).sum(-1)
-        return each.view(len(self._ids), -1).mean(-1)
+        by_place = found.view(*self._ids.shape, -1)[:, :-1]
+        likelihood = by_place.gather(2, self._ids[:, 1:, None])
+        return each.view(len(self._ids), -1).mean(-1), -likelihood.mean(dim=(1, 2))
 
     @torch.inference_mode()
     def _answers(self) -> torch.Tensor:
