@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-PrefetchName = Literal["none", "next-layer"]
 Residency = Literal["frozen", "cache"]
 Activations = Literal["float32", "int8"]
 
@@ -92,10 +91,11 @@ ResidencyOption = Annotated[
     ),
 ]
 PrefetchOption = Annotated[
-    PrefetchName | None,
+    str | None,
     typer.Option(
-        help="Experts to read ahead: none, or those that the next layer's router chooses for this "
-        "layer's input. The text stays the same; a wrong guess costs bytes.",
+        help="Experts to read ahead: none; next-layer: those that the next layer's router chooses "
+        "for this layer's input; stacked:depth=3: also of layers after it, while all experts of "
+        "the nearer ones are in memory. The text stays the same; a wrong guess costs bytes.",
         show_default="the plan's, or none",
     ),
 ]

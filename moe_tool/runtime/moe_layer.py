@@ -192,7 +192,7 @@ class MoeLayerRunner:
                     for guess in guesses:
                         self.store.expect(guess.layer, guess.experts, ahead=guess.ahead)
                 if self.prefetcher is not None:
-                    self.prefetcher.expect(call, self.store, counters)
+                    self.prefetcher.expect(call, self.store, counters, stored=self.stored)
             if self.recorder is not None:
                 self.recorder.record(
                     call.layer,

@@ -20,12 +20,13 @@ from moe_tool.models.skeleton_loader import SkeletonLoader
 from moe_tool.native.kernels import is_native
 from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice
+from moe_tool.policies.prefetch import NO_PREFETCH, parse_prefetch
 from moe_tool.runtime.activations import INT8_NOTE, require_activations
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
 from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
-from moe_tool.runtime.prefetcher import NO_PREFETCH, require_prefetch
+from moe_tool.runtime.prefetcher import require_prefetch
 from moe_tool.runtime.quality_promise import quality_note
 from moe_tool.runtime.residency import FormRoom, expert_rooms
 from moe_tool.runtime.run_options import (
@@ -85,7 +86,7 @@ class RunPlan:
     residency: Residency
     eviction: EvictionChoice
     prefetch: str
-    """Key of policies.prefetch.PREFETCH"""
+    """Name of a `PrefetchChoice`"""
     workload: Workload
     threads: ComputeThreads
     footprint: Footprint
@@ -269,7 +270,7 @@ def follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency
     return Followed(
         memory=memory or AUTO,
         eviction=eviction or DEFAULT_EVICTION,
-        prefetch=prefetch or NO_PREFETCH,
+        prefetch=parse_prefetch(prefetch or NO_PREFETCH).name,
         note=f"as planned: {', '.join(words)}" if words else None,
     )
 

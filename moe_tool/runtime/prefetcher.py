@@ -1,8 +1,9 @@
-"""Prefetch of the next MoE layer's experts while this layer is computed."""
+"""Prefetch of the next MoE layers' experts while this layer is computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moe_tool.artifacts.routing import PRIMARY
@@ -10,46 +11,69 @@ from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import UsageError
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.policies.prefetch import PREFETCH, ChoosePrefetch
+from moe_tool.policies.prefetch import Prediction, Predictor, choose_prefetches, parse_prefetch
 from moe_tool.store.protocol import ExpertStore
 
-NO_PREFETCH = "none"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterPredictor:
+    """`Predictor` that applies the next routers to this layer's input: the residual stream changes
+    little from one layer to the next."""
+
+    following: Mapping[int, Sequence[MoeLayerModules]]
+    """Decoder layer -> the MoE layers after it that are predicted"""
+
+    @torch.no_grad()
+    def predict(self, at: LayerCall) -> Iterator[Prediction]:
+        """Yield the routing of the next layers, one router at a time, the nearest first."""
+        for ahead, modules in enumerate(self.following[at.layer], start=1):
+            if modules.chooses_by_token:
+                continue
+            routed = modules.route(at.routed_hidden)
+            yield Prediction(
+                layer=modules.layer,
+                ahead=ahead,
+                index=routed.index.numpy(),
+                weight=routed.weight.numpy(),
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefetcher:
-    """Predictor that applies the next router to this layer's input: the residual stream changes
-    little from one layer to the next."""
+    """Prefetches of what a predictor expects."""
 
-    choose: ChoosePrefetch
-    following: Mapping[int, MoeLayerModules]
-    """Decoder layer -> the MoE layer after it"""
+    predictor: Predictor[LayerCall]
 
-    @torch.no_grad()
-    def expect(self, call: LayerCall, store: ExpertStore, counters: PhaseCounters) -> None:
-        """Prefetch the experts predicted for the next layer, once the call's demanded reads have
-        begun; changes the store and counts prefetches."""
-        modules = self.following.get(call.layer)
-        if modules is None or modules.chooses_by_token:
-            return
-        routed = modules.route(call.routed_hidden)
-        index = routed.index.numpy()  # [T, K]
-        resident = store.resident(modules.layer)[PRIMARY]  # [E]
-        experts = self.choose(index, routed.weight.numpy(), resident)
-        if experts:
-            spare = sorted(
-                expert for expert in set(index.ravel().tolist()) if expert < len(resident)
-            )
-            store.prefetch(modules.layer, experts, spare=spare, counters=counters)
+    def expect(
+        self,
+        call: LayerCall,
+        store: ExpertStore,
+        counters: PhaseCounters,
+        *,
+        stored: Mapping[int, torch.Tensor],
+    ) -> None:
+        """Prefetch the experts predicted for the next layers, once the call's demanded reads have
+        begun; changes the store and counts prefetches.
+
+        Args:
+            stored: decoder layer -> experts in the bundle, [E] bool; empty if none was removed.
+        """
+
+        def present(layer: int) -> np.ndarray:
+            resident = store.resident(layer)[PRIMARY]  # [E]
+            return resident | ~stored[layer].numpy() if stored else resident
+
+        for wanted in choose_prefetches(self.predictor.predict(call), present):
+            store.prefetch(wanted.layer, wanted.experts, spare=wanted.spare, counters=counters)
 
 
 def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetcher | None:
-    """Return the prefetcher of a key of PREFETCH; None for "none". `layers` ascend."""
-    choose = PREFETCH[name]
-    if choose is None:
+    """Return the prefetcher of a `--prefetch` text; None for "none". `layers` ascend."""
+    depth = parse_prefetch(name).depth
+    if not depth:
         return None
-    following = {modules.layer: after for modules, after in zip(layers, layers[1:], strict=False)}
-    return Prefetcher(choose=choose, following=following)
+    following = {each.layer: layers[at + 1 : at + 1 + depth] for at, each in enumerate(layers)}
+    return Prefetcher(predictor=RouterPredictor(following=following))
 
 
 def require_prefetch(name: str, *, residency: str) -> None:
@@ -58,11 +82,7 @@ def require_prefetch(name: str, *, residency: str) -> None:
     Raises:
         UsageError: the hint names settings that work.
     """
-    if name not in PREFETCH:
-        raise UsageError(
-            f"--prefetch {name} is not known", hint=f"use one of {', '.join(PREFETCH)}"
-        )
-    if PREFETCH[name] is not None and residency == "frozen":
+    if parse_prefetch(name).depth and residency == "frozen":
         raise UsageError(
             f"--prefetch {name}: the experts in memory are frozen, so none can be prefetched",
             hint="--policy exact, or --residency cache",

@@ -28,7 +28,7 @@ class RunOptions:
     record_trace: bool = False
     """Whether to record every layer call for `write_trace`"""
     prefetch: str | None = None
-    """Key of policies.prefetch.PREFETCH; default none"""
+    """Text for policies.prefetch.parse_prefetch; default none"""
     lossy_prompt: bool = False
     """Whether the policy answers prompts too, which otherwise are exact"""
     shadow: int = 0

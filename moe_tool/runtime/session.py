@@ -27,6 +27,7 @@ from moe_tool.models.skeleton import Skeleton
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.native.kernels import round_tokens
 from moe_tool.policies.misses import MissChoice
+from moe_tool.policies.prefetch import parse_prefetch
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.call_recorder import CallRecorder
@@ -35,7 +36,7 @@ from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
 from moe_tool.runtime.plan_run import RunPlan, announcements, plan_run, settle, with_policy
 from moe_tool.runtime.policy_choice import with_masks
-from moe_tool.runtime.prefetcher import NO_PREFETCH, choose_prefetcher
+from moe_tool.runtime.prefetcher import choose_prefetcher
 from moe_tool.runtime.price_list import record_sizes
 from moe_tool.runtime.quality_promise import open_account
 from moe_tool.runtime.run_options import RunOptions
@@ -314,8 +315,8 @@ def _runner(
 
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
     """Return the foresight that the eviction policy or a trace needs; None if neither does."""
-    is_traced = plan.options.record_trace and plan.prefetch != NO_PREFETCH
-    depth = plan.eviction.look_ahead or int(is_traced)
+    traced = parse_prefetch(plan.prefetch).depth if plan.options.record_trace else 0
+    depth = max(plan.eviction.look_ahead, traced)
     return foresee(skeleton.layers, depth=depth) if depth else None
 
 

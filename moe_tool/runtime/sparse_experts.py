@@ -3,8 +3,8 @@
 from moe_tool.errors import UsageError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice
+from moe_tool.policies.prefetch import NO_PREFETCH
 from moe_tool.quantization.channels import GRID
-from moe_tool.runtime.prefetcher import NO_PREFETCH
 from moe_tool.runtime.run_options import RunOptions
 
 

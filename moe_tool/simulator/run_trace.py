@@ -8,9 +8,8 @@ from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.artifacts.expert_ids import LayerIds
 from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.prefetch import parse_prefetch
 from moe_tool.simulator.replay import Replayer
-
-_PREFETCH_DEPTHS = {"none": 0, "next-layer": 1}
 
 
 def recorded_trace(header: RunTraceHeader, calls: RecordedCalls) -> AccessTrace:
@@ -42,7 +41,7 @@ def replay_run(
     ids = LayerIds(header.shape.layers, header.shape.experts)
     pinned = [ids.number(key) for key in header.pinned]
     trace = recorded_trace(header, calls)
-    depth = _PREFETCH_DEPTHS[header.prefetch]
+    depth = parse_prefetch(header.prefetch).depth
     if "predictions" not in choice.hints and not depth:
         trace = replace(trace, guess_start=None, guesses=None)
     return Replayer(trace).replay(

@@ -128,7 +128,7 @@ class FormStores:
     ) -> None:
         parts, spared = self._split(layer, experts), self._split(layer, spare)
         for store, part, kept in zip(self._primaries, parts, spared, strict=True):
-            if part:
+            if part or kept:
                 store.prefetch(layer, part, spare=kept, counters=counters)
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.formats.bundle_reader import BundleReader
-from moe_tool.policies.eviction import MakeEviction
+from moe_tool.policies.eviction import Entry, MakeEviction
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.store.protocol import SelectChannels, Supply
@@ -41,8 +41,8 @@ class RecordStore:
     more experts than there are slots, later reads wait until earlier experts were computed.
 
     Prefetches take their slots when they are requested and count as resident from then on, read or
-    not. The next call keeps those that it names, waiting for unfinished ones, and removes the
-    others as if they had never been there: the content is that of a plain replay again.
+    not. The next call of their layer keeps those that it names, waiting for unfinished ones, and
+    removes the others as if they had never been there: the content is that of a plain replay again.
 
     One consumer thread makes all calls; the reader threads touch nothing but the slots they fill.
     """
@@ -98,7 +98,9 @@ class RecordStore:
         self._fetches: dict[ExpertKey, _Fetch] = {}
         """Reads of the current call"""
         self._prefetches: dict[ExpertKey, int] = {}
-        """Expert -> slot, for the next call"""
+        """Expert -> slot, for the next call of its layer"""
+        self._spared: set[ExpertKey] = set()
+        """Experts that no prefetch of the current call may evict"""
         self._is_prefetching = False
 
     def resident(self, layer: int) -> np.ndarray:
@@ -149,7 +151,7 @@ class RecordStore:
         wanted = [(layer, expert) for expert in numbers]
         assert len(set(numbers)) == len(wanted), "an expert is named twice"
         if self._is_prefetching:
-            self._judge_prefetches(wanted, counters)
+            self._judge_prefetches(layer, wanted, counters)
         slot_of = self._book.slot_of
         present = {key: slot_of[key] for key in wanted if key in slot_of}
         counters.hits += len(present)
@@ -159,7 +161,7 @@ class RecordStore:
         if entries:
             named = set(wanted)
             for entry in entries:
-                key, slot, victim = self._book.enter(entry)
+                key, slot, victim = self._enter(entry)
                 after = victim if victim in named else None
                 self._fetches[key] = _Fetch(key=key, slot=slot, after=after)
             for fetch in self._fetches.values():
@@ -173,12 +175,10 @@ class RecordStore:
     ) -> None:
         self._is_prefetching = True
         wanted = [(layer, expert) for expert in experts]
-        held = {*self._named, *wanted, *((layer, expert) for expert in spare)}
+        self._spared |= {*self._named, *wanted, *((layer, expert) for expert in spare)}
         assert not any(key in self._book.slot_of for key in wanted), "one is resident"
-        for entry in self._book.prefetch(wanted, held):
-            key, slot, victim = self._book.enter(entry)
-            if victim is not None:
-                self._prefetches.pop(victim, None)
+        for entry in self._book.prefetch(wanted, self._spared):
+            key, slot, _ = self._enter(entry)
             self._prefetches[key] = slot
             n_there = self._copy_base(key, slot)
             self._reader.prefetch(key, self._slots.view(slot), n_there=n_there)
@@ -199,12 +199,23 @@ class RecordStore:
         if self._fetches:  # the iterator was never advanced
             self._settle()
         self._named = ()
+        self._spared = set()
 
-    def _judge_prefetches(self, wanted: Sequence[ExpertKey], counters: PhaseCounters) -> None:
-        """Keep the prefetches that a call names and cancel the others."""
+    def _enter(self, entry: Entry) -> tuple[ExpertKey, int, ExpertKey | None]:
+        """Enter an expert in the book; cancel the prefetch of a later layer that leaves for it."""
+        key, slot, victim = self._book.enter(entry)
+        if victim is not None and self._prefetches.pop(victim, None) is not None:
+            self._reader.drop(victim)
+        return key, slot, victim
+
+    def _judge_prefetches(
+        self, layer: int, wanted: Sequence[ExpertKey], counters: PhaseCounters
+    ) -> None:
+        """Keep a layer's prefetches that its call names and cancel its others."""
         named = set(wanted)
-        prefetches, self._prefetches = self._prefetches, {}
-        for key, slot in prefetches.items():
+        judged = [key for key in self._prefetches if key[0] == layer]
+        for key in judged:
+            slot = self._prefetches.pop(key)
             if key not in named:
                 self._reader.drop(key)
                 self._book.strike_out(key)

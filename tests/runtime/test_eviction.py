@@ -71,13 +71,14 @@ def test_the_text_is_the_same_and_predicted_hits_are_those_counted(
         assert (slow.hits == replay_run(header, calls).hits).all()
 
 
+@pytest.mark.parametrize("prefetch", ["next-layer", "stacked"])
 @pytest.mark.parametrize("name", ["lru", "hobbit", "expertflow", "s3-fifo"])
 def test_what_is_read_ahead_is_predicted_too(
-    tiny_bundle: TinyBundle, tmp_path: Path, name: str
+    tiny_bundle: TinyBundle, tmp_path: Path, name: str, prefetch: str
 ) -> None:
     trace = tmp_path / "run.h5"
     options = replace(
-        OPTIONS, memory=parse_memory("60%"), eviction=parse_eviction(name), prefetch="next-layer"
+        OPTIONS, memory=parse_memory("60%"), eviction=parse_eviction(name), prefetch=prefetch
     )
     _run(tiny_bundle("mixtral"), trace, options)
     header, calls = read_run_trace(trace)

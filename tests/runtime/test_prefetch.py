@@ -49,12 +49,15 @@ def test_no_bit_of_the_logits_changes(arch: str, tiny_bundle: TinyBundle) -> Non
 
 
 @pytest.mark.parametrize("bits", ["native", "4"])
+@pytest.mark.parametrize("prefetch", ["next-layer", "stacked:depth=2", "stacked:depth=8"])
 @pytest.mark.parametrize("memory", ["min", "20%", "70%", "100%"])
-def test_no_budget_makes_a_difference(memory: str, bits: str, tiny_bundle: TinyBundle) -> None:
+def test_no_budget_makes_a_difference(
+    memory: str, prefetch: str, bits: str, tiny_bundle: TinyBundle
+) -> None:
     bundle = tiny_bundle("qwen3_moe", bits=bits, dtype="bfloat16")
     with open_session(bundle, _options(memory, "none")) as session:
         expected = _decode(session)
-    with open_session(bundle, _options(memory, "next-layer")) as session:
+    with open_session(bundle, _options(memory, prefetch)) as session:
         assert torch.equal(_decode(session), expected)
 
 

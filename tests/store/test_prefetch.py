@@ -72,12 +72,12 @@ class _Replay:
 
     def call(self, layer, experts):
         keys = [(layer, expert) for expert in experts]
-        for key in self.expected:
+        for key in [key for key in self.expected if key[0] == layer]:
             if key in keys:
                 self.prefetch_hits += 1
             else:
                 self.cached.remove(key)
-        self.expected = []
+        self.expected = [key for key in self.expected if key[0] != layer]
         hits = [key for key in keys if key in self.cached or key in self.pinned]
         self.hits += len(hits)
         for key in keys:
@@ -88,6 +88,7 @@ class _Replay:
                     others = [held for held in self.cached if held not in keys]
                     self.cached.remove((others or self.cached)[0])
                 self.cached.append(key)
+        self.expected = [key for key in self.expected if key in self.cached]
         return keys
 
     def expect(self, named, layer, experts):
@@ -100,6 +101,7 @@ class _Replay:
                 if not free:
                     return
                 self.cached.remove(free[0])
+                self.expected = [each for each in self.expected if each != free[0]]
             self.cached.append(key)
             self.expected.append(key)
             self.prefetches += 1

@@ -1,0 +1,17 @@
+"""Prefetch policies: the choice of experts to read before their layer is called."""
+
+from moe_tool.policies.prefetch.choice import NO_PREFETCH, PREFETCH, PrefetchChoice, parse_prefetch
+from moe_tool.policies.prefetch.protocol import LayerPrefetch, Prediction, Predictor
+from moe_tool.policies.prefetch.stacked import choose_prefetches, fetch_predicted
+
+__all__ = [
+    "NO_PREFETCH",
+    "PREFETCH",
+    "LayerPrefetch",
+    "Prediction",
+    "Predictor",
+    "PrefetchChoice",
+    "choose_prefetches",
+    "fetch_predicted",
+    "parse_prefetch",
+]

@@ -1,0 +1,42 @@
+"""Predictions of coming layers' experts, and the prefetches chosen from them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+Input = TypeVar("Input", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prediction:
+    """Experts predicted for the next call of one layer."""
+
+    layer: int
+    """Decoder layer"""
+    ahead: int
+    """MoE layers from the current one, 1 for the next"""
+    index: np.ndarray
+    """Experts of each token, [T, K] int64; ids outside 0..E-1 mean no expert"""
+    weight: np.ndarray
+    """Gate weights, [T, K]"""
+
+
+class Predictor(Protocol[Input]):
+    """Source of predictions from what is known at a layer call."""
+
+    def predict(self, at: Input) -> Iterator[Prediction]:
+        """Yield the predictions of the layers after a call lazily, the nearest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPrefetch:
+    """Prefetch chosen for one coming layer."""
+
+    layer: int
+    """Decoder layer"""
+    experts: list[int]
+    """Missing experts to read, the most wanted first"""
+    spare: list[int]
+    """Predicted experts, which stay if they are resident"""
