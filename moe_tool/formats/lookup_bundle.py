@@ -91,7 +91,7 @@ class LookupBundle:
 
     def open_rows(self) -> TableRows:
         """Open the table after reading it once to check it, see `TableRows.open`."""
-        return TableRows.open([self._rows], {ROWS_TENSOR: self.manifest.rows.xxh3})
+        return TableRows.open([self._rows], {ROWS_TENSOR: self.manifest.rows.xxh3}, {})
 
 
 def _rows(folder: Path, manifest: LookupManifest) -> TensorInfo:

@@ -89,14 +89,14 @@ class TableRows:
             CorruptArtifactError: a file was changed since it was checked.
             StorageError: the disk does not give the rows.
         """
-        return self._read_into(torch.empty(len(ids), self.width, dtype=torch.float32), ids)
+        return self._read_rows(torch.empty(len(ids), self.width, dtype=torch.float32), ids)
 
     def read_bytes(self, ids: torch.Tensor) -> torch.Tensor:
         """Return rows of a table of bytes, [n, width] uint8; otherwise as `read`."""
         assert all(part.dtype == "U8" for part in self._parts)
-        return self._read_into(torch.empty(len(ids), self.width, dtype=torch.uint8), ids)
+        return self._read_rows(torch.empty(len(ids), self.width, dtype=torch.uint8), ids)
 
-    def _read_into(self, out: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def _read_rows(self, out: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Return `out` after reading the rows into it, in its dtype."""
         at = 0
         for part, first, count in self._runs(ids.tolist()):

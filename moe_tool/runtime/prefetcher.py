@@ -60,7 +60,7 @@ class Prefetcher:
         """
 
         def present(layer: int) -> np.ndarray:
-            resident = store.resident(layer)[PRIMARY]  # [E]
+            resident: np.ndarray = store.resident(layer)[PRIMARY]  # [E]
             return resident | ~stored[layer].numpy() if stored else resident
 
         for wanted in choose_prefetches(self.predictor.predict(call), present):
