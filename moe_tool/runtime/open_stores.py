@@ -94,6 +94,7 @@ def open_stores(
 ) -> FormStores:
     """Return one store for each form that has room in memory, all on one disk; see `MakeStore`."""
     disk = None if throttle is None else ThrottledDisk(speed=throttle)
+    in_step = any(room.in_step for room in rooms)
 
     def read_of(form: int) -> Read | None:
         read = partial(bundle.read_record_into, form=form)
@@ -101,23 +102,7 @@ def open_stores(
 
     shape = bundle.manifest.shape
     n_primaries = len(bundle.manifest.primaries)
-    cheaper: dict[AnyPrecision, RecordStore] = {}
-    in_step = any(room.in_step for room in rooms)
-
-    def make_cheaper(shape: CacheShape) -> Eviction:
-        return eviction.make(replace(shape, is_cheaper=True))
-
-    for held, room in zip(bundle.forms[n_primaries:], rooms[n_primaries:], strict=False):
-        if room.n_slots:
-            cheaper[held.table.precision] = RecordStore(
-                bundle,
-                form=held.index,
-                n_slots=room.n_slots,
-                pinned=room.pinned,
-                eviction=make_cheaper if in_step else Lru,
-                per_layer=in_step and eviction.per_layer,
-                read=read_of(held.index),
-            )
+    cheaper = _open_cheaper(bundle, rooms[n_primaries:], eviction, read_of, in_step=in_step)
     primaries: list[ExpertStore] = []
     primary_of: dict[int, list[int | None]] = {
         layer: [None] * shape.experts for layer in shape.layers
@@ -148,3 +133,33 @@ def open_stores(
         primary_of=primary_of,
         in_step=in_step,
     )
+
+
+def _open_cheaper(
+    bundle: BundleReader,
+    rooms: tuple[FormRoom, ...],
+    eviction: EvictionChoice,
+    read_of: Callable[[int], Read | None],
+    *,
+    in_step: bool,
+) -> dict[AnyPrecision, RecordStore]:
+    """Return the stores of the cheaper forms that have room, by precision; `in_step` with the
+    primary forms' cache they have its eviction policy, which then hears of all uses."""
+
+    def make_cheaper(shape: CacheShape) -> Eviction:
+        return eviction.make(replace(shape, is_cheaper=True))
+
+    held_forms = bundle.forms[len(bundle.manifest.primaries) :]
+    return {
+        held.table.precision: RecordStore(
+            bundle,
+            form=held.index,
+            n_slots=room.n_slots,
+            pinned=room.pinned,
+            eviction=make_cheaper if in_step else Lru,
+            per_layer=in_step and eviction.per_layer,
+            read=read_of(held.index),
+        )
+        for held, room in zip(held_forms, rooms, strict=False)
+        if room.n_slots
+    }
