@@ -6,6 +6,7 @@ from pydantic import Field
 
 from moe_tool.artifacts.bundle_manifest import BundleFile, SkeletonTensor
 from moe_tool.artifacts.identity import ModelIdentity
+from moe_tool.artifacts.row_tables import HashedBlocks
 from moe_tool.artifacts.schema import FrozenModel
 
 LOOKUP_KIND = "lookup-bundle"
@@ -36,8 +37,8 @@ class LookupManifest(FrozenModel):
     """Bytes of a row: what a new token reads"""
     skeleton: tuple[SkeletonTensor, ...]
     """Tensors of skeleton.safetensors with their hashes"""
-    rows: SkeletonTensor
-    """The only tensor of rows.safetensors, with its hash"""
+    rows: HashedBlocks
+    """Hashes of the blocks of the only tensor of rows.safetensors"""
     files: tuple[BundleFile, ...]
     """All other files of the folder"""
 

@@ -22,14 +22,9 @@ def block_bytes_of(table_bytes: int) -> int:
     return min(MOST_BLOCK_BYTES, 1 << (least - 1).bit_length())
 
 
-class RowTablePart(FrozenModel):
-    """One tensor of the skeleton that holds rows of a table, or all of them."""
+class HashedBlocks(FrozenModel):
+    """Hashes of the blocks of one tensor, so that a part of it can be checked by itself."""
 
-    tensor: Annotated[str, Field(min_length=1, max_length=1024)]
-    parameter: Annotated[str, Field(min_length=1, max_length=512)]
-    """Table in transformers' model"""
-    held_bytes: SizeBytes
-    """Bytes in memory if it is loaded"""
     block_bytes: Annotated[int, Field(ge=4096, le=MOST_BLOCK_BYTES)]
     """Size of each block but the last"""
     xxh3: Annotated[str, Field(pattern=r"^([0-9a-f]{16})+$", max_length=2**26)]
@@ -44,6 +39,16 @@ class RowTablePart(FrozenModel):
     def n_blocks(self) -> int:
         """Number of hashed blocks"""
         return len(self.xxh3) // _DIGITS
+
+
+class RowTablePart(HashedBlocks):
+    """One tensor of the skeleton that holds rows of a table, or all of them."""
+
+    tensor: Annotated[str, Field(min_length=1, max_length=1024)]
+    parameter: Annotated[str, Field(min_length=1, max_length=512)]
+    """Table in transformers' model"""
+    held_bytes: SizeBytes
+    """Bytes in memory if it is loaded"""
 
 
 class RowTables(FrozenModel):

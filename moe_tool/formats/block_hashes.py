@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import xxhash
 
-from moe_tool.artifacts.row_tables import RowTablePart
+from moe_tool.artifacts.row_tables import HashedBlocks
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import TensorInfo
@@ -47,12 +47,17 @@ class BlockHasher:
 class CheckedBlocks:
     """Blocks of one tensor, each of which is hashed once."""
 
-    def __init__(self, part: RowTablePart, info: TensorInfo) -> None:
+    def __init__(self, hashed: HashedBlocks, info: TensorInfo) -> None:
         """Begin with no block known to be right."""
-        self.block_bytes = part.block_bytes
+        self.block_bytes = hashed.block_bytes
         self._info = info
-        self._hashes = part.hashes
+        self._hashes = hashed.hashes
         self._known = bytearray(len(self._hashes))
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks"""
+        return len(self._hashes)
 
     def n_known(self, first: int, last: int) -> int:
         """Return how many blocks from `first` to `last` are known to be right, up to the first that

@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.formats.block_hashes import CheckedBlocks
-from moe_tool.formats.bundle_checks import REPACK
 from moe_tool.formats.safetensors_index import TensorInfo
 from moe_tool.formats.table_rows import TableRows
-from moe_tool.formats.tensor_stream import fill
 
 
 class BundleTables:
@@ -39,14 +37,11 @@ class BundleTables:
             StorageError: the disk does not give them.
         """
         for name, blocks in self._blocks().items():
-            info = self._skeleton[name]
-            block = memoryview(bytearray(blocks.block_bytes))
-            with open(info.file, "rb") as file:
-                for number in range(self._parts[name].n_blocks):
-                    begin, end = blocks.span(number)
-                    view = block[: end - begin]
-                    fill(file.fileno(), info, view, info.offset + begin, remedy=REPACK)
-                    blocks.require(number, view)
+            rows = TableRows([self._skeleton[name]], {name: blocks})
+            try:
+                rows.verify()
+            finally:
+                rows.close()
 
     def close(self) -> None:
         """Close the files."""

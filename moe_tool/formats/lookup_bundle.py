@@ -6,6 +6,7 @@ from pathlib import Path
 import xxhash
 
 from moe_tool.artifacts.lookup_manifest import LOOKUP_KIND, LookupManifest
+from moe_tool.formats.block_hashes import CheckedBlocks
 from moe_tool.formats.bundle_checks import check_files, corrupt_bundle, require_finished
 from moe_tool.formats.bundle_files import MANIFEST
 from moe_tool.formats.hostile_file import quoted, reading
@@ -90,8 +91,9 @@ class LookupBundle:
         return checkpoint
 
     def open_rows(self) -> TableRows:
-        """Open the table after reading it once to check it, see `TableRows.open`."""
-        return TableRows.open([self._rows], {ROWS_TENSOR: self.manifest.rows.xxh3}, {})
+        """Open the table, of which nothing is read yet; see `TableRows.open`."""
+        blocks = CheckedBlocks(self.manifest.rows, self._rows)
+        return TableRows.open([self._rows], {}, {ROWS_TENSOR: blocks})
 
 
 def _rows(folder: Path, manifest: LookupManifest) -> TensorInfo:
@@ -105,10 +107,16 @@ def _rows(folder: Path, manifest: LookupManifest) -> TensorInfo:
             f"values as {manifest.form} have {codes.row_bytes}"
         )
     rows, shape = found.get(ROWS_TENSOR), (manifest.vocabulary, manifest.row_bytes)
-    if rows is None or len(found) > 1 or manifest.rows.name != ROWS_TENSOR:
+    if rows is None or len(found) > 1:
         raise corrupt_bundle(f"{path} does not hold one tensor {quoted(ROWS_TENSOR)} alone")
     if rows.dtype != "U8" or rows.shape != shape:
         raise corrupt_bundle(
             f"{path}: the table is {rows.dtype} {list(rows.shape)}, wanted U8 {list(shape)}"
+        )
+    wanted = -(-rows.size_bytes // manifest.rows.block_bytes)
+    if manifest.rows.n_blocks != wanted:
+        raise corrupt_bundle(
+            f"{folder / MANIFEST} has {manifest.rows.n_blocks} hashes of the table, whose blocks "
+            f"are {wanted}"
         )
     return rows

@@ -40,7 +40,7 @@ def bundle_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def write_file(path: Path, pieces: Iterable[bytes]) -> BundleFile:
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> BundleFile:
     """Write a file piece by piece, durably; return its entry in the manifest.
 
     Raises:

@@ -114,6 +114,22 @@ class TableRows:
                 )
         return out
 
+    def verify(self) -> None:
+        """Read every block of the tensors with hashed blocks, and compare it with its hash.
+
+        Raises:
+            CorruptArtifactError: names the tensor and the bytes that differ.
+            StorageError: the disk does not give them.
+        """
+        for part in self._parts:
+            blocks = self._blocks.get(part.name)
+            for number in range(0 if blocks is None else blocks.n_blocks):
+                assert blocks is not None
+                first, stop = blocks.span(number)
+                block = self._block[: stop - first]
+                self._fill(part, block, first)
+                blocks.require(number, block)
+
     def close(self) -> None:
         """Close the files."""
         files, self._files = self._files, {}

@@ -16,7 +16,11 @@ def describe_lookup(path: Path, *, verify: bool, progress: Progress) -> Descript
     bundle = LookupBundle.open(path)
     if verify:
         progress.begin("check every hash", None, "")
-        bundle.open_rows().close()
+        rows = bundle.open_rows()
+        try:
+            rows.verify()
+        finally:
+            rows.close()
         with bundle.open_skeleton() as checkpoint:
             for name in checkpoint.tensors:
                 checkpoint.read(name)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 
 from moe_tool import __version__
 from moe_tool.artifacts.lookup_manifest import LookupManifest, RowForm
+from moe_tool.artifacts.row_tables import HashedBlocks, block_bytes_of
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import CorruptArtifactError, UnsupportedModelError, UsageError
 from moe_tool.formats.atomic_write import require_free_disk
+from moe_tool.formats.block_hashes import BlockHasher
 from moe_tool.formats.bundle_files import MANIFEST, safetensors_header
 from moe_tool.formats.json_artifact import write_json_artifact
 from moe_tool.formats.lookup_bundle import ROWS_FILE, ROWS_TENSOR, SKELETON_FILE, LookupBundle
@@ -159,7 +161,9 @@ def _write(
 
     files.append(write_file(folder / SKELETON_FILE, tensors()))
     shape = (config.vocab_size, codes.row_bytes)
-    table = HashedTensor(ROWS_TENSOR, _rows(model, codes, progress))
+    block_bytes = block_bytes_of(math.prod(shape))
+    hasher = BlockHasher(block_bytes)
+    table = hasher.passed(_rows(model, codes, progress))
     header_of_rows = safetensors_header([(ROWS_TENSOR, "U8", shape, math.prod(shape))])
     files.append(write_file(folder / ROWS_FILE, _after(header_of_rows, table)))
     for name, data in companion_files(located.folder, located.tokenizer_folder):
@@ -181,14 +185,14 @@ def _write(
         form=codes.form,
         row_bytes=codes.row_bytes,
         skeleton=tuple(skeleton),
-        rows=table.entry(),
+        rows=HashedBlocks(block_bytes=block_bytes, xxh3=hasher.result()),
         files=tuple(files),
     )
     write_json_artifact(folder / MANIFEST, manifest)
     return manifest
 
 
-def _after(header: bytes, pieces: HashedTensor) -> Iterator[bytes]:
+def _after(header: bytes, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     yield header
     yield from pieces
 

@@ -154,7 +154,7 @@ def _load(
         )
 
     account(current_rss_bytes() + _FIRST_USE_BYTES)
-    progress.begin("load the skeleton and check the rows", None, "")
+    progress.begin("load the skeleton", None, "")
     model, table = load_model(bundle)
     progress.end()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,13 @@ from moe_tool.artifacts.lookup_manifest import LookupManifest
 from moe_tool.available_memory import current_rss_bytes, peak_rss_bytes, reset_peak_rss
 from moe_tool.budget.request import parse_memory
 from moe_tool.cli.app import run_command
-from moe_tool.errors import BudgetError, MoeToolError, UnsupportedModelError, UsageError
+from moe_tool.errors import (
+    BudgetError,
+    CorruptArtifactError,
+    MoeToolError,
+    UnsupportedModelError,
+    UsageError,
+)
 from moe_tool.formats.json_artifact import read_json_artifact, write_json_artifact
 from moe_tool.formats.lookup_bundle import LookupBundle
 from moe_tool.lookup.disk_rows import load_model
@@ -31,6 +38,7 @@ from tests.lookup.tiny_mole import make_mole, tiny_mole
 from tests.tiny_models import VOCABULARY
 
 ROW_WIDTH = 3 * 5 * 32
+BLOCK_BYTES = 2**16
 NF4 = [
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -137,10 +145,47 @@ def test_a_token_reads_its_row_once_and_neighbours_come_together(
             return real(handle, buffers, offset)
 
         monkeypatch.setattr(os, "preadv", counted)
+        ids = torch.tensor([[9, 3, 9, 4, 200, 5, 3]])
         with torch.inference_mode():
-            model(input_ids=torch.tensor([[9, 3, 9, 4, 200, 5, 3]]))
+            model(input_ids=ids)
+            # The block of 3 to 9 and that of 200 are read whole, once, to be checked.
+            assert reads == [BLOCK_BYTES, row_bytes, BLOCK_BYTES]
+            assert table.rows.bytes_read == 5 * row_bytes
+            reads.clear()
+            model(input_ids=ids)
         assert reads == [3 * row_bytes, row_bytes, row_bytes]  # 3 to 5, 9, 200
-        assert table.rows.bytes_read == 5 * row_bytes
+
+
+def test_opening_reads_nothing_of_the_table(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = LookupBundle.open(native)
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("the table was read"))
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("the table was read"))
+    rows = bundle.open_rows()
+    rows.close()
+
+
+def test_hashes_are_those_of_the_blocks_of_the_file(native: Path) -> None:
+    data = (native / "rows.safetensors").read_bytes()
+    table = data[8 + int.from_bytes(data[:8], "little") :]
+    blocks = [table[at : at + BLOCK_BYTES] for at in range(0, len(table), BLOCK_BYTES)]
+    manifest = LookupBundle.open(native).manifest
+    assert len(blocks) == 8 and manifest.rows.block_bytes == BLOCK_BYTES
+    assert manifest.rows.hashes == [xxhash.xxh3_64_hexdigest(block) for block in blocks]
+
+
+def test_a_damaged_row_is_refused_when_its_block_is_read(
+    native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(native, folder)
+    _flip("rows.safetensors")(folder)
+    with LookupOpen(folder) as (_, rows):
+        rows(torch.arange(200))
+        with pytest.raises(CorruptArtifactError, match="is damaged: the hash of bytes"):
+            rows(torch.tensor([VOCABULARY - 2]))
+    assert run_command(["inspect", str(folder)]) == 0
+    assert run_command(["inspect", str(folder), "--verify"]) == 3
+    assert "the hash of bytes" in capsys.readouterr().err
 
 
 def test_a_run_counts_its_rows(native: Path) -> None:
@@ -224,6 +269,19 @@ def _flip(name: str) -> Callable[[Path], None]:
     return flip
 
 
+def _change_row_of_b(folder: Path) -> None:
+    data = bytearray((folder / "rows.safetensors").read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    (token,) = load_tokenizer(folder)("b")["input_ids"]
+    data[begin + token * ROW_WIDTH * 4] ^= 1
+    (folder / "rows.safetensors").write_bytes(data)
+
+
+def _one_hash_too_many(folder: Path) -> None:
+    rows = read_json_artifact(folder / "manifest.json", LookupManifest).rows
+    _resealed(folder, rows=rows.model_copy(update={"xxh3": rows.xxh3 + "0" * 16}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (_cut, "bytes, its manifest says"),
     "missing": (lambda f: (f / "rows.safetensors").unlink(), "is missing"),
@@ -231,7 +289,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "other form": (lambda f: _resealed(f, form="F16"), "says a row has"),
     "fewer rows": (lambda f: _resealed(f, vocabulary=VOCABULARY - 1), "the table is U8"),
     "other shape": (lambda f: _resealed(f, layers=5, experts=3), "do not agree on the layers"),
-    "changed row": (_flip("rows.safetensors"), "hash of"),
+    "changed row": (_change_row_of_b, "hash of"),
+    "a hash too many": (_one_hash_too_many, "has 9 hashes of the table, whose blocks are 8"),
     "changed weight": (_flip("skeleton.safetensors"), "hash of"),
     "changed config": (_flip("config.json"), "sha256"),
     "not listed": (lambda f: (f / "extra.py").write_text(""), "is not listed"),
