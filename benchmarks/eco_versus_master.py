@@ -114,7 +114,7 @@ def main() -> None:
                 tried = _Search(a, kept, bits, method)
                 found.append(
                     tried.best(
-                        lambda rate, method=method: _train(
+                        lambda rate, method=method, start=start: _train(
                             located, opened, start, texts["train"], a, method, rate
                         ),
                         lambda one: judges["select"].divergence(_plain(one.packed)),
