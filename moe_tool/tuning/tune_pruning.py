@@ -189,12 +189,13 @@ def _train_and_judge(
     shape = session.manifest.shape
     order = _order(session.manifest, plan, options)
     training = _train(folder, experts, plan, order, progress)
-    half = max(1, len(held_out) // 2)
+    # Every second sequence: they are in order of their domains.
+    chosen_by, judged_by = held_out[::2], held_out[1::2] if len(held_out) > 1 else held_out
     blend = choose_blend(
         experts,
         ratio_routers(shape),
         {layer: router.frozen() for layer, router in training.routers.items()},
-        held_out[:half],
+        chosen_by,
         share=plan.share,
         micro_batch=session.plan.workload.batch,
         progress=progress,
@@ -203,7 +204,7 @@ def _train_and_judge(
         experts,
         blend.routers,
         shape,
-        held_out[-half:],
+        judged_by,
         share=plan.share,
         micro_batch=session.plan.workload.batch,
         progress=progress,
