@@ -5,8 +5,9 @@
         [--judge-tokens 8192] [--optimizer sgd] [--out rows.jsonl]
 
 All begin with the same codes, rounded to nearest, and are trained layer by layer towards the exact
-hidden states as `tune weights` does it: same text, same batches, same steps, same grid of learning
-rates. `master` keeps every weight in float32, rounds it at each step and gives it the gradient by
+hidden states as `tune weights` does it: same text, same batches, same steps, same first grid of
+learning rates, which is lengthened for a method by a factor of 3.2 while its best rate lies at an
+end. `master` keeps every weight in float32, rounds it at each step and gives it the gradient by
 its code (straight-through), with the same momentum; it is written here, apart from the product's
 optimizer. Each method's rate is the one of least KL on `--select`; what is reported is its KL,
 perplexity and squared layer error on text that neither trained nor chose: KL(checkpoint || codes)
@@ -15,7 +16,7 @@ and perplexity on `--judge`, the relative squared error of each layer's experts 
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,6 +61,9 @@ HEADINGS = (
 _LEAST_ROWS = 32
 """Fewest routed tokens at which an expert is trained, as in the product"""
 _BETAS = (0.9, 0.99)
+_LENGTHENING = 10**0.5
+_MOST_LENGTHENINGS = 5
+"""Rates beyond the grid that a method may ask for"""
 
 Packed = Mapping[tuple[int, int], Mapping[str, AnyWeight]]
 """(layer, expert) -> its tensors as a record holds them"""
@@ -107,29 +111,70 @@ def main() -> None:
             start = _rounded(opened, bits)
             found = [_train(located, opened, start, texts["train"], a, "RTN start", 0.0)]
             for method in a.methods.split(","):
-                tried = []
-                for rate in map(float, a.rates.split(",")):
-                    one = _train(located, opened, start, texts["train"], a, method, rate)
-                    kl = judges["select"].divergence(_plain(one.packed))
-                    kept.add(
-                        "tried",
-                        bits=bits,
-                        method=method,
-                        rate=rate,
-                        kl_select=kl,
-                        layer_loss=one.layer_loss,
+                tried = _Search(a, kept, bits, method)
+                found.append(
+                    tried.best(
+                        lambda rate, method=method, start=start: _train(
+                            located, opened, start, texts["train"], a, method, rate
+                        ),
+                        lambda one: judges["select"].divergence(_plain(one.packed)),
                     )
-                    print(
-                        bits,
-                        method,
-                        rate,
-                        f"select KL {kl:.5f}, layers {one.layer_loss:.5f}",
-                        flush=True,
-                    )
-                    tried.append((kl, rate, one))
-                found.append(min(tried, key=lambda each: each[:2])[2])
+                )
             lines += _judge(judges["judge"], bits, found, kept)
     print_table(HEADINGS, lines)
+
+
+class _Search:
+    """Looks for a method's learning rate, on the grid and, where the best lies at an end, past it.
+
+    The same rule for every method, so that none is held back by where the grid happens to end.
+    """
+
+    def __init__(self, a: argparse.Namespace, kept: RowFile, bits: str, method: str) -> None:
+        self._grid = sorted(map(float, a.rates.split(",")))
+        self._kept, self._bits, self._method = kept, bits, method
+        self._tried: dict[float, tuple[float, Trained]] = {}
+
+    def best(
+        self, train: Callable[[float], Trained], divergence: Callable[[Trained], float]
+    ) -> Trained:
+        """Return the training of least KL on the selecting text."""
+        grid = list(self._grid)
+        for _ in range(_MOST_LENGTHENINGS + 1):
+            for rate in grid:
+                if rate not in self._tried:
+                    self._try(rate, train(rate), divergence)
+            best = min(grid, key=lambda rate: self._tried[rate][0])
+            if best == grid[0]:
+                grid.insert(0, _next_rate(best, 1 / _LENGTHENING))
+            elif best == grid[-1]:
+                grid.append(_next_rate(best, _LENGTHENING))
+            else:
+                break
+        return min(self._tried.values(), key=lambda each: each[0])[1]
+
+    def _try(self, rate: float, one: Trained, divergence: Callable[[Trained], float]) -> None:
+        kl = divergence(one)
+        self._tried[rate] = kl, one
+        self._kept.add(
+            "tried",
+            bits=self._bits,
+            method=self._method,
+            rate=rate,
+            kl_select=kl,
+            layer_loss=one.layer_loss,
+        )
+        print(
+            self._bits,
+            self._method,
+            rate,
+            f"select KL {kl:.5f}, layers {one.layer_loss:.5f}",
+            flush=True,
+        )
+
+
+def _next_rate(rate: float, factor: float) -> float:
+    return float(f"{rate * factor:.1g}")
 
 
 def _text(

@@ -5,13 +5,14 @@
         [--out rows.jsonl]
 
 Routers are trained once, for `--rate`, as `tune pruning` trains them, and judged on each source of
-`--judge` at every rate. `untrained` are the routers that training begins with: the ratio of gate
-weights with one threshold for all layers. `gate ratio` is MC's rule (`prune`), which has a
-threshold per layer; `random` drops slots after the heaviest at random. Every rule is given the
-thresholds at which it drops the wanted share of the judged text itself, as routed with every
-expert running, so that rates are equal; the realised share is printed. KL is that to the same
-bundle with every expert running, per token but the first of a sequence. Intervals are of 95 %,
-over sequences; those of ratios resample both sides together.
+`--judge` at every rate: as the training ends (`all learned`), and as much of it as is kept
+(`trained`), chosen on a sixteenth of `--train` that was not trained on. `untrained` are the routers
+that training begins with: the ratio of gate weights with one threshold for all layers. `gate ratio`
+is MC's rule (`prune`), which has a threshold per layer; `random` drops slots after the heaviest at
+random. Every rule is given the thresholds at which it drops the wanted share of the judged text
+itself, as routed with every expert running, so that rates are equal; the realised share is printed.
+KL is that to the same bundle with every expert running, per token but the first of a sequence.
+Intervals are of 95 %, over sequences; those of ratios resample both sides together.
 """
 
 import argparse
@@ -28,11 +29,13 @@ from moe_tool.evaluation.divergence import compare_logits
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.misses.prune_learned import rate_offsets
+from moe_tool.progress import SILENT
 from moe_tool.runtime.mask_scores import MaskTensors
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sequences import build_sequences
 from moe_tool.text.sources import parse_sources
+from moe_tool.tuning.blend_routers import choose_blend
 from moe_tool.tuning.masked_experts import ChooseMask, MaskedExperts
 from moe_tool.tuning.train_mask_router import (
     MaskTraining,
@@ -43,8 +46,10 @@ from moe_tool.tuning.train_mask_router import (
     watch_worth,
 )
 
-RULES = ("untrained", "trained", "gate ratio", "random")
+RULES = ("untrained", "trained", "all learned", "gate ratio", "random")
 HEADINGS = ("text", "rate", "rule", "dropped", "KL", "interval", "to untrained", "to gate ratio")
+_CHOSEN_ON = 16
+"""One of so many sequences of the training text is not trained on, but chosen by"""
 Routers = Mapping[int, MaskTensors]
 
 
@@ -78,9 +83,11 @@ def main() -> None:
         session.skeleton.set_experts_function(experts)
         shape = session.manifest.shape
         most = (shape.top_k - 1) / shape.top_k
+        text = _ids(a, shape, a.train, n_tokens=a.tokens)
+        is_chosen_on = torch.arange(len(text)) % _CHOSEN_ON == 0
         plan = TrainingPlan(
             share=a.rate / most,
-            ids=_ids(a, shape, a.train, n_tokens=a.tokens),
+            ids=text[~is_chosen_on],
             batch=a.batch,
             seed=a.seed,
         )
@@ -88,10 +95,21 @@ def main() -> None:
         training.begin(experts, micro_batch=a.batch)
         while training.step < plan.n_steps:
             training.advance(experts, micro_batch=a.batch)
-        trained = {layer: router.frozen() for layer, router in training.routers.items()}
+        learned = {layer: router.frozen() for layer, router in training.routers.items()}
+        blend = choose_blend(
+            experts,
+            ratio_routers(shape),
+            learned,
+            text[is_chosen_on],
+            share=plan.share,
+            micro_batch=a.batch,
+            progress=SILENT,
+        )
+        kept.add("kept", share=blend.share, to_start=blend.to_start)
+        print(f"kept {blend.share:g} of the way, {blend.to_start:.3f} of the start", flush=True)
         for source in parse_sources(a.judge):
             ids = _ids(a, shape, [f"{source.domain}={source.spec}"], n_tokens=a.judge_tokens)
-            judge = Judge(experts, shape, trained, ids, batch=a.batch)
+            judge = Judge(experts, shape, blend.routers, learned, ids, batch=a.batch)
             for rate in map(float, a.rates.split(",")):
                 lines += _compare(judge, source.domain, rate, most, kept)
     print_table(HEADINGS, lines)
@@ -121,6 +139,7 @@ class Judge:
         experts: MaskedExperts,
         shape: MoeShape,
         trained: Routers,
+        learned: Routers,
         ids: torch.Tensor,
         *,
         batch: int,
@@ -133,7 +152,11 @@ class Judge:
         """
         self._experts, self._shape, self._batches = experts, shape, torch.split(ids, batch)
         self._seq_len = ids.shape[1]
-        self._routers = {"trained": trained, "gate ratio": ratio_routers(shape)}
+        self._routers = {
+            "trained": trained,
+            "all learned": learned,
+            "gate ratio": ratio_routers(shape),
+        }
         self._worth = {name: self._scores(each) for name, each in self._routers.items()}
         self.dropped = 0.0
         """Share of the slots after the heaviest that the last `divergence` dropped"""
@@ -165,7 +188,7 @@ class Judge:
         return {at: np.concatenate([part[at] for part in parts]) for at in self._shape.layers}
 
     def _by_router(self, rule: str, share: float) -> ChooseMask:
-        name = "trained" if rule == "trained" else "gate ratio"
+        name = rule if rule in self._routers else "gate ratio"
         worth, wanted = self._worth[name], np.array([share])
         if rule == "gate ratio":
             limits = {at: float(rate_offsets(each, wanted)[0]) for at, each in worth.items()}

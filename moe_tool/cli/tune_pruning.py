@@ -91,7 +91,21 @@ def _worth(report: "TunePruningReport") -> str:
         f"tokens: KL {kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] per token; "
         f"{report.kl_by_ratio:.4f} by the ratio of gate weights at the same share"
     )
+    text += f"\n{_kept(report)}"
     if kl.value >= report.kl_by_ratio:
         text += "\nno better than that rule: train on more --tokens, or use prune"
     layers = ", ".join(f"{layer}: {each:.0%}" for layer, each in report.left_out_by_layer.items())
     return f"{text}\nby layer: {layers}"
+
+
+def _kept(report: "TunePruningReport") -> str:
+    if not report.kept:
+        return (
+            "training did not help on other held-out text and was not kept: the routers are their "
+            "start, the ratio of gate weights with one threshold for all layers"
+        )
+    way = "all" if report.kept == 1 else f"{report.kept:.1%}"
+    return (
+        f"{way} of what was learned is kept, chosen on other held-out text: "
+        f"{report.kept_to_start:.2f} times the KL of the routers' start there"
+    )

@@ -35,10 +35,11 @@ from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, load_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
+from moe_tool.tuning.blend_routers import Blend, Routers, choose_blend
 from moe_tool.tuning.judge_pruning import Verdict, judge_pruning
 from moe_tool.tuning.masked_experts import MaskedExperts
 from moe_tool.tuning.pruning_memory import training_bytes, verdict_bytes
-from moe_tool.tuning.train_mask_router import MaskTraining, TrainingPlan
+from moe_tool.tuning.train_mask_router import MaskTraining, TrainingPlan, ratio_routers
 
 _STATE = ".pruning-training.safetensors"
 _SAVE_EVERY_S = 20.0
@@ -84,6 +85,11 @@ class TunePruningReport:
     heaviest"""
     left_out_by_layer: dict[int, float]
     """Share of the chosen experts dropped, by layer"""
+    kept: float
+    """Share of the way from the routers' start to the trained ones that is kept, chosen on other
+    held-out text; 0: training did not help, and the start is kept"""
+    kept_to_start: float
+    """KL of what is kept over that of the start, on the text that `kept` was chosen on"""
     steps: int
     tokens: int
     held_out_tokens: int
@@ -108,7 +114,8 @@ def tune_pruning(
     training is resumed.
 
     Source: MC#, arXiv:2510.10962. Deviations: the patterns are "the j heaviest", the routers also
-    see gate weights and expert ids, and thresholds of the slot scores, one for all layers, are
+    see gate weights and expert ids, only as much of the training is kept as held-out text says
+    (none of it where it does harm), and thresholds of the slot scores, one for all layers, are
     tabulated afterwards on held-out text, so that any rate can be chosen at run time.
 
     Raises:
@@ -126,9 +133,13 @@ def tune_pruning(
         text = _text(folder, sources, options, vocabulary=manifest.shape.vocabulary)
         plan, held_out = _split(text, options, share)
         with _open(bundle, options, held_out, progress) as session:
-            training, verdict = _train_and_judge(session, folder, options, plan, held_out, progress)
+            training, blend, verdict = _train_and_judge(
+                session, folder, options, plan, held_out, progress
+            )
             budget_bytes = session.plan.memory.budget_bytes
-    learned = _write(folder, manifest, options, training, verdict, plan, text.sources)
+    learned = _write(
+        folder, manifest, options, training, blend.routers, verdict, plan, text.sources
+    )
     most = (manifest.shape.top_k - 1) / manifest.shape.top_k
     return TunePruningReport(
         bundle=str(folder),
@@ -138,6 +149,8 @@ def tune_pruning(
         kl=Estimate(value=learned.quality.kl, ci95=learned.quality.kl_ci95),
         kl_by_ratio=float(verdict.kl_by_ratio.mean()),
         left_out_by_layer={layer: most * each for layer, each in verdict.left_out.items()},
+        kept=blend.share,
+        kept_to_start=blend.to_start,
         steps=plan.n_steps,
         tokens=plan.ids.numel(),
         held_out_tokens=held_out.numel(),
@@ -169,21 +182,34 @@ def _train_and_judge(
     plan: TrainingPlan,
     held_out: torch.Tensor,
     progress: Progress,
-) -> tuple[MaskTraining, Verdict]:
+) -> tuple[MaskTraining, Blend, Verdict]:
+    """Train on the plan's text; choose on one half of the held-out text, judge on the other."""
     experts = MaskedExperts(session=session)
     session.skeleton.set_experts_function(experts)
+    shape = session.manifest.shape
     order = _order(session.manifest, plan, options)
     training = _train(folder, experts, plan, order, progress)
-    verdict = judge_pruning(
+    # Every second sequence: they are in order of their domains.
+    chosen_by, judged_by = held_out[::2], held_out[1::2] if len(held_out) > 1 else held_out
+    blend = choose_blend(
         experts,
+        ratio_routers(shape),
         {layer: router.frozen() for layer, router in training.routers.items()},
-        session.manifest.shape,
-        held_out,
+        chosen_by,
         share=plan.share,
         micro_batch=session.plan.workload.batch,
         progress=progress,
     )
-    return training, verdict
+    verdict = judge_pruning(
+        experts,
+        blend.routers,
+        shape,
+        judged_by,
+        share=plan.share,
+        micro_batch=session.plan.workload.batch,
+        progress=progress,
+    )
+    return training, blend, verdict
 
 
 def _write(
@@ -191,6 +217,7 @@ def _write(
     manifest: BundleManifest,
     options: TunePruningOptions,
     training: MaskTraining,
+    routers: Routers,
     verdict: Verdict,
     plan: TrainingPlan,
     sources: tuple[str, ...],
@@ -206,7 +233,7 @@ def _write(
         seed=options.seed,
         sources=sources,
     )
-    router = {layer: each.to_arrays() for layer, each in training.routers.items()}
+    router = {layer: each.to_arrays() for layer, each in routers.items()}
     written = write_mask_router(folder, manifest, router, learned)
     with storage_errors(folder):
         (folder / _STATE).unlink(missing_ok=True)

@@ -42,6 +42,13 @@ MUTANTS = (
         tests=_PRUNING,
     ),
     Mutant(
+        name="a training of mask routers that is kept though it harms",
+        file="moe_tool/tuning/blend_routers.py",
+        old="score[0] = 0.0",
+        new="score[0] = np.inf",
+        tests=_PRUNING,
+    ),
+    Mutant(
         name="the gate-ratio rule judged at half of the rate",
         file="moe_tool/tuning/judge_pruning.py",
         old="np.array([share])",

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_tool.budget.request import parse_memory
+from moe_tool.cli.tune_pruning import _worth as worth
+from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.progress import SILENT
@@ -16,9 +18,10 @@ from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sources import parse_sources
 from moe_tool.tuning import train_mask_router
+from moe_tool.tuning.blend_routers import least_harmful
 from moe_tool.tuning.judge_pruning import judge_pruning
 from moe_tool.tuning.masked_experts import MaskedExperts
-from moe_tool.tuning.train_mask_router import ratio_routers
+from moe_tool.tuning.train_mask_router import MaskTraining, ratio_routers
 from moe_tool.tuning.tune_pruning import TunePruningOptions, TunePruningReport, tune_pruning
 from tests.packed import pack_bundle
 from tests.tiny_models import make_tiny_checkpoint
@@ -55,6 +58,7 @@ def test_trained_routers_lose_far_less_than_the_gate_ratio_that_they_begin_with(
     trained = _tune(bundle, seed)
     monkeypatch.setattr(train_mask_router, "_LEARNING_RATE", 0.0)
     untrained = _tune(bundle, seed)
+    assert trained.kept > 0 and trained.kept_to_start < 0.7
     for report in (trained, untrained):
         assert report.left_out == pytest.approx(0.2, abs=0.02)
     assert 0 < trained.kl.value < 0.6 * untrained.kl.value
@@ -62,6 +66,39 @@ def test_trained_routers_lose_far_less_than_the_gate_ratio_that_they_begin_with(
     # The rule is no more than what training begins with, at the same text and rate.
     assert trained.kl_by_ratio == untrained.kl_by_ratio > 0.8 * untrained.kl.value
     assert trained.kl.value < 0.6 * trained.kl_by_ratio
+
+
+def test_a_training_that_harms_is_not_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers that learned to drop what the right ones keep."""
+    train = MaskTraining.advance
+
+    def advance(training: MaskTraining, *arguments: object, **named: object) -> None:
+        train(training, *arguments, **named)  # type: ignore[arg-type]
+        for router in training.routers.values():
+            draw = torch.Generator().manual_seed(0)
+            router.by_weight.data.copy_(-ratio_routers(training_shape)[0].by_weight)
+            router.by_hidden.data.normal_(generator=draw)
+
+    with BundleReader.open(bundle) as reader:
+        training_shape = reader.manifest.shape
+    monkeypatch.setattr(MaskTraining, "advance", advance)
+    report = _tune(bundle, 0)
+    assert (report.kept, report.kept_to_start) == (0, 1)
+    with BundleReader.open(bundle) as reader:
+        for layer, kept in reader.mask_router().items():
+            start = ratio_routers(training_shape)[layer].to_arrays()
+            np.testing.assert_array_equal(kept.by_hidden, 0)
+            np.testing.assert_array_equal(kept.by_weight, start.by_weight)
+    assert "was not kept" in worth(report)
+    monkeypatch.undo()
+    monkeypatch.setattr(train_mask_router, "_LEARNING_RATE", 0.0)
+    assert report.kl == _tune(bundle, 0).kl
+
+
+def test_what_harms_at_one_rate_is_passed_over() -> None:
+    to_start = np.array([[1, 1, 1], [0.9, 0.9, 0.9], [0.5, 0.5, 1.01]])
+    assert least_harmful(to_start) == 1
+    assert least_harmful(to_start[[0, 2]]) == 0
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
