@@ -10,8 +10,11 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 WORKERS ?= 2
 ROUNDS ?= 300
 MUTATIONS ?= 200
+MODEL ?= demo
+TRAIN ?= docs=builtin
+JUDGE ?= docs=builtin:eval
 
-.PHONY: help demo test test-quick test-slow test-torch zoo mutants lint fuzz fuzz-formats docs clean
+.PHONY: help demo test test-quick test-slow test-torch zoo mutants lint fuzz fuzz-formats systems-tables docs clean
 
 help:
 	@sed -n '/^#/!q;s/^# //p' Makefile
@@ -55,6 +58,10 @@ fuzz:
 # Quantized checkpoints with one thing wrong: refused with a sentence, or read right.
 fuzz-formats: $(STAMPS)/test
 	OMP_NUM_THREADS=1 MUTATIONS=$(MUTATIONS) $(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz_formats
+
+# The tables of docs/systems.md for one model; TRAIN is what is measured beforehand, JUDGE what is judged.
+systems-tables: $(STAMPS)/test
+	$(BIN)/python benchmarks/systems_tables.py $(MODEL) $(TRAIN:%=--train %) $(JUDGE:%=--judge %)
 
 docs: $(STAMPS)/tool
 	$(BIN)/python docs/make_reference.py

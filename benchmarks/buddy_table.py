@@ -2,6 +2,7 @@
 
     python benchmarks/buddy_table.py OURS PUBLISHED --text NAME=FILE [--text ...] [--out rows.jsonl]
         [--ratios 0.75,0.5,0.375] [--tokens 2048] [--items 192] [--miss-per-layer 0.75]
+        [--only quality|speed]
 
 OURS is a bundle with the default lists (`buddies`) and cheaper forms, PUBLISHED the same with the
 paper's (`buddies --by coactivation --alpha 0.9 --k 16 --scale none`). Residents are the profile's
@@ -9,9 +10,10 @@ hottest experts, fixed, but of `priced` and `replica`, which choose theirs in th
 controls stand twice: under the published gates and rho, as the paper's Random, and under ours.
 
 Divergence, perplexity and three tasks of four answers (text_tasks.py) are of the same text; tokens
-per second of another pass, one sequence alone, on a disk slowed down so that reading one expert
-takes `--miss-per-layer` times as long as computing a layer: 17 MB of DeepSeek-V2-Lite's expert over
-PCIe 4 (25 GB/s) beside 0.93 ms, a 27th of the paper's fastest row. "fetch" reads every miss into a
+per second of another pass (`--only speed`, on a quiet machine), one sequence alone, on a disk
+slowed down so that reading one expert takes `--miss-per-layer` times as long as computing a layer:
+17 MB of DeepSeek-V2-Lite's expert over PCIe 4 (25 GB/s) beside 0.93 ms, a 27th of the paper's
+fastest row. "fetch" reads every miss into a
 cache (lru); all others keep their residents.
 """
 
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 from result_rows import RowFile, print_table, record_rows
-from text_tasks import Task, accuracy, half_width, make_tasks
+from text_tasks import Task, accuracy, half_width, make_tasks, token_stream
 
 from moe_tool.benchmarking.bench_plan import SpeedTest
 from moe_tool.benchmarking.speed_run import run_test
@@ -44,10 +46,10 @@ from moe_tool.store.throttle import Throttle
 from moe_tool.text.sequences import build_sequences
 from moe_tool.text.sources import parse_sources
 
-HEADINGS = (
-    *("resident", "answer to a miss", "KL", "perplexity", "next word", "domain", "copy"),
-    *("read per token", "tokens/s"),
-)
+_NAMES = ("resident", "answer to a miss")
+_RIGHT = ("next word", "domain", "copy")
+_QUALITY = ("KL", "95 %", "perplexity", *_RIGHT, "read per token")
+_SPEED = ("tokens/s",)
 _SEQ_LEN = 128
 _TIMED = SpeedTest(kind="tg", n_tokens=48, depth=16)
 _WINDOWS = 3
@@ -64,26 +66,41 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--items", type=int, default=192)
     parser.add_argument("--miss-per-layer", type=float, default=0.75)
+    parser.add_argument("--only", choices=("quality", "speed"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     with record_rows(a.out, vars(a)) as kept:
         rows = list(_rows(a, kept))
-    print_table(HEADINGS, [[_cell(name, row[name]) for name in HEADINGS] for row in rows])
-    right = {str(at): float(row[name]) for at, row in enumerate(rows) for name in HEADINGS[4:7]}
-    print(f"accuracies: +- {half_width(right, a.items):.3f} at most (95 %)")
+    headings = (
+        *_NAMES,
+        *(() if a.only == "speed" else _QUALITY),
+        *(() if a.only == "quality" else _SPEED),
+    )
+    print_table(headings, [[_cell(name, row[name]) for name in headings] for row in rows])
+    if a.only != "speed":
+        right = {f"{at} {name}": float(row[name]) for at, row in enumerate(rows) for name in _RIGHT}
+        print(f"accuracies: +- {half_width(right, a.items):.3f} at most (95 %)")
 
 
 def _rows(a: argparse.Namespace, kept: RowFile) -> Iterator[Row]:
-    tokenizer = load_tokenizer(a.ours)
-    texts = [Path(text.partition("=")[2] or text) for text in a.text]
-    tasks = make_tasks(tokenizer, texts, n_items=a.items, seed=a.seed)
-    slow = _slow_disk(a)
-    kept.add("disk", bytes_per_s=slow.bytes_per_s)
+    tasks = make_tasks(load_tokenizer(a.ours), parse_sources(a.text), n_items=a.items, seed=a.seed)
+    slow = None if a.only == "quality" else _slow_disk(a)
+    if slow is not None:
+        kept.add("disk", bytes_per_s=slow.bytes_per_s)
     for ratio in map(float, a.ratios.split(",")):
         for folder, choices in _choices(a.ours, a.published).items():
-            for row in _measured(a, folder, choices, ratio, tasks, slow):
+            found: dict[str, Row] = {
+                name: {"resident": ratio, "answer to a miss": name} for name in choices
+            }
+            if a.only != "speed":
+                for name, quality in _quality(a, folder, choices, ratio, tasks).items():
+                    found[name] |= quality
+            if slow is not None:
+                for name, speed in _speeds(a, folder, choices, ratio, slow).items():
+                    found[name]["tokens/s"] = speed
+            for row in found.values():
                 kept.add("answer", **row)
                 yield row
 
@@ -108,14 +125,13 @@ def _choices(ours: Path, published: Path) -> dict[Path, dict[str, MissChoice]]:
     }
 
 
-def _measured(
+def _quality(
     a: argparse.Namespace,
     folder: Path,
     choices: dict[str, MissChoice],
     ratio: float,
     tasks: list[Task],
-    slow: Throttle,
-) -> Iterator[Row]:
+) -> dict[str, Row]:
     with _open(a, folder, ratio, batch=32) as session:
         text = build_sequences(
             parse_sources(a.text),
@@ -140,21 +156,18 @@ def _measured(
         for name, choice in choices.items():
             session.use_policy(choice, residency="frozen")
             right[name] = {task.name: accuracy(session, task) for task in tasks}
-    speeds = _speeds(a, folder, choices, ratio, slow)
+    rows: dict[str, Row] = {}
     for name, choice in choices.items():
         figures = summarize(found[choice], text.domain >= 0, seed=a.seed)
         kl = figures.kl_mean
-        yield {
-            "resident": ratio,
-            "answer to a miss": name,
+        rows[name] = {
             "KL": kl.value,
-            "KL low": kl.low,
-            "KL high": kl.high,
+            "95 %": f"{kl.low:.4f} to {kl.high:.4f}",
             "perplexity": figures.perplexity.value,
             **right[name],
             "read per token": figures.bytes_read_per_token.value,
-            "tokens/s": speeds[name],
         }
+    return rows
 
 
 def _open(
@@ -184,8 +197,8 @@ def _speeds(
     """Return tokens per second, the median over windows of text, answers taking turns."""
     found: dict[str, list[float]] = {name: [] for name in choices}
     with _open(a, folder, ratio, batch=1, slow=slow) as session:
-        ids = session.tokenizer(Path(a.text[0].partition("=")[2] or a.text[0]).read_text("utf-8"))
-        windows = torch.tensor(ids["input_ids"]).split(_TIMED.positions)[: _WINDOWS + 1]
+        ids = token_stream(session.tokenizer, parse_sources(a.text)[0], 8192, seed=a.seed)
+        windows = torch.from_numpy(ids).split(_TIMED.positions)[: _WINDOWS + 1]
         for number, window in enumerate(windows):
             for name, choice in choices.items():
                 is_cached: Residency = "cache" if choice == EXACT_POLICY else "frozen"

@@ -11,13 +11,13 @@ token of a context are decoded under the policy, as in `evaluate`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from moe_tool.evaluation.stepwise import run_stepwise
 from moe_tool.runtime.session import Session
+from moe_tool.text.sources import TextSource, read_documents
 
 N_ANSWERS = 4
 _CONTEXT = 40
@@ -40,9 +40,9 @@ class Task:
     """[N] int64: the true continuation"""
 
 
-def make_tasks(tokenizer, texts: Sequence[Path], *, n_items: int, seed: int) -> list[Task]:
+def make_tasks(tokenizer, sources: Sequence[TextSource], *, n_items: int, seed: int) -> list[Task]:
     """Return the three tasks; with a single text the domain task takes other places of it."""
-    streams = [_tokens(tokenizer, path, 400 * n_items) for path in texts]
+    streams = [token_stream(tokenizer, each, 400 * n_items, seed=seed) for each in sources]
     rng = np.random.default_rng(seed)
     begins = _word_beginnings(tokenizer, streams)
     return [
@@ -52,9 +52,15 @@ def make_tasks(tokenizer, texts: Sequence[Path], *, n_items: int, seed: int) -> 
     ]
 
 
-def _tokens(tokenizer, path: Path, n_characters: int) -> np.ndarray:
-    text = path.read_text(encoding="utf-8")[:n_characters]
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+def token_stream(tokenizer, source: TextSource, n_characters: int, *, seed: int) -> np.ndarray:
+    """Return the beginning of a text as token ids, [n] int64."""
+    text = ""
+    for document in read_documents(source, seed=seed, offline=True):
+        text += document
+        if len(text) >= n_characters:
+            break
+    ids = tokenizer(text[:n_characters], add_special_tokens=False)["input_ids"]
+    return np.array(ids, dtype=np.int64)
 
 
 def _word_beginnings(tokenizer, streams: Sequence[np.ndarray]) -> np.ndarray:
