@@ -88,7 +88,7 @@ def _run_tokens(
     weight: torch.Tensor,
     supply: Supply,
     present: torch.Tensor | None,
-    watch: Watch | None,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     # The eager loop takes `torch.where` of a [K, T] mask per expert: slot by slot, tokens
     # ascending. A stable sort of the transposed index gives the same order.
