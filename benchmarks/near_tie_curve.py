@@ -2,19 +2,20 @@
 
     python benchmarks/near_tie_curve.py BUNDLE --text NAME=FILE [--text ...] [--out rows.jsonl]
         [--ratios 0.5,0.25] [--policies near-tie,smoe] [--throttle 50MB/s] [--tokens 1024]
-        [--within 0.75]
+        [--windows 3] [--within 0.75]
 
 A hit is an answer that needs no read: the wanted expert, a near-tie or a replica in memory.
 Residents are fixed: the profile's hottest experts, for `smoe` fewer of them beside replicas.
-Divergence is from the same bundle with every miss read, with 95 % intervals over sequences; hits,
-reads and time are of other passes, one sequence alone on the slowed-down disk, settings taking
-turns. `--within` asks for the least alpha whose fitted time is at most that share of alpha 0's.
+Divergence is from the same bundle with every miss read, with 95 % intervals over sequences; hits
+and reads are of the same tokens, each sequence as if it ran alone. Time is of other passes, over
+windows of the first text alone on the slowed-down disk, settings taking turns; `--windows 0`
+leaves it out. `--within` asks for the least alpha whose fitted time is at most that share of
+alpha 0's.
 """
 
 import argparse
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +30,6 @@ from moe_tool.evaluation.measure_policies import measure_policies
 from moe_tool.evaluation.time_fit import fit_times
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.progress import SILENT
-from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.throttle import Throttle, parse_throttle
@@ -41,24 +41,6 @@ HEADINGS = ("resident", "policy", "alpha", "hits", "KL", "95 %", "read per token
 _SEQ_LEN = 128
 _TIMED = SpeedTest(kind="tg", n_tokens=48, depth=16)
 Row = dict[str, object]
-
-
-@dataclass(slots=True)
-class Timed:
-    """Figures of the timed passes of one setting."""
-
-    ms: list[float] = field(default_factory=list)
-    bytes_read: int = 0
-    tokens: int = 0
-    hits: int = 0
-    slots: int = 0
-
-    def count(self, decision: Decision) -> None:
-        """Add the answers to one layer call."""
-        answers = decision.answers
-        is_there = decision.resident[answers.form, answers.expert]
-        self.hits += int((answers.present & is_there).sum())
-        self.slots += int(answers.present.sum())
 
 
 def main() -> None:
@@ -83,7 +65,8 @@ def main() -> None:
                 print_table(
                     HEADINGS, [[_cell(name, row[name]) for name in HEADINGS] for row in rows]
                 )
-                _print_fit(rows, a.within, kept)
+                if a.windows:
+                    _print_fit(rows, a.within, kept)
 
 
 def _curve(a: argparse.Namespace, policy: str, ratio: float, kept: RowFile) -> Iterator[Row]:
@@ -107,19 +90,19 @@ def _curve(a: argparse.Namespace, policy: str, ratio: float, kept: RowFile) -> I
             exact_fallback=False,
             progress=SILENT,
         )
-    timed = _timed(a, choices, ratio)
+    ms = _timed(a, choices, ratio) if a.windows else {}
     for alpha, choice in zip(ALPHAS, choices, strict=True):
         kl = summarize(found[choice], text.domain >= 0, seed=a.seed).kl_mean
-        of = timed[choice]
+        costs = found[choice].costs
         row: Row = {
             "resident": ratio,
             "policy": policy,
             "alpha": alpha,
-            "hits": of.hits / of.slots,
+            "hits": float(1 - costs.reads.sum() / (costs.accesses - costs.drops).sum()),
             "KL": kl.value,
             "95 %": f"[{kl.low:.4f}, {kl.high:.4f}]",
-            "read per token": of.bytes_read / of.tokens,
-            "ms per token": statistics.median(of.ms),
+            "read per token": float(costs.bytes_read.mean()),
+            "ms per token": statistics.median(ms[choice]) if ms else "-",
         }
         kept.add("setting", **row)
         yield row
@@ -144,23 +127,19 @@ def _open(
 
 def _timed(
     a: argparse.Namespace, choices: list[MissChoice], ratio: float
-) -> dict[MissChoice, Timed]:
-    """Return the figures of every setting over the same windows of text."""
-    found = {choice: Timed() for choice in choices}
+) -> dict[MissChoice, list[float]]:
+    """Return every setting's milliseconds per token in each of the same windows of text."""
+    found: dict[MissChoice, list[float]] = {choice: [] for choice in choices}
     with _open(a, ratio, batch=1, slow=parse_throttle(a.throttle)) as session:
         ids = session.tokenizer(Path(a.text[0].partition("=")[2] or a.text[0]).read_text("utf-8"))
         windows = torch.tensor(ids["input_ids"]).split(_TIMED.positions)[: a.windows + 1]
         for number, window in enumerate(windows):
-            for choice, timed in found.items():
+            for choice, ms in found.items():
                 session.use_policy(choice, residency="frozen")
                 session.runner.store.load_pinned()
-                session.runner.on_decision = timed.count if number else None
                 sample = run_test(session, _TIMED, window, cache_state="warm")
-                session.runner.on_decision = None
                 if number:  # the first warms up
-                    timed.ms.append(1e3 * sample.seconds / _TIMED.n_tokens)
-                    timed.bytes_read += sample.counters.bytes_read
-                    timed.tokens += _TIMED.n_tokens
+                    ms.append(1e3 * sample.seconds / _TIMED.n_tokens)
     return found
 
 

@@ -45,7 +45,7 @@ class BenchArguments:
         ),
     ] = None
     prefetch: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Prefetch methods: none, next-layer.")
+        str, typer.Option(metavar="NAME,...", help="Prefetch methods, as in `run`.")
     ] = "none"
     sparse_experts: Annotated[
         str | None,

@@ -95,7 +95,9 @@ PrefetchOption = Annotated[
     typer.Option(
         help="Experts to read ahead: none; next-layer: those that the next layer's router chooses "
         "for this layer's input; stacked:depth=3: also of layers after it, while all experts of "
-        "the nearer ones are in memory. The text stays the same; a wrong guess costs bytes.",
+        "the nearer ones are in memory; partial:alpha=0.3: those that score clearly above the cut "
+        "once this layer's experts in memory were computed, for which its shared experts and the "
+        "next attention run once more. The text stays the same; a wrong guess costs bytes.",
         show_default="the plan's, or none",
     ),
 ]

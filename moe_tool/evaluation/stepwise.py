@@ -32,6 +32,8 @@ class TokenCosts:
     accesses: np.ndarray
     bytes_read: np.ndarray
     """Bytes of fetched records"""
+    reads: np.ndarray
+    """Slots whose answer is fetched"""
     substitutions: np.ndarray
     replica_answers: np.ndarray
     """Slots answered by a replica"""
@@ -111,6 +113,7 @@ def _account(costs: TokenCosts, column: int, decision: Decision, record_bytes: n
     is_fetched = is_answered & ~decision.resident[form, answer]
     costs.hits[:, column] += is_there.sum(axis=1)
     costs.accesses[:, column] += is_present.sum(axis=1)
+    costs.reads[:, column] += is_fetched.sum(axis=1)
     costs.bytes_read[:, column] += (is_fetched * record_bytes[form, answer]).sum(axis=1)
     costs.substitutions[:, column] += (is_answered & (answer != wanted)).sum(axis=1)
     costs.drops[:, column] += (is_present & ~is_answered).sum(axis=1)

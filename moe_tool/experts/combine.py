@@ -12,6 +12,9 @@ Supplied = Iterator[tuple[int, Mapping[str, AnyWeight]]]
 Supply = Callable[[list[int]], Supplied]
 """Function from distinct experts, ascending, to each with its weights, in any order. Weights may be
 freed when the next expert is requested."""
+Watch = Callable[[int, torch.Tensor | None, torch.Tensor], None]
+"""Callback for each expert as it is computed: its number, the rows of its tokens, None for the only
+one, and its weighted outputs, [n, H], not to be changed"""
 
 
 def run_experts(
@@ -22,6 +25,7 @@ def run_experts(
     supply: Supply,
     *,
     present: torch.Tensor | None = None,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum of the experts' outputs, bit-identical for every order of arrival,
     [T, H] in the dtype of `hidden`.
@@ -36,22 +40,27 @@ def run_experts(
         weight: [T, K] gate weights.
         supply: called once, with the experts of the present slots.
         present: [T, K] bool: slots to compute; None: all.
+        watch: told of every expert's output.
     """
     if torch.is_grad_enabled():
         with torch.no_grad():  # 4 us, avoided if the caller has done so
-            return run_experts(module, hidden, index, weight, supply, present=present)
+            return run_experts(module, hidden, index, weight, supply, present=present, watch=watch)
     if hidden.shape[0] == 1 and hidden.dtype == weight.dtype == torch.float32:
         slots = list(zip(index.tolist()[0], weight.reshape(-1, 1, 1).unbind(), strict=True))
         if present is not None:
             slots = [slot for slot, fills in zip(slots, present.tolist()[0], strict=True) if fills]
         gate_of = dict(slots)
         if len(gate_of) == len(slots):  # an expert in two slots is rounded differently as 2 rows
-            return _run_one_token(module, hidden, gate_of, supply)
-    return _run_tokens(module, hidden, index, weight, supply, present)
+            return _run_one_token(module, hidden, gate_of, supply, watch)
+    return _run_tokens(module, hidden, index, weight, supply, present, watch)
 
 
 def _run_one_token(
-    module: Any, hidden: torch.Tensor, gate_of: dict[int, torch.Tensor], supply: Supply
+    module: Any,
+    hidden: torch.Tensor,
+    gate_of: dict[int, torch.Tensor],
+    supply: Supply,
+    watch: Watch | None,
 ) -> torch.Tensor:
     """Do what `_run_tokens` does, without gathering: the same products, added in the same order.
 
@@ -63,6 +72,8 @@ def _run_one_token(
     turn, n_wanted = 0, len(wanted)
     for expert, weights in supply(wanted):
         early[expert] = expert_forward(module, weights, hidden).mul_(gate_of[expert])  # [1, H]
+        if watch is not None:
+            watch(expert, None, early[expert])
         while turn < n_wanted and wanted[turn] in early:
             final.add_(early.pop(wanted[turn]))
             turn += 1
@@ -77,6 +88,7 @@ def _run_tokens(
     weight: torch.Tensor,
     supply: Supply,
     present: torch.Tensor | None,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     # The eager loop takes `torch.where` of a [K, T] mask per expert: slot by slot, tokens
     # ascending. A stable sort of the transposed index gives the same order.
@@ -101,6 +113,8 @@ def _run_tokens(
     for expert, weights in supply(experts):
         inputs = hidden.index_select(0, rows[expert])  # [n, H]
         early[expert] = expert_forward(module, weights, inputs) * gates_of[expert]
+        if watch is not None:
+            watch(expert, rows[expert], early[expert])
         while turn is not None and turn in early:
             final.index_add_(0, rows[turn], early.pop(turn).to(final.dtype))
             turn = next(turns, None)

@@ -120,6 +120,11 @@ class SkeletonLoader:
         return self._model.config
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model, whose tensors may not be loaded yet."""
+        return self._model
+
+    @property
     def layers(self) -> tuple[MoeLayerModules, ...]:
         """Modules of every MoE layer, ascending; their tensors may not be loaded yet."""
         return self._layers

@@ -26,6 +26,8 @@ from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
 from moe_tool.runtime.mask_scores import slot_worth
+from moe_tool.runtime.partial_layer import PartialLayer
+from moe_tool.runtime.partial_sum import PartialSum
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.quality_account import QualityAccount
@@ -68,8 +70,10 @@ class MoeLayerRunner:
     """Policy that answers misses while decoding"""
     sparsity: float | None = None
     """Share of an expert's channels left out while decoding one sequence; None: all are computed"""
-    prefetcher: Prefetcher | None = None
+    prefetcher: Prefetcher[LayerCall] | None = None
     """Prefetcher while decoding; a prompt's tokens want nearly every expert of a layer anyway"""
+    part_prefetcher: Prefetcher[PartialLayer] | None = None
+    """Prefetcher that waits for the outputs of the experts in memory; at most one of both is set"""
     foresight: Foresight | None = None
     """Predictions for the eviction policy while decoding"""
     recorder: CallRecorder | None = None
@@ -179,6 +183,7 @@ class MoeLayerRunner:
         counters: PhaseCounters,
     ) -> torch.Tensor:
         is_decode = self.forward.phase == "decode"
+        part = self._part(call, counters) if is_decode else None
 
         def supply(wanted: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
             scores = self._scores(call)
@@ -201,9 +206,25 @@ class MoeLayerRunner:
                     scores=scores,
                     guesses=[(guess.layer, e) for guess in guesses for e in guess.experts],
                 )
-            return on_host(supplied)
+            ready = on_host(supplied)
+            return ready if part is None else part.follow(ready, wanted)
 
-        return run_experts(call.module, call.hidden, index, weight, supply, present=present)
+        watch = None if part is None else part.add
+        return run_experts(
+            call.module, call.hidden, index, weight, supply, present=present, watch=watch
+        )
+
+    def _part(self, call: LayerCall, counters: PhaseCounters) -> PartialSum | None:
+        """Return the sum of the call's experts in memory, from which prefetches are chosen."""
+        prefetcher = self.part_prefetcher
+        if prefetcher is None:
+            return None
+
+        def expect(routed: torch.Tensor) -> None:
+            at = PartialLayer(call=call, routed=routed)
+            prefetcher.expect(at, self.store, counters, stored=self.stored)
+
+        return PartialSum(call.hidden, self.store.resident(call.layer).reshape(-1), expect)
 
     def _select_channels(self, call: LayerCall, wanted: list[int], sparsity: float) -> None:
         """Tell the store which channels one token needs, from the layer's own input."""

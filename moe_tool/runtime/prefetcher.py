@@ -1,7 +1,8 @@
 """Prefetch of the next MoE layers' experts while this layer is computed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,12 @@ from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.prefetch import Prediction, Predictor, choose_prefetches, parse_prefetch
 from moe_tool.store.protocol import ExpertStore
+
+Input = TypeVar("Input")
+
+
+def _nothing() -> None:
+    """Close a predictor that holds nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +46,16 @@ class RouterPredictor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prefetcher:
+class Prefetcher(Generic[Input]):
     """Prefetches of what a predictor expects."""
 
-    predictor: Predictor[LayerCall]
+    predictor: Predictor[Input]
+    close: Callable[[], None] = _nothing
+    """Removes the predictor's hooks"""
 
     def expect(
         self,
-        call: LayerCall,
+        at: Input,
         store: ExpertStore,
         counters: PhaseCounters,
         *,
@@ -56,6 +65,7 @@ class Prefetcher:
         begun; changes the store and counts prefetches.
 
         Args:
+            at: what the predictor predicts from.
             stored: decoder layer -> experts in the bundle, [E] bool; empty if none was removed.
         """
 
@@ -63,14 +73,16 @@ class Prefetcher:
             resident: np.ndarray = store.resident(layer)[PRIMARY]  # [E]
             return resident | ~stored[layer].numpy() if stored else resident
 
-        for wanted in choose_prefetches(self.predictor.predict(call), present):
+        for wanted in choose_prefetches(self.predictor.predict(at), present):
             store.prefetch(wanted.layer, wanted.experts, spare=wanted.spare, counters=counters)
 
 
-def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetcher | None:
-    """Return the prefetcher of a `--prefetch` text; None for "none". `layers` ascend."""
-    depth = parse_prefetch(name).depth
-    if not depth:
+def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetcher[LayerCall] | None:
+    """Return the prefetcher of a `--prefetch` text that predicts from a layer's input; None for
+    other texts. `layers` ascend."""
+    choice = parse_prefetch(name)
+    depth = choice.depth
+    if not depth or choice.alpha is not None:
         return None
     following = {each.layer: layers[at + 1 : at + 1 + depth] for at, each in enumerate(layers)}
     return Prefetcher(predictor=RouterPredictor(following=following))

@@ -34,6 +34,7 @@ from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
+from moe_tool.runtime.partial_layer import choose_part_prefetcher
 from moe_tool.runtime.plan_run import RunPlan, announcements, plan_run, settle, with_policy
 from moe_tool.runtime.policy_choice import with_masks
 from moe_tool.runtime.prefetcher import choose_prefetcher
@@ -92,7 +93,6 @@ class Session:
         self.runner.residency = residency
         self.runner.policy = plan.policy
         self.runner.account = open_account(self.manifest, plan.policy)
-        self.runner.prefetcher = choose_prefetcher(plan.prefetch, self.skeleton.layers)
 
     def empty_cache(self) -> None:
         """Evict every expert that is not pinned."""
@@ -108,6 +108,8 @@ class Session:
         """Stop the reader threads, free the memory and close the bundle."""
         while self._hooks:
             self._hooks.pop().remove()
+        if self.runner.part_prefetcher is not None:
+            self.runner.part_prefetcher.close()
         if self.runner.attention is not None:
             self.runner.attention.close()
         torch.set_num_threads(self.torch_threads_before)
@@ -300,6 +302,7 @@ def _runner(
         policy=plan.policy,
         sparsity=plan.options.sparse_experts,
         prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers),
+        part_prefetcher=choose_part_prefetcher(plan.prefetch, skeleton),
         foresight=_foresight(skeleton, plan),
         recorder=CallRecorder(ids=LayerIds(shape.layers, shape.experts))
         if plan.options.record_trace

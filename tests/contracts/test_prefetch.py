@@ -15,14 +15,23 @@ ROWS = st.lists(
 
 
 def test_names_are_read_back_and_only_none_looks_at_no_layer():
-    for text in (*PREFETCH, "stacked:depth=1", "stacked:depth=8"):
+    for text in (*PREFETCH, "stacked:depth=1", "stacked:depth=8", "partial:alpha=0"):
         choice = parse_prefetch(text)
         assert parse_prefetch(choice.name) == choice
         assert (choice.depth == 0) == (text == "none")
     assert parse_prefetch("stacked:depth=3").name == "stacked"
 
 
-@pytest.mark.parametrize("text", ["stacked:depth=0", "stacked:depth=9", "stacked:far=1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stacked:depth=0",
+        "stacked:depth=9",
+        "stacked:far=1",
+        "partial:alpha=2",
+        "next-layer:alpha=0",
+    ],
+)
 def test_unknown_parameters_are_refused(text):
     with pytest.raises(UsageError):
         parse_prefetch(text)

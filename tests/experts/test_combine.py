@@ -123,3 +123,22 @@ def test_a_supply_that_lacks_an_expert_is_a_bug(experts):
                 torch.rand(n_tokens, 2),
                 _supply(experts, [0]),
             )
+
+
+def test_a_watcher_sees_what_is_summed(experts):
+    for n_tokens in (1, 6):
+        hidden, weight = torch.randn(n_tokens, HIDDEN), torch.rand(n_tokens, 3)
+        index = torch.stack([torch.randperm(N_EXPERTS)[:3] for _ in range(n_tokens)])
+        order = _wanted(index)[::-1]
+        seen = {}
+
+        def watch(expert, rows, output, seen=seen):
+            seen[expert] = (slice(None) if rows is None else rows), output
+
+        found = run_experts(experts, hidden, index, weight, _supply(experts, order), watch=watch)
+        total = torch.zeros_like(hidden)
+        for expert in sorted(seen):
+            rows, output = seen[expert]
+            total[rows] += output
+        assert list(seen) == order
+        assert torch.equal(found, total)

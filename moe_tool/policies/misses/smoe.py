@@ -17,8 +17,8 @@ from moe_tool.policies.two_pointers import count_reads
 class Smoe(MissPolicy):
     """SMoE's router and its division of misses by two pointers (arXiv:2508.18983).
 
-    After near-ties, a token's missing experts are divided by gate weight: the heaviest are read,
-    the lightest answered by their resident replica, so that both ways take about as long.
+    After near-ties, a token's missing experts are divided by score: the best are read, the others
+    answered by their resident replica, so that both ways take about as long.
     Deviations: with one place to compute, replicas stand for the experts that the paper computes
     where they lie, so that these answers differ from exact; costs are given and not running means,
     and each token's misses are divided alone, so that an answer depends on nothing but routing and
@@ -54,7 +54,9 @@ class Smoe(MissPolicy):
         n_reads = self._table(routing.index.shape[1])[
             is_free.sum(axis=1), (is_missing & ~is_free).sum(axis=1)
         ]
-        order = np.argsort(np.where(is_free, -routing.weight, np.inf), axis=1, kind="stable")
+        assert routing.score is not None, "the policy asked for it"
+        own = np.take_along_axis(routing.score, routing.index, axis=1)  # [T, K]
+        order = np.argsort(np.where(is_free, -own, np.inf), axis=1, kind="stable")
         rank = np.empty_like(order)
         np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
         by_replica = is_free & (rank >= n_reads[:, None])
@@ -62,15 +64,19 @@ class Smoe(MissPolicy):
 
     def _table(self, top_k: int) -> np.ndarray:
         """Return how many experts are read, [free, forced] from 0 to K each."""
-        costs = {"read_cost": self.read_ms, "other_cost": self.replica_ms}
-        sizes = range(top_k + 1)
-        return np.array([[count_reads(n, forced, **costs) for forced in sizes] for n in sizes])
+        read, other, sizes = self.read_ms, self.replica_ms, range(top_k + 1)
+        return np.array(
+            [
+                [count_reads([read] * n, [other] * n, begun=forced * read) for forced in sizes]
+                for n in sizes
+            ]
+        )
 
 
 SPEC = PolicySpec(
     name="smoe",
-    summary="in a near-tie, a resident expert that was nearly chosen; else itself where its gate "
-    "weight is high, or its replica in memory, so that reads and replicas take as long",
+    summary="in a near-tie, a resident expert that was nearly chosen; else itself where it "
+    "scored high, or its replica in memory, so that reads and replicas take as long",
     make=Smoe,
     inert="alpha=0,read-ms=0",
     fires="alpha=1",

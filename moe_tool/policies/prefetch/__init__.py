@@ -3,6 +3,7 @@
 from moe_tool.policies.prefetch.choice import NO_PREFETCH, PREFETCH, PrefetchChoice, parse_prefetch
 from moe_tool.policies.prefetch.protocol import LayerPrefetch, Prediction, Predictor
 from moe_tool.policies.prefetch.stacked import choose_prefetches, fetch_predicted
+from moe_tool.policies.prefetch.top_scores import keep_top_scores
 
 __all__ = [
     "NO_PREFETCH",
@@ -13,5 +14,6 @@ __all__ = [
     "PrefetchChoice",
     "choose_prefetches",
     "fetch_predicted",
+    "keep_top_scores",
     "parse_prefetch",
 ]

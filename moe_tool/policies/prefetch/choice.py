@@ -11,6 +11,13 @@ PREFETCH: Mapping[str, Mapping[str, Parameter]] = {
     NO_PREFETCH: {},
     "next-layer": {},
     "stacked": {"depth": whole_number("layers looked ahead at most", default=3, most=8)},
+    "partial": {
+        "alpha": Parameter(
+            help="an expert is read ahead if it scores at least 1 + alpha times the best that is "
+            "not chosen",
+            default=0.3,
+        )
+    },
 }
 """Parameters of every way to choose by the name that `--prefetch` takes"""
 
@@ -23,6 +30,9 @@ class PrefetchChoice:
     """Text from which `parse_prefetch` makes this choice; defaults left out"""
     depth: int
     """Layers looked ahead at most; 0 reads nothing before it is wanted"""
+    alpha: float | None = None
+    """Band of near-ties that are not read ahead, where the next layer is run on part of this one's
+    output; None: routers see this layer's input"""
 
 
 def parse_prefetch(text: str) -> PrefetchChoice:
@@ -40,4 +50,6 @@ def parse_prefetch(text: str) -> PrefetchChoice:
     values = read_values(f"--prefetch {text}", words, PREFETCH[kind])
     changed = ",".join(changed_words(values, PREFETCH[kind]))
     depth = int(values.get("depth", 0 if kind == NO_PREFETCH else 1))
-    return PrefetchChoice(name=f"{kind}:{changed}" if changed else kind, depth=depth)
+    return PrefetchChoice(
+        name=f"{kind}:{changed}" if changed else kind, depth=depth, alpha=values.get("alpha")
+    )
