@@ -1,7 +1,7 @@
 """Time that decoding waits for experts, with and without prefetch, on a slowed-down disk.
 
     python benchmarks/prefetch_stall.py BUNDLE --text FILE [--memory 50%] [--throttle 200MB/s]
-        [--miss-per-layer 1] [--windows 5] [--tokens 64] [--out rows.jsonl]
+        [--miss-per-layer 1] [--layer-ms 30] [--windows 5] [--tokens 64] [--out rows.jsonl]
 
 One sequence of given text is decoded. `exact` reads every miss in full into a cache; `replica`
 reads it in full, in the cheaper form or not at all, as HOBBIT does, into two caches. Rows take
@@ -10,10 +10,13 @@ counts are the same every time; times are medians over windows with their lowest
 "saved" is the median over windows of the share of the stall without prefetch that is gone.
 
 Without `--throttle`, the disk passes one expert in `--miss-per-layer` times the time that a layer
-takes to compute with everything in memory.
+takes to compute with everything in memory. `--layer-ms` lets every layer take that long, as on a
+slower machine, by sleeping: on a busy machine only then does stall mean anything, as long as the
+layers themselves take less.
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from moe_tool.benchmarking.speed_run import Sample, run_test
 from moe_tool.budget.request import parse_memory
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.runtime.prefetcher import choose_prefetcher
 from moe_tool.runtime.run_options import RunOptions
@@ -35,7 +39,7 @@ HEADINGS = (
     *("policy", "prefetch", "stall ms a token", "saved", "tokens/s", "hit rate"),
     *("read per token", "prefetched", "prefetches a token", "of them wanted"),
 )
-_DEPTH = 32
+_DEPTH = 16
 _PREFETCH = ("none", "next-layer", "stacked:depth=1", "stacked:depth=2", "stacked:depth=3")
 
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--policies", default="exact,replica", help="comma-separated")
     parser.add_argument("--throttle")
     parser.add_argument("--miss-per-layer", type=float, default=1.0)
+    parser.add_argument("--layer-ms", type=float)
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="decoded in each window")
     parser.add_argument("--threads", type=int, default=1)
@@ -117,6 +122,8 @@ def _measured(
 ) -> dict[str, list[Sample]]:
     """Return the samples of every way to prefetch, one per window of text."""
     ids = session.tokenizer(a.text.read_text("utf-8"))["input_ids"]
+    if a.layer_ms:
+        _slow_layers(session, a.layer_ms / 1e3)
     timed = SpeedTest(kind="tg", n_tokens=a.tokens, depth=_DEPTH)
     windows = torch.tensor(ids).split(timed.positions)[: a.windows + 1]
     found: dict[str, list[Sample]] = {name: [] for name in names}
@@ -130,14 +137,32 @@ def _measured(
     return found
 
 
+def _slow_layers(session: Session, layer_s: float) -> None:
+    """Let every layer call of decoding take a time, that of waiting for reads not counted."""
+    runner = session.runner
+
+    def run(call: LayerCall) -> torch.Tensor:
+        before, began = runner.stats.decode.stall_seconds, time.perf_counter()
+        output = runner(call)
+        if runner.forward.phase == "decode":
+            waited = runner.stats.decode.stall_seconds - before
+            time.sleep(max(0.0, layer_s - (time.perf_counter() - began - waited)))
+        return output
+
+    session.skeleton.set_experts_function(run)
+
+
 def _slow_disk(a: argparse.Namespace) -> Throttle:
     """Return the disk that passes one expert in the wanted share of a layer's time."""
     with BundleReader.open(a.bundle) as bundle:
         n_layers = len(bundle.manifest.shape.layers)
         record_bytes = bundle.manifest.primaries[0].record_size_bytes
-    with _open(a, "100%", EXACT_POLICY, None) as session:
-        samples = _measured(a, session, ("none",))["none"]
-    layer_s = spread_of([each.seconds for each in samples]).median / a.tokens / n_layers
+    if a.layer_ms:
+        layer_s = a.layer_ms / 1e3
+    else:
+        with _open(a, "100%", EXACT_POLICY, None) as session:
+            samples = _measured(a, session, ("none",))["none"]
+        layer_s = spread_of([each.seconds for each in samples]).median / a.tokens / n_layers
     print(f"everything in memory: {1e6 * layer_s:.0f} us a layer")
     return Throttle(bytes_per_s=record_bytes / (a.miss_per_layer * layer_s))
 
