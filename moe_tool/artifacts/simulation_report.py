@@ -40,7 +40,8 @@ class PrefetchRow:
 
     memory: str
     eviction: str
-    depth: int
+    prefetch: str
+    """Way to prefetch as `--prefetch` takes it"""
     accuracy: float
     """Share of the prefetched experts that was wanted"""
     bytes_per_saved_byte: float | None

@@ -172,7 +172,7 @@ def _show_prefetch(report: "SimulationReport", output: Output) -> None:
     if not report.prefetch_rows:
         return
     output.show("", "prefetch, under the best policy", prefetch_table(report.prefetch_rows))
-    paying = [f"{row.memory} (depth {row.depth})" for row in report.prefetch_rows if row.pays]
+    paying = [f"{row.memory} ({row.prefetch})" for row in report.prefetch_rows if row.pays]
     output.say(
         f"prefetch pays at {', '.join(dict.fromkeys(paying))}"
         if paying

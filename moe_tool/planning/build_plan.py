@@ -177,7 +177,9 @@ def _try_prefetch(sources: PlanSources, chosen: Candidate) -> PrefetchRow | None
         return None
     budget = Budget(label=best.memory, n_slots=best.slots)
     machine = chosen.experts.machine
-    return simulate_prefetch(sources.replayed, chosen.exact.choice, budget, machine, depth=1)
+    return simulate_prefetch(
+        sources.replayed, chosen.exact.choice, budget, machine, prefetch="next-layer"
+    )
 
 
 def _notes_of_choice(

@@ -27,7 +27,7 @@ from moe_tool.simulator.simulate import (
 )
 
 _PREFETCH_BUDGETS = 3
-_PREFETCH_DEPTHS = (1, 2, 3)
+_PREFETCH = ("next-layer", "stacked:depth=2", "stacked:depth=3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +86,12 @@ def simulate_profile(
         prompt_rows=tuple(simulate_prompts(prompts, n_tokens, choices, budgets, machine)),
         unheard=tuple(choice.name for choice in choices if "scores" in choice.hints),
         prefetch_rows=tuple(
-            simulate_prefetch(replayer, choice, budget, machine, depth=depth)
+            simulate_prefetch(replayer, choice, budget, machine, prefetch=prefetch)
             for budget in (() if trace.guesses is None else _some(budgets))
             if (best := best_policy(rows, budget.label)).hit_rate < 1
             for choice in choices
             if choice.name == best.eviction
-            for depth in _PREFETCH_DEPTHS
+            for prefetch in _PREFETCH
         ),
         cliff=Cliff(experts=trace.cycle, bytes=round(trace.cycle * machine.record_bytes)),
         warnings=tuple(find_slower(rows)),

@@ -68,15 +68,15 @@ def _by_budget(rows: Sequence[Row], cell: Callable[[Row], str]) -> Table:
 
 
 def prefetch_table(rows: Sequence[PrefetchRow]) -> Table:
-    """Return the effect of prefetching, one row per budget, policy and depth."""
-    headings = ("memory", "eviction", "depth", "wanted", "bytes/saved", "stall saved ms", "pays")
-    table = columns(*headings, words=(0, 1, 6), ruled=False)
+    """Return the effect of prefetching, one row per budget, policy and way to prefetch."""
+    headings = ("memory", "eviction", "prefetch", "wanted", "bytes/saved", "stall saved ms", "pays")
+    table = columns(*headings, words=(0, 1, 2, 6), ruled=False)
     for row in rows:
         per_byte = row.bytes_per_saved_byte
         table.add_row(
             row.memory,
             row.eviction,
-            str(row.depth),
+            row.prefetch,
             f"{row.accuracy:.0%}",
             "-" if per_byte is None else f"{per_byte:.1f}",
             f"{row.stall_saved_ms:.2f}",

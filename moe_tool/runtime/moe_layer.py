@@ -21,6 +21,7 @@ from moe_tool.experts.combine import run_experts
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.eviction import gate_scores
+from moe_tool.policies.misses import MissPolicy
 from moe_tool.policies.misses.prune import token_importance
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
@@ -197,7 +198,13 @@ class MoeLayerRunner:
                     for guess in guesses:
                         self.store.expect(guess.layer, guess.experts, ahead=guess.ahead)
                 if self.prefetcher is not None:
-                    self.prefetcher.expect(call, self.store, counters, stored=self.stored)
+                    self.prefetcher.expect(
+                        call,
+                        self.store,
+                        counters,
+                        stored=self.stored,
+                        policy=self._prefetch_policy(),
+                    )
             if self.recorder is not None:
                 self.recorder.record(
                     call.layer,
@@ -225,6 +232,12 @@ class MoeLayerRunner:
             prefetcher.expect(at, self.store, counters, stored=self.stored)
 
         return PartialSum(call.hidden, self.store.resident(call.layer).reshape(-1), expect)
+
+    def _prefetch_policy(self) -> MissPolicy | None:
+        """Return the policy that chooses the forms of prefetches; None: they are read in full."""
+        policy, exact = self.policy.policy, self.forward.exact_fallback
+        is_exact = exact is not None and exact.any()
+        return policy if policy.chooses_prefetches and not is_exact else None
 
     def _select_channels(self, call: LayerCall, wanted: list[int], sparsity: float) -> None:
         """Tell the store which channels one token needs, from the layer's own input."""

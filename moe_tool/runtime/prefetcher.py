@@ -12,7 +12,14 @@ from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import UsageError
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.skeleton import LayerCall
-from moe_tool.policies.prefetch import Prediction, Predictor, choose_prefetches, parse_prefetch
+from moe_tool.policies.misses import MissPolicy
+from moe_tool.policies.prefetch import (
+    Prediction,
+    Predictor,
+    answer_prediction,
+    choose_prefetches,
+    parse_prefetch,
+)
 from moe_tool.store.protocol import ExpertStore
 
 Input = TypeVar("Input")
@@ -60,6 +67,7 @@ class Prefetcher(Generic[Input]):
         counters: PhaseCounters,
         *,
         stored: Mapping[int, torch.Tensor],
+        policy: MissPolicy | None = None,
     ) -> None:
         """Prefetch the experts predicted for the next layers, once the call's demanded reads have
         begun; changes the store and counts prefetches.
@@ -67,14 +75,33 @@ class Prefetcher(Generic[Input]):
         Args:
             at: what the predictor predicts from.
             stored: decoder layer -> experts in the bundle, [E] bool; empty if none was removed.
+            policy: chooses the forms to read; None: every predicted expert is read in full.
         """
+        predictions = self.predictor.predict(at)
+        if policy is not None:
+            predictions = _answered(predictions, policy, store, stored)
 
         def present(layer: int) -> np.ndarray:
-            resident: np.ndarray = store.resident(layer)[PRIMARY]  # [E]
-            return resident | ~stored[layer].numpy() if stored else resident
+            resident: np.ndarray = store.resident(layer)  # [F, E]
+            if policy is not None:
+                return resident.reshape(-1)  # removed experts are not predicted
+            whole: np.ndarray = resident[PRIMARY]
+            return whole | ~stored[layer].numpy() if stored else whole
 
-        for wanted in choose_prefetches(self.predictor.predict(at), present):
+        for wanted in choose_prefetches(predictions, present):
             store.prefetch(wanted.layer, wanted.experts, spare=wanted.spare, counters=counters)
+
+
+def _answered(
+    predictions: Iterator[Prediction],
+    policy: MissPolicy,
+    store: ExpertStore,
+    stored: Mapping[int, torch.Tensor],
+) -> Iterator[Prediction]:
+    for each in predictions:
+        there = stored[each.layer].numpy() if stored else None
+        resident = store.resident(each.layer)
+        yield answer_prediction(each, policy, resident=resident, stored=there)
 
 
 def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetcher[LayerCall] | None:

@@ -1,11 +1,12 @@
 """Reference replay of a trace through the engine's own cache; it defines what is counted."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.policies.eviction import ExpertCache, MakeEviction
+from moe_tool.policies.prefetch import LayerPrefetch, Prediction, choose_prefetches
 
 
 def naive_replay(
@@ -54,18 +55,42 @@ def naive_replay(
         for target, keys in by_layer.items():
             cache.expect(keys, ahead=target - layer)
         held = set(named)
-        for ahead in range(1, prefetch_depth + 1):
-            keys = by_layer.get(layer + ahead, [])
-            missing = [key for key in keys if key not in cache]
-            held |= set(keys)
-            entries = cache.prefetch(missing, held)
+        chosen = _choose(by_layer, cache, layer, depth=prefetch_depth, n_experts=trace.n_experts)
+        for wanted in chosen:
+            first = wanted.layer * trace.n_experts
+            held |= {first + expert for expert in wanted.spare}
+            entries = cache.prefetch([first + expert for expert in wanted.experts], held)
             for entry in entries:
                 _leave(pending, entry.victim, trace.n_experts)
-                pending.setdefault(layer + ahead, []).append(entry.key)
+                pending.setdefault(wanted.layer, []).append(entry.key)
             counts.prefetches[number] += len(entries)
-            if missing:
-                break
     return counts
+
+
+def _choose(
+    by_layer: Mapping[int, list[int]], cache: ExpertCache, layer: int, *, depth: int, n_experts: int
+) -> list[LayerPrefetch]:
+    """Return the prefetches that the engine chooses at the call of a layer; layers are positions.
+
+    Args:
+        by_layer: position -> keys predicted for it, the most wanted first.
+    """
+
+    def present(target: int) -> np.ndarray:
+        first = target * n_experts
+        return np.array([key in cache for key in range(first, first + n_experts)])
+
+    predictions = [
+        Prediction(
+            layer=target,
+            ahead=target - layer,
+            index=np.array([keys]) - target * n_experts,
+            weight=np.arange(len(keys), 0, -1)[None],  # a trace has the order, not the weights
+        )
+        for target, keys in sorted(by_layer.items())
+        if target <= layer + depth
+    ]
+    return choose_prefetches(predictions, present)
 
 
 def _by_layer(keys: list[int], n_experts: int) -> dict[int, list[int]]:

@@ -10,6 +10,7 @@ from moe_tool.artifacts.access_trace import AccessTrace, CallCounts
 from moe_tool.artifacts.simulation_report import BELADY, PrefetchRow, PromptRow, SimulatedRow
 from moe_tool.policies.eviction import EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.hot_set import n_pinned
+from moe_tool.policies.prefetch import parse_prefetch
 from moe_tool.progress import SILENT, Progress
 from moe_tool.simulator.replay import Replayer
 from moe_tool.simulator.time_model import CallCosts, call_times, forward_seconds
@@ -123,11 +124,12 @@ def simulate_prompts(
 
 
 def simulate_prefetch(
-    replayer: Replayer, choice: EvictionChoice, budget: Budget, machine: Machine, *, depth: int
+    replayer: Replayer, choice: EvictionChoice, budget: Budget, machine: Machine, *, prefetch: str
 ) -> PrefetchRow:
-    """Return the effect of prefetching over so many layers."""
+    """Return the effect of a way to prefetch, as `--prefetch` takes it."""
     trace = replayer.trace
     without = replay_choice(replayer, choice, budget, machine)
+    depth = parse_prefetch(prefetch).depth
     ahead = replay_choice(replayer, choice, budget, machine, prefetch_depth=depth)
     assert without is not None and ahead is not None
     times, plain = (call_times(trace, counts, machine.costs) for counts in (ahead, without))
@@ -137,7 +139,7 @@ def simulate_prefetch(
     return PrefetchRow(
         memory=budget.label,
         eviction=choice.name,
-        depth=depth,
+        prefetch=prefetch,
         accuracy=n_used / max(1, n_read),
         bytes_per_saved_byte=float(times.prefetched.sum()) / n_saved if n_saved > 0 else None,
         stall_saved_ms=1e3 * saved_s / max(1, trace.n_forwards),

@@ -123,12 +123,12 @@ class ChannelStore:
         return self._supply(layer, supply, selected, counters)
 
     def prefetch(
-        self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
+        self, layer: int, numbers: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
         """Prefetch whole experts for the next call."""
-        for expert in experts:
+        for expert in numbers:
             self.selector(layer, expert)
-        self._store.prefetch(layer, experts, spare=spare, counters=counters)
+        self._store.prefetch(layer, numbers, spare=spare, counters=counters)
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
         self._store.expect(layer, experts, ahead=ahead)

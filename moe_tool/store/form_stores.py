@@ -6,6 +6,7 @@ from itertools import chain
 import numpy as np
 
 from moe_tool.artifacts.expert_ids import FormIds
+from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.progress import SILENT, Progress
 from moe_tool.store.protocol import ExpertStore, SelectChannels, Supply
@@ -42,6 +43,8 @@ class FormStores:
         self._stores = tuple(each for each in (*primaries, *cheaper) if each is not None)
         self._primary_of = primary_of
         self._in_step = in_step
+        self._prefetched: set[int] = set()
+        """Cheaper forms that were prefetched, which are told of every call to settle it"""
         n_experts = len(next(iter(primary_of.values())))
         self._ids = FormIds(n_experts)
         self._none = np.zeros((1, n_experts), dtype=bool)
@@ -70,11 +73,8 @@ class FormStores:
         elsewhere: Sequence[int] = (),
     ) -> Supply:
         """Begin the reads of all forms; cheap forms, which are mostly resident, come first."""
-        by_form: dict[int, list[int]] = {}
-        for number in numbers:
-            form, expert = self._ids.pair(number)
-            by_form.setdefault(form, []).append(expert)
-        primary = by_form.pop(0, [])
+        by_form = self._by_form(numbers)
+        primary = by_form.pop(PRIMARY, [])
         # Every primary store is called, so that it settles its prefetches by this call.
         parts = [primary] if len(self._primaries) == 1 else self._split(layer, primary)
         if self._in_step:
@@ -83,13 +83,12 @@ class FormStores:
             store.acquire(layer, part, counters, scores=scores)
             for store, part in zip(self._primaries, parts, strict=True)
         ]
-        if not by_form and len(supplies) == 1:
+        forms = self._prefetched.union(by_form)
+        if not forms and len(supplies) == 1:
             return supplies[0]
         cheap = []
-        for form in sorted(by_form, reverse=True):
-            store = self._cheaper[form - 1]
-            assert store is not None, "a policy named a form that is not held"
-            supply = store.acquire(layer, by_form[form], counters)
+        for form in sorted(forms, reverse=True):
+            supply = self._cheaper_store(form).acquire(layer, by_form.get(form, []), counters)
             cheap.append(self._numbered(supply, form))
         return chain.from_iterable([*cheap, *supplies])
 
@@ -124,12 +123,19 @@ class FormStores:
         return chain.from_iterable([*cheap, *supplies])
 
     def prefetch(
-        self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
+        self, layer: int, numbers: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
-        parts, spared = self._split(layer, experts), self._split(layer, spare)
-        for store, part, kept in zip(self._primaries, parts, spared, strict=True):
+        by_form, spared = self._by_form(numbers), self._by_form(spare)
+        parts = self._split(layer, by_form.pop(PRIMARY, []))
+        kept_parts = self._split(layer, spared.pop(PRIMARY, []))
+        for store, part, kept in zip(self._primaries, parts, kept_parts, strict=True):
             if part or kept:
                 store.prefetch(layer, part, spare=kept, counters=counters)
+        for form in sorted({*by_form, *spared}):
+            self._prefetched.add(form)
+            self._cheaper_store(form).prefetch(
+                layer, by_form.get(form, []), spare=spared.get(form, []), counters=counters
+            )
 
     def expect(self, layer: int, experts: Sequence[int], *, ahead: int) -> None:
         for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
@@ -149,6 +155,18 @@ class FormStores:
             return primaries[0]
         cheaper = [self._none if store is None else mask_of(store) for store in self._cheaper]
         return np.concatenate([np.logical_or.reduce(primaries), *cheaper])
+
+    def _by_form(self, numbers: Sequence[int]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for number in numbers:
+            form, expert = self._ids.pair(number)
+            found.setdefault(form, []).append(expert)
+        return found
+
+    def _cheaper_store(self, form: int) -> ExpertStore:
+        store = self._cheaper[form - 1]
+        assert store is not None, "a policy named a form that is not held"
+        return store
 
     def _split(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
         """Return experts by the primary store that holds them, in order, without removed ones."""

@@ -77,19 +77,19 @@ class ExpertStore(Protocol):
         """
 
     def prefetch(
-        self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
+        self, layer: int, numbers: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
         """Prefetch experts for the next call of a layer, while no demanded read is waiting.
 
         Slots are taken as the eviction policy says, never from the current call, a pinned
-        expert, or one named to `prefetch` since it began; without a slot, the rest of `experts` is
+        expert, or one named to `prefetch` since it began; without a slot, the rest of `numbers` is
         not prefetched.
         The timing of reads does not change which experts are prefetched.
 
         Args:
             layer: decoder layer of that call, one or more after the current one.
-            experts: non-resident experts, the most wanted first; may be empty.
-            spare: experts of that layer that stay if they are resident.
+            numbers: non-resident experts, the most wanted first; may be empty.
+            spare: numbers of that layer's experts that stay if they are resident.
             counters: count prefetches; later calls count the bytes.
         """
 

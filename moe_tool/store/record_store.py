@@ -171,10 +171,10 @@ class RecordStore:
         return self._call
 
     def prefetch(
-        self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
+        self, layer: int, numbers: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
         self._is_prefetching = True
-        wanted = [(layer, expert) for expert in experts]
+        wanted = [(layer, expert) for expert in numbers]
         self._spared |= {*self._named, *wanted, *((layer, expert) for expert in spare)}
         assert not any(key in self._book.slot_of for key in wanted), "one is resident"
         for entry in self._book.prefetch(wanted, self._spared):

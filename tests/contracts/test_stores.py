@@ -257,6 +257,28 @@ def test_a_cheaper_form_is_numbered_after_the_primary_ones_and_comes_first():
     case.store.close()
 
 
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_prefetched_cheaper_form_is_settled_by_its_own_layers_call(in_step):
+    bundle, counters = FakeBundle(tables=TABLES["forms"]), PhaseCounters()
+    whole, cheaper = (RecordStore(bundle, form=form, n_slots=4, eviction=Lru) for form in (0, 1))
+    primary_of = {layer: [0] * 4 for layer in (0, 1)}
+    store = FormStores([whole], [cheaper], primary_of=primary_of, in_step=in_step)
+    list(store.acquire(0, [0], counters))
+    store.prefetch(1, [1, 4 + 2, 4 + 3], spare=[1, 4 + 2, 4 + 3], counters=counters)
+    expected = [[False, True, False, False], [False, False, True, True]]
+    assert store.resident(1).tolist() == expected
+    list(store.acquire(0, [3], counters))  # of another layer: nothing is settled
+    assert store.resident(1).tolist() == expected
+    came = dict(store.acquire(1, [0, 4 + 2], counters))
+    assert is_whole(came[4 + 2], 1, 2, form=1) and is_whole(came[0], 1, 0)
+    assert store.resident(1).tolist() == [[True] + [False] * 3, [False, False, True, False]]
+    assert (counters.prefetches, counters.prefetch_hits) == (3, 1)
+    store.prefetch(1, [4 + 3], spare=[4 + 3], counters=counters)
+    list(store.acquire(1, [0], counters))  # the call names no cheaper form at all
+    assert store.resident(1)[1].tolist() == [False, False, True, False]
+    store.close()
+
+
 def test_a_removed_expert_is_neither_prefetched_nor_expected():
     tables = [("primary", NATIVE, [key for key in KEYS if key[1] != 3])]
     bundle, counters = FakeBundle(tables=tables), PhaseCounters()

@@ -195,4 +195,20 @@ MUTANTS = (
         new="torch.stack((codes & 15, codes >> 4), dim=2)",
         tests="tests/lookup/test_lookup_bundle.py",
     ),
+    Mutant(
+        name="prefetches always in full",
+        file="moe_tool/policies/misses/replica.py",
+        old="chooses_prefetches = True",
+        new="chooses_prefetches = False",
+        tests="tests/runtime/test_mixtures.py"
+        "::test_a_prefetch_reads_the_form_that_the_policy_would_answer_with",
+    ),
+    Mutant(
+        name="a stacked replay that never looks past the next layer",
+        file="moe_tool/simulator/naive_replay.py",
+        old="if target <= layer + depth",
+        new="if target <= layer + min(depth, 1)",
+        tests="tests/simulator/test_replay.py"
+        "::test_a_layer_two_ahead_is_prefetched_once_the_next_one_is_there",
+    ),
 )

@@ -171,9 +171,9 @@ class DeviceStore:
             self._reads[follower] = self._copies.submit(self._upload, follower)
 
     def prefetch(
-        self, layer: int, experts: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
+        self, layer: int, numbers: Sequence[int], *, spare: Sequence[int], counters: PhaseCounters
     ) -> None:
-        keys = [(layer, expert) for expert in experts]
+        keys = [(layer, expert) for expert in numbers]
         held = [*self._named, *keys, *((layer, expert) for expert in spare)]
         for entry in self._book.prefetch(keys, held):
             key, _, victim = self._book.enter(entry)

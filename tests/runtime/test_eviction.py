@@ -1,8 +1,10 @@
 """Every eviction policy in the engine: the same text, and the hits that the simulator counts."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from moe_tool.runtime.session import open_session
 from moe_tool.runtime.write_trace import write_trace
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
+from moe_tool.store.protocol import Supply
 from tests.packed import pack_bundle
 
 TinyBundle = Callable[..., Path]
@@ -90,6 +93,43 @@ def test_what_is_read_ahead_is_predicted_too(
     assert bound.eviction == "belady, without prefetch"
     counts = replay_run(header, calls)
     assert int(counts.prefetches[calls.is_decode].sum()) == header.prefetches
+
+
+def test_prefetches_two_layers_ahead_are_predicted_too(tmp_path: Path) -> None:
+    model, trace = LocatedModel(folder=demo_model_path(), name="demo"), tmp_path / "run.h5"
+    pack_bundle(model, out=tmp_path / "b")
+    options = replace(OPTIONS, memory=parse_memory("80%"), prefetch="stacked:depth=3")
+    ahead: Counter[int] = Counter()
+    with open_session(tmp_path / "b", options) as session:
+        assert len(session.manifest.shape.layers) >= 4
+        store, called = session.runner.store, [0]
+        acquire, prefetch = store.acquire, store.prefetch
+
+        def listen(layer: int, *args: Any, **named: Any) -> Supply:
+            called.append(layer)
+            return acquire(layer, *args, **named)
+
+        def count(layer: int, numbers: Sequence[int], **named: Any) -> None:
+            ahead[layer - called[-1]] += len(numbers)
+            prefetch(layer, numbers, **named)
+
+        store.acquire, store.prefetch = listen, count  # type: ignore[method-assign,assignment]
+        generate_ids(session, [PROMPT], GENERATION)
+        write_trace(session, trace, decode_seconds=1.0)
+    header, calls = read_run_trace(trace)
+    assert ahead[1] > 0 and ahead[2] > 0
+    assert header.prefetches == ahead.total()
+    counts = replay_run(header, calls)
+    assert int(counts.hits[calls.is_decode].sum()) == header.hits
+    assert int(counts.prefetches[calls.is_decode].sum()) == header.prefetches
+    assert int(counts.prefetch_hits[calls.is_decode].sum()) == header.prefetch_hits > 0
+    slow = naive_replay(
+        recorded_trace(header, calls),
+        parse_eviction(header.eviction).make,
+        capacity=header.n_slots,
+        prefetch_depth=3,
+    )
+    assert (slow.prefetches == counts.prefetches).all() and (slow.hits == counts.hits).all()
 
 
 def test_a_second_run_of_a_session_counts_from_the_cache_that_the_first_left(

@@ -1,8 +1,9 @@
 """Several primary widths, nested ones among them, removed experts and replicas in one session."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +161,30 @@ def test_every_policy_runs_within_the_slots_and_names_nothing_that_is_not_stored
             lowered += stats.replica_answers
     assert all(fired.values()), fired
     assert lowered > 0
+
+
+@pytest.mark.parametrize("prefetch", ["next-layer", "stacked:depth=3"])
+def test_a_prefetch_reads_the_form_that_the_policy_would_answer_with(
+    bundle: Path, prefetch: str
+) -> None:
+    read: Counter[int] = Counter()
+    policy = "replica:high=0.3,low=0.7,part=0.4"
+    with _open(bundle, "60%", policy, residency="cache", prefetch=prefetch) as session:
+        store = session.runner.store
+        keep = store.prefetch
+
+        def listen(layer: int, numbers: Sequence[int], **named: Any) -> None:
+            missing = ~store.resident(layer).reshape(-1)
+            assert missing[list(numbers)].all()
+            read.update(number // len(BITS) for number in numbers)
+            keep(layer, numbers, **named)
+
+        store.prefetch = listen  # type: ignore[assignment,method-assign]
+        _tokens(session)
+        stats = session.runner.stats.decode
+    assert set(read) == {0, 1}
+    assert stats.prefetches > 0 and stats.prefetch_hits > 0
+    assert stats.bytes_read >= stats.prefetched_bytes > 0
 
 
 def test_an_account_of_a_mixture_is_finite_and_an_exact_fallback_answers_exactly(

@@ -54,6 +54,38 @@ def test_the_compiled_replay_counts_what_the_cache_itself_does(name, per_layer):
 
 
 @needs_compiled
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("name", ["lru", "hobbit", "expertflow", "s3-fifo", "lru:per-layer"])
+def test_the_compiled_replay_prefetches_past_the_next_layer_as_the_engine_does(name, depth):
+    choice, n_deeper = parse_eviction(name), 0
+    for seed in range(8):
+        trace = random_trace(np.random.default_rng(seed), n_layers=5, n_experts=6)
+        how = {"capacity": 22, "per_layer": choice.per_layer}
+        found = Replayer(trace).replay(choice, capacity=22, prefetch_depth=depth)
+        wanted = naive_replay(trace, choice.make, prefetch_depth=depth, **how)
+        for field in ("hits", "prefetches", "prefetch_hits"):
+            assert (getattr(found, field) == getattr(wanted, field)).all(), (seed, field)
+        nearer = naive_replay(trace, choice.make, prefetch_depth=depth - 1, **how)
+        n_deeper += int((wanted.prefetches > nearer.prefetches).sum())
+    assert n_deeper > 0
+
+
+def test_a_layer_two_ahead_is_prefetched_once_the_next_one_is_there():
+    # Keys: 2 * layer + expert. At the last forward's layer 0, layer 1's guess is cached and layer
+    # 2's is not.
+    calls = [(0, [0]), (1, [0]), (2, [0]), (0, [0]), (1, [0]), (2, [1])]
+    guesses = [[], [], [], [2, 5], [], []]
+    trace = trace_of(calls, n_layers=3, n_experts=2, guesses=guesses)
+    make = parse_eviction("lru").make
+    deep = naive_replay(trace, make, capacity=6, prefetch_depth=2)
+    assert deep.prefetches.tolist() == [0, 0, 0, 1, 0, 0]
+    assert deep.prefetch_hits.tolist() == [0, 0, 0, 0, 0, 1]
+    assert deep.hits.tolist() == [0, 0, 0, 1, 1, 1]
+    near = naive_replay(trace, make, capacity=6, prefetch_depth=1)
+    assert near.prefetches.sum() == 0 and near.hits.tolist() == [0, 0, 0, 1, 1, 0]
+
+
+@needs_compiled
 @pytest.mark.parametrize("union", [1, 3])
 def test_one_pass_answers_for_every_capacity(union):
     for seed in range(8):

@@ -115,7 +115,7 @@ def test_right_guesses_pay_where_the_disk_has_time_and_wrong_ones_do_not():
             for layer in range(4)
         ]
         trace = trace_of(calls, n_layers=4, n_experts=n_experts, guesses=guesses)
-        return simulate_prefetch(Replayer(trace), choice, budget, machine, depth=1)
+        return simulate_prefetch(Replayer(trace), choice, budget, machine, prefetch="next-layer")
 
     right, wrong = paying(lambda expert: expert), paying(lambda expert: (expert + 1) % n_experts)
     assert right.pays and right.accuracy == 1 and right.stall_saved_ms > 0

@@ -28,6 +28,9 @@ class MissPolicy(Protocol):
 
     needs_router: RouterNeed = "nothing"
     """Whether `Routing.logits`, or these and `Routing.score`, are required"""
+    chooses_prefetches: bool = False
+    """Whether a prefetch reads the forms that the policy would answer the predicted routing with;
+    otherwise it reads every predicted expert in full"""
 
     def describe(self) -> str:
         """Return one line for the announcement before the first token."""

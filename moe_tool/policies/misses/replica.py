@@ -19,7 +19,10 @@ class Replica(MissPolicy):
     without one), else it is dropped. Resident primary forms are used. The heaviest slot is always
     answered in full, so that at least one slot of K is, whatever share is asked for. The paper has
     one t1 and t2 for a model; here every layer has its own, at which it has the asked shares.
+    Experts predicted for a coming layer are prefetched by the same rule, of their predicted s.
     """
+
+    chooses_prefetches = True
 
     def __init__(self, inputs: PolicyInputs, values: Values) -> None:
         self.form, n_forms = int(values["form"]), len(inputs.forms)

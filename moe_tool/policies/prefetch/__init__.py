@@ -1,5 +1,6 @@
 """Prefetch policies: the choice of experts to read before their layer is called."""
 
+from moe_tool.policies.prefetch.answered import answer_prediction
 from moe_tool.policies.prefetch.choice import NO_PREFETCH, PREFETCH, PrefetchChoice, parse_prefetch
 from moe_tool.policies.prefetch.protocol import LayerPrefetch, Prediction, Predictor
 from moe_tool.policies.prefetch.stacked import choose_prefetches, fetch_predicted
@@ -12,6 +13,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "PrefetchChoice",
+    "answer_prediction",
     "choose_prefetches",
     "fetch_predicted",
     "keep_top_scores",

@@ -11,14 +11,15 @@ Input = TypeVar("Input", contravariant=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prediction:
-    """Experts predicted for the next call of one layer."""
+    """Experts that the next call of one layer is predicted to want, in full or as answers."""
 
     layer: int
     """Decoder layer"""
     ahead: int
     """MoE layers from the current one, 1 for the next"""
     index: np.ndarray
-    """Experts of each token, [T, K] int64; ids outside 0..E-1 mean no expert"""
+    """Experts of each token, [T, K] int64, of answers their `FormIds` numbers; ids outside the
+    valid ones mean no expert"""
     weight: np.ndarray
     """Gate weights, [T, K]"""
 
@@ -37,6 +38,6 @@ class LayerPrefetch:
     layer: int
     """Decoder layer"""
     experts: list[int]
-    """Missing experts to read, the most wanted first"""
+    """Missing experts to read, by `FormIds` number, the most wanted first"""
     spare: list[int]
-    """Predicted experts, which stay if they are resident"""
+    """Predicted ones, which stay if they are resident"""

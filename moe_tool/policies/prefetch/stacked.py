@@ -18,7 +18,7 @@ def choose_prefetches(
     Args:
         predictions: nearest layer first; those past the first missing expert are not asked for.
         present: decoder layer -> experts that need no read, [E] bool: in memory, being read, or
-            not in the bundle.
+            not in the bundle; [F * E] where the predictions are answers in F forms.
     """
     chosen = []
     for each in predictions:
