@@ -5,7 +5,8 @@
 The penalty is per token, in reads of a primary record; a cheaper one counts as its share of bytes.
 Differences to lru, to lfu that never halves (the paper's), to our lfu and to random are in percent
 of theirs, with 95 % intervals over the held-out sequences. `published` begins its records anew
-with every sequence; `ours` halves uses every 128 tokens and counts, in each cache, the uses of its own form.
+with every sequence; `ours` halves uses every 128 tokens and counts, in each cache, the uses of its
+own form.
 """
 
 import argparse
