@@ -28,6 +28,8 @@ class AccessTrace:
     """[C + 1] int64: index in `guesses` at which each call begins"""
     guesses: np.ndarray | None = None
     """int32 keys that the next layers' routers choose on this layer's input, nearest layer first"""
+    begins: np.ndarray | None = None
+    """[C] bool: whether a sequence begins with the call; None: all is one sequence"""
 
     @property
     def n_calls(self) -> int:

@@ -332,7 +332,7 @@ PyObject* in_use(PyObject*, PyObject*) { return PyUnicode_FromString(moe::kernel
 struct PackedCalls {
   int64_t n_calls;
   int32_t n_layers, n_experts;
-  uint64_t layer, start, keys, scores, guess_start, guesses;
+  uint64_t layer, start, keys, scores, guess_start, guesses, begins;
 };
 
 bool read_calls(const char* data, Py_ssize_t size, moe::Calls* out) {
@@ -350,8 +350,24 @@ bool read_calls(const char* data, Py_ssize_t size, moe::Calls* out) {
           pointer<int32_t>(c.keys),
           pointer<uint16_t>(c.scores),
           pointer<int64_t>(c.guess_start),
-          pointer<int32_t>(c.guesses)};
+          pointer<int32_t>(c.guesses),
+          pointer<uint8_t>(c.begins)};
   return true;
+}
+
+bool read_eviction(int eviction, const char* parameters, Py_ssize_t size, moe::Replay* out) {
+  if (eviction < 0 || eviction > int(moe::EvictionCode::kS3Fifo) ||
+      size != Py_ssize_t(sizeof out->parameters)) {
+    PyErr_SetString(PyExc_ValueError, "the eviction policy's description is not sound");
+    return false;
+  }
+  out->eviction = moe::EvictionCode(eviction);
+  std::memcpy(out->parameters, parameters, sizeof out->parameters);
+  return true;
+}
+
+uint16_t* counts_at(unsigned long long at) {
+  return const_cast<uint16_t*>(pointer<uint16_t>(at));
 }
 
 PyObject* replay(PyObject*, PyObject* args) {
@@ -367,19 +383,33 @@ PyObject* replay(PyObject*, PyObject* args) {
   moe::Calls calls;
   if (!read_calls(calls_data, calls_size, &calls)) return nullptr;
   moe::Replay how{};
-  if (eviction < 0 || eviction > int(moe::EvictionCode::kS3Fifo) ||
-      parameters_size != Py_ssize_t(sizeof how.parameters)) {
-    PyErr_SetString(PyExc_ValueError, "the eviction policy's description is not sound");
-    return nullptr;
-  }
-  how.eviction = moe::EvictionCode(eviction);
-  std::memcpy(how.parameters, parameters, sizeof how.parameters);
+  if (!read_eviction(eviction, parameters, parameters_size, &how)) return nullptr;
   how.capacity = capacity, how.per_layer = per_layer, how.pinned = pointer<uint8_t>(pinned), how.prefetch_depth = depth;
-  const auto counts = [](unsigned long long at) {
-    return const_cast<uint16_t*>(pointer<uint16_t>(at));
-  };
   return without_gil([&] {
-    moe::replay(calls, how, {counts(hits), counts(prefetches), counts(prefetch_hits)});
+    moe::replay(calls, how, {counts_at(hits), counts_at(prefetches), counts_at(prefetch_hits)});
+  });
+}
+
+PyObject* replay_two(PyObject*, PyObject* args) {
+  const char *calls_data, *parameters;
+  Py_ssize_t calls_size, parameters_size;
+  int eviction, per_layer;
+  long long capacity, cheaper_capacity;
+  unsigned long long answers, uses, misses, cheaper_uses, cheaper_misses;
+  if (!PyArg_ParseTuple(args, "y#iy#LLpKKKKK", &calls_data, &calls_size, &eviction, &parameters,
+                        &parameters_size, &capacity, &cheaper_capacity, &per_layer, &answers, &uses,
+                        &misses, &cheaper_uses, &cheaper_misses))
+    return nullptr;
+  moe::Calls calls;
+  moe::Replay how{};
+  if (!read_calls(calls_data, calls_size, &calls) ||
+      !read_eviction(eviction, parameters, parameters_size, &how))
+    return nullptr;
+  how.capacity = capacity, how.per_layer = per_layer;
+  return without_gil([&] {
+    moe::replay_two(calls, how, {pointer<uint8_t>(answers), cheaper_capacity},
+                    {counts_at(uses), counts_at(misses), counts_at(cheaper_uses),
+                     counts_at(cheaper_misses)});
   });
 }
 
@@ -414,6 +444,8 @@ PyMethodDef methods[] = {
     {"in_use", in_use, METH_NOARGS, "in_use()"},
     {"replay", replay, METH_VARARGS,
      "replay(calls, eviction, parameters, capacity, per_layer, depth, pinned, hits, ...)"},
+    {"replay_two", replay_two, METH_VARARGS,
+     "replay_two(calls, eviction, parameters, capacity, cheaper_capacity, per_layer, answers, ...)"},
     {"stack_depths", stack_depths, METH_VARARGS, "stack_depths(calls, next_use, depths)"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -50,7 +50,9 @@ class Ranked {
     if (layer <= layer_) ++forward_;
     layer_ = layer;
   }
+  void begin_sequence() {}
   void observe(const uint16_t*) {}
+  void hear(int32_t) {}
   void expect(int32_t, int32_t) {}
   void rank(int32_t key, int64_t rank) {
     ranks_[key] = rank;
@@ -158,23 +160,57 @@ class Hobbit : public Ranked {
   Hobbit(const Calls& calls, const Replay& how)
       : Ranked(calls, how),
         of_last_(how.parameters[0]),
-        of_uses_(how.parameters[1] + how.parameters[2]),
+        of_uses_(how.parameters[1]),
+        of_precise_(how.parameters[2]),
         of_distance_(how.parameters[3]),
-        uses_(ranks_.size(), 0) {}
+        halve_every_(how.parameters[4]),
+        is_reset_(how.parameters[5]),
+        of_own_(how.parameters[6]),
+        is_cheaper_(how.is_cheaper),
+        last_(ranks_.size(), 0),
+        uses_(ranks_.size(), 0),
+        precise_(ranks_.size(), 0) {}
+  void begin_sequence() {
+    if (!is_reset_) return;
+    forward_ = tokens_ = 0;
+    for (size_t key = 0; key < uses_.size(); ++key) last_[key] = uses_[key] = precise_[key] = 0;
+    place_all();
+  }
   void begin_call(int32_t layer) {
+    const int64_t before = forward_;
     Ranked::begin_call(layer);
+    if (forward_ != before) {
+      if (halve_every_ && forward_ % halve_every_ == 0) {
+        tokens_ >>= 1;
+        for (size_t key = 0; key < uses_.size(); ++key) uses_[key] >>= 1, precise_[key] >>= 1;
+        place_all();
+      }
+      ++tokens_;
+    }
     for (int32_t l = 0; l < n_layers_; ++l)
-      layer_ranks_[l] = forward_ * of_distance_ * (n_layers_ - turns_until(l) + 1);
+      layer_ranks_[l] = tokens_ * of_distance_ * (n_layers_ - turns_until(l) + 1);
   }
-  void touch(int32_t key) {
-    ++uses_[key];
-    rank(key, n_layers_ * (of_last_ * forward_ + of_uses_ * uses_[key]));
-  }
+  void touch(int32_t key) { count(key, of_own_ || !is_cheaper_), place(key); }
   void add(int32_t key) { touch(key); }
+  void hear(int32_t key) {
+    count(key, !of_own_ && is_cheaper_);
+    if (is_cached(key)) place(key);
+  }
 
  private:
-  int64_t of_last_, of_uses_, of_distance_;
-  std::vector<int64_t> uses_;
+  void count(int32_t key, bool is_precise) {
+    last_[key] = forward_, ++uses_[key], precise_[key] += is_precise;
+  }
+  void place(int32_t key) {
+    rank(key, n_layers_ * (of_last_ * last_[key] + of_uses_ * uses_[key] + of_precise_ * precise_[key]));
+  }
+  void place_all() {
+    for (size_t key = 0; key < uses_.size(); ++key)
+      if (is_cached(int32_t(key))) place(int32_t(key));
+  }
+  int64_t of_last_, of_uses_, of_precise_, of_distance_, halve_every_, is_reset_, tokens_ = 0;
+  bool of_own_, is_cheaper_;
+  std::vector<int64_t> last_, uses_, precise_;
 };
 
 class LayerLru : public Ranked {
@@ -301,8 +337,10 @@ class S3Fifo {
         small_(int32_t(uses_.size())),
         main_(int32_t(uses_.size())),
         ghosts_(int32_t(uses_.size())) {}
+  void begin_sequence() {}
   void begin_call(int32_t) {}
   void observe(const uint16_t*) {}
+  void hear(int32_t) {}
   void expect(int32_t, int32_t) {}
   void touch(int32_t key) { uses_[key] = std::min(uses_[key] + 1, 3); }
   void add(int32_t key) {
@@ -385,6 +423,8 @@ void replay_with(const Calls& calls, const Replay& how, const Counts& out) {
     return true;
   };
   for (int64_t c = 0; c < calls.n_calls; ++c) {
+    if (calls.begins && calls.begins[c])
+      for (Eviction& each : policies) each.begin_sequence();
     const int32_t layer = calls.layer[c];
     const int32_t *const first = calls.keys + calls.start[c], *const last = calls.keys + calls.start[c + 1];
     held.clear();
@@ -451,7 +491,102 @@ void replay_with(const Calls& calls, const Replay& how, const Counts& out) {
   }
 }
 
+// A cache without pins and prefetches: expert_cache.py.
+template <class Eviction>
+class Cache {
+ public:
+  Cache(const Calls& calls, const Replay& how)
+      : per_layer_(how.per_layer),
+        is_cached_(size_t(calls.n_layers) * calls.n_experts, 0),
+        was_hit_(is_cached_.size(), 0),
+        held_(is_cached_.size()) {
+    const int32_t n_parts = per_layer_ ? calls.n_layers : 1;
+    for (int32_t part = 0; part < n_parts; ++part) {
+      Replay own = how;
+      own.capacity = how.capacity / n_parts + (part < how.capacity % n_parts);
+      policies_.emplace_back(calls, own);
+      rooms_.push_back(own.capacity);
+    }
+  }
+  bool has(int32_t key) const { return is_cached_[key]; }
+  void begin_sequence() {
+    for (Eviction& each : policies_) each.begin_sequence();
+  }
+  uint16_t use(int32_t layer, const uint16_t* scores, const std::vector<int32_t>& keys,
+               const std::vector<int32_t>& elsewhere) {
+    const int32_t part = per_layer_ ? layer : 0;
+    Eviction& policy = policies_[part];
+    policy.begin_call(layer);
+    if (scores) policy.observe(scores);
+    for (const int32_t key : elsewhere) policy.hear(key);
+    held_.clear();
+    for (const int32_t key : keys) held_.add(key, layer), was_hit_[key] = is_cached_[key];
+    uint16_t misses = 0;
+    for (const int32_t key : keys) {
+      if (was_hit_[key]) {
+        if (is_cached_[key]) policy.touch(key);  // or an expert of the same call took its place
+        continue;
+      }
+      ++misses;
+      if (rooms_[part] > 0) {
+        --rooms_[part];
+      } else {
+        int32_t victim = policy.evict(&held_);
+        if (victim < 0) victim = policy.evict(nullptr);
+        is_cached_[victim] = 0;
+      }
+      policy.add(key);
+      is_cached_[key] = 1;
+    }
+    return misses;
+  }
+
+ private:
+  bool per_layer_;
+  std::vector<uint8_t> is_cached_, was_hit_;
+  Protected held_;
+  std::vector<Eviction> policies_;
+  std::vector<int64_t> rooms_;
+};
+
+template <class Eviction>
+void replay_two_with(const Calls& calls, const Replay& how, const TwoForms& forms,
+                     const TwoCounts& out) {
+  Replay of_cheaper = how;
+  of_cheaper.capacity = forms.cheaper_capacity, of_cheaper.is_cheaper = true;
+  Cache<Eviction> whole(calls, how), cheaper(calls, of_cheaper);
+  std::vector<int32_t> high, low;
+  for (int64_t c = 0; c < calls.n_calls; ++c) {
+    if (calls.begins && calls.begins[c]) whole.begin_sequence(), cheaper.begin_sequence();
+    high.clear(), low.clear();
+    for (int64_t a = calls.start[c]; a < calls.start[c + 1]; ++a) {
+      const int32_t key = calls.keys[a];
+      if (forms.answers[a] == kWhole || whole.has(key))
+        high.push_back(key);
+      else if (forms.answers[a] == kCheaper)
+        low.push_back(key);
+    }
+    const uint16_t* const scores = calls.scores ? calls.scores + c * calls.n_experts : nullptr;
+    out.uses[c] = uint16_t(high.size()), out.cheaper_uses[c] = uint16_t(low.size());
+    out.misses[c] = whole.use(calls.layer[c], scores, high, low);
+    out.cheaper_misses[c] = cheaper.use(calls.layer[c], scores, low, high);
+  }
+}
+
 }  // namespace
+
+void replay_two(const Calls& calls, const Replay& how, const TwoForms& forms, const TwoCounts& out) {
+  switch (how.eviction) {
+    case EvictionCode::kLru: return replay_two_with<Lru>(calls, how, forms, out);
+    case EvictionCode::kFifo: return replay_two_with<Fifo>(calls, how, forms, out);
+    case EvictionCode::kLfu: return replay_two_with<Lfu>(calls, how, forms, out);
+    case EvictionCode::kHobbit: return replay_two_with<Hobbit>(calls, how, forms, out);
+    case EvictionCode::kLayerLru: return replay_two_with<LayerLru>(calls, how, forms, out);
+    case EvictionCode::kSmoe: return replay_two_with<Smoe>(calls, how, forms, out);
+    case EvictionCode::kExpertflow: return replay_two_with<Expertflow>(calls, how, forms, out);
+    case EvictionCode::kS3Fifo: return replay_two_with<S3Fifo>(calls, how, forms, out);
+  }
+}
 
 void replay(const Calls& calls, const Replay& how, const Counts& out) {
   switch (how.eviction) {

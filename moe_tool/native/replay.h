@@ -25,15 +25,17 @@ struct Calls {
   const uint16_t* scores;      // [n_calls, n_experts] or null
   const int64_t* guess_start;  // [n_calls + 1] into guesses, or null
   const int32_t* guesses;      // keys that later calls are predicted to name, next layer first
+  const uint8_t* begins;       // [n_calls] whether a sequence begins with the call, or null
 };
 
 struct Replay {
   EvictionCode eviction;
-  int64_t parameters[4];
+  int64_t parameters[7];
   int64_t capacity;
   bool per_layer;  // every layer has its own equal part of the capacity
   const uint8_t* pinned;   // [n_layers * n_experts] or null
   int32_t prefetch_depth;  // layers that are read ahead, 0 for none
+  bool is_cheaper;  // the cache holds a cheaper form
 };
 
 struct Counts {  // [n_calls] each
@@ -41,6 +43,17 @@ struct Counts {  // [n_calls] each
 };
 
 void replay(const Calls& calls, const Replay& how, const Counts& out);
+
+// The caches of two forms under one policy: moe_tool/simulator/two_caches.py, compiled.
+struct TwoForms {
+  const uint8_t* answers;  // [n accesses] what answers if the primary form is not there, see below
+  int64_t cheaper_capacity;
+};
+enum Answer : uint8_t { kWhole, kCheaper, kNothing };
+struct TwoCounts {  // [n_calls] each
+  uint16_t *uses, *misses, *cheaper_uses, *cheaper_misses;
+};
+void replay_two(const Calls& calls, const Replay& how, const TwoForms& forms, const TwoCounts& out);
 
 // Depth of each access's expert in the priority stack when its call begins, 1 on top, 0 if it was
 // never used: it hits in every cache of at least that capacity. By last use where next_use is null,

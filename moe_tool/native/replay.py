@@ -19,7 +19,7 @@ COMPILED = {
     "s3-fifo": 7,
 }
 """Eviction rules that are compiled, by name, with their codes in replay.h"""
-_N_PARAMETERS = 4
+_N_PARAMETERS = 7
 
 
 class Calls:
@@ -43,6 +43,8 @@ class Calls:
         if trace.scores is not None:
             right_shape = trace.scores.shape == (trace.n_calls, n_experts)
             _require(right_shape, "the scores have another shape")
+        begins_right = trace.begins is None or len(trace.begins) == trace.n_calls
+        _require(begins_right, "the beginnings of sequences do not fit")
         self._arrays = [
             None if array is None else np.ascontiguousarray(array, dtype=dtype)
             for array, dtype in (
@@ -52,10 +54,11 @@ class Calls:
                 (trace.scores, np.uint16),
                 (trace.guess_start, np.int64),
                 (guesses, np.int32),
+                (trace.begins, np.uint8),
             )
         ]
         addresses = [_address(array) for array in self._arrays]
-        self.packed = struct.pack("=q2i6Q", trace.n_calls, trace.n_layers, n_experts, *addresses)
+        self.packed = struct.pack("=q2i7Q", trace.n_calls, trace.n_layers, n_experts, *addresses)
 
 
 def compiled_replay(
@@ -80,14 +83,13 @@ def compiled_replay(
         ValueError: the policy is not known.
     """
     _require(eviction in COMPILED, f"{eviction} is not compiled")
-    values = [*parameters, *([0] * (_N_PARAMETERS - len(parameters)))]
     counts, n_keys = CallCounts.zeros(calls.trace.n_calls), calls.trace.n_keys
     held = None if pinned is None else np.ascontiguousarray(pinned, np.uint8)
     _require(held is None or len(held) == n_keys, "the pinned experts have another number")
     kernels.compiled().replay(
         calls.packed,
         COMPILED[eviction],
-        struct.pack(f"={_N_PARAMETERS}q", *values),
+        _packed(parameters),
         capacity,
         per_layer,
         prefetch_depth,
@@ -95,6 +97,48 @@ def compiled_replay(
         *(_address(each) for each in (counts.hits, counts.prefetches, counts.prefetch_hits)),
     )
     return counts
+
+
+def compiled_replay_two(
+    calls: Calls,
+    eviction: str,
+    parameters: Sequence[int],
+    answers: np.ndarray,
+    *,
+    capacity: int,
+    cheaper_capacity: int,
+    per_layer: bool,
+    counts: Sequence[np.ndarray],
+) -> None:
+    """Replay a trace through the caches of two forms; see `replay_two_caches`.
+
+    Args:
+        eviction: key of COMPILED.
+        answers: [A] uint8: 0 if the primary form answers, 1 if the cheaper one, 2 if nothing does.
+        capacity, cheaper_capacity: slots of each.
+        counts: uses, misses, cheaper uses and cheaper misses, [C] uint16 each, which are filled.
+
+    Raises:
+        ValueError: the policy is not known, a cache has no slot, or an array does not fit.
+    """
+    _require(eviction in COMPILED, f"{eviction} is not compiled")
+    least = calls.trace.n_layers if per_layer else 1
+    _require(min(capacity, cheaper_capacity) >= least, "a cache has no slot")
+    _require(len(answers) == len(calls.trace.keys), "the answers have another number")
+    wanted = np.ascontiguousarray(answers, np.uint8)
+    for each in counts:
+        fits = each.dtype == np.uint16 and each.shape == (calls.trace.n_calls,)
+        _require(fits and each.flags.c_contiguous, "the counts do not fit")
+    kernels.compiled().replay_two(
+        calls.packed,
+        COMPILED[eviction],
+        _packed(parameters),
+        capacity,
+        cheaper_capacity,
+        per_layer,
+        _address(wanted),
+        *map(_address, counts),
+    )
 
 
 def compiled_stack_depths(calls: Calls, next_use: np.ndarray | None) -> np.ndarray:
@@ -109,6 +153,11 @@ def compiled_stack_depths(calls: Calls, next_use: np.ndarray | None) -> np.ndarr
     upcoming = None if next_use is None else np.ascontiguousarray(next_use, np.int64)
     kernels.compiled().stack_depths(calls.packed, _address(upcoming), _address(depths))
     return depths
+
+
+def _packed(parameters: Sequence[int]) -> bytes:
+    values = [*parameters, *([0] * (_N_PARAMETERS - len(parameters)))]
+    return struct.pack(f"={_N_PARAMETERS}q", *values)
 
 
 def _require(holds: bool, complaint: str) -> None:

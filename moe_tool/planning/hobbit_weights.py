@@ -11,7 +11,12 @@ _COARSE, _FINE = 25, (10, 5)
 
 
 def search_hobbit_weights(
-    penalty: Callable[[EvictionChoice], float], *, has_cheaper: bool
+    penalty: Callable[[EvictionChoice], float],
+    *,
+    has_cheaper: bool,
+    halve_every: int = 0,
+    is_reset: bool = False,
+    is_own: bool = False,
 ) -> EvictionChoice:
     """Return HOBBIT with the weights of the least penalty.
 
@@ -22,13 +27,17 @@ def search_hobbit_weights(
         penalty: function from an eviction policy to the cost of its misses.
         has_cheaper: whether a cheaper form answers too. Without one every use is in the primary
             form, and the weight `lhu` does the same as `lfu`: it stays 0.
+        halve_every, is_reset, is_own: the policy's other parameters, which are not searched.
     """
     tried: dict[Weights, float] = {}
+
+    def named(weights: Weights) -> EvictionChoice:
+        return hobbit(weights, halve_every=halve_every, is_reset=is_reset, is_own=is_own)
 
     def best_of(candidates: Iterator[Weights]) -> Weights:
         for weights in candidates:
             if weights not in tried and (has_cheaper or not weights[2]):
-                tried[weights] = penalty(hobbit(weights))
+                tried[weights] = penalty(named(weights))
         return min(tried, key=tried.__getitem__)
 
     best = best_of(_simplex(_COARSE))
@@ -36,13 +45,16 @@ def search_hobbit_weights(
         before = None
         while before != best:
             before, best = best, best_of(_neighbours(best, step))
-    return hobbit(best)
+    return named(best)
 
 
-def hobbit(weights: Weights) -> EvictionChoice:
+def hobbit(
+    weights: Weights, *, halve_every: int = 0, is_reset: bool = False, is_own: bool = False
+) -> EvictionChoice:
     """Return HOBBIT with weights in percent."""
     lru, lfu, lhu, fld = weights
-    return parse_eviction(f"hobbit:lru={lru},lfu={lfu},lhu={lhu},fld={fld}")
+    others = f"halve-every={halve_every},reset={int(is_reset)},own={int(is_own)}"
+    return parse_eviction(f"hobbit:lru={lru},lfu={lfu},lhu={lhu},fld={fld},{others}")
 
 
 def _simplex(step: int) -> Iterator[Weights]:

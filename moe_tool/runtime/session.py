@@ -150,6 +150,7 @@ class Session:
             return
         if n_seen == 0:
             self.runner.account.begin_sequences(n_sequences)
+            self.runner.store.begin_sequence()
         if self.runner.attention is not None:
             self.runner.attention.listen(is_prompt)
         if not is_prompt:

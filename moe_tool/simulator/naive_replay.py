@@ -40,6 +40,8 @@ def naive_replay(
     if trace.guesses is not None and trace.guess_start is not None:
         guesses = np.split(trace.guesses, trace.guess_start[1:-1])
     for number, (layer, named) in enumerate(zip(trace.layer.tolist(), trace.calls(), strict=True)):
+        if trace.begins is not None and trace.begins[number]:
+            cache.begin_sequence()
         expected = pending.pop(layer, [])
         counts.prefetch_hits[number] = sum(key in named for key in expected)
         for key in expected:

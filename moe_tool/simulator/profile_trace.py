@@ -47,6 +47,8 @@ def decode_trace(
             guesses[:, done : done + n_guesses[at]] = named.transpose(1, 0, 2).reshape(n_tokens, -1)
             done += n_guesses[at]
     n_calls = n_tokens * n_layers
+    begins = np.zeros((n_tokens, n_layers), bool)
+    begins[rows % profile.header.seq_len == 0, 0] = True
     flat = keys.reshape(n_calls, shape.top_k)
     is_first = np.ones(flat.shape, bool)  # an expert chosen twice by a token is one access
     is_first[:, 1:] = flat[:, 1:] != flat[:, :-1]
@@ -62,6 +64,7 @@ def decode_trace(
         if guesses is None
         else np.concatenate([[0], np.cumsum(np.tile(n_guesses, n_tokens))]).astype(np.int64),
         guesses=None if guesses is None else guesses.reshape(-1),
+        begins=begins.reshape(-1),
     )
 
 
@@ -79,6 +82,8 @@ def prompt_trace(profile: ProfileReader, part: Part) -> tuple[AccessTrace, int]:
     for at, layer in enumerate(shape.layers):
         named[chunk[:, None], at, profile.indices(layer, "top_k_index")[rows]] = True
     sizes = named.sum(axis=2).reshape(-1)
+    begins = np.zeros((n_chunks, n_layers), bool)
+    begins[::per_sequence, 0] = True
     keys = np.nonzero(named.reshape(n_chunks, n_layers * n_experts))[1]
     trace = AccessTrace(
         n_layers=n_layers,
@@ -87,6 +92,7 @@ def prompt_trace(profile: ProfileReader, part: Part) -> tuple[AccessTrace, int]:
         start=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         keys=keys.astype(np.int32),
         forward=np.repeat(np.arange(n_chunks, dtype=np.int32), n_layers),
+        begins=begins.reshape(-1),
     )
     return trace, len(rows)
 

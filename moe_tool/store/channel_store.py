@@ -101,6 +101,9 @@ class ChannelStore:
             self._decoded[key] = found
         return found
 
+    def begin_sequence(self) -> None:
+        self._store.begin_sequence()
+
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         self._selected = {expert: select(self.selector(layer, expert)) for expert in experts}
 

@@ -59,6 +59,10 @@ class FormStores:
         for store in self._stores:
             store.load_pinned(progress)
 
+    def begin_sequence(self) -> None:
+        for store in self._stores:
+            store.begin_sequence()
+
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         for store, part in zip(self._primaries, self._split(layer, experts), strict=True):
             store.select_channels(layer, part, select)

@@ -43,6 +43,10 @@ class ExpertStore(Protocol):
             StorageError: the bundle cannot be read.
         """
 
+    def begin_sequence(self) -> None:
+        """Tell the eviction policy that a new sequence, or batch of sequences, begins with the next
+        call."""
+
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         """Restrict the next call to the channels that `select` chooses for these experts; experts
         that are not in channels are used whole."""

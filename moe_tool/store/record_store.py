@@ -133,6 +133,9 @@ class RecordStore:
             self._settle()
             progress.end()
 
+    def begin_sequence(self) -> None:
+        self._book.begin_sequence()
+
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         """Do nothing: the experts are whole."""
 

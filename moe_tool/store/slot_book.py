@@ -58,6 +58,10 @@ class SlotBook:
         self.slot_of[key] = slot
         return slot
 
+    def begin_sequence(self) -> None:
+        """Tell the eviction policy that a new sequence begins."""
+        self._cache.begin_sequence()
+
     def access(
         self,
         layer: int,

@@ -63,6 +63,20 @@ MUTANTS = (
         tests="tests/policies/test_eviction.py",
     ),
     Mutant(
+        name="a hobbit cache that never forgets a sequence",
+        file="moe_tool/policies/eviction/hobbit.py",
+        old="        if self._is_reset:",
+        new="        if False:",
+        tests="tests/policies/test_hobbit_records.py",
+    ),
+    Mutant(
+        name="a session that does not say when a sequence begins",
+        file="moe_tool/runtime/session.py",
+        old="            self.runner.store.begin_sequence()\n",
+        new="",
+        tests="tests/runtime/test_two_caches.py",
+    ),
+    Mutant(
         name="the hobbit mix that finds least",
         file="moe_tool/planning/hobbit_weights.py",
         old="return min(tried,",

@@ -37,6 +37,58 @@ def test_recency_and_uses_are_of_both_forms_and_precise_uses_of_one(weights, is_
     assert policy.evict(()) == victim
 
 
+# Expert 0 is used four times, then 1 and 2 once each; 2 is used last.
+@pytest.mark.parametrize(
+    ("words", "victim"),
+    [
+        ("reset=0", 1),
+        ("reset=1", 0),  # of expert 0 nothing is remembered, and 1 was used since
+        ("halve-every=5", 1),  # 4 uses count as 2
+        ("halve-every=2,reset=0", 0),  # four times halved: 1, 1, 0 and 0, plus nothing since
+    ],
+)
+def test_records_are_forgotten_at_once_or_by_and_by(words, victim):
+    policy = parse_eviction(f"hobbit:lru=0,lfu=100,lhu=0,fld=0,{words}").make(
+        CacheShape(n_layers=1, n_experts=4, capacity=3)
+    )
+    policy.begin_call(0)
+    policy.add(0)
+    for _ in range(3):
+        policy.begin_call(0)
+        policy.touch(0)
+    policy.begin_sequence()
+    for key in (1, 2):
+        policy.begin_call(0)
+        policy.add(key)
+    policy.begin_call(0)
+    if words.startswith("halve-every=2"):
+        policy.begin_call(0)
+        policy.touch(1)
+    assert policy.evict(()) == victim
+
+
+def test_a_sequence_counts_its_own_tokens_for_the_layers_turn():
+    """Expert 0 of layer 0 was used more often than 1 of layer 1, whose turn is next; the turn's
+    weight grows with the tokens, of which a new sequence has seen one."""
+    victims = {}
+    for reset in (0, 1):
+        policy = parse_eviction(f"hobbit:lru=0,lfu=50,lhu=0,fld=50,reset={reset}").make(
+            CacheShape(n_layers=2, n_experts=1, capacity=2)
+        )
+        for _ in range(9):
+            policy.begin_call(0)
+            policy.begin_call(1)
+        policy.begin_sequence()
+        policy.begin_call(0)
+        policy.add(0)
+        policy.touch(0)
+        policy.add(1)
+        victims[reset] = policy.evict(())
+    # Ranks by 2 layers: 2 * uses + tokens * nearness, which is 1 for layer 0 and 2 for layer 1:
+    # 4 + 10 against 2 + 20, and 4 + 1 against 2 + 2.
+    assert victims == {0: 0, 1: 1}
+
+
 def test_what_is_heard_of_does_not_enter():
     policy = _policy("lfu=25", is_cheaper=False)
     policy.begin_call(0)
@@ -59,3 +111,18 @@ def test_a_cache_passes_on_what_other_forms_answer():
     cache.access([0, 1])
     cache.begin_call(0, elsewhere=[0])
     assert [entry.victim for entry in cache.access([2])] == [1]
+
+
+def test_own_uses_are_those_of_the_caches_own_form():
+    """Used twice in the cheaper form, against once there and three times in the primary one."""
+    victims = {}
+    for own in (0, 1):
+        policy = _policy(f"lru=0,lfu=0,lhu=100,fld=0,own={own}", is_cheaper=True)
+        policy.begin_call(0)
+        policy.add(0)
+        policy.touch(0)
+        policy.add(1)
+        for _ in range(3):
+            policy.hear(1)
+        victims[own] = policy.evict(())
+    assert victims == {0: 0, 1: 1}

@@ -109,6 +109,9 @@ class DeviceStore:
         finally:
             self._settle()
 
+    def begin_sequence(self) -> None:
+        self._book.begin_sequence()
+
     def select_channels(self, layer: int, experts: Sequence[int], select: SelectChannels) -> None:
         pass
 

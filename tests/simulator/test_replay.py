@@ -1,6 +1,7 @@
 """The compiled replay counts what the engine's own cache does, and Belady's bound is one."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tests.simulator.random_traces import random_trace, trace_of
 
 needs_compiled = pytest.mark.skipif(not is_built(), reason="the compiled side was not built")
 CHOICES = [*EVICTION, "lfu:halve-every=3", "s3-fifo:small=40", "hobbit:lru=70,lfu=0,lhu=10,fld=20",
+           "hobbit:reset=1", "hobbit:halve-every=3,lru=5", "hobbit:halve-every=4,reset=1",
            "smoe:window=3", "expertflow:window=3", "layer-lru:age=60"]  # fmt: skip
 
 
@@ -33,6 +35,9 @@ def test_the_compiled_replay_counts_what_the_cache_itself_does(name, per_layer):
             skew=float(rng.choice([0.3, 1, 4])),
             union=int(rng.choice([1, 1, 3])),
         )
+        # Sequences of a few forwards.
+        first = np.diff(trace.forward, prepend=-1) > 0
+        trace = replace(trace, begins=first & (rng.random(trace.n_forwards) < 0.2)[trace.forward])
         choice = parse_eviction(name + (("," if ":" in name else ":") + "per-layer") * per_layer)
         pinned = rng.choice(trace.n_keys, int(rng.integers(0, 3)), replace=False).tolist()
         least = n_layers if per_layer else 1

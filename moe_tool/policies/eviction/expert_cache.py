@@ -64,6 +64,11 @@ class ExpertCache:
     def __contains__(self, key: int) -> bool:
         return key in self._cached or key in self._pinned
 
+    def begin_sequence(self) -> None:
+        """Begin a new sequence, or batch of sequences, before its first call."""
+        for policy in self._policies:
+            policy.begin_sequence()
+
     def begin_call(
         self, layer: int, scores: np.ndarray | None = None, *, elsewhere: Sequence[int] = ()
     ) -> None:

@@ -42,6 +42,9 @@ class Eviction:
     def __init__(self, shape: CacheShape, **parameters: int) -> None:
         """Begin with an empty cache."""
 
+    def begin_sequence(self) -> None:
+        """Begin a new sequence, or batch of sequences, before its first call."""
+
     def begin_call(self, layer: int) -> None:
         """Begin the call of a layer, given by position; a forward calls layers ascending."""
 
