@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--memory", default="50%")
-    parser.add_argument("--eviction", default=RunOptions().eviction)
     parser.add_argument("--policies", default="exact,replica", help="comma-separated")
     parser.add_argument("--throttle")
     parser.add_argument("--miss-per-layer", type=float, default=1.0)
@@ -61,7 +60,7 @@ def main() -> None:
     a = parser.parse_args()
     with record_rows(a.out, vars(a)) as kept:
         slow = parse_throttle(a.throttle) if a.throttle else _slow_disk(a)
-        print(f"{slow.describe()}; {a.memory} of the experts, {a.eviction}")
+        print(f"{slow.describe()}; {a.memory} of the experts, lru")
         rows = list(_rows(a, slow, kept))
     print_table(HEADINGS, rows)
 
@@ -108,7 +107,6 @@ def _open(a: argparse.Namespace, memory: str, policy: MissChoice, slow: Throttle
         memory=parse_memory(memory),
         policy=policy,
         residency="cache",
-        eviction=a.eviction,
         throttle=slow,
         context=_DEPTH + a.tokens,
         prompt_tokens=_DEPTH,
