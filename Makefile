@@ -11,8 +11,8 @@ WORKERS ?= 2
 ROUNDS ?= 300
 MUTATIONS ?= 200
 MODEL ?= demo
-TRAIN ?= docs=builtin
-JUDGE ?= docs=builtin:eval
+TRAIN ?= builtin
+JUDGE ?= builtin:eval
 
 .PHONY: help demo test test-quick test-slow test-torch zoo mutants lint fuzz fuzz-formats systems-tables docs clean
 

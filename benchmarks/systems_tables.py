@@ -1,7 +1,7 @@
 """Every table of docs/systems.md for one model, made anew: `make systems-tables`.
 
-    python benchmarks/systems_tables.py MODEL --train NAME=SOURCE [--train ...]
-        --judge NAME=SOURCE [--judge ...] [--work DIR] [--out FILE.md] [--only TABLE,...]
+    python benchmarks/systems_tables.py MODEL --train [NAME=]SOURCE [--train ...]
+        --judge [NAME=]SOURCE [--judge ...] [--work DIR] [--out FILE.md] [--only TABLE,...]
 
 Profiles and packs MODEL in --work (default build/systems/NAME), then runs one benchmark after the
 other; what is there already is kept, so that an interrupted run goes on. Residents, lists, prices
