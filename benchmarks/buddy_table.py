@@ -20,14 +20,15 @@ cache (lru); all others keep their residents.
 import argparse
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from result_rows import RowFile, print_table, record_rows
+from slow_disk import slow_disk, time_windows
 from text_tasks import Task, accuracy, half_width, make_tasks, token_stream
 
 from moe_tool.benchmarking.bench_plan import SpeedTest
-from moe_tool.benchmarking.speed_run import run_test
 from moe_tool.budget.request import parse_memory
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.evaluation.equal_bytes import priced_settings
@@ -195,30 +196,31 @@ def _speeds(
     slow: Throttle | None,
 ) -> dict[str, float]:
     """Return tokens per second, the median over windows of text, answers taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in choices}
     with _open(a, folder, ratio, batch=1, slow=slow) as session:
+
+        def answer_with(choice: MissChoice) -> None:
+            is_cached: Residency = "cache" if choice == EXACT_POLICY else "frozen"
+            session.use_policy(choice, residency=is_cached)
+            session.runner.store.load_pinned()
+
         ids = token_stream(session.tokenizer, parse_sources(a.text)[0], 8192, seed=a.seed)
-        windows = torch.from_numpy(ids).split(_TIMED.positions)[: _WINDOWS + 1]
-        for number, window in enumerate(windows):
-            for name, choice in choices.items():
-                is_cached: Residency = "cache" if choice == EXACT_POLICY else "frozen"
-                session.use_policy(choice, residency=is_cached)
-                session.runner.store.load_pinned()
-                sample = run_test(session, _TIMED, window, cache_state="warm")
-                if number:  # the first warms up
-                    found[name].append(_TIMED.n_tokens / sample.seconds)
-    return {name: statistics.median(each) for name, each in found.items()}
+        found = time_windows(
+            session,
+            torch.from_numpy(ids),
+            _TIMED,
+            n_windows=_WINDOWS,
+            ways={name: partial(answer_with, choice) for name, choice in choices.items()},
+        )
+    return {
+        name: statistics.median(_TIMED.n_tokens / each.seconds for each in samples)
+        for name, samples in found.items()
+    }
 
 
 def _slow_disk(a: argparse.Namespace) -> Throttle:
     """Return the disk on which one miss takes the wanted share of a layer's time."""
-    with BundleReader.open(a.ours) as bundle:
-        n_layers = len(bundle.manifest.shape.layers)
-        record_bytes = bundle.manifest.primaries[0].record_size_bytes
     (fast,) = _speeds(a, a.ours, {"fetch": EXACT_POLICY}, 1.0, None).values()
-    layer_s = 1 / fast / n_layers
-    print(f"everything in memory: {fast:.1f} tokens/s, {1e6 * layer_s:.0f} us a layer")
-    return Throttle(bytes_per_s=record_bytes / (a.miss_per_layer * layer_s))
+    return slow_disk(a.ours, 1 / fast, miss_per_layer=a.miss_per_layer)
 
 
 def _cell(name: str, value: object) -> str:

@@ -16,18 +16,19 @@ alpha 0's.
 import argparse
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from result_rows import RowFile, print_table, record_rows
+from slow_disk import time_windows
+from time_fit import fit_times
 
 from moe_tool.benchmarking.bench_plan import SpeedTest
-from moe_tool.benchmarking.speed_run import run_test
 from moe_tool.budget.request import parse_memory
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.evaluation.figures import summarize
 from moe_tool.evaluation.measure_policies import measure_policies
-from moe_tool.evaluation.time_fit import fit_times
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.progress import SILENT
 from moe_tool.runtime.run_options import RunOptions
@@ -129,18 +130,24 @@ def _timed(
     a: argparse.Namespace, choices: list[MissChoice], ratio: float
 ) -> dict[MissChoice, list[float]]:
     """Return every setting's milliseconds per token in each of the same windows of text."""
-    found: dict[MissChoice, list[float]] = {choice: [] for choice in choices}
     with _open(a, ratio, batch=1, slow=parse_throttle(a.throttle)) as session:
-        ids = session.tokenizer(Path(a.text[0].partition("=")[2] or a.text[0]).read_text("utf-8"))
-        windows = torch.tensor(ids["input_ids"]).split(_TIMED.positions)[: a.windows + 1]
-        for number, window in enumerate(windows):
-            for choice, ms in found.items():
-                session.use_policy(choice, residency="frozen")
-                session.runner.store.load_pinned()
-                sample = run_test(session, _TIMED, window, cache_state="warm")
-                if number:  # the first warms up
-                    ms.append(1e3 * sample.seconds / _TIMED.n_tokens)
-    return found
+
+        def answer_with(choice: MissChoice) -> None:
+            session.use_policy(choice, residency="frozen")
+            session.runner.store.load_pinned()
+
+        text = Path(a.text[0].partition("=")[2] or a.text[0]).read_text("utf-8")
+        found = time_windows(
+            session,
+            torch.tensor(session.tokenizer(text)["input_ids"]),
+            _TIMED,
+            n_windows=a.windows,
+            ways={choice.name: partial(answer_with, choice) for choice in choices},
+        )
+    return {
+        choice: [1e3 * each.seconds / _TIMED.n_tokens for each in found[choice.name]]
+        for choice in choices
+    }
 
 
 def _print_fit(rows: list[Row], within: float, kept: RowFile) -> None:

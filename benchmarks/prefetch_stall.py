@@ -18,13 +18,15 @@ layers themselves take less.
 import argparse
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from result_rows import RowFile, print_table, record_rows, spread_of
+from slow_disk import slow_disk, time_windows
 
 from moe_tool.benchmarking.bench_plan import SpeedTest
-from moe_tool.benchmarking.speed_run import Sample, run_test
+from moe_tool.benchmarking.speed_run import Sample
 from moe_tool.budget.request import parse_memory
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.formats.bundle_reader import BundleReader
@@ -122,17 +124,18 @@ def _measured(
     ids = session.tokenizer(a.text.read_text("utf-8"))["input_ids"]
     if a.layer_ms:
         _slow_layers(session, a.layer_ms / 1e3)
-    timed = SpeedTest(kind="tg", n_tokens=a.tokens, depth=_DEPTH)
-    windows = torch.tensor(ids).split(timed.positions)[: a.windows + 1]
-    found: dict[str, list[Sample]] = {name: [] for name in names}
-    for number, window in enumerate(windows):
-        for name in names:
-            session.empty_cache()
-            session.runner.prefetcher = choose_prefetcher(name, session.skeleton.layers)
-            sample = run_test(session, timed, window, cache_state="warm")
-            if number:  # the first warms up
-                found[name].append(sample)
-    return found
+
+    def prefetch_by(name: str) -> None:
+        session.empty_cache()
+        session.runner.prefetcher = choose_prefetcher(name, session.skeleton.layers)
+
+    return time_windows(
+        session,
+        torch.tensor(ids),
+        SpeedTest(kind="tg", n_tokens=a.tokens, depth=_DEPTH),
+        n_windows=a.windows,
+        ways={name: partial(prefetch_by, name) for name in names},
+    )
 
 
 def _slow_layers(session: Session, layer_s: float) -> None:
@@ -152,17 +155,14 @@ def _slow_layers(session: Session, layer_s: float) -> None:
 
 def _slow_disk(a: argparse.Namespace) -> Throttle:
     """Return the disk that passes one expert in the wanted share of a layer's time."""
-    with BundleReader.open(a.bundle) as bundle:
-        n_layers = len(bundle.manifest.shape.layers)
-        record_bytes = bundle.manifest.primaries[0].record_size_bytes
     if a.layer_ms:
-        layer_s = a.layer_ms / 1e3
+        with BundleReader.open(a.bundle) as bundle:
+            token_s = len(bundle.manifest.shape.layers) * a.layer_ms / 1e3
     else:
         with _open(a, "100%", EXACT_POLICY, None) as session:
             samples = _measured(a, session, ("none",))["none"]
-        layer_s = spread_of([each.seconds for each in samples]).median / a.tokens / n_layers
-    print(f"everything in memory: {1e6 * layer_s:.0f} us a layer")
-    return Throttle(bytes_per_s=record_bytes / (a.miss_per_layer * layer_s))
+        token_s = spread_of([each.seconds for each in samples]).median / a.tokens
+    return slow_disk(a.bundle, token_s, miss_per_layer=a.miss_per_layer)
 
 
 if __name__ == "__main__":

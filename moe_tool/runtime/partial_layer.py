@@ -52,7 +52,6 @@ class PartialPredictor:
         )
         yield Prediction(
             layer=modules.layer,
-            ahead=1,
             index=keep_top_scores(routed.index.numpy(), share, alpha=self.alpha),
             weight=routed.weight.float().numpy(),
         )

@@ -40,13 +40,12 @@ class RouterPredictor:
     @torch.no_grad()
     def predict(self, at: LayerCall) -> Iterator[Prediction]:
         """Yield the routing of the next layers, one router at a time, the nearest first."""
-        for ahead, modules in enumerate(self.following[at.layer], start=1):
+        for modules in self.following[at.layer]:
             if modules.chooses_by_token:
                 continue
             routed = modules.route(at.routed_hidden)
             yield Prediction(
                 layer=modules.layer,
-                ahead=ahead,
                 index=routed.index.numpy(),
                 weight=routed.weight.numpy(),
             )

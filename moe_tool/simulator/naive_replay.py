@@ -85,7 +85,6 @@ def _choose(
     predictions = [
         Prediction(
             layer=target,
-            ahead=target - layer,
             index=np.array([keys]) - target * n_experts,
             weight=np.arange(len(keys), 0, -1)[None],  # a trace has the order, not the weights
         )

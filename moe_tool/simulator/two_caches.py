@@ -36,7 +36,7 @@ class TwoCounts:
 
     def penalty(self, ratio: float) -> float:
         """Return the sum of `penalties`."""
-        return float(self.misses.sum() + ratio * self.cheaper_misses.sum())
+        return float(self.penalties(ratio).sum())
 
 
 def replay_two_caches(

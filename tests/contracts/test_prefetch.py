@@ -52,7 +52,7 @@ def test_a_choice_is_of_distinct_absent_experts_and_the_same_each_time(rows, see
 
 
 def _choose(index, weight, resident):
-    only = Prediction(layer=1, ahead=1, index=index, weight=weight)
+    only = Prediction(layer=1, index=index, weight=weight)
     return choose_prefetches([only], lambda layer: resident)[0].experts
 
 
@@ -60,7 +60,7 @@ def test_no_layer_past_the_first_missing_expert_is_predicted():
     def predictions():
         for layer, expert in ((1, 0), (2, 3)):
             index = np.array([[expert, 0]])
-            yield Prediction(layer=layer, ahead=layer, index=index, weight=np.ones((1, 2)))
+            yield Prediction(layer=layer, index=index, weight=np.ones((1, 2)))
         raise AssertionError("a third layer was asked for")
 
     chosen = choose_prefetches(predictions(), lambda layer: np.array([True, False, True, False]))

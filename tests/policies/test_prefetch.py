@@ -40,7 +40,7 @@ def _answered(index, weight, resident, stored=None):
     choice = parse_miss_policy("replica:high=0.5,low=0.3")
     inputs = PolicyInputs(forms=("native", "2"), top_k=len(index[0]))
     policy = choice.spec.make(inputs, choice.values)
-    predicted = Prediction(layer=3, ahead=1, index=np.array(index), weight=np.array(weight))
+    predicted = Prediction(layer=3, index=np.array(index), weight=np.array(weight))
     answer = answer_prediction(predicted, policy, resident=resident, stored=stored)
     (chosen,) = choose_prefetches([answer], lambda layer: resident.reshape(-1))
     return chosen

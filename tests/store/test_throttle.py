@@ -76,17 +76,19 @@ def test_a_cancelled_read_pays_for_the_pieces_it_read() -> None:
 
 @pytest.mark.parametrize(
     ("text", "bytes_per_s", "latency_s"),
-    [("200MB/s", 200e6, 0), ("1GiB/s, 100us", 2**30, 1e-4), ("500k,2ms", 512000, 2e-3)],
+    [
+        ("200MB/s", 200e6, 0),
+        ("10MB/s,", 10e6, 0),
+        ("1GiB/s, 100us", 2**30, 1e-4),
+        ("500k,2ms", 512000, 2e-3),
+    ],
 )
 def test_words(text: str, bytes_per_s: float, latency_s: float) -> None:
     found = parse_throttle(text)
     assert found == Throttle(bytes_per_s=bytes_per_s, latency_s=pytest.approx(latency_s))
 
 
-@pytest.mark.parametrize("text", ["", "fast", "0", "0/s", "10MB/s,", "10MB/s,x", "10MB/s,3", "-1"])
+@pytest.mark.parametrize("text", ["", "fast", "0", "0/s", "10MB/s,x", "10MB/s,3", "-1"])
 def test_other_words_are_refused(text: str) -> None:
-    if text == "10MB/s,":
-        assert parse_throttle(text).latency_s == 0
-        return
     with pytest.raises(UsageError, match="--throttle"):
         parse_throttle(text)

@@ -15,8 +15,6 @@ class Prediction:
 
     layer: int
     """Decoder layer"""
-    ahead: int
-    """MoE layers from the current one, 1 for the next"""
     index: np.ndarray
     """Experts of each token, [T, K] int64, of answers their `FormIds` numbers; ids outside the
     valid ones mean no expert"""

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from benchmarks.time_fit import fit_times
 from moe_tool.errors import UsageError
-from moe_tool.evaluation.time_fit import fit_times
 
 ALPHAS = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
