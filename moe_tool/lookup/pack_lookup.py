@@ -72,7 +72,9 @@ def parse_row_bits(text: str | None) -> str:
     """
     bits = (text or "native").strip().lower()
     if bits not in ROW_BITS:
-        raise UsageError(f"--bits {text}: rows of a lookup table are native, 8 or nf4")
+        raise UsageError(
+            f"--bits {text}: rows of a lookup table are native, 8 or nf4", hint="--bits nf4"
+        )
     return bits
 
 
