@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PACK_TAKES = {"model", "bits", "out", "profiles", "revision", "tokenizer", "offline"}
 _RUN_TAKES = {
     *("bundle", "stdin", "prompt", "prompt_file", "max_tokens", "context", "memory"),
-    *("temperature", "seed", "threads", "raw", "ignore_eos"),
+    *("temperature", "seed", "threads", "throttle", "raw", "ignore_eos"),
 }
 
 
@@ -57,6 +57,7 @@ def run_rows(given: "RunArguments", prompt: str, output: Output) -> None:
     """Generate text from a lookup bundle."""
     from moe_tool.lookup.run_lookup import run_lookup
     from moe_tool.runtime.decoding_config import GenerateOptions
+    from moe_tool.store.throttle import parse_throttle
 
     _require_only(given, _RUN_TAKES, "the experts of a lookup bundle are rows that never stay")
     result = run_lookup(
@@ -66,6 +67,7 @@ def run_rows(given: "RunArguments", prompt: str, output: Output) -> None:
         context=given.context,
         threads=given.threads,
         generation=options_from(given, GenerateOptions),
+        throttle=None if given.throttle is None else parse_throttle(given.throttle),
         on_text=output.stream,
         progress=output.progress,
     )

@@ -42,6 +42,7 @@ from moe_tool.runtime.price_list import record_sizes
 from moe_tool.runtime.quality_promise import open_account
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.shadow import Shadow
+from moe_tool.store.throttle import ThrottledDisk
 
 _WARM_UP_TOKENS = 2
 
@@ -233,7 +234,9 @@ def load_session(
     return_freed_memory()
     manifest = bundle.manifest
     if options.throttle is not None and make_store is open_stores:
-        make_store = partial(open_stores, throttle=options.throttle)
+        disk = ThrottledDisk(speed=options.throttle)
+        bundle.tables.pace = disk.paced
+        make_store = partial(open_stores, disk=disk)
     with open_bundle_skeleton(bundle) as checkpoint:
         loader = bundle_loader(bundle, checkpoint)
         plan = plan_run(

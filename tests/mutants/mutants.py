@@ -210,6 +210,13 @@ MUTANTS = (
         tests="tests/lookup/test_lookup_bundle.py",
     ),
     Mutant(
+        name="a slow disk that rows of tables do not pass",
+        file="moe_tool/formats/bundle_tables.py",
+        old="self._rows[-1].pace = self.pace",
+        new="self._rows[-1].pace = full_speed",
+        tests="tests/runtime/test_throttled_disk.py",
+    ),
+    Mutant(
         name="prefetches always in full",
         file="moe_tool/policies/misses/replica.py",
         old="chooses_prefetches = True",
