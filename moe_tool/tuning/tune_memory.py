@@ -41,7 +41,7 @@ def require_tune_memory(
     parts = {
         "process": current_rss_bytes(),
         "margin": _MARGIN_BYTES,
-        "what is beside the experts": 4 * opened.skeleton.n_weights,
+        "what is beside the experts": 4 * opened.skeleton.n_loaded,
         "one layer": max(layer_experts_bytes(opened.experts, shape) + record_bytes, moving),
         "one expert": shape.n_expert_weights * (size + 1)
         + 4 * _WORKING_COPIES * largest
