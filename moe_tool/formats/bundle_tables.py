@@ -1,11 +1,12 @@
 """Embedding tables of an open bundle: opened for reads by row, or checked block by block."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.formats.block_hashes import CheckedBlocks
 from moe_tool.formats.safetensors_index import TensorInfo
 from moe_tool.formats.table_rows import Pace, TableRows, full_speed
+from moe_tool.formats.tensor_stream import stream_hashed
 
 
 class BundleTables:
@@ -31,6 +32,10 @@ class BundleTables:
         self._rows.append(TableRows.open(parts, self._hashes, self._blocks()))
         self._rows[-1].pace = self.pace
         return self._rows[-1]
+
+    def stream(self, name: str) -> Iterator[memoryview]:
+        """Yield any tensor of the skeleton in pieces; see `stream_hashed`."""
+        return stream_hashed(self._skeleton[name], self._hashes[name])
 
     def verify(self) -> None:
         """Compare every block with its hash.

@@ -1,6 +1,6 @@
 """Copy of a bundle with new codes for some experts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, TunedWeights
 from moe_tool.artifacts.bundle_sections import ROW_TABLES
-from moe_tool.formats.bundle_checks import BundleForm
+from moe_tool.formats.bundle_checks import BundleForm, skeleton_parts
 from moe_tool.formats.bundle_files import SkeletonEntry
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_spec import BundleSpec, FormPlan
@@ -129,12 +129,17 @@ class CopiedBundle:
                 )
                 for each in self._old.manifest.skeleton
             ]
+            codes = {part.name for part in skeleton_parts(self._old.manifest)}
             progress.begin("copy the skeleton", sum(e.size_bytes for e in entries), "bytes")
 
-            def read(name: str) -> Iterator[bytes]:
-                data = skeleton.read_bytes(name)
-                progress.advance(len(data))
-                yield data
+            def read(name: str) -> Iterator[bytes | memoryview]:
+                # A table may be larger than memory. Parts of codes are small, and looked at too.
+                is_code = name in codes
+                pieces: Iterable[bytes | memoryview]
+                pieces = (skeleton.read_bytes(name),) if is_code else self._old.tables.stream(name)
+                for piece in pieces:
+                    progress.advance(len(piece))
+                    yield piece
 
             self.writer.write_skeleton(
                 entries,

@@ -217,6 +217,21 @@ MUTANTS = (
         tests="tests/runtime/test_throttled_disk.py",
     ),
     Mutant(
+        name="embedding tables that are copied whole in memory",
+        file="moe_tool/tuning/copied_bundle.py",
+        old="(skeleton.read_bytes(name),) if is_code else",
+        new="(skeleton.read_bytes(name),) if True else",
+        tests="tests/tuning/test_copied_tables.py",
+    ),
+    Mutant(
+        name="a profile whose budget counts tables on disk",
+        file="moe_tool/profiling/profile_memory.py",
+        old="opened.skeleton.n_loaded",
+        new="opened.skeleton.n_weights",
+        tests="tests/profiling/test_profile_memory.py::"
+        "test_a_table_of_which_rows_are_read_is_not_counted",
+    ),
+    Mutant(
         name="prefetches always in full",
         file="moe_tool/policies/misses/replica.py",
         old="chooses_prefetches = True",
