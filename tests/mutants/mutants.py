@@ -232,6 +232,13 @@ MUTANTS = (
         "test_a_table_of_which_rows_are_read_is_not_counted",
     ),
     Mutant(
+        name="rows of an interrupted pack that are taken over unread",
+        file="moe_tool/formats/lookup_writer.py",
+        old="return digest.hexdigest() == entry.xxh3",
+        new="return True",
+        tests="tests/lookup/test_resumed_pack.py",
+    ),
+    Mutant(
         name="prefetches always in full",
         file="moe_tool/policies/misses/replica.py",
         old="chooses_prefetches = True",
