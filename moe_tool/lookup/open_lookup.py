@@ -3,11 +3,16 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
+from torch import nn
 
 from moe_tool.allocator import return_freed_memory, trim
+from moe_tool.artifacts.run_result import RunSetup
 from moe_tool.available_memory import (
     anonymous_rss_bytes,
     available_memory_bytes,
@@ -21,6 +26,7 @@ from moe_tool.lookup.lookup_account import LookupAccount, account_for
 from moe_tool.models.mole.load_mole import largest_bytes, skeleton_bytes
 from moe_tool.models.mole.modeling import MoleForCausalLM
 from moe_tool.progress import SILENT, Progress
+from moe_tool.runtime.finite_logits import require_finite_logits
 from moe_tool.store.throttle import Throttle, ThrottledDisk
 
 _FIRST_USE_BYTES = 16 * 2**20
@@ -80,6 +86,22 @@ def open_lookup(
         torch.set_num_threads(threads_before)
 
 
+def lookup_setup(opened: OpenedLookup) -> RunSetup:
+    """Return the settings of an open bundle: every miss is fetched, and nothing stays."""
+    return RunSetup(
+        policy="exact",
+        residency="none",
+        eviction="none",
+        prefetch="none",
+        sparse_experts=None,
+        activations="float32",
+        table_bytes_on_disk=opened.bundle.manifest.table_bytes,
+        threads=torch.get_num_threads(),
+        memory_budget_bytes=opened.account.budget_bytes,
+        slots=0,
+    )
+
+
 def _load(
     bundle: LookupBundle,
     memory: MemoryRequest | None,
@@ -108,6 +130,7 @@ def _load(
     progress.begin("load the skeleton", None, "")
     model, table = load_model(bundle)
     progress.end()
+    model.register_forward_hook(partial(_require_finite, bundle.folder))
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
@@ -120,3 +143,7 @@ def _load(
     size = format_bytes(bundle.manifest.table_bytes)
     progress.note(f"the experts' table stays on disk ({size}): rows are read as tokens need them")
     return OpenedLookup(bundle=bundle, model=model, table=table, account=found)
+
+
+def _require_finite(folder: Path, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    require_finite_logits(output.logits, folder)

@@ -266,8 +266,9 @@ def test_what_needs_routing_refuses_a_mole(
     with pytest.raises(UnsupportedModelError, match="no routing to profile") as refused:
         open_model(located)
     assert "moe-tool pack" in str(refused.value.hint)
-    assert run_command(["evaluate", str(native), "--data", "builtin:eval"]) == 3
-    assert "only moe-tool run and inspect take it" in capsys.readouterr().err
+    calibrate = ["calibrate", str(native), "--data", "builtin:eval", "--max-kl", "0.1"]
+    assert run_command(calibrate) == 3
+    assert "only moe-tool run, evaluate, bench and inspect" in capsys.readouterr().err
 
 
 def _resealed(folder: Path, **changes: object) -> None:

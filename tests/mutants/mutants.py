@@ -239,6 +239,13 @@ MUTANTS = (
         tests="tests/lookup/test_resumed_pack.py",
     ),
     Mutant(
+        name="lookup bundles that are compared with themselves",
+        file="moe_tool/evaluation/evaluate_lookup.py",
+        old="theirs = _logits(truth, sequence)[scored]",
+        new="theirs = _logits(model, sequence)[scored]",
+        tests="tests/lookup/test_measured_lookup.py",
+    ),
+    Mutant(
         name="prefetches always in full",
         file="moe_tool/policies/misses/replica.py",
         old="chooses_prefetches = True",
