@@ -22,9 +22,9 @@ from moe_tool.text.sources import parse_sources
 from tests.packed import pack_bundle
 from tests.table_models import TABLE, make_table_model
 
-_ROWS, _WIDTH, _LAYERS = 8192, 1024, 4
+_ROWS, _WIDTH, _LAYERS = 4096, 1024, 4
 _STORED_BYTES = _ROWS * _WIDTH * _LAYERS * 2
-"""Size of the table per layer: 64 MiB of bfloat16, twice as much in memory"""
+"""Size of the table per layer: 32 MiB of bfloat16, twice as much in memory, the least that stays"""
 _SLACK_BYTES = 16 * 2**20
 """Most that two measurements of the same work may differ by"""
 _GENERATION = GenerateOptions(max_tokens=4, ignore_eos=True)
@@ -63,7 +63,7 @@ def test_a_damaged_block_is_refused_when_one_of_its_rows_is_read(
         info = skeleton.tensors[TABLE]
     row_bytes = _WIDTH * _LAYERS * 2
     options = run_options(memory="min", context=64, threads=1)
-    for row, is_read in ((6000, False), (84, True)):
+    for row, is_read in ((3000, False), (84, True)):
         with open(info.file, "r+b") as file:
             file.seek(info.offset + row * row_bytes)
             file.write(b"\x2a")
@@ -87,7 +87,7 @@ def test_no_step_holds_the_table(model: Path, tmp_path: Path) -> None:
     _run(tmp_path / "first", "auto")
     packed_whole = _grown(lambda: pack_bundle(located, out=whole, rows="none"))
     packed = _grown(lambda: pack_bundle(located, out=bundle))
-    assert packed_whole - packed > _STORED_BYTES - _SLACK_BYTES
+    assert packed_whole - packed > 2 * _STORED_BYTES - _SLACK_BYTES
     texts: list[str] = []
     in_memory = _grown(lambda: texts.append(_run(bundle, "none").text))
     on_disk = _grown(lambda: texts.append(_run(bundle, "auto").text))
