@@ -3,11 +3,12 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moe_tool.errors import DiskFullError, UsageError, WrongModelError
+from moe_tool.errors import DiskFullError, MoeToolError, UsageError, WrongModelError
 from moe_tool.formats import lookup_writer
 from moe_tool.formats.lookup_bundle import LookupBundle
 from moe_tool.formats.lookup_writer import LookupWriter
@@ -174,3 +175,30 @@ def test_a_full_disk_leaves_the_rows_that_are_there(
             pack(model, out)
     assert (tmp_path / "bundle.part").exists() == bool(after)
     assert pack(model, out).resumed_rows == after * AT_ONCE
+
+
+def _damaged_journal(part: Path) -> None:
+    (part / "journal.jsonl").write_bytes(b"\x00 not json\n")
+
+
+def _foreign_journal(part: Path) -> None:
+    (part / "journal.jsonl").write_bytes(b'{"identity": {}, "options": []}\n')
+
+
+def _linked_rows(part: Path) -> None:
+    (part / "rows.safetensors").rename(part.parent / "elsewhere")
+    (part / "rows.safetensors").symlink_to(part.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("damage", [_damaged_journal, _foreign_journal, _linked_rows])
+def test_a_hostile_half_written_bundle_is_refused_and_left(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    out, part = tmp_path / "bundle", tmp_path / "bundle.part"
+    stop(model, out, monkeypatch)
+    damage(part)
+    before = contents(part)
+    with pytest.raises(MoeToolError) as refused:
+        pack(model, out)
+    assert refused.value.exit_code in (2, 3, 4) and "\n" not in refused.value.message
+    assert str(part) in refused.value.message and contents(part) == before
