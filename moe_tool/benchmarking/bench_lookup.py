@@ -14,6 +14,7 @@ from moe_tool.benchmarking.bench import OnRow, timed_row
 from moe_tool.benchmarking.bench_plan import BenchOptions, SpeedTest, list_tests
 from moe_tool.benchmarking.bench_tokens import bench_tokens
 from moe_tool.benchmarking.speed_run import Sample, forget_pages
+from moe_tool.budget.sizes import format_bytes
 from moe_tool.formats.lookup_bundle import LookupBundle
 from moe_tool.lookup.disk_rows import checked_model
 from moe_tool.lookup.lookup_account import chunk_of
@@ -103,6 +104,12 @@ def _rows(
                 )
                 progress.end()
                 yield row
+            beside = opened.table.rows.bytes_beside
+            if beside:
+                progress.note(
+                    f"{format_bytes(beside)} beside the rows were read, and waited for, to check "
+                    "blocks of the table; each is checked once"
+                )
 
 
 class _Runs:

@@ -44,6 +44,8 @@ class TableRows:
         self.width = parts[0].shape[1]
         self.bytes_read = 0
         """Bytes of rows read, without what is read along to check them"""
+        self.bytes_beside = 0
+        """Bytes read along: the rest of each block, when its first row is read"""
         self.pace: Pace = full_speed
 
     @classmethod
@@ -177,6 +179,7 @@ class TableRows:
                 blocks.require(number, block)
                 stop = min(end, stop)
                 view[at - begin : stop - begin] = block[at - first : stop - first]
+                self.bytes_beside += len(block) - (stop - at)
             at = stop
 
     def _fill(self, part: TensorInfo, view: memoryview, begin: int) -> None:

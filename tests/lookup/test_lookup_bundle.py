@@ -155,6 +155,8 @@ def test_a_token_reads_its_row_once_and_neighbours_come_together(
             # The block of 3 to 9 and that of 200 are read whole, once, to be checked.
             assert reads == [BLOCK_BYTES, row_bytes, BLOCK_BYTES]
             assert table.rows.bytes_read == 5 * row_bytes
+            # The rows of 3, 4, 5 and that of 200 came with the blocks, and so did the rest of them.
+            assert table.rows.bytes_beside == 2 * BLOCK_BYTES - 4 * row_bytes
             reads.clear()
             model(input_ids=ids)
         assert reads == [3 * row_bytes, row_bytes, row_bytes]  # 3 to 5, 9, 200
