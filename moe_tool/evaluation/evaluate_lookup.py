@@ -14,7 +14,7 @@ from moe_tool.artifacts.identity import require_same_model
 from moe_tool.artifacts.lookup_manifest import LookupManifest
 from moe_tool.artifacts.run_result import RunSetup
 from moe_tool.available_memory import peak_rss_bytes
-from moe_tool.errors import UnsupportedModelError
+from moe_tool.errors import WrongModelError
 from moe_tool.evaluation.divergence import (
     compare_logits,
     divergence_scratch_bytes,
@@ -34,6 +34,7 @@ from moe_tool.models.mole.config import MoleConfig
 from moe_tool.models.mole.load_mole import (
     build_mole,
     check_tensors,
+    is_mole,
     largest_bytes,
     load_tensors,
     skeleton_bytes,
@@ -42,6 +43,8 @@ from moe_tool.models.mole.modeling import MoleForCausalLM
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.working_set import Workload, kv_cache_bytes
 from moe_tool.text.sources import TextSource
+
+_REMEDY = "--reference needs the checkpoint that the bundle was packed from"
 
 
 def evaluate_lookup(
@@ -135,19 +138,20 @@ class _Reference:
 @contextmanager
 def _checked(located: LocatedModel, manifest: LookupManifest) -> Iterator[_Reference]:
     """Yield the checkpoint, whose headers and identity are right, before its weights are read."""
+    if not is_mole(located.folder):
+        raise WrongModelError(
+            f"{located.name} is no mixture of lookup experts, the bundle is one", hint=_REMEDY
+        )
     model = build_mole(located.folder)
     if model.config.experts_form != "ffn":
-        raise UnsupportedModelError(
-            f"the experts of {located.name} are a table already",
-            hint="--reference needs the checkpoint that the bundle was packed from",
-        )
+        raise WrongModelError(f"the experts of {located.name} are a table already", hint=_REMEDY)
     with Checkpoint.open_folder(located.folder) as checkpoint:
         check_tensors(model, checkpoint, located.folder)
         require_same_model(
             manifest.identity,
             lookup_identity(located, checkpoint),
             artifact="the bundle",
-            remedy="--reference needs the model that the bundle was packed from",
+            remedy=_REMEDY,
         )
         yield _Reference(model, checkpoint)
 

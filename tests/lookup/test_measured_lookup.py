@@ -26,7 +26,7 @@ from moe_tool.store.throttle import ThrottledDisk, parse_throttle
 from moe_tool.text.sequences import build_sequences
 from moe_tool.text.sources import parse_sources
 from tests.lookup.tiny_mole import make_mole, tiny_mole
-from tests.tiny_models import VOCABULARY, tiny_tokenizer
+from tests.tiny_models import VOCABULARY, make_tiny_checkpoint, tiny_tokenizer
 
 ROW_BYTES = {"native": 1920, "8": 480 + 4 * 8, "nf4": 240 + 4 * 8}
 SOURCES = parse_sources(["builtin:eval"])
@@ -107,6 +107,11 @@ def test_another_model_and_too_little_memory_are_refused(
     other = LocatedModel(folder=make_mole(tmp_path / "other", seed=1), name="other")
     with pytest.raises(WrongModelError):
         evaluated(bundles["8"], other)
+    with pytest.raises(WrongModelError, match="a table already"):
+        evaluated(bundles["8"], LocatedModel(folder=bundles["8"], name="bundle"))
+    moe = LocatedModel(folder=make_tiny_checkpoint("mixtral", tmp_path / "moe"), name="moe")
+    with pytest.raises(WrongModelError, match="no mixture of lookup experts"):
+        evaluated(bundles["8"], moe)
     small = EvaluateOptions(tokens=160, seq_len=40, memory=parse_memory("1MiB"))
     with pytest.raises(BudgetError, match="the checkpoint"):
         evaluate_lookup(bundles["8"], SOURCES, small, reference=model)
