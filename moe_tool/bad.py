@@ -1,0 +1,4 @@
+"""A module."""
+
+N = 1
+"""Of the layers."""
