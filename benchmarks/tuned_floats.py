@@ -1,5 +1,5 @@
-"""Norms and routers trained behind tuned codes: KL from the checkpoint, on text that neither trained
-nor chose.
+"""Norms and routers trained behind tuned codes: KL from the checkpoint, on text that neither
+trained nor chose.
 
     python benchmarks/tuned_floats.py MODEL ROUNDED TUNED --train news=FILE --judge reviews=FILE
         [--steps 100] [--rate 0.001] [--tokens 32768] [--judge-tokens 4096] [--out rows.jsonl]

@@ -1,4 +1,0 @@
-"""A module."""
-
-N = 1
-"""Of the layers."""
