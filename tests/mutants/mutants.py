@@ -49,6 +49,27 @@ MUTANTS = (
         tests=_PRUNING,
     ),
     Mutant(
+        name="norms and routers that are kept though other text does not say that it pays",
+        file="moe_tool/tuning/judge_floats.py",
+        old="pays = high < 0",
+        new="pays = True",
+        tests="tests/tuning/test_streamed_bundle.py",
+    ),
+    Mutant(
+        name="routers that learn nothing of their gate weights",
+        file="moe_tool/tuning/weighed_experts.py",
+        old="by_weight[rows, slots] = (coming * y.detach()).sum(dim=1)",
+        new="by_weight[rows, slots] = 0",
+        tests="tests/tuning/test_streamed_bundle.py",
+    ),
+    Mutant(
+        name="trained norms that stay out of the bundle",
+        file="moe_tool/tuning/copied_bundle.py",
+        old="self._floats = dict(values)",
+        new="self._floats = {}",
+        tests="tests/tuning/test_tune_floats.py",
+    ),
+    Mutant(
         name="the gate-ratio rule judged at half of the rate",
         file="moe_tool/tuning/judge_pruning.py",
         old="np.array([share])",
@@ -219,8 +240,8 @@ MUTANTS = (
     Mutant(
         name="embedding tables that are copied whole in memory",
         file="moe_tool/tuning/copied_bundle.py",
-        old="(skeleton.read_bytes(name),) if is_code else",
-        new="(skeleton.read_bytes(name),) if True else",
+        old="if is_code:  # small",
+        new="if True:  # small",
         tests="tests/tuning/test_copied_tables.py",
     ),
     Mutant(
