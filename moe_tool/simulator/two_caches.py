@@ -24,10 +24,13 @@ class TwoCounts:
     cheaper_uses: np.ndarray
     cheaper_misses: np.ndarray
     """Experts read in the cheaper form"""
+    given: np.ndarray
+    """What did answer each of A accesses, [A] uint8: WHOLE, CHEAPER or NOTHING"""
 
     @classmethod
-    def zeros(cls, n_calls: int) -> "TwoCounts":
-        return cls(**{field.name: np.zeros(n_calls, np.uint16) for field in fields(cls)})
+    def zeros(cls, n_calls: int, n_accesses: int) -> "TwoCounts":
+        counts = {field.name: np.zeros(n_calls, np.uint16) for field in fields(cls)}
+        return cls(**counts | {"given": np.zeros(n_accesses, np.uint8)})
 
     def penalties(self, ratio: float) -> np.ndarray:
         """Return the misses of each call, [C] float64, a cheaper one counting `ratio`: HOBBIT's
@@ -58,12 +61,13 @@ def replay_two_caches(
         return naive_replay_two(
             trace, answer, choice, capacity=capacity, cheaper_capacity=cheaper_capacity
         )
-    counts = TwoCounts.zeros(trace.n_calls)
+    counts = TwoCounts.zeros(trace.n_calls, len(trace.keys))
     compiled_replay_two(
         Calls(trace),
         choice.spec.compiled,
         list(choice.parameters.values()),
         answer,
+        counts.given,
         capacity=capacity,
         cheaper_capacity=cheaper_capacity,
         per_layer=choice.per_layer,
@@ -95,7 +99,7 @@ def naive_replay_two(
         )
         for make, slots in ((choice.make, capacity), (make_cheaper, cheaper_capacity))
     )
-    counts = TwoCounts.zeros(trace.n_calls)
+    counts = TwoCounts.zeros(trace.n_calls, len(trace.keys))
     layers = trace.layer.tolist()
     answers = np.split(answer, trace.start[1:-1])
     for number, (layer, keys, wanted) in enumerate(
@@ -104,8 +108,10 @@ def naive_replay_two(
         if trace.begins is not None and trace.begins[number]:
             whole.begin_sequence()
             cheaper.begin_sequence()
-        high = [k for k, a in zip(keys, wanted, strict=True) if a == WHOLE or k in whole]
-        low = [k for k, a in zip(keys, wanted, strict=True) if a == CHEAPER and k not in whole]
+        given = [WHOLE if k in whole else int(a) for k, a in zip(keys, wanted, strict=True)]
+        counts.given[trace.start[number] : trace.start[number + 1]] = given
+        high = [k for k, a in zip(keys, given, strict=True) if a == WHOLE]
+        low = [k for k, a in zip(keys, given, strict=True) if a == CHEAPER]
         scores = None if trace.scores is None else trace.scores[number]
         counts.uses[number], counts.cheaper_uses[number] = len(high), len(low)
         counts.misses[number] = _n_misses(whole, layer, scores, high, low)

@@ -70,6 +70,13 @@ MUTANTS = (
         tests="tests/policies/test_hobbit_records.py",
     ),
     Mutant(
+        name="a hobbit cache that knows only one layer distance",
+        file="moe_tool/policies/eviction/hobbit.py",
+        old="nearness = until if self._is_printed else",
+        new="nearness =",
+        tests="tests/policies/test_hobbit_records.py",
+    ),
+    Mutant(
         name="a session that does not say when a sequence begins",
         file="moe_tool/runtime/session.py",
         old="            self.runner.store.begin_sequence()\n",
