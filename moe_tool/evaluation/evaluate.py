@@ -181,7 +181,7 @@ def _read(
         offline=options.offline,
         progress=progress,
     )
-    usual: Residency = "frozen" if options.controls else default_residency(policy)
+    usual: Residency = "frozen" if options.controls else default_residency(policy, manifest)
     return _Asked(
         policy=policy,
         names=_policies(policy, manifest, options, progress),

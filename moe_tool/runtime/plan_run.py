@@ -130,7 +130,7 @@ def plan_run(
     """
     manifest = bundle.manifest
     choice = options.policy or default_policy(manifest)
-    residency = options.residency or default_residency(choice)
+    residency = options.residency or default_residency(choice, manifest)
     _check(options, choice, residency, manifest)
     require_sparse(options, choice, bundle)
     require_activations(options.activations, manifest.primaries)
@@ -268,6 +268,8 @@ def follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency
         if eviction is None and residency != "frozen":
             eviction = parse_eviction(plan.eviction)
             words.append(f"eviction {plan.eviction}")
+        if options.residency is None and plan.residency == residency and options.policy is None:
+            words.append(f"residency {residency}")
         if prefetch is None and residency != "frozen":
             prefetch = plan.prefetch
             words.append(f"prefetch {prefetch}")

@@ -25,7 +25,7 @@ class TwoCounts:
     cheaper_misses: np.ndarray
     """Experts read in the cheaper form"""
     given: np.ndarray
-    """What did answer each of A accesses, [A] uint8: WHOLE, CHEAPER or NOTHING"""
+    """Answers that A accesses got, [A] uint8: WHOLE, CHEAPER or NOTHING"""
 
     @classmethod
     def zeros(cls, n_calls: int, n_accesses: int) -> "TwoCounts":

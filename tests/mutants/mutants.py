@@ -77,6 +77,20 @@ MUTANTS = (
         tests="tests/policies/test_hobbit_records.py",
     ),
     Mutant(
+        name="a run that freezes the caches it was planned with",
+        file="moe_tool/runtime/run_options.py",
+        old="        return plan.residency",
+        new='        return "frozen"',
+        tests="tests/planning/test_cached_replica.py::test_a_bundle_planned_so_runs_as_planned",
+    ),
+    Mutant(
+        name="a price of two caches that forgets what the primary one held",
+        file="moe_tool/simulator/two_caches.py",
+        old="given = [WHOLE if k in whole else int(a) for",
+        new="given = [int(a) for",
+        tests="tests/simulator/test_two_caches.py",
+    ),
+    Mutant(
         name="a session that does not say when a sequence begins",
         file="moe_tool/runtime/session.py",
         old="            self.runner.store.begin_sequence()\n",
