@@ -37,6 +37,7 @@ from moe_tool.runtime.run_options import (
     default_rows,
 )
 from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
+from moe_tool.runtime.stacked_gates import gate_bytes
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 _FIRST_USE_BYTES = 16 * 2**20
@@ -321,13 +322,14 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
     )
 
 
-def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -> dict[str, int]:
+def _beside(bundle: BundleReader, followed: Followed, caller_bytes: int) -> dict[str, int]:
     """Return the memory that a run holds beside the model, bytes by name."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
-    pruning = manifest.pruning
+    pruning, eviction = manifest.pruning, followed.eviction
     return {
         "channel selectors": bundle.selector_bytes,
         "caller workspace": caller_bytes,
+        "stacked gates": gate_bytes(followed.prefetch, shape),
         f"eviction state of {eviction.spec.name}": eviction.notes_bytes(
             n_layers=len(shape.layers), n_experts=shape.experts
         ),
@@ -357,7 +359,7 @@ def _footprint(
             workload,
             process_bytes=0,
             skeleton_bytes=held_bytes,
-            beside=_beside(bundle, eviction, options.caller_bytes),
+            beside=_beside(bundle, followed, options.caller_bytes),
         ),
         loading_bytes=held_bytes + skeleton.largest_without(on_disk),
         experts=expert_rooms(bundle.manifest, per_layer=eviction.per_layer),

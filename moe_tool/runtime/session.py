@@ -302,7 +302,7 @@ def _runner(
         residency=plan.residency,
         policy=plan.policy,
         sparsity=plan.options.sparse_experts,
-        prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers),
+        prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers, plan.policy.rules),
         part_prefetcher=choose_part_prefetcher(plan.prefetch, skeleton),
         foresight=_foresight(skeleton, plan),
         recorder=CallRecorder(ids=LayerIds(shape.layers, shape.experts))

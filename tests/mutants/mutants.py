@@ -91,6 +91,20 @@ MUTANTS = (
         tests="tests/simulator/test_two_caches.py",
     ),
     Mutant(
+        name="stacked gates one layer off",
+        file="moe_tool/runtime/stacked_gates.py",
+        old="yield self.gates.choose(first + ahead, logits[ahead])",
+        new="yield self.gates.choose(first + ahead, logits[0])",
+        tests="tests/runtime/test_stacked_gates.py",
+    ),
+    Mutant(
+        name="stacked gates of routers that scale their input",
+        file="moe_tool/runtime/stacked_gates.py",
+        old="return gates if _agrees(gates, layers) else None",
+        new="return gates",
+        tests="tests/runtime/test_stacked_gates.py",
+    ),
+    Mutant(
         name="a session that does not say when a sequence begins",
         file="moe_tool/runtime/session.py",
         old="            self.runner.store.begin_sequence()\n",
