@@ -105,6 +105,13 @@ MUTANTS = (
         tests="tests/runtime/test_stacked_gates.py",
     ),
     Mutant(
+        name="a prefetch that shares the disk with demanded reads",
+        file="moe_tool/store/reader.py",
+        old="            return self._give_way(job)",
+        new="            return not job.is_dropped",
+        tests="tests/store/test_pausing.py",
+    ),
+    Mutant(
         name="a session that does not say when a sequence begins",
         file="moe_tool/runtime/session.py",
         old="            self.runner.store.begin_sequence()\n",
