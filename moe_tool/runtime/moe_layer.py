@@ -23,6 +23,7 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.eviction import gate_scores
 from moe_tool.policies.misses import MissPolicy
 from moe_tool.policies.misses.prune import token_importance
+from moe_tool.policies.prefetch import Prediction, fetch_predicted
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
@@ -229,9 +230,21 @@ class MoeLayerRunner:
 
         def expect(routed: torch.Tensor) -> None:
             at = PartialLayer(call=call, routed=routed)
-            prefetcher.expect(at, self.store, counters, stored=self.stored)
+            prefetcher.expect(
+                at, self.store, counters, stored=self.stored, heard=self._record_guess
+            )
 
         return PartialSum(call.hidden, self.store.resident(call.layer).reshape(-1), expect)
+
+    def _record_guess(self, predicted: Prediction) -> None:
+        """Record experts that were predicted from a part of the call's output."""
+        if self.recorder is None:
+            return
+        n_experts = len(self.record_bytes[predicted.layer][PRIMARY])
+        stored = self.stored.get(predicted.layer)
+        removed = np.zeros(n_experts, bool) if stored is None else ~stored.numpy()
+        experts = fetch_predicted(predicted.index, predicted.weight, removed)
+        self.recorder.add_guesses([(predicted.layer, expert) for expert in experts])
 
     def _prefetch_policy(self) -> MissPolicy | None:
         """Return the policy that chooses the forms of prefetches; None: they are read in full."""

@@ -25,7 +25,7 @@ from moe_tool.runtime.activations import INT8_NOTE, require_activations
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
-from moe_tool.runtime.partial_layer import require_part
+from moe_tool.runtime.partial_layer import require_part, require_recordable
 from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
 from moe_tool.runtime.prefetcher import require_prefetch
 from moe_tool.runtime.quality_promise import quality_note
@@ -137,9 +137,9 @@ def plan_run(
     require_activations(options.activations, manifest.primaries)
     followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
-    require_part(
-        followed.prefetch, skeleton.model, skeleton.layers, records_trace=options.record_trace
-    )
+    require_part(followed.prefetch, skeleton.model, skeleton.layers)
+    if options.record_trace:
+        require_recordable(followed.prefetch, followed.eviction)
     workload = _workload(options, choice, skeleton.config.get_text_config())
     account = partial(_footprint, options, followed, bundle, skeleton, workload)
     rows = options.rows or default_rows(manifest)

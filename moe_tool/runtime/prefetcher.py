@@ -69,6 +69,7 @@ class Prefetcher(Generic[Input]):
         *,
         stored: Mapping[int, torch.Tensor],
         policy: MissPolicy | None = None,
+        heard: Callable[[Prediction], None] | None = None,
     ) -> None:
         """Prefetch the experts predicted for the next layers, once the call's demanded reads have
         begun; changes the store and counts prefetches.
@@ -77,8 +78,11 @@ class Prefetcher(Generic[Input]):
             at: what the predictor predicts from.
             stored: decoder layer -> experts in the bundle, [E] bool; empty if none was removed.
             policy: chooses the forms to read; None: every predicted expert is read in full.
+            heard: told of every prediction that was asked for.
         """
         predictions = self.predictor.predict(at)
+        if heard is not None:
+            predictions = _told(predictions, heard)
         if policy is not None:
             predictions = _answered(predictions, policy, store, stored)
 
@@ -91,6 +95,14 @@ class Prefetcher(Generic[Input]):
 
         for wanted in choose_prefetches(predictions, present):
             store.prefetch(wanted.layer, wanted.experts, spare=wanted.spare, counters=counters)
+
+
+def _told(
+    predictions: Iterator[Prediction], heard: Callable[[Prediction], None]
+) -> Iterator[Prediction]:
+    for each in predictions:
+        heard(each)
+        yield each
 
 
 def _answered(

@@ -319,8 +319,10 @@ def _runner(
 
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
     """Return the foresight that the eviction policy or a trace needs; None if neither does."""
-    traced = parse_prefetch(plan.prefetch).depth if plan.options.record_trace else 0
-    depth = max(plan.eviction.look_ahead, traced)
+    prefetch = parse_prefetch(plan.prefetch)
+    # From a part of a layer the prefetcher predicts itself, and its predictions are recorded.
+    is_traced = plan.options.record_trace and prefetch.alpha is None
+    depth = max(plan.eviction.look_ahead, prefetch.depth if is_traced else 0)
     return foresee(skeleton.layers, depth=depth) if depth else None
 
 

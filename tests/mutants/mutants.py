@@ -112,6 +112,20 @@ MUTANTS = (
         tests="tests/store/test_pausing.py",
     ),
     Mutant(
+        name="a replay of two caches that keeps prefetches nobody named",
+        file="moe_tool/simulator/prefetching_cache.py",
+        old="                self._cache.discard(key)\n",
+        new="                pass\n",
+        tests="tests/runtime/test_two_caches.py",
+    ),
+    Mutant(
+        name="a trace without what a part of a layer foretold",
+        file="moe_tool/runtime/moe_layer.py",
+        old="        if self.recorder is None:\n            return\n        n_experts",
+        new="        if True:\n            return\n        n_experts",
+        tests="tests/runtime/test_partial_prefetch.py",
+    ),
+    Mutant(
         name="a session that does not say when a sequence begins",
         file="moe_tool/runtime/session.py",
         old="            self.runner.store.begin_sequence()\n",
