@@ -32,6 +32,7 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, foresee
+from moe_tool.runtime.measured_costs import MeasuredCosts
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
 from moe_tool.runtime.partial_layer import choose_part_prefetcher
@@ -232,8 +233,9 @@ def load_session(
     """
     return_freed_memory()
     manifest = bundle.manifest
-    if options.throttle is not None and make_store is open_stores:
-        make_store = partial(open_stores, throttle=options.throttle)
+    costs = MeasuredCosts()
+    if make_store is open_stores:
+        make_store = partial(open_stores, throttle=options.throttle, time_reads=costs.time_reads)
     with open_bundle_skeleton(bundle) as checkpoint:
         loader = bundle_loader(bundle, checkpoint)
         plan = plan_run(
@@ -259,6 +261,7 @@ def load_session(
     _announce(plan, bundle, progress)
     round_tokens(options.activations == "int8")
     runner = _runner(plan, bundle, skeleton, make_store)
+    runner.costs = costs
     if manifest.selectors:
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)

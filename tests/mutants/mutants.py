@@ -126,6 +126,13 @@ MUTANTS = (
         tests="tests/runtime/test_partial_prefetch.py",
     ),
     Mutant(
+        name="a division of misses that ignores measured times",
+        file="moe_tool/policies/misses/smoe.py",
+        old="self.costs_ms if routing.costs_ms is None else routing.costs_ms",
+        new="self.costs_ms",
+        tests="tests/runtime/test_measured_costs.py",
+    ),
+    Mutant(
         name="a session that does not say when a sequence begins",
         file="moe_tool/runtime/session.py",
         old="            self.runner.store.begin_sequence()\n",
