@@ -75,9 +75,9 @@ def bench(
     for run in runs:
         with open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress) as session:
             for policy in options.policy:  # one that the bundle cannot run fails before any row
-                session.use_policy(policy, residency=default_residency(policy))
+                session.use_policy(policy, residency=default_residency(policy, session.manifest))
             for policy in options.policy:
-                session.use_policy(policy, residency=default_residency(policy))
+                session.use_policy(policy, residency=default_residency(policy, session.manifest))
                 for test in tests:
                     progress.begin(f"row {len(rows) + 1} of {n_rows}", options.repetitions, "runs")
                     rows.append(_row(session, test, options, run, bundle, fed, progress))

@@ -167,7 +167,7 @@ def _read(
     policy = options.policy or default_policy(manifest)
     vocabulary = manifest.shape.vocabulary
     tokenizer, text = read_text(folder, sources, options, vocabulary=vocabulary, progress=progress)
-    usual: Residency = "frozen" if options.controls else default_residency(policy)
+    usual: Residency = "frozen" if options.controls else default_residency(policy, manifest)
     return _Asked(
         policy=policy,
         names=_policies(policy, manifest, options, progress),

@@ -91,20 +91,25 @@ def open_stores(
     rooms: tuple[FormRoom, ...],
     eviction: EvictionChoice,
     disk: ThrottledDisk | None = None,
+    time_reads: Callable[[Read], Read] | None = None,
 ) -> FormStores:
     """Return one store for each form that has room in memory; see `MakeStore`.
 
     Args:
-        disk: the slow disk that all of them pretend to read from.
+        disk: the slow disk that all of them pretend to read from; None: the real one.
+        time_reads: wraps reads of primary records to measure them; those of experts in channels,
+            which are read in part, are not measured.
     """
+    n_primaries = len(bundle.manifest.primaries)
     in_step = any(room.in_step for room in rooms)
 
-    def read_of(form: int) -> Read | None:
-        read = partial(bundle.read_record_into, form=form)
-        return None if disk is None else disk.slow_down(read)
+    def read_of(form: int) -> Read:
+        read: Read = partial(bundle.read_record_into, form=form)
+        if disk is not None:
+            read = disk.slow_down(read)
+        return time_reads(read) if time_reads is not None and form < n_primaries else read
 
     shape = bundle.manifest.shape
-    n_primaries = len(bundle.manifest.primaries)
     cheaper = _open_cheaper(bundle, rooms[n_primaries:], eviction, read_of, in_step=in_step)
     primaries: list[ExpertStore] = []
     primary_of: dict[int, list[int | None]] = {
@@ -142,7 +147,7 @@ def _open_cheaper(
     bundle: BundleReader,
     rooms: tuple[FormRoom, ...],
     eviction: EvictionChoice,
-    read_of: Callable[[int], Read | None],
+    read_of: Callable[[int], Read],
     *,
     in_step: bool,
 ) -> dict[AnyPrecision, RecordStore]:

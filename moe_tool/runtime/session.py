@@ -31,6 +31,7 @@ from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.finite_logits import require_finite_logits
 from moe_tool.runtime.foresight import Foresight, foresee
+from moe_tool.runtime.measured_costs import MeasuredCosts
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
 from moe_tool.runtime.partial_layer import choose_part_prefetcher
@@ -226,10 +227,13 @@ def load_session(
     """
     return_freed_memory()
     manifest = bundle.manifest
-    if options.throttle is not None and make_store is open_stores:
-        disk = ThrottledDisk(speed=options.throttle)
-        bundle.tables.pace = disk.paced
-        make_store = partial(open_stores, disk=disk)
+    costs = MeasuredCosts()
+    if make_store is open_stores:
+        disk = None
+        if options.throttle is not None:
+            disk = ThrottledDisk(speed=options.throttle)
+            bundle.tables.pace = disk.paced
+        make_store = partial(open_stores, disk=disk, time_reads=costs.time_reads)
     with open_bundle_skeleton(bundle) as checkpoint:
         loader = bundle_loader(bundle, checkpoint)
         plan = plan_run(
@@ -255,6 +259,7 @@ def load_session(
     _announce(plan, bundle, progress)
     round_tokens(options.activations == "int8")
     runner = _runner(plan, bundle, skeleton, make_store)
+    runner.costs = costs
     if manifest.selectors:
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)
@@ -298,7 +303,7 @@ def _runner(
         residency=plan.residency,
         policy=plan.policy,
         sparsity=plan.options.sparse_experts,
-        prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers),
+        prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers, plan.policy.rules),
         part_prefetcher=choose_part_prefetcher(plan.prefetch, skeleton),
         foresight=_foresight(skeleton, plan),
         recorder=CallRecorder(ids=LayerIds(shape.layers, shape.experts))
@@ -315,8 +320,10 @@ def _runner(
 
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
     """Return the foresight that the eviction policy or a trace needs; None if neither does."""
-    traced = parse_prefetch(plan.prefetch).depth if plan.options.record_trace else 0
-    depth = max(plan.eviction.look_ahead, traced)
+    prefetch = parse_prefetch(plan.prefetch)
+    # From a part of a layer the prefetcher predicts itself, and its predictions are recorded.
+    is_traced = plan.options.record_trace and prefetch.alpha is None
+    depth = max(plan.eviction.look_ahead, prefetch.depth if is_traced else 0)
     return foresee(skeleton.layers, depth=depth) if depth else None
 
 

@@ -106,8 +106,9 @@ class ThrottledDisk:
             def go_on_slowly(n_bytes: int) -> bool:
                 nonlocal since, is_first
                 self.wait(n_bytes, since=since, is_first=is_first)
+                is_on = go_on(n_bytes)  # which may let other reads pass first
                 since, is_first = self.clock(), False
-                return go_on(n_bytes)
+                return is_on
 
             return read(layer, expert, out, n_there=n_there, go_on=go_on_slowly)
 

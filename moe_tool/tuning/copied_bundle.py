@@ -15,7 +15,6 @@ from moe_tool.formats.bundle_files import SkeletonEntry, partial_folder
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_spec import BundleSpec, FormPlan
 from moe_tool.formats.bundle_writer import BundleWriter
-from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.progress import Progress
 from moe_tool.quantization.weights import ExpertWeights
 
@@ -168,8 +167,16 @@ class CopiedBundle:
             codes = {part.name for part in skeleton_parts(self._old.manifest)}
             progress.begin("copy the skeleton", sum(e.size_bytes for e in entries), "bytes")
 
+            def pieces(name: str) -> Iterable[bytes | memoryview]:
+                if name in self._floats:
+                    return (self._floats[name].contiguous().numpy().tobytes(),)
+                # A table may be larger than memory. Parts of codes are small, and looked at too.
+                if name in codes:
+                    return (skeleton.read_bytes(name),)
+                return self._old.tables.stream(name)
+
             def read(name: str) -> Iterator[bytes | memoryview]:
-                for piece in self._pieces(skeleton, name, is_code=name in codes):
+                for piece in pieces(name):
                     progress.advance(len(piece))
                     yield piece
 
@@ -180,15 +187,6 @@ class CopiedBundle:
                 linears=self._old.manifest.skeleton_linears,
             )
             progress.end()
-
-    def _pieces(
-        self, skeleton: Checkpoint, name: str, *, is_code: bool
-    ) -> Iterable[bytes | memoryview]:
-        if name in self._floats:
-            return (self._floats[name].contiguous().numpy().tobytes(),)
-        if is_code:  # small, and its factors are looked at too
-            return (skeleton.read_bytes(name),)
-        return self._old.tables.stream(name)  # a table may be larger than memory
 
     def _float_entry(self, name: str) -> SkeletonEntry:
         """Describe a trained tensor, float32 whatever it was: bfloat16 would lose its steps."""
