@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from moe_tool.artifacts.bench_report import BenchedBundle, BenchReport, BenchRow
+from moe_tool.artifacts.bench_report import BenchedBundle, BenchReport, BenchRow, CacheState
+from moe_tool.artifacts.run_result import RunSetup
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.available_memory import peak_rss_bytes, reset_peak_rss
 from moe_tool.benchmarking.bench_plan import BenchOptions, SpeedTest, list_tests
 from moe_tool.benchmarking.bench_tokens import bench_tokens
-from moe_tool.benchmarking.speed_run import run_test
+from moe_tool.benchmarking.speed_run import Sample, run_test
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.bundle_skeleton import n_skeleton_weights
 from moe_tool.models.context_length import context_length
@@ -130,20 +131,48 @@ def _row(
     fed: tuple[torch.Tensor, str],
     progress: Progress,
 ) -> BenchRow:
-    """Run a test on consecutive windows of the text; if warm, the first is not counted."""
+    return timed_row(
+        lambda test, ids, cache: run_test(session, test, ids, cache_state=cache),
+        test,
+        options,
+        bundle=bundle,
+        setup=run_setup(session),
+        budget=str(run.memory),
+        fed=fed,
+        progress=progress,
+    )
+
+
+def timed_row(
+    run: Callable[[SpeedTest, torch.Tensor, CacheState], Sample],
+    test: SpeedTest,
+    options: BenchOptions,
+    *,
+    bundle: BenchedBundle,
+    setup: RunSetup,
+    budget: str,
+    fed: tuple[torch.Tensor, str],
+    progress: Progress,
+) -> BenchRow:
+    """Run a test on consecutive windows of the text; if warm, the first is not counted.
+
+    Args:
+        run: runs a test on tokens [depth + n_tokens].
+        fed: tokens of all windows, and where they are from.
+    """
     ids, tokens_from = fed
     can_reset = reset_peak_rss()
     first, *windows = torch.split(ids, test.positions)[: options.repetitions + 1]
     if options.cache == "warm":
-        run_test(session, test, first, cache_state="warm")
+        run(test, first, "warm")
     samples = []
     for window in windows:
-        samples.append(run_test(session, test, window, cache_state=options.cache))
+        samples.append(run(test, window, options.cache))
         progress.advance()
     return BenchRow(
         bundle=bundle,
-        setup=run_setup(session),
-        budget=str(run.memory),
+        setup=setup,
+        budget=budget,
         test=test.label,
         n_tokens=test.n_tokens,
         depth=test.depth,

@@ -34,8 +34,11 @@ _LABELS = {
     "profile": "profile",
 }
 _HINTS = {
-    ("lookup-bundle", "bundle"): "its experts are rows of a table, so that there are none to keep, "
-    "to answer for or to measure: only moe-tool run and inspect take it",
+    (
+        "lookup-bundle",
+        "bundle",
+    ): "its experts are rows of a table, so that there are none to keep "
+    "or to answer for: only moe-tool run, evaluate, bench and inspect take it",
 }
 """Hints that help more than the remedy, by the kinds that were found and wanted"""
 

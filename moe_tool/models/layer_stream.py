@@ -25,7 +25,7 @@ from moe_tool.models.moe_layers import (
     decoder_layers,
     decoder_prefix,
 )
-from moe_tool.models.row_tables import RowTable, find_tables, put_rows
+from moe_tool.models.row_tables import RowTable, put_rows, streamed_tables
 from moe_tool.models.skeleton import (
     LayerCall,
     hook_routers,
@@ -94,8 +94,10 @@ class LayerStream:
         self.experts = ExpertSource(self.model, checkpoint)
         self.shape: MoeShape = read_shape(self.model, checkpoint)
         remove_experts(self.moe_layers)
-        self.on_disk = self._tables(rows) if dtype == torch.float32 else {}
+        self.on_disk: dict[str, RowTable] = {}
         """Embedding tables of which only rows are read, by parameter"""
+        if dtype == torch.float32:
+            self.on_disk = streamed_tables(self.model, self._map, checkpoint, rows)
         self._layer_targets = self._targets_by_layer()
         for parameter, table in self.on_disk.items():
             opened = TableRows.open_unhashed(table.parts)
@@ -197,12 +199,6 @@ class LayerStream:
         if not are_finite(logits.detach().amax(dim=-1)):  # amax propagates NaN
             raise _not_finite("the head gives logits")
         return logits
-
-    def _tables(self, rows: RowsRequest) -> dict[str, RowTable]:
-        names = {name for name, _ in self.model.named_parameters()} & self._map.skeleton.keys()
-        held = {name: 4 * self.model.get_parameter(name).numel() for name in names}
-        found = find_tables(self.model, self._map, self._checkpoint, held=held, coded=())
-        return {name: found[name] for name in rows.choose({n: held[n] for n in found})}
 
     def _targets_by_layer(self) -> dict[int | None, list[str]]:
         """Group the skeleton's targets by decoder layer; None: routers, and all outside layers."""

@@ -28,7 +28,7 @@ from moe_tool.store.form_stores import FormStores
 from moe_tool.store.protocol import ExpertStore
 from moe_tool.store.reader import Read
 from moe_tool.store.record_store import RecordStore
-from moe_tool.store.throttle import Throttle, ThrottledDisk
+from moe_tool.store.throttle import ThrottledDisk
 
 MakeStore = Callable[[BundleReader, tuple[FormRoom, ...], EvictionChoice], ExpertStore]
 """Function from a bundle, rooms in the order of `bundle.forms` and the eviction policy of primary
@@ -90,10 +90,13 @@ def open_stores(
     bundle: BundleReader,
     rooms: tuple[FormRoom, ...],
     eviction: EvictionChoice,
-    throttle: Throttle | None = None,
+    disk: ThrottledDisk | None = None,
 ) -> FormStores:
-    """Return one store for each form that has room in memory, all on one disk; see `MakeStore`."""
-    disk = None if throttle is None else ThrottledDisk(speed=throttle)
+    """Return one store for each form that has room in memory; see `MakeStore`.
+
+    Args:
+        disk: the slow disk that all of them pretend to read from.
+    """
     in_step = any(room.in_step for room in rooms)
 
     def read_of(form: int) -> Read | None:

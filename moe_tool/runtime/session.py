@@ -1,6 +1,5 @@
 """Session: a model ready to generate from a bundle within a memory budget; Python API of `run`."""
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.bundle_skeleton import bundle_loader, open_bundle_skeleton
@@ -31,6 +29,7 @@ from moe_tool.policies.prefetch import parse_prefetch
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.call_recorder import CallRecorder
+from moe_tool.runtime.finite_logits import require_finite_logits
 from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
@@ -42,6 +41,7 @@ from moe_tool.runtime.price_list import record_sizes
 from moe_tool.runtime.quality_promise import open_account
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.shadow import Shadow
+from moe_tool.store.throttle import ThrottledDisk
 
 _WARM_UP_TOKENS = 2
 
@@ -169,13 +169,7 @@ class Session:
             self.runner.is_shadow = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not math.isfinite(output.logits.amax().item()):  # amax propagates NaN; -inf is a mask
-            raise CorruptArtifactError(
-                f"the model of {self.bundle.folder} gives logits that are not finite, from which "
-                "nothing can be predicted",
-                hint=f"moe-tool inspect {self.bundle.folder} --verify tells whether the bundle is "
-                "damaged; if it is intact, download the checkpoint again and pack it",
-            )
+        require_finite_logits(output.logits, self.bundle.folder)
         if self.shadow is not None and not self.runner.is_shadow:
             divergence = self.shadow.compare(output.logits[:, -1])
             if divergence is not None:
@@ -233,7 +227,9 @@ def load_session(
     return_freed_memory()
     manifest = bundle.manifest
     if options.throttle is not None and make_store is open_stores:
-        make_store = partial(open_stores, throttle=options.throttle)
+        disk = ThrottledDisk(speed=options.throttle)
+        bundle.tables.pace = disk.paced
+        make_store = partial(open_stores, disk=disk)
     with open_bundle_skeleton(bundle) as checkpoint:
         loader = bundle_loader(bundle, checkpoint)
         plan = plan_run(

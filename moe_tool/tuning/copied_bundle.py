@@ -1,6 +1,6 @@
 """Copy of a bundle with new codes for some experts, and new floats beside them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,7 +10,7 @@ import torch
 from moe_tool.artifacts.bundle_manifest import BundleManifest, TunedWeights
 from moe_tool.artifacts.bundle_sections import ROW_TABLES, TUNED_FLOATS, Section, TunedFloats
 from moe_tool.formats.atomic_write import storage_errors
-from moe_tool.formats.bundle_checks import BundleForm
+from moe_tool.formats.bundle_checks import BundleForm, skeleton_parts
 from moe_tool.formats.bundle_files import SkeletonEntry, partial_folder
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_spec import BundleSpec, FormPlan
@@ -164,16 +164,21 @@ class CopiedBundle:
                 )
                 for each in self._old.manifest.skeleton
             ]
+            codes = {part.name for part in skeleton_parts(self._old.manifest)}
             progress.begin("copy the skeleton", sum(e.size_bytes for e in entries), "bytes")
 
-            def read(name: str) -> Iterator[bytes]:
-                data = (
-                    self._floats[name].contiguous().numpy().tobytes()
-                    if name in self._floats
-                    else skeleton.read_bytes(name)
-                )
-                progress.advance(len(data))
-                yield data
+            def pieces(name: str) -> Iterable[bytes | memoryview]:
+                if name in self._floats:
+                    return (self._floats[name].contiguous().numpy().tobytes(),)
+                # A table may be larger than memory. Parts of codes are small, and looked at too.
+                if name in codes:
+                    return (skeleton.read_bytes(name),)
+                return self._old.tables.stream(name)
+
+            def read(name: str) -> Iterator[bytes | memoryview]:
+                for piece in pieces(name):
+                    progress.advance(len(piece))
+                    yield piece
 
             self.writer.write_skeleton(
                 entries,

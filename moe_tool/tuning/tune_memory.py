@@ -53,7 +53,7 @@ def require_tune_memory(
     always = {
         "process": current_rss_bytes(),
         "margin": _MARGIN_BYTES,
-        "what is beside the experts": 4 * opened.skeleton.n_weights,
+        "what is beside the experts": 4 * opened.skeleton.n_loaded,
     }
     phases = [_codes(opened, bundle, options, n_tokens=sequences.ids.size)]
     if floats is not None:

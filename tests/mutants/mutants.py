@@ -231,6 +231,42 @@ MUTANTS = (
         tests="tests/lookup/test_lookup_bundle.py",
     ),
     Mutant(
+        name="a slow disk that rows of tables do not pass",
+        file="moe_tool/formats/bundle_tables.py",
+        old="self._rows[-1].pace = self.pace",
+        new="self._rows[-1].pace = full_speed",
+        tests="tests/runtime/test_throttled_disk.py",
+    ),
+    Mutant(
+        name="embedding tables that are copied whole in memory",
+        file="moe_tool/tuning/copied_bundle.py",
+        old="(skeleton.read_bytes(name),) if is_code else",
+        new="(skeleton.read_bytes(name),) if True else",
+        tests="tests/tuning/test_copied_tables.py",
+    ),
+    Mutant(
+        name="a profile whose budget counts tables on disk",
+        file="moe_tool/profiling/profile_memory.py",
+        old="opened.skeleton.n_loaded",
+        new="opened.skeleton.n_weights",
+        tests="tests/profiling/test_profile_memory.py::"
+        "test_a_table_of_which_rows_are_read_is_not_counted",
+    ),
+    Mutant(
+        name="rows of an interrupted pack that are taken over unread",
+        file="moe_tool/formats/lookup_writer.py",
+        old="return digest.hexdigest() == entry.xxh3",
+        new="return True",
+        tests="tests/lookup/test_resumed_pack.py",
+    ),
+    Mutant(
+        name="lookup bundles that are compared with themselves",
+        file="moe_tool/evaluation/evaluate_lookup.py",
+        old="theirs = _logits(truth, sequence)[scored]",
+        new="theirs = _logits(model, sequence)[scored]",
+        tests="tests/lookup/test_measured_lookup.py",
+    ),
+    Mutant(
         name="prefetches always in full",
         file="moe_tool/policies/misses/replica.py",
         old="chooses_prefetches = True",
