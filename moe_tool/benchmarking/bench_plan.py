@@ -163,3 +163,18 @@ def parse_words(text: str, *, option: str) -> tuple[str, ...]:
     if not all(words):
         raise UsageError(f"{option} '{text}': an entry of the list is empty")
     return words
+
+
+def parse_policies(text: str) -> tuple[str, ...]:
+    """Return the policies of "exact,buddy:rho=1,tau=0.9": a value goes with the name before it.
+
+    Raises:
+        UsageError: an entry is empty, or the first is a value.
+    """
+    found: list[str] = []
+    for word in parse_words(text, option="--policy"):
+        if "=" in word and ":" not in word and found:
+            found[-1] += f",{word}"
+        else:
+            found.append(word)
+    return tuple(found)

@@ -34,9 +34,10 @@ class BenchArguments:
         str,
         typer.Option(metavar="SIZE,...", help="Budgets of the whole process: 50%,min,4GiB,auto."),
     ] = "auto"
-    policy: Annotated[str, typer.Option(metavar="NAME,...", help="Miss policies, as in `run`.")] = (
-        "exact"
-    )
+    policy: Annotated[
+        str,
+        typer.Option(metavar="NAME,...", help="Answers to missing experts, {miss policies}."),
+    ] = "exact"
     eviction: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,6 +90,7 @@ def bench(given: BenchArguments, output: Output) -> None:
     from moe_tool.benchmarking.bench_plan import (
         BenchOptions,
         parse_numbers,
+        parse_policies,
         parse_words,
         refuse_too_long,
     )
@@ -104,7 +106,7 @@ def bench(given: BenchArguments, output: Output) -> None:
         generate=parse_numbers(given.generate, int, option="--generate"),
         depth=parse_numbers(given.depth, int, option="--depth"),
         memory=tuple(map(parse_memory, parse_words(given.memory, option="--memory"))),
-        policy=tuple(map(parse_miss_policy, parse_words(given.policy, option="--policy"))),
+        policy=tuple(map(parse_miss_policy, parse_policies(given.policy))),
         eviction=tuple(map(parse_eviction, given.eviction or ["lru"])),
         prefetch=parse_words(given.prefetch, option="--prefetch"),
         sparse_experts=(None,)

@@ -110,7 +110,7 @@ def buddies(given: BuddiesArguments, output: Output) -> None:
 
 
 def _pack_command(made: "BuddyReport", *, is_default: bool) -> str:
-    from moe_tool.models.locate import model_to_type
+    from moe_tool.artifacts.model_names import model_to_type
 
     files = "" if is_default else f" --profile {made.profile} --buddies {made.buddies}"
     return f"moe-tool pack {model_to_type(made.model)}{files} --out bundle/"

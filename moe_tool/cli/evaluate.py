@@ -52,7 +52,8 @@ class EvaluateArguments:
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Also compare with this checkpoint, not only with the exact bundle.",
+            help="Also compare with this checkpoint, not only with the exact bundle, whose norms "
+            "and routers may have been tuned.",
             show_default=False,
         ),
     ] = None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from moe_tool.policies.misses import PolicySpec
     from moe_tool.policies.parameters import Parameter
 
 _BELOW = "listed below"
@@ -38,16 +39,28 @@ def _evictions() -> list[tuple[str, str]]:
 def _miss_policies() -> list[tuple[str, str]]:
     from moe_tool.policies.misses import MISS_POLICIES
 
-    return [(s.name, s.summary + _defaults(s.parameters)) for s in MISS_POLICIES.values()]
+    rows = []
+    for spec in MISS_POLICIES.values():
+        rows += [(spec.name, spec.summary + _defaults(spec.parameters)), *_presets(spec)]
+    return rows
 
 
 def _searched() -> list[tuple[str, str]]:
     from moe_tool.policies.misses import MISS_POLICIES
 
+    rows = []
+    for spec in MISS_POLICIES.values():
+        if spec.strength is not None:
+            searched = spec.strength.parameter
+            rows.append((spec.name, f"{searched}: {spec.parameters[searched].help}"))
+            rows += _presets(spec)
+    return rows
+
+
+def _presets(spec: "PolicySpec") -> list[tuple[str, str]]:
     return [
-        (s.name, f"{s.strength.parameter}: {s.parameters[s.strength.parameter].help}")
-        for s in MISS_POLICIES.values()
-        if s.strength is not None
+        (f"{spec.name}:{preset}", f"as {spec.name}, with {', '.join(spec.preset_words(preset))}")
+        for preset in spec.presets
     ]
 
 

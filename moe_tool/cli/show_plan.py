@@ -74,7 +74,7 @@ def plan_fields(report: "PlanReport") -> dict[str, Any]:
 
 def pack_command(plan: "PackPlan", path: Path, model: str | None) -> str:
     """Return the next command to type; never into an existing bundle/, which may differ in bits."""
-    from moe_tool.models.locate import model_to_type
+    from moe_tool.artifacts.model_names import model_to_type
 
     bundle = "planned/" if Path("bundle").exists() else "bundle/"
     return (

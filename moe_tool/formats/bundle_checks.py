@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from moe_tool.artifacts.bundle_manifest import BundleFile, BundleManifest
 from moe_tool.artifacts.bundle_sections import unknown_required
 from moe_tool.artifacts.form_table import FormTable
 from moe_tool.artifacts.source_files import Part, SourceFiles, parse_parts
-from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, NotFoundError
+from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
 from moe_tool.formats.bundle_files import JOURNAL, MANIFEST, PART_SUFFIX, partial_folder
-from moe_tool.formats.foreign_files import foreign_file
+from moe_tool.formats.given_kind import Given, kind_of
 from moe_tool.formats.hostile_file import quoted, reading
 from moe_tool.formats.integer_parts import IntegerPart, integer_parts
 from moe_tool.formats.json_artifact import read_json_artifact
@@ -23,6 +22,7 @@ from moe_tool.formats.policy_names import named_miss_policy, require_plan_names
 from moe_tool.formats.record_form import RecordForm, record_form
 from moe_tool.formats.record_sources import require_filled
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo, read_header
+from moe_tool.formats.wrong_kind import wrong_kind
 
 # Suffixes of files that a loader of models or tokenizers may pick up by name alone.
 _LOADABLE = (".json", ".jinja", ".model", ".safetensors", ".txt", ".py", ".bin", ".pt", ".pth")
@@ -79,7 +79,12 @@ def check_bundle(folder: Path, *, is_finished: bool = True) -> CheckedBundle:
     if is_finished:
         with reading(folder):
             require_finished(folder)
-    manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
+    try:
+        manifest = read_json_artifact(folder / MANIFEST, BundleManifest)
+    except CorruptArtifactError:
+        if (given := kind_of(folder)).kind == "lookup-bundle":
+            raise wrong_kind(folder, given, "bundle") from None
+        raise
     _require_known_sections(folder, manifest)
     _check_policies(folder, manifest)
     sources = manifest.sources
@@ -112,17 +117,11 @@ def require_finished(folder: Path) -> None:
             raise CorruptArtifactError(
                 f"{folder} is half-written ({partial_folder(folder)} is there)", hint=resume
             )
-        raise NotFoundError(f"{folder} does not exist", hint="make a bundle with moe-tool pack")
+        raise wrong_kind(folder, Given(kind="missing"), "bundle")
     if folder.name.endswith(PART_SUFFIX) or JOURNAL in names:
         raise CorruptArtifactError(f"{folder} is a half-written bundle", hint=resume)
     if MANIFEST not in names:
-        pack = f"moe-tool pack {shlex.quote(str(folder))} --out bundle/"
-        raise CorruptArtifactError(
-            f"{folder} is not a bundle: it has no {MANIFEST}",
-            hint=f"it looks like a checkpoint: {pack}"
-            if "config.json" in names
-            else "make a bundle of a checkpoint with moe-tool pack",
-        )
+        raise wrong_kind(folder, kind_of(folder), "bundle")
     if (folder / MANIFEST).is_symlink():
         raise corrupt_bundle(f"{folder / MANIFEST} is a link, not a file of the bundle")
 
@@ -133,10 +132,7 @@ def _names(folder: Path) -> set[str] | None:
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
-        raise foreign_file(folder) or CorruptArtifactError(
-            f"{folder} is not a folder, so not a bundle",
-            hint="give the folder that moe-tool pack has written",
-        ) from error
+        raise wrong_kind(folder, kind_of(folder), "bundle") from error
 
 
 def check_files(folder: Path, files: Sequence[BundleFile]) -> None:

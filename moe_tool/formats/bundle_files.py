@@ -9,12 +9,12 @@ import torch
 
 from moe_tool.artifacts.form_table import ALIGNMENT_BYTES
 from moe_tool.errors import UsageError
+from moe_tool.formats.bundle_names import JOURNAL as JOURNAL
+from moe_tool.formats.bundle_names import MANIFEST as MANIFEST
+from moe_tool.formats.bundle_names import PART_SUFFIX as PART_SUFFIX
 from moe_tool.formats.record_layout import RecordLayout
 
 MAX_FILE_BYTES = 4 * 2**30
-PART_SUFFIX = ".part"
-MANIFEST = "manifest.json"
-JOURNAL = "journal.jsonl"
 _DTYPES = {torch.uint8: "U8", torch.float64: "F64", torch.float32: "F32"}
 
 

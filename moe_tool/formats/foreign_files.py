@@ -8,7 +8,7 @@ from moe_tool.errors import CorruptArtifactError, MoeToolError, NotFoundError, U
 BEGINNING_BYTES = 64
 """Bytes by which a file is recognized"""
 _READ = ("model.safetensors", "model.safetensors.index.json")
-_NO_GGUF = (
+NO_GGUF = (
     "give a folder that holds it under a name in .gguf, beside config.json, tokenizer.json and "
     "tokenizer_config.json of the model that it was made from"
 )
@@ -28,7 +28,7 @@ def foreign_content(path: Path, beginning: bytes) -> MoeToolError | None:
             hint="download the file itself; a gated model needs hf auth login first",
         )
     if beginning.startswith(b"GGUF"):
-        return UnsupportedModelError(f"{path} is a GGUF file", hint=_NO_GGUF)
+        return UnsupportedModelError(f"{path} is a GGUF file", hint=NO_GGUF)
     return None
 
 
@@ -51,7 +51,7 @@ def foreign_folder(folder: Path) -> MoeToolError | None:
     if "manifest.json" in names and any(name.startswith("skeleton-") for name in names):
         return UnsupportedModelError(
             f"{folder} is a bundle, not the checkpoint that it was packed from",
-            hint=f"moe-tool run {shlex.quote(str(folder))} runs it; "
+            hint=f'moe-tool run {shlex.quote(str(folder))} --prompt "The list" runs it; '
             "give the checkpoint to pack and profile",
         )
     if "adapter_config.json" in names or "adapter_model.safetensors" in names:

@@ -20,8 +20,7 @@ from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError, MoeToolError
 from moe_tool.formats.atomic_write import atomic_file
 from moe_tool.formats.hostile_file import one_line, open_plain_file, quoted, reading
-from moe_tool.formats.json_artifact import first_complaint
-from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.formats.strict_json import first_complaint, parse_json_object
 
 SEAL_BYTES = 32
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.errors import ArtifactVersionError, CorruptArtifactError
 from moe_tool.formats.atomic_write import atomic_write_bytes
-from moe_tool.formats.hostile_file import one_line, quoted, read_capped
-from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.formats.given_kind import kind_of
+from moe_tool.formats.hostile_file import quoted, read_capped
+from moe_tool.formats.strict_json import first_complaint, parse_json_object
+from moe_tool.formats.wrong_kind import Wanted, require_kind, wrong_kind
 
 MAX_BYTES = 256 * 2**20
 _SEAL = b',\n "sha256": "%s"\n}\n'
@@ -42,6 +44,9 @@ _HINTS = {
 }
 """Hints that help more than the remedy, by the kinds that were found and wanted"""
 
+_GIVEN: dict[str, Wanted] = {"buddies": "buddies", "hardware": "hardware", "plan": "plan"}
+"""Kinds whose paths are typed"""
+
 Artifact = TypeVar("Artifact", bound=FrozenModel)
 
 
@@ -66,10 +71,14 @@ def read_json_artifact(path: Path, kind: type[Artifact]) -> Artifact:
     """
     wanted = kind.model_fields["kind"].default
     remedy = f"make it again with {_COMMANDS[wanted]}"
+    if wanted in _GIVEN:
+        require_kind(path, _GIVEN[wanted])
     text, seal = _unsealed(read_capped(path, limit_bytes=MAX_BYTES, remedy=remedy))
     parsed = parse_json_object(path, text, remedy=remedy)
     found_kind = parsed.get("kind")
     if found_kind != wanted:
+        if wanted in _GIVEN:
+            raise wrong_kind(path, kind_of(path), _GIVEN[wanted])
         what = _LABELS.get(found_kind) if isinstance(found_kind, str) else None
         raise CorruptArtifactError(
             f"{path} is {'a ' + what if what else 'not an artifact of moe-tool'}, "
@@ -114,14 +123,6 @@ def _unsealed(text: bytes) -> tuple[bytes, bytes | None]:
     if found is None:
         return text, None
     return text[: found.start()] + b"\n}", found[1]
-
-
-def first_complaint(error: ValidationError) -> str:
-    """Return the place and reason of the first validation error on one line."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(ascii(step).strip("'\"") for step in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return one_line(f"{where}: {message}" if where else message)
 
 
 def _require_experts_fit(path: Path, parsed: dict[str, Any], remedy: str) -> None:

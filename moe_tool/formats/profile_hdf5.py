@@ -24,6 +24,7 @@ from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.artifacts.skeleton_facts import SkeletonFacts
 from moe_tool.errors import CorruptArtifactError
+from moe_tool.formats.given_kind import Given
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.hostile_hdf5 import (
     child_dataset,
@@ -38,6 +39,7 @@ from moe_tool.formats.hostile_hdf5 import (
 )
 from moe_tool.formats.profile_shapes import Expected, expected_datasets
 from moe_tool.formats.strict_json import parse_json_object
+from moe_tool.formats.wrong_kind import require_kind, wrong_kind
 
 _REMEDY = "record it again with moe-tool profile"
 _TOKEN_DTYPES: dict[str, type[np.generic]] = {
@@ -144,10 +146,13 @@ class ProfileReader:
             ArtifactVersionError: it has another schema version.
             StorageError: it cannot be read.
         """
+        require_kind(path, "profile")
         sha256 = verified_sha256(path, remedy=_REMEDY)
         with translated(path, remedy=_REMEDY):
             file = h5py.File(path, "r", locking=False)
             try:
+                if file.attrs.get("kind") == "run-trace":
+                    raise wrong_kind(path, Given(kind="run-trace"), "profile")
                 label = "a profile of moe-tool"
                 header = read_header(
                     file, path, "profile", ProfileHeader, label=label, remedy=_REMEDY

@@ -18,6 +18,7 @@ from moe_tool.formats.hostile_hdf5 import (
 )
 from moe_tool.formats.policy_names import named_eviction
 from moe_tool.formats.record_form import record_form
+from moe_tool.formats.wrong_kind import require_kind
 from moe_tool.policies.eviction import EvictionChoice
 
 _REMEDY = "record it again with moe-tool profile or run --record-trace"
@@ -51,6 +52,7 @@ def is_run_trace(path: Path) -> bool:
     Raises:
         NotFoundError, CorruptArtifactError, StorageError: it is no intact HDF5 file.
     """
+    require_kind(path, "profile")
     verified_sha256(path, remedy=_REMEDY)
     with opened_hdf5(path, remedy=_REMEDY) as file, translated(path, remedy=_REMEDY):
         return bool(file.attrs.get("kind") == "run-trace")

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.foreign_files import BEGINNING_BYTES, foreign_content
 from moe_tool.formats.hostile_file import one_line, quoted
@@ -37,6 +39,14 @@ def parse_json_object(path: Path, text: bytes, *, remedy: str) -> dict[str, Any]
     if not isinstance(parsed, dict):
         raise CorruptArtifactError(f"{path} is damaged: its JSON is not an object", hint=remedy)
     return parsed
+
+
+def first_complaint(error: ValidationError) -> str:
+    """Return the place and reason of the first validation error on one line."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(ascii(step).strip("'\"") for step in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return one_line(f"{where}: {message}" if where else message)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moe_tool.artifact_folder import BUDDIES_SUFFIX, PROFILE_SUFFIX
 from moe_tool.errors import CorruptArtifactError, NotFoundError
+from moe_tool.formats.given_kind import kind_of
 from moe_tool.formats.json_artifact import json_artifact_kind
 from moe_tool.formats.lookup_bundle import is_lookup_bundle
 from moe_tool.formats.run_trace_hdf5 import is_run_trace
@@ -113,7 +114,7 @@ def _unfinished(path: Path, kind: str, remedy: str) -> Description:
 
 def _unknown(path: Path) -> CorruptArtifactError:
     return CorruptArtifactError(
-        f"{path} is no profile, buddy map, plan, hardware profile, trace of a run, bundle or "
-        "checkpoint",
+        f"{path} is {kind_of(path).label}, not a profile, buddy map, plan, hardware profile, trace "
+        "of a run, bundle or checkpoint",
         hint="a checkpoint folder has a config.json, a bundle a manifest.json",
     )

@@ -7,37 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_tool.artifacts.identity import HubRevision
+from moe_tool.artifacts.model_names import ALIASES
 from moe_tool.errors import NotFoundError, UsageError
-from moe_tool.formats.foreign_files import foreign_file
+from moe_tool.formats.foreign_files import foreign_folder
+from moe_tool.formats.given_kind import kind_of
 from moe_tool.formats.home_folder import from_home
 from moe_tool.formats.hub_probe import hub_is_reachable
+from moe_tool.formats.wrong_kind import wrong_kind
 from moe_tool.models.hub_cache import Snapshot, cache_folder, complete_revisions, find_snapshot
 
 if TYPE_CHECKING:
     from moe_tool.formats.discarded_source import DiscardedSource
-
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
-"""The embedded model."""
-
-ALIASES: dict[str, str] = {
-    "demo": str(DEMO_FOLDER),
-    "mixtral": "mistralai/Mixtral-8x7B-v0.1",
-    "mixtral-instruct": "mistralai/Mixtral-8x7B-Instruct-v0.1",
-    "mixtral-8x22b": "mistralai/Mixtral-8x22B-v0.1",
-    "qwen1.5-moe": "Qwen/Qwen1.5-MoE-A2.7B",
-    "qwen2-moe": "Qwen/Qwen2-57B-A14B",
-    "qwen3-moe": "Qwen/Qwen3-30B-A3B",
-    "olmoe": "allenai/OLMoE-1B-7B-0924",
-    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
-    "phi-moe": "microsoft/Phi-3.5-MoE-instruct",
-    "granite-moe": "ibm-granite/granite-3.1-3b-a800m-base",
-    "ernie-moe": "baidu/ERNIE-4.5-21B-A3B-PT",
-    "glm-moe": "zai-org/GLM-4.5-Air",
-    "hunyuan-moe": "tencent/Hunyuan-A13B-Instruct",
-    "minimax-m2": "MiniMaxAI/MiniMax-M2",
-    "gpt-oss": "openai/gpt-oss-20b",
-}
-"""Folder or hub id by short name, for MODEL"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _REVISION = re.compile(r"[\w.][\w./-]{0,127}")
@@ -61,11 +41,6 @@ class LocatedModel:
     def tokenizer_folder(self) -> Path:
         """Folder of the tokenizer to use"""
         return self.tokenizer or self.folder
-
-
-def model_to_type(name: str) -> str:
-    """Return what to type as MODEL for the name in an artifact, which omits a folder's path."""
-    return name if name in ALIASES or "/" in name else f"PATH/TO/{name}"
 
 
 def _silent(_: str) -> None:
@@ -139,13 +114,15 @@ def _local_folder(model: str, revision: str | None) -> Path | None:
             f"--revision {revision} beside a folder, which has no revisions",
             hint="leave --revision out, or give a hub id",
         )
+    given = kind_of(folder)
     if folder.is_dir():
+        if given.kind in ("folder", "empty-folder") and (foreign := foreign_folder(folder)):
+            raise foreign
+        if given.kind != "model":
+            raise wrong_kind(folder, given, "model")
         return folder
-    if folder.is_file() and model.lower() not in ALIASES:
-        raise foreign_file(folder) or NotFoundError(
-            f"{folder} is a file, a model is a folder",
-            hint=f"give the folder of the checkpoint, e.g. {folder.parent}",
-        )
+    if given.kind != "missing" and model.lower() not in ALIASES:
+        raise wrong_kind(folder, given, "model")
     target = Path(ALIASES.get(model.lower(), "."))
     return target if target.is_absolute() and target.is_dir() else None
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from moe_tool.artifacts.skeleton_facts import LinearCount, SkeletonFacts, TablesOnDisk
 from moe_tool.budget.table_choice import AUTO_ROWS
 from moe_tool.errors import CorruptArtifactError
-from moe_tool.formats.json_artifact import first_complaint
+from moe_tool.formats.strict_json import first_complaint
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.model_config import read_config_text
 from moe_tool.models.skeleton_loader import SkeletonLoader

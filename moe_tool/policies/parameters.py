@@ -46,7 +46,7 @@ def read_values(
     Args:
         place: option and text that the words come from, for a refusal.
         words, parameters: texts between commas, and known parameters by name.
-        others: known words without a value, for a refusal.
+        others: whole texts that may be given instead, for a refusal.
 
     Raises:
         UsageError: a parameter is unknown, or it cannot have this value.
@@ -61,11 +61,9 @@ def _read_word(
     name, _, text = word.partition("=")
     if name not in parameters:
         named = [f"{each}={number_text(p.default)}" for each, p in parameters.items()]
-        known = ", ".join([*named, *others])
-        raise UsageError(
-            f"{place}: {word!r} is not known",
-            hint=f"it takes {known}" if known else "it takes no parameter",
-        )
+        known = f"it takes {', '.join(named)}" if named else "it takes no parameter"
+        sets = f"; or one of the sets of values {', '.join(others)}" if others else ""
+        raise UsageError(f"{place}: {word!r} is not known", hint=known + sets)
     allowed = parameters[name]
     value = _read_number(text, allowed)
     if not allowed.least <= value <= allowed.most:

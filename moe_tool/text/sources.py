@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_tool.errors import NotFoundError, UsageError
 from moe_tool.formats.home_folder import from_home
+from moe_tool.formats.wrong_kind import require_kind
 from moe_tool.text.builtin import BUILTIN_DOMAINS, Part, builtin_documents
 from moe_tool.text.hub_datasets import read_hub_documents, require_hub_dataset
 from moe_tool.text.local_files import SUPPORTED_SUFFIXES, read_local_documents
@@ -101,7 +102,9 @@ def read_documents(source: TextSource, *, seed: int, offline: bool = False) -> I
     if kind == "builtin":
         return _read_builtin(rest, seed=seed)
     if _is_local(source.spec):
-        return read_local_documents(from_home(source.spec), seed=seed)
+        path = from_home(source.spec)
+        require_kind(path, "text")
+        return read_local_documents(path, seed=seed)
     return read_hub_documents(source.spec, domain=source.domain, seed=seed, offline=offline)
 
 

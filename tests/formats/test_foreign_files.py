@@ -146,7 +146,7 @@ def test_a_format_that_mlx_describes(copied: Path) -> None:
 
 
 def test_a_single_file_is_no_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MoeToolError, match="is a file, a model is a folder") as caught:
+    with pytest.raises(MoeToolError, match="is a file of weights, not") as caught:
         locate_model(str(copied / WEIGHTS), offline=True)
     assert str(copied) in (caught.value.hint or "")
     gguf = copied / "m.gguf"
@@ -164,9 +164,9 @@ def test_what_is_no_bundle_gets_a_hint_that_removes_nothing(copied: Path) -> Non
     os.mkfifo(copied / "pipe")
     for path, says, hint in (
         (gguf, "is a GGUF file", "beside config.json"),
-        (copied / WEIGHTS, "is not a folder", "moe-tool pack"),
-        (copied / "pipe", "is not a folder", "moe-tool pack"),
-        (copied, "is not a bundle", f"moe-tool pack '{copied}' --out bundle/"),
+        (copied / WEIGHTS, "is a file of weights, not a bundle", "moe-tool pack"),
+        (copied / "pipe", "of no known kind, not a bundle", "moe-tool pack"),
+        (copied, "is a checkpoint, not a bundle", f"moe-tool pack '{copied}' --out bundle/"),
     ):
         with pytest.raises(MoeToolError, match=says) as caught:
             BundleReader.open(path)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from moe_tool.artifacts.identity import HubRevision
+from moe_tool.artifacts.model_names import ALIASES
 from moe_tool.errors import NotFoundError
 from moe_tool.models import locate
-from moe_tool.models.locate import ALIASES, LocatedModel, locate_model
+from moe_tool.models.locate import LocatedModel, locate_model
 
 
 @pytest.fixture
@@ -33,12 +34,14 @@ def add_snapshot(cache: Path, hub_id: str, revision: str, *files: str) -> Path:
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
     found = locate_model(str(tmp_path))
     assert found == LocatedModel(folder=tmp_path, name=tmp_path.name)
 
 
 def test_a_folder_goes_before_an_alias_of_its_name(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mixtral").mkdir()
+    (tmp_path / "mixtral" / "config.json").touch()
     assert locate_model("mixtral").folder == Path("mixtral")
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_tool.artifacts.model_names import DEMO_FOLDER
 from moe_tool.errors import UsageError
 from moe_tool.inspection.describe_artifact import describe_artifact
-from moe_tool.models.locate import DEMO_FOLDER, LocatedModel
+from moe_tool.models.locate import LocatedModel
 from moe_tool.packing.pack_bundle import pack_bundle
 from moe_tool.packing.pack_options import parse_pack_options
 from moe_tool.progress import SILENT, Progress

@@ -13,14 +13,18 @@ from transformers import AutoModelForCausalLM
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.errors import BudgetError, CorruptArtifactError, UsageError
+from moe_tool.experts import linear
 from moe_tool.formats.bundle_files import MANIFEST
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.inspection.describe_bundle import describe_bundle
 from moe_tool.models.locate import LocatedModel, locate_model
+from moe_tool.models.moe_layers import find_moe_layers
 from moe_tool.models.output_divergence import total_divergence
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.native import kernels
 from moe_tool.progress import SILENT
+from moe_tool.quantization.round_to_nearest import dequantize
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
 from moe_tool.text.sequences import build_sequences
@@ -137,6 +141,31 @@ def test_only_norms_and_routers_are_other_tensors_and_they_are_floats(
             held = dict(session.model.named_parameters())["model.norm.weight"]
             assert torch.equal(held, new["model.norm.weight"].float())
     assert not list(tuned[0].glob(".*"))
+
+
+def test_a_run_is_transformers_with_the_same_tensors(
+    tuned: tuple[Path, TuneReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the rounding of tokens to int8, which integer weights imply and is off here."""
+    monkeypatch.setattr(kernels, "kernels_in_use", lambda: "torch")
+    monkeypatch.setattr(linear, "round_trip_tokens", lambda tokens, group: tokens)
+    model = AutoModelForCausalLM.from_pretrained(locate_model("demo").folder, dtype=torch.float32)
+    new, floats = skeleton(tuned[0]), tuned[1].floats
+    assert floats is not None
+    parameters = dict(model.named_parameters())
+    for name in floats.tensors:
+        parameters[name.replace("block_sparse_moe", "mlp")].data = new[name]
+    with BundleReader.open(tuned[0]) as reader:
+        for moe in find_moe_layers(model):
+            for expert in range(reader.manifest.shape.experts):
+                held = reader.primary_form(moe.layer, expert)
+                record = torch.empty(held.record_size_bytes, dtype=torch.uint8)
+                reader.read_record_into(moe.layer, expert, record, form=held.index)
+                for name, weight in held.form.decode(record).items():
+                    getattr(moe.experts, name).data[expert] = dequantize(weight)
+    ids = torch.arange(5, 69)[None]
+    with torch.no_grad():
+        assert torch.allclose(served(tuned[0], ids), model(ids).logits, atol=1e-3)
 
 
 def test_inspect_says_what_was_kept_and_what_it_is_worth(tuned: tuple[Path, TuneReport]) -> None:

@@ -54,14 +54,17 @@ def parse_miss_policy(text: str) -> MissChoice:
     kind = max(named, key=len, default=word.partition(":")[0])
     rest = word[len(kind) + 1 :]
     if kind not in MISS_POLICIES:
-        raise UsageError(
-            f"--policy {kind} is not known", hint=f"use one of {', '.join(MISS_POLICIES)}"
-        )
+        names = [
+            name
+            for spec in MISS_POLICIES.values()
+            for name in (spec.name, *(f"{spec.name}:{preset}" for preset in spec.presets))
+        ]
+        raise UsageError(f"--policy {kind} is not known", hint=f"use one of {', '.join(names)}")
     spec, words = MISS_POLICIES[kind], rest.split(",") if rest else []
     if words and words[0] in spec.presets:
-        preset = changed_words(spec.presets[words[0]], spec.parameters)
-        words = [*preset, *words[1:]]
-    values = read_values(f"--policy {text}", words, spec.parameters, others=tuple(spec.presets))
+        words = [*spec.preset_words(words[0]), *words[1:]]
+    presets = [f"{kind}:{name}" for name in spec.presets]
+    values = read_values(f"--policy {text}", words, spec.parameters, others=presets)
     return MissChoice(spec=spec, values=values)
 
 

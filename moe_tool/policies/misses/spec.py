@@ -7,7 +7,7 @@ from typing import Literal
 from moe_tool.policies.misses.needs import Need
 from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
 from moe_tool.policies.misses.strength import Strength
-from moe_tool.policies.parameters import Parameter
+from moe_tool.policies.parameters import Parameter, changed_words
 
 Values = Mapping[str, float]
 """Parameter -> value"""
@@ -57,3 +57,7 @@ class PolicySpec:
     def is_lossy(self) -> bool:
         """Whether the output may differ from the exact one."""
         return self.inert is not None
+
+    def preset_words(self, preset: str) -> tuple[str, ...]:
+        """Return "name=value" for every value of a preset that differs from its default."""
+        return changed_words(self.presets[preset], self.parameters)

@@ -50,7 +50,7 @@ def buddy(name, says, **changed):
         damage=content(b'{"a":' * 10**6 + b"0" + b"}" * 10**6),
         says="nest",
     ),
-    Case(name="folder", damage=folder_instead, says="not a file"),
+    Case(name="folder", damage=folder_instead, says="is an empty folder, not a buddy map"),
     Case(name="pipe", damage=pipe_instead, says="not a file"),
     Case(name="nothing there", damage=removed, says="does not exist", error=NotFoundError),
     Case(
@@ -70,7 +70,7 @@ def buddy(name, says, **changed):
     top("k zero", "k:", k=0),
     top("k true", "k:", k=True),
     top("k text", "k:", k="1"),
-    top("another kind", "a bundle manifest, not a buddy map", kind="bundle"),
+    top("another kind", "the manifest of a bundle, not a buddy map", kind="bundle"),
     top("an unknown kind", "not an artifact of moe-tool", kind="x\n\x1b[31m"),
     top("kind a list", "not an artifact of moe-tool", kind=["buddies"]),
     top("next version", "'2'", ArtifactVersionError, format_version=2),

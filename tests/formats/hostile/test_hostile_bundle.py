@@ -105,7 +105,7 @@ def bundle(whole: Path, tmp_path: Path) -> Path:
 
 
 @cases(
-    file("no manifest", MANIFEST, removed, "has no manifest.json"),
+    file("no manifest", MANIFEST, removed, "lacks its manifest.json"),
     file("manifest empty", MANIFEST, content(b""), MANIFEST),
     file("manifest cut", MANIFEST, cut(300), MANIFEST),
     file("manifest of brackets", MANIFEST, content(b"[" * 10**6), "nest"),
@@ -185,7 +185,7 @@ def bundle(whole: Path, tmp_path: Path) -> Path:
     Case(
         name="a file of that name",
         damage=lambda folder: (shutil.rmtree(folder), folder.write_text("x"))[0],
-        says="not a folder",
+        says="is a text file, not a bundle",
     ),
 )
 def test_a_damaged_bundle(bundle: Path, case: Case) -> None:

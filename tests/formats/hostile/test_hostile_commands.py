@@ -80,7 +80,7 @@ def test_a_damaged_artifact(
     [
         ("--profile", "p.h5", "was made from tiny"),
         ("--buddies", "b.buddies.json", "was made from tiny"),
-        ("--profile", "b.buddies.json", "not an HDF5 file"),
+        ("--profile", "b.buddies.json", "is a buddy map, not a profile"),
         ("--buddies", "p.h5", "p.h5"),
     ],
 )

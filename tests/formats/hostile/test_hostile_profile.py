@@ -123,7 +123,7 @@ def read_everything(path: Path) -> None:
 
 
 @cases(
-    Case(name="empty file", damage=content(b""), says="not an HDF5 file"),
+    Case(name="empty file", damage=content(b""), says="is an empty file"),
     Case(name="cut inside the signature", damage=cut(5), says="not an HDF5 file"),
     Case(name="signature alone", damage=cut(8), says="damaged"),
     Case(name="cut behind the superblock", damage=cut(48), says="damaged"),
@@ -135,7 +135,7 @@ def read_everything(path: Path) -> None:
     Case(name="a bit in an object header", damage=flip(60), says="hash"),
     Case(name="a bit in the seal", damage=flip(-1), says="hash"),
     Case(name="another format", damage=content(b"PK\3\4" * 100), says="not an HDF5 file"),
-    Case(name="folder", damage=folder_instead, says="not a file"),
+    Case(name="folder", damage=folder_instead, says="an empty folder, not a profile"),
     Case(name="pipe", damage=pipe_instead, says="not a file"),
     Case(name="nothing there", damage=removed, says="does not exist", error=NotFoundError),
     Case(name="forged: signature alone", damage=cut_and_sealed(8), says="HDF5 says"),
