@@ -229,10 +229,7 @@ def load_session(
     manifest = bundle.manifest
     costs = MeasuredCosts()
     if make_store is open_stores:
-        disk = None
-        if options.throttle is not None:
-            disk = ThrottledDisk(speed=options.throttle)
-            bundle.tables.pace = disk.paced
+        disk = _slow_disk(bundle, options)
         make_store = partial(open_stores, disk=disk, time_reads=costs.time_reads)
     with open_bundle_skeleton(bundle) as checkpoint:
         loader = bundle_loader(bundle, checkpoint)
@@ -274,6 +271,15 @@ def load_session(
         torch_threads_before=torch_threads_before,
         shadow=Shadow(every=options.shadow) if is_shadowed else None,
     )
+
+
+def _slow_disk(bundle: BundleReader, options: RunOptions) -> ThrottledDisk | None:
+    """Return the disk that experts and rows of tables pretend to read from; None: the real one."""
+    if options.throttle is None:
+        return None
+    disk = ThrottledDisk(speed=options.throttle)
+    bundle.tables.pace = disk.paced
+    return disk
 
 
 def _reachable_bytes() -> int:
