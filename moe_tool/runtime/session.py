@@ -274,8 +274,7 @@ def load_session(
 
 
 def _slow_disk(bundle: BundleReader, options: RunOptions) -> ThrottledDisk | None:
-    """Return the disk that experts seem to be read from, and rows of tables that are opened from
-    now on; None: the real one."""
+    """Return the disk that experts and rows of tables pretend to read from; None: the real one."""
     if options.throttle is None:
         return None
     disk = ThrottledDisk(speed=options.throttle)
