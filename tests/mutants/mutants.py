@@ -22,6 +22,7 @@ class Mutant:
 
 
 _PRUNING = "tests/tuning/test_pruning_learns.py"
+_FLOATS = "tests/tuning/test_tune_floats.py"
 _SEARCH = "tests/evaluation/test_calibrate_search.py"
 _BITS = "tests/planning/test_measured_bits.py"
 _BEST_BITS = f"{_BITS}::test_the_bits_of_an_average_are_the_best_there_are"
@@ -67,7 +68,7 @@ MUTANTS = (
         file="moe_tool/tuning/copied_bundle.py",
         old="self._floats = dict(values)",
         new="self._floats = {}",
-        tests="tests/tuning/test_tune_floats.py",
+        tests=f"{_FLOATS}::test_only_norms_and_routers_are_other_tensors_and_they_are_floats",
     ),
     Mutant(
         name="the gate-ratio rule judged at half of the rate",
