@@ -31,12 +31,10 @@ from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.decoding_config import GenerateOptions, overridden
 from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens, stop_reason, until_end
+from moe_tool.runtime.first_use import first_use_bytes, use_torch_once
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.text_stream import OnText, TextStream
 from moe_tool.runtime.working_set import positions_within
-
-_FIRST_USE_BYTES = 16 * 2**20
-"""Allowance for what torch and transformers allocate at the first forward"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +151,9 @@ def _load(
             available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
         )
 
-    account(current_rss_bytes() + _FIRST_USE_BYTES)
+    use_torch_once()
+    least = current_rss_bytes() + first_use_bytes(skeleton)
+    account(least)
     progress.begin("load the skeleton", None, "")
     model, table = load_model(bundle)
     progress.end()
@@ -161,7 +161,7 @@ def _load(
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
         trim()
-        found = account(max(0, current_rss_bytes() - skeleton))
+        found = account(max(least, current_rss_bytes() - skeleton))
     except BaseException:
         table.rows.close()
         raise

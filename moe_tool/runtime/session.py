@@ -31,6 +31,7 @@ from moe_tool.policies.prefetch import parse_prefetch
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.call_recorder import CallRecorder
+from moe_tool.runtime.first_use import use_torch_once
 from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
@@ -232,6 +233,10 @@ def load_session(
     """
     return_freed_memory()
     manifest = bundle.manifest
+    # Both take memory of the process, which the plan has to know.
+    use_torch_once()
+    if tokenizer is None:
+        tokenizer = load_tokenizer(bundle.folder)
     if options.throttle is not None and make_store is open_stores:
         make_store = partial(open_stores, throttle=options.throttle)
     with open_bundle_skeleton(bundle) as checkpoint:
@@ -245,8 +250,6 @@ def load_session(
         )
         torch_threads_before = torch.get_num_threads()
         plan.threads.begin()
-        if tokenizer is None:
-            tokenizer = load_tokenizer(bundle.folder)
         progress.begin("load the skeleton", None, "")
         skeleton = loader.load(
             {name: bundle.tables.open(loader.tables[name].parts) for name in plan.on_disk}
