@@ -86,5 +86,5 @@ class BuddyMap(FrozenModel):
     by: Similarity
     k: Count
     rules: BuddyRules | None = None
-    """None in maps of earlier versions"""
+    """Rules of the lists; None in maps of earlier versions"""
     layers: tuple[LayerBuddies, ...]

@@ -19,6 +19,8 @@ from moe_tool.models.bundle_skeleton import n_skeleton_weights
 from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.misses import EXACT_POLICY
+from moe_tool.policies.prefetch import NO_PREFETCH
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.prefetcher import require_prefetch
@@ -54,7 +56,7 @@ def bench(
     """
     start, load = time.perf_counter(), os.getloadavg()[0]
     for prefetch in options.prefetch:
-        require_prefetch(prefetch, residency="cache")
+        require_prefetch(prefetch or NO_PREFETCH, residency="cache")
     with BundleReader.open(folder) as reader:
         limit = context_length(read_config(folder).get_text_config())
         tests = list_tests(options, context_limit=limit)
@@ -98,15 +100,18 @@ def _runs(options: BenchOptions, tests: Sequence[SpeedTest]) -> list[RunOptions]
     context = max(test.positions for test in tests)
     prompts = (test.positions if test.kind == "pp" else test.depth for test in tests)
     prompt_tokens = max(1, *prompts)
+    is_frozen = any(default_residency(policy) == "frozen" for policy in options.policy)
     return [
         RunOptions(
             memory=memory,
+            policy=EXACT_POLICY,
             throttle=options.throttle,
             gates=options.gates,
             seed=options.seed,
             threads=threads,
             eviction=eviction,
-            prefetch=prefetch,
+            # A fixed set of experts, which another policy of the list keeps, is never read ahead.
+            prefetch="none" if prefetch is None and is_frozen else prefetch,
             sparse_experts=sparse,
             context=context,
             prompt_tokens=prompt_tokens,
@@ -143,7 +148,7 @@ def _row(
     return BenchRow(
         bundle=bundle,
         setup=run_setup(session),
-        budget=str(run.memory),
+        budget=str(session.plan.footprint.request),
         test=test.label,
         n_tokens=test.n_tokens,
         depth=test.depth,

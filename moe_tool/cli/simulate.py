@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Bits = Literal["native", "8", "4"]
 _DEFAULT_BITS: Bits = "native"
-"""As `pack`, so that what is simulated by default is what runs by default"""
+"""Precision that `pack` keeps by default"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
