@@ -4,7 +4,7 @@
         [--average 1.57,2.05,2.54] [--tokens 4096] [--seq-len 256] [--prices FILE]
         [--out rows.jsonl]
 
-Every expert is quantized once at 1, 2, 3 and 4 bits in one pass over the model, and its price
+Every expert is quantized once at 1, 2, 3, 4 and 8 bits in one pass over the model, and its price
 measured on held-out tokens of the profile as `plan --average-bits` does; then each allocation is
 put together and KL(checkpoint || it) is taken over the text. "as published" is Mixture Compressor's
 program (`plan --cost published`), whose averages count 4-bit matrices beside the experts; here an
@@ -23,11 +23,11 @@ from quantized_model import Judge, quantized
 from result_rows import print_table, record_rows
 
 from moe_tool.artifacts.bit_prices import BitPrices
+from moe_tool.artifacts.precision import NATIVE_WIDTH
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import locate_model
-from moe_tool.packing.measure_bit_prices import MEASURED_WIDTHS, measure_bit_prices
-from moe_tool.planning.allocate_bits import WIDTHS
+from moe_tool.packing.measure_bit_prices import measure_bit_prices
 from moe_tool.planning.bit_costs import bit_costs
 from moe_tool.planning.mixed_allocations import allocate_average, control_allocations
 from moe_tool.planning.plan_sources import read_sources
@@ -78,9 +78,9 @@ def _compare(a: argparse.Namespace) -> list[dict[str, str | float]]:
     costs = bit_costs(sources, prices)
     layers = sources.profile.header.shape.layers
     published = published_costs(sources, prices, PublishedCost())
-    weights = quantized(a.model, a.profile, a.quantizer, map(str, MEASURED_WIDTHS))
+    coded = [width for width in costs.widths if 0 < width < NATIVE_WIDTH]
+    weights = quantized(a.model, a.profile, a.quantizer, map(str, coded))
     judge = Judge(a.model, a.text, n_tokens=a.tokens, seq_len=a.seq_len)
-    allowed = [WIDTHS.index(width) for width in (0, *MEASURED_WIDTHS)]
     rows: list[dict[str, str | float]] = []
     for asked in map(float, a.average.split(",")):
         average = nearest_average(costs.load.shape[1], asked)
@@ -91,11 +91,12 @@ def _compare(a: argparse.Namespace) -> list[dict[str, str | float]]:
         }
         measured = {}
         for name, chosen in ways.items():
-            assert np.isin(chosen, allowed).all(), "more than 4 bits: not measured here"
             instead = {}
             for at, layer in enumerate(layers):
                 for expert, column in enumerate(chosen[at]):
-                    if (width := WIDTHS[column]) == 0:
+                    if (width := costs.widths[column]) == NATIVE_WIDTH:
+                        continue  # the checkpoint's own
+                    if width == 0:
                         zeros = weights[layer, expert, "1"]
                         instead[layer, expert] = {k: torch.zeros_like(v) for k, v in zeros.items()}
                     else:

@@ -127,7 +127,9 @@ def _measured(
 
     def prefetch_by(name: str) -> None:
         session.empty_cache()
-        session.runner.prefetcher = choose_prefetcher(name, session.skeleton.layers)
+        session.runner.prefetcher = choose_prefetcher(
+            name, session.skeleton.layers, session.plan.policy.rules
+        )
 
     return time_windows(
         session,

@@ -30,10 +30,10 @@ BELOW = {
     "simulator": {"formats", "policies", "native"},
     "lookup": {"runtime", "packing", "models", "formats", "quantization"},
     "planning": {"simulator", "runtime", "models"},
-    "evaluation": {"runtime", "text", "models"},
+    "evaluation": {"runtime", "text", "models", "lookup"},
     "tuning": {"evaluation", "packing", "text"},
     "hardware": {"models", "store", "experts", "native", "quantization", "formats"},
-    "benchmarking": {"runtime", "text", "models"},
+    "benchmarking": {"runtime", "text", "models", "lookup"},
     "inspection": {"profiling", "models", "formats"},
 }
 # A file that reads what another room writes, where the arrow between the rooms is not wanted.

@@ -12,10 +12,12 @@ from moe_tool.artifacts.bundle_sections import (
     N_QUANTILES,
     ROW_TABLES,
     SOURCE_FILES,
+    TUNED_FLOATS,
     LearnedPruning,
     QualityFigure,
     Section,
     SectionName,
+    TunedFloats,
     parse_section,
 )
 from moe_tool.artifacts.form_table import (
@@ -247,6 +249,14 @@ class BundleManifest(FrozenModel):
         return found
 
     @property
+    def tuned_floats(self) -> TunedFloats | None:
+        """Norms and routers trained beside the codes; None if they were not trained"""
+        section = self.sections.get(TUNED_FLOATS)
+        found = None if section is None else parse_section(TUNED_FLOATS, section)
+        assert found is None or isinstance(found, TunedFloats)
+        return found
+
+    @property
     def written_files(self) -> tuple[BundleFile, ...]:
         """Files in the bundle's own folder, without the manifest"""
         sources = self.sources
@@ -283,6 +293,9 @@ class BundleManifest(FrozenModel):
             raise ValueError("a native skeleton stores no matrix as codes")
         tables = self.row_tables
         unknown = {part.tensor for part in tables.parts} - set(names) if tables else ()
+        tuned = self.tuned_floats
+        if tuned and not set(tuned.tensors) <= set(names):
+            raise ValueError("a trained tensor is not in the skeleton")
         if unknown:
             raise ValueError("a table is no tensor of the skeleton")
 

@@ -19,6 +19,9 @@ SectionName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,63}$")]
 MASK_ROUTER = "mask-router"
 ROW_TABLES = "row-tables"
 SOURCE_FILES = "source-files"
+TUNED_FLOATS = "tuned-floats"
+Share = Annotated[float, Field(ge=0, le=1)]
+SignedPrice = Annotated[float, Field(ge=-1e30, le=1e30)]
 MASK_ROUTER_FILE = r"^pruning-[0-9a-f]{16}\.safetensors$"
 """Name of the routers' file: it has the start of its sha256"""
 N_QUANTILES = 21
@@ -72,10 +75,52 @@ class LearnedPruning(FrozenModel):
         return self
 
 
+class TunedFloats(FrozenModel):
+    """Norms and routers trained by `tune weights --norms --router`, and what was kept of them."""
+
+    norms: Share | None
+    """Share of the way from the checkpoint's norms to the trained ones that was kept, 0 for
+    nothing; None: not trained"""
+    router: Share | None
+    """Share of the way from the checkpoint's routers to the trained ones; likewise"""
+    tensors: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=2**20)]
+    """Tensors of the skeleton that are not the checkpoint's, float32; none if nothing was kept"""
+    rate: Annotated[float, Field(ge=0, le=1)]
+    """Learning rate of the first step, as a share of a tensor's root mean square"""
+    codes_alone: QualityFigure
+    """KL(checkpoint || bundle) with the checkpoint's norms and routers, on held-out tokens that
+    chose nothing"""
+    best: QualityFigure
+    """KL(checkpoint || bundle) with the best of the trained ones, kept or not, on the same"""
+    change_ci95: tuple[SignedPrice, SignedPrice]
+    """Interval of the mean difference of the two by sequence; kept only where it lies below 0"""
+    rerouted: Annotated[
+        tuple[tuple[Annotated[int, Field(ge=0, lt=2**31)], Share], ...], Field(max_length=65536)
+    ]
+    """Layers with the share of their chosen experts that codes alone would not have chosen, on the
+    same tokens"""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the bundle has anything of what was trained."""
+        return bool(self.tensors)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TunedFloats":
+        if self.norms is None and self.router is None:
+            raise ValueError("neither norms nor routers were trained")
+        if self.is_kept != bool(self.norms or self.router):
+            raise ValueError("the tensors are not those of what was kept")
+        if len(set(self.tensors)) != len(self.tensors):
+            raise ValueError("a trained tensor is listed twice")
+        return self
+
+
 SECTIONS: dict[str, type[FrozenModel]] = {
     MASK_ROUTER: LearnedPruning,
     ROW_TABLES: RowTables,
     SOURCE_FILES: SourceFiles,
+    TUNED_FLOATS: TunedFloats,
 }
 """Name -> schema of the body"""
 

@@ -45,6 +45,8 @@ class PlannedForm(FrozenModel):
     """Resident experts as (layer, expert), by descending value per byte"""
     n_disk_only: Annotated[int, Field(ge=0, le=2**32)]
     """Experts that have a record of this form but are not resident in it"""
+    cached: Annotated[int, Field(ge=0, le=2**32)] = 0
+    """Slots of a cache of this form, whose content varies; 0: only residents are in memory"""
 
 
 class PlanPrediction(FrozenModel):
@@ -97,6 +99,8 @@ class PackPlan(FrozenModel):
     """Cheaper forms to pack beside every expert, as in `pack --replicas`"""
     policy: Annotated[str, Field(pattern=r"^[a-z0-9:=,.+\-]{1,200}$")] | None = None
     """Miss policy as in `--policy`; None: every miss is fetched"""
+    residency: Literal["cache"] | None = None
+    """Residency under the policy as in `--residency`; None: the policy's own"""
     max_kl: Positive | None = None
     """Limit that the predicted KL keeps; None if misses are answered exactly"""
     forms: Annotated[tuple[PlannedForm, ...], Field(max_length=16)] = ()

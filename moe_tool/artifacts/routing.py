@@ -34,6 +34,9 @@ class Routing:
     worth: np.ndarray | None = None
     """[T, K-1] float32: mask-router scores of the slots after the heaviest, by descending gate
     weight; None unless the policy needs them"""
+    costs_ms: tuple[float, float] | None = None
+    """Mean milliseconds of a read and of a cheaper form's product so far; None before there are
+    any, or unless the policy needs them"""
 
     def is_wanted(self, n_experts: int) -> np.ndarray:
         """Return the mask of each token's wanted experts, [T, E] bool."""

@@ -60,7 +60,12 @@ class RunTraceHeader(FrozenModel):
     pinned: tuple[tuple[int, int], ...]
     """(layer, expert) pairs that are never evicted"""
     eviction: EvictionName
-    prefetch: Annotated[str, Field(pattern="^(none|next-layer|stacked(:depth=[1-8])?)$")]
+    prefetch: Annotated[
+        str,
+        Field(
+            pattern=r"^(none|next-layer|stacked(:depth=[1-8])?|partial(:alpha=[0-9.e\-]{1,24})?)$"
+        ),
+    ]
     n_calls_before: _Number
     """Warm-up calls at the beginning, which the counters leave out"""
     prompt_tokens: _Number

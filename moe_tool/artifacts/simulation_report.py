@@ -52,6 +52,16 @@ class PrefetchRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CachePenalty:
+    """Cost of the misses of two caches under one eviction policy."""
+
+    eviction: str
+    """Name of the policy"""
+    reads_per_token: float
+    """Primary records read per token; a cheaper one counts as its share of bytes"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRow:
     """Cost of a prompt's tokens at one budget under one policy."""
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
-from moe_tool.artifacts.bench_report import BenchedBundle, BenchReport, BenchRow
+from moe_tool.artifacts.bench_report import BenchedBundle, BenchReport, BenchRow, CacheState
+from moe_tool.artifacts.bundle_manifest import BundleManifest
+from moe_tool.artifacts.run_result import RunSetup
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.available_memory import peak_rss_bytes, reset_peak_rss
 from moe_tool.benchmarking.bench_plan import BenchOptions, SpeedTest, list_tests
 from moe_tool.benchmarking.bench_tokens import bench_tokens
-from moe_tool.benchmarking.speed_run import run_test
+from moe_tool.benchmarking.speed_run import Sample, run_test
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.bundle_skeleton import n_skeleton_weights
 from moe_tool.models.context_length import context_length
@@ -61,24 +63,24 @@ def bench(
         limit = context_length(read_config(folder).get_text_config())
         tests = list_tests(options, context_limit=limit)
         bundle = _describe(reader)
-        vocabulary = reader.manifest.shape.vocabulary
+        manifest = reader.manifest
     fed = bench_tokens(
         load_tokenizer(folder),
         n_tokens=(options.repetitions + 1) * max(test.positions for test in tests),
-        vocabulary=vocabulary,
+        vocabulary=manifest.shape.vocabulary,
         seed=options.seed,
         random=options.random,
         progress=progress,
     )
-    runs = _runs(options, tests)
+    runs = _runs(options, tests, manifest)
     n_rows = len(runs) * len(options.policy) * len(tests)
     rows: list[BenchRow] = []
     for run in runs:
         with open_session(folder, run, tokenizer=_NO_TOKENIZER, progress=progress) as session:
             for policy in options.policy:  # one that the bundle cannot run fails before any row
-                session.use_policy(policy, residency=default_residency(policy))
+                session.use_policy(policy, residency=default_residency(policy, session.manifest))
             for policy in options.policy:
-                session.use_policy(policy, residency=default_residency(policy))
+                session.use_policy(policy, residency=default_residency(policy, session.manifest))
                 for test in tests:
                     progress.begin(f"row {len(rows) + 1} of {n_rows}", options.repetitions, "runs")
                     rows.append(_row(session, test, options, run, bundle, fed, progress))
@@ -95,12 +97,14 @@ def bench(
     )
 
 
-def _runs(options: BenchOptions, tests: Sequence[SpeedTest]) -> list[RunOptions]:
+def _runs(
+    options: BenchOptions, tests: Sequence[SpeedTest], manifest: BundleManifest
+) -> list[RunOptions]:
     """Return the options of every session to open, each planned for the longest test."""
     context = max(test.positions for test in tests)
     prompts = (test.positions if test.kind == "pp" else test.depth for test in tests)
     prompt_tokens = max(1, *prompts)
-    is_frozen = any(default_residency(policy) == "frozen" for policy in options.policy)
+    is_frozen = any(default_residency(each, manifest) == "frozen" for each in options.policy)
     return [
         RunOptions(
             memory=memory,
@@ -135,20 +139,48 @@ def _row(
     fed: tuple[torch.Tensor, str],
     progress: Progress,
 ) -> BenchRow:
-    """Run a test on consecutive windows of the text; if warm, the first is not counted."""
+    return timed_row(
+        lambda test, ids, cache: run_test(session, test, ids, cache_state=cache),
+        test,
+        options,
+        bundle=bundle,
+        setup=run_setup(session),
+        budget=str(session.plan.footprint.request),
+        fed=fed,
+        progress=progress,
+    )
+
+
+def timed_row(
+    run: Callable[[SpeedTest, torch.Tensor, CacheState], Sample],
+    test: SpeedTest,
+    options: BenchOptions,
+    *,
+    bundle: BenchedBundle,
+    setup: RunSetup,
+    budget: str,
+    fed: tuple[torch.Tensor, str],
+    progress: Progress,
+) -> BenchRow:
+    """Run a test on consecutive windows of the text; if warm, the first is not counted.
+
+    Args:
+        run: runs a test on tokens [depth + n_tokens].
+        fed: tokens of all windows, and where they are from.
+    """
     ids, tokens_from = fed
     can_reset = reset_peak_rss()
     first, *windows = torch.split(ids, test.positions)[: options.repetitions + 1]
     if options.cache == "warm":
-        run_test(session, test, first, cache_state="warm")
+        run(test, first, "warm")
     samples = []
     for window in windows:
-        samples.append(run_test(session, test, window, cache_state=options.cache))
+        samples.append(run(test, window, options.cache))
         progress.advance()
     return BenchRow(
         bundle=bundle,
-        setup=run_setup(session),
-        budget=str(session.plan.footprint.request),
+        setup=setup,
+        budget=budget,
         test=test.label,
         n_tokens=test.n_tokens,
         depth=test.depth,

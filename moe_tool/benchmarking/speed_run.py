@@ -6,7 +6,9 @@ Only forward passes are timed, as in llama-bench: no sampling, no detokenizing.
 import inspect
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import DynamicCache
@@ -80,7 +82,16 @@ def _make_cold(session: Session) -> None:
     """
     session.empty_cache()
     session.runner.store.load_pinned()
-    for path in session.bundle.paths:
+    forget_pages(session.bundle.paths)
+
+
+def forget_pages(paths: Iterable[Path]) -> None:
+    """Empty the page cache of files.
+
+    Raises:
+        StorageError: one cannot be opened.
+    """
+    for path in paths:
         try:
             handle = os.open(path, os.O_RDONLY)
         except OSError as error:

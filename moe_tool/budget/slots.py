@@ -41,6 +41,29 @@ def bytes_of_slots(slots: tuple[int, ...], rooms: tuple[ExpertRoom, ...]) -> int
     return sum(count * room.record_bytes for count, room in zip(slots, rooms, strict=True))
 
 
+def slots_beside(
+    total_bytes: int,
+    rooms: tuple[ExpertRoom, ...],
+    cheaper_bytes: int,
+    *,
+    part: float,
+    n_least: int,
+) -> tuple[tuple[int, ...], int] | None:
+    """Return the slots of primary records, by size, and those of a cheaper form that share their
+    bytes; None if both do not fit.
+
+    Args:
+        cheaper_bytes: size of a record of the cheaper form.
+        part: share of the bytes that it gets.
+        n_least: fewest slots that it needs.
+    """
+    n_cheaper = max(n_least, int(part * total_bytes) // cheaper_bytes)
+    slots = slots_within(total_bytes - n_cheaper * cheaper_bytes, rooms)
+    if bytes_of_slots(slots, rooms) + n_cheaper * cheaper_bytes > total_bytes:
+        return None
+    return slots, n_cheaper
+
+
 def slots_within(room_bytes: int, rooms: tuple[ExpertRoom, ...]) -> tuple[int, ...]:
     """Return the most slots that fit, by size; the minimum must fit."""
     n_experts = sum(room.n_experts for room in rooms)

@@ -7,6 +7,7 @@ import typer
 
 from moe_tool.budget.request import parse_memory
 from moe_tool.cli.console import Output
+from moe_tool.cli.lookup import is_lookup_folder, require_rows_options
 from moe_tool.cli.options import BundleArgument, GatesOption, SeedOption, ThrottleOption
 from moe_tool.cli.verb import options_from, verb
 
@@ -127,13 +128,18 @@ def bench(given: BenchArguments, output: Output) -> None:
         throttle=None if given.throttle is None else parse_throttle(given.throttle),
         threads=(None,) if threads is None else parse_numbers(threads, int, option="--threads"),
     )
+    if is_lookup_folder(given.bundle):
+        require_rows_options(given)
     refuse_too_long(given.bundle, options)
     output.result(_measure(given, options, output))
 
 
 def _measure(given: BenchArguments, options: "BenchOptions", output: Output) -> "BenchReport":
     """Print rows as they come (jsonl), or all of them at the end."""
-    from moe_tool.benchmarking.bench import bench as measure
+    if is_lookup_folder(given.bundle):
+        from moe_tool.benchmarking.bench_lookup import bench_lookup as measure
+    else:
+        from moe_tool.benchmarking.bench import bench as measure
     from moe_tool.reports.bench_formats import json_line
 
     rows: list[BenchRow] = []

@@ -8,6 +8,7 @@ import typer
 from moe_tool.budget.request import parse_memory_option
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.cli.console import Output
+from moe_tool.cli.lookup import is_lookup_folder, require_rows_options
 from moe_tool.cli.options import (
     ActivationsOption,
     BundleArgument,
@@ -51,7 +52,8 @@ class EvaluateArguments:
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Also compare with this checkpoint, not only with the exact bundle.",
+            help="Also compare with this checkpoint, not only with the exact bundle, whose norms "
+            "and routers may have been tuned.",
             show_default=False,
         ),
     ] = None
@@ -77,7 +79,6 @@ def evaluate(given: EvaluateArguments, output: Output) -> None:
         located = locate_model(given.reference, offline=given.offline, announce=output.say)
 
     from moe_tool.evaluation.evaluate import EvaluateOptions
-    from moe_tool.evaluation.evaluate import evaluate as measure
 
     options = options_from(
         given,
@@ -88,12 +89,20 @@ def evaluate(given: EvaluateArguments, output: Output) -> None:
         exact_fallback=True,
         eviction=eviction,
     )
+    is_lookup = is_lookup_folder(given.bundle)
+    if is_lookup:
+        from moe_tool.evaluation.evaluate_lookup import evaluate_lookup as measure
+
+        require_rows_options(given)
+    else:
+        from moe_tool.evaluation.evaluate import evaluate as measure
     report = measure(given.bundle, sources, options, reference=located, progress=output.progress)
-    _show(report, given, output)
+    where = "rows on disk" if is_lookup else f"{report.setup.residency} residency"
+    _show(report, given, output, where)
     output.result(report)
 
 
-def _show(report: "EvaluationReport", given: EvaluateArguments, output: Output) -> None:
+def _show(report: "EvaluationReport", given: EvaluateArguments, output: Output, where: str) -> None:
     from moe_tool.reports.evaluation_tables import (
         checkpoint_perplexity,
         dominance,
@@ -102,10 +111,7 @@ def _show(report: "EvaluationReport", given: EvaluateArguments, output: Output) 
     )
 
     figures, setup = report.figures, report.setup
-    output.show(
-        f"{figures.tokens} predictions, {setup.residency} residency",
-        evaluation_table(report.by_policy()),
-    )
+    output.show(f"{figures.tokens} predictions, {where}", evaluation_table(report.by_policy()))
     if report.at_no_more_bytes:
         output.show("at no more bytes per token", equal_bytes_table(report), dominance(report))
     if given.reference is not None:

@@ -1,4 +1,4 @@
-"""`pack` and `run` where a model's experts are rows of a table."""
+"""Verbs where a model's experts are rows of a table: what they take, `pack` and `run` of it."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from moe_tool.models.locate import LocatedModel
 
 _PACK_TAKES = {"model", "bits", "out", "profiles", "revision", "tokenizer", "offline"}
-_RUN_TAKES = {
-    *("bundle", "stdin", "prompt", "prompt_file", "max_tokens", "context", "memory"),
-    *("temperature", "seed", "threads", "raw", "ignore_eos"),
+_TAKEN = {
+    *("bundle", "memory", "threads", "throttle", "seed"),
+    *("stdin", "prompt", "prompt_file", "max_tokens", "context", "temperature", "raw"),
+    *("ignore_eos", "data", "tokens", "seq_len", "reference", "offline", "prompt_tokens"),
+    *("generate", "depth", "repetitions", "cache", "random", "format"),
 }
+"""Options that mean something for a lookup bundle, of `run`, `evaluate` and `bench`"""
 
 
 def is_lookup_folder(folder: Path) -> bool:
-    """Return whether `run` is given a lookup bundle."""
+    """Return whether a verb is given a lookup bundle."""
     from moe_tool.formats.lookup_bundle import is_lookup_bundle
 
     return is_lookup_bundle(folder)
@@ -57,8 +60,9 @@ def run_rows(given: "RunArguments", prompt: str, output: Output) -> None:
     """Generate text from a lookup bundle."""
     from moe_tool.lookup.run_lookup import run_lookup
     from moe_tool.runtime.decoding_config import GenerateOptions
+    from moe_tool.store.throttle import parse_throttle
 
-    _require_only(given, _RUN_TAKES, "the experts of a lookup bundle are rows that never stay")
+    require_rows_options(given)
     result = run_lookup(
         given.bundle,
         prompt,
@@ -66,6 +70,7 @@ def run_rows(given: "RunArguments", prompt: str, output: Output) -> None:
         context=given.context,
         threads=given.threads,
         generation=options_from(given, GenerateOptions),
+        throttle=None if given.throttle is None else parse_throttle(given.throttle),
         on_text=output.stream,
         progress=output.progress,
     )
@@ -81,6 +86,15 @@ def run_rows(given: "RunArguments", prompt: str, output: Output) -> None:
     if result.interrupted:
         output.say("interrupted")
         raise typer.Exit(130)
+
+
+def require_rows_options(given: Any) -> None:
+    """Refuse options of `run`, `evaluate` and `bench` that say how experts stay or are missed.
+
+    Raises:
+        UsageError: one is given.
+    """
+    _require_only(given, _TAKEN, "the experts of a lookup bundle are rows that never stay")
 
 
 def _require_only(given: Any, taken: set[str], reason: str) -> None:

@@ -157,8 +157,8 @@ ThrottleOption = Annotated[
     str | None,
     typer.Option(
         metavar="SPEED[,LATENCY]",
-        help="Slow reads of experts down to a disk's speed, to measure what it would give: 200MB/s "
-        "or 200MB/s,100us.",
+        help="Slow reads of experts and of rows of tables down to a disk's speed, to measure what "
+        "it would give: 200MB/s or 200MB/s,100us.",
         show_default=False,
     ),
 ]

@@ -26,6 +26,7 @@ def show_plan(report: "PlanReport", output: Output) -> None:
         "",
         *_compared(report),
         "",
+        *_caches(report),
         f"memory, {format_bytes(plan.memory_bytes)}",
         lines_table(plan.lines),
         "",
@@ -79,6 +80,19 @@ def pack_command(plan: "PackPlan", path: Path, model: str | None) -> str:
     return (
         f"moe-tool pack {model or model_to_type(plan.identity.name)} --plan {path} --out {bundle}"
     )
+
+
+def _caches(report: "PlanReport") -> list[Any]:
+    """Return the judgement of the eviction that was searched for the caches of two forms."""
+    from moe_tool.reports.plan_table import penalties_table
+
+    if not report.penalties:
+        return []
+    heading = (
+        "caches of two forms: penalty of misses in reads of a full record, HOBBIT's weights "
+        "searched on the profile's first part, all judged on the rest"
+    )
+    return [heading, penalties_table(report.penalties), ""]
 
 
 def _experts(report: "PlanReport") -> str:

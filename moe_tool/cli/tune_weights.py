@@ -13,8 +13,12 @@ from moe_tool.cli.options import BundleArgument, DataOption, OfflineOption, Seed
 from moe_tool.cli.verb import options_from, verb
 
 if TYPE_CHECKING:
+    from moe_tool.artifacts.bundle_sections import TunedFloats
     from moe_tool.tuning.tune_bundle import TunedLayer
     from moe_tool.tuning.tune_weights import TuneReport
+
+_FLOAT_RATE = 1e-3
+"""The default of tuning/tune_options.py, which a test compares: help must not import torch"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,33 @@ class TuneWeightsArguments:
             show_default="0.1 for sgd, 0.01 for adam",
         ),
     ] = None
+    norms: Annotated[
+        bool,
+        typer.Option(
+            "--norms",
+            help="Then train the norms too, as floats, by KL(checkpoint || bundle) of the whole "
+            "model, in as many steps; kept only if held-out text says that it pays.",
+        ),
+    ] = False
+    router: Annotated[
+        bool,
+        typer.Option(
+            "--router",
+            help="Likewise the routers: tokens choose other experts than in the checkpoint, which "
+            "is counted.",
+        ),
+    ] = False
+    float_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0,
+            max=1,
+            help="Initial learning rate of norms and routers, as a share of a tensor's root mean "
+            "square; decays to a tenth.",
+            show_default=f"{_FLOAT_RATE:g}",
+        ),
+    ] = None
     seed: SeedOption = 0
     memory: Annotated[
         str | None,
@@ -83,7 +114,9 @@ def tune_weights(given: TuneWeightsArguments, output: Output) -> None:
     """Train the codes of low-bit experts to recover quality.
 
     One layer is in memory at a time, without a float copy of the weights: rounding errors go into
-    the momentum (ECO). Writes a new bundle; the old one does not change.
+    the momentum (ECO). Writes a new bundle; the old one does not change. ECO trains norms and
+    routers together with the codes, by the language model's loss; --norms and --router train them
+    after the codes, by the divergence from the checkpoint, and keep what helps on held-out text.
     """
     from moe_tool.models.locate import locate_model
     from moe_tool.text.sources import parse_sources, require_sources
@@ -106,7 +139,10 @@ def tune_weights(given: TuneWeightsArguments, output: Output) -> None:
     )
     _show(report, given.bundle, given.model, output)
     lineage = [step.model_dump(mode="json") for step in report.lineage]
-    output.result(asdict(report) | {"lineage": lineage})
+    floats = None
+    if report.floats is not None:
+        floats = report.floats.model_dump(mode="json") | {"kept": report.floats.is_kept}
+    output.result(asdict(report) | {"lineage": lineage, "floats": floats})
 
 
 def _show(report: "TuneReport", bundle: Path, model: str, output: Output) -> None:
@@ -114,6 +150,10 @@ def _show(report: "TuneReport", bundle: Path, model: str, output: Output) -> Non
         output.show(_layer(layer))
     if report.untuned:
         output.say(_untuned(report.untuned))
+    if report.floats is not None:
+        output.show(_floats(report.floats))
+        if report.floats.router:
+            output.say(_rerouted(report, model))
     if report.drops_calibration:
         output.say(f"{bundle}/ was calibrated; {report.bundle}/ is not, since its codes changed")
     output.say(
@@ -131,6 +171,33 @@ def _layer(layer: "TunedLayer") -> str:
     return (
         f"layer {layer.layer}: error {layer.error_before:.4f} -> {layer.error_after:.4f}, "
         f"{layer.moved:.1%} of the codes moved"
+    )
+
+
+def _floats(found: "TunedFloats") -> str:
+    named = (("norms", found.norms), ("routers", found.router))
+    trained = {name: share for name, share in named if share is not None}
+    low, high = found.change_ci95
+    measured = (
+        f"KL(checkpoint || bundle) {found.codes_alone.kl:.4f} with codes alone, "
+        f"{found.best.kl:.4f} with the best of them on {found.best.tokens} other held-out tokens, "
+        f"change {low:+.4f} to {high:+.4f}"
+    )
+    if not found.is_kept:
+        return f"{' and '.join(trained)}: nothing kept, since it does not pay: {measured}"
+    kept = ", ".join(f"{share:.0%} of the training of {name}" for name, share in trained.items())
+    return f"kept {kept}: {measured}"
+
+
+def _rerouted(report: "TuneReport", model: str) -> str:
+    assert report.floats is not None
+    shares = [share for _, share in report.floats.rerouted]
+    return (
+        f"the routers changed: {sum(shares) / max(1, len(shares)):.1%} of the experts that "
+        f"held-out tokens choose are others than with codes alone, {max(shares, default=0):.1%} in "
+        f"the layer with the most. Exact is now what {report.bundle}/ says, and --reference "
+        f"compares with {model}; hot experts, stand-ins and prices are still those of the "
+        "checkpoint's routers"
     )
 
 

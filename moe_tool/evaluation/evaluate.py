@@ -17,7 +17,7 @@ from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.evaluation.divergence import divergence_scratch_bytes
 from moe_tool.evaluation.equal_bytes import compare_at_equal_bytes, dominating, priced_settings
-from moe_tool.evaluation.figures import Measured, summarize
+from moe_tool.evaluation.figures import Measured, policy_row
 from moe_tool.evaluation.measure_policies import measure_policies
 from moe_tool.evaluation.source_model import SourceModel
 from moe_tool.evaluation.stepwise import reference_chunk
@@ -165,23 +165,9 @@ def _read(
             hint="leave the others out",
         )
     policy = options.policy or default_policy(manifest)
-    tokenizer = load_tokenizer(folder)
-    longest = context_length(read_config(folder).get_text_config())
-    seq_len = min(options.seq_len, longest or options.seq_len)
-    if seq_len < _MIN_SEQ_LEN:
-        raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
-    text = build_sequences(
-        sources,
-        tokenizer,
-        vocabulary=manifest.shape.vocabulary,
-        n_tokens=options.tokens,
-        seq_len=seq_len,
-        holdout=0.0,
-        seed=options.seed,
-        offline=options.offline,
-        progress=progress,
-    )
-    usual: Residency = "frozen" if options.controls else default_residency(policy)
+    vocabulary = manifest.shape.vocabulary
+    tokenizer, text = read_text(folder, sources, options, vocabulary=vocabulary, progress=progress)
+    usual: Residency = "frozen" if options.controls else default_residency(policy, manifest)
     return _Asked(
         policy=policy,
         names=_policies(policy, manifest, options, progress),
@@ -190,6 +176,39 @@ def _read(
         text=text,
         ids=torch.from_numpy(text.ids.astype(np.int64)),
     )
+
+
+def read_text(
+    folder: Path,
+    sources: Sequence[TextSource],
+    options: EvaluateOptions,
+    *,
+    vocabulary: int,
+    progress: Progress,
+) -> tuple[Any, TokenSequences]:
+    """Return a bundle's tokenizer, and the text cut into sequences that its model can take.
+
+    Raises:
+        UsageError: the sequences are too short.
+        DataSourceError, NotFoundError: the text cannot be read.
+    """
+    tokenizer = load_tokenizer(folder)
+    longest = context_length(read_config(folder).get_text_config())
+    seq_len = min(options.seq_len, longest or options.seq_len)
+    if seq_len < _MIN_SEQ_LEN:
+        raise UsageError(f"--seq-len {seq_len}: at least {_MIN_SEQ_LEN} is needed")
+    text = build_sequences(
+        sources,
+        tokenizer,
+        vocabulary=vocabulary,
+        n_tokens=options.tokens,
+        seq_len=seq_len,
+        holdout=0.0,
+        seed=options.seed,
+        offline=options.offline,
+        progress=progress,
+    )
+    return tokenizer, text
 
 
 def _policies(
@@ -310,16 +329,7 @@ def _rows(
     measured: Mapping[MissChoice, Measured], asked: _Asked, options: EvaluateOptions
 ) -> dict[MissChoice, PolicyRow]:
     sparse = "" if options.sparse_experts is None else f", sparse {options.sparse_experts:g}"
-    text, seed = asked.text, options.seed
-    everything = np.ones(len(text.ids), dtype=bool)
     return {
-        policy: PolicyRow(
-            policy=asked.names[policy] + sparse,
-            figures=summarize(found, everything, seed=seed),
-            domains={
-                domain: summarize(found, text.domain == index, seed=seed)
-                for index, domain in enumerate(text.domains)
-            },
-        )
+        policy: policy_row(asked.names[policy] + sparse, found, asked.text, seed=options.seed)
         for policy, found in measured.items()
     }

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_tool.artifacts.evaluation_report import Estimate, Figures
+from moe_tool.artifacts.evaluation_report import Estimate, Figures, PolicyRow
 from moe_tool.evaluation.bootstrap import bootstrap_interval
 from moe_tool.evaluation.stepwise import TokenCosts
+from moe_tool.text.sequences import TokenSequences
 
 _Statistic = Callable[[np.ndarray], np.ndarray]
 """Function [R, N, ...] -> [R] that gives the figure of each resample"""
@@ -73,6 +74,19 @@ def summarize(measured: Measured, rows: np.ndarray, *, seed: int) -> Figures:
         drops_per_token=float(costs.drops[rows].mean()),
         expected_kl=None if np.isnan(costs.expected).any() else float(costs.expected[rows].mean()),
         exact_fallback_share=float(costs.exact_fallbacks[rows].mean()),
+    )
+
+
+def policy_row(policy: str, measured: Measured, text: TokenSequences, *, seed: int) -> PolicyRow:
+    """Return the figures of all sequences, and of those of each domain."""
+    everything = np.ones(len(text.ids), dtype=bool)
+    return PolicyRow(
+        policy=policy,
+        figures=summarize(measured, everything, seed=seed),
+        domains={
+            domain: summarize(measured, text.domain == index, seed=seed)
+            for index, domain in enumerate(text.domains)
+        },
     )
 
 

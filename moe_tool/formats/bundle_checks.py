@@ -247,6 +247,13 @@ def _check_skeleton(folder: Path, manifest: BundleManifest) -> Mapping[str, Tens
                 f"{found.file}: {quoted(part.name)} is {found.dtype} {list(found.shape)}, "
                 f"wanted {part.safetensors_dtype} {list(part.shape)}"
             )
+    tuned = manifest.tuned_floats
+    for name in () if tuned is None else tuned.tensors:
+        if tensors[name].dtype != "F32":
+            raise corrupt_bundle(
+                f"{tensors[name].file}: {quoted(name)} is {tensors[name].dtype}, wanted F32 of a "
+                "trained tensor"
+            )
     _check_tables(folder, manifest, tensors)
     return tensors
 

@@ -1,7 +1,8 @@
 """Journal of a half-written bundle: what it is made from, and which records are on the disk.
 
-The first line of JSON describes the inputs; one line per record follows. A line is written after
-the bytes of its record were synced, so that they are on the disk even after a power cut.
+The first line of JSON describes the inputs; one line per record, or per run of rows of a lookup
+table, follows. A line is written after the bytes that it names were synced, so that they are on the
+disk even after a power cut.
 """
 
 import json
@@ -13,11 +14,12 @@ from pydantic import ValidationError
 
 from moe_tool.artifacts.form_table import FormRecord, Price, Xxh3
 from moe_tool.artifacts.identity import ModelIdentity
+from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.artifacts.source_files import PartsText
 from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes
 from moe_tool.formats.bundle_files import JOURNAL
-from moe_tool.formats.bundle_spec import BundleSpec
+from moe_tool.formats.bundle_spec import Inputs
 from moe_tool.formats.strict_json import parse_json_object
 
 _MAX_BYTES = 2**30
@@ -34,14 +36,14 @@ class WrittenRecord(FormRecord):
     """Parts of a record that stays in the checkpoint's files"""
 
 
-def write_journal(folder: Path, spec: BundleSpec, records: Sequence[WrittenRecord]) -> None:
+def write_journal(folder: Path, spec: Inputs, records: Sequence[FrozenModel]) -> None:
     """Write a folder's journal atomically, replacing an earlier one."""
     head = {"identity": spec.identity.model_dump(), "options": spec.options}
     first = json.dumps(head, sort_keys=True).encode() + b"\n"
     atomic_write_bytes(folder / JOURNAL, first + b"".join(map(_line, records)))
 
 
-def append_to_journal(folder: Path, records: Sequence[WrittenRecord]) -> None:
+def append_to_journal(folder: Path, records: Sequence[FrozenModel]) -> None:
     """Append the lines of records and sync them."""
     with open(folder / JOURNAL, "ab") as file:
         file.write(b"".join(map(_line, records)))
@@ -49,7 +51,7 @@ def append_to_journal(folder: Path, records: Sequence[WrittenRecord]) -> None:
         os.fsync(file.fileno())
 
 
-def read_journal(folder: Path, spec: BundleSpec) -> list[bytes]:
+def read_journal(folder: Path, spec: Inputs) -> list[bytes]:
     """Return the lines about records; the last may be torn.
 
     Raises:
@@ -70,5 +72,5 @@ def read_journal(folder: Path, spec: BundleSpec) -> list[bytes]:
     return [line for line in lines if line]
 
 
-def _line(record: WrittenRecord) -> bytes:
+def _line(record: FrozenModel) -> bytes:
     return record.model_dump_json().encode() + b"\n"

@@ -23,8 +23,8 @@ from moe_tool.formats.bundle_checks import (
 from moe_tool.formats.bundle_files import record_file_header
 from moe_tool.formats.bundle_tables import BundleTables
 from moe_tool.formats.channel_form import require_chunks
+from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.hostile_file import quoted, reading
-from moe_tool.formats.integer_parts import are_finite
 from moe_tool.formats.mask_router_file import read_mask_router
 from moe_tool.formats.record_files import ChannelRead, OnPiece, RecordFiles
 from moe_tool.formats.record_sources import SOURCE_AGAIN, RecordSources
@@ -125,7 +125,10 @@ class BundleReader:
         CorruptArtifactError that names it."""
         checkpoint = Checkpoint(self._skeleton)
         hashes = {tensor.name: tensor.xxh3 for tensor in self.manifest.skeleton}
-        factors = {part.name for part in skeleton_parts(self.manifest) if part.is_factor}
+        tuned = self.manifest.tuned_floats
+        parts = skeleton_parts(self.manifest)
+        numbers = {part.name: torch.float16 for part in parts if part.is_factor}
+        numbers |= dict.fromkeys(() if tuned is None else tuned.tensors, torch.float32)
 
         def check(name: str, row: int | None, data: memoryview) -> None:
             assert row is None
@@ -133,7 +136,7 @@ class BundleReader:
             if xxhash.xxh3_64_hexdigest(data) != hashes[name]:
                 raise corrupt_bundle(f"{file} is damaged: the hash of {quoted(name)} does not fit")
             # A forged file can have the right hash.
-            if name in factors and not are_finite(torch.frombuffer(data, dtype=torch.float16)):
+            if name in numbers and not are_finite(torch.frombuffer(data, dtype=numbers[name])):
                 raise corrupt_bundle(f"{file}: {quoted(name)} holds NaN or infinity")
 
         checkpoint.on_read = check

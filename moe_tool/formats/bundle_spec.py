@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.form_table import FormTable, Role
@@ -57,23 +57,47 @@ class BundleSpec:
     def require_same(
         self, folder: Path, identity: ModelIdentity, options: Mapping[str, str]
     ) -> None:
-        """Refuse a folder that was begun for another model or with other options.
+        """Refuse a folder that was begun for another model or with other options; see
+        `require_same_inputs`."""
+        require_same_inputs(folder, identity, options, wanted=self)
 
-        Raises:
-            WrongModelError, UsageError: name what was found and what is wanted.
-        """
-        remedy = f"choose another --out, or remove {folder}"
-        require_same_model(identity, self.identity, artifact=f"the bundle {folder}", remedy=remedy)
-        wanted = self.options
-        names = options.keys() | wanted.keys()
-        for key in sorted(names, key=lambda name: (name == "forms", name)):  # they follow from all
-            old, new = options.get(key, "none"), wanted.get(key, "none")
-            if old != new:
-                raise UsageError(
-                    f"{folder} was packed with {key} {quoted(old)}, now {quoted(new)} is asked for",
-                    hint=f"give the same options and artifacts as then (without --profile and "
-                    f"--buddies the newest of the model are taken), {remedy}",
-                )
+
+class Inputs(Protocol):
+    """Model and options that a bundle of any kind is made from."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model"""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Everything that has to be the same for a resume, by name"""
+
+    def require_same(
+        self, folder: Path, identity: ModelIdentity, options: Mapping[str, str]
+    ) -> None:
+        """Refuse other inputs; see `require_same_inputs`."""
+
+
+def require_same_inputs(
+    folder: Path, identity: ModelIdentity, options: Mapping[str, str], *, wanted: Inputs
+) -> None:
+    """Refuse a folder that was begun for another model or with other options.
+
+    Raises:
+        WrongModelError, UsageError: name what was found and what is wanted.
+    """
+    remedy = f"choose another --out, or remove {folder}"
+    require_same_model(identity, wanted.identity, artifact=f"the bundle {folder}", remedy=remedy)
+    names = options.keys() | wanted.options.keys()
+    for key in sorted(names, key=lambda name: (name == "forms", name)):  # they follow from all
+        old, new = options.get(key, "none"), wanted.options.get(key, "none")
+        if old != new:
+            raise UsageError(
+                f"{folder} was packed with {key} {quoted(old)}, now {quoted(new)} is asked for",
+                hint=f"give the same options and artifacts as then (without --profile and "
+                f"--buddies the newest of the model are taken), {remedy}",
+            )
 
 
 def planned_forms(

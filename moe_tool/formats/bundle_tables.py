@@ -1,11 +1,12 @@
 """Embedding tables of an open bundle: opened for reads by row, or checked block by block."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.formats.block_hashes import CheckedBlocks
 from moe_tool.formats.safetensors_index import TensorInfo
-from moe_tool.formats.table_rows import TableRows
+from moe_tool.formats.table_rows import Pace, TableRows, full_speed
+from moe_tool.formats.tensor_stream import stream_hashed
 
 
 class BundleTables:
@@ -18,6 +19,8 @@ class BundleTables:
         found = manifest.row_tables
         self._parts = {} if found is None else {part.tensor: part for part in found.parts}
         self._rows: list[TableRows] = []
+        self.pace: Pace = full_speed
+        """Pace of the reads of tables that are opened from now on"""
 
     @property
     def bytes_read(self) -> int:
@@ -27,7 +30,12 @@ class BundleTables:
     def open(self, parts: Sequence[TensorInfo]) -> TableRows:
         """Open a table; see `TableRows.open`."""
         self._rows.append(TableRows.open(parts, self._hashes, self._blocks()))
+        self._rows[-1].pace = self.pace
         return self._rows[-1]
+
+    def stream(self, name: str) -> Iterator[memoryview]:
+        """Yield any tensor of the skeleton in pieces; see `stream_hashed`."""
+        return stream_hashed(self._skeleton[name], self._hashes[name])
 
     def verify(self) -> None:
         """Compare every block with its hash.

@@ -13,7 +13,7 @@ from moe_tool.formats.atomic_write import atomic_write_bytes
 from moe_tool.formats.given_kind import kind_of
 from moe_tool.formats.hostile_file import quoted, read_capped
 from moe_tool.formats.strict_json import first_complaint, parse_json_object
-from moe_tool.formats.wrong_kind import Wanted, require_kind, wrong_kind
+from moe_tool.formats.wrong_kind import LOOKUP_HINT, Wanted, require_kind, wrong_kind
 
 MAX_BYTES = 256 * 2**20
 _SEAL = b',\n "sha256": "%s"\n}\n'
@@ -35,10 +35,7 @@ _LABELS = {
     "plan": "plan",
     "profile": "profile",
 }
-_HINTS = {
-    ("lookup-bundle", "bundle"): "its experts are rows of a table, so that there are none to keep, "
-    "to answer for or to measure: only moe-tool run and inspect take it",
-}
+_HINTS = {("lookup-bundle", "bundle"): LOOKUP_HINT}
 """Hints that help more than the remedy, by the kinds that were found and wanted"""
 
 _GIVEN: dict[str, Wanted] = {"buddies": "buddies", "hardware": "hardware", "plan": "plan"}

@@ -74,6 +74,11 @@ class LookupBundle:
             )
         return cls(folder, manifest, skeleton, _rows(folder, manifest))
 
+    @property
+    def paths(self) -> list[Path]:
+        """Files that hold the bundle"""
+        return [self.folder / file.name for file in self.manifest.files]
+
     def open_skeleton(self) -> Checkpoint:
         """Open everything but the experts; reading a tensor that differs from the packed one raises
         a CorruptArtifactError that names it."""

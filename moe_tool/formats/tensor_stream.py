@@ -4,8 +4,10 @@ import os
 from collections.abc import Iterator
 
 import torch
+import xxhash
 
 from moe_tool.errors import CorruptArtifactError, StorageError
+from moe_tool.formats.bundle_checks import REPACK, corrupt_bundle
 from moe_tool.formats.finite_numbers import are_finite
 from moe_tool.formats.hostile_file import quoted
 from moe_tool.formats.safetensors_index import AGAIN, DTYPES, TensorInfo
@@ -42,6 +44,27 @@ def stream_tensor(
             yield view
     finally:
         os.close(file)
+
+
+def stream_hashed(info: TensorInfo, xxh3: str) -> Iterator[memoryview]:
+    """Yield the bytes of a bundle's tensor as `stream_tensor` does, and compare them with their
+    hash at the end.
+
+    Args:
+        xxh3: the xxh3-64 of all its bytes, hex.
+
+    Raises:
+        CorruptArtifactError: they are others.
+        StorageError: the disk does not give them.
+    """
+    digest = xxhash.xxh3_64()
+    for piece in stream_tensor(info, remedy=REPACK):
+        digest.update(piece)
+        yield piece
+    if digest.hexdigest() != xxh3:
+        raise corrupt_bundle(
+            f"{info.file} is damaged: the hash of {quoted(info.name)} does not fit"
+        )
 
 
 def fill(file: int, info: TensorInfo, view: memoryview, offset: int, *, remedy: str) -> None:

@@ -25,9 +25,10 @@ class TrainingState:
 
     step: int
     """Steps done"""
-    penalty: float
     tensors: dict[str, torch.Tensor]
     """Parameters and optimizer moments by name, float32"""
+    penalty: float = 1.0
+    """Penalty of a training that has one"""
 
 
 def order_digest(order: Mapping[str, Any]) -> bytes:

@@ -34,9 +34,9 @@ _WANTED_LABELS: dict[Wanted, str] = {
     "model": "the folder of a checkpoint",
     "text": "text",
 }
-_LOOKUP = (
-    "its experts are rows of a table, so that there are none to keep, to answer for or to measure: "
-    "only moe-tool run and inspect take it"
+LOOKUP_HINT = (
+    "its experts are rows of a table, so that there are none to keep or to answer for: only "
+    "moe-tool run, evaluate, bench and inspect take it"
 )
 
 
@@ -89,7 +89,7 @@ def _hint(path: Path, given: Given, wanted: Wanted) -> str:
             "lookup-bundle": "",
         }
         made = made_from.get(given.kind, f"moe-tool profile {model or 'demo'} --data builtin")
-        return f"{made} records one" if made else _LOOKUP
+        return f"{made} records one" if made else LOOKUP_HINT
     if given.kind in ("plan", "buddies") and wanted in ("plan", "buddies"):
         return f"it goes after --{given.kind}; {_making(wanted)}"
     return _making(wanted)
@@ -102,7 +102,7 @@ def _hint_of_bundle(path: Path, given: Given, model: str) -> str:
     ):
         return f"give the folder that it lies in: {folder}"
     special = {
-        "lookup-bundle": _LOOKUP,
+        "lookup-bundle": LOOKUP_HINT,
         "gguf": NO_GGUF,
         "model": f"moe-tool pack {typed} --out bundle/ makes one of it",
         "run-trace": f"moe-tool simulate {typed} reads it",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.bundle_sections import ROW_TABLES, SOURCE_FILES, QualityFigure
+from moe_tool.artifacts.bundle_sections import ROW_TABLES, SOURCE_FILES, TUNED_FLOATS, QualityFigure
 from moe_tool.artifacts.row_tables import table_bytes
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.budget.table_choice import parse_rows
@@ -30,6 +30,8 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
     if SOURCE_FILES in sections:
         del sections[SOURCE_FILES]["body"]["tables"]  # as long as the list of records
     sections.pop(ROW_TABLES, None)  # as long as the tables; the facts tell the rest
+    if TUNED_FLOATS in sections:
+        del sections[TUNED_FLOATS]["body"]["tensors"]  # some per layer
     details = manifest.model_dump(mode="json", include={"calibration", "lineage"})
     return Description(
         kind="bundle",
@@ -61,6 +63,7 @@ def _facts(manifest: BundleManifest) -> dict[str, object]:
             "tool_version": manifest.tool_version,
         }
         | _lineage_facts(manifest)
+        | _float_facts(manifest)
         | _policy_facts(manifest)
         | _pruning_facts(manifest)
     )
@@ -82,6 +85,23 @@ def _lineage_facts(manifest: BundleManifest) -> dict[str, object]:
         "tuned": f"{last.steps} steps of {last.optimizer}, {last.rounding} rounding, "
         f"on {', '.join(last.sources)}",
         "tuned_from": last.parent_sha256,
+    }
+
+
+def _float_facts(manifest: BundleManifest) -> dict[str, object]:
+    """Return what was kept of trained norms and routers, and what it is worth."""
+    floats = manifest.tuned_floats
+    if floats is None:
+        return {}
+    kinds = (("norms", floats.norms), ("routers", floats.router))
+    return {
+        "tuned_floats": ", ".join(
+            f"{share:.0%} of the training of {name} kept"
+            for name, share in kinds
+            if share is not None
+        ),
+        "tuned_floats_measured": _measured(floats.best if floats.is_kept else floats.codes_alone),
+        "tuned_floats_without": _measured(floats.codes_alone),
     }
 
 

@@ -1,5 +1,7 @@
 """Table of a MoLE's experts that stays on disk, as the module that the model looks rows up in."""
 
+import time
+
 import torch
 from torch import nn
 
@@ -20,6 +22,8 @@ class DiskRows(nn.Module):
     def __init__(self, rows: TableRows, codes: RowCodes) -> None:
         super().__init__()
         self.rows, self._codes = rows, codes
+        self.seconds = 0.0
+        """Time that reads of rows took, their check included"""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return float32 [U, L * N * d].
@@ -33,7 +37,9 @@ class DiskRows(nn.Module):
         n_block = max(1, BLOCK_BYTES // (4 * self._codes.width))
         out = torch.empty(len(ids), self._codes.width)
         for begin in range(0, len(ids), n_block):
+            start = time.perf_counter()
             raw = self.rows.read_bytes(ids[begin : begin + n_block])
+            self.seconds += time.perf_counter() - start
             out[begin : begin + len(raw)] = self._codes.decode(raw)
         return out
 

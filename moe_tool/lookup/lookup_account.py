@@ -1,6 +1,8 @@
 """Memory account of a run of a lookup bundle: everything but the table, and a chunk's rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from moe_tool.budget.account import MARGIN_BYTES
 from moe_tool.budget.refusal import (
@@ -50,6 +52,7 @@ def account_for(
     skeleton_bytes: int,
     loading_bytes: int,
     available_bytes: int,
+    beside: Mapping[str, int] = MappingProxyType({}),
 ) -> LookupAccount:
     """Return the account of a run of one sequence, or refuse it.
 
@@ -60,6 +63,7 @@ def account_for(
         skeleton_bytes: size of the loaded skeleton.
         loading_bytes: size of the largest tensor while it is read.
         available_bytes: size that the process can reach.
+        beside: bytes that the caller takes, by name.
 
     Raises:
         UsageError: the budget is a share of the experts, which are not in memory.
@@ -80,6 +84,7 @@ def account_for(
             f"KV cache, {positions} positions": kv_cache_bytes(config, workload),
             f"rows of {chunk} tokens": 4 * chunk * config.row_width + _BLOCK_COPIES * BLOCK_BYTES,
             "working buffers": _buffer_bytes(config, chunk, positions),
+            **beside,
             "margin": MARGIN_BYTES,
         }
     )

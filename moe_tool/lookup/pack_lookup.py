@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,21 @@ from typing import Any
 import torch
 
 from moe_tool import __version__
+from moe_tool.artifacts.bundle_manifest import SkeletonTensor
+from moe_tool.artifacts.identity import ModelIdentity
 from moe_tool.artifacts.lookup_manifest import LookupManifest, RowForm
-from moe_tool.artifacts.row_tables import HashedBlocks, block_bytes_of
 from moe_tool.available_memory import peak_rss_bytes
-from moe_tool.errors import CorruptArtifactError, UnsupportedModelError, UsageError
+from moe_tool.errors import (
+    CorruptArtifactError,
+    MoeToolError,
+    StorageError,
+    UnsupportedModelError,
+    UsageError,
+)
 from moe_tool.formats.atomic_write import require_free_disk
-from moe_tool.formats.block_hashes import BlockHasher
-from moe_tool.formats.bundle_files import MANIFEST, safetensors_header
-from moe_tool.formats.json_artifact import write_json_artifact
-from moe_tool.formats.lookup_bundle import ROWS_FILE, ROWS_TENSOR, SKELETON_FILE, LookupBundle
-from moe_tool.formats.lookup_writer import HashedTensor, bundle_folder, write_file
+from moe_tool.formats.bundle_files import safetensors_header
+from moe_tool.formats.lookup_bundle import SKELETON_FILE, LookupBundle
+from moe_tool.formats.lookup_writer import HashedTensor, LookupSpec, LookupWriter
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.lookup.disk_rows import load_model
 from moe_tool.models.checkpoint_identity import checkpoint_identity
@@ -56,6 +61,8 @@ class LookupReport:
     row_bytes: int
     """Size of a row: what a new token reads"""
     form: RowForm
+    resumed_rows: int
+    """Rows taken over from an interrupted run"""
     proof_tokens: int
     """Tokens sent through checkpoint and bundle"""
     proof_kl: float
@@ -83,13 +90,15 @@ def pack_lookup(
 ) -> LookupReport:
     """Compile a MoLE into a lookup bundle; the table is never in memory, the model is, in float32.
 
+    An interrupted run is resumed when called again with the same arguments.
+
     Args:
         located: the checkpoint, whose experts are networks.
         bits: one of ROW_BITS.
         out: folder of the bundle.
 
     Raises:
-        UsageError: `out` is in use.
+        UsageError, WrongModelError: `out` is in use, or was begun with something else.
         UnsupportedModelError: the experts are a table already.
         CorruptArtifactError, NotFoundError: the checkpoint is damaged or incomplete.
         DiskFullError, StorageError: the disk refuses.
@@ -109,13 +118,16 @@ def pack_lookup(
         check_tensors(model, checkpoint, located.folder)
         codes = RowCodes(form=_form(bits, checkpoint), width=model.config.row_width)
         kept = [n for n in checkpoint.tensors if not any(part in n for part in _EXPERT_PARTS)]
-        needed = codes.row_bytes * model.config.vocab_size
-        needed += sum(checkpoint.tensors[name].size_bytes for name in kept)
-        require_free_disk(out.absolute().parent, needed)
-        load_tensors(model, checkpoint)
-        with bundle_folder(out) as folder:
-            manifest = _write(folder, located, checkpoint, kept, model, codes, progress)
-            kl = _prove(folder, model)
+        spec = LookupSpec(
+            identity=lookup_identity(located, checkpoint),
+            form=codes.form,
+            n_rows=model.config.vocab_size,
+            row_bytes=codes.row_bytes,
+            rows_at_once=max(1, _BLOCK_BYTES // (4 * codes.width)),
+        )
+        writer = LookupWriter.open(out, spec)
+        resumed = writer.n_rows
+        manifest, kl = _pack(writer, spec, located, checkpoint, kept, model, codes, progress)
         return LookupReport(
             bundle=out,
             bytes=sum(file.size_bytes for file in manifest.files),
@@ -123,6 +135,7 @@ def pack_lookup(
             table_bytes=manifest.table_bytes,
             row_bytes=manifest.row_bytes,
             form=manifest.form,
+            resumed_rows=resumed,
             proof_tokens=_PROOF_TOKENS,
             proof_kl=kl,
             seconds=time.perf_counter() - begun,
@@ -139,8 +152,62 @@ def _form(bits: str, checkpoint: Checkpoint) -> RowForm:
     return forms.get(experts.pop(), "F32") if len(experts) == 1 else "F32"
 
 
+def lookup_identity(located: LocatedModel, checkpoint: Checkpoint) -> ModelIdentity:
+    """Return the identity of a MoLE's checkpoint; reads routers and the norms outside experts.
+
+    Raises:
+        CorruptArtifactError, StorageError: a tensor cannot be read.
+    """
+    kept = [n for n in checkpoint.tensors if not any(part in n for part in _EXPERT_PARTS)]
+    return checkpoint_identity(
+        located.folder,
+        checkpoint,
+        name=located.name,
+        model_type=MODEL_TYPE,
+        hashed_tensors=[n for n in kept if "router" in n or "norm" in n],
+    )
+
+
+def _pack(
+    writer: LookupWriter,
+    spec: LookupSpec,
+    located: LocatedModel,
+    checkpoint: Checkpoint,
+    kept: list[str],
+    model: MoleForCausalLM,
+    codes: RowCodes,
+    progress: Progress,
+) -> tuple[LookupManifest, float]:
+    """Write what is missing of a bundle, prove it and give it its name; return its manifest and the
+    divergence from its checkpoint.
+
+    Rows stay for a resume where the disk or somebody interrupts, not where the checkpoint, or its
+    values in these bits, are refused.
+    """
+    try:
+        if writer.n_rows:
+            progress.note(f"resuming after {writer.n_rows} of {spec.n_rows} rows")
+        needed = (spec.n_rows - writer.n_rows) * spec.row_bytes
+        needed += sum(checkpoint.tensors[name].size_bytes for name in kept)
+        require_free_disk(writer.folder.absolute().parent, needed)
+        load_tensors(model, checkpoint)
+        if writer.is_complete:
+            manifest = writer.read_manifest()
+        else:
+            manifest = _write(writer, spec, located, checkpoint, kept, model, codes, progress)
+        return manifest, writer.finish(manifest, lambda folder: _prove(folder, model))
+    except BaseException as error:
+        is_refused = isinstance(error, MoeToolError) and not isinstance(error, StorageError)
+        if is_refused or not writer.n_rows:
+            writer.discard()
+        raise
+    finally:
+        writer.suspend()
+
+
 def _write(
-    folder: Path,
+    writer: LookupWriter,
+    spec: LookupSpec,
     located: LocatedModel,
     checkpoint: Checkpoint,
     kept: list[str],
@@ -148,9 +215,11 @@ def _write(
     codes: RowCodes,
     progress: Progress,
 ) -> LookupManifest:
-    """Write every file of a bundle, the manifest last."""
-    config = model.config
-    files, skeleton = [], []
+    """Write every file of a bundle but the manifest, which is returned."""
+    for rows in _rows(model, codes, writer.n_rows, spec.rows_at_once, progress):
+        writer.append(rows)
+    blocks = writer.end_rows()
+    skeleton: list[SkeletonTensor] = []
     infos = [checkpoint.tensors[name] for name in kept]
     header = safetensors_header([(i.name, i.dtype, i.shape, i.size_bytes) for i in infos])
 
@@ -161,25 +230,13 @@ def _write(
             yield from hashed
             skeleton.append(hashed.entry())
 
-    files.append(write_file(folder / SKELETON_FILE, tensors()))
-    shape = (config.vocab_size, codes.row_bytes)
-    block_bytes = block_bytes_of(math.prod(shape))
-    hasher = BlockHasher(block_bytes)
-    table = hasher.passed(_rows(model, codes, progress))
-    header_of_rows = safetensors_header([(ROWS_TENSOR, "U8", shape, math.prod(shape))])
-    files.append(write_file(folder / ROWS_FILE, _after(header_of_rows, table)))
+    writer.add_file(SKELETON_FILE, tensors())
     for name, data in companion_files(located.folder, located.tokenizer_folder):
-        content = _in_table_form(data) if name == "config.json" else data
-        files.append(write_file(folder / name, [content]))
-    manifest = LookupManifest(
+        writer.add_file(name, [_in_table_form(data) if name == "config.json" else data])
+    config = model.config
+    return LookupManifest(
         tool_version=__version__,
-        identity=checkpoint_identity(
-            located.folder,
-            checkpoint,
-            name=located.name,
-            model_type=MODEL_TYPE,
-            hashed_tensors=[n for n in kept if "router" in n or "norm" in n],
-        ),
+        identity=spec.identity,
         vocabulary=config.vocab_size,
         layers=config.num_hidden_layers,
         experts=config.num_experts,
@@ -187,25 +244,19 @@ def _write(
         form=codes.form,
         row_bytes=codes.row_bytes,
         skeleton=tuple(skeleton),
-        rows=HashedBlocks(block_bytes=block_bytes, xxh3=hasher.result()),
-        files=tuple(files),
+        rows=blocks,
+        files=tuple(writer.files),
     )
-    write_json_artifact(folder / MANIFEST, manifest)
-    return manifest
 
 
-def _after(header: bytes, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    yield header
-    yield from pieces
-
-
-def _rows(model: MoleForCausalLM, codes: RowCodes, progress: Progress) -> Iterator[bytes]:
-    """Yield the rows of the whole vocabulary, some at a time."""
+def _rows(
+    model: MoleForCausalLM, codes: RowCodes, first: int, at_once: int, progress: Progress
+) -> Iterator[bytes]:
+    """Yield the rows of the vocabulary from `first` on, some at a time."""
     vocabulary = model.config.vocab_size
-    n_block = max(1, _BLOCK_BYTES // (4 * codes.width))
-    progress.begin("write the rows", vocabulary, "rows")
-    for begin in range(0, vocabulary, n_block):
-        ids = torch.arange(begin, min(begin + n_block, vocabulary))
+    progress.begin("write the rows", vocabulary - first, "rows")
+    for begin in range(first, vocabulary, at_once):
+        ids = torch.arange(begin, min(begin + at_once, vocabulary))
         rows = expert_rows(model, ids)
         if not torch.isfinite(rows).all():
             raise CorruptArtifactError(

@@ -8,33 +8,26 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from moe_tool.allocator import return_freed_memory, trim
 from moe_tool.artifacts.run_result import StopReason
-from moe_tool.available_memory import (
-    anonymous_rss_bytes,
-    available_memory_bytes,
-    current_rss_bytes,
-    peak_rss_bytes,
-)
+from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.budget.request import MemoryRequest
-from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import UsageError
 from moe_tool.formats.lookup_bundle import LookupBundle
-from moe_tool.lookup.disk_rows import DiskRows, checked_model, load_model
-from moe_tool.lookup.lookup_account import LookupAccount, account_for, chunk_of
+from moe_tool.lookup.disk_rows import checked_model
+from moe_tool.lookup.lookup_account import chunk_of
+from moe_tool.lookup.open_lookup import OpenedLookup, open_lookup
 from moe_tool.models.generation_settings import read_generation_settings
 from moe_tool.models.kv_cache import new_kv_cache
 from moe_tool.models.mole.config import MoleConfig
-from moe_tool.models.mole.load_mole import largest_bytes, skeleton_bytes
 from moe_tool.models.mole.modeling import MoleForCausalLM
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.decoding_config import GenerateOptions, overridden
 from moe_tool.runtime.end_tokens import EndTokens, find_end_tokens, stop_reason, until_end
-from moe_tool.runtime.first_use import first_use_bytes, use_torch_once
 from moe_tool.runtime.prompts import encode_prompt
 from moe_tool.runtime.text_stream import OnText, TextStream
 from moe_tool.runtime.working_set import positions_within
+from moe_tool.store.throttle import Throttle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +73,13 @@ def run_lookup(
     context: int,
     threads: int | None,
     generation: GenerateOptions,
+    throttle: Throttle | None = None,
     on_text: OnText | None = None,
     progress: Progress = SILENT,
 ) -> LookupResult:
     """Open a lookup bundle for one prompt and generate; its table stays on disk.
+
+    Arguments are those of `open_lookup`.
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the context.
@@ -97,27 +93,16 @@ def run_lookup(
         tokenizer, prompt, raw=generation.raw, vocabulary=bundle.manifest.vocabulary
     )
     positions = _positions(checked_model(bundle).config, context, len(ids), generation.max_tokens)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads or threads_before)
-    try:
-        model, table, account = _load(bundle, memory, positions, progress)
-        try:
-            return _generate(
-                bundle,
-                model,
-                table,
-                account,
-                tokenizer,
-                ids,
-                generation,
-                on_text,
-                room=positions - len(ids),
-                progress=progress,
-            )
-        finally:
-            table.rows.close()
-    finally:
-        torch.set_num_threads(threads_before)
+    with open_lookup(
+        bundle,
+        memory=memory,
+        positions=positions,
+        threads=threads,
+        throttle=throttle,
+        progress=progress,
+    ) as opened:
+        room = positions - len(ids)
+        return _generate(opened, tokenizer, ids, generation, on_text, room=room, progress=progress)
 
 
 def _positions(config: MoleConfig, context: int, prompt_tokens: int, max_tokens: int) -> int:
@@ -131,51 +116,8 @@ def _positions(config: MoleConfig, context: int, prompt_tokens: int, max_tokens:
     return min(most, prompt_tokens + max_tokens)
 
 
-def _load(
-    bundle: LookupBundle, memory: MemoryRequest | None, positions: int, progress: Progress
-) -> tuple[MoleForCausalLM, DiskRows, LookupAccount]:
-    """Load a model into a budget; refuse one that is too small before anything large is read."""
-    return_freed_memory()
-    meta = checked_model(bundle)
-    skeleton = skeleton_bytes(meta)
-    largest = largest_bytes(meta)
-
-    def account(process_bytes: int) -> LookupAccount:
-        return account_for(
-            memory,
-            meta.config,
-            positions=positions,
-            process_bytes=process_bytes,
-            skeleton_bytes=skeleton,
-            loading_bytes=largest,
-            available_bytes=anonymous_rss_bytes() + available_memory_bytes(),
-        )
-
-    use_torch_once()
-    least = current_rss_bytes() + first_use_bytes(skeleton)
-    account(least)
-    progress.begin("load the skeleton", None, "")
-    model, table = load_model(bundle)
-    progress.end()
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
-        trim()
-        found = account(max(least, current_rss_bytes() - skeleton))
-    except BaseException:
-        table.rows.close()
-        raise
-    table.rows.bytes_read = 0
-    size = format_bytes(bundle.manifest.table_bytes)
-    progress.note(f"the experts' table stays on disk ({size}): rows are read as tokens need them")
-    return model, table, found
-
-
 def _generate(
-    bundle: LookupBundle,
-    model: MoleForCausalLM,
-    table: DiskRows,
-    account: LookupAccount,
+    opened: OpenedLookup,
     tokenizer: Any,
     ids: list[int],
     options: GenerateOptions,
@@ -184,6 +126,7 @@ def _generate(
     room: int,
     progress: Progress,
 ) -> LookupResult:
+    bundle, model, table = opened.bundle, opened.model, opened.table
     config = _decoding(bundle, model, tokenizer, options, room=room, progress=progress)
     stream = TextStream(tokenizer, on_text)
     torch.manual_seed(options.seed)
@@ -213,7 +156,7 @@ def _generate(
         row_bytes_read=table.rows.bytes_read,
         table_bytes_on_disk=bundle.manifest.table_bytes,
         form=bundle.manifest.form,
-        memory_budget_bytes=account.budget_bytes,
+        memory_budget_bytes=opened.account.budget_bytes,
         seconds_to_first_token=(stream.first_token_at or ended) - begun,
         seconds=ended - begun,
         peak_rss_bytes=peak_rss_bytes(),

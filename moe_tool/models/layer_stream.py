@@ -1,6 +1,6 @@
 """Forward pass through a model with one decoder layer in memory at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from moe_tool.models.moe_layers import (
     decoder_layers,
     decoder_prefix,
 )
-from moe_tool.models.row_tables import RowTable, find_tables, put_rows
+from moe_tool.models.row_tables import RowTable, put_rows, streamed_tables
 from moe_tool.models.skeleton import (
     LayerCall,
     hook_routers,
@@ -49,6 +49,9 @@ class StreamedLayer:
     """Modules of the MoE layer; None for a dense layer."""
     forward: Callable[[torch.Tensor], torch.Tensor]
     """Function of the layer on states [B, S, W], with experts by the experts function"""
+    forward_with_gradient: Callable[[torch.Tensor], torch.Tensor]
+    """Function of the layer like `forward`, differentiable by parameters that require a gradient"""
+    module: nn.Module
 
 
 class LayerStream:
@@ -91,8 +94,10 @@ class LayerStream:
         self.experts = ExpertSource(self.model, checkpoint)
         self.shape: MoeShape = read_shape(self.model, checkpoint)
         remove_experts(self.moe_layers)
-        self.on_disk = self._tables(rows) if dtype == torch.float32 else {}
+        self.on_disk: dict[str, RowTable] = {}
         """Embedding tables of which only rows are read, by parameter"""
+        if dtype == torch.float32:
+            self.on_disk = streamed_tables(self.model, self._map, checkpoint, rows)
         self._layer_targets = self._targets_by_layer()
         for parameter, table in self.on_disk.items():
             opened = TableRows.open_unhashed(table.parts)
@@ -148,7 +153,7 @@ class LayerStream:
         found = self._stop_at(0, tokens, None, lambda layer, hidden, *args, **kwargs: hidden)
         return _with_tokens(flow, flow.boundaries[0].pack(found), tokens)
 
-    def layers(self, start: int = 0) -> Iterator[StreamedLayer]:
+    def layers(self, start: int = 0) -> Generator[StreamedLayer, None, None]:
         """Yield the decoder layers from `start` on, each in memory until the next is requested."""
         for index, module in enumerate(decoder_layers(self.model)):
             if index < start:
@@ -157,10 +162,13 @@ class LayerStream:
                 self.model, self._map, self._checkpoint, self._layer_targets.get(index, [])
             )
             try:
+                forward = self._forward_of(index, module)
                 yield StreamedLayer(
                     layer=index,
                     moe=self._map.moe_layers.get(index),
-                    forward=self._forward_of(index, module),
+                    forward=torch.no_grad()(forward),
+                    forward_with_gradient=forward,
+                    module=module,
                 )
             finally:
                 self._drop(loaded)
@@ -173,6 +181,14 @@ class LayerStream:
         Raises:
             CorruptArtifactError: the largest is not finite; -inf masks a token.
         """
+        return self.logits_with_gradient(state)
+
+    def logits_with_gradient(self, state: torch.Tensor) -> torch.Tensor:
+        """Return `logits`, differentiable by the states and by parameters that require a gradient.
+
+        Raises:
+            CorruptArtifactError: the largest is not finite; -inf masks a token.
+        """
         flow = self.flow(state.shape[1])
         boundary = flow.boundaries[-1]
         tokens = _tokens_of(flow, boundary, state)
@@ -180,15 +196,9 @@ class LayerStream:
         stubs = [_Stub(layer, lambda *_, **__: last) for layer in decoder_layers(self.model)]
         with self._layers_replaced(stubs):
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        if not are_finite(logits.amax(dim=-1)):  # amax propagates NaN
+        if not are_finite(logits.detach().amax(dim=-1)):  # amax propagates NaN
             raise _not_finite("the head gives logits")
         return logits
-
-    def _tables(self, rows: RowsRequest) -> dict[str, RowTable]:
-        names = {name for name, _ in self.model.named_parameters()} & self._map.skeleton.keys()
-        held = {name: 4 * self.model.get_parameter(name).numel() for name in names}
-        found = find_tables(self.model, self._map, self._checkpoint, held=held, coded=())
-        return {name: found[name] for name in rows.choose({n: held[n] for n in found})}
 
     def _targets_by_layer(self) -> dict[int | None, list[str]]:
         """Group the skeleton's targets by decoder layer; None: routers, and all outside layers."""
@@ -207,15 +217,32 @@ class LayerStream:
             targets.setdefault(layer, []).append(target)
         return targets
 
+    def stored_name(self, parameter: str) -> str | None:
+        """Return the name on disk of a parameter in memory; None if it is not stored as it is."""
+        pieces = self._map.skeleton.get(parameter, [])
+        if len(pieces) != 1:
+            return None
+        stored = self._checkpoint.read(pieces[0].name)
+        held = self.model.get_parameter(parameter)
+        if stored.shape != held.shape or not torch.equal(stored.to(held), held):
+            return None
+        return pieces[0].name
+
+    def put(self, parameter: str, value: torch.Tensor) -> None:
+        """Let the model use another tensor for a parameter, until its layer is dropped."""
+        owner, _, leaf = parameter.rpartition(".")
+        self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(
+            value, requires_grad=value.requires_grad
+        )
+
     def _forward_of(self, index: int, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        @torch.no_grad()
         def forward(state: torch.Tensor) -> torch.Tensor:
             flow = self.flow(state.shape[1])
             before, after = flow.boundaries[index], flow.boundaries[index + 1]
             tokens = _tokens_of(flow, before, state)
             found = self._stop_at(index, tokens, before.unpack(state), nn.Module.__call__)
             output = after.pack(found)
-            if not are_finite(output):
+            if not are_finite(output.detach()):
                 raise _not_finite(f"layer {index} gives hidden states")
             return _with_tokens(flow, output, tokens)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_tool.budget.table_choice import RowsRequest
 from moe_tool.formats.safetensors_index import Checkpoint, TensorInfo
 from moe_tool.formats.table_rows import TableRows
 from moe_tool.models.tensor_map import TensorMap, tied_groups
@@ -64,6 +65,23 @@ def find_tables(
         if parts is not None:
             found[parameter] = RowTable(parts=parts, held_bytes=held[parameter])
     return found
+
+
+def streamed_tables(
+    model: PreTrainedModel, tensor_map: TensorMap, checkpoint: Checkpoint, rows: RowsRequest
+) -> dict[str, RowTable]:
+    """Return the tables of a checkpoint, loaded in float32, that a request leaves on disk.
+
+    Args:
+        model: a model on the meta device.
+        tensor_map: checked map of `model` and `checkpoint`.
+        checkpoint: a whole checkpoint.
+        rows: the request.
+    """
+    names = {name for name, _ in model.named_parameters()} & tensor_map.skeleton.keys()
+    held = {name: 4 * model.get_parameter(name).numel() for name in names}
+    found = find_tables(model, tensor_map, checkpoint, held=held, coded=())
+    return {name: found[name] for name in rows.choose({n: held[n] for n in found})}
 
 
 def put_rows(model: PreTrainedModel, parameter: str, rows: TableRows) -> None:

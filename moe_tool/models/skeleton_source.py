@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_tool.budget.table_choice import AUTO_ROWS
 from moe_tool.formats.safetensors_index import Checkpoint
 from moe_tool.models.moe_layers import MoeLayerModules
+from moe_tool.models.row_tables import streamed_tables
 from moe_tool.models.tensor_map import TensorMap, tied_groups
 
 _FLOATS = frozenset({"F32", "BF16", "F16"})
@@ -52,6 +54,11 @@ class SkeletonSource:
             math.prod(checkpoint.tensors[name].shape) for name in self.tensor_names
         )
         """Numbers in everything but the experts"""
+        tables = streamed_tables(model, tensor_map, checkpoint, AUTO_ROWS)
+        self.n_loaded = self.n_weights - sum(
+            math.prod(part.shape) for table in tables.values() for part in table.parts
+        )
+        """Numbers that a pass through the layers loads: of large tables it reads rows"""
         self.other_names: list[str] = self._sort(model)
         """Sorted names of tensors that are still needed when `groups` are quantized"""
 

@@ -395,10 +395,10 @@ PyObject* replay_two(PyObject*, PyObject* args) {
   Py_ssize_t calls_size, parameters_size;
   int eviction, per_layer;
   long long capacity, cheaper_capacity;
-  unsigned long long answers, uses, misses, cheaper_uses, cheaper_misses;
-  if (!PyArg_ParseTuple(args, "y#iy#LLpKKKKK", &calls_data, &calls_size, &eviction, &parameters,
-                        &parameters_size, &capacity, &cheaper_capacity, &per_layer, &answers, &uses,
-                        &misses, &cheaper_uses, &cheaper_misses))
+  unsigned long long answers, given, uses, misses, cheaper_uses, cheaper_misses;
+  if (!PyArg_ParseTuple(args, "y#iy#LLpKKKKKK", &calls_data, &calls_size, &eviction, &parameters,
+                        &parameters_size, &capacity, &cheaper_capacity, &per_layer, &answers, &given,
+                        &uses, &misses, &cheaper_uses, &cheaper_misses))
     return nullptr;
   moe::Calls calls;
   moe::Replay how{};
@@ -407,7 +407,9 @@ PyObject* replay_two(PyObject*, PyObject* args) {
     return nullptr;
   how.capacity = capacity, how.per_layer = per_layer;
   return without_gil([&] {
-    moe::replay_two(calls, how, {pointer<uint8_t>(answers), cheaper_capacity},
+    moe::replay_two(calls, how,
+                    {pointer<uint8_t>(answers), cheaper_capacity,
+                     const_cast<uint8_t*>(pointer<uint8_t>(given))},
                     {counts_at(uses), counts_at(misses), counts_at(cheaper_uses),
                      counts_at(cheaper_misses)});
   });

@@ -166,6 +166,7 @@ class Hobbit : public Ranked {
         halve_every_(how.parameters[4]),
         is_reset_(how.parameters[5]),
         of_own_(how.parameters[6]),
+        is_printed_(how.parameters[7]),
         is_cheaper_(how.is_cheaper),
         last_(ranks_.size(), 0),
         uses_(ranks_.size(), 0),
@@ -187,8 +188,10 @@ class Hobbit : public Ranked {
       }
       ++tokens_;
     }
-    for (int32_t l = 0; l < n_layers_; ++l)
-      layer_ranks_[l] = tokens_ * of_distance_ * (n_layers_ - turns_until(l) + 1);
+    for (int32_t l = 0; l < n_layers_; ++l) {
+      const int64_t until = turns_until(l);
+      layer_ranks_[l] = tokens_ * of_distance_ * (is_printed_ ? until : n_layers_ - until + 1);
+    }
   }
   void touch(int32_t key) { count(key, of_own_ || !is_cheaper_), place(key); }
   void add(int32_t key) { touch(key); }
@@ -209,7 +212,7 @@ class Hobbit : public Ranked {
       if (is_cached(int32_t(key))) place(int32_t(key));
   }
   int64_t of_last_, of_uses_, of_precise_, of_distance_, halve_every_, is_reset_, tokens_ = 0;
-  bool of_own_, is_cheaper_;
+  bool of_own_, is_printed_, is_cheaper_;
   std::vector<int64_t> last_, uses_, precise_;
 };
 
@@ -561,9 +564,11 @@ void replay_two_with(const Calls& calls, const Replay& how, const TwoForms& form
     high.clear(), low.clear();
     for (int64_t a = calls.start[c]; a < calls.start[c + 1]; ++a) {
       const int32_t key = calls.keys[a];
-      if (forms.answers[a] == kWhole || whole.has(key))
+      const uint8_t given = whole.has(key) ? uint8_t(kWhole) : forms.answers[a];
+      forms.given[a] = given;
+      if (given == kWhole)
         high.push_back(key);
-      else if (forms.answers[a] == kCheaper)
+      else if (given == kCheaper)
         low.push_back(key);
     }
     const uint16_t* const scores = calls.scores ? calls.scores + c * calls.n_experts : nullptr;

@@ -30,7 +30,7 @@ struct Calls {
 
 struct Replay {
   EvictionCode eviction;
-  int64_t parameters[7];
+  int64_t parameters[8];
   int64_t capacity;
   bool per_layer;  // every layer has its own equal part of the capacity
   const uint8_t* pinned;   // [n_layers * n_experts] or null
@@ -48,6 +48,7 @@ void replay(const Calls& calls, const Replay& how, const Counts& out);
 struct TwoForms {
   const uint8_t* answers;  // [n accesses] what answers if the primary form is not there, see below
   int64_t cheaper_capacity;
+  uint8_t* given;  // [n accesses] what did answer
 };
 enum Answer : uint8_t { kWhole, kCheaper, kNothing };
 struct TwoCounts {  // [n_calls] each

@@ -19,7 +19,7 @@ COMPILED = {
     "s3-fifo": 7,
 }
 """Eviction rules that are compiled, by name, with their codes in replay.h"""
-_N_PARAMETERS = 7
+_N_PARAMETERS = 8
 
 
 class Calls:
@@ -104,6 +104,7 @@ def compiled_replay_two(
     eviction: str,
     parameters: Sequence[int],
     answers: np.ndarray,
+    given: np.ndarray,
     *,
     capacity: int,
     cheaper_capacity: int,
@@ -114,7 +115,9 @@ def compiled_replay_two(
 
     Args:
         eviction: key of COMPILED.
-        answers: [A] uint8: 0 if the primary form answers, 1 if the cheaper one, 2 if nothing does.
+        answers: [A] uint8: what answers if the primary form is not cached: 0 that form, 1 the
+            cheaper one, 2 nothing.
+        given: [A] uint8, filled with what did answer.
         capacity, cheaper_capacity: slots of each.
         counts: uses, misses, cheaper uses and cheaper misses, [C] uint16 each, which are filled.
 
@@ -126,6 +129,8 @@ def compiled_replay_two(
     _require(min(capacity, cheaper_capacity) >= least, "a cache has no slot")
     _require(len(answers) == len(calls.trace.keys), "the answers have another number")
     wanted = np.ascontiguousarray(answers, np.uint8)
+    is_there = given.dtype == np.uint8 and given.flags.c_contiguous and len(given) == len(wanted)
+    _require(is_there, "there is no room for what did answer")
     for each in counts:
         fits = each.dtype == np.uint16 and each.shape == (calls.trace.n_calls,)
         _require(fits and each.flags.c_contiguous, "the counts do not fit")
@@ -137,6 +142,7 @@ def compiled_replay_two(
         cheaper_capacity,
         per_layer,
         _address(wanted),
+        _address(given),
         *map(_address, counts),
     )
 

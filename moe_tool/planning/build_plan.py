@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import Bits, PackPlan
-from moe_tool.artifacts.simulation_report import PrefetchRow, SimulatedRow
+from moe_tool.artifacts.simulation_report import CachePenalty, PrefetchRow, SimulatedRow
 from moe_tool.budget.request import MemoryRequest
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError
 from moe_tool.planning.allocate_bits import WIDTHS
-from moe_tool.planning.candidate import Candidate, EvictionReplays, PackedExperts
+from moe_tool.planning.cached_replica import replay_cached_replica, search_cached_replica
+from moe_tool.planning.candidate import (
+    Candidate,
+    EvictionReplays,
+    LossyAnswers,
+    PackedExperts,
+)
 from moe_tool.planning.choose import choose, out_of_reach
 from moe_tool.planning.eviction_replays import replay_evictions, replay_one
 from moe_tool.planning.lossy_answers import lossy_answers
@@ -21,6 +27,7 @@ from moe_tool.planning.model_costs import useful_widths
 from moe_tool.planning.packed_experts import mixed_experts, uniform_experts
 from moe_tool.planning.plan_notes import (
     bit_notes,
+    caches_note,
     eviction_note,
     kept_notes,
     limit_note,
@@ -61,6 +68,9 @@ class PlanReport:
     lru: SimulatedRow
     bound: SimulatedRow
     prefetch: PrefetchRow | None
+    penalties: tuple[CachePenalty, ...]
+    """Held-out penalties of caches of two forms: of HOBBIT with the weights found in-sample, then
+    of others; empty if no limit allows lossy answers, or none was found within it"""
     allocations: tuple[Allocation, ...]
     """Chosen widths for mixed bits, then controls with as many bits; else empty"""
     neighbours: tuple[Neighbour, ...]
@@ -92,11 +102,15 @@ def build_plan(
     candidates = []
     for experts in packed:
         exact = replay_evictions(sources, experts, str(request.memory), progress)
-        candidates += _candidates(sources, request, experts, exact, experts.memory.n_slots)
+        n_slots, cached = experts.memory.n_slots, None
+        if request.max_kl is not None:
+            cached = search_cached_replica(sources, experts, n_slots, max_kl=request.max_kl)
+        candidates += _candidates(sources, request, experts, exact, n_slots, cached)
     chosen = choose(candidates, max_kl=request.max_kl)
     if chosen is None:
         raise out_of_reach(candidates, sources, request)
     prefetch = _try_prefetch(sources, chosen)
+    judged = next((c for c in candidates if c.experts is chosen.experts and c.caches), None)
     plan = make_pack_plan(
         sources, hardware, request, chosen, prefetches=prefetch is not None and prefetch.pays
     )
@@ -106,9 +120,10 @@ def build_plan(
         lru=chosen.exact.lru,
         bound=chosen.exact.bound,
         prefetch=prefetch,
+        penalties=() if judged is None or judged.caches is None else judged.caches.penalties,
         allocations=chosen.experts.allocations,
         neighbours=tuple(_neighbours(sources, request, chosen)),
-        notes=(*notes, *_notes_of_choice(sources, request, chosen, prefetch)),
+        notes=(*notes, *_notes_of_choice(sources, request, chosen, judged, prefetch)),
         seconds=time.perf_counter() - began,
     )
 
@@ -162,10 +177,13 @@ def _candidates(
     experts: PackedExperts,
     exact: EvictionReplays,
     n_slots: int,
+    cached: LossyAnswers | None,
 ) -> list[Candidate]:
-    """Return the candidates for a number of slots: lossy ones if divergence is limited, and the
-    exact one last."""
+    """Return the candidates for a number of slots: lossy ones if divergence is limited, `cached`
+    among them, and the exact one last."""
     answers = [] if request.max_kl is None else lossy_answers(sources, experts, n_slots)
+    if cached is not None:
+        answers.append(cached)
     return [Candidate(experts=experts, exact=exact, lossy=each) for each in (*answers, None)]
 
 
@@ -183,11 +201,17 @@ def _try_prefetch(sources: PlanSources, chosen: Candidate) -> PrefetchRow | None
 
 
 def _notes_of_choice(
-    sources: PlanSources, request: PlanRequest, chosen: Candidate, prefetch: PrefetchRow | None
+    sources: PlanSources,
+    request: PlanRequest,
+    chosen: Candidate,
+    judged: Candidate | None,
+    prefetch: PrefetchRow | None,
 ) -> list[str]:
     if chosen.experts.bits == "mixed":
         return mixed_notes(chosen)
     notes = [] if request.max_kl is None else [limit_note(chosen)]
+    if judged is not None:
+        notes.append(caches_note(judged, is_chosen=judged is chosen))
     if chosen.lossy is None:
         notes += [*chosen.exact.notes, eviction_note(chosen)]
     notes += overhead_notes(chosen, len(sources.profile.header.shape.layers))
@@ -229,7 +253,12 @@ def _elsewhere(
     """Return the same choice with another number of slots; None if it cannot run in them."""
     experts = chosen.experts
     exact = replay_one(sources, experts, chosen.exact.choice, budget)
-    found = _candidates(sources, request, experts, exact or chosen.exact, budget.n_slots)
+    n_slots, cached = budget.n_slots, None
+    if chosen.lossy is not None and chosen.caches is not None:
+        cached = replay_cached_replica(
+            sources, experts, n_slots, policy=chosen.lossy.policy, eviction=chosen.caches.eviction
+        )
+    found = _candidates(sources, request, experts, exact or chosen.exact, n_slots, cached)
     if exact is None:
         found.pop()  # the policy cannot work with so few
     return choose(found, max_kl=request.max_kl) if found else None

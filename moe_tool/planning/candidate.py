@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moe_tool.artifacts.bit_prices import Allocation
 from moe_tool.artifacts.pack_plan import Bits, LayerBits, Quantizer
-from moe_tool.artifacts.simulation_report import SimulatedRow
+from moe_tool.artifacts.simulation_report import CachePenalty, SimulatedRow
 from moe_tool.budget.account import MemoryPlan
 from moe_tool.planning.model_costs import ModelCosts
 from moe_tool.policies.cheapest_residents import ResidentChoice
@@ -65,17 +65,31 @@ class EvictionReplays:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TwoCaches:
+    """Caches of a primary and of a cheaper form under one eviction policy."""
+
+    eviction: EvictionChoice
+    slots: tuple[int, int]
+    """Slots of the primary form and of the cheaper one"""
+    penalties: tuple[CachePenalty, ...]
+    """Held-out penalty of this eviction policy, then of those beside which it was judged"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossyAnswers:
-    """Replay of decoding with misses answered by price."""
+    """Replay of decoding with misses answered by something cheaper."""
 
     policy: MissChoice
     replicas: str
     """Cheaper forms to be packed, as `pack --replicas` takes them"""
     record_bytes: tuple[int, ...]
     """Record size of the primary form, then of each replica"""
-    residents: ResidentChoice
+    residents: ResidentChoice | None
+    """Experts that stay in memory; None: caches hold them"""
     replayed: ReplayedMisses
     tokens_per_second: float
+    caches: TwoCaches | None = None
+    """Caches that hold the experts; None: the residents are frozen"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +106,11 @@ class Candidate:
         """Predicted speed of decoding."""
         best = self.exact.rows[0]
         return best.tokens_per_second if self.lossy is None else self.lossy.tokens_per_second
+
+    @property
+    def caches(self) -> TwoCaches | None:
+        """Caches of two forms; None: one of primary records, or frozen residents."""
+        return None if self.lossy is None else self.lossy.caches
 
     @property
     def nats_per_token(self) -> float:

@@ -11,6 +11,7 @@ from moe_tool.artifacts.run_trace import RecordedCalls, RunTraceHeader
 from moe_tool.artifacts.simulation_report import PolicyHits, RunComparison
 from moe_tool.planning.model_costs import costs_of_bytes, timed_as
 from moe_tool.policies.eviction import Belady, EvictionChoice
+from moe_tool.policies.prefetch import parse_prefetch
 from moe_tool.simulator.naive_replay import naive_replay
 from moe_tool.simulator.run_trace import recorded_trace, replay_run
 from moe_tool.simulator.time_model import call_times, forward_seconds
@@ -80,7 +81,9 @@ def _policies(
             bytes_per_token=n_read * header.record_size_bytes / max(1, header.decode_tokens),
         )
 
-    for choice in choices:
+    # What a part of a layer foretells depends on who was in memory, so only this run has it.
+    others = () if parse_prefetch(header.prefetch).alpha is not None else choices
+    for choice in others:
         lacks_scores = "scores" in choice.hints and calls.scores is None
         lacks_guesses = "predictions" in choice.hints and not len(calls.guesses)
         capacity = header.n_slots - len(header.pinned)

@@ -41,9 +41,10 @@ def make_pack_plan(
         expert_bits=experts.expert_bits,
         quantizer=experts.quantizer,
         skeleton_bits=request.skeleton_bits,
-        eviction=candidate.exact.choice.name,
+        eviction=_eviction(candidate),
         prefetch="next-layer" if prefetches else "none",
         policy=None if lossy is None else lossy.policy.name,
+        residency=None if lossy is None or lossy.caches is None else "cache",
         replicas="" if lossy is None else lossy.replicas,
         max_kl=None if lossy is None else request.max_kl,
         forms=_forms(candidate),
@@ -66,13 +67,36 @@ def make_pack_plan(
     )
 
 
+def _eviction(candidate: Candidate) -> str:
+    lossy = candidate.lossy
+    if lossy is None or lossy.caches is None:
+        return candidate.exact.choice.name
+    return lossy.caches.eviction.name
+
+
 def _forms(candidate: Candidate) -> tuple[PlannedForm, ...]:
     """Return the experts in memory by form under a lossy policy."""
     lossy = candidate.lossy
     if lossy is None:
         return ()
     names = (candidate.experts.bits, *(each.name for each in replica_precisions(lossy.replicas)))
-    n_experts, price = candidate.experts.n_experts, lossy.policy.values["nats-per-mb"]
+    n_experts = candidate.experts.n_experts
+    if lossy.caches is not None:
+        return tuple(
+            PlannedForm(
+                role="replica" if at else "primary",
+                precision=name,
+                record_bytes=size,
+                resident=(),
+                n_disk_only=n_experts,
+                cached=slots,
+            )
+            for at, (name, size, slots) in enumerate(
+                zip(names, lossy.record_bytes, lossy.caches.slots, strict=True)
+            )
+        )
+    assert lossy.residents is not None, "without caches there are residents"
+    price = lossy.policy.values["nats-per-mb"]
     return tuple(
         PlannedForm(
             role="replica" if at else "primary",

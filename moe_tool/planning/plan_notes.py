@@ -56,6 +56,18 @@ def limit_note(candidate: Candidate) -> str:
     )
 
 
+def caches_note(candidate: Candidate, *, is_chosen: bool) -> str:
+    """Return a note on the caches of two forms."""
+    lossy, caches = candidate.lossy, candidate.caches
+    assert lossy is not None and caches is not None
+    found = (
+        f"caches of {candidate.experts.bits} and {lossy.replicas} bits under {lossy.policy.name}: "
+        f"{candidate.tokens_per_second:.2f} tokens/s at an expected KL of "
+        f"{candidate.nats_per_token:.2g}"
+    )
+    return f"{found}, as planned" if is_chosen else f"{found}; not chosen"
+
+
 def eviction_note(candidate: Candidate) -> str:
     """Return a note that compares the chosen eviction policy with others."""
     exact = candidate.exact

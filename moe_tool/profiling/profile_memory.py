@@ -88,11 +88,13 @@ def plan_profile_memory(
 
 def _layer_bytes(opened: OpenedModel) -> int:
     """Return the bytes of all experts of a layer as stored, of two of their matrices in float32
-    while they are priced, of the rest in float32, and of a tensor as it is decoded."""
+    while they are priced, of the rest in float32, and of a tensor as it is decoded.
+
+    Tables of which only rows are read are no part of a layer."""
     shape = opened.shape
     stored = layer_experts_bytes(opened.experts, shape)
     largest = max(tensor.n_weights for tensor in shape.expert_tensors)
-    skeleton = 4 * opened.skeleton.n_weights // shape.n_decoder_layers
+    skeleton = 4 * opened.skeleton.n_loaded // shape.n_decoder_layers
     return stored + 4 * 4 * largest + skeleton + opened.decode_bytes
 
 

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from moe_tool.artifacts.bit_prices import Allocation, BitPrices
 from moe_tool.artifacts.pack_plan import PackPlan, PlanLine
-from moe_tool.artifacts.simulation_report import SimulatedRow
+from moe_tool.artifacts.simulation_report import CachePenalty, SimulatedRow
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.reports.columns import columns
 
@@ -36,14 +36,24 @@ def forms_table(plan: PackPlan) -> Table:
     headings = ("form", "in memory", "on disk only", "one takes", "all of them")
     table = columns(*headings, ruled=False)
     for form in plan.forms:
-        held = len(form.resident)
+        held = form.cached or len(form.resident)
         table.add_row(
             form.precision,
-            str(held),
+            f"{held} cached" if form.cached else str(held),
             str(form.n_disk_only),
             format_bytes(form.record_bytes),
             format_bytes(held * form.record_bytes),
         )
+    return table
+
+
+def penalties_table(penalties: Sequence[CachePenalty]) -> Table:
+    """Return the penalty per token of each eviction policy, and the first one's against it."""
+    table = columns("eviction", "penalty/token", "the first against it", ruled=False)
+    first = penalties[0].reads_per_token
+    for each in penalties:
+        against = f"{first / each.reads_per_token - 1:+.1%}" if each.reads_per_token else "-"
+        table.add_row(each.eviction, f"{each.reads_per_token:.3f}", against)
     return table
 
 

@@ -40,6 +40,10 @@ class CallRecorder:
         self._guesses.append([self.ids.number(guess) for guess in guesses])
         self._scores.append(scores)
 
+    def add_guesses(self, guesses: Sequence[tuple[int, int]]) -> None:
+        """Add (layer, expert) predicted during the latest call, after it was recorded."""
+        self._guesses[-1] += [self.ids.number(guess) for guess in guesses]
+
     def begin_run(self) -> None:
         """Mark the beginning of a run: its counters start at zero."""
         self.n_calls_before = len(self._layer)

@@ -23,10 +23,12 @@ from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.eviction import gate_scores
 from moe_tool.policies.misses import MissPolicy
 from moe_tool.policies.misses.prune import token_importance
+from moe_tool.policies.prefetch import Prediction, fetch_predicted
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.foresight import Foresight, Guess
 from moe_tool.runtime.mask_scores import slot_worth
+from moe_tool.runtime.measured_costs import MeasuredCosts
 from moe_tool.runtime.partial_layer import PartialLayer
 from moe_tool.runtime.partial_sum import PartialSum
 from moe_tool.runtime.policy_choice import ChosenPolicy
@@ -77,6 +79,8 @@ class MoeLayerRunner:
     """Prefetcher that waits for the outputs of the experts in memory; at most one of both is set"""
     foresight: Foresight | None = None
     """Predictions for the eviction policy while decoding"""
+    costs: MeasuredCosts | None = None
+    """Times of reads and products, for policies that need them"""
     recorder: CallRecorder | None = None
     """Recorder of every call; None: no trace"""
     stats: RunStats = field(default_factory=RunStats)
@@ -214,6 +218,9 @@ class MoeLayerRunner:
                     guesses=[(guess.layer, e) for guess in guesses for e in guess.experts],
                 )
             ready = on_host(supplied)
+            if self.costs is not None and self.policy.policy.needs_costs and is_decode:
+                n_experts = len(self.record_bytes[call.layer][PRIMARY])
+                ready = self.costs.time_products(ready, lambda number: number >= n_experts)
             return ready if part is None else part.follow(ready, wanted)
 
         watch = None if part is None else part.add
@@ -229,9 +236,21 @@ class MoeLayerRunner:
 
         def expect(routed: torch.Tensor) -> None:
             at = PartialLayer(call=call, routed=routed)
-            prefetcher.expect(at, self.store, counters, stored=self.stored)
+            prefetcher.expect(
+                at, self.store, counters, stored=self.stored, heard=self._record_guess
+            )
 
         return PartialSum(call.hidden, self.store.resident(call.layer).reshape(-1), expect)
+
+    def _record_guess(self, predicted: Prediction) -> None:
+        """Record experts that were predicted from a part of the call's output."""
+        if self.recorder is None:
+            return
+        n_experts = len(self.record_bytes[predicted.layer][PRIMARY])
+        stored = self.stored.get(predicted.layer)
+        removed = np.zeros(n_experts, bool) if stored is None else ~stored.numpy()
+        experts = fetch_predicted(predicted.index, predicted.weight, removed)
+        self.recorder.add_guesses([(predicted.layer, expert) for expert in experts])
 
     def _prefetch_policy(self) -> MissPolicy | None:
         """Return the policy that chooses the forms of prefetches; None: they are read in full."""
@@ -248,6 +267,10 @@ class MoeLayerRunner:
             wanted,
             lambda selector: choose_channels(call.module, selector, call.hidden, sparsity),
         )
+
+    def _costs_ms(self) -> tuple[float, float] | None:
+        needs_costs = self.policy.policy.needs_costs
+        return self.costs.means_ms() if needs_costs and self.costs is not None else None
 
     def _scores(self, call: LayerCall) -> np.ndarray | None:
         """Return the router's scores [E] if eviction or the recorder needs them, else None."""
@@ -282,6 +305,7 @@ class MoeLayerRunner:
             sequence=np.repeat(np.arange(n_sequences), n_tokens // n_sequences),
             importance=importance,
             worth=worth,
+            costs_ms=self._costs_ms(),
         )
 
 

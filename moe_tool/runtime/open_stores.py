@@ -28,7 +28,7 @@ from moe_tool.store.form_stores import FormStores
 from moe_tool.store.protocol import ExpertStore
 from moe_tool.store.reader import Read
 from moe_tool.store.record_store import RecordStore
-from moe_tool.store.throttle import Throttle, ThrottledDisk
+from moe_tool.store.throttle import ThrottledDisk
 
 MakeStore = Callable[[BundleReader, tuple[FormRoom, ...], EvictionChoice], ExpertStore]
 """Function from a bundle, rooms in the order of `bundle.forms` and the eviction policy of primary
@@ -90,18 +90,26 @@ def open_stores(
     bundle: BundleReader,
     rooms: tuple[FormRoom, ...],
     eviction: EvictionChoice,
-    throttle: Throttle | None = None,
+    disk: ThrottledDisk | None = None,
+    time_reads: Callable[[Read], Read] | None = None,
 ) -> FormStores:
-    """Return one store for each form that has room in memory, all on one disk; see `MakeStore`."""
-    disk = None if throttle is None else ThrottledDisk(speed=throttle)
+    """Return one store for each form that has room in memory; see `MakeStore`.
+
+    Args:
+        disk: the slow disk that all of them pretend to read from; None: the real one.
+        time_reads: wraps reads of primary records to measure them; those of experts in channels,
+            which are read in part, are not measured.
+    """
+    n_primaries = len(bundle.manifest.primaries)
     in_step = any(room.in_step for room in rooms)
 
-    def read_of(form: int) -> Read | None:
-        read = partial(bundle.read_record_into, form=form)
-        return None if disk is None else disk.slow_down(read)
+    def read_of(form: int) -> Read:
+        read: Read = partial(bundle.read_record_into, form=form)
+        if disk is not None:
+            read = disk.slow_down(read)
+        return time_reads(read) if time_reads is not None and form < n_primaries else read
 
     shape = bundle.manifest.shape
-    n_primaries = len(bundle.manifest.primaries)
     cheaper = _open_cheaper(bundle, rooms[n_primaries:], eviction, read_of, in_step=in_step)
     primaries: list[ExpertStore] = []
     primary_of: dict[int, list[int | None]] = {
@@ -139,7 +147,7 @@ def _open_cheaper(
     bundle: BundleReader,
     rooms: tuple[FormRoom, ...],
     eviction: EvictionChoice,
-    read_of: Callable[[int], Read | None],
+    read_of: Callable[[int], Read],
     *,
     in_step: bool,
 ) -> dict[AnyPrecision, RecordStore]:

@@ -14,6 +14,7 @@ from moe_tool.models.layer_ahead import LayersAhead, pairs_of
 from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule
 from moe_tool.models.skeleton import LayerCall, Skeleton
+from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.misses.protocol import as_shares
 from moe_tool.policies.prefetch import Prediction, keep_top_scores, parse_prefetch
 from moe_tool.runtime.prefetcher import Prefetcher
@@ -73,27 +74,18 @@ def require_part(
     name: str,
     model: PreTrainedModel,
     layers: Sequence[MoeLayerModules],
-    *,
-    records_trace: bool = False,
 ) -> dict[int, RouterRule]:
     """Return the rules of the routers that `--prefetch partial` predicts; empty for other names.
 
     Args:
         name: text of --prefetch.
         model, layers: their tensors need not be loaded; layers ascend.
-        records_trace: whether the run is to be recorded.
 
     Raises:
-        UsageError: the model's layers or routers are of another form, or the run is recorded, whose
-            replay knows other predictions.
+        UsageError: the model's layers or routers are of another form.
     """
     if parse_prefetch(name).alpha is None:
         return {}
-    if records_trace:
-        raise UsageError(
-            f"--record-trace: a replay cannot know what --prefetch {name} predicts",
-            hint="--prefetch next-layer, or none",
-        )
     rules = {}
     for modules in pairs_of(model, layers).values():
         rule = router_rule(modules, model.config.get_text_config())
@@ -104,3 +96,17 @@ def require_part(
             )
         rules[modules.layer] = rule
     return rules
+
+
+def require_recordable(name: str, eviction: EvictionChoice) -> None:
+    """Refuse to record a run whose predictions are of two kinds.
+
+    Raises:
+        UsageError: prefetches and the eviction policy go by different predictions.
+    """
+    if parse_prefetch(name).alpha is not None and "predictions" in eviction.hints:
+        raise UsageError(
+            f"--record-trace: a trace has predictions of one kind, and --prefetch {name} goes by "
+            f"others than --eviction {eviction.name}",
+            hint="--prefetch next-layer, or --eviction lru",
+        )

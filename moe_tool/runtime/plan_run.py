@@ -26,7 +26,7 @@ from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.first_use import first_use_bytes
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
-from moe_tool.runtime.partial_layer import require_part
+from moe_tool.runtime.partial_layer import require_part, require_recordable
 from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
 from moe_tool.runtime.prefetcher import require_prefetch
 from moe_tool.runtime.quality_promise import quality_note
@@ -38,6 +38,7 @@ from moe_tool.runtime.run_options import (
     default_rows,
 )
 from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, require_sparse
+from moe_tool.runtime.stacked_gates import gate_bytes
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
 _LOSSY_PROMPT = (
@@ -128,15 +129,15 @@ def plan_run(
     """
     manifest = bundle.manifest
     choice = options.policy or default_policy(manifest)
-    residency = options.residency or default_residency(choice)
+    residency = options.residency or default_residency(choice, manifest)
     _check(options, choice, residency, manifest)
     require_sparse(options, choice, bundle)
     require_activations(options.activations, manifest.primaries)
     followed = follow_plan(options, manifest.plan, residency)
     require_prefetch(followed.prefetch, residency=residency)
-    require_part(
-        followed.prefetch, skeleton.model, skeleton.layers, records_trace=options.record_trace
-    )
+    require_part(followed.prefetch, skeleton.model, skeleton.layers)
+    if options.record_trace:
+        require_recordable(followed.prefetch, followed.eviction)
     workload = _workload(options, choice, skeleton.config.get_text_config())
     account = partial(_footprint, options, followed, bundle, skeleton, workload)
     rows = options.rows or default_rows(manifest)
@@ -269,6 +270,8 @@ def follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency
         if eviction is None and residency != "frozen":
             eviction = parse_eviction(plan.eviction)
             words.append(f"eviction {plan.eviction}")
+        if options.residency is None and plan.residency == residency and options.policy is None:
+            words.append(f"residency {residency}")
         if prefetch is None and residency != "frozen":
             prefetch = plan.prefetch
             words.append(f"prefetch {prefetch}")
@@ -320,13 +323,14 @@ def _workload(options: RunOptions, policy: MissChoice, config: Any) -> Workload:
     )
 
 
-def _beside(bundle: BundleReader, eviction: EvictionChoice, caller_bytes: int) -> dict[str, int]:
+def _beside(bundle: BundleReader, followed: Followed, caller_bytes: int) -> dict[str, int]:
     """Return the memory that a run holds beside the model, bytes by name."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
-    pruning = manifest.pruning
+    pruning, eviction = manifest.pruning, followed.eviction
     return {
         "channel selectors": bundle.selector_bytes,
         "caller workspace": caller_bytes,
+        "stacked gates": gate_bytes(followed.prefetch, shape),
         f"eviction state of {eviction.spec.name}": eviction.notes_bytes(
             n_layers=len(shape.layers), n_experts=shape.experts
         ),
@@ -356,7 +360,7 @@ def _footprint(
             workload,
             process_bytes=0,
             skeleton_bytes=held_bytes,
-            beside=_beside(bundle, eviction, options.caller_bytes),
+            beside=_beside(bundle, followed, options.caller_bytes),
         ),
         loading_bytes=held_bytes + skeleton.largest_without(on_disk),
         experts=expert_rooms(bundle.manifest, per_layer=eviction.per_layer),

@@ -11,6 +11,7 @@ from moe_tool.artifacts.routing import PRIMARY
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.errors import UsageError
 from moe_tool.models.moe_layers import MoeLayerModules
+from moe_tool.models.router_rule import RouterRule
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.misses import MissPolicy
 from moe_tool.policies.prefetch import (
@@ -20,6 +21,7 @@ from moe_tool.policies.prefetch import (
     choose_prefetches,
     parse_prefetch,
 )
+from moe_tool.runtime.stacked_gates import StackedPredictor, stack_gates
 from moe_tool.store.protocol import ExpertStore
 
 Input = TypeVar("Input")
@@ -67,6 +69,7 @@ class Prefetcher(Generic[Input]):
         *,
         stored: Mapping[int, torch.Tensor],
         policy: MissPolicy | None = None,
+        heard: Callable[[Prediction], None] | None = None,
     ) -> None:
         """Prefetch the experts predicted for the next layers, once the call's demanded reads have
         begun; changes the store and counts prefetches.
@@ -75,8 +78,11 @@ class Prefetcher(Generic[Input]):
             at: what the predictor predicts from.
             stored: decoder layer -> experts in the bundle, [E] bool; empty if none was removed.
             policy: chooses the forms to read; None: every predicted expert is read in full.
+            heard: told of every prediction that was asked for.
         """
         predictions = self.predictor.predict(at)
+        if heard is not None:
+            predictions = _told(predictions, heard)
         if policy is not None:
             predictions = _answered(predictions, policy, store, stored)
 
@@ -91,6 +97,14 @@ class Prefetcher(Generic[Input]):
             store.prefetch(wanted.layer, wanted.experts, spare=wanted.spare, counters=counters)
 
 
+def _told(
+    predictions: Iterator[Prediction], heard: Callable[[Prediction], None]
+) -> Iterator[Prediction]:
+    for each in predictions:
+        heard(each)
+        yield each
+
+
 def _answered(
     predictions: Iterator[Prediction],
     policy: MissPolicy,
@@ -103,13 +117,23 @@ def _answered(
         yield answer_prediction(each, policy, resident=resident, stored=there)
 
 
-def choose_prefetcher(name: str, layers: Sequence[MoeLayerModules]) -> Prefetcher[LayerCall] | None:
+def choose_prefetcher(
+    name: str, layers: Sequence[MoeLayerModules], rules: Mapping[int, RouterRule]
+) -> Prefetcher[LayerCall] | None:
     """Return the prefetcher of a `--prefetch` text that predicts from a layer's input; None for
-    other texts. `layers` ascend."""
+    other texts. Routers of several layers are asked by one product where they can be stacked.
+
+    Args:
+        layers: every MoE layer, ascending, with its tensors loaded.
+        rules: decoder layer -> router rule; empty if the rule is unknown.
+    """
     choice = parse_prefetch(name)
     depth = choice.depth
     if not depth or choice.alpha is not None:
         return None
+    gates = stack_gates(layers, rules) if depth > 1 else None
+    if gates is not None:
+        return Prefetcher(predictor=StackedPredictor(gates=gates, depth=depth))
     following = {each.layer: layers[at + 1 : at + 1 + depth] for at, each in enumerate(layers)}
     return Prefetcher(predictor=RouterPredictor(following=following))
 

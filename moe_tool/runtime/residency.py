@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.expert_ids import ExpertKey
-from moe_tool.budget.slots import ExpertRoom, bytes_of_slots, min_slots, slots_within
+from moe_tool.budget.slots import (
+    ExpertRoom,
+    bytes_of_slots,
+    min_slots,
+    slots_beside,
+    slots_within,
+)
 from moe_tool.policies.cheapest_residents import cheapest_residents
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.hot_set import hottest_first, n_pinned
@@ -171,13 +177,17 @@ def _two_precisions(
     if form > len(manifest.cheaper):
         return None
     low, rooms = manifest.cheaper[form - 1], expert_rooms(manifest)
-    total = bytes_of_slots(slots, rooms)
     free = max(n_least, n_slots_min(manifest))
-    n_low = max(free, int(choice.values["part"] * total) // low.record_size_bytes)
-    low_bytes = n_low * low.record_size_bytes
-    high_slots = slots_within(total - low_bytes, rooms)
-    if bytes_of_slots(high_slots, rooms) + low_bytes > total:
+    shared = slots_beside(
+        bytes_of_slots(slots, rooms),
+        rooms,
+        low.record_size_bytes,
+        part=choice.values["part"],
+        n_least=free,
+    )
+    if shared is None:
         return None
+    high_slots, n_low = shared
     found = list(hottest_rooms(manifest, high_slots, share=1.0))
     high = {key for room in found for key in room.pinned}
     stored = low.experts

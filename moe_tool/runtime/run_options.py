@@ -107,7 +107,10 @@ def default_rows(manifest: BundleManifest) -> RowsRequest:
     return AUTO_ROWS if tables is None else parse_rows(tables.rows)
 
 
-def default_residency(policy: MissChoice) -> Residency:
-    """Return cache residency for exact answers, frozen for lossy ones, so that a run is a function
-    of its inputs."""
+def default_residency(policy: MissChoice, manifest: BundleManifest) -> Residency:
+    """Return cache residency for exact answers, and for a policy that the bundle was planned with
+    in caches; frozen for other lossy ones, so that a run is a function of its inputs."""
+    plan = manifest.plan
+    if plan is not None and plan.residency is not None and policy.name == plan.policy:
+        return plan.residency
     return "cache" if policy == EXACT_POLICY else "frozen"

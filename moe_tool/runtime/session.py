@@ -1,6 +1,5 @@
 """Session: a model ready to generate from a bundle within a memory budget; Python API of `run`."""
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.attention_sums import AttentionSums
 from moe_tool.models.bundle_skeleton import bundle_loader, open_bundle_skeleton
@@ -31,8 +29,10 @@ from moe_tool.policies.prefetch import parse_prefetch
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.call_recorder import CallRecorder
+from moe_tool.runtime.finite_logits import require_finite_logits
 from moe_tool.runtime.first_use import use_torch_once
 from moe_tool.runtime.foresight import Foresight, foresee
+from moe_tool.runtime.measured_costs import MeasuredCosts
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
 from moe_tool.runtime.partial_layer import choose_part_prefetcher
@@ -43,6 +43,7 @@ from moe_tool.runtime.price_list import record_sizes
 from moe_tool.runtime.quality_promise import open_account
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.shadow import Shadow
+from moe_tool.store.throttle import ThrottledDisk
 
 _WARM_UP_TOKENS = 2
 
@@ -170,13 +171,7 @@ class Session:
             self.runner.is_shadow = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not math.isfinite(output.logits.amax().item()):  # amax propagates NaN; -inf is a mask
-            raise CorruptArtifactError(
-                f"the model of {self.bundle.folder} gives logits that are not finite, from which "
-                "nothing can be predicted",
-                hint=f"moe-tool inspect {self.bundle.folder} --verify tells whether the bundle is "
-                "damaged; if it is intact, download the checkpoint again and pack it",
-            )
+        require_finite_logits(output.logits, self.bundle.folder)
         if self.shadow is not None and not self.runner.is_shadow:
             divergence = self.shadow.compare(output.logits[:, -1])
             if divergence is not None:
@@ -237,8 +232,10 @@ def load_session(
     use_torch_once()
     if tokenizer is None:
         tokenizer = load_tokenizer(bundle.folder)
-    if options.throttle is not None and make_store is open_stores:
-        make_store = partial(open_stores, throttle=options.throttle)
+    costs = MeasuredCosts()
+    if make_store is open_stores:
+        disk = _slow_disk(bundle, options)
+        make_store = partial(open_stores, disk=disk, time_reads=costs.time_reads)
     with open_bundle_skeleton(bundle) as checkpoint:
         loader = bundle_loader(bundle, checkpoint)
         plan = plan_run(
@@ -262,6 +259,7 @@ def load_session(
     _announce(plan, bundle, progress)
     round_tokens(options.activations == "int8")
     runner = _runner(plan, bundle, skeleton, make_store)
+    runner.costs = costs
     if manifest.selectors:
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)
@@ -276,6 +274,15 @@ def load_session(
         torch_threads_before=torch_threads_before,
         shadow=Shadow(every=options.shadow) if is_shadowed else None,
     )
+
+
+def _slow_disk(bundle: BundleReader, options: RunOptions) -> ThrottledDisk | None:
+    """Return the disk that experts and rows of tables pretend to read from; None: the real one."""
+    if options.throttle is None:
+        return None
+    disk = ThrottledDisk(speed=options.throttle)
+    bundle.tables.pace = disk.paced
+    return disk
 
 
 def _reachable_bytes() -> int:
@@ -305,7 +312,7 @@ def _runner(
         residency=plan.residency,
         policy=plan.policy,
         sparsity=plan.options.sparse_experts,
-        prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers),
+        prefetcher=choose_prefetcher(plan.prefetch, skeleton.layers, plan.policy.rules),
         part_prefetcher=choose_part_prefetcher(plan.prefetch, skeleton),
         foresight=_foresight(skeleton, plan),
         recorder=CallRecorder(ids=LayerIds(shape.layers, shape.experts))
@@ -322,8 +329,10 @@ def _runner(
 
 def _foresight(skeleton: Skeleton, plan: RunPlan) -> Foresight | None:
     """Return the foresight that the eviction policy or a trace needs; None if neither does."""
-    traced = parse_prefetch(plan.prefetch).depth if plan.options.record_trace else 0
-    depth = max(plan.eviction.look_ahead, traced)
+    prefetch = parse_prefetch(plan.prefetch)
+    # From a part of a layer the prefetcher predicts itself, and its predictions are recorded.
+    is_traced = plan.options.record_trace and prefetch.alpha is None
+    depth = max(plan.eviction.look_ahead, prefetch.depth if is_traced else 0)
     return foresee(skeleton.layers, depth=depth) if depth else None
 
 

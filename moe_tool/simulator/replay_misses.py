@@ -56,7 +56,7 @@ def replay_misses(
     hits = slots = otherwise = 0
     for layer in profile.header.shape.layers:
         held, sizes = resident[layer], book.layers[layer].record_bytes
-        routing = _routing(profile, layer, rows, stored=sizes[PRIMARY] > 0)
+        routing = recorded_routing(profile, layer, rows, stored=sizes[PRIMARY] > 0)
         answers = policy.decide(routing, held)
         nats += book.spent(routing, answers)
         is_read = answers.present & ~held[answers.form, answers.expert]
@@ -90,9 +90,11 @@ def resident_masks(
     return masks
 
 
-def _routing(
+def recorded_routing(
     profile: ProfileReader, layer: int, rows: np.ndarray, *, stored: np.ndarray
 ) -> Routing:
+    """Return a layer's routing of tokens, each a sequence of its own, `stored` the experts [E] that
+    there are."""
     trace = profile.trace(layer)
     logits = trace.router_logits[rows]
     score = logits if trace.selection_score is None else trace.selection_score[rows]

@@ -52,14 +52,16 @@ class RecordReader:
     """Background reader, called by one consumer thread.
 
     Demanded records are read in order. Prefetches run one at a time, begin only while no demanded
-    read is queued or running, and are read piece by piece, so that a dropped one stops after the
-    current piece.
+    read is queued or running, and are read piece by piece: after each piece a dropped one stops,
+    and any other waits until no demanded read is queued or running. Its thread reads the demanded
+    records meanwhile, so that they have all readers.
     """
 
     def __init__(self, read: Read, *, n_readers: int) -> None:
         self._read = read
         self._threads = ThreadPoolExecutor(n_readers, thread_name_prefix="expert-reader")
-        self._lock = threading.Lock()  # over the queues, the jobs' states, and the byte count
+        # Over the queues, the jobs' states, and the byte count; notified of every change.
+        self._lock = threading.Condition()
         self._demanded: deque[Job] = deque()
         self._hoped_for: deque[Job] = deque()
         self._running: list[Job] = []
@@ -86,6 +88,7 @@ class RecordReader:
         self._under_way[key] = job
         with self._lock:
             self._demanded.append(job)
+            self._lock.notify_all()
         self._threads.submit(self._work)
 
     def prefetch(self, key: ExpertKey, out: torch.Tensor, *, n_there: int = 0) -> None:
@@ -112,6 +115,7 @@ class RecordReader:
                 self._demanded.append(job)
             elif job.state == "done":
                 self._arrivals.put(job)
+            self._lock.notify_all()
         self._under_way[key] = job
         self._threads.submit(self._work)
         return False
@@ -124,6 +128,7 @@ class RecordReader:
             job.is_dropped = True
             if job.state == "queued":
                 self._hoped_for.remove(job)
+            self._lock.notify_all()
 
     def take_prefetched_bytes(self) -> int:
         """Return the bytes read by prefetches, claimed ones included, since the last call."""
@@ -145,6 +150,7 @@ class RecordReader:
         under_way, self._under_way = self._under_way, {}
         with self._lock:
             self._demanded.clear()
+            self._lock.notify_all()
             begun = [job for job in under_way.values() if job.state != "queued"]
         for job in begun:
             job.end.wait()
@@ -161,31 +167,57 @@ class RecordReader:
     def _work(self) -> None:
         """Run jobs while one may begin."""
         while (job := self._next_job()) is not None:
-            try:
-                self._run(job)
-            except BaseException as error:  # raised by the consumer with the arrival
-                job.error = error
-            with self._lock:
-                self._running.remove(job)
-                job.state = "done"
-                if job.arrivals is not None:
-                    job.arrivals.put(job)
-            job.end.set()
+            self._complete(job)
+
+    def _complete(self, job: Job) -> None:
+        try:
+            self._run(job)
+        except BaseException as error:  # raised by the consumer with the arrival
+            job.error = error
+        with self._lock:
+            self._running.remove(job)
+            job.state = "done"
+            if job.arrivals is not None:
+                job.arrivals.put(job)
+            self._lock.notify_all()
+        job.end.set()
 
     def _next_job(self) -> Job | None:
         with self._lock:
-            # Memory of a dropped prefetch stays busy until its worker comes here.
-            busy = {each.out.data_ptr() for each in self._running if each.is_dropped}
-            job = next((job for job in self._demanded if job.out.data_ptr() not in busy), None)
-            if job is not None:
-                self._demanded.remove(job)
-            elif self._hoped_for and not self._running and not self._demanded:
-                job = self._hoped_for.popleft()
-            else:
-                return None
+            job = self._next_demanded()
+            if job is not None or self._demanded or self._running or not self._hoped_for:
+                return job
+            job = self._hoped_for.popleft()
             job.state = "running"
             self._running.append(job)
         return job
+
+    def _next_demanded(self) -> Job | None:
+        """Begin the next demanded read whose memory is free; the lock is held."""
+        # Memory of a dropped prefetch stays busy until its worker is done with it.
+        busy = {each.out.data_ptr() for each in self._running if each.is_dropped}
+        job = next((job for job in self._demanded if job.out.data_ptr() not in busy), None)
+        if job is not None:
+            self._demanded.remove(job)
+            job.state = "running"
+            self._running.append(job)
+        return job
+
+    def _give_way(self, prefetch: Job) -> bool:
+        """Read what is demanded and wait for the other readers, unless the prefetch is demanded
+        itself by now or dropped; return whether it goes on."""
+        while True:
+            with self._lock:
+                while True:
+                    if prefetch.is_dropped or prefetch.arrivals is not None:
+                        return not prefetch.is_dropped
+                    job = self._next_demanded()
+                    if job is not None:
+                        break
+                    if not self._demanded and len(self._running) == 1:
+                        return True
+                    self._lock.wait()
+            self._complete(job)
 
     def _run(self, job: Job) -> None:
         if not job.is_prefetch:
@@ -193,10 +225,16 @@ class RecordReader:
             job.n_bytes = job.out.numel() - job.n_there if n_bytes is None else n_bytes
             return
 
+        n_left = job.out.numel() - job.n_there
+
         def go_on(n_bytes: int) -> bool:
+            nonlocal n_left
+            n_left -= n_bytes
             with self._lock:
                 self._prefetched_bytes += n_bytes
-                return not job.is_dropped
+                if n_left <= 0:  # nothing is left to wait for
+                    return not job.is_dropped
+            return self._give_way(job)
 
         if job.arrivals is None:
             self._read(*job.key, job.out, n_there=job.n_there, go_on=go_on)

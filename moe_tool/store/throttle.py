@@ -4,7 +4,8 @@ what a slow one would."""
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,8 @@ class Throttle:
 
     def describe(self) -> str:
         latency = f" and {self.latency_s * 1e6:.0f} us a request" if self.latency_s else ""
-        return f"reads of experts are slowed to {format_bytes(self.bytes_per_s)}/s{latency}"
+        speed = format_bytes(self.bytes_per_s)
+        return f"reads of experts and of rows of tables are slowed to {speed}/s{latency}"
 
 
 def parse_throttle(text: str) -> Throttle:
@@ -75,6 +77,13 @@ class ThrottledDisk:
         if (left := end - self.clock()) > 0:
             self.sleep(left)
 
+    @contextmanager
+    def paced(self, n_bytes: int) -> Iterator[None]:
+        """Let a read of `n_bytes` inside the block take as long as the slow disk needs for it."""
+        since = self.clock()
+        yield
+        self.wait(n_bytes, since=since)
+
     def slow_down(self, read: Read) -> Read:
         """Return a function that reads as `read` does, at the slow disk's pace, piece by piece
         where a read can be cancelled."""
@@ -97,8 +106,9 @@ class ThrottledDisk:
             def go_on_slowly(n_bytes: int) -> bool:
                 nonlocal since, is_first
                 self.wait(n_bytes, since=since, is_first=is_first)
+                is_on = go_on(n_bytes)  # which may let other reads pass first
                 since, is_first = self.clock(), False
-                return go_on(n_bytes)
+                return is_on
 
             return read(layer, expert, out, n_there=n_there, go_on=go_on_slowly)
 

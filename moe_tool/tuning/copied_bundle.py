@@ -1,38 +1,56 @@
-"""Copy of a bundle with new codes for some experts."""
+"""Copy of a bundle with new codes for some experts, and new floats beside them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, TunedWeights
-from moe_tool.artifacts.bundle_sections import ROW_TABLES
-from moe_tool.formats.bundle_checks import BundleForm
-from moe_tool.formats.bundle_files import SkeletonEntry
+from moe_tool.artifacts.bundle_sections import ROW_TABLES, TUNED_FLOATS, Section, TunedFloats
+from moe_tool.formats.atomic_write import storage_errors
+from moe_tool.formats.bundle_checks import BundleForm, skeleton_parts
+from moe_tool.formats.bundle_files import SkeletonEntry, partial_folder
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.bundle_spec import BundleSpec, FormPlan
 from moe_tool.formats.bundle_writer import BundleWriter
 from moe_tool.progress import Progress
 from moe_tool.quantization.weights import ExpertWeights
 
+_STATE = ".floats-training.safetensors"
+"""File of a training of norms and routers under way"""
+
 
 class CopiedBundle:
     """Old bundle and the new one being written. The creator has to suspend `writer`."""
 
-    def __init__(self, old: BundleReader, out: Path, step: TunedWeights) -> None:
+    def __init__(
+        self,
+        old: BundleReader,
+        out: Path,
+        step: TunedWeights,
+        *,
+        beside: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
         """Begin or resume the new bundle.
 
         Args:
             old: stays open and owned by the caller.
             step: change of the codes; a folder with another one is refused.
+            beside: options of what is trained beside the codes; likewise.
 
         Raises:
             UsageError, WrongModelError, CorruptArtifactError, StorageError: as `BundleWriter.open`.
         """
         manifest = old.manifest
         self._old = old
+        self._out = out
         self._step = step
+        self._floats: dict[str, torch.Tensor] = {}
+        """Float weights that replace the skeleton's, float32 by tensor name"""
+        # The skeleton is copied but for norms and routers, so its tables have the same blocks.
+        self._sections = {n: manifest.sections[n] for n in (ROW_TABLES,) if n in manifest.sections}
         order = [(record.layer, record.expert) for record in manifest.primary_records]
         self.writer = BundleWriter.open(
             out,
@@ -46,7 +64,10 @@ class CopiedBundle:
                 ),
                 removed=frozenset(manifest.removed),
                 made_from=manifest.made_from
-                | {f"tune.{key}": _said(value) for key, value in step.model_dump().items()},
+                | {
+                    f"tune.{key}": _said(value)
+                    for key, value in (step.model_dump() | dict(beside)).items()
+                },
             ),
         )
 
@@ -93,6 +114,16 @@ class CopiedBundle:
         eps = self._old.record_entry(layer, expert, form=form).eps
         self.writer.write_record(form, layer, expert, record, eps=eps)
 
+    @property
+    def training_state(self) -> Path:
+        """File of an interrupted training of norms and routers."""
+        return partial_folder(self._out) / _STATE
+
+    def keep_floats(self, values: Mapping[str, torch.Tensor], verdict: TunedFloats) -> None:
+        """Replace tensors of the skeleton, float32 by name, and say what they are worth."""
+        self._floats = dict(values)
+        self._sections[TUNED_FLOATS] = Section(required=False, body=verdict.model_dump(mode="json"))
+
     def finish(self, progress: Progress) -> BundleManifest:
         """Copy everything but the experts, write the manifest and give the bundle its name.
 
@@ -106,22 +137,26 @@ class CopiedBundle:
             for file in old.files:
                 if not file.name.endswith(".safetensors"):
                     self.writer.add_file(file.name, (self._old.folder / file.name).read_bytes())
-        return self.writer.finish(
+        manifest = self.writer.finish(
             heat=old.heat,
             buddies=old.buddies,
             prices=old.prices,
             plan=old.plan,
             lineage=(*old.lineage, self._step),
-            # The skeleton is copied, so its tables have the same blocks.
-            sections={n: old.sections[n] for n in (ROW_TABLES,) if n in old.sections},
+            sections=self._sections,
             profile_sha256=old.profile_sha256,
         )
+        with storage_errors(self._out):
+            (self._out / _STATE).unlink(missing_ok=True)
+        return manifest
 
     def _copy_skeleton(self, progress: Progress) -> None:
         with self._old.open_skeleton() as skeleton:
             # Names keep the order of the old files, which need not be alphabetical.
             entries = [
-                SkeletonEntry(
+                self._float_entry(each.name)
+                if each.name in self._floats
+                else SkeletonEntry(
                     name=each.name,
                     dtype=skeleton.tensors[each.name].dtype,
                     shape=skeleton.tensors[each.name].shape,
@@ -129,12 +164,21 @@ class CopiedBundle:
                 )
                 for each in self._old.manifest.skeleton
             ]
+            codes = {part.name for part in skeleton_parts(self._old.manifest)}
             progress.begin("copy the skeleton", sum(e.size_bytes for e in entries), "bytes")
 
-            def read(name: str) -> Iterator[bytes]:
-                data = skeleton.read_bytes(name)
-                progress.advance(len(data))
-                yield data
+            def pieces(name: str) -> Iterable[bytes | memoryview]:
+                if name in self._floats:
+                    return (self._floats[name].contiguous().numpy().tobytes(),)
+                # A table may be larger than memory. Parts of codes are small, and looked at too.
+                if name in codes:
+                    return (skeleton.read_bytes(name),)
+                return self._old.tables.stream(name)
+
+            def read(name: str) -> Iterator[bytes | memoryview]:
+                for piece in pieces(name):
+                    progress.advance(len(piece))
+                    yield piece
 
             self.writer.write_skeleton(
                 entries,
@@ -143,6 +187,13 @@ class CopiedBundle:
                 linears=self._old.manifest.skeleton_linears,
             )
             progress.end()
+
+    def _float_entry(self, name: str) -> SkeletonEntry:
+        """Describe a trained tensor, float32 whatever it was: bfloat16 would lose its steps."""
+        value = self._floats[name]
+        return SkeletonEntry(
+            name=name, dtype="F32", shape=tuple(value.shape), size_bytes=value.nbytes
+        )
 
 
 def _said(value: object) -> str:

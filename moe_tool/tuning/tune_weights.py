@@ -3,13 +3,14 @@ earlier errors, and write a new bundle."""
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import TunedWeights
+from moe_tool.artifacts.bundle_sections import TunedFloats
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.identity import require_same_model
 from moe_tool.available_memory import peak_rss_bytes
@@ -26,7 +27,9 @@ from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
 from moe_tool.tuning.copied_bundle import CopiedBundle
 from moe_tool.tuning.eco import state_bytes_per_weight
+from moe_tool.tuning.float_weights import FloatWeights
 from moe_tool.tuning.tune_bundle import BundleTuner, TunedLayer
+from moe_tool.tuning.tune_floats import find_trainable, require_held_out, tune_floats
 from moe_tool.tuning.tune_memory import require_tune_memory
 from moe_tool.tuning.tune_options import TuneOptions
 
@@ -49,6 +52,8 @@ class TuneReport:
     state_bytes_per_weight: int
     """Optimizer state per weight of a layer"""
     lineage: tuple[TunedWeights, ...]
+    floats: TunedFloats | None
+    """Trained norms and routers, with the share of each that was kept; None: not trained"""
     resumed_records: int
     """Records taken over from an interrupted run"""
     drops_calibration: bool
@@ -88,8 +93,10 @@ def tune_weights(
     with opened.checkpoint, BundleReader.open(bundle) as reader:
         _require_tunable(bundle, reader, opened)
         sequences = _text(model, opened, sources, options, progress)
-        needed = require_tune_memory(opened, reader, options, n_tokens=sequences.ids.size)
-        copied = CopiedBundle(reader, out, _lineage(bundle, sequences, options))
+        floats = _floats(model, opened, reader, sequences, options)
+        needed = require_tune_memory(opened, reader, options, sequences, floats)
+        step = _lineage(bundle, sequences, options)
+        copied = CopiedBundle(reader, out, step, beside=_beside(options))
         resumed = copied.writer.n_written
         work = BundleTuner(opened, copied, options, progress)
         if not copied.writer.finished:
@@ -97,6 +104,10 @@ def tune_weights(
             try:
                 with keeping(lambda: copied.writer.n_written > 0):
                     work.run(model.folder, sequences)
+                    if floats is not None:
+                        tune_floats(
+                            model.folder, opened, copied, floats, sequences, options, progress
+                        )
             finally:
                 copied.writer.suspend()
         manifest = copied.finish(progress)
@@ -108,6 +119,7 @@ def tune_weights(
         state_bytes=work.state_bytes,
         state_bytes_per_weight=state_bytes_per_weight(options.rule),
         lineage=manifest.lineage,
+        floats=manifest.tuned_floats,
         resumed_records=resumed,
         drops_calibration=reader.manifest.calibration is not None,
         seconds=time.perf_counter() - start,
@@ -140,6 +152,12 @@ def _require_tunable(bundle: Path, reader: BundleReader, opened: OpenedModel) ->
             "is not trained",
             hint="pack it with --bits 4, and --replicas 2 beside it",
         )
+    if manifest.tuned_floats is not None and manifest.tuned_floats.is_kept:
+        raise UsageError(
+            f"norms or routers of {bundle} were tuned: the next tuning would begin with those of "
+            "the checkpoint",
+            hint="tune the bundle that it was made from, with more --steps",
+        )
     if not any(table.precision.is_coded for table in manifest.primaries):
         raise UsageError(
             f"the experts of {bundle} are floats, there are no codes to tune",
@@ -171,6 +189,31 @@ def _text(
             hint="more --tokens, or a smaller --seq-len",
         )
     return sequences
+
+
+def _floats(
+    model: LocatedModel,
+    opened: OpenedModel,
+    reader: BundleReader,
+    sequences: TokenSequences,
+    options: TuneOptions,
+) -> FloatWeights | None:
+    """Return the norms and routers to train; None: none."""
+    if not options.tunes_floats:
+        return None
+    require_held_out(sequences, options)
+    return find_trainable(model.folder, opened, reader, options)
+
+
+def _beside(options: TuneOptions) -> Mapping[str, object]:
+    """Return the options of norms and routers; none where they are not trained."""
+    if not options.tunes_floats:
+        return {}
+    return {
+        "norms": options.norms,
+        "router": options.router,
+        "float_rate": options.first_float_rate,
+    }
 
 
 def _lineage(bundle: Path, sequences: TokenSequences, options: TuneOptions) -> TunedWeights:

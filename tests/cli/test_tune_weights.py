@@ -39,6 +39,27 @@ def test_a_bundle_is_tuned_and_the_next_command_is_named(
     assert "tune.seed" in capsys.readouterr().err
 
 
+def test_norms_and_routers_are_trained_and_what_is_kept_is_said(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moe_tool.cli import tune_weights as words
+    from moe_tool.tuning.tune_options import FLOAT_RATE
+
+    assert words._FLOAT_RATE == FLOAT_RATE
+    folder = tiny_checkpoint("qwen3_moe")
+    pack_bundle(LocatedModel(folder=folder, name="tiny"), out=tmp_path / "b", bits="2")
+    typed = ["tune", "weights", str(tmp_path / "b"), "--model", str(folder), "--router"]
+    typed += [*QUICK, "--tokens", "1024", "--out", str(tmp_path / "t")]
+    assert run_command([*typed, "--float-rate", "0"]) == 0
+    assert "routers: nothing kept, since it does not pay" in capsys.readouterr().out
+    assert run_command([*typed, "--float-rate", "0", "--json"]) == 0
+    floats = json.loads(capsys.readouterr().out)["floats"]
+    assert (floats["norms"], floats["router"], floats["kept"]) == (None, 0, False)
+    typed.remove("--router")
+    assert run_command([*typed, "--float-rate", "0"]) == 2
+    assert "add --norms or --router" in capsys.readouterr().err
+
+
 def test_an_interrupted_tuning_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ from moe_tool.models.locate import LocatedModel
 from moe_tool.models.mole.expert_rows import expert_rows
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.store.throttle import Throttle, ThrottledDisk, parse_throttle
 from tests.lookup.tiny_mole import make_mole, tiny_mole
 from tests.tiny_models import VOCABULARY
 
@@ -53,7 +54,9 @@ def packed(folder: Path, *, bits: str = "native", dtype: str = "float32") -> Pat
     return folder / "bundle"
 
 
-def generated(folder: Path, prompt: str, n: int = 6, memory: str = "auto") -> LookupResult:
+def generated(
+    folder: Path, prompt: str, n: int = 6, memory: str = "auto", throttle: Throttle | None = None
+) -> LookupResult:
     return run_lookup(
         folder,
         prompt,
@@ -61,6 +64,7 @@ def generated(folder: Path, prompt: str, n: int = 6, memory: str = "auto") -> Lo
         context=200,
         threads=None,
         generation=GenerateOptions(max_tokens=n, ignore_eos=True),
+        throttle=throttle,
     )
 
 
@@ -151,6 +155,8 @@ def test_a_token_reads_its_row_once_and_neighbours_come_together(
             # The block of 3 to 9 and that of 200 are read whole, once, to be checked.
             assert reads == [BLOCK_BYTES, row_bytes, BLOCK_BYTES]
             assert table.rows.bytes_read == 5 * row_bytes
+            # The rows of 3, 4, 5 and that of 200 came with the blocks, and so did the rest of them.
+            assert table.rows.bytes_beside == 2 * BLOCK_BYTES - 4 * row_bytes
             reads.clear()
             model(input_ids=ids)
         assert reads == [3 * row_bytes, row_bytes, row_bytes]  # 3 to 5, 9, 200
@@ -197,6 +203,19 @@ def test_a_run_counts_its_rows(native: Path) -> None:
     assert generated(native, "aaaaaaaa", 1).rows_read == 1
 
 
+def test_rows_pass_a_throttled_disk(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[int] = []
+    monkeypatch.setattr(ThrottledDisk, "wait", lambda _, n, **__: passed.append(n))
+    unslowed = generated(native, "abcdefgh", 5)
+    assert not passed
+    slowed = generated(native, "abcdefgh", 5, throttle=parse_throttle("1MB/s,1ms"))
+    assert slowed.token_ids == unslowed.token_ids
+    # Blocks that are checked are read whole, beside the rows of what is known already.
+    n_rows = sum(n for n in passed if n != BLOCK_BYTES)
+    assert n_rows <= slowed.row_bytes_read <= sum(passed)
+    assert passed.count(BLOCK_BYTES) <= 8
+
+
 @pytest.mark.slow
 def test_the_table_is_never_in_memory(tmp_path: Path) -> None:
     model = make_mole(tmp_path / "model", vocab_size=12_000, num_experts=16)
@@ -235,6 +254,8 @@ def test_the_command_line_packs_runs_and_inspects(
     assert json.loads(capsys.readouterr().out)["rows_read"] == 5
     assert run_command(["inspect", out, "--verify"]) == 0
     assert "lookup bundle" in capsys.readouterr().out
+    assert run_command([*run, "--throttle", "100MB/s"]) == 0
+    assert "rows of tables are slowed to" in capsys.readouterr().err
     assert run_command([*run, "--policy", "drop"]) == 2
     assert run_command(["pack", model, "--bits", "4", "--out", out]) == 2
     assert run_command(["pack", model, "--out", out]) == 2  # it is there
@@ -247,8 +268,9 @@ def test_what_needs_routing_refuses_a_mole(
     with pytest.raises(UnsupportedModelError, match="no routing to profile") as refused:
         open_model(located)
     assert "moe-tool pack" in str(refused.value.hint)
-    assert run_command(["evaluate", str(native), "--data", "builtin:eval"]) == 3
-    assert "only moe-tool run and inspect take it" in capsys.readouterr().err
+    calibrate = ["calibrate", str(native), "--data", "builtin:eval", "--max-kl", "0.1"]
+    assert run_command(calibrate) == 3
+    assert "only moe-tool run, evaluate, bench and inspect" in capsys.readouterr().err
 
 
 def _resealed(folder: Path, **changes: object) -> None:

@@ -17,6 +17,7 @@ from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.models.locate import LocatedModel
 from moe_tool.planning.build_plan import PlanReport, build_plan
+from moe_tool.planning.cached_replica import search_cached_replica
 from moe_tool.planning.candidate import Candidate
 from moe_tool.planning.eviction_replays import replay_evictions
 from moe_tool.planning.lossy_answers import lossy_answers
@@ -130,6 +131,8 @@ def test_no_way_that_keeps_the_limit_is_noticeably_faster(
         experts = uniform_experts(sources, machine, request, bits)
         exact = replay_evictions(sources, experts, "50%", SILENT)
         answers = lossy_answers(sources, experts, experts.memory.n_slots)
+        cached = search_cached_replica(sources, experts, experts.memory.n_slots, max_kl=max_kl)
+        answers += [] if cached is None else [cached]
         every += [Candidate(experts=experts, exact=exact, lossy=each) for each in (*answers, None)]
     kept = [each for each in every if each.nats_per_token <= max_kl]
     assert plan.prediction.kl is not None and plan.prediction.kl <= max_kl

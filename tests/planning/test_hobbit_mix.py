@@ -55,7 +55,7 @@ def test_the_search_leaves_the_grid_for_a_better_mix_and_weighs_precise_uses() -
         return float(np.abs(np.array(list(choice.parameters.values())[:4]) - wanted).sum())
 
     found = search_hobbit_weights(penalty, has_cheaper=True, halve_every=7, is_reset=True)
-    assert list(found.parameters.values()) == [*wanted.tolist(), 7, 1, 0]
+    assert list(found.parameters.values()) == [*wanted.tolist(), 7, 1, 0, 0]
 
 
 def test_one_hot_expert_among_passers_by_asks_for_frequency() -> None:

@@ -126,3 +126,18 @@ def test_own_uses_are_those_of_the_caches_own_form():
             policy.hear(1)
         victims[own] = policy.evict(())
     assert victims == {0: 0, 1: 1}
+
+
+@pytest.mark.parametrize(("is_printed", "order"), [(0, [1, 0, 3, 2]), (1, [2, 3, 0, 1])])
+def test_the_printed_distance_gives_up_first_whose_turn_is_next(is_printed, order):
+    """Four layers of one expert each, in the call of layer 1: 1 - ((1 - l + 4) mod 4) / 4 as
+    printed is 3/4, 1, 1/4 and 1/2 for layers 0 to 3."""
+    policy = parse_eviction(f"hobbit:lru=0,lfu=0,lhu=0,fld=100,fld-printed={is_printed}").make(
+        CacheShape(n_layers=4, n_experts=1, capacity=4)
+    )
+    for layer in range(4):
+        policy.begin_call(layer)
+        policy.add(layer)
+    policy.begin_call(0)
+    policy.begin_call(1)
+    assert [policy.evict(()) for _ in range(4)] == order

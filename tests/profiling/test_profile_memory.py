@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.profiling.profile_memory import LOGIT_ROWS
+from moe_tool.errors import BudgetError
+from moe_tool.models.architecture import open_model
+from moe_tool.models.locate import LocatedModel
+from moe_tool.profiling import profile_memory
+from moe_tool.profiling.profile_memory import LOGIT_ROWS, plan_profile_memory
+from tests.table_models import make_table_model
 from tests.tiny_models import TINY, make_tiny_checkpoint
 
 _PROFILE = """
@@ -84,3 +89,24 @@ def test_peak_stays_inside_every_accepted_budget(
 
 def test_few_rows_of_logits_are_in_memory_at_once() -> None:
     assert LOGIT_ROWS * 256_000 * 4 <= 16 * 2**20
+
+
+def test_a_table_of_which_rows_are_read_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_memory, "current_rss_bytes", lambda: 0)
+
+    def needed_mib(n_rows: int) -> int:
+        folder = make_table_model(tmp_path / str(n_rows), n_rows=n_rows, width=1024)
+        opened = open_model(LocatedModel(folder=folder, name="m"))
+        with opened.checkpoint, pytest.raises(BudgetError) as refused:
+            width = opened.shape.hidden
+            plan_profile_memory(opened, n_rows=8, width=width, n_tokens=8, seq_len=8, asked=1)
+        found = re.search(r"--memory (\d+)MiB", str(refused.value.hint))
+        assert found is not None
+        return int(found[1])
+
+    few = needed_mib(512)
+    # 63 MiB in memory, which are loaded, a quarter counted in each of 4 layers; then 64 MiB.
+    assert needed_mib(4032) >= few + 12
+    assert needed_mib(4096) <= few

@@ -222,7 +222,7 @@ def test_a_run_says_which_end_tokens_it_adds(
 
 
 def test_what_is_no_bundle_is_told_before_the_prompt_is_read(tmp_path: Path) -> None:
-    with pytest.raises(CorruptArtifactError, match=r"no manifest\.json"):
+    with pytest.raises(CorruptArtifactError, match="is an empty folder, not a bundle"):
         run_prompt(tmp_path, "x", options=run_options(), generation=GenerateOptions())
 
 

@@ -9,12 +9,20 @@ import torch
 from transformers import DynamicCache
 
 from moe_tool.errors import UsageError
+from moe_tool.formats.run_trace_hdf5 import read_run_trace
+from moe_tool.hardware.shipped import shipped_profile
 from moe_tool.models.skeleton import LayerCall
+from moe_tool.planning.compare_run import compare_run
+from moe_tool.policies.eviction import parse_eviction
 from moe_tool.policies.prefetch import Prediction
+from moe_tool.runtime.decoding_config import GenerateOptions
+from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.partial_layer import PartialLayer
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.run_options import RunOptions, run_options
 from moe_tool.runtime.session import Session, open_session
+from moe_tool.runtime.write_trace import write_trace
+from moe_tool.simulator.run_trace import replay_run
 from tests.runtime.test_prefetch import PROMPTS, _Replay
 from tests.tiny_models import TINY
 
@@ -139,7 +147,32 @@ def test_a_closed_session_leaves_no_hook(tiny_bundle: TinyBundle) -> None:
     assert not layer.post_attention_layernorm._forward_pre_hooks
 
 
-def test_a_recorded_run_is_refused(tiny_bundle: TinyBundle) -> None:
-    options = run_options(prefetch="partial", context=64, record_trace=True)
-    with pytest.raises(UsageError, match="--record-trace: a replay cannot know"):
+@pytest.mark.parametrize("eviction", ["lru", "hobbit", "s3-fifo"])
+def test_a_recorded_run_is_what_a_replay_of_it_counts(
+    tiny_bundle: TinyBundle, tmp_path: Path, eviction: str
+) -> None:
+    options = run_options(
+        memory="60%",
+        prefetch="partial:alpha=0.1",
+        eviction=eviction,
+        context=64,
+        record_trace=True,
+    )
+    with open_session(tiny_bundle("mixtral"), options) as session:
+        generate_ids(session, PROMPTS[:1], GenerateOptions(max_tokens=20, ignore_eos=True))
+        write_trace(session, tmp_path / "run.h5", decode_seconds=1.0)
+    header, calls = read_run_trace(tmp_path / "run.h5")
+    counts = replay_run(header, calls)
+    assert header.prefetch == "partial:alpha=0.1"
+    assert int(counts.hits[calls.is_decode].sum()) == header.hits
+    assert int(counts.prefetches[calls.is_decode].sum()) == header.prefetches > 0
+    assert int(counts.prefetch_hits[calls.is_decode].sum()) == header.prefetch_hits > 0
+    report = compare_run(header, calls, shipped_profile("laptop-16gb"), [parse_eviction("fifo")])
+    assert report.is_equal  # and what others would have foretold is not known
+    assert [row.eviction for row in report.policies] == ["belady, without prefetch"]
+
+
+def test_a_trace_has_predictions_of_one_kind(tiny_bundle: TinyBundle) -> None:
+    options = run_options(prefetch="partial", eviction="expertflow", context=64, record_trace=True)
+    with pytest.raises(UsageError, match="predictions of one kind"):
         open_session(tiny_bundle("mixtral"), options)

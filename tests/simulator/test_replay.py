@@ -16,7 +16,8 @@ from tests.simulator.random_traces import random_trace, trace_of
 
 needs_compiled = pytest.mark.skipif(not is_built(), reason="the compiled side was not built")
 CHOICES = [*EVICTION, "lfu:halve-every=3", "s3-fifo:small=40", "hobbit:lru=70,lfu=0,lhu=10,fld=20",
-           "hobbit:reset=1", "hobbit:halve-every=3,lru=5", "hobbit:halve-every=4,reset=1",
+           "hobbit:reset=1", "hobbit:fld=60,fld-printed=1",
+           "hobbit:halve-every=3,lru=5", "hobbit:halve-every=4,reset=1",
            "smoe:window=3", "expertflow:window=3", "layer-lru:age=60"]  # fmt: skip
 
 

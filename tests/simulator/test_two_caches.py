@@ -35,7 +35,13 @@ RATIO = 0.25
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize(
     "name",
-    [*COMPILED, "hobbit:lhu=60,reset=1", "hobbit:halve-every=3,fld=5,reset=1", "hobbit:own=1"],
+    [
+        *COMPILED,
+        "hobbit:lhu=60,reset=1",
+        "hobbit:halve-every=3,fld=5,reset=1",
+        "hobbit:own=1",
+        "hobbit:fld=70,fld-printed=1",
+    ],
 )
 def test_the_compiled_replay_counts_what_the_caches_themselves_do(name, per_layer):
     choice = parse_eviction(name + (("," if ":" in name else ":") + "per-layer") * per_layer)
@@ -54,13 +60,13 @@ def test_the_compiled_replay_counts_what_the_caches_themselves_do(name, per_laye
         }
         found = replay_two_caches(trace, answer, choice, **sizes)
         wanted = naive_replay_two(trace, answer, choice, **sizes)
-        for field in ("uses", "misses", "cheaper_uses", "cheaper_misses"):
+        for field in ("uses", "misses", "cheaper_uses", "cheaper_misses", "given"):
             assert (getattr(found, field) == getattr(wanted, field)).all(), (seed, field)
 
 
 def test_the_penalty_counts_a_cheaper_miss_by_its_bytes():
     counts = replace(
-        TwoCounts.zeros(2),
+        TwoCounts.zeros(2, 0),
         misses=np.array([2, 0], np.uint16),
         cheaper_misses=np.array([1, 3], np.uint16),
     )

@@ -14,9 +14,9 @@ class Hobbit(Ranked):
     R is the token of an expert's last use, F the number of its uses, H that of its uses in the
     primary form, T the current token, L the number of layers. R and F are of every form: a cache of
     one form also hears of the uses of the other, so that the caches of both go by the same records.
-    d counts the layer calls until the expert's layer is called again; the printed formula counts
-    those since its last call, which evicts first what is wanted next (docs/simulate.md has both).
-    Priorities are scaled by T L to integers.
+    d counts the layer calls until the expert's layer is called again, and with `fld_printed` those
+    since its last call, as the formula is printed, which evicts first what is wanted next
+    (docs/simulate.md has both). Priorities are scaled by T L to integers.
 
     With `reset`, R, F, H and T begin anew with every sequence, as in the paper; what is cached
     stays. Two options are not the paper's: with `halve_every`, F, H and T are halved periodically;
@@ -37,11 +37,12 @@ class Hobbit(Ranked):
         halve_every: int = 0,
         reset: int = 0,
         own: int = 0,
+        fld_printed: int = 0,
     ) -> None:
         super().__init__(shape)
         self._of_last, self._of_uses, self._of_precise, self._of_distance = lru, lfu, lhu, fld
         self._halve_every, self._is_reset = halve_every, bool(reset)
-        self._is_own = bool(own)
+        self._is_own, self._is_printed = bool(own), bool(fld_printed)
         self._tokens = 0
         self._last = np.zeros(shape.n_keys, dtype=np.int64)
         self._uses = np.zeros(shape.n_keys, dtype=np.int64)
@@ -64,7 +65,8 @@ class Hobbit(Ranked):
                 self._precise >>= 1
                 self._place_all()
             self._tokens += 1
-        nearness = self.shape.n_layers - self.turns_until() + 1
+        until = self.turns_until()
+        nearness = until if self._is_printed else self.shape.n_layers - until + 1
         self.layer_ranks = self._tokens * self._of_distance * nearness
 
     def touch(self, key: int) -> None:
@@ -115,6 +117,13 @@ SPEC = EvictionSpec(
         ),
         "own": whole_number(
             "1: `lhu` is of uses in the cache's own form; 0: in the primary one, as published",
+            default=0,
+            most=1,
+            least=0,
+        ),
+        "fld-printed": whole_number(
+            "1: `fld` goes by the layers since the turn of the expert's layer, as printed; 0: by "
+            "those until its next turn",
             default=0,
             most=1,
             least=0,

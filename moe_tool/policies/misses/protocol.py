@@ -31,6 +31,8 @@ class MissPolicy(Protocol):
     chooses_prefetches: bool = False
     """Whether a prefetch reads the forms that the policy would answer the predicted routing with;
     otherwise it reads every predicted expert in full"""
+    needs_costs: bool = False
+    """Whether `Routing.costs_ms` is wanted, so that answers depend on timing"""
 
     def describe(self) -> str:
         """Return one line for the announcement before the first token."""

@@ -20,9 +20,9 @@ class Smoe(MissPolicy):
     After near-ties, a token's missing experts are divided by score: the best are read, the others
     answered by their resident replica, so that both ways take about as long.
     Deviations: with one place to compute, replicas stand for the experts that the paper computes
-    where they lie, so that these answers differ from exact; costs are given and not running means,
-    and each token's misses are divided alone, so that an answer depends on nothing but routing and
-    residency.
+    where they lie, so that these answers differ from exact; each token's misses are divided alone,
+    and costs are given, so that an answer depends on nothing but routing and residency. With
+    `measured` the costs are running means as published, and the text depends on timing.
     """
 
     needs_router = "scores"
@@ -35,13 +35,18 @@ class Smoe(MissPolicy):
                 hint=f"the bundle has replicas 1 to {n_forms - 1}: {', '.join(inputs.forms[1:])}",
             )
         self.bands = NearTie(inputs, {**values, "batch": 0})
-        self.read_ms, self.replica_ms = values["read-ms"], values["replica-ms"]
+        self.costs_ms = values["read-ms"], values["replica-ms"]
+        self.needs_costs = bool(values["measured"])
 
     def describe(self) -> str:
+        read_ms, replica_ms = self.costs_ms
+        costs = f"{read_ms:g} ms for a read, {replica_ms:g} ms for a replica"
+        if self.needs_costs:
+            costs += "; by measured times once there are some: the text depends on timing"
         return (
             "smoe: a missing expert is answered by one that scored nearly as high, is read, or is "
             f"answered by its replica in memory, text may differ (bands {self.bands.alpha:.0%}, "
-            f"{self.read_ms:g} ms for a read, {self.replica_ms:g} ms for a replica)"
+            f"{costs})"
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
@@ -51,7 +56,8 @@ class Smoe(MissPolicy):
         is_free = is_missing & resident[self.form][routing.index]
         if not is_free.any():
             return answers
-        n_reads = self._table(routing.index.shape[1])[
+        costs_ms = self.costs_ms if routing.costs_ms is None else routing.costs_ms
+        n_reads = _table(routing.index.shape[1], *costs_ms)[
             is_free.sum(axis=1), (is_missing & ~is_free).sum(axis=1)
         ]
         assert routing.score is not None, "the policy asked for it"
@@ -62,15 +68,16 @@ class Smoe(MissPolicy):
         by_replica = is_free & (rank >= n_reads[:, None])
         return replace(answers, form=np.where(by_replica, self.form, answers.form))
 
-    def _table(self, top_k: int) -> np.ndarray:
-        """Return how many experts are read, [free, forced] from 0 to K each."""
-        read, other, sizes = self.read_ms, self.replica_ms, range(top_k + 1)
-        return np.array(
-            [
-                [count_reads([read] * n, [other] * n, begun=forced * read) for forced in sizes]
-                for n in sizes
-            ]
-        )
+
+def _table(top_k: int, read: float, other: float) -> np.ndarray:
+    """Return how many experts are read, [free, forced] from 0 to K each, at two costs."""
+    sizes = range(top_k + 1)
+    return np.array(
+        [
+            [count_reads([read] * n, [other] * n, begun=forced * read) for forced in sizes]
+            for n in sizes
+        ]
+    )
 
 
 SPEC = PolicySpec(
@@ -86,6 +93,13 @@ SPEC = PolicySpec(
             help="milliseconds to read an expert; 0: all are read", default=1, most=10**6
         ),
         "replica-ms": Parameter(help="milliseconds to compute a replica", default=0.25, most=10**6),
+        "measured": whole_number(
+            "1: running means of measured times take the place of both, as published; the text "
+            "depends on timing then",
+            default=0,
+            most=1,
+            least=0,
+        ),
         "form": whole_number(
             "the replica: 1 for the first of `pack --replicas`", default=1, most=64
         ),
