@@ -55,6 +55,25 @@ class LayerBuddies(FrozenModel):
         return self
 
 
+class BuddyRules(FrozenModel):
+    """Rules that the lists were made by; all but `scale` apply to co-activation alone."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    """Cumulative frequency at which a list ends"""
+    alpha_by_layer: tuple[tuple[Index, Annotated[float, Field(ge=0, le=1)]], ...]
+    """Decoder layers with another alpha"""
+    weighted: bool
+    """Whether pairs were weighed by both gate weights"""
+    smoothing: Annotated[float, Field(ge=0)]
+    """Addition to the count of every pair"""
+    warm_up: Annotated[int, Field(ge=0)]
+    """Tokens at the head of each sequence that counted less"""
+    warm_up_weight: Annotated[float, Field(ge=0, le=1)]
+    """Weight of these tokens"""
+    scale: Literal["fitted", "none"]
+    """Factor on a substitute's output: the regression's, or 1"""
+
+
 class BuddyMap(FrozenModel):
     """Artifact of `moe-tool buddies`."""
 
@@ -66,4 +85,6 @@ class BuddyMap(FrozenModel):
     """sha256 of the profile that the map was made from"""
     by: Similarity
     k: Count
+    rules: BuddyRules | None = None
+    """Rules of the lists; None in maps of earlier versions"""
     layers: tuple[LayerBuddies, ...]

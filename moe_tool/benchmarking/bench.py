@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moe_tool.artifacts.bench_report import BenchedBundle, BenchReport, BenchRow, CacheState
+from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.run_result import RunSetup
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.available_memory import peak_rss_bytes, reset_peak_rss
@@ -20,6 +21,8 @@ from moe_tool.models.bundle_skeleton import n_skeleton_weights
 from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
+from moe_tool.policies.misses import EXACT_POLICY
+from moe_tool.policies.prefetch import NO_PREFETCH
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.generation import run_setup
 from moe_tool.runtime.prefetcher import require_prefetch
@@ -55,21 +58,21 @@ def bench(
     """
     start, load = time.perf_counter(), os.getloadavg()[0]
     for prefetch in options.prefetch:
-        require_prefetch(prefetch, residency="cache")
+        require_prefetch(prefetch or NO_PREFETCH, residency="cache")
     with BundleReader.open(folder) as reader:
         limit = context_length(read_config(folder).get_text_config())
         tests = list_tests(options, context_limit=limit)
         bundle = _describe(reader)
-        vocabulary = reader.manifest.shape.vocabulary
+        manifest = reader.manifest
     fed = bench_tokens(
         load_tokenizer(folder),
         n_tokens=(options.repetitions + 1) * max(test.positions for test in tests),
-        vocabulary=vocabulary,
+        vocabulary=manifest.shape.vocabulary,
         seed=options.seed,
         random=options.random,
         progress=progress,
     )
-    runs = _runs(options, tests)
+    runs = _runs(options, tests, manifest)
     n_rows = len(runs) * len(options.policy) * len(tests)
     rows: list[BenchRow] = []
     for run in runs:
@@ -94,20 +97,25 @@ def bench(
     )
 
 
-def _runs(options: BenchOptions, tests: Sequence[SpeedTest]) -> list[RunOptions]:
+def _runs(
+    options: BenchOptions, tests: Sequence[SpeedTest], manifest: BundleManifest
+) -> list[RunOptions]:
     """Return the options of every session to open, each planned for the longest test."""
     context = max(test.positions for test in tests)
     prompts = (test.positions if test.kind == "pp" else test.depth for test in tests)
     prompt_tokens = max(1, *prompts)
+    is_frozen = any(default_residency(each, manifest) == "frozen" for each in options.policy)
     return [
         RunOptions(
             memory=memory,
+            policy=EXACT_POLICY,
             throttle=options.throttle,
             gates=options.gates,
             seed=options.seed,
             threads=threads,
             eviction=eviction,
-            prefetch=prefetch,
+            # A fixed set of experts, which another policy of the list keeps, is never read ahead.
+            prefetch="none" if prefetch is None and is_frozen else prefetch,
             sparse_experts=sparse,
             context=context,
             prompt_tokens=prompt_tokens,
@@ -137,7 +145,7 @@ def _row(
         options,
         bundle=bundle,
         setup=run_setup(session),
-        budget=str(run.memory),
+        budget=str(session.plan.footprint.request),
         fed=fed,
         progress=progress,
     )

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from moe_tool.artifacts.bench_report import CacheState
-from moe_tool.budget.request import AUTO, MemoryRequest
+from moe_tool.budget.request import MemoryRequest
 from moe_tool.errors import MoeToolError, UsageError
 from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.strict_json import parse_json_object
 from moe_tool.models.context_length import context_length
-from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice
+from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 from moe_tool.store.throttle import Throttle
 
@@ -30,10 +30,13 @@ class BenchOptions:
     """Rows tgN: N tokens, one per forward; 0 leaves the row out"""
     depth: tuple[int, ...] = (0,)
     """Tokens in context before the timing starts"""
-    memory: tuple[MemoryRequest, ...] = (AUTO,)
+    memory: tuple[MemoryRequest | None, ...] = (None,)
+    """Budgets; None: the plan's, or auto"""
     policy: tuple[MissChoice, ...] = (EXACT_POLICY,)
-    eviction: tuple[EvictionChoice, ...] = (DEFAULT_EVICTION,)
-    prefetch: tuple[str, ...] = ("none",)
+    eviction: tuple[EvictionChoice | None, ...] = (None,)
+    """Eviction policies; None: the plan's, or lru"""
+    prefetch: tuple[str | None, ...] = (None,)
+    """Prefetch methods; None: the plan's, or none"""
     sparse_experts: tuple[float | None, ...] = (None,)
     """See RunOptions"""
     threads: tuple[int | None, ...] = (None,)

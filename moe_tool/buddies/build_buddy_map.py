@@ -72,6 +72,7 @@ def build_buddy_map(
         profile_sha256=profile.sha256,
         by=by,
         k=k,
+        rules=rules.record(),
         layers=layers,
     )
 

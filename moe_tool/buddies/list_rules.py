@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_tool.artifacts.buddy_map import Similarity
+from moe_tool.artifacts.buddy_map import BuddyRules, Similarity
 from moe_tool.errors import UsageError
 
 CUMULATIVE_MASS = 0.9
@@ -39,6 +39,20 @@ class ListRules:
     def alpha_of(self, layer: int) -> float:
         """Return the alpha of a decoder layer."""
         return self.alpha_by_layer.get(layer, self.alpha)
+
+    def record(self) -> BuddyRules:
+        """Return the rules as a buddy map keeps them."""
+        return BuddyRules(
+            alpha=float(self.alpha),
+            alpha_by_layer=tuple(
+                (at, float(self.alpha_of(at))) for at in sorted(self.alpha_by_layer)
+            ),
+            weighted=self.weighted,
+            smoothing=float(self.smoothing),
+            warm_up=self.warm_up,
+            warm_up_weight=float(self.warm_up_weight),
+            scale=self.scale,
+        )
 
     def require_coactivation(self, by: Similarity) -> None:
         """Refuse rules of co-activation for lists by another measure."""

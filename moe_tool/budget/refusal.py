@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.errors import BudgetError
 
-_STEP_BYTES = 16 * 2**20
-_SLACK_BYTES = 16 * 2**20
-"""Slack of a suggested budget: the process's own size varies by a few MiB between starts"""
+_STEPS_PER_MIB = 10
+_SLACK_BYTES = 2**19
+"""Slack of a suggested budget: the process's own size varies by some 0.3 MiB between starts"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,9 @@ def sum_lines(lines: tuple[MemoryLine, ...]) -> int:
 
 
 def suggested_budget(needed_bytes: int) -> str:
-    """Return the smallest round budget that works, in the syntax of `--memory`."""
-    return f"{math.ceil((needed_bytes + _SLACK_BYTES) / _STEP_BYTES) * _STEP_BYTES // 2**20}MiB"
+    """Return the smallest budget that works at the next start too, in the syntax of `--memory`."""
+    steps = math.ceil((needed_bytes + _SLACK_BYTES) * _STEPS_PER_MIB / 2**20)
+    return f"{steps / _STEPS_PER_MIB:.10g}MiB"
 
 
 def require_budget(

@@ -36,6 +36,7 @@ from moe_tool.cli import (
 from moe_tool.cli.console import write_json
 from moe_tool.cli.plugin_help import PluginVerb
 from moe_tool.errors import DiskFullError, MoeToolError, StorageError, UsageError
+from moe_tool.kept_work import is_kept
 
 BUG, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -110,8 +111,9 @@ def run_command(arguments: Sequence[str]) -> int:
             command.invoke(context)
     except typer.Exit as leave:
         return leave.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        return _report(_interrupted(arguments), as_json=as_json, code=INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        error = _interrupted(arguments, has_kept=is_kept(stop))
+        return _report(error, as_json=as_json, code=INTERRUPTED)
     except BrokenPipeError:
         return _close_stdout()
     except TyperException as error:
@@ -152,13 +154,13 @@ def _write_error(kind: str, message: str, hint: str | None, exit_code: int) -> N
     write_json({"error": fields}, sys.stdout)
 
 
-def _interrupted(arguments: Sequence[str]) -> MoeToolError:
+def _interrupted(arguments: Sequence[str], *, has_kept: bool) -> MoeToolError:
+    if not has_kept:
+        return MoeToolError("interrupted")
     verb = next((argument for argument in arguments if not argument.startswith("-")), "")
     again = ["moe-tool", *arguments]
     if verb == "profile" and "--resume" not in again:
         again.append("--resume")
-    if verb not in ("profile", "pack", "tune"):
-        return MoeToolError("interrupted")
     return MoeToolError(f"interrupted; finished work is kept: resume with\n    {shlex.join(again)}")
 
 

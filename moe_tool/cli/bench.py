@@ -31,9 +31,13 @@ class BenchArguments:
         str, typer.Option(metavar="N,...", help="Tokens in context before the timing starts.")
     ] = "0"
     memory: Annotated[
-        str,
-        typer.Option(metavar="SIZE,...", help="Budgets of the whole process: 50%,min,4GiB,auto."),
-    ] = "auto"
+        str | None,
+        typer.Option(
+            metavar="SIZE,...",
+            help="Budgets of the whole process: 50%,min,4GiB,auto.",
+            show_default="the plan's, or auto",
+        ),
+    ] = None
     policy: Annotated[
         str,
         typer.Option(metavar="NAME,...", help="Answers to missing experts, {miss policies}."),
@@ -43,12 +47,17 @@ class BenchArguments:
         typer.Option(
             metavar="NAME[:KEY=N,...]",
             help="Eviction policy of the expert cache; repeat it for several.",
-            show_default="lru",
+            show_default="the plan's, or lru",
         ),
     ] = None
     prefetch: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Prefetch methods, as in `run`.")
-    ] = "none"
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Prefetch methods, as in `run`.",
+            show_default="the plan's, or none",
+        ),
+    ] = None
     sparse_experts: Annotated[
         str | None,
         typer.Option(
@@ -105,10 +114,14 @@ def bench(given: BenchArguments, output: Output) -> None:
         prompt_tokens=parse_numbers(given.prompt_tokens, int, option="--prompt-tokens"),
         generate=parse_numbers(given.generate, int, option="--generate"),
         depth=parse_numbers(given.depth, int, option="--depth"),
-        memory=tuple(map(parse_memory, parse_words(given.memory, option="--memory"))),
+        memory=(None,)
+        if given.memory is None
+        else tuple(map(parse_memory, parse_words(given.memory, option="--memory"))),
         policy=tuple(map(parse_miss_policy, parse_policies(given.policy))),
-        eviction=tuple(map(parse_eviction, given.eviction or ["lru"])),
-        prefetch=parse_words(given.prefetch, option="--prefetch"),
+        eviction=tuple(map(parse_eviction, given.eviction)) if given.eviction else (None,),
+        prefetch=(None,)
+        if given.prefetch is None
+        else parse_words(given.prefetch, option="--prefetch"),
         sparse_experts=(None,)
         if shares is None
         else parse_numbers(shares, float, option="--sparse-experts"),

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from moe_tool.policies.eviction import EvictionChoice
 
 Bits = Literal["native", "8", "4"]
-_DEFAULT_BITS: Bits = "4"
+_DEFAULT_BITS: Bits = "native"
+"""Precision that `pack` keeps by default"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,7 @@ def _show(report: "SimulationReport", output: Output, *, details: bool, is_defau
     from moe_tool.artifacts.simulation_report import rows_by_policy
     from moe_tool.reports.simulation_table import details_table, hit_rate_table, prompt_table
 
-    others = "; --bits native or 8 for others" if is_default else ""
+    others = ", as pack keeps them; --bits 8 or 4 for others" if is_default else ""
     output.show(
         f"decoding {report.tokens} {report.part} tokens, one at a time, experts at "
         f"{_words(report.bits)}{others}: hits and tokens/s",

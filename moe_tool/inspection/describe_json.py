@@ -53,6 +53,14 @@ def describe_buddies(path: Path) -> Description:
     """Describe a buddy map."""
     buddy_map = read_json_artifact(path, BuddyMap)
     facts = model_facts(buddy_map.identity) | named_facts(buddy_map, "by", "k")
+    rules = buddy_map.rules
+    if rules is not None:
+        facts["scale"] = rules.scale
+        if buddy_map.by == "coactivation":
+            facts |= named_facts(rules, "alpha", "weighted", "smoothing", "warm_up")
+            facts["warm_up_weight"] = rules.warm_up_weight
+            by_layer = ", ".join(f"{layer}={alpha:g}" for layer, alpha in rules.alpha_by_layer)
+            facts["alpha_by_layer"] = by_layer or "none"
     facts["layers"] = len(buddy_map.layers)
     facts["experts"] = len(buddy_map.layers[0].buddies) if buddy_map.layers else 0
     facts |= named_facts(buddy_map, *_MADE_FROM)

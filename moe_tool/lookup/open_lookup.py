@@ -27,10 +27,8 @@ from moe_tool.models.mole.load_mole import largest_bytes, skeleton_bytes
 from moe_tool.models.mole.modeling import MoleForCausalLM
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.finite_logits import require_finite_logits
+from moe_tool.runtime.first_use import first_use_bytes, use_torch_once
 from moe_tool.store.throttle import Throttle, ThrottledDisk
-
-_FIRST_USE_BYTES = 16 * 2**20
-"""Allowance for what torch and transformers allocate at the first forward"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +124,9 @@ def _load(
             beside=beside,
         )
 
-    account(current_rss_bytes() + _FIRST_USE_BYTES)
+    use_torch_once()
+    least = current_rss_bytes() + first_use_bytes(skeleton)
+    account(least)
     progress.begin("load the skeleton", None, "")
     model, table = load_model(bundle)
     progress.end()
@@ -135,7 +135,7 @@ def _load(
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
         trim()
-        found = account(max(0, current_rss_bytes() - skeleton))
+        found = account(max(least, current_rss_bytes() - skeleton))
     except BaseException:
         table.rows.close()
         raise

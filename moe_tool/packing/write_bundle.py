@@ -15,6 +15,7 @@ from moe_tool.errors import MoeToolError
 from moe_tool.formats.atomic_write import require_free_disk, storage_errors
 from moe_tool.formats.bundle_files import remove_begun
 from moe_tool.formats.bundle_writer import BundleWriter
+from moe_tool.kept_work import keeping
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.packing.discard_source import DiscardSource, forget_source
 from moe_tool.packing.in_place import InPlace
@@ -109,9 +110,10 @@ def write_bundle(
     writer = BundleWriter.open(job.out, job.spec, sources=sources)
     resumed = writer.n_written
     unrouted: list[ExpertKey] = []
-    if not writer.finished:
-        unrouted = _write(job, opened, writer, skeleton, progress, in_place, discard)
-    manifest, proof = _finish(job, opened, writer, skeleton, progress, discard)
+    with keeping(lambda: writer.n_written > 0):
+        if not writer.finished:
+            unrouted = _write(job, opened, writer, skeleton, progress, in_place, discard)
+        manifest, proof = _finish(job, opened, writer, skeleton, progress, discard)
     forget_source(job.out)
     placed_bytes = sum(manifest.forms[at].size_bytes for at in job.spec.placed)
     n_weights = len(job.spec.order) * job.spec.shape.n_expert_weights

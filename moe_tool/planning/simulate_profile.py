@@ -37,7 +37,7 @@ class SimulateOptions:
     choices: Sequence[EvictionChoice]
     memory: Sequence[str] = ("10%..100%",)
     """Budgets: ranges of shares, shares, or sizes of the whole process"""
-    bits: SkeletonBits = "4"
+    bits: SkeletonBits = "native"
     skeleton_bits: SkeletonBits = "native"
     context: int = 4096
     """Positions that budgets in bytes have room for"""

@@ -66,6 +66,10 @@ class PartsFolder:
         """Return the path of a layer's part."""
         return self.folder / f"layer-{layer:05d}.h5"
 
+    def has_layers(self) -> bool:
+        """Return whether a layer is finished."""
+        return any(self.folder.glob("layer-*.h5"))
+
     def keep_digests(self, digests: dict[str, str]) -> None:
         """Keep the hashes of the tensors read so far, so that a resume need not read them again."""
         atomic_write_bytes(self.folder / "digests.json", json.dumps(digests).encode())

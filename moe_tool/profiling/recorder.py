@@ -11,6 +11,7 @@ from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import UsageError
 from moe_tool.formats.claimed_artifact import require_unclaimed
 from moe_tool.formats.profile_hdf5 import ProfileHeader, ProfileReader
+from moe_tool.kept_work import keeping
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.skeleton_facts import skeleton_facts
@@ -82,7 +83,8 @@ def record_profile(
     start = time.perf_counter()
     _check_arguments(out, tokens=tokens, seq_len=seq_len, holdout=holdout)
     opened = _open(model, None if may_replace else out, progress)
-    with opened.checkpoint:
+    parts = PartsFolder(out)
+    with opened.checkpoint, keeping(parts.has_layers):
         sequences = build_sequences(
             sources,
             load_tokenizer(model.tokenizer_folder),
@@ -95,7 +97,6 @@ def record_profile(
             progress=progress,
         )
         header = _header(opened, model, sequences, holdout=holdout)
-        parts = PartsFolder(out)
         parts.open(header, sequences, resume=resume)
         run = ProfilePass(opened, model.folder, sequences, parts, memory_bytes, progress)
         first_layer = run.record_layers(resume=resume)

@@ -23,6 +23,7 @@ from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 from moe_tool.policies.prefetch import NO_PREFETCH, parse_prefetch
 from moe_tool.runtime.activations import INT8_NOTE, require_activations
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
+from moe_tool.runtime.first_use import first_use_bytes
 from moe_tool.runtime.moe_layer import Residency
 from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
 from moe_tool.runtime.partial_layer import require_part, require_recordable
@@ -40,9 +41,6 @@ from moe_tool.runtime.sparse_experts import describe_sparse, require_exact, requ
 from moe_tool.runtime.stacked_gates import gate_bytes
 from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 
-_FIRST_USE_BYTES = 16 * 2**20
-"""Estimate of what torch and transformers allocate when a model is first built and run, until it
-is measured: 8 to 10 MiB from tiny models to 16 layers of width 2048, and as much to spare"""
 _LOSSY_PROMPT = (
     "lossy prefill: the policy answers the prompt too, and what that leaves in the KV cache stays"
 )
@@ -92,6 +90,8 @@ class RunPlan:
     workload: Workload
     threads: ComputeThreads
     footprint: Footprint
+    process_bytes: int
+    """Least size of the process in the account, the reserve for the first use included"""
     on_disk: Mapping[str, int]
     """Embedding table that stays on disk -> bytes that it would take in memory"""
     skeleton_bytes: int
@@ -114,14 +114,12 @@ def plan_run(
 ) -> RunPlan:
     """Return the plan of a run. Nothing is loaded, read or changed.
 
-    A budget is refused here if the run would not fit even with no memory for the first use of the
-    model; the refusal names a budget with room for that use. `settle` decides in between.
+    The account has a reserve for the first use of the model; `settle` counts no less.
 
     Args:
-        options: options of the user.
-        bundle: the open bundle.
+        options, bundle: options of the user, and the open bundle.
         skeleton: checked, not yet loaded.
-        used_bytes: size of the process now.
+        used_bytes: size of the process now, after `use_torch_once`.
         available_bytes: possible size of the process, its present size included.
 
     Raises:
@@ -143,9 +141,10 @@ def plan_run(
     workload = _workload(options, choice, skeleton.config.get_text_config())
     account = partial(_footprint, options, followed, bundle, skeleton, workload)
     rows = options.rows or default_rows(manifest)
-    on_disk = _tables_on_disk(rows, skeleton, account, used_bytes, available_bytes)
+    process_bytes = used_bytes + first_use_bytes(skeleton.held_bytes)
+    on_disk = _tables_on_disk(rows, skeleton, account, process_bytes, available_bytes)
     footprint = account(on_disk)
-    memory = _estimate(footprint, used_bytes, available_bytes)
+    memory = footprint.within(process_bytes, available_bytes)
     policy = choose_policy(
         choice, manifest, skeleton.layers, skeleton.config, gates=options.gates, seed=options.seed
     )
@@ -158,6 +157,7 @@ def plan_run(
         workload=workload,
         threads=choose_threads(options.threads, manifest),
         footprint=footprint,
+        process_bytes=process_bytes,
         on_disk=on_disk,
         skeleton_bytes=skeleton.held_bytes - sum(on_disk.values()),
         memory=memory,
@@ -179,7 +179,8 @@ def settle(
     Raises:
         BudgetError: the budget is below what the session needs.
     """
-    memory = plan.footprint.within(process_bytes, available_bytes)
+    # No less than the reserve, so that a refused budget and a suggested one stay what they are.
+    memory = plan.footprint.within(max(process_bytes, plan.process_bytes), available_bytes)
     rooms = choose_rooms(manifest, memory.slots, plan.residency, plan.eviction, plan.policy)
     return replace(plan, memory=memory, rooms=rooms)
 
@@ -370,7 +371,7 @@ def _tables_on_disk(
     rows: RowsRequest,
     skeleton: SkeletonLoader,
     account: Callable[[Mapping[str, int]], Footprint],
-    used_bytes: int,
+    process_bytes: int,
     available_bytes: int,
 ) -> Mapping[str, int]:
     """Return the tables that stay on disk with their bytes in memory: none by itself if everything
@@ -381,20 +382,8 @@ def _tables_on_disk(
         return chosen
     whole = account({})
     try:
-        memory = whole.within(used_bytes + _FIRST_USE_BYTES, available_bytes)
+        memory = whole.within(process_bytes, available_bytes)
     except BudgetError:
         return chosen
     has_room = memory.n_slots == sum(room.n_experts for room in whole.experts)
     return {} if has_room else chosen
-
-
-def _estimate(footprint: Footprint, used_bytes: int, available_bytes: int) -> MemoryPlan:
-    """Return the account as if the first use of the model took no memory.
-
-    A refusal suggests a budget with room for that use, so that it works.
-    """
-    try:
-        return footprint.within(used_bytes, available_bytes)
-    except BudgetError:
-        footprint.within(used_bytes + _FIRST_USE_BYTES, available_bytes)
-        raise

@@ -30,6 +30,7 @@ from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.finite_logits import require_finite_logits
+from moe_tool.runtime.first_use import use_torch_once
 from moe_tool.runtime.foresight import Foresight, foresee
 from moe_tool.runtime.measured_costs import MeasuredCosts
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
@@ -227,6 +228,10 @@ def load_session(
     """
     return_freed_memory()
     manifest = bundle.manifest
+    # Both take memory of the process, which the plan has to know.
+    use_torch_once()
+    if tokenizer is None:
+        tokenizer = load_tokenizer(bundle.folder)
     costs = MeasuredCosts()
     if make_store is open_stores:
         disk = _slow_disk(bundle, options)
@@ -242,8 +247,6 @@ def load_session(
         )
         torch_threads_before = torch.get_num_threads()
         plan.threads.begin()
-        if tokenizer is None:
-            tokenizer = load_tokenizer(bundle.folder)
         progress.begin("load the skeleton", None, "")
         skeleton = loader.load(
             {name: bundle.tables.open(loader.tables[name].parts) for name in plan.on_disk}

@@ -26,6 +26,7 @@ from moe_tool.formats.training_state import (
     read_training_state,
     write_training_state,
 )
+from moe_tool.kept_work import keeping
 from moe_tool.models.context_length import context_length
 from moe_tool.models.model_config import read_config
 from moe_tool.models.tokenizer import load_tokenizer
@@ -188,7 +189,8 @@ def _train_and_judge(
     session.skeleton.set_experts_function(experts)
     shape = session.manifest.shape
     order = _order(session.manifest, plan, options)
-    training = _train(folder, experts, plan, order, progress)
+    with keeping((folder / _STATE).is_file):
+        training = _train(folder, experts, plan, order, progress)
     # Every second sequence: they are in order of their domains.
     chosen_by, judged_by = held_out[::2], held_out[1::2] if len(held_out) > 1 else held_out
     blend = choose_blend(

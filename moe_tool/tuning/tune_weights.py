@@ -18,6 +18,7 @@ from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.atomic_write import require_free_disk
 from moe_tool.formats.bundle_files import MANIFEST
 from moe_tool.formats.bundle_reader import BundleReader
+from moe_tool.kept_work import keeping
 from moe_tool.models.architecture import OpenedModel, open_model
 from moe_tool.models.locate import LocatedModel
 from moe_tool.models.tokenizer import load_tokenizer
@@ -101,9 +102,12 @@ def tune_weights(
         if not copied.writer.finished:
             require_free_disk(out.absolute().parent, copied.missing_bytes)
             try:
-                work.run(model.folder, sequences)
-                if floats is not None:
-                    tune_floats(model.folder, opened, copied, floats, sequences, options, progress)
+                with keeping(lambda: copied.writer.n_written > 0):
+                    work.run(model.folder, sequences)
+                    if floats is not None:
+                        tune_floats(
+                            model.folder, opened, copied, floats, sequences, options, progress
+                        )
             finally:
                 copied.writer.suspend()
         manifest = copied.finish(progress)

@@ -72,7 +72,7 @@ def test_the_suggested_budget_works_when_typed_in() -> None:
     hint = re.search(r"--memory (\S+?),", str(caught.value))
     assert hint is not None
     assert _plan(hint[1]).n_slots >= 3
-    assert suggested_budget(430 * MIB) == "448MiB"
+    assert suggested_budget(430 * MIB) == "430.5MiB"
 
 
 def test_the_peak_of_loading_counts_where_it_is_higher() -> None:
@@ -121,9 +121,9 @@ def test_work_of_any_kind_is_refused_in_the_same_words() -> None:
     message = caught.value.message
     assert f"tuning tiny needs 305.00 MiB ({305 * MIB + 1} bytes)" in message
     assert f"has 305.00 MiB ({305 * MIB} bytes)" in message
-    assert "nearest that works is 336MiB" in message and "one layer" in message
-    assert caught.value.hint == "--memory 336MiB, or fewer --tokens"
-    nearest = parse_memory("336MiB").size_bytes
+    assert "nearest that works is 305.6MiB" in message and "one layer" in message
+    assert caught.value.hint == "--memory 305.6MiB, or fewer --tokens"
+    nearest = parse_memory("305.6MiB").size_bytes
     assert require_budget("tuning tiny", nearest, lines) <= nearest
 
 

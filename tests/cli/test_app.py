@@ -12,6 +12,8 @@ import pytest
 from moe_tool.cli import verb
 from moe_tool.cli.app import run_command
 from moe_tool.errors import BudgetError, NotFoundError
+from moe_tool.kept_work import keeping
+from moe_tool.profiling.parts_folder import PartsFolder
 
 Fail = Callable[[BaseException], None]
 
@@ -86,13 +88,32 @@ def test_an_interrupted_stage_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupt(**_: object) -> None:
-        raise KeyboardInterrupt
+        with keeping(lambda: True):
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(verb, "open_output", interrupt)
     assert run_command(arguments) == 130
     assert capsys.readouterr().err == (
         f"interrupted; finished work is kept: resume with\n    {words}\n"
     )
+
+
+@pytest.mark.parametrize(("at", "is_kept"), [("open", False), ("keep_digests", True)])
+def test_nothing_is_said_to_be_kept_before_a_layer_is_finished(
+    at: str,
+    is_kept: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartsFolder, at, interrupt)
+    words = ["profile", "demo", "--data", "builtin", "--tokens", "256", "--seq-len", "64"]
+    assert run_command([*words, "--out", str(tmp_path / "p.h5")]) == 130
+    assert ("finished work is kept" in capsys.readouterr().err) is is_kept
+    assert any(tmp_path.glob("p.h5.parts/layer-*.h5")) is is_kept
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,13 @@ _BEST_BITS = f"{_BITS}::test_the_bits_of_an_average_are_the_best_there_are"
 
 MUTANTS = (
     Mutant(
+        name="a settled run that forgets the reserve its refusal counted",
+        file="moe_tool/runtime/plan_run.py",
+        old="within(max(process_bytes, plan.process_bytes), available_bytes)",
+        new="within(process_bytes, available_bytes)",
+        tests="tests/runtime/test_least_budget.py",
+    ),
+    Mutant(
         name="mask routers that learn nothing",
         file="moe_tool/tuning/train_mask_router.py",
         old="\n_LEARNING_RATE = 0.03",

@@ -36,7 +36,7 @@ def test_simulate_draws_a_page_and_reads_chosen_rows(pipeline: Pipeline, tmp_pat
     )
     assert done.code == 0, done.stderr
     assert "belady" in done.stdout and "wrote" in done.stderr
-    assert "experts at 4 bits; --bits" in done.stdout
+    assert "experts at native precision, as pack keeps them; --bits" in done.stdout
     text = page.read_text()
     assert text.startswith("<!doctype html>") and "belady (bound)" in text
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
+from moe_tool.budget.sizes import parse_bytes
 from moe_tool.errors import BudgetError, UsageError
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import LocatedModel
@@ -244,8 +245,8 @@ def test_too_small_budget_is_refused_with_one_that_works(
         record(folder, tmp_path / "p.h5", memory_bytes=2**20)
     assert not (tmp_path / "p.h5").exists()
     assert refused.value.hint is not None
-    nearest = int(refused.value.hint.split("--memory ")[1].split("MiB")[0])
-    record(folder, tmp_path / "p.h5", memory_bytes=nearest * 2**20)
+    nearest = parse_bytes(refused.value.hint.split("--memory ")[1])
+    record(folder, tmp_path / "p.h5", memory_bytes=nearest)
 
 
 def test_the_header_says_what_the_skeleton_is(
