@@ -20,6 +20,7 @@ from moe_tool.errors import UsageError
 from moe_tool.formats.atomic_write import atomic_write_bytes
 from moe_tool.formats.bundle_files import JOURNAL
 from moe_tool.formats.bundle_spec import Inputs
+from moe_tool.formats.hostile_file import read_capped
 from moe_tool.formats.strict_json import parse_json_object
 
 _MAX_BYTES = 2**30
@@ -57,9 +58,9 @@ def read_journal(folder: Path, spec: Inputs) -> list[bytes]:
     Raises:
         CorruptArtifactError, WrongModelError, UsageError: it is damaged or for another bundle.
     """
-    with open(folder / JOURNAL, "rb") as file:
-        first, *lines = file.read(_MAX_BYTES).split(b"\n")
     remedy = f"remove {folder} and pack again"
+    data = read_capped(folder / JOURNAL, limit_bytes=_MAX_BYTES, remedy=remedy)
+    first, *lines = data.split(b"\n")
     head = parse_json_object(folder / JOURNAL, first, remedy=remedy)
     try:
         identity = ModelIdentity.model_validate(head.get("identity"))

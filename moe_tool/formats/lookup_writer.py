@@ -3,8 +3,8 @@ write again."""
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -81,9 +81,10 @@ class LookupSpec:
 class LookupWriter:
     """One lookup bundle while it is being written, in a folder that gets its name at the end."""
 
-    def __init__(self, out: Path, spec: LookupSpec) -> None:
+    def __init__(self, out: Path, spec: LookupSpec, beside: Iterable[str]) -> None:
         """Use `open`."""
         self._out, self._spec = out, spec
+        self._own = {JOURNAL, MANIFEST, ROWS_FILE, *beside}
         self.folder = partial_folder(out)
         self._size_bytes = spec.n_rows * spec.row_bytes
         shape = (spec.n_rows, spec.row_bytes)
@@ -102,11 +103,15 @@ class LookupWriter:
         """Whether only the name is missing: the other run was killed right before"""
 
     @classmethod
-    def open(cls, out: Path, spec: LookupSpec) -> "LookupWriter":
+    def open(cls, out: Path, spec: LookupSpec, *, beside: Iterable[str] = ()) -> "LookupWriter":
         """Begin a bundle in the folder `out`, or resume an interrupted one.
 
+        Args:
+            beside: names of files that may be added.
+
         Raises:
-            UsageError: `out` is in use, or was begun with other options.
+            UsageError: `out` is in use, holds a file of somebody else, or was begun with other
+                options.
             WrongModelError: it was begun for another model.
             CorruptArtifactError: the journal is damaged.
             StorageError: the disk refuses.
@@ -114,7 +119,7 @@ class LookupWriter:
         require_bundle_name(out)
         if is_taken(out):
             raise UsageError(f"{out} is there already", hint="remove it, or choose another --out")
-        writer = cls(out, spec)
+        writer = cls(out, spec, beside)
         with storage_errors(writer.folder):
             writer._begin_or_resume()
         return writer
@@ -189,11 +194,14 @@ class LookupWriter:
                 self._file = None
 
     def discard(self) -> None:
-        """Remove the folder: the rows are of no use to anybody."""
+        """Remove what was written: it is of no use to anybody."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            for name in self._own:
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _begin_or_resume(self) -> None:
         folder = self.folder
@@ -201,6 +209,12 @@ class LookupWriter:
         for torn in folder.glob(f".*{PART_SUFFIX}"):  # unfinished atomic writes of a killed run
             torn.unlink()
         names = {path.name for path in folder.iterdir()}
+        if {JOURNAL, MANIFEST} & names and names > self._own & names:
+            foreign = folder / min(names - self._own)
+            raise UsageError(
+                f"{foreign} is no file of an interrupted bundle",
+                hint=f"move it out of {folder}, which gets the bundle's name",
+            )
         if JOURNAL in names:
             lines = read_journal(folder, self._spec)
         elif MANIFEST in names:

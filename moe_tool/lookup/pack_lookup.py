@@ -27,6 +27,7 @@ from moe_tool.formats.bundle_files import safetensors_header
 from moe_tool.formats.lookup_bundle import SKELETON_FILE, LookupBundle
 from moe_tool.formats.lookup_writer import HashedTensor, LookupSpec, LookupWriter
 from moe_tool.formats.safetensors_index import Checkpoint
+from moe_tool.kept_work import keeping
 from moe_tool.lookup.disk_rows import load_model
 from moe_tool.models.checkpoint_identity import checkpoint_identity
 from moe_tool.models.generation_settings import read_generation_settings
@@ -37,7 +38,7 @@ from moe_tool.models.mole.load_mole import build_mole, check_tensors, load_tenso
 from moe_tool.models.mole.modeling import MoleForCausalLM
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.packing.source_notes import tokenizer_notes
-from moe_tool.packing.write_bundle import companion_files
+from moe_tool.packing.write_bundle import COMPANION_FILES, companion_files
 from moe_tool.progress import SILENT, Progress
 from moe_tool.quantization.row_codes import RowCodes
 
@@ -125,9 +126,10 @@ def pack_lookup(
             row_bytes=codes.row_bytes,
             rows_at_once=max(1, _BLOCK_BYTES // (4 * codes.width)),
         )
-        writer = LookupWriter.open(out, spec)
+        writer = LookupWriter.open(out, spec, beside=(SKELETON_FILE, *COMPANION_FILES))
         resumed = writer.n_rows
-        manifest, kl = _pack(writer, spec, located, checkpoint, kept, model, codes, progress)
+        with keeping(lambda: writer.n_rows > 0):
+            manifest, kl = _pack(writer, spec, located, checkpoint, kept, model, codes, progress)
         return LookupReport(
             bundle=out,
             bytes=sum(file.size_bytes for file in manifest.files),

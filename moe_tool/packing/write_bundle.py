@@ -44,6 +44,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+COMPANION_FILES = (*_MODEL_FILES, *_TOKENIZER_FILES)
+"""Names of the files beside the weights that a bundle copies"""
 _COMPANION_MAX_BYTES = 256 * 2**20
 
 

@@ -73,7 +73,8 @@ class RowCodes:
         if self.form in _FLOATS:
             return raw.view(_FLOATS[self.form]).to(torch.float32)
         codes = raw[:, : self._code_bytes]
-        scales = raw[:, self._code_bytes :].contiguous().view(torch.float32)
+        # A copy, since floats have to begin at a multiple of four bytes.
+        scales = raw[:, self._code_bytes :].clone().contiguous().view(torch.float32)
         if self.form == "int8":
             values = codes.contiguous().view(torch.int8).to(torch.float32)
         else:

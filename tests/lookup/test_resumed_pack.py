@@ -1,5 +1,6 @@
 """A pack of a MoLE that was stopped goes on where it was, and ends as if it had not been."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from moe_tool.formats import lookup_writer
 from moe_tool.lookup import pack_lookup
 model, out, count, name, at_once, sync = sys.argv[1:]
 pack_lookup._BLOCK_BYTES, lookup_writer._SYNC_BYTES = int(at_once), int(sync)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 append, calls = lookup_writer.LookupWriter.append, []
 def stopped(self, rows):
     append(self, rows)
@@ -202,3 +204,31 @@ def test_a_hostile_half_written_bundle_is_refused_and_left(
         pack(model, out)
     assert refused.value.exit_code in (2, 3, 4) and "\n" not in refused.value.message
     assert str(part) in refused.value.message and contents(part) == before
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_file_of_somebody_else_is_neither_taken_nor_removed(
+    is_whole: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, part = tmp_path / "bundle", tmp_path / "bundle.part"
+    if is_whole:
+        pack(model, out)
+        out.rename(part)
+    else:
+        stop(model, out, monkeypatch)
+    (part / "notes.txt").write_text("mine")
+    before = contents(part)
+    refusal = r"notes\.txt is no file of an interrupted bundle"
+    with pytest.raises(UsageError, match=refusal) as found:
+        pack(model, out)
+    assert "move it out" in (found.value.hint or "") and contents(part) == before
+    (part / "notes.txt").unlink()
+    assert pack(model, out).resumed_rows
+    assert contents(out) == contents(pack(model, tmp_path / "whole").bundle)
+
+
+def test_a_journal_that_is_no_file_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle.part").mkdir()
+    os.mkfifo(tmp_path / "bundle.part" / "journal.jsonl")
+    with pytest.raises(MoeToolError, match=r"journal\.jsonl is not a file"):
+        pack(model, tmp_path / "bundle")

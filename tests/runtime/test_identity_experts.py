@@ -46,10 +46,8 @@ class _TwoForms:
             )
 
 
-class _SecondForm:
+class _SecondForm(MissPolicy):
     """Answers each missing expert by its second form, and drops one slot in three."""
-
-    needs_router = "nothing"
 
     def describe(self) -> str:
         return ""
