@@ -77,11 +77,8 @@ def tune_weights(
     One layer's experts are in memory at a time, of the exact model or of the bundle. An interrupted
     run is resumed when called again with the same arguments: finished layers are kept.
 
-    Args:
-        model: the checkpoint that it was packed from.
-
     Raises:
-        UsageError, WrongModelError: the bundle, `out`, an option or the checkpoint does not fit.
+        UsageError, WrongModelError: bundle, `out`, option or checkpoint do not fit.
         BudgetError: the budget is too small; the hint names one that is not.
         CorruptArtifactError, DataSourceError, NotFoundError, StorageError: input or disk fails.
     """
@@ -104,10 +101,8 @@ def tune_weights(
             try:
                 with keeping(lambda: copied.writer.n_written > 0):
                     work.run(model.folder, sequences)
-                    if floats is not None:
-                        tune_floats(
-                            model.folder, opened, copied, floats, sequences, options, progress
-                        )
+                if floats is not None:
+                    tune_floats(model.folder, opened, copied, floats, sequences, options, progress)
             finally:
                 copied.writer.suspend()
         manifest = copied.finish(progress)
