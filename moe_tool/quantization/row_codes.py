@@ -74,13 +74,13 @@ class RowCodes:
             return raw.view(_FLOATS[self.form]).to(torch.float32)
         codes = raw[:, : self._code_bytes]
         # A copy, since floats have to begin at a multiple of four bytes.
-        scales = raw[:, self._code_bytes :].clone().contiguous().view(torch.float32)
+        scales = raw[:, self._code_bytes :].clone(memory_format=torch.contiguous_format)
         if self.form == "int8":
             values = codes.contiguous().view(torch.int8).to(torch.float32)
         else:
             pairs = torch.stack((codes >> 4, codes & 15), dim=2).flatten(1)[:, : self.width]
             values = torch.tensor(TABLES["nf4"])[pairs.to(torch.int32)]
-        scaled = self._blocks(values) * scales.unsqueeze(2)
+        scaled = self._blocks(values) * scales.view(torch.float32).unsqueeze(2)
         return scaled.flatten(1)[:, : self.width]
 
     def _blocks(self, values: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,9 @@ PLACES = {
         wanted="a bundle",
         takes=BUNDLE | {"lookup"},
     ),
-    "evaluate": Place(arguments=("evaluate", "PATH", *DATA), wanted="a bundle", takes=BUNDLE),
+    "evaluate": Place(
+        arguments=("evaluate", "PATH", *DATA), wanted="a bundle", takes=BUNDLE | {"lookup"}
+    ),
     "evaluate --reference": Place(
         arguments=("evaluate", "BUNDLE", *DATA, "--reference", "PATH"),
         wanted="a checkpoint",
@@ -99,7 +101,7 @@ PLACES = {
     "bench": Place(
         arguments=("bench", "PATH", "--prompt-tokens", "16", "--generate", "0"),
         wanted="a bundle",
-        takes=BUNDLE,
+        takes=BUNDLE | {"lookup"},
     ),
     "inspect": Place(
         arguments=("inspect", "PATH"),
