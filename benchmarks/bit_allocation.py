@@ -1,6 +1,6 @@
 """Ways to hand bits out to experts, and one number of bits for all, by measured divergence.
 
-    python benchmarks/bit_allocation.py MODEL PROFILE --text FILE [--quantizer gptq]
+    python benchmarks/bit_allocation.py MODEL PROFILE --text SOURCE [--quantizer gptq]
         [--average 1.57,2.05,2.54] [--tokens 4096] [--seq-len 256] [--prices FILE]
         [--out rows.jsonl]
 
@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from quantized_model import Judge, quantized
 from result_rows import print_table, record_rows
+from text_tasks import token_stream
 
 from moe_tool.artifacts.bit_prices import BitPrices
 from moe_tool.artifacts.precision import NATIVE_WIDTH
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.models.locate import locate_model
+from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.packing.measure_bit_prices import measure_bit_prices
 from moe_tool.planning.bit_costs import bit_costs
 from moe_tool.planning.mixed_allocations import allocate_average, control_allocations
@@ -37,6 +39,7 @@ from moe_tool.planning.published_bits import (
     nearest_average,
     published_costs,
 )
+from moe_tool.text.sources import parse_sources
 
 HEADINGS = (
     *("average", "allocation", "expected KL", "KL", "to uniform", "over published", "+-"),
@@ -49,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("profile", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", required=True)
     parser.add_argument("--quantizer", default="gptq", choices=["fitted", "gptq", "mc"])
     parser.add_argument("--average", default="1.57,2.05,2.54")
     parser.add_argument("--tokens", type=int, default=4096)
@@ -80,7 +83,11 @@ def _compare(a: argparse.Namespace) -> list[dict[str, str | float]]:
     published = published_costs(sources, prices, PublishedCost())
     coded = [width for width in costs.widths if 0 < width < NATIVE_WIDTH]
     weights = quantized(a.model, a.profile, a.quantizer, map(str, coded))
-    judge = Judge(a.model, a.text, n_tokens=a.tokens, seq_len=a.seq_len)
+    folder = locate_model(a.model).folder
+    source, n_sequences = parse_sources([a.text])[0], a.tokens // a.seq_len
+    ids = token_stream(load_tokenizer(folder), source, 8 * a.tokens, seed=0)
+    judged = torch.from_numpy(ids[: n_sequences * a.seq_len]).view(-1, a.seq_len)
+    judge = Judge.of_ids(a.model, judged)
     rows: list[dict[str, str | float]] = []
     for asked in map(float, a.average.split(",")):
         average = nearest_average(costs.load.shape[1], asked)

@@ -5,8 +5,8 @@
 The penalty is per token, in reads of a primary record; a cheaper one counts as its share of bytes.
 Differences to lru, to lfu that never halves (the paper's), to our lfu and to random are in percent
 of theirs, with 95 % intervals over the held-out sequences. `published` begins its records anew
-with every sequence; `ours` halves uses every 128 tokens and counts, in each cache, the uses of its
-own form.
+with every sequence, and has the layer distance as printed or turned around; `ours` halves uses
+every 128 tokens and counts, in each cache, the uses of its own form.
 """
 
 import argparse
@@ -84,8 +84,8 @@ def print_share(share: float, penalty: Penalty, *, fine: bool) -> None:
     for name, costs in baselines.items():
         print(f"{share:.0%} {name:60} {costs.mean():7.3f}", flush=True)
     kinds = {
-        "published": {"is_reset": True},
-        "published, records kept": {},
+        "published": {"is_reset": True, "is_printed": True},
+        "published, distance turned around": {"is_reset": True},
         "ours": {"halve_every": 128, "is_own": True},
     }
     for label, kind in kinds.items():

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from result_rows import RowFile, print_table, record_rows
 from slow_disk import time_windows
+from text_tasks import token_stream
 from time_fit import fit_times
 
 from moe_tool.benchmarking.bench_plan import SpeedTest
@@ -136,10 +137,11 @@ def _timed(
             session.use_policy(choice, residency="frozen")
             session.runner.store.load_pinned()
 
-        text = Path(a.text[0].partition("=")[2] or a.text[0]).read_text("utf-8")
+        source, n_tokens = parse_sources(a.text)[0], (a.windows + 1) * _TIMED.positions
+        ids = token_stream(session.tokenizer, source, 16 * n_tokens, seed=a.seed)
         found = time_windows(
             session,
-            torch.tensor(session.tokenizer(text)["input_ids"]),
+            torch.from_numpy(ids),
             _TIMED,
             n_windows=a.windows,
             ways={choice.name: partial(answer_with, choice) for choice in choices},

@@ -1,6 +1,6 @@
 """Precision and recall of three ways to foretell the next layer's experts, on the same calls.
 
-    python benchmarks/prefetch_precision.py BUNDLE --text FILE [--out rows.jsonl] [--memory 50%]
+    python benchmarks/prefetch_precision.py BUNDLE --text SOURCE [--out rows.jsonl] [--memory 50%]
         [--alpha 0.3] [--windows 16]
 
 `next-layer` applies a router to the input of the layer before, `two layers` to that of the layer
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from result_rows import print_table, record_rows
+from text_tasks import token_stream
 
 from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.bootstrap import bootstrap_interval
@@ -33,6 +34,7 @@ from moe_tool.runtime.partial_layer import PartialLayer, PartialPredictor
 from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
+from moe_tool.text.sources import parse_sources
 
 WAYS = ("next-layer", "two layers", "partial")
 FIGURES = {
@@ -47,6 +49,8 @@ FIGURES = {
 }
 """Figure -> the counts whose ratio it is"""
 _WINDOW, _PROMPT = 128, 16
+_CHARACTERS = 2**20
+"""Most of the text that windows are drawn from"""
 Sets = tuple[np.ndarray, np.ndarray]
 """Top and active experts of a token, [E] bool each"""
 
@@ -128,7 +132,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", required=True)
     parser.add_argument("--memory", default="50%")
     parser.add_argument("--alpha", type=float, default=0.3)
     parser.add_argument("--windows", type=int, default=16)
@@ -165,7 +169,8 @@ def _observe(a: argparse.Namespace) -> Observer:
         observer = Observer(session, prefetcher.predictor, a.alpha)
         session.runner.part_prefetcher = Prefetcher(predictor=observer, close=prefetcher.close)
         session.skeleton.set_experts_function(observer)
-        ids = torch.tensor(session.tokenizer(a.text.read_text("utf-8"))["input_ids"])
+        source = parse_sources([a.text])[0]
+        ids = torch.from_numpy(token_stream(session.tokenizer, source, _CHARACTERS, seed=a.seed))
         every = ids[: len(ids) // _WINDOW * _WINDOW].view(-1, _WINDOW)
         generator = torch.Generator().manual_seed(a.seed)
         for window in every[torch.randperm(len(every), generator=generator)[: a.windows]]:

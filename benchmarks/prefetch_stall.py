@@ -1,6 +1,6 @@
 """Time that decoding waits for experts, with and without prefetch, on a slowed-down disk.
 
-    python benchmarks/prefetch_stall.py BUNDLE --text FILE [--memory 50%] [--throttle 200MB/s]
+    python benchmarks/prefetch_stall.py BUNDLE --text SOURCE [--memory 50%] [--throttle 200MB/s]
         [--miss-per-layer 1] [--layer-ms 30] [--windows 5] [--tokens 64] [--out rows.jsonl]
 
 One sequence of given text is decoded. `exact` reads every miss in full into a cache; `replica`
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from result_rows import RowFile, print_table, record_rows, spread_of
 from slow_disk import slow_disk, time_windows
+from text_tasks import token_stream
 
 from moe_tool.benchmarking.bench_plan import SpeedTest
 from moe_tool.benchmarking.speed_run import Sample
@@ -36,6 +37,7 @@ from moe_tool.runtime.prefetcher import choose_prefetcher
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.session import Session, open_session
 from moe_tool.store.throttle import Throttle, parse_throttle
+from moe_tool.text.sources import parse_sources
 
 HEADINGS = (
     *("policy", "prefetch", "stall ms a token", "saved", "tokens/s", "hit rate"),
@@ -49,7 +51,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", required=True)
     parser.add_argument("--memory", default="50%")
     parser.add_argument("--policies", default="exact,replica", help="comma-separated")
     parser.add_argument("--throttle")
@@ -121,7 +123,8 @@ def _measured(
     a: argparse.Namespace, session: Session, names: tuple[str, ...]
 ) -> dict[str, list[Sample]]:
     """Return the samples of every way to prefetch, one per window of text."""
-    ids = session.tokenizer(a.text.read_text("utf-8"))["input_ids"]
+    n_tokens = (a.windows + 1) * (_DEPTH + a.tokens)
+    ids = token_stream(session.tokenizer, parse_sources([a.text])[0], 16 * n_tokens, seed=0)
     if a.layer_ms:
         _slow_layers(session, a.layer_ms / 1e3)
 
@@ -133,7 +136,7 @@ def _measured(
 
     return time_windows(
         session,
-        torch.tensor(ids),
+        torch.from_numpy(ids),
         SpeedTest(kind="tg", n_tokens=a.tokens, depth=_DEPTH),
         n_windows=a.windows,
         ways={name: partial(prefetch_by, name) for name in names},

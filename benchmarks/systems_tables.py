@@ -46,7 +46,7 @@ def main() -> None:
     work = a.work or Path("build/systems") / name
     work.mkdir(parents=True, exist_ok=True)
     _prepare(a.model, a.train, work)
-    tables = list(_tables(a.model, a.judge, work.resolve()))
+    tables = list(_tables(a.model, a.train, a.judge, work.resolve()))
     wanted = a.only.split(",") if a.only else [table.name for table in tables]
     for table in tables:
         if table.name in wanted:
@@ -75,7 +75,7 @@ def _tool(out: Path, *words: str) -> None:
         subprocess.run([sys.executable, "-m", "moe_tool", *words, "--out", str(out)], check=True)
 
 
-def _tables(model: str, judge: list[str], work: Path) -> Iterator[Table]:
+def _tables(model: str, train: list[str], judge: list[str], work: Path) -> Iterator[Table]:
     ours, published, profile = (str(work / name) for name in ("ours", "published", "profile.h5"))
     texts = tuple(word for text in judge for word in ("--text", text))
     buddies = (ours, published, *texts)
@@ -102,13 +102,32 @@ def _tables(model: str, judge: list[str], work: Path) -> Iterator[Table]:
         title="SMoE: the width of the bands",
         words=("near_tie_curve.py", ours, *texts, "--ratios", "0.5,0.25"),
     )
-    if Path(judge[0].partition("=")[2]).is_file():
-        text = judge[0].partition("=")[2]
-        yield Table(
-            name="bits",
-            title="MC: ways to hand out bits",
-            words=("bit_allocation.py", model, profile, "--text", text),
-        )
+    yield Table(
+        name="precision",
+        title="SMoE: what is foretold of the next layer",
+        words=("prefetch_precision.py", ours, "--text", judge[0]),
+    )
+    yield Table(
+        name="stall",
+        title="HOBBIT: waiting for reads, by prefetch",
+        words=("prefetch_stall.py", ours, "--text", judge[0]),
+    )
+    yield Table(
+        name="bits",
+        title="MC: ways to hand out bits",
+        words=("bit_allocation.py", model, profile, "--text", judge[0]),
+    )
+    yield Table(
+        name="pruning",
+        title="MC#: trained mask routers",
+        words=("learned_pruning.py", ours, "--train", *train, "--judge", *judge),
+    )
+    chosen = ("--select", judge[0], "--judge", *(judge[1:] or judge))
+    yield Table(
+        name="eco",
+        title="ECO: codes trained without a master copy",
+        words=("eco_versus_master.py", model, "--train", *train, *chosen, "--steps", "500"),
+    )
 
 
 def _run(table: Table, work: Path) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 By = Literal["output", "cka", "cosine", "coactivation", "router"]
 Scale = Literal["fitted", "none"]
+_AS_BAD_AS_DROPPING = 0.9
+"""Share of the error of dropping from which stand-ins are warned of"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,12 @@ def buddies(given: BuddiesArguments, output: Output) -> None:
         "remaining error of stand-ins, relative to the expert's output (1: same as dropping)",
         buddies_table(made.summary),
     )
+    if made.summary.price_held_out > _AS_BAD_AS_DROPPING * made.summary.price_drop:
+        output.say(
+            "on held-out text these stand-ins leave about as much error as leaving the expert out "
+            "does: cheaper forms (moe-tool pack --replicas 2) or --policy near-tie may answer "
+            "better, and evaluate --controls measures it"
+        )
     output.say(
         f"wrote {made.buddies}: {format_bytes(made.buddies.stat().st_size)}; {given.k} stand-ins "
         f"per expert by {given.by}, {output.seconds:.1f} s"

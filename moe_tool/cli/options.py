@@ -80,7 +80,7 @@ PolicyOption = Annotated[
         metavar="NAME[:KEY=N,...]",
         help="Answer to experts that are not in memory, {miss policies}; all but exact change the "
         "text.",
-        show_default="the calibrated one, or exact",
+        show_default="the calibrated or planned one, or exact",
     ),
 ]
 ResidencyOption = Annotated[
@@ -97,7 +97,7 @@ PrefetchOption = Annotated[
         "for this layer's input; stacked:depth=3: also of layers after it, while all experts of "
         "the nearer ones are in memory; partial:alpha=0.3: those that score clearly above the cut "
         "once this layer's experts in memory were computed, for which its shared experts and the "
-        "next attention run once more. The text stays the same; a wrong guess costs bytes.",
+        "next attention run once more. Exact text stays the same; a wrong guess costs bytes.",
         show_default="the plan's, or none",
     ),
 ]
@@ -106,7 +106,7 @@ EvictionOption = Annotated[
     typer.Option(
         metavar="NAME[:KEY=N,...]",
         help="Eviction policy of the expert cache, {evictions}; `:per-layer` gives every layer a "
-        "cache of its own. The text stays the same.",
+        "cache of its own. Exact text stays the same.",
         show_default="the plan's, or lru",
     ),
 ]

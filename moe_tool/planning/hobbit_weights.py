@@ -17,6 +17,7 @@ def search_hobbit_weights(
     halve_every: int = 0,
     is_reset: bool = False,
     is_own: bool = False,
+    is_printed: bool = False,
 ) -> EvictionChoice:
     """Return HOBBIT with the weights of the least penalty.
 
@@ -27,12 +28,18 @@ def search_hobbit_weights(
         penalty: function from an eviction policy to the cost of its misses.
         has_cheaper: whether a cheaper form answers too. Without one every use is in the primary
             form, and the weight `lhu` does the same as `lfu`: it stays 0.
-        halve_every, is_reset, is_own: the policy's other parameters, which are not searched.
+        halve_every, is_reset, is_own, is_printed: the policy's other parameters, not searched.
     """
     tried: dict[Weights, float] = {}
 
     def named(weights: Weights) -> EvictionChoice:
-        return hobbit(weights, halve_every=halve_every, is_reset=is_reset, is_own=is_own)
+        return hobbit(
+            weights,
+            halve_every=halve_every,
+            is_reset=is_reset,
+            is_own=is_own,
+            is_printed=is_printed,
+        )
 
     def best_of(candidates: Iterator[Weights]) -> Weights:
         for weights in candidates:
@@ -49,11 +56,17 @@ def search_hobbit_weights(
 
 
 def hobbit(
-    weights: Weights, *, halve_every: int = 0, is_reset: bool = False, is_own: bool = False
+    weights: Weights,
+    *,
+    halve_every: int = 0,
+    is_reset: bool = False,
+    is_own: bool = False,
+    is_printed: bool = False,
 ) -> EvictionChoice:
-    """Return HOBBIT with weights in percent."""
+    """Return HOBBIT with weights in percent; `is_printed`: with the layer distance as printed."""
     lru, lfu, lhu, fld = weights
     others = f"halve-every={halve_every},reset={int(is_reset)},own={int(is_own)}"
+    others += f",fld-printed={int(is_printed)}"
     return parse_eviction(f"hobbit:lru={lru},lfu={lfu},lhu={lhu},fld={fld},{others}")
 
 

@@ -44,6 +44,9 @@ from moe_tool.runtime.working_set import Workload, positions_within, run_lines
 _LOSSY_PROMPT = (
     "lossy prefill: the policy answers the prompt too, and what that leaves in the KV cache stays"
 )
+_CACHED_ANSWERS = (
+    "what is in memory changes with the text, its eviction and prefetch, and the answers with it"
+)
 _EXACT_PROMPT = "lossy prefill changes nothing: the policy reads every miss"
 
 
@@ -221,6 +224,8 @@ def announcements(plan: RunPlan, manifest: BundleManifest) -> list[str]:
     notes = [plan.followed] if plan.followed is not None else []
     if is_lossy:
         notes.append(plan.policy.policy.describe())
+        if plan.residency == "cache":
+            notes.append(_CACHED_ANSWERS)
     promise = quality_note(manifest, plan.policy, n_slots=plan.memory.n_slots)
     if promise is not None:
         notes.append(promise)

@@ -20,6 +20,8 @@ from moe_tool.policies.hot_set import hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
 from moe_tool.runtime.price_list import expert_use
 
+_BOTH_FORMS = ("two-precisions", "beside-replicas")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormRoom:
@@ -43,7 +45,7 @@ def frozen_rooms(
     hottest = hottest_rooms(manifest, slots, share=1.0)
     if _has_everything(manifest, slots) or choice.spec.residents == "hottest":
         return hottest
-    if choice.spec.residents == "two-precisions":
+    if choice.spec.residents in _BOTH_FORMS:
         return _two_precisions(manifest, slots, choice) or hottest
     return _cheapest(manifest, slots, choice, prices) or hottest
 
@@ -51,14 +53,21 @@ def frozen_rooms(
 def cache_rooms(
     manifest: BundleManifest, slots: tuple[int, ...], choice: MissChoice, eviction: EvictionChoice
 ) -> tuple[FormRoom, ...]:
-    """Return each form's room under cache residency, see `frozen_rooms`."""
-    rooms = None
+    """Return each form's room under cache residency, see `frozen_rooms`.
+
+    Replicas that a policy answers with and never reads stay in memory.
+    """
+    rooms, n_primaries = None, len(manifest.primaries)
     if not _has_everything(manifest, slots):
-        if choice.spec.residents == "two-precisions":
+        if choice.spec.residents == "beside-replicas":
+            both = _two_precisions(manifest, slots, choice)
+            if both is not None:
+                whole = (replace(room, pinned=()) for room in both[:n_primaries])
+                return (*whole, *both[n_primaries:])
+        elif choice.spec.residents == "two-precisions":
             n_least = len(manifest.shape.layers) if eviction.per_layer else 0
             rooms = _two_precisions(manifest, slots, choice, n_least=n_least)
             if rooms is not None:
-                n_primaries = len(manifest.primaries)
                 cheaper = (replace(room, in_step=True) for room in rooms[n_primaries:])
                 rooms = (*rooms[:n_primaries], *cheaper)
         elif forms_read(manifest, choice):
@@ -70,8 +79,8 @@ def cache_rooms(
 
 
 def forms_read(manifest: BundleManifest, choice: MissChoice) -> tuple[int, ...]:
-    """Return the cheaper forms that a policy may read on a miss, as rows after PRIMARY."""
-    if choice.spec.residents == "two-precisions":
+    """Return the cheaper forms that may answer a miss, as rows after PRIMARY."""
+    if choice.spec.residents in _BOTH_FORMS:
         return (int(choice.values["form"]),)
     if choice.spec.residents == "cheapest" and not math.isinf(choice.values["nats-per-mb"]):
         return tuple(range(1, 1 + len(manifest.cheaper)))
@@ -173,7 +182,7 @@ def _two_precisions(
 ) -> tuple[FormRoom, ...] | None:
     """Return rooms of the hottest experts in their primary form and the next hottest in a cheaper
     one, of at least `n_least` slots; None if there is no such form or no room."""
-    form = int(choice.values["form"])
+    form, is_read = int(choice.values["form"]), choice.spec.residents == "two-precisions"
     if form > len(manifest.cheaper):
         return None
     low, rooms = manifest.cheaper[form - 1], expert_rooms(manifest)
@@ -193,7 +202,8 @@ def _two_precisions(
     stored = low.experts
     following = [key for key in _ranked(manifest) if key in stored and key not in high]
     at = len(manifest.primaries) + form - 1
-    found[at] = FormRoom(n_slots=n_low, pinned=tuple(following[: max(0, n_low - free)]))
+    n_pinned_low = max(0, n_low - free) if is_read else n_low
+    found[at] = FormRoom(n_slots=n_low, pinned=tuple(following[:n_pinned_low]))
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_tool.cli.app import run_command
+from moe_tool.kept_work import keeping
 from moe_tool.models.locate import LocatedModel
 from tests.packed import pack_bundle
 
@@ -64,7 +65,8 @@ def test_an_interrupted_tuning_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(**_: object) -> None:
-        raise KeyboardInterrupt
+        with keeping(lambda: True):
+            raise KeyboardInterrupt
 
     monkeypatch.setattr("moe_tool.cli.verb.open_output", interrupt)
     typed = ["tune", "weights", "b", "--model", "demo", "--data", "builtin", "--out", "t"]

@@ -31,6 +31,7 @@ NOTHING = PolicyInputs(top_k=1)
 RESIDENTS_GO_BY = {
     "hottest": set(),
     "two-precisions": {"form", "part"},
+    "beside-replicas": {"form", "part"},
     "cheapest": {"nats-per-mb"},
 }
 """Parameters that a way to choose residents reads"""

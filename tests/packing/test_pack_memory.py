@@ -33,7 +33,7 @@ def test_the_least_budget_is_named_and_works(
         with pytest.raises(BudgetError, match=r"needs .* has 1\.00 MiB") as refused:
             plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=MIB)
         hint = refused.value.hint or ""
-        nearest = int(hint.split("--memory ")[1].split("MiB")[0]) * MIB
+        nearest = int(float(hint.split("--memory ")[1].split("MiB")[0]) * MIB)
         least = plan_pack_memory(opened, n_tokens=n_tokens, is_nested=is_nested, asked=nearest)
         assert least.needed_bytes <= nearest
         assert least.hidden_bytes <= free.hidden_bytes <= MOST_HIDDEN_BYTES

@@ -161,7 +161,7 @@ def test_too_small_a_budget_is_refused_with_both_numbers_and_one_that_works(
         _plan(sources, request_)
     assert f"has 1.00 MiB ({2**20} bytes)" in caught.value.message
     needed = re.search(r"needs .*? \((\d+) bytes\)", caught.value.message)
-    typed = re.search(r"--memory (\w+)", caught.value.hint or "")
+    typed = re.search(r"--memory ([\w.]+)", caught.value.hint or "")
     assert needed is not None and typed is not None
     enough = parse_memory(typed[1])
     assert 0 <= enough.size_bytes - int(needed[1]) <= 32 * 2**20

@@ -80,9 +80,9 @@ def test_peak_stays_inside_every_accepted_budget(
     monkeypatch.setitem(TINY, "variant", variant(arch, **changes))  # type: ignore[arg-type]
     folder = make_tiny_checkpoint("variant", tmp_path / "model", dtype="bfloat16")
     refused = profile(folder, tmp_path / "p.h5", 2**20, seq_len=seq_len)
-    suggested = re.search(r"--memory (\d+)MiB", str(refused["hint"]))
+    suggested = re.search(r"--memory ([\d.]+)MiB", str(refused["hint"]))
     assert suggested is not None
-    budget = (int(suggested[1]) + extra_mib) * 2**20
+    budget = int((float(suggested[1]) + extra_mib) * 2**20)
     found = profile(folder, tmp_path / "p.h5", budget, seq_len=seq_len)
     assert int(str(found["peak"])) <= budget
 
@@ -96,15 +96,15 @@ def test_a_table_of_which_rows_are_read_is_not_counted(
 ) -> None:
     monkeypatch.setattr(profile_memory, "current_rss_bytes", lambda: 0)
 
-    def needed_mib(n_rows: int) -> int:
+    def needed_mib(n_rows: int) -> float:
         folder = make_table_model(tmp_path / str(n_rows), n_rows=n_rows, width=1024)
         opened = open_model(LocatedModel(folder=folder, name="m"))
         with opened.checkpoint, pytest.raises(BudgetError) as refused:
             width = opened.shape.hidden
             plan_profile_memory(opened, n_rows=8, width=width, n_tokens=8, seq_len=8, asked=1)
-        found = re.search(r"--memory (\d+)MiB", str(refused.value.hint))
+        found = re.search(r"--memory ([\d.]+)MiB", str(refused.value.hint))
         assert found is not None
-        return int(found[1])
+        return float(found[1])
 
     few = needed_mib(512)
     # 63 MiB in memory, which are loaded, a quarter counted in each of 4 layers; then 64 MiB.

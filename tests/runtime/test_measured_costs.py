@@ -12,7 +12,7 @@ from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.measured_costs import MeasuredCosts
-from moe_tool.runtime.moe_layer import Decision
+from moe_tool.runtime.moe_layer import Decision, Residency
 from moe_tool.runtime.plan_run import announcements
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session
@@ -103,11 +103,14 @@ class _Given(MeasuredCosts):
 
 
 def _answered(
-    bundle: Path, policy: str, means: tuple[float, float] | None = None
+    bundle: Path,
+    policy: str,
+    means: tuple[float, float] | None = None,
+    residency: Residency | None = None,
 ) -> tuple[float, list[tuple[float, float] | None], str]:
     """Return the share of misses answered by replicas, the costs that decisions saw, and the note
     on the policy; `means`: in place of measured ones."""
-    options = run_options(memory="60%", policy=policy, context=64)
+    options = run_options(memory="60%", policy=policy, residency=residency, context=64)
     with open_session(bundle, options) as session:
         note = next(n for n in announcements(session.plan, session.manifest) if "smoe" in n)
         if means is not None:
@@ -138,3 +141,9 @@ def test_a_session_measures_reads_and_products_as_it_runs(bundle: Path) -> None:
     _, seen, _ = _answered(bundle, words)
     assert seen[0] is None
     assert seen[-1] is not None and min(seen[-1]) > 0
+
+
+def test_replicas_stay_beside_a_cache(bundle: Path) -> None:
+    words = "smoe:alpha=0,read-ms=1,replica-ms=0,part=0.4"
+    by_replica, _, _ = _answered(bundle, words, residency="cache")
+    assert by_replica > 0

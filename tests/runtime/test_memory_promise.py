@@ -98,5 +98,5 @@ def test_what_a_far_too_small_budget_is_told_is_near_the_least_that_works(
     needed = re.findall(r"needs .*? \((\d+) bytes\)", refused.stderr)[-1]
     assert least <= int(needed) + 2 * 2**20  # processes differ a little from start to start
     assert int(needed) <= least + 12 * 2**20
-    hint = re.findall(r"hint: --memory (\d+MiB)", refused.stderr)[-1]
+    hint = re.findall(r"hint: --memory ([\d.]+MiB)", refused.stderr)[-1]
     assert _run(bundle, hint, n_prompt=20, max_tokens=2)["generated_tokens"] == 2

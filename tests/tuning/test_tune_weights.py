@@ -350,7 +350,7 @@ def test_a_budget_that_does_is_kept(bundle: Path, model: LocatedModel, tmp_path:
     with pytest.raises(BudgetError) as refused:
         tune_weights(bundle, model, SOURCES, replace(QUICK, memory_bytes=2**20), out=tmp_path / "t")
     assert refused.value.hint is not None
-    enough = int(refused.value.hint.split("--memory ")[1].split("MiB")[0]) * 2**20
+    enough = int(float(refused.value.hint.split("--memory ")[1].split("MiB")[0]) * 2**20)
     options = replace(QUICK, memory_bytes=enough)
     report = tune_weights(bundle, model, SOURCES, options, out=tmp_path / "t")
     assert report.memory_needed_bytes <= enough

@@ -34,6 +34,8 @@ class NearTie(MissPolicy):
         return (
             "near-tie: an expert in memory that scored nearly as high answers a missing one, "
             f"text may differ (within {self.alpha:.0%} of the best score not chosen)"
+            + "; what others of a batch fetch counts as there, so text depends on them"
+            * self.sees_batch
         )
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:

@@ -106,6 +106,6 @@ SPEC = PolicySpec(
         "part": Parameter(help="share of the memory that replicas get", default=0.2),
     },
     needs=(WEIGHT_RULE, REPLICAS),
-    residents="two-precisions",
+    residents="beside-replicas",
     source="SMoE, arXiv:2508.18983",
 )

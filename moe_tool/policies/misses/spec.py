@@ -11,7 +11,7 @@ from moe_tool.policies.parameters import Parameter, changed_words
 
 Values = Mapping[str, float]
 """Parameter -> value"""
-Residents = Literal["hottest", "two-precisions", "cheapest"]
+Residents = Literal["hottest", "two-precisions", "beside-replicas", "cheapest"]
 """Rule for residents under frozen residency: the most used experts; these and, in a part of the
 memory, cheaper forms of the next ones; or the set with the least expected price"""
 
