@@ -197,7 +197,8 @@ def _pack(
             manifest = writer.read_manifest()
         else:
             manifest = _write(writer, spec, located, checkpoint, kept, model, codes, progress)
-        return manifest, writer.finish(manifest, lambda folder: _prove(folder, model))
+        is_old = writer.is_complete
+        return manifest, writer.finish(manifest, lambda at: _prove(at, model, checks_rows=is_old))
     except BaseException as error:
         is_refused = isinstance(error, MoeToolError) and not isinstance(error, StorageError)
         if is_refused or not writer.n_rows:
@@ -281,12 +282,19 @@ def _in_table_form(config: bytes) -> bytes:
     return json.dumps(fields | {"experts_form": "table"}, indent=2).encode()
 
 
-def _prove(folder: Path, model: MoleForCausalLM) -> float:
+def _prove(folder: Path, model: MoleForCausalLM, *, checks_rows: bool) -> float:
     """Return the KL of the bundle from its checkpoint in nats per token, on tokens spread over the
-    vocabulary; refuse one that is not finite."""
+    vocabulary; refuse one that is not finite.
+
+    Args:
+        checks_rows: whether every row is compared with its hash, of a table that an earlier process
+            left.
+    """
     bundle = LookupBundle.open(folder, is_finished=False)
     packed, table = load_model(bundle)
     try:
+        if checks_rows:
+            table.rows.verify()
         ids = torch.linspace(0, model.config.vocab_size - 1, _PROOF_TOKENS).long()[None]
         with torch.inference_mode():
             wanted, found = (m(input_ids=ids).logits.log_softmax(-1) for m in (model, packed))

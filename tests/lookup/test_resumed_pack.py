@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_tool.errors import DiskFullError, MoeToolError, UsageError, WrongModelError
+from moe_tool.errors import (
+    CorruptArtifactError,
+    DiskFullError,
+    MoeToolError,
+    UsageError,
+    WrongModelError,
+)
 from moe_tool.formats import lookup_writer
 from moe_tool.formats.lookup_bundle import LookupBundle
 from moe_tool.formats.lookup_writer import LookupWriter
@@ -133,6 +139,19 @@ def test_a_bundle_that_lacks_only_its_name_gets_it(
         pack(model, tmp_path / "bundle", bits="8")
     assert pack(model, tmp_path / "bundle").resumed_rows == VOCABULARY
     assert LookupBundle.open(tmp_path / "bundle").manifest.vocabulary == VOCABULARY
+
+
+def test_a_whole_table_that_was_damaged_since_gets_no_name(model: Path, tmp_path: Path) -> None:
+    out, part = tmp_path / "bundle", tmp_path / "bundle.part"
+    pack(model, out)
+    out.rename(part)
+    data = bytearray((part / "rows.safetensors").read_bytes())
+    data[-ROW_BYTES // 2] ^= 1
+    (part / "rows.safetensors").write_bytes(data)
+    with pytest.raises(CorruptArtifactError):
+        pack(model, out)
+    assert not out.exists()
+    assert pack(model, out).resumed_rows == 0
 
 
 def test_what_was_begun_with_something_else_is_refused(
