@@ -107,6 +107,11 @@ class Calibration(FrozenModel):
     nats_per_price: Price
     """Measured divergence per predicted one"""
 
+    @property
+    def domain_names(self) -> str:
+        """Kinds of text that the promise rests on, e.g. "wiki, reviews"."""
+        return ", ".join(self.domains) or "unnamed text"
+
 
 class LayerPrices(FrozenModel):
     """Prices of dropping experts of one layer, from the profile.

@@ -35,7 +35,8 @@ class ProbeStatistics:
     n_sampled: int
     """Tokens in the shared sample"""
     n_cka: int
-    """Tokens behind `cka`, spread over the shared sample: 256, or fewer if memory is short"""
+    """Tokens behind `cka`, spread over the shared sample: 256, or fewer if memory is short;
+    summed over recordings that were merged"""
     n_routed: np.ndarray
     """[E] int64: sampled tokens routed to each expert, behind scale, eps_buddy and output_norm"""
     fell_back: np.ndarray
@@ -72,7 +73,7 @@ class ExpertStatistics:
     eps_bits: np.ndarray
     """[E, 5] float32: relative error of round-to-nearest codes at PRICED_WIDTHS bits, group 64"""
     eps_bits_n_tokens: np.ndarray
-    """[E] int64: tokens behind eps_bits (at most 256)"""
+    """[E] int64: tokens behind eps_bits (at most 256 of each recording)"""
     router_similarity: np.ndarray
     """[E, E] float32: correlation of router logit columns over all in-sample tokens"""
     sensitivity: float

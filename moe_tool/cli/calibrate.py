@@ -76,9 +76,10 @@ def calibrate(given: CalibrateArguments, output: Output) -> None:
     )
     low, high = found.quality.kl_ci95
     output.say(
-        f"{found.policy} keeps {found.max_kl:g}: KL {found.quality.kl:.4f} "
+        f"{found.policy} keeps {found.max_kl:g} on {found.domain_names}: KL {found.quality.kl:.4f} "
         f"[{low:.4f}, {high:.4f}], {format_bytes(report.bytes_read_per_token)} read per token; "
-        f"written to {given.bundle}/, {report.seconds:.0f} s"
+        f"written to {given.bundle}/, {report.seconds:.0f} s; "
+        "text of other kinds is judged as it runs"
     )
     output.say(f'next: moe-tool run {given.bundle}/ --prompt "The list" uses it by default')
     output.result(report.to_json())

@@ -50,14 +50,13 @@ OfflineOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="Seed of every random choice.")
 ]
-DataOption = Annotated[
-    list[str],
-    typer.Option(
-        metavar="[NAME=]SOURCE",
-        help="Text: builtin, a file or folder, wikitext, c4, or org/name[:config][:split]. Repeat "
-        "it for several domains; NAME labels them.",
-    ),
-]
+_DATA = typer.Option(
+    metavar="[NAME=]SOURCE",
+    help="Text: builtin, a file or folder, wikitext, c4, or org/name[:config][:split]. Repeat "
+    "it for several domains; NAME labels them.",
+)
+DataOption = Annotated[list[str], _DATA]
+OptionalDataOption = Annotated[list[str] | None, _DATA]
 _RUN_MEMORY = (
     "Budget of the whole process: 4GiB; 50% (of the experts, plus everything fixed); min; or auto "
     "(free memory less a margin)."

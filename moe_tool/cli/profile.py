@@ -1,8 +1,8 @@
 """`moe-tool profile`: record router traces and expert statistics of a model on text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,9 +10,9 @@ from moe_tool.artifact_folder import DEFAULT_FOLDER, profile_path
 from moe_tool.budget.sizes import format_bytes, parse_bytes
 from moe_tool.cli.console import Output
 from moe_tool.cli.options import (
-    DataOption,
     ModelArgument,
     OfflineOption,
+    OptionalDataOption,
     ProfileMemoryOption,
     ProfilesOption,
     RevisionOption,
@@ -20,12 +20,26 @@ from moe_tool.cli.options import (
     TokenizerOption,
 )
 from moe_tool.cli.verb import verb
+from moe_tool.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_tool.models.locate import LocatedModel
+    from moe_tool.profiling.recorder import ProfileReport
+    from moe_tool.text.sources import TextSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileArguments:
     model: ModelArgument
-    data: DataOption
+    data: OptionalDataOption = None
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SOURCE",
+            help="Add this text to the profile at --out, with its sequence length, share and seed; "
+            "instead of --data.",
+        ),
+    ] = None
     tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens to trace, all domains together.")
     ] = 65536
@@ -60,8 +74,8 @@ def profile(given: ProfileArguments, output: Output) -> None:
     from moe_tool.models.locate import locate_model
     from moe_tool.text.sources import parse_sources, require_sources
 
-    memory_bytes = None if given.memory.strip().lower() == "auto" else parse_bytes(given.memory)
-    sources = parse_sources(given.data)
+    _check_given(given)
+    sources = parse_sources(given.data or given.add or [])
     located = locate_model(
         given.model,
         revision=given.revision,
@@ -70,14 +84,74 @@ def profile(given: ProfileArguments, output: Output) -> None:
         announce=output.say,
     )
     require_sources(sources, offline=given.offline)
+    report = _record(given, located, sources, output)
 
-    from moe_tool.profiling.recorder import record_profile
     from moe_tool.reports.routing_tables import profile_tables
 
-    report = record_profile(
+    output.show(*profile_tables(report.routing))
+    output.say(
+        f"wrote {report.profile}: {format_bytes(report.profile_bytes)}; "
+        f"{report.added.tokens if report.added else report.tokens} tokens "
+        f"in {report.seconds:.1f} s "
+        f"({report.tokens_per_second:.0f} tokens/s), "
+        f"peak memory {format_bytes(report.peak_rss_bytes)} "
+        f"of {format_bytes(report.memory_budget_bytes)}"
+    )
+    if report.added is not None:
+        output.say(
+            f"added {report.added.tokens} tokens of {', '.join(report.added.domains)}; "
+            f"the profile's domains: {', '.join(report.domains)}"
+        )
+    output.say(f"next: moe-tool buddies {report.profile} --k 2")
+    output.result(report)
+
+
+def _check_given(given: ProfileArguments) -> None:
+    """Refuse options that contradict each other."""
+    if bool(given.data) == bool(given.add):
+        raise UsageError(
+            "give either --data or --add" if given.data else "no text source is given",
+            hint="--data records a new profile, --add widens the one at --out",
+        )
+    changed = [
+        field.name
+        for field in fields(given)
+        if field.name in ("seq_len", "holdout", "seed")
+        and getattr(given, field.name) != field.default
+    ]
+    if given.add and changed:
+        raise UsageError(
+            f"--{changed[0].replace('_', '-')} cannot be changed by --add",
+            hint="leave it out: the profile's own is used",
+        )
+
+
+def _record(
+    given: ProfileArguments,
+    located: "LocatedModel",
+    sources: "tuple[TextSource, ...]",
+    output: Output,
+) -> "ProfileReport":
+    from moe_tool.profiling.profile_addition import add_to_profile
+    from moe_tool.profiling.recorder import record_profile
+
+    out = given.out or profile_path(given.profiles, located.name)
+    memory_bytes = None if given.memory.strip().lower() == "auto" else parse_bytes(given.memory)
+    if given.add:
+        return add_to_profile(
+            located,
+            sources,
+            out=out,
+            tokens=given.tokens,
+            memory_bytes=memory_bytes,
+            resume=given.resume,
+            offline=given.offline,
+            progress=output.progress,
+        )
+    return record_profile(
         located,
         sources,
-        out=given.out or profile_path(given.profiles, located.name),
+        out=out,
         tokens=given.tokens,
         seq_len=given.seq_len,
         holdout=given.holdout,
@@ -88,13 +162,3 @@ def profile(given: ProfileArguments, output: Output) -> None:
         offline=given.offline,
         progress=output.progress,
     )
-    output.show(*profile_tables(report.routing))
-    output.say(
-        f"wrote {report.profile}: {format_bytes(report.profile_bytes)}; "
-        f"{report.tokens} tokens in {report.seconds:.1f} s "
-        f"({report.tokens_per_second:.0f} tokens/s), "
-        f"peak memory {format_bytes(report.peak_rss_bytes)} "
-        f"of {format_bytes(report.memory_budget_bytes)}"
-    )
-    output.say(f"next: moe-tool buddies {report.profile} --k 2")
-    output.result(report)

@@ -4,7 +4,7 @@ Equal measurements give equal bytes: no times, no host names, objects in a fixed
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -84,15 +84,42 @@ def write_layer_part(
     path: Path, layer: int, trace: LayerTrace, statistics: ExpertStatistics
 ) -> None:
     """Write one layer's measurements atomically."""
+    with created_hdf5(path) as file:
+        _write_layer(file, layer, trace, statistics)
+
+
+def _write_layer(
+    file: h5py.File, layer: int, trace: LayerTrace, statistics: ExpertStatistics
+) -> None:
     arrays = {
         name: np.asarray(getattr(trace, name), dtype)
         for name, dtype in _TRACE_DTYPES.items()
         if getattr(trace, name) is not None
     }
+    group = file.create_group(f"layers/{layer}")
+    for name, value in (*arrays.items(), *_numbers(statistics, "stats")):
+        group.create_dataset(name, data=value, track_times=False)
+
+
+def _write_tokens(file: h5py.File, header: ProfileHeader, tokens: TracedTokens) -> None:
+    write_header(file, "profile", header)
+    file.attrs["domains"] = json.dumps(tokens.domains)
+    for name, dtype in _TOKEN_DTYPES.items():
+        values = np.asarray(getattr(tokens, name), dtype)
+        file.create_dataset(f"tokens/{name}", data=values, track_times=False)
+
+
+def write_measured_profile(
+    path: Path,
+    header: ProfileHeader,
+    tokens: TracedTokens,
+    layers: Iterable[tuple[int, LayerTrace, ExpertStatistics]],
+) -> None:
+    """Write a profile from finished layers atomically; `layers` may produce one at a time."""
     with created_hdf5(path) as file:
-        group = file.create_group(f"layers/{layer}")
-        for name, value in (*arrays.items(), *_numbers(statistics, "stats")):
-            group.create_dataset(name, data=value, track_times=False)
+        _write_tokens(file, header, tokens)
+        for layer, trace, statistics in layers:
+            _write_layer(file, layer, trace, statistics)
 
 
 def write_profile(
@@ -112,11 +139,7 @@ def write_profile(
         sensitivity_n_tokens: tokens that they were measured on.
     """
     with created_hdf5(path) as file:
-        write_header(file, "profile", header)
-        file.attrs["domains"] = json.dumps(tokens.domains)
-        for name, dtype in _TOKEN_DTYPES.items():
-            values = np.asarray(getattr(tokens, name), dtype)
-            file.create_dataset(f"tokens/{name}", data=values, track_times=False)
+        _write_tokens(file, header, tokens)
         for layer in sorted(parts):
             verified_sha256(parts[layer], remedy=_REMEDY)
             with opened_hdf5(parts[layer], remedy=_REMEDY) as part:

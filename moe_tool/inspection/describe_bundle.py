@@ -116,7 +116,7 @@ def _policy_facts(manifest: BundleManifest) -> dict[str, object]:
     return {
         "policy": calibration.policy,
         "calibrated_to": f"KL {calibration.max_kl:g} with {calibration.expert_slots} expert slots",
-        "calibrated_on": ", ".join(calibration.sources),
+        "calibrated_on": f"{calibration.domain_names} ({', '.join(calibration.sources)})",
         "measured": _measured(calibration.quality),
         **{f"measured_{domain}": _measured(each) for domain, each in calibration.domains.items()},
     }

@@ -66,6 +66,10 @@ class PartsFolder:
         """Return the path of a layer's part."""
         return self.folder / f"layer-{layer:05d}.h5"
 
+    def remove(self) -> None:
+        """Delete the folder, once the profile is in its place."""
+        shutil.rmtree(self.folder)
+
     def has_layers(self) -> bool:
         """Return whether a layer is finished."""
         return any(self.folder.glob("layer-*.h5"))

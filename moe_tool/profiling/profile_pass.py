@@ -1,6 +1,5 @@
 """One pass of all tokens through all decoder layers, one layer in memory at a time."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +104,7 @@ class ProfilePass:
         return first
 
     def write(self, out: Path, header: ProfileHeader) -> None:
-        """Merge the layers' parts, with their sensitivities, into the profile, and delete them."""
+        """Merge the layers' parts, with their sensitivities, into a profile."""
         identity = header.identity.model_copy(update={"full": self._full_hash.result()})
         write_profile(
             out,
@@ -115,7 +114,6 @@ class ProfilePass:
             self._sensitivities(),
             sensitivity_n_tokens=self._watched.size,
         )
-        shutil.rmtree(self._parts.folder)
 
     @torch.no_grad()
     def _sensitivities(self) -> dict[int, float]:

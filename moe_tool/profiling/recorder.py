@@ -26,6 +26,16 @@ from moe_tool.text.sources import TextSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AddedText:
+    """Text that was added to a profile."""
+
+    tokens: int
+    held_out_tokens: int
+    sources: tuple[str, ...]
+    domains: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReport:
     """Figures of a finished profile, as `moe-tool profile` shows them."""
 
@@ -45,6 +55,8 @@ class ProfileReport:
     resumed_at_layer: int | None
     domains: tuple[str, ...]
     routing: ProfileRouting
+    added: AddedText | None = None
+    """Text that this run added to an existing profile; the other figures are the whole's"""
 
 
 def record_profile(
@@ -96,12 +108,13 @@ def record_profile(
             offline=offline,
             progress=progress,
         )
-        header = _header(opened, model, sequences, holdout=holdout)
+        header = profile_header(opened, model, sequences, holdout=holdout)
         parts.open(header, sequences, resume=resume)
         run = ProfilePass(opened, model.folder, sequences, parts, memory_bytes, progress)
         first_layer = run.record_layers(resume=resume)
         run.write(out, header)
-    return _report(out, opened, run.plan.memory_bytes, first_layer or None, start, progress)
+        parts.remove()
+    return report_profile(out, opened, run.plan.memory_bytes, first_layer or None, start, progress)
 
 
 def _open(model: LocatedModel, unclaimed: Path | None, progress: Progress) -> OpenedModel:
@@ -126,9 +139,10 @@ def _check_arguments(out: Path, *, tokens: int, seq_len: int, holdout: float) ->
         raise UsageError(f"{out} is a folder", hint="name a file: --out profiles/NAME.h5")
 
 
-def _header(
+def profile_header(
     opened: OpenedModel, model: LocatedModel, sequences: TokenSequences, *, holdout: float
 ) -> ProfileHeader:
+    """Return the header of a recording."""
     return ProfileHeader(
         identity=opened.identity,
         shape=opened.shape,
@@ -143,7 +157,7 @@ def _header(
     )
 
 
-def _report(
+def report_profile(
     out: Path,
     opened: OpenedModel,
     memory_budget_bytes: int,
@@ -151,6 +165,7 @@ def _report(
     start: float,
     progress: Progress,
 ) -> ProfileReport:
+    """Return the figures of a profile, read back from its file."""
     with ProfileReader.open(out) as profile:
         coverage = layer_coverages(profile)
         routing = report_routing(profile, progress)

@@ -28,13 +28,18 @@ def quality_note(manifest: BundleManifest, policy: ChosenPolicy, *, n_slots: int
 
 def _calibrated(calibration: Calibration, n_slots: int) -> str:
     low, high = calibration.quality.kl_ci95
-    found = f"calibrated: KL {calibration.quality.kl:.4f} [{low:.4f}, {high:.4f}] nats per token"
+    found = (
+        f"calibrated on {calibration.domain_names}: KL {calibration.quality.kl:.4f} "
+        f"[{low:.4f}, {high:.4f}] nats per token"
+    )
     if n_slots < calibration.expert_slots:
         return (
             f"{found} with room for {calibration.expert_slots} experts, not {n_slots}: the "
             f"limit of {calibration.max_kl:g} is kept by the price list alone"
         )
-    return f"{found}, to stay below {calibration.max_kl:g}"
+    return (
+        f"{found}, to stay below {calibration.max_kl:g}; text of other kinds is judged as it runs"
+    )
 
 
 def _planned(plan: PackPlan, n_slots: int) -> str:
