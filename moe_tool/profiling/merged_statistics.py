@@ -129,7 +129,7 @@ def _merge_probe(old: ProbeStatistics, new: ProbeStatistics) -> tuple[ProbeStati
     counts = old.n_sampled + new.n_sampled
     fell_back = _falls_back(old) & _falls_back(new)
     sums = (
-        _sums(old)
+        _sums(old, new)
         .weighted(~_falls_back(old) | fell_back)
         .plus(_sums(new).weighted(~_falls_back(new) | fell_back))
     )
@@ -159,20 +159,35 @@ def _falls_back(probe: ProbeStatistics) -> np.ndarray:
     return probe.fell_back.astype(bool) | (probe.n_routed < MIN_ROUTED_TOKENS)
 
 
-def _sums(probe: ProbeStatistics) -> _Sums:
-    """Recover the sums: at the best scale a = <i, j> / ||j||^2, eps^2 = 1 - a <i, j> / ||i||^2."""
-    behind = np.where(probe.fell_back, probe.n_sampled, probe.n_routed).astype(np.float64)
+def _sums(probe: ProbeStatistics, other: ProbeStatistics) -> _Sums:
+    """Recover the sums from the best scales, a = <i, j> / ||j||^2; eps^2 = 1 - a <i, j> / ||i||^2.
+
+    A scale near 0 tells nothing of ||j||^2: the other recording's mean stands in, or else j's own.
+    """
+    behind = _behind(probe)
     norm = probe.output_norm.astype(np.float64)
     own = behind * norm**2
-    a = probe.scale.astype(np.float64)
-    explained = own[:, None] * np.clip(1 - probe.eps_buddy.astype(np.float64) ** 2, 0.0, 1.0)
-    # A scale near 0 tells nothing of the other's energy: its usual energy stands in.
-    tells = explained > 1e-5 * own[:, None]
-    usual = behind[:, None] * norm[None, :] ** 2
-    energy = np.divide(explained, a * a, out=usual, where=tells & (a != 0))
+    mine, theirs = _mean_energy(probe), _mean_energy(other)
+    usual = np.broadcast_to(norm[None, :] ** 2, mine.shape)
+    mean = np.where(np.isnan(mine), np.where(np.isnan(theirs), usual, theirs), mine)
+    energy = behind[:, None] * mean
     ratio = probe.output_ratio.astype(np.float64) ** 2
     layer = np.divide(own, ratio, out=np.zeros_like(own), where=ratio > 0)
-    return _Sums(own, a * energy, energy, layer, behind)
+    return _Sums(own, probe.scale.astype(np.float64) * energy, energy, layer, behind)
+
+
+def _behind(probe: ProbeStatistics) -> np.ndarray:
+    return np.where(probe.fell_back, probe.n_sampled, probe.n_routed).astype(np.float64)
+
+
+def _mean_energy(probe: ProbeStatistics) -> np.ndarray:
+    """Return ||E_j||^2 per token behind i, [E, E] float64, NaN where rounding hides it."""
+    a = probe.scale.astype(np.float64)
+    explained = np.clip(1 - probe.eps_buddy.astype(np.float64) ** 2, 0.0, 1.0)
+    own = np.broadcast_to(probe.output_norm.astype(np.float64)[:, None] ** 2, a.shape)
+    hidden = np.full(a.shape, np.nan)
+    tells = (explained > 1e-5) & (a != 0) & (own > 0)
+    return np.divide(explained * own, a * a, out=hidden, where=tells)
 
 
 def _mean(
