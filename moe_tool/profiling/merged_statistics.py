@@ -131,7 +131,7 @@ def _merge_probe(old: ProbeStatistics, new: ProbeStatistics) -> tuple[ProbeStati
     sums = (
         _sums(old, new)
         .weighted(~_falls_back(old) | fell_back)
-        .plus(_sums(new).weighted(~_falls_back(new) | fell_back))
+        .plus(_sums(new, old).weighted(~_falls_back(new) | fell_back))
     )
     zeros = np.zeros_like(sums.inner)
     scale = np.divide(sums.inner, sums.energy, out=zeros, where=sums.energy > 0).astype(np.float32)
@@ -187,7 +187,8 @@ def _mean_energy(probe: ProbeStatistics) -> np.ndarray:
     own = np.broadcast_to(probe.output_norm.astype(np.float64)[:, None] ** 2, a.shape)
     hidden = np.full(a.shape, np.nan)
     tells = (explained > 1e-5) & (a != 0) & (own > 0)
-    return np.divide(explained * own, a * a, out=hidden, where=tells)
+    found: np.ndarray = np.divide(explained * own, a * a, out=hidden, where=tells)
+    return found
 
 
 def _mean(
