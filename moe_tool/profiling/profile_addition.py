@@ -28,7 +28,7 @@ from moe_tool.profiling.recorder import (
 )
 from moe_tool.profiling.similarity import router_similarity
 from moe_tool.progress import SILENT, Progress
-from moe_tool.text.sequences import build_sequences
+from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
 
 _REMEDY = "name its own model, or record a new profile with --data and all text"
@@ -91,6 +91,10 @@ def add_to_profile(
     report = report_profile(
         out, opened, run.plan.memory_bytes, first_layer or None, start, progress
     )
+    return _with_added(report, sequences)
+
+
+def _with_added(report: ProfileReport, sequences: TokenSequences) -> ProfileReport:
     added = AddedText(
         tokens=sequences.ids.size,
         held_out_tokens=int(sequences.held_out.sum()) * sequences.ids.shape[1],
