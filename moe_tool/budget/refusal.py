@@ -10,6 +10,8 @@ from moe_tool.errors import BudgetError
 _STEPS_PER_MIB = 10
 _SLACK_BYTES = 2**19
 """Slack of a suggested budget: the process's own size varies by some 0.3 MiB between starts"""
+TEXT_SLACK_BYTES = 8 * 2**20
+"""Slack for work that reads texts first: heaps of its threads differ by up to 5 MiB"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +31,9 @@ def sum_lines(lines: tuple[MemoryLine, ...]) -> int:
     return sum(line.size_bytes for line in lines)
 
 
-def suggested_budget(needed_bytes: int) -> str:
+def suggested_budget(needed_bytes: int, *, slack_bytes: int = _SLACK_BYTES) -> str:
     """Return the smallest budget that works at the next start too, in the syntax of `--memory`."""
-    steps = math.ceil((needed_bytes + _SLACK_BYTES) * _STEPS_PER_MIB / 2**20)
+    steps = math.ceil((needed_bytes + slack_bytes) * _STEPS_PER_MIB / 2**20)
     return f"{steps / _STEPS_PER_MIB:.10g}MiB"
 
 
@@ -42,6 +44,7 @@ def require_budget(
     *,
     peak_bytes: int = 0,
     instead: str | None = None,
+    slack_bytes: int = _SLACK_BYTES,
 ) -> int:
     """Return the minimum budget of some work.
 
@@ -51,6 +54,7 @@ def require_budget(
         lines: the least memory that the work takes.
         peak_bytes: peak of another phase, which the lines do not show.
         instead: alternative remedy for the hint.
+        slack_bytes: what the process's own size may differ by at the next start.
 
     Raises:
         BudgetError: the budget is below the minimum.
@@ -58,7 +62,7 @@ def require_budget(
     needed = max(sum_lines(lines), peak_bytes)
     if budget_bytes is None or budget_bytes >= needed:
         return needed
-    nearest = suggested_budget(needed)
+    nearest = suggested_budget(needed, slack_bytes=slack_bytes)
     raise BudgetError(
         f"the memory budget is too small: {work} needs {_exact(needed)}, has "
         f"{_exact(budget_bytes)}; the nearest that works is {nearest}\n{describe_lines(lines)}",

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from moe_tool.allocator import trim
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
-from moe_tool.budget.refusal import name_lines, require_budget
+from moe_tool.budget.refusal import TEXT_SLACK_BYTES, name_lines, require_budget
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_experts import layer_experts_bytes
 from moe_tool.models.row_tables import RowTable
@@ -121,4 +121,5 @@ def _require(opened: OpenedModel, asked: int | None, parts: dict[str, int], proo
         name_lines(parts),
         peak_bytes=proof,
         instead="a --quantizer that needs no inputs" if "one layer" in parts else None,
+        slack_bytes=TEXT_SLACK_BYTES,
     )

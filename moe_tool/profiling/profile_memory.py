@@ -8,7 +8,7 @@ from moe_tool.available_memory import (
     available_memory_bytes,
     current_rss_bytes,
 )
-from moe_tool.budget.refusal import name_lines, require_budget, sum_lines
+from moe_tool.budget.refusal import TEXT_SLACK_BYTES, name_lines, require_budget, sum_lines
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_experts import layer_experts_bytes
 
@@ -70,7 +70,7 @@ def plan_profile_memory(
     # The logits are computed once the last layer is let go of.
     largest = max(pass_lines, logits, key=lambda parts: sum(parts.values()))
     lines = name_lines({"process": used, **largest, "margin": _MARGIN_BYTES})
-    require_budget(f"profiling {opened.identity.name}", budget, lines)
+    require_budget(f"profiling {opened.identity.name}", budget, lines, slack_bytes=TEXT_SLACK_BYTES)
     hidden = n_rows * width * 4
     room = budget - sum_lines(lines)
     in_memory = hidden <= min(_HIDDEN_SHARE * budget, room)

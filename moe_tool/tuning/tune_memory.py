@@ -2,7 +2,7 @@
 
 from moe_tool.artifacts.moe_shape import FLOAT_SIZE_BYTES
 from moe_tool.available_memory import current_rss_bytes
-from moe_tool.budget.refusal import name_lines, require_budget
+from moe_tool.budget.refusal import TEXT_SLACK_BYTES, name_lines, require_budget
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.architecture import OpenedModel
 from moe_tool.models.layer_experts import layer_experts_bytes
@@ -64,6 +64,7 @@ def require_tune_memory(
         options.memory_bytes,
         name_lines(always | largest),
         instead="fewer --tokens",
+        slack_bytes=TEXT_SLACK_BYTES,
     )
 
 

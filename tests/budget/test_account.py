@@ -144,3 +144,10 @@ def test_no_more_slots_of_two_sizes_would_fit(room: int) -> None:
 
 def test_a_pool_needs_one_tokens_experts_and_one_to_read_ahead() -> None:
     assert (min_slots(2, 8), min_slots(2, 2), min_slots(8, 9)) == (3, 2, 9)
+
+
+def test_work_that_reads_texts_suggests_more() -> None:
+    lines = (MemoryLine(name="process", size_bytes=430 * MIB),)
+    with pytest.raises(BudgetError, match=r"nearest that works is 438MiB"):
+        require_budget("profiling", MIB, lines, slack_bytes=8 * MIB)
+    assert require_budget("profiling", 430 * MIB, lines, slack_bytes=8 * MIB) == 430 * MIB
