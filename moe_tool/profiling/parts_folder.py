@@ -27,7 +27,7 @@ class PartsFolder:
             if journal.read_bytes() != wanted:
                 raise UsageError(
                     f"{self.folder} was begun with another model, text, seed or version",
-                    hint="repeat the interrupted command with --resume, or choose another --out",
+                    hint="repeat the interrupted command with --resume, or begin anew without it",
                 )
             return
         self._remove_old(header.identity.quick)

@@ -57,7 +57,7 @@ def add_to_profile(
     Raises:
         NotFoundError, CorruptArtifactError, ArtifactVersionError: no intact profile at `out`.
         WrongModelError: it is of another model.
-        UsageError: it is of another tokenizer, or has one of the sources already.
+        UsageError: it is of another tokenizer, or has one of the texts already.
         The others of `record_profile`.
     """
     start = time.perf_counter()
@@ -65,9 +65,9 @@ def add_to_profile(
         opened = open_model(model)
         for warning in opened.warnings:
             progress.note(warning)
-        _require_addable(out, old.header, opened, model, sources)
         parts = PartsFolder(out.with_name(f"{out.name}.add"))
         with opened.checkpoint, keeping(parts.has_layers):
+            _require_addable(out, old.header, opened, model)
             sequences = build_sequences(
                 sources,
                 load_tokenizer(model.tokenizer_folder),
@@ -79,6 +79,7 @@ def add_to_profile(
                 offline=offline,
                 progress=progress,
             )
+            _require_new_text(old, sequences)
             header = profile_header(opened, model, sequences, holdout=old.header.holdout)
             parts.open(header, sequences, resume=resume)
             run = ProfilePass(opened, model.folder, sequences, parts, memory_bytes, progress)
@@ -170,11 +171,7 @@ def _concatenated(old: LayerTrace, new: LayerTrace) -> LayerTrace:
 
 
 def _require_addable(
-    out: Path,
-    header: ProfileHeader,
-    opened: OpenedModel,
-    model: LocatedModel,
-    sources: Sequence[TextSource],
+    out: Path, header: ProfileHeader, opened: OpenedModel, model: LocatedModel
 ) -> None:
     require_same_model(
         header.identity, opened.identity, artifact=f"the profile {out}", remedy=_REMEDY
@@ -185,9 +182,16 @@ def _require_addable(
             f"{out} was recorded with another tokenizer or shape of this model",
             hint=_REMEDY,
         )
-    for source in sources:
-        if f"{source.domain}={source.spec}" in header.sources:
+
+
+def _require_new_text(old: ProfileReader, sequences: TokenSequences) -> None:
+    """Refuse a text whose first sequence is in the profile: a text's sequences are its first ones,
+    whatever name or path it is given by."""
+    ids = old.tokens.ids
+    firsts = np.unique(sequences.domain, return_index=True)[1]  # [sources], in their order
+    for source, first in zip(sequences.sources, firsts, strict=True):
+        if (ids == sequences.ids[first]).all(axis=1).any():
             raise UsageError(
-                f"{out} has the text {source.domain}={source.spec} already",
+                f"{old.path} has the text {source} already",
                 hint="name other text with --add; the same text twice would count double",
             )

@@ -62,7 +62,7 @@ def parse_sources(arguments: Sequence[str]) -> tuple[TextSource, ...]:
             raise UsageError(
                 f"two text sources are called '{source.domain}':"
                 f" {seen[source.domain]} and {source.spec}",
-                hint=f"name them apart: --data {source.domain}2={source.spec}",
+                hint=f"name them apart: {source.domain}2={source.spec}",
             )
         seen[source.domain] = source.spec
     return tuple(sources)

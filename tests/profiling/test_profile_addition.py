@@ -176,8 +176,9 @@ def test_wrong_profiles_and_known_text_are_refused(
         add(folder, out, "builtin:code")
     record(folder, out, "builtin:docs")
     before = out.read_bytes()
-    with pytest.raises(UsageError, match="has the text docs=builtin:docs already"):
-        add(folder, out, "builtin:docs")
+    for source in ("docs=builtin:docs", "other=builtin:docs"):
+        with pytest.raises(UsageError, match=f"has the text {source} already"):
+            add(folder, out, source)
     with pytest.raises(WrongModelError):
         add(tiny_checkpoint("mixtral"), out, "builtin:code")
     assert out.read_bytes() == before
