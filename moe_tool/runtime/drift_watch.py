@@ -86,9 +86,8 @@ class DriftWatch:
         if is_first or n_sequences != len(self.tokens):
             self._begin(n_sequences)
         self._is_counted = np.ones((n_sequences, n_new), bool)
-        if mask is not None and mask.ndim == 2 and mask.shape[1] >= n_new:
-            if len(mask) == n_sequences:
-                self._is_counted = mask[:, -n_new:].numpy() != 0
+        if mask is not None and _fits(mask.shape, n_sequences, n_new):
+            self._is_counted = mask[:, -n_new:].numpy() != 0
         begun = self.tokens % _HALF_TOKENS
         ordinal = begun[:, None] + np.cumsum(self._is_counted, axis=1) - 1
         self._place = np.maximum(ordinal, 0) // _HALF_TOKENS  # [B, n], half of the forward
@@ -162,3 +161,7 @@ class DriftWatch:
             is_drifting=self.is_drifting,
             score=float(self.score.max(initial=0.0)),
         )
+
+
+def _fits(shape: torch.Size, n_sequences: int, n_new: int) -> bool:
+    return len(shape) == 2 and shape[0] == n_sequences and shape[1] >= n_new
