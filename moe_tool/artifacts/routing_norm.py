@@ -101,14 +101,15 @@ class WindowScore:
     """
 
     scale: np.ndarray
-    """[F] float64"""
+    """[F] float64 standard deviations"""
     means: np.ndarray
-    """[D, F] float64"""
+    """[D, F] float64 mean logits of each domain"""
     directions: np.ndarray
-    """[R, F] float64, orthonormal rows"""
+    """[R, F] float64 directions of most variance, orthonormal rows"""
     spread: np.ndarray
-    """[R] float64"""
+    """[R] float64 variances along them"""
     rest: float
+    """Variance along every other direction"""
 
     def rate(self, windows: np.ndarray) -> np.ndarray:
         """Return the score of each window: squared Mahalanobis distance to the nearest domain, per

@@ -58,7 +58,7 @@ class DriftSeen:
     windows: int
     """Windows that were long enough for a verdict"""
     alarms: int
-    """Those routed unlike the profile's text"""
+    """Windows routed unlike the profile's text"""
     first_alarm_tokens: int | None
     """Tokens from the start of the text to the first alarm; None: none"""
     is_drifting: bool
@@ -81,7 +81,7 @@ class RunResult:
     decode: PhaseCounters
     quality: AnswerQuality
     drift: DriftSeen | None
-    """None without a norm of the profile's routing in the bundle"""
+    """Drift from the profile; None without a routing norm in the bundle"""
     row_bytes_read: int
     """Bytes read of embedding tables on disk, for prompt and decoding"""
     seconds_to_first_token: float

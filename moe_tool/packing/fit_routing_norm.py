@@ -38,9 +38,9 @@ class _Windows:
     """Mean logits of windows of N sequences, P of each, after each of C checks."""
 
     means: np.ndarray
-    """[C, N, P, F] float32"""
+    """[C, N, P, F] float32 mean logits"""
     domain: np.ndarray
-    """[N] int"""
+    """[N] int, number of each sequence's domain"""
 
     def of(self, rows: np.ndarray) -> "_Windows":
         return _Windows(means=self.means[:, rows], domain=self.domain[rows])
@@ -48,7 +48,8 @@ class _Windows:
     @property
     def whole(self) -> np.ndarray:
         """Whole windows, [N * P, F] float64."""
-        return self.means[-1].reshape(-1, self.means.shape[-1]).astype(np.float64)
+        means: np.ndarray = self.means[-1].reshape(-1, self.means.shape[-1])
+        return means.astype(np.float64)
 
 
 def watched_experts(n_layers: int, n_experts: int) -> np.ndarray:

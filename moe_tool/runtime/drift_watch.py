@@ -51,7 +51,7 @@ class DriftWatch:
         self.windows = 0
         """Windows of all sequences with at least one score"""
         self.alarms = 0
-        """Those of them with a score above its threshold"""
+        """Windows of all sequences with a score above its threshold"""
         self.first_at: int | None = None
         """Tokens of its sequence that the first alarm needed"""
         self._is_alarmed = np.zeros(count, bool)  # in the current window

@@ -275,7 +275,6 @@ def load_session(
     if manifest.selectors:
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)
-    is_shadowed = options.shadow and plan.policy.is_lossy
     return Session(
         bundle=bundle,
         skeleton=skeleton,
@@ -284,7 +283,7 @@ def load_session(
         runner=runner,
         make_store=make_store,
         torch_threads_before=torch_threads_before,
-        shadow=Shadow(every=options.shadow) if is_shadowed else None,
+        shadow=Shadow(every=options.shadow) if options.shadow and plan.policy.is_lossy else None,
         progress=progress,
     )
 
