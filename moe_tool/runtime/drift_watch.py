@@ -30,7 +30,7 @@ class DriftWatch:
         self._thresholds = norm.thresholds
         self._domains = norm.domains
         self._experts = {
-            layer.layer: torch.tensor(layer.experts, dtype=torch.int64) for layer in norm.layers
+            layer.layer: np.array(layer.experts, dtype=np.int64) for layer in norm.layers
         }
         ends = np.cumsum([len(layer.experts) for layer in norm.layers]).tolist()
         self._columns = {
@@ -60,6 +60,7 @@ class DriftWatch:
         self._sums = np.zeros((count, 1, self._n_values))  # of the forward, by half
         self._place = np.zeros((count, 0), np.int64)
         self._is_counted = np.zeros((count, 0), bool)
+        self._is_one_token = False
         self._layers_seen: set[int] = set()
 
     @property
@@ -90,6 +91,7 @@ class DriftWatch:
             self._is_counted = mask[:, -n_new:].numpy() != 0
         begun = self.tokens % _HALF_TOKENS
         ordinal = begun[:, None] + np.cumsum(self._is_counted, axis=1) - 1
+        self._is_one_token = n_new == 1 and bool(self._is_counted.all())
         self._place = np.maximum(ordinal, 0) // _HALF_TOKENS  # [B, n], half of the forward
         self._sums = np.zeros((n_sequences, int(self._place.max()) + 1, self._n_values))
         self._sums[:, 0] = self._now
@@ -99,12 +101,15 @@ class DriftWatch:
         """Add one layer's router logits [B * n, E] of the forward's tokens."""
         if layer not in self._columns or len(logits) != self._is_counted.size:
             return
-        chosen = logits.detach().index_select(1, self._experts[layer])
-        rounded = chosen.clamp(-_LIMIT, _LIMIT).to(torch.float16).numpy().astype(np.float64)
-        values = rounded.reshape(*self._is_counted.shape, -1)  # [B, n, F]
+        chosen = logits.detach().float().numpy()[:, self._experts[layer]]
+        values = chosen.clip(-_LIMIT, _LIMIT).astype(np.float16).astype(np.float64)  # [B * n, F]
         sums = self._sums[..., self._columns[layer]]
-        rows, columns = np.nonzero(self._is_counted)
-        np.add.at(sums, (rows, self._place[rows, columns]), values[rows, columns])
+        if self._is_one_token:
+            sums[:, 0] += values
+        else:
+            counted = self._is_counted.reshape(-1)
+            rows = np.nonzero(self._is_counted)[0]
+            np.add.at(sums, (rows, self._place.reshape(-1)[counted]), values[counted])
         self._layers_seen.add(layer)
 
     def end_forward(self) -> str | None:
