@@ -10,6 +10,7 @@ from moe_tool.artifacts.bundle_sections import (
     MASK_ROUTER,
     N_FINE_QUANTILES,
     N_QUANTILES,
+    ROUTING_NORM,
     ROW_TABLES,
     SOURCE_FILES,
     TUNED_FLOATS,
@@ -33,6 +34,7 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import Precision
+from moe_tool.artifacts.routing_norm import RoutingNorm
 from moe_tool.artifacts.row_tables import RowTables
 from moe_tool.artifacts.schema import FrozenModel
 from moe_tool.artifacts.source_files import PLACED_KINDS, SourceFiles
@@ -254,6 +256,14 @@ class BundleManifest(FrozenModel):
         return found
 
     @property
+    def routing_norm(self) -> RoutingNorm | None:
+        """Norm of the profile's routing; None if packed without a profile, or with a short one"""
+        section = self.sections.get(ROUTING_NORM)
+        found = None if section is None else parse_section(ROUTING_NORM, section)
+        assert found is None or isinstance(found, RoutingNorm)
+        return found
+
+    @property
     def tuned_floats(self) -> TunedFloats | None:
         """Norms and routers trained beside the codes; None if they were not trained"""
         section = self.sections.get(TUNED_FLOATS)
@@ -287,6 +297,7 @@ class BundleManifest(FrozenModel):
             parse_section(name, section)
         self._check_pruning()
         self._check_sources()
+        self._check_routing_norm()
         return self
 
     def _check_skeleton(self) -> None:
@@ -312,6 +323,15 @@ class BundleManifest(FrozenModel):
             raise ValueError("the file of the pruning is not listed")
         if self.shape.top_k < 2:
             raise ValueError("a model of one expert per token has nothing to prune")
+
+    def _check_routing_norm(self) -> None:
+        norm = self.routing_norm
+        if norm is None:
+            return
+        if [each.layer for each in norm.layers] != list(self.shape.layers):
+            raise ValueError("the routing norm does not fit the model's layers")
+        if any(each.experts[-1] >= self.shape.experts for each in norm.layers):
+            raise ValueError("the routing norm watches an expert that the model does not have")
 
     def _check_sources(self) -> None:
         section = self.sections.get(SOURCE_FILES)

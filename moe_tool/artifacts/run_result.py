@@ -51,6 +51,23 @@ class AnswerQuality(Spread):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DriftSeen:
+    """Comparison of a text's routing with the profile's, window by window, prompt included."""
+
+    window_tokens: int
+    windows: int
+    """Windows that were long enough for a verdict"""
+    alarms: int
+    """Windows routed unlike the profile's text"""
+    first_alarm_tokens: int | None
+    """Tokens from the start of the text to the first alarm; None: none"""
+    is_drifting: bool
+    """Whether the text's end is routed unlike the profile's"""
+    score: float
+    """Score of the last window over its threshold; above 1 is an alarm"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
     """A continued prompt. Rates cover decoding alone; the prompt has counters of its own."""
 
@@ -63,6 +80,8 @@ class RunResult:
     prompt: PhaseCounters
     decode: PhaseCounters
     quality: AnswerQuality
+    drift: DriftSeen | None
+    """Drift from the profile; None without a routing norm in the bundle"""
     row_bytes_read: int
     """Bytes read of embedding tables on disk, for prompt and decoding"""
     seconds_to_first_token: float

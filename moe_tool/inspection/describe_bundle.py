@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.bundle_sections import ROW_TABLES, SOURCE_FILES, TUNED_FLOATS, QualityFigure
+from moe_tool.artifacts.bundle_sections import (
+    ROUTING_NORM,
+    ROW_TABLES,
+    SOURCE_FILES,
+    TUNED_FLOATS,
+    QualityFigure,
+)
+from moe_tool.artifacts.routing_norm import WINDOW_TOKENS
 from moe_tool.artifacts.row_tables import table_bytes
 from moe_tool.budget.sizes import format_bytes
 from moe_tool.budget.table_choice import parse_rows
@@ -30,6 +37,8 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
     if SOURCE_FILES in sections:
         del sections[SOURCE_FILES]["body"]["tables"]  # as long as the list of records
     sections.pop(ROW_TABLES, None)  # as long as the tables; the facts tell the rest
+    if ROUTING_NORM in sections:
+        del sections[ROUTING_NORM]["body"]["layers"]  # thousands of numbers
     if TUNED_FLOATS in sections:
         del sections[TUNED_FLOATS]["body"]["tensors"]  # some per layer
     details = manifest.model_dump(mode="json", include={"calibration", "lineage"})
@@ -66,6 +75,7 @@ def _facts(manifest: BundleManifest) -> dict[str, object]:
         | _float_facts(manifest)
         | _policy_facts(manifest)
         | _pruning_facts(manifest)
+        | _norm_facts(manifest)
     )
 
 
@@ -131,6 +141,18 @@ def _pruning_facts(manifest: BundleManifest) -> dict[str, object]:
         "pruning": f"trained to drop {pruning.rate:.0%} of the chosen experts",
         "pruning_measured": _measured(pruning.quality),
         "pruning_trained_on": ", ".join(pruning.sources),
+    }
+
+
+def _norm_facts(manifest: BundleManifest) -> dict[str, object]:
+    """Return the domains that text is compared with, and the false alarms on held-out text."""
+    norm = manifest.routing_norm
+    if norm is None:
+        return {}
+    return {
+        "routing_norm": ", ".join(norm.domains),
+        "routing_norm_false_alarms": f"{norm.held_out_alarms} of {norm.held_out_windows} held-out "
+        f"windows of {WINDOW_TOKENS} tokens",
     }
 
 

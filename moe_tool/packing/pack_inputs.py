@@ -13,9 +13,11 @@ from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
 from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens, mean_squared_gates
+from moe_tool.artifacts.routing_norm import RoutingNorm
 from moe_tool.errors import CorruptArtifactError
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
+from moe_tool.packing.fit_routing_norm import fit_routing_norm
 from moe_tool.policies.misses.prune import ratio_to_heaviest
 from moe_tool.policies.misses.replica import unimportance
 
@@ -32,6 +34,8 @@ class ProfileFacts:
     """Hash of the whole checkpoint, known from the profile"""
     prices: tuple[LayerPrices, ...] | None = None
     tokens: TracedTokens | None = None
+    routing_norm: RoutingNorm | None = None
+    """Norm to notice other text by; None if the profile is too short"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,9 @@ def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -
             full_hash=profile.header.identity.full,
             prices=tuple(prices),
             tokens=profile.tokens,
+            routing_norm=fit_routing_norm(
+                profile.tokens, shape.layers, shape.experts, profile.router_logits
+            ),
         )
 
 

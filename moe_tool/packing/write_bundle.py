@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.bundle_sections import ROW_TABLES
+from moe_tool.artifacts.bundle_sections import ROUTING_NORM, ROW_TABLES, Section
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import MoeToolError
@@ -202,11 +202,19 @@ def _finish(
         buddies=job.buddies,
         prices=job.profile.prices,
         plan=job.plan,
-        sections={} if writer.finished else {ROW_TABLES: skeleton.section()},
+        sections={} if writer.finished else _sections(job, skeleton),
         profile_sha256=job.profile.sha256,
         prove=prove,
     )
     return manifest, proofs[0] if proofs else None
+
+
+def _sections(job: PackJob, skeleton: SkeletonWork) -> dict[str, Section]:
+    found = {ROW_TABLES: skeleton.section()}
+    norm = job.profile.routing_norm
+    if norm is not None:
+        found[ROUTING_NORM] = Section(required=False, body=norm.model_dump(mode="json"))
+    return found
 
 
 def _require_disk(job: PackJob, writer: BundleWriter, skeleton: SkeletonWork) -> None:

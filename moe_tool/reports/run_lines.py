@@ -32,6 +32,11 @@ def run_line(result: RunResult) -> str:
         parts.append(_prompt_changes(result.prompt, quality))
     if quality.expected_kl:
         parts += _quality(quality)
+    if result.drift is not None and result.drift.alarms:
+        parts.append(
+            f"{result.drift.alarms} of {result.drift.windows} windows of "
+            f"{result.drift.window_tokens} tokens routed unlike the profile's"
+        )
     return " · ".join([*parts, _peak(result)])
 
 

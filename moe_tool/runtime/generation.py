@@ -123,6 +123,7 @@ def _continue(
         prompt=session.runner.stats.prompt,
         decode=session.runner.stats.decode,
         quality=_quality(session),
+        drift=None if session.runner.watch is None else session.runner.watch.seen(),
         row_bytes_read=session.bundle.tables.bytes_read - row_bytes_before,
         seconds_to_first_token=first - made.started_at,
         seconds=made.ended_at - made.started_at,

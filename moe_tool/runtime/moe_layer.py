@@ -26,6 +26,7 @@ from moe_tool.policies.misses.prune import token_importance
 from moe_tool.policies.prefetch import Prediction, fetch_predicted
 from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
+from moe_tool.runtime.drift_watch import DriftWatch
 from moe_tool.runtime.foresight import Foresight, Guess
 from moe_tool.runtime.mask_scores import slot_worth
 from moe_tool.runtime.measured_costs import MeasuredCosts
@@ -98,6 +99,8 @@ class MoeLayerRunner:
     """Decoder layer -> [E] bool: experts in the bundle; empty if none was removed"""
     record_bytes: Mapping[int, np.ndarray] = field(default_factory=dict)
     """Decoder layer -> [F, E] int64: size of each record; 0 if a form is not stored"""
+    watch: DriftWatch | None = None
+    """Watch over text that is routed unlike the profile's; None: the bundle has no norm of it"""
     on_decision: Callable[[Decision], None] | None = None
     """Callback on every decode call"""
 
@@ -106,6 +109,8 @@ class MoeLayerRunner:
         call, present = self._find_present(call)
         if self.is_shadow:
             return self._run(call, call.index, call.weight, present, PhaseCounters())
+        if self.watch is not None and call.router_logits is not None:
+            self.watch.add(call.layer, call.router_logits)
         is_plain = self.residency == "cache" and not self.policy.is_lossy
         phase = self.forward.phase
         is_exact_prompt = phase == "prompt" and not self.is_lossy_prompt

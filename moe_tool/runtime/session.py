@@ -29,6 +29,7 @@ from moe_tool.policies.prefetch import parse_prefetch
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import Activations
 from moe_tool.runtime.call_recorder import CallRecorder
+from moe_tool.runtime.drift_watch import DriftWatch
 from moe_tool.runtime.finite_logits import require_finite_logits
 from moe_tool.runtime.first_use import use_torch_once
 from moe_tool.runtime.foresight import Foresight, foresee
@@ -63,6 +64,8 @@ class Session:
     """Positions that count as prompt in later forwards; None: a forward of one token with a cache
     is decoding"""
     shadow: Shadow | None = None
+    progress: Progress = SILENT
+    """Listener that is told once when text is routed unlike the profile's"""
     torch_threads_before: int
     """Number of torch's threads to restore when the session closes"""
     _hooks: list[Any] = field(default_factory=list, repr=False)
@@ -150,6 +153,9 @@ class Session:
         self.plan.threads.before_forward(n_sequences * n_new)
         if self.runner.is_shadow:
             return
+        if self.runner.watch is not None:
+            mask = kwargs.get("attention_mask")
+            self.runner.watch.begin_forward(n_sequences, n_new, mask=mask, is_first=n_seen == 0)
         if n_seen == 0:
             self.runner.account.begin_sequences(n_sequences)
             self.runner.store.begin_sequence()
@@ -172,7 +178,13 @@ class Session:
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         require_finite_logits(output.logits, self.bundle.folder)
-        if self.shadow is not None and not self.runner.is_shadow:
+        if self.runner.is_shadow:
+            return
+        if self.runner.watch is not None:
+            note = self.runner.watch.end_forward()
+            if note is not None:
+                self.progress.note(note)
+        if self.shadow is not None:
             divergence = self.shadow.compare(output.logits[:, -1])
             if divergence is not None:
                 self.runner.account.judge(divergence, tokens=len(output.logits))
@@ -263,7 +275,6 @@ def load_session(
     if manifest.selectors:
         runner.store.load_pinned(progress)
     skeleton.set_experts_function(runner)
-    is_shadowed = options.shadow and plan.policy.is_lossy
     return Session(
         bundle=bundle,
         skeleton=skeleton,
@@ -272,7 +283,8 @@ def load_session(
         runner=runner,
         make_store=make_store,
         torch_threads_before=torch_threads_before,
-        shadow=Shadow(every=options.shadow) if is_shadowed else None,
+        shadow=Shadow(every=options.shadow) if options.shadow and plan.policy.is_lossy else None,
+        progress=progress,
     )
 
 
@@ -321,6 +333,7 @@ def _runner(
         is_lossy_prompt=plan.options.lossy_prompt and is_lossy,
         stored=stored_masks(manifest),
         record_bytes=record_sizes(manifest),
+        watch=None if manifest.routing_norm is None else DriftWatch(manifest.routing_norm),
         attention=AttentionSums(skeleton.model, shape.layers)
         if plan.workload.keeps_scores
         else None,

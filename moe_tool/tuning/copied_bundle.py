@@ -8,7 +8,13 @@ import numpy as np
 import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, TunedWeights
-from moe_tool.artifacts.bundle_sections import ROW_TABLES, TUNED_FLOATS, Section, TunedFloats
+from moe_tool.artifacts.bundle_sections import (
+    ROUTING_NORM,
+    ROW_TABLES,
+    TUNED_FLOATS,
+    Section,
+    TunedFloats,
+)
 from moe_tool.formats.atomic_write import storage_errors
 from moe_tool.formats.bundle_checks import BundleForm, skeleton_parts
 from moe_tool.formats.bundle_files import SkeletonEntry, partial_folder
@@ -50,7 +56,11 @@ class CopiedBundle:
         self._floats: dict[str, torch.Tensor] = {}
         """Float weights that replace the skeleton's, float32 by tensor name"""
         # The skeleton is copied but for norms and routers, so its tables have the same blocks.
-        self._sections = {n: manifest.sections[n] for n in (ROW_TABLES,) if n in manifest.sections}
+        self._sections = {
+            name: manifest.sections[name]
+            for name in (ROUTING_NORM, ROW_TABLES)
+            if name in manifest.sections
+        }
         order = [(record.layer, record.expert) for record in manifest.primary_records]
         self.writer = BundleWriter.open(
             out,

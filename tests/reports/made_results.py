@@ -72,6 +72,7 @@ def run_result(**changed: Any) -> RunResult:
             forwards=10, tokens=10, hits=6, misses=2, bytes_read=20 * 2**20, stall_seconds=0.5
         ),
         "quality": QUALITY,
+        "drift": None,
         "row_bytes_read": 0,
         "seconds_to_first_token": 1.0,
         "seconds": 6.0,

@@ -27,7 +27,7 @@ def test_no_key_of_a_result_is_written_twice() -> None:
     keys = [key for name, group in zip(names, groups, strict=True) for key in group.keys_of(name)]
     own = [
         "text", "token_ids", "staying", "seconds_to_first_token", "seconds", "peak_rss_bytes",
-        "row_bytes_read",
+        "row_bytes_read", "drift",
         "interrupted", "stop_reason", "generated_tokens", "decode_seconds", "tokens_per_second",
     ]  # fmt: skip
     assert len(set(keys + own)) == len(keys + own)

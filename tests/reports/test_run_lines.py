@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from moe_tool.artifacts.run_result import DriftSeen
 from moe_tool.artifacts.run_stats import PhaseCounters
 from moe_tool.reports.run_lines import harness_line, run_line
 from tests.reports.made_results import QUALITY, SETUP, harness_report, run_result
@@ -50,3 +51,12 @@ def test_tasks_count_requests_that_lost_their_beginning() -> None:
         "token · stalled 0.00 s · 0 substitutions · 2 drops (0 B per token not read for them) · "
         "peak memory 1.00 GiB of 2.00 GiB"
     )
+
+
+def test_drift_is_said_where_it_was_seen() -> None:
+    seen = DriftSeen(
+        window_tokens=64, windows=4, alarms=1, first_alarm_tokens=96, is_drifting=True, score=1.5
+    )
+    said = "1 of 4 windows of 64 tokens routed unlike the profile's"
+    assert said in run_line(run_result(drift=seen))
+    assert "unlike" not in run_line(run_result(drift=replace(seen, alarms=0)))
