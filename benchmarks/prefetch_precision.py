@@ -28,7 +28,7 @@ from moe_tool.budget.request import parse_memory
 from moe_tool.evaluation.bootstrap import bootstrap_interval
 from moe_tool.models.skeleton import LayerCall
 from moe_tool.policies.misses import EXACT_POLICY
-from moe_tool.policies.misses.protocol import as_shares
+from moe_tool.policies.misses.score_shares import as_shares
 from moe_tool.policies.prefetch import Prediction, keep_top_scores
 from moe_tool.runtime.partial_layer import PartialLayer, PartialPredictor
 from moe_tool.runtime.prefetcher import Prefetcher

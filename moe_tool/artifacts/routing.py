@@ -37,6 +37,11 @@ class Routing:
     costs_ms: tuple[float, float] | None = None
     """Mean milliseconds of a read and of a cheaper form's product so far; None before there are
     any, or unless the policy needs them"""
+    nats_per_mb: float | None = None
+    """Worth of avoiding a read of 10^6 bytes at this token; None: as the policy has it"""
+    factors: np.ndarray | None = None
+    """[1 + F] float64: factor on the price of each class of answers, see `PriceBook.by_class`, as
+    measured on this text; None: 1"""
 
     def is_wanted(self, n_experts: int) -> np.ndarray:
         """Return the mask of each token's wanted experts, [T, E] bool."""

@@ -15,7 +15,7 @@ from moe_tool.models.moe_layers import MoeLayerModules
 from moe_tool.models.router_rule import RouterRule, router_rule
 from moe_tool.models.skeleton import LayerCall, Skeleton
 from moe_tool.policies.eviction import EvictionChoice
-from moe_tool.policies.misses.protocol import as_shares
+from moe_tool.policies.misses.score_shares import as_shares
 from moe_tool.policies.prefetch import Prediction, keep_top_scores, parse_prefetch
 from moe_tool.runtime.prefetcher import Prefetcher
 

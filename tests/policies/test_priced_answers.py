@@ -53,7 +53,7 @@ def _softmax_among(logits, index, present):
     return (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _priced(nats_per_mb=math.inf, *, reroute=2.0, book=BOOK):
+def _priced(nats_per_mb=math.inf, *, reroute=math.inf, book=BOOK):
     return parse_miss_policy(f"priced:nats-per-mb={nats_per_mb},reroute={reroute}").make(
         PolicyInputs(prices=book, reweigh={LAYER: _softmax_among})
     )
@@ -131,25 +131,66 @@ def test_tokens_that_are_to_be_exact_are():
     assert kept.weight[1].tolist() == [0.5, 0.5]
 
 
-def test_open_slots_are_rerouted_where_the_router_loses_little_by_it():
-    logits = [[np.log(p) for p in (0.25, 0.05, 0.05, 0.5, 0.05, 0.1)]]
-    routing = _routing([[3, 5]], [[0.8, 0.2]], logits=logits)
-    resident = _resident(full=[0, 1, 2])
+def test_a_slot_is_rerouted_where_that_is_the_cheapest_answer():
+    shares = (0.25, 0.05, 0.04, 0.5, 0.06, 0.1)
+    routing = _routing([[3, 5]], [[0.8, 0.2]], logits=[[np.log(p) for p in shares]])
 
-    def decide(reroute, resident=resident):
-        answers = _priced(reroute=reroute).decide(routing, resident)
+    def decide(reroute, resident, routing=routing, nats_per_mb=math.inf):
+        answers = _priced(nats_per_mb, reroute=reroute).decide(routing, resident)
         return shown(answers), answers.weight.astype(float).round(3).tolist()
 
-    nothing = ([[-1, -1]], [[0.0, 0.0]])
-    # 0 and the first of its equals, 1, have 0.30 of the router's 1; what was wanted has 0.60
-    assert decide(0.49) == ([[0, 1]], [[0.833, 0.167]])
-    assert decide(0.51) == nothing
-    # with one resident there is not one for each
-    assert decide(0.0, _resident(full=[0])) == nothing
-    # a slot that a cheaper form answers stays, and is weighed with the new one
-    assert decide(0.5, _resident(full=[1], second=[3])) == ([[3, 1]], [[0.909, 0.091]])
+    # 0 has half of 3's score: 0.3 * (0.64 + 0.16) = 0.24 nats beside 0.64 for nothing; then 4 has
+    # 0.6 of 5's: 0.2512 * (0.04 + 0.0144) = 0.0137 beside 0.04
+    both = ([[0, 4]], [[0.806, 0.194]])
+    assert decide(1.0, _resident(full=[0, 1, 4])) == both
+    assert decide(2.6, _resident(full=[0, 1, 4])) == both
+    # 0.64 / 0.24 = 2.67; then 0 is free for 5, at 0.2 * (0.04 + 0.04) = 0.016: 0.04 / 0.016 = 2.5
+    assert decide(2.8, _resident(full=[0, 1, 4])) == ([[-1, -1]], [[0.0, 0.0]])
+    assert decide(math.inf, _resident(full=[0, 1, 4])) == ([[-1, -1]], [[0.0, 0.0]])
+    # the heavier slot has the one resident, the other one is left out
+    assert decide(1.0, _resident(full=[0])) == ([[0, -1]], [[0.714, 0.0]])
+    # a cheaper form of 3 costs 0.64 * 0.25 = 0.16; its weight is that of the new set
+    assert decide(1.0, _resident(full=[0, 4], second=[3])) == ([[3, 0]], [[0.667, 0.333]])
+    # reading 4 MB is dearer than 0.0137 and cheaper than 0.24
+    held = _resident(full=[0, 1, 4])
+    assert decide(1.0, held, nats_per_mb=0.05)[0] == [[3, 0]]
     assert _priced(reroute=1.0).needs_router == "scores"
-    assert _priced(reroute=1.01).needs_router == "nothing"
+    assert _priced(reroute=math.inf).needs_router == "nothing"
+
+
+def test_measured_factors_and_a_worth_of_bytes_change_the_choice():
+    shares = (0.25, 0.05, 0.04, 0.5, 0.06, 0.1)
+    routing = _routing([[3, 5]], [[0.8, 0.2]], logits=[[np.log(p) for p in shares]])
+    held = _resident(full=[0, 5], second=[3])
+    policy = _priced(math.inf, reroute=1.0)
+    assert policy.decide(routing, held).form.tolist() == [[2, 0]]  # 0.16 beside 0.24
+    dearer = replace(routing, factors=np.array([1.0, 1.0, 1.0, 2.0]))
+    assert shown(policy.decide(dearer, held)) == [[0, 5]]
+    read = replace(dearer, nats_per_mb=0.01)
+    assert shown(policy.decide(read, held)) == [[3, 5]]
+    assert shown(policy.decide(replace(read, nats_per_mb=0.0), held)) == [[3, 5]]
+
+
+def test_prices_are_kept_apart_by_the_class_of_the_answer():
+    shares = (0.25, 0.05, 0.04, 0.5, 0.06, 0.1)
+    logits = [[np.log(p) for p in shares]] * 3
+    routing = _routing([[3, 5]] * 3, [[0.8, 0.2]] * 3, logits=logits)
+    answers = Answers(
+        expert=np.array([[0, 5], [3, 0], [3, 5]]),
+        present=np.array([[True, True], [True, False], [True, True]]),
+        weight=np.array([[0.5, 0.25], [0.75, 0], [0.8, 0.2]], np.float32),
+        form=np.array([[0, 1], [2, 0], [0, 0]]),
+    )
+    found = BOOK.by_class(routing, answers)
+    weight = float(np.float16(0.8))
+    assert found.shape == (3, 4)
+    assert found[0, 0] == pytest.approx(0.3 * (weight**2 + 0.25), rel=1e-2)
+    same = (0.25 - float(np.float16(0.2))) ** 2 + (0.25 * 0.1) ** 2
+    assert found[0].tolist()[1:] == [0, pytest.approx(same), 0]
+    assert found[1, 1] == pytest.approx(0.04, rel=1e-2)
+    assert found[1, 3] == pytest.approx((weight - 0.75) ** 2 + (0.75 * 0.5) ** 2)
+    assert not found[2].any()
+    assert BOOK.spent(routing, answers) == pytest.approx(found.sum(axis=1))
 
 
 SCORES = [[np.log(p) for p in (0.40, 0.21, 0.20, 0.12, 0.05, 0.02)]]

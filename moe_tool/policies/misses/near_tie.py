@@ -4,7 +4,8 @@ import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.needs import WEIGHT_RULE
-from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, as_shares
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
+from moe_tool.policies.misses.score_shares import as_shares
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import share_strength
 from moe_tool.policies.misses.substitution import Offers, outbid

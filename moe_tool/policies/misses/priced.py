@@ -1,33 +1,36 @@
 """Priced answers: a missing expert is answered by whatever is expected to cost least."""
 
 import math
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from moe_tool.artifacts.routing import PRIMARY, Answers, Routing, keep
 from moe_tool.policies.misses.needs import PRICES
-from moe_tool.policies.misses.price_book import LayerBook
-from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs, as_shares
+from moe_tool.policies.misses.price_book import (
+    REROUTED,
+    STRUCTURED_CLASS,
+    LayerBook,
+    rerouted_share,
+)
+from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
+from moe_tool.policies.misses.score_shares import as_shares
 from moe_tool.policies.misses.spec import PolicySpec, Values
 from moe_tool.policies.misses.strength import Strength, price_grid
 from moe_tool.policies.parameters import Parameter
 
-_SELF, _NOTHING = -1, -2
+_LEAST_SHARE = 1e-30
 
 
 class Priced(MissPolicy):
     """Answers every missing expert with the least price + nats per MB * bytes to read.
 
-    Candidates: a cheaper form, resident or read; a listed resident stand-in with its scale;
-    nothing; the expert itself, read from the bundle. The cost of a read follows from its bytes,
-    never from a clock, and a token is charged for its own reads alone, so that its answers do not
-    depend on the batch. Slots are answered in descending gate weight, and a token uses no stand-in
-    twice.
-
-    Slots best answered by a stand-in or nothing are re-routed together instead, to the residents
-    that the router ranks next, weighed by the model's rule, if the router's scores of the new set
-    are at least a share `reroute` of the wanted set's: near-ties of this token, which no list of
-    stand-ins has.
+    Candidates: a cheaper form, resident or read; a listed resident stand-in with its scale; the
+    resident that the router ranks next, weighed by the model's rule; nothing; the expert itself,
+    read from the bundle. The cost of a read follows from its bytes, never from a clock, and a token
+    is charged for its own reads alone, so that its answers do not depend on the batch. Slots are
+    answered in descending gate weight, and a token uses no other expert twice.
     """
 
     def __init__(self, inputs: PolicyInputs, values: Values) -> None:
@@ -35,7 +38,9 @@ class Priced(MissPolicy):
         self.book, self.nats_per_mb = inputs.prices, values["nats-per-mb"]
         self.reroute, self.reweigh = values["reroute"], inputs.reweigh
         self.scores_are_logits = inputs.scores_are_logits
-        self.needs_router = "nothing" if self.reweigh is None or self.reroute > 1 else "scores"
+        self.needs_router = (
+            "nothing" if self.reweigh is None or math.isinf(self.reroute) else "scores"
+        )
 
     def describe(self) -> str:
         if math.isinf(self.nats_per_mb):
@@ -45,91 +50,147 @@ class Priced(MissPolicy):
         return f"priced: the cheapest answer to a missing expert, text may differ ({price})"
 
     def decide(self, routing: Routing, resident: np.ndarray) -> Answers:
-        if resident[PRIMARY].all() or self.nats_per_mb == 0:
+        if resident[PRIMARY].all() or self._worth(routing) == 0:
             return keep(routing)
-        book = self.book.layers[routing.layer]
-        form, column = self._cheapest(book, routing, resident)
-        expert, weight = routing.index.copy(), routing.weight.astype(np.float32)
-        token, position = np.nonzero(column >= 0)
-        wanted, listed = routing.index[token, position], column[token, position]
-        expert[token, position] = book.buddy[wanted, listed]
-        weight[token, position] *= book.buddy_scale[wanted, listed].astype(np.float32)
-        present = routing.present & (column != _NOTHING)
-        weight[column == _NOTHING] = 0
-        answers = Answers(expert=expert, present=present, weight=weight, form=form)
-        if self.needs_router == "scores":
-            self._reroute(routing, resident, column != _SELF, answers)
-        return answers
+        chosen = _Chosen.exact(routing.index.shape)
+        self._choose(chosen, self.book.layers[routing.layer], routing, resident)
+        present = routing.present & ~chosen.is_dropped
+        weight = routing.weight.astype(np.float32) * chosen.scale
+        moved = np.flatnonzero(chosen.is_rerouted.any(axis=1))
+        if moved.size:
+            assert self.reweigh is not None and routing.logits is not None
+            members = np.where(chosen.is_rerouted, chosen.other, routing.index)[moved]
+            weights = self.reweigh[routing.layer](
+                routing.logits[moved], members, routing.present[moved]
+            )
+            weight[moved] = weights * chosen.scale[moved]
+        return Answers(
+            expert=np.where(chosen.other >= 0, chosen.other, routing.index),
+            present=present,
+            weight=np.where(present, weight, np.float32(0)),
+            form=chosen.form,
+        )
 
-    def _cheapest(
-        self, book: LayerBook, routing: Routing, resident: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the form of the wanted expert that answers each slot, [T, K], and the listed
-        stand-in that does, _SELF for none and _NOTHING for a dropped slot, [T, K]."""
-        n_tokens, top_k = routing.index.shape
+    def _worth(self, routing: Routing) -> float:
+        """Return the worth of avoiding a read of 10^6 bytes, nats."""
+        return self.nats_per_mb if routing.nats_per_mb is None else routing.nats_per_mb
+
+    def _choose(
+        self, chosen: "_Chosen", book: LayerBook, routing: Routing, resident: np.ndarray
+    ) -> None:
+        """Choose the cheapest answer to every slot with a missing expert, in place."""
         n_forms, n_experts = resident.shape
-        form = np.full(routing.index.shape, PRIMARY)
-        column = np.full(routing.index.shape, _SELF)
-        every = np.arange(n_tokens)
-        used = routing.is_wanted(n_experts)
-        missing = routing.present & ~resident[PRIMARY][routing.index]
+        factors = np.ones(1 + n_forms) if routing.factors is None else routing.factors
+        by_form = np.concatenate([[0.0], factors[2:]])[:, None]
+        is_stored = np.isfinite(book.eps)
         with np.errstate(invalid="ignore"):  # inf * 0 bytes of a form that is not stored
-            reading = np.where(resident, 0.0, self.nats_per_mb * book.record_bytes / 1e6)  # [F, E]
-        extra = np.where(np.isfinite(book.eps), reading, np.inf)
-        squared = np.where(np.isfinite(book.eps), book.eps, 0.0) ** 2  # [F, E]
+            reading = self._worth(routing) * book.record_bytes / 1e6
+            extra = np.where(is_stored, np.where(resident, 0.0, reading), np.inf)  # [F, E]
+        squared = by_form * np.where(is_stored, book.eps, 0.0) ** 2  # [F, E]
+        score = None
+        if self.needs_router == "scores":
+            assert routing.score is not None, "the policy asked for it"
+            score = as_shares(routing.score, are_logits=self.scores_are_logits)  # [T, E]
+        every, used = np.arange(len(routing.index)), routing.is_wanted(n_experts)
+        missing = routing.present & ~resident[PRIMARY][routing.index]
         order = np.argsort(-routing.weight, axis=1, kind="stable")
-        for rank in range(top_k):
-            position = order[:, rank]
+        for position in order.T:
             token = np.flatnonzero(missing[every, position])
             if not token.size:
                 continue
-            position = position[token]
-            wanted = routing.index[token, position]
-            gate = routing.weight[token, position].astype(np.float64)
+            slot = (token, position[token])
+            wanted, gate = routing.index[slot], routing.weight[slot].astype(np.float64)
             whole = book.nats[wanted] * gate**2  # [n], price of dropping
-            # [n, F]: in each form, here or read
-            forms = whole[:, None] * squared[:, wanted].T + extra[:, wanted].T
+            is_free = resident[PRIMARY] & ~used[token]  # [n, E]
             listed = book.buddy[wanted]  # [n, B]
-            free = (listed >= 0) & resident[PRIMARY, np.maximum(listed, 0)]
-            free &= ~used[token[:, None], np.maximum(listed, 0)]
-            others = np.where(free, whole[:, None] * book.buddy_eps[wanted] ** 2, np.inf)
-            costs = np.concatenate([forms, others, whole[:, None]], axis=1)
-            best = costs.argmin(axis=1)  # the earlier one of equals
-            is_buddy = (best >= n_forms) & (best < costs.shape[1] - 1)
-            column[token, position] = np.where(
-                best < n_forms, _SELF, np.where(is_buddy, best - n_forms, _NOTHING)
-            )
-            form[token, position] = np.where(best < n_forms, best, PRIMARY)
-            used[token[is_buddy], listed[is_buddy, best[is_buddy] - n_forms]] = True
-        return form, column
+            is_there = (listed >= 0) & np.take_along_axis(is_free, np.maximum(listed, 0), axis=1)
+            alike = factors[STRUCTURED_CLASS] * whole[:, None]
+            costs = [
+                whole[:, None] * squared[:, wanted].T + extra[:, wanted].T,
+                np.where(is_there, alike * book.buddy_eps[wanted] ** 2, np.inf),
+                alike,
+            ]
+            ranked = np.zeros((len(token), 1), dtype=np.int64)
+            if score is not None:
+                ranked, cost = self._next_ranked(book, score[token], is_free, wanted, gate)
+                costs.append(factors[REROUTED] * cost)
+            best = np.concatenate(costs, axis=1).argmin(axis=1)  # the earlier one of equals
+            chosen.enter(slot, best - n_forms, form=best, listed=listed, ranked=ranked[:, 0])
+            is_listed = (best >= n_forms) & (best < n_forms + listed.shape[1])
+            at = best[is_listed] - n_forms
+            scales = book.buddy_scale[wanted[is_listed], at]
+            chosen.scale[token[is_listed], position[token][is_listed]] = scales
+            other = chosen.other[slot]
+            used[token[other >= 0], other[other >= 0]] = True
 
-    def _reroute(
-        self, routing: Routing, resident: np.ndarray, is_open: np.ndarray, answers: Answers
+    def _next_ranked(
+        self,
+        book: LayerBook,
+        score: np.ndarray,
+        is_free: np.ndarray,
+        wanted: np.ndarray,
+        gate: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the free expert with the best score for each of n slots, [n, 1], and the price of
+        re-routing to it, [n, 1]; infinite where none is free."""
+        offered = np.where(is_free, score, -1.0)  # [n, E]
+        best, every = offered.argmax(axis=1), np.arange(len(wanted))
+        ratio = offered[every, best] / np.maximum(score[every, wanted], _LEAST_SHARE)
+        both = book.nats[wanted] * gate**2 + book.nats[best] * (gate * np.minimum(ratio, 1)) ** 2
+        cost = np.where(is_free.any(axis=1), self.reroute * rerouted_share(ratio) * both, np.inf)
+        return best[:, None], cost[:, None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chosen:
+    """Answers to every slot, [T, K] each, to be filled in."""
+
+    form: np.ndarray
+    """Form of the wanted expert; PRIMARY where it does not answer itself"""
+    other: np.ndarray
+    """Expert that answers in its place; -1: itself or nothing"""
+    scale: np.ndarray
+    """float32 factor on the gate weight: a listed stand-in's, 1 elsewhere"""
+    is_dropped: np.ndarray
+    is_rerouted: np.ndarray
+    """Whether `other` has the slot by the router's own rule"""
+
+    @classmethod
+    def exact(cls, shape: tuple[int, int]) -> Self:
+        """Return answers by the wanted experts themselves."""
+        return cls(
+            form=np.full(shape, PRIMARY),
+            other=np.full(shape, -1),
+            scale=np.ones(shape, dtype=np.float32),
+            is_dropped=np.zeros(shape, dtype=bool),
+            is_rerouted=np.zeros(shape, dtype=bool),
+        )
+
+    def enter(
+        self,
+        slot: tuple[np.ndarray, np.ndarray],
+        kind: np.ndarray,
+        *,
+        form: np.ndarray,
+        listed: np.ndarray,
+        ranked: np.ndarray,
     ) -> None:
-        """Re-route the open slots [T, K] of tokens that keep enough of their scores, in place; open
-        slots are those that no form of the wanted expert answers."""
-        row = np.flatnonzero(is_open.any(axis=1) & routing.present.all(axis=1))
-        if not row.size:
-            return
-        assert routing.score is not None and routing.logits is not None, "the policy asked for them"
-        assert self.reweigh is not None
-        wanted, opened = routing.index[row], is_open[row]
-        score = as_shares(routing.score[row], are_logits=self.scores_are_logits)  # [n, E]
-        every = np.arange(len(row))[:, None]
-        n_experts = score.shape[1]
-        here = np.broadcast_to(resident[PRIMARY], score.shape).copy()
-        np.put_along_axis(here, wanted, False, axis=1)
-        ranked = np.argsort(np.where(here, -score, np.inf), axis=1, kind="stable")
-        turn = np.minimum(np.cumsum(opened, axis=1) - 1, n_experts - 1)
-        new = np.where(opened, ranked[every, np.maximum(turn, 0)], wanted)  # [n, K]
-        kept = score[every, new].sum(axis=1)
-        moves = kept >= self.reroute * score[every, wanted].sum(axis=1)
-        moves &= opened.sum(axis=1) <= here.sum(axis=1)
-        row, new = row[moves], new[moves]
-        if row.size:
-            present = np.ones(new.shape, dtype=bool)
-            answers.expert[row], answers.present[row] = new, present
-            answers.weight[row] = self.reweigh[routing.layer](routing.logits[row], new, present)
+        """Enter the answers to n slots.
+
+        Args:
+            slot: tokens and positions.
+            kind: [n]: negative for a form, then the listed stand-ins, dropping and re-routing.
+            form: [n]: the form where `kind` is negative.
+            listed, ranked: [n, B] and [n]: experts that may answer.
+        """
+        n_listed = listed.shape[1]
+        self.form[slot] = np.where(kind < 0, form, PRIMARY)
+        self.is_dropped[slot] = kind == n_listed
+        self.is_rerouted[slot] = kind == n_listed + 1
+        other = np.where(kind == n_listed + 1, ranked, -1)
+        is_listed = (kind >= 0) & (kind < n_listed)
+        other[is_listed] = listed[is_listed, kind[is_listed]]
+        self.other[slot] = other
 
 
 SPEC = PolicySpec(
@@ -145,13 +206,13 @@ SPEC = PolicySpec(
             most=math.inf,
         ),
         "reroute": Parameter(
-            help="share of the router's scores that re-routing has to keep; above 1: none",
-            default=0.5,
-            most=2,
+            help="factor on the price of re-routing; inf: none",
+            default=1.0,
+            most=math.inf,
         ),
     },
     needs=(PRICES,),
     residents="cheapest",
     strength=Strength(parameter="nats-per-mb", grid=price_grid),
-    alternatives={"reroute": (2.0, 0.75)},
+    alternatives={"reroute": (math.inf, 3.0)},
 )
