@@ -38,7 +38,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.models.tokenizer import load_tokenizer
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.progress import SILENT
-from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.policy_choice import manifest_inputs
 from moe_tool.runtime.price_list import price_book
 from moe_tool.runtime.run_options import RunOptions

@@ -31,10 +31,16 @@ from moe_tool.policies.misses import EXACT_POLICY, MISS_POLICIES, MissChoice, pa
 from moe_tool.progress import SILENT, Progress
 from moe_tool.runtime.activations import PRICED_NOTE, Activations
 from moe_tool.runtime.generation import run_setup
-from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.policy_choice import manifest_inputs
 from moe_tool.runtime.price_list import price_book
-from moe_tool.runtime.run_options import RunOptions, default_policy, default_residency
+from moe_tool.runtime.run_options import (
+    RunOptions,
+    default_eviction,
+    default_policy,
+    default_residency,
+    is_steered,
+)
 from moe_tool.runtime.session import Session, load_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
 from moe_tool.text.sources import TextSource
@@ -248,7 +254,11 @@ def _open(
     vocabulary = bundle.manifest.shape.vocabulary
     per_sequence = (2 if has_source else 1) * seq_len * vocabulary * 4
     batch = 1
-    if asked.residency == "frozen":
+    # What a text teaches of its losses is of that text alone.
+    is_alone = any(map(is_steered, asked.names)) or (
+        options.exact_fallback and bundle.manifest.calibration is not None
+    )
+    if asked.residency == "frozen" and not is_alone:
         batch = max(1, min(n_sequences, _MAX_BATCH, _REFERENCE_BYTES // per_sequence))
     scratch = 3 * reference_chunk(vocabulary) * vocabulary * 4
     scratch += divergence_scratch_bytes(vocabulary)
@@ -258,7 +268,9 @@ def _open(
         memory=options.memory or _planned_slots(bundle.manifest, progress),
         policy=EXACT_POLICY,
         residency=asked.residency,
-        eviction=options.eviction,
+        eviction=options.eviction or default_eviction(asked.policy, asked.residency)
+        if asked.residency == "cache"
+        else None,
         sparse_experts=options.sparse_experts,
         activations=options.activations,
         gates=options.gates,

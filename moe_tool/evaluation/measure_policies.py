@@ -18,8 +18,7 @@ from moe_tool.evaluation.stepwise import (
 )
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice
 from moe_tool.progress import Progress
-from moe_tool.runtime.moe_layer import Residency
-from moe_tool.runtime.quality_account import QualityAccount
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.session import Session
 
 
@@ -68,8 +67,7 @@ def measure_policies(
         _fill_exact(exact, rows, ids[rows], wide, truth)
         for policy, measured in found.items():
             session.use_policy(policy, residency=residency)
-            if not exact_fallback:
-                session.runner.account = QualityAccount()
+            session.keep_promise(is_kept=exact_fallback)
             if residency == "cache":
                 session.empty_cache()
             _run_policy(session, measured, rows, ids[rows], wide, truth)

@@ -78,7 +78,11 @@ def run_stepwise(session: Session, ids: torch.Tensor, visit: Visit) -> TokenCost
     record_bytes, column = session.runner.record_bytes, -N_PROMPT_TOKENS
 
     def account(decision: Decision) -> None:
-        _account(costs, column, decision, record_bytes[decision.routing.layer])
+        sizes = record_bytes[decision.routing.layer]
+        if session.runner.is_probe:  # taken back, but for what it read
+            _count_reads(costs, column, decision, sizes)
+            return
+        _account(costs, column, decision, sizes)
         if decision.spent is not None:
             costs.expected[:, column] += session.runner.account.nats_per_price * decision.spent
         if session.runner.forward.exact_fallback is not None:
@@ -110,14 +114,22 @@ def _account(costs: TokenCosts, column: int, decision: Decision, record_bytes: n
     form, is_answered = decision.answers.form, decision.answers.present
     is_present = decision.routing.present
     is_there = is_present & decision.resident[PRIMARY][wanted]
-    is_fetched = is_answered & ~decision.resident[form, answer]
     costs.hits[:, column] += is_there.sum(axis=1)
     costs.accesses[:, column] += is_present.sum(axis=1)
-    costs.reads[:, column] += is_fetched.sum(axis=1)
-    costs.bytes_read[:, column] += (is_fetched * record_bytes[form, answer]).sum(axis=1)
     costs.substitutions[:, column] += (is_answered & (answer != wanted)).sum(axis=1)
     costs.drops[:, column] += (is_present & ~is_answered).sum(axis=1)
     costs.replica_answers[:, column] += (is_answered & (form != PRIMARY)).sum(axis=1)
+    _count_reads(costs, column, decision, record_bytes)
+
+
+def _count_reads(
+    costs: TokenCosts, column: int, decision: Decision, record_bytes: np.ndarray
+) -> None:
+    """Add the reads of one layer's answers to one token of every sequence."""
+    answer, form = decision.answers.expert, decision.answers.form
+    is_fetched = decision.answers.present & ~decision.resident[form, answer]
+    costs.reads[:, column] += is_fetched.sum(axis=1)
+    costs.bytes_read[:, column] += (is_fetched * record_bytes[form, answer]).sum(axis=1)
 
 
 @torch.inference_mode()

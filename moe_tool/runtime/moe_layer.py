@@ -28,8 +28,10 @@ from moe_tool.quantization.weights import ExpertWeights
 from moe_tool.runtime.call_recorder import CallRecorder
 from moe_tool.runtime.drift_watch import DriftWatch
 from moe_tool.runtime.foresight import Foresight, Guess
+from moe_tool.runtime.live_prices import LivePrices, ReadWorth, corrected
 from moe_tool.runtime.mask_scores import slot_worth
 from moe_tool.runtime.measured_costs import MeasuredCosts
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.partial_layer import PartialLayer
 from moe_tool.runtime.partial_sum import PartialSum
 from moe_tool.runtime.policy_choice import ChosenPolicy
@@ -37,7 +39,6 @@ from moe_tool.runtime.prefetcher import Prefetcher
 from moe_tool.runtime.quality_account import QualityAccount
 from moe_tool.store.protocol import ExpertStore, on_host
 
-Residency = Literal["frozen", "cache"]
 Phase = Literal["prompt", "decode"]
 
 
@@ -93,8 +94,14 @@ class MoeLayerRunner:
     """Attention that a prompt's tokens receive, for policies that need it"""
     forward: Forward = Forward()
     """Current forward"""
-    is_shadow: bool = False
-    """Whether the current forward is an exact one that is counted nowhere"""
+    is_probe: bool = False
+    """Whether the current forward is taken back, once its loss is known"""
+    live: LivePrices | None = None
+    """Factors on prices that this text's measured losses give; None: nothing is measured"""
+    worth: ReadWorth | None = None
+    """Worth of avoiding a read, by this text's expected loss; None: as the policy has it"""
+    probed: float = 0.0
+    """Expected loss of the current probe in nats, over all sequences"""
     stored: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Decoder layer -> [E] bool: experts in the bundle; empty if none was removed"""
     record_bytes: Mapping[int, np.ndarray] = field(default_factory=dict)
@@ -107,9 +114,7 @@ class MoeLayerRunner:
     def __call__(self, call: LayerCall) -> torch.Tensor:
         """Return the routed experts' output, [T, H]."""
         call, present = self._find_present(call)
-        if self.is_shadow:
-            return self._run(call, call.index, call.weight, present, PhaseCounters())
-        if self.watch is not None and call.router_logits is not None:
+        if self.watch is not None and call.router_logits is not None and not self.is_probe:
             self.watch.add(call.layer, call.router_logits)
         is_plain = self.residency == "cache" and not self.policy.is_lossy
         phase = self.forward.phase
@@ -176,8 +181,13 @@ class MoeLayerRunner:
         prices = self.policy.prices
         if prices is None or not self.policy.is_lossy:
             return None
-        spent = prices.spent(routing, answers)  # [T]
-        if self.forward.phase == "prompt":
+        by_class = prices.by_class(routing, answers)  # [T, C]
+        spent = corrected(by_class, routing.factors)  # [T]
+        if self.is_probe:
+            self.probed += self.account.nats_per_price * float(spent.sum())
+            if self.live is not None:
+                self.live.add(routing.layer, self.account.nats_per_price * by_class.sum(axis=0))
+        elif self.forward.phase == "prompt":
             self.account.add_prompt(float(spent.sum()))
         else:
             n_sequences = self.forward.n_sequences
@@ -265,7 +275,7 @@ class MoeLayerRunner:
 
     def _select_channels(self, call: LayerCall, wanted: list[int], sparsity: float) -> None:
         """Tell the store which channels one token needs, from the layer's own input."""
-        if self.is_shadow or len(call.hidden) > 1:
+        if len(call.hidden) > 1:
             return
         self.store.select_channels(
             call.layer,
@@ -311,6 +321,8 @@ class MoeLayerRunner:
             importance=importance,
             worth=worth,
             costs_ms=self._costs_ms(),
+            nats_per_mb=None if self.worth is None else self.worth.nats_per_mb,
+            factors=None if self.live is None else self.live.factors(call.layer),
         )
 
 

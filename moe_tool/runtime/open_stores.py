@@ -14,7 +14,7 @@ from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.eviction.lru import Lru
 from moe_tool.policies.eviction.protocol import CacheShape, Eviction
-from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.policy_choice import ChosenPolicy
 from moe_tool.runtime.residency import (
     FormRoom,
@@ -44,7 +44,7 @@ def choose_rooms(
 ) -> tuple[FormRoom, ...]:
     """Return each form's part of the memory, in the order of `manifest.forms`, for primary slots by
     table within the budget."""
-    forms = forms_read(manifest, policy.choice)
+    forms = forms_read(manifest, policy.choice, residency)
 
     def rooms_of(slots: tuple[int, ...]) -> tuple[FormRoom, ...]:
         if residency == "frozen":

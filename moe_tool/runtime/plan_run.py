@@ -24,7 +24,7 @@ from moe_tool.policies.prefetch import NO_PREFETCH, parse_prefetch
 from moe_tool.runtime.activations import INT8_NOTE, require_activations
 from moe_tool.runtime.compute_threads import ComputeThreads, choose_threads
 from moe_tool.runtime.first_use import first_use_bytes
-from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.open_stores import choose_rooms, staying_by_form
 from moe_tool.runtime.partial_layer import require_part, require_recordable
 from moe_tool.runtime.policy_choice import ChosenPolicy, choose_policy
@@ -33,6 +33,7 @@ from moe_tool.runtime.quality_promise import quality_note
 from moe_tool.runtime.residency import FormRoom, expert_rooms
 from moe_tool.runtime.run_options import (
     RunOptions,
+    default_eviction,
     default_policy,
     default_residency,
     default_rows,
@@ -136,7 +137,7 @@ def plan_run(
     _check(options, choice, residency, manifest)
     require_sparse(options, choice, bundle)
     require_activations(options.activations, manifest.primaries)
-    followed = follow_plan(options, manifest.plan, residency)
+    followed = follow_plan(options, manifest.plan, choice, residency)
     require_prefetch(followed.prefetch, residency=residency)
     require_part(followed.prefetch, skeleton.model, skeleton.layers)
     if options.record_trace:
@@ -149,7 +150,13 @@ def plan_run(
     footprint = account(on_disk)
     memory = footprint.within(process_bytes, available_bytes)
     policy = choose_policy(
-        choice, manifest, skeleton.layers, skeleton.config, gates=options.gates, seed=options.seed
+        choice,
+        manifest,
+        skeleton.layers,
+        skeleton.config,
+        residency=residency,
+        gates=options.gates,
+        seed=options.seed,
     )
     return RunPlan(
         options=options,
@@ -211,6 +218,7 @@ def with_policy(
         manifest,
         skeleton.layers,
         skeleton.model.config,
+        residency=residency,
         gates=plan.options.gates,
         seed=plan.options.seed,
     )
@@ -261,7 +269,9 @@ class Followed:
     note: str | None
 
 
-def follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency) -> Followed:
+def follow_plan(
+    options: RunOptions, plan: PackPlan | None, choice: MissChoice, residency: Residency
+) -> Followed:
     """Return the options' settings, else the plan's, else the defaults.
 
     Under a frozen residency nothing is evicted or prefetched, whatever the plan says.
@@ -282,7 +292,7 @@ def follow_plan(options: RunOptions, plan: PackPlan | None, residency: Residency
             words.append(f"prefetch {prefetch}")
     return Followed(
         memory=memory or AUTO,
-        eviction=eviction or DEFAULT_EVICTION,
+        eviction=eviction or default_eviction(choice, residency),
         prefetch=parse_prefetch(prefetch or NO_PREFETCH).name,
         note=f"as planned: {', '.join(words)}" if words else None,
     )

@@ -16,6 +16,7 @@ from moe_tool.models.router_rule import RouterRule, router_rule, weights_of_sets
 from moe_tool.policies.misses import Gates, MissChoice, MissPolicy, PolicyInputs, PriceBook
 from moe_tool.policies.misses.needs import MASK_ROUTER
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.price_list import price_book, record_sizes
 
 
@@ -45,6 +46,7 @@ def choose_policy(
     layers: Sequence[MoeLayerModules],
     config: PreTrainedConfig,
     *,
+    residency: Residency,
     gates: bool,
     seed: int,
 ) -> ChosenPolicy:
@@ -55,6 +57,7 @@ def choose_policy(
         manifest: stand-ins, thresholds and prices of the bundle are used.
         layers: every MoE layer; router rules are used, tensors need not be loaded.
         config: configuration of the model.
+        residency: under cache residency `priced` keeps primary forms alone.
         gates, seed: as in RunOptions.
 
     Raises:
@@ -66,11 +69,18 @@ def choose_policy(
     if len(rules) < len(found):
         rules = {}
     known = manifest_inputs(manifest)
+    scores_are_logits = not any(rule.scores_differ for rule in rules.values())
+    prices = known.prices
+    if prices is not None:
+        prices = replace(prices, scores_are_logits=scores_are_logits)
+        if residency == "cache" and choice.spec.residents == "cheapest":
+            prices = prices.without_cheaper()
     inputs = replace(
         known,
+        prices=prices,
         gates=known.gates if gates else Gates(entropy_threshold={}, enabled=False),
         reweigh={layer: partial(_reweigh, rule) for layer, rule in rules.items()} or None,
-        scores_are_logits=not any(rule.scores_differ for rule in rules.values()),
+        scores_are_logits=scores_are_logits,
         seed=seed,
     )
     return ChosenPolicy(

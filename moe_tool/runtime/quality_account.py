@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MIN_JUDGED_TOKENS = 8
 WINDOW_TOKENS = 128
 """Length of the running mean in tokens, about"""
 
@@ -35,7 +34,8 @@ class QualityAccount:
     """Expected loss of the judged tokens in nats"""
     judged_measured: float = 0.0
     """Measured loss of the judged tokens in nats"""
-    _raw: float = 0.0  # price of the current token, before any correction
+    last_token: float = 0.0
+    """Nats of the last closed token, mean of its sequences"""
     _mean: np.ndarray = field(default_factory=lambda: np.zeros(0))  # by sequence
     _pending: np.ndarray = field(default_factory=lambda: np.zeros(0))
     _n_seen: int = 0
@@ -45,33 +45,26 @@ class QualityAccount:
         """Expected divergence per token; 0 before the first."""
         return self.spent / self.tokens if self.tokens else 0.0
 
-    @property
-    def correction(self) -> float:
-        """Factor on expected prices: measured over expected loss, once enough tokens are judged.
-        Never below 1, so that luck does not loosen a promise."""
-        if self.judged_tokens < MIN_JUDGED_TOKENS or self.judged_spent <= 0:
-            return 1.0
-        return max(1.0, self.judged_measured / self.judged_spent)
-
-    def judge(self, divergence: float, *, tokens: int) -> None:
-        """Add the measured loss of the current token, in nats over all its `tokens` sequences."""
+    def judge(self, measured: float, *, expected: float, tokens: int) -> None:
+        """Add the measured and the expected loss of a token, in nats over all its `tokens`
+        sequences."""
         self.judged_tokens += tokens
-        self.judged_spent += self._raw
-        self.judged_measured += divergence
+        self.judged_spent += expected
+        self.judged_measured += measured
 
     def begin_sequences(self, count: int) -> None:
         """Reset the running means for new sequences."""
         self._mean, self._pending = np.zeros(count), np.zeros(count)
-        self._n_seen = 0
+        self._n_seen, self.last_token = 0, 0.0
 
     def begin_token(self) -> np.ndarray:
         """Close the last token and return the sequences under exact fallback, [B] bool."""
         if self._n_seen:
             share = 1 / min(self._n_seen, WINDOW_TOKENS)
             self._mean += share * (self._pending - self._mean)
+            self.last_token = float(self._pending.mean())
             self._pending[:] = 0
         self._n_seen += 1
-        self._raw = 0.0
         self.tokens += len(self._mean)
         if self.limit is None:
             return np.zeros(len(self._mean), dtype=bool)
@@ -86,7 +79,5 @@ class QualityAccount:
     def add(self, prices: np.ndarray) -> None:
         """Add the prices of one layer's answers, [B] float64."""
         nats = prices * self.nats_per_price
-        self._raw += float(nats.sum())
-        nats = nats * self.correction
         self._pending += nats
         self.spent += float(nats.sum())

@@ -1,5 +1,7 @@
 """Promise of quality by a bundle's calibration or plan, and its limits."""
 
+import math
+
 from moe_tool.artifacts.bundle_manifest import BundleManifest, Calibration
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.runtime.policy_choice import ChosenPolicy
@@ -13,6 +15,8 @@ def open_account(manifest: BundleManifest, policy: ChosenPolicy) -> QualityAccou
         return QualityAccount(nats_per_price=calibration.nats_per_price, limit=calibration.max_kl)
     if plan is not None and plan.max_kl is not None and policy.name == plan.policy:
         return QualityAccount(limit=plan.max_kl - plan.prediction.kl_of_bits)
+    if not math.isinf(policy.policy.target_kl):
+        return QualityAccount(limit=policy.policy.target_kl)
     return QualityAccount()
 
 

@@ -12,12 +12,13 @@ from moe_tool.budget.slots import (
     bytes_of_slots,
     min_slots,
     slots_beside,
-    slots_within,
 )
 from moe_tool.policies.cheapest_residents import cheapest_residents
 from moe_tool.policies.eviction import EvictionChoice
 from moe_tool.policies.hot_set import hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
+from moe_tool.policies.misses.priced import worth_of_reads
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.price_list import expert_use
 
 _BOTH_FORMS = ("two-precisions", "beside-replicas")
@@ -70,20 +71,26 @@ def cache_rooms(
             if rooms is not None:
                 cheaper = (replace(room, in_step=True) for room in rooms[n_primaries:])
                 rooms = (*rooms[:n_primaries], *cheaper)
-        elif forms_read(manifest, choice):
-            rooms = _one_slot_each(manifest, slots)
     if rooms is None:
         share, per_layer = eviction.spec.pinned_share, eviction.per_layer
         return hottest_rooms(manifest, slots, share=share, per_layer=per_layer)
     return tuple(replace(room, pinned=()) for room in rooms)
 
 
-def forms_read(manifest: BundleManifest, choice: MissChoice) -> tuple[int, ...]:
-    """Return the cheaper forms that may answer a miss, as rows after PRIMARY."""
+def forms_read(
+    manifest: BundleManifest, choice: MissChoice, residency: Residency
+) -> tuple[int, ...]:
+    """Return the cheaper forms that may answer a miss, as rows after PRIMARY.
+
+    In a cache `priced` holds primary forms alone: on text of another kind than the profile's a
+    cheaper form costs five to ten times its price, and a re-routed slot about its own.
+    """
     if choice.spec.residents in _BOTH_FORMS:
         return (int(choice.values["form"]),)
-    if choice.spec.residents == "cheapest" and not math.isinf(choice.values["nats-per-mb"]):
-        return tuple(range(1, 1 + len(manifest.cheaper)))
+    values = choice.values
+    if choice.spec.residents == "cheapest" and residency == "frozen":
+        reads = not math.isinf(min(values["nats-per-mb"], values["kl"]))
+        return tuple(range(1, 1 + len(manifest.cheaper))) if reads else ()
     return ()
 
 
@@ -147,8 +154,9 @@ def _cheapest(
     use = expert_use(manifest)
     if book is None or use is None:
         return None
-    nats_per_mb = choice.values["nats-per-mb"]
-    n_read = 1 if forms_read(manifest, choice) else 0
+    shape = manifest.shape
+    nats_per_mb = worth_of_reads(choice.values, book, n_slots=shape.top_k * len(shape.layers))
+    n_read = 1 if forms_read(manifest, choice, "frozen") else 0
     rooms = expert_rooms(manifest)
     free = bytes_of_slots(tuple(room.n_slots_min for room in rooms), rooms)
     free += n_read * sum(table.record_size_bytes for table in manifest.cheaper)
@@ -164,17 +172,6 @@ def _cheapest(
         n_slots = min(len(held) + room.n_slots_min, room.n_experts)
         found.append(FormRoom(n_slots=n_slots, pinned=held))
     return (*found, *(FormRoom(n_slots=len(keys) + n_read, pinned=keys) for keys in cheaper))
-
-
-def _one_slot_each(manifest: BundleManifest, slots: tuple[int, ...]) -> tuple[FormRoom, ...] | None:
-    """Return rooms with one slot of every cheaper form; None if they do not fit."""
-    rooms = expert_rooms(manifest)
-    total, cheap = bytes_of_slots(slots, rooms), sum(t.record_size_bytes for t in manifest.cheaper)
-    high = slots_within(total - cheap, rooms)
-    if bytes_of_slots(high, rooms) + cheap > total:
-        return None
-    counts = (*high, *(1 for _ in manifest.cheaper))
-    return tuple(FormRoom(n_slots=n_slots, pinned=()) for n_slots in counts)
 
 
 def _two_precisions(

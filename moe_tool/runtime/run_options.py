@@ -1,15 +1,16 @@
 """Options of a session, and the defaults that a bundle's plan or calibration gives."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.budget.request import MemoryRequest, parse_memory_option
 from moe_tool.budget.table_choice import AUTO_ROWS, RowsRequest, parse_rows
-from moe_tool.policies.eviction import EvictionChoice, parse_eviction
+from moe_tool.policies.eviction import DEFAULT_EVICTION, EvictionChoice, parse_eviction
 from moe_tool.policies.misses import EXACT_POLICY, MissChoice, parse_miss_policy
 from moe_tool.runtime.activations import Activations
-from moe_tool.runtime.moe_layer import Residency
+from moe_tool.runtime.memory_residency import Residency
 from moe_tool.store.throttle import Throttle, parse_throttle
 
 
@@ -31,9 +32,9 @@ class RunOptions:
     """Text for policies.prefetch.parse_prefetch; default none"""
     lossy_prompt: bool = False
     """Whether the policy answers prompts too, which otherwise are exact"""
-    shadow: int = 0
-    """Interval in decoded tokens at which one is also computed exactly to measure its loss; 0:
-    never"""
+    shadow: int | None = None
+    """Interval in decoded tokens at which one's loss is measured, and it is made exact; 0: never;
+    None: as the text needs it where a loss is to be kept, else never"""
     sparse_experts: float | None = None
     """Share of an expert's channels left out while decoding one sequence, for bundles with experts
     in channels; None: all are computed"""
@@ -101,6 +102,19 @@ def default_policy(manifest: BundleManifest) -> MissChoice:
     return EXACT_POLICY
 
 
+def default_eviction(policy: MissChoice, residency: Residency) -> EvictionChoice:
+    """Return lfu for a cache whose misses are answered by price, since what answers in their place
+    is used again and again; else lru."""
+    by_price = residency == "cache" and policy.spec.residents == "cheapest"
+    return parse_eviction("lfu") if by_price else DEFAULT_EVICTION
+
+
+def is_steered(policy: MissChoice) -> bool:
+    """Return whether a run's reads are kept at a target of expected loss."""
+    values = policy.values
+    return "kl" in values and math.isinf(values["nats-per-mb"]) and not math.isinf(values["kl"])
+
+
 def default_rows(manifest: BundleManifest) -> RowsRequest:
     """Return the request that the bundle was packed with, else auto."""
     tables = manifest.row_tables
@@ -108,9 +122,12 @@ def default_rows(manifest: BundleManifest) -> RowsRequest:
 
 
 def default_residency(policy: MissChoice, manifest: BundleManifest) -> Residency:
-    """Return cache residency for exact answers, and for a policy that the bundle was planned with
-    in caches; frozen for other lossy ones, so that a run is a function of its inputs."""
-    plan = manifest.plan
-    if plan is not None and plan.residency is not None and policy.name == plan.policy:
-        return plan.residency
-    return "cache" if policy == EXACT_POLICY else "frozen"
+    """Return cache residency for exact answers, for a policy that the bundle was planned with in
+    caches and for one that follows the text by a target of loss; frozen for other lossy ones, so
+    that a run is a function of its inputs."""
+    plan, calibration = manifest.plan, manifest.calibration
+    if plan is not None and policy.name == plan.policy:
+        return plan.residency or "frozen"
+    if calibration is not None and policy.name == calibration.policy:
+        return "frozen"
+    return "cache" if policy == EXACT_POLICY or is_steered(policy) else "frozen"

@@ -1,10 +1,12 @@
 """Session: a model ready to generate from a bundle within a memory budget; Python API of `run`."""
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -33,14 +35,17 @@ from moe_tool.runtime.drift_watch import DriftWatch
 from moe_tool.runtime.finite_logits import require_finite_logits
 from moe_tool.runtime.first_use import use_torch_once
 from moe_tool.runtime.foresight import Foresight, foresee
+from moe_tool.runtime.live_prices import LivePrices, ReadWorth
 from moe_tool.runtime.measured_costs import MeasuredCosts
-from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner, Residency
+from moe_tool.runtime.memory_residency import Residency
+from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner
 from moe_tool.runtime.open_stores import MakeStore, open_stores, stored_masks
 from moe_tool.runtime.partial_layer import choose_part_prefetcher
 from moe_tool.runtime.plan_run import RunPlan, announcements, plan_run, settle, with_policy
 from moe_tool.runtime.policy_choice import with_masks
 from moe_tool.runtime.prefetcher import choose_prefetcher
 from moe_tool.runtime.price_list import record_sizes
+from moe_tool.runtime.quality_account import QualityAccount
 from moe_tool.runtime.quality_promise import open_account
 from moe_tool.runtime.run_options import RunOptions
 from moe_tool.runtime.shadow import Shadow
@@ -68,6 +73,8 @@ class Session:
     """Listener that is told once when text is routed unlike the profile's"""
     torch_threads_before: int
     """Number of torch's threads to restore when the session closes"""
+    _is_exact: bool = field(default=False, repr=False)
+    """Whether the last token was exact whatever the policy"""
     _hooks: list[Any] = field(default_factory=list, repr=False)
 
     @property
@@ -97,7 +104,32 @@ class Session:
             self.empty_cache()
         self.runner.residency = residency
         self.runner.policy = plan.policy
-        self.runner.account = open_account(self.manifest, plan.policy)
+        self.keep_promise()
+
+    def keep_promise(self, *, is_kept: bool = True) -> None:
+        """Open the account of the policy, and what learns of the text: by measured losses where a
+        loss is to be kept or measured, and the worth of a read where it follows a target.
+
+        Args:
+            is_kept: whether the account has its limit.
+        """
+        runner, chosen = self.runner, self.plan.policy
+        runner.account = open_account(self.manifest, chosen)
+        target = chosen.policy.target_kl
+        runner.worth = None
+        if not math.isinf(target):
+            assert chosen.prices is not None, "a target needs prices"
+            runner.worth = ReadWorth(chosen.policy.nats_per_mb, target)
+        if not is_kept:
+            runner.account = QualityAccount()
+        every = self.plan.options.shadow
+        has_limit = runner.account.limit is not None or runner.worth is not None
+        is_measured = chosen.is_lossy and (has_limit if every is None else every > 0)
+        self.shadow = Shadow(every=every) if is_measured else None
+        runner.live = None
+        if is_measured and chosen.prices is not None:
+            n_classes = 1 + len(next(iter(chosen.prices.layers.values())).eps)
+            runner.live = LivePrices(self.manifest.shape.layers, n_classes)
 
     def empty_cache(self) -> None:
         """Evict every expert that is not pinned."""
@@ -129,7 +161,8 @@ class Session:
         self.close()
 
     def __post_init__(self) -> None:
-        """Install the hooks around every forward."""
+        """Open the account, and install the hooks around every forward."""
+        self.keep_promise()
         self._hooks += [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
@@ -139,6 +172,8 @@ class Session:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Set phase and number of sequences of the coming forward."""
+        if self.runner.is_probe:
+            return
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
         ids: torch.Tensor = next(value for value in given if value is not None)
         n_sequences, n_new = ids.shape[:2]
@@ -151,34 +186,57 @@ class Session:
         forward = Forward(phase="prompt" if is_prompt else "decode", n_sequences=n_sequences)
         self.runner.forward = forward
         self.plan.threads.before_forward(n_sequences * n_new)
-        if self.runner.is_shadow:
-            return
         if self.runner.watch is not None:
             mask = kwargs.get("attention_mask")
             self.runner.watch.begin_forward(n_sequences, n_new, mask=mask, is_first=n_seen == 0)
         if n_seen == 0:
-            self.runner.account.begin_sequences(n_sequences)
+            self._begin_sequences(n_sequences)
             self.runner.store.begin_sequence()
         if self.runner.attention is not None:
             self.runner.attention.listen(is_prompt)
         if not is_prompt:
-            if self.shadow is not None and self.shadow.is_due():
-                self._compute_exactly(self.shadow, kwargs)
-            self.runner.forward = replace(forward, exact_fallback=self.runner.account.begin_token())
+            self.runner.forward = replace(forward, exact_fallback=self._begin_token(kwargs))
         counters = self.runner.stats.phase(forward.phase)
         counters.forwards += 1
         counters.tokens += n_sequences * n_new
 
-    def _compute_exactly(self, shadow: Shadow, kwargs: dict[str, Any]) -> None:
-        self.runner.is_shadow = True
+    def _begin_sequences(self, count: int) -> None:
+        """Begin the account of new sequences, and what is learned of a text, anew."""
+        runner = self.runner
+        runner.account.begin_sequences(count)
+        for learner in (runner.live, runner.worth, self.shadow):
+            if learner is not None:
+                learner.begin_sequence()
+
+    def _begin_token(self, kwargs: dict[str, Any]) -> np.ndarray:
+        """Return the sequences whose next token is to be exact, [B] bool; a token whose loss is
+        measured is answered by the policy before that."""
+        runner, was_exact = self.runner, self._is_exact
+        exact = runner.account.begin_token()
+        if runner.worth is not None and not was_exact and runner.account.tokens > len(exact):
+            runner.worth.settle(runner.account.last_token)
+        is_drifting = runner.watch is not None and runner.watch.is_drifting
+        if self.shadow is not None and self.shadow.is_due(
+            kwargs["past_key_values"], is_drifting=is_drifting
+        ):
+            self._probe(self.shadow, kwargs)
+            exact = np.ones(len(exact), dtype=bool)
+        self._is_exact = bool(exact.any())
+        return exact
+
+    def _probe(self, shadow: Shadow, kwargs: dict[str, Any]) -> None:
+        runner = self.runner
+        runner.is_probe, runner.probed = True, 0.0
+        if runner.live is not None:
+            runner.live.begin_token()
         try:
-            shadow.compute_exactly(self.model, kwargs)
+            shadow.run_lossily(self.model, kwargs)
         finally:
-            self.runner.is_shadow = False
+            runner.is_probe = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         require_finite_logits(output.logits, self.bundle.folder)
-        if self.runner.is_shadow:
+        if self.runner.is_probe:
             return
         if self.runner.watch is not None:
             note = self.runner.watch.end_forward()
@@ -187,7 +245,10 @@ class Session:
         if self.shadow is not None:
             divergence = self.shadow.compare(output.logits[:, -1])
             if divergence is not None:
-                self.runner.account.judge(divergence, tokens=len(output.logits))
+                tokens, expected = len(output.logits), self.runner.probed
+                self.runner.account.judge(divergence, expected=expected, tokens=tokens)
+                if self.runner.live is not None:
+                    self.runner.live.observe(divergence, tokens=tokens)
 
 
 def open_session(
@@ -283,7 +344,6 @@ def load_session(
         runner=runner,
         make_store=make_store,
         torch_threads_before=torch_threads_before,
-        shadow=Shadow(every=options.shadow) if options.shadow and plan.policy.is_lossy else None,
         progress=progress,
     )
 

@@ -1,4 +1,4 @@
-"""Measured loss of single steps: some tokens are also computed exactly, on the same KV cache."""
+"""Measured loss of single tokens: some are computed twice, as the policy would and exactly."""
 
 import time
 from dataclasses import dataclass
@@ -8,59 +8,76 @@ import torch
 
 from moe_tool.errors import UsageError
 
+_FIRST = frozenset({2, 4, 8, 12})
+"""Tokens of a sequence that are measured before the interval is kept"""
+_EVERY, _EVERY_IF_DRIFTING = 16, 8
+
 
 @dataclass(slots=True, kw_only=True)
 class Shadow:
-    """Shadow of every `every`th decoded token, with sums over sequences and tokens."""
+    """Measurement of some decoded tokens, with sums over sequences and tokens.
 
-    every: int
+    Such a token is first answered by the policy and taken back from the KV cache, then computed
+    exactly, which is its answer: what was read to measure it also makes it exact.
+    """
+
+    every: int | None
+    """Interval in decoded tokens; None: the first tokens of a sequence often, then every 16th, on
+    text that is routed unlike the profile's every 8th"""
     tokens: int = 0
     divergence: float = 0.0
-    """Sum of KL(exact step || lossy step) in nats, both on the lossy run's KV cache"""
+    """Sum of KL(exact step || lossy step) in nats, both on the run's KV cache"""
     seconds: float = 0.0
     _n_seen: int = 0
-    _exact: torch.Tensor | None = None
+    _lossy: torch.Tensor | None = None
 
     @property
     def nats_per_token(self) -> float | None:
-        """Measured divergence of a step in nats; None if none was shadowed."""
+        """Measured divergence of a step in nats; None if none was measured."""
         return self.divergence / self.tokens if self.tokens else None
 
-    def is_due(self) -> bool:
-        """Count a token and return whether it is also to be computed exactly."""
-        self._n_seen += 1
-        return self._n_seen % self.every == 0
+    def begin_sequence(self) -> None:
+        """Begin to count tokens anew."""
+        self._n_seen = 0
 
-    @torch.inference_mode()
-    def compute_exactly(self, model: Any, kwargs: dict[str, Any]) -> None:
-        """Run the coming step, of a model with exact answers for the time being, and remove it from
-        the KV cache again.
+    def is_due(self, cache: Any, *, is_drifting: bool) -> bool:
+        """Count a token and return whether it is to be measured.
 
         Raises:
-            UsageError: the model's cache cannot be shortened.
+            UsageError: it is, by an interval that was asked for, and the cache cannot be shortened.
         """
+        self._n_seen += 1
+        if self.every is not None:
+            is_due = self._n_seen % self.every == 0
+            if is_due and not cache.is_croppable:
+                raise UsageError(
+                    "--shadow: this model's cache cannot be shortened", hint="leave --shadow out"
+                )
+            return is_due
+        every = _EVERY_IF_DRIFTING if is_drifting else _EVERY
+        is_due = self._n_seen in _FIRST or self._n_seen % every == 0
+        return is_due and bool(cache.is_croppable)
+
+    @torch.inference_mode()
+    def run_lossily(self, model: Any, kwargs: dict[str, Any]) -> None:
+        """Run the coming step by the policy and remove it from the KV cache again."""
         started = time.perf_counter()
         cache = kwargs["past_key_values"]
         n_seen = cache.get_seq_length()
         output = model(**{**kwargs, "use_cache": True, "return_dict": True})
-        self._exact = output.logits[:, -1].clone()
-        if cache.is_croppable:
-            cache.crop(n_seen - cache.get_seq_length())  # negative: how many positions to remove
-        if cache.get_seq_length() != n_seen:
-            raise UsageError(
-                "--shadow: this model's cache cannot be shortened", hint="leave --shadow out"
-            )
+        self._lossy = output.logits[:, -1].clone()
+        cache.crop(n_seen - cache.get_seq_length())  # negative: how many positions to remove
         self.seconds += time.perf_counter() - started
 
     def compare(self, logits: torch.Tensor) -> float | None:
-        """Return the divergence of the lossy step, nats summed over sequences, from the logits
-        [B, V] of its last position; None without shadow."""
-        exact, self._exact = self._exact, None
-        if exact is None:
+        """Return the divergence of the lossy step, nats summed over sequences, from the exact
+        logits [B, V] of its last position; None if it was not measured."""
+        lossy, self._lossy = self._lossy, None
+        if lossy is None:
             return None
-        log_p = torch.log_softmax(exact.double(), dim=-1)
-        log_q = torch.log_softmax(logits.double(), dim=-1)
+        log_p = torch.log_softmax(logits.double(), dim=-1)
+        log_q = torch.log_softmax(lossy.double(), dim=-1)
         divergence = float((log_p.exp() * (log_p - log_q)).sum())
         self.divergence += divergence
-        self.tokens += len(exact)
+        self.tokens += len(logits)
         return divergence

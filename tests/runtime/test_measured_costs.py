@@ -12,7 +12,8 @@ from moe_tool.profiling.recorder import record_profile
 from moe_tool.runtime.decoding_config import GenerateOptions
 from moe_tool.runtime.generation import generate_ids
 from moe_tool.runtime.measured_costs import MeasuredCosts
-from moe_tool.runtime.moe_layer import Decision, Residency
+from moe_tool.runtime.memory_residency import Residency
+from moe_tool.runtime.moe_layer import Decision
 from moe_tool.runtime.plan_run import announcements
 from moe_tool.runtime.run_options import run_options
 from moe_tool.runtime.session import open_session

@@ -21,12 +21,17 @@ class MissChoice:
     def name(self) -> str:
         """Text from which `parse_miss_policy` makes this choice; defaults left out."""
         words = changed_words(self.values, self.spec.parameters)
+        for parameter, others in self.spec.replaces.items():
+            if any(word.startswith(f"{parameter}=") for word in words):
+                implied = changed_words(others, self.spec.parameters)
+                words = tuple(word for word in words if word not in implied)
         return self.spec.name + (":" + ",".join(words) if words else "")
 
     def with_value(self, parameter: str, value: float) -> "MissChoice":
         """Return the policy with another value of one of its parameters."""
         assert parameter in self.values
-        return parse_miss_policy(replace(self, values={**self.values, parameter: value}).name)
+        values = {**self.values, **self.spec.replaces.get(parameter, {}), parameter: value}
+        return parse_miss_policy(replace(self, values=values).name)
 
     def make(self, inputs: PolicyInputs) -> MissPolicy:
         """Return the policy.
@@ -64,6 +69,9 @@ def parse_miss_policy(text: str) -> MissChoice:
     if words and words[0] in spec.presets:
         words = [*spec.preset_words(words[0]), *words[1:]]
     presets = [f"{kind}:{name}" for name in spec.presets]
+    for parameter, others in spec.replaces.items():
+        if any(each.startswith(f"{parameter}=") for each in words):
+            words = [*changed_words(others, spec.parameters), *words]
     values = read_values(f"--policy {text}", words, spec.parameters, others=presets)
     return MissChoice(spec=spec, values=values)
 

@@ -5,7 +5,7 @@ nats[i] * w^2 * eps^2 for an answer with relative error eps in a slot of gate we
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -107,6 +107,16 @@ class PriceBook:
     """Decoder layer -> prices"""
     scores_are_logits: bool = True
     """Whether the routers choose by their logits; see PolicyInputs"""
+
+    def without_cheaper(self) -> "PriceBook":
+        """Return the prices of a run that has no cheaper form in memory and reads none."""
+        layers = {
+            number: replace(
+                book, eps=np.where(np.arange(len(book.eps))[:, None] == PRIMARY, book.eps, np.inf)
+            )
+            for number, book in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     @property
     def record_bytes(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from moe_tool.policies.misses.price_book import (
     REROUTED,
     STRUCTURED_CLASS,
     LayerBook,
+    PriceBook,
     rerouted_share,
 )
 from moe_tool.policies.misses.protocol import MissPolicy, PolicyInputs
@@ -21,6 +22,20 @@ from moe_tool.policies.misses.strength import Strength, price_grid
 from moe_tool.policies.parameters import Parameter
 
 _LEAST_SHARE = 1e-30
+
+
+def worth_of_reads(values: Values, book: PriceBook, *, n_slots: int) -> float:
+    """Return the worth of avoiding a read of 10^6 bytes in nats, with which a run begins.
+
+    With a target it is that of a read that saves four times a slot's share of the target.
+
+    Args:
+        values: parameters of `priced`.
+        n_slots: slots of a token, in all layers.
+    """
+    if not math.isinf(values["nats-per-mb"]) or math.isinf(values["kl"]):
+        return values["nats-per-mb"]
+    return 4 * values["kl"] / n_slots / (book.record_bytes[PRIMARY] / 1e6)
 
 
 class Priced(MissPolicy):
@@ -35,7 +50,11 @@ class Priced(MissPolicy):
 
     def __init__(self, inputs: PolicyInputs, values: Values) -> None:
         assert inputs.prices is not None
-        self.book, self.nats_per_mb = inputs.prices, values["nats-per-mb"]
+        self.book = inputs.prices
+        self.target_kl = values["kl"] if math.isinf(values["nats-per-mb"]) else math.inf
+        self.nats_per_mb = worth_of_reads(
+            values, inputs.prices, n_slots=inputs.top_k * len(inputs.prices.layers)
+        )
         self.reroute, self.reweigh = values["reroute"], inputs.reweigh
         self.scores_are_logits = inputs.scores_are_logits
         self.needs_router = (
@@ -43,7 +62,9 @@ class Priced(MissPolicy):
         )
 
     def describe(self) -> str:
-        if math.isinf(self.nats_per_mb):
+        if not math.isinf(self.target_kl):
+            price = f"reads keep the expected loss at {self.target_kl:.3g} nats per token"
+        elif math.isinf(self.nats_per_mb):
             price = "nothing is read for a miss"
         else:
             price = f"a read of 1 MB is worth {self.nats_per_mb:.3g} nats"
@@ -200,8 +221,14 @@ SPEC = PolicySpec(
     make=Priced,
     inert="nats-per-mb=0",
     parameters={
+        "kl": Parameter(
+            help="expected loss at which a run's reads are kept, nats per token; inf never reads",
+            default=0.005,
+            least=1e-6,
+            most=math.inf,
+        ),
         "nats-per-mb": Parameter(
-            help="what avoiding a read of 10^6 bytes is worth; inf never reads",
+            help="what avoiding a read of 10^6 bytes is worth, in place of kl; inf: as kl says",
             default=math.inf,
             most=math.inf,
         ),
@@ -211,6 +238,7 @@ SPEC = PolicySpec(
             most=math.inf,
         ),
     },
+    replaces={"nats-per-mb": {"kl": math.inf}},
     needs=(PRICES,),
     residents="cheapest",
     strength=Strength(parameter="nats-per-mb", grid=price_grid),

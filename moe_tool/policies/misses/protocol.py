@@ -1,5 +1,6 @@
 """Interface and inputs of miss policies."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -31,6 +32,11 @@ class MissPolicy(Protocol):
     chooses_prefetches: bool = False
     """Whether a prefetch reads the forms that the policy would answer the predicted routing with;
     otherwise it reads every predicted expert in full"""
+    target_kl: float = math.inf
+    """Nats per token at which the run's worth of a read keeps the expected loss; infinite if the
+    policy has a worth of its own, or none"""
+    nats_per_mb: float = math.inf
+    """Worth of avoiding a read of 10^6 bytes that such a run begins with, nats"""
     needs_costs: bool = False
     """Whether `Routing.costs_ms` is wanted, so that answers depend on timing"""
 

@@ -48,6 +48,9 @@ class PolicySpec:
     """Whether `evaluate --controls` has a row for it"""
     controls: Callable[[Values, PolicyInputs], tuple[str, ...] | None] | None = None
     """Function from values to the policies to compare with in that table; None: the usual ones"""
+    replaces: Mapping[str, Values] = field(default_factory=dict)
+    """Parameter -> values of others that it stands in place of: these become defaults where it is
+    given"""
     presets: Mapping[str, Values] = field(default_factory=dict)
     """Words that stand for values of several parameters"""
     source: str = ""
