@@ -48,6 +48,10 @@ class AnswerQuality(Spread):
     shadow_expected_kl: float | None
     """Nats per token expected on the shadowed tokens; None without any, or without prices"""
     shadow_seconds: float
+    price_factor: float | None
+    """Factor on expected losses by the measured ones, an upper bound; None: nothing is measured"""
+    nats_per_mb: float | None
+    """Worth of avoiding a read of 10^6 bytes that the text ended with; None: it was not steered"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,14 +59,14 @@ class RunArguments:
     throttle: ThrottleOption = None
     gates: GatesOption = True
     shadow: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N",
             min=0,
-            help="Compute every Nth token also exactly and measure the policy's loss in that step; "
-            "0: none.",
+            help="Measure the policy's loss in every Nth token, which becomes exact; 0: none. "
+            "By default as often as the text needs it where a loss is to be kept, else never.",
         ),
-    ] = 0
+    ] = None
     lossy_prefill: LossyPrefillOption = False
     temperature: Annotated[
         float,

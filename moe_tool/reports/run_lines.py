@@ -97,6 +97,8 @@ def _quality(quality: AnswerQuality) -> list[str]:
             f"measured {quality.shadow_kl:.4f} a step on {quality.shadow_tokens} of them, where "
             f"{quality.shadow_expected_kl or 0.0:.4f} was expected ({quality.shadow_seconds:.1f} s)"
         )
+    if quality.price_factor is not None and quality.shadow_tokens:
+        parts.append(f"prices taken {quality.price_factor:.2f} times")
     return [", ".join(parts)]
 
 

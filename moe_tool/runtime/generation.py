@@ -275,7 +275,8 @@ def run_setup(session: Session) -> RunSetup:
 
 
 def _quality(session: Session) -> AnswerQuality:
-    account, shadow = session.runner.account, session.shadow
+    account, shadow = session.runner.account, session.learner.shadow
+    live, worth = session.runner.live, session.runner.worth
     has_prices = session.runner.policy.prices is not None
     n_prompt, n_judged = session.runner.stats.prompt.tokens, account.judged_tokens
     return AnswerQuality(
@@ -289,4 +290,6 @@ def _quality(session: Session) -> AnswerQuality:
         shadow_kl=None if shadow is None else shadow.nats_per_token,
         shadow_expected_kl=account.judged_spent / n_judged if n_judged and has_prices else None,
         shadow_seconds=0.0 if shadow is None else shadow.seconds,
+        price_factor=None if live is None else live.bound,
+        nats_per_mb=None if worth is None else worth.nats_per_mb,
     )

@@ -44,6 +44,11 @@ class LivePrices:
         row: np.ndarray = self._factors[self._at[layer]]
         return row
 
+    @property
+    def bound(self) -> float:
+        """Factor on all prices, before those of classes and layers: the mean's upper bound."""
+        return self._common() * (1 + self._spread())
+
     def begin_token(self) -> None:
         """Begin the answers of a token whose loss is going to be measured."""
         self._pending[:] = 0
@@ -75,6 +80,12 @@ class LivePrices:
         ratio = self._nats.sum() / price if price > 0 else 1.0
         return float((self._n * ratio + _PRIOR) / (self._n + _PRIOR))
 
+    def _spread(self) -> float:
+        """Return the standard error of the common factor, as a share of it."""
+        usual = self._common() * self._prices.sum() / self._n if self._n else 0.0
+        off = self._squares / usual**2 if usual > 0 else 0.0
+        return math.sqrt(off + _PRIOR) / (self._n + _PRIOR)
+
     def _estimate(self) -> np.ndarray:
         common, token_price = self._common(), self._prices.sum() / self._n
         usual = common * token_price  # nats of a token
@@ -85,8 +96,7 @@ class LivePrices:
             )
             return found
 
-        spread = math.sqrt(self._squares / usual**2 + _PRIOR) / (self._n + _PRIOR)
-        factors = common * (1 + spread) * relative(0, _CLASS_PRIOR)[None, :]
+        factors = self.bound * relative(0, _CLASS_PRIOR)[None, :]
         return _on_grid(factors * relative(1, _LAYER_PRIOR)[:, None])
 
 

@@ -150,13 +150,7 @@ def plan_run(
     footprint = account(on_disk)
     memory = footprint.within(process_bytes, available_bytes)
     policy = choose_policy(
-        choice,
-        manifest,
-        skeleton.layers,
-        skeleton.config,
-        residency=residency,
-        gates=options.gates,
-        seed=options.seed,
+        choice, manifest, skeleton.layers, skeleton.config, residency=residency, options=options
     )
     return RunPlan(
         options=options,
@@ -219,8 +213,7 @@ def with_policy(
         skeleton.layers,
         skeleton.model.config,
         residency=residency,
-        gates=plan.options.gates,
-        seed=plan.options.seed,
+        options=plan.options,
     )
     rooms = choose_rooms(manifest, plan.memory.slots, residency, plan.eviction, policy)
     return replace(plan, policy=policy, residency=residency, rooms=rooms)

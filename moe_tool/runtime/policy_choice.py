@@ -18,6 +18,7 @@ from moe_tool.policies.misses.needs import MASK_ROUTER
 from moe_tool.runtime.mask_scores import MaskTensors, mask_tensors
 from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.price_list import price_book, record_sizes
+from moe_tool.runtime.run_options import RunOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +48,7 @@ def choose_policy(
     config: PreTrainedConfig,
     *,
     residency: Residency,
-    gates: bool,
-    seed: int,
+    options: RunOptions,
 ) -> ChosenPolicy:
     """Return a policy made from a bundle's data; its mask routers are not read yet.
 
@@ -58,7 +58,7 @@ def choose_policy(
         layers: every MoE layer; router rules are used, tensors need not be loaded.
         config: configuration of the model.
         residency: under cache residency `priced` keeps primary forms alone.
-        gates, seed: as in RunOptions.
+        options: gates and seed are used.
 
     Raises:
         UsageError: the bundle lacks what the policy needs.
@@ -78,10 +78,10 @@ def choose_policy(
     inputs = replace(
         known,
         prices=prices,
-        gates=known.gates if gates else Gates(entropy_threshold={}, enabled=False),
+        gates=known.gates if options.gates else Gates(entropy_threshold={}, enabled=False),
         reweigh={layer: partial(_reweigh, rule) for layer, rule in rules.items()} or None,
         scores_are_logits=scores_are_logits,
-        seed=seed,
+        seed=options.seed,
     )
     return ChosenPolicy(
         choice=choice,

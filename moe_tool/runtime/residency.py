@@ -59,6 +59,8 @@ def cache_rooms(
     Replicas that a policy answers with and never reads stay in memory.
     """
     rooms, n_primaries = None, len(manifest.primaries)
+    if choice.spec.residents == "cheapest" and _has_everything(manifest, slots):
+        return hottest_rooms(manifest, slots, share=1.0)
     if not _has_everything(manifest, slots):
         if choice.spec.residents == "beside-replicas":
             both = _two_precisions(manifest, slots, choice)

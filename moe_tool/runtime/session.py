@@ -1,12 +1,10 @@
 """Session: a model ready to generate from a bundle within a memory budget; Python API of `run`."""
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -35,7 +33,6 @@ from moe_tool.runtime.drift_watch import DriftWatch
 from moe_tool.runtime.finite_logits import require_finite_logits
 from moe_tool.runtime.first_use import use_torch_once
 from moe_tool.runtime.foresight import Foresight, foresee
-from moe_tool.runtime.live_prices import LivePrices, ReadWorth
 from moe_tool.runtime.measured_costs import MeasuredCosts
 from moe_tool.runtime.memory_residency import Residency
 from moe_tool.runtime.moe_layer import Forward, MoeLayerRunner
@@ -48,7 +45,7 @@ from moe_tool.runtime.price_list import record_sizes
 from moe_tool.runtime.quality_account import QualityAccount
 from moe_tool.runtime.quality_promise import open_account
 from moe_tool.runtime.run_options import RunOptions
-from moe_tool.runtime.shadow import Shadow
+from moe_tool.runtime.text_learner import TextLearner, learn_of_text
 from moe_tool.store.throttle import ThrottledDisk
 
 _WARM_UP_TOKENS = 2
@@ -68,13 +65,11 @@ class Session:
     prompt_tokens: int | None = None
     """Positions that count as prompt in later forwards; None: a forward of one token with a cache
     is decoding"""
-    shadow: Shadow | None = None
+    learner: TextLearner = field(init=False)
     progress: Progress = SILENT
     """Listener that is told once when text is routed unlike the profile's"""
     torch_threads_before: int
     """Number of torch's threads to restore when the session closes"""
-    _is_exact: bool = field(default=False, repr=False)
-    """Whether the last token was exact whatever the policy"""
     _hooks: list[Any] = field(default_factory=list, repr=False)
 
     @property
@@ -113,23 +108,13 @@ class Session:
         Args:
             is_kept: whether the account has its limit.
         """
-        runner, chosen = self.runner, self.plan.policy
-        runner.account = open_account(self.manifest, chosen)
-        target = chosen.policy.target_kl
-        runner.worth = None
-        if not math.isinf(target):
-            assert chosen.prices is not None, "a target needs prices"
-            runner.worth = ReadWorth(chosen.policy.nats_per_mb, target)
+        policy, runner = self.plan.policy, self.runner
+        runner.account = open_account(self.manifest, policy)
         if not is_kept:
             runner.account = QualityAccount()
-        every = self.plan.options.shadow
-        has_limit = runner.account.limit is not None or runner.worth is not None
-        is_measured = chosen.is_lossy and (has_limit if every is None else every > 0)
-        self.shadow = Shadow(every=every) if is_measured else None
-        runner.live = None
-        if is_measured and chosen.prices is not None:
-            n_classes = 1 + len(next(iter(chosen.prices.layers.values())).eps)
-            runner.live = LivePrices(self.manifest.shape.layers, n_classes)
+        self.learner = learn_of_text(
+            runner, policy, layers=self.manifest.shape.layers, every=self.plan.options.shadow
+        )
 
     def empty_cache(self) -> None:
         """Evict every expert that is not pinned."""
@@ -190,49 +175,16 @@ class Session:
             mask = kwargs.get("attention_mask")
             self.runner.watch.begin_forward(n_sequences, n_new, mask=mask, is_first=n_seen == 0)
         if n_seen == 0:
-            self._begin_sequences(n_sequences)
+            self.learner.begin_sequences(n_sequences)
             self.runner.store.begin_sequence()
         if self.runner.attention is not None:
             self.runner.attention.listen(is_prompt)
         if not is_prompt:
-            self.runner.forward = replace(forward, exact_fallback=self._begin_token(kwargs))
+            exact = self.learner.begin_token(self.model, kwargs)
+            self.runner.forward = replace(forward, exact_fallback=exact)
         counters = self.runner.stats.phase(forward.phase)
         counters.forwards += 1
         counters.tokens += n_sequences * n_new
-
-    def _begin_sequences(self, count: int) -> None:
-        """Begin the account of new sequences, and what is learned of a text, anew."""
-        runner = self.runner
-        runner.account.begin_sequences(count)
-        for learner in (runner.live, runner.worth, self.shadow):
-            if learner is not None:
-                learner.begin_sequence()
-
-    def _begin_token(self, kwargs: dict[str, Any]) -> np.ndarray:
-        """Return the sequences whose next token is to be exact, [B] bool; a token whose loss is
-        measured is answered by the policy before that."""
-        runner, was_exact = self.runner, self._is_exact
-        exact = runner.account.begin_token()
-        if runner.worth is not None and not was_exact and runner.account.tokens > len(exact):
-            runner.worth.settle(runner.account.last_token)
-        is_drifting = runner.watch is not None and runner.watch.is_drifting
-        if self.shadow is not None and self.shadow.is_due(
-            kwargs["past_key_values"], is_drifting=is_drifting
-        ):
-            self._probe(self.shadow, kwargs)
-            exact = np.ones(len(exact), dtype=bool)
-        self._is_exact = bool(exact.any())
-        return exact
-
-    def _probe(self, shadow: Shadow, kwargs: dict[str, Any]) -> None:
-        runner = self.runner
-        runner.is_probe, runner.probed = True, 0.0
-        if runner.live is not None:
-            runner.live.begin_token()
-        try:
-            shadow.run_lossily(self.model, kwargs)
-        finally:
-            runner.is_probe = False
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         require_finite_logits(output.logits, self.bundle.folder)
@@ -242,13 +194,7 @@ class Session:
             note = self.runner.watch.end_forward()
             if note is not None:
                 self.progress.note(note)
-        if self.shadow is not None:
-            divergence = self.shadow.compare(output.logits[:, -1])
-            if divergence is not None:
-                tokens, expected = len(output.logits), self.runner.probed
-                self.runner.account.judge(divergence, expected=expected, tokens=tokens)
-                if self.runner.live is not None:
-                    self.runner.live.observe(divergence, tokens=tokens)
+        self.learner.end_token(output.logits[:, -1])
 
 
 def open_session(

@@ -44,14 +44,14 @@ class Shadow:
         """Count a token and return whether it is to be measured.
 
         Raises:
-            UsageError: it is, by an interval that was asked for, and the cache cannot be shortened.
+            UsageError: it is, as asked for, and the cache cannot go back a step.
         """
         self._n_seen += 1
         if self.every is not None:
             is_due = self._n_seen % self.every == 0
             if is_due and not cache.is_croppable:
                 raise UsageError(
-                    "--shadow: this model's cache cannot be shortened", hint="leave --shadow out"
+                    "--shadow: this model's cache cannot go back", hint="leave --shadow out"
                 )
             return is_due
         every = _EVERY_IF_DRIFTING if is_drifting else _EVERY
@@ -64,9 +64,14 @@ class Shadow:
         started = time.perf_counter()
         cache = kwargs["past_key_values"]
         n_seen = cache.get_seq_length()
+        # A step makes new tensors, or fills places beyond the length. `crop` knows no full window.
+        held = [dict(vars(layer)) for layer in cache.layers]
         output = model(**{**kwargs, "use_cache": True, "return_dict": True})
         self._lossy = output.logits[:, -1].clone()
-        cache.crop(n_seen - cache.get_seq_length())  # negative: how many positions to remove
+        for layer, before in zip(cache.layers, held, strict=True):
+            vars(layer).clear()
+            vars(layer).update(before)
+        assert cache.get_seq_length() == n_seen, "the step was not taken back"
         self.seconds += time.perf_counter() - started
 
     def compare(self, logits: torch.Tensor) -> float | None:

@@ -95,7 +95,8 @@ def _inputs(gates):
 
 
 def _build(name, gates):
-    return parse_miss_policy(name).make(_inputs(gates))
+    # By default `priced` reads what a target of loss asks for; here nothing is read.
+    return parse_miss_policy("priced:kl=inf" if name == "priced" else name).make(_inputs(gates))
 
 
 def _routing(seed, n_tokens, *, removed=()):

@@ -139,7 +139,9 @@ def test_a_run_follows_it_says_so_and_exact_overrides(
 
 
 def test_text_above_the_limit_makes_it_retreat(packed: Path) -> None:
-    with open_session(packed, run_options(memory="40%", policy="priced", context=64)) as session:
+    with open_session(
+        packed, run_options(memory="40%", policy="priced:kl=inf", context=64)
+    ) as session:
         session.runner.account.limit = 1e-9
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=12, ignore_eos=True))
         account, stats = session.runner.account, session.runner.stats.decode
@@ -157,27 +159,63 @@ def test_a_policy_without_a_strength_and_a_senseless_limit_are_refused(
             _calibrate(packed, sources, limit)
 
 
-def test_a_shadowed_step_of_an_exact_policy_loses_nothing_and_changes_nothing(
-    packed: Path,
-) -> None:
-    made = {}
-    for shadow in (0, 3):
-        options = run_options(memory="40%", policy="priced", context=64, shadow=shadow)
+def test_a_measured_token_becomes_exact_and_an_exact_policy_loses_nothing(packed: Path) -> None:
+    options = run_options(memory="40%", policy="priced:kl=inf", context=64, shadow=3)
+    with open_session(packed, options) as session:
+        generate_ids(session, [PROMPT], GenerateOptions(max_tokens=20, ignore_eos=True))
+        shadow, account = session.learner.shadow, session.runner.account
+        assert shadow is not None and shadow.tokens == account.judged_tokens == 6
+        assert shadow.nats_per_token is not None and shadow.nats_per_token > 0
+        assert account.judged_measured == pytest.approx(shadow.divergence)
+        assert session.runner.live is not None and session.runner.live.n_measured == 6
+    every = run_options(memory="40%", policy="priced:kl=inf", context=64, shadow=1)
+    exact = run_options(memory="40%", policy="exact", context=64)
+    made = []
+    for options in (every, exact):
         with open_session(packed, options) as session:
-            made[shadow] = generate_ids(
-                session, [PROMPT], GenerateOptions(max_tokens=20, ignore_eos=True)
-            ).token_ids
-            if shadow:
-                assert session.shadow is not None
-                assert session.shadow.tokens == 6
-                loss = session.shadow.nats_per_token
-                assert loss is not None and loss > 0
-    assert made[0] == made[3]
+            limits = GenerateOptions(max_tokens=12, ignore_eos=True)
+            made.append(generate_ids(session, [PROMPT], limits).token_ids)
+    assert made[0] == made[1]
     options = run_options(memory="40%", policy="priced:nats-per-mb=1e-30", context=64, shadow=2)
     with open_session(packed, options) as session:
         generate_ids(session, [PROMPT], GenerateOptions(max_tokens=9, ignore_eos=True))
-        assert session.shadow is not None and session.shadow.tokens == 4
-        assert session.shadow.divergence == 0.0
+        assert session.learner.shadow is not None and session.learner.shadow.tokens == 4
+        assert session.learner.shadow.divergence == 0.0
+
+
+def test_what_is_learned_of_a_text_does_not_depend_on_threads_or_earlier_texts(
+    packed: Path,
+) -> None:
+    made = []
+    for threads in (1, 2):
+        options = run_options(
+            memory="40%", policy="priced:kl=0.001", context=64, threads=threads, residency="frozen"
+        )
+        with open_session(packed, options) as session:
+            for _ in range(2):
+                limits = GenerateOptions(max_tokens=34, ignore_eos=True)
+                ids = generate_ids(session, [PROMPT], limits).token_ids
+                live, worth = session.runner.live, session.runner.worth
+                assert live is not None and worth is not None
+                factors = [live.factors(layer).tolist() for layer in session.manifest.shape.layers]
+                made.append((ids, factors, worth.nats_per_mb, live.n_measured))
+            assert session.runner.stats.decode.changed_answers > 0
+    assert made[0] == made[1] == made[2] == made[3]
+
+
+def test_by_default_losses_are_measured_where_one_is_to_be_kept(packed: Path) -> None:
+    def measured(policy: str, **options: object) -> int:
+        given = run_options(memory="40%", policy=policy, context=64, **options)  # type: ignore[arg-type]
+        with open_session(packed, given) as session:
+            limits = GenerateOptions(max_tokens=34, ignore_eos=True)
+            generate_ids(session, [PROMPT], limits)
+            shadow = session.learner.shadow
+            return 0 if shadow is None else shadow.tokens
+
+    assert measured("priced") == 6  # after 2, 4, 8, 12, 16 and 32 tokens
+    assert measured("priced", shadow=0) == 0
+    assert measured("priced:kl=inf") == 0 and measured("drop", gates=False) == 0
+    assert measured("drop", gates=False, shadow=10) == 3
 
 
 def test_a_limit_out_of_reach_says_what_is_in_reach_and_what_would_do(

@@ -49,7 +49,7 @@ class Known:
     def figures(self, policy: MissChoice, factor: float = 1.0) -> Figures:
         values = dict(policy.values)
         strength = self.strength(values)
-        upper = factor * self.kl(strength) * self.by_reroute.get(values.get("reroute", 0.5), 1.0)
+        upper = factor * self.kl(strength) * self.by_reroute.get(values.get("reroute", 1.0), 1.0)
         known: dict[str, Any] = dict.fromkeys((each.name for each in fields(Figures)), 0)
         known |= {
             "tokens": 100,
@@ -117,7 +117,7 @@ def test_it_comes_within_a_sixtieth_of_the_strongest_that_keeps_the_limit(
     assert report.bytes_read_per_token == pytest.approx(1000 / (1 + found))
 
 
-@pytest.mark.parametrize("by_reroute", [{}, {2.0: 0.9, 0.75: 1.1}, {2.0: 1.1, 0.75: 0.8}])
+@pytest.mark.parametrize("by_reroute", [{}, {math.inf: 0.9, 3.0: 1.1}, {math.inf: 1.1, 3.0: 0.8}])
 @pytest.mark.parametrize("share", [1.5, 0.3, 0.004])
 def test_prices_are_searched_by_factors_and_what_rerouting_keeps_after_them(
     share: float,
@@ -136,7 +136,7 @@ def test_prices_are_searched_by_factors_and_what_rerouting_keeps_after_them(
     chosen = parse_miss_policy(report.calibration.policy)
     upper = min(chosen.values["nats-per-mb"] / typical, 9.0)
     assert upper <= share and upper > share / 1.25  # rounds divide a decade by 4
-    assert chosen.values["reroute"] == min([0.5, *by_reroute], key=lambda r: by_reroute.get(r, 1.0))
+    assert chosen.values["reroute"] == min([1.0, *by_reroute], key=lambda r: by_reroute.get(r, 1.0))
     # What is written is what was measured there, in each domain too.
     figures = known.figures(chosen)
     quality = report.calibration.quality
@@ -151,9 +151,9 @@ def test_prices_are_searched_by_factors_and_what_rerouting_keeps_after_them(
 def test_a_limit_that_everything_keeps_takes_the_strongest(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = Known(strength=_by("nats-per-mb"), kl=lambda s: 0.1, by_reroute={2.0: 2, 0.75: 2})
+    known = Known(strength=_by("nats-per-mb"), kl=lambda s: 0.1, by_reroute={math.inf: 2, 3.0: 2})
     report = _calibrate(packed, tmp_path, monkeypatch, known, max_kl=0.1)
-    assert report.calibration.policy == "priced"
+    assert report.calibration.policy == "priced:kl=inf"
 
 
 def test_a_looser_limit_reads_less(

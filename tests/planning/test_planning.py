@@ -12,6 +12,7 @@ from moe_tool.planning import pinning
 from moe_tool.planning.model_costs import costs_of_bytes
 from moe_tool.planning.pinning import rank_experts, refuse_pins
 from moe_tool.planning.profile_prices import predicted_loss
+from moe_tool.policies.misses import EXACT_POLICY, parse_miss_policy
 from moe_tool.policies.pin_rule import judge_pins
 from moe_tool.runtime.plan_run import follow_plan
 from moe_tool.runtime.run_options import run_options
@@ -96,21 +97,25 @@ def test_a_session_follows_a_plan_where_nothing_else_is_asked_for():
     from tests.planning.made_plan import made_plan
 
     plan = made_plan(memory_bytes=2**30, eviction="lfu:per-layer", prefetch="next-layer")
-    found = follow_plan(run_options(), plan, "cache")
+    found = follow_plan(run_options(), plan, EXACT_POLICY, "cache")
     assert (found.memory, found.eviction.name, found.prefetch) == (
         MemoryRequest(kind="bytes", size_bytes=2**30),
         "lfu:per-layer",
         "next-layer",
     )
     assert "lfu:per-layer" in str(found.note)
-    own = follow_plan(run_options(memory="50%", eviction="fifo", prefetch="none"), plan, "cache")
+    own = follow_plan(
+        run_options(memory="50%", eviction="fifo", prefetch="none"), plan, EXACT_POLICY, "cache"
+    )
     assert (str(own.memory), own.eviction.name, own.prefetch) == ("50%", "fifo", "none")
     assert own.note is None
-    frozen = follow_plan(run_options(policy="drop"), plan, "frozen")
+    frozen = follow_plan(run_options(policy="drop"), plan, parse_miss_policy("drop"), "frozen")
     assert (frozen.eviction.name, frozen.prefetch, frozen.memory) == ("lru", "none", found.memory)
-    plain = follow_plan(run_options(), None, "cache")
+    plain = follow_plan(run_options(), None, EXACT_POLICY, "cache")
     assert (str(plain.memory), plain.eviction.name, plain.prefetch, plain.note) == (
         "auto", "lru", "none", None,
     )  # fmt: skip
+    steered = follow_plan(run_options(), None, parse_miss_policy("priced"), "cache")
+    assert steered.eviction.name == "lfu"
     with pytest.raises(UsageError):
         run_options(eviction="x")

@@ -271,7 +271,8 @@ def test_pruning_leaves_out_light_slots_that_are_there_and_never_the_heaviest():
     [
         ("nobody", "not known"),
         ("exact:rho=1", "takes no parameter"),
-        ("priced:lambda=1", "it takes nats-per-mb"),
+        ("priced:lambda=1", "it takes kl=0.005, nats-per-mb=inf"),
+        ("priced:kl=0", "out of range"),
         ("priced:nats-per-mb=-1", "out of range"),
         ("priced:nats-per-mb=nan", "out of range"),
         ("priced:nats-per-mb=", "out of range"),
@@ -289,4 +290,21 @@ def test_a_policy_that_is_not_one_is_refused(spec, says):
 def test_a_choice_is_named_as_it_is_written():
     for spec in ("exact", "buddy:rho=1", "priced:nats-per-mb=0.0123456789", "replica:high=0.5"):
         assert parse_miss_policy(spec).name == spec
-    assert parse_miss_policy("priced:nats-per-mb=inf").name == "priced"
+
+
+def test_a_worth_of_reads_takes_the_place_of_a_target_of_loss():
+    def worth(text):
+        policy = parse_miss_policy(text).make(PolicyInputs(prices=BOOK, top_k=2))
+        return policy.nats_per_mb, policy.target_kl
+
+    # 4 * 0.01 nats for each of two slots' records of 4 MB
+    assert worth("priced:kl=0.01") == (pytest.approx(0.005), 0.01)
+    assert worth("priced") == (pytest.approx(0.0025), 0.005)
+    assert worth("priced:kl=inf") == (math.inf, math.inf)
+    assert worth("priced:nats-per-mb=0.02") == (0.02, math.inf)
+    fixed = parse_miss_policy("priced").with_value("nats-per-mb", 0.02)
+    assert fixed.name == "priced:nats-per-mb=0.02" and math.isinf(fixed.values["kl"])
+    never = parse_miss_policy("priced").with_value("nats-per-mb", math.inf)
+    assert never.name == "priced:kl=inf" and parse_miss_policy(never.name).values == never.values
+    both = parse_miss_policy("priced:nats-per-mb=0.02,kl=0.01")
+    assert parse_miss_policy(both.name).values == both.values

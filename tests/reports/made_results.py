@@ -38,6 +38,8 @@ QUALITY = AnswerQuality(
     shadow_kl=None,
     shadow_expected_kl=None,
     shadow_seconds=0.0,
+    price_factor=None,
+    nats_per_mb=None,
 )
 
 

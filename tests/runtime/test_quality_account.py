@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_tool.runtime.quality_account import MIN_JUDGED_TOKENS, WINDOW_TOKENS, QualityAccount
+from moe_tool.runtime.quality_account import WINDOW_TOKENS, QualityAccount
 
 
 def _spend(account, prices):
@@ -50,35 +50,26 @@ def test_other_sequences_begin_with_a_clean_mean():
     assert not account.begin_token().any()
 
 
-def test_what_was_measured_dearer_than_expected_is_expected_dearer_from_then_on():
+def test_measured_and_expected_losses_are_kept_side_by_side():
     account = QualityAccount(nats_per_price=2.0)
     account.begin_sequences(1)
-    for _ in range(MIN_JUDGED_TOKENS):
-        _spend(account, [0.1])
-        account.judge(0.6, tokens=1)  # 0.2 was expected
-    assert account.judged_measured == pytest.approx(0.6 * MIN_JUDGED_TOKENS)
-    assert account.judged_spent == pytest.approx(0.2 * MIN_JUDGED_TOKENS)
-    assert account.correction == pytest.approx(3.0)
-    before = account.spent
     _spend(account, [0.1])
-    assert account.spent - before == pytest.approx(0.6)
-    account.judge(0.6, tokens=1)  # judged against what was expected before any correction
-    assert account.correction == pytest.approx(3.0)
+    account.judge(0.6, expected=0.2, tokens=1)
+    account.judge(0.3, expected=0.5, tokens=2)
+    assert account.judged_tokens == 3
+    assert account.judged_measured == pytest.approx(0.9)
+    assert account.judged_spent == pytest.approx(0.7)
+    assert account.spent == pytest.approx(0.2)  # what was measured changes nothing here
 
 
-def test_neither_few_tokens_nor_luck_loosen_the_account():
+def test_the_mean_of_the_last_closed_token_is_known():
     account = QualityAccount()
-    account.begin_sequences(1)
-    for _ in range(MIN_JUDGED_TOKENS - 1):
-        _spend(account, [0.1])
-        account.judge(9.0, tokens=1)
-    assert account.correction == 1.0
-    lucky = QualityAccount()
-    lucky.begin_sequences(1)
-    for _ in range(MIN_JUDGED_TOKENS):
-        _spend(lucky, [0.1])
-        lucky.judge(0.0, tokens=1)
-    assert lucky.correction == 1.0
+    account.begin_sequences(2)
+    _spend(account, [0.1, 0.3])
+    _spend(account, [0.0, 0.0])
+    assert account.last_token == pytest.approx(0.2)
+    account.begin_sequences(2)
+    assert account.last_token == 0
 
 
 def test_a_prompts_spending_is_kept_apart():

@@ -220,6 +220,7 @@ SPEC = PolicySpec(
     "that the router ranks next, nothing, or itself",
     make=Priced,
     inert="nats-per-mb=0",
+    fires="kl=inf",
     parameters={
         "kl": Parameter(
             help="expected loss at which a run's reads are kept, nats per token; inf never reads",
