@@ -229,7 +229,7 @@ def test_every_policy_answers_misses_and_never_by_what_was_removed(
     assert answered.sum() > 0 and (answered <= costs.accesses).all()
 
 
-@pytest.mark.parametrize("policy", ["priced", "prune:share=1"])
+@pytest.mark.parametrize("policy", ["priced:kl=inf,reroute=inf", "prune:share=1"])
 def test_what_is_left_out_beside_absent_experts_is_counted(
     policy: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -128,9 +128,10 @@ def test_every_policy_runs_within_the_slots_and_names_nothing_that_is_not_stored
             "near-tie:alpha=1",
             "replica:high=0.2,low=0.6",
             "replica:high=0.2,low=0.6,form=3",
+            "replica:high=0,low=1",
             "prune:share=0.9",
             "prune:random",
-            "priced",
+            "priced:kl=inf",
             "priced:nats-per-mb=100",
         ):
             session.use_policy(parse_miss_policy(policy), residency=residency)  # type: ignore[arg-type]
@@ -190,7 +191,7 @@ def test_a_prefetch_reads_the_form_that_the_policy_would_answer_with(
 def test_an_account_of_a_mixture_is_finite_and_an_exact_fallback_answers_exactly(
     bundle: Path,
 ) -> None:
-    with _open(bundle, "50%", "priced") as session:
+    with _open(bundle, "50%", "priced:kl=inf") as session:
         _tokens(session)
         account = session.runner.account
         assert 0 < account.nats_per_token < np.inf
