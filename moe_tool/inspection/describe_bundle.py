@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.bundle_sections import (
+    RESIDENT_USE,
     ROUTING_NORM,
     ROW_TABLES,
     SOURCE_FILES,
@@ -17,7 +18,7 @@ from moe_tool.budget.sizes import format_bytes
 from moe_tool.budget.table_choice import parse_rows
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.safetensors_index import TensorInfo
-from moe_tool.inspection.description import Description, model_facts, shape_facts
+from moe_tool.inspection.description import Description, model_facts, residents_by, shape_facts
 from moe_tool.progress import Progress
 
 
@@ -37,6 +38,8 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
     if SOURCE_FILES in sections:
         del sections[SOURCE_FILES]["body"]["tables"]  # as long as the list of records
     sections.pop(ROW_TABLES, None)  # as long as the tables; the facts tell the rest
+    if RESIDENT_USE in sections:
+        del sections[RESIDENT_USE]["body"]["layers"]  # two numbers per expert
     if ROUTING_NORM in sections:
         del sections[ROUTING_NORM]["body"]["layers"]  # thousands of numbers
     if TUNED_FLOATS in sections:
@@ -54,7 +57,7 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
 
 
 def _facts(manifest: BundleManifest) -> dict[str, object]:
-    sources = manifest.sources
+    sources, use = manifest.sources, manifest.resident_use
     return (
         model_facts(manifest.identity)
         | shape_facts(manifest.shape)
@@ -69,6 +72,7 @@ def _facts(manifest: BundleManifest) -> dict[str, object]:
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
             "replicas": ", ".join(each.name for each in manifest.cheaper) or "none",
+            "residents": residents_by(0 if use is None else use.share),
             "tool_version": manifest.tool_version,
         }
         | _lineage_facts(manifest)

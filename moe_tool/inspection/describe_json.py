@@ -8,7 +8,7 @@ from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.policy_names import read_plan
-from moe_tool.inspection.description import Description, model_facts, named_facts
+from moe_tool.inspection.description import Description, model_facts, named_facts, residents_by
 
 _MADE_FROM = ("profile_sha256", "tool_version")
 
@@ -40,6 +40,7 @@ def describe_plan(path: Path) -> Description:
     facts |= {
         "policy": plan.policy or "exact",
         "replicas": plan.replicas or "none",
+        "residents": residents_by(plan.robust),
         "expected_kl": found.kl,
         "expert_slots": found.expert_slots,
         "predicted": f"{found.tokens_per_second:.2f} tokens/s (+-{found.error:.0%}), "
