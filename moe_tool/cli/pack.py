@@ -205,7 +205,7 @@ def pack(given: PackArguments, output: Output) -> None:
     opened = open_model(located)
     with opened.checkpoint:
         profile = given.profile or _profile_of(plan, given.profiles, opened.identity, output)
-        if given.robust is None and plan is None and profile is not None:
+        if given.robust is None and plan is None:
             options = replace(options, robust=_robust_share(profile, options, output))
         buddies = given.buddies or _newest_buddies(given.profiles, opened.identity, output)
         report = pack_opened(
@@ -220,23 +220,16 @@ def pack(given: PackArguments, output: Output) -> None:
             progress=output.progress,
         )
     _show(report, output, is_sparse=options.channels is not None)
-    output.result(
-        asdict(report)
-        | {
-            "profile": profile,
-            "buddies": buddies,
-            "plan": given.plan,
-            "robust": options.robust,
-        }
-    )
+    inputs = {"profile": profile, "buddies": buddies, "plan": given.plan}
+    output.result(asdict(report) | inputs | {"robust": options.robust})
 
 
-def _robust_share(profile: Path, options: "PackOptions", output: Output) -> float:
-    """Return the share for residents of a pack without a plan; 0 for experts without prices."""
+def _robust_share(profile: Path | None, options: "PackOptions", output: Output) -> float:
+    """Return the share for residents of a pack without a plan; 0 without a profile or prices."""
     from moe_tool.formats.profile_hdf5 import ProfileReader
     from moe_tool.planning.robust_share import share_for_pack
 
-    if options.bits is None or options.channels is not None:
+    if profile is None or options.bits is None or options.channels is not None:
         return 0.0
     with ProfileReader.open(profile) as reader:
         share = share_for_pack(reader, options.bits_name, options.replica_names)

@@ -57,7 +57,7 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
 
 
 def _facts(manifest: BundleManifest) -> dict[str, object]:
-    sources, use = manifest.sources, manifest.resident_use
+    sources = manifest.sources
     return (
         model_facts(manifest.identity)
         | shape_facts(manifest.shape)
@@ -72,12 +72,12 @@ def _facts(manifest: BundleManifest) -> dict[str, object]:
             "profile_sha256": manifest.profile_sha256,
             "buddies_by": None if manifest.buddies is None else manifest.buddies.by,
             "replicas": ", ".join(each.name for each in manifest.cheaper) or "none",
-            "residents": residents_by(0 if use is None else use.share),
             "tool_version": manifest.tool_version,
         }
         | _lineage_facts(manifest)
         | _float_facts(manifest)
         | _policy_facts(manifest)
+        | _resident_facts(manifest)
         | _pruning_facts(manifest)
         | _norm_facts(manifest)
     )
@@ -134,6 +134,14 @@ def _policy_facts(manifest: BundleManifest) -> dict[str, object]:
         "measured": _measured(calibration.quality),
         **{f"measured_{domain}": _measured(each) for domain, each in calibration.domains.items()},
     }
+
+
+def _resident_facts(manifest: BundleManifest) -> dict[str, object]:
+    """Return what chooses the residents that answer misses."""
+    if manifest.prices is None:
+        return {}
+    use = manifest.resident_use
+    return {"residents": residents_by(0 if use is None else use.share)}
 
 
 def _pruning_facts(manifest: BundleManifest) -> dict[str, object]:

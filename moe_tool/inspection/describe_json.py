@@ -40,12 +40,13 @@ def describe_plan(path: Path) -> Description:
     facts |= {
         "policy": plan.policy or "exact",
         "replicas": plan.replicas or "none",
-        "residents": residents_by(plan.robust),
         "expected_kl": found.kl,
         "expert_slots": found.expert_slots,
         "predicted": f"{found.tokens_per_second:.2f} tokens/s (+-{found.error:.0%}), "
         f"{found.hit_rate:.1%} hits",
     }
+    if plan.policy is not None and plan.residency is None:
+        facts["residents"] = residents_by(plan.robust)
     facts |= named_facts(plan, "hardware", *_MADE_FROM)
     return _tabled("plan", path, plan, facts, {"prediction", "lines", "forms"})
 

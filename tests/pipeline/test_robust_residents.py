@@ -24,11 +24,14 @@ from moe_tool.planning.build_plan import build_plan
 from moe_tool.planning.plan_request import PlanRequest, check_request
 from moe_tool.planning.plan_sources import PlanSources, read_sources
 from moe_tool.planning.robust_share import share_for_pack
+from moe_tool.policies.cheapest_residents import cheapest_residents
 from moe_tool.policies.leave_one_out import SHARES
+from moe_tool.policies.misses import parse_miss_policy
 from moe_tool.policies.robust_use import robust_use
 from moe_tool.profiling.recorder import record_profile
 from moe_tool.progress import SILENT
-from moe_tool.runtime.price_list import expert_use, resident_use
+from moe_tool.runtime.price_list import expert_use, price_book, resident_use
+from moe_tool.runtime.residency import frozen_rooms, n_slots_min
 from moe_tool.text.sources import parse_sources
 from tests.packed import pack_bundle
 
@@ -100,7 +103,7 @@ def bundles(
     model: LocatedModel, profile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bundles")
-    options = {"unasked": {}, "0": {"robust": 0.0}, "0.5": {"robust": 0.5}}
+    options = {"unasked": {}, "0": {"robust": 0.0}, "0.5": {"robust": 0.5}, "1": {"robust": 1.0}}
     for name, given in options.items():
         pack_bundle(model, out=folder / name, profile=profile, **given)
     return {name: folder / name for name in options}
@@ -139,6 +142,24 @@ def test_a_bundle_has_the_use_of_its_share_and_the_mean_as_its_price(
     assert "--robust 0.5" in str(
         describe_artifact(bundles["0.5"], verify=False, progress=SILENT).facts["residents"]
     )
+
+
+def test_a_run_holds_the_residents_of_the_bundles_use(
+    bundles: dict[str, Path],
+) -> None:
+    choice = parse_miss_policy("priced:kl=inf")  # no miss is read
+    held: dict[str, list[set[tuple[int, int]]]] = {"0": [], "1": []}
+    for name, found in held.items():
+        manifest = _manifest(bundles[name])
+        book, use = price_book(manifest), resident_use(manifest)
+        assert book is not None and use is not None
+        free, size = n_slots_min(manifest), manifest.primaries[0].record_size_bytes
+        for n_slots in range(free + 1, len(manifest.primary_records)):
+            (room,) = frozen_rooms(manifest, (n_slots,), choice, book)
+            wanted = cheapest_residents(book, use, room_bytes=(n_slots - free) * size)
+            found.append(set(room.pinned))
+            assert found[-1] == set(wanted.by_form[0])
+    assert held["0"] != held["1"]
 
 
 @pytest.mark.parametrize(
