@@ -10,6 +10,7 @@ from moe_tool.artifacts.bundle_sections import (
     MASK_ROUTER,
     N_FINE_QUANTILES,
     N_QUANTILES,
+    RESIDENT_USE,
     ROUTING_NORM,
     ROW_TABLES,
     SOURCE_FILES,
@@ -34,6 +35,7 @@ from moe_tool.artifacts.identity import HexDigest, ModelIdentity
 from moe_tool.artifacts.moe_shape import Index, MoeShape
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.artifacts.precision import Precision
+from moe_tool.artifacts.resident_use import ResidentUse
 from moe_tool.artifacts.routing_norm import RoutingNorm
 from moe_tool.artifacts.row_tables import RowTables
 from moe_tool.artifacts.schema import FrozenModel
@@ -256,6 +258,14 @@ class BundleManifest(FrozenModel):
         return found
 
     @property
+    def resident_use(self) -> ResidentUse | None:
+        """Use that residents are chosen by; None: the profile's mean, of `prices` and `heat`"""
+        section = self.sections.get(RESIDENT_USE)
+        found = None if section is None else parse_section(RESIDENT_USE, section)
+        assert found is None or isinstance(found, ResidentUse)
+        return found
+
+    @property
     def routing_norm(self) -> RoutingNorm | None:
         """Norm of the profile's routing; None if packed without a profile, or with a short one"""
         section = self.sections.get(ROUTING_NORM)
@@ -354,6 +364,9 @@ class BundleManifest(FrozenModel):
         if self.prices is not None:
             tables["nats"] = [(entry.layer, len(entry.nats)) for entry in self.prices]
             tables["use"] = [(entry.layer, len(entry.use)) for entry in self.prices]
+        if self.resident_use is not None:
+            uses = self.resident_use.layers
+            tables["resident use"] = [(entry.layer, len(entry.load)) for entry in uses]
         for what, found in tables.items():
             if found != [(layer, self.shape.experts) for layer in self.shape.layers]:
                 raise ValueError(f"the {what} table does not fit the model's layers and experts")

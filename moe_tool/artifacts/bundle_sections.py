@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from moe_tool.artifacts.form_table import Price
+from moe_tool.artifacts.resident_use import ResidentUse
 from moe_tool.artifacts.routing_norm import RoutingNorm
 from moe_tool.artifacts.row_tables import RowTables
 from moe_tool.artifacts.schema import FrozenModel
@@ -18,6 +19,7 @@ from moe_tool.artifacts.source_files import SourceFiles
 
 SectionName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,63}$")]
 MASK_ROUTER = "mask-router"
+RESIDENT_USE = "resident-use"
 ROUTING_NORM = "routing-norm"
 ROW_TABLES = "row-tables"
 SOURCE_FILES = "source-files"
@@ -120,6 +122,7 @@ class TunedFloats(FrozenModel):
 
 SECTIONS: dict[str, type[FrozenModel]] = {
     MASK_ROUTER: LearnedPruning,
+    RESIDENT_USE: ResidentUse,
     ROUTING_NORM: RoutingNorm,
     ROW_TABLES: RowTables,
     SOURCE_FILES: SourceFiles,

@@ -106,6 +106,9 @@ class PackPlan(FrozenModel):
     forms: Annotated[tuple[PlannedForm, ...], Field(max_length=16)] = ()
     """Residents by form under a lossy policy, primary first. `run` decides again by the same rule,
     with the prices measured by `pack` and the memory available then"""
+    robust: Annotated[float, Field(ge=0, le=1, exclude_if=lambda share: share == 0)] = 0.0
+    """Share of the worst case over domains in the use that residents are chosen by, as in
+    `--robust`; not written if it is 0"""
     prediction: PlanPrediction
     lines: Annotated[tuple[PlanLine, ...], Field(max_length=64)]
     """Memory account"""

@@ -20,6 +20,11 @@ class TracedTokens:
     domains: tuple[str, ...]
     """Names of the domains, as given by the user."""
 
+    @property
+    def domain_of_tokens(self) -> np.ndarray:
+        """[T] int16, index into `domains`"""
+        return np.repeat(self.domain, self.ids.shape[1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTrace:

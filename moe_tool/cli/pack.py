@@ -1,6 +1,6 @@
 """`moe-tool pack`: compile a checkpoint into a bundle."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from moe_tool.artifacts.identity import ModelIdentity
     from moe_tool.artifacts.pack_plan import PackPlan
+    from moe_tool.packing.pack_options import PackOptions
     from moe_tool.packing.prove_bundle import BundleProof
     from moe_tool.packing.write_bundle import PackReport
 
@@ -108,6 +109,17 @@ class PackArguments:
             help="Quantizer of the experts, {quantizers}. Those that use the profile's tokens are "
             "slower and lose far less.",
             show_default="rtn, or the plan's",
+        ),
+    ] = None
+    robust: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="How far residents are chosen for other text than the profile's: 0 by its mean "
+            "use of experts, 1 by the worst case of its domains and of uniform use.",
+            show_default="the plan's, or what serves each domain best that is left out",
         ),
     ] = None
     in_place: Annotated[
@@ -193,6 +205,8 @@ def pack(given: PackArguments, output: Output) -> None:
     opened = open_model(located)
     with opened.checkpoint:
         profile = given.profile or _profile_of(plan, given.profiles, opened.identity, output)
+        if given.robust is None and plan is None:
+            options = replace(options, robust=_robust_share(profile, options, output))
         buddies = given.buddies or _newest_buddies(given.profiles, opened.identity, output)
         report = pack_opened(
             opened,
@@ -206,7 +220,22 @@ def pack(given: PackArguments, output: Output) -> None:
             progress=output.progress,
         )
     _show(report, output, is_sparse=options.channels is not None)
-    output.result(asdict(report) | {"profile": profile, "buddies": buddies, "plan": given.plan})
+    inputs = {"profile": profile, "buddies": buddies, "plan": given.plan}
+    output.result(asdict(report) | inputs | {"robust": options.robust})
+
+
+def _robust_share(profile: Path | None, options: "PackOptions", output: Output) -> float:
+    """Return the share for residents of a pack without a plan; 0 without a profile or prices."""
+    from moe_tool.formats.profile_hdf5 import ProfileReader
+    from moe_tool.planning.robust_share import share_for_pack
+
+    if profile is None or options.bits is None or options.channels is not None:
+        return 0.0
+    with ProfileReader.open(profile) as reader:
+        share = share_for_pack(reader, options.bits_name, options.replica_names)
+        domains = ", ".join(reader.tokens.domains)
+    output.say(f"residents: --robust {share:g}, by leaving out each of {domains}")
+    return share
 
 
 def _show(report: "PackReport", output: Output, *, is_sparse: bool) -> None:

@@ -90,6 +90,18 @@ class PlanArguments:
             "limit, cheaper forms of experts may answer misses.",
         ),
     ] = None
+    robust: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="How far residents are chosen for other text than the profile's: 0 by its mean "
+            "use of experts, 1 by the worst case of its domains and of uniform use. What is "
+            "predicted is for the profile.",
+            show_default="what serves each domain best that is left out",
+        ),
+    ] = None
     context: Annotated[
         int, typer.Option(metavar="N", min=1, max=MAX_CONTEXT, help="Tokens of prompt and text.")
     ] = 4096

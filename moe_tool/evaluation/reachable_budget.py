@@ -4,9 +4,13 @@ import math
 from bisect import bisect_left
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.policies.cheapest_residents import cheapest_residents, free_for_residents
+from moe_tool.policies.cheapest_residents import (
+    cheapest_residents,
+    free_for_residents,
+    residents_price,
+)
 from moe_tool.policies.misses import PriceBook
-from moe_tool.runtime.price_list import expert_use
+from moe_tool.runtime.price_list import expert_use, resident_use
 from moe_tool.runtime.residency import n_slots_min
 
 
@@ -21,16 +25,17 @@ def least_share(
         max_kl: the limit, nats per token.
         nats_per_price: measured nats per expected nat.
     """
-    use = expert_use(manifest)
-    assert use is not None
+    use, chosen_by = expert_use(manifest), resident_use(manifest)
+    assert use is not None and chosen_by is not None
     free = n_slots_min(manifest)
 
     def keeps(n_slots: int) -> bool:
         room = free_for_residents(n_slots, free, book.record_bytes, nats_per_mb=math.inf)
         if room <= 0:
             return False
-        chosen = cheapest_residents(book, use, room_bytes=room)
-        return chosen.nats_per_token * nats_per_price <= max_kl
+        chosen = cheapest_residents(book, chosen_by, room_bytes=room)
+        price = residents_price(book, use, chosen.by_form)
+        return price * nats_per_price <= max_kl
 
     everything = len(manifest.primary_records)
     n_slots = bisect_left(range(everything), True, lo=free + 1, key=keeps)

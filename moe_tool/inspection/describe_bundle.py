@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
 from moe_tool.artifacts.bundle_sections import (
+    RESIDENT_USE,
     ROUTING_NORM,
     ROW_TABLES,
     SOURCE_FILES,
@@ -17,7 +18,7 @@ from moe_tool.budget.sizes import format_bytes
 from moe_tool.budget.table_choice import parse_rows
 from moe_tool.formats.bundle_reader import BundleReader
 from moe_tool.formats.safetensors_index import TensorInfo
-from moe_tool.inspection.description import Description, model_facts, shape_facts
+from moe_tool.inspection.description import Description, model_facts, residents_by, shape_facts
 from moe_tool.progress import Progress
 
 
@@ -37,6 +38,8 @@ def describe_bundle(path: Path, *, verify: bool, progress: Progress) -> Descript
     if SOURCE_FILES in sections:
         del sections[SOURCE_FILES]["body"]["tables"]  # as long as the list of records
     sections.pop(ROW_TABLES, None)  # as long as the tables; the facts tell the rest
+    if RESIDENT_USE in sections:
+        del sections[RESIDENT_USE]["body"]["layers"]  # two numbers per expert
     if ROUTING_NORM in sections:
         del sections[ROUTING_NORM]["body"]["layers"]  # thousands of numbers
     if TUNED_FLOATS in sections:
@@ -74,6 +77,7 @@ def _facts(manifest: BundleManifest) -> dict[str, object]:
         | _lineage_facts(manifest)
         | _float_facts(manifest)
         | _policy_facts(manifest)
+        | _resident_facts(manifest)
         | _pruning_facts(manifest)
         | _norm_facts(manifest)
     )
@@ -130,6 +134,14 @@ def _policy_facts(manifest: BundleManifest) -> dict[str, object]:
         "measured": _measured(calibration.quality),
         **{f"measured_{domain}": _measured(each) for domain, each in calibration.domains.items()},
     }
+
+
+def _resident_facts(manifest: BundleManifest) -> dict[str, object]:
+    """Return what chooses the residents that answer misses."""
+    if manifest.prices is None:
+        return {}
+    use = manifest.resident_use
+    return {"residents": residents_by(0 if use is None else use.share)}
 
 
 def _pruning_facts(manifest: BundleManifest) -> dict[str, object]:

@@ -8,7 +8,7 @@ from moe_tool.artifacts.hardware_profile import HardwareProfile
 from moe_tool.artifacts.pack_plan import PackPlan
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.policy_names import read_plan
-from moe_tool.inspection.description import Description, model_facts, named_facts
+from moe_tool.inspection.description import Description, model_facts, named_facts, residents_by
 
 _MADE_FROM = ("profile_sha256", "tool_version")
 
@@ -45,6 +45,8 @@ def describe_plan(path: Path) -> Description:
         "predicted": f"{found.tokens_per_second:.2f} tokens/s (+-{found.error:.0%}), "
         f"{found.hit_rate:.1%} hits",
     }
+    if plan.policy is not None and plan.residency is None:
+        facts["residents"] = residents_by(plan.robust)
     facts |= named_facts(plan, "hardware", *_MADE_FROM)
     return _tabled("plan", path, plan, facts, {"prediction", "lines", "forms"})
 

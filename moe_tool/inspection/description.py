@@ -66,3 +66,8 @@ def shape_facts(shape: MoeShape) -> dict[str, object]:
         "top_k": shape.top_k,
         "dtype": shape.dtype,
     }
+
+
+def residents_by(share: float) -> str:
+    """Return what residents under `priced` are chosen by, for a share as in `--robust`."""
+    return f"{1 - share:.0%} mean use, {share:.0%} worst case over domains (--robust {share:g})"

@@ -70,7 +70,9 @@ def pack_opened(
     read_generation_settings(folder)
     for warning in (*opened.warnings, *tokenizer_notes(words, opened.shape.vocabulary)):
         progress.note(warning)
-    inputs = read_pack_inputs(profile, buddies, opened.identity, opened.shape)
+    inputs = read_pack_inputs(
+        profile, buddies, opened.identity, opened.shape, robust=options.robust
+    )
     job = plan_pack(options, opened, folder, inputs, tokenizer=tokenizer)
     for note in source_notes(opened, job.spec):
         progress.note(note)

@@ -1,5 +1,6 @@
 """Inputs of `pack` beside the checkpoint: profile and buddy map, checked against the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,17 @@ from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.artifacts.expert_statistics import ExpertStatistics
 from moe_tool.artifacts.identity import ModelIdentity, require_same_model
 from moe_tool.artifacts.moe_shape import MoeShape
+from moe_tool.artifacts.resident_use import LayerUse, ResidentUse
 from moe_tool.artifacts.router_trace import LayerTrace, TracedTokens, mean_squared_gates
 from moe_tool.artifacts.routing_norm import RoutingNorm
-from moe_tool.errors import CorruptArtifactError
+from moe_tool.errors import CorruptArtifactError, UsageError
 from moe_tool.formats.json_artifact import read_json_artifact
 from moe_tool.formats.profile_hdf5 import ProfileReader
 from moe_tool.packing.fit_routing_norm import fit_routing_norm
+from moe_tool.policies.cheapest_residents import ExpertUse
 from moe_tool.policies.misses.prune import ratio_to_heaviest
 from moe_tool.policies.misses.replica import unimportance
+from moe_tool.policies.robust_use import robust_use, use_by_domain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,8 @@ class ProfileFacts:
     """Hash of the whole checkpoint, known from the profile"""
     prices: tuple[LayerPrices, ...] | None = None
     tokens: TracedTokens | None = None
+    resident_use: ResidentUse | None = None
+    """Use that residents are chosen by; None: the mean in `prices` and `heat`"""
     routing_norm: RoutingNorm | None = None
     """Norm to notice other text by; None if the profile is too short"""
 
@@ -49,25 +55,42 @@ class PackInputs:
 
 
 def read_pack_inputs(
-    profile: Path | None, buddies: Path | None, identity: ModelIdentity, shape: MoeShape
+    profile: Path | None,
+    buddies: Path | None,
+    identity: ModelIdentity,
+    shape: MoeShape,
+    *,
+    robust: float = 0.0,
 ) -> PackInputs:
     """Read a profile and a buddy map.
 
     Args:
         profile: HDF5 file of this model: gives record order, heat and prices, and the tokens that
             replicas are fitted to and measured on.
+        robust: share of the worst case over the profile's domains in the use that residents are
+            chosen by.
 
     Raises:
         WrongModelError: one of them belongs to another model.
         CorruptArtifactError: one of them is damaged.
+        UsageError: there is a share, and no profile.
     """
+    if robust and profile is None:
+        raise UsageError(
+            f"--robust {robust:g}: the domains are those of a profile, and there is none",
+            hint="--profile FILE, of moe-tool profile",
+        )
     stand_ins, name = _read_buddies(buddies, identity, shape)
     return PackInputs(
-        profile=_read_profile(profile, identity, shape), buddies=stand_ins, buddies_name=name
+        profile=_read_profile(profile, identity, shape, robust),
+        buddies=stand_ins,
+        buddies_name=name,
     )
 
 
-def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -> ProfileFacts:
+def _read_profile(
+    path: Path | None, identity: ModelIdentity, shape: MoeShape, robust: float
+) -> ProfileFacts:
     if path is None:
         return ProfileFacts(
             order=tuple((layer, e) for layer in shape.layers for e in range(shape.experts))
@@ -94,6 +117,7 @@ def _read_profile(path: Path | None, identity: ModelIdentity, shape: MoeShape) -
             full_hash=profile.header.identity.full,
             prices=tuple(prices),
             tokens=profile.tokens,
+            resident_use=_resident_use(profile, prices, heat, robust) if robust else None,
             routing_norm=fit_routing_norm(
                 profile.tokens, shape.layers, shape.experts, profile.router_logits
             ),
@@ -160,6 +184,28 @@ def _layer_prices(layer: int, statistics: ExpertStatistics, trace: LayerTrace) -
         unimportance=_quantiles(unimportance(weight), N_FINE_QUANTILES),
         ratio=_quantiles(lighter, N_QUANTILES),
     )
+
+
+def _resident_use(
+    profile: ProfileReader, prices: Sequence[LayerPrices], heat: Sequence[LayerHeat], share: float
+) -> ResidentUse:
+    domain, layers = profile.tokens.domain_of_tokens, []
+    for mean, loads in zip(prices, heat, strict=True):
+        index = profile.indices(mean.layer, "top_k_index")
+        weight = profile.gate_weights(mean.layer)
+        use = robust_use(
+            ExpertUse(squared_gate=np.array(mean.use), load=np.array(loads.load)),
+            use_by_domain(index, weight, domain, len(mean.use)),
+            share,
+        )
+        layers.append(
+            LayerUse(
+                layer=mean.layer,
+                squared_gate=tuple(use.squared_gate.tolist()),
+                load=tuple(use.load.tolist()),
+            )
+        )
+    return ResidentUse(share=share, layers=tuple(layers))
 
 
 def _quantiles(values: np.ndarray, n: int) -> tuple[float, ...]:

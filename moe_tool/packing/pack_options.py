@@ -36,6 +36,8 @@ class PackOptions:
     quantizer: Quantizer = "rtn"
     plan: PackPlan | None = None
     """Plan for the manifest, which `run` follows"""
+    robust: float = 0.0
+    """Share of the worst case over domains in the use that residents are chosen by, 0 to 1"""
     in_place: bool = False
     """Whether records that the checkpoint's files hold stay there"""
     discard_source: bool = False
@@ -72,6 +74,7 @@ def parse_pack_options(
     sparse_experts: str | None = None,
     quantizer: Quantizer | None = None,
     plan: PackPlan | None = None,
+    robust: float | None = None,
     in_place: bool = False,
     discard_source: bool = False,
     rows: str = "auto",
@@ -87,10 +90,13 @@ def parse_pack_options(
             "--discard-source beside --in-place, which needs the checkpoint",
             hint="leave one of them out",
         )
+    if robust is not None and not 0 <= robust <= 1:
+        raise UsageError(f"--robust {robust:g}: not possible", hint="--robust 0.5")
     if plan is not None:
         bits, skeleton_bits = bits or plan.bits, skeleton_bits or plan.skeleton_bits
         quantizer = quantizer or plan.quantizer
         replicas = plan.replicas if replicas is None else replicas
+        robust = plan.robust if robust is None else robust
     return PackOptions(
         out=out,
         bits=None if bits == "mixed" else parse_precision("--bits", bits or "native"),
@@ -99,6 +105,7 @@ def parse_pack_options(
         channels=_channels(sparse_experts, bits) if sparse_experts else None,
         quantizer=parse_quantizer(quantizer or "rtn").name,
         plan=plan,
+        robust=robust or 0.0,
         in_place=in_place,
         discard_source=discard_source,
         rows=parse_rows(rows),

@@ -226,6 +226,8 @@ def _made_from(
         found["rows"] = options.rows.word
     if options.quantizer != "rtn":
         found["quantizer"] = options.quantizer
+    if options.robust:
+        found["robust"] = str(options.robust)
     if options.plan is not None:
         found["plan"] = hashlib.sha256(options.plan.model_dump_json().encode()).hexdigest()
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest
-from moe_tool.artifacts.bundle_sections import ROUTING_NORM, ROW_TABLES, Section
+from moe_tool.artifacts.bundle_sections import RESIDENT_USE, ROUTING_NORM, ROW_TABLES, Section
 from moe_tool.artifacts.expert_ids import ExpertKey
 from moe_tool.available_memory import peak_rss_bytes
 from moe_tool.errors import MoeToolError
@@ -211,7 +211,9 @@ def _finish(
 
 def _sections(job: PackJob, skeleton: SkeletonWork) -> dict[str, Section]:
     found = {ROW_TABLES: skeleton.section()}
-    norm = job.profile.routing_norm
+    use, norm = job.profile.resident_use, job.profile.routing_norm
+    if use is not None:
+        found[RESIDENT_USE] = Section(required=False, body=use.model_dump(mode="json"))
     if norm is not None:
         found[ROUTING_NORM] = Section(required=False, body=norm.model_dump(mode="json"))
     return found

@@ -34,6 +34,7 @@ from moe_tool.planning.plan_notes import (
     mixed_notes,
     overhead_notes,
     prefetch_note,
+    robust_note,
 )
 from moe_tool.planning.plan_request import PlanRequest, check_request
 from moe_tool.planning.plan_sources import PlanSources
@@ -105,7 +106,9 @@ def build_plan(
         n_slots, cached = experts.memory.n_slots, None
         if request.max_kl is not None:
             cached = search_cached_replica(sources, experts, n_slots, max_kl=request.max_kl)
-        candidates += _candidates(sources, request, experts, exact, n_slots, cached)
+        candidates += _candidates(
+            sources, request, experts, exact, n_slots, cached, robust=request.robust
+        )
     chosen = choose(candidates, max_kl=request.max_kl)
     if chosen is None:
         raise out_of_reach(candidates, sources, request)
@@ -178,10 +181,14 @@ def _candidates(
     exact: EvictionReplays,
     n_slots: int,
     cached: LossyAnswers | None,
+    *,
+    robust: float | None,
 ) -> list[Candidate]:
     """Return the candidates for a number of slots: lossy ones if divergence is limited, `cached`
     among them, and the exact one last."""
-    answers = [] if request.max_kl is None else lossy_answers(sources, experts, n_slots)
+    answers = []
+    if request.max_kl is not None:
+        answers = lossy_answers(sources, experts, n_slots, robust)
     if cached is not None:
         answers.append(cached)
     return [Candidate(experts=experts, exact=exact, lossy=each) for each in (*answers, None)]
@@ -210,6 +217,8 @@ def _notes_of_choice(
     if chosen.experts.bits == "mixed":
         return mixed_notes(chosen)
     notes = [] if request.max_kl is None else [limit_note(chosen)]
+    if chosen.lossy is not None and chosen.lossy.residents is not None:
+        notes.append(robust_note(chosen.lossy.robust, sources.profile.tokens.domains))
     if judged is not None:
         notes.append(caches_note(judged, is_chosen=judged is chosen))
     if chosen.lossy is None:
@@ -258,7 +267,15 @@ def _elsewhere(
         cached = replay_cached_replica(
             sources, experts, n_slots, policy=chosen.lossy.policy, eviction=chosen.caches.eviction
         )
-    found = _candidates(sources, request, experts, exact or chosen.exact, n_slots, cached)
+    found = _candidates(
+        sources,
+        request,
+        experts,
+        exact or chosen.exact,
+        n_slots,
+        cached,
+        robust=0.0 if chosen.lossy is None else chosen.lossy.robust,
+    )
     if exact is None:
         found.pop()  # the policy cannot work with so few
     return choose(found, max_kl=request.max_kl) if found else None

@@ -88,6 +88,8 @@ class LossyAnswers:
     """Experts that stay in memory; None: caches hold them"""
     replayed: ReplayedMisses
     tokens_per_second: float
+    robust: float = 0.0
+    """Share of the worst case over domains in the use that chose the residents"""
     caches: TwoCaches | None = None
     """Caches that hold the experts; None: the residents are frozen"""
 

@@ -48,6 +48,7 @@ def make_pack_plan(
         replicas="" if lossy is None else lossy.replicas,
         max_kl=None if lossy is None else request.max_kl,
         forms=_forms(candidate),
+        robust=0.0 if lossy is None else lossy.robust,
         prediction=PlanPrediction(
             tokens_per_second=candidate.tokens_per_second,
             error=PREDICTION_ERROR,

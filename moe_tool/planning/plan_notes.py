@@ -56,6 +56,14 @@ def limit_note(candidate: Candidate) -> str:
     )
 
 
+def robust_note(share: float, domains: Sequence[str]) -> str:
+    """Return a note on the use that chose the residents."""
+    return (
+        f"residents chosen by {1 - share:.0%} mean use and {share:.0%} worst case of "
+        f"{', '.join(domains)} and uniform use (--robust {share:g})"
+    )
+
+
 def caches_note(candidate: Candidate, *, is_chosen: bool) -> str:
     """Return a note on the caches of two forms."""
     lossy, caches = candidate.lossy, candidate.caches

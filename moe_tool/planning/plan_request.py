@@ -30,6 +30,9 @@ class PlanRequest:
     max_kl: float | None = None
     """Limit of divergence by bits and lossy answers, nats per token; None: misses are answered
     exactly"""
+    robust: float | None = None
+    """Share of the worst case over domains in the use that residents are chosen by; None: by
+    leaving each domain out in turn"""
     context: int = 4096
 
     @property
@@ -51,6 +54,13 @@ def check_request(request: PlanRequest) -> None:
         )
     if request.max_kl is not None and not 0 <= request.max_kl < _MAX_KL:
         raise UsageError(f"--max-kl {request.max_kl:.4g}: not possible", hint="--max-kl 0.01")
+    if request.robust is not None and not 0 <= request.robust <= 1:
+        raise UsageError(f"--robust {request.robust:.4g}: not possible", hint="--robust 0.5")
+    if request.robust and (request.max_kl is None or request.is_mixed):
+        raise UsageError(
+            f"--robust {request.robust:g} is for residents that answer misses, and here none do",
+            hint="--max-loss 2%, without mixed bits",
+        )
     if request.memory.kind == "auto":
         raise UsageError(
             "--memory auto: what will be free where the plan runs is not known",

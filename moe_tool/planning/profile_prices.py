@@ -12,6 +12,7 @@ from moe_tool.artifacts.precision import (
     precision_from_bits,
     replica_precisions,
 )
+from moe_tool.formats.profile_hdf5 import ProfileHeader
 from moe_tool.formats.record_form import record_form
 from moe_tool.planning.model_costs import record_size, timed_as
 from moe_tool.planning.plan_sources import PlanSources
@@ -31,16 +32,23 @@ def profile_prices(sources: PlanSources, bits: Bits, replicas: str) -> PriceBook
     A replica's error is relative to the checkpoint's expert, as the profile measured it, even if
     the primary forms have fewer bits. Stand-ins are not considered: they need a buddy map.
     """
-    shape = sources.profile.header.shape
+    return prices_of_bits(sources.profile.header, sources.statistics, bits, replicas)
+
+
+def prices_of_bits(
+    header: ProfileHeader, statistics: dict[int, ExpertStatistics], bits: Bits, replicas: str
+) -> PriceBook:
+    """Return what `profile_prices` does, from a profile's header and statistics alone."""
+    shape = header.shape
     forms = [f for f in replica_precisions(replicas) if f.kind == "integer"]
     nobody = np.zeros((shape.experts, 0))
     sizes = [
-        record_size(sources.profile.header, bits),
+        record_size(header, bits),
         *(record_form(shape, form).layout.size_bytes for form in forms),
     ]
     layers = {}
     for layer in shape.layers:
-        each = sources.statistics[layer]
+        each = statistics[layer]
         whole = np.zeros(shape.experts)
         layers[layer] = LayerBook(
             nats=STRUCTURED * each.nats,

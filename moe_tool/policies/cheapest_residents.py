@@ -114,6 +114,26 @@ def cheapest_residents(
     return everybody if is_cheap else free
 
 
+def residents_price(
+    book: PriceBook,
+    use: Mapping[int, ExpertUse],
+    by_form: Sequence[Sequence[ExpertKey]],
+    *,
+    nats_per_mb: float = math.inf,
+) -> float:
+    """Return the expected price of misses with given residents, in nats per token.
+
+    Args:
+        by_form: experts held in each form.
+        nats_per_mb: worth of avoiding a read, as in `cheapest_residents`.
+    """
+    layers = {at: _Layer(use[at], each, nats_per_mb) for at, each in book.layers.items()}
+    for form, keys in enumerate(by_form):
+        for layer, expert in keys:
+            layers[layer].hold(expert, form)
+    return sum(layer.total for layer in layers.values())
+
+
 def _search(
     book: PriceBook,
     use: Mapping[int, ExpertUse],

@@ -11,12 +11,23 @@ from moe_tool.policies.misses.price_book import STRUCTURED, effective_error
 
 
 def expert_use(manifest: BundleManifest) -> dict[int, ExpertUse] | None:
-    """Return the use of experts by decoder layer; None if it was packed without a profile."""
+    """Return the mean use of experts by decoder layer; None if it was packed without a profile."""
     if manifest.prices is None or manifest.heat is None:
         return None
     return {
         entry.layer: ExpertUse(squared_gate=np.array(entry.use), load=np.array(heat.load))
         for entry, heat in zip(manifest.prices, manifest.heat, strict=True)
+    }
+
+
+def resident_use(manifest: BundleManifest) -> dict[int, ExpertUse] | None:
+    """Return the use that residents are chosen by; None if it was packed without a profile."""
+    use = manifest.resident_use
+    if use is None or manifest.prices is None:
+        return expert_use(manifest)
+    return {
+        entry.layer: ExpertUse(squared_gate=np.array(entry.squared_gate), load=np.array(entry.load))
+        for entry in use.layers
     }
 
 

@@ -19,7 +19,7 @@ from moe_tool.policies.hot_set import hottest_first, n_pinned
 from moe_tool.policies.misses import MissChoice, PriceBook
 from moe_tool.policies.misses.priced import worth_of_reads
 from moe_tool.runtime.memory_residency import Residency
-from moe_tool.runtime.price_list import expert_use
+from moe_tool.runtime.price_list import resident_use
 
 _BOTH_FORMS = ("two-precisions", "beside-replicas")
 
@@ -153,7 +153,7 @@ def _cheapest(
     Slots for one token of every primary size stay free, and one slot of every cheaper form that may
     be read.
     """
-    use = expert_use(manifest)
+    use = resident_use(manifest)
     if book is None or use is None:
         return None
     shape = manifest.shape

@@ -9,6 +9,7 @@ import torch
 
 from moe_tool.artifacts.bundle_manifest import BundleManifest, TunedWeights
 from moe_tool.artifacts.bundle_sections import (
+    RESIDENT_USE,
     ROUTING_NORM,
     ROW_TABLES,
     TUNED_FLOATS,
@@ -58,7 +59,7 @@ class CopiedBundle:
         # The skeleton is copied but for norms and routers, so its tables have the same blocks.
         self._sections = {
             name: manifest.sections[name]
-            for name in (ROUTING_NORM, ROW_TABLES)
+            for name in (RESIDENT_USE, ROUTING_NORM, ROW_TABLES)
             if name in manifest.sections
         }
         order = [(record.layer, record.expert) for record in manifest.primary_records]

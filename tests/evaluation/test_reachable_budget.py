@@ -24,6 +24,7 @@ def _priced(n_experts: int = 10):
         },
     )
     manifest = SimpleNamespace(
+        resident_use=None,
         prices=[SimpleNamespace(layer=0, use=[0.1] * n_experts)],
         heat=[SimpleNamespace(layer=0, load=[0.1] * n_experts)],
         primary_records=[None] * n_experts,

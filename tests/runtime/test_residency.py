@@ -103,6 +103,7 @@ def _bundles(draw: st.DrawFn) -> tuple[PriceBook, Any]:
     manifest = SimpleNamespace(
         heat=[SimpleNamespace(layer=at, load=row.tolist()) for at, row in enumerate(use)],
         prices=[SimpleNamespace(layer=at, use=row.tolist()) for at, row in enumerate(use)],
+        resident_use=None,
         primaries=primaries,
         cheaper=cheaper,
         primary_records=[record for table in primaries for record in table.records],
