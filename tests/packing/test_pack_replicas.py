@@ -210,7 +210,7 @@ def _planned(bundle: Path, policy: str, n_disk_only: int) -> PackPlan:
 def test_a_plan_that_reads_no_replica_packs_only_those_that_stay(
     bundle: Path, model: LocatedModel, profile: Path, tmp_path: Path
 ) -> None:
-    plan = _planned(bundle, "priced", n_disk_only=0)
+    plan = _planned(bundle, "priced:kl=inf", n_disk_only=0)
     out = tmp_path / "b"
     report = pack_bundle(model, out=out, replicas="4,1", profile=profile, plan=plan)
     with BundleReader.open(out) as reader:
@@ -226,7 +226,7 @@ def test_a_plan_that_reads_no_replica_packs_only_those_that_stay(
             for expert in np.isfinite(each.eps[1]).nonzero()[0]
         ]
         assert set(stored) == set(plan.forms[1].resident)
-    options = run_options(memory="50%", policy="priced", context=64)
+    options = run_options(memory="50%", policy="priced:kl=inf", context=64, shadow=0)
     with open_session(out, options) as session:
         generate_ids(session, [[256, 84, 104]], GenerateOptions(max_tokens=6, ignore_eos=True))
         counters = session.runner.stats.decode

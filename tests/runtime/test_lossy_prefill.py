@@ -90,7 +90,7 @@ def test_the_flag_changes_nothing_under_exact_and_says_so(bundle: Path) -> None:
 
     with _open(bundle, "exact") as session:
         exact = _prompt_logits(session)
-    for policy in ("exact", "priced"):
+    for policy in ("exact", "priced:kl=inf"):
         options = run_options(memory="50%", policy=policy, context=64, lossy_prompt=True)
         with open_session(bundle, options, progress=Listening()) as session:  # type: ignore[arg-type]
             is_exact = torch.equal(_prompt_logits(session), exact)
@@ -141,10 +141,10 @@ def test_attention_step_by_step_is_in_the_account_of_memory(bundle: Path) -> Non
 
 
 def test_a_run_says_what_it_did_to_the_prompt(bundle: Path) -> None:
-    with _open(bundle, "priced", lossy_prompt=True) as session:
+    with _open(bundle, "priced:kl=inf", lossy_prompt=True) as session:
         result = generate(session, "the list of", GenerateOptions(max_tokens=4, ignore_eos=True))
     assert result.prompt.changed_answers > 0
     assert result.quality.prompt_expected_kl is not None and result.quality.prompt_expected_kl > 0
-    with _open(bundle, "priced") as session:
+    with _open(bundle, "priced:kl=inf") as session:
         result = generate(session, "the list of", GenerateOptions(max_tokens=4, ignore_eos=True))
     assert result.quality.prompt_expected_kl is None and result.prompt.replica_answers == 0
