@@ -10,6 +10,8 @@ from moe_tool.policies.robust_use import mean_use, robust_use
 SHARES = (0.0, 0.25, 0.5, 1.0)
 _LEAST_GAIN = 0.05
 """Part of the price of unknown text that a share has to save: less may be chance"""
+_NO_WORSE = 0.02
+"""Part of the price of unknown text that a smaller share may cost: it serves known text better"""
 
 
 def leave_one_out(
@@ -45,12 +47,14 @@ def leave_one_out(
 
 
 def best_share(prices: Mapping[float, Sequence[float]]) -> float:
-    """Return the share of least mean price, or 0 if it saves 5 % or less, or if there are no
-    prices.
+    """Return the smallest share whose mean price is within 2 % of the least, or 0 if that saves
+    5 % or less, or if there are no prices.
 
     Args:
         prices: share -> price on each left-out domain, 0 among the shares.
     """
     sums = {share: math.fsum(each) for share, each in prices.items()}
-    best = min(sums, key=lambda share: (sums[share], share))
-    return best if sums[best] < (1 - _LEAST_GAIN) * sums[0.0] else 0.0
+    least = min(sums.values())
+    if least >= (1 - _LEAST_GAIN) * sums[0.0]:
+        return 0.0
+    return min(share for share, price in sums.items() if price <= (1 + _NO_WORSE) * least)

@@ -122,4 +122,6 @@ def test_without_another_domain_or_a_clear_gain_the_share_is_0() -> None:
     assert best_share({0.0: (1.0, 1.0), 0.5: (0.9, 1.01)}) == 0  # 4.5 %
     assert best_share({0.0: (1.0, 1.0), 0.5: (0.9, 0.98)}) == 0.5  # 6 %
     assert best_share({0.0: (1.0,), 0.25: (0.5,), 0.5: (0.5,), 1.0: (0.6,)}) == 0.25
+    assert best_share({0.0: (1.0,), 0.25: (0.51,), 0.5: (0.5,), 1.0: (0.5,)}) == 0.25  # 2 %
+    assert best_share({0.0: (1.0,), 0.25: (0.52,), 0.5: (0.505,), 1.0: (0.5,)}) == 0.5
     assert best_share({0.0: (0.0,), 1.0: (0.0,)}) == 0
