@@ -179,3 +179,15 @@ ThreadsOption = Annotated[
         show_default="all cores; one less where torch computes",
     ),
 ]
+RobustOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        min=0,
+        max=1,
+        help="How far residents are chosen for other text than the profile's: 0 by its mean use "
+        "of experts, 1 by the worst case of its domains and of uniform use. What is predicted is "
+        "for the profile.",
+        show_default="the plan's, or what serves each domain best that is left out",
+    ),
+]

@@ -20,6 +20,7 @@ from moe_tool.cli.options import (
     OfflineOption,
     ProfilesOption,
     RevisionOption,
+    RobustOption,
     TokenizerOption,
 )
 from moe_tool.cli.verb import options_from, verb
@@ -111,17 +112,7 @@ class PackArguments:
             show_default="rtn, or the plan's",
         ),
     ] = None
-    robust: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="How far residents are chosen for other text than the profile's: 0 by its mean "
-            "use of experts, 1 by the worst case of its domains and of uniform use.",
-            show_default="the plan's, or what serves each domain best that is left out",
-        ),
-    ] = None
+    robust: RobustOption = None
     in_place: Annotated[
         bool,
         typer.Option(

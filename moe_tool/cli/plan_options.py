@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 import typer
 
 from moe_tool.artifact_folder import DEFAULT_FOLDER
-from moe_tool.cli.options import MAX_CONTEXT, HardwareOption, OfflineOption, ProfilesOption
+from moe_tool.cli.options import (
+    MAX_CONTEXT,
+    HardwareOption,
+    OfflineOption,
+    ProfilesOption,
+    RobustOption,
+)
 
 BitsChoice = Literal["auto", "native", "8", "4", "mixed"]
 
@@ -90,18 +96,7 @@ class PlanArguments:
             "limit, cheaper forms of experts may answer misses.",
         ),
     ] = None
-    robust: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="How far residents are chosen for other text than the profile's: 0 by its mean "
-            "use of experts, 1 by the worst case of its domains and of uniform use. What is "
-            "predicted is for the profile.",
-            show_default="what serves each domain best that is left out",
-        ),
-    ] = None
+    robust: RobustOption = None
     context: Annotated[
         int, typer.Option(metavar="N", min=1, max=MAX_CONTEXT, help="Tokens of prompt and text.")
     ] = 4096

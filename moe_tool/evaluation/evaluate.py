@@ -39,7 +39,6 @@ from moe_tool.runtime.run_options import (
     default_eviction,
     default_policy,
     default_residency,
-    is_steered,
 )
 from moe_tool.runtime.session import Session, load_session
 from moe_tool.text.sequences import TokenSequences, build_sequences
@@ -254,11 +253,7 @@ def _open(
     vocabulary = bundle.manifest.shape.vocabulary
     per_sequence = (2 if has_source else 1) * seq_len * vocabulary * 4
     batch = 1
-    # What a text teaches of its losses is of that text alone.
-    is_alone = any(map(is_steered, asked.names)) or (
-        options.exact_fallback and bundle.manifest.calibration is not None
-    )
-    if asked.residency == "frozen" and not is_alone:
+    if asked.residency == "frozen":
         batch = max(1, min(n_sequences, _MAX_BATCH, _REFERENCE_BYTES // per_sequence))
     scratch = 3 * reference_chunk(vocabulary) * vocabulary * 4
     scratch += divergence_scratch_bytes(vocabulary)

@@ -67,10 +67,17 @@ def measure_policies(
         _fill_exact(exact, rows, ids[rows], wide, truth)
         for policy, measured in found.items():
             session.use_policy(policy, residency=residency)
-            session.keep_promise(is_kept=exact_fallback)
+            if not exact_fallback:
+                session.keep_promise(is_kept=False)
             if residency == "cache":
                 session.empty_cache()
-            _run_policy(session, measured, rows, ids[rows], wide, truth)
+            # What a sequence teaches of its losses is for that sequence alone.
+            step = len(wide) if session.learner.shadow is None else 1
+            for at in range(0, len(wide), step):
+                part = slice(at, at + step)
+                here = slice(rows.start + at, min(rows.start + at + step, rows.stop))
+                known = None if truth is None else truth[part]
+                _run_policy(session, measured, here, ids[here], wide[part], known)
             progress.advance(len(wide))
         del wide, truth
     progress.end()

@@ -125,9 +125,11 @@ def default_residency(policy: MissChoice, manifest: BundleManifest) -> Residency
     """Return cache residency for exact answers, for a policy that the bundle was planned with in
     caches and for one that follows the text by a target of loss; frozen for other lossy ones, so
     that a run is a function of its inputs."""
+    if policy == EXACT_POLICY:
+        return "cache"
     plan, calibration = manifest.plan, manifest.calibration
     if plan is not None and policy.name == plan.policy:
         return plan.residency or "frozen"
     if calibration is not None and policy.name == calibration.policy:
         return "frozen"
-    return "cache" if policy == EXACT_POLICY or is_steered(policy) else "frozen"
+    return "cache" if is_steered(policy) else "frozen"
